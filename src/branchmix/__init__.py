@@ -1,0 +1,54 @@
+"""Merge specialised language models of one seed into one mixture of attention and FFN experts.
+
+The public names are imported when first used, so that ``import branchmix`` costs milliseconds and no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from branchmix.accounting import inspect
+    from branchmix.models.configuration_branchmix import BranchMixConfig
+    from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
+    from branchmix.recipe import Recipe
+    from branchmix.upcycle import add_expert, remove_expert, upcycle
+    from branchmix.upcycle.verify import verify
+
+_HOME = {
+    "Recipe": "branchmix.recipe",
+    "upcycle": "branchmix.upcycle",
+    "add_expert": "branchmix.upcycle",
+    "remove_expert": "branchmix.upcycle",
+    "verify": "branchmix.upcycle.verify",
+    "inspect": "branchmix.accounting",
+    "BranchMixConfig": "branchmix.models.configuration_branchmix",
+    "BranchMixModel": "branchmix.models.modeling_branchmix",
+    "BranchMixForCausalLM": "branchmix.models.modeling_branchmix",
+}
+
+__all__ = [
+    "BranchMixConfig",
+    "BranchMixForCausalLM",
+    "BranchMixModel",
+    "Recipe",
+    "__version__",
+    "add_expert",
+    "inspect",
+    "remove_expert",
+    "upcycle",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'branchmix' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
