@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from branchmix._registration import install as _install
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -15,15 +17,15 @@ if TYPE_CHECKING:
     from branchmix.models.configuration_branchmix import BranchMixConfig
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
     from branchmix.recipe import Recipe
-    from branchmix.upcycle import add_expert, remove_expert, upcycle
-    from branchmix.upcycle.verify import verify
+    from branchmix.upcycling import add_expert, remove_expert, upcycle
+    from branchmix.upcycling.verify import verify
 
 _HOME = {
     "Recipe": "branchmix.recipe",
-    "upcycle": "branchmix.upcycle",
-    "add_expert": "branchmix.upcycle",
-    "remove_expert": "branchmix.upcycle",
-    "verify": "branchmix.upcycle.verify",
+    "upcycle": "branchmix.upcycling",
+    "add_expert": "branchmix.upcycling",
+    "remove_expert": "branchmix.upcycling",
+    "verify": "branchmix.upcycling.verify",
     "inspect": "branchmix.accounting",
     "BranchMixConfig": "branchmix.models.configuration_branchmix",
     "BranchMixModel": "branchmix.models.modeling_branchmix",
@@ -52,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+_install()

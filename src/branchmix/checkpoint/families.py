@@ -6,7 +6,7 @@ never compares model types. Imports nothing but the standard library.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -50,6 +50,8 @@ class Family:
     knows no grouped queries, so the mixture computes the heads itself from separate projections."""
     rotary: Literal["half", "interleaved", "none"] = "half"
     """Rotary variant, needed for ``split`` only."""
+    plain_attention: bool = False
+    """The attention class does nothing that ``split`` cannot, so experts may have rotary bases of their own."""
 
     # FFN projections, as paths below the *block*.
     gate: str | None = "mlp.gate_proj"
@@ -80,11 +82,11 @@ _GPT2_NAMES = dict(layers="transformer.h", attention="attn", attention_input_nor
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama"),
-        Family("mistral"),
+        Family("llama", plain_attention=True),
+        Family("mistral", plain_attention=True),
         Family("ministral"),
-        Family("qwen2"),
-        Family("qwen3", query_norm="q_norm", key_norm="k_norm"),
+        Family("qwen2", plain_attention=True),
+        Family("qwen3", query_norm="q_norm", key_norm="k_norm", plain_attention=True),
         Family("gemma", gain_offset=1.0),
         Family("gemma2", ffn_input_norm="pre_feedforward_layernorm", gain_offset=1.0),
         Family(
@@ -138,6 +140,7 @@ FAMILIES: dict[str, Family] = {
             "phi3",
             fused_qkv="qkv_proj",
             attention_code="split",
+            plain_attention=True,
             fused_gate_up="mlp.gate_up_proj",
             activation="mlp.activation_fn",
         ),
@@ -149,6 +152,7 @@ FAMILIES: dict[str, Family] = {
             qkv_layout="heads",
             output="dense",
             attention_code="split",
+            plain_attention=True,
             gate=None,
             up="mlp.dense_h_to_4h",
             down="mlp.dense_4h_to_h",
@@ -216,8 +220,15 @@ FAMILIES: dict[str, Family] = {
             norm_axis=-3,
             block="config",
         ),
-        Family("starcoder2", gate=None, up="mlp.c_fc", down="mlp.c_proj", activation="mlp.act"),
-        Family("granite"),
+        Family(
+            "starcoder2",
+            gate=None,
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            activation="mlp.act",
+            plain_attention=True,
+        ),
+        Family("granite", plain_attention=True),
         Family("smollm3"),
         Family("glm", fused_gate_up="mlp.gate_up_proj", activation="mlp.activation_fn"),
         Family("glm4", fused_gate_up="mlp.gate_up_proj", activation="mlp.activation_fn"),
@@ -274,6 +285,40 @@ def block_kind(family: Family) -> Literal["sequential", "parallel"]:
     return family.block
 
 
+def layout_of(family: Family, *, per_expert_rotary: bool = False) -> dict[str, Any]:
+    """The names that the model's code needs, for ``BranchMixConfig.layout``.
+
+    They travel in the checkpoint's own config, so that the code beside it stays free of tables.
+    """
+    names = {field.name: getattr(family, field.name) for field in fields(family) if field.name in _LAYOUT_FIELDS}
+    if per_expert_rotary:
+        names["attention_code"] = "split"
+    return names
+
+
+_LAYOUT_FIELDS = {
+    "layers",
+    "attention",
+    "ffn",
+    "query",
+    "key",
+    "value",
+    "output",
+    "fused_qkv",
+    "query_norm",
+    "key_norm",
+    "norm_over",
+    "norm_axis",
+    "attention_code",
+    "rotary",
+    "gate",
+    "up",
+    "down",
+    "fused_gate_up",
+    "activation",
+}
+
+
 @dataclass(frozen=True)
 class Dimensions:
     """Sizes of a dense model, from its config alone."""
@@ -289,7 +334,11 @@ class Dimensions:
 
 
 # transformers' defaults for keys that old config.json files leave out.
-_HEAD_DIM_DEFAULTS = {"gemma": 256, "gemma2": 256, "gemma3_text": 256}
+_HEAD_DIM_DEFAULTS = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "glm": 128, "glm4": 128}
+_KV_HEADS_DEFAULTS = {
+    **{"mistral": 8, "ministral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4, "gemma3_text": 4},
+    **{"stablelm": 32, "starcoder2": 2, "smollm3": 4, "glm": 2, "glm4": 2},
+}
 _TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3_text", "gpt2", "opt", "falcon", "cohere", "cohere2", "starcoder2", "smollm3"}
 
 
@@ -319,7 +368,9 @@ def dimensions(config: Config) -> Dimensions:
         shared = 1 if config.get("multi_query", True) else num_heads
         num_kv_heads = size("num_kv_heads", default=num_heads) if grouped else shared
     else:
-        num_kv_heads = size("num_key_value_heads", default=num_heads)
+        missing = "num_key_value_heads" not in config  # null means "as many as query heads"
+        default_kv_heads = _KV_HEADS_DEFAULTS.get(model_type, num_heads) if missing else num_heads
+        num_kv_heads = size("num_key_value_heads", default=default_kv_heads)
     default_head_dim = _HEAD_DIM_DEFAULTS.get(model_type, hidden_size // num_heads)
     return Dimensions(
         num_layers=size("num_hidden_layers", "n_layer", "num_layers"),

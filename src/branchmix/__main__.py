@@ -1,0 +1,5 @@
+"""``python -m branchmix`` is the ``branchmix`` command."""
+
+from branchmix.cli import main
+
+main()

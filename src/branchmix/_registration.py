@@ -1,0 +1,79 @@
+"""Makes transformers' auto classes know mixtures as soon as they exist, whichever of the two is imported first.
+
+``import branchmix`` must cost milliseconds, so it cannot import transformers to register its classes there. A finder on
+``sys.meta_path`` watches for transformers' two auto modules instead and registers right after each is executed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_CONFIGS = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
+
+
+def register_configuration() -> None:
+    """``AutoConfig`` reads ``model_type: branchmix``. Calling it twice is harmless."""
+    from transformers import AutoConfig
+
+    from branchmix.models.configuration_branchmix import BranchMixConfig
+
+    AutoConfig.register("branchmix", BranchMixConfig, exist_ok=True)
+
+
+def register_models() -> None:
+    """``AutoModel`` and ``AutoModelForCausalLM`` build mixtures. Calling it twice is harmless."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from branchmix.models.configuration_branchmix import BranchMixConfig
+    from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
+
+    register_configuration()
+    AutoModel.register(BranchMixConfig, BranchMixModel, exist_ok=True)
+    AutoModelForCausalLM.register(BranchMixConfig, BranchMixForCausalLM, exist_ok=True)
+
+
+_AFTER: dict[str, Callable[[], None]] = {_CONFIGS: register_configuration, _MODELS: register_models}
+
+
+class _ThenRegister(Loader):
+    """The module's own loader, followed by a registration."""
+
+    def __init__(self, loader: Loader, register: Callable[[], None]):
+        self.loader = loader
+        self.register = register
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.register()
+
+
+class _Watcher(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _AFTER:
+            return None
+        register = _AFTER.pop(fullname)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader, register)
+        return spec
+
+
+def install() -> None:
+    """Register now what is imported already, and the rest when it is."""
+    for name, register in list(_AFTER.items()):
+        if name in sys.modules:
+            del _AFTER[name]
+            register()
+    if _AFTER:
+        sys.meta_path.insert(0, _Watcher())

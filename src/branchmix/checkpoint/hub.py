@@ -1,0 +1,67 @@
+"""From what a user writes for a model to a local folder: a path, or a Hub id with an optional ``@revision``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from branchmix.errors import CheckpointError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where a model is, and where it came from."""
+
+    given: str
+    folder: Path
+    revision: str | None = None
+    """Commit hash of a Hub model."""
+
+
+def resolve(given: str, base: Path | None = None) -> ResolvedModel:
+    """Find the folder of a model, downloading it from the Hub if it is not local.
+
+    Args:
+        given: a folder, relative to ``base``; or ``org/name`` or ``org/name@revision``.
+        base: folder that relative paths start from.
+
+    Raises:
+        CheckpointError: no such folder, no such model, or no network.
+    """
+    path = Path(given).expanduser()
+    local = path if path.is_absolute() or base is None else base / path
+    if local.exists():
+        return ResolvedModel(given, local)
+    name, _, revision = given.partition("@")
+    if given.startswith((".", "/", "~")) or not _HUB_ID.match(name):
+        raise CheckpointError(f"{given}: there is no such folder ({local}), and it is no Hub id such as org/name")
+    return _download(given, name, revision or None, local)
+
+
+def _download(given: str, name: str, revision: str | None, local: Path) -> ResolvedModel:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except GatedRepoError:
+        raise CheckpointError(f"{given}: the model is gated: accept its terms on the Hub, then `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{given}: the Hub's model {name} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{given}: no such folder ({local}), and no such model on the Hub") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{given}: no such folder ({local}), and the Hub cannot be reached for it ({type(error).__name__})"
+        ) from None
+    return ResolvedModel(given, folder, folder.name)

@@ -1,0 +1,366 @@
+"""What a dense checkpoint folder holds, read from its headers alone: no weights, no torch, no safetensors library.
+
+``CheckpointIndex.open(folder)`` parses config.json and the headers of model.safetensors or of its shards, and refuses
+in one line whatever the writer could not copy faithfully: pickles, quantised weights, truncated or overlapping data.
+
+The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from branchmix.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The reference implementation's limit."""
+
+DTYPE_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Bits of one element, by safetensors code."""
+
+_QUANTISED_SUFFIXES = {
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".scales": "GPTQ or AWQ",
+    ".SCB": "bitsandbytes int8",
+    ".weight_format": "bitsandbytes int8",
+    ".absmax": "bitsandbytes 4-bit",
+    ".quant_map": "bitsandbytes 4-bit",
+    ".weight_scale": "compressed-tensors or FP8",
+    ".weight_scale_inv": "FP8",
+    ".weight_packed": "compressed-tensors",
+    ".weight_zero_point": "compressed-tensors",
+    ".input_scale": "FP8",
+    ".weight_blocks": "MXFP4",
+    ".weight_scales": "MXFP4",
+}
+_QUANTISED_DTYPES = {"I8", "U8"} | {code for code in DTYPE_BITS if code.startswith(("F8_", "F6_", "F4"))}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where one stored tensor lies."""
+
+    name: str
+    dtype: str
+    """safetensors code: "BF16", "F16", "F32", "I64" ..."""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """Absolute byte offset in the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """All tensors of a checkpoint folder, by name, and its config.
+
+    Example:
+        >>> index = CheckpointIndex.open("experts/code")
+        >>> index.tensors["model.norm.weight"].shape
+        (2048,)
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    """Parsed config.json."""
+    tensors: dict[str, TensorRef]
+    """The tensors of all shards, in file order."""
+    files: tuple[Path, ...]
+    """The weight files."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+    @classmethod
+    def open(cls, folder: str | Path) -> CheckpointIndex:
+        """Reads the config and all headers of ``folder``.
+
+        Raises:
+            CheckpointError: one line with the file, what is wrong with it and what to do.
+        """
+        folder = Path(folder)
+        _require_folder(folder)
+        config = _read_config(folder)
+        _refuse_quantised_config(folder, config)
+        shards = _find_shards(folder)
+        tensors: dict[str, TensorRef] = {}
+        for file in shards:
+            for ref in read_header(file):
+                first = tensors.get(ref.name)
+                if first is not None:
+                    raise CheckpointError(
+                        f"{folder}: tensor {ref.name} is stored twice, in {first.file.name} and in {file.name}: "
+                        "remove the shard that does not belong to this checkpoint"
+                    )
+                tensors[ref.name] = ref
+        if not tensors:
+            raise CheckpointError(f"{folder}: the weights hold no tensors: save or download the checkpoint again")
+        for name, expected in _shards_of_names(folder, shards).items():
+            held = tensors.get(name)
+            if held is None or held.file != expected:
+                raise CheckpointError(
+                    f"{folder / INDEX_FILE}: says that tensor {name} is in {expected.name}, which lacks it: "
+                    "download or save the checkpoint again"
+                )
+        _refuse_quantised_tensors(folder, tensors)
+        return cls(folder=folder, config=config, tensors=tensors, files=tuple(shards))
+
+
+def read_header(file: Path) -> list[TensorRef]:
+    """The tensors of one safetensors file, in the order of their data.
+
+    Raises:
+        CheckpointError: the file is truncated, no safetensors file, or its header contradicts itself.
+    """
+    again = "download or save it again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start.startswith(b"version "):
+                _refuse_lfs_pointer(file, start + stream.read(64))
+            if len(start) < 8:
+                raise CheckpointError(f"{file}: truncated, only {size} bytes long: {again}")
+            (length,) = struct.unpack("<Q", start)
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{file}: not a safetensors file (its header would be {length:,} bytes): {again}")
+            if 8 + length > size:
+                raise CheckpointError(
+                    f"{file}: truncated within its header: {size:,} bytes of at least {8 + length:,}: {again}"
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique_keys)
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"{file}: its header names {error} twice: {again}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file (its header is not JSON): {again}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: not a safetensors file (its header is not a JSON object): {again}")
+    header.pop("__metadata__", None)
+    refs = [_tensor_ref(file, name, entry, data_start=8 + length) for name, entry in header.items()]
+    refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
+    end = 8 + length
+    for ref in refs:
+        if ref.offset != end:
+            kind = "overlaps the tensor before it" if ref.offset < end else "leaves a gap before it"
+            raise CheckpointError(f"{file}: tensor {ref.name} {kind}: the file is corrupt, {again}")
+        end += ref.nbytes
+    if size < end:
+        raise CheckpointError(f"{file}: truncated: {size:,} bytes of {end:,}: {again}")
+    if size > end:
+        raise CheckpointError(f"{file}: {size:,} bytes long where its header describes {end:,}: {again}")
+    return refs
+
+
+def _tensor_ref(file: Path, name: str, entry: Any, *, data_start: int) -> TensorRef:
+    def natural(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    dtype, shape, offsets = (
+        (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None,) * 3
+    )
+    if (
+        not isinstance(dtype, str)
+        or not isinstance(shape, list)
+        or not all(map(natural, shape))
+        or not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(map(natural, offsets))
+    ):
+        raise CheckpointError(f"{file}: the header's entry for tensor {name} is malformed: download or save it again")
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        raise CheckpointError(
+            f"{file}: tensor {name} has the unknown dtype {dtype}: save the checkpoint in bfloat16, float16 or float32"
+        )
+    begin, end = offsets
+    if end - begin != math.ceil(math.prod(shape) * bits / 8):
+        raise CheckpointError(
+            f"{file}: tensor {name} has {end - begin:,} bytes, which is not {dtype} of shape {shape}: "
+            "the file is corrupt, download or save it again"
+        )
+    return TensorRef(name, dtype, tuple(shape), file, data_start + begin, end - begin)
+
+
+def _shards_of_names(folder: Path, shards: list[Path]) -> dict[str, Path]:
+    """Tensor name to shard as the index file says; empty when the weights are one file."""
+    if [file.name for file in shards] == [SINGLE_FILE]:
+        return {}
+    return {name: folder / shard for name, shard in _read_weight_map(folder).items()}
+
+
+def _find_shards(folder: Path) -> list[Path]:
+    """The weight files; of a single file and an index, the single file counts, as in transformers."""
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(_why_no_weights(folder))
+    shards = [folder / name for name in sorted(set(_read_weight_map(folder).values()))]
+    missing = [file.name for file in shards if not file.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{folder}: shard {missing[0]}{more} is missing ({len(shards)} are named in {INDEX_FILE}): "
+            "finish the download, or copy it here"
+        )
+    return shards
+
+
+def _read_weight_map(folder: Path) -> dict[str, str]:
+    file = folder / INDEX_FILE
+    weight_map = _read_json_object(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{file}: has no weight_map of tensor names to files: download or save it again")
+    outside = next((shard for shard in weight_map.values() if Path(shard).name != shard), None)
+    if outside is not None:
+        raise CheckpointError(f"{file}: names the shard {outside!r}, which is not a file name in this folder")
+    return weight_map
+
+
+def _require_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    if folder.is_file():
+        kinds: dict[str, str] = {
+            ".gguf": "a GGUF file: give the folder of the original transformers checkpoint",
+            ".safetensors": "a single weight file: give the folder that holds it and its config.json",
+        }
+        pickle = "a pickle, which is never loaded: give a folder with safetensors weights"
+        kinds.update(dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), pickle))
+        kind = kinds.get(folder.suffix, "a file: give a checkpoint folder (config.json and safetensors weights)")
+        raise CheckpointError(f"{folder}: is {kind}")
+    hint = "check the path"
+    if not folder.is_absolute() and len(folder.parts) == 2 and ".." not in folder.parts:
+        hint += f", or fetch it from the Hub first: hf download {folder.as_posix()} --local-dir {folder.name}"
+    raise CheckpointError(f"{folder}: no such folder: {hint}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise CheckpointError(_adapter_message(folder))
+        raise CheckpointError(f"{folder}: no config.json: not a transformers checkpoint, or an unfinished download")
+    config = _read_json_object(file)
+    if not config:
+        raise CheckpointError(f"{file}: is empty: copy the model's config.json here")
+    return config
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    _refuse_lfs_pointer(file, raw)
+    if not raw.strip():
+        raise CheckpointError(f"{file}: is empty: download or save it again")
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise CheckpointError(f"{file}: is not valid JSON{where}: download or save it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: is not a JSON object: download or save it again")
+    return value
+
+
+def _refuse_lfs_pointer(file: Path, start: bytes) -> None:
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file}: is a Git LFS pointer, not the file itself: run `git lfs pull` in that folder")
+
+
+def _why_no_weights(folder: Path) -> str:
+    """The one line for a folder without model.safetensors and without its index."""
+    try:
+        names = sorted(file.name for file in folder.iterdir())
+    except OSError as error:
+        return f"{folder}: cannot be read: {error.strerror}"
+
+    def ending(*suffixes: str) -> list[str]:
+        return [name for name in names if name.endswith(suffixes)]
+
+    convert = (
+        'convert them with python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
+    )
+    safetensors = ending(".safetensors")
+    if "adapter_config.json" in names or safetensors == ["adapter_model.safetensors"]:
+        return _adapter_message(folder)
+    if any(name.startswith("model-") for name in safetensors):
+        return (
+            f"{folder}: {INDEX_FILE} is missing beside {len(safetensors)} shards ({safetensors[0]} ...): "
+            "copy or download it too"
+        )
+    if safetensors:
+        return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; found {_some(safetensors)}: {convert}"
+    pickles = ending(".bin", ".pt", ".pth", ".ckpt")
+    pickles = [name for name in pickles if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
+    if pickles:
+        return f"{folder}: only pickled weights ({_some(pickles)}); pickles are never loaded: {convert}"
+    gguf = ending(".gguf")
+    if gguf:
+        return f"{folder}: only GGUF weights ({_some(gguf)}): give the folder of the original transformers checkpoint"
+    return f"{folder}: no weights (no {SINGLE_FILE}, no {INDEX_FILE}): finish the download, or check the path"
+
+
+def _adapter_message(folder: Path) -> str:
+    return f"{folder}: is a LoRA adapter folder, not a full checkpoint: merge it into its base model first"
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _refuse_quantised_config(folder: Path, config: dict[str, Any]) -> None:
+    found = config.get("quantization_config") or config.get("compression_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise CheckpointError(_quantised(folder, f"{method or 'unnamed method'}, says config.json"))
+
+
+def _refuse_quantised_tensors(folder: Path, tensors: dict[str, TensorRef]) -> None:
+    for ref in tensors.values():
+        method = next((method for suffix, method in _QUANTISED_SUFFIXES.items() if ref.name.endswith(suffix)), None)
+        if method is not None:
+            raise CheckpointError(_quantised(folder, f"{method}, tensor {ref.name}"))
+        # GPT-NeoX checkpoints carry their causal mask as a U8 buffer called bias.
+        if ref.dtype in _QUANTISED_DTYPES and not (ref.dtype == "U8" and ref.name.endswith(".bias")):
+            raise CheckpointError(_quantised(folder, f"tensor {ref.name} is {ref.dtype}"))
+
+
+def _quantised(folder: Path, what: str) -> str:
+    return f"{folder}: is quantised ({what}): dequantise it first, or give the original bfloat16/float16 checkpoint"
+
+
+class _DuplicateKeyError(Exception):
+    """A JSON object that has a key twice, of which Python would silently keep the last."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DuplicateKeyError(key)
+        found[key] = value
+    return found

@@ -1,0 +1,61 @@
+"""What the commands share: a progress bar on stderr, sizes in words, and quiet libraries."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def notice(text: str) -> None:
+    """A line on stderr, which never mixes with results."""
+    print(text, file=sys.stderr)
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and model hubs count: ``1.84 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def human_count(count: float) -> str:
+    """Parameters in thousands, millions, billions: ``134.5M``."""
+    for unit in ("", "k", "M"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.4g}{unit}"
+        count /= 1000
+    return f"{count:.4g}B"
+
+
+def quiet_libraries() -> None:
+    """transformers' progress bars and advice have no place between our lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback ``(step, done, total)`` that draws a bar for each step; drawn only where somebody watches."""
+    if not sys.stderr.isatty():
+        yield lambda step, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    tasks: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+
+        def tell(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = progress.add_task(step, total=total)
+            progress.update(tasks[step], completed=done, total=total)
+
+        yield tell

@@ -1,0 +1,81 @@
+"""``branchmix add-expert`` and ``branchmix remove-expert``: change the experts of a mixture."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from branchmix.cli.upcycle import AsJson, DryRun, Force, NoCheck, Out
+from branchmix.errors import RecipeError
+
+ADD_EPILOG = """\b
+Example:
+  branchmix add-expert mixture law=./law-expert mixture-with-law
+"""
+REMOVE_EPILOG = """\b
+Example:
+  branchmix remove-expert mixture law mixture-without-law
+"""
+
+Mixture = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.", show_default=False)]
+
+
+def add_expert_command(
+    model: Mixture,
+    expert: Annotated[str, typer.Argument(metavar="NAME=PATH", help="The dense model to add.", show_default=False)],
+    out: Out,
+    router_std: Annotated[
+        float | None, typer.Option(help="Deviation of the routers' new rows [default: as the mixture's]", show_default=False)
+    ] = None,
+    router_seed: Annotated[int, typer.Option(help="Seed of their random numbers.")] = 0,
+    dry_run: DryRun = False,
+    force: Force = False,
+    no_check: NoCheck = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add a dense model to a mixture as one more expert."""
+    from branchmix.cli.console import progress_bar
+    from branchmix.cli.upcycle import show, warn_of_leftovers
+    from branchmix.upcycling import add_expert
+
+    name, separator, path = expert.partition("=")
+    if not separator or not name or not path:
+        raise RecipeError(f"{expert!r}: write the new expert as NAME=PATH, such as law=./law-expert")
+    warn_of_leftovers(out)
+    with progress_bar() as progress:
+        report = add_expert(
+            model,
+            name,
+            path,
+            out,
+            router_std=router_std,
+            router_seed=router_seed,
+            dry_run=dry_run,
+            force=force,
+            check=not no_check,
+            progress=progress,
+        )
+    show(report, as_json=as_json)
+
+
+def remove_expert_command(
+    model: Mixture,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The expert to leave out.", show_default=False)],
+    out: Out,
+    dry_run: DryRun = False,
+    force: Force = False,
+    no_check: NoCheck = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take an expert out of a mixture."""
+    from branchmix.cli.console import progress_bar
+    from branchmix.cli.upcycle import show, warn_of_leftovers
+    from branchmix.upcycling import remove_expert
+
+    warn_of_leftovers(out)
+    with progress_bar() as progress:
+        report = remove_expert(
+            model, name, out, dry_run=dry_run, force=force, check=not no_check, progress=progress
+        )
+    show(report, as_json=as_json)

@@ -1,0 +1,135 @@
+"""``branchmix inspect``: parameters, FLOPs and memory of a model, from its config alone and without torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from branchmix.accounting import Accounting
+
+
+def inspect_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_CONFIG",
+            help="A checkpoint folder, a config.json, or a Hub id (org/name or org/name@revision); dense or a mixture.",
+            show_default=False,
+        ),
+    ],
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of context of the FLOPs and of the whole KV cache.", show_default="the model's, <= 4096"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of weights and KV cache: bf16, fp16, fp32, fp8.", show_default="the config's, or bf16"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Count parameters, active parameters, FLOPs and KV-cache bytes: exactly, and without loading a weight.
+
+    In a folder with safetensors weights their headers are counted too, and a difference is reported.
+
+    Examples:
+
+        branchmix inspect ./my-mixture
+
+        branchmix inspect config.json --context 256 --json
+    """
+    from branchmix.accounting import inspect
+
+    found = inspect(model, context=context, dtype=dtype)
+    for notice in found.notices:
+        typer.echo(f"note: {notice}", err=True)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    _print(found, Console())
+
+
+def _print(found: Accounting, console: Console) -> None:
+    """The numbers of ``found`` as tables: parameters by part, FLOPs by part, memory."""
+    from rich.table import Table
+
+    console.print(_headline(found), highlight=False, markup=False)
+    table = Table("parameters", "total", "active per token")
+    active_by_part = asdict(found.active)
+    for part, total in asdict(found.total).items():
+        if total:
+            table.add_row(part.replace("_", " "), f"{total:,}", f"{active_by_part[part]:,}")
+    table.add_section()
+    table.add_row("total", f"{found.total.total:,}", f"{found.active.total:,}", style="bold")
+    _right(table, console)
+
+    if found.flops is not None:
+        flops = found.flops
+        table = Table(f"FLOPs per token, context {found.context:,}", "one layer", f"all {len(flops.layers)} layers")
+        for part in ("attention", "ffn", "routers"):
+            table.add_row(part, f"{getattr(flops.layer, part):,}", f"{flops.model(part):,}")
+        table.add_row("lm head", "", f"{flops.lm_head:,}")
+        table.add_section()
+        table.add_row("total", f"{flops.layer.total:,}", f"{flops.total:,}", style="bold")
+        _right(table, console)
+
+    console.print(f"weights in {found.dtype}: {_size(found.weight_bytes)}", highlight=False)
+    if found.kv_cache_bytes_per_token is not None and found.kv_cache_bytes is not None:
+        console.print(
+            f"KV cache in {found.dtype}: {found.kv_cache_bytes_per_token:,} bytes per token, "
+            f"{_size(found.kv_cache_bytes)} for {found.context:,} tokens",
+            highlight=False,
+        )
+    paper = found.paper()
+    if paper is not None:
+        printed = paper["table_7_per_layer"]
+        console.print(
+            f"BAM's own tables would print FFN {printed['ffn']:,} and total {printed['total']:,} FLOPs per layer, "
+            f"{paper['table_9']['active']:,} active parameters: --json says why",
+            style="dim",
+            highlight=False,
+        )
+
+
+def _headline(found: Accounting) -> str:
+    """One line on what the model is."""
+    shape = found.shape
+    if shape is None:
+        return f"{found.model}: {found.model_type}"
+    s = shape.sizes
+    kind = f"{shape.family.model_type}, {shape.family.block} blocks"
+    if found.model_type == "branchmix":
+        gate = "soft" if shape.attention_num_experts_per_tok is None else f"top-{shape.attention_num_experts_per_tok}"
+        attention = f"{shape.attention} ({gate})" if shape.attention_router else shape.attention
+        ffn = f"{shape.ffn} (top-{shape.num_experts_per_tok})" if shape.ffn_router else shape.ffn
+        kind = f"mixture of {shape.num_experts} x {kind}; attention {attention}, ffn {ffn}"
+    return (
+        f"{found.model}: {kind}; {s.num_layers} layers, width {s.hidden_size}, "
+        f"{s.num_heads} heads ({s.num_kv_heads} key/value) of {s.head_dim}, FFN {s.intermediate_size}"
+    )
+
+
+def _right(table: Table, console: Console) -> None:
+    """Prints a table whose columns of numbers are aligned."""
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+
+
+def _size(num_bytes: int) -> str:
+    """Bytes in the largest decimal unit below them."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes} bytes"

@@ -1,0 +1,183 @@
+"""``branchmix upcycle``: a recipe and a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from branchmix.upcycling import UpcycleReport
+    from branchmix.upcycling.plan import Plan
+
+EPILOG = """\b
+Examples:
+  branchmix upcycle recipe.yaml mixture --dry-run     what would be written, and how
+  branchmix upcycle recipe.yaml mixture --verify      write it and prove it on text
+
+\b
+The smallest recipe:
+  seed: Qwen/Qwen2.5-0.5B
+  experts:
+    - {name: code, model: ./code}
+    - {name: math, model: ./math}
+"""
+
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not look for NaN and Inf in the sources (faster).")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
+
+
+def upcycle_command(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.", show_default=False)],
+    out: Out,
+    dry_run: DryRun = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Prove it: copies byte for byte, and every expert's logits on text.")
+    ] = False,
+    force: Force = False,
+    no_check: NoCheck = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn dense checkpoints of one seed into one mixture of experts."""
+    from branchmix.cli.console import progress_bar, quiet_libraries
+    from branchmix.upcycling import upcycle
+
+    if verify:
+        quiet_libraries()
+    warn_of_leftovers(out)
+    with progress_bar() as progress:
+        report = upcycle(
+            recipe, out, dry_run=dry_run, verify=verify, force=force, check=not no_check, progress=progress
+        )
+    show(report, as_json=as_json)
+
+
+def warn_of_leftovers(out: Path) -> None:
+    """Tell what a killed run left behind."""
+    from branchmix.checkpoint.writer import stale_folders
+    from branchmix.cli.console import notice
+
+    for folder in stale_folders(out):
+        notice(f"note: {folder} was left by a run that was killed; no model is in it, remove it")
+
+
+def show(report: UpcycleReport, *, as_json: bool) -> None:
+    """Print what was done, as tables or as JSON."""
+    from branchmix.cli.console import notice
+
+    for note in report.plan.notes:
+        notice(f"note: {note}")
+    if as_json:
+        typer.echo(json.dumps(as_dict(report), indent=2))
+        return
+    _print_plan(report)
+    if report.verification is not None:
+        _print_verification(report)
+    if report.written is not None:
+        from branchmix.cli.console import human_bytes
+
+        typer.echo(f"\nwrote {human_bytes(report.plan.nbytes)} to {report.out} in {report.seconds:.1f} s")
+
+
+def as_dict(report: UpcycleReport) -> dict[str, Any]:
+    """The report for programs."""
+    from branchmix.upcycling.execute import free_bytes
+
+    plan = report.plan
+    result: dict[str, Any] = {
+        "out": str(report.out),
+        "dry_run": report.written is None,
+        "method": _method(plan),
+        "experts": [source.name for source in plan.sources],
+        "bytes": plan.nbytes,
+        "free_bytes": free_bytes(report.out),
+        "peak_memory_bytes": _peak_memory(plan),
+        "groups": [
+            {"name": g.name, "tensors": g.count, "shape": list(g.shape), "bytes": g.nbytes, "how": g.how}
+            for g in plan.groups
+        ],
+        "notes": list(plan.notes),
+        "seconds": round(report.seconds, 3),
+        "accounting": _accounting(plan).as_dict(),
+    }
+    if report.verification is not None:
+        result["verification"] = report.verification.as_dict()
+    return result
+
+
+def _print_plan(report: UpcycleReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from branchmix.cli.console import human_bytes, human_count
+    from branchmix.upcycling.execute import free_bytes
+
+    plan = report.plan
+    console = Console()
+    console.print(f"{_method(plan)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name, justify in (("tensors", "left"), ("count", "right"), ("shape", "left"), ("size", "right"), ("", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for group in plan.groups:
+        shape = " x ".join(map(str, group.shape))
+        table.add_row(group.name, str(group.count), shape, human_bytes(group.nbytes), group.how)
+    console.print(table)
+    accounting = _accounting(plan)
+    console.print(
+        f"parameters: {human_count(accounting.parameters.total)} total, {human_count(accounting.parameters.active)} active; "
+        f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes a token; "
+        f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
+        f"memory: about {human_bytes(_peak_memory(plan))}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_verification(report: UpcycleReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from branchmix.cli.console import human_bytes
+
+    verification = report.verification
+    assert verification is not None
+    console = Console()
+    console.print(
+        f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) byte-identical to "
+        f"their sources, {verification.averages_checked} averages recomputed in fp64",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if not verification.experts:
+        return
+    table = Table(box=None, pad_edge=False, title=f"gates one-hot, logits of {verification.tokens} tokens", title_justify="left")
+    for name in ("expert", "greatest difference from the dense model", "greatest logit"):
+        table.add_column(name)
+    for check in verification.experts:
+        numbers = (check.skipped, "") if check.skipped else (f"{check.difference:.2e}", f"{check.greatest_logit:.1f}")
+        table.add_row(check.name, *numbers)
+    console.print(table)
+
+
+def _method(plan: Plan) -> str:
+    from branchmix.upcycling.card import method_of
+
+    return method_of(plan.config)
+
+
+def _accounting(plan: Plan) -> Any:
+    from branchmix.accounting import inspect
+
+    return inspect(plan.config)
+
+
+def _peak_memory(plan: Plan) -> int:
+    """64 MiB, and a few rows of the widest tensor in fp32 for each of two workers."""
+    from branchmix.checkpoint.writer import peak_memory_bytes
+
+    return peak_memory_bytes(plan.tensors)

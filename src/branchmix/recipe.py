@@ -1,0 +1,344 @@
+"""The YAML that users write, as pydantic models: what goes into a mixture and how. Unknown keys are refused.
+
+``Recipe.load(path)`` for files, ``Recipe.model_validate(dict)`` or keyword arguments from Python. The reference page
+in the docs is generated from the docstrings below.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from branchmix.checkpoint.families import nearest
+from branchmix.errors import RecipeError
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Names of output dtypes, and their codes in safetensors."""
+
+_ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Expert(_Model):
+    """One specialised dense model."""
+
+    name: _ExpertName
+    """Letters, digits, ``-``, ``_`` and ``.``; unique in the recipe, and not ``seed``."""
+    model: str
+    """Local folder, Hub id, or folder of a PEFT LoRA adapter, which is merged first. ``@revision`` after a Hub id."""
+
+
+class FFNRouting(_Model):
+    """How tokens find FFN experts (BAM section 3.3)."""
+
+    top_k: int = Field(1, ge=1)
+    """Experts that each token goes to."""
+    normalize: bool = False
+    """Divide the chosen gates by their sum. The paper does not; with top_k 1 it would cut the router's gradient."""
+    soft: bool = False
+    """Every token goes to all experts (as in the BTS paper's BAM)."""
+
+
+class AttentionRouting(_Model):
+    """How tokens weigh attention experts (BAM section 4.1)."""
+
+    soft: bool = True
+    """All experts, weighted by the gate: the paper's choice."""
+    top_k: int | None = Field(None, ge=1)
+    """Only the best k (the paper's ablation, Table 6). All experts are computed all the same."""
+    normalize: bool = False
+    """Divide the chosen gates by their sum."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _top_k_is_not_soft(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("top_k") is not None:
+            if data.get("soft"):
+                raise ValueError("soft and top_k exclude each other: remove one")
+            return {**data, "soft": False}
+        return data
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> AttentionRouting:
+        if not self.soft and self.top_k is None:
+            raise ValueError("soft is false but top_k is missing: say how many experts a token uses")
+        return self
+
+
+class Routing(_Model):
+    """Both routers of a block."""
+
+    ffn: FFNRouting = FFNRouting()
+    attention: AttentionRouting = AttentionRouting()
+
+
+class RouterInit(_Model):
+    """How routers start. ``zeros`` alone is short for ``{method: zeros}``."""
+
+    method: Literal["normal", "zeros", "hidden"] = "normal"
+    """``normal``: N(0, std^2). ``zeros``: uniform gates, for soft routing only. ``hidden``: rows are the mean hidden
+    states of the seed on each expert's ``prompts`` or ``text``."""
+    std: float = Field(0.02, gt=0)
+    """Standard deviation; for ``hidden``, rows get the length that random rows of this deviation would have."""
+    seed: int = Field(0, ge=0)
+    """Seed of the random numbers; each tensor's values depend on it and on the tensor's name only."""
+    attention: Literal["zeros"] | None = None
+    """``zeros`` starts the attention gates uniform whatever the FFN routers do."""
+    prompts: dict[str, list[str]] | None = None
+    """For ``hidden``: some sentences typical of each expert."""
+    text: dict[str, Path] | None = None
+    """For ``hidden``: a text file typical of each expert."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"method": data}
+        if isinstance(data, dict) and (data.get("prompts") or data.get("text")):
+            return {"method": "hidden", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _hidden_needs_text(self) -> RouterInit:
+        if (self.method == "hidden") != bool(self.prompts or self.text):
+            raise ValueError("method hidden needs prompts or text for every expert, and only it takes them")
+        return self
+
+
+class Merge(_Model):
+    """What becomes of everything that is not an expert: embeddings, norms, the head, and averaged attention."""
+
+    method: Literal["average", "seed", "weighted"] = "average"
+    """``average``: uniform mean over all dense models, the seed among them (BAM section 4). ``seed``: the seed's.
+    ``weighted``: with ``weights``."""
+    weights: dict[str, float] | None = None
+    """Weight of each expert by name, 1 where none is given; ``seed`` is the seed. They are divided by their sum."""
+    kv_init: str = "merge"
+    """Shared K and V of ``kv_sharing``: ``merge`` (as everything else), ``average``, ``seed``, or an expert's name."""
+    fold_norms: bool = False
+    """Multiply each model's norm gains into its own projections, so that they are not averaged. Gain-only norms."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"method": data}
+        if isinstance(data, dict) and "weighted" in data:
+            rest = {key: value for key, value in data.items() if key != "weighted"}
+            return {"method": "weighted", "weights": data["weighted"], **rest}
+        return data
+
+    @model_validator(mode="after")
+    def _weights_belong_to_weighted(self) -> Merge:
+        if (self.method == "weighted") != (self.weights is not None):
+            raise ValueError("method weighted needs weights, and only it takes them")
+        if self.weights and (min(self.weights.values()) < 0 or sum(self.weights.values()) <= 0):
+            raise ValueError("weights must not be negative, and not all be zero")
+        return self
+
+
+class SparseUpcycling(_Model):
+    """What may be done to FFN experts that are copies of the seed, so that they differ from the start."""
+
+    weight_scaling: bool | float = False
+    """Scale the matrices so that top-k raw gates keep the dense output's size (NVIDIA, arXiv 2410.07524): true takes
+    the cube root of N / k on each of a gated FFN's three matrices, the square root on a plain FFN's two."""
+    redraw_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the inner width that is drawn anew from its own mean and deviation (Drop-Upcycling, arXiv
+    2502.19261, which uses 0.5)."""
+
+
+class Recipe(_Model):
+    """Everything that ``branchmix upcycle`` needs to know."""
+
+    seed: str
+    """The dense model that all experts grew from: local folder or Hub id, with ``@revision``."""
+    include_seed: bool = True
+    """The seed is expert 0, and takes part in averages."""
+    experts: list[Expert] = []
+    """The specialised models."""
+    seed_copies: int = Field(0, ge=0)
+    """So many further copies of the seed as experts (sparse upcycling; the paper's BTX with 5 to 8 experts)."""
+    attention: Literal["kv_experts", "kv_sharing", "average", "seed"] = "kv_experts"
+    """``kv_experts``: BAM, every expert with its own q, k, v and o. ``kv_sharing``: own q and o, one k and v.
+    ``average``: one averaged attention (BTX). ``seed``: the seed's attention."""
+    ffn: Literal["experts", "average"] = "experts"
+    """``experts``, or ``average``: one averaged FFN (a soup, if attention is averaged too)."""
+    routing: Routing = Routing()
+    """How tokens choose experts."""
+    routed_scaling_factor: float | Literal["auto"] = 1.0
+    """Factor on the FFN experts' output: 1.0 in the paper; ``auto`` is N / k for raw gates, which keeps the dense
+    scale while gates are near uniform, and 1 for soft or normalised ones."""
+    router_aux_loss_coef: float = Field(0.01, ge=0)
+    """Weight of the load-balancing loss in training (eq. 2's alpha)."""
+    router_z_loss_coef: float = Field(0.001, ge=0)
+    """Weight of the router z-loss in training (eq. 2's beta)."""
+    router_init: RouterInit = RouterInit()
+    """How routers start."""
+    merge: Merge = Merge()
+    """What becomes of what is not an expert."""
+    sparse_upcycling: SparseUpcycling = SparseUpcycling()
+    """Options for copies of the seed."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of the output; the seed's own if not given."""
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s*[KMG]B$")
+    """Greatest size of one weights file."""
+
+    _folder: Path = Path()
+
+    @model_validator(mode="after")
+    def _experts_make_sense(self) -> Recipe:
+        names = [expert.name for expert in self.experts]
+        for name in names:
+            if name == "seed":
+                raise ValueError("experts: 'seed' is the seed's own name, call the expert something else")
+            if names.count(name) > 1:
+                raise ValueError(f"experts: the name {name!r} stands there {names.count(name)} times")
+        if len(self.expert_names) < 2:
+            raise ValueError(
+                f"experts: there {'is' if self.expert_names else 'are'} only {len(self.expert_names)}, a mixture needs "
+                "two or more (the seed counts unless include_seed is false)"
+            )
+        for section, given in (
+            ("merge.weights", self.merge.weights),
+            ("router_init.prompts", self.router_init.prompts),
+            ("router_init.text", self.router_init.text),
+        ):
+            for name in given or ():
+                if name not in self.expert_names:
+                    raise ValueError(f"{section}: no expert is called {name!r}{nearest(name, self.expert_names)}")
+        self._check_routing()
+        return self
+
+    def _check_routing(self) -> None:
+        count = len(self.expert_names)
+        for where, top_k in (
+            ("routing.ffn.top_k", self.routing.ffn.top_k),
+            ("routing.attention.top_k", self.routing.attention.top_k),
+        ):
+            if top_k is not None and top_k > count:
+                raise ValueError(f"{where} is {top_k}, but there are only {count} experts")
+        if self.routing.ffn.normalize and self.num_experts_per_tok == 1 and self.ffn == "experts":
+            raise ValueError("routing.ffn: normalize with top_k 1 makes every gate 1, so the router never learns")
+        kv_init = self.merge.kv_init
+        choices = ["merge", "average", "seed", *self.expert_names]
+        if kv_init not in choices:
+            raise ValueError(f"merge.kv_init: {kv_init!r} is no choice{nearest(kv_init, choices)}")
+        if self.router_init.method == "zeros" and self.ffn == "experts" and self.num_experts_per_tok < count:
+            raise ValueError("router_init: zeros ties the top-k of the FFN router; use it with soft routing only")
+        given = (self.router_init.prompts or {}).keys() | (self.router_init.text or {}).keys()
+        missing = [name for name in self.expert_names if name not in given]
+        if self.router_init.method == "hidden" and missing:
+            raise ValueError(f"router_init: hidden needs prompts or text for every expert, {missing[0]!r} has none")
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of all experts, in the order of the routers' rows."""
+        copies = [f"seed-copy-{number}" for number in range(1, self.seed_copies + 1)]
+        return (["seed"] if self.include_seed else []) + [expert.name for expert in self.experts] + copies
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """k of the FFN router; soft routing is k = N."""
+        return len(self.expert_names) if self.routing.ffn.soft else self.routing.ffn.top_k
+
+    @property
+    def scaling(self) -> float:
+        """``routed_scaling_factor`` as a number."""
+        if self.routed_scaling_factor != "auto":
+            return float(self.routed_scaling_factor)
+        raw = not (self.routing.ffn.normalize or self.routing.ffn.soft)
+        return len(self.expert_names) / self.num_experts_per_tok if raw else 1.0
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """``max_shard_size`` in bytes."""
+        number, unit = self.max_shard_size[:-2].strip(), self.max_shard_size[-2:]
+        return max(1, int(float(number) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit]))
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths start from: that of the recipe's file."""
+        return self._folder
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe file.
+
+        Raises:
+            RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
+        """
+        path = Path(path)
+        recipe = parse(cls, read_yaml(path), str(path))
+        recipe._folder = path.parent
+        return recipe
+
+    @classmethod
+    def of(cls, given: Recipe | dict[str, Any] | str | Path) -> Recipe:
+        """A recipe from whatever a caller has: a recipe, its dictionary, or its file."""
+        if isinstance(given, Recipe):
+            return given
+        return parse(cls, given, "recipe") if isinstance(given, dict) else cls.load(given)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, or a RecipeError with file, line and what was expected."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such recipe file") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe ({error.__class__.__name__})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def parse(model: type[Any], data: Any, where: str) -> Any:
+    """``data`` as a ``model``, or one RecipeError with a line for each problem and the nearest valid word."""
+    if not isinstance(data, dict):
+        kind = "empty" if data is None else f"a {type(data).__name__}"
+        raise RecipeError(f"{where}: is {kind}, not a mapping of keys to values")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_problem(model, detail) for detail in error.errors()]
+        raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _problem(model: type[BaseModel], detail: Any) -> str:
+    """One validation problem as ``key: what is wrong (did you mean ...?)``."""
+    location = [part for part in detail["loc"] if not (isinstance(part, str) and "[" in part)]
+    path = ".".join(str(part) for part in location)
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        known = list(_fields_at(model, location[:-1]))
+        return f"{path}: there is no such key{nearest(str(location[-1]), known)}; known: {', '.join(known)}"
+    if kind == "missing":
+        return f"{path}: is missing"
+    if kind == "literal_error":
+        choices = [word.strip().strip("'") for word in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{path}: {detail['input']!r} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
+    """Names of the fields of the model that stands at ``location``."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

@@ -1,0 +1,459 @@
+"""Do these dense checkpoints fit together? Every problem is found before a byte is written, and all are told at once.
+
+Reads configs, safetensors headers and tokenizer files, no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from branchmix.checkpoint.families import Config, Dimensions, dimensions
+from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.recipe import Recipe
+from branchmix.upcycling.sources import DenseExpert
+
+_SAME_SEED = "experts must have grown from one seed"
+
+# Keys that do not change what a model computes from its weights, or that have a check of their own below.
+_IGNORED = frozenset(
+    """
+    _name_or_path name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
+    attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout layerdrop activation_dropout
+    residual_dropout embedding_dropout classifier_dropout resid_dropout attn_dropout
+    id2label label2id num_labels auto_map output_attentions output_hidden_states return_dict problem_type
+    chunk_size_feed_forward task_specific_params pretraining_tp gradient_checkpointing
+    tie_word_embeddings vocab_size rope_theta rope_scaling rope_parameters rotary_emb_base partial_rotary_factor
+    rotary_pct max_position_embeddings model_type model_max_length
+    hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head num_key_value_heads num_kv_heads
+    intermediate_size n_inner ffn_dim ffn_hidden_size head_dim n_positions n_ctx
+    temperature top_p top_k do_sample max_length min_length repetition_penalty num_beams
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+    _remove_final_layer_norm _attn_implementation_autoset attn_implementation unsloth_version unsloth_fixed
+    """.split()
+)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+@dataclass
+class Findings:
+    """What the check found: problems forbid the merge, notes tell what will be done about a difference."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    expert_rope_parameters: list[dict[str, Any]] | None = None
+    """Rotary parameters of each expert of the mixture, where they differ and may."""
+
+
+def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Findings:
+    """Compare every expert with the seed.
+
+    Args:
+        recipe: decides which differences matter (rotary bases of their own need Expert KV).
+        seed: the seed, whether it is an expert or not.
+        experts: the specialised models.
+    """
+    found = Findings()
+    found.problems += _structure_problems(seed, "seed")
+    for expert in experts:
+        _compare(seed, expert, recipe, found)
+    _check_rotary(recipe, seed, experts, found)
+    if recipe.merge.fold_norms:
+        found.problems += _fold_problems(recipe, seed)
+    return found
+
+
+def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpert) -> Findings:
+    """Compare a dense model with a mixture that it shall join.
+
+    Args:
+        mixture: headers of the mixture.
+        config: its config.
+        newcomer: the dense model.
+    """
+    found = Findings()
+    who, seed_config = f"expert {newcomer.name!r}", config["seed_config"]
+    theirs = newcomer.index.config
+    if theirs.get("model_type") != seed_config.get("model_type"):
+        found.problems.append(
+            f"{who}: model_type is {theirs.get('model_type')}, but the mixture's seed is {seed_config.get('model_type')}: "
+            f"{_SAME_SEED}"
+        )
+        return found
+    dims = dimensions(seed_config)
+    found.problems += _size_problems(who, dims, newcomer.dims)
+    found.problems += _config_problems(who, seed_config, theirs)
+    found.problems += _structure_problems(newcomer, who)
+    tokenizer = compare_tokenizers(mixture.folder, newcomer.index.folder)
+    if tokenizer.problem:
+        found.problems.append(f"{who}: {tokenizer.problem}")
+    if tokenizer.note:
+        found.notes.append(f"{who}: {tokenizer.note}")
+    if not config.get("expert_rope_parameters") and rope_of(theirs) != rope_of(seed_config):
+        if config["attention"] == "kv_experts" and newcomer.family.plain_attention:
+            found.notes.append(f"{who}: keeps its own rotary settings, {_rope_words(newcomer)}")
+        else:
+            found.problems.append(
+                f"{who}: rotary settings are {_rope_words(newcomer)}, but the mixture's are "
+                f"{json.dumps(rope_of(seed_config), sort_keys=True)}: only attention: kv_experts of a family with plain "
+                "rotary attention lets experts keep their own"
+            )
+    return found
+
+
+def _compare(seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Findings) -> None:
+    who = f"expert {expert.name!r}"
+    ours, theirs = seed.index.config, expert.index.config
+    if ours.get("model_type") != theirs.get("model_type"):
+        found.problems.append(
+            f"{who}: model_type is {theirs.get('model_type')}, but the seed's is {ours.get('model_type')}: {_SAME_SEED}"
+        )
+        return
+    sizes = list(_size_problems(who, seed.dims, expert.dims))
+    found.problems += sizes
+    found.problems += _config_problems(who, ours, theirs)
+    found.problems += _structure_problems(expert, who)
+    if not sizes:
+        found.problems += _tensor_problems(who, seed, expert)
+    if ours.get("max_position_embeddings") != theirs.get("max_position_embeddings"):
+        found.notes.append(
+            f"{who}: max_position_embeddings is {theirs.get('max_position_embeddings')}, the mixture takes the seed's "
+            f"{ours.get('max_position_embeddings')}"
+        )
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if ours.get(key) != theirs.get(key):
+            found.notes.append(f"{who}: {key} is {theirs.get(key)}, the mixture takes the seed's {ours.get(key)}")
+    tokenizer = compare_tokenizers(seed.index.folder, expert.index.folder)
+    if tokenizer.problem:
+        found.problems.append(f"{who}: {tokenizer.problem}")
+    if tokenizer.note:
+        found.notes.append(f"{who}: {tokenizer.note}")
+    _check_vocabulary(who, seed, expert, tokenizer, found)
+    ours_dtypes, theirs_dtypes = _dtypes(seed), _dtypes(expert)
+    if ours_dtypes != theirs_dtypes:
+        target = recipe.dtype or "the seed's dtype"
+        found.notes.append(
+            f"{who}: stored as {'+'.join(sorted(theirs_dtypes))}, the seed as {'+'.join(sorted(ours_dtypes))}: cast to {target}"
+        )
+
+
+def _size_problems(who: str, ours: Dimensions, theirs: Dimensions) -> Iterator[str]:
+    names = {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "intermediate_size": "intermediate_size",
+    }
+    for attribute, name in names.items():
+        if getattr(ours, attribute) != getattr(theirs, attribute):
+            yield f"{who}: {name} is {getattr(theirs, attribute)}, but the seed's is {getattr(ours, attribute)}: {_SAME_SEED}"
+    if ours.tied_embeddings != theirs.tied_embeddings:
+        word = {True: "tied", False: "untied"}
+        yield (
+            f"{who}: input and output embeddings are {word[theirs.tied_embeddings]}, but the seed's are "
+            f"{word[ours.tied_embeddings]}: untie the tied one (load it, set config.tie_word_embeddings = False, save)"
+        )
+
+
+def _config_problems(who: str, ours: Config, theirs: Config) -> Iterator[str]:
+    ignored = set(_IGNORED)
+    if not ours.get("use_sliding_window", True) and not theirs.get("use_sliding_window", True):
+        ignored |= {"sliding_window", "max_window_layers", "layer_types"}
+    for key in sorted((ours.keys() & theirs.keys()) - ignored):
+        if ours[key] != theirs[key]:
+            yield (
+                f"{who}: {key} is {_short(theirs[key])}, but the seed's is {_short(ours[key])}: the two compute "
+                f"different functions of their weights, {_SAME_SEED}"
+            )
+
+
+def _structure_problems(model: DenseExpert, who: str) -> Iterator[str]:
+    """Tensors without a place in the family's layout, and projections that are not there."""
+    family, tensors = model.family, model.tensors
+    missing = [
+        name for layer in range(model.dims.num_layers) for name in model.expected_tensors(layer) if name not in tensors
+    ]
+    if missing:
+        reason = (
+            f"{family.model_type} is no known family and its tensors are not named as Llama's, so it cannot be widened"
+            if family.inferred
+            else "the checkpoint is incomplete, download or save it again"
+        )
+        yield f"{who}: {_count(missing)} missing from {model.index.folder.name}, first {missing[0]}: {reason}"
+        return
+    prefix = f"{family.layers}."
+    stray = {
+        int(name.removeprefix(prefix).split(".")[0])
+        for name in tensors
+        if name.startswith(prefix) and name.removeprefix(prefix).split(".")[0].isdigit()
+    }
+    if stray and max(stray) >= model.dims.num_layers:
+        yield (
+            f"{who}: has tensors of layer {max(stray)}, but config.json says num_hidden_layers is "
+            f"{model.dims.num_layers}: config and weights do not belong together"
+        )
+        return
+    yield from _shape_problems(model, who)
+    unplaced = sorted(_unplaced(model))
+    if unplaced:
+        yield (
+            f"{who}: {_count(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
+            f"{unplaced[0]}: this variant of the family cannot be widened"
+        )
+
+
+def _shape_problems(model: DenseExpert, who: str) -> Iterator[str]:
+    """The first layer's projections against the sizes of config.json."""
+    dims = model.dims
+    wanted = {
+        "q": (dims.num_heads * dims.head_dim, dims.hidden_size),
+        "k": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
+        "v": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
+        "o": (dims.hidden_size, dims.num_heads * dims.head_dim),
+    }
+    try:
+        shapes = {role: part.shape for role in wanted if (part := model.attention(0, role, "weight"))}  # type: ignore[arg-type]
+        shapes |= {"down": model.ffn(0)["down_proj.weight"].shape}
+    except AssertionError:
+        yield (
+            f"{who}: the fused projection of layer 0 is smaller than config.json's head counts ask for: config and "
+            "weights do not belong together"
+        )
+        return
+    wanted["down"] = (dims.hidden_size, dims.intermediate_size)
+    for role, shape in shapes.items():
+        if tuple(shape) != wanted[role]:
+            yield (
+                f"{who}: the {role} projection of layer 0 has shape {list(shape)}, but by config.json it should be "
+                f"{list(wanted[role])}: config and weights do not belong together"
+            )
+
+
+def _unplaced(model: DenseExpert) -> set[str]:
+    """Tensors inside attention or FFN that the family's entry does not name."""
+    family = model.family
+    known = {
+        f"{family.attention}.{name}"
+        for name in (family.fused_qkv, family.query, family.key, family.value, family.output)
+        if name
+    } | {path for path in (family.fused_gate_up, family.gate, family.up, family.down) if path}
+    norms = tuple(f"{family.attention}.{name}." for name in (family.query_norm, family.key_norm) if name)
+    unplaced = set()
+    for name in model.expert_tensors(attention=True, ffn=True):
+        inner = name.removeprefix(f"{family.layers}.").split(".", 1)[1]
+        module, _, kind = inner.rpartition(".")
+        if not inner.startswith(norms or ("\0",)) and not (module in known and kind in ("weight", "bias")):
+            unplaced.add(name)
+    return unplaced
+
+
+def _tensor_problems(who: str, seed: DenseExpert, expert: DenseExpert) -> Iterator[str]:
+    ours, theirs = seed.tensors, expert.tensors
+    missing = [name for name in ours if name not in theirs]
+    extra = [name for name in theirs if name not in ours]
+    if missing:
+        yield f"{who}: lacks {_count(missing)} that the seed has, first {missing[0]}: {_SAME_SEED}"
+    if extra:
+        yield f"{who}: has {_count(extra)} that the seed lacks, first {extra[0]}: {_SAME_SEED}"
+    for name in ours.keys() & theirs.keys():
+        mine, other = ours[name].shape, theirs[name].shape
+        if mine != other and not (_is_vocabulary(name, mine, seed) and mine[1:] == other[1:]):
+            yield f"{who}: {name} has shape {list(other)}, but the seed's is {list(mine)}: {_SAME_SEED}"
+
+
+def _check_vocabulary(
+    who: str, seed: DenseExpert, expert: DenseExpert, tokenizer: TokenizerComparison, found: Findings
+) -> None:
+    ours, theirs = seed.dims.vocab_size, expert.dims.vocab_size
+    if ours == theirs or tokenizer.problem:
+        return
+    if not tokenizer.same or tokenizer.size is None:
+        found.problems.append(
+            f"{who}: vocab_size is {theirs}, but the seed's is {ours}, and without both tokenizer.json files nobody "
+            "can tell whether the rest is padding: put the tokenizers beside the weights"
+        )
+    elif tokenizer.size > min(ours, theirs):
+        found.problems.append(
+            f"{who}: vocab_size is {theirs} and the seed's is {ours}, but the tokenizer has {tokenizer.size} tokens, so "
+            "rows in use are missing: resize the embeddings to the tokenizer first"
+        )
+    elif theirs > ours:
+        found.notes.append(f"{who}: rows {ours} to {theirs - 1} of its embeddings are padding, they are left out")
+    else:
+        found.notes.append(
+            f"{who}: has no rows {theirs} to {ours - 1} of the padded embeddings, they are averaged over the others"
+        )
+
+
+def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert], found: Findings) -> None:
+    ours = rope_of(seed.index.config)
+    different = [expert for expert in experts if rope_of(expert.index.config) != ours]
+    if not different:
+        return
+    flat = all("rope_theta" in rope_of(model.index.config) for model in (seed, *experts))
+    if recipe.attention == "kv_experts" and seed.family.plain_attention and flat:
+        models = [seed, *experts] if recipe.include_seed else list(experts)
+        copies = [seed] * recipe.seed_copies
+        found.expert_rope_parameters = [rope_of(model.index.config) for model in (*models, *copies)]
+        names = ", ".join(f"{expert.name} {_rope_words(expert)}" for expert in different)
+        found.notes.append(f"rotary settings differ (seed {_rope_words(seed)}; {names}): each expert keeps its own")
+        return
+    for expert in different:
+        reason = (
+            "only attention: kv_experts lets experts keep their own"
+            if recipe.attention != "kv_experts"
+            else f"{seed.family.model_type} cannot give experts their own"
+        )
+        found.problems.append(
+            f"expert {expert.name!r}: rotary settings are {_rope_words(expert)}, but the seed's are "
+            f"{_rope_words(seed)}: {reason}"
+        )
+
+
+def rope_of(config: Config) -> dict[str, Any]:
+    """Rotary parameters in transformers 5's form, from its config or an older one."""
+    if config.get("rope_parameters"):
+        return _number_types(dict(config["rope_parameters"]))
+    scaling = dict(config.get("rope_scaling") or {})
+    rope: dict[str, Any] = {"rope_type": scaling.pop("type", scaling.pop("rope_type", "default"))}
+    rope["rope_theta"] = config.get("rope_theta", config.get("rotary_emb_base", 10000.0))
+    for old in ("partial_rotary_factor", "rotary_pct"):
+        if config.get(old) is not None:
+            rope["partial_rotary_factor"] = config[old]
+    return _number_types({**rope, **scaling})
+
+
+def _number_types(rope: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if isinstance(value, int) and key == "rope_theta" else value for key, value in rope.items()}
+
+
+def _rope_words(model: DenseExpert) -> str:
+    return json.dumps(rope_of(model.index.config), sort_keys=True)
+
+
+def _fold_problems(recipe: Recipe, seed: DenseExpert) -> Iterator[str]:
+    family = seed.family
+    norms = foldable_norms(recipe, seed)
+    if not norms:
+        yield (
+            f"merge.fold_norms: no norm of {family.model_type} can be folded, since it stands before nothing but experts "
+            "in no block (post-norm or unknown family, or an averaged part reads it): leave fold_norms out"
+        )
+    for norm in norms:
+        if f"{family.layers}.0.{norm}.bias" in seed.tensors:
+            yield f"merge.fold_norms: {norm} has a bias, only gain-only norms can be folded: leave fold_norms out"
+        elif f"{family.layers}.0.{norm}.weight" not in seed.tensors:
+            yield f"merge.fold_norms: {norm} has no gain to fold: leave fold_norms out"
+
+
+def foldable_norms(recipe: Recipe, seed: DenseExpert) -> list[str]:
+    """Norms of a block that only experts read, so that their gains can go into the experts' projections."""
+    family = seed.family
+    readers: dict[str, list[bool]] = {}
+    for norm, is_expert in (
+        (family.attention_input_norm, recipe.attention in ("kv_experts", "kv_sharing")),
+        (family.ffn_input_norm, recipe.ffn == "experts"),
+    ):
+        if norm is not None:
+            readers.setdefault(norm, []).append(is_expert)
+    return [norm for norm, experts in readers.items() if all(experts)]
+
+
+@dataclass(frozen=True)
+class TokenizerComparison:
+    """Outcome of comparing two checkpoints' tokenizers."""
+
+    same: bool
+    problem: str | None = None
+    note: str | None = None
+    size: int | None = None
+    """Highest token id + 1, where it could be read."""
+
+
+def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
+    """Compare what text becomes which token ids; chat templates and padding options do not count."""
+    mine = {name for name in _TOKENIZER_FILES if (ours / name).is_file()}
+    other = {name for name in _TOKENIZER_FILES if (theirs / name).is_file()}
+    if not mine or not other:
+        whose = "the seed has" if not mine else "it has"
+        return TokenizerComparison(same=False, note=f"{whose} no tokenizer files: that token ids agree is not checked")
+    if "tokenizer.json" in mine & other:
+        return _compare_tokenizer_json(ours / "tokenizer.json", theirs / "tokenizer.json")
+    common = sorted(mine & other)
+    for name in common:
+        if (ours / name).read_bytes() != (theirs / name).read_bytes():
+            return TokenizerComparison(
+                same=False, problem=f"{name} is not the seed's: token ids mean different text, {_SAME_SEED}"
+            )
+    if common:
+        return TokenizerComparison(same=True)
+    return TokenizerComparison(
+        same=False,
+        note=f"tokenizers are stored differently ({', '.join(sorted(other))} beside {', '.join(sorted(mine))}): not compared",
+    )
+
+
+def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
+    raw_ours, raw_theirs = ours.read_bytes(), theirs.read_bytes()
+    try:
+        first = json.loads(raw_ours)
+        second = first if raw_ours == raw_theirs else json.loads(raw_theirs)
+    except ValueError:
+        return TokenizerComparison(same=False, problem="tokenizer.json is not valid JSON: download it again")
+    ids_first, ids_second = _token_ids(first), _token_ids(second)
+    size = max(ids_first.values(), default=-1) + 1
+    if ids_first != ids_second:
+        text = next(token for token in {**ids_first, **ids_second} if ids_first.get(token) != ids_second.get(token))
+        return TokenizerComparison(
+            same=False,
+            problem=(
+                f"its tokenizer is not the seed's: token {text!r} is {_id(ids_second, text)}, in the seed's it is "
+                f"{_id(ids_first, text)}: averaged embeddings would mix different tokens, {_SAME_SEED}"
+            ),
+        )
+    merges = [_merges(tokenizer) for tokenizer in (first, second)]
+    if merges[0] != merges[1]:
+        return TokenizerComparison(
+            same=False, problem=f"its tokenizer has the seed's tokens but other merge rules: {_SAME_SEED}"
+        )
+    return TokenizerComparison(same=True, size=size)
+
+
+def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram: [token, score] by id
+        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+
+
+def _merges(tokenizer: dict[str, Any]) -> list[str]:
+    merges = tokenizer.get("model", {}).get("merges") or []
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+
+def _id(ids: dict[str, int], token: str) -> str:
+    return f"id {ids[token]}" if token in ids else "absent"
+
+
+def _is_vocabulary(name: str, shape: tuple[int, ...], seed: DenseExpert) -> bool:
+    return not name.startswith(f"{seed.family.layers}.") and len(shape) >= 1 and shape[0] == seed.dims.vocab_size
+
+
+def _dtypes(model: DenseExpert) -> set[str]:
+    return {ref.dtype for ref in model.tensors.values()}
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

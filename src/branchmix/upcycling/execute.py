@@ -1,0 +1,278 @@
+"""Carries out a plan: sources found, weights streamed, companions copied, provenance written, all or nothing.
+
+The output folder appears at the end, by a rename; until then nothing in it loads, since config.json comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from branchmix import __version__
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.writer import WriteReport, atomic_folder, write_checkpoint
+from branchmix.errors import BranchMixError, CompatibilityError, OutputError
+from branchmix.recipe import Recipe
+from branchmix.upcycling.card import model_card
+from branchmix.upcycling.plan import Plan, plan_upcycling
+
+if TYPE_CHECKING:
+    from branchmix.upcycling.verify import Verification
+
+CODE_FILES = ("configuration_branchmix.py", "losses_branchmix.py", "modeling_branchmix.py")
+
+# What comes along from the seed, if it is there.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Sourced:
+    """A model that goes into the output: what the user wrote, where it was found, and its headers."""
+
+    name: str
+    model: ResolvedModel
+    index: CheckpointIndex
+    adapter: Path | None = None
+    """The LoRA folder, if ``index`` is of the merged model."""
+
+
+@dataclass(frozen=True)
+class UpcycleReport:
+    """What ``upcycle`` did, or would do."""
+
+    out: Path
+    plan: Plan
+    written: WriteReport | None
+    """None after a dry run."""
+    verification: Verification | None
+    seconds: float
+
+
+def upcycle(
+    recipe: Recipe | dict[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    dry_run: bool = False,
+    verify: bool = False,
+    force: bool = False,
+    check: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> UpcycleReport:
+    """Turn a seed and its specialised siblings into one mixture of experts (BAM, arXiv 2408.08274, section 4).
+
+    Args:
+        recipe: a recipe, its dictionary, or the path of its YAML file.
+        out: folder to write, in the Hugging Face layout.
+        dry_run: plan and check only.
+        verify: prove the result on text before it gets its name (needs the memory of the mixture in fp32).
+        force: replace ``out`` if it exists. A folder that is an input is never replaced.
+        check: refuse NaN and Inf in the sources while streaming.
+        progress: called with the step's name, bytes done and bytes in all.
+
+    Raises:
+        BranchMixError: one of its kinds, before anything is written wherever that can be known.
+
+    Example:
+        >>> import branchmix
+        >>> report = branchmix.upcycle("recipes/bam.yaml", "mixtures/bam")
+        >>> model = AutoModelForCausalLM.from_pretrained("mixtures/bam")
+    """
+    start = time.perf_counter()
+    recipe = Recipe.of(recipe)
+    out = Path(out)
+    folders = [resolve(given, recipe.folder) for given in (recipe.seed, *(expert.model for expert in recipe.experts))]
+    refuse_overlap(out, [model.folder for model in folders], force=force)
+    with open_sources(recipe, folders, out, dry_run=dry_run) as sources:
+        seed, *experts = sources
+        router_rows = None
+        if recipe.router_init.method == "hidden":
+            plan_upcycling(recipe, seed.index, [expert.index for expert in experts])  # refuse before a model is loaded
+            if not dry_run:
+                from branchmix.upcycling.router_init import hidden_state_routers
+
+                router_rows = hidden_state_routers(recipe, seed.index)
+        plan = plan_upcycling(recipe, seed.index, [expert.index for expert in experts], router_rows=router_rows)
+        written = verification = None
+        if not dry_run:
+            require_space(out, plan)
+            provenance = {"recipe": recipe.model_dump(mode="json", exclude_defaults=True), "sources": describe(sources)}
+            with atomic_folder(out, force=force) as folder:
+                written = write_output(
+                    plan, folder, seed.index.folder, provenance, recipe.max_shard_bytes, check=check, progress=progress
+                )
+                if verify:
+                    from branchmix.upcycling.verify import verify_plan
+
+                    verification = verify_plan(plan, folder, progress=progress)
+    return UpcycleReport(out, plan, written, verification, time.perf_counter() - start)
+
+
+def write_output(
+    plan: Plan,
+    folder: Path,
+    companions: Path,
+    provenance: dict[str, Any],
+    max_shard_bytes: int,
+    *,
+    check: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> WriteReport:
+    """Weights first, config.json last, so that an interrupted folder is no model.
+
+    Args:
+        plan: what to write.
+        folder: an empty folder.
+        companions: folder whose tokenizer, chat template and generation config come along.
+        provenance: recipe and sources, for ``branchmix.json`` and the model card.
+        max_shard_bytes: greatest size of a weights file.
+        check: refuse NaN and Inf in the sources.
+        progress: called with the step's name, bytes done and bytes in all.
+    """
+    report: Callable[[int], None] | None = None
+    if progress is not None:
+        tell = progress
+        report = lambda done: tell("writing", done, plan.nbytes)  # noqa: E731
+    written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
+    for name in _COMPANIONS:
+        if (companions / name).is_file():
+            shutil.copyfile(companions / name, folder / name)
+    if not plan.is_dense:
+        for name in CODE_FILES:
+            shutil.copyfile(Path(__file__).parent.parent / "models" / name, folder / name)
+    versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
+    provenance = {"versions": versions, **provenance, "notes": list(plan.notes)}
+    _write_json(folder / "branchmix.json", provenance)
+    (folder / "README.md").write_text(model_card(plan, provenance), encoding="utf-8")
+    _write_json(folder / "config.json", plan.config)
+    return written
+
+
+@contextmanager
+def open_sources(
+    recipe: Recipe, folders: Sequence[ResolvedModel], out: Path, *, dry_run: bool
+) -> Iterator[list[Sourced]]:
+    """Headers of seed and experts; LoRA adapters are merged into temporary folders beside ``out``.
+
+    Raises:
+        CompatibilityError: with the problems of all sources that cannot be read.
+    """
+    from branchmix.upcycling.lora import is_adapter, merged_adapter
+
+    names = ["seed", *(expert.name for expert in recipe.experts)]
+    problems: list[str] = []
+    opened: list[Sourced] = []
+    temporary: list[Path] = []
+    try:
+        for name, model in zip(names, folders, strict=True):
+            who = "seed" if name == "seed" else f"expert {name!r}"
+            try:
+                if name != "seed" and is_adapter(model.folder):
+                    folder = merged_adapter(model.folder, opened[0].model, out, dry_run=dry_run) if opened else model.folder
+                    if not dry_run and opened:
+                        temporary.append(folder)
+                    opened.append(Sourced(name, model, CheckpointIndex.open(folder), adapter=model.folder))
+                else:
+                    opened.append(Sourced(name, model, CheckpointIndex.open(model.folder)))
+            except BranchMixError as error:
+                problems.append(f"{who}: {error}")
+        if problems:
+            raise CompatibilityError(problems)
+        yield opened
+    finally:
+        for folder in temporary:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def describe(sources: Sequence[Sourced]) -> list[dict[str, Any]]:
+    """Sources for the provenance: what was given, revision, and each file with its size and hash."""
+    return [
+        {
+            "name": source.name,
+            "model": source.model.given,
+            "revision": source.model.revision,
+            "lora_adapter": source.adapter is not None,
+            "files": [{"name": file.name, "bytes": file.stat().st_size, **file_hash(file)} for file in source.index.files],
+        }
+        for source in sources
+    ]
+
+
+def file_hash(file: Path) -> dict[str, str]:
+    """The file's sha256 where the Hub's cache knows it; else that of its header, which names every tensor.
+
+    Hashing tens of gigabytes would take longer than the merge. ``--verify`` compares all copied bytes instead.
+    """
+    import hashlib
+
+    target = file.resolve()
+    if target.parent.name == "blobs" and len(target.name) == 64:
+        return {"sha256": target.name}
+    with file.open("rb") as opened:
+        header = opened.read(8)
+        header += opened.read(int.from_bytes(header, "little"))
+    return {"header_sha256": hashlib.sha256(header).hexdigest()}
+
+
+def refuse_overlap(out: Path, sources: Sequence[Path], *, force: bool) -> None:
+    """An output that is, holds or lies in a source folder is refused, with or without ``--force``."""
+    target = out.resolve()
+    for source in sources:
+        folder = source.resolve()
+        if target == folder or target in folder.parents or folder in target.parents:
+            raise OutputError(f"{out}: is, holds or lies in the source folder {source}: choose another output folder")
+    if out.exists() and not force:
+        raise OutputError(f"{out}: exists already: choose another folder, or replace it with --force")
+
+
+def require_space(out: Path, plan: Plan) -> None:
+    """Refuse beforehand what cannot fit.
+
+    Raises:
+        OutputError: with bytes needed and free.
+    """
+    free = free_bytes(out)
+    if plan.nbytes > free:
+        raise OutputError(
+            f"{out}: the output needs {plan.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there: make room, "
+            "or choose a folder on another disk"
+        )
+
+
+def free_bytes(out: Path) -> int:
+    """Free bytes on the disk that ``out`` will lie on."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,103 @@
+"""The tensors of one layer of a mixture, from its experts' sources. Pure: expressions in, named expressions out.
+
+Order of the wide heads: (expert, head) for Expert KV, (kv head, expert, group) for Shared KV (see ``HeadOrder`` in
+the model's code). Everything is a verbatim copy but averages, o_proj's columns, casts and new routers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from branchmix.checkpoint.expressions import Columns, Expression, Mean, Rows, Source, Stack
+from branchmix.upcycling.sources import ExpertSource, Kind, Role
+
+
+def attention_tensors(
+    experts: Sequence[ExpertSource],
+    layer: int,
+    *,
+    kv_sharing: bool,
+    kv_models: Sequence[ExpertSource],
+    kv_weights: Sequence[float],
+) -> Iterator[tuple[str, Expression]]:
+    """Tensors of a layer's ``self_attn`` but the router, by name below it.
+
+    Args:
+        experts: in the order of the router's rows.
+        layer: number of the block.
+        kv_sharing: one k and v for all, the mean of those of ``kv_models``.
+        kv_models: models that the mean is over; they need not be experts.
+        kv_weights: their weights; zero leaves a model out.
+    """
+    first = experts[0]
+    roles: tuple[Role, ...] = ("q", "k", "v")
+    kinds: tuple[Kind, ...] = ("weight", "bias")
+    for role in roles:
+        for kind in kinds:
+            shared = kv_sharing and role != "q"
+            given = _all(model.attention(layer, role, kind) for model in (kv_models if shared else experts))
+            if not given:
+                continue
+            if shared:
+                wide = mean(given, kv_weights)
+            elif kv_sharing:
+                wide = Stack(tuple(Rows(part, (span,)) for span in _groups(first) for part in given))
+            else:
+                wide = Stack(tuple(given))
+            yield f"heads.{role}_proj.{kind}", wide
+
+    given = _all(expert.attention(layer, "o", "weight") for expert in experts)
+    spans = _groups(first) if kv_sharing else [(0, given[0].shape[1])]
+    yield "o_proj.weight", Columns(tuple((part, low, high) for low, high in spans for part in given))
+    biases = _all(expert.attention(layer, "o", "bias") for expert in experts)
+    if biases:
+        yield "o_bias", Stack(tuple(_as_row(bias) for bias in biases))
+
+    for number, expert in enumerate(experts):
+        for name, part in expert.attention_norm(layer, "q").items():
+            yield f"heads.{expert.family.query_norm}.{number}.{name}", part
+        if not kv_sharing:
+            for name, part in expert.attention_norm(layer, "k").items():
+                yield f"heads.{expert.family.key_norm}.{number}.{name}", part
+    if kv_sharing:  # one K has one norm
+        norms = [model.attention_norm(layer, "k") for model in kv_models]
+        for name in norms[0]:
+            yield f"heads.{first.family.key_norm}.{name}", mean([norm[name] for norm in norms], kv_weights)
+
+
+def ffn_tensors(experts: Sequence[ExpertSource], layer: int) -> Iterator[tuple[str, Expression]]:
+    """Tensors of a layer's ``mlp`` but the router, by name below it."""
+    for number, expert in enumerate(experts):
+        for name, part in expert.ffn(layer).items():
+            yield f"experts.{number}.{name}", part
+
+
+def mean(parts: Sequence[Expression], weights: Sequence[float]) -> Expression:
+    """Weighted mean of those parts whose weight is not zero."""
+    used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
+    if len(used) == 1:
+        return used[0][0]
+    uniform = len({weight for _, weight in used}) == 1
+    return Mean(tuple(part for part, _ in used), None if uniform else tuple(weight for _, weight in used))
+
+
+def _all(parts: Iterable[Expression | None]) -> list[Expression]:
+    """Every model's part, or none where the family has no such tensor."""
+    found = list(parts)
+    given = [part for part in found if part is not None]
+    assert len(given) in (0, len(found)), "the compatibility check lets no model without this tensor through"
+    return given
+
+
+def _groups(expert: ExpertSource) -> list[tuple[int, int]]:
+    """Rows of q (columns of o) that belong to each K/V head."""
+    dims = expert.dims
+    width = dims.num_heads // dims.num_kv_heads * dims.head_dim
+    return [(kv * width, (kv + 1) * width) for kv in range(dims.num_kv_heads)]
+
+
+def _as_row(bias: Expression) -> Expression:
+    """A 1-D source as [1, D]."""
+    assert isinstance(bias, Source), "output biases are whole tensors"
+    return Source(replace(bias.ref, shape=(1, *bias.ref.shape)))

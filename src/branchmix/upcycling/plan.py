@@ -1,0 +1,392 @@
+"""What becomes of every tensor, from headers alone: the plan that ``--dry-run`` prints and ``execute`` carries out.
+
+Pure: reads configs and headers, writes nothing, imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from branchmix import __version__
+from branchmix.checkpoint.expressions import Cast, Constant, Expression, Normal, PartlyRedrawn, Rows, Scaled, Source
+from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of
+from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.writer import OutputTensor
+from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
+from branchmix.recipe import DTYPES, Recipe
+from branchmix.upcycling.compatibility import check, foldable_norms
+from branchmix.upcycling.layers import attention_tensors, ffn_tensors, mean
+from branchmix.upcycling.sources import DenseExpert, ExpertSource
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_branchmix.BranchMixConfig",
+    "AutoModel": "modeling_branchmix.BranchMixModel",
+    "AutoModelForCausalLM": "modeling_branchmix.BranchMixForCausalLM",
+}
+"""As in ``configuration_branchmix``, which only torch users import."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be written."""
+
+    tensors: tuple[OutputTensor, ...]
+    config: Config
+    """Content of the output's config.json."""
+    notes: tuple[str, ...]
+    """What is done about harmless differences, and warnings."""
+    sources: tuple[ExpertSource, ...]
+    """Experts in the order of the routers' rows; of a soup, the models averaged."""
+    seed_folder_of: str
+    """Name of the source whose tokenizer and generation config come along."""
+    groups: tuple[Group, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.expression.nbytes for tensor in self.tensors)
+
+    @property
+    def is_dense(self) -> bool:
+        """Nothing is an expert: a soup, written as an ordinary checkpoint of the seed's family."""
+        return self.config["model_type"] != "branchmix"
+
+
+@dataclass(frozen=True)
+class Group:
+    """One line of the plan: tensors of one kind and what becomes of them."""
+
+    name: str
+    count: int
+    nbytes: int
+    shape: tuple[int, ...]
+    how: str
+
+
+def open_expert(name: str, index: CheckpointIndex, *, fold_norms: bool = False) -> DenseExpert:
+    """A dense checkpoint as an expert.
+
+    Raises:
+        CheckpointError: it is no dense causal language model; the message names the expert.
+    """
+    try:
+        return DenseExpert(name, index, family_of(index.config), dimensions(index.config), fold_norms)
+    except CheckpointError as error:
+        who = "seed" if name == "seed" else f"expert {name!r}"
+        raise CheckpointError(f"{who}: {error}") from None
+
+
+def plan_upcycling(
+    recipe: Recipe,
+    seed_index: CheckpointIndex,
+    expert_indexes: Sequence[CheckpointIndex],
+    *,
+    router_rows: dict[str, Expression] | None = None,
+) -> Plan:
+    """Plan a mixture (or a soup) from dense checkpoints.
+
+    Args:
+        recipe: what to do.
+        seed_index: headers of the seed.
+        expert_indexes: headers of the recipe's experts, in its order.
+        router_rows: routers [E, D] by output name, where they are not drawn at random.
+
+    Raises:
+        CompatibilityError: the checkpoints do not fit together; with all problems.
+    """
+    seed, experts = _open_all(recipe, seed_index, expert_indexes)
+    found = check(recipe, seed, experts)
+    if found.problems:
+        raise CompatibilityError(found.problems)
+    mixture = _Mixture(recipe, seed, experts, found.expert_rope_parameters, router_rows or {})
+    tensors = tuple(mixture.tensors())
+    config = mixture.config()
+    members = mixture.experts if config["model_type"] == "branchmix" else [seed, *experts]
+    return Plan(
+        tensors=tensors,
+        config=config,
+        notes=tuple([*found.notes, *_warnings(recipe)]),
+        sources=tuple(members),
+        seed_folder_of="seed",
+        groups=tuple(group_tensors(tensors, seed.family)),
+    )
+
+
+def _open_all(
+    recipe: Recipe, seed_index: CheckpointIndex, expert_indexes: Sequence[CheckpointIndex]
+) -> tuple[DenseExpert, list[DenseExpert]]:
+    """Seed and experts; problems of several are told together."""
+    opened: list[DenseExpert] = []
+    problems: list[str] = []
+    names = ["seed", *(expert.name for expert in recipe.experts)]
+    for name, index in zip(names, [seed_index, *expert_indexes], strict=True):
+        try:
+            opened.append(open_expert(name, index))
+        except BranchMixError as error:
+            problems.append(str(error))
+    if problems:
+        raise CompatibilityError(problems)
+    return opened[0], opened[1:]
+
+
+class _Mixture:
+    """The tensors of the output, as the recipe wants them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seed: DenseExpert,
+        experts: list[DenseExpert],
+        rope_parameters: list[dict[str, Any]] | None,
+        router_rows: dict[str, Expression],
+    ):
+        self.recipe = recipe
+        self.seed = seed
+        self.family: Family = seed.family
+        self.dims: Dimensions = seed.dims
+        self.rope_parameters = rope_parameters
+        self.router_rows = router_rows
+        self.models = [seed, *experts]
+        self.weights = self._merge_weights()
+        self.folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
+        self.dtype = DTYPES[recipe.dtype] if recipe.dtype else _main_dtype(seed)
+        by_name = {model.name: self._maybe_folded(model) for model in self.models}
+        self.experts: list[ExpertSource] = [
+            by_name.get(name) or self._maybe_folded(seed, name) for name in recipe.expert_names
+        ]
+        self.kv_models = list(by_name.values())
+
+    @property
+    def has_attention_experts(self) -> bool:
+        return self.recipe.attention in ("kv_experts", "kv_sharing")
+
+    @property
+    def has_ffn_experts(self) -> bool:
+        return self.recipe.ffn == "experts"
+
+    def tensors(self) -> Iterator[OutputTensor]:
+        """All output tensors, in the seed's order, a layer's experts where the layer begins."""
+        owned = self.seed.expert_tensors(self.has_attention_experts, self.has_ffn_experts)
+        dense = not (self.has_attention_experts or self.has_ffn_experts)
+        prefix = "" if dense else "model."
+        done: set[int] = set()
+        for name, ref in self.seed.tensors.items():
+            layer = self._layer_of(name)
+            if layer is not None and layer not in done and not dense:
+                done.add(layer)
+                for below, part in self._layer(layer):
+                    yield self._out(f"model.{self.family.layers}.{layer}.{below}", part)
+            if name not in owned:
+                yield self._out(prefix + name, self._shared(name, ref.shape))
+
+    def _layer(self, layer: int) -> Iterator[tuple[str, Expression]]:
+        family, experts = self.family, self.experts
+        width = self.dims.hidden_size
+        if self.has_attention_experts:
+            kv_sharing = self.recipe.attention == "kv_sharing"
+            for name, part in attention_tensors(
+                experts, layer, kv_sharing=kv_sharing, kv_models=self.kv_models, kv_weights=self._kv_weights()
+            ):
+                yield f"{family.attention}.{name}", part
+            yield self._router(f"{family.attention}.expert_gate.weight", layer, width, attention=True)
+        if self.has_ffn_experts:
+            for name, part in ffn_tensors(experts, layer):
+                yield f"{family.ffn}.{name}", self._sparse(layer, name, part)
+            yield self._router(f"{family.ffn}.gate.weight", layer, width, attention=False)
+
+    def _router(self, below: str, layer: int, width: int, *, attention: bool) -> tuple[str, Expression]:
+        name = f"model.{self.family.layers}.{layer}.{below}"
+        wanted = self.recipe.router_init
+        shape = (len(self.experts), width)
+        if wanted.method == "zeros" or (attention and wanted.attention == "zeros"):
+            return below, Constant(shape, 0.0, self.dtype)
+        if name in self.router_rows:
+            return below, self.router_rows[name]
+        return below, Normal(shape, wanted.std, wanted.seed, name, self.dtype)
+
+    def _sparse(self, layer: int, name: str, part: Expression) -> Expression:
+        """Sparse upcycling's options, for FFN experts that are copies of the seed."""
+        options = self.recipe.sparse_upcycling
+        number, matrix = int(name.split(".")[1]), name.split(".")[2]
+        expert = self.recipe.expert_names[number]
+        if expert != "seed" and not expert.startswith("seed-copy-"):
+            return part
+        if options.redraw_fraction and name.endswith(".weight"):
+            # Gate, up and down of one expert lose the same inner units; each expert others (Drop-Upcycling, section 3).
+            key = f"{self.family.layers}.{layer}.experts.{number}"
+            axis = 1 if matrix == "down_proj" else 0
+            part = PartlyRedrawn(
+                part, options.redraw_fraction, self.recipe.router_init.seed, key=f"{key}.{matrix}", index_key=key, axis=axis
+            )
+        factor = self._weight_scale(gated=self.family.gate is not None)
+        return Scaled(part, factor) if factor != 1.0 and name.endswith(".weight") else part
+
+    def _weight_scale(self, *, gated: bool) -> float:
+        """NVIDIA's weight scaling for E experts, top T and granularity 1: (E / T)^(1/3), or ^(1/2) for two matrices."""
+        given = self.recipe.sparse_upcycling.weight_scaling
+        if given is False:
+            return 1.0
+        if given is not True:
+            return float(given)
+        return float((len(self.experts) / self.recipe.num_experts_per_tok) ** (1 / 3 if gated else 1 / 2))
+
+    def _shared(self, name: str, shape: tuple[int, ...]) -> Expression:
+        """A tensor that is no expert's: merged, the seed's, or ones where its gain was folded."""
+        below = re.sub(rf"^{re.escape(self.family.layers)}\.\d+\.", "", name)
+        if below.removesuffix(".weight") in self.folded:
+            return Constant(shape, 1.0 - self.family.gain_offset, self.dtype)
+        if self.recipe.attention == "seed" and below.startswith(f"{self.family.attention}."):
+            return Source(self.seed.tensors[name])
+        merged = mean([Source(model.tensors[name]) for model in self.models], self.weights)
+        if merged.shape[0] > shape[0]:  # an expert's embeddings are padded further than the seed's
+            return Rows(merged, ((0, shape[0]),))
+        return merged
+
+    def _merge_weights(self) -> list[float]:
+        """Weight of the seed and of each expert in averages."""
+        merge = self.recipe.merge
+        if merge.method == "seed":
+            return [1.0] + [0.0] * (len(self.models) - 1)
+        given = merge.weights or {}
+        weights = [given.get(model.name, 1.0) for model in self.models]
+        if not self.recipe.include_seed:
+            weights[0] = 0.0
+        return weights
+
+    def _kv_weights(self) -> list[float]:
+        """Weight of the seed and of each expert in the K and V of Shared KV."""
+        choice = self.recipe.merge.kv_init
+        if choice == "merge":
+            return self.weights
+        if choice == "average":
+            return [float(self.recipe.include_seed)] + [1.0] * (len(self.models) - 1)
+        chosen = "seed" if choice.startswith("seed-copy-") else choice
+        return [float(model.name == chosen) for model in self.models]
+
+    def _maybe_folded(self, model: DenseExpert, name: str | None = None) -> DenseExpert:
+        family = self.family
+        if self.folded:  # a norm that may not be folded is hidden from the expert's sources
+            keep = {
+                "attention_input_norm": family.attention_input_norm if family.attention_input_norm in self.folded else None,
+                "ffn_input_norm": family.ffn_input_norm if family.ffn_input_norm in self.folded else None,
+            }
+            family = _replace(family, **keep)
+        return DenseExpert(name or model.name, model.index, family, model.dims, bool(self.folded))
+
+    def _layer_of(self, name: str) -> int | None:
+        found = re.match(rf"{re.escape(self.family.layers)}\.(\d+)\.", name)
+        return int(found.group(1)) if found else None
+
+    def _out(self, name: str, part: Expression) -> OutputTensor:
+        return OutputTensor(name, part if part.dtype == self.dtype or not _is_float(part) else Cast(part, self.dtype))
+
+    def config(self) -> Config:
+        """Content of config.json."""
+        recipe = self.recipe
+        dtype = next(name for name, code in DTYPES.items() if code == self.dtype)
+        seed_config = {key: value for key, value in self.seed.index.config.items() if key not in ("torch_dtype", "auto_map")}
+        if not (self.has_attention_experts or self.has_ffn_experts):
+            return {**seed_config, "dtype": dtype}
+        return {
+            "architectures": ["BranchMixForCausalLM"],
+            "attention": recipe.attention,
+            "attention_norm_topk_prob": recipe.routing.attention.normalize,
+            "attention_num_experts_per_tok": recipe.routing.attention.top_k,
+            "auto_map": AUTO_MAP,
+            "branchmix_version": __version__,
+            "dtype": dtype,
+            "expert_names": recipe.expert_names,
+            "expert_rope_parameters": self.rope_parameters,
+            "ffn": recipe.ffn,
+            "initializer_range": recipe.router_init.std,
+            "layout": layout_of(self.family, per_expert_rotary=self.rope_parameters is not None),
+            "model_type": "branchmix",
+            "norm_topk_prob": recipe.routing.ffn.normalize,
+            "num_experts": len(recipe.expert_names),
+            "num_experts_per_tok": recipe.num_experts_per_tok,
+            "routed_scaling_factor": recipe.scaling,
+            "router_aux_loss_coef": recipe.router_aux_loss_coef,
+            "router_z_loss_coef": recipe.router_z_loss_coef,
+            "seed_config": {**seed_config, "dtype": dtype},
+            "tie_word_embeddings": self.dims.tied_embeddings,
+        }
+
+
+def _warnings(recipe: Recipe) -> Iterator[str]:
+    """Choices that are allowed and known to disappoint."""
+    raw_top_1 = recipe.num_experts_per_tok == 1 and recipe.scaling == 1.0 and not recipe.sparse_upcycling.weight_scaling
+    if recipe.ffn == "experts" and raw_top_1:
+        yield (
+            "raw top-1 gates scale the FFN output by about 1/N at the start, so the untrained mixture is worse than a "
+            "soup (as in the paper, which trains it): routed_scaling_factor: auto or top_k: 2 with normalize starts better"
+        )
+    if recipe.ffn == "experts" and recipe.attention == "average" and recipe.seed_copies and raw_top_1:
+        yield "more copies of the seed made top-1 BTX worse, not better, in the paper (Table 4)"
+    if recipe.merge.kv_init != "merge" and recipe.attention != "kv_sharing":
+        yield "merge.kv_init is ignored: only attention: kv_sharing has shared K and V"
+    options = recipe.sparse_upcycling
+    if (options.weight_scaling or options.redraw_fraction) and recipe.ffn != "experts":
+        yield "sparse_upcycling is ignored: there are no FFN experts"
+    has_seed = recipe.include_seed or recipe.seed_copies
+    if (options.weight_scaling or options.redraw_fraction) and not has_seed:
+        yield "sparse_upcycling is ignored: no expert is a copy of the seed"
+
+
+def group_tensors(tensors: Sequence[OutputTensor], family: Family) -> Iterator[Group]:
+    """Tensors of one name over all layers and experts as one line each."""
+    groups: dict[str, list[OutputTensor]] = {}
+    for tensor in tensors:
+        name = tensor.name.replace(f"{family.layers}.", "layers.", 1) if f"{family.layers}." in tensor.name else tensor.name
+        groups.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(tensor)
+    for name, members in groups.items():
+        first = members[0].expression
+        yield Group(name, len(members), sum(m.expression.nbytes for m in members), first.shape, describe(first))
+
+
+def describe(expression: Expression) -> str:
+    """How a tensor comes about, in a few words."""
+    if expression.ranges() is not None:
+        sources = {ref.file.parent for ref in expression.sources()}
+        return "copied" if len(sources) == 1 else f"copied from {len(sources)} models"
+    words = {
+        "Columns": "columns side by side",
+        "Mean": "averaged",
+        "Cast": "cast",
+        "Normal": "drawn at random",
+        "Constant": "constant",
+        "Scaled": "scaled",
+        "Gained": "norm gain folded in",
+        "PartlyRedrawn": "partly drawn anew",
+        "Transposed": "transposed",
+        "Stack": "stacked",
+        "Rows": "rows taken",
+        "Held": "from hidden states",
+    }
+    here = words.get(type(expression).__name__, type(expression).__name__)
+    inner = [describe(part) for part in expression.parts_read()[:1]]
+    told = [word for word in inner if not word.startswith("copied")]
+    return ", ".join([*told, here])
+
+
+def _main_dtype(model: DenseExpert) -> str:
+    """The float dtype that most of a checkpoint's bytes have."""
+    sizes: dict[str, int] = {}
+    for ref in model.tensors.values():
+        sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
+    best = max((code for code in sizes if code in DTYPES.values()), key=lambda code: sizes[code], default=None)
+    if best is None:
+        raise CheckpointError(f"{model.name}: stored as {'+'.join(sizes)}: give dtype: bfloat16 in the recipe")
+    return best
+
+
+def _is_float(part: Expression) -> bool:
+    return part.dtype in ("BF16", "F16", "F32", "F64")
+
+
+def _replace(family: Family, **changes: Any) -> Family:
+    from dataclasses import replace
+
+    return replace(family, **changes)

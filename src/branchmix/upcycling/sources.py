@@ -1,0 +1,244 @@
+"""Where an expert's tensors come from: a dense checkpoint, or a mixture that the expert already belongs to.
+
+Both answer the same questions with lazily evaluated expressions in one canonical form (rows of separate q, k and v in
+head order, 2-D FFN matrices), so that building, growing and shrinking a mixture are one piece of code. No tensor is
+read here. H, K, C: query heads, key/value heads and head dimension of one expert; G = H / K.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Source, Transposed
+from branchmix.checkpoint.families import Dimensions, Family
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef
+
+Role = Literal["q", "k", "v", "o"]
+Kind = Literal["weight", "bias"]
+
+# Buffers that old checkpoints store and today's classes compute.
+_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|embed_positions)$")
+
+FFN_NAMES = {True: ("gate_proj", "up_proj", "down_proj"), False: ("in_proj", "down_proj")}
+"""On-disk names of an expert's matrices, for gated and for plain FFNs."""
+
+
+class ExpertSource(ABC):
+    """One expert's share of every layer."""
+
+    name: str
+    family: Family
+    dims: Dimensions
+
+    @abstractmethod
+    def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
+        """Rows of q [H*C, D], k or v [K*C, D] in head order, or o [D, H*C]; None where the family has no such bias.
+        Biases are 1-D."""
+
+    @abstractmethod
+    def attention_norm(self, layer: int, role: Literal["q", "k"]) -> dict[str, Expression]:
+        """Tensors of the query or key norm, by their names below the norm."""
+
+    @abstractmethod
+    def ffn(self, layer: int) -> dict[str, Expression]:
+        """FFN matrices and biases by on-disk name, such as ``gate_proj.weight`` [I, D]."""
+
+
+@dataclass(frozen=True)
+class DenseExpert(ExpertSource):
+    """An expert that is a dense checkpoint."""
+
+    name: str
+    index: CheckpointIndex
+    family: Family
+    dims: Dimensions
+    fold_norms: bool = False
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorRef]:
+        """Tensors under the names of the family's causal LM: base-model checkpoints get their prefix, buffers go."""
+        names = self.index.tensors
+        prefix = self.family.layers.split(".")[0] + "."
+        if not any(name.startswith(self.family.layers + ".") for name in names):
+            names = {name if _is_head(name) else prefix + name: ref for name, ref in names.items()}
+        kept = {name: ref for name, ref in names.items() if not _BUFFERS.search(name)}
+        if self.dims.tied_embeddings:
+            kept = {name: ref for name, ref in kept.items() if not _is_head(name)}
+        return kept
+
+    def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
+        family = self.family
+        module = f"{self._block(layer)}.{family.attention}"
+        if role == "o":
+            return self._matrix(f"{module}.{family.output}", kind)
+        gain = self._gain(layer, family.attention_input_norm) if kind == "weight" else None
+        if family.fused_qkv is None:
+            name = {"q": family.query, "k": family.key, "v": family.value}[role]
+            return self._folded(self._matrix(f"{module}.{name}", kind), gain)
+        fused = self._matrix(f"{module}.{family.fused_qkv}", kind)
+        return None if fused is None else self._folded(Rows(fused, self._fused_rows(role)), gain)
+
+    def attention_norm(self, layer: int, role: Literal["q", "k"]) -> dict[str, Expression]:
+        name = self.family.query_norm if role == "q" else self.family.key_norm
+        if name is None:
+            return {}
+        prefix = f"{self._block(layer)}.{self.family.attention}.{name}."
+        return {full.removeprefix(prefix): Source(ref) for full, ref in self.tensors.items() if full.startswith(prefix)}
+
+    def ffn(self, layer: int) -> dict[str, Expression]:
+        family, block = self.family, self._block(layer)
+        gain = self._gain(layer, family.ffn_input_norm)
+        found: dict[str, Expression] = {}
+        kinds: tuple[Kind, ...] = ("weight", "bias")
+        for kind in kinds:
+            firsts: dict[str, Expression | None] = {}
+            if family.fused_gate_up is not None:
+                fused = self._matrix(f"{block}.{family.fused_gate_up}", kind)
+                inner = 0 if fused is None else fused.shape[0] // 2
+                if fused is not None:
+                    firsts = {"gate_proj": Rows(fused, ((0, inner),)), "up_proj": Rows(fused, ((inner, 2 * inner),))}
+            elif family.gate is not None:
+                firsts = {
+                    "gate_proj": self._matrix(f"{block}.{family.gate}", kind),
+                    "up_proj": self._matrix(f"{block}.{family.up}", kind),
+                }
+            else:
+                firsts = {"in_proj": self._matrix(f"{block}.{family.up}", kind)}
+            for name, first in firsts.items():
+                if first is not None:
+                    found[f"{name}.{kind}"] = self._folded(first, gain if kind == "weight" else None)
+            down = self._matrix(f"{block}.{family.down}", kind)
+            if down is not None:
+                found[f"down_proj.{kind}"] = down
+        return found
+
+    def expert_tensors(self, attention: bool, ffn: bool) -> set[str]:
+        """Names of this checkpoint's tensors that belong to experts, in every layer."""
+        family = self.family
+        below = []
+        if attention:
+            below.append(family.attention)
+        if ffn:
+            below += [path for path in (family.ffn, family.up, family.down) if path]
+        pattern = re.compile(rf"^{re.escape(family.layers)}\.\d+\.({'|'.join(map(re.escape, below))})\.") if below else None
+        return {name for name in self.tensors if pattern is not None and pattern.match(name)}
+
+    def expected_tensors(self, layer: int) -> Iterator[str]:
+        """Names of the projections that must be there, for the compatibility check."""
+        family, block = self.family, self._block(layer)
+        names = (family.fused_qkv,) if family.fused_qkv else (family.query, family.key, family.value)
+        for name in (*names, family.output):
+            yield f"{block}.{family.attention}.{name}.weight"
+        first = (family.fused_gate_up,) if family.fused_gate_up else (family.gate, family.up)
+        for path in (*first, family.down):
+            if path:
+                yield f"{block}.{path}.weight"
+
+    def _block(self, layer: int) -> str:
+        return f"{self.family.layers}.{layer}"
+
+    def _matrix(self, module: str, kind: Kind) -> Expression | None:
+        ref = self.tensors.get(f"{module}.{kind}")
+        if ref is None:
+            return None
+        return Transposed(Source(ref)) if self.family.transposed and kind == "weight" else Source(ref)
+
+    def _gain(self, layer: int, norm: str | None) -> Expression | None:
+        if not self.fold_norms or norm is None:
+            return None
+        return Source(self.tensors[f"{self._block(layer)}.{norm}.weight"])
+
+    def _folded(self, part: Expression | None, gain: Expression | None) -> Any:
+        return part if part is None or gain is None else Gained(part, gain, self.family.gain_offset)
+
+    def _fused_rows(self, role: Role) -> tuple[tuple[int, int], ...]:
+        """Spans of q, k or v among the rows of a fused projection."""
+        num_heads, num_kv_heads, size = self.dims.num_heads, self.dims.num_kv_heads, self.dims.head_dim
+        part = {"q": 0, "k": 1, "v": 2}[role]
+        if self.family.qkv_layout == "heads":
+            starts = [(3 * head + part) * size for head in range(num_heads)]
+            return tuple((start, start + size) for start in starts)
+        if self.family.qkv_layout == "groups":
+            group = num_heads // num_kv_heads
+            base = [kv * (group + 2) * size for kv in range(num_kv_heads)]
+            low, high = {"q": (0, group), "k": (group, group + 1), "v": (group + 1, group + 2)}[role]
+            return tuple((start + low * size, start + high * size) for start in base)
+        edges = [0, num_heads * size, (num_heads + num_kv_heads) * size, (num_heads + 2 * num_kv_heads) * size]
+        return ((edges[part], edges[part + 1]),)
+
+
+@dataclass(frozen=True)
+class MixtureExpert(ExpertSource):
+    """An expert that a mixture already has."""
+
+    name: str
+    index: CheckpointIndex
+    family: Family
+    dims: Dimensions
+    number: int
+    """Its row of the routers."""
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.index.config["num_experts"])
+
+    @property
+    def kv_sharing(self) -> bool:
+        return bool(self.index.config["attention"] == "kv_sharing")
+
+    def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
+        attention = f"model.{self.family.layers}.{layer}.{self.family.attention}"
+        if role == "o" and kind == "bias":
+            ref = self.index.tensors.get(f"{attention}.o_bias")
+            return None if ref is None else _row(ref, self.number)
+        module = f"{attention}.o_proj" if role == "o" else f"{attention}.heads.{role}_proj"
+        ref = self.index.tensors.get(f"{module}.{kind}")
+        if ref is None:
+            return None
+        spans = self._spans(role)
+        if role == "o":
+            return Columns(tuple((Source(ref), low, high) for low, high in spans))
+        return Rows(Source(ref), spans)
+
+    def attention_norm(self, layer: int, role: Literal["q", "k"]) -> dict[str, Expression]:
+        name = self.family.query_norm if role == "q" else self.family.key_norm
+        prefix = f"model.{self.family.layers}.{layer}.{self.family.attention}.heads.{name}."
+        if not (role == "k" and self.kv_sharing):
+            prefix += f"{self.number}."
+        return {n.removeprefix(prefix): Source(ref) for n, ref in self.index.tensors.items() if n.startswith(prefix)}
+
+    def ffn(self, layer: int) -> dict[str, Expression]:
+        prefix = f"model.{self.family.layers}.{layer}.{self.family.ffn}.experts.{self.number}."
+        return {n.removeprefix(prefix): Source(ref) for n, ref in self.index.tensors.items() if n.startswith(prefix)}
+
+    def router_row(self, name: str) -> Expression:
+        """This expert's row of a router [1, D]."""
+        return Rows(Source(self.index.tensors[name]), ((self.number, self.number + 1),))
+
+    def _spans(self, role: Role) -> tuple[tuple[int, int], ...]:
+        """This expert's rows of wide q, k or v, or its columns of wide o."""
+        num_heads, num_kv_heads, size = self.dims.num_heads, self.dims.num_kv_heads, self.dims.head_dim
+        if role in ("k", "v"):
+            width = num_kv_heads * size
+            return ((0, width),) if self.kv_sharing else ((self.number * width, (self.number + 1) * width),)
+        if not self.kv_sharing:
+            width = num_heads * size
+            return ((self.number * width, (self.number + 1) * width),)
+        group = num_heads // num_kv_heads * size
+        starts = [(kv * self.num_experts + self.number) * group for kv in range(num_kv_heads)]
+        return tuple((start, start + group) for start in starts)
+
+
+def _row(ref: TensorRef, number: int) -> Source:
+    """Row ``number`` of a stored [N, D] tensor, as 1-D."""
+    nbytes = ref.nbytes // ref.shape[0]
+    return Source(replace(ref, shape=ref.shape[1:], offset=ref.offset + number * nbytes, nbytes=nbytes))
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[0] in ("lm_head", "embed_out")

@@ -1,0 +1,255 @@
+"""Experts in and out of an existing mixture: what stays is copied, routers keep the rows of the experts that stay."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from branchmix.checkpoint.expressions import Cast, Expression, Normal, Source, Stack
+from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of, nearest
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.writer import OutputTensor, atomic_folder
+from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
+from branchmix.recipe import DTYPES
+from branchmix.upcycling.compatibility import check_newcomer, rope_of
+from branchmix.upcycling.execute import (
+    Sourced,
+    UpcycleReport,
+    describe,
+    refuse_overlap,
+    require_space,
+    write_output,
+)
+from branchmix.upcycling.layers import attention_tensors, ffn_tensors
+from branchmix.upcycling.plan import Plan, group_tensors, open_expert
+from branchmix.upcycling.sources import ExpertSource, MixtureExpert
+
+Progress = Callable[[str, int, int], None]
+
+
+def add_expert(
+    model: str | Path,
+    name: str,
+    expert: str | Path,
+    out: str | Path,
+    *,
+    router_std: float | None = None,
+    router_seed: int = 0,
+    dry_run: bool = False,
+    force: bool = False,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> UpcycleReport:
+    """A mixture with one more expert; everything that is not an expert stays as it is.
+
+    Args:
+        model: the mixture.
+        name: of the new expert.
+        expert: its dense checkpoint.
+        out: folder to write.
+        router_std: standard deviation of the routers' new rows; the mixture's ``initializer_range`` if not given.
+        router_seed: seed of their random numbers.
+        dry_run: plan and check only.
+        force: replace ``out``.
+        check: refuse NaN and Inf in the sources.
+        progress: as for ``upcycle``.
+
+    Raises:
+        CompatibilityError: the expert does not fit the mixture; with all problems.
+        RecipeError: the name is taken.
+    """
+    start = time.perf_counter()
+    mixture = _Opened(str(model))
+    if name in mixture.names:
+        raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
+    found = resolve(str(expert))
+    newcomer = open_expert(name, CheckpointIndex.open(found.folder))
+    check_result = check_newcomer(mixture.index, mixture.config, newcomer)
+    if check_result.problems:
+        raise CompatibilityError(check_result.problems)
+    config = mixture.resized([*mixture.names, name])
+    rope, ours = rope_of(newcomer.index.config), mixture.config.get("expert_rope_parameters")
+    if ours or rope != rope_of(mixture.seed_config):
+        config["expert_rope_parameters"] = [*(ours or [rope_of(mixture.seed_config)] * len(mixture.names)), rope]
+        config["layout"] = layout_of(mixture.family, per_expert_rotary=True)
+    std = router_std if router_std is not None else mixture.config.get("initializer_range", 0.02)
+
+    def router(tensor: str, rows: list[Expression]) -> Expression:
+        width = rows[0].shape[1]
+        return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", mixture.dtype)))
+
+    plan = mixture.plan([*mixture.experts, newcomer], config, router, check_result.notes)
+    sources = describe([Sourced(name, found, newcomer.index)])
+    step = {"added": {"expert": sources[0], "router_std": std, "router_seed": router_seed}}
+    return mixture.write(plan, Path(out), step, [found.folder], start, dry_run, force, check, progress)
+
+
+def remove_expert(
+    model: str | Path,
+    name: str,
+    out: str | Path,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> UpcycleReport:
+    """A mixture without one of its experts. What was averaged over it (embeddings, norms, shared K/V) stays.
+
+    Args:
+        model: the mixture.
+        name: of the expert to leave out.
+        out: folder to write.
+        dry_run: plan and check only.
+        force: replace ``out``.
+        check: refuse NaN and Inf in the mixture.
+        progress: as for ``upcycle``.
+
+    Raises:
+        RecipeError: there is no such expert, or fewer than two would be left.
+    """
+    start = time.perf_counter()
+    mixture = _Opened(str(model))
+    if name not in mixture.names:
+        raise RecipeError(
+            f"{model}: has no expert {name!r}{nearest(name, mixture.names)}; it has {', '.join(mixture.names)}"
+        )
+    staying = [expert for expert in mixture.experts if expert.name != name]
+    if len(staying) < 2:
+        raise RecipeError(f"{model}: only {staying[0].name!r} would be left, a mixture needs two or more experts")
+    config = mixture.resized([expert.name for expert in staying])
+    if mixture.config.get("expert_rope_parameters"):
+        rope = mixture.config["expert_rope_parameters"]
+        config["expert_rope_parameters"] = [rope[expert.number] for expert in staying]
+    plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), [])
+    return mixture.write(plan, Path(out), {"removed": name}, [], start, dry_run, force, check, progress)
+
+
+class _Opened:
+    """An existing mixture, ready to be rebuilt with other experts."""
+
+    def __init__(self, given: str):
+        self.resolved: ResolvedModel = resolve(given)
+        self.index = CheckpointIndex.open(self.resolved.folder)
+        self.config: Config = self.index.config
+        if self.config.get("model_type") != "branchmix":
+            raise CheckpointError(f"{given}: is a {self.config.get('model_type')} model, not a mixture: use upcycle")
+        self.seed_config: Config = self.config["seed_config"]
+        self.family: Family = family_of(self.seed_config)
+        self.dims: Dimensions = dimensions(self.seed_config)
+        count = self.config["num_experts"]
+        self.names: list[str] = self.config.get("expert_names") or [f"expert-{number}" for number in range(count)]
+        self.experts = [
+            MixtureExpert(name, self.index, self.family, self.dims, number) for number, name in enumerate(self.names)
+        ]
+        self.dtype = DTYPES[self.config["dtype"]]
+
+    def resized(self, names: list[str]) -> Config:
+        """The config for other experts: soft routing stays soft, ``auto`` scaling stays N / k."""
+        old, new = self.config["num_experts"], len(names)
+        config = {**self.config, "num_experts": new, "expert_names": names}
+        top_k = self.config["num_experts_per_tok"]
+        config["num_experts_per_tok"] = new if top_k == old else min(top_k, new)
+        if (attention_top_k := self.config.get("attention_num_experts_per_tok")) is not None:
+            config["attention_num_experts_per_tok"] = min(attention_top_k, new)
+        if self.config["routed_scaling_factor"] != 1.0 and self.config["routed_scaling_factor"] == old / top_k:
+            config["routed_scaling_factor"] = new / config["num_experts_per_tok"]
+        return config
+
+    def plan(
+        self,
+        experts: Sequence[ExpertSource],
+        config: Config,
+        router: Callable[[str, list[Expression]], Expression],
+        notes: Sequence[str],
+    ) -> Plan:
+        """All tensors again, with these experts.
+
+        Args:
+            experts: in the new order of the routers' rows.
+            config: of the output.
+            router: from a router's name and the staying experts' rows to the new router.
+            notes: for the user.
+        """
+        tensors = tuple(self._tensors(experts, router))
+        groups = tuple(group_tensors(tensors, self.family))
+        return Plan(tensors, config, tuple(notes), tuple(experts), str(self.resolved.given), groups)
+
+    def _tensors(
+        self, experts: Sequence[ExpertSource], router: Callable[[str, list[Expression]], Expression]
+    ) -> Iterator[OutputTensor]:
+        family = self.family
+        attention = self.config["attention"] in ("kv_experts", "kv_sharing")
+        ffn = self.config["ffn"] == "experts"
+        staying = [expert for expert in experts if isinstance(expert, MixtureExpert)]
+        done: set[str] = set()
+        for layer in range(self.dims.num_layers):
+            block = f"model.{family.layers}.{layer}"
+            if attention:
+                module = f"{block}.{family.attention}"
+                kv_sharing = self.config["attention"] == "kv_sharing"
+                for name, part in attention_tensors(
+                    experts, layer, kv_sharing=kv_sharing, kv_models=staying[:1], kv_weights=[1.0]
+                ):
+                    yield self._out(f"{module}.{name}", part)
+                yield self._router(f"{module}.expert_gate.weight", staying, router)
+                done.add(f"{module}.")
+            if ffn:
+                module = f"{block}.{family.ffn}"
+                for name, part in ffn_tensors(experts, layer):
+                    yield self._out(f"{module}.{name}", part)
+                yield self._router(f"{module}.gate.weight", staying, router)
+                done.add(f"{module}.")
+        owned = tuple(done)
+        for name, ref in self.index.tensors.items():
+            if not name.startswith(owned):
+                yield self._out(name, Source(ref))
+
+    def _router(
+        self, name: str, staying: Sequence[MixtureExpert], router: Callable[[str, list[Expression]], Expression]
+    ) -> OutputTensor:
+        return self._out(name, router(name, [expert.router_row(name) for expert in staying]))
+
+    def _out(self, name: str, part: Expression) -> OutputTensor:
+        return OutputTensor(name, part if part.dtype == self.dtype else Cast(part, self.dtype))
+
+    def write(
+        self,
+        plan: Plan,
+        out: Path,
+        step: dict[str, Any],
+        inputs: Sequence[Path],
+        start: float,
+        dry_run: bool,
+        force: bool,
+        check: bool,
+        progress: Progress | None,
+    ) -> UpcycleReport:
+        """Write the changed mixture; its provenance is the old one and this step."""
+        refuse_overlap(out, [self.resolved.folder, *inputs], force=force)
+        written = None
+        if not dry_run:
+            require_space(out, plan)
+            provenance = self._provenance()
+            provenance.setdefault("changes", []).append(step)
+            shard_bytes = max(file.stat().st_size for file in self.index.files)
+            with atomic_folder(out, force=force) as folder:
+                written = write_output(
+                    plan, folder, self.resolved.folder, provenance, shard_bytes, check=check, progress=progress
+                )
+        return UpcycleReport(out, plan, written, None, time.perf_counter() - start)
+
+    def _provenance(self) -> dict[str, Any]:
+        path = self.resolved.folder / "branchmix.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {"recipe": {}, "sources": [{"name": "mixture", "model": self.resolved.given, "revision": None}]}
+        return {key: value for key, value in found.items() if key not in ("versions", "notes")}
+
+
+__all__ = ["add_expert", "remove_expert"]

@@ -1,0 +1,336 @@
+"""Proof that a mixture is what its recipe says: bytes against the sources, and logits against the dense experts.
+
+With both gates one-hot on expert i, a mixture must compute what dense model i computes on the shared trunk (the
+mixture's embeddings, norms and head). The dense side runs in the family's own transformers class on tensors read
+straight from the expert's checkpoint, so it shares no code with the upcycler or the widened model.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from branchmix.checkpoint.expressions import Mean, Source, to_float32
+from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.errors import VerificationError
+from branchmix.upcycling.plan import Plan
+from branchmix.upcycling.sources import DenseExpert
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 1e-4
+"""Greatest difference of logits that passes, as a share of the greatest logit; fp32 gives 1e-6 to 1e-5."""
+
+SAMPLE = (
+    "The court held that the licence was valid, and the defendant appealed. def area(radius): return math.pi * radius "
+    "** 2. Let n be an even number; then n squared is divisible by four. The weather in spring changes every day."
+)
+
+
+@dataclass(frozen=True)
+class ExpertCheck:
+    """One expert's line of the table."""
+
+    name: str
+    difference: float
+    """Greatest absolute difference of logits."""
+    greatest_logit: float
+    skipped: str | None = None
+    """Why the expert could not be compared."""
+
+    @property
+    def passed(self) -> bool:
+        return self.skipped is not None or self.difference <= TOLERANCE * max(self.greatest_logit, 1.0)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was proved."""
+
+    tensors_compared: int
+    """Tensors that consist of source bytes only, compared byte for byte."""
+    bytes_compared: int
+    averages_checked: int
+    """Averaged tensors, recomputed in fp64."""
+    experts: tuple[ExpertCheck, ...]
+    tokens: int
+    """Length of the text."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "tensors_byte_identical": self.tensors_compared,
+            "bytes_compared": self.bytes_compared,
+            "averages_checked": self.averages_checked,
+            "tokens": self.tokens,
+            "experts": [
+                {"name": check.name, "max_difference": check.difference, "max_logit": check.greatest_logit}
+                | ({"skipped": check.skipped} if check.skipped else {})
+                for check in self.experts
+            ],
+        }
+
+
+def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int], None] | None = None) -> Verification:
+    """Check a folder just written against its plan.
+
+    Args:
+        plan: what was to be written.
+        folder: where it was written.
+        progress: called with the step's name, steps done and steps in all.
+
+    Raises:
+        VerificationError: the first thing that is wrong.
+    """
+    index = CheckpointIndex.open(folder)
+    compared, nbytes = _compare_bytes(plan, index, progress)
+    averages = _check_averages(plan, index)
+    if plan.is_dense:
+        return Verification(compared, nbytes, averages, (), 0)
+    checks, tokens = _compare_logits(plan, folder, index, progress)
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        worst = failed[0]
+        raise VerificationError(
+            f"{folder.name}: with the gates on expert {worst.name!r} its logits differ from the dense model's by "
+            f"{worst.difference:.3g} (greatest logit {worst.greatest_logit:.3g}): the mixture does not compute its experts"
+        )
+    return Verification(compared, nbytes, averages, tuple(checks), tokens)
+
+
+def _compare_bytes(
+    plan: Plan, index: CheckpointIndex, progress: Callable[[str, int, int], None] | None
+) -> tuple[int, int]:
+    """Tensors that are pure copies, against their sources' bytes."""
+    copies = [(tensor, ranges) for tensor in plan.tensors if (ranges := tensor.expression.ranges()) is not None]
+    total = sum(tensor.expression.nbytes for tensor, _ in copies)
+    done = 0
+    for tensor, ranges in copies:
+        ref = index.tensors[tensor.name]
+        written = np.memmap(ref.file, np.uint8, "r", ref.offset, (ref.nbytes,))
+        position = 0
+        for file, offset, nbytes in ranges:
+            source = np.memmap(file, np.uint8, "r", offset, (nbytes,))
+            if not np.array_equal(written[position : position + nbytes], source):
+                raise VerificationError(f"{tensor.name}: differs from its source bytes in {file}: write the output again")
+            position += nbytes
+        done += position
+        if progress is not None:
+            progress("comparing bytes", done, total)
+    return len(copies), done
+
+
+def _check_averages(plan: Plan, index: CheckpointIndex) -> int:
+    """The first rows of averaged tensors, recomputed in fp64: they must be the nearest value of the output's dtype."""
+    checked = 0
+    for tensor in plan.tensors:
+        mean = tensor.expression
+        if not isinstance(mean, Mean) or not all(isinstance(part, Source) for part in mean.parts):
+            continue
+        rows = min(64, *(part.num_rows for part in mean.parts))
+        weights = mean.weights or (1.0,) * len(mean.parts)
+        exact = sum(
+            weight * to_float32(part.rows(0, rows), part.dtype).astype(np.float64)
+            for part, weight in zip(mean.parts, weights, strict=True)
+        ) / sum(weights)
+        written = to_float32(Source(index.tensors[tensor.name]).rows(0, rows), mean.dtype).astype(np.float64)
+        half_step = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-22}[mean.dtype]
+        if not np.all(np.abs(written - exact) <= half_step * 1.01 * np.abs(exact) + 1e-7):
+            raise VerificationError(f"{tensor.name}: is not the mean of its sources: write the output again")
+        checked += 1
+    return checked
+
+
+def _compare_logits(
+    plan: Plan, folder: Path, index: CheckpointIndex, progress: Callable[[str, int, int], None] | None
+) -> tuple[list[ExpertCheck], int]:
+    import torch
+
+    from branchmix.models.modeling_branchmix import BranchMixForCausalLM
+
+    _require_memory(plan)
+    tokens = _sample_tokens(folder, plan.config["seed_config"]["vocab_size"])
+    mixture = BranchMixForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    checks = []
+    for number, expert in enumerate(plan.sources):
+        if progress is not None:
+            progress("comparing logits", number, len(plan.sources))
+        assert isinstance(expert, DenseExpert), "only an upcycling is verified"
+        skipped = _not_comparable(plan, expert)
+        if skipped:
+            checks.append(ExpertCheck(expert.name, 0.0, 0.0, skipped))
+            continue
+        with torch.no_grad(), one_hot_gates(mixture, number):
+            ours = mixture(tokens).logits
+        dense = _dense_on_trunk(plan, index, expert, number)
+        with torch.no_grad():
+            theirs = dense(tokens).logits
+        del dense
+        gc.collect()
+        checks.append(ExpertCheck(expert.name, float((ours - theirs).abs().max()), float(theirs.abs().max())))
+    return checks, tokens.shape[1]
+
+
+def _not_comparable(plan: Plan, expert: DenseExpert) -> str | None:
+    changed = {
+        type(tensor.expression).__name__
+        for tensor in plan.tensors
+        if f".experts.{[source.name for source in plan.sources].index(expert.name)}." in tensor.name
+    } & {"Scaled", "PartlyRedrawn"}
+    return "its FFN was changed on purpose (sparse upcycling's options)" if changed else None
+
+
+@contextmanager
+def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
+    """Every router of a mixture sends everything to one expert, with a gate of 1.
+
+    Args:
+        mixture: a BranchMix model.
+        number: the expert's row.
+    """
+    import torch
+
+    from branchmix.models.modeling_branchmix import (
+        BranchMixAttentionRouter,
+        BranchMixFFNRouter,
+        BranchMixSparseMoeBlock,
+    )
+
+    def force_attention(module: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        gates = torch.zeros_like(output[1])
+        gates[..., number] = 1.0
+        return output[0], gates
+
+    def force_ffn(scaling: float) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
+            gates, index = torch.zeros_like(output[1]), torch.full_like(output[2], number)
+            gates[..., 0] = 1.0 / scaling
+            return output[0], gates, index
+
+        return hook
+
+    hooks = []
+    for module in mixture.modules():
+        if isinstance(module, BranchMixAttentionRouter):
+            hooks.append(module.register_forward_hook(force_attention))
+        elif isinstance(module, BranchMixSparseMoeBlock):
+            assert isinstance(module.gate, BranchMixFFNRouter)
+            hooks.append(module.gate.register_forward_hook(force_ffn(module.scaling)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> Any:
+    """Dense model i in its family's own class: its experts' tensors from its checkpoint, the rest from the mixture."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = dict(plan.config["seed_config"])
+    if plan.config.get("expert_rope_parameters"):
+        config["rope_parameters"] = plan.config["expert_rope_parameters"][number]
+        config.pop("rope_theta", None)
+        config.pop("rope_scaling", None)
+    dense_config = AutoConfig.for_model(config.pop("model_type"), **config)
+    dense_config.dtype = torch.float32
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)](dense_config).eval()
+
+    attention = plan.config["attention"] in ("kv_experts", "kv_sharing")
+    owned = expert.expert_tensors(attention, plan.config["ffn"] == "experts")
+    state = {}
+    for name, ref in expert.tensors.items():
+        source = ref if name in owned else index.tensors.get(f"model.{name}", ref)
+        state[name] = _tensor(Source(source))
+    if expert.fold_norms:
+        _unfold(state, expert, plan)
+    if plan.config["attention"] == "kv_sharing":
+        _share_keys_and_values(state, expert, index)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = {"lm_head.weight", "embed_out.weight"} if expert.dims.tied_embeddings else set()
+    if set(missing) - tied or unexpected:
+        raise VerificationError(f"{expert.name}: {sorted(set(missing) - tied)[:2] or unexpected[:2]} have no counterpart")
+    model.tie_weights()
+    return model
+
+
+def _unfold(state: dict[str, Any], expert: DenseExpert, plan: Plan) -> None:
+    """Undo norm folding: dense model i keeps its own gains (Expert KV), or has them in its matrices (Shared KV)."""
+    family = expert.family
+    for layer in range(expert.dims.num_layers):
+        for norm in {family.attention_input_norm, family.ffn_input_norm} - {None}:
+            name = f"{family.layers}.{layer}.{norm}.weight"
+            state[name] = _tensor(Source(expert.tensors[name]))
+
+
+def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: CheckpointIndex) -> None:
+    """Put the mixture's shared K, V and key norm where dense model i has its own."""
+    family = expert.family
+    for layer in range(expert.dims.num_layers):
+        module = f"{family.layers}.{layer}.{family.attention}"
+        for kind in ("weight", "bias"):
+            for role, own in (("k", family.key), ("v", family.value)):
+                shared = index.tensors.get(f"model.{module}.heads.{role}_proj.{kind}")
+                if shared is None:
+                    continue
+                value = _tensor(Source(shared))
+                if expert.fold_norms and family.attention_input_norm and kind == "weight":
+                    gain = state[f"{family.layers}.{layer}.{family.attention_input_norm}.weight"] + family.gain_offset
+                    value = value / gain
+                if family.fused_qkv is None:
+                    state[f"{module}.{own}.{kind}"] = value
+                    continue
+                fused = state[f"{module}.{family.fused_qkv}.{kind}"]
+                rows = fused.T if family.transposed and kind == "weight" else fused
+                position = 0
+                for low, high in expert._fused_rows(role):  # type: ignore[arg-type]
+                    rows[low:high] = value[position : position + high - low]
+                    position += high - low
+        if family.key_norm:
+            prefix = f"model.{module}.heads.{family.key_norm}."
+            for name, ref in index.tensors.items():
+                if name.startswith(prefix):
+                    state[name.removeprefix("model.").replace(".heads.", ".", 1)] = _tensor(Source(ref))
+
+
+def _tensor(source: Source) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(to_float32(source.rows(0, source.num_rows), source.dtype)))
+
+
+def _sample_tokens(folder: Path, vocab_size: int) -> Any:
+    """The sample text through the model's tokenizer, or random ids where it has none."""
+    import torch
+
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)(SAMPLE, return_tensors="pt").input_ids
+    return torch.randint(0, vocab_size, (1, 48), generator=torch.Generator().manual_seed(0))
+
+
+def _require_memory(plan: Plan) -> None:
+    """fp32 copies of the mixture and of one dense model have to fit."""
+    width = {"BF16": 2, "F16": 2, "F32": 4}
+    need = sum(tensor.expression.nbytes * 4 // width[tensor.expression.dtype] for tensor in plan.tensors)
+    need += need // max(1, len(plan.sources))
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    if need > free:
+        raise VerificationError(
+            f"--verify needs about {need / 1e9:.1f} GB of memory (fp32), but {free / 1e9:.1f} GB are free: verify on a "
+            "larger machine, or leave it out"
+        )

@@ -1,0 +1,43 @@
+"""Shared fixtures: tiny siblings of every family, saved as a user would have them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+from transformers.utils import logging
+
+import branchmix  # noqa: F401  (registers mixtures with transformers)
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def siblings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Path]]:
+    """``siblings(family)`` saves three random dense models of a tiny family once: seed, code and math."""
+    from families import BY_NAME
+
+    saved: dict[tuple[str, str], dict[str, Path]] = {}
+
+    def make(name: str, **changes: object) -> dict[str, Path]:
+        key = (name, repr(sorted(changes.items())))
+        if key not in saved:
+            folder = tmp_path_factory.mktemp(name)
+            family = BY_NAME[name]
+            saved[key] = {
+                expert: family.save(folder / expert, seed, **changes)
+                for seed, expert in enumerate(("seed", "code", "math"))
+            }
+        return saved[key]
+
+    return make

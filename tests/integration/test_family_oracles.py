@@ -1,0 +1,170 @@
+"""Each claim about the mixture against its oracle, over every family and both kinds of attention experts (fp32)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import BY_NAME, NAMES
+from naive import build_naive
+from transformers import AutoModelForCausalLM
+
+import branchmix
+from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.upcycling.verify import _dense_on_trunk
+
+BOTH = ("kv_experts", "kv_sharing")
+Siblings = Callable[..., dict[str, Path]]
+
+
+def recipe(models: dict[str, Path], **options: Any) -> dict[str, Any]:
+    return {
+        "seed": str(models["seed"]),
+        "experts": [{"name": name, "model": str(path)} for name, path in models.items() if name != "seed"],
+        "router_init": {"std": 0.3},
+        **options,
+    }
+
+
+def tokens(rows: int = 2, length: int = 11, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    scale = max(1.0, float(theirs.abs().max()))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", NAMES)
+def test_identical_experts_are_the_seed(name: str, attention: str, siblings: Siblings, tmp_path: Path) -> None:
+    seed_folder = siblings(name)["seed"]
+    out = tmp_path / "mixture"
+    options = {"seed": str(seed_folder), "seed_copies": 2, "attention": attention, "routing": {"ffn": {"soft": True}}}
+    branchmix.upcycle({**options, "router_init": {"std": 0.5}}, out)
+    mixture, seed = load(out), load(seed_folder)
+    ids = tokens()
+    with torch.no_grad():
+        close(mixture(ids).logits, seed(ids).logits)
+        generated = [
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False
+            )
+            for model in (mixture, seed)
+        ]
+    assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", NAMES)
+def test_wide_equals_the_naive_sum_and_so_do_gradients(
+    name: str, attention: str, siblings: Siblings, tmp_path: Path
+) -> None:
+    models = siblings(name)
+    out = tmp_path / "mixture"
+    routing = {"ffn": {"top_k": 2, "normalize": True}}
+    given = recipe(models, attention=attention, routing=routing, routed_scaling_factor=1.3)
+    report = branchmix.upcycle(given, out)
+    mixture = load(out)
+    index = CheckpointIndex.open(out)
+    dense = [_dense_on_trunk(report.plan, index, expert, i) for i, expert in enumerate(report.plan.sources)]
+    naive = build_naive(mixture, dense)
+    ids = tokens()
+    ours = mixture(ids, labels=ids, use_cache=False)
+    theirs = naive(ids, labels=ids, use_cache=False)
+    close(ours.logits, theirs.logits)
+    ours.loss.backward()
+    theirs.loss.backward()
+    _compare_gradients(mixture, naive)
+
+
+def _compare_gradients(mixture: Any, naive: Any) -> None:
+    close(mixture.get_input_embeddings().weight.grad, naive.get_input_embeddings().weight.grad)
+    layout = mixture.config.layout
+    for wide, loop in zip(
+        mixture.model.get_submodule(layout["layers"]), naive.get_submodule(layout["layers"]), strict=True
+    ):
+        attention, naive_attention = getattr(wide, layout["attention"]), getattr(loop, layout["attention"])
+        close(attention.expert_gate.weight.grad, naive_attention.router.grad)
+        ffn, naive_ffn = getattr(wide, layout["ffn"]), getattr(loop, layout["ffn"])
+        close(ffn.gate.weight.grad, naive_ffn.router.grad)
+        down = layout["down"].split(".")[-1]
+        for number, expert in enumerate(naive_ffn.experts):
+            grad = getattr(expert, down).weight.grad
+            close(ffn.experts.down_proj.grad[number], grad.T if mixture.config.seed_config.model_type == "gpt2" else grad)
+        # o_proj's columns of the first expert: (expert, head) for Expert KV, (kv head, expert, group) for Shared KV.
+        output = getattr(naive_attention.experts[0], layout["output"]).weight.grad
+        output = output.T if mixture.config.seed_config.model_type == "gpt2" else output
+        sizes = attention.order.sizes
+        columns = attention.o_proj.weight.grad.unflatten(1, (*sizes[:-1], -1))
+        first = columns[:, :, 0].flatten(1) if len(sizes) == 3 else columns[:, 0]
+        close(first, output)
+
+
+@pytest.mark.parametrize("attention", (*BOTH, "average", "seed"))
+@pytest.mark.parametrize("name", NAMES)
+def test_gates_on_one_expert_give_that_dense_model(
+    name: str, attention: str, siblings: Siblings, tmp_path: Path
+) -> None:
+    report = branchmix.upcycle(recipe(siblings(name), attention=attention), tmp_path / "mixture", verify=True)
+    assert report.verification is not None and len(report.verification.experts) == 3
+    for check in report.verification.experts:
+        assert check.skipped is None
+        assert check.difference <= 1e-5 * max(1.0, check.greatest_logit), check.name
+
+
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", [name for name in NAMES if BY_NAME[name].gains_only and name != "seed-oss" and name != "helium"])
+def test_folded_norms_keep_each_model_its_own(name: str, attention: str, siblings: Siblings, tmp_path: Path) -> None:
+    given = recipe(siblings(name), attention=attention, merge={"method": "average", "fold_norms": True})
+    report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)
+    assert report.verification is not None
+    for check in report.verification.experts:
+        assert check.difference <= 2e-5 * max(1.0, check.greatest_logit), check.name
+
+
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_reloaded_is_the_same(name: str, attention: str, siblings: Siblings, tmp_path: Path) -> None:
+    branchmix.upcycle(recipe(siblings(name), attention=attention), tmp_path / "mixture")
+    first = load(tmp_path / "mixture")
+    first.save_pretrained(tmp_path / "again")
+    second = load(tmp_path / "again")
+    written = {n: r.shape for n, r in CheckpointIndex.open(tmp_path / "mixture").tensors.items()}
+    assert {n: r.shape for n, r in CheckpointIndex.open(tmp_path / "again").tensors.items()} == written
+    with torch.no_grad():
+        assert torch.equal(first(tokens()).logits, second(tokens()).logits)
+
+
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_equals_uncached(name: str, attention: str, siblings: Siblings, tmp_path: Path) -> None:
+    branchmix.upcycle(recipe(siblings(name), attention=attention), tmp_path / "mixture")
+    mixture = load(tmp_path / "mixture")
+    ids = tokens(length=12)
+    with torch.no_grad():
+        full = mixture(ids, use_cache=False).logits
+        out = mixture(ids[:, :5], use_cache=True)
+        steps = [out.logits]
+        for position in range(5, 12):
+            out = mixture(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+            steps.append(out.logits)
+    close(torch.cat(steps, dim=1), full)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eager_equals_the_fast_implementations(name: str, siblings: Siblings, tmp_path: Path) -> None:
+    given = recipe(siblings(name), routing={"ffn": {"top_k": 2}}, attention="kv_sharing")
+    branchmix.upcycle(given, tmp_path / "mixture")
+    ids = tokens()
+    with torch.no_grad():
+        eager = load(tmp_path / "mixture", attn_implementation="eager", experts_implementation="eager")(ids).logits
+        for experts in ("grouped_mm", "batched_mm"):
+            close(load(tmp_path / "mixture", experts_implementation=experts)(ids).logits, eager)
