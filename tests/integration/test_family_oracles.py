@@ -38,7 +38,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
-    scale = max(1.0, float(theirs.abs().max()))
+    scale = max(1.0, float(theirs.detach().abs().max()))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * scale)
 
 

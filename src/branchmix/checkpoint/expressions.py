@@ -405,7 +405,7 @@ class Mean(Expression):
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         width = self.shape[1:] if columns is None else (columns[1] - columns[0],)
         wide = max((_accumulator(part.dtype) for part in self.parts), key=lambda kind: np.dtype(kind).itemsize)
-        total = np.zeros((stop - start, *width), wide)
+        total = np.empty((stop - start, *width), wide)
         edges = sorted({start, stop, *(part.num_rows for part in self.parts if start < part.num_rows < stop)})
         with np.errstate(over="ignore", invalid="ignore"):
             for low, high in pairwise(edges):
@@ -413,7 +413,11 @@ class Mean(Expression):
                 for part, share in zip(self.parts, self.weights or (1.0,) * len(self.parts), strict=True):
                     if high <= part.num_rows:
                         values = _widened(part.rows(low, high, columns), part.dtype)
-                        np.add(rows, values if share == 1.0 else values * wide(share), out=rows)
+                        values = values if share == 1.0 else values * wide(share)
+                        if weight:
+                            np.add(rows, values, out=rows)
+                        else:  # not added to zero, which would lose the sign of -0.0
+                            np.copyto(rows, values)
                         weight += share
                 np.divide(rows, wide(weight), out=rows)
         return from_float32(total, self.dtype)
@@ -440,7 +444,7 @@ class Scaled(Expression):
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         values = _widened(self.part.rows(start, stop, columns), self.dtype)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return from_float32(values * values.dtype.type(self.factor), self.dtype)
 
 
@@ -467,7 +471,7 @@ class Gained(Expression):
         low, high = columns or (0, self.shape[1])
         values = _widened(self.part.rows(start, stop, columns), self.dtype)
         gain = _widened(self.gain.rows(low, high), self.gain.dtype).astype(values.dtype)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return from_float32(values * (gain + values.dtype.type(self.offset)), self.dtype)
 
 

@@ -335,10 +335,8 @@ class Dimensions:
 
 # transformers' defaults for keys that old config.json files leave out.
 _HEAD_DIM_DEFAULTS = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "glm": 128, "glm4": 128}
-_KV_HEADS_DEFAULTS = {
-    **{"mistral": 8, "ministral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4, "gemma3_text": 4},
-    **{"stablelm": 32, "starcoder2": 2, "smollm3": 4, "glm": 2, "glm4": 2},
-}
+_KV_HEADS_DEFAULTS = {"mistral": 8, "ministral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4}
+_KV_HEADS_DEFAULTS |= {"gemma3_text": 4, "stablelm": 32, "starcoder2": 2, "smollm3": 4, "glm": 2, "glm4": 2}
 _TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3_text", "gpt2", "opt", "falcon", "cohere", "cohere2", "starcoder2", "smollm3"}
 
 

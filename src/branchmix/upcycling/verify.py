@@ -242,8 +242,6 @@ def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, num
         config.pop("rope_theta", None)
         config.pop("rope_scaling", None)
     dense_config = AutoConfig.for_model(config.pop("model_type"), **config)
-    dense_config.dtype = torch.float32
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)](dense_config).eval()
 
     attention = plan.config["attention"] in ("kv_experts", "kv_sharing")
     owned = expert.expert_tensors(attention, plan.config["ffn"] == "experts")
@@ -252,19 +250,21 @@ def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, num
         source = ref if name in owned else index.tensors.get(f"model.{name}", ref)
         state[name] = _tensor(Source(source))
     if expert.fold_norms:
-        _unfold(state, expert, plan)
+        _unfold(state, expert)
     if plan.config["attention"] == "kv_sharing":
         _share_keys_and_values(state, expert, index)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight", "embed_out.weight"} if expert.dims.tied_embeddings else set()
-    if set(missing) - tied or unexpected:
-        raise VerificationError(f"{expert.name}: {sorted(set(missing) - tied)[:2] or unexpected[:2]} have no counterpart")
-    model.tie_weights()
-    return model
+    # As from a checkpoint, so that transformers' own renamings (GPT-NeoX's embed_out) apply.
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].from_pretrained(
+        None, config=dense_config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    strangers = [*info["missing_keys"], *info["unexpected_keys"]]
+    if strangers:
+        raise VerificationError(f"{expert.name}: {sorted(strangers)[0]} has no counterpart in the dense model")
+    return model.eval()
 
 
-def _unfold(state: dict[str, Any], expert: DenseExpert, plan: Plan) -> None:
-    """Undo norm folding: dense model i keeps its own gains (Expert KV), or has them in its matrices (Shared KV)."""
+def _unfold(state: dict[str, Any], expert: DenseExpert) -> None:
+    """Dense model i keeps its own gains where the mixture has them folded into its matrices."""
     family = expert.family
     for layer in range(expert.dims.num_layers):
         for norm in {family.attention_input_norm, family.ffn_input_norm} - {None}:
