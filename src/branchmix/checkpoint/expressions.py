@@ -518,6 +518,26 @@ class Constant(Expression):
         return from_float32(np.full((stop - start, *width), self.value, _accumulator(self.dtype)), self.dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Held(Expression):
+    """Values computed beforehand and held in memory: small ones, such as routers from hidden states."""
+
+    values: npt.NDArray[np.float32]
+    dtype: str
+    shape: Shape = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.values.dtype == np.float32 and self.dtype in FLOAT_DTYPES, "values are held as float32"
+        self._become(self.dtype, tuple(self.values.shape))
+
+    def parts_read(self) -> tuple[Expression, ...]:
+        return ()
+
+    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
+        block = self.values[start:stop]
+        return from_float32(block if columns is None else block[:, columns[0] : columns[1]], self.dtype)
+
+
 @dataclass(frozen=True)
 class Normal(Expression):
     """Draws from N(0, std^2) that depend on seed, key and position only: not on order, threads or blocks."""

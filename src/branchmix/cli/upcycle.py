@@ -25,6 +25,9 @@ The smallest recipe:
     - {name: math, model: ./math}
 """
 
+PEAK_MEMORY_BYTES = 150_000_000
+"""Anonymous memory of a merge, whatever the models' size and number (measured: benchmarks/upcycle.py memory)."""
+
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -41,6 +44,9 @@ def upcycle_command(
     ] = False,
     force: Force = False,
     no_check: NoCheck = False,
+    no_hashes: Annotated[
+        bool, typer.Option("--no-hashes", help="Do not record the sha256 of the source files (less CPU time).")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn dense checkpoints of one seed into one mixture of experts."""
@@ -52,7 +58,14 @@ def upcycle_command(
     warn_of_leftovers(out)
     with progress_bar() as progress:
         report = upcycle(
-            recipe, out, dry_run=dry_run, verify=verify, force=force, check=not no_check, progress=progress
+            recipe,
+            out,
+            dry_run=dry_run,
+            verify=verify,
+            force=force,
+            check=not no_check,
+            hashes=not no_hashes,
+            progress=progress,
         )
     show(report, as_json=as_json)
 
@@ -96,7 +109,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "experts": [source.name for source in plan.sources],
         "bytes": plan.nbytes,
         "free_bytes": free_bytes(report.out),
-        "peak_memory_bytes": _peak_memory(plan),
+        "peak_memory_bytes": PEAK_MEMORY_BYTES,
         "groups": [
             {"name": g.name, "tensors": g.count, "shape": list(g.shape), "bytes": g.nbytes, "how": g.how}
             for g in plan.groups
@@ -111,42 +124,43 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
 
 
 def _print_plan(report: UpcycleReport) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    from branchmix.cli.console import human_bytes, human_count
+    from branchmix.cli.console import human_bytes, human_count, result_console
     from branchmix.upcycling.execute import free_bytes
 
     plan = report.plan
-    console = Console()
+    console = result_console()
     console.print(f"{_method(plan)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("tensors", "left"), ("count", "right"), ("shape", "left"), ("size", "right"), ("", "left")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("tensors", overflow="fold")
+    table.add_column("count", justify="right")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("")
     for group in plan.groups:
         shape = " x ".join(map(str, group.shape))
         table.add_row(group.name, str(group.count), shape, human_bytes(group.nbytes), group.how)
     console.print(table)
     accounting = _accounting(plan)
     console.print(
-        f"parameters: {human_count(accounting.parameters.total)} total, {human_count(accounting.parameters.active)} active; "
+        f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes a token; "
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
-        f"memory: about {human_bytes(_peak_memory(plan))}",
+        f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}",
         highlight=False,
         soft_wrap=True,
     )
 
 
 def _print_verification(report: UpcycleReport) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    from branchmix.cli.console import human_bytes
+    from branchmix.cli.console import human_bytes, result_console
 
     verification = report.verification
     assert verification is not None
-    console = Console()
+    console = result_console()
     console.print(
         f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) byte-identical to "
         f"their sources, {verification.averages_checked} averages recomputed in fp64",
@@ -174,10 +188,3 @@ def _accounting(plan: Plan) -> Any:
     from branchmix.accounting import inspect
 
     return inspect(plan.config)
-
-
-def _peak_memory(plan: Plan) -> int:
-    """64 MiB, and a few rows of the widest tensor in fp32 for each of two workers."""
-    from branchmix.checkpoint.writer import peak_memory_bytes
-
-    return peak_memory_bytes(plan.tensors)

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from branchmix.checkpoint.writer import WriteReport, atomic_folder, write_checkp
 from branchmix.errors import BranchMixError, CompatibilityError, OutputError
 from branchmix.recipe import Recipe
 from branchmix.upcycling.card import model_card
+from branchmix.upcycling.hashes import FileHashes
 from branchmix.upcycling.plan import Plan, plan_upcycling
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def upcycle(
     verify: bool = False,
     force: bool = False,
     check: bool = True,
+    hashes: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> UpcycleReport:
     """Turn a seed and its specialised siblings into one mixture of experts (BAM, arXiv 2408.08274, section 4).
@@ -88,6 +90,7 @@ def upcycle(
         verify: prove the result on text before it gets its name (needs the memory of the mixture in fp32).
         force: replace ``out`` if it exists. A folder that is an input is never replaced.
         check: refuse NaN and Inf in the sources while streaming.
+        hashes: record the sha256 of every source file, computed beside the writing.
         progress: called with the step's name, bytes done and bytes in all.
 
     Raises:
@@ -105,21 +108,28 @@ def upcycle(
     refuse_overlap(out, [model.folder for model in folders], force=force)
     with open_sources(recipe, folders, out, dry_run=dry_run) as sources:
         seed, *experts = sources
-        router_rows = None
+        router_rows, router_notes = None, []
         if recipe.router_init.method == "hidden":
             plan_upcycling(recipe, seed.index, [expert.index for expert in experts])  # refuse before a model is loaded
             if not dry_run:
                 from branchmix.upcycling.router_init import hidden_state_routers
 
-                router_rows = hidden_state_routers(recipe, seed.index)
+                router_rows, router_notes = hidden_state_routers(recipe, seed.index)
         plan = plan_upcycling(recipe, seed.index, [expert.index for expert in experts], router_rows=router_rows)
+        plan = replace(plan, notes=(*plan.notes, *router_notes))
         written = verification = None
         if not dry_run:
             require_space(out, plan)
-            provenance = {"recipe": recipe.model_dump(mode="json", exclude_defaults=True), "sources": describe(sources)}
-            with atomic_folder(out, force=force) as folder:
+            files = [file for source in sources for file in source.index.files]
+            with atomic_folder(out, force=force) as folder, FileHashes(files if hashes else []) as hashing:
                 written = write_output(
-                    plan, folder, seed.index.folder, provenance, recipe.max_shard_bytes, check=check, progress=progress
+                    plan,
+                    folder,
+                    seed.index.folder,
+                    lambda: {"recipe": recipe.model_dump(mode="json"), "sources": describe(sources, hashing)},
+                    recipe.max_shard_bytes,
+                    check=check,
+                    progress=progress,
                 )
                 if verify:
                     from branchmix.upcycling.verify import verify_plan
@@ -132,7 +142,7 @@ def write_output(
     plan: Plan,
     folder: Path,
     companions: Path,
-    provenance: dict[str, Any],
+    provenance: Callable[[], dict[str, Any]],
     max_shard_bytes: int,
     *,
     check: bool = True,
@@ -144,7 +154,7 @@ def write_output(
         plan: what to write.
         folder: an empty folder.
         companions: folder whose tokenizer, chat template and generation config come along.
-        provenance: recipe and sources, for ``branchmix.json`` and the model card.
+        provenance: gives recipe and sources, for ``branchmix.json`` and the model card; called after the weights.
         max_shard_bytes: greatest size of a weights file.
         check: refuse NaN and Inf in the sources.
         progress: called with the step's name, bytes done and bytes in all.
@@ -161,9 +171,9 @@ def write_output(
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).parent.parent / "models" / name, folder / name)
     versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
-    provenance = {"versions": versions, **provenance, "notes": list(plan.notes)}
-    _write_json(folder / "branchmix.json", provenance)
-    (folder / "README.md").write_text(model_card(plan, provenance), encoding="utf-8")
+    record = {"versions": versions, **provenance(), "notes": list(plan.notes)}
+    _write_json(folder / "branchmix.json", record)
+    (folder / "README.md").write_text(model_card(plan, record), encoding="utf-8")
     _write_json(folder / "config.json", plan.config)
     return written
 
@@ -204,34 +214,18 @@ def open_sources(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def describe(sources: Sequence[Sourced]) -> list[dict[str, Any]]:
-    """Sources for the provenance: what was given, revision, and each file with its size and hash."""
+def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, Any]]:
+    """Sources for the provenance: what was given, revision, and each file with its size and sha256."""
     return [
         {
             "name": source.name,
             "model": source.model.given,
             "revision": source.model.revision,
             "lora_adapter": source.adapter is not None,
-            "files": [{"name": file.name, "bytes": file.stat().st_size, **file_hash(file)} for file in source.index.files],
+            "files": [{"name": file.name, "bytes": file.stat().st_size, **hashes.of(file)} for file in source.index.files],
         }
         for source in sources
     ]
-
-
-def file_hash(file: Path) -> dict[str, str]:
-    """The file's sha256 where the Hub's cache knows it; else that of its header, which names every tensor.
-
-    Hashing tens of gigabytes would take longer than the merge. ``--verify`` compares all copied bytes instead.
-    """
-    import hashlib
-
-    target = file.resolve()
-    if target.parent.name == "blobs" and len(target.name) == 64:
-        return {"sha256": target.name}
-    with file.open("rb") as opened:
-        header = opened.read(8)
-        header += opened.read(int.from_bytes(header, "little"))
-    return {"header_sha256": hashlib.sha256(header).hexdigest()}
 
 
 def refuse_overlap(out: Path, sources: Sequence[Path], *, force: bool) -> None:

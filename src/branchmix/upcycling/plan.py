@@ -152,7 +152,7 @@ class _Mixture:
         self.models = [seed, *experts]
         self.weights = self._merge_weights()
         self.folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
-        self.dtype = DTYPES[recipe.dtype] if recipe.dtype else _main_dtype(seed)
+        self.dtype = output_dtype(recipe, seed)
         by_name = {model.name: self._maybe_folded(model) for model in self.models}
         self.experts: list[ExpertSource] = [
             by_name.get(name) or self._maybe_folded(seed, name) for name in recipe.expert_names
@@ -369,6 +369,11 @@ def describe(expression: Expression) -> str:
     inner = [describe(part) for part in expression.parts_read()[:1]]
     told = [word for word in inner if not word.startswith("copied")]
     return ", ".join([*told, here])
+
+
+def output_dtype(recipe: Recipe, seed: DenseExpert) -> str:
+    """The output's dtype as safetensors calls it: the recipe's, or the seed's."""
+    return DTYPES[recipe.dtype] if recipe.dtype else _main_dtype(seed)
 
 
 def _main_dtype(model: DenseExpert) -> str:

@@ -24,6 +24,7 @@ from branchmix.upcycling.execute import (
     require_space,
     write_output,
 )
+from branchmix.upcycling.hashes import FileHashes
 from branchmix.upcycling.layers import attention_tensors, ffn_tensors
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert
 from branchmix.upcycling.sources import ExpertSource, MixtureExpert
@@ -83,9 +84,12 @@ def add_expert(
         return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", mixture.dtype)))
 
     plan = mixture.plan([*mixture.experts, newcomer], config, router, check_result.notes)
-    sources = describe([Sourced(name, found, newcomer.index)])
-    step = {"added": {"expert": sources[0], "router_std": std, "router_seed": router_seed}}
-    return mixture.write(plan, Path(out), step, [found.folder], start, dry_run, force, check, progress)
+    added = Sourced(name, found, newcomer.index)
+
+    def step(hashes: FileHashes) -> dict[str, Any]:
+        return {"added": {"expert": describe([added], hashes)[0], "router_std": std, "router_seed": router_seed}}
+
+    return mixture.write(plan, Path(out), step, [newcomer.index], start, dry_run, force, check, progress)
 
 
 def remove_expert(
@@ -126,7 +130,7 @@ def remove_expert(
         rope = mixture.config["expert_rope_parameters"]
         config["expert_rope_parameters"] = [rope[expert.number] for expert in staying]
     plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), [])
-    return mixture.write(plan, Path(out), {"removed": name}, [], start, dry_run, force, check, progress)
+    return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, [], start, dry_run, force, check, progress)
 
 
 class _Opened:
@@ -221,8 +225,8 @@ class _Opened:
         self,
         plan: Plan,
         out: Path,
-        step: dict[str, Any],
-        inputs: Sequence[Path],
+        step: Callable[[FileHashes], dict[str, Any]],
+        inputs: Sequence[CheckpointIndex],
         start: float,
         dry_run: bool,
         force: bool,
@@ -230,14 +234,18 @@ class _Opened:
         progress: Progress | None,
     ) -> UpcycleReport:
         """Write the changed mixture; its provenance is the old one and this step."""
-        refuse_overlap(out, [self.resolved.folder, *inputs], force=force)
+        refuse_overlap(out, [self.resolved.folder, *(index.folder for index in inputs)], force=force)
         written = None
         if not dry_run:
             require_space(out, plan)
-            provenance = self._provenance()
-            provenance.setdefault("changes", []).append(step)
             shard_bytes = max(file.stat().st_size for file in self.index.files)
-            with atomic_folder(out, force=force) as folder:
+            files = [file for index in inputs for file in index.files]
+            with atomic_folder(out, force=force) as folder, FileHashes(files) as hashes:
+
+                def provenance() -> dict[str, Any]:
+                    old = self._provenance()
+                    return {**old, "changes": [*old.get("changes", []), step(hashes)]}
+
                 written = write_output(
                     plan, folder, self.resolved.folder, provenance, shard_bytes, check=check, progress=progress
                 )

@@ -1,0 +1,123 @@
+"""Routers from hidden states: an expert's row points to where the seed's states lie on text of that expert's domain.
+
+mergekit's ``gate_mode: hidden``, with two changes. Rows are centred over the experts, which no softmax can see but
+which keeps the logits (and the z-loss) small; and they get the length of random rows, so that routing starts soft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from branchmix.checkpoint.expressions import Expression, Held
+from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.errors import RecipeError
+from branchmix.recipe import Recipe
+from branchmix.upcycling.plan import open_expert, output_dtype
+
+MAX_TOKENS = 512
+"""Of each prompt or text; the mean over more tokens hardly moves."""
+
+ILL_CONDITIONED = 100.0
+"""Condition number of the matrix of unit rows [E, D] above which a note says that the rows are nearly dependent."""
+
+
+def hidden_state_routers(recipe: Recipe, seed_index: CheckpointIndex) -> tuple[dict[str, Expression], list[str]]:
+    """Routers [E, D] of every layer, by output name, and notes for the user.
+
+    Args:
+        recipe: with ``router_init.prompts`` or ``.text`` for every expert.
+        seed_index: the seed, which is loaded in fp32 and run on those texts.
+
+    Raises:
+        RecipeError: a text file is missing or empty, or the seed has no tokenizer.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = {name: list(_texts(recipe, name)) for name in recipe.expert_names}
+    seed = open_expert("seed", seed_index)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(seed_index.folder)
+    except (OSError, ValueError):
+        raise RecipeError(f"router_init: the seed {seed_index.folder} has no tokenizer to read prompts with") from None
+    model = AutoModelForCausalLM.from_pretrained(seed_index.folder, dtype=torch.float32).eval()
+    family, dtype = seed.family, output_dtype(recipe, seed)
+    modules: dict[str, Any] = {}
+    for layer in range(seed.dims.num_layers):
+        block = model.get_submodule(f"{family.layers}.{layer}")
+        prefix = f"model.{family.layers}.{layer}"
+        if recipe.attention in ("kv_experts", "kv_sharing"):
+            modules[f"{prefix}.{family.attention}.expert_gate.weight"] = block.get_submodule(family.attention)
+        if recipe.ffn == "experts":
+            modules[f"{prefix}.{family.ffn}.gate.weight"] = block.get_submodule(family.ffn)
+
+    states: dict[str, list[np.ndarray]] = {name: [] for name in modules}
+    for name in recipe.expert_names:
+        with torch.no_grad(), _mean_inputs(modules) as means:
+            for text in texts[name]:
+                ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=MAX_TOKENS).input_ids
+                model(ids, use_cache=False)
+        for router, (total, count) in means.items():
+            states[router].append((total / count).numpy())
+
+    rows: dict[str, Expression] = {}
+    worst = 0.0
+    for router, vectors in states.items():
+        matrix_ED = np.stack(vectors).astype(np.float64)
+        unit_ED = matrix_ED / np.linalg.norm(matrix_ED, axis=1, keepdims=True)
+        worst = max(worst, float(np.linalg.cond(unit_ED)))
+        rows[router] = Held(_centred(matrix_ED, recipe.router_init.std), dtype)
+    notes = []
+    if worst > ILL_CONDITIONED:
+        notes.append(
+            f"router_init: the experts' mean hidden states are nearly parallel (condition number up to {worst:.0f}), so the "
+            "routers start close to one another: give prompts that differ more, or more of them"
+        )
+    return rows, notes
+
+
+def _centred(matrix_ED: np.ndarray, std: float) -> np.ndarray:
+    """Rows minus their mean over experts, each as long as a random row of deviation ``std``."""
+    centred_ED = matrix_ED - matrix_ED.mean(0)
+    lengths_E1 = np.linalg.norm(centred_ED, axis=1, keepdims=True)
+    return (centred_ED / np.maximum(lengths_E1, 1e-12) * std * matrix_ED.shape[1] ** 0.5).astype(np.float32)
+
+
+@contextmanager
+def _mean_inputs(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Sum and number of the hidden states that enter each module, while the block runs."""
+    sums: dict[str, Any] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            total, count = sums.get(name, (0.0, 0))
+            sums[name] = (total + flat.sum(0), count + flat.shape[0])
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _texts(recipe: Recipe, name: str) -> Iterator[str]:
+    yield from (recipe.router_init.prompts or {}).get(name, [])
+    path = (recipe.router_init.text or {}).get(name)
+    if path is not None:
+        file = recipe.folder / path
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"router_init.text: {file} cannot be read ({type(error).__name__})") from None
+        if not text.strip():
+            raise RecipeError(f"router_init.text: {file} is empty")
+        yield text
