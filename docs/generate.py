@@ -1,0 +1,141 @@
+"""Writes the reference pages that come from the code: commands, recipe keys and families.
+
+``make docs`` runs it; ``python docs/generate.py --check`` fails if a page is out of date (a test runs that).
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
+from branchmix.checkpoint.families import FAMILIES
+from branchmix.cli import app
+from branchmix.recipe import Recipe
+
+FOLDER = Path(__file__).parent
+HEADER = "<!-- Written by docs/generate.py: change the code instead. -->\n\n"
+
+
+def cli_page() -> str:
+    """Every command's help text, as a terminal shows it."""
+    runner = CliRunner()
+    environment = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
+    commands = [command.name for command in app.registered_commands]
+    lines = ["# Commands", ""]
+    for words in [[], *([name] for name in commands if name)]:
+        result = runner.invoke(app, [*words, "--help"], env=environment, prog_name="branchmix")
+        text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+        lines += [f"## `{' '.join(['branchmix', *words])}`", "", "```text", text, "```", ""]
+    return HEADER + "\n".join(lines)
+
+
+def recipe_page() -> str:
+    """Every key of a recipe, with its choices, default and meaning."""
+    lines = ["# Recipe", "", "A YAML file; unknown keys are refused. Relative paths start from the file's folder.", ""]
+    lines += _table(Recipe, "")
+    return HEADER + "\n".join(lines)
+
+
+def _table(model: type[BaseModel], path: str) -> list[str]:
+    lines = [f"## `{path.rstrip('.') or 'recipe'}`", "", _first_line(model), ""]
+    lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    below: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        default = "required" if field.is_required() else _default(field.default)
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{name}` | {_kind(field.annotation)} | {default} | {meaning} |")
+        if inner is not None:
+            marker = "[]." if get_origin(field.annotation) is list else "."
+            below += _table(inner, f"{path}{name}{marker}")
+    return [*lines, "", *below]
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _kind(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
+    if origin is list:
+        return f"list of {_kind(arguments[0])}".replace("list of see", "list, see")
+    if origin is dict:
+        return f"mapping to {_kind(arguments[1])}"
+    if arguments and str(origin).endswith("Literal"):
+        return ", ".join(f"`{argument}`" for argument in arguments)
+    if arguments:
+        return _kind(arguments[0])
+    names = {"bool": "true or false", "int": "whole number", "float": "number", "str": "text", "Path": "path"}
+    return names.get(annotation.__name__, "see below")
+
+
+def _default(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "see below"
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`" if value != [] else "none"
+
+
+def families_page() -> str:
+    """What is known of each family, from the table the code uses."""
+    lines = [
+        "# Families",
+        "",
+        "Families with an entry of their own. Any other family of transformers whose tensors have Llama's names is",
+        "taken by inference from those names, and refused with the reason if they do not fit. A new family is one entry",
+        "in `src/branchmix/checkpoint/families.py` and one line in `tests/families.py`.",
+        "",
+        "| family | block | attention | q/k norms | FFN | rotary base per expert | norm folding |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, family in FAMILIES.items():
+        block = {"config": "as the config says"}.get(family.block, family.block)
+        fused = f"fused `{family.fused_qkv}`" if family.fused_qkv else "q, k, v"
+        code = "family's own, widened" if family.attention_code == "family" else "computed by the mixture"
+        norms = {None: "-"}.get(
+            family.query_norm, {"head": "per head size", "heads": "per head", "all": "all heads"}[family.norm_over]
+        )
+        ffn = "gated" if family.gate else "plain"
+        rotary = "yes" if family.plain_attention else "-"
+        fold = "where its norms have gains only" if family.attention_input_norm else "-"
+        lines.append(f"| {name} | {block} | {fused}; {code} | {norms} | {ffn} | {rotary} | {fold} |")
+    return HEADER + "\n".join(lines) + "\n"
+
+
+PAGES = {"cli.md": cli_page, "recipe.md": recipe_page, "families.md": families_page}
+
+
+def main(arguments: list[str]) -> int:
+    """Write all pages, or with ``--check`` say which differ."""
+    stale = []
+    for name, page in PAGES.items():
+        path, text = FOLDER / name, page()
+        if arguments == ["--check"]:
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                stale.append(name)
+        else:
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"out of date: {', '.join(stale)}; run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
