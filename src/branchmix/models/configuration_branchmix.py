@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-
 CODE_FILES = ("configuration_branchmix.py", "losses_branchmix.py", "modeling_branchmix.py")
 """The files that travel with every checkpoint."""
 
@@ -49,8 +48,8 @@ class BranchMixConfig(PreTrainedConfig):
     model_type = "branchmix"
     sub_configs = {"seed_config": AutoConfig}
 
-    seed_config: dict | PreTrainedConfig | None = None
-    layout: dict | None = None
+    seed_config: Any = None
+    layout: Any = None
     num_experts: int = 4
     expert_names: list[str] | None = None
     attention: str = "kv_experts"

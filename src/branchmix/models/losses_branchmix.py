@@ -42,9 +42,10 @@ def router_losses(
         logits: one [S, E] tensor a layer.
         top_k: experts chosen for each token. With all of them chosen (soft routing) balance has nothing to say: 0.
         attention_mask: [B, T] with 0 for padding, or None. With a longer mask than tokens (a cache), its last T count.
+            The 4-D masks that ``generate`` makes for static caches say nothing about padding, and are not looked at.
     """
     mask_S = None
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         num_tokens = logits[0].shape[0] // attention_mask.shape[0]
         mask_S = attention_mask[:, -num_tokens:].reshape(-1).to(logits[0].device)
     balance = torch.zeros((), device=logits[0].device)

@@ -297,7 +297,9 @@ class BranchMixAttention(nn.Module):
         gate_BTE = gate_BTE.to(heads_BTHC.dtype)
         sizes, axis = self.order.sizes, self.order.expert_axis
         # Gate and heads meet as [B, T, *sizes with 1 for all but the experts] and [B, T, *sizes with C in the last].
-        gate = gate_BTE.view(*gate_BTE.shape[:2], *(self.order.num_experts if i == axis else 1 for i in range(len(sizes))))
+        gate = gate_BTE.view(
+            *gate_BTE.shape[:2], *(self.order.num_experts if i == axis else 1 for i in range(len(sizes)))
+        )
         gated = heads_BTHC.reshape(*gate_BTE.shape[:2], *sizes[:-1], -1) * gate
         out_BTD = self.o_proj(gated.reshape(*gate_BTE.shape[:2], width))
         if self.o_bias is not None:
@@ -458,9 +460,7 @@ def _rotate_halves(x_BHTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -
     return torch.cat((rotated, rest), dim=-1)
 
 
-def _gptj_angles(
-    position_ids: torch.Tensor, rotary_dim: int, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gptj_angles(position_ids: torch.Tensor, rotary_dim: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of GPT-J's positions, [B, 1, T, R/2] each."""
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=like.device) / rotary_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / (10000**exponents))
@@ -719,12 +719,23 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.model.get_decoder()
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The family's own: Phi-3 drops its cache there where its rotary factors change."""
+        return self.model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> BranchMixCausalLMOutputWithPast:
         """As the family's causal LM, with BAM's losses (eq. 2) added to ``loss``.
@@ -735,6 +746,9 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T].
             attention_mask: [B, T], 0 for padding, which counts in no loss.
+            position_ids: as the family has it. ``generate`` looks for this name, ``inputs_embeds`` and
+                ``logits_to_keep`` in the signature: without it left padding shifts learned positions.
+            past_key_values, inputs_embeds, use_cache, logits_to_keep: as the family has them.
             labels: [B, T], -100 where no loss is wanted.
             output_router_logits: return ``router_logits`` and ``attention_router_logits``, [B * T, E] for each layer.
             **kwargs: what the family takes. ``num_items_in_batch`` (from ``Trainer``) is the number of labels of the
@@ -745,7 +759,16 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         kwargs.pop("return_dict", None)
         with self._recorded_routers(wanted or add_losses) as logits:
             outputs = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, return_dict=True, **kwargs
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **kwargs,
             )
         loss, aux_loss, z_loss = outputs.loss, None, None
         if wanted or add_losses:
