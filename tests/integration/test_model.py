@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from families import BY_NAME
-from mixtures import BOTH, close, load, random_mixture, tokens
-
 import branchmix
 from branchmix.models.modeling_branchmix import BranchMixAttention, BranchMixAttentionRouter, BranchMixRouter
+from families import BY_NAME
+from mixtures import BOTH, close, load, random_mixture, tokens
 
 Siblings = Callable[..., dict[str, Path]]
 FAMILIES = ("llama", "cohere", "gemma3", "gpt-neox", "gpt2", "opt", "olmo2", "phi3")

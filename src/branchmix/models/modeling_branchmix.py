@@ -608,7 +608,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Routers N(0, initializer_range^2), experts like the family's other matrices, biases zero."""
-        std = getattr(self.config.seed_config, "initializer_range", None) or 0.02
+        seed_config = self.config.seed_config
+        std = getattr(seed_config, "initializer_range", None) or getattr(seed_config, "init_std", None) or 0.02
         for module in self.modules():
             if getattr(module, "_is_hf_initialized", False):
                 continue
