@@ -1,0 +1,154 @@
+"""A mixture's folder is enough: processes without branchmix load it by ``trust_remote_code``, and never without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import branchmix
+from mixtures import load, recipe, tokens
+
+Siblings = Callable[..., dict[str, Path]]
+FAMILIES = {
+    "llama": "kv_experts",
+    "cohere": "kv_sharing",
+    "gemma3": "kv_experts",
+    "olmo2": "kv_sharing",
+    "gpt-neox": "kv_experts",
+    "gpt2": "kv_sharing",
+    "opt": "kv_experts",
+    "phi3": "kv_sharing",
+}
+
+WITHOUT_BRANCHMIX = """
+import sys
+
+class Absent:  # however it is installed
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "branchmix":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import branchmix
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("branchmix is importable")
+"""
+
+LOAD_ALL = """
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+torch.set_num_threads(1)
+trusted = {"trust_remote_code": True, "dtype": torch.float32}
+
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    expected = load_file(folder / "expected.safetensors")
+    ids = expected["ids"]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert config.model_type == "branchmix" and config.num_experts == 3
+    model = AutoModelForCausalLM.from_pretrained(folder, **trusted).eval()
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected["logits"]), folder
+        base = AutoModel.from_pretrained(folder, **trusted).eval()
+        assert type(base).__name__ == "BranchMixModel"
+        assert torch.equal(base(ids).last_hidden_state, expected["hidden"]), folder
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.equal(generated, expected["generated"]), folder
+
+    copy = Path(sys.argv[2]) / folder.name
+    model.save_pretrained(copy)
+    again = AutoModelForCausalLM.from_pretrained(copy, experts_implementation="grouped_mm", **trusted).eval()
+    assert again.config._experts_implementation == "grouped_mm"
+    eager = AutoModelForCausalLM.from_pretrained(copy, experts_implementation="eager", **trusted).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, expected["logits"]), folder
+        torch.testing.assert_close(eager(ids).logits, expected["logits"], rtol=0, atol=1e-4)
+    print(folder.name)
+"""
+
+REFUSE = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):
+    try:
+        auto.from_pretrained(sys.argv[1])
+    except ValueError as error:
+        assert "trust_remote_code" in str(error), error
+    else:
+        raise AssertionError(f"{auto.__name__} executed code that nobody trusted")
+assert not any(name.startswith("transformers_modules") for name in sys.modules)
+"""
+
+INSTALLED = """
+import sys
+{imports}
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+base = transformers.AutoModel.from_pretrained(sys.argv[1])
+config = transformers.AutoConfig.from_pretrained(sys.argv[1])
+trusting = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+for thing in (model, base, config, trusting):
+    assert type(thing).__module__.startswith("branchmix.models."), type(thing)
+"""
+
+
+def python(program: str, *args: Path, cache: Path, installed: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fresh process, with or without branchmix on its path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if installed:
+        environment["PYTHONPATH"] = str(Path(branchmix.__file__).parents[1])
+    else:
+        program = WITHOUT_BRANCHMIX + program
+    command = [sys.executable, "-c", program, *map(str, args)]
+    done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def mixtures(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of several families, each with what the parent computed from it."""
+    root = tmp_path_factory.mktemp("mixtures")
+    ids = tokens()
+    for name, attention in FAMILIES.items():
+        folder = root / name
+        branchmix.upcycle(recipe(siblings(name), attention=attention, routing={"ffn": {"top_k": 2}}), folder)
+        model = load(folder)
+        with torch.no_grad():
+            expected = {"ids": ids, "logits": model(ids).logits, "hidden": model.model.base_model(ids)[0]}
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        expected["generated"] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
+    return root
+
+
+def test_loads_by_remote_code_and_reproduces_everything(mixtures: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(mixtures, moved)
+    done = python(LOAD_ALL, moved, tmp_path / "copies", cache=tmp_path)
+    assert done.stdout.split() == sorted(FAMILIES)
+
+
+def test_refuses_without_trust(mixtures: Path, tmp_path: Path) -> None:
+    python(REFUSE, mixtures / "llama", cache=tmp_path)
+
+
+@pytest.mark.parametrize("order", ["import branchmix, transformers", "import transformers, branchmix"])
+def test_needs_no_trust_where_branchmix_is_installed(order: str, mixtures: Path, tmp_path: Path) -> None:
+    python(INSTALLED.format(imports=order), mixtures / "llama", cache=tmp_path, installed=True)
