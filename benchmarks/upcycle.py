@@ -288,10 +288,8 @@ def report(args: argparse.Namespace, state: State, absent: dict[str, str]) -> No
         else:
             figures = f"{row['note']} | | | | | | |"
         lines.append(f"| {row['candidate']} | {row['makes']} | {figures} |")
-    lines += [
-        "",
-        f"Other programs took up to {content['others']:.0%} of the processors (median of a candidate's runs).",
-    ]
+    if any("others" in row for row in rows):
+        lines += ["", f"Other programs took up to {content['others']:.0%} of the processors (a candidate's median)."]
     lines += ["", *_footer(content)]
     stem = f"upcycle-{args.size}{'' if args.cache == 'warm' else '-' + args.cache}"
     _write_results(args.out, stem, content, lines)

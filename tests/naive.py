@@ -88,6 +88,6 @@ def build_naive(mixture: nn.Module, dense_on_trunk: list[nn.Module]) -> nn.Modul
             )
             setattr(blocks[0], layout["ffn"], naive_ffn)
             if inlined:
-                setattr(blocks[0], "activation_fn", nn.Identity())
-                setattr(blocks[0], "fc2", nn.Identity())
+                blocks[0].activation_fn = nn.Identity()
+                blocks[0].fc2 = nn.Identity()
     return frame

@@ -4,8 +4,8 @@
 
 The three run side by side with one thread each: on few cores that is faster than one after another with all of
 them. fp32 weights under bf16 autocast, because steps this small would be lost in the rounding of bf16 weights.
-Each needs about 3 GB of memory. A finished sibling is kept; an interrupted one leaves nothing behind but a folder
-named `*.part`, which the next start replaces.
+Each needs 4 GB of memory; `--at-once 1` is for machines with less than 12. A finished sibling is kept; an interrupted
+one leaves nothing but a folder named `*.part`, which the next start replaces.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from corpora import documents
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -55,12 +56,13 @@ def token_rows(tokenizer, domain: str, *, held_out: bool, num_rows: int) -> torc
 @torch.no_grad()
 def mean_loss(model, rows_BT: torch.Tensor) -> float:
     """Mean loss in nats per token."""
-    return sum(_loss(model, row_BT).item() for row_BT in rows_BT.split(2)) * 2 / len(rows_BT)
+    return sum(_loss(model, row_BT).item() for row_BT in rows_BT.split(1)) / len(rows_BT)
 
 
 def _loss(model, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.float32):
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    return cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten())
 
 
 def train(domain: str, seed: Path, folder: Path) -> None:
@@ -103,12 +105,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's three siblings.")
     parser.add_argument("seed", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument(
+        "--at-once", type=int, default=len(DOMAINS), help="how many side by side, with 4 GB of memory each"
+    )
     options = parser.parse_args()
     missing = [domain for domain in DOMAINS if not (options.output / domain / RESULT).is_file()]
     jobs = [(domain, options.seed, options.output / domain) for domain in missing]
     if jobs:
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes below when they import torch
-        with multiprocessing.get_context("spawn").Pool(len(jobs)) as pool:
+        with multiprocessing.get_context("spawn").Pool(min(len(jobs), options.at_once)) as pool:
             pool.starmap(train, jobs, chunksize=1)
     print(f"{'sibling':8} {'held-out loss of its own domain: seed':>38} {'sibling':>8}   (nats per token)")
     for domain in DOMAINS:

@@ -18,14 +18,12 @@ if TYPE_CHECKING:
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
     from branchmix.recipe import Recipe
     from branchmix.upcycling import add_expert, remove_expert, upcycle
-    from branchmix.upcycling.verify import verify
 
 _HOME = {
     "Recipe": "branchmix.recipe",
     "upcycle": "branchmix.upcycling",
     "add_expert": "branchmix.upcycling",
     "remove_expert": "branchmix.upcycling",
-    "verify": "branchmix.upcycling.verify",
     "inspect": "branchmix.accounting",
     "BranchMixConfig": "branchmix.models.configuration_branchmix",
     "BranchMixModel": "branchmix.models.modeling_branchmix",
@@ -42,7 +40,6 @@ __all__ = [
     "inspect",
     "remove_expert",
     "upcycle",
-    "verify",
 ]
 
 

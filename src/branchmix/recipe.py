@@ -6,6 +6,7 @@ in the docs is generated from the docstrings below.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,8 +21,13 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
+_ALWAYS_1 = "normalize with top_k 1 makes every gate 1, so the router never learns: leave normalize out"
+
+
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Expert(_Model):
@@ -42,6 +48,13 @@ class FFNRouting(_Model):
     """Divide the chosen gates by their sum. The paper does not; with top_k 1 it would cut the router's gradient."""
     soft: bool = False
     """Every token goes to all experts (as in the BTS paper's BAM)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _top_k_is_not_soft(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("soft") is True and data.get("top_k", 1) != 1:
+            raise ValueError("soft and top_k exclude each other: remove one")
+        return data
 
 
 class AttentionRouting(_Model):
@@ -137,15 +150,16 @@ class Merge(_Model):
     def _weights_belong_to_weighted(self) -> Merge:
         if (self.method == "weighted") != (self.weights is not None):
             raise ValueError("method weighted needs weights, and only it takes them")
-        if self.weights and (min(self.weights.values()) < 0 or sum(self.weights.values()) <= 0):
-            raise ValueError("weights must not be negative, and not all be zero")
+        for name, weight in (self.weights or {}).items():
+            if weight < 0:
+                raise ValueError(f"weights: {name} is {weight:g}, a weight must not be negative")
         return self
 
 
 class SparseUpcycling(_Model):
     """What may be done to FFN experts that are copies of the seed, so that they differ from the start."""
 
-    weight_scaling: bool | float = False
+    weight_scaling: bool | Annotated[float, Field(gt=0)] = False
     """Scale the matrices so that top-k raw gates keep the dense output's size (NVIDIA, arXiv 2410.07524): true takes
     the cube root of N / k on each of a gated FFN's three matrices, the square root on a plain FFN's two."""
     redraw_fraction: float = Field(0.0, ge=0, le=1)
@@ -171,7 +185,7 @@ class Recipe(_Model):
     """``experts``, or ``average``: one averaged FFN (a soup, if attention is averaged too)."""
     routing: Routing = Routing()
     """How tokens choose experts."""
-    routed_scaling_factor: float | Literal["auto"] = 1.0
+    routed_scaling_factor: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     """Factor on the FFN experts' output: 1.0 in the paper; ``auto`` is N / k for raw gates, which keeps the dense
     scale while gates are near uniform, and 1 for soft or normalised ones."""
     router_aux_loss_coef: float = Field(0.01, ge=0)
@@ -204,16 +218,33 @@ class Recipe(_Model):
                 f"experts: there {'is' if self.expert_names else 'are'} only {len(self.expert_names)}, a mixture needs "
                 "two or more (the seed counts unless include_seed is false)"
             )
+        self._check_merge()
         for section, given in (
             ("merge.weights", self.merge.weights),
             ("router_init.prompts", self.router_init.prompts),
             ("router_init.text", self.router_init.text),
         ):
             for name in given or ():
-                if name not in self.expert_names:
+                seed_weight = section == "merge.weights" and name == "seed"
+                if name not in self.expert_names and not seed_weight:
                     raise ValueError(f"{section}: no expert is called {name!r}{nearest(name, self.expert_names)}")
         self._check_routing()
         return self
+
+    def _check_merge(self) -> None:
+        weights = self.merge.weights or {}
+        copies = [name for name in weights if name in self.expert_names and name.startswith("seed-copy-")]
+        if copies and copies[0] not in [expert.name for expert in self.experts]:
+            raise ValueError(f"merge.weights: {copies[0]} is the seed again, which averages take once: weight 'seed'")
+        averaged = [expert.name for expert in self.experts]
+        if self.include_seed or self.seed_copies:
+            averaged.append("seed")
+        elif "seed" in weights:
+            raise ValueError(
+                "merge.weights: 'seed' takes no part in averages, since include_seed is false: leave it out"
+            )
+        if all(weights.get(name, 1.0) == 0 for name in averaged):
+            raise ValueError("merge.weights: all are zero, so nothing is left to average: give one model a weight")
 
     def _check_routing(self) -> None:
         count = len(self.expert_names)
@@ -224,13 +255,19 @@ class Recipe(_Model):
             if top_k is not None and top_k > count:
                 raise ValueError(f"{where} is {top_k}, but there are only {count} experts")
         if self.routing.ffn.normalize and self.num_experts_per_tok == 1 and self.ffn == "experts":
-            raise ValueError("routing.ffn: normalize with top_k 1 makes every gate 1, so the router never learns")
+            raise ValueError(f"routing.ffn: {_ALWAYS_1}")
+        attention_top_k = self.routing.attention.top_k if self.attention in ("kv_experts", "kv_sharing") else None
+        if self.routing.attention.normalize and attention_top_k == 1:
+            raise ValueError(f"routing.attention: {_ALWAYS_1}")
         kv_init = self.merge.kv_init
         choices = ["merge", "average", "seed", *self.expert_names]
         if kv_init not in choices:
             raise ValueError(f"merge.kv_init: {kv_init!r} is no choice{nearest(kv_init, choices)}")
         if self.router_init.method == "zeros" and self.ffn == "experts" and self.num_experts_per_tok < count:
             raise ValueError("router_init: zeros ties the top-k of the FFN router; use it with soft routing only")
+        zeros = "zeros" in (self.router_init.method, self.router_init.attention)
+        if zeros and attention_top_k is not None and attention_top_k < count:
+            raise ValueError("router_init: zeros ties the top-k of the attention router; use it with soft routing only")
         given = (self.router_init.prompts or {}).keys() | (self.router_init.text or {}).keys()
         missing = [name for name in self.expert_names if name not in given]
         if self.router_init.method == "hidden" and missing:
@@ -291,42 +328,78 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe file") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as a recipe ({error.__class__.__name__})") from None
+        reasons: dict[type, str] = {IsADirectoryError: "is a folder", PermissionError: "may not be read"}
+        what = reasons.get(type(error), "is no UTF-8 text")
+        raise RecipeError(f"{path}: {what}: give the recipe's YAML file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RecipeError(f"{path}{where}: not valid YAML: {reason}") from None
+
+
+@cache
+def _strict_loader() -> Any:
+    """PyYAML's safe loader, but a key that stands twice is an error: it would silently keep the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for number, key in enumerate(keys):
+                if key.value in [other.value for other in keys[:number]]:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def parse(model: type[Any], data: Any, where: str) -> Any:
     """``data`` as a ``model``, or one RecipeError with a line for each problem and the nearest valid word."""
     if not isinstance(data, dict):
         kind = "empty" if data is None else f"a {type(data).__name__}"
-        raise RecipeError(f"{where}: is {kind}, not a mapping of keys to values")
+        raise RecipeError(f"{where}: is {kind}, not a mapping; its keys may be {', '.join(model.model_fields)}")
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_problem(model, detail) for detail in error.errors()]
+        places: dict[tuple[Any, ...], list[Any]] = {}
+        for detail in error.errors():
+            places.setdefault(_place(detail), []).append(detail)
+        lines = [_problem(model, list(place), details) for place, details in places.items()]
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
-def _problem(model: type[BaseModel], detail: Any) -> str:
-    """One validation problem as ``key: what is wrong (did you mean ...?)``."""
-    location = [part for part in detail["loc"] if not (isinstance(part, str) and "[" in part)]
+def _place(detail: Any) -> tuple[Any, ...]:
+    """Where a problem is, without the labels that pydantic adds for the members of a union."""
+    labels = ("float", "constrained-float", "bool")
+    return tuple(part for part in detail["loc"] if isinstance(part, int) or not ("[" in part or part in labels))
+
+
+def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) -> str:
+    """What is wrong at one place as ``key: what is wrong (did you mean ...?)``."""
     path = ".".join(str(part) for part in location)
+    detail = details[0]
+    if len(details) > 1:  # one for each member of a union that the value does not fit
+        wanted = [other["msg"].split(",")[0].removeprefix("Input should be ") for other in details]
+        return f"{path}: should be {' or '.join(wanted)}, got {detail['input']!r}"
     kind = detail["type"]
     if kind == "extra_forbidden":
         known = list(_fields_at(model, location[:-1]))
         return f"{path}: there is no such key{nearest(str(location[-1]), known)}; known: {', '.join(known)}"
     if kind == "missing":
-        return f"{path}: is missing"
+        return f"{path}: is missing, it must be given"
     if kind == "literal_error":
         choices = [word.strip().strip("'") for word in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{path}: {detail['input']!r} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
+    if kind == "string_pattern_mismatch":
+        words = {"name": "letters, digits, -, _ and . only", "max_shard_size": "a number and a unit, such as 5GB"}
+        return f"{path}: must be {words[str(location[-1])]}, got {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message

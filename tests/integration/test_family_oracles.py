@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from families import BY_NAME, NAMES
-from naive import build_naive
 from transformers import AutoModelForCausalLM
 
 import branchmix
+from branchmix.checkpoint.families import FAMILIES as TABLE
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.upcycling.verify import _dense_on_trunk
+from families import BY_NAME, NAMES
+from naive import build_naive
 
 BOTH = ("kv_experts", "kv_sharing")
+FOLDABLE = [name for name in NAMES if BY_NAME[name].gains_only and BY_NAME[name].model_type in TABLE]
 Siblings = Callable[..., dict[str, Path]]
 
 
@@ -87,7 +89,7 @@ def test_wide_equals_the_naive_sum_and_so_do_gradients(
 
 def _compare_gradients(mixture: Any, naive: Any) -> None:
     close(mixture.get_input_embeddings().weight.grad, naive.get_input_embeddings().weight.grad)
-    layout = mixture.config.layout
+    layout, conv1d = mixture.config.layout, mixture.config.seed_config.model_type == "gpt2"
     for wide, loop in zip(
         mixture.model.get_submodule(layout["layers"]), naive.get_submodule(layout["layers"]), strict=True
     ):
@@ -98,10 +100,10 @@ def _compare_gradients(mixture: Any, naive: Any) -> None:
         down = layout["down"].split(".")[-1]
         for number, expert in enumerate(naive_ffn.experts):
             grad = getattr(expert, down).weight.grad
-            close(ffn.experts.down_proj.grad[number], grad.T if mixture.config.seed_config.model_type == "gpt2" else grad)
+            close(ffn.experts.down_proj.grad[number], grad.T if conv1d else grad)
         # o_proj's columns of the first expert: (expert, head) for Expert KV, (kv head, expert, group) for Shared KV.
         output = getattr(naive_attention.experts[0], layout["output"]).weight.grad
-        output = output.T if mixture.config.seed_config.model_type == "gpt2" else output
+        output = output.T if conv1d else output
         sizes = attention.order.sizes
         columns = attention.o_proj.weight.grad.unflatten(1, (*sizes[:-1], -1))
         first = columns[:, :, 0].flatten(1) if len(sizes) == 3 else columns[:, 0]
@@ -121,7 +123,7 @@ def test_gates_on_one_expert_give_that_dense_model(
 
 
 @pytest.mark.parametrize("attention", BOTH)
-@pytest.mark.parametrize("name", [name for name in NAMES if BY_NAME[name].gains_only and name != "seed-oss" and name != "helium"])
+@pytest.mark.parametrize("name", FOLDABLE)
 def test_folded_norms_keep_each_model_its_own(name: str, attention: str, siblings: Siblings, tmp_path: Path) -> None:
     given = recipe(siblings(name), attention=attention, merge={"method": "average", "fold_norms": True})
     report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)

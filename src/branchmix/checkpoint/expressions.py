@@ -9,7 +9,6 @@ nearest even. bfloat16, which numpy lacks, is held as uint16 bits. Scalars count
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
@@ -19,27 +18,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from branchmix.checkpoint.index import DTYPE_BITS, TensorRef
+from branchmix.checkpoint.numbers import FLOAT_DTYPES, Array, accumulator, from_float32, storage, widened
 from branchmix.errors import CheckpointError
 
-Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 ByteRange = tuple[Path, int, int]
 """File, absolute offset, number of bytes."""
 Span = tuple[int, int]
 """First index and the one after the last."""
 
-FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-_STORAGE = dict(BF16="<u2", F16="<f2", F32="<f4", F64="<f8", C64="<c8", BOOL="|u1")  # noqa: C408
-_STORAGE |= dict(U8="|u1", I8="|i1", U16="<u2", I16="<i2", U32="<u4", I32="<i4", U64="<u8", I64="<i8")  # noqa: C408
-_STORAGE |= {code: "|u1" for code in DTYPE_BITS if code.startswith("F8_")}
 _CHUNK_BYTES = 1 << 20
-_NORMAL_CHUNK = 1 << 16
 
 
 class Expression(ABC):
@@ -86,58 +78,13 @@ class Expression(ABC):
 
     @property
     def block_nbytes(self) -> int:
-        """How many bytes of rows to ask for at a time: what fits the cache."""
-        return max((part.block_nbytes for part in self.parts_read()), default=1 << 19)
+        """How many bytes of rows to ask for at a time: few enough for the cache, many enough for numpy."""
+        return max((part.block_nbytes for part in self.parts_read()), default=1 << 20)
 
     def _become(self, dtype: str, shape: Shape) -> None:
         """Sets the two derived fields of a frozen dataclass."""
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "shape", shape)
-
-
-def storage(dtype: str) -> np.dtype[Any]:
-    """The numpy dtype that holds ``dtype``: bfloat16 and the 8-bit floats as their bits."""
-    assert dtype in _STORAGE, f"{dtype} elements are no whole bytes"
-    return np.dtype(_STORAGE[dtype])
-
-
-def to_float32(array: Array, dtype: str) -> npt.NDArray[np.float32]:
-    """Values of an array that holds ``dtype`` (one of ``FLOAT_DTYPES``); exact for all but F64."""
-    assert dtype in FLOAT_DTYPES, dtype
-    if dtype != "BF16":
-        return array.astype(np.float32, copy=False)
-    bits = array.astype(np.uint32)
-    np.left_shift(bits, 16, out=bits)
-    return bits.view(np.float32)
-
-
-def from_float32(array: Array, dtype: str) -> Array:
-    """``array`` of float32 (or float64) rounded to nearest even; NaN stays NaN, what is too large becomes infinite."""
-    assert dtype in FLOAT_DTYPES, dtype
-    with np.errstate(over="ignore", invalid="ignore"):
-        if dtype != "BF16":
-            return array.astype(storage(dtype), copy=False)
-        values = np.ascontiguousarray(array.astype(np.float32, copy=False))
-    bits = values.view(np.uint32)
-    rounded = bits >> 16
-    np.bitwise_and(rounded, 1, out=rounded)
-    np.add(rounded, 0x7FFF, out=rounded)
-    np.add(rounded, bits, out=rounded)
-    np.right_shift(rounded, 16, out=rounded)
-    result = rounded.astype(np.uint16)
-    nan = np.isnan(values)
-    if nan.any():
-        result[nan] = (bits[nan] >> 16) | 0x0040
-    return result
-
-
-def _accumulator(dtype: str) -> type[np.float32] | type[np.float64]:
-    """float32 holds sums of 16-bit floats; three times a float32 does not fit float32, so those are summed in 64."""
-    return np.float32 if dtype in ("BF16", "F16") else np.float64
-
-
-def _widened(array: Array, dtype: str) -> Array:
-    return array.astype(np.float64) if _accumulator(dtype) is np.float64 else to_float32(array, dtype)
 
 
 @dataclass(frozen=True)
@@ -404,7 +351,7 @@ class Mean(Expression):
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         width = self.shape[1:] if columns is None else (columns[1] - columns[0],)
-        wide = max((_accumulator(part.dtype) for part in self.parts), key=lambda kind: np.dtype(kind).itemsize)
+        wide = max((accumulator(part.dtype) for part in self.parts), key=lambda kind: np.dtype(kind).itemsize)
         total = np.empty((stop - start, *width), wide)
         edges = sorted({start, stop, *(part.num_rows for part in self.parts if start < part.num_rows < stop)})
         with np.errstate(over="ignore", invalid="ignore"):
@@ -412,7 +359,7 @@ class Mean(Expression):
                 rows, weight = total[low - start : high - start], 0.0
                 for part, share in zip(self.parts, self.weights or (1.0,) * len(self.parts), strict=True):
                     if high <= part.num_rows:
-                        values = _widened(part.rows(low, high, columns), part.dtype)
+                        values = widened(part.rows(low, high, columns), part.dtype)
                         values = values if share == 1.0 else values * wide(share)
                         if weight:
                             np.add(rows, values, out=rows)
@@ -443,7 +390,7 @@ class Scaled(Expression):
         return self.part.ranges() if self.factor == 1.0 else None
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        values = _widened(self.part.rows(start, stop, columns), self.dtype)
+        values = widened(self.part.rows(start, stop, columns), self.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             return from_float32(values * values.dtype.type(self.factor), self.dtype)
 
@@ -469,8 +416,8 @@ class Gained(Expression):
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         low, high = columns or (0, self.shape[1])
-        values = _widened(self.part.rows(start, stop, columns), self.dtype)
-        gain = _widened(self.gain.rows(low, high), self.gain.dtype).astype(values.dtype)
+        values = widened(self.part.rows(start, stop, columns), self.dtype)
+        gain = widened(self.gain.rows(low, high), self.gain.dtype).astype(values.dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             return from_float32(values * (gain + values.dtype.type(self.offset)), self.dtype)
 
@@ -497,161 +444,7 @@ class Cast(Expression):
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         values = self.part.rows(start, stop, columns)
-        return values if self.part.dtype == self.dtype else from_float32(_widened(values, self.part.dtype), self.dtype)
-
-
-@dataclass(frozen=True)
-class Constant(Expression):
-    """The same value everywhere."""
-
-    shape: Shape
-    value: float
-    dtype: str
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return ()
-
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        width = self.shape[1:] if columns is None else (columns[1] - columns[0],)
-        if self.dtype not in FLOAT_DTYPES:
-            return np.full((stop - start, *width), self.value, storage(self.dtype))
-        return from_float32(np.full((stop - start, *width), self.value, _accumulator(self.dtype)), self.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Held(Expression):
-    """Values computed beforehand and held in memory: small ones, such as routers from hidden states."""
-
-    values: npt.NDArray[np.float32]
-    dtype: str
-    shape: Shape = field(init=False)
-
-    def __post_init__(self) -> None:
-        assert self.values.dtype == np.float32 and self.dtype in FLOAT_DTYPES, "values are held as float32"
-        self._become(self.dtype, tuple(self.values.shape))
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return ()
-
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        block = self.values[start:stop]
-        return from_float32(block if columns is None else block[:, columns[0] : columns[1]], self.dtype)
-
-
-@dataclass(frozen=True)
-class Normal(Expression):
-    """Draws from N(0, std^2) that depend on seed, key and position only: not on order, threads or blocks."""
-
-    shape: Shape
-    std: float
-    seed: int
-    key: str
-    """Usually the tensor's name."""
-    dtype: str
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return ()
-
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        width = math.prod(self.shape[1:])
-        values = self._draws(start * width, stop * width).reshape(stop - start, *self.shape[1:])
-        values *= np.float32(self.std)
-        return from_float32(values if columns is None else values[:, slice(*columns)], self.dtype)
-
-    def _draws(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Elements [start, stop) of a stream made of chunks, each with a counter of its own."""
-        found = np.empty(stop - start, np.float32)
-        for chunk in range(start // _NORMAL_CHUNK, -(-stop // _NORMAL_CHUNK)):
-            top = chunk * _NORMAL_CHUNK
-            low, high = max(start, top), min(stop, top + _NORMAL_CHUNK)
-            draws = _generator(self.seed, self.key, chunk).standard_normal(high - top, np.float32)
-            found[low - start : high - start] = draws[low - top :]
-        return found
-
-
-def _generator(seed: int, key: str, chunk: int = 0) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    philox_key = np.frombuffer(digest[:16], "<u8").astype(np.uint64)
-    return np.random.Generator(np.random.Philox(key=philox_key, counter=[0, 0, chunk, 0]))
-
-
-@dataclass(frozen=True)
-class PartlyRedrawn(Expression):
-    """Drop-Upcycling: a fraction of a matrix's rows (axis 0) or columns (axis 1) drawn anew.
-
-    The new values have mean and standard deviation of the old ones at these indices (Nakamura et al. 2025,
-    arXiv:2502.19261). Matrices of one expert that share ``index_key`` lose the same intermediate units:
-    axis 0 of gate and up, axis 1 of down.
-    """
-
-    part: Expression
-    fraction: float
-    """Between 0 and 1."""
-    seed: int
-    key: str
-    """Decides the values."""
-    index_key: str
-    """Decides the indices, together with the seed."""
-    axis: int
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.fraction <= 1 and self.axis in (0, 1) and self.part.dtype in FLOAT_DTYPES
-        assert len(self.part.shape) == 2 or (len(self.part.shape) == 1 and self.axis == 0), "a matrix, or a bias"
-        self._become(self.part.dtype, self.part.shape)
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return (self.part,)
-
-    def ranges(self) -> list[ByteRange] | None:
-        return None if len(self.indices) else self.part.ranges()
-
-    @cached_property
-    def indices(self) -> npt.NDArray[np.int64]:
-        """The redrawn rows or columns, ascending."""
-        size = self.shape[self.axis]
-        order = _generator(self.seed, self.index_key).permutation(size)
-        return np.sort(order[: round(self.fraction * size)])
-
-    @cached_property
-    def _draws(self) -> Normal:
-        """The new values before their mean is added: as many rows or columns as there are ``indices``."""
-        shape = list(self.shape)
-        shape[self.axis] = len(self.indices)
-        return Normal(tuple(shape), self._moments[1], self.seed, f"{self.key}:redrawn", "F32")
-
-    @cached_property
-    def _moments(self) -> tuple[float, float]:
-        """Mean and standard deviation of the old values at ``indices``, read once in fixed blocks."""
-        count, total, squares = 0, 0.0, 0.0
-        step = max(1, _CHUNK_BYTES // max(1, self.row_nbytes))
-        for start in range(0, self.num_rows, step):
-            stop = min(start + step, self.num_rows)
-            chosen = self.indices
-            if self.axis == 0:
-                chosen = chosen[(start <= chosen) & (chosen < stop)] - start
-                if not len(chosen):
-                    continue
-            values = _widened(self.part.rows(start, stop), self.dtype).take(chosen, axis=self.axis).astype(np.float64)
-            count, total, squares = count + values.size, total + float(values.sum()), squares + float((values**2).sum())
-        mean = total / count
-        return mean, math.sqrt(max(0.0, squares / count - mean**2))
-
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        block = np.array(self.part.rows(start, stop, columns))
-        spans = ((start, stop), columns or (0, self.shape[-1]))
-        low, high = np.searchsorted(self.indices, spans[self.axis]).tolist()
-        if low == high:
-            return block
-        at = self.indices[low:high] - spans[self.axis][0]
-        if self.axis == 0:
-            draws = self._draws.rows(low, high, columns)
-            block[at] = from_float32(draws + np.float32(self._moments[0]), self.dtype)
-        else:
-            draws = self._draws.rows(start, stop, (low, high))
-            block[:, at] = from_float32(draws + np.float32(self._moments[0]), self.dtype)
-        return block
+        return values if self.part.dtype == self.dtype else from_float32(widened(values, self.part.dtype), self.dtype)
 
 
 def merge_ranges(ranges: list[ByteRange]) -> list[ByteRange]:

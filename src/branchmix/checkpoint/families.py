@@ -77,7 +77,12 @@ class Family:
     """True when no entry exists and the names were taken to be the standard ones."""
 
 
-_GPT2_NAMES = dict(layers="transformer.h", attention="attn", attention_input_norm="ln_1", ffn_input_norm="ln_2")
+_GPT2_NAMES: dict[str, Any] = {
+    "layers": "transformer.h",
+    "attention": "attn",
+    "attention_input_norm": "ln_1",
+    "ffn_input_norm": "ln_2",
+}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -245,10 +250,14 @@ def family_of(config: Config) -> Family:
     """
     model_type = config.get("model_type")
     if not model_type:
-        raise CheckpointError("config.json has no model_type: give a transformers checkpoint of a causal language model")
+        raise CheckpointError(
+            "config.json has no model_type: give a transformers checkpoint of a causal language model"
+        )
     if model_type == "branchmix":
         raise CheckpointError("the model is a mixture already: use add-expert or remove-expert to change its experts")
-    if any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")):
+    if any(
+        config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+    ):
         raise CheckpointError(f"{model_type} is a mixture of experts already: seed and experts must be dense models")
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{model_type} is an encoder-decoder: seed and experts must be causal language models")
@@ -337,7 +346,19 @@ class Dimensions:
 _HEAD_DIM_DEFAULTS = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "glm": 128, "glm4": 128}
 _KV_HEADS_DEFAULTS = {"mistral": 8, "ministral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4}
 _KV_HEADS_DEFAULTS |= {"gemma3_text": 4, "stablelm": 32, "starcoder2": 2, "smollm3": 4, "glm": 2, "glm4": 2}
-_TIED_BY_DEFAULT = {"gemma", "gemma2", "gemma3_text", "gpt2", "opt", "falcon", "cohere", "cohere2", "starcoder2", "smollm3"}
+_FOUR_TIMES_WIDE = {"gpt2", "gptj", "falcon", "opt"}
+_TIED_BY_DEFAULT = {
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "opt",
+    "falcon",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "smollm3",
+}
 
 
 def dimensions(config: Config) -> Dimensions:
@@ -376,7 +397,13 @@ def dimensions(config: Config) -> Dimensions:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=size("head_dim", default=default_head_dim),
-        intermediate_size=size("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", default=4 * hidden_size),
+        intermediate_size=size(
+            "intermediate_size",
+            "ffn_hidden_size",
+            "n_inner",
+            "ffn_dim",
+            default=4 * hidden_size if model_type in _FOUR_TIMES_WIDE else None,
+        ),
         vocab_size=size("vocab_size"),
         tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
     )

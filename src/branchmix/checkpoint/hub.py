@@ -38,7 +38,7 @@ def resolve(given: str, base: Path | None = None) -> ResolvedModel:
         return ResolvedModel(given, local)
     name, _, revision = given.partition("@")
     if given.startswith((".", "/", "~")) or not _HUB_ID.match(name):
-        raise CheckpointError(f"{given}: there is no such folder ({local}), and it is no Hub id such as org/name")
+        raise CheckpointError(f"{given}: no such folder ({local}), and no Hub id such as org/name: check the path")
     return _download(given, name, revision or None, local)
 
 
@@ -47,6 +47,7 @@ def _download(given: str, name: str, revision: str | None, local: Path) -> Resol
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -55,13 +56,18 @@ def _download(given: str, name: str, revision: str | None, local: Path) -> Resol
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except GatedRepoError:
-        raise CheckpointError(f"{given}: the model is gated: accept its terms on the Hub, then `hf auth login`") from None
+        raise CheckpointError(
+            f"{given}: the model is gated: accept its terms on the Hub, then `hf auth login`"
+        ) from None
     except RevisionNotFoundError:
         raise CheckpointError(f"{given}: the Hub's model {name} has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"{given}: no such folder ({local}), and no such model on the Hub") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise CheckpointError(
+            f"{given}: no such folder ({local}), and no such model on the Hub: check the name"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"{given}: no such folder ({local}), and the Hub cannot be reached for it ({type(error).__name__})"
+            f"{given}: no such folder ({local}), and the Hub cannot be reached for it ({type(error).__name__}): "
+            "check the path, or the network and HF_HUB_OFFLINE"
         ) from None
     return ResolvedModel(given, folder, folder.name)

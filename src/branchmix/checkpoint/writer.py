@@ -12,13 +12,11 @@ import ctypes
 import errno
 import json
 import os
-import secrets
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,16 +26,16 @@ from typing import Any
 import numpy as np
 
 from branchmix.checkpoint.expressions import (
-    Array,
     ByteRange,
     Expression,
     cut_ranges,
     opened,
     read_into,
-    storage,
 )
+from branchmix.checkpoint.folder import writing
 from branchmix.checkpoint.index import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorRef
-from branchmix.errors import CheckpointError, OutputError
+from branchmix.checkpoint.numbers import Array, storage
+from branchmix.errors import CheckpointError
 
 BUFFER_BYTES = 1 << 18
 """Fits the second-level cache beside everything else; 1 MiB was half as fast."""
@@ -138,7 +136,7 @@ def write_checkpoint(
         targets = []
         for shard in shards:
             file = folder / shard.name
-            with _writing(file):
+            with writing(file):
                 fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
                 stack.callback(os.close, fd)
                 _allocate(fd, shard.nbytes)
@@ -154,7 +152,7 @@ def write_checkpoint(
                 state.stop.set()
                 raise
         for fd, file, _ in targets:
-            with _writing(file):
+            with writing(file):
                 os.fsync(fd)
     files = [FileReport(shard.name, shard.nbytes, len(shard.tensors)) for shard in shards]
     if len(shards) > 1:
@@ -220,7 +218,7 @@ def _write_index(file: Path, shards: Sequence[Shard]) -> FileReport:
     total = sum(tensor.expression.nbytes for shard in shards for tensor in shard.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     text = (json.dumps(index, indent=2) + "\n").encode()
-    with _writing(file), file.open("wb") as stream:
+    with writing(file), file.open("wb") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -305,7 +303,7 @@ class _Run:
                 read_into(fd, file, first + start, block)
                 if check and not all_finite(block, dtype):
                     _blame(task.tensor)
-                with _writing(task.file):
+                with writing(task.file):
                     _write_at(task.fd, task.offset + start, block.data)
         self.checked.add(source)
 
@@ -318,7 +316,7 @@ class _Run:
             assert block.nbytes == (stop - row) * value.row_nbytes and block.dtype == storage(value.dtype)
             if self.check and value.dtype in _FINITE_BELOW and not all_finite(block, value.dtype):
                 _blame(task.tensor)
-            with _writing(task.file):
+            with writing(task.file):
                 _write_at(
                     task.fd,
                     task.offset + (row - task.start) * value.row_nbytes,
@@ -381,17 +379,6 @@ def _write_at(fd: int, offset: int, data: memoryview) -> None:
         data, offset = data[done:], offset + done
 
 
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    """Turns an OSError inside into the one line a user sees."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"{file}: the disk is full (or your quota): free space, or write elsewhere") from error
-        raise OutputError(f"{file}: cannot be written: {error.strerror or error}") from error
-
-
 @cache
 def _libc(name: str) -> Any:
     """A function of the C library that Python does not offer, on Linux; None elsewhere."""
@@ -422,98 +409,3 @@ def _start_write_back(task: _Task) -> None:
     sync = _libc("sync_file_range")
     if sync is not None:
         sync(task.fd, ctypes.c_int64(task.offset), ctypes.c_int64(task.nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
-
-
-@contextmanager
-def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
-    """Yields a temporary folder beside ``out``, which becomes ``out`` if the block succeeds and vanishes if not.
-
-    A killed process leaves ``.NAME.incomplete-PID-RANDOM`` (see ``stale_folders``) and never touches ``out``. With
-    ``force`` an existing checkpoint is replaced once the new one is complete.
-
-    Raises:
-        OutputError: ``out`` exists (or, with force, is no checkpoint folder), or cannot be written.
-    """
-    target = Path(os.path.realpath(out))
-    _require_replaceable(out, target, force=force)
-    suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
-    with _writing(out):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.incomplete-{suffix}"
-        temporary.mkdir()
-    try:
-        yield temporary
-        with _writing(out):
-            _fsync_folder(temporary)
-            _move_into_place(temporary, target, aside=target.parent / f".{target.name}.replaced-{suffix}", force=force)
-            _fsync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _require_replaceable(out: Path, target: Path, *, force: bool) -> None:
-    if target.is_dir():
-        if not force:
-            raise OutputError(f"{out}: exists already: choose another folder, or --force to replace it")
-        if not (target / "config.json").is_file() and any(target.iterdir()):
-            raise OutputError(f"{out}: is no checkpoint folder (no config.json), so it is not replaced: choose another")
-    elif target.exists():
-        raise OutputError(f"{out}: is a file: choose a folder that does not exist yet")
-    parent = next(folder for folder in target.parents if folder.exists())
-    if not parent.is_dir():
-        raise OutputError(f"{out}: {parent} is a file, not a folder: choose another place")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{out}: {parent} is not writable: choose another place")
-
-
-def _move_into_place(temporary: Path, target: Path, *, aside: Path, force: bool) -> None:
-    if not (force and target.exists()):
-        temporary.rename(target)
-        return
-    target.rename(aside)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Makes new names in ``folder`` survive a power cut, where the platform opens folders."""
-    with suppress(PermissionError, IsADirectoryError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def stale_folders(out: Path) -> list[Path]:
-    """Temporary folders of runs on ``out`` that were killed: safe to remove, for nothing in them is complete.
-
-    Also the replaced checkpoint of a run that was killed while it removed it, if ``out`` itself is in place.
-    """
-    target = Path(os.path.realpath(out))
-    kinds = ("incomplete", "replaced") if target.exists() else ("incomplete",)
-    found = []
-    for folder in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
-        for kind in kinds:
-            prefix = f".{target.name}.{kind}-"
-            pid, _, random = folder.name.removeprefix(prefix).partition("-")
-            if folder.name.startswith(prefix) and pid.isdecimal() and random and not _alive(int(pid)):
-                found.append(folder)
-    return found
-
-
-def _alive(pid: int) -> bool:
-    if sys.platform == "win32":
-        return False  # os.kill would end the process there
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -9,9 +9,11 @@ import sys
 
 import typer
 
-from branchmix.cli.experts import add_expert_command, remove_expert_command
+from branchmix.cli.experts import ADD_EPILOG, REMOVE_EPILOG, add_expert_command, remove_expert_command
+from branchmix.cli.generate import EPILOG as GENERATE_EPILOG
 from branchmix.cli.generate import generate_command
 from branchmix.cli.inspect import inspect_command
+from branchmix.cli.upcycle import EPILOG as UPCYCLE_EPILOG
 from branchmix.cli.upcycle import upcycle_command
 from branchmix.errors import BranchMixError
 
@@ -24,11 +26,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Merge specialised language models of one seed into a mixture of attention and FFN experts (BAM).",
 )
-app.command("upcycle")(upcycle_command)
+app.command("upcycle", epilog=UPCYCLE_EPILOG)(upcycle_command)
 app.command("inspect")(inspect_command)
-app.command("generate")(generate_command)
-app.command("add-expert")(add_expert_command)
-app.command("remove-expert")(remove_expert_command)
+app.command("generate", epilog=GENERATE_EPILOG)(generate_command)
+app.command("add-expert", epilog=ADD_EPILOG)(add_expert_command)
+app.command("remove-expert", epilog=REMOVE_EPILOG)(remove_expert_command)
+
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it; newer typer returns it, older ones raise."""
 
 
 def _version(value: bool) -> None:
@@ -49,14 +54,32 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except BranchMixError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was left behind", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except Exception as error:
+        _show_usage_error(error)
+        sys.exit(2)
+    if code == _INTERRUPTED:
+        print("interrupted: nothing was left behind", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_usage_error(error: Exception) -> None:
+    """A wrong option or argument as one line; typer raises click's classes, or newer ones its own copies."""
+    context = getattr(error, "ctx", None)
+    if not hasattr(error, "format_message"):
+        raise error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return
+    command = context.command_path if context is not None else "branchmix"
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    print(f"error: {message}: see `{command} --help`", file=sys.stderr)

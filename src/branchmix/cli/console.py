@@ -6,6 +6,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def notice(text: str) -> None:
@@ -31,6 +35,13 @@ def human_count(count: float) -> str:
     return f"{count:.4g}B"
 
 
+def result_console() -> Console:
+    """For tables on stdout; wide where no terminal sets a width, so that files and pipes get whole lines."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
 def quiet_libraries() -> None:
     """transformers' progress bars and advice have no place between our lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,7 +61,12 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     tasks: dict[str, TaskID] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
         def tell(step: str, done: int, total: int) -> None:

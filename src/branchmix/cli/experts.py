@@ -26,7 +26,8 @@ def add_expert_command(
     expert: Annotated[str, typer.Argument(metavar="NAME=PATH", help="The dense model to add.", show_default=False)],
     out: Out,
     router_std: Annotated[
-        float | None, typer.Option(help="Deviation of the routers' new rows [default: as the mixture's]", show_default=False)
+        float | None,
+        typer.Option(help="Deviation of the routers' new rows [default: as the mixture's]", show_default=False),
     ] = None,
     router_seed: Annotated[int, typer.Option(help="Seed of their random numbers.")] = 0,
     dry_run: DryRun = False,
@@ -75,7 +76,5 @@ def remove_expert_command(
 
     warn_of_leftovers(out)
     with progress_bar() as progress:
-        report = remove_expert(
-            model, name, out, dry_run=dry_run, force=force, check=not no_check, progress=progress
-        )
+        report = remove_expert(model, name, out, dry_run=dry_run, force=force, check=not no_check, progress=progress)
     show(report, as_json=as_json)

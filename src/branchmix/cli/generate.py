@@ -62,8 +62,16 @@ def _generate(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    except Exception as error:  # whatever transformers and the readers below it raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            reason = "it brings code of its own: read that code, then allow it with --trust-remote-code"
+        raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
+    if chat and not tokenizer.chat_template:
+        raise RecipeError(f"--chat: the tokenizer of {folder} has no chat template: leave --chat out")
     if chat:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -91,7 +99,12 @@ def _generate(
         text = tokenizer.decode(new, skip_special_tokens=True)
         typer.echo(
             json.dumps(
-                {"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": round(len(new) / seconds, 2)}
+                {
+                    "prompt": prompt,
+                    "text": text,
+                    "new_tokens": len(new),
+                    "tokens_per_second": round(len(new) / seconds, 2),
+                }
             )
         )
     else:

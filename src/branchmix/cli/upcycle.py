@@ -44,9 +44,7 @@ def upcycle_command(
     ] = False,
     force: Force = False,
     no_check: NoCheck = False,
-    no_hashes: Annotated[
-        bool, typer.Option("--no-hashes", help="Do not record the sha256 of the source files (less CPU time).")
-    ] = False,
+    no_hashes: Annotated[bool, typer.Option("--no-hashes", help="Do not record hashes of the source files.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn dense checkpoints of one seed into one mixture of experts."""
@@ -72,7 +70,7 @@ def upcycle_command(
 
 def warn_of_leftovers(out: Path) -> None:
     """Tell what a killed run left behind."""
-    from branchmix.checkpoint.writer import stale_folders
+    from branchmix.checkpoint.folder import stale_folders
     from branchmix.cli.console import notice
 
     for folder in stale_folders(out):
@@ -162,14 +160,16 @@ def _print_verification(report: UpcycleReport) -> None:
     assert verification is not None
     console = result_console()
     console.print(
-        f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) byte-identical to "
-        f"their sources, {verification.averages_checked} averages recomputed in fp64",
+        f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
+        f"byte-identical to their sources, {verification.averages_checked} averages recomputed in fp64",
         highlight=False,
         soft_wrap=True,
     )
     if not verification.experts:
         return
-    table = Table(box=None, pad_edge=False, title=f"gates one-hot, logits of {verification.tokens} tokens", title_justify="left")
+    table = Table(
+        box=None, pad_edge=False, title=f"gates one-hot, logits of {verification.tokens} tokens", title_justify="left"
+    )
     for name in ("expert", "greatest difference from the dense model", "greatest logit"):
         table.add_column(name)
     for check in verification.experts:

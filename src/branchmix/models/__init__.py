@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-# First, so that registration with the auto classes (see ``_registration``) never meets a half-imported module below.
-import transformers.models.auto.modeling_auto  # noqa: F401
-
 from branchmix.checkpoint.families import family_of, layout_of
 
 

@@ -29,10 +29,12 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.utils import logging
 
 from .configuration_branchmix import CODE_FILES, BranchMixConfig
 from .losses_branchmix import router_losses
+
+logger = logging.get_logger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Routing
@@ -206,14 +208,13 @@ class _DenseFFN:
     def of(cls, block: nn.Module, layout: dict[str, Any]) -> _DenseFFN:
         down = block.get_submodule(layout["down"])
         intermediate_size, hidden_size = down.weight.shape if _is_conv1d(down) else down.weight.shape[::-1]
-        dropout = getattr(block.get_submodule(layout["ffn"]), "dropout", None)
         return cls(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             gated=layout["gate"] is not None,
             bias=down.bias is not None,
             activation=block.get_submodule(layout["activation"]),
-            dropout=dropout.p if isinstance(dropout, nn.Dropout) else 0.0,
+            dropout=_take_output_dropout(block.get_submodule(layout["ffn"]), "dropout", "residual_dropout"),
         )
 
 
@@ -268,7 +269,9 @@ class BranchMixAttention(nn.Module):
     heads, concatenated; they are gated and projected here, so that no value travels through a hidden attribute.
     """
 
-    def __init__(self, heads: nn.Module, output: nn.Module, order: HeadOrder, config: BranchMixConfig):
+    def __init__(
+        self, heads: nn.Module, output: nn.Module, order: HeadOrder, config: BranchMixConfig, dropout: float = 0.0
+    ):
         super().__init__()
         hidden_size = output.weight.shape[1] if _is_conv1d(output) else output.weight.shape[0]
         self.order = order
@@ -281,8 +284,7 @@ class BranchMixAttention(nn.Module):
         )
         self.o_proj = nn.Linear(order.wide_heads * order.head_dim, hidden_size, bias=False)
         self.o_bias = nn.Parameter(torch.empty(config.num_experts, hidden_size)) if output.bias is not None else None
-        dropout = getattr(heads, "resid_dropout", None)
-        self.dropout = nn.Dropout(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.p else nn.Identity()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """Takes and returns what the family's attention does: output [B, T, D] and attention weights or None."""
@@ -351,8 +353,6 @@ class BranchMixSplitAttention(nn.Module):
         self.rotary_dim = getattr(seed_config, "rotary_dim", None) or order.head_dim
         dropout = getattr(dense, "attn_dropout", getattr(dense, "attention_dropout", getattr(dense, "dropout", 0.0)))
         self.attention_dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
-        if isinstance(resid_dropout := getattr(dense, "resid_dropout", None), nn.Dropout):
-            self.resid_dropout = resid_dropout
         self.q_proj = nn.Linear(hidden_size, order.wide_heads * order.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
@@ -490,7 +490,7 @@ def widen(model: nn.Module, config: BranchMixConfig) -> None:
     if not layout:
         raise ValueError("config.layout is empty: build the config with branchmix.models.mixture_config(seed_config)")
     path = layout["layers"]
-    if isinstance(model, MODEL_MAPPING[type(config.seed_config)]):
+    if isinstance(model, _family_class(config.seed_config, causal_lm=False)):
         path = path.removeprefix(f"{model.base_model_prefix}.")
     blocks = model.get_submodule(path)
     for block in blocks:
@@ -501,6 +501,16 @@ def widen(model: nn.Module, config: BranchMixConfig) -> None:
     if config.expert_rope_parameters is not None:
         base = getattr(model, model.base_model_prefix, model)
         base.rotary_emb = BranchMixExpertRotary(base.rotary_emb, config.seed_config, config.expert_rope_parameters)
+
+
+def _family_class(seed_config: Any, *, causal_lm: bool) -> type[PreTrainedModel]:
+    """The family's own model class.
+
+    Imported here and not above: whoever imports transformers' auto classes may be registering this very module there.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    return (MODEL_FOR_CAUSAL_LM_MAPPING if causal_lm else MODEL_MAPPING)[type(seed_config)]
 
 
 def _widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
@@ -516,6 +526,7 @@ def _widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAtte
     layout, seed_config = config.layout, config.seed_config
     order = _head_order(dense, config)
     output = getattr(dense, layout["output"])
+    dropout = _take_output_dropout(dense, "resid_dropout", "residual_dropout")
     if layout["attention_code"] == "split":
         bias = getattr(dense, layout["fused_qkv"] or layout["query"]).bias is not None
         heads: nn.Module = BranchMixSplitAttention(dense, seed_config, order, layout, bias)
@@ -539,7 +550,23 @@ def _widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAtte
             if hasattr(heads, name):
                 setattr(heads, name, value)
     _widen_norms(heads, order, layout)
-    return BranchMixAttention(heads, output, order, config)
+    return BranchMixAttention(heads, output, order, config, dropout)
+
+
+def _take_output_dropout(module: nn.Module, *names: str) -> float:
+    """The dropout on a dense module's output, taken out of it: it belongs behind the sum over experts.
+
+    Families keep it as a module (GPT-2) or as a number (Starcoder2).
+    """
+    for name in names:
+        dropout = getattr(module, name, None)
+        if isinstance(dropout, nn.Dropout):
+            setattr(module, name, nn.Identity())
+            return dropout.p
+        if isinstance(dropout, float):
+            setattr(module, name, 0.0)
+            return dropout
+    return 0.0
 
 
 def _widen_norms(heads: nn.Module, order: HeadOrder, layout: dict[str, Any]) -> None:
@@ -635,6 +662,13 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self._family.set_input_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As usual; families that keep the vocabulary's size in an attribute compute their loss by it."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if hasattr(self._family, "vocab_size"):
+            self._family.vocab_size = self.config.seed_config.vocab_size
+        return embeddings
+
     @property
     def _family(self) -> PreTrainedModel:
         """The seed family's own model inside."""
@@ -669,7 +703,7 @@ class BranchMixModel(BranchMixPreTrainedModel):
 
     def __init__(self, config: BranchMixConfig):
         super().__init__(config)
-        family_model = MODEL_MAPPING[type(config.seed_config)](config.seed_config)
+        family_model = _family_class(config.seed_config, causal_lm=False)(config.seed_config)
         widen(family_model, config)
         # Under the name that the family's causal LM gives it, so that both classes share one set of tensor names.
         self._family_prefix = family_model.base_model_prefix
@@ -703,7 +737,7 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: BranchMixConfig):
         super().__init__(config)
-        self.model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.seed_config)](config.seed_config)
+        self.model = _family_class(config.seed_config, causal_lm=True)(config.seed_config)
         widen(self.model, config)
         self.post_init()
 
@@ -757,6 +791,11 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         add_losses = labels is not None and (self.training or wanted)
+        if self.training and labels is None and kwargs.get("num_items_in_batch") is not None:
+            logger.warning_once(
+                "Trainer computes the loss itself (label smoothing or compute_loss_func) and passes no labels: the "
+                "mixture cannot add its router losses"
+            )
         kwargs.pop("return_dict", None)
         with self._recorded_routers(wanted or add_losses) as logits:
             outputs = self.model(
@@ -775,7 +814,8 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         if wanted or add_losses:
             extra, aux_loss, z_loss = self._router_losses(logits, attention_mask)
             if add_losses and extra is not None:
-                loss = loss + (extra * _share_of_batch(labels, kwargs.get("num_items_in_batch"))).to(loss.device)
+                share = _share_of_batch(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+                loss = loss + (extra * share).to(loss.device)
         return BranchMixCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -808,11 +848,15 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         return extra, aux_loss, z_loss
 
 
-def _share_of_batch(labels: torch.Tensor, num_items_in_batch: Any) -> Any:
-    """This micro-batch's share of the accumulated batch: ``Trainer`` divides no term by the accumulation steps."""
+def _share_of_batch(labels: torch.Tensor, shift_labels: torch.Tensor | None, num_items_in_batch: Any) -> float:
+    """This micro-batch's share of the accumulated batch: ``Trainer`` divides no term by the accumulation steps.
+
+    Counts what ``Trainer`` counts: labels that are predicted, so not each row's first.
+    """
     if num_items_in_batch is None:
         return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+    predicted = labels[:, 1:] if shift_labels is None else shift_labels
+    return (predicted != -100).sum() / num_items_in_batch
 
 
 __all__ = ["BranchMixForCausalLM", "BranchMixModel", "BranchMixPreTrainedModel"]

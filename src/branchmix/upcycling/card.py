@@ -28,7 +28,7 @@ def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
     import yaml
 
     sources = provenance["sources"]
-    hub_ids = [source["model"].partition("@")[0] for source in sources if source["revision"]]
+    hub_ids = list(dict.fromkeys(source["model"].partition("@")[0] for source in sources if source["revision"]))
     front = {"library_name": "transformers", "tags": ["branchmix", "merge", "moe"]}
     if hub_ids:
         front["base_model"] = hub_ids
@@ -63,6 +63,22 @@ def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
         yaml.safe_dump(provenance["recipe"], sort_keys=False).strip(),
         "```",
     ]
+    changes = [_change(step) for step in provenance.get("changes", [])]
+    if changes:
+        lines += ["", "## Changes since", "", *(f"- {change}" for change in changes)]
     if plan.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in plan.notes)]
     return "\n".join(lines) + "\n"
+
+
+def _change(step: dict[str, Any]) -> str:
+    """One line for an expert that joined or left."""
+    if "removed" in step:
+        return f"expert `{step['removed']}` left"
+    added = step["added"]
+    expert = added["expert"]
+    revision = f" at {expert['revision']}" if expert["revision"] else ""
+    return (
+        f"expert `{expert['name']}` joined from {expert['model']}{revision}; its router rows were drawn with deviation "
+        f"{added['router_std']} and seed {added['router_seed']}"
+    )

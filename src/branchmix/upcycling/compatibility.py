@@ -6,15 +6,18 @@ Reads configs, safetensors headers and tokenizer files, no weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.families import Config, Dimensions, dimensions
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.errors import CheckpointError
 from branchmix.recipe import Recipe
-from branchmix.upcycling.sources import DenseExpert
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, Kind, MixtureExpert, Role
 
 _SAME_SEED = "experts must have grown from one seed"
 
@@ -59,10 +62,12 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
         experts: the specialised models.
     """
     found = Findings()
-    found.problems += _structure_problems(seed, "seed")
+    seeds_own = [*_contradictions(seed), *_structure_problems(seed)]
+    found.problems += [f"seed: {problem}" for problem in seeds_own]
     for expert in experts:
-        _compare(seed, expert, recipe, found)
-    _check_rotary(recipe, seed, experts, found)
+        _compare(seed, expert, recipe, found, told=seeds_own)
+    related = [expert for expert in experts if expert.family.model_type == seed.family.model_type]
+    _check_rotary(recipe, seed, related, found)
     if recipe.merge.fold_norms:
         found.problems += _fold_problems(recipe, seed)
     return found
@@ -81,14 +86,19 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
     theirs = newcomer.index.config
     if theirs.get("model_type") != seed_config.get("model_type"):
         found.problems.append(
-            f"{who}: model_type is {theirs.get('model_type')}, but the mixture's seed is {seed_config.get('model_type')}: "
-            f"{_SAME_SEED}"
+            f"{who}: model_type is {theirs.get('model_type')}, but the mixture's seed is "
+            f"{seed_config.get('model_type')}: {_SAME_SEED}"
         )
         return found
     dims = dimensions(seed_config)
-    found.problems += _size_problems(who, dims, newcomer.dims)
+    contradictions = list(_contradictions(newcomer))
+    structure = [*contradictions, *_structure_problems(newcomer)]
+    found.problems += [f"{who}: {problem}" for problem in structure]
+    sizes = [] if contradictions else list(_size_problems(who, dims, newcomer.dims))
+    found.problems += sizes
     found.problems += _config_problems(who, seed_config, theirs)
-    found.problems += _structure_problems(newcomer, who)
+    if not structure and not sizes:
+        found.problems += _part_problems(who, MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer)
     tokenizer = compare_tokenizers(mixture.folder, newcomer.index.folder)
     if tokenizer.problem:
         found.problems.append(f"{who}: {tokenizer.problem}")
@@ -100,13 +110,13 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
         else:
             found.problems.append(
                 f"{who}: rotary settings are {_rope_words(newcomer)}, but the mixture's are "
-                f"{json.dumps(rope_of(seed_config), sort_keys=True)}: only attention: kv_experts of a family with plain "
-                "rotary attention lets experts keep their own"
+                f"{json.dumps(rope_of(seed_config), sort_keys=True)}: only attention: kv_experts of a family with "
+                "plain rotary attention lets experts keep their own"
             )
     return found
 
 
-def _compare(seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Findings) -> None:
+def _compare(seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Findings, told: list[str]) -> None:
     who = f"expert {expert.name!r}"
     ours, theirs = seed.index.config, expert.index.config
     if ours.get("model_type") != theirs.get("model_type"):
@@ -114,11 +124,13 @@ def _compare(seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Find
             f"{who}: model_type is {theirs.get('model_type')}, but the seed's is {ours.get('model_type')}: {_SAME_SEED}"
         )
         return
-    sizes = list(_size_problems(who, seed.dims, expert.dims))
+    contradictions = list(_contradictions(expert))
+    structure = [problem for problem in (*contradictions, *_structure_problems(expert)) if problem not in told]
+    found.problems += [f"{who}: {problem}" for problem in structure]
+    sizes = [] if contradictions else list(_size_problems(who, seed.dims, expert.dims))
     found.problems += sizes
     found.problems += _config_problems(who, ours, theirs)
-    found.problems += _structure_problems(expert, who)
-    if not sizes:
+    if not sizes and not contradictions:
         found.problems += _tensor_problems(who, seed, expert)
     if ours.get("max_position_embeddings") != theirs.get("max_position_embeddings"):
         found.notes.append(
@@ -138,7 +150,8 @@ def _compare(seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Find
     if ours_dtypes != theirs_dtypes:
         target = recipe.dtype or "the seed's dtype"
         found.notes.append(
-            f"{who}: stored as {'+'.join(sorted(theirs_dtypes))}, the seed as {'+'.join(sorted(ours_dtypes))}: cast to {target}"
+            f"{who}: stored as {'+'.join(sorted(theirs_dtypes))}, the seed as {'+'.join(sorted(ours_dtypes))}: cast to "
+            f"{target}"
         )
 
 
@@ -151,9 +164,12 @@ def _size_problems(who: str, ours: Dimensions, theirs: Dimensions) -> Iterator[s
         "head_dim": "head_dim",
         "intermediate_size": "intermediate_size",
     }
+    if all(dims.head_dim == dims.hidden_size // dims.num_heads for dims in (ours, theirs)):
+        del names["head_dim"]  # follows from the two others
     for attribute, name in names.items():
-        if getattr(ours, attribute) != getattr(theirs, attribute):
-            yield f"{who}: {name} is {getattr(theirs, attribute)}, but the seed's is {getattr(ours, attribute)}: {_SAME_SEED}"
+        mine, other = getattr(ours, attribute), getattr(theirs, attribute)
+        if mine != other:
+            yield f"{who}: {name} is {other}, but the seed's is {mine}: {_SAME_SEED}"
     if ours.tied_embeddings != theirs.tied_embeddings:
         word = {True: "tied", False: "untied"}
         yield (
@@ -166,6 +182,8 @@ def _config_problems(who: str, ours: Config, theirs: Config) -> Iterator[str]:
     ignored = set(_IGNORED)
     if not ours.get("use_sliding_window", True) and not theirs.get("use_sliding_window", True):
         ignored |= {"sliding_window", "max_window_layers", "layer_types"}
+    if dimensions(ours).num_layers != dimensions(theirs).num_layers:  # told already; lists of one entry a layer follow
+        ignored |= {key for key, value in ours.items() if isinstance(value, list)}
     for key in sorted((ours.keys() & theirs.keys()) - ignored):
         if ours[key] != theirs[key]:
             yield (
@@ -174,66 +192,118 @@ def _config_problems(who: str, ours: Config, theirs: Config) -> Iterator[str]:
             )
 
 
-def _structure_problems(model: DenseExpert, who: str) -> Iterator[str]:
-    """Tensors without a place in the family's layout, and projections that are not there."""
-    family, tensors = model.family, model.tensors
-    missing = [
-        name for layer in range(model.dims.num_layers) for name in model.expected_tensors(layer) if name not in tensors
-    ]
-    if missing:
-        reason = (
-            f"{family.model_type} is no known family and its tensors are not named as Llama's, so it cannot be widened"
-            if family.inferred
-            else "the checkpoint is incomplete, download or save it again"
-        )
-        yield f"{who}: {_count(missing)} missing from {model.index.folder.name}, first {missing[0]}: {reason}"
+def _contradictions(model: DenseExpert) -> Iterator[str]:
+    """Sizes in config.json that the weights do not have: no other size of this config is to be believed."""
+    together = "config and weights do not belong together, download or save both again"
+    stored, said = len(_stored_layers(model)), model.dims.num_layers
+    if stored and stored != said:
+        yield f"config.json says num_hidden_layers is {said}, but the weights have {stored} layers: {together}"
         return
-    prefix = f"{family.layers}."
-    stray = {
-        int(name.removeprefix(prefix).split(".")[0])
-        for name in tensors
-        if name.startswith(prefix) and name.removeprefix(prefix).split(".")[0].isdigit()
-    }
-    if stray and max(stray) >= model.dims.num_layers:
-        yield (
-            f"{who}: has tensors of layer {max(stray)}, but config.json says num_hidden_layers is "
-            f"{model.dims.num_layers}: config and weights do not belong together"
-        )
-        return
-    yield from _shape_problems(model, who)
-    unplaced = sorted(_unplaced(model))
-    if unplaced:
-        yield (
-            f"{who}: {_count(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
-            f"{unplaced[0]}: this variant of the family cannot be widened"
-        )
-
-
-def _shape_problems(model: DenseExpert, who: str) -> Iterator[str]:
-    """The first layer's projections against the sizes of config.json."""
     dims = model.dims
-    wanted = {
+    wanted: dict[Role, tuple[int, int]] = {
         "q": (dims.num_heads * dims.head_dim, dims.hidden_size),
         "k": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
         "v": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
         "o": (dims.hidden_size, dims.num_heads * dims.head_dim),
     }
     try:
-        shapes = {role: part.shape for role in wanted if (part := model.attention(0, role, "weight"))}  # type: ignore[arg-type]
-        shapes |= {"down": model.ffn(0)["down_proj.weight"].shape}
+        for role, shape in wanted.items():
+            part = model.attention(0, role, "weight")
+            if part is not None and tuple(part.shape) != shape:
+                yield _misshapen(role, part.shape, shape) + together
     except AssertionError:
+        yield f"the fused projection of layer 0 is smaller than config.json's head counts ask for: {together}"
+    down = model.ffn(0).get("down_proj.weight")
+    if down is not None and tuple(down.shape) != (dims.hidden_size, dims.intermediate_size):
+        yield _misshapen("down", down.shape, (dims.hidden_size, dims.intermediate_size)) + together
+
+
+def _misshapen(role: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
+    return f"the {role} projection of layer 0 has shape {list(shape)}, but by config.json it should be {list(wanted)}: "
+
+
+def _stored_layers(model: DenseExpert) -> set[int]:
+    """Numbers of the blocks that the weights have."""
+    prefix = f"{model.family.layers}."
+    numbers = (name.removeprefix(prefix).split(".")[0] for name in model.tensors if name.startswith(prefix))
+    return {int(number) for number in numbers if number.isdecimal()}
+
+
+def _structure_problems(model: DenseExpert) -> Iterator[str]:
+    """A family that cannot be widened, projections that are not there, tensors without a place in the layout."""
+    family = model.family
+    if family.inferred and not _transformers_knows(family.model_type):
         yield (
-            f"{who}: the fused projection of layer 0 is smaller than config.json's head counts ask for: config and "
-            "weights do not belong together"
+            f"transformers has no causal language model of model_type {family.model_type!r}, and code that a "
+            "checkpoint brings along is never run: convert it to a family that transformers has"
         )
         return
-    wanted["down"] = (dims.hidden_size, dims.intermediate_size)
-    for role, shape in shapes.items():
-        if tuple(shape) != wanted[role]:
-            yield (
-                f"{who}: the {role} projection of layer 0 has shape {list(shape)}, but by config.json it should be "
-                f"{list(wanted[role])}: config and weights do not belong together"
-            )
+    missing = _missing(model)
+    if missing:
+        reason = (
+            f"{family.model_type} is no known family and its tensors are not named as Llama's, so it cannot be widened"
+            if family.inferred
+            else "the checkpoint is incomplete, download or save it again"
+        )
+        yield f"{_count(missing)} missing, first {missing[0]}: {reason}"
+        return
+    unplaced = sorted(_unplaced(model))
+    if unplaced:
+        yield (
+            f"{_count(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
+            f"{unplaced[0]}: this variant of the family cannot be widened"
+        )
+
+
+@cache
+def _transformers_knows(model_type: str) -> bool:
+    """Looked up in the text of transformers' own table: importing it would take seconds."""
+    spec = find_spec("transformers")
+    places = spec.submodule_search_locations if spec is not None else None
+    table = Path(next(iter(places or ()), "")) / "models" / "auto" / "modeling_auto.py"
+    text = table.read_text(encoding="utf-8") if table.is_file() else ""
+    start = text.find("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")
+    return start < 0 or f'("{model_type}", ' in text[start : text.find("\n)", start)]
+
+
+def _missing(model: DenseExpert) -> list[str]:
+    """Projections that the family must have, of the layers that are there."""
+    layers = sorted(_stored_layers(model)) or [0]
+    return [name for layer in layers for name in model.expected_tensors(layer) if name not in model.tensors]
+
+
+def _part_problems(who: str, member: MixtureExpert, newcomer: DenseExpert) -> Iterator[str]:
+    """The first thing (bias, norm, matrix) in which a newcomer differs from the experts that a mixture has."""
+    config = member.index.config
+    for layer in range(newcomer.dims.num_layers):
+        ours, theirs = (_parts(model, layer, config) for model in (member, newcomer))
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                shapes = [
+                    f"has shape {list(found[name])}" if name in found else "is missing" for found in (theirs, ours)
+                ]
+                yield (
+                    f"{who}: its {name} of layer {layer} {shapes[0]}, but that of the mixture's experts {shapes[1]}: "
+                    f"{_SAME_SEED}"
+                )
+                return
+
+
+def _parts(model: ExpertSource, layer: int, config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of an expert's share of a layer, as far as a mixture of this config keeps it for each expert."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    kinds: tuple[Kind, ...] = ("weight", "bias")
+    roles: dict[str, tuple[Role, ...]] = {"kv_experts": ("q", "k", "v", "o"), "kv_sharing": ("q", "o")}
+    for role in roles.get(config["attention"], ()):
+        for kind in kinds:
+            part = model.attention(layer, role, kind)
+            if part is not None:
+                shapes[f"attention's {role} {kind}"] = tuple(part.shape)
+        norm = model.attention_norm(layer, role) if role in ("q", "k") else {}
+        shapes |= {f"attention's {role} norm {name}": tuple(part.shape) for name, part in norm.items()}
+    if config["ffn"] == "experts":
+        shapes |= {f"FFN's {name}": tuple(part.shape) for name, part in model.ffn(layer).items()}
+    return shapes
 
 
 def _unplaced(model: DenseExpert) -> set[str]:
@@ -256,8 +326,9 @@ def _unplaced(model: DenseExpert) -> set[str]:
 
 def _tensor_problems(who: str, seed: DenseExpert, expert: DenseExpert) -> Iterator[str]:
     ours, theirs = seed.tensors, expert.tensors
-    missing = [name for name in ours if name not in theirs]
-    extra = [name for name in theirs if name not in ours]
+    told = {*_missing(seed), *_missing(expert), *_unplaced(seed), *_unplaced(expert)}
+    missing = [name for name in ours if name not in theirs and name not in told]
+    extra = [name for name in theirs if name not in ours and name not in told]
     if missing:
         yield f"{who}: lacks {_count(missing)} that the seed has, first {missing[0]}: {_SAME_SEED}"
     if extra:
@@ -281,8 +352,8 @@ def _check_vocabulary(
         )
     elif tokenizer.size > min(ours, theirs):
         found.problems.append(
-            f"{who}: vocab_size is {theirs} and the seed's is {ours}, but the tokenizer has {tokenizer.size} tokens, so "
-            "rows in use are missing: resize the embeddings to the tokenizer first"
+            f"{who}: vocab_size is {theirs}, but the seed's is {ours}, and the tokenizer has {tokenizer.size} tokens, "
+            "so rows in use are missing: resize the embeddings to the tokenizer first"
         )
     elif theirs > ours:
         found.notes.append(f"{who}: rows {ours} to {theirs - 1} of its embeddings are padding, they are left out")
@@ -319,6 +390,11 @@ def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert],
 
 def rope_of(config: Config) -> dict[str, Any]:
     """Rotary parameters in transformers 5's form, from its config or an older one."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(
+                f"config.json: {key} is {config[key]!r}, not a mapping: copy the model's own config here"
+            )
     if config.get("rope_parameters"):
         return _number_types(dict(config["rope_parameters"]))
     scaling = dict(config.get("rope_scaling") or {})
@@ -331,7 +407,9 @@ def rope_of(config: Config) -> dict[str, Any]:
 
 
 def _number_types(rope: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(value) if isinstance(value, int) and key == "rope_theta" else value for key, value in rope.items()}
+    return {
+        key: float(value) if isinstance(value, int) and key == "rope_theta" else value for key, value in rope.items()
+    }
 
 
 def _rope_words(model: DenseExpert) -> str:
@@ -343,14 +421,15 @@ def _fold_problems(recipe: Recipe, seed: DenseExpert) -> Iterator[str]:
     norms = foldable_norms(recipe, seed)
     if not norms:
         yield (
-            f"merge.fold_norms: no norm of {family.model_type} can be folded, since it stands before nothing but experts "
-            "in no block (post-norm or unknown family, or an averaged part reads it): leave fold_norms out"
+            f"merge.fold_norms: {family.model_type} has no norm whose output only experts read (it is a post-norm or "
+            "unknown family, or an averaged part reads the norm too): leave fold_norms out"
         )
-    for norm in norms:
-        if f"{family.layers}.0.{norm}.bias" in seed.tensors:
-            yield f"merge.fold_norms: {norm} has a bias, only gain-only norms can be folded: leave fold_norms out"
-        elif f"{family.layers}.0.{norm}.weight" not in seed.tensors:
-            yield f"merge.fold_norms: {norm} has no gain to fold: leave fold_norms out"
+    biased = [norm for norm in norms if f"{family.layers}.0.{norm}.bias" in seed.tensors]
+    bare = [norm for norm in norms if f"{family.layers}.0.{norm}.weight" not in seed.tensors]
+    if biased:
+        yield f"merge.fold_norms: {' and '.join(biased)} have a bias, which cannot be folded: leave fold_norms out"
+    if bare:
+        yield f"merge.fold_norms: {' and '.join(bare)} have no gain to fold: leave fold_norms out"
 
 
 def foldable_norms(recipe: Recipe, seed: DenseExpert) -> list[str]:
@@ -396,18 +475,24 @@ def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
         return TokenizerComparison(same=True)
     return TokenizerComparison(
         same=False,
-        note=f"tokenizers are stored differently ({', '.join(sorted(other))} beside {', '.join(sorted(mine))}): not compared",
+        note=(
+            f"tokenizers are stored differently ({', '.join(sorted(other))} beside {', '.join(sorted(mine))}): not "
+            "compared"
+        ),
     )
 
 
 def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
     raw_ours, raw_theirs = ours.read_bytes(), theirs.read_bytes()
     try:
+        whose = ours
         first = json.loads(raw_ours)
+        ids_first = _token_ids(first)
+        whose = theirs
         second = first if raw_ours == raw_theirs else json.loads(raw_theirs)
-    except ValueError:
-        return TokenizerComparison(same=False, problem="tokenizer.json is not valid JSON: download it again")
-    ids_first, ids_second = _token_ids(first), _token_ids(second)
+        ids_second = _token_ids(second)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return TokenizerComparison(same=False, problem=f"{whose}: is no tokenizer file: download it again")
     size = max(ids_first.values(), default=-1) + 1
     if ids_first != ids_second:
         text = next(token for token in {**ids_first, **ids_second} if ids_first.get(token) != ids_second.get(token))

@@ -6,24 +6,26 @@ The output folder appears at the end, by a rename; until then nothing in it load
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
+from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.checkpoint.writer import WriteReport, atomic_folder, write_checkpoint
-from branchmix.errors import BranchMixError, CompatibilityError, OutputError
+from branchmix.checkpoint.writer import WriteReport, write_checkpoint
+from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.recipe import Recipe
 from branchmix.upcycling.card import model_card
 from branchmix.upcycling.hashes import FileHashes
-from branchmix.upcycling.plan import Plan, plan_upcycling
+from branchmix.upcycling.plan import Plan, check_fit, plan_upcycling
 
 if TYPE_CHECKING:
     from branchmix.upcycling.verify import Verification
@@ -90,7 +92,7 @@ def upcycle(
         verify: prove the result on text before it gets its name (needs the memory of the mixture in fp32).
         force: replace ``out`` if it exists. A folder that is an input is never replaced.
         check: refuse NaN and Inf in the sources while streaming.
-        hashes: record the sha256 of every source file, computed beside the writing.
+        hashes: record a hash of every source file, computed beside the writing.
         progress: called with the step's name, bytes done and bytes in all.
 
     Raises:
@@ -104,11 +106,12 @@ def upcycle(
     start = time.perf_counter()
     recipe = Recipe.of(recipe)
     out = Path(out)
-    folders = [resolve(given, recipe.folder) for given in (recipe.seed, *(expert.model for expert in recipe.experts))]
+    folders = resolve_all(recipe)
     refuse_overlap(out, [model.folder for model in folders], force=force)
     with open_sources(recipe, folders, out, dry_run=dry_run) as sources:
         seed, *experts = sources
-        router_rows, router_notes = None, []
+        router_rows = None
+        router_notes: list[str] = []
         if recipe.router_init.method == "hidden":
             plan_upcycling(recipe, seed.index, [expert.index for expert in experts])  # refuse before a model is loaded
             if not dry_run:
@@ -121,7 +124,8 @@ def upcycle(
         if not dry_run:
             require_space(out, plan)
             files = [file for source in sources for file in source.index.files]
-            with atomic_folder(out, force=force) as folder, FileHashes(files if hashes else []) as hashing:
+            named = naming_sources((source.name, source.index.folder) for source in sources)
+            with atomic_folder(out, force=force) as folder, FileHashes(files if hashes else []) as hashing, named:
                 written = write_output(
                     plan,
                     folder,
@@ -164,6 +168,16 @@ def write_output(
         tell = progress
         report = lambda done: tell("writing", done, plan.nbytes)  # noqa: E731
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
+    record = provenance()
+    try:
+        _write_companions(plan, folder, companions, record)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}: free space, or mend it") from error
+    return written
+
+
+def _write_companions(plan: Plan, folder: Path, companions: Path, provenance: dict[str, Any]) -> None:
+    """Everything but the weights, config.json last."""
     for name in _COMPANIONS:
         if (companions / name).is_file():
             shutil.copyfile(companions / name, folder / name)
@@ -171,58 +185,101 @@ def write_output(
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).parent.parent / "models" / name, folder / name)
     versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
-    record = {"versions": versions, **provenance(), "notes": list(plan.notes)}
+    record = {"versions": versions, **provenance, "notes": list(plan.notes)}
     _write_json(folder / "branchmix.json", record)
     (folder / "README.md").write_text(model_card(plan, record), encoding="utf-8")
     _write_json(folder / "config.json", plan.config)
-    return written
+
+
+def resolve_all(recipe: Recipe) -> list[ResolvedModel]:
+    """Folders of the seed and of all experts.
+
+    Raises:
+        CompatibilityError: with all models that cannot be found.
+    """
+    found: list[ResolvedModel] = []
+    problems: list[str] = []
+    for name, given in [("seed", recipe.seed), *((expert.name, expert.model) for expert in recipe.experts)]:
+        try:
+            found.append(resolve(given, recipe.folder))
+        except BranchMixError as error:
+            problems.append(f"{_who(name)}: {error}")
+    if problems:
+        raise CompatibilityError(problems)
+    return found
 
 
 @contextmanager
 def open_sources(
     recipe: Recipe, folders: Sequence[ResolvedModel], out: Path, *, dry_run: bool
 ) -> Iterator[list[Sourced]]:
-    """Headers of seed and experts; LoRA adapters are merged into temporary folders beside ``out``.
+    """Headers of seed and experts, which fit together; LoRA adapters are merged into temporary folders beside ``out``.
 
     Raises:
-        CompatibilityError: with the problems of all sources that cannot be read.
+        CompatibilityError: with the problems of all sources, those that cannot be read among them.
     """
-    from branchmix.upcycling.lora import is_adapter, merged_adapter
+    from branchmix.upcycling.lora import check_adapter, is_adapter, merged_adapter
 
     names = ["seed", *(expert.name for expert in recipe.experts)]
     problems: list[str] = []
-    opened: list[Sourced] = []
-    temporary: list[Path] = []
-    try:
-        for name, model in zip(names, folders, strict=True):
-            who = "seed" if name == "seed" else f"expert {name!r}"
-            try:
-                if name != "seed" and is_adapter(model.folder):
-                    folder = merged_adapter(model.folder, opened[0].model, out, dry_run=dry_run) if opened else model.folder
-                    if not dry_run and opened:
-                        temporary.append(folder)
-                    opened.append(Sourced(name, model, CheckpointIndex.open(folder), adapter=model.folder))
-                else:
-                    opened.append(Sourced(name, model, CheckpointIndex.open(model.folder)))
-            except BranchMixError as error:
-                problems.append(f"{who}: {error}")
-        if problems:
-            raise CompatibilityError(problems)
+    indexes: list[CheckpointIndex | None] = []
+    adapters = [name != "seed" and is_adapter(model.folder) for name, model in zip(names, folders, strict=True)]
+    for name, model, adapter in zip(names, folders, adapters, strict=True):
+        index = None
+        try:
+            if not adapter:
+                index = CheckpointIndex.open(model.folder)
+            elif indexes[0] is not None:
+                check_adapter(model.folder, indexes[0])
+                index = indexes[0]  # the merged model has the seed's tensors
+        except BranchMixError as error:
+            problems.append(f"{_who(name)}: {error}")
+        indexes.append(index)
+    check_fit(recipe, indexes, problems)
+
+    with ExitStack() as temporary:
+        opened: list[Sourced] = []
+        for name, model, index, adapter in zip(names, folders, indexes, adapters, strict=True):
+            assert index is not None, "check_fit raises for what cannot be read"
+            if adapter and not dry_run:
+                folder = merged_adapter(model.folder, folders[0], out)
+                temporary.callback(shutil.rmtree, folder, ignore_errors=True)
+                index = CheckpointIndex.open(folder)
+            opened.append(Sourced(name, model, index, adapter=model.folder if adapter else None))
         yield opened
-    finally:
-        for folder in temporary:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _who(name: str) -> str:
+    return "seed" if name == "seed" else f"expert {name!r}"
+
+
+@contextmanager
+def naming_sources(folders: Iterable[tuple[str, Path]]) -> Iterator[None]:
+    """Problems found in a source while writing (NaN, a file cut meanwhile) get the expert's name before the file's.
+
+    Args:
+        folders: name and folder of every source.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        for name, folder in folders:
+            if str(error).startswith(f"{folder}{os.sep}"):
+                raise CheckpointError(f"{_who(name)}: {error}") from error
+        raise
 
 
 def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, Any]]:
-    """Sources for the provenance: what was given, revision, and each file with its size and sha256."""
+    """Sources for the provenance: what was given, revision, and each file with its size and hash."""
     return [
         {
             "name": source.name,
             "model": source.model.given,
             "revision": source.model.revision,
             "lora_adapter": source.adapter is not None,
-            "files": [{"name": file.name, "bytes": file.stat().st_size, **hashes.of(file)} for file in source.index.files],
+            "files": [
+                {"name": file.name, "bytes": file.stat().st_size, **hashes.of(file)} for file in source.index.files
+            ],
         }
         for source in sources
     ]
@@ -248,8 +305,8 @@ def require_space(out: Path, plan: Plan) -> None:
     free = free_bytes(out)
     if plan.nbytes > free:
         raise OutputError(
-            f"{out}: the output needs {plan.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there: make room, "
-            "or choose a folder on another disk"
+            f"{out}: the output needs {plan.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there: make "
+            "room, or choose a folder on another disk"
         )
 
 

@@ -1,11 +1,11 @@
-"""sha256 of the source files, computed in a thread beside the writing (hashlib releases the interpreter lock).
+"""Hashes of the source files, computed in a thread beside the writing: what a mixture is made of.
 
-It is the hash that the Hub shows for a file, so anybody can tell later what a mixture was made of.
+BLAKE3, which `b3sum` prints: it is as strong as SHA-256 and here four times as fast, so that it costs a tenth of the
+merge instead of doubling its CPU time. Files of the Hub's cache are named by their SHA-256 already and are not read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +15,10 @@ _BLOCK = 1 << 20
 
 
 class FileHashes:
-    """Context manager that hashes ``files`` in the background; leaving it stops the work.
-
-    Files of the Hub's cache are named by their sha256 already and are not read.
-    """
+    """Context manager that hashes ``files`` in the background; leaving it stops the work."""
 
     def __init__(self, files: Sequence[Path]):
-        self._known = {file: name for file in files if (name := _name_in_hub_cache(file))}
+        self._known = {file: {"sha256": name} for file in files if (name := _name_in_hub_cache(file))}
         self._wanted = [file for file in dict.fromkeys(files) if file not in self._known]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -37,22 +34,23 @@ class FileHashes:
         self._thread.join()
 
     def of(self, file: Path) -> dict[str, str]:
-        """``{"sha256": ...}``, waiting for the thread if need be; empty for a file that was not asked for."""
+        """``{"blake3": ...}`` or ``{"sha256": ...}``, waiting if need be; empty for a file that was not asked for."""
         if file in self._wanted:
             self._thread.join()
-        found = self._known.get(file)
-        return {"sha256": found} if found else {}
+        return self._known.get(file, {})
 
     def _work(self) -> None:
+        from blake3 import blake3
+
         buffer = memoryview(bytearray(_BLOCK))
         for file in self._wanted:
-            digest = hashlib.sha256()
+            digest = blake3()
             with file.open("rb", buffering=0) as opened:
                 while count := opened.readinto(buffer):
                     if self._stop.is_set():
                         return
                     digest.update(buffer[:count])
-            self._known[file] = digest.hexdigest()
+            self._known[file] = {"blake3": digest.hexdigest()}
 
 
 def _name_in_hub_cache(file: Path) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from branchmix.checkpoint.expressions import Columns, Expression, Mean, Rows, Source, Stack
+from branchmix.checkpoint.expressions import Cast, Columns, Expression, Mean, Rows, Source, Stack
 from branchmix.upcycling.sources import ExpertSource, Kind, Role
 
 
@@ -17,6 +17,7 @@ def attention_tensors(
     experts: Sequence[ExpertSource],
     layer: int,
     *,
+    dtype: str,
     kv_sharing: bool,
     kv_models: Sequence[ExpertSource],
     kv_weights: Sequence[float],
@@ -26,6 +27,7 @@ def attention_tensors(
     Args:
         experts: in the order of the router's rows.
         layer: number of the block.
+        dtype: of the output; parts of one tensor may be stored in different ones.
         kv_sharing: one k and v for all, the mean of those of ``kv_models``.
         kv_models: models that the mean is over; they need not be experts.
         kv_weights: their weights; zero leaves a model out.
@@ -40,19 +42,19 @@ def attention_tensors(
             if not given:
                 continue
             if shared:
-                wide = mean(given, kv_weights)
+                wide = mean(given, kv_weights, dtype)
             elif kv_sharing:
-                wide = Stack(tuple(Rows(part, (span,)) for span in _groups(first) for part in given))
+                wide = Stack(tuple(Rows(cast(part, dtype), (span,)) for span in _groups(first) for part in given))
             else:
-                wide = Stack(tuple(given))
+                wide = Stack(tuple(cast(part, dtype) for part in given))
             yield f"heads.{role}_proj.{kind}", wide
 
-    given = _all(expert.attention(layer, "o", "weight") for expert in experts)
+    given = [cast(part, dtype) for part in _all(expert.attention(layer, "o", "weight") for expert in experts)]
     spans = _groups(first) if kv_sharing else [(0, given[0].shape[1])]
     yield "o_proj.weight", Columns(tuple((part, low, high) for low, high in spans for part in given))
     biases = _all(expert.attention(layer, "o", "bias") for expert in experts)
     if biases:
-        yield "o_bias", Stack(tuple(_as_row(bias) for bias in biases))
+        yield "o_bias", Stack(tuple(cast(_as_row(bias), dtype) for bias in biases))
 
     for number, expert in enumerate(experts):
         for name, part in expert.attention_norm(layer, "q").items():
@@ -63,7 +65,7 @@ def attention_tensors(
     if kv_sharing:  # one K has one norm
         norms = [model.attention_norm(layer, "k") for model in kv_models]
         for name in norms[0]:
-            yield f"heads.{first.family.key_norm}.{name}", mean([norm[name] for norm in norms], kv_weights)
+            yield f"heads.{first.family.key_norm}.{name}", mean([norm[name] for norm in norms], kv_weights, dtype)
 
 
 def ffn_tensors(experts: Sequence[ExpertSource], layer: int) -> Iterator[tuple[str, Expression]]:
@@ -73,13 +75,18 @@ def ffn_tensors(experts: Sequence[ExpertSource], layer: int) -> Iterator[tuple[s
             yield f"experts.{number}.{name}", part
 
 
-def mean(parts: Sequence[Expression], weights: Sequence[float]) -> Expression:
-    """Weighted mean of those parts whose weight is not zero."""
+def mean(parts: Sequence[Expression], weights: Sequence[float], dtype: str) -> Expression:
+    """Weighted mean of those parts whose weight is not zero, rounded to ``dtype`` once; one part alone is as it is."""
     used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
     if len(used) == 1:
         return used[0][0]
     uniform = len({weight for _, weight in used}) == 1
-    return Mean(tuple(part for part, _ in used), None if uniform else tuple(weight for _, weight in used))
+    return Mean(tuple(part for part, _ in used), None if uniform else tuple(weight for _, weight in used), dtype)
+
+
+def cast(part: Expression, dtype: str) -> Expression:
+    """``part`` in ``dtype``; the same expression where it is that already."""
+    return part if part.dtype == dtype else Cast(part, dtype)
 
 
 def _all(parts: Iterable[Expression | None]) -> list[Expression]:

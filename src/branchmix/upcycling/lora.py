@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import shutil
 from pathlib import Path
 
 from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.checkpoint.index import CheckpointIndex, read_header
 from branchmix.errors import CheckpointError
 
 
@@ -15,30 +18,51 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
-def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path, *, dry_run: bool) -> Path:
+def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
+    """Refuse, from headers alone, an adapter that cannot be merged into the seed.
+
+    Raises:
+        CheckpointError: no LoRA, pickled weights, or trained on a model of other modules or sizes.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind = settings.get("peft_type")
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{file}: not valid JSON: download the adapter again") from None
+    if kind != "LORA":
+        what = f"peft_type {kind}" if kind else "no peft_type"
+        raise CheckpointError(f"{file}: has {what}, only LORA can be merged: merge the adapter yourself first")
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise CheckpointError(f"{adapter}: has no {weights.name} (pickles are never loaded): save it as such")
+    for ref in read_header(weights):
+        module, lora, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
+        # Of a checkpoint of the base model alone, names lack the first part.
+        target = seed.tensors.get(f"{module}.weight") or seed.tensors.get(f"{module.partition('.')[2]}.weight")
+        if not lora or module.split(".")[0] in ("lm_head", "embed_out"):
+            continue
+        if target is None:
+            raise CheckpointError(f"{weights}: adapts {module}, which the seed lacks: give the seed it was trained on")
+        wide = {"A": ref.shape[-1], "B": ref.shape[0]}.get(which.split(".")[0])
+        if wide is not None and wide not in target.shape:
+            raise CheckpointError(
+                f"{weights}: {ref.name} has shape {list(ref.shape)}, but the seed's {target.name} has "
+                f"{list(target.shape)}: give the seed it was trained on"
+            )
+
+
+def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
     """Merge an adapter into the seed and save the result beside ``out``; the caller removes it.
 
     Args:
         adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         seed: the model it was trained on.
         out: the output of the whole merge; the temporary folder lies on the same disk.
-        dry_run: merge nothing and return the seed's folder, whose shapes are the merged model's.
 
     Raises:
-        CheckpointError: no LoRA, pickled weights, or peft is not installed.
+        CheckpointError: peft is not installed, or cannot merge it.
     """
-    try:
-        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise CheckpointError(f"{adapter / 'adapter_config.json'}: not valid JSON: download the adapter again") from None
-    if settings.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{adapter}: is a {settings.get('peft_type')} adapter, only LORA can be merged: merge it yourself first"
-        )
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise CheckpointError(f"{adapter}: has no adapter_model.safetensors (pickles are never loaded): save it as such")
-    if dry_run:
-        return seed.folder
     try:
         import peft
     except ImportError:
@@ -46,16 +70,19 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path, *, dry_run: bo
     import torch
     from transformers import AutoModelForCausalLM
 
-    target = out.absolute().parent / f".{out.name}.merged-{adapter.name}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
+    place = out.absolute().parent
+    place.mkdir(parents=True, exist_ok=True)
+    # Named as a run's unfinished output is, so that the next start tells what a killed run left.
+    target = place / f".{out.name}.incomplete-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
-        base = AutoModelForCausalLM.from_pretrained(seed.folder, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(seed.folder, dtype=torch.float32, trust_remote_code=False)
         merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
         merged.save_pretrained(target)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{adapter}: cannot be merged into the seed: {reason}") from None
+        if not isinstance(error, Exception):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{adapter}: cannot be merged into the seed: {reason}") from error
     return target

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from branchmix import __version__
-from branchmix.checkpoint.expressions import Cast, Constant, Expression, Normal, PartlyRedrawn, Rows, Scaled, Source
+from branchmix.checkpoint.drawn import Constant, Normal, PartlyRedrawn
+from branchmix.checkpoint.expressions import Cast, Expression, Rows, Scaled, Source, Stack
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.recipe import DTYPES, Recipe
-from branchmix.upcycling.compatibility import check, foldable_norms
-from branchmix.upcycling.layers import attention_tensors, ffn_tensors, mean
+from branchmix.upcycling.compatibility import Findings, check, foldable_norms, rope_of
+from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors, mean
 from branchmix.upcycling.sources import DenseExpert, ExpertSource
 
 AUTO_MAP = {
@@ -73,10 +74,24 @@ def open_expert(name: str, index: CheckpointIndex, *, fold_norms: bool = False) 
         CheckpointError: it is no dense causal language model; the message names the expert.
     """
     try:
+        rope_of(index.config)
         return DenseExpert(name, index, family_of(index.config), dimensions(index.config), fold_norms)
     except CheckpointError as error:
         who = "seed" if name == "seed" else f"expert {name!r}"
         raise CheckpointError(f"{who}: {error}") from None
+
+
+def with_folded_norms(model: DenseExpert, folded: Sequence[str]) -> DenseExpert:
+    """The model with the gains of these norms folded into its projections; other norms are hidden from it."""
+    if not folded:
+        return model
+    attention, ffn = model.family.attention_input_norm, model.family.ffn_input_norm
+    family = replace(
+        model.family,
+        attention_input_norm=attention if attention in folded else None,
+        ffn_input_norm=ffn if ffn in folded else None,
+    )
+    return replace(model, family=family, fold_norms=True)
 
 
 def plan_upcycling(
@@ -97,10 +112,7 @@ def plan_upcycling(
     Raises:
         CompatibilityError: the checkpoints do not fit together; with all problems.
     """
-    seed, experts = _open_all(recipe, seed_index, expert_indexes)
-    found = check(recipe, seed, experts)
-    if found.problems:
-        raise CompatibilityError(found.problems)
+    seed, experts, found = check_fit(recipe, [seed_index, *expert_indexes])
     mixture = _Mixture(recipe, seed, experts, found.expert_rope_parameters, router_rows or {})
     tensors = tuple(mixture.tensors())
     config = mixture.config()
@@ -108,28 +120,44 @@ def plan_upcycling(
     return Plan(
         tensors=tensors,
         config=config,
-        notes=tuple([*found.notes, *_warnings(recipe)]),
+        notes=(*found.notes, *_warnings(recipe)),
         sources=tuple(members),
         seed_folder_of="seed",
         groups=tuple(group_tensors(tensors, seed.family)),
     )
 
 
-def _open_all(
-    recipe: Recipe, seed_index: CheckpointIndex, expert_indexes: Sequence[CheckpointIndex]
-) -> tuple[DenseExpert, list[DenseExpert]]:
-    """Seed and experts; problems of several are told together."""
-    opened: list[DenseExpert] = []
-    problems: list[str] = []
-    names = ["seed", *(expert.name for expert in recipe.experts)]
-    for name, index in zip(names, [seed_index, *expert_indexes], strict=True):
+def check_fit(
+    recipe: Recipe, indexes: Sequence[CheckpointIndex | None], unreadable: Sequence[str] = ()
+) -> tuple[DenseExpert, list[DenseExpert], Findings]:
+    """Seed and experts, once it is sure that they fit together.
+
+    Args:
+        recipe: what to do.
+        indexes: headers of the seed and of the recipe's experts, in its order; None for what cannot be read.
+        unreadable: the problem of each None, so that those of the others are told with it.
+
+    Raises:
+        CompatibilityError: with all problems of all models; one that all share is told of the seed only.
+    """
+    opened: dict[str, DenseExpert] = {}
+    problems = list(unreadable)
+    of_the_seed = ""
+    for name, index in zip(["seed", *(expert.name for expert in recipe.experts)], indexes, strict=True):
         try:
-            opened.append(open_expert(name, index))
+            if index is not None:
+                opened[name] = open_expert(name, index)
         except BranchMixError as error:
-            problems.append(str(error))
-    if problems:
+            problem = str(error).partition(": ")[2]
+            of_the_seed = problem if name == "seed" else of_the_seed
+            if name == "seed" or problem != of_the_seed:
+                problems.append(str(error))
+    seed, experts = opened.get("seed"), [model for name, model in opened.items() if name != "seed"]
+    found = Findings() if seed is None else check(recipe, seed, experts)
+    problems += found.problems
+    if problems or seed is None:
         raise CompatibilityError(problems)
-    return opened[0], opened[1:]
+    return seed, experts, found
 
 
 class _Mixture:
@@ -153,11 +181,16 @@ class _Mixture:
         self.weights = self._merge_weights()
         self.folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
         self.dtype = output_dtype(recipe, seed)
-        by_name = {model.name: self._maybe_folded(model) for model in self.models}
-        self.experts: list[ExpertSource] = [
-            by_name.get(name) or self._maybe_folded(seed, name) for name in recipe.expert_names
+        by_name = {model.name: with_folded_norms(model, self.folded) for model in self.models}
+        self.experts: list[DenseExpert] = [
+            by_name.get(name) or replace(by_name["seed"], name=name) for name in recipe.expert_names
         ]
         self.kv_models = list(by_name.values())
+
+    @property
+    def seed_is_expert(self) -> bool:
+        """Itself or as a copy; copies are counted once in averages."""
+        return bool(self.recipe.include_seed or self.recipe.seed_copies)
 
     @property
     def has_attention_experts(self) -> bool:
@@ -188,7 +221,12 @@ class _Mixture:
         if self.has_attention_experts:
             kv_sharing = self.recipe.attention == "kv_sharing"
             for name, part in attention_tensors(
-                experts, layer, kv_sharing=kv_sharing, kv_models=self.kv_models, kv_weights=self._kv_weights()
+                experts,
+                layer,
+                dtype=self.dtype,
+                kv_sharing=kv_sharing,
+                kv_models=self.kv_models,
+                kv_weights=self._kv_weights(),
             ):
                 yield f"{family.attention}.{name}", part
             yield self._router(f"{family.attention}.expert_gate.weight", layer, width, attention=True)
@@ -219,19 +257,34 @@ class _Mixture:
             key = f"{self.family.layers}.{layer}.experts.{number}"
             axis = 1 if matrix == "down_proj" else 0
             part = PartlyRedrawn(
-                part, options.redraw_fraction, self.recipe.router_init.seed, key=f"{key}.{matrix}", index_key=key, axis=axis
+                part,
+                options.redraw_fraction,
+                self.recipe.router_init.seed,
+                key=f"{key}.{matrix}",
+                index_key=key,
+                axis=axis,
             )
-        factor = self._weight_scale(gated=self.family.gate is not None)
-        return Scaled(part, factor) if factor != 1.0 and name.endswith(".weight") else part
+        factor = self._weight_scale()
+        if factor == 1.0:
+            return part
+        if name.endswith("down_proj.bias"):  # added behind all matrices: it carries their product
+            factor **= self._scaled_matrices()
+        return Scaled(part, factor)
 
-    def _weight_scale(self, *, gated: bool) -> float:
-        """NVIDIA's weight scaling for E experts, top T and granularity 1: (E / T)^(1/3), or ^(1/2) for two matrices."""
+    def _weight_scale(self) -> float:
+        """NVIDIA's weight scaling for E experts, top T and granularity 1: the root of E / T that an FFN needs."""
         given = self.recipe.sparse_upcycling.weight_scaling
         if given is False:
             return 1.0
         if given is not True:
             return float(given)
-        return float((len(self.experts) / self.recipe.num_experts_per_tok) ** (1 / 3 if gated else 1 / 2))
+        return float((len(self.experts) / self.recipe.num_experts_per_tok) ** (1 / self._scaled_matrices()))
+
+    def _scaled_matrices(self) -> int:
+        """How often a factor on every matrix shows in the output: gate, up and down; or up and down, up's square where
+        the activation squares it (Nemotron)."""
+        squared = self.seed.index.config.get("hidden_act") == "relu2"
+        return 3 if self.family.gate is not None or squared else 2
 
     def _shared(self, name: str, shape: tuple[int, ...]) -> Expression:
         """A tensor that is no expert's: merged, the seed's, or ones where its gain was folded."""
@@ -240,9 +293,13 @@ class _Mixture:
             return Constant(shape, 1.0 - self.family.gain_offset, self.dtype)
         if self.recipe.attention == "seed" and below.startswith(f"{self.family.attention}."):
             return Source(self.seed.tensors[name])
-        merged = mean([Source(model.tensors[name]) for model in self.models], self.weights)
-        if merged.shape[0] > shape[0]:  # an expert's embeddings are padded further than the seed's
+        merged = mean([Source(model.tensors[name]) for model in self.models], self.weights, self.dtype)
+        rows = merged.num_rows
+        if shape and rows > shape[0]:  # an expert's embeddings are padded further than the seed's
             return Rows(merged, ((0, shape[0]),))
+        if shape and rows < shape[0]:  # the seed's are, and it takes no part in the mean
+            padding = Rows(Source(self.seed.tensors[name]), ((rows, shape[0]),))
+            return Stack((cast(merged, self.dtype), cast(padding, self.dtype)))
         return merged
 
     def _merge_weights(self) -> list[float]:
@@ -252,7 +309,7 @@ class _Mixture:
             return [1.0] + [0.0] * (len(self.models) - 1)
         given = merge.weights or {}
         weights = [given.get(model.name, 1.0) for model in self.models]
-        if not self.recipe.include_seed:
+        if not self.seed_is_expert:
             weights[0] = 0.0
         return weights
 
@@ -262,19 +319,9 @@ class _Mixture:
         if choice == "merge":
             return self.weights
         if choice == "average":
-            return [float(self.recipe.include_seed)] + [1.0] * (len(self.models) - 1)
+            return [float(self.seed_is_expert)] + [1.0] * (len(self.models) - 1)
         chosen = "seed" if choice.startswith("seed-copy-") else choice
         return [float(model.name == chosen) for model in self.models]
-
-    def _maybe_folded(self, model: DenseExpert, name: str | None = None) -> DenseExpert:
-        family = self.family
-        if self.folded:  # a norm that may not be folded is hidden from the expert's sources
-            keep = {
-                "attention_input_norm": family.attention_input_norm if family.attention_input_norm in self.folded else None,
-                "ffn_input_norm": family.ffn_input_norm if family.ffn_input_norm in self.folded else None,
-            }
-            family = _replace(family, **keep)
-        return DenseExpert(name or model.name, model.index, family, model.dims, bool(self.folded))
 
     def _layer_of(self, name: str) -> int | None:
         found = re.match(rf"{re.escape(self.family.layers)}\.(\d+)\.", name)
@@ -287,7 +334,9 @@ class _Mixture:
         """Content of config.json."""
         recipe = self.recipe
         dtype = next(name for name, code in DTYPES.items() if code == self.dtype)
-        seed_config = {key: value for key, value in self.seed.index.config.items() if key not in ("torch_dtype", "auto_map")}
+        seed_config = {
+            key: value for key, value in self.seed.index.config.items() if key not in ("torch_dtype", "auto_map")
+        }
         if not (self.has_attention_experts or self.has_ffn_experts):
             return {**seed_config, "dtype": dtype}
         return {
@@ -312,6 +361,7 @@ class _Mixture:
             "router_z_loss_coef": recipe.router_z_loss_coef,
             "seed_config": {**seed_config, "dtype": dtype},
             "tie_word_embeddings": self.dims.tied_embeddings,
+            **({"folded_norms": self.folded} if self.folded else {}),  # for experts that join later
         }
 
 
@@ -321,7 +371,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
     if recipe.ffn == "experts" and raw_top_1:
         yield (
             "raw top-1 gates scale the FFN output by about 1/N at the start, so the untrained mixture is worse than a "
-            "soup (as in the paper, which trains it): routed_scaling_factor: auto or top_k: 2 with normalize starts better"
+            "soup (the paper trains it): routed_scaling_factor: auto, or top_k: 2 with normalize, starts better"
         )
     if recipe.ffn == "experts" and recipe.attention == "average" and recipe.seed_copies and raw_top_1:
         yield "more copies of the seed made top-1 BTX worse, not better, in the paper (Table 4)"
@@ -339,7 +389,11 @@ def group_tensors(tensors: Sequence[OutputTensor], family: Family) -> Iterator[G
     """Tensors of one name over all layers and experts as one line each."""
     groups: dict[str, list[OutputTensor]] = {}
     for tensor in tensors:
-        name = tensor.name.replace(f"{family.layers}.", "layers.", 1) if f"{family.layers}." in tensor.name else tensor.name
+        name = (
+            tensor.name.replace(f"{family.layers}.", "layers.", 1)
+            if f"{family.layers}." in tensor.name
+            else tensor.name
+        )
         groups.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(tensor)
     for name, members in groups.items():
         first = members[0].expression
@@ -389,9 +443,3 @@ def _main_dtype(model: DenseExpert) -> str:
 
 def _is_float(part: Expression) -> bool:
     return part.dtype in ("BF16", "F16", "F32", "F64")
-
-
-def _replace(family: Family, **changes: Any) -> Family:
-    from dataclasses import replace
-
-    return replace(family, **changes)

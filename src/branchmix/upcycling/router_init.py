@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import Expression, Held
+from branchmix.checkpoint.drawn import Held
+from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe
@@ -74,8 +75,8 @@ def hidden_state_routers(recipe: Recipe, seed_index: CheckpointIndex) -> tuple[d
     notes = []
     if worst > ILL_CONDITIONED:
         notes.append(
-            f"router_init: the experts' mean hidden states are nearly parallel (condition number up to {worst:.0f}), so the "
-            "routers start close to one another: give prompts that differ more, or more of them"
+            f"router_init: the experts' mean hidden states are nearly parallel (condition number up to {worst:.0f}), "
+            "so the routers start close to one another: give prompts that differ more, or more of them"
         )
     return rows, notes
 

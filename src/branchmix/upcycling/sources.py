@@ -125,7 +125,9 @@ class DenseExpert(ExpertSource):
             below.append(family.attention)
         if ffn:
             below += [path for path in (family.ffn, family.up, family.down) if path]
-        pattern = re.compile(rf"^{re.escape(family.layers)}\.\d+\.({'|'.join(map(re.escape, below))})\.") if below else None
+        pattern = (
+            re.compile(rf"^{re.escape(family.layers)}\.\d+\.({'|'.join(map(re.escape, below))})\.") if below else None
+        )
         return {name for name in self.tensors if pattern is not None and pattern.match(name)}
 
     def expected_tensors(self, layer: int) -> Iterator[str]:

@@ -8,28 +8,33 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.expressions import Cast, Expression, Normal, Source, Stack
+from branchmix.checkpoint.drawn import Normal
+from branchmix.checkpoint.expressions import Expression, Source, Stack
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of, nearest
+from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.checkpoint.writer import OutputTensor, atomic_folder
+from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
-from branchmix.recipe import DTYPES
+from branchmix.recipe import DTYPES, Expert, parse
 from branchmix.upcycling.compatibility import check_newcomer, rope_of
 from branchmix.upcycling.execute import (
     Sourced,
     UpcycleReport,
     describe,
+    naming_sources,
     refuse_overlap,
     require_space,
     write_output,
 )
 from branchmix.upcycling.hashes import FileHashes
-from branchmix.upcycling.layers import attention_tensors, ffn_tensors
-from branchmix.upcycling.plan import Plan, group_tensors, open_expert
-from branchmix.upcycling.sources import ExpertSource, MixtureExpert
+from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors
+from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert
 
 Progress = Callable[[str, int, int], None]
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def add_expert(
@@ -61,9 +66,10 @@ def add_expert(
 
     Raises:
         CompatibilityError: the expert does not fit the mixture; with all problems.
-        RecipeError: the name is taken.
+        RecipeError: the name is taken, or is no name.
     """
     start = time.perf_counter()
+    parse(Expert, {"name": name, "model": str(expert)}, f"{name}={expert}")
     mixture = _Opened(str(model))
     if name in mixture.names:
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
@@ -72,6 +78,7 @@ def add_expert(
     check_result = check_newcomer(mixture.index, mixture.config, newcomer)
     if check_result.problems:
         raise CompatibilityError(check_result.problems)
+    newcomer = with_folded_norms(newcomer, mixture.config.get("folded_norms") or ())
     config = mixture.resized([*mixture.names, name])
     rope, ours = rope_of(newcomer.index.config), mixture.config.get("expert_rope_parameters")
     if ours or rope != rope_of(mixture.seed_config):
@@ -81,7 +88,7 @@ def add_expert(
 
     def router(tensor: str, rows: list[Expression]) -> Expression:
         width = rows[0].shape[1]
-        return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", mixture.dtype)))
+        return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", rows[0].dtype)))
 
     plan = mixture.plan([*mixture.experts, newcomer], config, router, check_result.notes)
     added = Sourced(name, found, newcomer.index)
@@ -127,8 +134,10 @@ def remove_expert(
         raise RecipeError(f"{model}: only {staying[0].name!r} would be left, a mixture needs two or more experts")
     config = mixture.resized([expert.name for expert in staying])
     if mixture.config.get("expert_rope_parameters"):
-        rope = mixture.config["expert_rope_parameters"]
-        config["expert_rope_parameters"] = [rope[expert.number] for expert in staying]
+        ropes = [mixture.config["expert_rope_parameters"][expert.number] for expert in staying]
+        as_the_seed = all(rope == rope_of(mixture.seed_config) for rope in ropes)
+        config["expert_rope_parameters"] = None if as_the_seed else ropes
+        config["layout"] = layout_of(mixture.family, per_expert_rotary=not as_the_seed)
     plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), [])
     return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, [], start, dry_run, force, check, progress)
 
@@ -142,6 +151,11 @@ class _Opened:
         self.config: Config = self.index.config
         if self.config.get("model_type") != "branchmix":
             raise CheckpointError(f"{given}: is a {self.config.get('model_type')} model, not a mixture: use upcycle")
+        lacking = [key for key in ("seed_config", "num_experts", "num_experts_per_tok") if not self.config.get(key)]
+        if lacking:
+            raise CheckpointError(
+                f"{self.resolved.folder / 'config.json'}: has no {lacking[0]}: copy the mixture's own here"
+            )
         self.seed_config: Config = self.config["seed_config"]
         self.family: Family = family_of(self.seed_config)
         self.dims: Dimensions = dimensions(self.seed_config)
@@ -150,7 +164,8 @@ class _Opened:
         self.experts = [
             MixtureExpert(name, self.index, self.family, self.dims, number) for number, name in enumerate(self.names)
         ]
-        self.dtype = DTYPES[self.config["dtype"]]
+        stored = next(iter(self.index.tensors.values())).dtype
+        self.dtype = DTYPES.get(str(self.config.get("dtype")), stored)
 
     def resized(self, names: list[str]) -> Config:
         """The config for other experts: soft routing stays soft, ``auto`` scaling stays N / k."""
@@ -197,7 +212,12 @@ class _Opened:
                 module = f"{block}.{family.attention}"
                 kv_sharing = self.config["attention"] == "kv_sharing"
                 for name, part in attention_tensors(
-                    experts, layer, kv_sharing=kv_sharing, kv_models=staying[:1], kv_weights=[1.0]
+                    experts,
+                    layer,
+                    dtype=self.dtype,
+                    kv_sharing=kv_sharing,
+                    kv_models=staying[:1],
+                    kv_weights=[1.0],
                 ):
                     yield self._out(f"{module}.{name}", part)
                 yield self._router(f"{module}.expert_gate.weight", staying, router)
@@ -219,7 +239,7 @@ class _Opened:
         return self._out(name, router(name, [expert.router_row(name) for expert in staying]))
 
     def _out(self, name: str, part: Expression) -> OutputTensor:
-        return OutputTensor(name, part if part.dtype == self.dtype else Cast(part, self.dtype))
+        return OutputTensor(name, cast(part, self.dtype))
 
     def write(
         self,
@@ -238,9 +258,13 @@ class _Opened:
         written = None
         if not dry_run:
             require_space(out, plan)
-            shard_bytes = max(file.stat().st_size for file in self.index.files)
+            # As many files as before, and one more when the last is full; a single file grows to the usual size.
+            largest = max(file.stat().st_size for file in self.index.files)
+            shard_bytes = largest if len(self.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
             files = [file for index in inputs for file in index.files]
-            with atomic_folder(out, force=force) as folder, FileHashes(files) as hashes:
+            added = [expert for expert in plan.sources if isinstance(expert, DenseExpert)]
+            named = [(expert.name, expert.index.folder) for expert in added]
+            with atomic_folder(out, force=force) as folder, FileHashes(files) as hashes, naming_sources(named):
 
                 def provenance() -> dict[str, Any]:
                     old = self._provenance()

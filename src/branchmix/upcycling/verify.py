@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import Mean, Source, to_float32
+from branchmix.checkpoint.expressions import Mean, Source
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.numbers import to_float32
 from branchmix.errors import VerificationError
 from branchmix.upcycling.plan import Plan
 from branchmix.upcycling.sources import DenseExpert
@@ -100,7 +101,7 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
         worst = failed[0]
         raise VerificationError(
             f"{folder.name}: with the gates on expert {worst.name!r} its logits differ from the dense model's by "
-            f"{worst.difference:.3g} (greatest logit {worst.greatest_logit:.3g}): the mixture does not compute its experts"
+            f"{worst.difference:.3g} (greatest logit {worst.greatest_logit:.3g}): the mixture is not its experts"
         )
     return Verification(compared, nbytes, averages, tuple(checks), tokens)
 
@@ -119,7 +120,9 @@ def _compare_bytes(
         for file, offset, nbytes in ranges:
             source = np.memmap(file, np.uint8, "r", offset, (nbytes,))
             if not np.array_equal(written[position : position + nbytes], source):
-                raise VerificationError(f"{tensor.name}: differs from its source bytes in {file}: write the output again")
+                raise VerificationError(
+                    f"{tensor.name}: differs from its source bytes in {file}: write the output again"
+                )
             position += nbytes
         done += position
         if progress is not None:

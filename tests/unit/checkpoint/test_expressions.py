@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from branchmix.checkpoint import drawn, numbers
 from branchmix.checkpoint import expressions as ex
 from branchmix.checkpoint.index import TensorRef, read_header
 from branchmix.errors import CheckpointError
@@ -47,7 +48,7 @@ def value(expression: ex.Expression) -> torch.Tensor:
     """The whole value; the same in blocks of any size, column by column, and from its ranges."""
     total = expression.num_rows
     whole = expression.rows(0, total)
-    assert whole.dtype == ex.storage(expression.dtype)
+    assert whole.dtype == numbers.storage(expression.dtype)
     assert whole.nbytes == expression.nbytes
     for step in (1, 3, 7):
         blocks = [expression.rows(row, min(row + step, total)) for row in range(0, total, step)]
@@ -98,11 +99,11 @@ def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def test_bfloat16_conversion_is_torchs_for_all_values():
     bits = np.arange(1 << 16, dtype=np.uint16)
     theirs = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()
-    assert np.array_equal(ex.to_float32(bits, "BF16"), theirs.numpy(), equal_nan=True)
-    back = ex.from_float32(ex.to_float32(bits, "BF16"), "BF16")
+    assert np.array_equal(numbers.to_float32(bits, "BF16"), theirs.numpy(), equal_nan=True)
+    back = numbers.from_float32(numbers.to_float32(bits, "BF16"), "BF16")
     number = ~torch.isnan(theirs).numpy()
     assert np.array_equal(back[number], bits[number])
-    assert np.isnan(ex.to_float32(back, "BF16"))[~number].all()
+    assert np.isnan(numbers.to_float32(back, "BF16"))[~number].all()
 
 
 def test_rounding_to_bfloat16_is_torchs_also_at_ties_and_infinities():
@@ -112,17 +113,17 @@ def test_rounding_to_bfloat16_is_torchs_also_at_ties_and_infinities():
     bits[::7] = (bits[::7] & 0x80000000) | 0x7F7FFFFF  # the largest float32, which becomes infinite
     bits[::11] = (bits[::11] & 0x80000000) | 0x7F800001  # a NaN whose upper half looks infinite
     values = bits.view(np.float32)
-    ours = to_torch(ex.from_float32(values, "BF16"), "BF16")
+    ours = to_torch(numbers.from_float32(values, "BF16"), "BF16")
     assert torch.equal(ours.nan_to_num(nan=7.0), torch.from_numpy(values).bfloat16().nan_to_num(nan=7.0))
     assert torch.equal(ours.isnan(), torch.from_numpy(values).isnan())
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F32", "F64"])
 def test_other_floats_pass_through(dtype):
-    numbers = np.array([0.0, -0.0, 1 / 4, 2.0**-20, np.nan, np.inf]).astype(ex.storage(dtype))
-    again = ex.from_float32(ex.to_float32(numbers, dtype), dtype)
-    assert again.dtype == numbers.dtype
-    assert np.array_equal(again, numbers, equal_nan=True)
+    values = np.array([0.0, -0.0, 1 / 4, 2.0**-20, np.nan, np.inf]).astype(numbers.storage(dtype))
+    again = numbers.from_float32(numbers.to_float32(values, dtype), dtype)
+    assert again.dtype == values.dtype
+    assert np.array_equal(again, values, equal_nan=True)
 
 
 # Rearranged bytes.
@@ -282,30 +283,33 @@ def test_dtypes_without_arithmetic_are_refused(store):
 
 
 def test_normal_depends_on_seed_and_key_only():
-    draw = ex.Normal((300, 401), 0.02, seed=1, key="router", dtype="F32")
+    draw = drawn.Normal((300, 401), 0.02, seed=1, key="router", dtype="F32")
     first = value(draw)
     assert first.std().item() == pytest.approx(0.02, rel=0.01)
     assert abs(first.mean().item()) < 3e-4
     assert (first / 0.02).pow(4).mean().item() == pytest.approx(3.0, rel=0.05)
-    assert same(value(ex.Normal((300, 401), 0.02, 1, "router", "F32")), first)
-    for other in (ex.Normal((300, 401), 0.02, 2, "router", "F32"), ex.Normal((300, 401), 0.02, 1, "routes", "F32")):
+    assert same(value(drawn.Normal((300, 401), 0.02, 1, "router", "F32")), first)
+    for other in (
+        drawn.Normal((300, 401), 0.02, 2, "router", "F32"),
+        drawn.Normal((300, 401), 0.02, 1, "routes", "F32"),
+    ):
         correlation = torch.corrcoef(torch.stack([first.flatten(), value(other).flatten()]))[0, 1].item()
         assert abs(correlation) < 0.02
-    assert same(value(ex.Normal((300, 401), 0.02, 1, "router", "BF16")), first.bfloat16())
+    assert same(value(drawn.Normal((300, 401), 0.02, 1, "router", "BF16")), first.bfloat16())
     flat = first.flatten()
     assert abs(torch.corrcoef(torch.stack([flat[:50_000], flat[65_536 : 65_536 + 50_000]]))[0, 1].item()) < 0.02
 
 
 def test_constant():
-    assert same(value(ex.Constant((3, 4), 0.5, "BF16")), torch.full((3, 4), 0.5, dtype=torch.bfloat16))
-    assert same(value(ex.Constant((), 7, "I64")), torch.tensor(7))
+    assert same(value(drawn.Constant((3, 4), 0.5, "BF16")), torch.full((3, 4), 0.5, dtype=torch.bfloat16))
+    assert same(value(drawn.Constant((), 7, "I64")), torch.tensor(7))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_partly_redrawn(store, axis, dtype):
     tensor = (torch.randn(200, 300) * torch.linspace(1, 9, 200)[:, None] + 3).to(dtype)
-    redrawn = ex.PartlyRedrawn(store(tensor), 0.5, seed=3, key="up", index_key="expert 1", axis=axis)
+    redrawn = drawn.PartlyRedrawn(store(tensor), 0.5, seed=3, key="up", index_key="expert 1", axis=axis)
     chosen = torch.from_numpy(redrawn.indices)
     assert len(chosen) == len(set(chosen.tolist())) == tensor.shape[axis] // 2
     found = value(redrawn)
@@ -321,16 +325,16 @@ def test_redrawn_indices_are_shared_within_an_expert_and_differ_between(store):
     up, down = store(torch.randn(64, 16)), store(torch.randn(16, 64))
 
     def indices(part, axis, index_key, key):
-        return ex.PartlyRedrawn(part, 0.25, 0, key, index_key, axis).indices.tolist()
+        return drawn.PartlyRedrawn(part, 0.25, 0, key, index_key, axis).indices.tolist()
 
     assert indices(up, 0, "e0", "gate") == indices(up, 0, "e0", "up") == indices(down, 1, "e0", "down")
     assert indices(up, 0, "e0", "up") != indices(up, 0, "e1", "up")
-    nothing = ex.PartlyRedrawn(up, 0.0, 0, "up", "e0", 0)
+    nothing = drawn.PartlyRedrawn(up, 0.0, 0, "up", "e0", 0)
     assert nothing.ranges() == up.ranges()
     assert same(value(nothing), value(up))
-    everything = ex.PartlyRedrawn(up, 1.0, 0, "up", "e0", 0)
+    everything = drawn.PartlyRedrawn(up, 1.0, 0, "up", "e0", 0)
     assert not (value(everything) == value(up)).any()
-    bias = ex.PartlyRedrawn(store(torch.randn(64)), 0.25, 0, "bias", "e0", 0)
+    bias = drawn.PartlyRedrawn(store(torch.randn(64)), 0.25, 0, "bias", "e0", 0)
     assert bias.indices.tolist() == indices(up, 0, "e0", "up")
     value(bias)
 

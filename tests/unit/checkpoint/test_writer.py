@@ -19,10 +19,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from branchmix.checkpoint import drawn, numbers, writer
 from branchmix.checkpoint import expressions as ex
-from branchmix.checkpoint import writer
+from branchmix.checkpoint.folder import atomic_folder, stale_folders
 from branchmix.checkpoint.index import CheckpointIndex, read_header
-from branchmix.checkpoint.writer import OutputTensor, atomic_folder, shard_plan, stale_folders, write_checkpoint
+from branchmix.checkpoint.writer import OutputTensor, shard_plan, write_checkpoint
 from branchmix.errors import CheckpointError, OutputError
 
 
@@ -65,10 +66,10 @@ def mixture(sources: list[dict[str, ex.Source]]) -> list[OutputTensor]:
         OutputTensor("mean", ex.Mean(ups)),
         OutputTensor("wide", ex.Columns(tuple((s["out"], h, h + 32) for h in (0, 32) for s in sources))),
         OutputTensor("transposed", ex.Transposed(ups[0])),
-        OutputTensor("router", ex.Normal((8, 700), 0.02, 0, "router", "BF16")),
+        OutputTensor("router", drawn.Normal((8, 700), 0.02, 0, "router", "BF16")),
         OutputTensor("norm", sources[1]["norm"]),
-        OutputTensor("scalar", ex.Constant((), 1.5, "F32")),
-        OutputTensor("empty", ex.Constant((0, 5), 0.0, "F32")),
+        OutputTensor("scalar", drawn.Constant((), 1.5, "F32")),
+        OutputTensor("empty", drawn.Constant((0, 5), 0.0, "F32")),
     ]
 
 
@@ -152,7 +153,7 @@ def test_data_is_aligned(tmp_path, out):
         (shard,) = shard_plan(plan)
         assert len(shard.header) % 8 == 0
         for tensor in shard.tensors:
-            assert tensor.offset % ex.storage(tensor.expression.dtype).itemsize == 0
+            assert tensor.offset % numbers.storage(tensor.expression.dtype).itemsize == 0
         write_checkpoint(plan, out)
         assert len(load_all(out)) == 4
 
@@ -225,7 +226,7 @@ def test_nan_and_inf_are_found_and_named(tmp_path, out, dtype, bad, how):
         "columns": ex.Columns(((good, 0, 250), (source, 0, 500))),
         "mean": ex.Mean((good, source)),
         "transposed": ex.Transposed(source),
-        "gained": ex.Gained(source, ex.Constant((500,), 0.0, "F32")),
+        "gained": ex.Gained(source, drawn.Constant((500,), 0.0, "F32")),
     }[how]
     with pytest.raises(CheckpointError) as caught:
         write_checkpoint([OutputTensor("w", expression)], out)
@@ -301,7 +302,7 @@ def test_full_disk_midway_leaves_nothing(experts, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves space with fallocate")
 def test_a_disk_too_small_shows_before_anything_is_written(tmp_path, out):
-    huge = [OutputTensor("t", ex.Constant((1 << 40, 100), 0.0, "F32"))]
+    huge = [OutputTensor("t", drawn.Constant((1 << 40, 100), 0.0, "F32"))]
     with pytest.raises(OutputError):
         write_checkpoint(huge, out)
 
@@ -321,10 +322,12 @@ def test_an_error_in_progress_or_a_keyboard_interrupt_ends_all_threads(experts, 
 SLOW_RUN = """
 import sys, time
 from pathlib import Path
+from branchmix.checkpoint import drawn
 from branchmix.checkpoint import expressions as ex
-from branchmix.checkpoint.writer import OutputTensor, atomic_folder, write_checkpoint
+from branchmix.checkpoint.folder import atomic_folder
+from branchmix.checkpoint.writer import OutputTensor, write_checkpoint
 
-tensors = [OutputTensor(str(n), ex.Constant((1000,), 1.0, "F32")) for n in range(1000)]
+tensors = [OutputTensor(str(n), drawn.Constant((1000,), 1.0, "F32")) for n in range(1000)]
 
 def progress(done):
     print(done, flush=True)
@@ -437,6 +440,7 @@ def test_force_through_a_link(tmp_path):
 MEASURED_RUN = """
 import json, sys, threading, time
 from pathlib import Path
+from branchmix.checkpoint import drawn
 from branchmix.checkpoint import expressions as ex
 from branchmix.checkpoint.index import read_header
 from branchmix.checkpoint.writer import OutputTensor, write_checkpoint

@@ -1,0 +1,120 @@
+"""Output folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from branchmix.errors import OutputError
+
+
+@contextmanager
+def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """Yields a temporary folder beside ``out``, which becomes ``out`` if the block succeeds and vanishes if not.
+
+    A killed process leaves ``.NAME.incomplete-PID-RANDOM`` (see ``stale_folders``) and never touches ``out``. With
+    ``force`` an existing checkpoint is replaced once the new one is complete.
+
+    Raises:
+        OutputError: ``out`` exists (or, with force, is no checkpoint folder), or cannot be written.
+    """
+    target = Path(os.path.realpath(out))
+    _require_replaceable(out, target, force=force)
+    suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
+    with writing(out):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{target.name}.incomplete-{suffix}"
+        temporary.mkdir()
+    try:
+        yield temporary
+        with writing(out):
+            _fsync_folder(temporary)
+            _move_into_place(temporary, target, aside=target.parent / f".{target.name}.replaced-{suffix}", force=force)
+            _fsync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _require_replaceable(out: Path, target: Path, *, force: bool) -> None:
+    if target.is_dir():
+        if not force:
+            raise OutputError(f"{out}: exists already: choose another folder, or --force to replace it")
+        if not (target / "config.json").is_file() and any(target.iterdir()):
+            raise OutputError(f"{out}: is no checkpoint folder (no config.json), so it is not replaced: choose another")
+    elif target.exists():
+        raise OutputError(f"{out}: is a file: choose a folder that does not exist yet")
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{out}: {parent} is a file, not a folder: choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{out}: {parent} is not writable: choose another place")
+
+
+def _move_into_place(temporary: Path, target: Path, *, aside: Path, force: bool) -> None:
+    if not (force and target.exists()):
+        temporary.rename(target)
+        return
+    target.rename(aside)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Makes new names in ``folder`` survive a power cut, where the platform opens folders."""
+    with suppress(PermissionError, IsADirectoryError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def stale_folders(out: Path) -> list[Path]:
+    """Temporary folders of runs on ``out`` that were killed: safe to remove, for nothing in them is complete.
+
+    Also the replaced checkpoint of a run that was killed while it removed it, if ``out`` itself is in place.
+    """
+    target = Path(os.path.realpath(out))
+    kinds = ("incomplete", "replaced") if target.exists() else ("incomplete",)
+    found = []
+    for folder in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
+        for kind in kinds:
+            prefix = f".{target.name}.{kind}-"
+            pid, _, random = folder.name.removeprefix(prefix).partition("-")
+            if folder.name.startswith(prefix) and pid.isdecimal() and random and not _alive(int(pid)):
+                found.append(folder)
+    return found
+
+
+def _alive(pid: int) -> bool:
+    if sys.platform == "win32":
+        return False  # os.kill would end the process there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turns an OSError inside into the one line a user sees."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"{file}: the disk is full (or your quota): free space, or write elsewhere") from error
+        raise OutputError(f"{file}: cannot be written: {error.strerror or error}") from error
