@@ -1,0 +1,149 @@
+"""Tiny siblings in a folder of a test's own, and the edits that make bad inputs of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import branchmix
+from families import BY_NAME
+
+Edit = Callable[["Inputs"], object]
+WEIGHTS = "model.safetensors"
+GATE, NORM = "model.layers.1.mlp.gate_proj.weight", "model.norm.weight"
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@dataclass
+class Inputs:
+    """Three siblings, a recipe and a place for the output, all below one folder of the test."""
+
+    root: Path
+    family: str = "llama"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    """The recipe's text, where it is no mapping of keys to values."""
+
+    def __post_init__(self) -> None:
+        self.models = self.root / "models"
+        self.seed, self.code, self.math = (self.models / name for name in ("seed", "code", "math"))
+        self.out = self.root / "outputs" / "mixture"
+
+    def write_recipe(self) -> Path:
+        experts = [{"name": name, "model": f"models/{name}"} for name in ("code", "math")]
+        recipe = {"seed": "models/seed", "experts": experts, **self.recipe}
+        file = self.root / "recipe.yaml"
+        if self.text is not None or not file.exists():
+            file.write_text(yaml.safe_dump(recipe) if self.text is None else self.text)
+        return file
+
+    def mixture(self, **recipe: Any) -> str:
+        """A finished mixture of the siblings, without math."""
+        folder = self.models / "mixture"
+        experts = [{"name": "code", "model": str(self.code)}]
+        branchmix.upcycle({"seed": str(self.seed), "experts": experts, **recipe}, folder)
+        return str(folder)
+
+
+def config(folder: Path, remove: str = "", **changes: Any) -> None:
+    """Edit config.json."""
+    file = folder / "config.json"
+    found = {**json.loads(file.read_text()), **changes}
+    found.pop(remove, None)
+    file.write_text(json.dumps(found))
+
+
+def weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Edit the tensors."""
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def resave(inputs: Inputs, folder: Path, **changes: Any) -> None:
+    """Another model of the family, of other sizes."""
+    shutil.rmtree(folder)
+    BY_NAME[inputs.family].save(folder, 7, **changes)
+    tokenizer(folder)
+
+
+def tokenizer(folder: Path, size: int = 97, swap: bool = False, merges: str = "t1 0") -> None:
+    """A tokenizer.json that has what is compared."""
+    names = ["0", *(f"t{number}" for number in range(1, size))]
+    if swap:
+        names[5], names[6] = names[6], names[5]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    content = {"model": {"type": "BPE", "vocab": vocabulary, "merges": [merges]}, "added_tokens": []}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def poison(name: str, value: float, model: str = "code") -> Edit:
+    return lambda i: weights(i.models / model, lambda tensors: tensors[name].view(-1)[3].fill_(value))
+
+
+def without(folder: Path, name: str) -> None:
+    weights(folder, lambda tensors: tensors.pop(name))
+
+
+def with_extra(folder: Path, name: str) -> None:
+    weights(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
+
+
+def cut(folder: Path, nbytes: int = 100) -> None:
+    file = folder / WEIGHTS
+    os.truncate(file, file.stat().st_size - nbytes)
+
+
+def shard(folder: Path) -> None:
+    """Two shards, of which the second is missing."""
+    tensors = load_file(folder / WEIGHTS)
+    names = {name: f"model-0000{1 + (name == NORM)}-of-00002.safetensors" for name in tensors}
+    save_file({name: tensors[name] for name in tensors if name != NORM}, folder / names[Q])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / WEIGHTS).unlink()
+
+
+def theta(folder: Path, value: float = 1e6) -> None:
+    config(folder, rope_parameters={"rope_theta": value, "rope_type": "default"})
+
+
+def adapter(inputs: Inputs, settings: dict[str, Any], name: str = "adapter_model.safetensors", **shapes: Any) -> None:
+    """``code`` becomes a LoRA adapter folder."""
+    shutil.rmtree(inputs.code)
+    inputs.code.mkdir()
+    (inputs.code / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = {f"base_model.model.{key}.lora_A.weight": torch.ones(shape) for key, shape in shapes.items()}
+    save_file(tensors, inputs.code / name)
+
+
+def experts(**models: str) -> dict[str, Any]:
+    return {"experts": [{"name": name, "model": f"models/{model}"} for name, model in models.items()]}
+
+
+def ffn(**routing: Any) -> dict[str, Any]:
+    return {"routing": {"ffn": routing}}
+
+
+def upcycle(inputs: Inputs, out: Path) -> list[str]:
+    return ["upcycle", str(inputs.write_recipe()), str(out)]
+
+
+def all_three(edit: Callable[[Path], object]) -> Edit:
+    return lambda inputs: [edit(folder) for folder in (inputs.seed, inputs.code, inputs.math)]
+
+
+def setting(**changes: Any) -> Edit:
+    return lambda inputs: config(inputs.code, **changes)
+
+
+def text(content: str) -> Edit:
+    return lambda inputs: setattr(inputs, "text", content)

@@ -1,0 +1,437 @@
+"""A table of bad inputs: each is refused with exit code 2 and one line a problem, and leaves nothing behind.
+
+A line says what is wrong, where (file, tensor or expert), for mismatches both values, and what to do. A new case is one
+entry of a table below: a name, words of its lines, and an edit of the tiny siblings seed, code and math.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bad_inputs import (
+    GATE,
+    NORM,
+    WEIGHTS,
+    Edit,
+    Inputs,
+    Q,
+    adapter,
+    all_three,
+    config,
+    cut,
+    experts,
+    ffn,
+    poison,
+    resave,
+    setting,
+    shard,
+    text,
+    theta,
+    tokenizer,
+    upcycle,
+    weights,
+    with_extra,
+    without,
+)
+from branchmix.cli import main
+from families import BY_NAME
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    lines: str
+    """What stderr's lines hold, in order: ``|`` stands between the words of one line, a line feed between lines."""
+    edit: Edit = lambda inputs: None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    family: str = "llama"
+    args: Callable[[Inputs], list[str]] | None = None
+    """The command line, where it is not ``upcycle RECIPE OUT``."""
+
+
+# fmt: off
+CHECKPOINTS = [
+    # Sizes
+    Case("hidden width", "expert 'code': | hidden_size is 40 | seed's is 32 | grown from one seed",
+         lambda i: resave(i, i.code, hidden_size=40)),
+    Case("FFN width", "expert 'code': | intermediate_size is 64 | seed's is 48",
+         lambda i: resave(i, i.code, intermediate_size=64)),
+    Case("depth", "expert 'code': | num_hidden_layers is 3 | seed's is 2",
+         lambda i: resave(i, i.code, num_hidden_layers=3)),
+    Case("depth and layer types", "expert 'code': | num_hidden_layers is 3 | seed's is 2",
+         lambda i: resave(i, i.code, num_hidden_layers=3), family="qwen2"),
+    Case("head count", "expert 'code': | num_attention_heads is 8 | seed's is 4",
+         lambda i: resave(i, i.code, num_attention_heads=8)),
+    Case("tied beside untied", "expert 'code': | are tied | seed's are untied | untie the tied one",
+         lambda i: resave(i, i.code, tie_word_embeddings=True)),
+    # Tokenizers
+    Case("larger vocabulary", "expert 'code': | token 't97' is id 97 | in the seed's it is absent",
+         lambda i: (resave(i, i.code, vocab_size=120), tokenizer(i.code, 120))),
+    Case("larger vocabulary, no tokenizer", "expert 'code': | vocab_size is 120 | seed's is 97 | put the tokenizers",
+         lambda i: (resave(i, i.code, vocab_size=120), (i.code / "tokenizer.json").unlink())),
+    Case("vocabulary below the tokenizer", "expert 'code': | vocab_size is 90 | seed's is 97 | resize the embeddings",
+         lambda i: resave(i, i.code, vocab_size=90)),
+    Case("other token ids", "expert 'code': | token 't5' is id 6 | in the seed's it is id 5 | mix different tokens",
+         lambda i: tokenizer(i.code, swap=True)),
+    Case("other merges", "expert 'code': | other merge rules | grown from one seed",
+         lambda i: tokenizer(i.code, merges="t2 0")),
+    Case("broken tokenizer", "expert 'code': | code/tokenizer.json: is no tokenizer file | download it again",
+         lambda i: (i.code / "tokenizer.json").write_text("[]")),
+    # Settings that change what is computed
+    Case("rope_theta, Shared KV", "expert 'code': | 1000000.0 | seed's are | 10000.0 | only attention: kv_experts",
+         lambda i: theta(i.code), {"attention": "kv_sharing"}),
+    Case("rope_theta, average", "expert 'code': | 1000000.0 | seed's are | 10000.0 | only attention: kv_experts",
+         lambda i: theta(i.code), {"attention": "average"}),
+    Case("rope_theta, special attention", "expert 'code': | 1000000.0 | 10000.0 | olmo cannot give experts their own",
+         lambda i: theta(i.code), family="olmo"),
+    Case("rope settings of a wrong type", "expert 'code': | rope_parameters is 'linear', not a mapping",
+         setting(rope_parameters="linear")),
+    Case("activation", """expert 'code': | hidden_act is "gelu" | seed's is "silu" """, setting(hidden_act="gelu")),
+    Case("norm eps", "expert 'code': | rms_norm_eps is 0.1 | seed's is 1e-06", setting(rms_norm_eps=0.1)),
+    Case("sliding window", "expert 'code': | sliding_window is 8 | seed's is 4", setting(sliding_window=8),
+         family="mistral"),
+    Case("other model_type", "expert 'code': | model_type is olmo | seed's is llama | grown from one seed",
+         lambda i: (shutil.rmtree(i.code), BY_NAME["olmo"].save(i.code, 7))),
+    # Kinds of models
+    Case("MoE as expert", "expert 'code': | mixtral is a mixture of experts already | must be dense models",
+         setting(model_type="mixtral", num_local_experts=8)),
+    Case("our mixture as expert", "expert 'code': | a mixture already | use add-expert",
+         setting(model_type="branchmix")),
+    Case("encoder-decoder", "expert 'code': | t5 is an encoder-decoder | must be causal language models",
+         setting(model_type="t5", is_encoder_decoder=True)),
+    Case("ALiBi Falcon", "seed: | Falcon uses ALiBi | no recipe fits", all_three(lambda f: config(f, alibi=True)),
+         family="falcon"),
+    Case("custom code", "seed: | no causal language model of model_type 'newllm' | never run | convert it",
+         all_three(lambda f: (config(f, model_type="newllm", auto_map={"AutoConfig": "evil.Config"}),
+                              (f / "evil.py").write_text("raise SystemExit(77)")))),
+    Case("names that do not fit", "seed: | tensors missing, first model.layers.0.mlp.gate | bloom is no known family",
+         all_three(lambda f: (config(f, model_type="bloom"),
+                              weights(f, lambda t: [t.update({n.replace("mlp", "ff"): t.pop(n)}) for n in list(t)])))),
+    Case("tensors with no place", "seed: | 1 tensor with no place | mlp.act_fn.alpha_p | cannot be widened",
+         all_three(lambda f: with_extra(f, "model.layers.0.mlp.act_fn.alpha_p"))),
+    # Weights
+    Case("truncated", "expert 'code': | code/model.safetensors: truncated | download or save it again",
+         lambda i: cut(i.code)),
+    Case("missing shard", "expert 'code': | shard model-00002-of-00002.safetensors is missing | finish the download",
+         lambda i: shard(i.code)),
+    Case("NaN in an FFN", f"expert 'code': | code/model.safetensors | {GATE} has NaN at [0, 3] | damaged",
+         poison(GATE, float("nan"))),
+    Case("NaN in a norm", f"expert 'code': | code/model.safetensors | {NORM} has NaN at [3] | damaged",
+         poison(NORM, float("nan"))),
+    Case("Inf", f"expert 'code': | code/model.safetensors | {GATE} has Inf at [0, 3] | damaged",
+         poison(GATE, float("-inf"))),
+    Case("too large for float16", f"tensor model.{NORM} | do not fit F16 | bfloat16", poison(NORM, 1e30),
+         {"dtype": "float16"}),
+    Case("missing projection", f"expert 'code': | 1 tensor missing, first {GATE} | download or save it again",
+         lambda i: without(i.code, GATE)),
+    Case("missing norm", f"expert 'code': | lacks 1 tensor that the seed has, first {NORM} | grown from one seed",
+         lambda i: without(i.code, NORM)),
+    Case("extra tensor", "expert 'code': | has 1 tensor that the seed lacks, first model.extra.weight",
+         lambda i: with_extra(i.code, "model.extra.weight")),
+    Case("extra tensor in an FFN", "expert 'code': | 1 tensor with no place | mlp.extra.weight",
+         lambda i: with_extra(i.code, "model.layers.0.mlp.extra.weight")),
+    Case("missing from the seed", f"seed: | 1 tensor missing, first {GATE} | download",
+         lambda i: without(i.seed, GATE)),
+    Case("config with more layers", "expert 'code': | num_hidden_layers is 3 | weights have 2 layers | download",
+         setting(num_hidden_layers=3)),
+    Case("config with fewer layers", "expert 'code': | num_hidden_layers is 1 | weights have 2 layers | download",
+         setting(num_hidden_layers=1)),
+    Case("config with a billion layers", "expert 'code': | num_hidden_layers is 1000000000 | weights have 2 layers",
+         setting(num_hidden_layers=10**9)),
+    Case("config of another width", "expert 'code': | the down projection | has shape [32, 48] | should be [32, 64]",
+         setting(intermediate_size=64)),
+    Case("Git LFS pointer", "expert 'code': | code/model.safetensors: is a Git LFS pointer | git lfs pull",
+         lambda i: (i.code / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")),
+    Case("quantised config", "expert 'code': | is quantised (gptq, says config.json) | dequantise it first",
+         setting(quantization_config={"quant_method": "gptq"})),
+    Case("quantised tensors", "expert 'code': | is quantised | q_proj.weight is I8 | dequantise it first",
+         lambda i: weights(i.code, lambda t: t.update({Q: t[Q].to(torch.int8)}))),
+    # Files and folders
+    Case("no such folder", "expert 'code': | ./nowhere: no such folder | check the path",
+         recipe={"experts": [{"name": "code", "model": "./nowhere"}]}),
+    Case("unknown Hub id, offline", "expert 'code': | nobody/nothing: no such folder | Hub cannot be reached | check",
+         recipe={"experts": [{"name": "code", "model": "nobody/nothing"}]}),
+    Case("a file", "expert 'code': | models/notes.txt: is a file | give a checkpoint folder",
+         lambda i: (i.models / "notes.txt").write_text("x"), experts(code="notes.txt")),
+    Case("a GGUF file", "expert 'code': | models/code.gguf: is a GGUF file | original transformers checkpoint",
+         lambda i: (i.models / "code.gguf").write_text("x"), experts(code="code.gguf")),
+    Case("a folder with GGUF", "expert 'code': | only GGUF weights (model.gguf) | original transformers checkpoint",
+         lambda i: (i.code / WEIGHTS).rename(i.code / "model.gguf")),
+    Case("pickles", "expert 'code': | only pickled weights (pytorch_model.bin) | never loaded | save_pretrained(",
+         lambda i: (i.code / WEIGHTS).rename(i.code / "pytorch_model.bin")),
+    Case("empty folder", "expert 'code': | models/empty: no config.json | unfinished download",
+         lambda i: (i.models / "empty").mkdir(), experts(code="empty")),
+    Case("config.json broken", "expert 'code': | code/config.json: is not valid JSON at line 1 | download",
+         lambda i: (i.code / "config.json").write_text("{")),
+    Case("config.json missing", "expert 'code': | models/code: no config.json | unfinished download",
+         lambda i: (i.code / "config.json").unlink()),
+    Case("no model_type", "expert 'code': | config.json has no model_type | give a transformers checkpoint",
+         lambda i: config(i.code, remove="model_type")),
+    Case("no adapter type", "expert 'code': | adapter_config.json: has no peft_type | only LORA",
+         lambda i: adapter(i, {})),
+    Case("other adapter type", "expert 'code': | adapter_config.json: has peft_type IA3 | only LORA",
+         lambda i: adapter(i, {"peft_type": "IA3"})),
+    Case("pickled adapter", "expert 'code': | has no adapter_model.safetensors | never loaded",
+         lambda i: adapter(i, {"peft_type": "LORA"}, "adapter_model.bin")),
+    Case("adapter of a deeper model", "expert 'code': | adapts model.layers.5.mlp.up_proj, which the seed lacks",
+         lambda i: adapter(i, {"peft_type": "LORA"}, **{"model.layers.5.mlp.up_proj": (2, 32)})),
+    Case("adapter of a wider model", "expert 'code': | has shape [2, 40] | the seed's | has [48, 32] | trained on",
+         lambda i: adapter(i, {"peft_type": "LORA"}, **{"model.layers.0.mlp.up_proj": (2, 40)})),
+    # Several at once
+    Case("two bad experts", """expert 'code': | num_hidden_layers is 3\nexpert 'math': | hidden_act is "gelu" """,
+         lambda i: (resave(i, i.code, num_hidden_layers=3), config(i.math, hidden_act="gelu"))),
+    Case("unreadable and misfit", "expert 'math': | truncated\nexpert 'code': | hidden_size is 40",
+         lambda i: (resave(i, i.code, hidden_size=40), cut(i.math))),
+    Case("two missing folders", "expert 'code': | models/a: no such folder\nexpert 'math': | models/b: no such folder",
+         recipe=experts(code="a", math="b")),
+    # Options that these checkpoints don't allow
+    Case("fold_norms, post-norm", "merge.fold_norms: | olmo2 has no norm | leave fold_norms out",
+         recipe={"merge": {"fold_norms": True}}, family="olmo2"),
+    Case("fold_norms, biases", "merge.fold_norms: | input_layernorm and post_attention_layernorm have a bias | leave",
+         recipe={"merge": {"fold_norms": True}}, family="gpt-neox"),
+]
+
+RECIPES = [
+    Case("empty", "recipe.yaml: | is empty | keys may be seed, ", text("")),
+    Case("a list", "recipe.yaml: | is a list | keys may be seed, ", text("- seed: a\n")),
+    Case("syntax error", "recipe.yaml, line 2: | not valid YAML", text("seed: a\nexperts: }\n")),
+    Case("a key twice", "recipe.yaml, line 3: | the key 'seed' stands twice", text("seed: a\nexperts: []\nseed: b\n")),
+    Case("a picture", "recipe.yaml: | is no UTF-8 text | give the recipe",
+         lambda i: (i.root / "recipe.yaml").write_bytes(b"\x89PNG\xff")),
+    Case("no seed", "recipe.yaml: | seed: is missing", text("experts: [{name: a, model: b}]")),
+    Case("no experts", "recipe.yaml: | experts: there is only 1 | two or more", recipe={"experts": []}),
+    Case("one expert with top-2", "recipe.yaml: | there is only 1 | two or more",
+         recipe={"include_seed": False, "routing": {"ffn": {"top_k": 2}}, **experts(code="code")}),
+    Case("top-4 of three", "recipe.yaml: | routing.ffn.top_k is 4 | only 3 experts", recipe=ffn(top_k=4)),
+    Case("expert called seed", "recipe.yaml: | 'seed' is the seed's own name | something else",
+         recipe=experts(seed="code")),
+    Case("duplicate names", "recipe.yaml: | the name 'a' stands there 2 times",
+         recipe={"experts": [{"name": "a", "model": "models/code"}, {"name": "a", "model": "models/math"}]}),
+    Case("name with a slash", "recipe.yaml: | experts.0.name: must be letters, digits | got 'a/b'",
+         recipe=experts(**{"a/b": "code"})),
+    Case("misspelt method", "recipe.yaml: | attention: 'kv_expert' is none of | did you mean 'kv_experts'?",
+         recipe={"attention": "kv_expert"}),
+    Case("misspelt dtype", "recipe.yaml: | dtype: 'bf16' is none of | did you mean 'bfloat16'?",
+         recipe={"dtype": "bf16"}),
+    Case("misspelt scaling", "recipe.yaml: | routed_scaling_factor: should be a valid number or 'auto', got 'atuo'",
+         recipe={"routed_scaling_factor": "atuo"}),
+    Case("unknown key", "recipe.yaml: | atention: | no such key | 'attention'?", recipe={"atention": "seed"}),
+    Case("unknown key of an expert", "recipe.yaml: | experts.0.path: | no such key | known: name, model",
+         recipe={"experts": [{"name": "a", "model": "b", "path": "c"}]}),
+    Case("unknown key of routing", "recipe.yaml: | routing.fnn: | 'ffn'?", recipe={"routing": {"fnn": {}}}),
+    Case("unknown key of routing.ffn", "recipe.yaml: | routing.ffn.topk: | 'top_k'?", recipe=ffn(topk=1)),
+    Case("unknown key of routing.attention", "recipe.yaml: | routing.attention.sofd: | 'soft'?",
+         recipe={"routing": {"attention": {"sofd": True}}}),
+    Case("unknown key of router_init", "recipe.yaml: | router_init.sdt: | 'std'?", recipe={"router_init": {"sdt": 1}}),
+    Case("unknown key of merge", "recipe.yaml: | merge.metod: | 'method'?", recipe={"merge": {"metod": "seed"}}),
+    Case("unknown key of sparse_upcycling", "recipe.yaml: | sparse_upcycling.redraw_part: | 'redraw_fraction'?",
+         recipe={"sparse_upcycling": {"redraw_part": 1}}),
+    Case("several", "recipe.yaml: | dtype\nrecipe.yaml: | atention", recipe={"atention": 1, "dtype": "int4"}),
+    Case("weights for an unknown expert", "recipe.yaml: | merge.weights: no expert is called 'cod' | 'code'?",
+         recipe={"merge": {"weighted": {"cod": 2}}}),
+    Case("weights all zero", "recipe.yaml: | merge.weights: all are zero | give one model a weight",
+         recipe={"merge": {"weighted": {"seed": 0, "code": 0, "math": 0}}}),
+    Case("normalize with top-1", "recipe.yaml: | routing.ffn: normalize with top_k 1 | never learns | leave normalize",
+         recipe=ffn(normalize=True)),
+    Case("zeros with top-1", "recipe.yaml: | router_init: zeros | top-k of the FFN router | soft routing",
+         recipe={"router_init": "zeros"}),
+    Case("soft and top_k", "recipe.yaml: | routing.ffn: soft and top_k exclude | remove one",
+         recipe=ffn(soft=True, top_k=2)),
+]
+
+COMMANDS = [
+    Case("no RECIPE", "Missing argument 'RECIPE' | --help", args=lambda i: ["upcycle"]),
+    Case("unknown command", "No such command 'upcyle' | 'upcycle'? | --help", args=lambda i: ["upcyle"]),
+    Case("unknown option", "No such option: --dryrun | --help", args=lambda i: ["upcycle", "r", "o", "--dryrun"]),
+    Case("no such recipe", "none.yaml: there is no such recipe file", args=lambda i: ["upcycle", "none.yaml", "o"]),
+    Case("recipe is a folder", "models: is a folder | give the recipe", args=lambda i: ["upcycle", str(i.models), "o"]),
+    Case("OUT is an input", "models/code: is, holds or lies in the source folder | another",
+         args=lambda i: [*upcycle(i, i.code), "--force"]),
+    Case("OUT inside an input", "code/out: is, holds or lies in the source folder | another",
+         args=lambda i: [*upcycle(i, i.code / "out"), "--force"]),
+    Case("OUT holds the inputs", "models: is, holds or lies in the source folder | another",
+         args=lambda i: [*upcycle(i, i.models), "--force"]),
+    Case("OUT links to an input", "models/link: is, holds or lies in the source folder | another",
+         lambda i: (i.models / "link").symlink_to(i.code), args=lambda i: [*upcycle(i, i.models / "link"), "--force"]),
+    Case("OUT exists", "models/other: exists already | --force", lambda i: (i.models / "other").mkdir(),
+         args=lambda i: upcycle(i, i.models / "other")),
+    Case("OUT is no checkpoint", "models/other: is no checkpoint folder | not replaced | choose another",
+         lambda i: ((i.models / "other").mkdir(), (i.models / "other" / "thesis.txt").write_text("x")),
+         args=lambda i: [*upcycle(i, i.models / "other"), "--force"]),
+    Case("add: name taken", "models/mixture: has an expert 'code' already | another name", lambda i: i.mixture(),
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"code={i.math}", str(i.out)]),
+    Case("add: not NAME=PATH", "'./law': | NAME=PATH", args=lambda i: ["add-expert", "m", "./law", str(i.out)]),
+    Case("add: no such mixture", "models/none: no such folder | check the path",
+         args=lambda i: ["add-expert", str(i.models / "none"), f"law={i.math}", str(i.out)]),
+    Case("add: other width", "expert 'law': | hidden_size is 40 | seed's is 32",
+         lambda i: (i.mixture(), resave(i, i.math, hidden_size=40)),
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
+    Case("add: missing bias", "expert 'law': | its attention's q bias of layer 0 is missing | has shape [32]",
+         lambda i: (i.mixture(), without(i.math, Q.replace("weight", "bias"))), family="llama-bias",
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
+    Case("add: NaN", "expert 'law': | math/model.safetensors | has NaN",
+         lambda i: (i.mixture(), poison(GATE, float("nan"), "math")(i)),
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
+    Case("add: dense model", "models/seed: is a llama model, not a mixture | use upcycle",
+         args=lambda i: ["add-expert", str(i.seed), f"law={i.math}", str(i.out)]),
+    Case("remove: unknown name", "has no expert 'cod' | 'code'? | it has seed, code", lambda i: i.mixture(),
+         args=lambda i: ["remove-expert", str(i.models / "mixture"), "cod", str(i.out)]),
+    Case("remove: last but one", "only 'seed' would be left | two or more", lambda i: i.mixture(),
+         args=lambda i: ["remove-expert", str(i.models / "mixture"), "code", str(i.out)]),
+    Case("generate: no such model", "./none: no such folder | check the path",
+         args=lambda i: ["generate", "./none", "hi"]),
+    Case("generate: no tokenizer", "models/seed: has no tokenizer files | copy",
+         lambda i: (i.seed / "tokenizer.json").unlink(), args=lambda i: ["generate", str(i.seed), "hi"]),
+    Case("generate: bad dtype", "--dtype int3 | none of auto, bfloat16",
+         args=lambda i: ["generate", str(i.seed), "hi", "--dtype", "int3"]),
+    Case("generate: empty prompt", "PROMPT is empty | give some text", args=lambda i: ["generate", str(i.seed), ""]),
+    Case("generate: broken tokenizer", "models/seed: transformers cannot load it",
+         lambda i: (i.seed / "tokenizer.json").write_text("[]"), args=lambda i: ["generate", str(i.seed), "hi"]),
+    Case("generate: custom code", "models/seed: transformers cannot load it: | --trust-remote-code",
+         lambda i: (config(i.seed, model_type="newllm", auto_map={"AutoConfig": "evil.Config"}),
+                    (i.seed / "evil.py").write_text("raise SystemExit(77)")),
+         args=lambda i: ["generate", str(i.seed), "hi"]),
+    Case("add: broken mixture", "mixture/config.json: has no seed_config | copy",
+         lambda i: config(Path(i.mixture()), remove="seed_config"),
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
+    Case("generate: no tokens", "Invalid value for '--max-new-tokens' | --help",
+         args=lambda i: ["generate", str(i.seed), "hi", "--max-new-tokens", "0"]),
+]
+# fmt: on
+
+
+@pytest.fixture
+def make(tmp_path: Path, siblings: Callable[..., dict[str, Path]]) -> Callable[..., Inputs]:
+    def build(family: str = "llama", **recipe: Any) -> Inputs:
+        inputs = Inputs(tmp_path, family, recipe)
+        for name, folder in siblings(family).items():
+            shutil.copytree(folder, inputs.models / name)
+            tokenizer(inputs.models / name)
+        inputs.out.parent.mkdir()
+        return inputs
+
+    return build
+
+
+def state(inputs: Path) -> dict[str, Any]:
+    """Everything below a test's folder: names and content, and times of what is in the models' folders."""
+    found: dict[str, Any] = {}
+    for path in sorted(inputs.rglob("*")):
+        content = path.read_bytes() if path.is_file() else None
+        found[str(path)] = (content, path.lstat().st_mtime_ns if "models" in path.parent.parts else None)
+    return found
+
+
+def refused(args: list[str], root: Path, monkeypatch: Any, capsys: Any) -> list[str]:
+    """Lines on stderr of a command that must fail and leave everything as it was."""
+    before = state(root)
+    monkeypatch.setattr(sys, "argv", ["branchmix", *args])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2, printed.err
+    assert printed.out == "" and "Traceback" not in printed.err
+    assert state(root) == before, "something was left behind or changed"
+    return printed.err.splitlines()
+
+
+def check_lines(lines: list[str], wanted: str) -> None:
+    assert len(lines) == len(wanted.splitlines()), "\n".join(lines)
+    for line, words in zip(lines, wanted.splitlines(), strict=True):
+        assert line.startswith("error: ")
+        for word in words.split("|"):
+            assert word.strip() in line, line
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS + RECIPES + COMMANDS, ids=lambda case: case.name)
+def test_refused_in_one_line(case: Case, make: Any, monkeypatch: Any, capsys: Any) -> None:
+    inputs = make(case.family, **case.recipe)
+    case.edit(inputs)
+    inputs.write_recipe()
+    args = upcycle(inputs, inputs.out) if case.args is None else case.args(inputs)
+    check_lines(refused(args, inputs.root, monkeypatch, capsys), case.lines)
+
+
+def test_disk_too_small_is_seen_beforehand(make: Any, monkeypatch: Any, capsys: Any) -> None:
+    inputs = make()
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    lines = refused(upcycle(inputs, inputs.out), inputs.root, monkeypatch, capsys)
+    check_lines(lines, "outputs/mixture: the output needs | GB, but only 0.00 GB are free | make room")
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_disk_full_while_weights_are_written(after: int, make: Any, monkeypatch: Any, capsys: Any) -> None:
+    inputs, written, real = make(), [0], os.pwrite
+
+    def pwrite(*args: Any) -> int:
+        written[0] += 1
+        if written[0] > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    lines = refused(upcycle(inputs, inputs.out), inputs.root, monkeypatch, capsys)
+    check_lines(lines, "model.safetensors: the disk is full | free space, or write elsewhere")
+
+
+def test_disk_full_while_the_tokenizer_is_copied(make: Any, monkeypatch: Any, capsys: Any) -> None:
+    inputs = make()
+
+    def copyfile(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    lines = refused(upcycle(inputs, inputs.out), inputs.root, monkeypatch, capsys)
+    check_lines(lines, "No space left on device | free space")
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden width", "custom code", "unknown Hub id, offline", "misspelt method", "no RECIPE"]
+)
+def test_message_comes_at_once(name: str, make: Any) -> None:
+    """A process of its own, start-up included; gigabytes or torch would take longer."""
+    case = next(case for case in CHECKPOINTS + RECIPES + COMMANDS if case.name == name)
+    inputs = make(case.family, **case.recipe)
+    case.edit(inputs)
+    inputs.write_recipe()
+    args = upcycle(inputs, inputs.out) if case.args is None else case.args(inputs)
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "branchmix", *args], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
+    check_lines(done.stderr.splitlines(), case.lines)
+    assert seconds < 2.5
+
+
+def test_harmless_differences_are_noted(make: Any, monkeypatch: Any, capsys: Any) -> None:
+    """A padded vocabulary, another dtype, and a rotary base of its own under Expert KV: done, with a note each."""
+    inputs = make()
+    resave(inputs, inputs.code, vocab_size=104)
+    weights(inputs.math, lambda tensors: [tensors.update({n: t.to(torch.bfloat16)}) for n, t in list(tensors.items())])
+    theta(inputs.math)
+    monkeypatch.setattr(sys, "argv", ["branchmix", *upcycle(inputs, inputs.out)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    notes = capsys.readouterr().err
+    assert stopped.value.code == 0
+    assert "expert 'code': rows 97 to 103 of its embeddings are padding, they are left out" in notes
+    assert "expert 'math': stored as BF16, the seed as F32: cast to" in notes
+    assert "rotary settings differ" in notes and "each expert keeps its own" in notes
+    rope = json.loads((inputs.out / "config.json").read_text())["expert_rope_parameters"]
+    assert [expert["rope_theta"] for expert in rope] == [10000.0, 10000.0, 1000000.0]
+    assert load_file(inputs.out / WEIGHTS)["model.model.embed_tokens.weight"].shape == (97, 32)
