@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM
 
 import branchmix
@@ -118,18 +119,20 @@ def test_tied_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
     assert not any("lm_head" in n or "embed_out" in n for n in names)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "gpt2", "gpt-neox", "opt", "cohere"])
-def test_resized_embeddings_save_and_load(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_resized_embeddings_work_save_and_load(name: str, tmp_path: Path) -> None:
     model = random_mixture(name)
+    ids = tokens()
     with torch.no_grad():
-        before = model(tokens()).logits
+        before = model(ids).logits
         model.resize_token_embeddings(103)
-        after = model(tokens()).logits
-    assert after.shape[-1] == 103 and model.config.vocab_size == 103
-    close(after[..., :97], before, 1e-6)
+        after = model(ids, labels=ids)
+    assert after.logits.shape[-1] == 103 and model.config.vocab_size == 103
+    close(after.logits[..., :97], before, 1e-6)
+    close(after.loss, F.cross_entropy(after.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(load(tmp_path)(tokens()).logits, after)
+        assert torch.equal(load(tmp_path)(ids).logits, after.logits)
 
 
 @pytest.mark.parametrize("attention", BOTH)

@@ -107,7 +107,45 @@ for thing in (model, base, config, trusting):
 """
 
 
-def python(program: str, *args: Path, cache: Path, installed: bool = False) -> subprocess.CompletedProcess[str]:
+ENTRIES = """
+import branchmix; from transformers import LlamaForCausalLM
+import branchmix; from transformers import GenerationMixin
+import transformers; import branchmix; from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel; import branchmix
+import branchmix.models.losses_branchmix
+from branchmix.models.modeling_branchmix import BranchMixForCausalLM
+from branchmix.models import mixture_config
+from branchmix import BranchMixForCausalLM
+from branchmix import BranchMixConfig
+"""
+
+IMPORTED = """
+import os, sys, traceback
+import huggingface_hub, numpy, safetensors.torch, tokenizers, torch  # once for all
+
+for entry in sys.argv[1].strip().splitlines():
+    child = os.fork()
+    if child:
+        status = os.waitpid(child, 0)[1]
+        assert status == 0, entry
+        continue
+    try:
+        exec(entry)
+        from branchmix import BranchMixConfig, BranchMixForCausalLM
+        from transformers import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        assert CONFIG_MAPPING["branchmix"] is BranchMixConfig
+        assert MODEL_FOR_CAUSAL_LM_MAPPING[BranchMixConfig] is BranchMixForCausalLM
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+"""
+
+
+def python(program: str, *args: Path | str, cache: Path, installed: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh process, with or without branchmix on its path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -152,3 +190,8 @@ def test_refuses_without_trust(mixtures: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["import branchmix, transformers", "import transformers, branchmix"])
 def test_needs_no_trust_where_branchmix_is_installed(order: str, mixtures: Path, tmp_path: Path) -> None:
     python(INSTALLED.format(imports=order), mixtures / "llama", cache=tmp_path, installed=True)
+
+
+def test_registers_whatever_is_imported_first(tmp_path: Path) -> None:
+    """transformers imports itself in other orders from other doors, and registration happens in their midst."""
+    python(IMPORTED, ENTRIES, cache=tmp_path, installed=True)

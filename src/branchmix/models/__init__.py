@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+# First, so that registration with the auto classes (see ``_registration``) never meets a half-imported configuration
+# below. Not ``modeling_auto``: this may run in the midst of transformers' own import of ``modeling_utils``.
+import transformers.models.auto.configuration_auto  # noqa: F401
+
 from branchmix.checkpoint.families import family_of, layout_of
 
 

@@ -5,7 +5,7 @@ Travels with every checkpoint, so it imports transformers only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -46,7 +46,7 @@ class BranchMixConfig(PreTrainedConfig):
     """
 
     model_type = "branchmix"
-    sub_configs = {"seed_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"seed_config": AutoConfig}
 
     seed_config: Any = None
     layout: Any = None

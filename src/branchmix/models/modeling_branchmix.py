@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -91,6 +91,16 @@ class BranchMixAttentionRouter(BranchMixRouter):
 class _Experts(nn.Module):
     """All FFN experts of a layer as stacked 3-D weights; on disk they are 2-D, one tensor an expert."""
 
+    # Set by ``use_experts_implementation``.
+    has_gate: bool
+    has_bias: bool
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    # There is the first or the second, by ``has_gate``; biases by ``has_bias``.
+    gate_up_proj: torch.Tensor
+    up_proj: torch.Tensor
+    gate_up_proj_bias: torch.Tensor
+    up_proj_bias: torch.Tensor
+
     def __init__(self, config: BranchMixConfig, dense: _DenseFFN, gated: bool):
         super().__init__()
         num_experts, width, inner = config.num_experts, dense.hidden_size, dense.intermediate_size
@@ -111,7 +121,8 @@ class _Experts(nn.Module):
         """
         first = self.gate_up_proj if self.has_gate else self.up_proj
         ups, downs = first.unbind(0), self.down_proj.unbind(0)
-        up_biases = down_biases = [None] * self.num_experts
+        up_biases: Sequence[torch.Tensor | None] = [None] * self.num_experts
+        down_biases: Sequence[torch.Tensor | None] = up_biases
         if self.has_bias:
             up_biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias).unbind(0)
             down_biases = self.down_proj_bias.unbind(0)
@@ -206,7 +217,7 @@ class _DenseFFN:
 
     @classmethod
     def of(cls, block: nn.Module, layout: dict[str, Any]) -> _DenseFFN:
-        down = block.get_submodule(layout["down"])
+        down: Any = block.get_submodule(layout["down"])
         intermediate_size, hidden_size = down.weight.shape if _is_conv1d(down) else down.weight.shape[::-1]
         return cls(
             hidden_size=hidden_size,
@@ -269,9 +280,7 @@ class BranchMixAttention(nn.Module):
     heads, concatenated; they are gated and projected here, so that no value travels through a hidden attribute.
     """
 
-    def __init__(
-        self, heads: nn.Module, output: nn.Module, order: HeadOrder, config: BranchMixConfig, dropout: float = 0.0
-    ):
+    def __init__(self, heads: nn.Module, output: Any, order: HeadOrder, config: BranchMixConfig, dropout: float = 0.0):
         super().__init__()
         hidden_size = output.weight.shape[1] if _is_conv1d(output) else output.weight.shape[0]
         self.order = order
@@ -366,8 +375,8 @@ class BranchMixSplitAttention(nn.Module):
         hidden_states: torch.Tensor,
         past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_ids: Any = None,
+        position_embeddings: Any = None,
         layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -409,7 +418,7 @@ class BranchMixSplitAttention(nn.Module):
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     q_BHTC: torch.Tensor,
     k_BKTC: torch.Tensor,
     v_BKTC: torch.Tensor,
@@ -480,7 +489,7 @@ def _rotate_pairs(x_BHTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def widen(model: nn.Module, config: BranchMixConfig) -> None:
+def widen(model: Any, config: BranchMixConfig) -> None:
     """Replace attention and FFN of every block of a dense family model by experts, in place.
 
     Args:
@@ -630,7 +639,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -813,7 +822,7 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         loss, aux_loss, z_loss = outputs.loss, None, None
         if wanted or add_losses:
             extra, aux_loss, z_loss = self._router_losses(logits, attention_mask)
-            if add_losses and extra is not None:
+            if labels is not None and add_losses and extra is not None:
                 share = _share_of_batch(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
                 loss = loss + (extra * share).to(loss.device)
         return BranchMixCausalLMOutputWithPast(
