@@ -3,6 +3,7 @@
 #   make demo        a real seed and three trained siblings, mixed in five ways (examples/smollm2)
 #   make test        tests of seconds; make test-slow: those of minutes
 #   make lint        format, lint and types; make format: mend what can be mended
+#   make docs        reference pages from the code
 #   make bench       upcycling against cp and the peers (benchmarks/README.md)
 #
 # Variables: PYTHON (3.10 or newer), VENV, WORKERS (test processes), PYTEST_ARGS, BENCH_ARGS.
@@ -18,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format docs bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +56,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/upcycle.py $(BENCH_ARGS)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import branchmix
 from branchmix.checkpoint.families import FAMILIES as TABLE
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.upcycling.verify import _dense_on_trunk
+from branchmix.errors import VerificationError
+from branchmix.upcycling.verify import _dense_on_trunk, verify_plan
 from families import BY_NAME, NAMES
 from naive import build_naive
 
@@ -170,3 +171,46 @@ def test_eager_equals_the_fast_implementations(name: str, siblings: Siblings, tm
         eager = load(tmp_path / "mixture", attn_implementation="eager", experts_implementation="eager")(ids).logits
         for experts in ("grouped_mm", "batched_mm"):
             close(load(tmp_path / "mixture", experts_implementation=experts)(ids).logits, eager)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt-neox"])
+def test_verification_holds_in_16_bits(
+    name: str, attention: str, dtype: str, siblings: Siblings, tmp_path: Path
+) -> None:
+    """The output is narrower than its sources here: copies are casts, and the dense side must be cast alike."""
+    given = recipe(siblings(name), attention=attention, dtype=dtype)
+    report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)
+    assert report.verification is not None
+    for check in report.verification.experts:
+        assert check.difference <= 1e-5 * max(1.0, check.greatest_logit), check.name
+    if name != "gpt-neox":
+        branchmix.upcycle({**given, "merge": {"fold_norms": True}}, tmp_path / "folded", verify=True)
+
+
+def test_verification_can_fail(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture whose experts stand in another order than its plan says is found out, and leaves nothing behind."""
+    from branchmix.upcycling import plan as planning
+
+    right = planning.attention_tensors
+
+    def swapped(experts: Any, *args: Any, **kwargs: Any) -> Any:
+        return right([*experts[1:], experts[0]], *args, **kwargs)
+
+    monkeypatch.setattr(planning, "attention_tensors", swapped)
+    with pytest.raises(VerificationError, match="with the gates on expert 'seed'"):
+        branchmix.upcycle(recipe(siblings("llama")), tmp_path / "mixture", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_finds_a_flipped_bit(siblings: Siblings, tmp_path: Path) -> None:
+    report = branchmix.upcycle(recipe(siblings("llama")), tmp_path / "mixture")
+    ref = CheckpointIndex.open(tmp_path / "mixture").tensors["model.model.layers.1.mlp.experts.2.up_proj.weight"]
+    with ref.file.open("r+b") as file:
+        file.seek(ref.offset + 5)
+        byte = file.read(1)
+        file.seek(ref.offset + 5)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(VerificationError, match=r"experts\.2\.up_proj\.weight: differs from its source bytes"):
+        verify_plan(report.plan, tmp_path / "mixture")

@@ -59,6 +59,11 @@ class Sourced:
     adapter: Path | None = None
     """The LoRA folder, if ``index`` is of the merged model."""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weights that the user has: an adapter's own, not those of the temporary merge."""
+        return self.index.files if self.adapter is None else (self.adapter / "adapter_model.safetensors",)
+
 
 @dataclass(frozen=True)
 class UpcycleReport:
@@ -123,7 +128,7 @@ def upcycle(
         written = verification = None
         if not dry_run:
             require_space(out, plan)
-            files = [file for source in sources for file in source.index.files]
+            files = [file for source in sources for file in source.files]
             named = naming_sources((source.name, source.index.folder) for source in sources)
             with atomic_folder(out, force=force) as folder, FileHashes(files if hashes else []) as hashing, named:
                 written = write_output(
@@ -277,9 +282,7 @@ def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, A
             "model": source.model.given,
             "revision": source.model.revision,
             "lora_adapter": source.adapter is not None,
-            "files": [
-                {"name": file.name, "bytes": file.stat().st_size, **hashes.of(file)} for file in source.index.files
-            ],
+            "files": [{"name": file.name, "bytes": file.stat().st_size, **hashes.of(file)} for file in source.files],
         }
         for source in sources
     ]
