@@ -83,12 +83,12 @@ def test_padding_never_counts() -> None:
     mask[0, :5] = 0
     mask[2, 6:] = 0
     real = logits[mask.flatten().bool()]
-    for given, alone in zip(router_losses([logits], 2, mask), router_losses([real], 2), strict=True):
-        assert given.item() == pytest.approx(alone.item(), rel=1e-5)
+    for masked, alone in zip(router_losses([logits], 2, mask), router_losses([real], 2), strict=True):
+        assert masked.item() == pytest.approx(alone.item(), rel=1e-5)
     poisoned = logits.clone()
     poisoned[~mask.flatten().bool()] = 1e4
-    for given, before in zip(router_losses([poisoned], 2, mask), router_losses([logits], 2, mask), strict=True):
-        assert given.item() == pytest.approx(before.item(), rel=1e-6)
+    for masked, before in zip(router_losses([poisoned], 2, mask), router_losses([logits], 2, mask), strict=True):
+        assert masked.item() == pytest.approx(before.item(), rel=1e-6)
 
 
 def test_all_padding_scores_zero() -> None:

@@ -302,7 +302,7 @@ class BranchMixAttention(nn.Module):
         if heads_BTHC.shape[-1] != width:
             raise RuntimeError(
                 f"attention handed back {heads_BTHC.shape[-1]} values a token where the experts' heads have {width}: "
-                "this family cannot be widened, or its heads were sharded (tensor parallelism is not supported)"
+                "this family cannot be widened, or its heads were sharded by a plan that does not gather them"
             )
         _, gate_BTE = self.expert_gate(hidden_states)
         gate_BTE = gate_BTE.to(heads_BTHC.dtype)
@@ -607,6 +607,54 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sharding over devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parallel_plans(
+    model: nn.Module, layers: str, layout: dict[str, Any], inherited: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Rules for tensor and for expert parallelism, by module name with ``*`` for the layer.
+
+    The family's rules stay but for what was replaced in its blocks. The experts' heads are sharded where they are
+    stored and gathered where they are computed, as transformers does for Phi-3: a rank's slice of heads would meet the
+    gates of other experts. FFN experts are cut along their inner width, but those with biases stay whole, since each
+    rank would add the bias of its own.
+
+    Args:
+        model: a mixture.
+        layers: path of its list of blocks.
+        layout: of its config.
+        inherited: the tensor-parallel rules that its family's model brings along.
+    """
+    first = model.get_submodule(layers)[0]  # type: ignore[index]
+    attention, ffn = getattr(first, layout["attention"]), getattr(first, layout["ffn"])
+    replaced, tensor_rules, expert_rules = [], {}, {}
+    if isinstance(attention, BranchMixAttention):
+        replaced.append(layout["attention"])
+        for name, module in attention.heads.named_children():
+            if isinstance(module, nn.Linear):
+                tensor_rules[f"{layout['attention']}.heads.{name}"] = "colwise_gather_output"
+        tensor_rules[f"{layout['attention']}.o_proj"] = "rowwise_split_input"
+    if isinstance(ffn, BranchMixSparseMoeBlock):
+        replaced += [layout["ffn"], layout["down"]]
+        path = f"{layout['ffn']}.experts"
+        names = [name for name, _ in ffn.experts.named_parameters()]
+        if not ffn.experts.has_bias:
+            styles = {"gate_up_proj": "packed_colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+            tensor_rules |= {f"{path}.{name}": styles[name] for name in names} | {path: "moe_tp_experts"}
+        expert_rules = {f"{path}.{name}": "grouped_gemm" for name in names} | {path: "ep_dispatch_experts"}
+    block = f"{layers}.*."
+    kept = {
+        rule: style
+        for rule, style in inherited.items()
+        if not any(f"{rule}.".startswith(f"{block}{module}.") for module in replaced)
+    }
+    tensor_rules = kept | {block + rule: style for rule, style in tensor_rules.items()}
+    return tensor_rules, {block + rule: style for rule, style in expert_rules.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Models
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -718,6 +766,7 @@ class BranchMixModel(BranchMixPreTrainedModel):
         self._family_prefix = family_model.base_model_prefix
         self.add_module(self._family_prefix, family_model)
         self.post_init()
+        self._tp_plan, self._ep_plan = parallel_plans(self, config.layout["layers"], config.layout, dict(self.tp_plan))
 
     @property
     def _family(self) -> PreTrainedModel:
@@ -749,6 +798,8 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         self.model = _family_class(config.seed_config, causal_lm=True)(config.seed_config)
         widen(self.model, config)
         self.post_init()
+        layers = f"model.{config.layout['layers']}"
+        self._tp_plan, self._ep_plan = parallel_plans(self, layers, config.layout, dict(self.tp_plan))
 
     @property
     def _family(self) -> PreTrainedModel:

@@ -1,0 +1,156 @@
+"""Two processes on the CPU (gloo) compute what one does: tensor parallel, expert parallel, and FSDP2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from branchmix.models.modeling_branchmix import BranchMixRouter
+from mixtures import random_mixture, tokens
+
+MIXTURES = [  # family, attention: every kind of attention code, FFN, block and query norm
+    ("llama", "kv_experts"),
+    ("llama", "kv_sharing"),
+    ("llama", "average"),
+    ("llama-bias", "kv_experts"),
+    ("qwen3", "kv_experts"),
+    ("olmo2", "kv_sharing"),
+    ("gemma3", "kv_sharing"),
+    ("cohere", "kv_experts"),
+    ("nemotron", "kv_sharing"),
+    ("phi3", "kv_sharing"),
+    ("gpt-neox", "kv_experts"),
+    ("gpt2", "kv_sharing"),
+    ("opt", "kv_experts"),
+]
+
+WORKER = """
+import os, sys, traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+import branchmix
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def close(ours, theirs, what):
+    scale = max(1.0, float(theirs.abs().max()))
+    message = lambda text: f"{folder.name}, {what}: {text}"
+    torch.testing.assert_close(full(ours), theirs, rtol=0, atol=1e-5 * scale, msg=message)
+
+
+def check(folder, **sizes):
+    expected = load_file(folder / "expected.safetensors")
+    ids = expected["ids"]
+    config = DistributedConfig(**sizes)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=config).eval()
+    sharded = {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+    assert sharded, "nothing was sharded"
+    for name, parameter in model.named_parameters():
+        if ".o_proj" in name or ".heads.q_proj.weight" in name:
+            assert name in sharded, name
+        if ".experts." in name and "ep_size" in sizes:
+            assert parameter.to_local().shape[0] == 2 and parameter.shape[0] == 4, name
+        elif ".experts." in name and not any("_bias" in other for other, _ in model.named_parameters()):
+            assert parameter.to_local().numel() * 2 == parameter.numel(), name
+    with torch.no_grad():
+        close(model(ids).logits, expected["logits"], "logits")
+    if "fsdp_size" not in sizes:
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        assert torch.equal(generated, expected["generated"]), f"{folder.name}: generated"
+    if sizes == {"tp_size": 2}:
+        copy = Path(sys.argv[3]) / folder.name
+        model.save_pretrained(copy)
+        dist.barrier()
+        with torch.no_grad():
+            again = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32).eval()
+            close(again(ids).logits, expected["logits"], "saved and loaded by one process")
+    loss = model.train()(ids, labels=ids, use_cache=False).loss
+    close(loss.detach(), expected["loss"], "loss")
+    loss.backward()
+    grads = dict(model.named_parameters())
+    for name, grad in expected.items():
+        if name.startswith("grad."):
+            close(grads[name.removeprefix("grad.")].grad, grad, name)
+    return model
+
+
+failed = False
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    for sizes in eval(sys.argv[2]):
+        try:
+            check(folder, **sizes)
+        except Exception:
+            failed = True
+            if rank == 0:
+                print(folder.name, sizes)
+                traceback.print_exc()
+dist.barrier()
+dist.destroy_process_group()
+sys.exit(failed)
+"""
+
+
+def two_processes(folder: Path, sizes: list[dict[str, int]], script: Path) -> None:
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command += [str(folder), repr(sizes), str(script.parent / "copies")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mixtures of four experts, each with what one process computes: logits, a continuation, loss, some gradients."""
+    root = tmp_path_factory.mktemp("mixtures")
+    ids = tokens(length=9)
+    for name, attention in MIXTURES:
+        folder = root / f"{name}-{attention}"
+        model = random_mixture(name, attention, num_experts=4)
+        model.save_pretrained(folder)
+        with torch.no_grad():
+            expected = {"ids": ids, "logits": model(ids).logits}
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        expected["generated"] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+        out = model.train()(ids, labels=ids, use_cache=False)
+        expected["loss"] = out.loss.detach()
+        out.loss.backward()
+        routers = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, BranchMixRouter)}
+        for path, parameter in model.named_parameters():
+            if path in routers or "experts.down_proj" in path or path.endswith(("o_proj.weight", "k_proj.weight")):
+                expected[f"grad.{path}"] = parameter.grad
+        save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
+    return root
+
+
+def test_tensor_parallel_equals_one_process(mixtures: Path, tmp_path: Path) -> None:
+    two_processes(mixtures, [{"tp_size": 2}], tmp_path / "worker.py")
+
+
+def test_expert_parallel_equals_one_process(mixtures: Path, tmp_path: Path) -> None:
+    two_processes(mixtures, [{"tp_size": 2, "ep_size": 2}], tmp_path / "worker.py")
+
+
+def test_fsdp_equals_one_process(mixtures: Path, tmp_path: Path) -> None:
+    two_processes(mixtures, [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}], tmp_path / "worker.py")
