@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from branchmix.models import mixture_config
-from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixRouter
+from branchmix.models.modeling_branchmix import BranchMixForCausalLM
+from branchmix.models.routing_branchmix import BranchMixRouter
 from families import BY_NAME
 
 BOTH = ("kv_experts", "kv_sharing")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from branchmix.models.modeling_branchmix import BranchMixRouter
+from branchmix.models.routing_branchmix import BranchMixRouter
 from mixtures import random_mixture, tokens
 
 MIXTURES = [  # family, attention: every kind of attention code, FFN, block and query norm

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import branchmix
-from branchmix.models.modeling_branchmix import BranchMixAttention, BranchMixAttentionRouter, BranchMixRouter
+from branchmix.models.attention_branchmix import BranchMixAttention
+from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter
 from families import BY_NAME
 from mixtures import BOTH, close, load, random_mixture, tokens
 

@@ -9,7 +9,13 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-CODE_FILES = ("configuration_branchmix.py", "losses_branchmix.py", "modeling_branchmix.py")
+CODE_FILES = (
+    "attention_branchmix.py",
+    "configuration_branchmix.py",
+    "losses_branchmix.py",
+    "modeling_branchmix.py",
+    "routing_branchmix.py",
+)
 """The files that travel with every checkpoint."""
 
 AUTO_MAP = {

@@ -30,7 +30,13 @@ from branchmix.upcycling.plan import Plan, check_fit, plan_upcycling
 if TYPE_CHECKING:
     from branchmix.upcycling.verify import Verification
 
-CODE_FILES = ("configuration_branchmix.py", "losses_branchmix.py", "modeling_branchmix.py")
+CODE_FILES = (
+    "attention_branchmix.py",
+    "configuration_branchmix.py",
+    "losses_branchmix.py",
+    "modeling_branchmix.py",
+    "routing_branchmix.py",
+)
 
 # What comes along from the seed, if it is there.
 _COMPANIONS = (

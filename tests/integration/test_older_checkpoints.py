@@ -1,0 +1,77 @@
+"""Checkpoints as they stand on the Hub today: configs of transformers 4, and weights saved from the base model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import BY_NAME
+from mixtures import close, load, recipe, tokens
+
+import branchmix
+
+Siblings = Callable[..., dict[str, Path]]
+LLAMA_3 = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 32,
+    "rope_type": "llama3",
+}
+
+
+def in_old_form(folder: Path, *, theta: float, scaling: dict[str, Any] | None) -> None:
+    """Rewrite config.json as transformers 4 would have it."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters")
+    config |= {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": config.pop("dtype")}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA_3], ids=["plain", "llama3"])
+@pytest.mark.parametrize("attention", ["kv_experts", "kv_sharing"])
+def test_configs_of_transformers_4(
+    attention: str, scaling: dict[str, Any] | None, siblings: Siblings, tmp_path: Path
+) -> None:
+    models = {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in siblings("llama").items()}
+    for path in models.values():
+        in_old_form(path, theta=500.0, scaling=scaling)
+    report = branchmix.upcycle(recipe(models, attention=attention), tmp_path / "mixture", verify=True)
+    assert report.verification is not None
+    for check in report.verification.experts:
+        assert check.difference <= 1e-5 * max(1.0, check.greatest_logit), check.name
+    mixture = load(tmp_path / "mixture")
+    assert mixture.config.seed_config.rope_parameters["rope_theta"] == 500.0
+    assert mixture.config.seed_config.rope_parameters["rope_type"] == ("llama3" if scaling else "default")
+
+
+def test_an_old_and_a_new_config_of_the_same_rotary_settings_agree(siblings: Siblings, tmp_path: Path) -> None:
+    models = {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in siblings("llama").items()}
+    in_old_form(models["code"], theta=10000.0, scaling=None)
+    report = branchmix.upcycle(recipe(models, attention="kv_sharing"), tmp_path / "mixture", verify=True)
+    assert report.plan.config["expert_rope_parameters"] is None
+    in_old_form(models["math"], theta=777.0, scaling=None)
+    report = branchmix.upcycle(recipe(models, attention="kv_experts"), tmp_path / "other", verify=True)
+    assert [rope["rope_theta"] for rope in report.plan.config["expert_rope_parameters"]] == [10000.0, 10000.0, 777.0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "falcon", "llama-bias"])
+def test_weights_saved_from_the_base_model(name: str, tmp_path: Path) -> None:
+    """gpt2 on the Hub has no ``transformer.`` before its names; with tied embeddings nothing else is missing."""
+    family, changes = BY_NAME[name], {"tie_word_embeddings": True}
+    models = {}
+    for seed, expert in enumerate(("seed", "code")):
+        model = family.model(seed, **changes)
+        model.base_model.save_pretrained(tmp_path / expert)
+        models[expert] = tmp_path / expert
+    report = branchmix.upcycle(recipe(models), tmp_path / "mixture", verify=True)
+    assert report.verification is not None and len(report.verification.experts) == 2
+    with torch.no_grad():
+        identical = {"seed": str(models["seed"]), "seed_copies": 1, "routing": {"ffn": {"soft": True}}}
+        branchmix.upcycle(identical, tmp_path / "identical")
+        close(load(tmp_path / "identical")(tokens()).logits, family.model(0, **changes)(tokens()).logits)
