@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import BY_NAME
-from mixtures import close, load, recipe, tokens
 
 import branchmix
+from families import BY_NAME
+from mixtures import close, load, recipe, tokens
 
 Siblings = Callable[..., dict[str, Path]]
 LLAMA_3 = {

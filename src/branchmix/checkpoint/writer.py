@@ -142,9 +142,12 @@ def write_checkpoint(
                 _allocate(fd, shard.nbytes)
                 _write_at(fd, 0, memoryview(shard.header))
             targets.append((fd, file, shard))
-        tasks = (task for fd, file, shard in targets for task in _tasks(fd, file, shard))
+        queues = [_tasks(fd, file, shard) for fd, file, shard in targets]
         with ThreadPoolExecutor(num_threads, thread_name_prefix="branchmix-writer") as pool:
-            workers = [pool.submit(state.work, tasks) for _ in range(num_threads)]
+            # Each thread starts with a file of its own: a file system lets one thread at a time write to a file, and
+            # the others spin.
+            starts = [number % len(queues) if queues else 0 for number in range(num_threads)]
+            workers = [pool.submit(state.work, [*queues[start:], *queues[:start]]) for start in starts]
             try:
                 for worker in workers:
                     worker.result()
@@ -270,15 +273,17 @@ class _Run:
         self.computed = 0
         self.checked: set[ByteRange] = set()
 
-    def work(self, tasks: Iterator[_Task]) -> None:
-        """One thread: takes tasks until there are none, or another thread has failed."""
+    def work(self, queues: Sequence[Iterator[_Task]]) -> None:
+        """One thread: takes tasks of one file after the other until there are none, or another thread has failed."""
         buffer = np.empty(BUFFER_BYTES, np.uint8)
+        waiting = list(queues)
         try:
-            while not self.stop.is_set():
+            while waiting and not self.stop.is_set():
                 with self.lock:
-                    task = next(tasks, None)
+                    task = next(waiting[0], None)
                 if task is None:
-                    return
+                    del waiting[0]
+                    continue
                 if task.source is not None:
                     self._copy(task, task.source, buffer)
                 else:

@@ -52,7 +52,7 @@ def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
-        *([] if plan.is_dense else ["import branchmix  # or, without it: from_pretrained(..., trust_remote_code=True)"]),
+        *([] if plan.is_dense else ["import branchmix  # without it: from_pretrained(..., trust_remote_code=True)"]),
         "",
         'model = AutoModelForCausalLM.from_pretrained("PATH")',
         "```",
