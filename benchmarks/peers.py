@@ -144,12 +144,19 @@ CANDIDATES = (
     Candidate("mixturekit-btx", "mixturekit", "FFN and attention, per projection", _mixturekit("btx"), _by_projection),
     Candidate("branchmix-seed", "branchmix", "FFN experts, the seed's attention", _branchmix("seed"), _by_expert),
     Candidate("branchmix-btx", "branchmix", "FFN experts, averaged attention", _branchmix("average"), _by_expert),
+    Candidate(
+        "branchmix-btx-bare",
+        "branchmix",
+        "the same without NaN check and hashes",
+        _branchmix("average", "--no-check", "--no-hashes"),
+        _by_expert,
+    ),
     Candidate("branchmix-expert-kv", "branchmix", "FFN and attention experts", _branchmix("kv_experts"), _by_expert),
     Candidate(
-        "branchmix-expert-kv-no-check",
+        "branchmix-expert-kv-bare",
         "branchmix",
-        "the same without the NaN and Inf check",
-        _branchmix("kv_experts", "--no-check"),
+        "the same without NaN check and hashes",
+        _branchmix("kv_experts", "--no-check", "--no-hashes"),
         _by_expert,
     ),
     Candidate(
