@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import branchmix
 from branchmix.checkpoint.families import FAMILIES as TABLE
@@ -16,33 +15,11 @@ from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import VerificationError
 from branchmix.upcycling.verify import _dense_on_trunk, verify_plan
 from families import BY_NAME, NAMES
+from mixtures import BOTH, close, load, recipe, tokens
 from naive import build_naive
 
-BOTH = ("kv_experts", "kv_sharing")
 FOLDABLE = [name for name in NAMES if BY_NAME[name].gains_only and BY_NAME[name].model_type in TABLE]
 Siblings = Callable[..., dict[str, Path]]
-
-
-def recipe(models: dict[str, Path], **options: Any) -> dict[str, Any]:
-    return {
-        "seed": str(models["seed"]),
-        "experts": [{"name": name, "model": str(path)} for name, path in models.items() if name != "seed"],
-        "router_init": {"std": 0.3},
-        **options,
-    }
-
-
-def tokens(rows: int = 2, length: int = 11, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def load(folder: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
-    scale = max(1.0, float(theirs.detach().abs().max()))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("attention", BOTH)
