@@ -233,7 +233,7 @@ def test_what_was_done_is_recorded(siblings: Siblings, tmp_path: Path) -> None:
     added, removed = record["changes"]
     assert (added["added"]["router_std"], added["added"]["router_seed"]) == (0.1, 4)
     assert added["added"]["expert"]["model"] == str(models["math"])
-    assert len(added["added"]["expert"]["files"][0]["blake3"]) == 64
+    assert len(added["added"]["expert"]["files"][0]["xxh3_128"]) == 32
     assert removed == {"removed": "code"}
     assert [source["name"] for source in record["sources"]] == ["seed", "code"]
     card = (tmp_path / "fewer" / "README.md").read_text()
