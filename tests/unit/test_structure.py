@@ -20,12 +20,12 @@ from families import FAMILIES as TINY
 ROOT = Path(branchmix.__file__).parent
 LEVELS = {
     "errors": 0,
-    **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data"), 1),
+    **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages"), 1),
     **dict.fromkeys(("upcycling", "train", "evaluate", "scaling", "study"), 2),
     "demo": 3,
     "cli": 4,
 }
-"""cli -> demo -> {upcycling, train, ...} -> {checkpoint, settings, models, accounting, recipe, data} -> errors."""
+"""cli -> demo -> {upcycling, train, ...} -> {checkpoint, settings, models, accounting, data, pages, ...} -> errors."""
 ENTRANCES = {"__init__", "__main__", "_registration"}
 """The package's own doors: they name everything, lazily."""
 FILES = sorted(ROOT.rglob("*.py"))

@@ -5,7 +5,7 @@ The tables' form is that of BAM's Table 1. Pictures also go to OUT/plots, for RE
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -14,6 +14,9 @@ from typing import Any
 from branchmix.demo import plots
 from branchmix.demo.results import GROUPS
 from branchmix.demo.settings import DOMAINS
+from branchmix.pages import page
+from branchmix.pages.page import document, section, table
+from branchmix.pages.pictures import png, svg
 from branchmix.train.progress import duration
 
 ROUTED = ("trained/bam-expert-kv-dm", "trained/bam-shared-kv-dm", "trained/btx")
@@ -21,55 +24,32 @@ ROUTED = ("trained/bam-expert-kv-dm", "trained/bam-shared-kv-dm", "trained/btx")
 
 def write(out: Path, found: dict[str, Any]) -> Path:
     """Writes the page and the pictures of ``found``, what ``results.collect`` returned; the page's path."""
-    plots.png(plots.summary, found, out / "plots" / "summary.png")
-    plots.png(plots.curves, found, out / "plots" / "curves.png")
+    png(partial(plots.summary, found), out / "plots" / "summary.png")
+    png(partial(plots.curves, found), out / "plots" / "curves.png")
     for folder in ROUTED:
         if folder in found["routing"]:
             name = folder.rsplit("/")[-1]
-            plots.png(partial(plots.routing, folder=folder), found, out / "plots" / f"routing-{name}.png")
-    file = out / "index.html"
-    part = out / "index.html.part"
-    part.write_text(html(found), encoding="utf-8")
-    part.replace(file)
-    return file
+            png(partial(plots.routing, found, folder=folder), out / "plots" / f"routing-{name}.png")
+    return page.write(out / "index.html", html(found))
 
 
 def html(found: dict[str, Any]) -> str:
     """The whole page."""
-    first, *rest = found["headline"]
     sections = [
-        _section("Perplexity on held-out text", _scores(found)),
-        _section("What each model cost", _costs(found)),
-        _section("Training the mixtures", _curves(found)),
-        _section("Who serves which domain", _routing(found)),
-        _section("The text", _text(found)),
-        _section("How it was made", _making(found)),
+        section("Perplexity on held-out text", _scores(found)),
+        section("What each model cost", _costs(found)),
+        section("Training the mixtures", _curves(found)),
+        section("Who serves which domain", _routing(found)),
+        section("The text", _text(found)),
+        section("How it was made", _making(found)),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>branchmix demo: branch, mix, compare</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">branchmix demo</p>
-<h1>One seed, three experts, one mixture of attention and FFN experts</h1>
-<p class="lead">{escape(first)}</p>
-{"".join(f"<p>{escape(line)}</p>" for line in rest)}
-</header>
-{"".join(sections)}
-</main>
-</body>
-</html>
-"""
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>\n"
+    return document(
+        "One seed, three experts, one mixture of attention and FFN experts",
+        "branchmix demo",
+        found["headline"],
+        sections,
+        head=f"<style>{_SWITCH}</style>\n",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,19 +133,9 @@ def _costs(found: dict[str, Any]) -> str:
                 f"{model['seconds'] / 60:.1f}" if trained else "-",
             ]
         )
-    return f"""<div class="table">{_table(["", *head], rows)}</div>
+    return f"""<div class="table">{table(["", *head], rows)}</div>
 <p class="note">Exact counts. Training FLOPs are three times those of the forward passes; the sum with those before it
 adds the seed and, for mixtures, all three experts. Minutes are of wall time, while other runs worked beside it.</p>"""
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    lines = []
-    for row in rows:
-        first, *rest = row
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
-    return f"<table><thead><tr>{columns}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _millions(count: float) -> str:
@@ -184,7 +154,7 @@ def _scientific(count: float) -> str:
 
 def _curves(found: dict[str, Any]) -> str:
     label = "Training loss of the mixtures against tokens and against FLOPs"
-    picture = plots.svg(plots.curves, found, "curves", label)
+    picture = svg(partial(plots.curves, found), "curves", label)
     return f"""<figure class="wide">{picture}</figure>
 <p class="note">Mean over the four domains of each one's last few points. Dashed: BAM with the compute of BTX, and a
 learning-rate schedule that ends there.</p>"""
@@ -198,7 +168,7 @@ def _routing(found: dict[str, Any]) -> str:
             continue
         name = folder.rsplit("/")[-1]
         label = f"{labels[folder]}: share of each expert by domain, layer by layer"
-        picture = plots.svg(partial(plots.routing, folder=folder), found, name, label)
+        picture = svg(partial(plots.routing, found, folder=folder), name, label)
         parts.append(f'<h3>{escape(labels[folder])}</h3>\n<figure class="wide">{picture}</figure>')
     return f"""{"".join(parts)}
 <p class="note">Domains of held-out text down, experts across. Attention gates are means of the soft gate; FFN tokens
@@ -225,7 +195,7 @@ def _text(found: dict[str, Any]) -> str:
         for domain, row in found["text"].items()
     ]
     head = ["", "documents", "tokens", "held out", "tokens held out", "characters", "most passes of a run"]
-    return f"""<div class="table">{_table(head, rows)}</div>
+    return f"""<div class="table">{table(head, rows)}</div>
 <p class="note">Nothing was downloaded. General: prose in the docstrings of the installed packages. Code: Python's
 standard library. Law: licences. Math: docstrings of sympy and mpmath. Paragraphs occur once, near copies are left out
 (of code: documents occur once); whole documents are held out. A domain that a run passed many times was too small for
@@ -255,31 +225,4 @@ attention gates, routers from N(0, 0.02²), balance loss 0.01, z-loss 0.001. One
 run it again.</p>"""
 
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --back: #ffffff; --tint: #f6f8fa;
-  --accent: #0969da }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --back: #0d1117;
-  --tint: #151b23; --accent: #58a6ff } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.1rem 4rem }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: .2rem 0 1rem }
-h2 { font-size: 1.3rem; margin: 2.6rem 0 .8rem; padding-top: 1.2rem; border-top: 1px solid var(--line) }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
-.kicker { color: var(--accent); font-weight: 600; margin: 0 }
-.lead { font-size: 1.15rem; font-weight: 500 }
-.note, small { color: var(--soft); font-size: .875rem }
-td small { font-size: .75rem }
-.table, .wide, pre { overflow-x: auto; margin: 0 }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .32rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-thead th { white-space: normal; vertical-align: bottom; color: var(--soft); font-weight: 500 }
-tbody th { text-align: left; font-weight: 500; position: sticky; left: 0; background: var(--back) }
-tr.group th { color: var(--soft); font-weight: 600; padding-top: .9rem }
-figure svg { display: block; width: 100%; min-width: 40rem; height: auto; color: var(--ink) }
-pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; font-size: .8rem }
-.switch input { margin: 0 .3rem 0 0 }
-.switch label { margin-right: 1.2rem }
-.switch .table { margin-top: .6rem }
-#bits:checked ~ #table-perplexity, #perplexity:checked ~ #table-bits { display: none }
-"""
+_SWITCH = "#bits:checked ~ #table-perplexity, #perplexity:checked ~ #table-bits { display: none }"

@@ -1,23 +1,16 @@
 """The demo's pictures: loss curves, routing by domain, and the summary for a README.
 
-Each is a matplotlib figure of an ``ink`` colour on nothing. ``svg`` turns one into inline SVG whose ink is the page's
-own text colour, so that it reads in light and dark; ``png`` writes it on white.
+Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg`` and ``png`` of ``pages.pictures``.
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines differ in their dashes too.
 """
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from branchmix.demo.settings import DOMAINS
+from branchmix.pages.pictures import Figure, figure_with, heat, take_ink
 
-Figure = Any
-INK = "#010203"
-"""Stands for the page's text colour."""
 STYLES = {
     "trained/dense": ("#777777", ":"),
     "trained/btx": ("#E69F00", "-"),
@@ -27,55 +20,11 @@ STYLES = {
     "trained/bam-expert-kv-cm": ("#009E73", "--"),
 }
 DENSE, STEP_0 = "#777777", "#CC79A7"
-_BRIGHTEST = 0.8
-"""Share of the load that has the palette's last colour."""
-
-
-def svg(draw: Callable[..., Figure], found: dict[str, Any], name: str, label: str) -> str:
-    """An inline ``<svg>`` for the page.
-
-    Args:
-        draw: one of the functions below.
-        found: results of the demo.
-        name: keeps the ids of several pictures of a page apart.
-        label: for readers who don't see it.
-    """
-    import matplotlib
-
-    with matplotlib.rc_context({**_RC, "svg.fonttype": "none", "svg.hashsalt": name}):
-        file = io.StringIO()
-        draw(found, INK).savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(id=")', rf"\g<1>{name}-", text)
-    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = text.replace("'DejaVu Sans'", "system-ui")
-    return re.sub(r'<svg [^>]*?width="[^"]*" height="[^"]*"', lambda found: _opening(found[0], label), text, count=1)
-
-
-def _opening(tag: str, label: str) -> str:
-    tag = re.sub(r' (width|height)="[^"]*"', "", tag)
-    return f'{tag} role="img" aria-label="{label}"'
-
-
-def png(draw: Callable[..., Figure], found: dict[str, Any], file: Path) -> None:
-    """The same on white, for READMEs."""
-    import matplotlib
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_RC):
-        draw(found, "#1f2328").savefig(file, format="png", dpi=160, facecolor="white")
-
-
-_RC = {"font.size": 9, "axes.titlesize": 9.5, "font.family": "DejaVu Sans", "axes.spines.top": False} | {
-    "axes.spines.right": False
-}
 
 
 def curves(found: dict[str, Any], ink: str) -> Figure:
     """Training loss of the mixtures against tokens and against FLOPs."""
-    figure, panels = _figure(2, (9.0, 3.6), ink)
+    figure, panels = figure_with(2, (9.0, 3.6), ink)
     _curves(panels[0], found, "tokens", ink)
     _curves(panels[1], found, "flops", ink)
     panels[0].set_ylabel("training loss, nats a token", color=ink)
@@ -92,7 +41,7 @@ def summary(found: dict[str, Any], ink: str) -> Figure:
     figure = MatplotlibFigure(figsize=(13.0, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.25, 1.0, 0.95])
     for panel in (left, middle, right):
-        _ink(panel, ink)
+        take_ink(panel, ink)
     _dots(left, found, ink)
     _curves(middle, found, "flops", ink)
     middle.set_title("Training the mixtures: loss over compute", color=ink, loc="left")
@@ -100,7 +49,7 @@ def summary(found: dict[str, Any], ink: str) -> Figure:
     middle.legend(frameon=False, labelcolor=ink, fontsize=7.5)
     routed = found["routing"].get("trained/bam-expert-kv-dm")
     if routed is not None:
-        _heat(right, _mean_over_layers(routed["attention"]), routed["experts"], ink)
+        heat(right, _mean_over_layers(routed["attention"]), DOMAINS, routed["experts"], ink)
         right.set_title("Attention gates of BAM Expert KV by domain", color=ink, loc="left")
     return figure
 
@@ -117,9 +66,9 @@ def routing(found: dict[str, Any], ink: str, *, folder: str) -> Figure:
     for row, kind in enumerate(kinds):
         for column, layer in enumerate(routed[kind]):
             panel = panels[row][column]
-            _ink(panel, ink)
+            take_ink(panel, ink)
             by_domain = [layer["by_domain"][domain] for domain in DOMAINS]
-            _heat(panel, by_domain, routed["experts"], ink, rows=column == 0, columns=row == len(kinds) - 1)
+            heat(panel, by_domain, DOMAINS, routed["experts"], ink, rows=column == 0, columns=row == len(kinds) - 1)
             name = {"attention": "attention gates", "ffn": "FFN tokens"}[kind]
             panel.set_title(f"{name}, layer {layer['layer'] + 1}", color=ink, fontsize=8.5)
     return figure
@@ -128,23 +77,6 @@ def routing(found: dict[str, Any], ink: str, *, folder: str) -> Figure:
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _figure(panels: int, size: tuple[float, float], ink: str) -> tuple[Figure, list[Any]]:
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-    figure = MatplotlibFigure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    for panel in axes:
-        _ink(panel, ink)
-    return figure, axes
-
-
-def _ink(panel: Any, ink: str) -> None:
-    panel.tick_params(colors=ink, which="both")
-    panel.patch.set_alpha(0)
-    for spine in panel.spines.values():
-        spine.set_edgecolor(ink)
 
 
 def _curves(panel: Any, found: dict[str, Any], over: str, ink: str) -> None:
@@ -205,27 +137,3 @@ def _mean_over_layers(layers: list[dict[str, Any]]) -> list[list[float]]:
         [sum(values) / len(layers) for values in zip(*(layer["by_domain"][domain] for layer in layers), strict=True)]
         for domain in DOMAINS
     ]
-
-
-def _heat(
-    panel: Any, shares: list[list[float]], experts: list[str], ink: str, *, rows: bool = True, columns: bool = True
-) -> None:
-    """Domains down, experts across; each cell says its number, so that colour is not needed to read it."""
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    palette = colormaps["cividis"]
-    for row, values in enumerate(shares):
-        for column, value in enumerate(values):
-            colour = palette(min(1.0, value / _BRIGHTEST))
-            panel.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="none"))
-            bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 0.5
-            text = "black" if bright else "white"
-            panel.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=text, fontsize=8)
-    panel.set_xlim(0, len(experts))
-    panel.set_ylim(len(shares), 0)
-    panel.set_xticks([place + 0.5 for place in range(len(experts))], experts if columns else [""] * len(experts))
-    panel.set_yticks([place + 0.5 for place in range(len(shares))], DOMAINS if rows else [""] * len(shares))
-    panel.tick_params(length=0, colors=ink)
-    for spine in panel.spines.values():
-        spine.set_visible(False)

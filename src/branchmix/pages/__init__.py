@@ -1,0 +1,1 @@
+"""What all pages and pictures share: one self-contained HTML file each, in light and dark; figures as SVG and PNG."""

@@ -1,0 +1,146 @@
+"""Figures as inline SVG of a page and as PNG on white.
+
+A drawing is a function of one argument, an ``ink`` colour, that returns a matplotlib figure on nothing. ``svg`` turns
+it into inline SVG whose ink is the page's own text colour, so that it reads in light and dark.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from branchmix.checkpoint.folder import writing
+
+Figure = Any
+Draw = Callable[[str], Figure]
+
+INK = "#010203"
+"""Stands for the page's text colour."""
+PRINTED_INK = "#1f2328"
+"""The ink of pictures on white."""
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777")
+"""Of Okabe and Ito, which colour-blind readers can tell apart; the last is a grey for what stands back."""
+_RC = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_BRIGHTEST = 0.8
+"""Share that has the palette's last colour."""
+
+
+def svg(draw: Draw, name: str, label: str) -> str:
+    """An inline ``<svg>`` for a page.
+
+    Args:
+        draw: the drawing.
+        name: keeps the ids of several pictures of a page apart.
+        label: for readers who don't see it.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({**_RC, "svg.fonttype": "none", "svg.hashsalt": name}):
+        file = io.StringIO()
+        draw(INK).savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(id=")', rf"\g<1>{name}-", text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = text.replace("'DejaVu Sans'", "system-ui")
+    return re.sub(r'<svg [^>]*?width="[^"]*" height="[^"]*"', lambda found: _opening(found[0], label), text, count=1)
+
+
+def _opening(tag: str, label: str) -> str:
+    tag = re.sub(r' (width|height)="[^"]*"', "", tag)
+    return f'{tag} role="img" aria-label="{escape(label)}"'
+
+
+def png(draw: Draw, file: Path) -> Path:
+    """The same on white, for papers and READMEs; returns the file's path."""
+    return save(draw, file, dpi=160)
+
+
+def save(draw: Draw, file: Path, **options: Any) -> Path:
+    """A picture on white in the format of the file's name (``.png``, ``.svg``, ``.pdf``), whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    import matplotlib
+
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    with writing(file), matplotlib.rc_context({**_RC, "svg.hashsalt": file.stem}):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kind = file.suffix.removeprefix(".")
+        fixed = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same picture, the same bytes
+        draw(PRINTED_INK).savefig(part, format=kind, facecolor="white", metadata=fixed, **options)
+        part.replace(file)
+    return file
+
+
+def figure_with(panels: int, size: tuple[float, float], ink: str) -> tuple[Figure, list[Any]]:
+    """A figure of ``size`` (inches) with panels side by side, and the panels."""
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    figure = MatplotlibFigure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for panel in axes:
+        take_ink(panel, ink)
+    return figure, axes
+
+
+def take_ink(panel: Any, ink: str) -> None:
+    """Draws a panel's frame and ticks in the ink, on nothing."""
+    panel.tick_params(colors=ink, which="both")
+    panel.patch.set_alpha(0)
+    for spine in panel.spines.values():
+        spine.set_edgecolor(ink)
+
+
+def heat(
+    panel: Any,
+    shares: Sequence[Sequence[float]],
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    ink: str,
+    *,
+    rows: bool = True,
+    columns: bool = True,
+) -> None:
+    """Shares of 1 as coloured cells; each says its number, so that colour is not needed to read it.
+
+    Args:
+        panel: where to.
+        shares: row by row.
+        row_names: of the rows, shown if ``rows``.
+        column_names: of the columns, shown if ``columns``.
+        ink: colour of the names.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    palette = colormaps["cividis"]
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            colour = palette(min(1.0, value / _BRIGHTEST))
+            panel.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="none"))
+            bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 0.5
+            text = "black" if bright else "white"
+            panel.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=text, fontsize=8)
+    panel.set_xlim(0, len(column_names))
+    panel.set_ylim(len(shares), 0)
+    panel.set_xticks(
+        [place + 0.5 for place in range(len(column_names))], column_names if columns else [""] * len(column_names)
+    )
+    panel.set_yticks([place + 0.5 for place in range(len(shares))], row_names if rows else [""] * len(shares))
+    panel.tick_params(length=0, colors=ink)
+    for spine in panel.spines.values():
+        spine.set_visible(False)
