@@ -120,9 +120,9 @@ def contamination(official: Series, fresh: Series, *, limits: Limits) -> dict[st
     }
 
 
-def disagreements(metrics: Mapping[str, Verdict]) -> Iterator[str]:
+def disagreements(metrics: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
     """Pairs of metrics of one task whose verdicts cannot both be the story."""
     for (first, one), (second, other) in combinations(metrics.items(), 2):
         told = {one.label, other.label}
         if len(told) == 2 and told <= {*DIRECTED, "flat"}:
-            yield f"by {first} it is {one.label}, by {second} {other.label}"
+            yield first, second
