@@ -121,7 +121,7 @@ def trends_command(
             tell=tell,
         )
         if html is not None or plots is not None:
-            options = {"axis": axis, "metric": metric, "lower-is-better": lower_is_better}
+            options: dict[str, Any] = {"axis": axis, "metric": metric, "lower-is-better": lower_is_better}
             options |= {"alpha": alpha if alpha != 0.05 else None}
             options |= {"minimum-effect": minimum_effect if minimum_effect != 0.02 else None}
             options |= {"correction": correction if correction != "bh" else None, "html": html, "plots": plots}

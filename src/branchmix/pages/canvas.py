@@ -73,13 +73,20 @@ class Canvas:
     def words(self, at: Point, text: str, **options: Any) -> None:
         self.marks.append(Words(at, text, **options))
 
-    def place(self, other: Canvas, x: float, y: float) -> None:
-        """Draw another canvas with its upper left corner at (x, y)."""
+    def place(self, other: Canvas, x: float, y: float, *, scale: float = 1.0) -> None:
+        """Draw another canvas with its upper left corner at (x, y), larger or smaller."""
+
+        def moved(point: Point) -> Point:
+            return x + scale * point[0], y + scale * point[1]
+
         for mark in other.marks:
             if isinstance(mark, Line):
-                self.marks.append(replace(mark, points=tuple((px + x, py + y) for px, py in mark.points)))
+                points = tuple(moved(point) for point in mark.points)
+                self.marks.append(replace(mark, points=points, width=scale * mark.width))
+            elif isinstance(mark, Dot):
+                self.marks.append(replace(mark, at=moved(mark.at), radius=scale * mark.radius))
             else:
-                self.marks.append(replace(mark, at=(mark.at[0] + x, mark.at[1] + y)))
+                self.marks.append(replace(mark, at=moved(mark.at), size=scale * mark.size))
 
     def svg(self, label: str = "") -> str:
         """An inline ``<svg>`` of a page; without a label it is an ornament, which screen readers pass over."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -56,6 +56,12 @@ class Panel:
         return self.curves[0].series.lower_is_better
 
     @property
+    def official(self) -> Panel:
+        """Without the curves of fresh data, where there are others."""
+        found = [one for one in self.curves if one.series.data == DATA[0]]
+        return replace(self, curves=found or self.curves)
+
+    @property
     def names(self) -> list[str]:
         """What tells the curves apart; empty for a single one."""
         families = len({one.series.family for one in self.curves})
@@ -92,7 +98,7 @@ class _Scales:
         return self.y(min(max(value, self.low), self.high))
 
 
-def chart(panel: Panel, *, width: float = 600, height: float = 330) -> Canvas:
+def chart(panel: Panel, *, width: float = 510, height: float = 310) -> Canvas:
     """A task: axes, every curve with its bars, single runs as small points, chance and constant answers as lines."""
     canvas = Canvas(width, height)
     legend = _legend_rows(panel, width)
@@ -113,9 +119,10 @@ def chart(panel: Panel, *, width: float = 600, height: float = 330) -> Canvas:
     canvas.words(
         (14, (top + bottom) / 2), f"{turned} \u2192 better", size=12, colour="soft", anchor="middle", turned=True
     )
-    _references(canvas, panel, scales, left, right, named=True)
+    _references(canvas, panel, scales, left, right)
     for number, one in enumerate(panel.curves):
         _curve(canvas, panel, one, scales, shift=5.0 * (number - (len(panel.curves) - 1) / 2))
+    _reference_names(canvas, panel, scales, right)
     return canvas
 
 
@@ -125,14 +132,15 @@ def small(panel: Panel, *, width: float = 230, height: float = 104) -> Canvas:
     left, right, top, bottom = 36, width - 6, 8, height - 20
     scales = _scales(panel, left, right, top, bottom, whole=True)
     _frame(canvas, panel, scales, left, right, top, bottom, size=10)
-    _references(canvas, panel, scales, left, right, named=False)
+    _references(canvas, panel, scales, left, right)
     for number, one in enumerate(panel.curves):
         _curve(canvas, panel, one, scales, shift=2.0 * (number - (len(panel.curves) - 1) / 2), is_small=True)
     return canvas
 
 
-def sketch(label: str, *, width: float = 72, height: float = 44) -> Canvas:
+def sketch(label: str) -> Canvas:
     """What a verdict looks like: size to the right, performance upwards."""
+    width, height = 72, 44
     canvas = Canvas(width, height)
     colour = LABEL_COLOURS[label]
     left, right, top, bottom = 6, width - 5, 6, height - 6
@@ -248,26 +256,35 @@ def _frame(
 
 def _tick(metric: str, value: float, all_ticks: Sequence[float]) -> str:
     scale = 100 if words.is_share(metric) else 1
-    step = scale * (all_ticks[1] - all_ticks[0]) if len(all_ticks) > 1 else 1
-    digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step < 1 else int(step % 1 > 1e-6)
+    step = round(scale * (all_ticks[1] - all_ticks[0]), 9) if len(all_ticks) > 1 else 1
+    digits = next((count for count in range(9) if round(step, count) == step), 9)
     text = f"{scale * value + 0.0:.{digits}f}".replace("-", words.MINUS)
-    return f"{text} %" if scale == 100 else text
+    return f"{text}{words.PERCENT}" if scale == 100 else text
 
 
-def _references(canvas: Canvas, panel: Panel, scales: _Scales, left: float, right: float, *, named: bool) -> None:
+def _references(canvas: Canvas, panel: Panel, scales: _Scales, left: float, right: float) -> None:
     """Guessing, and constant answers."""
-    taken: list[float] = []
-    lines = [] if panel.chance is None else [(panel.chance, "dashed", "guessing")]
-    lines += [(value, "dotted", "always the same answer") for value in panel.baselines]
-    for value, dash, name in lines:
-        if not scales.low <= value <= scales.high:
-            continue
+    for value, dash, name in _reference_lines(panel, scales):
         y = scales.y(value)
         title = f"{name}: {words.shown(panel.metric, value)}"
         canvas.line((left, y), (right, y), colour="soft", width=1.2, dash=dash, title=title)
-        if named and all(abs(y - other) > 13 for other in taken):
+
+
+def _reference_names(canvas: Canvas, panel: Panel, scales: _Scales, right: float) -> None:
+    """Beside the lines, as far as there is room."""
+    taken: list[float] = []
+    for value, _, name in _reference_lines(panel, scales):
+        y = scales.y(value)
+        if all(abs(y - other) > 13 for other in taken):
             taken.append(y)
             canvas.words((right, y - 4), name, size=11, colour="soft", anchor="end")
+
+
+def _reference_lines(panel: Panel, scales: _Scales) -> list[tuple[float, str, str]]:
+    """Value, dashes and name of each that is in sight."""
+    lines = [] if panel.chance is None else [(panel.chance, "dashed", "guessing")]
+    lines += [(value, "dotted", "always the same answer") for value in panel.baselines]
+    return [line for line in lines if scales.low <= line[0] <= scales.high]
 
 
 def _curve(canvas: Canvas, panel: Panel, one: Judged, scales: _Scales, *, shift: float, is_small: bool = False) -> None:
@@ -309,7 +326,7 @@ def _title(panel: Panel, one: Judged, members: Sequence[Row], value: float, inne
     if words.is_share(panel.metric):
         low, high = max(low, 0.0), min(high, 1.0)
     name = panel.names[list(panel.curves).index(one)]
-    place = f"{words.axis_value(panel.axis, members[0].axes[panel.axis])} {words.axis_name(panel.axis)}"
+    place = words.place(panel.axis, members[0].axes[panel.axis])
     runs = f", mean of {len(members)} runs" if len(members) > 1 else ""
     count = f"; {members[0].n:,} questions" if members[0].n else ""
     return (
@@ -332,13 +349,17 @@ def _legend_rows(panel: Panel, width: float) -> list[list[tuple[Judged, str]]]:
     for one, name in zip(panel.curves, panel.names, strict=True):
         if not name:
             continue
-        needed = 46 + 7 * len(name)
+        needed = _legend_width(name)
         if needed > room:
             rows.append([])
             room = width - 70
         rows[-1].append((one, name))
         room -= needed
     return rows
+
+
+def _legend_width(name: str) -> float:
+    return 46 + 6.2 * len(name)
 
 
 def _legend(canvas: Canvas, panel: Panel, row: Sequence[tuple[Judged, str]], left: float, y: float) -> None:
@@ -348,4 +369,4 @@ def _legend(canvas: Canvas, panel: Panel, row: Sequence[tuple[Judged, str]], lef
         canvas.line((x, y), (x + 24, y), colour=colour, width=2.0, dash="dashed" if is_fresh else "")
         canvas.dot((x + 12, y), 4.2, colour=colour, filled=not is_fresh)
         canvas.words((x + 30, y + 4), name, size=12)
-        x += 46 + 7 * len(name)
+        x += _legend_width(name)

@@ -16,10 +16,13 @@ from branchmix.scaling.trends import words
 from branchmix.scaling.trends.charts import sketch, small
 from branchmix.scaling.trends.overview import Entry, Overview, heading, slug, why
 from branchmix.scaling.trends.page_style import STYLE, switch_rules
-from branchmix.scaling.trends.page_task import badge, task_section
+from branchmix.scaling.trends.page_task import badges, task_section
 from branchmix.scaling.trends.report import Report
 from branchmix.scaling.trends.table import DATA
 from branchmix.scaling.trends.verdict import MIN_SIZES, WORDS
+
+_COLUMNS = 4
+"""Cards side by side, where there is room."""
 
 
 def html(overview: Overview, *, command: str) -> str:
@@ -99,18 +102,19 @@ def _bar(overview: Overview, metric_ids: dict[str, str], axis_ids: dict[str, str
 
 
 def _glance(overview: Overview, classes: dict[tuple[str, str], str]) -> str:
-    views = [
-        f'<div class="view {classes[metric, report.axis]}">{_tally(overview, metric, report)}'
-        + "".join(
-            f"<h3>{escape(heading(cause))}</h3>"
-            + (f'<p class="note">{escape(why(cause))}</p>' if why(cause) else "")
-            + f'<div class="cards">{"".join(_card(overview, entry, metric, report) for entry in entries)}</div>'
-            for cause, entries in overview.groups.items()
-        )
-        + "</div>"
-        for metric in overview.metrics
-        for report in overview.reports
-    ]
+    views = []
+    for metric in overview.metrics:
+        for report in overview.reports:
+            groups = "".join(
+                f'<div class="group" style="--span: {min(_COLUMNS, len(entries))}"><h3>{escape(heading(cause))}</h3>'
+                f'<p class="note">{escape(why(cause))}</p>'
+                f'<div class="cards">{"".join(_card(overview, entry, metric, report) for entry in entries)}</div></div>'
+                for cause, entries in overview.groups.items()
+            )
+            tally = _tally(overview, metric, report)
+            views.append(
+                f'<div class="view {classes[metric, report.axis]}">{tally}<div class="groups">{groups}</div></div>'
+            )
     return "".join(views)
 
 
@@ -127,23 +131,21 @@ def _tally(overview: Overview, metric: str, report: Report) -> str:
             if found is not None:
                 counts[found.verdict.label] += 1
         several = len({family for family, data in report.parts}) > 1
-        name = f"<p><b>{escape(part[0] or 'no family')}</b></p>" if several else ""
+        name = f'<li class="badge">{escape(part[0] or "no family")}:</li>' if several else ""
         items = "".join(
             f'<li class="badge">{sketch(label).svg()}<span>{counts[label]} task{"s" * (counts[label] != 1)}: '
             f"{escape(WORDS[label])}</span></li>"
             for label in WORDS
             if counts[label]
         )
-        parts.append(f'{name}<ul class="tally">{items}</ul>')
+        parts.append(f'<ul class="tally">{name}{items}</ul>')
     return "".join(parts)
 
 
 def _card(overview: Overview, entry: Entry, metric: str, report: Report) -> str:
-    panel = overview.panel(entry, overview.metric_for(entry, metric), report)
-    official = [one for one in panel.curves if one.series.data == DATA[0]] or list(panel.curves)
-    families = len({one.series.family for one in official})
-    badges = "".join(badge(one, one.series.family if families > 1 else "") for one in official)
-    return f'<a class="card" href="#task-{entry.slug}"><b>{escape(entry.name)}</b>{small(panel).svg()}{badges}</a>'
+    panel = overview.panel(entry, overview.metric_for(entry, metric), report).official
+    drawn = small(panel).svg() + "".join(badges(panel))
+    return f'<a class="card" href="#task-{entry.slug}"><b>{escape(entry.name)}</b>{drawn}</a>'
 
 
 # ---- what it all means ----
@@ -187,8 +189,8 @@ and small points are the single ones. To the right, models are larger; each step
 size by the same number.</li>
 <li><b>Up is better</b> in every picture. Where a lower number is better, the axis is turned round.</li>
 <li>The <b>thick bar</b> is the chance of the questions: with others of the same kind, the point would stay within it
-in {sure} of cases. The <b>thin bar</b> adds the chance of the models: another one of that size, trained on the same
-data in another order, would land within it. How much models differ is learnt from several runs of a size, or else
+in {sure} of cases. The <b>thin bar</b> adds the chance of the models: another one of that size, trained
+anew, would land within it. How much models differ is learnt from several runs of a size, or else
 from how far the points are off a smooth curve. A point without a thin bar fits the curve as well as its questions
 allow.</li>
 <li>The <b>dashed line across</b> is what guessing scores, a dotted one what a model scores that gives the same

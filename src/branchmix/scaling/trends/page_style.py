@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 STYLE = """
 svg text { font-family: system-ui, sans-serif }
+.chart text { paint-order: stroke; stroke: var(--back); stroke-width: 3px; stroke-linejoin: round }
 .chart svg, .card svg, .shape svg, .badge svg { display: block; min-width: 0; height: auto; color: var(--ink) }
 .chart { margin: 0 }
 .chart svg { width: 100%; max-width: 36rem }
@@ -20,13 +21,15 @@ a { color: var(--accent) }
 .bar input { margin: 0 .35rem 0 0; accent-color: var(--accent) }
 .view { display: none }
 
-#glance { scroll-margin-top: 3rem }
+#glance { scroll-margin-top: 4.6rem }
 #glance h2 { border-top: 0; margin-top: .8rem; padding-top: .4rem }
-#glance h3 { margin: 1.1rem 0 0 }
+#glance h3 { margin: .6rem 0 0 }
 #glance h3 + .note { margin: 0 }
-.tally { list-style: none; margin: .5rem 0 1rem; padding: 0; display: flex; flex-wrap: wrap; gap: .5rem 1.6rem }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: .8rem;
-  margin: .5rem 0 1rem }
+.groups { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: .4rem .8rem }
+.group { grid-column: span var(--span); display: flex; flex-direction: column }
+.group .cards { margin-top: auto }
+.tally { list-style: none; margin: .5rem 0 1rem; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.6rem }
+.cards { display: grid; grid-template-columns: repeat(var(--span), minmax(0, 1fr)); gap: .8rem; padding: .5rem 0 .8rem }
 .card { display: flex; flex-direction: column; border: 1px solid var(--line); border-radius: 8px; padding: .6rem .7rem;
   color: inherit; text-decoration: none }
 .card:hover { border-color: var(--accent) }
@@ -36,6 +39,7 @@ a { color: var(--accent) }
   min-height: 2.4rem }
 .badge svg { width: 2.5rem; flex: none }
 .badge small { font-weight: 400; display: block; font-size: .82rem }
+.badge i { display: inline-block; width: .6rem; height: .6rem; border-radius: 50%; border: 2px solid; margin-right: .35rem }
 .weak { font-weight: 400; color: var(--soft) }
 
 .shapes { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: .9rem 1.6rem;
@@ -44,7 +48,7 @@ a { color: var(--accent) }
 .shape svg { width: 5.2rem; flex: none; margin-top: .2rem }
 .shape p { margin: 0; font-size: .92rem }
 
-.task { border-top: 1px solid var(--line); padding: 1.1rem 0 .6rem; scroll-margin-top: 3rem }
+.task { border-top: 1px solid var(--line); padding: 1.1rem 0 .6rem; scroll-margin-top: 4.6rem }
 .task h3 { font-size: 1.15rem; margin: 0 0 .3rem; overflow-wrap: anywhere }
 .task > p { margin: .2rem 0 .8rem }
 .task h4 { font-size: .9rem; font-weight: 600; margin: .9rem 0 .3rem }
@@ -59,10 +63,23 @@ details { margin: .5rem 0 }
 summary { cursor: pointer; color: var(--accent) }
 .top { font-size: .875rem }
 
-@media (prefers-color-scheme: dark) { .right { color: #3fcf9f } }
-@media (max-width: 52rem) { .pair { grid-template-columns: minmax(0, 1fr) } }
+@media screen and (prefers-color-scheme: dark) {
+  .right { color: #3fcf9f }
+  svg [stroke="#0072B2"] { stroke: #5ab1f2 } svg [fill="#0072B2"] { fill: #5ab1f2 }
+  svg [stroke="#009E73"] { stroke: #22c796 } svg [fill="#009E73"] { fill: #22c796 }
+  svg [stroke="#D55E00"] { stroke: #ff8340 } svg [fill="#D55E00"] { fill: #ff8340 }
+  svg [stroke="#777777"] { stroke: #a0a6ad } svg [fill="#777777"] { fill: #a0a6ad }
+}
+@media (max-width: 56rem) {
+  .pair { grid-template-columns: minmax(0, 1fr) }
+  .groups { display: block }
+  .cards { grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)) }
+}
 @media (max-width: 30rem) {
   .bar { gap: .2rem 1rem; font-size: .9rem }
+  .task, #glance { scroll-margin-top: 7rem }
+  .tally { display: block }
+  .tally .badge { min-height: 2rem }
   .cards { grid-template-columns: 1fr 1fr; gap: .5rem }
   .card { padding: .5rem }
   .card b, .badge { font-size: .85rem }
@@ -74,6 +91,7 @@ summary { cursor: pointer; color: var(--accent) }
   body { font-size: 11pt }
   main { max-width: none; padding: 0 }
   .bar { position: static }
+  .groups { display: block }
   .pair, .card, .shape, .example { break-inside: avoid }
   h2, h3 { break-after: avoid }
   .example { max-height: none }

@@ -14,6 +14,9 @@ from branchmix.scaling.trends.report import Judged, Report
 from branchmix.scaling.trends.table import DATA
 from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
+_MOST_SENTENCES = 2
+"""Curves of a panel whose verdicts are told in sentences; those of more are told in a line each."""
+
 
 def task_section(overview: Overview, entry: Entry, classes: dict[tuple[str, str], str]) -> str:
     """``classes``: of the views, by metric and axis; a view of a metric that the task lacks is that of another."""
@@ -41,19 +44,26 @@ def _classes(overview: Overview, entry: Entry, metric: str, axis: str, classes: 
     return " ".join(dict.fromkeys(name for wanted in chosen for name in classes[wanted, axis].split()))
 
 
-def badge(one: Judged, name: str = "") -> str:
-    """A verdict as a sketch and in words, for the curve of that name."""
-    label = one.verdict.label
-    weak = "" if label in (*DIRECTED, "flat") else " weak"
-    small = f"<small>{escape(name)}</small>" if name else ""
-    return f'<div class="badge{weak}">{sketch(label).svg()}<span>{small}{escape(WORDS[label])}</span></div>'
+def badges(panel: Panel) -> list[str]:
+    """The verdict on each curve as a sketch and in words; with the curve's mark and name where there are several."""
+    found = []
+    for one, name in zip(panel.curves, panel.names, strict=True):
+        label = one.verdict.label
+        weak = "" if label in (*DIRECTED, "flat") else " weak"
+        colour = panel.colour(one)
+        fill = "transparent" if one.series.data != DATA[0] else colour
+        mark = f'<i style="border-color: {colour}; background: {fill}"></i>'
+        small = f"<small>{mark}{escape(name)}</small>" if name else ""
+        words_of_it = escape(WORDS[label])
+        found.append(f'<div class="badge{weak}">{sketch(label).svg()}<span>{small}{words_of_it}</span></div>')
+    return found
 
 
 def _view(overview: Overview, entry: Entry, metric: str, report: Report, classes: str) -> str:
     panel = overview.panel(entry, metric, report)
+    tell = words.sentences if len(panel.curves) <= _MOST_SENTENCES else words.brief
     said = "".join(
-        f"{badge(one, name)}<p>{escape(words.sentences(one, report))}</p>"
-        for one, name in zip(panel.curves, panel.names, strict=True)
+        f"{badge}<p>{escape(tell(one, report))}</p>" for one, badge in zip(panel.curves, badges(panel), strict=True)
     )
     missing = [wanted for wanted in overview.metrics if wanted not in entry.metrics]
     note = (
@@ -72,19 +82,18 @@ def _view(overview: Overview, entry: Entry, metric: str, report: Report, classes
 
 def _beside(entry: Entry, metric: str, report: Report, panel: Panel) -> str:
     """Families against each other, official against fresh data, and whatever makes the numbers doubtful."""
+    data = panel.official.curves[0].series.data
     plain = [
         words.family_sentence(pair, metric, lower_is_better=panel.lower_is_better)
         for pair in report.interactions.get(entry.name, {}).get(metric, [])
+        if pair["data"] == data
     ]
-    plain += [
-        words.contamination_sentence(found, metric, report.limits)
-        for name, found in report.contamination.get(entry.name, {}).items()
-        if name.partition(",")[0] == metric
+    differences = [
+        found for name, found in report.contamination.get(entry.name, {}).items() if name.partition(",")[0] == metric
     ]
-    hints = []
-    for one, name in zip(panel.curves, panel.names, strict=True):
-        before = f"{name}: " if name else ""
-        hints += [before + words.flag_sentence(flag) for flag in one.verdict.flags]
+    if differences:
+        plain.append(words.contamination_sentences(differences, metric, report.limits))
+    hints = [words.flag_sentence(kind, "; ".join(dict.fromkeys(names))) for kind, names in _flags(panel).items()]
     hints += [
         "Careful, " + words.caution_sentence(caution)
         for caution in report.cautions
@@ -92,6 +101,16 @@ def _beside(entry: Entry, metric: str, report: Report, panel: Panel) -> str:
     ]
     told = [f"<p>{escape(text)}</p>" for text in plain] + [f'<p class="hint">{escape(text)}</p>' for text in hints]
     return f'<div class="beside">{"".join(told)}</div>' if told else ""
+
+
+def _flags(panel: Panel) -> dict[str, list[str]]:
+    """Models by what is odd about them; curves' names where it is all models of a curve, but not of all curves."""
+    found: dict[str, list[str]] = {}
+    for one, name in zip(panel.curves, panel.names, strict=True):
+        for flag in one.verdict.flags:
+            kind, _, models = flag.partition(": ")
+            found.setdefault(kind, []).append(models or name)
+    return {kind: [] if set(names) == set(panel.names) else names for kind, names in found.items()}
 
 
 def _example(example: Example) -> str:
@@ -103,7 +122,7 @@ def _example(example: Example) -> str:
             else f"<span>{escape(text.strip())}</span>"
             for place, text in enumerate(example.classes)
         )
-        asked = f"The model may go on with: {answers}."
+        asked = f"The model chooses how it goes on: {answers}"
     else:
         asked = f'The model should go on with: <span class="right">{escape(example.completion.strip())}</span>'
     name = "An example in our own words"

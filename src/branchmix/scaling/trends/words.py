@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from branchmix.pages.numbers import human_count
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
@@ -39,7 +40,8 @@ MEANINGS = {
     "inconclusive": "The results agree with no change and with a large one. More questions or more models would tell.",
     "not-testable": f"Fewer than {MIN_SIZES} sizes. Even a perfect order of so few comes about by chance too often.",
 }
-MINUS, TIMES = "\u2212", "\u00d7"
+MINUS, TIMES, SPACE = "\u2212", "\u00d7", "\u00a0"
+PERCENT = f"{SPACE}%"
 _ACCURACIES = ("accuracy", "acc", "acc_norm", "exact_match", "f1", "mc1", "mc2")
 _METRICS = {
     "accuracy": ("accuracy", "the share of questions that a model answers right"),
@@ -67,6 +69,14 @@ def axis_value(axis: str, value: float) -> str:
     return f"10{power}" if float(mantissa) == 1 else f"{float(mantissa):g}{TIMES}10{power}"
 
 
+def place(axis: str, value: float) -> str:
+    """A place on an axis with its unit: ``1.4B parameters``."""
+    units = {"flops": "FLOPs", "tokens": "tokens"}
+    if axis not in AXIS_NAMES:
+        return f"{axis} {axis_value(axis, value)}"
+    return f"{axis_value(axis, value)} {units.get(axis, AXIS_NAMES[axis])}"
+
+
 def metric_name(metric: str) -> str:
     return _METRICS[metric][0] if metric in _METRICS else metric
 
@@ -88,7 +98,7 @@ def is_share(metric: str) -> bool:
 
 def shown(metric: str, value: float) -> str:
     """A value of a metric."""
-    return f"{100 * value:.1f} %" if is_share(metric) else f"{value:.3g}".replace("-", MINUS)
+    return f"{100 * value:.1f}{PERCENT}" if is_share(metric) else f"{value:.3g}".replace("-", MINUS)
 
 
 def difference(metric: str, value: float, *, plus: bool = True) -> str:
@@ -119,7 +129,7 @@ def moves(metric: str, effect: float, interval: Interval | Sequence[float], limi
 
 
 def percent_of(limits: Limits) -> str:
-    return f"{100 * (1 - limits.alpha):g} %"
+    return f"{100 * (1 - limits.alpha):g}{PERCENT}"
 
 
 def part_name(family: str, data: str, *, families: int, kinds: int) -> str:
@@ -153,10 +163,10 @@ def sentences(one: Judged, report: Report) -> str:
         return _not_testable(one, report)
     if found.label in SHAPES:
         first, second = (moves(metric, leg["effect"], leg["interval"], report.limits) for leg in found.legs.values())
-        place = axis_value(report.axis, found.turning_point or math.nan)
+        turn = place(report.axis, found.turning_point or math.nan)
         return (
-            f"{metric_name(metric).capitalize()} first {first} and then {second}; it turns at about {place} "
-            f"{axis_name(report.axis)}. {_chance(one, report, 'Two such slopes, before and after,')}"
+            f"{metric_name(metric).capitalize()} first {first} and then {second}; it turns at about {turn}. "
+            f"{_chance(one, report, 'Two such slopes, before and after,')}"
         )
     if found.label in DIRECTED:
         told = moves(metric, found.effect, found.interval, report.limits)
@@ -170,13 +180,26 @@ def sentences(one: Judged, report: Report) -> str:
     return _inconclusive(one, report, ends, least)
 
 
+def brief(one: Judged, report: Report) -> str:
+    """The verdict's numbers in a line, for where several stand side by side."""
+    found, metric = one.verdict, one.series.metric
+    sizes = f"{found.sizes} size{'s' * (found.sizes != 1)}"
+    if found.p_adjusted is None:
+        return f"{sizes}; performance: {found.description}"
+    if found.legs:
+        told = ", then ".join(difference(metric, leg["effect"]) for leg in found.legs.values())
+        return f"{told}; turns at {place(report.axis, found.turning_point or math.nan)}; {_p(found.p_adjusted)}"
+    low, high = (difference(metric, value).removesuffix(" points") for value in found.interval)
+    return f"{difference(metric, found.effect)} ({low} to {high}) over {sizes}; {_p(found.p_adjusted)}"
+
+
 def _chance(one: Judged, report: Report, what: str) -> str:
     """How often chance alone would do as much."""
     found = one.verdict
     assert found.p is not None and found.p_adjusted is not None
     tasks = _num_tested(one, report)
-    after = f"; p = {_p(found.p_adjusted)} after the correction for {tasks} tasks" if tasks > 1 else ""
-    return f"{what} would come about by chance in {_share(found.p)} of cases (p = {_p(found.p)}{after})."
+    after = f"; {_p(found.p_adjusted)} after the correction for {tasks} tasks" if tasks > 1 else ""
+    return f"{what} would come about by chance in {_share(found.p)} of cases ({_p(found.p)}{after})."
 
 
 def _inconclusive(one: Judged, report: Report, ends: str, least: str) -> str:
@@ -186,12 +209,12 @@ def _inconclusive(one: Judged, report: Report, ends: str, least: str) -> str:
     tasks = _num_tested(one, report)
     if found.alone in DIRECTED:
         return (
-            f"By itself one would say that it {plain(found.alone)} (p = {_p(found.p)}). But with {tasks} tasks some "
-            f"look like that by chance, and after the correction for their number p = {_p(found.p_adjusted)} is not "
+            f"By itself one would say that it {plain(found.alone)} ({_p(found.p)}). But with {tasks} tasks some "
+            f"look like that by chance, and after the correction for their number it is {_p(found.p_adjusted)}, not "
             f"below {report.limits.alpha:g}. {change}."
         )
     if found.p_adjusted < report.limits.alpha:
-        return f"There is a trend (p = {_p(found.p)}), but not for sure one of more than {least}. {change}."
+        return f"There is a trend ({_p(found.p)}), but not for sure one of more than {least}. {change}."
     scatter = ""
     if found.jitter > report.limits.minimum_effect:
         scatter = (
@@ -229,19 +252,19 @@ def _num_tested(one: Judged, report: Report) -> int:
 
 
 def _p(p: float) -> str:
-    return "less than 0.001" if p < 0.001 else f"{p:.2g}"
+    return ("p < 0.001" if p < 0.001 else f"p = {p:.2g}").replace(" ", SPACE)
 
 
 def _share(p: float) -> str:
     if p < 0.001:
         return "less than 1 in 1,000"
-    return f"{100 * p:.0f} %" if p >= 0.095 else f"{100 * p:.2g} %"
+    return f"{100 * p:.0f}{PERCENT}" if p >= 0.095 else f"{100 * p:.2g}{PERCENT}"
 
 
 # ---- what stands side by side ----
 
 
-def family_sentence(pair: dict, metric: str, *, lower_is_better: bool) -> str:
+def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool) -> str:
     """The interaction of two families with scale."""
     first, second = (name or "no family" for name in pair["families"])
     one, other = (difference(metric, slope) for slope in pair["slopes_per_decade"])
@@ -259,21 +282,24 @@ def family_sentence(pair: dict, metric: str, *, lower_is_better: bool) -> str:
     )
 
 
-def contamination_sentence(found: dict, metric: str, limits: Limits) -> str:
-    """Official against fresh questions; a positive difference is better on the official ones."""
-    value = found["difference"]
-    who = f"Models of {found['family']}" if found.get("family") else "Models"
-    verdict = (
-        "Either the public questions, which have been on the web since 2023, were part of what the models were trained "
-        "on, or our fresh ones are harder; models trained before 2023 can tell which."
-        if found["suspected"]
-        else "There is no sign that the public questions were part of what the models were trained on."
-    )
-    return (
-        f"{who} do {'better' if value >= 0 else 'worse'} on the public questions than on fresh ones of the same kind, "
-        f"by {difference(metric, abs(value), plus=False)} of {metric_name(metric)} on average ({percent_of(limits)} "
-        f"interval of public minus fresh, in performance: {between(metric, found['interval'])}). {verdict}"
-    )
+def contamination_sentences(differences: Sequence[dict[str, Any]], metric: str, limits: Limits) -> str:
+    """Official against fresh questions, for one family after the other."""
+    told = []
+    for found in differences:
+        value = found["difference"]
+        who = f"{found['family']} models" if found.get("family") else "models"
+        low, high = (difference(metric, end).removesuffix(" points") for end in found["interval"])
+        by, how = difference(metric, abs(value), plus=False), "better" if value >= 0 else "worse"
+        told.append(f"{who} do {by} {how} on the public ones ({percent_of(limits)} interval: {low} to {high})")
+    suspected = [found.get("family", "") for found in differences if found["suspected"]]
+    verdict = "There is no sign that the public questions were part of what the models were trained on."
+    if suspected:
+        who = f"For {' and '.join(suspected)}: either" if len(suspected) < len(differences) else "Either"
+        verdict = (
+            f"{who} the public questions, which have been on the web since 2023, were part of what the models were "
+            "trained on, or our fresh ones are harder; models trained before 2023 can tell which."
+        )
+    return f"Public against fresh questions, {metric_name(metric)}, mean of all models: {'; '.join(told)}. {verdict}"
 
 
 def caution_sentence(caution: Caution) -> str:
@@ -294,18 +320,15 @@ def _verb(label: str) -> str:
     return {"inconclusive": "shows nothing for sure", "not-testable": "has too few sizes"}.get(label, plain(label))
 
 
-def flag_sentence(flag: str) -> str:
-    """A flag of ``series.flags_of``, with what it means."""
-    kind, _, names = flag.partition(": ")
+def flag_sentence(kind: str, names: str) -> str:
+    """A flag of ``series.flags_of``, with the models it is about and what it means."""
+    most = f"{100 * CONSTANT_SHARE:g}{PERCENT}"
     told = {
-        "nearly always the same answer": f"gave one and the same answer to more than {CONSTANT_SHARE:.0%} of the "
-        "questions, so what it scores says nothing about the task",
+        "nearly always the same answer": f"one and the same answer to more than {most} of the questions, so what "
+        "it scores says nothing about the task",
         "exactly what a constant answer scores": "scores exactly what a model would that always gives the same answer",
-        "hardly any probability on the classes": f"gives all answers to choose from together less than "
-        f"{LOW_COVERAGE:.0%} of its probability: left to itself it would have written something else",
+        "hardly any probability on the classes": "all answers to choose from together have less than "
+        f"{100 * LOW_COVERAGE:g}{PERCENT} of its probability: left to itself it would have written something else",
+        "every model is at chance": "every model does about as well as guessing; the task may be beyond all of them",
     }
-    if kind in told:
-        return f"{names}: {told[kind]}."
-    if kind == "every model is at chance":
-        return "Every model does about as well as guessing: the task may be beyond all of them."
-    return f"{flag}."
+    return ": ".join(filter(None, (names, told.get(kind, kind)))) + "."
