@@ -292,12 +292,9 @@ def _curve(canvas: Canvas, panel: Panel, one: Judged, scales: _Scales, *, shift:
     inner_K, outer_K = panel.bars(one)
     x_K = [scales.x(float(place)) + shift for place in one.curve.x_K]
     y_K = [scales.y(float(value)) for value in one.curve.y_K]
-    for x, value, inner, outer in zip(x_K, one.curve.y_K, inner_K, outer_K, strict=True):
-        if outer > 1.02 * inner:
-            ends = (scales.within(value - outer), scales.within(value + outer))
-            canvas.line((x, ends[0]), (x, ends[1]), colour=colour, width=0.8 if is_small else 1.1)
-        ends = (scales.within(value - inner), scales.within(value + inner))
-        canvas.line((x, ends[0]), (x, ends[1]), colour=colour, width=2.2 if is_small else 3.6)
+    if bool(np.any(outer_K > 1.02 * inner_K)):
+        canvas.bars(_bars(x_K, one, scales, outer_K), colour=colour, width=0.8 if is_small else 1.1)
+    canvas.bars(_bars(x_K, one, scales, inner_K), colour=colour, width=2.2 if is_small else 3.6)
     points: list[Point] = list(zip(x_K, y_K, strict=True))
     canvas.line(*points, colour=colour, width=1.6 if is_small else 2.0, dash="dashed" if is_fresh else "")
     rows = _rows_by_size(panel, one)
@@ -309,6 +306,14 @@ def _curve(canvas: Canvas, panel: Panel, one: Judged, scales: _Scales, *, shift:
     for (x, y), members, value, inner in zip(points, rows, one.curve.y_K, inner_K, strict=True):
         title = "" if is_small else _title(panel, one, members, float(value), float(inner))
         canvas.dot((x, y), 2.8 if is_small else 5.0, colour=colour, filled=not is_fresh, title=title)
+
+
+def _bars(x_K: Sequence[float], one: Judged, scales: _Scales, half_K: np.ndarray) -> list[tuple[Point, Point]]:
+    """From end to end, as far as the axis goes."""
+    return [
+        ((x, scales.within(value - half)), (x, scales.within(value + half)))
+        for x, value, half in zip(x_K, one.curve.y_K, half_K, strict=True)
+    ]
 
 
 def _rows_by_size(panel: Panel, one: Judged) -> list[list[Row]]:

@@ -39,7 +39,8 @@ a { color: var(--accent) }
   min-height: 2.4rem }
 .badge svg { width: 2.5rem; flex: none }
 .badge small { font-weight: 400; display: block; font-size: .82rem }
-.badge i { display: inline-block; width: .6rem; height: .6rem; border-radius: 50%; border: 2px solid; margin-right: .35rem }
+.badge i { display: inline-block; width: .6rem; height: .6rem; border-radius: 50%; border: 2px solid;
+  margin-right: .35rem }
 .weak { font-weight: 400; color: var(--soft) }
 
 .shapes { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: .9rem 1.6rem;

@@ -177,28 +177,29 @@ def trends_by_axis(
     axes = [axis, *(name for name in table.axes if name in AXES and name != axis)]
     usable = {name: [one for one in series if one.has(name)] for name in axes}
     done, total = 0, sum(map(len, usable.values()))
+    evidence: dict[str, dict[Series, Evidence]] = {}
     judged: dict[str, list[Judged]] = {}
     for name in axes:
-        curves = {}
+        evidence[name] = {}
         for one in usable[name]:
-            curves[one] = curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN)
+            found = curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN)
+            evidence[name][one] = _evidence(one, found, limits)
             done += 1
             if tell is not None:
                 tell("curves", done, total)
-        judged[name] = _judge(curves, limits, correction)
+        judged[name] = _judge(evidence[name], limits, correction)
     differences = _contaminations(series, limits)
     reports = []
     for name in axes:
         if len(usable[name]) < len(series):
             continue
-        evidence = {one.series: _evidence(one.series, one.curve, limits) for one in judged[name]}
         reports.append(
             Report(
                 axis=name,
                 limits=limits,
                 correction=correction,
                 judged=judged[name],
-                interactions=_interactions(evidence, name, limits),
+                interactions=_interactions(evidence[name], name, limits),
                 contamination=differences,
                 cautions=[*_metric_cautions(judged[name]), *_axis_cautions(judged, name)],
                 notes=list(dict.fromkeys(notes)),
@@ -241,22 +242,22 @@ def _evidence(series: Series, found: Curve, limits: Limits) -> Evidence:
     )
 
 
-def _judge(curves: Mapping[Series, Curve], limits: Limits, correction: Correction) -> list[Judged]:
+def _judge(evidence: Mapping[Series, Evidence], limits: Limits, correction: Correction) -> list[Judged]:
     """All curves; tasks of one metric, family and kind of data share the correction."""
     groups: dict[tuple[str, str, str], dict[str, Series]] = {}
-    for one in curves:
+    for one in evidence:
         groups.setdefault((one.metric, one.family, one.data), {})[one.task] = one
     verdicts: dict[Series, Verdict] = {}
     for tasks in groups.values():
-        evidence = {task: _evidence(one, curves[one], limits) for task, one in tasks.items()}
-        for task, verdict in judge_together(evidence, correction=correction, limits=limits).items():
+        together = {task: evidence[one] for task, one in tasks.items()}
+        for task, verdict in judge_together(together, correction=correction, limits=limits).items():
             verdict.flags = flags_of(tasks[task])
             verdicts[tasks[task]] = verdict
-    return [Judged(one, found, verdicts[one]) for one, found in curves.items()]
+    return [Judged(one, found.curve, verdicts[one]) for one, found in evidence.items()]
 
 
 def _interactions(
-    evidence: dict[Series, Evidence], axis: str, limits: Limits
+    evidence: Mapping[Series, Evidence], axis: str, limits: Limits
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for first, second in combinations(evidence, 2):
