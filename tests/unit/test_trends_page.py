@@ -22,9 +22,10 @@ from branchmix.scaling.trends.overview import Overview
 from branchmix.scaling.trends.report import Judged, Report, trends_by_axis
 from branchmix.scaling.trends.verdict import WORDS, Limits
 from inverse_scaling import official_file
-from trend_tables import pythia, rows_of, study, write
+from trend_tables import pythia, pythia_table, rows_of, study, write
 
 FINAL = 143000
+EXAMPLE = Path(__file__).parents[2] / "examples" / "pythia" / "results.csv"
 NBSP = "\u00a0"
 
 
@@ -144,6 +145,15 @@ def test_few_sizes_and_a_single_task(sizes: int, tmp_path: Path) -> None:
         assert "There is one size only" in text and "1 model, met" not in text
     for canvas in (plots.sheet(found), *(plots.task(entry, panel) for _, entry, panel in plots._panels(found))):
         assert all(math.isfinite(value) for point in _points(canvas) for value in point)
+
+
+def test_the_example_is_pythia_and_says_who_only_guessed(tmp_path: Path) -> None:
+    assert EXAMPLE.read_bytes() == write(tmp_path / "results.csv", pythia_table()).read_bytes()
+    found = Overview(trends_by_axis(EXAMPLE))
+    labels = {one.series.task: one.verdict.label for one in found.reports[0].judged}
+    assert Counter(labels.values()) == {"inverse": 4, "inverted-u": 1, "inconclusive": 7}
+    text = told(page.html(found, command="x"))
+    assert "pythia-70m, pythia-160m, pythia-1b and 2 more: scores exactly what a model would that always gives" in text
 
 
 # ---- sentences ----

@@ -121,20 +121,26 @@ def chart(panel: Panel, *, width: float = 510, height: float = 310) -> Canvas:
     )
     _references(canvas, panel, scales, left, right)
     for number, one in enumerate(panel.curves):
-        _curve(canvas, panel, one, scales, shift=5.0 * (number - (len(panel.curves) - 1) / 2))
+        shift = 5.0 * (number - (len(panel.curves) - 1) / 2)
+        _curve(canvas, panel, one, scales, shift=shift, colour=panel.colour(one))
     _reference_names(canvas, panel, scales, right)
     return canvas
 
 
 def small(panel: Panel, *, width: float = 230, height: float = 104) -> Canvas:
-    """A task at a glance: accuracies all have the same axis, so that tasks can be compared by eye."""
+    """A task at a glance: accuracies all have the same axis, so that tasks can be compared by eye.
+
+    A single curve has the colour of its verdict, as the sketch beside it.
+    """
     canvas = Canvas(width, height)
     left, right, top, bottom = 36, width - 6, 8, height - 20
     scales = _scales(panel, left, right, top, bottom, whole=True)
     _frame(canvas, panel, scales, left, right, top, bottom, size=10)
     _references(canvas, panel, scales, left, right)
     for number, one in enumerate(panel.curves):
-        _curve(canvas, panel, one, scales, shift=2.0 * (number - (len(panel.curves) - 1) / 2), is_small=True)
+        colour = panel.colour(one) if len(panel.curves) > 1 else LABEL_COLOURS[one.verdict.label]
+        shift = 2.0 * (number - (len(panel.curves) - 1) / 2)
+        _curve(canvas, panel, one, scales, shift=shift, colour=colour, is_small=True)
     return canvas
 
 
@@ -287,8 +293,17 @@ def _reference_lines(panel: Panel, scales: _Scales) -> list[tuple[float, str, st
     return [line for line in lines if scales.low <= line[0] <= scales.high]
 
 
-def _curve(canvas: Canvas, panel: Panel, one: Judged, scales: _Scales, *, shift: float, is_small: bool = False) -> None:
-    colour, is_fresh = panel.colour(one), one.series.data != DATA[0]
+def _curve(
+    canvas: Canvas,
+    panel: Panel,
+    one: Judged,
+    scales: _Scales,
+    *,
+    shift: float,
+    colour: str,
+    is_small: bool = False,
+) -> None:
+    is_fresh = one.series.data != DATA[0]
     inner_K, outer_K = panel.bars(one)
     x_K = [scales.x(float(place)) + shift for place in one.curve.x_K]
     y_K = [scales.y(float(value)) for value in one.curve.y_K]
