@@ -213,9 +213,11 @@ def test_families_fresh_data_and_flags_in_words(studied: Overview) -> None:
 
 def test_losses_are_told_the_right_way_round(tmp_path: Path) -> None:
     pair = {"families": ["a", "b"], "slopes_per_decade": [0.1, 0.3], "difference": 0.2, "interval": [0.1, 0.3]}
-    pair |= {"differs": True, "axis": "params", "data": "official"}
+    pair |= {"differs": True, "testable": True, "axis": "params", "data": "official"}
     assert "more harm or less good to b than to a" in words.family_sentence(pair, "loss", lower_is_better=True)
     assert "more good or less harm to b than to a" in words.family_sentence(pair, "accuracy", lower_is_better=False)
+    pair |= {"differs": False, "testable": False}
+    assert "each needs 5 sizes" in words.family_sentence(pair, "loss", lower_is_better=True)
 
 
 def test_metrics_and_axes_that_disagree_are_a_warning(tmp_path: Path) -> None:

@@ -250,6 +250,7 @@ def _comparisons(report: Report) -> list[str]:
             for pair in pairs:
                 (first, second), (low, high) = pair["families"], pair["interval"]
                 verb = "differs from" if pair["differs"] else "cannot be told from"
+                verb = verb if pair["testable"] else "has too few sizes to be compared with"
                 lines.append(
                     f"{task}, {metric}: the slope of {second or 'no family'} {verb} that of {first or 'no family'}: "
                     f"{pair['difference']:+.3f} [{low:+.3f}, {high:+.3f}] for each tenfold {report.axis}"

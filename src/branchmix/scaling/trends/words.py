@@ -274,6 +274,8 @@ def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool)
         f"so scale does {'more good or less harm' if better else 'more harm or less good'} to {second} than to {first}"
         if pair["differs"]
         else "which may be chance: no difference between the two is shown"
+        if pair["testable"]
+        else f"which cannot be judged: each needs {MIN_SIZES} sizes"
     )
     return (
         f"For ten times the {axis_name(pair['axis'])}, {metric_name(metric)} changes by {one} for {first} and by "
