@@ -1,0 +1,101 @@
+"""Where tasks get their data sets and metrics: a local folder first, the Hub otherwise; and lm-eval kept quiet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from branchmix.errors import DataError
+
+_CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
+
+
+@contextmanager
+def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[None]:
+    """Inside the block ``datasets`` and ``evaluate`` look into ``task_data`` before they ask the Hub.
+
+    Args:
+        task_data: holds data sets as ``ORG/NAME`` or ``NAME``, and metrics as ``evaluate-metric/NAME`` or ``NAME``.
+        allow_code_execution: let Hugging Face's metric of code run what it is given.
+    """
+    import datasets
+    import evaluate
+
+    load_dataset, load_metric = datasets.load_dataset, evaluate.load
+
+    def local(path: str, name: str | None = None, *args: Any, **options: Any) -> Any:
+        where, config = _local_dataset(task_data, path, name)
+        try:
+            return load_dataset(where, config, *args, **options)
+        except Exception as error:  # of the network, of pyarrow, of the Hub's client
+            what = f"{path} ({name})" if name else path
+            if where != path:
+                raise DataError(f"{where}: the data set {what} cannot be read: {first_line(error)}") from error
+            raise DataError(
+                f"the data set {what} cannot be loaded: {first_line(error)}: check the network and HF_HUB_OFFLINE, or "
+                f"give --task-data a folder with {path} in it"
+            ) from error
+
+    def local_metric(path: str, *args: Any, **options: Any) -> Any:
+        found = _below(task_data, f"evaluate-metric/{path}")
+        try:
+            return load_metric(path if found is None else str(found / f"{found.name}.py"), *args, **options)
+        except Exception as error:
+            raise DataError(
+                f"the metric {path} cannot be loaded: {first_line(error)}: check the network and HF_HUB_OFFLINE, or "
+                f"give --task-data a folder with evaluate-metric/{path} in it"
+            ) from error
+
+    switch = {_CODE_SWITCH: "1" if allow_code_execution else "0"}
+    with (
+        mock.patch.object(datasets, "load_dataset", local),
+        mock.patch.object(evaluate, "load", local_metric),
+        mock.patch.dict(os.environ, switch),
+    ):
+        yield
+
+
+def _local_dataset(task_data: Path | None, path: str, name: str | None) -> tuple[str, str | None]:
+    """Path and configuration for ``load_dataset``: a copy of a Hub repository has its configurations in its README."""
+    found = _below(task_data, path)
+    if found is None:
+        return path, name
+    if name is not None and not (found / "README.md").is_file():
+        return (str(found / name), None) if (found / name).is_dir() else (str(found), None)
+    return str(found), name
+
+
+def _below(folder: Path | None, path: str) -> Path | None:
+    """The local copy of what the Hub calls ``path``."""
+    if folder is None or Path(path).is_absolute() or path.startswith("."):
+        return None
+    return next((found for found in (folder / path, folder / Path(path).name) if found.is_dir()), None)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval's log and its progress bars have no place between our lines."""
+    import datasets
+    import lm_eval.api.task
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    with mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items):
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            if not bars:
+                datasets.enable_progress_bars()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits into a line of ours."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
