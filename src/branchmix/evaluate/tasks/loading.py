@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind, TaskIndex
 
 from branchmix.checkpoint.families import nearest
-from branchmix.errors import BranchMixError, RecipeError
+from branchmix.errors import BranchMixError, DataError, RecipeError
 from branchmix.evaluate.perplexity import Progress
 from branchmix.evaluate.tasks.options import TaskOptions
 from branchmix.evaluate.tasks.sources import first_line
@@ -36,8 +36,16 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def load(options: TaskOptions, *, limit: int | None, progress: Progress | None) -> Loaded:
+def load(
+    options: TaskOptions, failed: Sequence[DataError] = (), *, limit: int | None, progress: Progress | None
+) -> Loaded:
     """Every task that ``options`` names, with its data set and all its requests.
+
+    Args:
+        options: names and settings.
+        failed: what could not be loaded, filled while this works (see ``sources``).
+        limit: examples of a task at most.
+        progress: called with step, done, total.
 
     Raises:
         RecipeError: a name is unknown, a task runs code without leave, or its definition makes no sense.
@@ -56,8 +64,12 @@ def load(options: TaskOptions, *, limit: int | None, progress: Progress | None) 
         if progress is not None:
             progress("tasks and their data", number, len(shots) + len(named))
         wanted = shots.get(name) if number < len(shots) else None
-        with _one_line(name):
-            found = manager.load([name])
+        try:
+            with _one_line(name):
+                found = manager.load([name])
+        finally:
+            if failed:
+                raise failed[0]
         for task_name, task in found["tasks"].items():
             num_fewshot = _num_fewshot(task, wanted, options, loaded)
             if fewshot.setdefault(task_name, num_fewshot) != num_fewshot:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,17 +17,21 @@ _CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
 
 
 @contextmanager
-def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[None]:
+def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[list[DataError]]:
     """Inside the block ``datasets`` and ``evaluate`` look into ``task_data`` before they ask the Hub.
 
     Args:
         task_data: holds data sets as ``ORG/NAME`` or ``NAME``, and metrics as ``evaluate-metric/NAME`` or ``NAME``.
         allow_code_execution: let Hugging Face's metric of code run what it is given.
+
+    Yields:
+        What could not be loaded so far: lm-eval passes over a metric that it does not find.
     """
     import datasets
     import evaluate
 
     load_dataset, load_metric = datasets.load_dataset, evaluate.load
+    failed: list[DataError] = []
 
     def local(path: str, name: str | None = None, *args: Any, **options: Any) -> Any:
         where, config = _local_dataset(task_data, path, name)
@@ -46,10 +51,12 @@ def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[N
         try:
             return load_metric(path if found is None else str(found / f"{found.name}.py"), *args, **options)
         except Exception as error:
-            raise DataError(
+            line = (
                 f"the metric {path} cannot be loaded: {first_line(error)}: check the network and HF_HUB_OFFLINE, or "
                 f"give --task-data a folder with evaluate-metric/{path} in it"
-            ) from error
+            )
+            failed.append(DataError(line))
+            raise failed[-1] from error
 
     switch = {_CODE_SWITCH: "1" if allow_code_execution else "0"}
     with (
@@ -57,7 +64,7 @@ def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[N
         mock.patch.object(evaluate, "load", local_metric),
         mock.patch.dict(os.environ, switch),
     ):
-        yield
+        yield failed
 
 
 def _local_dataset(task_data: Path | None, path: str, name: str | None) -> tuple[str, str | None]:
@@ -79,21 +86,35 @@ def _below(folder: Path | None, path: str) -> Path | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's log and its progress bars have no place between our lines."""
+    """lm-eval's log and its progress bars have no place between our lines; what a task prints goes to stderr."""
     import datasets
+    import lm_eval.api.metrics
     import lm_eval.api.task
 
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    with mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items):
+    with (
+        mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items),
+        mock.patch.object(lm_eval.api.metrics, "bootstrap_stderr", _bootstrap_stderr),
+        redirect_stdout(sys.stderr),
+    ):
         try:
             yield
         finally:
             logger.setLevel(level)
             if not bars:
                 datasets.enable_progress_bars()
+
+
+def _bootstrap_stderr(metric: Any, values: Any, iters: int) -> float:
+    """lm-eval's own numbers, draw by draw, without its prints and without forking a process full of threads."""
+    from lm_eval.api.metrics import _bootstrap_internal, sample_stddev
+
+    chunk = min(1000, iters)
+    drawn = [value for seed in range(iters // chunk) for value in _bootstrap_internal(metric, chunk)((seed, values))]
+    return float(sample_stddev(drawn))
 
 
 def first_line(error: BaseException) -> str:
