@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import yaml
@@ -103,6 +104,7 @@ def as_lm_eval(model: Any, names: list[str], tasks: Path, max_length: int) -> di
 
     theirs = HFLM(pretrained=model, tokenizer=corpora.tokenizer(), batch_size=3, max_length=max_length)
     manager = TaskManager(include_defaults=False, include_path=str(tasks))
-    found = simple_evaluate(model=theirs, tasks=list(names), task_manager=manager, bootstrap_iters=1000)
+    with mock.patch("lm_eval.evaluator.add_env_info"):  # it takes seconds to describe the machine
+        found = simple_evaluate(model=theirs, tasks=list(names), task_manager=manager, bootstrap_iters=1000)
     assert found is not None
     return dict(found)

@@ -172,10 +172,8 @@ def test_a_copy_of_a_hub_repository_has_its_own_configurations(model: str, tasks
     data = tmp_path / "data"
     downstream.write_lines(data / "some/where/a.jsonl", downstream.documents(3))
     downstream.write_lines(data / "some/where/b.jsonl", downstream.documents(4))
-    configs = [
-        {"config_name": n, "data_files": [{"split": "test", "path": f"{n[-1]}.jsonl"}]} for n in ("all-a", "part-b")
-    ]
-    configs[1]["config_name"] = "part"
+    files = {"all": "a.jsonl", "part": "b.jsonl"}
+    configs = [{"config_name": name, "data_files": [{"split": "test", "path": file}]} for name, file in files.items()]
     (data / "some/where/README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     report = evaluate([model], tasks=TaskOptions(("far_config",), include_path=(tasks,), task_data=data))
     assert report.models[0].tasks is not None and report.models[0].tasks["far_config"].examples == 4
@@ -184,9 +182,16 @@ def test_a_copy_of_a_hub_repository_has_its_own_configurations(model: str, tasks
 def test_code_runs_only_with_leave(model: str, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")  # not enough
     downstream.write_task(
-        tasks, "code", {**downstream.TASKS["answer"], "unsafe_code": True, "metric_list": [{"metric": "runs", "aggregation": "mean"}],
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tasks / "test.jsonl")}}},
-    )  # fmt: skip
+        tasks,
+        "code",
+        {
+            **downstream.TASKS["answer"],
+            "unsafe_code": True,
+            "metric_list": [{"metric": "runs", "aggregation": "mean"}],
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(tasks / "test.jsonl")}},
+        },
+    )
     metric = tmp_path / "data" / "evaluate-metric" / "runs" / "runs.py"
     metric.parent.mkdir(parents=True)
     metric.write_text(CODE)

@@ -135,15 +135,24 @@ def _scores(results: dict[str, Any]) -> dict[str, TaskScore]:
             metrics[metric if filtered == "none" else key] = Measured(float(value), float(stderr) if known else None)
         if not metrics:  # a group without an average
             continue
+        below = _leaves(name, members)
+        shots = {results["n-shot"][leaf] for leaf in below}
         scores[name] = TaskScore(
             metrics,
-            {metric: bool(up) for metric, up in results["higher_is_better"].get(name, {}).items() if up is not None},
-            results["n-shot"].get(name),
+            {metric: bool(up) for leaf in below for metric, up in results["higher_is_better"][leaf].items()},
+            shots.pop() if len(shots) == 1 else None,
             int(found.get("sample_len", 0)),
             str(results["versions"].get(name, "")),
             tuple(results["group_subtasks"].get(name, ())),
         )
     return scores
+
+
+def _leaves(name: str, members: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group, or the task itself."""
+    if name not in members:
+        return [name]
+    return [leaf for child in members[name] for leaf in _leaves(child, members)]
 
 
 def _suites(names: tuple[str, ...], tasks: dict[str, TaskScore]) -> dict[str, SuiteScore]:
