@@ -27,8 +27,8 @@ The smallest data file:
   held_out: all     # or as in a run, and without it as in a run that says nothing
 
 \b
-Tasks are lm-eval's (pip install 'branchmix[tasks]'): names of tasks, groups and tags, wildcards, YAML files. Suites are
-the columns of the BAM paper's Table 3, with its numbers of examples in the prompt:
+Tasks are lm-eval's (pip install 'branchmix[tasks]'): names of tasks, groups and tags, wildcards,
+YAML files. Suites are the columns of the BAM paper's Table 3 (examples in the prompt):
   bam-math       gsm8k_cot (8), minerva_math (4)
   bam-code       humaneval (0), mbpp (3); both need --allow-code-execution
   bam-law        legalbench_international_citizenship_questions (4)
