@@ -86,14 +86,18 @@ def _below(folder: Path | None, path: str) -> Path | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's log and its progress bars have no place between our lines; what a task prints goes to stderr."""
+    """Logs and progress bars of lm-eval and of the Hub's client have no place between our lines.
+
+    What a task prints goes to stderr.
+    """
     import datasets
     import lm_eval.api.metrics
     import lm_eval.api.task
 
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels, bars = [logger.level for logger in loggers], datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     with (
         mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items),
@@ -103,7 +107,8 @@ def quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
             if not bars:
                 datasets.enable_progress_bars()
 
