@@ -60,6 +60,7 @@ def test_every_task_exists_with_the_papers_shots(manager: Any) -> None:
                 assert member.num_fewshot == shots
             for leaf in leaves(member.task, manager):
                 own = leaf.cfg.get("num_fewshot")
+                assert member.runs_code == bool(leaf.cfg.get("unsafe_code"))
                 assert own in (None, member.num_fewshot), "lm-eval means another number"
                 if member.num_fewshot:
                     assert {"fewshot_split", "fewshot_config", "training_split"} & set(leaf.cfg), "has no examples"
@@ -87,6 +88,12 @@ def test_names(manager: Any) -> None:
         with pytest.raises(RecipeError, match=f"{name}: would run code"):
             loading._refuse_code([name, "mmlu"], manager.task_index, TaskOptions((name,)))
     loading._refuse_code(["mmlu", "quac"], manager.task_index, TaskOptions(("mmlu",)))
+
+
+@pytest.mark.parametrize("name", ["bam", "bam-code", "humaneval", "mbpp"])
+def test_code_of_suites_is_refused_before_anything_is_read(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"(humaneval|mbpp): would run code .* --allow-code-execution"):
+        evaluate(["nobody/downloads-this"], tasks=TaskOptions(("bam-mmlu", name)))
 
 
 def test_which_suites() -> None:

@@ -87,19 +87,19 @@ def evaluate(
         if data is not None and not isinstance(data, EvalData):
             data = EvalData.load(data)
         candidates = [Candidate(resolve(given), dtype, trust_remote_code) for given in models]
+        members = _members(ensemble, candidates) if ensemble else {}
+        window = _window(candidates, max_length, stride)
         folder = Path(out) if out is not None else None
         report = EvalReport([ModelReport(candidate.given, dtype) for candidate in candidates])
-        if data is not None:
-            members = _members(ensemble, candidates) if ensemble else {}
-            window = _window(candidates, max_length, stride)
-            documents = select(data, candidates[0].tokenizer, limit=limit)
-            report.notes += _notes(data, documents, candidates)
-            records = Records(folder)
         if options is not None:
             from branchmix.evaluate.tasks.run import Tasks
 
             loaded = stack.enter_context(Tasks.open(options, folder, limit=limit, progress=progress))
             report.notes += loaded.notes
+        if data is not None:
+            documents = select(data, candidates[0].tokenizer, limit=limit)
+            report.notes += _notes(data, documents, candidates)
+            records = Records(folder)
         readers = {}
         for number, candidate in enumerate(candidates):
             if data is not None:

@@ -61,8 +61,6 @@ def load(
     loaded = Loaded()
     fewshot: dict[str, int] = {}
     for number, name in enumerate([*shots, *named]):
-        if progress is not None:
-            progress("tasks and their data", number, len(shots) + len(named))
         wanted = shots.get(name) if number < len(shots) else None
         try:
             with _one_line(name):
@@ -79,8 +77,10 @@ def load(
                 )
             loaded.tasks[task_name] = task
         loaded.groups |= found.get("groups", {})
+        if progress is not None:
+            progress("tasks and their data", number + 1, len(shots) + len(named))
     for name, task in loaded.tasks.items():
-        _build(name, task, fewshot[name], limit, options.allow_code_execution, progress)
+        _build(name, task, fewshot[name], limit, options, progress)
     return loaded
 
 
@@ -110,7 +110,10 @@ def _manager(names: Sequence[str], include_path: Sequence[Path], progress: Progr
         return manager
     if progress is not None:
         progress("lm-eval's list of tasks", 0, 1)
-    return TaskManager(include_path=folders)
+    manager = TaskManager(include_path=folders)
+    if progress is not None:
+        progress("lm-eval's list of tasks", 1, 1)
+    return manager
 
 
 def _complete(name: str, index: dict[str, Any]) -> bool:
@@ -144,18 +147,8 @@ def _matching(given: str, index: dict[str, Any]) -> list[str]:
 
 
 def _refuse_code(names: Sequence[str], index: dict[str, Any], options: TaskOptions) -> None:
-    if options.allow_code_execution:
-        return
-    unsafe = sorted({leaf for name in names for leaf in _leaves_with_code(name, index)})
-    if unsafe:
-        raise _no_leave(unsafe)
-
-
-def _no_leave(names: Sequence[str]) -> RecipeError:
-    return RecipeError(
-        f"tasks: {', '.join(names)}: would run code that the model writes: allow it with --allow-code-execution, best "
-        "in a container without network"
-    )
+    if unsafe := sorted({leaf for name in names for leaf in _leaves_with_code(name, index)}):
+        options.refuse_code(unsafe)
 
 
 def _leaves_with_code(name: str, index: dict[str, Any]) -> Iterator[str]:
@@ -188,13 +181,13 @@ def _num_fewshot(task: Any, of_suite: int | None, options: TaskOptions, loaded: 
 
 
 def _build(
-    name: str, task: Any, num_fewshot: int, limit: int | None, allow_code: bool, progress: Progress | None
+    name: str, task: Any, num_fewshot: int, limit: int | None, options: TaskOptions, progress: Progress | None
 ) -> None:
     """The requests of a task, which are the same for every model: built once, and handed out afresh each time."""
     if getattr(task, "MULTIMODAL", False):
         raise RecipeError(f"tasks: {name}: needs images or sound, and only language models are evaluated here")
-    if getattr(task, "UNSAFE_CODE", False) and not allow_code:
-        raise _no_leave([name])
+    if getattr(task, "UNSAFE_CODE", False):
+        options.refuse_code([name])
     if progress is not None:
         progress(f"requests of {name}", 0, 1)
     task.set_config("num_fewshot", num_fewshot)

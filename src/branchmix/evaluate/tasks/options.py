@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from branchmix.errors import RecipeError
+from branchmix.evaluate.tasks.suites import SUITES, chosen_suites
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,24 @@ class TaskOptions:
             raise RecipeError("tasks: give names, such as --tasks arc_easy,hellaswag")
         if find_spec("lm_eval") is None:
             raise RecipeError("tasks: lm-eval is not installed: pip install 'branchmix[tasks]'")
+        members = [member for suite in SUITES.values() for member in suite.members if member.runs_code]
+        of_suites = {member.task for suite in chosen_suites(self.names).values() for member in suite.members}
+        if unsafe := [member.task for member in members if member.task in of_suites or member.task in self.names]:
+            self.refuse_code(unsafe)
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise RecipeError(f"num_fewshot: {self.num_fewshot} should be 0 or more")
         for folder in (*self.include_path, *([self.task_data] if self.task_data else [])):
             if not folder.is_dir():
                 raise RecipeError(f"{folder}: there is no such folder")
+
+    def refuse_code(self, names: Iterable[str]) -> None:
+        """Stops at tasks that run code, unless they may.
+
+        Raises:
+            RecipeError: they may not.
+        """
+        if not self.allow_code_execution:
+            raise RecipeError(
+                f"tasks: {', '.join(names)}: would run code that the model writes: allow it with "
+                "--allow-code-execution, best in a container without network"
+            )

@@ -15,7 +15,6 @@ from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.utils import DEFAULT_MAX_LENGTH
 
 from branchmix.checkpoint.folder import writing
-from branchmix.errors import RecipeError
 from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.perplexity import Progress, max_positions
 from branchmix.evaluate.report import Measured, SuiteScore, TaskScore
@@ -70,16 +69,13 @@ class Tasks:
         """A model on all tasks.
 
         Raises:
-            RecipeError: it has fewer positions than ``max_length``, or than a task needs.
+            RecipeError: its window is too short for a task.
             CheckpointError: it cannot be loaded, or computes no numbers.
         """
-        positions = max_positions(candidate.config)
-        if max_length is not None and positions is not None and max_length > positions:
-            raise RecipeError(f"max_length: {max_length} is more than the {positions} positions of {candidate.given}")
         model = RecordedModel(
             candidate,
             self._answers,
-            max_length=max_length or positions or DEFAULT_MAX_LENGTH,
+            max_length=max_length or max_positions(candidate.config) or DEFAULT_MAX_LENGTH,
             batch_tokens=batch_tokens,
             progress=progress,
         )

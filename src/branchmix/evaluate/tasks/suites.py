@@ -23,6 +23,8 @@ class Member:
     num_fewshot: int
     metric: str
     """The one that counts for the suite, as ``TaskScore.metrics`` has it."""
+    runs_code: bool = False
+    """What the model writes is run."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ SUITES = {
     "bam-math": Suite(
         "Math", (Member("gsm8k_cot", 8, "exact_match,strict-match"), Member("minerva_math", 4, "exact_match"))
     ),
-    "bam-code": Suite("Code", (Member("humaneval", 0, "pass@1,create_test"), Member("mbpp", 3, "pass_at_1"))),
+    "bam-code": Suite(
+        "Code",
+        (Member("humaneval", 0, "pass@1,create_test", runs_code=True), Member("mbpp", 3, "pass_at_1", runs_code=True)),
+    ),
     "bam-law": Suite("Law", (Member("legalbench_international_citizenship_questions", 4, "exact_match,get-answer"),)),
     "bam-knowledge": Suite(
         "Know.",
