@@ -143,7 +143,8 @@ def test_the_whole_paper_without_network(
         for member in suite.members:
             assert found.tasks[member.task].num_fewshot == member.num_fewshot
             assert all(0 <= value <= 1 for value in values)
-    assert found.tasks["humaneval"].metrics["pass@1,create_test"].value == 1.0  # the prompt is the solution
+    (written,) = (tmp_path / "out" / "examples").rglob("humaneval.jsonl")
+    assert "def f3():" in written.read_text()
     means = [found.suites[name].score.value for name in SUITES]
     assert found.suites["bam"].score.value == pytest.approx(sum(means) / 6)
     given = ["--tasks", "bam", "--task-data", str(data), "--allow-code-execution", "--limit", "1"]
