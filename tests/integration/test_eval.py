@@ -22,7 +22,7 @@ import corpora
 from branchmix.cli import app
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import CheckpointError, DataError, RecipeError
-from branchmix.evaluate import run
+from branchmix.evaluate import domains
 from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import select
 from branchmix.evaluate.ensemble import ensemble_log_probs
@@ -149,9 +149,11 @@ def test_a_killed_evaluation_goes_on(
     file.write_bytes(file.read_bytes()[:-40])  # the last line is torn, as after a power cut
     kept = file.read_bytes()
     computed = []
-    predict = run.token_log_probs
+    predict = domains.token_log_probs
     monkeypatch.setattr(
-        run, "token_log_probs", lambda model, tokens, **k: computed.append(len(tokens)) or predict(model, tokens, **k)
+        domains,
+        "token_log_probs",
+        lambda model, tokens, **k: computed.append(len(tokens)) or predict(model, tokens, **k),
     )
     resumed = evaluate(names, data, out=out, max_length=MAX_LENGTH)
     assert file.read_bytes().startswith(kept)

@@ -182,13 +182,9 @@ def token_log_probs(
         left[window.document] += 1
     yield from ((number, results[number]) for number, count in enumerate(left) if not count)
     done, total = 0, sum(len(result) for result in results)
-    with _evaluating(model):
-        for batch in _batches(windows, batch_tokens, equal_lengths=_length_dependent(model.config)):
+    with evaluating(model):
+        for batch in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             logp_N = _predict(model, batch, tokens)
-            if not np.isfinite(logp_N).all():
-                raise CheckpointError(
-                    "the model's logits are not finite: its weights are broken, or too large for its dtype"
-                )
             at = 0
             for window in batch:
                 count = window.end - window.first
@@ -228,7 +224,7 @@ def _places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int
         done = end
 
 
-def _batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
+def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
     """Windows, longest first, in batches of at most ``batch_tokens``; a longer one stands alone."""
     batch: list[Window] = []
     for window in windows:
@@ -246,36 +242,51 @@ def _batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: boo
 
 
 @torch.inference_mode()
-def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) -> np.ndarray:
-    """Log-probabilities of the batch's predicted tokens, window after window.
+def logits_at(
+    model: Any, inputs: Sequence[np.ndarray], rows_N: np.ndarray, places_N: np.ndarray, targets_N: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's logits [N, V] at ``places_N`` of the inputs ``rows_N``, and the targets on its device.
 
     Padding is on the right, where causal attention never sees it, so no mask is needed and attention takes its fastest
     way. The head runs on the predicted positions only.
     """
-    length = max(window.end - window.start for window in batch)
-    inputs_BT = np.empty((len(batch), length), dtype=np.int64)
-    for row, window in enumerate(batch):
-        inputs = tokens[window.document][window.start : window.end]
-        inputs_BT[row, : len(inputs)] = inputs
-        inputs_BT[row, len(inputs) :] = inputs[-1]
-    rows_N = np.concatenate([np.full(window.end - window.first, row) for row, window in enumerate(batch)])
-    places_N = np.concatenate([np.arange(window.first, window.end) - window.start for window in batch])
-    targets_N = np.concatenate([tokens[window.document][window.first + 1 : window.end + 1] for window in batch])
+    length = max(map(len, inputs))
+    inputs_BT = np.empty((len(inputs), length), dtype=np.int64)
+    for row, tokens in enumerate(inputs):
+        inputs_BT[row, : len(tokens)] = tokens
+        inputs_BT[row, len(tokens) :] = tokens[-1]
     wanted = (torch.from_numpy(rows_N), torch.from_numpy(places_N))
     with _head_at(model, *wanted) as narrowed:
         output = model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
     logits_NV = output.logits.squeeze(0) if narrowed else output.logits[wanted]
-    return _log_probs(logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)).cpu().numpy()
+    return logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)
 
 
-def _log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """``log_softmax`` in fp32 at the targets, without a second tensor of the logits' size."""
+@torch.inference_mode()
+def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) -> np.ndarray:
+    """Log-probabilities of the batch's predicted tokens, window after window."""
+    inputs = [tokens[window.document][window.start : window.end] for window in batch]
+    rows_N = np.concatenate([np.full(window.end - window.first, row) for row, window in enumerate(batch)])
+    places_N = np.concatenate([np.arange(window.first, window.end) - window.start for window in batch])
+    targets_N = np.concatenate([tokens[window.document][window.first + 1 : window.end + 1] for window in batch])
+    return log_probs(*logits_at(model, inputs, rows_N, places_N, targets_N))
+
+
+def log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> np.ndarray:
+    """``log_softmax`` in fp32 at the targets, without a second tensor of the logits' size.
+
+    Raises:
+        CheckpointError: they are not finite.
+    """
     step = max(1, _LOGITS_AT_ONCE // logits_NV.shape[-1])
     parts = []
     for start in range(0, len(logits_NV), step):
         part_NV = logits_NV[start : start + step].float()
         parts.append(-nn.functional.cross_entropy(part_NV, targets_N[start : start + step], reduction="none"))
-    return torch.cat(parts)
+    logp_N: np.ndarray = torch.cat(parts).cpu().numpy()
+    if not np.isfinite(logp_N).all():
+        raise CheckpointError("the model's logits are not finite: its weights are broken, or too large for its dtype")
+    return logp_N
 
 
 @contextmanager
@@ -302,7 +313,7 @@ def _head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterat
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """The model without dropout inside the block, and as it was after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -320,6 +331,15 @@ def _check(model: Any, documents: Sequence[np.ndarray], max_length: int, stride:
         raise RecipeError(f"max_length: {max_length} does not fit: should be {limit}")
     if not 1 <= stride <= max_length:
         raise RecipeError(f"stride: {stride} does not fit: should be from 1 to max_length, {max_length}")
+    check_tokens(model, documents)
+
+
+def check_tokens(model: Any, documents: Sequence[np.ndarray]) -> None:
+    """Whether the model has an embedding for every token.
+
+    Raises:
+        CheckpointError: it has not.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     greatest = max((int(document.max()) for document in documents if len(document)), default=0)
     if greatest >= rows:
@@ -334,7 +354,8 @@ def max_positions(config: Any) -> int | None:
     return int(positions) if isinstance(positions, int) and positions > 0 else None
 
 
-def _length_dependent(config: Any) -> bool:
+def length_dependent(config: Any) -> bool:
+    """Whether padding would change the shorter rows of a batch."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     return any(kind.get("rope_type") in _LENGTH_DEPENDENT for kind in kinds)
