@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from branchmix.errors import OutputError
 
@@ -133,3 +135,24 @@ def writing(file: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{file}: the disk is full (or your quota): free space, or write elsewhere") from error
         raise OutputError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all, in a folder that is made if need be.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """The same for a text."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)

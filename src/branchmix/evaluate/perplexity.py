@@ -169,11 +169,13 @@ def token_log_probs(
     With a prefix the array is as long as the document, without one its first token is not predicted.
     """
     stride = max(1, max_length // 2) if stride is None else stride
-    _check(model, documents, max_length, stride)
+    check_window(model, documents, max_length, stride)
     tokens = [document if prefix is None else np.concatenate(([prefix], document)) for document in documents]
     results = [np.zeros(max(len(row) - 1, 0), dtype=np.float32) for row in tokens]
     windows = [
-        Window(number, *place) for number, row in enumerate(tokens) for place in _places(len(row), max_length, stride)
+        Window(number, *place)
+        for number, row in enumerate(tokens)
+        for place in window_places(len(row), max_length, stride)
     ]
     # Longest first, so that memory is short at once or never; documents of one length stay together and are done early.
     windows.sort(key=lambda window: (window.start - window.end, window.document, window.start))
@@ -182,8 +184,8 @@ def token_log_probs(
         left[window.document] += 1
     yield from ((number, results[number]) for number, count in enumerate(left) if not count)
     done, total = 0, sum(len(result) for result in results)
-    with _evaluating(model):
-        for batch in _batches(windows, batch_tokens, equal_lengths=_length_dependent(model.config)):
+    with evaluating(model):
+        for batch in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             logp_N = _predict(model, batch, tokens)
             if not np.isfinite(logp_N).all():
                 raise CheckpointError(
@@ -215,7 +217,7 @@ class Window:
     end: int
 
 
-def _places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def window_places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """start, first and end of the windows over a row of ``num_tokens``, prefix included.
 
     The first predicts all it can; each further one moves on by ``stride``, and the last only as far as it must.
@@ -228,7 +230,7 @@ def _places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int
         done = end
 
 
-def _batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
+def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
     """Windows, longest first, in batches of at most ``batch_tokens``; a longer one stands alone."""
     batch: list[Window] = []
     for window in windows:
@@ -262,7 +264,7 @@ def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) 
     places_N = np.concatenate([np.arange(window.first, window.end) - window.start for window in batch])
     targets_N = np.concatenate([tokens[window.document][window.first + 1 : window.end + 1] for window in batch])
     wanted = (torch.from_numpy(rows_N), torch.from_numpy(places_N))
-    with _head_at(model, *wanted) as narrowed:
+    with head_at(model, *wanted) as narrowed:
         output = model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
     logits_NV = output.logits.squeeze(0) if narrowed else output.logits[wanted]
     return _log_probs(logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)).cpu().numpy()
@@ -279,7 +281,7 @@ def _log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor
 
 
 @contextmanager
-def _head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterator[list[bool]]:
+def head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterator[list[bool]]:
     """Lets the head see ``hidden[rows, places]`` as [1, N, D] only; the list is filled when it did.
 
     The head is a large part of a small model, and what the family does to its logits (scaling, soft caps) stays its
@@ -302,7 +304,7 @@ def _head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterat
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """The model without dropout inside the block, and as it was after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -313,7 +315,13 @@ def _evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _check(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
+def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
+    """Window and tokens fit the model.
+
+    Raises:
+        RecipeError: the window does not fit.
+        CheckpointError: the tokenizer is another model's.
+    """
     positions = max_positions(model.config)
     if max_length < 1 or (positions is not None and max_length > positions):
         limit = "1 or more" if positions is None else f"from 1 to {positions}, as many positions as the model has"
@@ -334,7 +342,8 @@ def max_positions(config: Any) -> int | None:
     return int(positions) if isinstance(positions, int) and positions > 0 else None
 
 
-def _length_dependent(config: Any) -> bool:
+def length_dependent(config: Any) -> bool:
+    """Whether padding would change the shorter rows of a batch."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     return any(kind.get("rope_type") in _LENGTH_DEPENDENT for kind in kinds)
