@@ -76,7 +76,7 @@
       const span = tokens[token];
       span.dataset.e = first;
       span.style.setProperty("--c", colour(first));
-      span.style.setProperty("--a", (0.3 + 0.7 * Math.sqrt(sure)).toFixed(3));
+      span.style.setProperty("--a", Math.sqrt(sure).toFixed(3));
       span.style.setProperty("--mix", `linear-gradient(to right, ${stops.join(", ")})`);
       span.classList.toggle("dim", state.only !== null && first !== state.only);
     }
@@ -211,7 +211,7 @@
     slider.max = kind.layers.length - 1;
     slider.value = state.layer;
     const number = kind.layers[state.layer].layer;
-    $("layer-now").textContent = `layer ${number} of ${kind.layers[0].layer}–${kind.layers.at(-1).layer}`;
+    $("layer-now").textContent = `layer ${number}, of ${kind.layers[0].layer} to ${kind.layers.at(-1).layer}`;
     slider.setAttribute("aria-valuetext", `layer ${number}`);
     for (const title of document.querySelectorAll(".here")) title.textContent = `${kind.title}, layer ${number}`;
     paint();
