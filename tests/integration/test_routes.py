@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import corpora
 from branchmix.cli import app
-from branchmix.errors import BranchMixError, CheckpointError, RecipeError
+from branchmix.errors import BranchMixError, CheckpointError, OutputError, RecipeError
 from branchmix.evaluate.routing.run import Routes, read_texts, routes
 from branchmix.models.routers import RouterOutput, Rule, find_routers
 from families import SIZES
@@ -315,6 +315,34 @@ def test_the_command(tmp_path: Path) -> None:
     assert "FFN experts: share of tokens by domain (top-1 of 3)" in table and "soft gate over all experts" in table
     share = f"{100 * found['ffn'][0]['by_domain']['prose'][0]:.0f}"
     assert share in next(line for line in table.splitlines() if line.strip().startswith("0 "))
+
+
+def test_nothing_is_overwritten_or_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ours(tmp_path / "model", "kv_experts", 1, None)
+    page, out = tmp_path / "routes.html", tmp_path / "routing"
+    command = ["routes", str(folder), "--text", "one two", "--html", str(page), "--out", str(out)]
+    page.write_text("mine")
+    for more, message in (
+        ([], "routes.html: exists already"),
+        (["--out", str(tmp_path / "model.json" / "x"), "--force"], "model.json is a file, not a folder"),
+        (["--plots", "/proc/nowhere", "--force"], "is not writable|cannot be written"),
+        (["--html", str(tmp_path), "--force"], "is a folder: give the name of a file"),
+    ):
+        (tmp_path / "model.json").write_text("{}")
+        monkeypatch.setattr("os.access", lambda place, mode: not str(place).startswith("/proc"))
+        with pytest.raises(OutputError, match=message):
+            CliRunner().invoke(app, [*command, *more], catch_exceptions=False)
+        assert page.read_text() == "mine" and not out.exists()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        assert CliRunner().invoke(app, [*command, "--force"]).exit_code != 0
+    assert page.read_text() == "mine" and list(out.iterdir()) == []
+    assert CliRunner().invoke(app, [*command, "--force"]).exit_code == 0
+    assert page.read_text().startswith("<!doctype html>") and len(list(out.iterdir())) == 2
 
 
 def test_texts_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,24 @@ def _require_replaceable(out: Path, target: Path, *, force: bool) -> None:
             raise OutputError(f"{out}: is no checkpoint folder (no config.json), so it is not replaced: choose another")
     elif target.exists():
         raise OutputError(f"{out}: is a file: choose a folder that does not exist yet")
+    _require_writable_parent(out, target)
+
+
+def require_new_file(file: Path, *, force: bool) -> None:
+    """Refuses a place where a file cannot be written later, before the work whose result it is to hold.
+
+    Raises:
+        OutputError: it is a folder, cannot be written, or exists and is not to be replaced.
+    """
+    target = Path(os.path.realpath(file))
+    if target.is_dir():
+        raise OutputError(f"{file}: is a folder: give the name of a file")
+    if target.exists() and not force:
+        raise OutputError(f"{file}: exists already: choose another name, or --force to replace it")
+    _require_writable_parent(file, target)
+
+
+def _require_writable_parent(out: Path, target: Path) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{out}: {parent} is a file, not a folder: choose another place")

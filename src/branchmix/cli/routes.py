@@ -47,17 +47,23 @@ def routes_command(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of a domain at most.")] = None,
     page_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the page, in all.")] = 4000,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
 ) -> None:
     """Which expert each token uses, by layer and domain: FFN routers, and the attention gates of BAM."""
+    from branchmix.checkpoint.folder import require_new_file
     from branchmix.cli.console import notice, progress_bar, quiet_libraries
 
     quiet_libraries()
-    from branchmix.evaluate.routing.run import read_texts, routes, write_numbers
+    from branchmix.evaluate.routing.plots import plot_files, write_plots
+    from branchmix.evaluate.routing.run import number_files, read_texts, routes, write_numbers
 
+    numbers, pictures = number_files(out) if out else [], plot_files(plots) if plots else []
+    for file in (*numbers, *pictures, *([html] if html else [])):
+        require_new_file(file, force=force)
     with progress_bar() as progress:
         found = routes(
             model,
@@ -77,8 +83,6 @@ def routes_command(
     if out is not None:
         written += write_numbers(found.report, out)
     if plots is not None:
-        from branchmix.evaluate.routing.plots import write_plots
-
         written += write_plots(found.report.as_dict(), plots)
     if html is not None:
         from branchmix.evaluate.routing.page import write

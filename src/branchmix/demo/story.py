@@ -298,7 +298,7 @@ def _routes(demo: Demo) -> list[Task]:
         page = out / routes_page(run)
         command = ["branchmix", "routes", str(out / "trained" / run), "--data", str(out / f"mix-{run}.yaml")]
         command += ["--max-length", str(demo.scale.sequence_length)]
-        command += ["--out", str(routing_file(out, run)), "--html", str(page)]
+        command += ["--out", str(routing_file(out, run)), "--html", str(page), "--force"]
         tasks.append(Task(f"routes {run}", command, page, out / "logs" / f"routes-{run}.log"))
     return tasks
 

@@ -153,13 +153,10 @@ def _lines(found: dict[str, Any], kinds: list[str], wanted: str) -> Iterator[tup
 
 def write_plots(found: dict[str, Any], folder: Path) -> list[Path]:
     """Both pictures as PNG and PDF on white."""
-    domains = list(found["domains"])
-    drawings = {
-        "routing-shares": partial(shares, found, domains=domains),
-        "routing-layers": partial(through_layers, found),
-    }
-    return [
-        save(draw, folder / f"{name}.{kind}", **({"dpi": 200} if kind == "png" else {}))
-        for name, draw in drawings.items()
-        for kind in ("png", "pdf")
-    ]
+    draw = {"shares": partial(shares, found, domains=list(found["domains"])), "layers": partial(through_layers, found)}
+    return [save(draw[file.stem.removeprefix("routing-")], file, dpi=200) for file in plot_files(folder)]
+
+
+def plot_files(folder: Path) -> list[Path]:
+    """Where ``write_plots`` writes."""
+    return [folder / f"routing-{name}.{kind}" for name in ("shares", "layers") for kind in ("png", "pdf")]

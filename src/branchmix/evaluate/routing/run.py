@@ -12,7 +12,7 @@ import numpy as np
 
 from branchmix.checkpoint.folder import write_json, write_text
 from branchmix.checkpoint.hub import resolve
-from branchmix.errors import CheckpointError, OutputError, RecipeError
+from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import Document, select
 from branchmix.evaluate.loading import Candidate, check_dtype
@@ -147,15 +147,17 @@ def write_numbers(found: RoutingReport, out: str | Path) -> list[Path]:
     Raises:
         OutputError: it cannot be written.
     """
+    files = number_files(out)
+    write_json(files[0], found.as_dict())
+    for file in files[1:]:
+        write_text(file, found.as_csv())
+    return files
+
+
+def number_files(out: str | Path) -> list[Path]:
+    """Where ``write_numbers`` writes: the JSON, and the CSV if there is one."""
     out = Path(out)
-    if out.suffix == ".json":
-        write_json(out, found.as_dict())
-        return [out]
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file: choose a folder, or a file called *.json")
-    write_json(out / JSON, found.as_dict())
-    write_text(out / CSV, found.as_csv())
-    return [out / JSON, out / CSV]
+    return [out] if out.suffix == ".json" else [out / JSON, out / CSV]
 
 
 def read_texts(given: Sequence[str]) -> list[str]:
