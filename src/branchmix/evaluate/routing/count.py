@@ -162,46 +162,19 @@ def count(
         batch_tokens: tokens of a forward pass, padding included.
         progress: called with ("tokens", done, total).
     """
-    check_window(model, documents, max_length, stride := max(1, max_length // 2))
-    kinds, counts = np.unique(np.concatenate(documents), return_counts=True)
-    common = np.sort(np.argsort(-counts, kind="stable")[:KINDS_OF_TOKENS])
-    place_of = np.full(int(kinds.max()) + 1, -1)
-    place_of[kinds[common]] = np.arange(len(common))
-    first_shown = np.cumsum([0, *shown])
-    ahead = 0 if prefix is None else 1
-    rows = [document if prefix is None else np.concatenate(([prefix], document)) for document in documents]
-    # ``window_places`` is about predictions, and a row's last token makes none: here it counts like any other.
-    windows = [
-        Window(number, *place)
-        for number, row in enumerate(rows)
-        for place in window_places(len(row) + 1, max_length, stride)
-    ]
-    windows.sort(key=lambda window: (window.start - window.end, window.document, window.start))
-    routers = [RouterCounts(place, len(documents), len(common), int(first_shown[-1])) for place in places]
-    layers = {kind: {r.place.layer: r for r in routers if r.place.kind == kind} for kind in ("ffn", "attention")}
+    stride = max(1, max_length // 2)
+    check_window(model, documents, max_length, stride)
+    texts = _Texts(documents, prefix, shown)
+    windows = texts.windows(max_length, stride)
+    routers = [RouterCounts(place, len(documents), len(texts.kinds_V), sum(shown)) for place in places]
+    layers = {kind: [place.layer for place in places if place.kind == kind] for kind in ("ffn", "attention")}
     agreement = [Agreement(layer, len(documents)) for layer in layers["ffn"] if layer in layers["attention"]]
     done, total = 0, sum(map(len, documents))
     with evaluating(model), _Recorder(places) as recorder:
-        for windows_B in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
-            length = max(window.end - window.start for window in windows_B)
-            inputs_BT = np.zeros((len(windows_B), length), dtype=np.int64)
-            flat, document, position = [], [], []
-            for row, window in enumerate(windows_B):
-                inputs = rows[window.document][window.start : window.end]
-                inputs_BT[row, : len(inputs)] = inputs
-                inputs_BT[row, len(inputs) :] = inputs[-1]
-                counted = np.arange(max(window.first, ahead), window.end)
-                flat.append(row * length + counted - window.start)
-                document.append(np.full(len(counted), window.document))
-                position.append(counted - ahead)
-            document_S, position_S = np.concatenate(document), np.concatenate(position)
-            flat_S = np.concatenate(flat)
-            kind_S = place_of[inputs_BT.reshape(-1)[flat_S]]
-            shown_S = np.where(position_S < np.asarray(shown)[document_S], first_shown[document_S] + position_S, -1)
+        for chosen in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
+            inputs_BT, batch = texts.batch(chosen)
             with head_at(model, torch.tensor([0]), torch.tensor([0])):  # nobody wants the logits
                 model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
-            arrays = (torch.from_numpy(array) for array in (flat_S, document_S, kind_S, shown_S))
-            batch = _Batch(inputs_BT.size, *arrays)
             said = {}
             for router in routers:
                 said[router.place.kind, router.place.layer] = router.add(recorder.take(router.place), batch)
@@ -209,11 +182,55 @@ def count(
                 ffn, attention = said["ffn", pair.layer], said["attention", pair.layer]
                 if ffn[0].shape == attention[0].shape:
                     pair.add(ffn, attention, batch)
-            done += len(flat_S)
+            done += len(batch.rows_S)
             if progress is not None:
                 progress("tokens", done, total)
     tokens_N = np.array([len(document) for document in documents], dtype=np.float64)
-    return Counts(routers, agreement, tokens_N, kinds[common], counts[common].astype(np.float64))
+    return Counts(routers, agreement, tokens_N, texts.kinds_V, texts.count_V)
+
+
+class _Texts:
+    """The documents as windows and batches."""
+
+    def __init__(self, documents: Sequence[np.ndarray], prefix: int | None, shown: Sequence[int]):
+        self._ahead = 0 if prefix is None else 1
+        """Tokens of a row before the document's own."""
+        self._rows = [row if prefix is None else np.concatenate(([prefix], row)) for row in documents]
+        self._shown_N = np.asarray(shown)
+        self._first_shown_N = np.cumsum([0, *shown])
+        kinds, counts = np.unique(np.concatenate(documents), return_counts=True)
+        common = np.sort(np.argsort(-counts, kind="stable")[:KINDS_OF_TOKENS])
+        self.kinds_V, self.count_V = kinds[common], counts[common].astype(np.float64)
+        self._place_of = np.full(int(kinds.max()) + 1, -1)
+        self._place_of[self.kinds_V] = np.arange(len(common))
+
+    def windows(self, max_length: int, stride: int) -> list[Window]:
+        """Longest first. ``window_places`` is about predictions, and a row's last token makes none: here it counts."""
+        windows = [
+            Window(number, *place)
+            for number, row in enumerate(self._rows)
+            for place in window_places(len(row) + 1, max_length, stride)
+        ]
+        return sorted(windows, key=lambda window: (window.start - window.end, window.document, window.start))
+
+    def batch(self, windows: Sequence[Window]) -> tuple[np.ndarray, _Batch]:
+        """Inputs [B, T], padded on the right, and which of them are what."""
+        length = max(window.end - window.start for window in windows)
+        inputs_BT = np.empty((len(windows), length), dtype=np.int64)
+        rows, documents, positions = [], [], []
+        for row, window in enumerate(windows):
+            inputs = self._rows[window.document][window.start : window.end]
+            inputs_BT[row, : len(inputs)] = inputs
+            inputs_BT[row, len(inputs) :] = inputs[-1]
+            counted = np.arange(max(window.first, self._ahead), window.end)
+            rows.append(row * length + counted - window.start)
+            documents.append(np.full(len(counted), window.document))
+            positions.append(counted - self._ahead)
+        rows_S, document_S, position_S = map(np.concatenate, (rows, documents, positions))
+        kind_S = self._place_of[inputs_BT.reshape(-1)[rows_S]]
+        is_shown_S = position_S < self._shown_N[document_S]
+        shown_S = np.where(is_shown_S, self._first_shown_N[document_S] + position_S, -1)
+        return inputs_BT, _Batch(inputs_BT.size, *map(torch.from_numpy, (rows_S, document_S, kind_S, shown_S)))
 
 
 class _Recorder:

@@ -201,7 +201,7 @@ def _tokenised(found: dict[str, list[Document]], tokenizer: Any) -> tuple[list[t
 def _shown_of(documents: Sequence[tuple[str, str]], tokens: Sequence[np.ndarray], most: int) -> list[int]:
     """How many tokens of each document are shown: about as many of every domain, from its first documents on."""
     domains = list(dict.fromkeys(domain for domain, _ in documents))
-    left = dict.fromkeys(domains, most // len(domains))
+    left = dict.fromkeys(domains, max(1, most // len(domains)))
     shown = []
     for (domain, _), row in zip(documents, tokens, strict=True):
         shown.append(min(len(row), left[domain]))
