@@ -171,7 +171,7 @@
     const where = `token ${token - first + 1} of ${text.pieces.length}, ${text.domain}, text ${text.number}`;
     $("word").replaceChildren(
       make("span", {}, make("span", { className: "word" }, shown(piece)), ` ${where}`),
-      make("small", {}, "strongest expert, first layer to last"),
+      make("small", {}, "strongest expert, layer by layer"),
     );
     const said = [];
     const here = data.kinds[state.kind].layers[state.layer].layer;
@@ -189,7 +189,6 @@
       }
       const parts = gates.map(([expert, share], m) => `${m < kind.top_k && !kind.soft ? "→ " : ""}${named(expert)} ${share.toFixed(2)}`);
       const strip = make("span", { className: "strip" });
-      strip.title = "strongest expert, layer by layer";
       kind.layers.forEach((layer, l) => {
         const part = make("i", { className: l === place ? "now" : "" });
         const [strongest] = gatesOf(name, l, token)[0];
