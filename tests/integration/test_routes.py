@@ -281,6 +281,22 @@ def test_other_shapes_of_outputs() -> None:
         assert (rule.score, rule.found) == (("softmax", False) if model_type == "dbrx" else ("sigmoid", True))
 
 
+def test_a_router_of_attention_is_told_from_one_of_the_ffn() -> None:
+    """JetMoE has both; the recorded attention block contains its router, which is the one that counts."""
+    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("jetmoe", **sizes)).eval()
+    places = find_routers(model)
+    assert [(place.kind, place.layer) for place in places] == [
+        ("ffn", 0),
+        ("ffn", 1),
+        ("attention", 0),
+        ("attention", 1),
+    ]
+    assert all(place.name.endswith(".router") and place.top_k == 2 for place in places)
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    assert find_routers(dense) == []
+
+
 # ---- the command ----
 
 
