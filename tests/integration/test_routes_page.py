@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def test_all_texts_are_there_as_they_are(found: Routes, file: Path, open_page: O
     assert [text.domain for text in found.shown] == ["prose", "prose", "ma<th>s", "ma<th>s"]
     assert page.run("return document.querySelectorAll('.document h3')[2].textContent").startswith("ma<th>s, text 1")
     assert page.errors == [] and page.requests == []
+
+
+def test_a_name_cannot_end_the_script(found: Routes, tmp_path: Path, open_page: Open) -> None:
+    names = ["seed", "</script><i id='out'>", "<!--"]
+    bad = replace(found, report=replace(found.report, experts=names))
+    page = open_page(write(bad, tmp_path / "routes.html"))
+    words = page.run("return [...document.querySelectorAll('#experts button')].map(b => b.textContent)")
+    assert all(name in word for name, word in zip(names, words, strict=True))
+    assert page.run("return document.getElementById('out')") is None and page.errors == []
 
 
 def test_slider_and_switch_change_the_colours(found: Routes, file: Path, open_page: Open) -> None:

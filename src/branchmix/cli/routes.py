@@ -97,7 +97,7 @@ def routes_command(
 
 
 def _print(report: RoutingReport) -> None:
-    """Shares by layer and domain; of a deep model some layers, and means of all."""
+    """Shares by layer and domain; of a deep model some of the layers."""
     from rich.table import Table
     from rich.text import Text
 

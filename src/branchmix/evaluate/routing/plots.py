@@ -15,8 +15,6 @@ from branchmix.pages.pictures import COLOURS, Figure, figure_with, heat, save, t
 TITLES = {"attention": "attention gates", "ffn": "FFN experts"}
 _PANELS = 6
 """Layers, at most, that get a panel each with numbers in it; more become a row each."""
-_CELLS = 40
-"""Rows or columns that can still have a name each."""
 
 
 def shares(found: dict[str, Any], ink: str, *, domains: Sequence[str]) -> Figure:
@@ -65,7 +63,7 @@ def _by_domain(found: dict[str, Any], kinds: list[str], domains: list[str], ink:
     from matplotlib.figure import Figure as MatplotlibFigure
 
     layers, experts = max(len(found[kind]) for kind in kinds), len(found["experts"])
-    width = min(7.0, max(1.5, 0.16 * experts)) * len(domains) + 1.6
+    width = min(7.0, max(1.5, 0.16 * experts), max(1.2, 24.0 / len(domains))) * len(domains) + 1.6
     height = min(6.0, max(1.6, 0.11 * layers)) + 0.45
     figure = MatplotlibFigure(figsize=(width, height * len(kinds) + 0.3), layout="constrained")
     panels = figure.subplots(len(kinds), len(domains), squeeze=False)
@@ -78,8 +76,7 @@ def _by_domain(found: dict[str, Any], kinds: list[str], domains: list[str], ink:
             values = [layer["by_domain"][domain] for layer in rows]
             edges = {"vmin": 0.0, "vmax": brightest, "cmap": colormaps["cividis"]}
             picture = panel.imshow(values, aspect="auto", interpolation="nearest", **edges)
-            step = -(-len(rows) // _CELLS) * (1 if len(rows) <= 16 else 4)
-            ticks = range(0, len(rows), step)
+            ticks = range(0, len(rows), max(1, len(rows) // 8))
             panel.set_yticks(ticks, [str(rows[tick]["layer"]) for tick in ticks] if column == 0 else [""] * len(ticks))
             names = found["experts"][: len(values[0])]
             step = 1 if len(names) <= 8 else -(-len(names) // 8)
