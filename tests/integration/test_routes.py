@@ -96,6 +96,7 @@ def naive(folder: Path, texts: dict[str, list[str]] = TEXTS, window: int = WINDO
             "by_domain": {domain: load.mean(0).tolist() for domain, load in loads.items()},
             "gate_by_domain": {domain: p.mean(0).tolist() for domain, p in probabilities.items()},
             "token_entropy": float(-(everything * everything.log2()).sum(-1).mean()),
+            "strongest": torch.tensor(strongest[place.kind, place.layer]).bincount(minlength=experts).tolist(),
         }
     for kind, layer in strongest:
         if kind == "ffn" and ("attention", layer) in strongest:
@@ -122,6 +123,11 @@ def check(found: Routes, expected: dict[str, Any]) -> None:
                 for domain, shares in getattr(layer, key).items():
                     assert shares == pytest.approx(wanted[key][domain], abs=1e-5)
                     assert sum(shares) == pytest.approx(1.0)
+    for (
+        router
+    ) in found.counts.routers:  # among the chosen, which a bias or a group may have made others than the greatest
+        wanted = expected["routers"][router.place.kind, router.place.layer]
+        assert router.strongest_NE.sum(0).tolist() == wanted["strongest"]
     assert {pair.layer for pair in report.agreement} == set(expected["agreement"])
     for pair in report.agreement:
         assert (pair.same, pair.overlap) == pytest.approx(expected["agreement"][pair.layer], abs=1e-5)
