@@ -19,6 +19,8 @@ from branchmix.cli.experts import ADD_EPILOG, REMOVE_EPILOG, add_expert_command,
 from branchmix.cli.generate import EPILOG as GENERATE_EPILOG
 from branchmix.cli.generate import generate_command
 from branchmix.cli.inspect import inspect_command
+from branchmix.cli.routes import EPILOG as ROUTES_EPILOG
+from branchmix.cli.routes import routes_command
 from branchmix.cli.scaling import scaling_app
 from branchmix.cli.train import EPILOG as TRAIN_EPILOG
 from branchmix.cli.train import train_command
@@ -39,6 +41,7 @@ app.command("train", epilog=TRAIN_EPILOG)(train_command)
 app.command("branch", epilog=BRANCH_EPILOG)(branch_command)
 app.command("upcycle", epilog=UPCYCLE_EPILOG)(upcycle_command)
 app.command("eval", epilog=EVAL_EPILOG)(eval_command)
+app.command("routes", epilog=ROUTES_EPILOG)(routes_command)
 app.command("demo", epilog=DEMO_EPILOG)(demo_command)
 app.add_typer(scaling_app, name="scaling")
 app.command("inspect")(inspect_command)

@@ -1,4 +1,4 @@
-"""Every model on every domain: bits per byte and perplexity of held-out documents, and where its routers send them.
+"""Every model on every domain: bits per byte and perplexity of held-out documents.
 
     python -m branchmix.demo.measure OUT seed experts/code ...      # writes OUT/scores/seed.json, ...
 
@@ -15,18 +15,24 @@ from typing import Any
 
 from branchmix.demo.settings import sources
 
-ROUTED_SEQUENCES = 64
-"""Of a domain, for the routing by domain."""
-BATCH = 16
-
 
 def score_file(out: Path, model: str) -> Path:
     """Where the scores of the model in ``out / model`` are."""
     return out / "scores" / f"{model.replace('/', '-')}.json"
 
 
+def routing_file(out: Path, run: str) -> Path:
+    """Where the numbers of the routers of ``out / trained / run`` are."""
+    return out / "routing" / f"{run}.json"
+
+
+def routes_page(run: str) -> str:
+    """Name of the page that shows them token by token, beside the demo's own."""
+    return f"routes-{run}.html"
+
+
 def measure(out: Path, name: str, *, held_out: dict[str, Any], max_length: int) -> dict[str, Any]:
-    """Scores of one model: ``{"domains": {domain: [[nats, tokens, bytes] of each document]}, "routing": ...}``.
+    """Scores of one model: ``{"domains": {domain: [[nats, tokens, bytes] of each document]}}``.
 
     Args:
         out: the demo's folder.
@@ -69,33 +75,7 @@ def measure(out: Path, name: str, *, held_out: dict[str, Any], max_length: int) 
                 score = document_score(texts[number], logp, tokenizer, documents[number], prefix)
                 scores[number] = [score.nll, score.tokens, score.bytes]  # type: ignore[call-overload]
             domains[domain] = scores
-        routing = _routing(model, corpus.held_out(sequence_length=max_length))
-    return {"model": name, "domains": domains, "routing": routing}
-
-
-def _routing(model: Any, held_out: dict[str, Any]) -> dict[str, Any] | None:
-    """Load of each expert by domain, of each layer's routers; None for a dense model."""
-    import torch
-
-    from branchmix.data.packing import collate, packed_inputs, packing_method
-    from branchmix.train.losses import IGNORED
-    from branchmix.train.routers import RouterMonitor
-
-    how = packing_method(model)
-    monitor = RouterMonitor(model, list(held_out))
-    with torch.inference_mode():
-        for number, sequences in enumerate(held_out.values()):
-            count = min(len(sequences), ROUTED_SEQUENCES)
-            for start in range(0, count, BATCH):
-                batch = collate([sequences[place] for place in range(start, min(start + BATCH, count))])
-                labels_BT = batch["labels"]
-                monitor.set_batch(
-                    torch.full((len(labels_BT),), number), labels_BT.shape[1], mask_BT=(labels_BT != IGNORED).long()
-                )
-                model(**packed_inputs(batch, how))
-    reading = monitor.read()
-    monitor.close()
-    return reading.as_dict() if reading.routers else None
+    return {"model": name, "domains": domains}
 
 
 def main(out: Path, names: list[str]) -> None:

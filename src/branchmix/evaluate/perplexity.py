@@ -169,11 +169,13 @@ def token_log_probs(
     With a prefix the array is as long as the document, without one its first token is not predicted.
     """
     stride = max(1, max_length // 2) if stride is None else stride
-    _check(model, documents, max_length, stride)
+    check_window(model, documents, max_length, stride)
     tokens = [document if prefix is None else np.concatenate(([prefix], document)) for document in documents]
     results = [np.zeros(max(len(row) - 1, 0), dtype=np.float32) for row in tokens]
     windows = [
-        Window(number, *place) for number, row in enumerate(tokens) for place in _places(len(row), max_length, stride)
+        Window(number, *place)
+        for number, row in enumerate(tokens)
+        for place in window_places(len(row), max_length, stride)
     ]
     # Longest first, so that memory is short at once or never; documents of one length stay together and are done early.
     windows.sort(key=lambda window: (window.start - window.end, window.document, window.start))
@@ -211,7 +213,7 @@ class Window:
     end: int
 
 
-def _places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def window_places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """start, first and end of the windows over a row of ``num_tokens``, prefix included.
 
     The first predicts all it can; each further one moves on by ``stride``, and the last only as far as it must.
@@ -256,7 +258,7 @@ def logits_at(
         inputs_BT[row, : len(tokens)] = tokens
         inputs_BT[row, len(tokens) :] = tokens[-1]
     wanted = (torch.from_numpy(rows_N), torch.from_numpy(places_N))
-    with _head_at(model, *wanted) as narrowed:
+    with head_at(model, *wanted) as narrowed:
         output = model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
     logits_NV = output.logits.squeeze(0) if narrowed else output.logits[wanted]
     return logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)
@@ -290,7 +292,7 @@ def log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> np.ndarray:
 
 
 @contextmanager
-def _head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterator[list[bool]]:
+def head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterator[list[bool]]:
     """Lets the head see ``hidden[rows, places]`` as [1, N, D] only; the list is filled when it did.
 
     The head is a large part of a small model, and what the family does to its logits (scaling, soft caps) stays its
@@ -324,7 +326,13 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def _check(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
+def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
+    """Window and tokens fit the model.
+
+    Raises:
+        RecipeError: the window does not fit.
+        CheckpointError: the tokenizer is another model's.
+    """
     positions = max_positions(model.config)
     if max_length < 1 or (positions is not None and max_length > positions):
         limit = "1 or more" if positions is None else f"from 1 to {positions}, as many positions as the model has"

@@ -6,8 +6,6 @@ requests.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import write_json
 from branchmix.checkpoint.hub import resolve
 from branchmix.errors import RecipeError
 from branchmix.evaluate.candidate import Candidate
@@ -23,6 +21,7 @@ from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import Document, select
 from branchmix.evaluate.domains import Reader
 from branchmix.evaluate.ensemble import ensemble_log_probs
+from branchmix.evaluate.loading import check_dtype
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, aggregate, max_positions
 from branchmix.evaluate.records import Records
 from branchmix.evaluate.report import EvalReport, ModelReport
@@ -31,7 +30,6 @@ from branchmix.evaluate.tasks.options import TaskOptions
 MAX_LENGTH = 2048
 """Tokens of the window unless said otherwise, if all models have as many positions."""
 RESULTS = "results.json"
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def evaluate(
@@ -74,8 +72,7 @@ def evaluate(
         DataError: a source or a task's data set cannot be read, or has no document that counts.
         CheckpointError: a model cannot be loaded, or is none.
     """
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     options = tasks if isinstance(tasks, TaskOptions) or tasks is None else TaskOptions(tuple(tasks))
     if data is None and options is None:
         raise RecipeError("there is nothing to evaluate on: give --data, --tasks or both")
@@ -118,7 +115,7 @@ def evaluate(
             weights = {readers[member]: share for member, share in members.items()}
             report.models.append(_ensemble(weights, posterior, documents, records))
     if folder is not None:
-        _write(folder / RESULTS, report.as_dict())
+        write_json(folder / RESULTS, report.as_dict())
     return report
 
 
@@ -205,10 +202,3 @@ def _ensemble(
         "weights": "posterior" if posterior else "prior",
     }
     return report
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with writing(file):
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False), encoding="utf-8")
-        temporary.replace(file)
