@@ -20,7 +20,7 @@ from families import FAMILIES as TINY
 ROOT = Path(branchmix.__file__).parent
 LEVELS = {
     "errors": 0,
-    **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data"), 1),
+    **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "likelihood"), 1),
     **dict.fromkeys(("upcycling", "train", "evaluate", "scaling", "study"), 2),
     "demo": 3,
     "cli": 4,

@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood.forward import evaluating, head_at, length_dependent, log_probs, max_positions
+from branchmix.likelihood.models import encode, prefix_token
+
+__all__ = ["DocumentScore", "TextScore", "aggregate", "bits_per_byte", "encode", "prefix_token", "token_log_probs"]
 
 Progress = Callable[[str, int, int], None]
 
 BATCH_TOKENS = 2048
 """Tokens of a forward pass, padding included. On a CPU more gains nothing; the logits take this many times the
 vocabulary."""
-_TOKENIZED_AT_ONCE = 256
-_LOGITS_AT_ONCE = 1 << 22
-"""Of the softmax in fp32: 16 MB, about what a cache holds; in one piece it takes twice the time."""
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary embeddings that look at the longest row of a batch: padding would change the shorter ones."""
 
 
 @dataclass(frozen=True)
@@ -133,27 +130,6 @@ def document_score(
     return DocumentScore(-float(logp_T.sum(dtype=np.float64)), len(logp_T), num_bytes)
 
 
-def prefix_token(tokenizer: Any, config: Any) -> int | None:
-    """What a document's first token is predicted from: BOS, else EOS, of the tokenizer, else of the model's config."""
-    for holder in (tokenizer, config.get_text_config()):
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(holder, name, None)
-            token = token[0] if isinstance(token, list) and token else token
-            if isinstance(token, int):
-                return token
-    return None
-
-
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """The tokens of each text, with no special tokens around them."""
-    documents: list[np.ndarray] = []
-    for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-        part = list(texts[start : start + _TOKENIZED_AT_ONCE])
-        encoded = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        documents += [np.asarray(tokens, dtype=np.int64) for tokens in encoded["input_ids"]]
-    return documents
-
-
 def token_log_probs(
     model: Any,
     documents: Sequence[np.ndarray],
@@ -182,8 +158,8 @@ def token_log_probs(
         left[window.document] += 1
     yield from ((number, results[number]) for number, count in enumerate(left) if not count)
     done, total = 0, sum(len(result) for result in results)
-    with _evaluating(model):
-        for batch in _batches(windows, batch_tokens, equal_lengths=_length_dependent(model.config)):
+    with evaluating(model):
+        for batch in _batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             logp_N = _predict(model, batch, tokens)
             if not np.isfinite(logp_N).all():
                 raise CheckpointError(
@@ -262,55 +238,10 @@ def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) 
     places_N = np.concatenate([np.arange(window.first, window.end) - window.start for window in batch])
     targets_N = np.concatenate([tokens[window.document][window.first + 1 : window.end + 1] for window in batch])
     wanted = (torch.from_numpy(rows_N), torch.from_numpy(places_N))
-    with _head_at(model, *wanted) as narrowed:
+    with head_at(model, *wanted) as narrowed:
         output = model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
     logits_NV = output.logits.squeeze(0) if narrowed else output.logits[wanted]
-    return _log_probs(logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)).cpu().numpy()
-
-
-def _log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """``log_softmax`` in fp32 at the targets, without a second tensor of the logits' size."""
-    step = max(1, _LOGITS_AT_ONCE // logits_NV.shape[-1])
-    parts = []
-    for start in range(0, len(logits_NV), step):
-        part_NV = logits_NV[start : start + step].float()
-        parts.append(-nn.functional.cross_entropy(part_NV, targets_N[start : start + step], reduction="none"))
-    return torch.cat(parts)
-
-
-@contextmanager
-def _head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterator[list[bool]]:
-    """Lets the head see ``hidden[rows, places]`` as [1, N, D] only; the list is filled when it did.
-
-    The head is a large part of a small model, and what the family does to its logits (scaling, soft caps) stays its
-    own. transformers' ``logits_to_keep`` takes the same places of every row only.
-    """
-    done: list[bool] = []
-
-    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_BTD = args[0]
-        done.append(True)
-        return hidden_BTD[rows_N.to(hidden_BTD.device), places_N.to(hidden_BTD.device)][None], *args[1:]
-
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(narrow) if isinstance(head, nn.Module) else None
-    try:
-        yield done
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout inside the block, and as it was after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return log_probs(logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)).cpu().numpy()
 
 
 def _check(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
@@ -326,15 +257,3 @@ def _check(model: Any, documents: Sequence[np.ndarray], max_length: int, stride:
         raise CheckpointError(
             f"the tokenizer gives token {greatest}, but the model knows {rows}: it is not the model's"
         )
-
-
-def max_positions(config: Any) -> int | None:
-    """Tokens that a model takes at most, by its config; None where the config does not say."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if isinstance(positions, int) and positions > 0 else None
-
-
-def _length_dependent(config: Any) -> bool:
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type") in _LENGTH_DEPENDENT for kind in kinds)

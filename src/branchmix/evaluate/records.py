@@ -7,21 +7,16 @@ Names of folders and domains play no part, so moving a model or regrouping docum
 from __future__ import annotations
 
 import base64
-import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.folder import writing
-from branchmix.checkpoint.hashes import FileHashes
-from branchmix.errors import OutputError
 from branchmix.evaluate.perplexity import DocumentScore
+from branchmix.likelihood.records import FILE, Lines, key_of, model_hash, tokenizer_hash
 
-FILE = "records.jsonl"
+__all__ = ["FILE", "Records", "Scored", "key_of", "model_hash", "tokenizer_hash"]
 
 
 @dataclass(frozen=True)
@@ -34,23 +29,14 @@ class Scored:
 
 
 class Records:
-    """All results so far; on disk if there is a folder for them.
-
-    Any number of processes may add to one file at once: each line is written whole, under a lock. What a killed writer
-    left of its last line is passed over.
-    """
+    """All results so far; on disk if there is a folder for them (see ``Lines``)."""
 
     def __init__(self, folder: Path | None):
-        self._file = folder / FILE if folder is not None else None
+        self._lines = Lines(folder)
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
         self._described: set[str] = set()
-        if folder is not None:
-            if folder.exists() and not folder.is_dir():
-                raise OutputError(f"{folder}: is a file: choose a folder")
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            for record in self._read():
-                self._keep(record)
+        for record in self._lines.read():
+            self._keep(record)
 
     def get(self, model: str, document: str) -> Scored | None:
         """What ``model`` (its key) made of ``document`` (its hash), if that is known."""
@@ -82,62 +68,10 @@ class Records:
 
     def _add(self, record: dict[str, Any]) -> None:
         self._keep(record)
-        if self._file is None:
-            return
-        from filelock import FileLock
-
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        with writing(self._file), FileLock(self._file.with_suffix(".lock")), self._file.open("ab+") as file:
-            if _ends_within_a_line(file):
-                line = b"\n" + line
-            file.write(line)
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        assert self._file is not None
-        try:
-            with self._file.open("rb") as lines:
-                for line in lines:
-                    try:
-                        record = json.loads(line)
-                    except ValueError:
-                        continue
-                    if isinstance(record, dict):
-                        yield record
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise OutputError(f"{self._file}: cannot be read: {error.strerror}: choose another folder") from error
+        self._lines.add(record)
 
     def _keep(self, record: dict[str, Any]) -> None:
         if "document" in record:
             self._known[record["model"], record["document"]] = record
         else:
             self._described.add(record["model"])
-
-
-def _ends_within_a_line(file: BinaryIO) -> bool:
-    if not (end := file.seek(0, os.SEEK_END)):
-        return False
-    file.seek(end - 1)
-    return file.read(1) != b"\n"
-
-
-def key_of(facts: dict[str, Any]) -> str:
-    """A short name for what results depend on."""
-    from xxhash import xxh3_128_hexdigest
-
-    return str(xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode()))
-
-
-def model_hash(folder: Path) -> str:
-    """Of the content of a model's config, code and weights; reading them costs about what loading them does."""
-    patterns = ("*.safetensors", "config.json", "adapter_config.json", "*.py")
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
-    with FileHashes(files) as hashes:
-        return key_of({file.name: hashes.of(file) for file in files})
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Of what turns text into tokens; chat templates and the like don't count."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return key_of({"tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab()})

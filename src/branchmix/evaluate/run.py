@@ -26,17 +26,16 @@ from branchmix.evaluate.perplexity import (
     TextScore,
     aggregate,
     document_score,
-    encode,
-    max_positions,
-    prefix_token,
     token_log_probs,
 )
-from branchmix.evaluate.records import Records, Scored, key_of, model_hash, tokenizer_hash
+from branchmix.evaluate.records import Records, Scored
+from branchmix.likelihood.forward import max_positions
+from branchmix.likelihood.models import TextModel, check_dtype, encode, prefix_token
+from branchmix.likelihood.records import key_of, model_hash
 
 MAX_LENGTH = 2048
 """Tokens of the window unless said otherwise, if all models have as many positions."""
 RESULTS = "results.json"
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -110,8 +109,7 @@ def evaluate(
         DataError: a source cannot be read, or has no document that counts.
         CheckpointError: a model cannot be loaded, or is none.
     """
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     data = data if isinstance(data, EvalData) else EvalData.load(data)
     candidates = [_Candidate(resolve(given), dtype, trust_remote_code) for given in models]
     members = _members(ensemble, candidates) if ensemble else {}
@@ -163,26 +161,13 @@ def _notes(data: EvalData, documents: dict[str, list[Document]], candidates: Seq
     return notes
 
 
-class _Candidate:
+class _Candidate(TextModel):
     """A model, which is loaded only if a document is not on record."""
 
     def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool):
-        from transformers import AutoConfig, AutoTokenizer
-
-        self.given, self.folder, self.revision = found.given, found.folder, found.revision
-        self.dtype, self.trust_remote_code = dtype, trust_remote_code
-        if not (self.folder / "config.json").is_file():
-            raise CheckpointError(f"{self.folder}: has no config.json: give the folder of a model")
-        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise CheckpointError(
-                f"{self.folder}: has no tokenizer files: copy the seed's tokenizer beside the weights"
-            )
-        self.config = self._load(AutoConfig)
-        self.tokenizer = self._load(AutoTokenizer)
-        prefix = prefix_token(self.tokenizer, self.config)
-        self.prefix = prefix
-        self.prefix_name = None if prefix is None else str(self.tokenizer.convert_ids_to_tokens(prefix))
-        self.tokenizer_hash = tokenizer_hash(self.tokenizer)
+        super().__init__(found, dtype, trust_remote_code)
+        self.prefix = prefix_token(self.tokenizer, self.config)
+        self.prefix_name = None if self.prefix is None else str(self.tokenizer.convert_ids_to_tokens(self.prefix))
         self.max_length = self.stride = 0
         self.key = ""
 
@@ -211,7 +196,7 @@ class _Candidate:
             if not todo:
                 continue
             if model is None:
-                model = self._model()
+                model = self.load()
                 records.describe(self.key, {"path": self.given, "revision": self.revision, **self.facts})
             tokens = encode(self.tokenizer, [document.text for document in todo])
             found = token_log_probs(
@@ -245,22 +230,6 @@ class _Candidate:
     def report(self, domains: dict[str, TextScore]) -> ModelReport:
         """The result of the whole model."""
         return ModelReport(self.given, self.prefix_name, self.max_length, self.stride, self.dtype, domains)
-
-    def _model(self) -> Any:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        model = self._load(AutoModelForCausalLM, dtype=self.dtype, use_safetensors=True)
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def _load(self, kind: Any, **options: Any) -> Any:
-        try:
-            return kind.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
-        except Exception as error:  # whatever transformers and the readers below it raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            if "trust_remote_code" in str(error) and not self.trust_remote_code:
-                reason = "it brings code of its own: read that code, then allow it with --trust-remote-code"
-            raise CheckpointError(f"{self.given}: transformers cannot load it: {reason}") from error
 
 
 # ---- ensembles ----
