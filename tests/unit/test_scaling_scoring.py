@@ -104,8 +104,9 @@ def test_neither_batch_size_nor_order_nor_sharing_changes_a_score(kind: str) -> 
 
 
 def test_a_model_that_looks_at_the_length_of_rows_is_scored_row_by_row() -> None:
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model = BY_NAME["llama"].model(0, rope_parameters=rope, max_position_embeddings=12)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 12}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    model = BY_NAME["llama"].model(0, rope_parameters=rope)
     assert not can_share(model)
     agree(model, questions())
 

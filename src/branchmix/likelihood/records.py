@@ -23,7 +23,7 @@ class Lines:
     """
 
     def __init__(self, folder: Path | None):
-        self._file = folder / FILE if folder is not None else None
+        self.file = folder / FILE if folder is not None else None
         if folder is not None:
             if folder.exists() and not folder.is_dir():
                 raise OutputError(f"{folder}: is a file: choose a folder")
@@ -32,22 +32,22 @@ class Lines:
 
     def add(self, *records: dict[str, Any]) -> None:
         """Append objects, on disk at once."""
-        if self._file is None or not records:
+        if self.file is None or not records:
             return
         from filelock import FileLock
 
         lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
-        with writing(self._file), FileLock(self._file.with_suffix(".lock")), self._file.open("ab+") as file:
+        with writing(self.file), FileLock(self.file.with_suffix(".lock")), self.file.open("ab+") as file:
             if _ends_within_a_line(file):
                 lines = b"\n" + lines
             file.write(lines)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """All objects that are whole."""
-        if self._file is None:
+        if self.file is None:
             return
         try:
-            with self._file.open("rb") as lines:
+            with self.file.open("rb") as lines:
                 for line in lines:
                     try:
                         record = json.loads(line)
@@ -58,7 +58,7 @@ class Lines:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise OutputError(f"{self._file}: cannot be read: {error.strerror}: choose another folder") from error
+            raise OutputError(f"{self.file}: cannot be read: {error.strerror}: choose another folder") from error
 
 
 def _ends_within_a_line(file: BinaryIO) -> bool:

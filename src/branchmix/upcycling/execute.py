@@ -269,7 +269,7 @@ def naming_sources(folders: Iterable[tuple[str, Path]]) -> Iterator[None]:
 
 
 def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, Any]]:
-    """Sources for the provenance: what was given, revision, the trainings it grew from, each file with size and hash."""
+    """Sources for the provenance: what was given, revision, what it grew from, and each file with size and hash."""
     return [
         {
             "name": source.name,
