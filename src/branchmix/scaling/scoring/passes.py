@@ -70,7 +70,7 @@ def can_share(model: Any) -> bool:
         return False
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     with evaluating(model), torch.inference_mode():
-        cache = getattr(model(input_ids=token, use_cache=True), "past_key_values", None)
+        cache: Any = getattr(model(input_ids=token, use_cache=True), "past_key_values", None)
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and bool(cache.layers) and all(type(layer) in known for layer in cache.layers)
 

@@ -68,7 +68,7 @@ class Bos:
         if chosen == "on":
             if bos is None:
                 raise RecipeError("--bos on: the tokenizer has no BOS token: choose default or off")
-            tokens = (int(bos),)
+            tokens: tuple[int, ...] = (int(bos),)
         else:
             tokens = _leading(tokenizer) if chosen == "default" else ()
         return cls(chosen, tokens, getattr(tokenizer, "bos_token", None), prefix_token(tokenizer, config))
@@ -101,9 +101,9 @@ def encode_questions(
     found = []
     for question in questions:
         before = bos.before(question.prompt)
-        context = before + tuple(map(int, next(context_tokens)))
+        start = before + tuple(map(int, next(context_tokens)))
         whole = [before + tuple(map(int, next(whole_tokens))) for _ in question.options]
-        found.append(_split(context, whole, bos, max_positions))
+        found.append(_split(start, whole, bos, max_positions))
     return found
 
 
