@@ -50,7 +50,7 @@ def lineage(folder: Path, name: str | None = None) -> list[Phase]:
     if record is not None and isinstance(record.get("config"), dict) and "tokens" in record:
         own = Phase(
             _hash({key: record.get(key) for key in ("config", "started", "ended", "tokens")}),
-            name or folder.name,
+            folder.name,
             record["tokens"],
             record.get("flops"),
         )
@@ -75,7 +75,10 @@ def as_records(phases: Iterable[Phase]) -> list[dict[str, Any]]:
 
 def once(phases: Iterable[Phase]) -> list[Phase]:
     """Each training once, in the order of their first appearance."""
-    return list({phase.key: phase for phase in reversed(list(phases))}.values())[::-1]
+    found: dict[str, Phase] = {}
+    for phase in phases:
+        found.setdefault(phase.key, phase)
+    return list(found.values())
 
 
 def total_tokens(phases: Sequence[Phase]) -> int | None:
