@@ -176,3 +176,5 @@ def test_the_models_mode_stays() -> None:
     asked = questions()
     assert dict(score_options(model, asked)) == dict(score_options(model, asked))
     assert model.training and model.model.layers[0].self_attn.training
+    for _ in score_options(model, asked):  # nor does the caller's own code run in another
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

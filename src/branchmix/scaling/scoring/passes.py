@@ -46,7 +46,7 @@ def score_options(
     equal = length_dependent(model.config)
     total, done = sum(question.refused is None for question in questions), 0
     sums: dict[int, list[list[float]]] = {}
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model):
         for trunk in plan(questions, share=share):
             cache = _run(model, [Branch(trunk.tokens, ())], None, keep=True)[1] if trunk.tokens else None
             for batch in batches(trunk, batch_tokens, equal_lengths=equal):
@@ -90,6 +90,7 @@ def _score(model: Any, batch: Sequence[Row], cache: Any, batch_tokens: int) -> I
             yield batch[part[place][0]].question, option, value
 
 
+@torch.inference_mode()  # not around what yields: the caller's own code would run in it
 def _run(
     model: Any, batch: Sequence[Row | Branch], cache: Any, *, keep: bool = False
 ) -> tuple[list[tuple[int, int, float]], Any]:
@@ -119,6 +120,7 @@ def _run(
     return [(number, target.option, value) for (number, target), value in zip(wanted, logp, strict=True)], kept
 
 
+@torch.inference_mode()
 def _select(cache: Any, rows: list[int]) -> Any:
     """A copy of a cache that has these of its rows; a pass adds to the copy alone."""
     if cache is None:
