@@ -8,6 +8,8 @@ machine don't count. lm-eval reads options of one token off one pass by default,
 is lm-eval with `logits_cache=False`. A batch of ours has at most as many tokens as lm-eval's largest.
 `floor` is the model's body on every different input token sequence, one at a time, and nothing else: without the head,
 the softmax, or any sharing. The log-probabilities must agree to 1e-4. Results go to benchmarks/results/.
+
+`--count` runs nothing: it counts the FLOPs of matrix products that both ways ask for, by the exact accounting.
 """
 
 from __future__ import annotations
@@ -50,10 +52,52 @@ def main() -> int:
         examples = load_examples(args.data / KNOWN[task].file, "classification")
         wanted = args.examples.get(task) or len(examples)
         chosen = examples[:: max(1, len(examples) // wanted)][:wanted]
+        if args.count:
+            print(json.dumps({task: count(args, model, tokenizer, chosen)}))
+            continue
         results[task] = {"examples": len(chosen), "of": len(examples), **measure(args, model, tokenizer, chosen)}
         print(json.dumps({task: {key: results[task][key] for key in ("cpu_seconds", "ratios")}}), file=sys.stderr)
-    report(args, results)
+    if not args.count:
+        report(args, results)
     return 0
+
+
+def count(args: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
+    """Tokens through the body and positions through the head, and how much less work ours is; attention at the mean
+    length of an input."""
+    from branchmix.accounting import inspect
+    from branchmix.likelihood.forward import max_positions
+    from branchmix.scaling.scoring.plan import batches, plan
+    from branchmix.scaling.scoring.tokens import Bos, Question, encode_questions
+
+    questions = [Question(example.prompt, example.classes) for example in examples]
+    bos = Bos.of(tokenizer, model.config, "default")
+    encoded = encode_questions(tokenizer, questions, bos, max_positions(model.config))
+    inputs = [one.context + option[:-1] for one in encoded for option in one.options]
+    size = args.batch_size
+
+    def padded(rows: list[tuple[int, ...]]) -> int:
+        lengths = sorted(map(len, rows), reverse=True)
+        return sum(lengths[start] * len(lengths[start : start + size]) for start in range(0, len(lengths), size))
+
+    body = head = 0
+    for trunk in plan(encoded):
+        body += len(trunk.tokens)
+        for batch in batches(trunk, size * max(map(len, inputs))):
+            branches = [branch for row in batch for branch in row.branches]
+            for rows in (batch, branches):
+                body += max((len(row.tokens) for row in rows), default=0) * len(rows)
+                head += sum(len({target.place for target in row.targets}) for row in rows)
+    flops = inspect(args.model, context=round(sum(map(len, inputs)) / len(inputs))).flops
+    assert flops is not None
+    ours = body * flops.non_embedding + head * flops.lm_head
+    theirs = {"lm-eval": padded(list(dict.fromkeys(inputs))), "no cache": padded(inputs)}
+    return {
+        "examples": len(examples),
+        "branchmix": {"body": body, "head": head},
+        **{name: {"body": tokens, "head": tokens} for name, tokens in theirs.items()},
+        "ratios": {name: round(tokens * flops.total / ours, 3) for name, tokens in theirs.items()},
+    }
 
 
 def measure(args: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
@@ -174,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of a batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--count", action="store_true", help="count the work instead of measuring")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser
 

@@ -25,7 +25,7 @@ LEVELS = {
     "demo": 3,
     "cli": 4,
 }
-"""cli -> demo -> {upcycling, train, ...} -> {checkpoint, settings, models, accounting, recipe, data} -> errors."""
+"""cli -> demo -> {upcycling, train, ...} -> {checkpoint, settings, models, accounting, likelihood, ...} -> errors."""
 ENTRANCES = {"__init__", "__main__", "_registration"}
 """The package's own doors: they name everything, lazily."""
 FILES = sorted(ROOT.rglob("*.py"))
