@@ -138,6 +138,15 @@ def test_what_is_shared_is_computed_once() -> None:
     assert seen == [2]  # options of one token need one row
 
 
+def test_one_prompt_of_many_questions_keeps_a_token_to_predict_from() -> None:
+    """All share the whole prompt; and one prompt is where others only begin."""
+    shared = tuple(range(3, 53))
+    asked = [Encoded(shared, ((60 + n,), (70, 71 + n))) for n in range(6)]
+    asked += [Encoded((*shared, 7 + n), ((60, 5), (61, 6))) for n in range(3)]
+    assert [len(trunk.tokens) for trunk in plan(asked)] == [49]
+    agree(BY_NAME["llama"].model(0), asked)
+
+
 def test_the_plan_takes_a_trunk_only_where_it_pays() -> None:
     def rows(length: int, number: int) -> list[Encoded]:
         return [Encoded((*range(3, 3 + length), 40 + n, 9), ((50,), (60,))) for n in range(number)]
