@@ -27,8 +27,9 @@ from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import select
 from branchmix.evaluate.ensemble import ensemble_log_probs
 from branchmix.evaluate.perplexity import DocumentScore, bits_per_byte
-from branchmix.evaluate.records import Records, Scored, model_hash
+from branchmix.evaluate.records import Records, Scored
 from branchmix.evaluate.run import evaluate
+from branchmix.likelihood.records import model_hash
 from branchmix.upcycling import upcycle
 from mixtures import load, recipe
 

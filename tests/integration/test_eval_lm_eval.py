@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 import corpora
-from branchmix.evaluate.perplexity import encode, prefix_token, token_log_probs
+from branchmix.evaluate.perplexity import token_log_probs
+from branchmix.likelihood.models import encode, prefix_token
 from families import BY_NAME
 from mixtures import load, random_mixture
 from naive import token_by_token

@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.perplexity import (
-    DocumentScore,
-    aggregate,
-    bits_per_byte,
-    encode,
-    prefix_token,
-    token_log_probs,
-)
+from branchmix.evaluate.perplexity import DocumentScore, aggregate, bits_per_byte, token_log_probs
+from branchmix.likelihood.models import encode, prefix_token
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture
 from naive import token_by_token

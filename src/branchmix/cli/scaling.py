@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from branchmix.cli.scaling_data import data_app
+from branchmix.cli.scaling_run import EPILOG as RUN_EPILOG
+from branchmix.cli.scaling_run import run_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +53,9 @@ scaling_app.add_typer(data_app, name="data")
 @scaling_app.callback()
 def _scaling() -> None:
     pass
+
+
+scaling_app.command("run", epilog=RUN_EPILOG)(run_command)
 
 
 @scaling_app.command("trends", epilog=TRENDS_EPILOG)

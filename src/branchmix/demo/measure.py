@@ -46,7 +46,8 @@ def measure(out: Path, name: str, *, held_out: dict[str, Any], max_length: int) 
 
     from branchmix.data.config import HeldOut, Source
     from branchmix.data.corpus import open_corpus
-    from branchmix.evaluate.perplexity import document_score, encode, prefix_token, token_log_probs
+    from branchmix.evaluate.perplexity import document_score, token_log_probs
+    from branchmix.likelihood.models import encode, prefix_token
     from branchmix.train.models import has_bf16
 
     logging.set_verbosity_error()

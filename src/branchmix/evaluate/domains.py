@@ -5,9 +5,11 @@ from __future__ import annotations
 from branchmix.errors import CheckpointError
 from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.documents import Document
-from branchmix.evaluate.perplexity import Progress, TextScore, aggregate, document_score, encode, token_log_probs
-from branchmix.evaluate.records import Records, Scored, key_of
+from branchmix.evaluate.perplexity import Progress, TextScore, aggregate, document_score, token_log_probs
+from branchmix.evaluate.records import Records, Scored
 from branchmix.evaluate.report import ModelReport
+from branchmix.likelihood.models import encode
+from branchmix.likelihood.records import key_of
 
 
 class Reader:

@@ -10,26 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood.forward import evaluating, length_dependent, log_probs, logits_at, max_positions
+from branchmix.likelihood.models import encode, prefix_token
 
 Progress = Callable[[str, int, int], None]
 
 BATCH_TOKENS = 2048
 """Tokens of a forward pass, padding included. On a CPU more gains nothing; the logits take this many times the
 vocabulary."""
-_TOKENIZED_AT_ONCE = 256
-_LOGITS_AT_ONCE = 1 << 22
-"""Of the softmax in fp32: 16 MB, about what a cache holds; in one piece it takes twice the time."""
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary embeddings that look at the longest row of a batch: padding would change the shorter ones."""
 
 
 @dataclass(frozen=True)
@@ -133,27 +128,6 @@ def document_score(
     return DocumentScore(-float(logp_T.sum(dtype=np.float64)), len(logp_T), num_bytes)
 
 
-def prefix_token(tokenizer: Any, config: Any) -> int | None:
-    """What a document's first token is predicted from: BOS, else EOS, of the tokenizer, else of the model's config."""
-    for holder in (tokenizer, config.get_text_config()):
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(holder, name, None)
-            token = token[0] if isinstance(token, list) and token else token
-            if isinstance(token, int):
-                return token
-    return None
-
-
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """The tokens of each text, with no special tokens around them."""
-    documents: list[np.ndarray] = []
-    for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-        part = list(texts[start : start + _TOKENIZED_AT_ONCE])
-        encoded = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        documents += [np.asarray(tokens, dtype=np.int64) for tokens in encoded["input_ids"]]
-    return documents
-
-
 def token_log_probs(
     model: Any,
     documents: Sequence[np.ndarray],
@@ -244,27 +218,6 @@ def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool
 
 
 @torch.inference_mode()
-def logits_at(
-    model: Any, inputs: Sequence[np.ndarray], rows_N: np.ndarray, places_N: np.ndarray, targets_N: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's logits [N, V] at ``places_N`` of the inputs ``rows_N``, and the targets on its device.
-
-    Padding is on the right, where causal attention never sees it, so no mask is needed and attention takes its fastest
-    way. The head runs on the predicted positions only.
-    """
-    length = max(map(len, inputs))
-    inputs_BT = np.empty((len(inputs), length), dtype=np.int64)
-    for row, tokens in enumerate(inputs):
-        inputs_BT[row, : len(tokens)] = tokens
-        inputs_BT[row, len(tokens) :] = tokens[-1]
-    wanted = (torch.from_numpy(rows_N), torch.from_numpy(places_N))
-    with head_at(model, *wanted) as narrowed:
-        output = model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
-    logits_NV = output.logits.squeeze(0) if narrowed else output.logits[wanted]
-    return logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)
-
-
-@torch.inference_mode()
 def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) -> np.ndarray:
     """Log-probabilities of the batch's predicted tokens, window after window."""
     inputs = [tokens[window.document][window.start : window.end] for window in batch]
@@ -272,58 +225,6 @@ def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) 
     places_N = np.concatenate([np.arange(window.first, window.end) - window.start for window in batch])
     targets_N = np.concatenate([tokens[window.document][window.first + 1 : window.end + 1] for window in batch])
     return log_probs(*logits_at(model, inputs, rows_N, places_N, targets_N))
-
-
-def log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> np.ndarray:
-    """``log_softmax`` in fp32 at the targets, without a second tensor of the logits' size.
-
-    Raises:
-        CheckpointError: they are not finite.
-    """
-    step = max(1, _LOGITS_AT_ONCE // logits_NV.shape[-1])
-    parts = []
-    for start in range(0, len(logits_NV), step):
-        part_NV = logits_NV[start : start + step].float()
-        parts.append(-nn.functional.cross_entropy(part_NV, targets_N[start : start + step], reduction="none"))
-    logp_N: np.ndarray = torch.cat(parts).cpu().numpy()
-    if not np.isfinite(logp_N).all():
-        raise CheckpointError("the model's logits are not finite: its weights are broken, or too large for its dtype")
-    return logp_N
-
-
-@contextmanager
-def head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterator[list[bool]]:
-    """Lets the head see ``hidden[rows, places]`` as [1, N, D] only; the list is filled when it did.
-
-    The head is a large part of a small model, and what the family does to its logits (scaling, soft caps) stays its
-    own. transformers' ``logits_to_keep`` takes the same places of every row only.
-    """
-    done: list[bool] = []
-
-    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_BTD = args[0]
-        done.append(True)
-        return hidden_BTD[rows_N.to(hidden_BTD.device), places_N.to(hidden_BTD.device)][None], *args[1:]
-
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(narrow) if isinstance(head, nn.Module) else None
-    try:
-        yield done
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout inside the block, and as it was after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
@@ -354,16 +255,3 @@ def check_tokens(model: Any, documents: Sequence[np.ndarray]) -> None:
         raise CheckpointError(
             f"the tokenizer gives token {greatest}, but the model knows {rows}: it is not the model's"
         )
-
-
-def max_positions(config: Any) -> int | None:
-    """Tokens that a model takes at most, by its config; None where the config does not say."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if isinstance(positions, int) and positions > 0 else None
-
-
-def length_dependent(config: Any) -> bool:
-    """Whether padding would change the shorter rows of a batch."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type") in _LENGTH_DEPENDENT for kind in kinds)

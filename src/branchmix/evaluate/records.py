@@ -1,4 +1,4 @@
-"""Results of documents that outlive a killed evaluation (see ``journal.py``).
+"""Results of documents that outlive a killed evaluation (see ``likelihood/records.py``).
 
 A line is found again by what it was computed from: the model's files, dtype, tokenizer, window and the document's text.
 Names of folders and domains play no part, so moving a model or regrouping documents loses nothing.
@@ -7,18 +7,13 @@ Names of folders and domains play no part, so moving a model or regrouping docum
 from __future__ import annotations
 
 import base64
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.hashes import FileHashes
-from branchmix.evaluate.journal import Journal
 from branchmix.evaluate.perplexity import DocumentScore
-
-FILE = "records.jsonl"
+from branchmix.likelihood.records import FILE, Journal
 
 
 @dataclass(frozen=True)
@@ -58,24 +53,3 @@ class Records(Journal):
                 "log_probs": base64.b64encode(scored.log_probs.astype("<f4").tobytes()).decode(),
             }
         )
-
-
-def key_of(facts: dict[str, Any]) -> str:
-    """A short name for what results depend on."""
-    from xxhash import xxh3_128_hexdigest
-
-    return str(xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode()))
-
-
-def model_hash(folder: Path) -> str:
-    """Of the content of a model's config, code and weights; reading them costs about what loading them does."""
-    patterns = ("*.safetensors", "config.json", "adapter_config.json", "*.py")
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
-    with FileHashes(files) as hashes:
-        return key_of({file.name: hashes.of(file) for file in files})
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Of what turns text into tokens; chat templates and the like don't count."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return key_of({"tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab()})

@@ -20,11 +20,12 @@ from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import Document, select
 from branchmix.evaluate.domains import Reader
 from branchmix.evaluate.ensemble import ensemble_log_probs
-from branchmix.evaluate.loading import check_dtype
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, aggregate, max_positions
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, aggregate
 from branchmix.evaluate.records import Records
 from branchmix.evaluate.report import EvalReport, ModelReport
 from branchmix.evaluate.tasks.options import TaskOptions
+from branchmix.likelihood.forward import max_positions
+from branchmix.likelihood.models import check_dtype
 
 MAX_LENGTH = 2048
 """Tokens of the window unless said otherwise, if all models have as many positions."""

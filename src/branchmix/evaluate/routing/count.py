@@ -13,17 +13,8 @@ import numpy as np
 import torch
 
 from branchmix.errors import CheckpointError
-from branchmix.evaluate.perplexity import (
-    BATCH_TOKENS,
-    Progress,
-    Window,
-    batches,
-    check_window,
-    evaluating,
-    head_at,
-    length_dependent,
-    window_places,
-)
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, Window, batches, check_window, window_places
+from branchmix.likelihood.forward import evaluating, head_at, length_dependent
 from branchmix.models.routers import RouterPlace, Rule, entropy_of, load_of
 
 KINDS_OF_TOKENS = 8192

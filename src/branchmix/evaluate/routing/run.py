@@ -15,10 +15,11 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import Document, select
-from branchmix.evaluate.loading import Candidate, check_dtype
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, encode, max_positions, prefix_token
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
 from branchmix.evaluate.routing.count import Counts, count
 from branchmix.evaluate.routing.report import RoutingReport, report
+from branchmix.likelihood.forward import max_positions
+from branchmix.likelihood.models import TextModel, check_dtype, encode, prefix_token
 from branchmix.models.routers import find_routers
 
 MAX_LENGTH = 2048
@@ -88,7 +89,7 @@ def routes(
             "give either texts or data" + (": there is no text to route" if data is None else ", not both")
         )
     config = data if data is None or isinstance(data, EvalData) else EvalData.load(data)
-    candidate = Candidate(resolve(model), dtype, trust_remote_code)
+    candidate = TextModel(resolve(model), dtype, trust_remote_code)
     if config is None:
         found = {TEXTS: [Document.of(text) for text in texts][:limit]}
     else:
@@ -100,7 +101,7 @@ def routes(
         raise RecipeError(f"max_length: {window} is more than the {positions} positions of {model}")
     if progress is not None:
         progress("loading", 0, 1)
-    loaded = candidate.model()
+    loaded = candidate.load()
     if progress is not None:
         progress("loading", 1, 1)
     places = find_routers(loaded)

@@ -14,10 +14,9 @@ from lm_eval.api.model import LM
 
 from branchmix.errors import CheckpointError
 from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.journal import Journal
 from branchmix.evaluate.perplexity import Progress
-from branchmix.evaluate.records import key_of
 from branchmix.evaluate.tasks.live import LiveModel
+from branchmix.likelihood.records import Journal, key_of
 
 FILE = "requests.jsonl"
 

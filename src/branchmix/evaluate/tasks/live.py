@@ -20,16 +20,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.perplexity import (
-    Progress,
-    Window,
-    batches,
-    check_tokens,
-    evaluating,
-    length_dependent,
-    log_probs,
-    logits_at,
-)
+from branchmix.evaluate.perplexity import Progress, Window, batches, check_tokens
+from branchmix.likelihood.forward import evaluating, length_dependent, log_probs, logits_at
 
 Pair = tuple[Any, list[int], list[int]]
 """lm-eval's encoded request: its texts, the tokens of the context and of the continuation."""

@@ -16,13 +16,14 @@ from lm_eval.models.utils import DEFAULT_MAX_LENGTH
 
 from branchmix.checkpoint.folder import writing
 from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.perplexity import Progress, max_positions
+from branchmix.evaluate.perplexity import Progress
 from branchmix.evaluate.report import Measured, SuiteScore, TaskScore
 from branchmix.evaluate.tasks.answers import Answers, RecordedModel
 from branchmix.evaluate.tasks.loading import Loaded, load, seeded
 from branchmix.evaluate.tasks.options import TaskOptions
 from branchmix.evaluate.tasks.sources import quiet, sources
 from branchmix.evaluate.tasks.suites import EVERYTHING, chosen_suites
+from branchmix.likelihood.forward import max_positions
 
 EXAMPLES = "examples"
 """Folder of every example's prompt, answer and metrics, below that of the results."""

@@ -1,27 +1,28 @@
-"""A model that is given for evaluation: its config and tokenizer at once, its weights when they are needed."""
+"""A causal LM with its tokenizer, from a folder or the Hub; and text as tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood.records import tokenizer_hash
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+_TOKENIZED_AT_ONCE = 256
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuses what is no dtype of weights."""
+    """Refuse what no model is loaded in."""
     if dtype not in DTYPES:
         raise RecipeError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
 
 
-class Candidate:
-    """A folder with a model and its tokenizer.
-
-    Raises:
-        CheckpointError: it is none, or transformers cannot load it.
-    """
+class TextModel:
+    """A model's config and tokenizer; its weights are loaded when they are asked for."""
 
     def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool):
         from transformers import AutoConfig, AutoTokenizer
@@ -36,8 +37,9 @@ class Candidate:
             )
         self.config = self._load(AutoConfig)
         self.tokenizer = self._load(AutoTokenizer)
+        self.tokenizer_hash = tokenizer_hash(self.tokenizer)
 
-    def model(self) -> Any:
+    def load(self) -> Any:
         """The causal LM, ready for evaluation, on a GPU if there is one."""
         import torch
         from transformers import AutoModelForCausalLM
@@ -53,3 +55,24 @@ class Candidate:
             if "trust_remote_code" in str(error) and not self.trust_remote_code:
                 reason = "it brings code of its own: read that code, then allow it with --trust-remote-code"
             raise CheckpointError(f"{self.given}: transformers cannot load it: {reason}") from error
+
+
+def prefix_token(tokenizer: Any, config: Any) -> int | None:
+    """What a document's first token is predicted from: BOS, else EOS, of the tokenizer, else of the model's config."""
+    for holder in (tokenizer, config.get_text_config()):
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(holder, name, None)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                return token
+    return None
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """The tokens of each text, with no special tokens around them."""
+    documents: list[np.ndarray] = []
+    for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+        part = list(texts[start : start + _TOKENIZED_AT_ONCE])
+        encoded = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        documents += [np.asarray(tokens, dtype=np.int64) for tokens in encoded["input_ids"]]
+    return documents
