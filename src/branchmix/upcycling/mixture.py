@@ -1,0 +1,66 @@
+"""An existing mixture, opened by its headers: what adding, removing and exporting experts have in common."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.errors import CheckpointError
+from branchmix.recipe import DTYPES
+from branchmix.upcycling.sources import MixtureExpert
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+class OpenedMixture:
+    """Config, tensors and experts of a mixture.
+
+    Args:
+        given: folder or Hub id, as the user wrote it.
+        otherwise: what to do with a model that is no mixture, for the error.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no mixture.
+    """
+
+    def __init__(self, given: str, *, otherwise: str):
+        self.resolved: ResolvedModel = resolve(given)
+        self.index = CheckpointIndex.open(self.resolved.folder)
+        self.config: Config = self.index.config
+        if self.config.get("model_type") != "branchmix":
+            raise CheckpointError(f"{given}: is a {self.config.get('model_type')} model, not a mixture: {otherwise}")
+        lacking = [key for key in ("seed_config", "num_experts", "num_experts_per_tok") if not self.config.get(key)]
+        if lacking:
+            raise CheckpointError(
+                f"{self.resolved.folder / 'config.json'}: has no {lacking[0]}: copy the mixture's own here"
+            )
+        self.seed_config: Config = self.config["seed_config"]
+        self.family: Family = family_of(self.seed_config)
+        self.dims: Dimensions = dimensions(self.seed_config)
+        count = self.config["num_experts"]
+        self.names: list[str] = self.config.get("expert_names") or [f"expert-{number}" for number in range(count)]
+        self.experts = [
+            MixtureExpert(name, self.index, self.family, self.dims, number) for number, name in enumerate(self.names)
+        ]
+        stored = next(iter(self.index.tensors.values())).dtype
+        self.dtype = DTYPES.get(str(self.config.get("dtype")), stored)
+
+    @property
+    def has_attention_experts(self) -> bool:
+        return self.config.get("attention", "kv_experts") in ("kv_experts", "kv_sharing")
+
+    @property
+    def has_ffn_experts(self) -> bool:
+        return bool(self.config.get("ffn", "experts") == "experts")
+
+    def provenance(self) -> dict[str, Any]:
+        """Recipe, sources and changes, from ``branchmix.json``; without one the mixture itself is the source."""
+        path = self.resolved.folder / "branchmix.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {"recipe": {}, "sources": [{"name": "mixture", "model": self.resolved.given, "revision": None}]}
+        return {key: value for key, value in found.items() if key not in ("versions", "notes")}
