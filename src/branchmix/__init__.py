@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from branchmix.accounting import inspect
-    from branchmix.export import export_model
+    from branchmix.export import export_model, push
     from branchmix.models.configuration_branchmix import BranchMixConfig
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
     from branchmix.recipe import Recipe
@@ -26,6 +26,7 @@ _HOME = {
     "add_expert": "branchmix.upcycling",
     "remove_expert": "branchmix.upcycling",
     "export_model": "branchmix.export",
+    "push": "branchmix.export",
     "inspect": "branchmix.accounting",
     "BranchMixConfig": "branchmix.models.configuration_branchmix",
     "BranchMixModel": "branchmix.models.modeling_branchmix",
@@ -41,6 +42,7 @@ __all__ = [
     "add_expert",
     "export_model",
     "inspect",
+    "push",
     "remove_expert",
     "upcycle",
 ]

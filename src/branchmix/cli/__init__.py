@@ -21,6 +21,8 @@ from branchmix.cli.export import export_command
 from branchmix.cli.generate import EPILOG as GENERATE_EPILOG
 from branchmix.cli.generate import generate_command
 from branchmix.cli.inspect import inspect_command
+from branchmix.cli.push import EPILOG as PUSH_EPILOG
+from branchmix.cli.push import push_command
 from branchmix.cli.scaling import scaling_app
 from branchmix.cli.train import EPILOG as TRAIN_EPILOG
 from branchmix.cli.train import train_command
@@ -48,6 +50,7 @@ app.command("generate", epilog=GENERATE_EPILOG)(generate_command)
 app.command("add-expert", epilog=ADD_EPILOG)(add_expert_command)
 app.command("remove-expert", epilog=REMOVE_EPILOG)(remove_expert_command)
 app.command("export", epilog=EXPORT_EPILOG)(export_command)
+app.command("push", epilog=PUSH_EPILOG)(push_command)
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it; newer typer returns it, older ones raise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of
@@ -57,10 +58,33 @@ class OpenedMixture:
         return bool(self.config.get("ffn", "experts") == "experts")
 
     def provenance(self) -> dict[str, Any]:
-        """Recipe, sources and changes, from ``branchmix.json``; without one the mixture itself is the source."""
-        path = self.resolved.folder / "branchmix.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {"recipe": {}, "sources": [{"name": "mixture", "model": self.resolved.given, "revision": None}]}
-        return {key: value for key, value in found.items() if key not in ("versions", "notes")}
+        """Recipe, sources and changes; without a record the mixture itself is the source."""
+        return provenance_of(self.resolved.folder) or {
+            "recipe": {},
+            "sources": [{"name": "mixture", "model": self.resolved.given, "revision": self.resolved.revision}],
+        }
+
+
+def provenance_of(folder: Path) -> dict[str, Any] | None:
+    """What ``branchmix.json`` tells of a model's making; of a trained model, that of the mixture it was trained from.
+
+    Args:
+        folder: of a checkpoint.
+    """
+    found = _read(folder / "branchmix.json")
+    if found is None:
+        trained_from = ((_read(folder / "training.json") or {}).get("config") or {}).get("model")
+        if not isinstance(trained_from, str) or not Path(trained_from).is_dir():
+            return None
+        found = _read(Path(trained_from) / "branchmix.json")
+    if found is None or not isinstance(found.get("sources"), list):
+        return None
+    return {"recipe": {}, **{key: value for key, value in found.items() if key not in ("versions", "notes")}}
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
