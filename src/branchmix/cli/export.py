@@ -45,7 +45,7 @@ def export_command(
     no_check: NoCheck = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a mixture as a native checkpoint (Mixtral, Qwen-MoE, FlexOLMo) or one expert of it as a dense one."""
+    """Write a mixture as a native or dense checkpoint."""
     from branchmix.cli.console import progress_bar, quiet_libraries
     from branchmix.cli.upcycle import warn_of_leftovers
     from branchmix.export import export_model

@@ -43,7 +43,7 @@ def push_command(
     force: Annotated[bool, typer.Option("--force", help="Commit over what the repository holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Upload a checkpoint to the Hugging Face Hub, with a model card."""
+    """Upload a checkpoint to the Hugging Face Hub."""
     from branchmix.cli.console import notice
     from branchmix.export.upload import push
 
