@@ -36,8 +36,6 @@ def register_models() -> None:
     register_configuration()
     AutoModel.register(BranchMixConfig, BranchMixModel, exist_ok=True)
     AutoModelForCausalLM.register(BranchMixConfig, BranchMixForCausalLM, exist_ok=True)
-    # `transformers serve` asks no auto class: it looks for the architecture's name in transformers itself.
-    sys.modules["transformers"].BranchMixForCausalLM = BranchMixForCausalLM  # type: ignore[attr-defined]
 
 
 _AFTER: dict[str, Callable[[], None]] = {_CONFIGS: register_configuration, _MODELS: register_models}

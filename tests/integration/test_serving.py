@@ -1,4 +1,4 @@
-"""Servers on a mixture: transformers' own through the OpenAI client, and what vLLM's transformers backend asks for.
+"""Servers: transformers' own on a native export through the OpenAI client, and, on mixtures, what vLLM's transformers backend asks for.
 
 vLLM itself is no dependency (docs/ecosystem.md tells what was run with it). What it does to a model is done here: sizes
 are read from the config as it reads them, the model is built on the meta device from ``auto_map``, and attention runs
@@ -36,8 +36,7 @@ Siblings = Callable[..., dict[str, Path]]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SERVE = "import branchmix; from transformers.cli.transformers import main; main()"
-"""As in docs/ecosystem.md: `transformers serve` looks for classes by name, and knows only those of its own package."""
+SERVE = "from transformers.cli.transformers import main; main()"
 
 
 def free_port() -> int:
@@ -48,12 +47,15 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_transformers_serve_answers_the_openai_client(siblings: Siblings, tmp_path: Path) -> None:
-    """Greedy answers over HTTP, at once and streamed, are those of ``generate`` here."""
+    """Greedy answers over HTTP, at once and streamed, are those of the mixture's ``generate`` here; the export is served."""
     from openai import OpenAI
 
-    folder = tmp_path / "mixture"
-    branchmix.upcycle(recipe(siblings("llama", vocab_size=300), routing={"ffn": {"top_k": 2}}), folder)
-    save_byte_tokenizer(folder)
+    folder = tmp_path / "native"
+    gates = {"ffn": {"top_k": 2, "normalize": True}}
+    models = siblings("llama", vocab_size=300)
+    branchmix.upcycle(recipe(models, attention="average", routing=gates), tmp_path / "btx")
+    save_byte_tokenizer(tmp_path / "btx")
+    branchmix.export_model(tmp_path / "btx", folder, to="mixtral")
     port, command = free_port(), [sys.executable, "-c", SERVE]
     command += ["serve", str(folder), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
     command += ["--dtype", "float32"]
@@ -74,7 +76,7 @@ def test_transformers_serve_answers_the_openai_client(siblings: Siblings, tmp_pa
     finally:
         server.terminate()
         server.wait(30)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(tmp_path / "btx")
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     new = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
     expected = tokenizer.decode(new, skip_special_tokens=True)
