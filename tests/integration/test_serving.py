@@ -1,4 +1,4 @@
-"""Servers: transformers' own on a native export through the OpenAI client, and, on mixtures, what vLLM's transformers backend asks for.
+"""Servers: transformers' own on a native export, and what vLLM's transformers backend asks of a mixture.
 
 vLLM itself is no dependency (docs/ecosystem.md tells what was run with it). What it does to a model is done here: sizes
 are read from the config as it reads them, the model is built on the meta device from ``auto_map``, and attention runs
@@ -47,7 +47,7 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_transformers_serve_answers_the_openai_client(siblings: Siblings, tmp_path: Path) -> None:
-    """Greedy answers over HTTP, at once and streamed, are those of the mixture's ``generate`` here; the export is served."""
+    """Greedy answers over HTTP, at once and streamed, are those of the mixture's ``generate`` here."""
     from openai import OpenAI
 
     folder = tmp_path / "native"
