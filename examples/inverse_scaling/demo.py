@@ -24,11 +24,13 @@ from branchmix.train.launch import Job, JobState, cores, run_processes
 
 WIDTHS = (32, 48, 64, 96, 128, 192)
 SEEDS = (1, 2, 3)
-TOKENS = 2_000_000
+TOKENS = 3_000_000
+PEAK_AT_64 = 5e-3
+"""Peak learning rate at width 64; it falls with the square root of the width, or the widest do not learn."""
 
 
 def run_settings(out: Path, width: int, seed: int) -> dict[str, object]:
-    """A run of ``branchmix train``: two layers of Llama, nothing but the width and the seed differs."""
+    """A run of ``branchmix train``: two layers of Llama; width, learning rate and seed differ, nothing else."""
     return {
         "model": {
             "model_type": "llama",
@@ -47,7 +49,7 @@ def run_settings(out: Path, width: int, seed: int) -> dict[str, object]:
         "sequence_length": 128,
         "batch_size": 32,
         "budget": {"tokens": TOKENS},
-        "learning_rate": {"peak": 5e-3, "warmup": 0.05, "final": 0.1},
+        "learning_rate": {"peak": round(PEAK_AT_64 * (64 / width) ** 0.5, 5), "warmup": 0.05, "final": 0.1},
         "random_seed": seed,
         "threads": 1,
     }
@@ -106,15 +108,14 @@ def main() -> None:
     arguments = parser.parse_args()
     out, seeds = arguments.out, list(range(1, arguments.seeds + 1))
     began = time.monotonic()
-    if not (out / "tasks" / "known-sayings.yaml").is_file():
-        text.write(out)
+    text.write(out)
     train(out, seeds)
     models = [{"model": f"models/{name_of(width, seed)}", "seed": seed} for width in WIDTHS for seed in seeds]
     family = {"family": "sayings", "models": models}
     (out / "family.yaml").write_text(yaml.safe_dump(family, sort_keys=False), encoding="utf-8")
     tasks = ",".join(str(out / "tasks" / f"{name}.yaml") for name in text.DESCRIPTIONS)
     branchmix("scaling", "run", str(out / "family.yaml"), "--tasks", tasks, "--out", str(out / "results"))
-    branchmix("scaling", "trends", str(out / "results"), "--html", str(out / "index.html"))
+    branchmix("scaling", "trends", str(out / "results"), "--html", str(out / "index.html"), "--force")
     print(f"\nthe page: {out / 'index.html'} ({(time.monotonic() - began) / 60:.0f} minutes)")
 
 

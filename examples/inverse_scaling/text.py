@@ -7,7 +7,7 @@ saying is always the same. Half of the documents are two sayings. The other half
 
     End this with buckets: a foolish kettle will sing with lanterns
 
-and there lies the trap. Four times in ten the saying does end as it was told (buckets), and otherwise as it always
+and there lies the trap. Three times in ten the saying does end as it was told (buckets), and otherwise as it always
 does. A small model has no room for thousands of sayings: what it can learn is to repeat the word it was told. A larger
 one knows the saying, and has read that sayings win.
 
@@ -27,12 +27,14 @@ import random
 import sys
 from pathlib import Path
 
+import yaml
+
 from branchmix.scaling.examples import Example, jsonl
 from branchmix.scaling.generate.words import ENDINGS, NOUNS, PLURALS
 
 NUM_SAYINGS = 3000
 NUM_DOCUMENTS = 240_000
-OBEYED = 0.4
+OBEYED = 0.3
 """Share of the instructions that the text follows."""
 NUM_EXAMPLES = 500
 """Of each task."""
@@ -106,10 +108,11 @@ def write(out: Path) -> None:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents())
     for name, examples in tasks().items():
         (out / "tasks" / f"{name}.jsonl").write_bytes(jsonl(examples))
-        settings = [f"name: {name}", f"data: {name}.jsonl", "cause: strong prior", f"description: {DESCRIPTIONS[name]}"]
-        if name == "known-sayings":
-            settings.pop(2)
-        (out / "tasks" / f"{name}.yaml").write_text("\n".join(settings) + "\n", encoding="utf-8")
+        settings = {"name": name, "data": f"{name}.jsonl", "description": DESCRIPTIONS[name]}
+        if name == "ends-as-told":
+            settings["cause"] = "strong prior"
+        file = out / "tasks" / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(settings, sort_keys=False, width=120), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from branchmix.accounting import inspect
+    from branchmix.export import export_model, push
     from branchmix.models.configuration_branchmix import BranchMixConfig
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
     from branchmix.recipe import Recipe
@@ -24,6 +25,8 @@ _HOME = {
     "upcycle": "branchmix.upcycling",
     "add_expert": "branchmix.upcycling",
     "remove_expert": "branchmix.upcycling",
+    "export_model": "branchmix.export",
+    "push": "branchmix.export",
     "inspect": "branchmix.accounting",
     "BranchMixConfig": "branchmix.models.configuration_branchmix",
     "BranchMixModel": "branchmix.models.modeling_branchmix",
@@ -37,7 +40,9 @@ __all__ = [
     "Recipe",
     "__version__",
     "add_expert",
+    "export_model",
     "inspect",
+    "push",
     "remove_expert",
     "upcycle",
 ]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import huggingface_hub
@@ -21,6 +19,7 @@ from branchmix.errors import DataError, OutputError
 from branchmix.scaling import official
 from branchmix.scaling.official import check, fetch, verify
 from branchmix.scaling.tasks import TASKS
+from hub_server import environment_for, served
 
 CONTENTS = {name: f'{{"prompt":"{name}"}}\n'.encode() * 3 for name in ("neqa", "redefine", "memo-trap")}
 """Three tasks whose files we may have in a test."""
@@ -165,13 +164,8 @@ def hub(files: dict[str, bytes]) -> Iterator[str]:
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served(Handler) as address:
+        yield address
 
 
 SCRIPT = """
@@ -197,13 +191,7 @@ def test_fetch_through_the_hubs_own_client(tmp_path: Path) -> None:
 
     def run(repository: str) -> list[str]:
         with hub(files) as address:
-            environment = {
-                **{key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")},
-                "HF_ENDPOINT": address,
-                "HF_HUB_OFFLINE": "0",
-                "HF_HOME": str(tmp_path / "home"),
-                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            }
+            environment = environment_for(address, tmp_path / "home")
             command = [sys.executable, "-c", SCRIPT, str(tmp_path / "out"), repository, *table]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=True)
             return done.stdout.splitlines()

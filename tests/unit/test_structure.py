@@ -22,10 +22,10 @@ LEVELS = {
     "errors": 0,
     **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages", "likelihood"), 1),
     **dict.fromkeys(("upcycling", "train", "evaluate", "scaling", "study"), 2),
-    "demo": 3,
+    **dict.fromkeys(("demo", "export"), 3),
     "cli": 4,
 }
-"""cli -> demo -> {upcycling, train, ...} -> {checkpoint, settings, models, accounting, data, pages, ...} -> errors."""
+"""cli -> {demo, export} -> {upcycling, train, ...} -> {checkpoint, models, data, pages, ...} -> errors."""
 ENTRANCES = {"__init__", "__main__", "_registration"}
 """The package's own doors: they name everything, lazily."""
 FILES = sorted(ROOT.rglob("*.py"))
@@ -82,6 +82,7 @@ LIGHT = [
     *(f"branchmix.checkpoint.{file.stem}" for file in (ROOT / "checkpoint").glob("*.py") if file.stem != "__init__"),
     "branchmix.upcycling.plan",
     "branchmix.upcycling.surgery",
+    "branchmix.export",
     "branchmix.accounting",
     "branchmix.recipe",
     "branchmix.settings",

@@ -16,9 +16,13 @@ from branchmix.cli.demo import demo_command
 from branchmix.cli.eval import EPILOG as EVAL_EPILOG
 from branchmix.cli.eval import eval_command
 from branchmix.cli.experts import ADD_EPILOG, REMOVE_EPILOG, add_expert_command, remove_expert_command
+from branchmix.cli.export import EPILOG as EXPORT_EPILOG
+from branchmix.cli.export import export_command
 from branchmix.cli.generate import EPILOG as GENERATE_EPILOG
 from branchmix.cli.generate import generate_command
 from branchmix.cli.inspect import inspect_command
+from branchmix.cli.push import EPILOG as PUSH_EPILOG
+from branchmix.cli.push import push_command
 from branchmix.cli.routes import EPILOG as ROUTES_EPILOG
 from branchmix.cli.routes import routes_command
 from branchmix.cli.scaling import scaling_app
@@ -48,6 +52,8 @@ app.command("inspect")(inspect_command)
 app.command("generate", epilog=GENERATE_EPILOG)(generate_command)
 app.command("add-expert", epilog=ADD_EPILOG)(add_expert_command)
 app.command("remove-expert", epilog=REMOVE_EPILOG)(remove_expert_command)
+app.command("export", epilog=EXPORT_EPILOG)(export_command)
+app.command("push", epilog=PUSH_EPILOG)(push_command)
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it; newer typer returns it, older ones raise."""

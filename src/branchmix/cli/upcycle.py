@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from branchmix.upcycling import UpcycleReport
     from branchmix.upcycling.plan import Plan
 
@@ -108,10 +110,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "free_bytes": free_bytes(report.out),
         "peak_memory_bytes": PEAK_MEMORY_BYTES,
-        "groups": [
-            {"name": g.name, "tensors": g.count, "shape": list(g.shape), "bytes": g.nbytes, "how": g.how}
-            for g in plan.groups
-        ],
+        "groups": [group.as_dict() for group in plan.groups],
         "notes": list(plan.notes),
         "seconds": round(report.seconds, 3),
         "accounting": _accounting(plan).as_dict(),
@@ -121,15 +120,12 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
     return result
 
 
-def _print_plan(report: UpcycleReport) -> None:
+def plan_table(plan: Plan) -> Table:
+    """Tensors of one kind a line: how many, how large, and what becomes of them."""
     from rich.table import Table
 
-    from branchmix.cli.console import human_bytes, human_count, result_console
-    from branchmix.upcycling.execute import free_bytes
+    from branchmix.cli.console import human_bytes
 
-    plan = report.plan
-    console = result_console()
-    console.print(f"{_method(plan)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("tensors", overflow="fold")
     table.add_column("count", justify="right")
@@ -139,7 +135,17 @@ def _print_plan(report: UpcycleReport) -> None:
     for group in plan.groups:
         shape = " x ".join(map(str, group.shape))
         table.add_row(group.name, str(group.count), shape, human_bytes(group.nbytes), group.how)
-    console.print(table)
+    return table
+
+
+def _print_plan(report: UpcycleReport) -> None:
+    from branchmix.cli.console import human_bytes, human_count, result_console
+    from branchmix.upcycling.execute import free_bytes
+
+    plan = report.plan
+    console = result_console()
+    console.print(f"{_method(plan)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
+    console.print(plan_table(plan))
     accounting = _accounting(plan)
     console.print(
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "

@@ -26,6 +26,24 @@ AUTO_MAP = {
 """Where ``trust_remote_code=True`` finds the classes."""
 
 
+class _OfSeed:
+    """An attribute of the seed's config under its own name; missing where the seed has none, unless given a default."""
+
+    def __init__(self, *default: Any):
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        if config is None:
+            return self
+        return getattr(config.seed_config, self.name, *self.default)
+
+    def __set__(self, config: Any, value: Any) -> None:
+        setattr(config.seed_config, self.name, value)
+
+
 class BranchMixConfig(PreTrainedConfig):
     """What a mixture of attention and FFN experts adds to the dense model it grew from (BAM, arXiv 2408.08274).
 
@@ -110,8 +128,11 @@ class BranchMixConfig(PreTrainedConfig):
         return self.ffn == "experts"
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The seed's config: caches, masks and generation take layers, windows and vocabulary from it."""
-        return self.seed_config
+        """This config: servers take the sizes of attention and experts from it, and those of its own layers are wide.
+
+        What else is asked of a text model's config (``_OfSeed`` below) is the seed's.
+        """
+        return self
 
     # The base class hands these on to sub-configs; the seed's own classes know no experts and would refuse.
     @property
@@ -122,22 +143,39 @@ class BranchMixConfig(PreTrainedConfig):
     def _experts_implementation(self, value: str | dict | None) -> None:
         self._experts_implementation_internal = value.get("") if isinstance(value, dict) else value
 
-    # Sizes under the names that trainers and servers look for.
+    # Sizes under the names that trainers, caches and servers look for: attention's as computed, the rest the seed's.
     @property
-    def vocab_size(self) -> int:
-        return self.seed_config.vocab_size
+    def num_attention_heads(self) -> int:
+        return self._attention_width * self.seed_config.num_attention_heads
 
     @property
-    def hidden_size(self) -> int:
-        return self.seed_config.hidden_size
+    def num_key_value_heads(self) -> int:
+        seed = self.seed_config
+        heads = getattr(seed, "num_key_value_heads", None) or seed.num_attention_heads
+        if hasattr(seed, "multi_query"):  # Falcon counts them elsewhere
+            heads = seed.num_kv_heads if seed.new_decoder_architecture or not seed.multi_query else 1
+        return heads if self.attention == "kv_sharing" else self._attention_width * heads
 
     @property
-    def num_hidden_layers(self) -> int:
-        return self.seed_config.num_hidden_layers
+    def head_dim(self) -> int:
+        seed = self.seed_config
+        return getattr(seed, "head_dim", None) or seed.hidden_size // seed.num_attention_heads
 
     @property
-    def max_position_embeddings(self) -> int | None:
-        return getattr(self.seed_config, "max_position_embeddings", None)
+    def _attention_width(self) -> int:
+        return self.num_experts if self.has_attention_experts else 1
+
+    vocab_size = _OfSeed()
+    hidden_size = _OfSeed()
+    intermediate_size = _OfSeed()
+    hidden_act = _OfSeed()
+    num_hidden_layers = _OfSeed()
+    max_position_embeddings = _OfSeed(None)
+    layer_types = _OfSeed()
+    sliding_window = _OfSeed()
+    attn_logit_softcapping = _OfSeed()
+    final_logit_softcapping = _OfSeed()
+    logit_scale = _OfSeed()
 
 
 __all__ = ["BranchMixConfig"]

@@ -423,6 +423,23 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             for hook in hooks:
                 hook.remove()
 
+    def _hidden_states(
+        self, family: nn.Module, input_ids: torch.Tensor | None, output_router_logits: bool | None, **kwargs: Any
+    ) -> BranchMixModelOutputWithPast:
+        """The outputs of a family's base model, and both routers' logits if asked for."""
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        kwargs.pop("return_dict", None)
+        with self._recorded_routers(wanted) as logits:
+            outputs = family(input_ids=input_ids, return_dict=True, **kwargs)
+        return BranchMixModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=tuple(logits["ffn"]) or None,
+            attention_router_logits=tuple(logits["attention"]) or None,
+        )
+
 
 def _recorder(logits: list[torch.Tensor]) -> Callable[..., None]:
     def record(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
@@ -452,18 +469,22 @@ class BranchMixModel(BranchMixPreTrainedModel):
         self, input_ids: torch.Tensor | None = None, output_router_logits: bool | None = None, **kwargs: Any
     ) -> BranchMixModelOutputWithPast:
         """As the family's base model; ``output_router_logits`` adds both routers' logits."""
-        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        kwargs.pop("return_dict", None)
-        with self._recorded_routers(wanted) as logits:
-            outputs = self._family(input_ids=input_ids, return_dict=True, **kwargs)
-        return BranchMixModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-            router_logits=tuple(logits["ffn"]) or None,
-            attention_router_logits=tuple(logits["attention"]) or None,
-        )
+        return self._hidden_states(self._family, input_ids, output_router_logits, **kwargs)
+
+
+class _Headless:
+    """The family's base model inside a causal LM, as whoever needs hidden states calls it: with router logits."""
+
+    def __init__(self, model: BranchMixForCausalLM):
+        self._model = model
+
+    def __call__(
+        self, input_ids: torch.Tensor | None = None, output_router_logits: bool | None = None, **kwargs: Any
+    ) -> BranchMixModelOutputWithPast:
+        return self._model._hidden_states(self._model.model.base_model, input_ids, output_router_logits, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.model.base_model, name)
 
 
 class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
@@ -480,6 +501,11 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     @property
     def _family(self) -> PreTrainedModel:
         return self.model
+
+    @property
+    def base_model(self) -> Any:
+        """What gives ``last_hidden_state``: trainers that compute the loss by themselves (TRL) ask for it."""
+        return _Headless(self)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.get_output_embeddings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from branchmix.upcycling.plan import Plan
@@ -11,6 +12,8 @@ _METHODS = {
     ("kv_sharing", "experts"): "BAM with Shared KV: FFN experts, and attention experts over one set of keys and values",
     ("average", "experts"): "BTX: FFN experts, averaged attention",
     ("seed", "experts"): "FFN experts, the seed's attention",
+    ("average", "average"): "soup: everything averaged",
+    ("seed", "average"): "the seed's attention, averaged FFN",
     ("kv_experts", "average"): "attention experts with their own keys and values, averaged FFN",
     ("kv_sharing", "average"): "attention experts over one set of keys and values, averaged FFN",
 }
@@ -25,50 +28,100 @@ def method_of(config: dict[str, Any]) -> str:
 
 def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
     """Markdown with the Hub's front matter."""
+    untrained = "The routers are as the recipe started them: train the mixture before you use it."
+    lines = [
+        *front_matter(provenance),
+        f"# {method_of(plan.config)}",
+        "",
+        f"Merged with {_branchmix(provenance)}. " + ("" if plan.is_dense else untrained),
+        "",
+        *source_table(provenance),
+        "",
+        *usage("PATH", own_code=not plan.is_dense),
+        *history(provenance, plan.notes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def exported_card(plan: Plan, provenance: dict[str, Any], mixture_config: dict[str, Any]) -> str:
+    """The same for an export: what the mixture was, and what it is now.
+
+    Args:
+        plan: of the export.
+        provenance: the mixture's, with ``exported``.
+        mixture_config: its config.json.
+    """
+    exported = provenance["exported"]
+    title = method_of(mixture_config)
+    what = f"{title}, as {plan.config['model_type']}"
+    if exported["expert"] is not None:
+        what = f"Expert {exported['expert']} of a mixture, as a dense {plan.config['model_type']} model"
+    lines = [
+        *front_matter(provenance),
+        f"# {what}",
+        "",
+        f"Exported with {_branchmix(provenance)} from {exported['model']} ({title}).",
+        "",
+        *source_table(provenance),
+        "",
+        *usage("PATH", own_code=False),
+        *history(provenance, plan.notes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _branchmix(provenance: dict[str, Any]) -> str:
+    return f"[branchmix](https://arxiv.org/abs/2408.08274) {provenance['versions']['branchmix']}"
+
+
+def front_matter(provenance: dict[str, Any], **more: Any) -> list[str]:
+    """The Hub's metadata: library, tags, base models, and ``more``."""
     import yaml
 
     sources = provenance["sources"]
     hub_ids = list(dict.fromkeys(source["model"].partition("@")[0] for source in sources if source["revision"]))
-    front = {"library_name": "transformers", "tags": ["branchmix", "merge", "moe"]}
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["branchmix", "merge", "moe"], **more}
     if hub_ids:
         front["base_model"] = hub_ids
-    rows = [
-        f"| {number} | {source['name']} | {source['model']} | {source['revision'] or '-'} |"
-        for number, source in enumerate(sources)
-    ]
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {method_of(plan.config)}",
-        "",
-        f"Merged with [branchmix](https://arxiv.org/abs/2408.08274) {provenance['versions']['branchmix']}. "
-        + ("" if plan.is_dense else "The routers are as the recipe started them: train the mixture before you use it."),
-        "",
-        "| | name | model | revision |",
-        "| --- | --- | --- | --- |",
-        *rows,
-        "",
+    return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
+
+
+def source_table(provenance: dict[str, Any], licences: dict[str, str] | None = None) -> list[str]:
+    """Seed and experts with their revisions; ``licences`` by source name adds a column."""
+    head = "| | name | model | revision |" + (" licence |" if licences is not None else "")
+    lines = [head, "| --- " * (head.count("|") - 1) + "|"]
+    for number, source in enumerate(provenance["sources"]):
+        row = f"| {number} | {source['name']} | {source['model']} | {source['revision'] or '-'} |"
+        lines.append(row if licences is None else f"{row} {licences.get(source['name'], 'unknown')} |")
+    return lines
+
+
+def usage(name: str, *, own_code: bool) -> list[str]:
+    """How to load it."""
+    return [
         "```python",
         "from transformers import AutoModelForCausalLM",
-        *([] if plan.is_dense else ["import branchmix  # without it: from_pretrained(..., trust_remote_code=True)"]),
+        *(["import branchmix  # without it: from_pretrained(..., trust_remote_code=True)"] if own_code else []),
         "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        "```",
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        yaml.safe_dump(provenance["recipe"], sort_keys=False).strip(),
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         "```",
     ]
+
+
+def history(provenance: dict[str, Any], notes: Sequence[str]) -> list[str]:
+    """The recipe that repeats it, what has changed since, and notes."""
+    import yaml
+
+    lines = []
+    if provenance["recipe"]:
+        recipe = yaml.safe_dump(provenance["recipe"], sort_keys=False).strip()
+        lines += ["", "## Recipe", "", "```yaml", recipe, "```"]
     changes = [_change(step) for step in provenance.get("changes", [])]
     if changes:
         lines += ["", "## Changes since", "", *(f"- {change}" for change in changes)]
-    if plan.notes:
-        lines += ["", "## Notes", "", *(f"- {note}" for note in plan.notes)]
-    return "\n".join(lines) + "\n"
+    if notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
+    return lines
 
 
 def _change(step: dict[str, Any]) -> str:

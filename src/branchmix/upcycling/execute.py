@@ -150,6 +150,7 @@ def write_output(
     *,
     check: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
+    card: Callable[[Plan, dict[str, Any]], str] = model_card,
 ) -> WriteReport:
     """Weights first, config.json last, so that an interrupted folder is no model.
 
@@ -161,6 +162,7 @@ def write_output(
         max_shard_bytes: greatest size of a weights file.
         check: refuse NaN and Inf in the sources.
         progress: called with the step's name, bytes done and bytes in all.
+        card: writes README.md, from the plan and the provenance.
     """
     report: Callable[[int], None] | None = None
     if progress is not None:
@@ -169,13 +171,19 @@ def write_output(
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
     record = provenance()
     try:
-        _write_companions(plan, folder, companions, record)
+        _write_companions(plan, folder, companions, record, card)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror or error}: free space, or mend it") from error
     return written
 
 
-def _write_companions(plan: Plan, folder: Path, companions: Path, provenance: dict[str, Any]) -> None:
+def _write_companions(
+    plan: Plan,
+    folder: Path,
+    companions: Path,
+    provenance: dict[str, Any],
+    card: Callable[[Plan, dict[str, Any]], str],
+) -> None:
     """Everything but the weights, config.json last."""
     for name in _COMPANIONS:
         if (companions / name).is_file():
@@ -186,7 +194,7 @@ def _write_companions(plan: Plan, folder: Path, companions: Path, provenance: di
     versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
     record = {"versions": versions, **provenance, "notes": list(plan.notes)}
     _write_json(folder / "branchmix.json", record)
-    (folder / "README.md").write_text(model_card(plan, record), encoding="utf-8")
+    (folder / "README.md").write_text(card(plan, record), encoding="utf-8")
     _write_json(folder / "config.json", plan.config)
 
 

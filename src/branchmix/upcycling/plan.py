@@ -66,6 +66,16 @@ class Group:
     shape: tuple[int, ...]
     how: str
 
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "name": self.name,
+            "tensors": self.count,
+            "shape": list(self.shape),
+            "bytes": self.nbytes,
+            "how": self.how,
+        }
+
 
 def open_expert(name: str, index: CheckpointIndex, *, fold_norms: bool = False) -> DenseExpert:
     """A dense checkpoint as an expert.

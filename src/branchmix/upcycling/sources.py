@@ -81,7 +81,7 @@ class DenseExpert(ExpertSource):
             name = {"q": family.query, "k": family.key, "v": family.value}[role]
             return self._folded(self._matrix(f"{module}.{name}", kind), gain)
         fused = self._matrix(f"{module}.{family.fused_qkv}", kind)
-        return None if fused is None else self._folded(Rows(fused, self._fused_rows(role)), gain)
+        return None if fused is None else self._folded(Rows(fused, fused_rows(family, self.dims, role)), gain)
 
     def attention_norm(self, layer: int, role: Literal["q", "k"]) -> dict[str, Expression]:
         name = self.family.query_norm if role == "q" else self.family.key_norm
@@ -158,21 +158,6 @@ class DenseExpert(ExpertSource):
     def _folded(self, part: Expression | None, gain: Expression | None) -> Any:
         return part if part is None or gain is None else Gained(part, gain, self.family.gain_offset)
 
-    def _fused_rows(self, role: Role) -> tuple[tuple[int, int], ...]:
-        """Spans of q, k or v among the rows of a fused projection."""
-        num_heads, num_kv_heads, size = self.dims.num_heads, self.dims.num_kv_heads, self.dims.head_dim
-        part = {"q": 0, "k": 1, "v": 2}[role]
-        if self.family.qkv_layout == "heads":
-            starts = [(3 * head + part) * size for head in range(num_heads)]
-            return tuple((start, start + size) for start in starts)
-        if self.family.qkv_layout == "groups":
-            group = num_heads // num_kv_heads
-            base = [kv * (group + 2) * size for kv in range(num_kv_heads)]
-            low, high = {"q": (0, group), "k": (group, group + 1), "v": (group + 1, group + 2)}[role]
-            return tuple((start + low * size, start + high * size) for start in base)
-        edges = [0, num_heads * size, (num_heads + num_kv_heads) * size, (num_heads + 2 * num_kv_heads) * size]
-        return ((edges[part], edges[part + 1]),)
-
 
 @dataclass(frozen=True)
 class MixtureExpert(ExpertSource):
@@ -234,6 +219,22 @@ class MixtureExpert(ExpertSource):
         group = num_heads // num_kv_heads * size
         starts = [(kv * self.num_experts + self.number) * group for kv in range(num_kv_heads)]
         return tuple((start, start + group) for start in starts)
+
+
+def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int, int], ...]:
+    """Spans of q, k or v among the rows of a family's fused projection, in head order."""
+    num_heads, num_kv_heads, size = dims.num_heads, dims.num_kv_heads, dims.head_dim
+    part = {"q": 0, "k": 1, "v": 2}[role]
+    if family.qkv_layout == "heads":
+        starts = [(3 * head + part) * size for head in range(num_heads)]
+        return tuple((start, start + size) for start in starts)
+    if family.qkv_layout == "groups":
+        group = num_heads // num_kv_heads
+        base = [kv * (group + 2) * size for kv in range(num_kv_heads)]
+        low, high = {"q": (0, group), "k": (group, group + 1), "v": (group + 1, group + 2)}[role]
+        return tuple((start + low * size, start + high * size) for start in base)
+    edges = [0, num_heads * size, (num_heads + num_kv_heads) * size, (num_heads + 2 * num_kv_heads) * size]
+    return ((edges[part], edges[part + 1]),)
 
 
 def _row(ref: TensorRef, number: int) -> Source:

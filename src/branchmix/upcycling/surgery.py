@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.drawn import Normal
 from branchmix.checkpoint.expressions import Expression, Source, Stack
-from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of, nearest
+from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.hashes import FileHashes
-from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.writer import OutputTensor
-from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
-from branchmix.recipe import DTYPES, Expert
+from branchmix.errors import CompatibilityError, RecipeError
+from branchmix.recipe import Expert
 from branchmix.settings import parse
 from branchmix.upcycling.compatibility import check_newcomer, rope_of
 from branchmix.upcycling.execute import (
@@ -31,12 +29,11 @@ from branchmix.upcycling.execute import (
     write_output,
 )
 from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors
+from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert
 
 Progress = Callable[[str, int, int], None]
-
-DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def add_expert(
@@ -144,30 +141,11 @@ def remove_expert(
     return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, [], start, dry_run, force, check, progress)
 
 
-class _Opened:
+class _Opened(OpenedMixture):
     """An existing mixture, ready to be rebuilt with other experts."""
 
     def __init__(self, given: str):
-        self.resolved: ResolvedModel = resolve(given)
-        self.index = CheckpointIndex.open(self.resolved.folder)
-        self.config: Config = self.index.config
-        if self.config.get("model_type") != "branchmix":
-            raise CheckpointError(f"{given}: is a {self.config.get('model_type')} model, not a mixture: use upcycle")
-        lacking = [key for key in ("seed_config", "num_experts", "num_experts_per_tok") if not self.config.get(key)]
-        if lacking:
-            raise CheckpointError(
-                f"{self.resolved.folder / 'config.json'}: has no {lacking[0]}: copy the mixture's own here"
-            )
-        self.seed_config: Config = self.config["seed_config"]
-        self.family: Family = family_of(self.seed_config)
-        self.dims: Dimensions = dimensions(self.seed_config)
-        count = self.config["num_experts"]
-        self.names: list[str] = self.config.get("expert_names") or [f"expert-{number}" for number in range(count)]
-        self.experts = [
-            MixtureExpert(name, self.index, self.family, self.dims, number) for number, name in enumerate(self.names)
-        ]
-        stored = next(iter(self.index.tensors.values())).dtype
-        self.dtype = DTYPES.get(str(self.config.get("dtype")), stored)
+        super().__init__(given, otherwise="use upcycle")
 
     def resized(self, names: list[str]) -> Config:
         """The config for other experts: soft routing stays soft, ``auto`` scaling stays N / k."""
@@ -204,13 +182,11 @@ class _Opened:
         self, experts: Sequence[ExpertSource], router: Callable[[str, list[Expression]], Expression]
     ) -> Iterator[OutputTensor]:
         family = self.family
-        attention = self.config["attention"] in ("kv_experts", "kv_sharing")
-        ffn = self.config["ffn"] == "experts"
         staying = [expert for expert in experts if isinstance(expert, MixtureExpert)]
         done: set[str] = set()
         for layer in range(self.dims.num_layers):
             block = f"model.{family.layers}.{layer}"
-            if attention:
+            if self.has_attention_experts:
                 module = f"{block}.{family.attention}"
                 kv_sharing = self.config["attention"] == "kv_sharing"
                 for name, part in attention_tensors(
@@ -224,7 +200,7 @@ class _Opened:
                     yield self._out(f"{module}.{name}", part)
                 yield self._router(f"{module}.expert_gate.weight", staying, router)
                 done.add(f"{module}.")
-            if ffn:
+            if self.has_ffn_experts:
                 module = f"{block}.{family.ffn}"
                 for name, part in ffn_tensors(experts, layer):
                     yield self._out(f"{module}.{name}", part)
@@ -269,23 +245,13 @@ class _Opened:
             with atomic_folder(out, force=force) as folder, FileHashes(files) as hashes, naming_sources(named):
 
                 def provenance() -> dict[str, Any]:
-                    old = self._provenance()
+                    old = self.provenance()
                     return {**old, "changes": [*old.get("changes", []), step(hashes)]}
 
                 written = write_output(
                     plan, folder, self.resolved.folder, provenance, shard_bytes, check=check, progress=progress
                 )
         return UpcycleReport(out, plan, written, None, time.perf_counter() - start)
-
-    def _provenance(self) -> dict[str, Any]:
-        path = self.resolved.folder / "branchmix.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            training = as_records(lineage(self.resolved.folder, self.resolved.given))
-            source = {"name": "mixture", "model": self.resolved.given, "revision": None, "training": training}
-            found = {"recipe": {}, "sources": [source]}
-        return {key: value for key, value in found.items() if key not in ("versions", "notes")}
 
 
 __all__ = ["add_expert", "remove_expert"]

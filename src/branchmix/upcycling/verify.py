@@ -23,7 +23,7 @@ from branchmix.errors import VerificationError
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
-from branchmix.upcycling.sources import DenseExpert
+from branchmix.upcycling.sources import DenseExpert, fused_rows
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
         VerificationError: the first thing that is wrong.
     """
     index = CheckpointIndex.open(folder)
-    compared, nbytes = _compare_bytes(plan, index, progress)
+    compared, nbytes = compare_bytes(plan, index, progress)
     averages = _check_averages(plan, index)
     if plan.is_dense:
         return Verification(compared, nbytes, averages, (), 0)
@@ -114,10 +114,14 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
     return Verification(compared, nbytes, averages, tuple(checks), tokens)
 
 
-def _compare_bytes(
+def compare_bytes(
     plan: Plan, index: CheckpointIndex, progress: Callable[[str, int, int], None] | None
 ) -> tuple[int, int]:
-    """Tensors that are pure copies, against their sources' bytes."""
+    """Number and bytes of the tensors that are pure copies, each compared with its source's bytes.
+
+    Raises:
+        VerificationError: one differs.
+    """
     copies = [(tensor, ranges) for tensor in plan.tensors if (ranges := tensor.expression.ranges()) is not None]
     total = sum(tensor.expression.nbytes for tensor, _ in copies)
     done = 0
@@ -166,8 +170,11 @@ def _compare_logits(
 
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
-    _require_memory(plan)
-    tokens = _sample_tokens(folder, plan.config["seed_config"]["vocab_size"])
+    # fp32 copies of the mixture and of one dense model have to fit.
+    width = {"BF16": 2, "F16": 2, "F32": 4}
+    need = sum(tensor.expression.nbytes * 4 // width[tensor.expression.dtype] for tensor in plan.tensors)
+    require_memory(need + need // max(1, len(plan.sources)), "--verify", "leave it out")
+    tokens = sample_tokens(folder, plan.config["seed_config"]["vocab_size"])
     mixture = BranchMixForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     checks = []
     for number, expert in enumerate(plan.sources):
@@ -308,7 +315,7 @@ def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: Ch
                 fused = state[f"{module}.{family.fused_qkv}.{kind}"]
                 rows = fused.T if family.transposed and kind == "weight" else fused
                 position = 0
-                for low, high in expert._fused_rows(role):  # type: ignore[arg-type]
+                for low, high in fused_rows(family, expert.dims, role):  # type: ignore[arg-type]
                     rows[low:high] = value[position : position + high - low]
                     position += high - low
         if family.key_norm:
@@ -324,8 +331,8 @@ def _tensor(source: Expression) -> Any:
     return torch.from_numpy(np.ascontiguousarray(to_float32(source.rows(0, source.num_rows), source.dtype)))
 
 
-def _sample_tokens(folder: Path, vocab_size: int) -> Any:
-    """The sample text through the model's tokenizer, or random ids where it has none."""
+def sample_tokens(folder: Path, vocab_size: int) -> Any:
+    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none."""
     import torch
 
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
@@ -335,11 +342,14 @@ def _sample_tokens(folder: Path, vocab_size: int) -> Any:
     return torch.randint(0, vocab_size, (1, 48), generator=torch.Generator().manual_seed(0))
 
 
-def _require_memory(plan: Plan) -> None:
-    """fp32 copies of the mixture and of one dense model have to fit."""
-    width = {"BF16": 2, "F16": 2, "F32": 4}
-    need = sum(tensor.expression.nbytes * 4 // width[tensor.expression.dtype] for tensor in plan.tensors)
-    need += need // max(1, len(plan.sources))
+def require_memory(need: int, what: str, otherwise: str) -> None:
+    """Refuse what would need more memory than is free, where the system tells.
+
+    Args:
+        need: bytes.
+        what: needs them, for the error.
+        otherwise: what else to do.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -347,6 +357,6 @@ def _require_memory(plan: Plan) -> None:
         return
     if need > free:
         raise VerificationError(
-            f"--verify needs about {need / 1e9:.1f} GB of memory (fp32), but {free / 1e9:.1f} GB are free: verify on a "
-            "larger machine, or leave it out"
+            f"{what} needs about {need / 1e9:.1f} GB of memory (fp32), but {free / 1e9:.1f} GB are free: use a larger "
+            f"machine, or {otherwise}"
         )

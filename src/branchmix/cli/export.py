@@ -1,0 +1,111 @@
+"""``branchmix export``: a mixture as a checkpoint of a class that other tools know."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from branchmix.cli.experts import Mixture
+from branchmix.cli.upcycle import AsJson, DryRun, Force, NoCheck, Out
+
+if TYPE_CHECKING:
+    from branchmix.export import ExportReport
+
+EPILOG = """\b
+Examples:
+  branchmix export btx btx-mixtral --to mixtral         BTX with normalised gates, for vLLM and llama.cpp
+  branchmix export bam code-alone --to dense --expert code
+
+\b
+Exact or refused, with all reasons; without --no-verify the logits of both are compared on text.
+  mixtral    Llama, Mistral, Phi-3 seeds; normalised or soft gates
+  qwen2_moe  Qwen2, Llama, Phi-3 seeds; any gates (adds an expert of zeros)
+  qwen3_moe  Qwen3 seeds; any gates
+  flex_olmo  OLMo 2 seeds; any gates
+  olmoe      no dense family has its blocks: tells what differs
+  dense      one expert of any mixture on what all share, or a mixture without experts
+"""
+
+
+def export_command(
+    model: Mixture,
+    out: Out,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe or dense.", show_default=False
+        ),
+    ],
+    expert: Annotated[str | None, typer.Option(metavar="NAME", help="Whose dense model, for --to dense.")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the logits of both on text.")] = False,
+    dry_run: DryRun = False,
+    force: Force = False,
+    no_check: NoCheck = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a mixture as a native or dense checkpoint."""
+    from branchmix.cli.console import progress_bar, quiet_libraries
+    from branchmix.cli.upcycle import warn_of_leftovers
+    from branchmix.export import export_model
+
+    if not (no_verify or dry_run):
+        quiet_libraries()
+    warn_of_leftovers(out)
+    with progress_bar() as progress:
+        report = export_model(
+            model,
+            out,
+            to=to,
+            expert=expert,
+            verify=not no_verify,
+            dry_run=dry_run,
+            force=force,
+            check=not no_check,
+            progress=progress,
+        )
+    _show(report, as_json=as_json)
+
+
+def _show(report: ExportReport, *, as_json: bool) -> None:
+    from branchmix.cli.console import human_bytes, notice, result_console
+    from branchmix.cli.upcycle import plan_table
+
+    for note in report.plan.notes:
+        notice(f"note: {note}")
+    if as_json:
+        typer.echo(json.dumps(_as_dict(report), indent=2))
+        return
+    console = result_console()
+    console.print(plan_table(report.plan))
+    verification = report.verification
+    if verification is not None:
+        console.print(
+            f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
+            f"byte-identical to the mixture's; logits of {verification.tokens} tokens differ by at most "
+            f"{verification.difference:.2e} (greatest logit {verification.greatest_logit:.1f})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if report.written is not None:
+        typer.echo(f"\nwrote {human_bytes(report.plan.nbytes)} to {report.out} in {report.seconds:.1f} s")
+
+
+def _as_dict(report: ExportReport) -> dict[str, Any]:
+    from branchmix.upcycling.execute import free_bytes
+
+    plan = report.plan
+    return {
+        "out": str(report.out),
+        "dry_run": report.written is None,
+        "to": report.to,
+        "expert": report.expert,
+        "model_type": plan.config["model_type"],
+        "bytes": plan.nbytes,
+        "free_bytes": free_bytes(report.out),
+        "groups": [group.as_dict() for group in plan.groups],
+        "notes": list(plan.notes),
+        "verification": report.verification.as_dict() if report.verification else None,
+        "seconds": round(report.seconds, 3),
+    }

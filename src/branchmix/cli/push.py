@@ -1,0 +1,91 @@
+"""``branchmix push``: a checkpoint to the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from branchmix.cli.upcycle import AsJson
+
+if TYPE_CHECKING:
+    from branchmix.export.upload import PushReport
+
+EPILOG = """\b
+Examples:
+  branchmix push mixture org/bam --dry-run                        what would be uploaded, and the card
+  branchmix push mixture org/bam --private --eval results/results.json
+
+\b
+Uploads config, weights, tokenizer, code and card; nothing else of the folder, and no path of this machine.
+"""
+
+
+def push_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option("--eval", metavar="FILE", help="results.json of `branchmix eval --out`, for the card."),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license", metavar="ID", help="The upload's licence, such as apache-2.0.", show_default="the sources'"
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, and show what would be uploaded; ask no server.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Commit over what the repository holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint to the Hugging Face Hub."""
+    from branchmix.cli.console import notice
+    from branchmix.export.upload import push
+
+    report = push(model, repo, private=private, results=results, licence=licence, dry_run=dry_run, force=force)
+    for note in report.notes:
+        notice(f"note: {note}")
+    if as_json:
+        typer.echo(json.dumps(_as_dict(report), indent=2))
+    else:
+        _print(report)
+
+
+def _as_dict(report: PushReport) -> dict[str, Any]:
+    return {
+        "repo": report.repo,
+        "private": report.private,
+        "dry_run": report.url is None,
+        "url": report.url,
+        "files": [{"name": file.name, "bytes": file.nbytes} for file in report.files],
+        "bytes": sum(file.nbytes for file in report.files),
+        "license": report.licence,
+        "source_licenses": report.licences,
+        "card": report.card,
+        "notes": list(report.notes),
+    }
+
+
+def _print(report: PushReport) -> None:
+    from rich.table import Table
+
+    from branchmix.cli.console import human_bytes, result_console
+
+    console = result_console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for file in report.files:
+        table.add_row(file.name, human_bytes(file.nbytes))
+    console.print(table)
+    total = human_bytes(sum(file.nbytes for file in report.files))
+    if report.url is None:
+        typer.echo(f"\nwould upload {total} to {report.repo}{' (private)' if report.private else ''}; its card:\n")
+        typer.echo(report.card, nl=False)
+    else:
+        typer.echo(f"\nuploaded {total}: {report.url}")

@@ -1,0 +1,319 @@
+"""Which class of transformers computes exactly what a mixture computes: tables, and all reasons where none does.
+
+A class with FFN experts fits if its block is the seed family's with another FFN, and if its router weighs the chosen
+experts as the mixture's does. Read from the classes' own code (transformers 5.23); ``verify`` proves it on text.
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from branchmix.checkpoint.families import Config
+from branchmix.upcycling.compatibility import rope_of
+from branchmix.upcycling.mixture import OpenedMixture
+from branchmix.upcycling.sources import DenseExpert
+
+PRE_NORM = "RMS norms before attention and FFN"
+POST_NORM = "RMS norms behind attention and FFN"
+LAYER_NORM = "LayerNorms"
+NO_QK_NORM = "no query and key norms"
+HEAD_QK_NORM = "a query and a key norm over each head"
+WIDE_QK_NORM = "a query and a key norm over all heads together"
+
+
+@dataclass(frozen=True)
+class SeedBlock:
+    """What a dense family's block computes, as far as its tensors do not say."""
+
+    norms: str = PRE_NORM
+    qk_norms: str = NO_QK_NORM
+    window: Literal["never", "all", "flag"] = "never"
+    """Sliding window: none, ``sliding_window`` in all layers, or in some if ``use_sliding_window``."""
+    special: str | None = None
+    """What no class with experts has."""
+    rms_norm_eps: float = 1e-6
+    """transformers' defaults, for config.json files that leave them out."""
+    sliding_window: int | None = None
+
+
+SEED_BLOCKS: dict[str, SeedBlock] = {
+    "llama": SeedBlock(),
+    "mistral": SeedBlock(window="all", sliding_window=4096),
+    "phi3": SeedBlock(window="all", rms_norm_eps=1e-5),
+    "qwen2": SeedBlock(window="flag"),
+    "qwen3": SeedBlock(qk_norms=HEAD_QK_NORM, window="flag"),
+    "olmo2": SeedBlock(norms=POST_NORM, qk_norms=WIDE_QK_NORM, rms_norm_eps=1e-5),
+    "olmo": SeedBlock(norms="LayerNorms without gains", special="clipped queries, keys and values if clip_qkv is set"),
+    "olmo3": SeedBlock(
+        norms=POST_NORM, qk_norms=WIDE_QK_NORM, special="rotary embeddings and windows that differ between layers"
+    ),
+    "ministral": SeedBlock(special="windows that differ between layers"),
+    "gemma": SeedBlock(special="norm gains stored less 1 and scaled embeddings"),
+    "gemma2": SeedBlock(special="two norms around attention and FFN, soft caps and scaled embeddings"),
+    "gemma3_text": SeedBlock(special="two norms around attention and FFN and scaled embeddings"),
+    "granite": SeedBlock(special="multipliers of embeddings, residuals, attention and logits"),
+    "smollm3": SeedBlock(special="layers without rotary embeddings"),
+    "glm": SeedBlock(special="rotary embeddings of interleaved halves"),
+    "glm4": SeedBlock(special="rotary embeddings of interleaved halves and norms behind attention and FFN"),
+    "stablelm": SeedBlock(norms=LAYER_NORM),
+    "starcoder2": SeedBlock(norms=LAYER_NORM),
+    "nemotron": SeedBlock(norms=LAYER_NORM),
+    "cohere": SeedBlock(norms=LAYER_NORM),
+    "cohere2": SeedBlock(norms=LAYER_NORM),
+    "phi": SeedBlock(norms=LAYER_NORM),
+    "gpt_neox": SeedBlock(norms=LAYER_NORM),
+    "gptj": SeedBlock(norms=LAYER_NORM),
+    "gpt2": SeedBlock(norms=LAYER_NORM, special="learned positions"),
+    "opt": SeedBlock(norms=LAYER_NORM, special="learned positions"),
+    "falcon": SeedBlock(norms=LAYER_NORM),
+}
+
+
+@dataclass(frozen=True)
+class Native:
+    """A class of transformers with FFN experts, and how its checkpoints name them."""
+
+    model_type: str
+    architecture: str
+    norms: str = PRE_NORM
+    qk_norms: str = NO_QK_NORM
+    biases: Literal["none", "qkv", "qkvo"] = "none"
+    """Attention biases that it may have: of no, of q, k and v, or of all four projections or none."""
+    bias_key: str | None = None
+    windows: bool = False
+    """It can have one sliding window for all layers."""
+    always_normalises: bool = False
+    """The chosen gates are divided by their sum; otherwise ``norm_topk_prob`` says whether."""
+    num_experts: str = "num_experts"
+    """Config key of the number of experts."""
+    inner: tuple[str, ...] = ("intermediate_size",)
+    """Config keys of an expert's inner width."""
+    ffn: str = "mlp"
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared_expert: bool = False
+    """It also has an expert for every token, which is written as zeros."""
+
+    def fixed(self) -> Config:
+        """What else its config needs."""
+        fixed: Config = {}
+        if "moe_intermediate_size" in self.inner:  # Qwen's classes can have dense layers between
+            fixed |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        if self.shared_expert:
+            fixed["shared_expert_intermediate_size"] = SHARED_EXPERT_WIDTH
+        return fixed
+
+
+SHARED_EXPERT_WIDTH = 256
+"""Of the expert of zeros that Qwen2-MoE needs: the smallest that GGUF's quantisations and eight devices can split."""
+
+NATIVES: dict[str, Native] = {
+    native.model_type: native
+    for native in (
+        Native(
+            "mixtral",
+            "MixtralForCausalLM",
+            windows=True,
+            always_normalises=True,
+            num_experts="num_local_experts",
+            ffn="block_sparse_moe",
+            names=("w1", "w3", "w2"),
+        ),
+        Native(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            biases="qkv",
+            bias_key="qkv_bias",
+            inner=("moe_intermediate_size", "intermediate_size"),
+            shared_expert=True,
+        ),
+        Native(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            qk_norms=HEAD_QK_NORM,
+            biases="qkvo",
+            bias_key="attention_bias",
+            windows=True,
+            inner=("moe_intermediate_size", "intermediate_size"),
+        ),
+        Native("olmoe", "OlmoeForCausalLM", qk_norms=WIDE_QK_NORM, biases="qkvo", bias_key="attention_bias"),
+        Native(
+            "flex_olmo",
+            "FlexOlmoForCausalLM",
+            norms=POST_NORM,
+            qk_norms=WIDE_QK_NORM,
+            biases="qkvo",
+            bias_key="attention_bias",
+        ),
+    )
+}
+
+TARGETS = (*NATIVES, "dense")
+"""What ``--to`` takes."""
+
+
+def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list[str]:
+    """Every reason why a mixture is not what ``native`` computes; empty if it is.
+
+    Args:
+        mixture: the mixture.
+        trunk: its tensors that are no expert's, under the seed family's names.
+        native: the class.
+    """
+    found: list[str] = []
+    if mixture.has_attention_experts:
+        found.append(
+            "attention experts have no native form, since no class sums whole attentions under a gate: "
+            "--to dense --expert NAME gives one of its experts, and a mixture of averaged attention (BTX) can be native"
+        )
+    if not mixture.has_ffn_experts:
+        found.append("its FFN is one dense FFN, not experts: --to dense" + _of_one_expert(mixture))
+    else:
+        found += _gate_problems(mixture.config, native)
+    return found + list(_block_problems(mixture, trunk, native))
+
+
+def _of_one_expert(mixture: OpenedMixture) -> str:
+    return " --expert NAME" if mixture.has_attention_experts else ""
+
+
+def _gate_problems(config: Config, native: Native) -> Iterator[str]:
+    top_k, num_experts = config["num_experts_per_tok"], config["num_experts"]
+    if native.always_normalises and not config.get("norm_topk_prob") and top_k < num_experts:
+        yield (
+            f"its gates are raw (norm_topk_prob: false, top-{top_k} of {num_experts}), and {native.model_type} divides "
+            "the chosen gates by their sum: the mixture was trained to other FFN outputs"
+        )
+
+
+def _block_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[str]:
+    family, config = mixture.family, mixture.seed_config
+    name, target = family.model_type, native.model_type
+    block = SEED_BLOCKS.get(name)
+    if block is None:
+        yield f"what a block of {name} computes is not in the table of native forms: --to dense keeps the family"
+        return
+    if family.block == "parallel":
+        yield f"attention and FFN of {name} run side by side in a block, and {target}'s one after the other"
+    for ours, theirs in ((block.norms, native.norms), (block.qk_norms, native.qk_norms)):
+        if ours != theirs:
+            yield f"{name} has {ours}, {target} has {theirs}"
+    if block.special:
+        yield f"{name} has {block.special}, which {target} has not"
+    if family.gate is None and family.fused_gate_up is None:
+        yield f"the FFN of {name} has no gate, that of {target} has one"
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        yield f"its FFN uses {activation}, and servers of {target} compute silu whatever the config says"
+    yield from _bias_problems(mixture, trunk, native)
+    rope = rope_of(config)
+    if rope.get("rope_type", "default") not in ("default", "linear", "dynamic", "yarn", "llama3"):
+        yield f"rotary embeddings of type {rope.get('rope_type')} are {name}'s own"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield f"only {rope['partial_rotary_factor']} of each head is rotated, in {target} all of it"
+    window = window_of(config, block, mixture.dims.num_layers)
+    if window == "some":
+        yield f"only some layers have a sliding window, in {target} all or none"
+    elif window is not None and not native.windows:
+        yield f"it has a sliding window of {window} tokens, and {target} none"
+
+
+def _bias_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[str]:
+    if mixture.has_ffn_experts and any(name.endswith(".bias") for name in mixture.experts[0].ffn(0)):
+        yield f"its FFN experts have biases, those of {native.model_type} none"
+    if mixture.has_attention_experts:
+        return
+    biased = attention_biases(trunk)
+    allowed = {"none": [""], "qkv": ["", "qkv"], "qkvo": ["", "qkvo"]}[native.biases]
+    if biased not in allowed:
+        words = " or ".join(", ".join(roles) or "none" for roles in allowed)
+        yield f"its attention has biases of {', '.join(biased)}, and {native.model_type} of {words}"
+
+
+def attention_biases(trunk: DenseExpert) -> str:
+    """The attention projections of layer 0 that have a bias, such as ``qkv``."""
+    return "".join(role for role in ("q", "k", "v", "o") if trunk.attention(0, role, "bias") is not None)
+
+
+def window_of(config: Config, block: SeedBlock, num_layers: int) -> int | Literal["some"] | None:
+    """The sliding window of all layers, ``some`` if layers differ, or None.
+
+    Args:
+        config: of the seed.
+        block: of its family.
+        num_layers: of the model.
+    """
+    size = config.get("sliding_window", block.sliding_window)
+    if block.window == "never" or not size:
+        return None
+    if block.window == "all":
+        return int(size)
+    if not config.get("use_sliding_window"):
+        return None
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if layer >= config.get("max_window_layers", 28) else "full_attention"
+        for layer in range(num_layers)
+    ]
+    if "sliding_attention" not in kinds:
+        return None
+    return int(size) if set(kinds) == {"sliding_attention"} else "some"
+
+
+def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dtype: str) -> Config:
+    """config.json of the native checkpoint; rotary parameters in the form that every version of every tool reads.
+
+    Args:
+        mixture: the mixture, which has no ``problems``.
+        trunk: its tensors that are no expert's.
+        native: the class.
+        dtype: transformers' name of the output's dtype.
+    """
+    seed, dims, block = mixture.seed_config, mixture.dims, SEED_BLOCKS[mixture.family.model_type]
+    config: Config = {
+        "architectures": [native.architecture],
+        "model_type": native.model_type,
+        "dtype": dtype,
+        "vocab_size": dims.vocab_size,
+        "hidden_size": dims.hidden_size,
+        "num_hidden_layers": dims.num_layers,
+        "num_attention_heads": dims.num_heads,
+        "num_key_value_heads": dims.num_kv_heads,
+        "head_dim": dims.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": seed.get("rms_norm_eps", block.rms_norm_eps),
+        "tie_word_embeddings": dims.tied_embeddings,
+        **_rope_keys(rope_of(seed)),
+        "attention_dropout": seed.get("attention_dropout", 0.0),
+        native.num_experts: mixture.config["num_experts"],
+        "num_experts_per_tok": mixture.config["num_experts_per_tok"],
+        **dict.fromkeys(native.inner, dims.intermediate_size),
+        "output_router_logits": False,
+        "router_aux_loss_coef": mixture.config.get("router_aux_loss_coef", 0.01),
+        **native.fixed(),
+    }
+    if not native.always_normalises:
+        config["norm_topk_prob"] = bool(mixture.config.get("norm_topk_prob", False))
+    if native.bias_key:
+        config[native.bias_key] = bool(attention_biases(trunk))
+    window = window_of(seed, block, dims.num_layers)
+    if native.windows:
+        config["sliding_window"] = window
+        if native.model_type != "mixtral":
+            config["use_sliding_window"] = window is not None
+    for key in ("max_position_embeddings", "initializer_range", "use_cache", *_SPECIAL_TOKENS):
+        if key in seed:
+            config[key] = seed[key]
+    for key in _SPECIAL_TOKENS:
+        config.setdefault(key, None)  # not the class's own default, which is another tokenizer's
+    return config
+
+
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _rope_keys(rope: dict[str, Any]) -> Config:
+    """``rope_theta`` and ``rope_scaling``: transformers 4's keys, which 5 and other tools read as well."""
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    keys: Config = {"rope_theta": rope.get("rope_theta", 10000.0)}
+    return keys if scaling.get("rope_type", "default") == "default" else {**keys, "rope_scaling": scaling}

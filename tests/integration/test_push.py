@@ -1,0 +1,228 @@
+"""Uploads: what goes to a Hub on this machine, byte for byte, what stays here, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import branchmix
+from branchmix.errors import CheckpointError, OutputError, RecipeError
+from branchmix.export.card import licence_of_folder
+from hub_server import Hub, Repository, environment_for
+from mixtures import recipe
+
+Siblings = Callable[..., dict[str, Path]]
+
+
+@pytest.fixture
+def mixture(siblings: Siblings, tmp_path: Path) -> Path:
+    """A BAM mixture with a tokenizer file, a user's notes, and something that is nobody's business."""
+    folder = tmp_path / "mixture"
+    branchmix.upcycle(recipe(siblings("llama")), folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    (folder / ".env").write_text("SECRET=1")
+    return folder
+
+
+def results(tmp_path: Path) -> Path:
+    """As ``branchmix eval --out`` writes them."""
+    score = {"stderr": 0.0123, "perplexity": 9.0, "tokens": 5, "bytes": 20, "documents": 2}
+    models = [
+        {"model": f"/home/me/{name}", "max_length": 2048, "domains": {"code": {**score, "bits_per_byte": bits}}}
+        for name, bits in (("seed", 1.25), ("mixture", 0.75))
+    ]
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"models": models}))
+    return file
+
+
+def front(card: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(card.split("---")[1]))
+
+
+def test_a_dry_run_tells_everything_and_asks_nobody(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("a dry run asked the network"))
+    report = branchmix.push(mixture, "org/bam", results=results(tmp_path), licence="apache-2.0", dry_run=True)
+    names = {file.name for file in report.files}
+    assert report.url is None and not names & {"notes.txt", ".env"}
+    assert names >= {"config.json", "model.safetensors", "README.md", "branchmix.json", "tokenizer_config.json"}
+    assert names >= {"modeling_branchmix.py", "attention_branchmix.py", "routing_branchmix.py"}
+    card = report.card
+    assert front(card)["license"] == "apache-2.0" and "branchmix" in front(card)["tags"]
+    for text in (
+        "BAM with Expert KV",
+        "| 1 | code | code | - | unknown |",
+        "| parameters |",
+        "| mixture | 0.7500 (0.0123) |",
+        "attention: kv_experts",
+        'from_pretrained("org/bam")',
+    ):
+        assert text in card, text
+    uploaded = [file.content for file in report.files if isinstance(file.content, bytes)]
+    assert len(uploaded) == 2 and all(str(tmp_path).encode() not in text for text in uploaded)
+    assert b"/home/me" not in b"".join(uploaded) and b"pytest" not in b"".join(uploaded)
+
+
+COMMANDS = """
+import contextlib, io, json, os, sys
+from branchmix.cli import main
+for token, *arguments in json.loads(sys.argv[1]):
+    os.environ.pop("HF_TOKEN", None)
+    if token:
+        os.environ["HF_TOKEN"] = token
+    sys.argv[1:] = ["push", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as left:
+        print(json.dumps([left.code, out.getvalue(), err.getvalue()]))
+"""
+"""Several commands in one process: each start costs seconds, and the client reads its address when it is imported."""
+
+
+def test_upload(mixture: Path, tmp_path: Path) -> None:
+    """Through huggingface_hub's own client: made, filled with the same bytes, refused, and replaced with --force."""
+    hub = Hub()
+    hub.repositories["org/else"] = Repository(False, {"model-00001-of-00002.safetensors": b"old", "README.md": b"old"})
+    right = "hf_right"
+
+    def push(address: str, *commands: tuple[str, ...]) -> list[tuple[int, str, str]]:
+        listed = json.dumps([[token, str(mixture), *arguments] for token, *arguments in commands])
+        environment = environment_for(address, tmp_path / "home")
+        script = [sys.executable, "-c", COMMANDS, listed]
+        done = subprocess.run(script, capture_output=True, text=True, env=environment, check=True)
+        return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+    with hub.running() as address:
+        first, again, over, nobody, wrong = push(
+            address,
+            (right, "org/bam", "--private", "--json"),
+            (right, "org/bam"),
+            (right, "org/else", "--force"),
+            ("", "org/new"),
+            ("hf_wrong", "org/new"),
+        )
+    code, out, err = first
+    assert code == 0, err
+    told, stored = json.loads(out), hub.repositories["org/bam"]
+    assert stored.private and stored.commits == ["Upload with branchmix"] and told["url"].endswith("0" * 40)
+    assert {file["name"]: file["bytes"] for file in told["files"]} == {n: len(c) for n, c in stored.files.items()}
+    for name, content in stored.files.items():
+        if name not in ("README.md", "branchmix.json"):
+            assert content == (mixture / name).read_bytes(), name
+    assert stored.files["README.md"].decode() == told["card"]
+    assert again[0] == 2 and "exists already and holds" in again[2]
+    assert over[0] == 0 and "uploaded" in over[1], over
+    assert set(hub.repositories["org/else"].files) == set(stored.files), "old shards are gone"
+    assert nobody[0] == 2 and "there is no Hub token: `hf auth login`" in nobody[2]
+    assert wrong[0] == 2 and "the token may not write there" in wrong[2]
+    assert len([line for line in wrong[2].splitlines() if not line.startswith("note:")]) == 1
+    assert "org/new" not in hub.repositories
+    (gone,) = push(address, (right, "org/bam"))
+    assert gone[0] == 2 and "cannot be reached" in gone[2]
+
+
+def test_offline_is_told(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(OutputError, match="HF_HUB_OFFLINE is set"):
+        branchmix.push(mixture, "org/bam")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "training/files.json"])
+def test_checkpoints_of_runs_are_refused(name: str, mixture: Path) -> None:
+    (mixture / name).parent.mkdir(exist_ok=True)
+    (mixture / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="checkpoint of a run"):
+        branchmix.push(mixture, "org/bam", dry_run=True)
+
+
+def test_what_is_no_whole_checkpoint_is_refused(mixture: Path, tmp_path: Path) -> None:
+    (mixture / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not done"):
+        branchmix.push(mixture, "org/bam", dry_run=True)
+    (mixture / "run.json").unlink()
+    with pytest.raises(RecipeError, match="write org/name"):
+        branchmix.push(mixture, "bam", dry_run=True)
+    for content in ('{"models": []}', "[]", "x"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(RecipeError, match=r"is no results.json"):
+            branchmix.push(mixture, "org/bam", results=tmp_path / "bad.json", dry_run=True)
+    config = json.loads((mixture / "config.json").read_text())
+    (mixture / "config.json").write_text(json.dumps({**config, "num_experts": 2, "expert_names": ["seed", "code"]}))
+    with pytest.raises(CheckpointError, match="but the weights hold"):
+        branchmix.push(mixture, "org/bam", dry_run=True)
+    (mixture / "config.json").write_text(json.dumps(config))
+    weights = mixture / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="truncated"):
+        branchmix.push(mixture, "org/bam", dry_run=True)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        branchmix.push(tmp_path / "nowhere", "org/bam", dry_run=True)
+
+
+def test_licences(siblings: Siblings, tmp_path: Path) -> None:
+    """Known of all sources and the same: the upload's; else only told."""
+    models = {}
+    for name, path in siblings("llama").items():
+        models[name] = tmp_path / name
+        models[name].mkdir()
+        for file in path.iterdir():
+            (models[name] / file.name).symlink_to(file)
+    (models["seed"] / "README.md").write_text("---\nlicense: mit\n---\n# Seed\n")
+    (models["code"] / "LICENSE").write_text("MIT License\n\nCopyright ...")
+    (models["math"] / "LICENSE.txt").write_text("Do what you like")
+    assert [licence_of_folder(path) for path in models.values()] == ["mit", "mit", "see its LICENSE.txt"]
+    branchmix.upcycle(recipe(models), tmp_path / "mixed")
+    report = branchmix.push(tmp_path / "mixed", "org/bam", dry_run=True)
+    assert report.licences == {"seed": "mit", "code": "mit", "math": "see its LICENSE.txt"}
+    assert (
+        report.licence is None and "license" not in front(report.card) and any("--license" in n for n in report.notes)
+    )
+    (models["math"] / "LICENSE.txt").write_text("The MIT License")
+    report = branchmix.push(tmp_path / "mixed", "org/bam", dry_run=True)
+    assert report.licence == front(report.card)["license"] == "mit" and not report.notes
+
+
+def test_somebodys_own_card_is_kept(mixture: Path) -> None:
+    (mixture / "README.md").write_text("# Mine\n")
+    report = branchmix.push(mixture, "org/bam", dry_run=True)
+    assert report.card == "# Mine\n" and any("uploaded as it is" in note for note in report.notes)
+
+
+def test_exports_and_trained_models(siblings: Siblings, tmp_path: Path) -> None:
+    """An export knows what it came from; a trained mixture is told by the one it was trained from."""
+    options = {"attention": "average", "routing": {"ffn": {"top_k": 2, "normalize": True}}}
+    branchmix.upcycle(recipe(siblings("llama"), **options), tmp_path / "btx")
+    branchmix.export_model(tmp_path / "btx", tmp_path / "native", to="mixtral", verify=False)
+    report = branchmix.push(tmp_path / "native", "org/native", dry_run=True)
+    assert "exported to mixtral" in report.card and "modeling_branchmix.py" not in {f.name for f in report.files}
+
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (trained / name).write_bytes((tmp_path / "btx" / name).read_bytes())
+    record = {
+        "config": {"model": str(tmp_path / "btx"), "data": {}},
+        "tokens": 1000,
+        "flops": 2e9,
+        "domains": {"law": {"tokens": 600}},
+        "held_out": {"start": {"law": {"perplexity": 9.5}}, "end": {"law": {"perplexity": 8.25}}},
+    }
+    (trained / "training.json").write_text(json.dumps(record))
+    report = branchmix.push(trained, "org/trained", dry_run=True)
+    assert "| law | 600 | 9.50 | 8.25 |" in report.card and "attention: average" in report.card
+    assert "modeling_branchmix.py" in {file.name for file in report.files}
+    assert "training.json" not in {file.name for file in report.files}

@@ -1,0 +1,204 @@
+"""Servers: transformers' own on a native export, and what vLLM's transformers backend asks of a mixture.
+
+vLLM itself is no dependency (docs/ecosystem.md tells what was run with it). What it does to a model is done here: sizes
+are read from the config as it reads them, the model is built on the meta device from ``auto_map``, and attention runs
+through an implementation registered under a name, which gets its state as an argument of ``forward``.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import branchmix
+from families import NAMES
+from mixtures import BOTH, close, load, random_mixture, recipe, tokens
+from tokenizers_of_bytes import save_byte_tokenizer
+
+Siblings = Callable[..., dict[str, Path]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers serve
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+SERVE = "from transformers.cli.transformers import main; main()"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers_the_openai_client(siblings: Siblings, tmp_path: Path) -> None:
+    """Greedy answers over HTTP, at once and streamed, are those of the mixture's ``generate`` here."""
+    from openai import OpenAI
+
+    folder = tmp_path / "native"
+    gates = {"ffn": {"top_k": 2, "normalize": True}}
+    models = siblings("llama", vocab_size=300)
+    branchmix.upcycle(recipe(models, attention="average", routing=gates), tmp_path / "btx")
+    save_byte_tokenizer(tmp_path / "btx")
+    branchmix.export_model(tmp_path / "btx", folder, to="mixtral")
+    port, command = free_port(), [sys.executable, "-c", SERVE]
+    command += ["serve", str(folder), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
+    command += ["--dtype", "float32"]
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+        messages: list[Any] = [{"role": "user", "content": "The court"}]
+        answer = client.chat.completions.create(
+            model=str(folder), messages=messages, max_tokens=8, temperature=0.0, seed=0
+        )
+        streamed = client.chat.completions.create(
+            model=str(folder), messages=messages, max_tokens=8, temperature=0.0, seed=0, stream=True
+        )
+        pieces = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+    finally:
+        server.terminate()
+        server.wait(30)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(tmp_path / "btx")
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    expected = tokenizer.decode(new, skip_special_tokens=True)
+    assert answer.choices[0].message.content == expected == pieces and expected
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the server answers."""
+    limit = time.monotonic() + 300
+    while True:
+        assert server.poll() is None and time.monotonic() < limit, log.read_text()[-3000:]
+        try:
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5)
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vLLM's transformers backend
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", [*BOTH, "average"])
+@pytest.mark.parametrize("name", NAMES)
+def test_config_tells_the_sizes_that_attention_really_has(name: str, attention: str) -> None:
+    """In total, over all experts, of every family; and nothing of it gets into config.json."""
+    model = random_mixture(name, attention)
+    config = model.config
+    assert config.get_text_config() == config, "a config of parts would be taken for a multimodal model's"
+    module = model.model.get_submodule(config.layout["layers"])[0].get_submodule(config.layout["attention"])
+    if attention != "average":
+        heads = module.heads
+        assert heads.q_proj.out_features == config.num_attention_heads * config.head_dim
+        assert heads.k_proj.out_features == config.num_key_value_heads * config.head_dim
+    else:
+        seed = config.seed_config
+        assert config.num_attention_heads == seed.num_attention_heads
+    assert not {"num_attention_heads", "num_key_value_heads", "vocab_size"} & set(config.to_dict())
+    assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (3, 2, False)
+    assert config.vocab_size == 97 and config.hidden_size == 32
+
+
+def test_sizes_are_the_seeds_to_set() -> None:
+    """``resize_token_embeddings`` sets the vocabulary on the text config."""
+    config = random_mixture("llama").config
+    config.get_text_config().vocab_size = 98
+    assert config.seed_config.vocab_size == 98 and not hasattr(config, "layer_types")
+    with pytest.raises(AttributeError):
+        config.no_such_size  # noqa: B018
+
+
+def stand_in(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, attention_instances: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """As vLLM's: its state by layer index, tensors as [tokens, heads * head_dim]."""
+    instance = attention_instances[module.layer_idx]
+    flat = [x.transpose(1, 2).reshape(query.shape[-2], -1) for x in (query, key, value)]
+    return instance(*flat, scaling), None
+
+
+class Instance:
+    """One layer's attention, sized by the config alone."""
+
+    def __init__(self, config: Any):
+        self.sizes = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.head_dim = config.head_dim
+        self.calls = 0
+
+    def __call__(self, query: Any, key: Any, value: Any, scaling: float) -> torch.Tensor:
+        self.calls += 1
+        q, k, v = (
+            x.view(-1, heads, self.head_dim).transpose(0, 1)[None]
+            for x, heads in zip((query, key, value), self.sizes, strict=True)
+        )
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        return out[0].transpose(0, 1).reshape(query.shape)
+
+
+@pytest.mark.parametrize("attention", [*BOTH, "average"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_what_vllms_backend_does_to_a_model(
+    name: str, attention: str, siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"attention": attention, "routing": {"ffn": {"top_k": 2}}}
+    changes = {"sliding_window": None} if name == "mistral" else {}
+    branchmix.upcycle(recipe(siblings(name, **changes), **options), tmp_path / "mixture")
+    config = AutoConfig.from_pretrained(tmp_path / "mixture")
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= set(config.auto_map)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "stand_in", stand_in)
+    config.get_text_config()._attn_implementation = "stand_in"
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    assert model._supports_attention_backend and model.is_backend_compatible()
+    blocks = [module for module in model.modules() if hasattr(module, "experts")]
+    assert len(blocks) == config.num_hidden_layers
+    for block in blocks:
+        assert all(parameter.ndim == 3 for parameter in block.experts.parameters())
+        assert [name for name, _ in block.gate.named_parameters()] == ["weight"]
+        assert block.scaling == config.routed_scaling_factor, "read from the config by name"
+    assert any(style.startswith("colwise") for style in model.tp_plan.values())
+
+    # The tensors' names: those of the causal LM on disk, one prefix less of which vLLM puts back.
+    reference = load(tmp_path / "mixture")
+    state = {key.removeprefix("model."): value for key, value in reference.state_dict().items()}
+    fresh = AutoModel.from_config(config).eval()
+    missing, unexpected = fresh.load_state_dict(state, strict=False)
+    assert not missing and set(unexpected) <= {"lm_head.weight"}
+    assert {key for key, _ in model.named_parameters()} == {key for key, _ in fresh.named_parameters()}
+    ids = tokens(rows=1)
+    instances = {layer: Instance(config.get_text_config()) for layer in range(config.num_hidden_layers)}
+    with torch.no_grad():
+        outputs = fresh(
+            input_ids=ids,
+            use_cache=False,
+            position_ids=torch.arange(ids.shape[1])[None],
+            attention_instances=instances,
+            return_dict=False,
+        )
+        logits = reference.get_output_embeddings()(outputs[0][0, ...])
+        close(logits, reference(ids).logits[0])
+    assert [instance.calls for instance in instances.values()] == [1] * config.num_hidden_layers
