@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 CODE_FILES = (
     "attention_branchmix.py",
+    "chunked_branchmix.py",
     "configuration_branchmix.py",
     "losses_branchmix.py",
     "modeling_branchmix.py",

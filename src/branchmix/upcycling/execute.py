@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 CODE_FILES = (
     "attention_branchmix.py",
+    "chunked_branchmix.py",
     "configuration_branchmix.py",
     "losses_branchmix.py",
     "modeling_branchmix.py",
