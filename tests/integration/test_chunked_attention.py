@@ -307,6 +307,17 @@ def test_mixtures_choose_it_where_nothing_was_asked_for(monkeypatch: pytest.Monk
     assert random_mixture("gemma2").config.seed_config._attn_implementation == "eager"
 
 
+def test_families_that_compute_attention_themselves_are_left_alone() -> None:
+    """Falcon's and GPT-J's dense attention reads the name and no interface, and would take our masks for others."""
+    for name, own in (("falcon", "sdpa"), ("gptj", "eager")):
+        for attention in ("average", "kv_sharing"):
+            model = random_mixture(name, attention)
+            chosen = "branchmix" if (name, attention) == ("falcon", "kv_sharing") else own
+            assert model.config.seed_config._attn_implementation == chosen
+        with pytest.raises(ValueError, match=f'{name} has no attn_implementation="branchmix_chunked"'):
+            random_mixture(name, "average", attn_implementation="branchmix_chunked")
+
+
 def test_dense_models_can_use_it_too(tmp_path: Any) -> None:
     BY_NAME["llama"].save(tmp_path, 0)
     results = []

@@ -37,7 +37,7 @@ from .attention_branchmix import (
     take_output_dropout,
     widen_attention,
 )
-from .chunked_branchmix import AUTOMATIC
+from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import CODE_FILES, BranchMixConfig
 from .losses_branchmix import router_losses
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter
@@ -460,12 +460,28 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         found = super().get_correct_experts_implementation(requested_experts)
         return EXPERTS_AUTOMATIC if requested_experts is None and found == "grouped_mm" else found
 
-    def _choose_attention(self, asked_for: str | None) -> None:
-        """Where nothing was asked for and the family takes torch's fused attention, take what chooses for each call."""
-        seed_config = self.config.seed_config
-        if asked_for is None and seed_config._attn_implementation == "sdpa":
-            self.config._attn_implementation_internal = AUTOMATIC
-            seed_config._attn_implementation_internal = AUTOMATIC
+    def _build_family(self, attention: str | None, *, causal_lm: bool) -> PreTrainedModel:
+        """The seed family's model, widened, with the attention that was asked for.
+
+        Where nothing was asked for and the family takes torch's fused attention, it is the one that chooses for each
+        call. Names of ours are set after construction, since Falcon and GPT-J look a class up by the name.
+
+        Raises:
+            ValueError: attention in chunks was asked for, of a dense attention that computes itself.
+        """
+        config, seed_config = self.config, self.config.seed_config
+        if attention in (AUTOMATIC, CHUNKED):
+            seed_config._attn_implementation_internal = None
+        model = _family_class(seed_config, causal_lm=causal_lm)(seed_config)
+        widen(model, config)
+        takes_any = config.has_attention_experts or model._can_set_attn_implementation()
+        if attention in (AUTOMATIC, CHUNKED) and not takes_any:
+            raise ValueError(f'{seed_config.model_type} has no attn_implementation="{attention}": use "sdpa" or "eager"')
+        if attention is None and seed_config._attn_implementation == "sdpa" and takes_any:
+            attention = AUTOMATIC
+        if attention in (AUTOMATIC, CHUNKED):
+            config._attn_implementation_internal = seed_config._attn_implementation_internal = attention
+        return model
 
     @property
     def _family(self) -> PreTrainedModel:
@@ -502,9 +518,7 @@ class BranchMixModel(BranchMixPreTrainedModel):
     def __init__(self, config: BranchMixConfig):
         asked_for = config._attn_implementation
         super().__init__(config)
-        family_model = _family_class(config.seed_config, causal_lm=False)(config.seed_config)
-        widen(family_model, config)
-        self._choose_attention(asked_for)
+        family_model = self._build_family(asked_for, causal_lm=False)
         # Under the name that the family's causal LM gives it, so that both classes share one set of tensor names.
         self._family_prefix = family_model.base_model_prefix
         self.add_module(self._family_prefix, family_model)
@@ -539,9 +553,7 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     def __init__(self, config: BranchMixConfig):
         asked_for = config._attn_implementation
         super().__init__(config)
-        self.model = _family_class(config.seed_config, causal_lm=True)(config.seed_config)
-        widen(self.model, config)
-        self._choose_attention(asked_for)
+        self.model = self._build_family(asked_for, causal_lm=True)
         self.post_init()
         layers = f"model.{config.layout['layers']}"
         self._tp_plan, self._ep_plan = parallel_plans(self, layers, config.layout, dict(self.tp_plan))
