@@ -112,7 +112,7 @@ def report(args: argparse.Namespace, state: training.State) -> None:
         f"# The model's speed, {date}",
         "",
         "One thread, process CPU time, medians of interleaved rounds on a machine that was busy with other work: only the"
-        " ratios within a table mean something, and gaps under 0.10 are ties. \"of\" columns are speed over that of the"
+        ' ratios within a table mean something, and gaps under 0.10 are ties. "of" columns are speed over that of the'
         " candidate named: above 1 is faster.",
     ]
     for name in dict.fromkeys(found["group"] for found in groups):

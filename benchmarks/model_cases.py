@@ -102,10 +102,11 @@ class LoopAttention(nn.Module):
 
 def attention_cases(data: Path, envs: Path) -> Iterator[Case]:
     """One layer's attention, 4 experts of 16 heads over 4 K/V heads, width 1024: with projections, and the heads alone."""
-    plan = [(precision, length) for precision in DTYPES for length in (128, 512)] + [("bf16", 2048)]
-    for precision, length in plan:
+    plan = [("bf16", 512, ("heads", "layer")), ("bf16", 2048, ("heads",)), ("bf16", 128, ("heads", "layer"))]
+    plan += [("fp32", 512, ("heads", "layer"))]
+    for precision, length, parts in plan:
         for attention in BOTH:
-            for part in ("heads", "layer"):
+            for part in parts:
                 what = f"{'Expert KV' if attention == 'kv_experts' else 'Shared KV'}, {length} tokens, {precision}"
                 rest = "attention without projections" if part == "heads" else "attention with projections and gates"
                 yield Case(
@@ -120,7 +121,9 @@ def _attention(attention: str, length: int, dtype: torch.dtype, part: str) -> di
     from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 1}
-    seed = MistralConfig(**sizes, intermediate_size=64, vocab_size=64, sliding_window=None, max_position_embeddings=4096)
+    seed = MistralConfig(
+        **sizes, intermediate_size=64, vocab_size=64, sliding_window=None, max_position_embeddings=4096
+    )
     torch.manual_seed(0)
     model = BranchMixForCausalLM(mixture_config(seed, attention=attention, num_experts=4)).to(dtype)
     wide = model.model.model.layers[0].self_attn
@@ -235,7 +238,9 @@ def decode_cases(data: Path, envs: Path) -> Iterator[Case]:
     """One token of each sequence behind 64 others."""
     for batch in (1, 8):
         what = "2 layers of width 1024, 16/4 heads, FFN 2048, 8 experts, top-2, vocabulary 4096, bf16"
-        yield Case(f"batch {batch}", f"{what}; 64 tokens before", batch, lambda b=batch: _decode(_models(data, envs), b))
+        yield Case(
+            f"batch {batch}", f"{what}; 64 tokens before", batch, lambda b=batch: _decode(_models(data, envs), b)
+        )
     what = "SmolLM2-135M and three siblings, top-1, bf16; 64 tokens before"
     yield Case("smollm2", what, 1, lambda: _decode(_models(data, envs, "smollm2"), 1, PEERS))
 

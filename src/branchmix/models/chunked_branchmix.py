@@ -298,7 +298,9 @@ def _weights(
         scores.div_(settings.soft_cap).tanh_()
         slope = 1 - scores.square()
         scores.mul_(settings.soft_cap)
-    by_query = scores.view(chunk.rows.stop - chunk.rows.start, chunk.heads.stop - chunk.heads.start, -1, group, k.shape[1])
+    by_query = scores.view(
+        chunk.rows.stop - chunk.rows.start, chunk.heads.stop - chunk.heads.start, -1, group, k.shape[1]
+    )
     if chunk.blocked is not None:
         part = by_query[..., chunk.blocked_keys]
         if chunk.blocked.dtype == torch.bool:
@@ -311,9 +313,7 @@ def _weights(
     return weights, slope
 
 
-def _chunks(
-    q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, mask: torch.Tensor | None, causal: bool
-) -> Iterator[_Chunk]:
+def _chunks(q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> Iterator[_Chunk]:
     """All pairs of queries and keys that may meet, chunk by chunk; queries without a key are left out where they can."""
     (batch, num_heads, length, _), (num_kv_heads, num_keys) = q_BHTC.shape, k_BKSC.shape[1:3]
     group = num_heads // num_kv_heads
@@ -326,7 +326,11 @@ def _chunks(
         for rows in _slices(batch, rows_at_once):
             keys, blocked, blocked_keys, blind = slice(0, num_keys), None, slice(0, 0), None
             if causal:
-                keys, blocked, blocked_keys = slice(0, queries.stop), upper[:m, :, :m], slice(queries.start, queries.stop)
+                keys, blocked, blocked_keys = (
+                    slice(0, queries.stop),
+                    upper[:m, :, :m],
+                    slice(queries.start, queries.stop),
+                )
             elif mask is not None:
                 seen = mask[rows if mask.shape[0] > 1 else slice(None), :, queries]
                 keys, blocked, blocked_keys, blind = _masked(seen)

@@ -16,6 +16,7 @@ CODE_FILES = (
     "losses_branchmix.py",
     "modeling_branchmix.py",
     "routing_branchmix.py",
+    "streams_branchmix.py",
 )
 """The files that travel with every checkpoint."""
 

@@ -41,6 +41,7 @@ from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import CODE_FILES, BranchMixConfig
 from .losses_branchmix import router_losses
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter
+from .streams_branchmix import ParallelStreams
 
 logger = logging.get_logger(__name__)
 
@@ -115,7 +116,12 @@ def automatic_experts_forward(
     saves.
     """
     few = hidden_SD.shape[0] <= _FEW_TOKENS and hidden_SD.device.type == "cpu"
-    if not few or torch.is_grad_enabled() or torch.compiler.is_compiling() or getattr(experts, "_is_expert_parallel", False):
+    if (
+        not few
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or getattr(experts, "_is_expert_parallel", False)
+    ):
         return grouped_mm_experts_forward(experts, hidden_SD, index_Sk, gates_Sk)
     first = experts.gate_up_proj if experts.has_gate else experts.up_proj
     first_bias = down_bias = None
@@ -254,13 +260,17 @@ class BranchMixSparseMoeBlock(nn.Module):
         )
         self.experts = _EXPERTS[dense.gated, dense.bias](config, dense, dense.gated)
         self.dropout = nn.Dropout(dense.dropout) if dense.dropout else nn.Identity()
+        self.streams: ParallelStreams | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
-        return self.dropout(out_SD.reshape(hidden_states.shape))
+        out = self.dropout(out_SD.reshape(hidden_states.shape))
+        if self.streams is not None:
+            self.streams.join(hidden_states)
+        return out
 
 
 @dataclass
@@ -476,12 +486,32 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         widen(model, config)
         takes_any = config.has_attention_experts or model._can_set_attn_implementation()
         if attention in (AUTOMATIC, CHUNKED) and not takes_any:
-            raise ValueError(f'{seed_config.model_type} has no attn_implementation="{attention}": use "sdpa" or "eager"')
+            raise ValueError(
+                f'{seed_config.model_type} has no attn_implementation="{attention}": use "sdpa" or "eager"'
+            )
         if attention is None and seed_config._attn_implementation == "sdpa" and takes_any:
             attention = AUTOMATIC
         if attention in (AUTOMATIC, CHUNKED):
             config._attn_implementation_internal = seed_config._attn_implementation_internal = attention
         return model
+
+    def set_parallel_streams(self, enabled: bool) -> None:
+        """Run attention and FFN experts of parallel blocks side by side on two CUDA streams (off by default).
+
+        Changes nothing on other devices, in sequential blocks and under ``torch.compile``. Not for CUDA graphs or
+        gradient checkpointing.
+
+        Raises:
+            ValueError: the mixture has no attention experts or no FFN experts.
+        """
+        if not (self.config.has_attention_experts and self.config.has_ffn_experts):
+            raise ValueError("parallel streams need attention experts and FFN experts")
+        for module in self.modules():
+            children = list(module.children())
+            attention = [child for child in children if isinstance(child, BranchMixAttention)]
+            ffn = [child for child in children if isinstance(child, BranchMixSparseMoeBlock)]
+            for first, second in zip(attention, ffn, strict=True):
+                first.streams = second.streams = ParallelStreams(module) if enabled else None
 
     @property
     def _family(self) -> PreTrainedModel:
