@@ -1,4 +1,4 @@
-"""Benchmark: where a mixture's time goes, against a loop over experts, transformers' Mixtral, MixtureKit, and the floor.
+"""Benchmark: where a mixture's time goes, against a loop over experts, Mixtral, MixtureKit, and the floor.
 
     python benchmarks/model.py run                         # everything; stops and resumes at any time, see --time-limit
     python benchmarks/model.py run --groups attention      # attention alone
@@ -111,7 +111,7 @@ def report(args: argparse.Namespace, state: training.State) -> None:
     lines = [
         f"# The model's speed, {date}",
         "",
-        "One thread, process CPU time, medians of interleaved rounds on a machine that was busy with other work: only the"
+        "One thread, process CPU time, medians of interleaved rounds on a machine busy with other work: only the"
         ' ratios within a table mean something, and gaps under 0.10 are ties. "of" columns are speed over that of the'
         " candidate named: above 1 is faster.",
     ]
@@ -124,8 +124,8 @@ def report(args: argparse.Namespace, state: training.State) -> None:
                 lines += [*_table(found), ""]
     versions = sorted(groups[-1]["versions"].items())
     lines += [
-        f"{facts['cpu']}, {facts['cores']} cores, {'with' if facts['amx'] else 'without'} AMX, {facts['ram_gb']} GB RAM,"
-        f" Linux {facts['kernel']}, Python {facts['python']}; "
+        f"{facts['cpu']}, {facts['cores']} cores, {'with' if facts['amx'] else 'without'} AMX,"
+        f" {facts['ram_gb']} GB RAM, Linux {facts['kernel']}, Python {facts['python']}; "
         + ", ".join(f"{name} {version}" for name, version in versions)
         + ".",
     ]

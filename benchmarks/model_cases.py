@@ -19,10 +19,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
 import steps
 from branchmix.models import mixture_config
 from branchmix.models.attention_branchmix import BranchMixAttention
+from branchmix.models.chunked_branchmix import automatic_attention_forward, chunked_attention_forward
 from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
 Seconds = dict[str, float]
@@ -101,7 +104,7 @@ class LoopAttention(nn.Module):
 
 
 def attention_cases(data: Path, envs: Path) -> Iterator[Case]:
-    """One layer's attention, 4 experts of 16 heads over 4 K/V heads, width 1024: with projections, and the heads alone."""
+    """One layer's attention, 4 experts of 16 heads over 4 K/V heads, width 1024: with projections and without."""
     plan = [("bf16", 512, ("heads", "layer")), ("bf16", 2048, ("heads",)), ("bf16", 128, ("heads", "layer"))]
     plan += [("fp32", 512, ("heads", "layer"))]
     for precision, length, parts in plan:
@@ -118,8 +121,6 @@ def attention_cases(data: Path, envs: Path) -> Iterator[Case]:
 
 
 def _attention(attention: str, length: int, dtype: torch.dtype, part: str) -> dict[str, Once]:
-    from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
-
     sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 1}
     seed = MistralConfig(
         **sizes, intermediate_size=64, vocab_size=64, sliding_window=None, max_position_embeddings=4096
@@ -162,9 +163,6 @@ def _attention(attention: str, length: int, dtype: torch.dtype, part: str) -> di
 
 def _heads(wide: Any, length: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
     """From q, k and v to heads [B, T, H, C], in experts' order for the comparison."""
-    from branchmix.models.chunked_branchmix import automatic_attention_forward, chunked_attention_forward
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     order = wide.order
     q, k, v = (
         torch.randn(1, length, n, order.head_dim, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -190,7 +188,7 @@ def _heads(wide: Any, length: int, dtype: torch.dtype) -> tuple[dict[str, Any], 
     runs: dict[str, Any] = {"loop": loop}
     for name, function in functions.items():
         runs[name] = lambda function=function: function(wide.heads, q, k, v, None)[0]
-    return runs, dict.fromkeys(runs, [q, k, v])
+    return runs, {name: [q, k, v] for name in runs}
 
 
 # ---- whole models ----
