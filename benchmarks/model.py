@@ -35,6 +35,7 @@ from branchmix.train.memory import keep_freed_memory
 EXAMPLES = """examples:
   python benchmarks/model.py run                                    all groups, 7 rounds
   python benchmarks/model.py run --groups attention decode          some of them
+  python benchmarks/model.py run --groups decode --only batch       cases with "batch" in their names
   python benchmarks/model.py run --time-limit 540                   stops in time; the same line goes on
   python benchmarks/model.py report                                 tables and plots again
 """
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace, state: training.State) -> None:
     deadline = time.monotonic() + (args.time_limit or float("inf"))
     for name in args.groups:
         for case in cases.GROUPS[name](args.data, args.envs):
+            if args.only and not any(part in case.name for part in args.only):
+                continue
             # State keeps seconds by candidate; a case's own facts tell whether they are of this version.
             facts = {"group": name, "case": case.name, "what": case.what, "tokens": case.tokens, "x": case.x}
             found = state.group(f"{name}/{case.name}", {**facts, "versions": versions})
@@ -168,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", parents=[places], help="measure, and write tables and plots")
     running.add_argument("--groups", nargs="+", choices=cases.GROUPS, default=list(cases.GROUPS))
+    running.add_argument("--only", nargs="+", metavar="PART", help="cases with one of these in their names")
     running.add_argument("--rounds", type=int, default=7, help="until each candidate has so many (%(default)s)")
     running.add_argument("--time-limit", type=float, help="stop between two candidates after so many seconds")
     running.add_argument("--restart", action="store_true", help="forget what has been measured")
