@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import StaticCache
 
 from branchmix.models import modeling_branchmix as modeling
+from branchmix.models.linear_branchmix import linear
 from families import BY_NAME
 from mixtures import BOTH, close, random_mixture, tokens
 
@@ -111,3 +113,40 @@ def test_a_compiled_step_with_a_static_cache_is_the_same(name: str, attention: s
         step = torch.compile(model, fullgraph=True)
         found = step(ids[:, 8:], past_key_values=cache, position_ids=torch.full((2, 1), 8), use_cache=True).logits[:, 0]
     close(found, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_row_is_as_near_to_the_truth_as_many(
+    dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, 777, dtype=dtype), torch.randn(333, 777, dtype=dtype)
+    shift = torch.randn(333, dtype=dtype) if bias else None
+    truth = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
+    calls: list[str] = []
+    for name in ("mv", "addmv"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, real=real, name=name: calls.append(name) or real(*args))
+    with torch.no_grad():
+        found, many = linear(x, weight, shift), F.linear(x, weight, shift)
+        assert found.shape == many.shape and found.dtype == dtype
+        assert (found.double() - truth).norm() < 1.5 * (many.double() - truth).norm() + 1e-6 * truth.norm()
+        assert calls == ([] if dtype == torch.float32 else ["addmv" if bias else "mv"])
+        linear(x.expand(1, 2, -1), weight, shift)
+    linear(x, weight.requires_grad_(), shift)
+    assert len(calls) <= 1, "two rows, and gradients"
+
+
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt-neox", "phi3"])
+def test_a_step_of_one_sequence_is_that_of_two(name: str, attention: str) -> None:
+    """One row goes another way than two, through every projection of the attention experts."""
+    model = random_mixture(name, attention).bfloat16()
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        steps = []
+        for rows in (1, 2):
+            cache = model(ids[:, :8].expand(rows, -1), use_cache=True).past_key_values
+            steps.append(model(ids[:, 8:].expand(rows, -1), past_key_values=cache).logits[0].float())
+    assert (steps[0] - steps[1]).norm() < 0.02 * steps[1].norm()

@@ -224,7 +224,8 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = _backward(grad_BTHC, *ctx.saved_tensors, ctx.settings)
+        q_BHTC, k_BKSC, v_BKSC, mask = ctx.saved_tensors
+        grads = _backward(grad_BTHC, q_BHTC, k_BKSC, v_BKSC, mask, ctx.settings)
         return (*grads, None, None, None)
 
 

@@ -39,6 +39,7 @@ from .attention_branchmix import (
 )
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import CODE_FILES, BranchMixConfig
+from .linear_branchmix import linear
 from .losses_branchmix import router_losses
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter
 from .streams_branchmix import ParallelStreams
@@ -138,20 +139,12 @@ def automatic_experts_forward(
     for expert, chosen in slots.items():
         tokens = [slot // top_k for slot in chosen]
         hidden = hidden_SD[tokens] if len(hidden_SD) > 1 else hidden_SD
-        inner = _linear(hidden, first[expert], None if first_bias is None else first_bias[expert])
+        inner = linear(hidden, first[expert], None if first_bias is None else first_bias[expert])
         inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        gated = _linear(inner, down[expert], None if down_bias is None else down_bias[expert]) * gates_S1[chosen]
+        gated = linear(inner, down[expert], None if down_bias is None else down_bias[expert]) * gates_S1[chosen]
         for row, token in enumerate(tokens):
             out_SD[token] += gated[row]
     return out_SD.to(hidden_SD.dtype)
-
-
-def _linear(x_XD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear``, faster for one row."""
-    if x_XD.shape[0] > 1:
-        return F.linear(x_XD, weight, bias)
-    out = torch.mv(weight, x_XD[0]) if bias is None else torch.addmv(bias, weight, x_XD[0])
-    return out.unsqueeze(0)
 
 
 ExpertsInterface.register(EXPERTS_AUTOMATIC, automatic_experts_forward)
