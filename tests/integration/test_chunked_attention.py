@@ -191,6 +191,8 @@ def test_refuses_what_it_cannot_compute() -> None:
         given = {"attention_mask": None, **options}
         with pytest.raises(ValueError, match=f'"branchmix_chunked" has no {what}'):
             chunked.chunked_attention_forward(module, *inputs, **given)
+    with pytest.raises(ValueError, match='"branchmix" has no sinks'):
+        chunked.automatic_attention_forward(module, *inputs, None, s_aux=torch.zeros(6))
     model = random_mixture("llama", seed_changes={"attention_dropout": 0.1}).train()
     model.set_attn_implementation("branchmix_chunked")
     with pytest.raises(ValueError, match="has no attention dropout"):

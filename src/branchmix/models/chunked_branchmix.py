@@ -56,7 +56,12 @@ def automatic_attention_forward(
 
     Returns:
         [B, T, H, C] and None.
+
+    Raises:
+        ValueError: attention sinks, which neither of the two computes.
     """
+    if kwargs.get("s_aux") is not None:  # transformers' sdpa would leave them out without a word
+        raise ValueError(f'attn_implementation="{AUTOMATIC}" has no sinks: use "eager"')
     soft_cap = kwargs.get("softcap")
     if not (_unsupported(dropout, attention_mask, kwargs) or torch.compiler.is_compiling()):
         q, k, v = _in_autocast_dtype(query, key, value)
@@ -116,8 +121,8 @@ class _Settings:
 def _faster_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[bool, bool]:
     """Whether chunks gain in the forward and in the backward pass, as measured: bf16 on CPUs, and not for few queries.
 
-    The backward gains everywhere. The forward gains on processors without AMX (1.67 at 512 tokens, 1.37 at 2048, on a
-    Zen 4); with AMX, torch's fused forward uses it and is faster. In fp32 torch's own is left alone.
+    The backward gains on every processor tried. The forward gains on those without AMX (1.67 at 512 tokens, 1.37 at
+    2048, on a Zen 4); with AMX, torch's fused forward uses it and is faster. In fp32 torch's own is left alone.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] < _SHORTEST:
         return False, False
