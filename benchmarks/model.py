@@ -125,7 +125,8 @@ def report(args: argparse.Namespace, state: training.State) -> None:
         for found in groups:
             if found["group"] == name:
                 lines += [*_table(found), ""]
-    versions = sorted(groups[-1]["versions"].items())
+    # A run may be stopped and go on with newer sources: each case in the JSON has its own.
+    versions = sorted({item for found in groups for item in found["versions"].items()})
     lines += [
         f"{facts['cpu']}, {facts['cores']} cores, {'with' if facts['amx'] else 'without'} AMX,"
         f" {facts['ram_gb']} GB RAM, Linux {facts['kernel']}, Python {facts['python']}; "

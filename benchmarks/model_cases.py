@@ -362,12 +362,19 @@ class PartClock:
 
             return add
 
-        self.hooks += [module.register_forward_pre_hook(begin("forward")), module.register_forward_hook(end("forward"))]
-        if torch.is_grad_enabled() and module.training:
-            self.hooks += [
-                module.register_full_backward_pre_hook(begin("backward")),
-                module.register_full_backward_hook(end("backward")),
-            ]
+        def returned(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+            """The backward lasts from the output's gradient to the input's: only this module has the input."""
+            entered = args[0] if args else kwargs["hidden_states"]
+            left = output[0] if isinstance(output, tuple) else output
+            if left.requires_grad and entered.requires_grad:
+                left.register_hook(begin("backward"))
+                entered.register_hook(end("backward"))
+
+        self.hooks += [
+            module.register_forward_pre_hook(begin("forward")),
+            module.register_forward_hook(end("forward")),
+            module.register_forward_hook(returned, with_kwargs=True),
+        ]
 
     def stop(self) -> Seconds:
         for hook in self.hooks:
