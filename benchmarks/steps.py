@@ -248,9 +248,9 @@ class Floor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket._qualified_op_name.split("::")[1]
-        if name in ("mm", "bmm"):
+        if name in ("mm", "bmm", "mv"):
             self._add(*args[:2])
-        elif name in ("addmm", "baddbmm"):
+        elif name in ("addmm", "baddbmm", "addmv"):
             self._add(*args[1:3])
         elif name == "_grouped_mm":
             self._add_groups(*args[:3])

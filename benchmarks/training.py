@@ -61,8 +61,8 @@ def main() -> int:
 class State:
     """What has been measured so far, kept in a file after every step, so that a run can stop and go on."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.path: Path = args.data / "state-training.json"
+    def __init__(self, args: argparse.Namespace, name: str = "training"):
+        self.path: Path = args.data / f"state-{name}.json"
         self.groups: dict[str, Any] = {}
         if self.path.exists() and not getattr(args, "restart", False):
             self.groups = json.loads(self.path.read_text())

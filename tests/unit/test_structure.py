@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,11 +103,13 @@ def test_importing_the_package_costs_nothing() -> None:
 
 
 def test_help_answers_at_once() -> None:
+    """In CPU time, the best of three: other processes share the machine."""
     times = []
-    for _ in range(3):  # the best of three: other processes share the machine
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "branchmix", "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 1.0
     code = "import branchmix.cli\ntry: branchmix.cli.app(['--help'])\nexcept SystemExit: pass"
     assert not modules_after(code) & {"torch", "transformers", "numpy", "pydantic", "yaml"}

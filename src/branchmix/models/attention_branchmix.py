@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_branchmix import BranchMixConfig
+from .linear_branchmix import BranchMixLinear
 from .routing_branchmix import BranchMixAttentionRouter
+from .streams_branchmix import ParallelStreams
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,18 @@ class BranchMixAttention(nn.Module):
             config.attention_num_experts_per_tok or config.num_experts,
             config.attention_norm_topk_prob,
         )
-        self.o_proj = nn.Linear(order.wide_heads * order.head_dim, hidden_size, bias=False)
+        self.o_proj = BranchMixLinear(order.wide_heads * order.head_dim, hidden_size, bias=False)
         self.o_bias = nn.Parameter(torch.empty(config.num_experts, hidden_size)) if output.bias is not None else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.streams: ParallelStreams | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """Takes and returns what the family's attention does: output [B, T, D] and attention weights or None."""
+        if self.streams is None:
+            return self._attend(hidden_states, *args, **kwargs)
+        return self.streams.fork(hidden_states, lambda: self._attend(hidden_states, *args, **kwargs))
+
+    def _attend(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         heads_BTHC, attention_weights = self.heads(hidden_states, *args, **kwargs)[:2]
         width = self.order.wide_heads * self.order.head_dim
         if heads_BTHC.shape[-1] != width:
@@ -147,9 +155,9 @@ class BranchMixSplitAttention(nn.Module):
         self.rotary_dim = getattr(seed_config, "rotary_dim", None) or order.head_dim
         dropout = getattr(dense, "attn_dropout", getattr(dense, "attention_dropout", getattr(dense, "dropout", 0.0)))
         self.attention_dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
-        self.q_proj = nn.Linear(hidden_size, order.wide_heads * order.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
+        self.q_proj = BranchMixLinear(hidden_size, order.wide_heads * order.head_dim, bias=bias)
+        self.k_proj = BranchMixLinear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
+        self.v_proj = BranchMixLinear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
         for name in (layout["query_norm"], layout["key_norm"]):
             if name is not None and getattr(dense, name, None) is not None:
                 setattr(self, name, getattr(dense, name))
@@ -286,7 +294,7 @@ def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAtten
             (layout["value"], order.wide_kv_heads),
         ):
             projection = getattr(dense, name)
-            wide = nn.Linear(projection.in_features, num_heads * order.head_dim, bias=projection.bias is not None)
+            wide = BranchMixLinear(projection.in_features, num_heads * order.head_dim, bias=projection.bias is not None)
             setattr(heads, name, wide)
         for name, value in (
             ("num_heads", order.wide_heads),

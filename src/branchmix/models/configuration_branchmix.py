@@ -11,10 +11,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 CODE_FILES = (
     "attention_branchmix.py",
+    "chunked_branchmix.py",
     "configuration_branchmix.py",
+    "linear_branchmix.py",
     "losses_branchmix.py",
     "modeling_branchmix.py",
     "routing_branchmix.py",
+    "streams_branchmix.py",
 )
 """The files that travel with every checkpoint."""
 

@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 
 CODE_FILES = (
     "attention_branchmix.py",
+    "chunked_branchmix.py",
     "configuration_branchmix.py",
+    "linear_branchmix.py",
     "losses_branchmix.py",
     "modeling_branchmix.py",
     "routing_branchmix.py",
+    "streams_branchmix.py",
 )
 
 _COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
