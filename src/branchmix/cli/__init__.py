@@ -20,6 +20,7 @@ from branchmix.cli.generate import EPILOG as GENERATE_EPILOG
 from branchmix.cli.generate import generate_command
 from branchmix.cli.inspect import inspect_command
 from branchmix.cli.scaling import scaling_app
+from branchmix.cli.study import REPORT_EPILOG, STUDY_EPILOG, report_command, study_command
 from branchmix.cli.train import EPILOG as TRAIN_EPILOG
 from branchmix.cli.train import train_command
 from branchmix.cli.upcycle import EPILOG as UPCYCLE_EPILOG
@@ -40,6 +41,8 @@ app.command("branch", epilog=BRANCH_EPILOG)(branch_command)
 app.command("upcycle", epilog=UPCYCLE_EPILOG)(upcycle_command)
 app.command("eval", epilog=EVAL_EPILOG)(eval_command)
 app.command("demo", epilog=DEMO_EPILOG)(demo_command)
+app.command("study", epilog=STUDY_EPILOG)(study_command)
+app.command("report", epilog=REPORT_EPILOG)(report_command)
 app.add_typer(scaling_app, name="scaling")
 app.command("inspect")(inspect_command)
 app.command("generate", epilog=GENERATE_EPILOG)(generate_command)
