@@ -21,11 +21,12 @@ ROOT = Path(branchmix.__file__).parent
 LEVELS = {
     "errors": 0,
     **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages"), 1),
-    **dict.fromkeys(("upcycling", "train", "evaluate", "scaling", "study"), 2),
-    "demo": 3,
-    "cli": 4,
+    **dict.fromkeys(("upcycling", "train", "evaluate", "scaling"), 2),
+    "study": 3,
+    "demo": 4,
+    "cli": 5,
 }
-"""cli -> demo -> {upcycling, train, ...} -> {checkpoint, settings, models, accounting, data, pages, ...} -> errors."""
+"""cli -> demo -> study -> {upcycling, train, ...} -> {checkpoint, settings, models, accounting, data, pages, ...} -> errors."""
 ENTRANCES = {"__init__", "__main__", "_registration"}
 """The package's own doors: they name everything, lazily."""
 FILES = sorted(ROOT.rglob("*.py"))

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from branchmix.cli.branch import Launcher
 
 if TYPE_CHECKING:
     from branchmix.study.forecast import Forecast
+
+
+class Launcher(str, Enum):
+    """Where the steps run."""
+
+    local = "local"
+    ray = "ray"
+    inline = "inline"
+
 
 STUDY_EPILOG = """\b
 Examples:
@@ -56,7 +65,8 @@ def study_command(
         ),
     ] = "",
     launcher: Annotated[
-        Launcher, typer.Option(help="Processes on this machine, or tasks on a Ray cluster (RAY_ADDRESS).")
+        Launcher,
+        typer.Option(help="Processes side by side, tasks of a Ray cluster (RAY_ADDRESS), or all in this process."),
     ] = Launcher.local,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print all steps with what they cost; measures the speed, starts nothing.")
@@ -153,4 +163,3 @@ def report_command(
     typer.echo("")
     for file in found.files:
         typer.echo(str(file))
-

@@ -152,9 +152,7 @@ def _pool(processes: int) -> Iterator[Callable[[Domain], Iterator[Document]]]:
         yield mapped
 
 
-def _deduplicated(
-    found: Iterable[Document], *, by_paragraph: bool, max_chars: int = MAX_CHARS
-) -> Iterator[Document]:
+def _deduplicated(found: Iterable[Document], *, by_paragraph: bool, max_chars: int = MAX_CHARS) -> Iterator[Document]:
     seen: set[object] = set()
     for document in found:
         parts = re.split(r"\n\s*\n", document.text) if by_paragraph else [document.text]

@@ -1,6 +1,6 @@
 """Every model on every domain: bits per byte and perplexity of held-out documents, and where its routers send them.
 
-    python -m branchmix.demo.measure OUT seed experts/code ...      # writes OUT/scores/seed.json, ...
+python -m branchmix.demo.measure OUT seed experts/code ...      # writes OUT/scores/seed.json, ...
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ def styles(found: Numbers) -> dict[str, tuple[str, str]]:
 def curves(found: Numbers, ink: str) -> Figure:
     """Training loss against tokens and against FLOPs: mean over repetitions."""
     figure, panels = figure_with(2, (10.0, 4.0), ink)
-    for panel, over, title in zip(panels, ("tokens", "flops"), ("Over tokens: equal data", "Over FLOPs: equal compute"), strict=True):
+    for panel, over, title in zip(
+        panels, ("tokens", "flops"), ("Over tokens: equal data", "Over FLOPs: equal compute"), strict=True
+    ):
         _curves(panel, found, over, ink)
         panel.set_title(title, color=ink, loc="left")
     panels[0].set_ylabel("training loss, nats a token", color=ink)
@@ -48,7 +50,14 @@ def _curves(panel: Any, found: Numbers, over: str, ink: str) -> None:
         if not of_all or not of_all[0]:
             continue
         losses = [sum(point["loss"] for point in points) / len(points) for points in zip(*of_all, strict=True)]
-        panel.plot([point[over] for point in of_all[0]], losses, dashes, color=colour, label=models[title]["label"], linewidth=1.6)
+        panel.plot(
+            [point[over] for point in of_all[0]],
+            losses,
+            dashes,
+            color=colour,
+            label=models[title]["label"],
+            linewidth=1.6,
+        )
         lowest, highest = min(lowest, *losses), max(highest, losses[len(losses) // 10])
     if highest:
         room = 0.05 * (highest - lowest) or 0.1
@@ -75,13 +84,23 @@ def dots(found: Numbers, ink: str) -> Figure:
             panel.plot(values, [place] * len(values), ".", color=colour, alpha=0.55, markersize=5)
         panel.plot(model["geometric_mean"], place, "o", color=colour, markersize=6)
         text = f"{model['geometric_mean']:.{0 if model['geometric_mean'] >= 100 else 1}f}"
-        panel.annotate(text, (model["geometric_mean"], place), xytext=(9, 0), textcoords="offset points", va="center", color=ink, fontsize=7.5)
+        panel.annotate(
+            text,
+            (model["geometric_mean"], place),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=ink,
+            fontsize=7.5,
+        )
     panel.set_xscale("log")
     panel.set_yticks(range(len(models)), [model["label"] for model in models])
     panel.invert_yaxis()
     low, high = (pick(model["geometric_mean"] for model in models) for pick in (min, max))
     panel.set_xlim(low / 1.06, high * 1.25)
-    ticks = [t for power in range(7) for t in (10**power * n for n in (1, 1.5, 2, 3, 5, 7)) if low / 1.06 < t < 1.2 * high]
+    ticks = [
+        t for power in range(7) for t in (10**power * n for n in (1, 1.5, 2, 3, 5, 7)) if low / 1.06 < t < 1.2 * high
+    ]
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     panel.xaxis.set_minor_locator(NullLocator())
@@ -105,7 +124,13 @@ def compute(found: Numbers, ink: str) -> Figure | None:
         models.sort(key=lambda model: model["flops"])
         colour = shown[models[0]["title"]][0]
         points = [(model["flops"] + model["optimizer_flops"], model["geometric_mean"]) for model in models]
-        panel.plot(*zip(*points, strict=True), "o-", color=colour, label=models[-1]["label"].replace(" DM ", " ").split(" (")[0], markersize=6)
+        panel.plot(
+            *zip(*points, strict=True),
+            "o-",
+            color=colour,
+            label=models[-1]["label"].replace(" DM ", " ").split(" (")[0],
+            markersize=6,
+        )
         for model, (x, y) in zip(models, points, strict=True):
             half = found["comparisons"].get(model["title"], {}).get("log_perplexity", {}).get("half_width")
             if half is not None:

@@ -117,7 +117,9 @@ def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), measured:
         flops=sum(step.cost.total for step in trained),
         sunk_flops=sum(step.cost.total for step in trained if step.about["group"] == "dense"),
         budgets=_budgets(graph),
-        warnings=sorted({f"{step.about['label']}: {step.about['warning']}" for step in steps if step.about.get("warning")}),
+        warnings=sorted(
+            {f"{step.about['label']}: {step.about['warning']}" for step in steps if step.about.get("warning")}
+        ),
     )
 
 
@@ -165,7 +167,11 @@ def _disk(study: StudyFile, step: Step) -> int:
 
 
 def _budgets(graph: Graph) -> list[dict[str, Any]]:
-    trained = [s for s in graph.steps.values() if s.kind == "train" and s.about["group"] != "dense" and s.about["repetition"] == 0]
+    trained = [
+        s
+        for s in graph.steps.values()
+        if s.kind == "train" and s.about["group"] != "dense" and s.about["repetition"] == 0
+    ]
     reference = next(step.cost for step in trained if step.about["role"] == "reference")
     return [
         {
@@ -221,8 +227,15 @@ def _seconds(study: StudyFile, step: Step, graph: Graph, speeds: dict[str, float
     if step.kind == "upcycle":
         return MERGE_SECONDS
     if step.kind == "inference":
-        forward = [speeds[json.dumps(graph.steps[name].config, sort_keys=True)] / study.step_tokens / 3 for name in step.needs.values()]
-        tokens = (study.inference.prompt + 10 * study.inference.new_tokens) * (study.inference.runs + 1) if study.inference else 0
+        forward = [
+            speeds[json.dumps(graph.steps[name].config, sort_keys=True)] / study.step_tokens / 3
+            for name in step.needs.values()
+        ]
+        tokens = (
+            (study.inference.prompt + 10 * study.inference.new_tokens) * (study.inference.runs + 1)
+            if study.inference
+            else 0
+        )
         return START_SECONDS + tokens * sum(forward)
     one = speeds[json.dumps(step.config, sort_keys=True)]
     evaluated = one / study.step_tokens / 3 * study.held_out.tokens * len(study.domains)

@@ -30,7 +30,9 @@ FORMAT = 1
 """Of keys and results: another one makes every step a new one."""
 CURVE_POINTS = 60
 """Of a training run."""
-HELD_OUT_WHILE_TRAINING = 8192
+NEGLIGIBLE = 0.005
+"""Where as many tokens cost as many FLOPs to within this share, equal data and equal compute are one run."""
+HELD_OUT_WHILE_TRAINING = 2048
 """Tokens of a domain that a run itself evaluates at its end; the scores are a step of their own."""
 
 
@@ -141,7 +143,9 @@ class _Builder:
             for repetition in range(len(study.random_seeds)):
                 for place, method in enumerate(methods):
                     if method.repetitions is None or repetition < method.repetitions:
-                        self._method(method, repetition, (1 + group, repetition, place), "methods" if not group else "ablations")
+                        self._method(
+                            method, repetition, (1 + group, repetition, place), "methods" if not group else "ablations"
+                        )
         self._inference()
         return Graph(dict(sorted(self.found.items(), key=lambda item: item[1].order)))
 
@@ -163,7 +167,14 @@ class _Builder:
                 config=self.seed_config,
                 about={**about, "role": "seed", "label": "Seed"},
             )
-        self._scores(repetition, "seed", {"model": seed} if seed else {}, order, self.seed_config, {**about, "role": "seed", "label": "Seed"})
+        self._scores(
+            repetition,
+            "seed",
+            {"model": seed} if seed else {},
+            order,
+            self.seed_config,
+            {**about, "role": "seed", "label": "Seed"},
+        )
         for number, expert in enumerate(study.expert_names):
             step = self._expert_step(expert, repetition)
             label = f"{expert.capitalize()} expert"
@@ -171,7 +182,10 @@ class _Builder:
                 share = study.general_share if expert != study.general else 0.0
                 self._train(
                     step,
-                    {"mix": {expert: 1.0 - share, study.general: share} if share else {expert: 1.0}, **self._rate(study.learning_rate.expert)},
+                    {
+                        "mix": {expert: 1.0 - share, study.general: share} if share else {expert: 1.0},
+                        **self._rate(study.learning_rate.expert),
+                    },
                     {"model": seed} if seed else {},
                     steps=study.tokens.expert // self.per_step,
                     random_seed=self._random(repetition, 1),
@@ -179,15 +193,32 @@ class _Builder:
                     config=self.seed_config,
                     about={**about, "role": "expert", "label": label},
                 )
-            self._scores(repetition, expert, {"model": step}, (*order, 1 + number, 1), self.seed_config, {**about, "role": "expert", "label": label})
+            self._scores(
+                repetition,
+                expert,
+                {"model": step},
+                (*order, 1 + number, 1),
+                self.seed_config,
+                {**about, "role": "expert", "label": label},
+            )
 
     def _method(self, method: Method, repetition: int, order: tuple[int, ...], group: str) -> None:
         study, preset = self.study, METHODS[method.method]
         label = method.label or preset.label
-        about = {"group": group, "repetition": repetition, "method": method.title, "preset": method.method, "label": label, "what": preset.what}
+        about = {
+            "group": group,
+            "repetition": repetition,
+            "method": method.title,
+            "preset": method.method,
+            "label": label,
+            "what": preset.what,
+        }
         if preset.warning:
             about["warning"] = preset.warning
-        dense = {"seed": self._seed_step(repetition), **{name: self._expert_step(name, repetition) for name in study.expert_names}}
+        dense = {
+            "seed": self._seed_step(repetition),
+            **{name: self._expert_step(name, repetition) for name in study.expert_names},
+        }
         needs = {role: name for role, name in dense.items() if name is not None}
         if preset.kind == "ensemble":
             options = {"members": ["seed", *study.expert_names], **self._evaluation(), **self._given()}
@@ -195,7 +226,9 @@ class _Builder:
                       config=self.seed_config, about={**about, "role": "ensemble"})  # fmt: skip
             return
         if preset.kind == "dense":
-            self._runs(method, repetition, {}, needs["seed"] if "seed" in needs else None, self.seed_config, order, about)
+            self._runs(
+                method, repetition, {}, needs["seed"] if "seed" in needs else None, self.seed_config, order, about
+            )
             return
         recipe = self._recipe(method, repetition)
         config = self._mixture_config(recipe)
@@ -203,14 +236,31 @@ class _Builder:
         names = [expert.name for expert in recipe.experts]
         needs = {role: name for role, name in needs.items() if role in ("seed", *names)}
         name = f"{self._prefix(repetition)}upcycle.{method.title}"
-        self._add(name, "upcycle", {"recipe": content, "experts": names, **self._given()}, needs, (*order, 0), config=config, about={**about, "role": "upcycle"})
+        self._add(
+            name,
+            "upcycle",
+            {"recipe": content, "experts": names, **self._given()},
+            needs,
+            (*order, 0),
+            config=config,
+            about={**about, "role": "upcycle"},
+        )
         step_0 = {**about, "role": "merge" if preset.kind == "merge" else "step 0"}
         title = method.title if preset.kind == "merge" else f"{method.title}-step0"
         self._scores(repetition, title, {"model": name}, (*order, 1), config, step_0)
         if preset.kind == "mixture":
             self._runs(method, repetition, preset.train, name, config, (*order, 2), about)
 
-    def _runs(self, method: Method, repetition: int, train: dict[str, Any], model: str | None, config: dict[str, Any], order: tuple[int, ...], about: dict[str, Any]) -> None:
+    def _runs(
+        self,
+        method: Method,
+        repetition: int,
+        train: dict[str, Any],
+        model: str | None,
+        config: dict[str, Any],
+        order: tuple[int, ...],
+        about: dict[str, Any],
+    ) -> None:
         """Training at equal data, compute, time; where two of these are the same run, it is one."""
         study = self.study
         train = {**train, **method.train}
@@ -223,9 +273,13 @@ class _Builder:
             if match == "time":
                 budgets.setdefault("time", []).append(match)
                 continue
-            steps = reference_steps if match == "dm" else total // per_step.total
+            steps = reference_steps
+            if match == "cm" and abs(reference_steps * per_step.total - total) > NEGLIGIBLE * total:
+                steps = total // per_step.total
             if steps < 1:
-                raise RecipeError(f"methods: {method.title}: one step costs more than all of {study.reference}: raise tokens.mixture")
+                raise RecipeError(
+                    f"methods: {method.title}: one step costs more than all of {study.reference}: raise tokens.mixture"
+                )
             budgets.setdefault(steps, []).append(match)
         for number, (steps, matches) in enumerate(budgets.items()):
             title = method.title if is_reference else f"{method.title}-{matches[0]}"
@@ -256,11 +310,13 @@ class _Builder:
                config: dict[str, Any], about: dict[str, Any], per_step: Cost | None = None) -> None:  # fmt: skip
         study = self.study
         if steps < 1:
-            raise RecipeError(f"tokens: {name} has less than one step of {self.per_step:,} tokens: raise its budget, or lower batch_size")
+            raise RecipeError(
+                f"tokens: {name} has less than one step of {self.per_step:,} tokens: raise its budget, or lower batch_size"
+            )
         run = {
             **study.train,
             **settings,
-            "held_out": {"share": study.held_out.share, "tokens": min(study.held_out.tokens, HELD_OUT_WHILE_TRAINING)},
+            "held_out": {"share": study.held_out.share, "tokens": HELD_OUT_WHILE_TRAINING},
             "sequence_length": study.sequence_length,
             "batch_size": study.batch_size,
             "budget": {"steps": steps},
@@ -274,27 +330,63 @@ class _Builder:
         run = json.loads(json.dumps(run))
         per_step = per_step or self._step_cost(config, {})
         cost = Cost(steps, steps * self.per_step, steps * per_step.flops, steps * per_step.optimizer)
-        options = {"run": run, "data": self.data, **(self._given() if "model" not in needs and "model" not in run else {})}
+        options = {
+            "run": run,
+            "data": self.data,
+            **(self._given() if "model" not in needs and "model" not in run else {}),
+        }
         self._add(name, "train", options, {**needs, **self._text()}, order, config=config, cost=cost, about=about)
 
-    def _scores(self, repetition: int, title: str, needs: dict[str, str], order: tuple[int, ...], config: dict[str, Any], about: dict[str, Any]) -> None:
+    def _scores(
+        self,
+        repetition: int,
+        title: str,
+        needs: dict[str, str],
+        order: tuple[int, ...],
+        config: dict[str, Any],
+        about: dict[str, Any],
+    ) -> None:
         name = f"{self._prefix(repetition)}scores.{title}"
         options = {**self._evaluation(), **(self._given() if "model" not in needs else {})}
-        self._add(name, "scores", options, {**needs, **self._text()}, (*order, 99), config=config, about={**about, "title": title})
+        self._add(
+            name,
+            "scores",
+            options,
+            {**needs, **self._text()},
+            (*order, 99),
+            config=config,
+            about={**about, "title": title},
+        )
 
     def _inference(self) -> None:
         study = self.study
         if study.inference is None:
             return
         needs = {"seed": seed} if (seed := self._seed_step(0)) else {}
-        needs |= {step.about["method"]: step.name for step in self.found.values() if step.kind == "upcycle" and step.about["repetition"] == 0}
-        self._add("inference", "inference", {**study.inference.model_dump(), **self._given()}, needs, (9,), about={"role": "inference"})
+        needs |= {
+            step.about["method"]: step.name
+            for step in self.found.values()
+            if step.kind == "upcycle" and step.about["repetition"] == 0 and step.about["group"] == "methods"
+        }
+        self._add(
+            "inference",
+            "inference",
+            {**study.inference.model_dump(), **self._given()},
+            needs,
+            (9,),
+            about={"role": "inference"},
+        )
 
-    def _add(self, name: str, kind: Kind, options: dict[str, Any], needs: dict[str, str], order: tuple[int, ...], **more: Any) -> None:
+    def _add(
+        self, name: str, kind: Kind, options: dict[str, Any], needs: dict[str, str], order: tuple[int, ...], **more: Any
+    ) -> None:
         options = json.loads(json.dumps(options))
         counted = options
         if kind == "train":  # what does not change the result is no part of the key
-            counted = {**options, "run": {key: value for key, value in options["run"].items() if key not in FREE_TO_CHANGE}}
+            counted = {
+                **options,
+                "run": {key: value for key, value in options["run"].items() if key not in FREE_TO_CHANGE},
+            }
         keys = {role: self.found[needed].key for role, needed in needs.items()}
         key = key_of({"format": FORMAT, "kind": kind, "options": counted, "needs": keys})
         self.found[name] = Step(name, kind, options, needs, key, order, **more)
@@ -323,7 +415,12 @@ class _Builder:
 
     def _evaluation(self) -> dict[str, Any]:
         study = self.study
-        return {"held_out": study.held_out.model_dump(), "max_length": study.sequence_length, "precision": study.train.get("precision", "auto"), "data": self.data}
+        return {
+            "held_out": study.held_out.model_dump(),
+            "max_length": study.sequence_length,
+            "precision": study.train.get("precision", "auto"),
+            "data": self.data,
+        }
 
     def _text(self) -> dict[str, str]:
         return {"text": "text"} if "text" in self.found else {}
@@ -358,7 +455,12 @@ class _Builder:
         """Of a method, with names instead of models."""
         study, preset = self.study, METHODS[method.method]
         experts = [{"name": name, "model": name} for name in study.expert_names]
-        fields: dict[str, Any] = {"seed": "seed", "experts": experts, "routed_scaling_factor": "auto", "dtype": "float32"}
+        fields: dict[str, Any] = {
+            "seed": "seed",
+            "experts": experts,
+            "routed_scaling_factor": "auto",
+            "dtype": "float32",
+        }
         for further in (study.recipe, preset.recipe, method.recipe):
             for key, value in further.items():
                 both = isinstance(value, dict) and isinstance(fields.get(key), dict)
@@ -380,7 +482,9 @@ class _Builder:
 
         def config(copies: int, top_k: int) -> dict[str, Any]:
             ffn = {"top_k": top_k, "normalize": False}
-            return self._mixture_config(parse(Recipe, {**fields, "seed_copies": copies, "routing": {"ffn": ffn}}, "recipe"))
+            return self._mixture_config(
+                parse(Recipe, {**fields, "seed_copies": copies, "routing": {"ffn": ffn}}, "recipe")
+            )
 
         total, active = parameters(goal).total, active_parameters(goal).total
         copies = min(range(1, 17), key=lambda n: abs(parameters(config(n, 1)).total - total))
@@ -410,7 +514,9 @@ class _Builder:
             shares, lora, trained = _what_is_trained(config, train)
         flops = token_flops(config, study.sequence_length, shares, lora)
         if flops is None:
-            raise RecipeError(f"seed: there is no formula for the FLOPs of {self.seed_config['model_type']}, and no equal compute without")
+            raise RecipeError(
+                f"seed: there is no formula for the FLOPs of {self.seed_config['model_type']}, and no equal compute without"
+            )
         if trained is None:
             trained = parameters(config).total
         clips = study.optimizer.max_grad_norm > 0
@@ -523,7 +629,9 @@ def chosen(graph: Graph, only: list[str]) -> list[Step]:
     names: list[str] = []
     for wanted in only:
         fitting = [
-            name for name in graph.steps if fnmatchcase(name, wanted) or any(fnmatchcase(part, wanted) for part in name.split("."))
+            name
+            for name in graph.steps
+            if fnmatchcase(name, wanted) or any(fnmatchcase(part, wanted) for part in name.split("."))
         ]
         if not fitting:
             parts = sorted({part for name in graph.steps for part in (name, *name.split("."))})

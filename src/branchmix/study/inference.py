@@ -57,7 +57,10 @@ def measure_inference(models: Mapping[str, Path], *, prompt: int, new_tokens: in
             if run:
                 found[name]["seconds"].append(round(time.perf_counter() - begin, 5))
             layers = output.past_key_values.layers
-            sizes = [layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size() for layer in layers]
+            sizes = [
+                layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
+                for layer in layers
+            ]
             found[name]["kv_cache_bytes"] = sum(sizes)
     return {
         "models": found,

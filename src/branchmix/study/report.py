@@ -67,20 +67,27 @@ def report(folder: str | Path, out: str | Path | None = None, *, kinds: Sequence
 
 
 def _without_documents(model: dict[str, Any]) -> dict[str, Any]:
-    repetitions = [{key: value for key, value in r.items() if key not in ("documents", "training")} for r in model["repetitions"]]
+    repetitions = [
+        {key: value for key, value in r.items() if key not in ("documents", "training")} for r in model["repetitions"]
+    ]
     return {**model, "repetitions": repetitions}
 
 
 def _pictures(found: dict[str, Any]) -> dict[str, tuple[Draw, str]]:
     """Drawings by name, with what they show."""
-    made: dict[str, tuple[Draw, str]] = {"perplexity": (partial(figures.dots, found), "Held-out perplexity of every model")}
+    made: dict[str, tuple[Draw, str]] = {
+        "perplexity": (partial(figures.dots, found), "Held-out perplexity of every model")
+    }
     if figures.styles(found):
         made["curves"] = (partial(figures.curves, found), "Training loss against tokens and against FLOPs")
         made["compute"] = (partial(figures.compute, found), "Held-out perplexity against training FLOPs")
     for model in found["models"]:
         if model["repetitions"][0]["routing"] and model["role"] in ("trained", "reference"):
             draw = partial(figures.routing, found, title=model["title"])
-            made[f"routing-{model['title']}"] = (draw, f"{model['label']}: share of each expert by domain, layer by layer")
+            made[f"routing-{model['title']}"] = (
+                draw,
+                f"{model['label']}: share of each expert by domain, layer by layer",
+            )
     return made
 
 
@@ -134,7 +141,9 @@ def _slope(row: dict[str, Any], reference: str) -> str:
     )
     if row["pays_below"] is not None and row["significant"]:
         verb = "pays" if row["slope"]["value"] < row["pays_below"] else "would pay"
-        text += f"; its lead at equal data {verb} for them where it falls more slowly than tokens^{-row['pays_below']:.2f}"
+        text += (
+            f"; its lead at equal data {verb} for them where it falls more slowly than tokens^{-row['pays_below']:.2f}"
+        )
     return f"{text}."
 
 
@@ -156,7 +165,9 @@ def _trust(found: dict[str, Any]) -> str:
     else:
         what = "± is twice the standard error over held-out documents; one random seed, which alone moves such numbers by a percent or two"
     many = f" Of {len(reference)} such comparisons one in twenty excludes zero by chance." if count > 1 else ""
-    return f"Perplexities are geometric means over the domains; {what}.{many} Nothing here says how larger models behave."
+    return (
+        f"Perplexities are geometric means over the domains; {what}.{many} Nothing here says how larger models behave."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,13 +187,19 @@ def _html(found: dict[str, Any], lines: list[str], made: list[Table], pictures: 
         for name in names:
             if name in pictures:
                 draw, label = pictures[name]
-                parts.append(f'<figure class="wide">{svg(draw, name, label)}</figure><p class="note">{escape(label)}.</p>')
+                parts.append(
+                    f'<figure class="wide">{svg(draw, name, label)}</figure><p class="note">{escape(label)}.</p>'
+                )
         return "".join(parts)
 
     warnings = sorted({f"{model['label']}: {model['warning']}" for model in found["models"] if model["warning"]})
     sections = [
         page.section("Perplexity on held-out text", shown("table-1") + drawn(["perplexity"]) + shown("bits-per-byte")),
-        page.section("The paper's findings, tried again", shown("directions", "table-4", "table-5", "table-6") + "".join(f'<p class="note">{escape(w)}</p>' for w in warnings)),
+        page.section(
+            "The paper's findings, tried again",
+            shown("directions", "table-4", "table-5", "table-6")
+            + "".join(f'<p class="note">{escape(w)}</p>' for w in warnings),
+        ),
         page.section("Training", drawn(["curves", "compute"])),
         page.section("What it costs", shown("budgets", "costs", "table-7", "table-10", "inference")),
         page.section("Who serves which domain", drawn(name for name in pictures if name.startswith("routing-"))),
@@ -203,7 +220,10 @@ def _making(found: dict[str, Any]) -> str:
     settings = yaml.safe_dump(found["settings"], sort_keys=False, allow_unicode=True)
     methods = "".join(f"<li>{escape(label)}: {escape(what)}</li>" for label, what in _methods(found).items())
     keys = "\n".join(f"{name}  {key}" for name, key in found["keys"].items())
-    recipes = yaml.safe_dump({name: recipe for name, recipe in found["recipes"].items() if name.startswith(("r1.", "upcycle"))}, sort_keys=False)
+    recipes = yaml.safe_dump(
+        {name: recipe for name, recipe in found["recipes"].items() if name.startswith(("r1.", "upcycle"))},
+        sort_keys=False,
+    )
     return f"""{machines}
 <ul>{methods}</ul>
 <h3>The study's file, with defaults</h3>
@@ -222,5 +242,8 @@ def _methods(found: dict[str, Any]) -> dict[str, str]:
 
 def _markdown(found: dict[str, Any], lines: list[str], made: list[Table]) -> str:
     parts = ["# Methods compared at equal data and equal compute", "", *(f"- {line}" for line in lines), ""]
-    machines = [f"{m['cpu']}, {m['cores']} cores, {m['precision']}, {', '.join(f'{n} {v}' for n, v in m['versions'].items())}" for m in found["machines"]]
+    machines = [
+        f"{m['cpu']}, {m['cores']} cores, {m['precision']}, {', '.join(f'{n} {v}' for n, v in m['versions'].items())}"
+        for m in found["machines"]
+    ]
     return "\n".join([*parts, *(table.markdown() for table in made), "### Machine", "", *machines, ""])

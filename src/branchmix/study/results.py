@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.errors import DataError
+from branchmix.study.graph import NEGLIGIBLE
 from branchmix.study.records import RESULTS, STUDY
 from branchmix.study.statistics import Comparison, compare, log_perplexity, t_interval
 
@@ -39,7 +40,9 @@ def collect(folder: Path) -> dict[str, Any]:
     study = _read(place / STUDY)
     steps = {name.removeprefix("step "): step for name, step in study.items() if name.startswith("step ")}
     records = {file.stem: _read(file) for file in sorted(place.glob("*.json")) if file.name != STUDY}
-    records = {name: record for name, record in records.items() if name in steps and record["key"] == steps[name]["key"]}
+    records = {
+        name: record for name, record in records.items() if name in steps and record["key"] == steps[name]["key"]
+    }
     scored = {name: record for name, record in records.items() if "documents" in record}
     if not scored:
         raise DataError(f"{folder}: no model has been measured yet: run branchmix study first")
@@ -91,17 +94,21 @@ def _read(file: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _models(order: list[str], scored: dict[str, Any], records: dict[str, Any], steps: dict[str, Any]) -> list[dict[str, Any]]:
+def _models(
+    order: list[str], scored: dict[str, Any], records: dict[str, Any], steps: dict[str, Any]
+) -> list[dict[str, Any]]:
     """One entry for each model, with its repetitions."""
     by_title: dict[str, list[str]] = {}
     for name in order:
         by_title.setdefault(scored[name]["about"].get("title") or name.partition(".scores.")[2], []).append(name)
     found = [_model(title, names, scored, records, steps) for title, names in by_title.items()]
     places = list(GROUPS)
-    return sorted(found, key=lambda model: places.index(model["group"]))
+    return sorted(found, key=lambda model: (places.index(model["group"]), model["role"] != "seed"))
 
 
-def _model(title: str, names: list[str], scored: dict[str, Any], records: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
+def _model(
+    title: str, names: list[str], scored: dict[str, Any], records: dict[str, Any], steps: dict[str, Any]
+) -> dict[str, Any]:
     first = scored[names[0]]
     about = first["about"]
     role = about["role"]
@@ -239,7 +246,9 @@ def _budgets(models: list[dict[str, Any]], reference: dict[str, Any] | None) -> 
                 "flops_share": flops / total,
                 "seconds_share": model["seconds"] / reference["seconds"] if reference["seconds"] else None,
                 "kept": {
-                    match: model["tokens"] == reference["tokens"] if match == "dm" else 0 <= total - flops < step
+                    match: model["tokens"] == reference["tokens"]
+                    if match == "dm"
+                    else 0 <= total - flops < step or abs(total - flops) <= NEGLIGIBLE * total
                     for match in model["match"]
                     if match != "time"
                 }
@@ -300,7 +309,9 @@ def claims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _slopes(models: list[dict[str, Any]], reference: dict[str, Any] | None, comparisons: dict[str, Any]) -> list[dict[str, Any]]:
+def _slopes(
+    models: list[dict[str, Any]], reference: dict[str, Any] | None, comparisons: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Of methods with a run at equal data and one at equal compute: how fast perplexity falls with tokens between them.
 
     Both runs have whole schedules of their own, so this is no tail of a curve whose rate has died down. A lead of L in
@@ -310,8 +321,15 @@ def _slopes(models: list[dict[str, Any]], reference: dict[str, Any] | None, comp
     if reference is None:
         return rows
     for data in models:
-        compute = next((m for m in models if m["method"] == data["method"] and "cm" in m["match"] and m is not data), None)
-        if data["role"] != "trained" or "dm" not in data["match"] or compute is None or data["tokens"] == compute["tokens"]:
+        compute = next(
+            (m for m in models if m["method"] == data["method"] and "cm" in m["match"] and m is not data), None
+        )
+        if (
+            data["role"] != "trained"
+            or "dm" not in data["match"]
+            or compute is None
+            or data["tokens"] == compute["tokens"]
+        ):
             continue
         slopes = []
         for r in data["repetitions"]:
@@ -348,7 +366,9 @@ def _text(records: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
     extracts = records.get("text", {}).get("text", {})
     for record in runs.values():
         for domain, row in record["training"]["text"].items():
-            entry = found.setdefault(domain, {**row, "most_epochs": 0.0, "characters": extracts.get(domain, {}).get("characters")})
+            entry = found.setdefault(
+                domain, {**row, "most_epochs": 0.0, "characters": extracts.get(domain, {}).get("characters")}
+            )
             entry["most_epochs"] = max(entry["most_epochs"], row.get("epochs") or 0.0)
     return found
 

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from branchmix.checkpoint.folder import writing
-from branchmix.errors import OutputError, RecipeError
+from branchmix.errors import BranchMixError, OutputError, RecipeError
 from branchmix.study.graph import Graph, Step, build, chosen, facts_of
 from branchmix.study.records import MODEL, PLAN, RESULT, RESULTS, STEPS, STUDY, write_record
 from branchmix.study.settings import StudyFile
 from branchmix.train.board import Board
 from branchmix.train.branch import gpus
-from branchmix.train.launch import Job, JobState, Outcome, cores, run_processes
+from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, run_processes, startable
 from branchmix.train.outputs import write_json
 
-Launcher = Literal["local", "ray"]
+Launcher = Literal["local", "ray", "inline"]
 _LOCK = ".lock"
 
 
@@ -62,7 +65,8 @@ def study(
         out: folder of the study.
         only: steps to run, with all they need (see ``graph.chosen``).
         overrides: ``key=value`` over the file's.
-        launcher: ``local`` for processes on this machine, ``ray`` for a cluster with a shared file system.
+        launcher: ``local`` for processes on this machine, ``ray`` for a cluster with a shared file system, ``inline``
+            for one step after another in this process: no time is lost with starting processes.
         progress: show on stderr what goes on.
 
     Raises:
@@ -82,13 +86,19 @@ def study(
         todo = place.todo(wanted)
         redone = {step.name for step in todo}
         statuses = {step.name: "kept" for step in wanted if step.name not in redone}
-        with Board(total=len(_chains(wanted)), finished=len(_chains(wanted)) - len(_chains(todo)), enabled=progress, noun="steps") as board:
+        with Board(
+            total=len(_chains(wanted)),
+            finished=len(_chains(wanted)) - len(_chains(todo)),
+            enabled=progress,
+            noun="steps",
+        ) as board:
 
             def watch(states: list[JobState]) -> None:
                 board(states)
                 place.note(states)
 
-            states, stopped_by = _run(config, out, todo, launcher, watch)
+            run = _run_inline if launcher == "inline" else partial(_run, launcher=launcher)
+            states, stopped_by = run(config, out, todo, watch=watch)
         place.collect()
         for step in todo:
             statuses[step.name] = "done" if place.is_done(step) else "waiting"
@@ -101,8 +111,11 @@ def study(
     return StudyReport(out, {step.name: statuses[step.name] for step in wanted}, failed, stopped_by)
 
 
+Watch = Callable[[list[JobState]], None]
+
+
 def _run(
-    config: StudyFile, out: Path, todo: list[Step], launcher: Launcher, watch: Callable[[list[JobState]], None]
+    config: StudyFile, out: Path, todo: list[Step], *, launcher: Launcher, watch: Watch
 ) -> tuple[list[JobState], int | None]:
     """All steps but the timed one, and that alone at the end."""
     timed = [step for step in todo if step.kind == "inference"]
@@ -126,6 +139,40 @@ def _run(
         states += outcome.jobs
         if outcome.stopped_by is not None:
             return states, outcome.stopped_by
+    return states, None
+
+
+def _run_inline(config: StudyFile, out: Path, todo: list[Step], *, watch: Watch) -> tuple[list[JobState], int | None]:
+    """The same in this process, without retries."""
+    from branchmix.study.step import StepStoppedError, do
+
+    chains = _chains(todo)
+    states = [JobState(_job(out, chain, chains, config.threads or cores())) for chain in chains]
+    before = dict(os.environ)
+    try:
+        for chain in chains:
+            state = next(state for state in states if state.job.name == chain[0].name)
+            if state not in startable(states):
+                continue
+            os.environ.update(state.job.env)
+            state.status, state.attempts = "running", 1
+            watch(states)
+            begun = time.monotonic()
+            try:
+                for step in chain:
+                    do(out, step.name)
+                state.status = "done"
+            except BranchMixError as error:
+                state.status, state.exit_code, state.last_line = "failed", USER_ERROR, " ".join(str(error).splitlines())
+            except (StepStoppedError, KeyboardInterrupt) as stop:
+                state.status = "stopped"
+                return states, getattr(stop, "signal", signal.SIGINT)
+            finally:
+                state.seconds += time.monotonic() - begun
+            watch(states)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return states, None
 
 
@@ -155,7 +202,11 @@ def share_machine(config: StudyFile, num_steps: int) -> tuple[int, int, list[dic
     """Steps at a time, threads of each, and the environments of their places."""
     devices = gpus()
     if devices:
-        return config.at_once or len(devices), config.threads or cores(), [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in devices]
+        return (
+            config.at_once or len(devices),
+            config.threads or cores(),
+            [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in devices],
+        )
     at_once = min(config.at_once or cores(), num_steps)
     return at_once, config.threads or max(1, cores() // at_once), [{}]
 
@@ -173,7 +224,9 @@ def _alone(out: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise OutputError(f"{out}: another process runs this study: wait for its end, or choose another folder") from None
+            raise OutputError(
+                f"{out}: another process runs this study: wait for its end, or choose another folder"
+            ) from None
     try:
         yield
     finally:
@@ -192,7 +245,9 @@ def write_plan(config: StudyFile, graph: Graph, out: Path) -> None:
         for name, step in graph.steps.items():
             if step.kind in ("scores", "ensemble") and step.config is not None:
                 small[name]["facts"] = facts_of(step.config, config.sequence_length)
-        write_record(out / RESULTS / STUDY, {"settings": settings, **{f"step {name}": step for name, step in small.items()}})
+        write_record(
+            out / RESULTS / STUDY, {"settings": settings, **{f"step {name}": step for name, step in small.items()}}
+        )
 
 
 class _Place:

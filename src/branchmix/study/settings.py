@@ -26,7 +26,9 @@ class InstalledText(Settings):
 
     installed: Count
     """Bytes of each domain, at most; there is less of some."""
-    domains: list[Literal["general", "code", "law", "math", "cpp"]] = Field(["general", "code", "law", "math"], min_length=2)
+    domains: list[Literal["general", "code", "law", "math", "cpp"]] = Field(
+        ["general", "code", "law", "math"], min_length=2
+    )
     """English, Python, licences, docstrings of mathematics, C++ headers. There is little of ``law``."""
     max_chars: Count = 8000
     """Longer documents are cut, so that what is held out is of many documents."""
@@ -209,14 +211,18 @@ class StudyFile(Settings):
             raise ValueError("random_seeds: one stands there twice, which would be no repetition")
         for key in self.recipe:
             if key not in Recipe.model_fields or key in ("seed", "experts", "attention", "ffn"):
-                raise ValueError(f"recipe.{key}: a recipe here has no such key{nearest(key, list(Recipe.model_fields))}")
+                raise ValueError(
+                    f"recipe.{key}: a recipe here has no such key{nearest(key, list(Recipe.model_fields))}"
+                )
         for key in self.train:
             if key not in RunConfig.model_fields or key in (*_OURS, "freeze", "adapters", "lora"):
                 raise ValueError(f"train.{key}: a run here has no such key{nearest(key, list(RunConfig.model_fields))}")
         return self
 
     def _mixes(self) -> list[tuple[str, list[str]]]:
-        return [(name, list(mix)) for name, mix in (("mix", self.mix), ("seed_mix", self.seed_mix)) if isinstance(mix, dict)]
+        return [
+            (name, list(mix)) for name, mix in (("mix", self.mix), ("seed_mix", self.seed_mix)) if isinstance(mix, dict)
+        ]
 
     @property
     def domains(self) -> list[str]:

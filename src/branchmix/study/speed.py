@@ -25,7 +25,14 @@ def new_model(config: dict[str, Any], *, bf16: bool) -> Any:
 
 
 def seconds_per_step(
-    model: Any, *, vocab_size: int, sequence_length: int, batch_size: int, rows: int, bf16: bool, steps: int = MEASURED_STEPS
+    model: Any,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    batch_size: int,
+    rows: int,
+    bf16: bool,
+    steps: int = MEASURED_STEPS,
 ) -> float:
     """Of an optimizer step on a whole batch, from forward and backward passes of ``rows`` sequences.
 

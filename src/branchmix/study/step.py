@@ -20,8 +20,6 @@ from branchmix.study.graph import CURVE_POINTS, relative
 from branchmix.study.records import MODEL, PLAN, RESULT, TEXT, cpu_name, curve, write_record
 
 
-
-
 class StepStoppedError(Exception):
     """A signal came.
 
@@ -117,7 +115,9 @@ class _Task:
         )
         shutil.rmtree(self.folder / TEXT, ignore_errors=True)
         part.rename(self.folder / TEXT)
-        sizes = {name: {"documents": e.documents, "characters": e.chars, "bytes": e.bytes} for name, e in extracts.items()}
+        sizes = {
+            name: {"documents": e.documents, "characters": e.chars, "bytes": e.bytes} for name, e in extracts.items()
+        }
         for name, size in sizes.items():
             print(f"{name:8} {size['documents']:6,} documents {size['characters']:12,} characters")
         return {"text": sizes}
@@ -190,19 +190,29 @@ class _Task:
         out = self.folder / MODEL
         recipe = {
             "seed": relative(self.model("seed"), self.folder) if "seed" in self.step["needs"] else self._given(),
-            "experts": [{"name": name, "model": relative(self.model(name), self.folder)} for name in self.options["experts"]],
+            "experts": [
+                {"name": name, "model": relative(self.model(name), self.folder)} for name in self.options["experts"]
+            ],
             **self.options["recipe"],
         }
         defaults = Recipe.model_fields
         recipe = {
-            key: value for key, value in recipe.items() if key in ("seed", "experts") or value != defaults[key].get_default()
+            key: value
+            for key, value in recipe.items()
+            if key in ("seed", "experts") or value != defaults[key].get_default()
         }
         file = self.folder / "recipe.yaml"
         text = f"# A step of a study. By hand: branchmix upcycle {file.name} MIXTURE\n\n"
         file.write_text(text + yaml.safe_dump(_without_none(recipe), sort_keys=False), encoding="utf-8")
         report = upcycle(file, out, force=out.exists())
         print(f"merged in {report.seconds:.1f} s")
-        return {"merge": {"seconds": round(report.seconds, 3), "recipe": self.options["recipe"], "experts": self.options["experts"]}}
+        return {
+            "merge": {
+                "seconds": round(report.seconds, 3),
+                "recipe": self.options["recipe"],
+                "experts": self.options["experts"],
+            }
+        }
 
     def scores(self) -> dict[str, Any]:
         """A model on every domain."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -35,7 +36,9 @@ class Table:
         lines = []
         for number, row in enumerate(self.rows):
             if len(row) == 1:
-                lines.append(f'<tr class="group"><th colspan="{len(self.head)}" scope="rowgroup">{escape(row[0])}</th></tr>')
+                lines.append(
+                    f'<tr class="group"><th colspan="{len(self.head)}" scope="rowgroup">{escape(row[0])}</th></tr>'
+                )
                 continue
             cells = [f"<b>{escape(c)}</b>" if (number, n) in self.bold else escape(c) for n, c in enumerate(row)]
             lines.append(f'<tr><th scope="row">{cells[0]}</th>{"".join(f"<td>{cell}</td>" for cell in cells[1:])}</tr>')
@@ -45,15 +48,29 @@ class Table:
 
     def markdown(self) -> str:
         """With its title."""
-        rows = [[f"**{row[0]}**", *[""] * (len(self.head) - 1)] if len(row) == 1 else self._marked(n, row, "**{}**") for n, row in enumerate(self.rows)]
-        lines = [f"### {self.title}", "", _pipes(self.head), _pipes(["---", *["---:"] * (len(self.head) - 1)]), *map(_pipes, rows)]
+        rows = [
+            [f"**{row[0]}**", *[""] * (len(self.head) - 1)] if len(row) == 1 else self._marked(n, row, "**{}**")
+            for n, row in enumerate(self.rows)
+        ]
+        lines = [
+            f"### {self.title}",
+            "",
+            _pipes(self.head),
+            _pipes(["---", *["---:"] * (len(self.head) - 1)]),
+            *map(_pipes, rows),
+        ]
         return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
 
     def latex(self) -> str:
         """A ``table`` of the package booktabs."""
         columns = "l" + "r" * (len(self.head) - 1)
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(self.title)}}}", rf"\label{{tab:{self.name}}}"]
-        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_tex, self.head)) + r" \\", r"\midrule"]
+        lines += [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(map(_tex, self.head)) + r" \\",
+            r"\midrule",
+        ]
         for number, row in enumerate(self.rows):
             if len(row) == 1:
                 lines.append(rf"\multicolumn{{{len(self.head)}}}{{l}}{{\emph{{{_tex(row[0])}}}}} \\")
@@ -115,7 +132,11 @@ def perplexities(found: Numbers) -> Table:
         numbers = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
         return [*map(_perplexity, numbers), *([_difference(found, model)] if compared else [])]
 
-    over = "Student's 95 % interval over repetitions, paired by data order" if found["repetitions"] > 1 else "twice the standard error over held-out documents, one repetition"
+    over = (
+        "Student's 95 % interval over repetitions, paired by data order"
+        if found["repetitions"] > 1
+        else "twice the standard error over held-out documents, one repetition"
+    )
     note = (
         "Perplexity of held-out documents. DM: equal data, CM: equal compute. Avg is the paper's, the mean over domains; "
         f"the last column compares geometric means; ±: {over}. * marks what the interval tells apart. "
@@ -129,7 +150,9 @@ def bits(found: Numbers) -> Table:
     domains = found["domains"]
 
     def cells(model: Numbers) -> list[str]:
-        values = [f"{model['bits_per_byte'][d]:.3f}" + (f" ±{e:.3f}" if (e := model["stderr"][d]) else "") for d in domains]
+        values = [
+            f"{model['bits_per_byte'][d]:.3f}" + (f" ±{e:.3f}" if (e := model["stderr"][d]) else "") for d in domains
+        ]
         return [*values, f"{sum(model['bits_per_byte'].values()) / len(domains):.3f}"]
 
     head = ["", *map(str.capitalize, domains), "Mean"]
@@ -137,7 +160,15 @@ def bits(found: Numbers) -> Table:
     return _grouped("bits-per-byte", "Bits per byte", found, head, cells, note, len(domains))
 
 
-def _grouped(name: str, title: str, found: Numbers, head: list[str], cells: Callable[[Numbers], list[str]], note: str, columns: int) -> Table:
+def _grouped(
+    name: str,
+    title: str,
+    found: Numbers,
+    head: list[str],
+    cells: Callable[[Numbers], list[str]],
+    note: str,
+    columns: int,
+) -> Table:
     rows: list[list[str]] = []
     places: dict[int, Numbers] = {}
     for group, heading in GROUPS.items():
@@ -170,9 +201,10 @@ def _difference(found: Numbers, model: Numbers) -> str:
 
 
 def percent(interval: Numbers, *, significant: bool) -> str:
-    """A difference of logarithms as per cent."""
+    """A difference of logarithms as per cent of perplexity."""
     half = interval["half_width"]
-    text = f"{100 * interval['value']:+.1f}" + (f" ±{100 * half:.1f}" if half is not None else "")
+    relative = math.expm1(interval["value"])
+    text = f"{100 * relative:+.1f}" + (f" ±{100 * half * (1 + relative):.1f}" if half is not None else "")
     return f"{text} %{' *' if significant else ''}"
 
 
@@ -189,30 +221,42 @@ def directions(found: Numbers) -> Table | None:
     """The paper's order, row by row."""
     rows = []
     for claim in found["claims"]:
-        interval = {"value": _log(claim["relative"]), "half_width": claim["half_width"]}
-        rows.append([claim["claim"], claim["table"], percent(interval, significant=claim["significant"]), str(claim["n"]), claim["verdict"]])
-    note = "Difference of log perplexity, mean over domains: negative is the paper's direction. * marks what the interval tells apart."
-    return Table("directions", "Was the paper's order reproduced?", ["claim", "from", "difference", "repetitions", "here"], rows, note)
-
-
-def _log(relative: float) -> float:
-    import math
-
-    return math.log1p(relative)
+        interval = {"value": math.log1p(claim["relative"]), "half_width": claim["half_width"]}
+        rows.append(
+            [
+                claim["claim"],
+                claim["table"],
+                percent(interval, significant=claim["significant"]),
+                str(claim["n"]),
+                claim["verdict"],
+            ]
+        )
+    note = "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks what the interval tells apart."
+    return Table(
+        "directions",
+        "Was the paper's order reproduced?",
+        ["claim", "from", "difference", "repetitions", "here"],
+        rows,
+        note,
+    )
 
 
 def total_match(found: Numbers) -> Table | None:
     """Table 4."""
     wanted = [("bam-expert-kv", "dm"), ("btx", "dm"), ("btx-total-match", "dm")]
     note = "Further FFN experts of BTX are copies of the seed, top-1. In the paper they make it worse."
-    return _selected(found, "table-4", "As many parameters in all (BAM, Table 4)", wanted, note, needs="btx-total-match")
+    return _selected(
+        found, "table-4", "As many parameters in all (BAM, Table 4)", wanted, note, needs="btx-total-match"
+    )
 
 
 def active_match(found: Numbers) -> Table | None:
     """Table 5."""
     wanted = [("bam-expert-kv", "dm"), ("btx-active-match", "dm")]
     note = "BTX with copies of the seed and a larger top-k, as near to BAM's parameters as whole experts allow."
-    return _selected(found, "table-5", "As many parameters, in all and active (BAM, Table 5)", wanted, note, needs="btx-active-match")
+    return _selected(
+        found, "table-5", "As many parameters, in all and active (BAM, Table 5)", wanted, note, needs="btx-active-match"
+    )
 
 
 def attention_routing(found: Numbers) -> Table | None:
@@ -222,17 +266,39 @@ def attention_routing(found: Numbers) -> Table | None:
     return _selected(found, "table-6", "Attention routing (BAM, Table 6)", wanted, note, needs="bam-attention-top1")
 
 
-def _selected(found: Numbers, name: str, title: str, wanted: list[tuple[str, str]], note: str, *, needs: str) -> Table | None:
+def _selected(
+    found: Numbers, name: str, title: str, wanted: list[tuple[str, str]], note: str, *, needs: str
+) -> Table | None:
     rows = []
-    chosen = [model for preset, match in wanted for model in found["models"] if model["preset"] == preset and match in model["match"]]
+    chosen = [
+        model
+        for preset, match in wanted
+        for model in found["models"]
+        if model["preset"] == preset and match in model["match"]
+    ]
     if not any(model["preset"] == needs for model in chosen):
         return None
     for model in chosen:
         facts = model["facts"]
         numbers = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
-        sizes = [f"{facts['experts']}", f"{facts['top_k']}", _millions(facts["parameters"]), _millions(facts["active_parameters"])]
+        sizes = [
+            f"{facts['experts']}",
+            f"{facts['top_k']}",
+            _millions(facts["parameters"]),
+            _millions(facts["active_parameters"]),
+        ]
         rows.append([_marked_label(found, model), *sizes, *map(_perplexity, numbers), _difference(found, model)])
-    head = ["", "experts", "top-k", "total", "active", *map(str.capitalize, found["domains"]), "Avg", "Geo. mean", "against the reference"]
+    head = [
+        "",
+        "experts",
+        "top-k",
+        "total",
+        "active",
+        *map(str.capitalize, found["domains"]),
+        "Avg",
+        "Geo. mean",
+        "against the reference",
+    ]
     return Table(name, title, head, rows, note)
 
 
@@ -268,14 +334,27 @@ def inference_flops(found: Numbers) -> Table:
 
 def components(found: Numbers) -> Table:
     """Table 10, with numbers for its letters."""
-    parts = {"attention_router": "attention router", "qkv": "q, k, v", "context": "mask", "output": "out", "ffn_router": "FFN router", "ffn": "FFN"}
+    parts = {
+        "attention_router": "attention router",
+        "qkv": "q, k, v",
+        "context": "mask",
+        "output": "out",
+        "ffn_router": "FFN router",
+        "ffn": "FFN",
+    }
     rows = []
     for model in _kinds(found):
         flops, sizes = model["facts"]["layer_flops"], model["facts"]["layer_parameters"]
         label = model["label"].removesuffix(", step 0")
         rows.append([f"{label}, parameters", *(f"{sizes[part]:,}" if part in sizes else "" for part in parts)])
         rows.append([f"{label}, FLOPs", *(f"{flops[part]:,}" for part in parts)])
-    return Table("table-10", "Parts of a layer (BAM, Table 10)", ["", *parts.values()], rows, "Of one layer; FLOPs of one token, forward.")
+    return Table(
+        "table-10",
+        "Parts of a layer (BAM, Table 10)",
+        ["", *parts.values()],
+        rows,
+        "Of one layer; FLOPs of one token, forward.",
+    )
 
 
 def latency(found: Numbers) -> Table | None:
@@ -289,22 +368,56 @@ def latency(found: Numbers) -> Table | None:
     for name, row in measured["models"].items():
         seconds = sorted(row["seconds"])
         mean = sum(seconds) / len(seconds)
-        rows.append([labels.get(name, name.capitalize()), f"{mean:.4f}", f"{seconds[0]:.4f} to {seconds[-1]:.4f}", f"{row['kv_cache_bytes']:,}"])
+        rows.append(
+            [
+                labels.get(name, name.capitalize()),
+                f"{mean:.4f}",
+                f"{seconds[0]:.4f} to {seconds[-1]:.4f}",
+                f"{row['kv_cache_bytes']:,}",
+            ]
+        )
     note = (
         f"{measured['new_tokens']} new tokens after a prompt of {measured['prompt']}, mean of {measured['runs']} runs in turn; "
         f"{measured['dtype']}, {measured['threads']} threads of {record['machine']['cpu']}. The merges, untrained: time does not depend on the weights."
     )
-    return Table("inference", "Latency and memory of generation (BAM, section 7.3)", ["", "seconds", "of the runs", "KV cache, bytes"], rows, note)
+    return Table(
+        "inference",
+        "Latency and memory of generation (BAM, section 7.3)",
+        ["", "seconds", "of the runs", "KV cache, bytes"],
+        rows,
+        note,
+    )
 
 
 def budgets(found: Numbers) -> Table:
     """Whether equal data and equal compute were kept."""
     rows = []
     for row in found["budgets"]:
-        kept = ", ".join(f"{match.upper()} {'yes' if ok else 'NO'}" for match, ok in row["kept"].items()) or "the reference"
+        kept = (
+            ", ".join(f"{match.upper()} {'yes' if ok else 'NO'}" for match, ok in row["kept"].items())
+            or "the reference"
+        )
         share = f"{row['seconds_share']:.2f}" if row["seconds_share"] is not None else ""
-        rows.append([row["label"], f"{row['tokens']:,}", f"{row['tokens_share']:.4f}", f"{row['flops']:.6g}", f"{row['flops_share']:.4f}", share, kept])
-    head = ["", "tokens", "of the reference's", "training FLOPs", "of the reference's", "time, of the reference's", "kept"]
+        rows.append(
+            [
+                row["label"],
+                f"{row['tokens']:,}",
+                f"{row['tokens_share']:.4f}",
+                f"{row['flops']:.6g}",
+                f"{row['flops_share']:.4f}",
+                share,
+                kept,
+            ]
+        )
+    head = [
+        "",
+        "tokens",
+        "of the reference's",
+        "training FLOPs",
+        "of the reference's",
+        "time, of the reference's",
+        "kept",
+    ]
     note = (
         "As the runs recorded them. FLOPs of forward, backward and optimizer; equal compute means as many whole steps as the "
         "reference's FLOPs pay for. Times are of wall, while other runs worked beside, and no measure of anything else."
@@ -323,12 +436,31 @@ def costs(found: Numbers) -> Table:
         rows.append(
             [
                 _marked_label(found, model),
-                *(_millions(facts["parameters"]), _millions(facts["active_parameters"]), f"{facts['kv_cache_bytes_per_token']:,}"),
+                *(
+                    _millions(facts["parameters"]),
+                    _millions(facts["active_parameters"]),
+                    f"{facts['kv_cache_bytes_per_token']:,}",
+                ),
                 *(f"{model['tokens']:,}", f"{model['flops']:.4g}", f"{model['optimizer_flops']:.3g}"),
-                *(f"{model['sunk_flops']:.4g}", f"{own + model['sunk_flops']:.4g}", duration(model["seconds"]) if model["seconds"] else ""),
+                *(
+                    f"{model['sunk_flops']:.4g}",
+                    f"{own + model['sunk_flops']:.4g}",
+                    duration(model["seconds"]) if model["seconds"] else "",
+                ),
             ]
         )
-    head = ["", "parameters", "active", "KV bytes a token", "tokens", "forward and backward", "AdamW", "sunk before", "all FLOPs", "time"]
+    head = [
+        "",
+        "parameters",
+        "active",
+        "KV bytes a token",
+        "tokens",
+        "forward and backward",
+        "AdamW",
+        "sunk before",
+        "all FLOPs",
+        "time",
+    ]
     note = "FLOPs of one repetition. Sunk: the dense models that it was made from. Time: of wall, mean over repetitions, while other steps worked beside."
     return Table("costs", "Costs", head, rows, note)
 
@@ -336,7 +468,14 @@ def costs(found: Numbers) -> Table:
 def text(found: Numbers) -> Table:
     """The domains."""
     rows = [
-        [domain, f"{row['documents']:,}", f"{row['tokens']:,}", f"{row['held_out_documents']:,}", f"{found['held_out_documents'].get(domain, 0):,}", f"{row['most_epochs']:.1f}"]
+        [
+            domain,
+            f"{row['documents']:,}",
+            f"{row['tokens']:,}",
+            f"{row['held_out_documents']:,}",
+            f"{found['held_out_documents'].get(domain, 0):,}",
+            f"{row['most_epochs']:.1f}",
+        ]
         for domain, row in found["text"].items()
     ]
     head = ["", "documents", "tokens", "held out", "of these measured", "most passes of a run"]

@@ -98,9 +98,9 @@ def run_processes(
     """Run all jobs, ``at_once`` of them at a time, in their order.
 
     A job that fails is started again up to ``retries`` times, unless its exit code is 2 (the input is wrong); the
-    others go on either way, but for those that come after it, which stay ``waiting``. SIGINT and SIGTERM are passed on to the running jobs, whose end is then waited for: nothing
-    is started or retried any more. A further signal is passed on as well, and the third kills. Call it from the main
-    thread, where signals arrive.
+    others go on either way, but for those that come after it, which stay ``waiting``. SIGINT and SIGTERM are passed on
+    to the running jobs, whose end is then waited for: nothing is started or retried any more. A further signal is
+    passed on as well, and the third kills. Call it from the main thread, where signals arrive.
 
     Args:
         jobs: what to run.
