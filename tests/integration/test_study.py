@@ -17,8 +17,8 @@ import yaml
 from branchmix.data.sequences import Sequences
 from branchmix.errors import DataError, OutputError
 from branchmix.study import step as steps
+from branchmix.study.build import build
 from branchmix.study.forecast import forecast
-from branchmix.study.graph import build
 from branchmix.study.report import report
 from branchmix.study.results import collect
 from branchmix.study.run import StudyReport, study

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from test_study import STEP, write_study
 
 from branchmix.study.methods import METHODS
 from branchmix.study.report import report
 from branchmix.study.run import study
 from corpora import write_jsonl
-from test_study import STEP, write_study
 
 
 @pytest.mark.slow

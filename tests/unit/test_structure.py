@@ -26,7 +26,7 @@ LEVELS = {
     "demo": 4,
     "cli": 5,
 }
-"""cli -> demo -> study -> {upcycling, train, ...} -> {checkpoint, settings, models, accounting, data, pages, ...} -> errors."""
+"""cli -> demo -> study -> {upcycling, train, ...} -> {checkpoint, settings, models, data, pages, ...} -> errors."""
 ENTRANCES = {"__init__", "__main__", "_registration"}
 """The package's own doors: they name everything, lazily."""
 FILES = sorted(ROOT.rglob("*.py"))

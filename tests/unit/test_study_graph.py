@@ -11,7 +11,8 @@ import pytest
 from branchmix.accounting import active_parameters, flops_per_token, parameters
 from branchmix.errors import RecipeError
 from branchmix.settings import parse
-from branchmix.study.graph import Graph, build, chosen
+from branchmix.study.build import build
+from branchmix.study.graph import Graph, chosen
 from branchmix.study.methods import METHODS
 from branchmix.study.settings import StudyFile
 from branchmix.train.schedule import optimizer_flops
@@ -255,5 +256,5 @@ def test_only_some_steps_with_what_they_need() -> None:
     assert {step.name for step in chosen(found, ["soup"])} >= {"r1.scores.soup", "r2.scores.soup"}
     assert not any(step.name.startswith("r2") for step in chosen(found, ["r1"]))
     assert len(chosen(found, [])) == len(found.steps)
-    with pytest.raises(RecipeError, match="no step is called 'sopu'.*soup"):
+    with pytest.raises(RecipeError, match=r"no step is called 'sopu'.*soup"):
         chosen(found, ["sopu"])

@@ -26,7 +26,7 @@ def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     held_out = HeldOut(share=plan["scale"]["held_out_share"], tokens=plan["budgets"]["held_out"])
-    domains = {domain: Source(**source) for domain, source in sources().items()}  # type: ignore[arg-type]
+    domains = {domain: Source(**source) for domain, source in sources().items()}
     for name in names:
         file = score_file(out, name)
         if file.is_file():

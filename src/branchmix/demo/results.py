@@ -13,7 +13,7 @@ from typing import Any
 from branchmix.demo.measure import score_file
 from branchmix.demo.settings import DOMAINS, EXPERTS, Scale
 from branchmix.study.records import cpu_name, curve
-from branchmix.study.statistics import difference
+from branchmix.study.statistics import SEED_NOISE, difference
 
 LABELS = {
     "seed": "Seed",
@@ -37,8 +37,6 @@ GROUPS = {
     "merged": "Merged, not trained since (step 0)",
     "trained": "Trained on all four domains",
 }
-SEED_NOISE = 0.02
-"""Relative differences of perplexity up to this are called none: an allowance for the random seed, not measured."""
 FEW_STEPS = 30
 """Of a mixture: below, models have hardly learned anything."""
 CAVEAT = (

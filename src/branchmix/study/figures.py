@@ -95,7 +95,7 @@ def dots(found: Numbers, ink: str) -> Figure:
         )
     panel.set_xscale("log")
     panel.set_yticks(range(len(models)), [model["label"] for model in models])
-    panel.invert_yaxis()
+    panel.set_ylim(len(models) - 0.4, -0.6)
     low, high = (pick(model["geometric_mean"] for model in models) for pick in (min, max))
     panel.set_xlim(low / 1.06, high * 1.25)
     ticks = [

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.accounting import parameters
-from branchmix.study.graph import Graph, Step, build, chosen
+from branchmix.study.build import build
+from branchmix.study.graph import Graph, Step, chosen
 from branchmix.study.records import RESULT, STEPS
 from branchmix.study.run import share_machine
 from branchmix.study.settings import StudyFile
@@ -72,9 +73,10 @@ class Forecast:
         time = "" if self.seconds is None else f"; about {duration(self.seconds)} with nothing else to do"
         lines = [
             "",
-            f"{sum(row.times for row in self.rows)} steps, {self.at_once} at once with {self.threads} threads each{time}",
-            f"{self.tokens:,} tokens, {self.flops:.4g} training FLOPs, of which seeds and experts {self.sunk_flops:.4g}; "
-            f"{self.disk / 1e9:.2f} GB of disk",
+            f"{sum(row.times for row in self.rows)} steps, {self.at_once} at once with {self.threads} threads each"
+            f"{time}",
+            f"{self.tokens:,} tokens, {self.flops:.4g} training FLOPs, of which seeds and experts "
+            f"{self.sunk_flops:.4g}; {self.disk / 1e9:.2f} GB of disk",
             "",
             "equal budgets, of each repetition:",
         ]
@@ -246,7 +248,9 @@ def _seconds(study: StudyFile, step: Step, graph: Graph, speeds: dict[str, float
 
 def _makespan(steps: Sequence[Step], seconds: dict[str, float], at_once: int) -> float:
     """When the last of them ends, each begun in its order as soon as there is room and nothing to wait for."""
-    left, ends, running, now = list(steps), {}, [], 0.0
+    left, now = list(steps), 0.0
+    ends: dict[str, float] = {}
+    running: list[float] = []
     names = {step.name for step in steps}
     while left or running:
         for step in list(left):

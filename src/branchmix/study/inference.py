@@ -1,4 +1,4 @@
-"""What a model costs while it generates, as in BAM's section 7.3: seconds for some tokens after a prompt, and its cache.
+"""What a model costs while it generates, as in BAM's section 7.3: seconds for some tokens after a prompt, and cache.
 
 Models are timed in turn, run after run, so that a machine that becomes slower does so for all of them.
 """

@@ -65,7 +65,9 @@ METHODS: dict[str, Preset] = {
         "Two FFN experts a token, gates normalised",
         recipe={**_BTX, "routing": {"ffn": {"top_k": 2, "normalize": True}}},
     ),
-    "btx-soft": Preset("BTX soft", "All FFN experts for each token", recipe={**_BTX, "routing": {"ffn": {"soft": True}}}),
+    "btx-soft": Preset(
+        "BTX soft", "All FFN experts for each token", recipe={**_BTX, "routing": {"ffn": {"soft": True}}}
+    ),
     "btx-total-match": Preset(
         "BTX, total match",
         "Copies of the seed as further FFN experts, as many parameters as BAM Expert KV (Table 4)",

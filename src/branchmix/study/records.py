@@ -42,7 +42,6 @@ def curve(folder: Path) -> list[dict[str, float]]:
 
 def cpu_name() -> str:
     """As the system calls it."""
-    import platform
 
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -14,11 +14,14 @@ from branchmix.pages import page
 from branchmix.pages.pictures import Figure, png, save, svg
 from branchmix.study import figures
 from branchmix.study.results import collect
+from branchmix.study.statistics import SEED_NOISE
 from branchmix.study.tables import Table, percent, tables
 
 KINDS = ("html", "markdown", "latex")
 FEW_STEPS = 100
 """Of a mixture: below, models have hardly learned anything."""
+TOLD = ("bam-expert-kv", "bam-shared-kv", "dense")
+"""Methods that the first sentences are about, where a study has them."""
 Draw = Callable[[str], Figure]
 
 
@@ -102,15 +105,22 @@ def headline(found: dict[str, Any]) -> list[str]:
     reference = models.get(found["reference"] or "")
     if reference is None:
         return [f"{found['steps_done']} of {found['steps']} steps are done; the reference has not been measured yet."]
+    told = _told(found)
     lines = []
     for match, what in (("dm", "At equal data"), ("cm", "At equal compute")):
         parts = []
         for model in found["models"]:
-            if model["group"] == "methods" and model["role"] == "trained" and match in model["match"]:
+            if (
+                model["preset"] in told
+                and model["group"] == "methods"
+                and match in model["match"]
+                and model["role"] == "trained"
+            ):
                 parts.append(f"{model['label']} {_verdict(found['comparisons'][model['title']], reference['label'])}")
         if parts:
             lines.append(f"{what}: {'; '.join(parts)}.")
-    lines += [_slope(row, reference["label"]) for row in found["slopes"] if models_in_methods(found, row["method"])]
+    methods = {model["method"] for model in found["models"] if model["preset"] in told and model["group"] == "methods"}
+    lines += [_slope(row, reference["label"]) for row in found["slopes"] if row["method"] in methods]
     lines += _order(found)
     steps = reference["repetitions"][0]["training"]["steps"]
     if steps < FEW_STEPS:
@@ -121,9 +131,12 @@ def headline(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def models_in_methods(found: dict[str, Any], method: str | None) -> bool:
-    """Whether a method is one of the main list."""
-    return any(model["method"] == method and model["group"] == "methods" for model in found["models"])
+def _told(found: dict[str, Any]) -> list[str]:
+    """Methods that the sentences are about; all others stand in the tables."""
+    presets = {
+        model["preset"] for model in found["models"] if model["role"] == "trained" and model["group"] == "methods"
+    }
+    return [name for name in TOLD if name in presets] or sorted(presets)
 
 
 def _verdict(comparison: dict[str, Any], reference: str) -> str:
@@ -154,16 +167,25 @@ def _order(found: dict[str, Any]) -> list[str]:
     same = [row for row in rows if row["reproduced"]]
     sure = [row for row in same if row["significant"]]
     against = [row for row in rows if not row["reproduced"] and row["significant"]]
-    text = f"Of {len(rows)} findings of the paper that were tried, {len(same)} came out in the same direction, {len(sure)} of them beyond the noise"
+    text = (
+        f"Of {len(rows)} findings of the paper that were tried, {len(same)} came out in the same direction, "
+        f"{len(sure)} of them beyond the noise"
+    )
     return [f"{text}; {len(against)} came out the other way beyond the noise."]
 
 
 def _trust(found: dict[str, Any]) -> str:
     count, reference = found["repetitions"], found["comparisons"]
     if count > 1:
-        what = f"± is Student's 95 % interval over {count} repetitions with other random seeds, paired by the order of the data"
+        what = (
+            f"± is Student's 95 % interval over {count} repetitions with other random seeds, paired by the order of "
+            "the data"
+        )
     else:
-        what = "± is twice the standard error over held-out documents; one random seed, which alone moves such numbers by a percent or two"
+        what = (
+            "± is twice the standard error over held-out documents; there was one random seed, which alone moves such "
+            f"numbers by a percent or two, so differences up to {SEED_NOISE:.0%} are called none"
+        )
     many = f" Of {len(reference)} such comparisons one in twenty excludes zero by chance." if count > 1 else ""
     return (
         f"Perplexities are geometric means over the domains; {what}.{many} Nothing here says how larger models behave."
@@ -236,7 +258,7 @@ def _methods(found: dict[str, Any]) -> dict[str, str]:
     return {
         model["label"].removesuffix(", step 0"): model["what"]
         for model in found["models"]
-        if model["what"] and model["role"] in ("step 0", "merge", "ensemble") or model["preset"] == "dense"
+        if (model["what"] and model["role"] in ("step 0", "merge", "ensemble")) or model["preset"] == "dense"
     }
 
 

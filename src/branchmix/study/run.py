@@ -20,7 +20,9 @@ from typing import Literal
 
 from branchmix.checkpoint.folder import writing
 from branchmix.errors import BranchMixError, OutputError, RecipeError
-from branchmix.study.graph import Graph, Step, build, chosen, facts_of
+from branchmix.study.build import build
+from branchmix.study.facts import facts_of
+from branchmix.study.graph import Graph, Step, chosen
 from branchmix.study.records import MODEL, PLAN, RESULT, RESULTS, STEPS, STUDY, write_record
 from branchmix.study.settings import StudyFile
 from branchmix.train.board import Board

@@ -14,6 +14,8 @@ from typing import Any
 Documents = Mapping[str, Sequence[Sequence[float]]]
 """By domain, ``[nats, predicted tokens, bytes]`` of each document."""
 LEVEL = 0.95
+SEED_NOISE = 0.02
+"""With one repetition, differences up to this are called none: an allowance for the random seed, not measured."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval excludes no difference."""
-        return self.mean.excludes_zero
+        """Whether the interval excludes no difference; with one repetition, a difference that no seed would make."""
+        return self.mean.excludes_zero and (self.over == "repetitions" or abs(self.mean.value) > SEED_NOISE)
 
     @property
     def relative(self) -> float:

@@ -44,7 +44,8 @@ class Table:
             lines.append(f'<tr><th scope="row">{cells[0]}</th>{"".join(f"<td>{cell}</td>" for cell in cells[1:])}</tr>')
         head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.head)
         note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
-        return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>{note}'
+        body = "".join(lines)
+        return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
 
     def markdown(self) -> str:
         """With its title."""
@@ -98,7 +99,7 @@ def _pipes(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-_TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "²": "$^2$", "×": r"$\times$"} | {c: rf"\{c}" for c in "&%$#_{}"}
+_TEX = {"\\": r"\textbackslash{}", "±": r"$\pm$"} | {c: rf"\{c}" for c in "&%$#_{}"}
 _TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
 
 
@@ -138,8 +139,8 @@ def perplexities(found: Numbers) -> Table:
         else "twice the standard error over held-out documents, one repetition"
     )
     note = (
-        "Perplexity of held-out documents. DM: equal data, CM: equal compute. Avg is the paper's, the mean over domains; "
-        f"the last column compares geometric means; ±: {over}. * marks what the interval tells apart. "
+        "Perplexity of held-out documents. DM: equal data, CM: equal compute. Avg is the paper's, the mean over "
+        f"domains; the last column compares geometric means; ±: {over}. * marks what the interval tells apart. "
         f"{_repetitions(found)}Bold: the best of a column among the trained."
     )
     return _grouped("table-1", "Perplexity (BAM, Table 1)", found, head, cells, note, 1 + len(domains) + 1)
@@ -156,7 +157,7 @@ def bits(found: Numbers) -> Table:
         return [*values, f"{sum(model['bits_per_byte'].values()) / len(domains):.3f}"]
 
     head = ["", *map(str.capitalize, domains), "Mean"]
-    note = "Mean over repetitions; ± is the standard error over the documents of the first, which all models have in common."
+    note = "Mean over repetitions; ± is the standard error over the documents, which all models have in common."
     return _grouped("bits-per-byte", "Bits per byte", found, head, cells, note, len(domains))
 
 
@@ -231,7 +232,10 @@ def directions(found: Numbers) -> Table | None:
                 claim["verdict"],
             ]
         )
-    note = "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks what the interval tells apart."
+    note = (
+        "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks what the "
+        "interval tells apart. Table 6 is compute-matched."
+    )
     return Table(
         "directions",
         "Was the paper's order reproduced?",
@@ -328,7 +332,10 @@ def inference_flops(found: Numbers) -> Table:
         )
     context = found["settings"]["sequence_length"]
     head = ["", "experts", "top-k", "total", "active", "attention", "FFN", "layer", "whole model"]
-    note = f"Forward FLOPs of a token in one layer, context {context}, by the formulas of the paper's Table 10; whole model: all layers and the output layer."
+    note = (
+        f"Forward FLOPs of a token in one layer, context {context}, by the formulas of the paper's Table 10; whole "
+        "model: all layers and the output layer."
+    )
     return Table("table-7", "FLOPs of a token (BAM, Table 7)", head, rows, note)
 
 
@@ -377,8 +384,9 @@ def latency(found: Numbers) -> Table | None:
             ]
         )
     note = (
-        f"{measured['new_tokens']} new tokens after a prompt of {measured['prompt']}, mean of {measured['runs']} runs in turn; "
-        f"{measured['dtype']}, {measured['threads']} threads of {record['machine']['cpu']}. The merges, untrained: time does not depend on the weights."
+        f"{measured['new_tokens']} new tokens after a prompt of {measured['prompt']}, mean of {measured['runs']} runs "
+        f"in turn; {measured['dtype']}, {measured['threads']} threads of {record['machine']['cpu']}. The merges before "
+        "training."
     )
     return Table(
         "inference",
@@ -419,8 +427,9 @@ def budgets(found: Numbers) -> Table:
         "kept",
     ]
     note = (
-        "As the runs recorded them. FLOPs of forward, backward and optimizer; equal compute means as many whole steps as the "
-        "reference's FLOPs pay for. Times are of wall, while other runs worked beside, and no measure of anything else."
+        "As the runs recorded them. FLOPs of forward, backward and optimizer; equal compute means as many whole steps "
+        "as the reference's FLOPs pay for, or the same steps where that makes less than 0.5 %. Times are of wall, while "
+        "other runs worked beside, and no measure of anything else."
     )
     return Table("budgets", "Were budgets kept?", head, rows, note)
 
@@ -461,7 +470,10 @@ def costs(found: Numbers) -> Table:
         "all FLOPs",
         "time",
     ]
-    note = "FLOPs of one repetition. Sunk: the dense models that it was made from. Time: of wall, mean over repetitions, while other steps worked beside."
+    note = (
+        "FLOPs of one repetition. Sunk: the dense models that it was made from. Time: of wall, mean over repetitions, "
+        "while other steps worked beside."
+    )
     return Table("costs", "Costs", head, rows, note)
 
 
@@ -479,7 +491,10 @@ def text(found: Numbers) -> Table:
         for domain, row in found["text"].items()
     ]
     head = ["", "documents", "tokens", "held out", "of these measured", "most passes of a run"]
-    note = "Whole documents are held out, the same ones from every run. A domain that a run passed more than four times was too small for it."
+    note = (
+        "Whole documents are held out, the same ones from every run. A domain that a run passed more than four times "
+        "was too small for it."
+    )
     return Table("text", "The text", head, rows, note)
 
 
