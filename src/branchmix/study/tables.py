@@ -428,8 +428,8 @@ def budgets(found: Numbers) -> Table:
     ]
     note = (
         "As the runs recorded them. FLOPs of forward, backward and optimizer; equal compute means as many whole steps "
-        "as the reference's FLOPs pay for, or the same steps where that makes less than 0.5 %. Times are of wall, while "
-        "other runs worked beside, and no measure of anything else."
+        "as the reference's FLOPs pay for, or the same steps where that makes less than 0.5 %. Times are of wall, "
+        "while other runs worked beside, and no measure of anything else."
     )
     return Table("budgets", "Were budgets kept?", head, rows, note)
 
