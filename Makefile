@@ -4,7 +4,8 @@
 #   make demo-smollm2  a real seed and three trained siblings, mixed in five ways (examples/smollm2)
 #   make test        tests of seconds; make test-slow: those of minutes
 #   make lint        format, lint and types; make format: mend what can be mended
-#   make docs        reference pages from the code
+#   make docs        reference pages from the code, and the site, in site/; warnings are errors
+#   make demo-scaling  a family of small models that inverse scaling happens to (examples/inverse_scaling)
 #   make bench       upcycling against cp and the peers (benchmarks/README.md)
 #
 # Variables: DEMO_ARGS (--minutes 60), PYTHON (3.10 or newer), VENV, WORKERS (test processes), PYTEST_ARGS, BENCH_ARGS.
@@ -20,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo demo-smollm2 test test-slow lint format docs bench clean
+.PHONY: help demo demo-smollm2 demo-scaling test test-slow lint format docs site bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,6 +42,9 @@ demo: $(INSTALLED)
 
 demo-smollm2: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/smollm2/demo.py
+
+demo-scaling: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/inverse_scaling/demo.py
 
 # One thread a process: the models are tiny, and threads of several processes that wait for each other cost most.
 test test-slow: export OMP_NUM_THREADS := 1
@@ -63,9 +67,14 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
+	$(MAKE) site
+
+site: export NO_MKDOCS_2_WARNING := 1
+site: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/upcycle.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) demo-output smollm2-output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo-output smollm2-output scaling-output site .pytest_cache .ruff_cache .mypy_cache
