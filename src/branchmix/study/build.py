@@ -198,6 +198,8 @@ class _Builder:
         for number, (steps, matches) in enumerate(budgets.items()):
             title = method.title if is_reference else f"{method.title}-{matches[0]}"
             matched = ["dm", "cm", "time"] if is_reference else matches
+            if steps == reference_steps and "dm" not in matched:  # equal data comes with equal compute
+                matched = ["dm", *matched]
             needs = {"model": model} if model else {}
             run_about = {**about, "match": matched, "role": "reference" if is_reference else "trained", "title": title}
             timed = {}

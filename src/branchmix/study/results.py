@@ -130,7 +130,9 @@ def _model(
                 "sunk_flops": _sunk(name, steps, records),
             }
         )
-    perplexity = {d: _mean([r["perplexity"][d] for r in repetitions]) for d in repetitions[0]["perplexity"]}
+    perplexity = {
+        d: math.exp(_mean([math.log(r["perplexity"][d]) for r in repetitions])) for d in repetitions[0]["perplexity"]
+    }
     trained = repetitions[0]["training"]
     return {
         "title": title,
