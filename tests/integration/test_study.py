@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from branchmix.cli import app
 from branchmix.data.sequences import Sequences
-from branchmix.errors import DataError, OutputError
+from branchmix.errors import DataError, OutputError, RecipeError
 from branchmix.study import step as steps
 from branchmix.study.build import build
 from branchmix.study.forecast import forecast
@@ -224,6 +226,20 @@ def test_a_dry_run_writes_nothing(done: Any, tmp_path: Path) -> None:
     assert "bam-expert-kv-cm" in "\n".join(found.lines())
     again = forecast(StudyFile.load(done.file), done.out, measured=True)
     assert {row.status for row in again.rows} == {"done"} and again.seconds == 0
+
+
+def test_commands(done: Any, tmp_path: Path) -> None:
+    runner = CliRunner()
+    common = [str(done.file), "--out", str(done.out)]
+    found = runner.invoke(app, ["study", *common, "--launcher", "inline", "--json"])
+    assert set(json.loads(found.stdout)["steps"].values()) == {"kept"}
+    found = runner.invoke(app, ["study", *common, "--dry-run", "--only", "r1.train.btx"])
+    assert "equal budgets" in found.stdout and "train.bam-expert-kv-cm" not in found.stdout
+    found = runner.invoke(app, ["report", str(done.out), "--out", str(tmp_path), "--markdown"])
+    assert found.stdout.splitlines()[-1] == str(tmp_path / "tables.md")
+    assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]
+    found = runner.invoke(app, ["study", *common, "--only", "btxx"])
+    assert isinstance(found.exception, RecipeError) and "\n" not in str(found.exception)
 
 
 # These two change the study, so they come last.

@@ -1,4 +1,4 @@
-"""What a study's report says, from made-up results: labels, intervals, the paper's order, slopes, and tables as text."""
+"""What a study says, from made-up results: labels, intervals, the paper's order, slopes, and tables as text.
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_study_graph import settings
 
 from branchmix.settings import parse
 from branchmix.study.build import build
@@ -19,7 +20,6 @@ from branchmix.study.results import collect
 from branchmix.study.run import write_plan
 from branchmix.study.settings import StudyFile
 from branchmix.study.tables import Table, percent, tables
-from test_study_graph import settings
 
 LEVELS = {
     "seed": 2.0,
@@ -47,8 +47,8 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
                 for domain in study.domains
             }
             record["training"] = {
-                **{"steps": step.cost.steps, "tokens": step.cost.tokens, "flops": step.cost.flops},
-                **{"optimizer_flops": step.cost.optimizer, "seconds": 12.0, "curve": points, "text": domains},
+                "steps": step.cost.steps, "tokens": step.cost.tokens, "flops": step.cost.flops,
+                "optimizer_flops": step.cost.optimizer, "seconds": 12.0, "curve": points, "text": domains,
             }
             record |= {"computing": {"precision": "bf16"}, "versions": {"torch": "2"}, "run": {}}
             record["machine"] = {"cpu": "A & B", "cores": 2, "threads": 1}
