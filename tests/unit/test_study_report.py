@@ -1,4 +1,4 @@
-"""What a study says, from made-up results: labels, intervals, the paper's order, slopes, and tables as text.
+"""What a study says, from made-up results: labels, intervals, the paper's order, slopes, and tables as text."""
 
 from __future__ import annotations
 
@@ -47,8 +47,13 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
                 for domain in study.domains
             }
             record["training"] = {
-                "steps": step.cost.steps, "tokens": step.cost.tokens, "flops": step.cost.flops,
-                "optimizer_flops": step.cost.optimizer, "seconds": 12.0, "curve": points, "text": domains,
+                "steps": step.cost.steps,
+                "tokens": step.cost.tokens,
+                "flops": step.cost.flops,
+                "optimizer_flops": step.cost.optimizer,
+                "seconds": 12.0,
+                "curve": points,
+                "text": domains,
             }
             record |= {"computing": {"precision": "bf16"}, "versions": {"torch": "2"}, "run": {}}
             record["machine"] = {"cpu": "A & B", "cores": 2, "threads": 1}

@@ -10,32 +10,44 @@ from typing import Any
 from branchmix.pages.pictures import COLOURS, Figure, figure_with, heat, take_ink
 
 Numbers = dict[str, Any]
+TOLD = ("bam-expert-kv", "bam-shared-kv", "dense")
+"""Methods that reports tell about first, where a study has them."""
 _DASHES = {"dm": "-", "cm": "--", "time": ":"}
 
 
 def styles(found: Numbers) -> dict[str, tuple[str, str]]:
-    """Colour (of the method) and dashes (of the match) of every trained model among the methods."""
+    """Colour (of the method) and dashes (of the match) of the trained models that are drawn.
+
+    As many methods as there are colours: the reference, those that reports tell about, and the first of the others.
+    """
     trained = [model for model in found["models"] if model["tokens"] and model["group"] == "methods"]
+    ranks = {preset: rank for rank, preset in enumerate(TOLD, start=1)}
+    by_rank = sorted(trained, key=lambda m: 0 if m["role"] == "reference" else ranks.get(m["preset"], len(TOLD) + 1))
     colours: dict[str, str] = {}
-    for model in trained:
-        grey = model["preset"] == "dense"
-        colours.setdefault(model["method"], COLOURS[-1] if grey else COLOURS[len(colours) % (len(COLOURS) - 1)])
+    left = list(COLOURS[:-1])
+    for model in by_rank:
+        if model["preset"] == "dense":
+            colours[model["method"]] = COLOURS[-1]
+        elif model["method"] not in colours and left:
+            colours[model["method"]] = left.pop(0)
     return {
         model["title"]: (colours[model["method"]], "-" if model["role"] == "reference" else _DASHES[model["match"][0]])
         for model in trained
+        if model["method"] in colours
     }
 
 
 def curves(found: Numbers, ink: str) -> Figure:
     """Training loss against tokens and against FLOPs: mean over repetitions."""
-    figure, panels = figure_with(2, (10.0, 4.0), ink)
+    figure, panels = figure_with(2, (10.0, 4.3), ink)
     for panel, over, title in zip(
         panels, ("tokens", "flops"), ("Over tokens: equal data", "Over FLOPs: equal compute"), strict=True
     ):
         _curves(panel, found, over, ink)
         panel.set_title(title, color=ink, loc="left")
     panels[0].set_ylabel("training loss, nats a token", color=ink)
-    panels[1].legend(frameon=False, labelcolor=ink, fontsize=7.5)
+    lines, labels = panels[1].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
     return figure
 
 
@@ -115,7 +127,7 @@ def compute(found: Numbers, ink: str) -> Figure | None:
     from matplotlib.ticker import EngFormatter
 
     shown = styles(found)
-    figure, (panel,) = figure_with(1, (7.0, 4.2), ink)
+    figure, (panel,) = figure_with(1, (8.0, 4.8), ink)
     by_method: dict[str, list[Numbers]] = {}
     for model in found["models"]:
         if model["title"] in shown:
@@ -142,7 +154,8 @@ def compute(found: Numbers, ink: str) -> Figure | None:
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.set_xlabel("training FLOPs, without the dense models'", color=ink)
     panel.set_ylabel("held-out perplexity, geometric mean", color=ink)
-    panel.legend(frameon=False, labelcolor=ink, fontsize=8)
+    lines, labels = panel.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
     panel.grid(alpha=0.2)
     return figure
 

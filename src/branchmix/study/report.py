@@ -20,8 +20,6 @@ from branchmix.study.tables import Table, percent, tables
 KINDS = ("html", "markdown", "latex")
 FEW_STEPS = 100
 """Of a mixture: below, models have hardly learned anything."""
-TOLD = ("bam-expert-kv", "bam-shared-kv", "dense")
-"""Methods that the first sentences are about, where a study has them."""
 Draw = Callable[[str], Figure]
 
 
@@ -136,7 +134,7 @@ def _told(found: dict[str, Any]) -> list[str]:
     presets = {
         model["preset"] for model in found["models"] if model["role"] == "trained" and model["group"] == "methods"
     }
-    return [name for name in TOLD if name in presets] or sorted(presets)
+    return [name for name in figures.TOLD if name in presets] or sorted(presets)
 
 
 def _verdict(comparison: dict[str, Any], reference: str) -> str:
