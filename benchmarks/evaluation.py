@@ -67,7 +67,8 @@ def measure(args: argparse.Namespace, model: Any, tokenizer: Any, texts: list[st
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from branchmix.evaluate.perplexity import encode, prefix_token, token_log_probs
+    from branchmix.evaluate.perplexity import token_log_probs
+    from branchmix.likelihood.models import encode, prefix_token
 
     theirs = HFLM(
         pretrained=model,

@@ -5,7 +5,8 @@
 
 A family is 5 or 8 sizes over two decades. Each model's true accuracy is the shape plus jitter, a normal deviate of its
 own; what is seen of it is the share of right answers out of 500. A verdict is wrong if it claims a trend or shape that
-the family does not have; `inconclusive` is neither right nor wrong. Results go to benchmarks/results/.
+the family does not have; `inconclusive` is neither right nor wrong. The same is asked of sheets of 11 tasks judged
+together, as `trends` does it, with none, four or eight tasks that have a shape. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ SIZES = (5, 8)
 JITTERS = (0.0, 0.03, 0.08)
 SEEDS = (1, 3)
 """Runs of a size."""
+SHEET = 11
+"""Tasks of a sheet, corrected together by Benjamini and Hochberg."""
+SHAPED = (0, 4, 8)
+"""Tasks of a sheet that have a shape: inverse, U-shaped and inverted-U in turn; the others are flat."""
 TARGET = 0.10
 """Wrong labels on flat families at a jitter of 0.08, at most."""
 
@@ -70,7 +75,13 @@ def main() -> int:
         for sizes in SIZES
         for jitter in (0.0, 0.005)
     ]
-    report(cells, flat, args, time.monotonic() - start)
+    sheets = [
+        simulate_sheet(random, shaped, sizes=sizes, jitter=jitter, runs=max(1, args.runs // 3))
+        for sizes in SIZES
+        for jitter in JITTERS
+        for shaped in SHAPED
+    ]
+    report(cells, flat, sheets, args, time.monotonic() - start)
     return 0
 
 
@@ -111,6 +122,34 @@ def simulate(
     }
 
 
+def simulate_sheet(random: np.random.Generator, shaped: int, *, sizes: int, jitter: float, runs: int) -> dict[str, Any]:
+    """Verdicts on ``runs`` sheets of 11 tasks, judged together; a model's jitter is another one on each task."""
+    kinds = [list(SHAPES)[1 + number % (len(SHAPES) - 1)] if number < shaped else "flat" for number in range(SHEET)]
+    limits = Limits()
+    wrong_flat = wrong_shaped = right = any_wrong = 0
+    for _ in range(runs):
+        evidence = {}
+        for number, kind in enumerate(kinds):
+            found = family(random, SHAPES[kind], sizes, jitter=jitter, seeds=1, num_examples=NUM_EXAMPLES)
+            evidence[str(number)] = Evidence(found, runs=sizes, lower_is_better=False, limits=limits)
+        verdicts = judge_together(evidence, correction="bh", limits=limits).values()
+        wrong = [verdict.label in {*DIRECTED, "flat"} - {kind} for verdict, kind in zip(verdicts, kinds, strict=True)]
+        wrong_shaped += sum(wrong[:shaped])
+        wrong_flat += sum(wrong[shaped:])
+        any_wrong += any(wrong)
+        right += sum(verdict.label == kind for verdict, kind in zip(verdicts, kinds, strict=True) if kind != "flat")
+    return {
+        "sizes": sizes,
+        "jitter": jitter,
+        "shaped": shaped,
+        "sheets": runs,
+        "flat_wrong": wrong_flat / runs / (SHEET - shaped),
+        "shaped_right": right / runs / shaped if shaped else None,
+        "shaped_wrong": wrong_shaped / runs / shaped if shaped else None,
+        "any_wrong": any_wrong / runs,
+    }
+
+
 def family(
     random: np.random.Generator,
     shape: Callable[[np.ndarray], np.ndarray],
@@ -131,7 +170,11 @@ def family(
 
 
 def report(
-    cells: list[dict[str, Any]], flat_cells: list[dict[str, Any]], args: argparse.Namespace, seconds: float
+    cells: list[dict[str, Any]],
+    flat_cells: list[dict[str, Any]],
+    sheets: list[dict[str, Any]],
+    args: argparse.Namespace,
+    seconds: float,
 ) -> None:
     today = datetime.date.today().isoformat()
     versions = {"numpy": np.__version__, "scipy": scipy.__version__, "python": platform.python_version()}
@@ -139,6 +182,8 @@ def report(
     worst = {seeds: max(cell["wrong"] for cell in flat if cell["seeds"] == seeds) for seeds in SEEDS}
     facts = {"runs": args.runs, "seed": args.seed, "seconds": round(seconds, 1), "versions": versions}
     facts |= {"target": TARGET, "worst_flat_at_largest_jitter": worst, "cells": cells, "flat_cells": flat_cells}
+    worst_sheet = max(sheet["flat_wrong"] for sheet in sheets if sheet["jitter"] == max(JITTERS))
+    facts |= {"worst_flat_of_sheets_at_largest_jitter": worst_sheet, "sheets": sheets}
     lines = [
         f"# Verdicts on curves of known shape, {today}",
         "",
@@ -174,6 +219,15 @@ def report(
             for cell in flat_cells
         ),
         "",
+        f"Sheets of {SHEET} tasks judged together, some of them with a shape (inverse, U and inverted-U in turn), the "
+        "others flat; Benjamini-Hochberg over the sheet. `any wrong` is the share of sheets with one wrong verdict or "
+        f"more. Of flat tasks at a jitter of {max(JITTERS)}, at worst {worst_sheet:.1%} get a wrong one: "
+        f"{'within' if worst_sheet <= TARGET else 'BEYOND'} the target.",
+        "",
+        "| sizes | jitter | tasks with a shape | flat: wrong | shape: right / wrong | any wrong |",
+        "|--:|--:|--:|--:|--:|--:|",
+        *(_sheet_line(sheet) for sheet in sheets),
+        "",
         f"Made in {seconds:.0f} s with seed {args.seed}; " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
     ]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -181,6 +235,14 @@ def report(
     stem.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def _sheet_line(sheet: dict[str, Any]) -> str:
+    shaped = f"{sheet['shaped_right']:.2f} / {sheet['shaped_wrong']:.2f}" if sheet["shaped"] else ""
+    return (
+        f"| {sheet['sizes']} | {sheet['jitter']} | {sheet['shaped']} of {SHEET} | {sheet['flat_wrong']:.3f} | {shaped} "
+        f"| {sheet['any_wrong']:.2f} |"
+    )
 
 
 if __name__ == "__main__":

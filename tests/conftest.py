@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a script's background job, whose children would ignore it too
@@ -19,6 +20,9 @@ import torch
 from transformers.utils import logging
 
 import branchmix  # noqa: F401  (registers mixtures with transformers)
+
+if TYPE_CHECKING:
+    from browser import Page
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -44,3 +48,12 @@ def siblings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str
         return saved[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def open_page() -> Iterator[Callable[..., Page]]:
+    """``open_page(path, width=1200, height=900, dark=False)`` opens a file in chromium: see ``browser.py``."""
+    from browser import browser
+
+    with browser() as opened:
+        yield opened.open_page

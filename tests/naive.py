@@ -91,3 +91,16 @@ def build_naive(mixture: nn.Module, dense_on_trunk: list[nn.Module]) -> nn.Modul
                 blocks[0].activation_fn = nn.Identity()
                 blocks[0].fc2 = nn.Identity()
     return frame
+
+
+@torch.no_grad()
+def token_by_token(model: Any, tokens: list[int], max_length: int, stride: int) -> list[float]:
+    """Log-probability of every token but the first, each from a forward pass of its own."""
+    found = []
+    for target in range(1, len(tokens)):
+        end = min(max_length, len(tokens) - 1)  # inputs of the window that predicts it end here
+        while end < target:
+            end = min(end + stride, len(tokens) - 1)
+        context = torch.tensor([tokens[max(0, end - max_length) : target]])
+        found.append(float(model(context).logits[0, -1].double().log_softmax(-1)[tokens[target]]))
+    return found

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 PYTHIA = Path(__file__).parent / "data" / "pythia"
@@ -38,6 +39,20 @@ def pythia(*, step: int | None = None) -> list[dict[str, Any]]:
                     "n": n,
                 }
             )
+    return rows
+
+
+CONSTANT = {"neqa": "0.456667|0.543333", "hindsight-neglect": "0.450794|0.549206", "modus-tollens": "0|1"}
+"""Accuracy of always the same answer, from the official files: 137 of 300 A, 142 of 315 Y, all Yes."""
+
+
+def pythia_table() -> list[dict[str, Any]]:
+    """The final checkpoints as in `examples/pythia/results.csv`, short of what all of them share."""
+    rows = []
+    for row in pythia(step=143000):
+        digits = {"value": f"{row['value']:.6f}", "stderr": f"{row['stderr']:.6f}", "params": f"{row['params']:.0f}"}
+        shown = {**row, **digits, "constant_baselines": CONSTANT.get(row["task"], "")}
+        rows.append({name: value for name, value in shown.items() if name != "tokens"})
     return rows
 
 
@@ -80,3 +95,51 @@ def write_examples(folder: Path, model: str, task: str, records: Iterable[dict[s
     file = folder / "examples" / model / f"{task}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def study(*, sizes: int = 6) -> list[dict[str, Any]]:
+    """A dense and a mixture family on four tasks, official and fresh, two seeds of each size, all axes, both metrics.
+
+    `memo-trap` gets worse for dense models and hardly so for mixtures, and both have seen the official data; `neqa`
+    is at chance; `sig-figs` gets better; `prompt-injection` has a loss only, that rises and falls again.
+    """
+    u = [number / (sizes - 1) for number in range(sizes)]
+    shapes: dict[str, dict[str, list[float]]] = {
+        "memo-trap": {"dense": [0.85 - 0.45 * x for x in u], "mixture": [0.86 - 0.12 * x for x in u]},
+        "neqa": {"dense": [0.5 + 0.002 * (k % 2) for k in range(sizes)], "mixture": [0.5 for _ in u]},
+        "sig-figs": {"dense": [0.45 + 0.4 * x for x in u], "mixture": [0.47 + 0.42 * x for x in u]},
+    }
+    random = Random(1)
+    rows = []
+    for family in ("dense", "mixture"):
+        for number in range(sizes):
+            active = 1e7 * 4**number
+            tokens = 2e9 * 2**number
+            axes = {
+                "flops": 6 * active * tokens * (1.4 if family == "mixture" else 1),
+                "params": active * (3.2 if family == "mixture" else 1),
+                "active_params": active,
+                "tokens": tokens * (1.4 if family == "mixture" else 1),
+            }
+            for seed in (1, 2):
+                for data in ("official", "fresh"):
+                    place = {"model": f"{family}-{number}", "family": family, "seed": seed, "data": data, **axes}
+                    for task, curves in shapes.items():
+                        n = 1000
+                        seen = 0.06 if task == "memo-trap" and data == "official" else 0.0
+                        accuracy = curves[family][number] + seen + random.gauss(0, 0.008)
+                        error = math.sqrt(accuracy * (1 - accuracy) / (n - 1))
+                        both = {"task": task, "n": n, "chance": 0.5}
+                        flags = {"constant_baselines": "0.47|0.53"} if task == "neqa" else {}
+                        if task == "neqa" and number == 0:
+                            flags |= {"constant_share": 0.99, "coverage": 0.004}
+                        rows.append(
+                            {**place, **both, **flags, "metric": "accuracy", "value": accuracy, "stderr": error}
+                        )
+                        loss = -math.log(accuracy) + random.gauss(0, 0.01)
+                        both |= {"chance": math.log(2)}
+                        rows.append({**place, **both, "metric": "loss", "value": loss, "stderr": 0.02})
+                    bent = 30 + 9 * (2 * u[number] - 1) ** 2 + random.gauss(0, 0.3)
+                    injected = {"task": "prompt-injection", "metric": "loss", "value": bent, "stderr": 0.4, "n": 1000}
+                    rows.append({**place, **injected})
+    return rows

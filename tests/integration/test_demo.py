@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from branchmix.demo import calibrate, page, results, story
-from branchmix.demo.measure import score_file
+from branchmix.demo.measure import routes_page, routing_file, score_file
 from branchmix.demo.settings import (
     DOMAINS,
     EXPERTS,
     MIXTURES,
     RECIPES,
+    ROUTED,
     Budgets,
     Scale,
     mixture_runs,
@@ -192,15 +193,14 @@ def finished_demo(out: Path) -> Path:
         write(out / folder / "config.json", config)
         level = math.log(levels.get(folder, 1.0))
         documents = [[(4.0 + number / 10 + level) * 100, 100, 300] for number in range(6)]
-        routing = None
-        if kind is not None:
-            layer = {"load": [0.25] * 4, "by_domain": {domain: [0.7, 0.1, 0.1, 0.1] for domain in DOMAINS}}
-            layers = [{"layer": number, **layer} for number in range(2)]
-            routing = {"experts": ["seed", *EXPERTS], "ffn": layers}
-            if kind != "btx":
-                routing["attention"] = layers
         score_file(out, folder).parent.mkdir(exist_ok=True)
-        write(score_file(out, folder), {"domains": dict.fromkeys(DOMAINS, documents), "routing": routing})
+        write(score_file(out, folder), {"domains": dict.fromkeys(DOMAINS, documents)})
+        if (run := folder.removeprefix("trained/")) in ROUTED:
+            by_domain = {domain: [0.7, 0.1, 0.1, 0.1] for domain in DOMAINS}
+            layers = [{"layer": number, "by_domain": by_domain, "typical": [["a"]]} for number in range(2)]
+            routed = {"experts": ["seed", *EXPERTS], "ffn": layers}
+            routing_file(out, run).parent.mkdir(exist_ok=True)
+            write(routing_file(out, run), routed if run == "btx" else {**routed, "attention": layers})
         if folder.startswith("upcycled"):
             continue
         tokens = cm if folder.endswith("-cm") else 12 * STEP
@@ -262,7 +262,8 @@ def checked(html: str) -> Checked:
     parser = Checked()
     parser.feed(html)
     assert not parser.open and len(parser.ids) == len(set(parser.ids))
-    assert all(link.startswith("#") and link[1:] in parser.ids for link in parser.links)
+    inner = [link for link in parser.links if link not in map(routes_page, ROUTED)]
+    assert all(link.startswith("#") and link[1:] in parser.ids for link in inner)
     assert not re.search(r"url\((?!#)|@import|<script", html)
     return parser
 
@@ -294,6 +295,8 @@ def test_results_and_page(tmp_path: Path) -> None:
 
     html = page.write(out, found).read_text(encoding="utf-8")
     checked(html)
+    assert [*map(routes_page, ROUTED)] == re.findall(r'href="(routes-[^"]*)"', html)
+    assert found["routing"].keys() == {f"trained/{run}" for run in ROUTED} and "typical" not in json.dumps(found)
     assert html.count("<svg ") == 4 and "currentColor" in html and "#010203" not in html
     assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
     assert "branchmix train &#x27;a&lt;b&gt;.yaml&#x27;" in html
@@ -351,6 +354,8 @@ def test_the_whole_story_stopped_once(tmp_path: Path) -> None:
     assert len(layers) == 2
     assert all(sum(layer["by_domain"][domain]) == pytest.approx(1) for layer in layers for domain in DOMAINS)
     checked((out / "index.html").read_text())
+    for run in ROUTED:
+        assert f'"domain":"{DOMAINS[0]}"' in (out / routes_page(run)).read_text()
     # Once more: nothing is left to do, and the page is made again from what is there.
     again = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True, timeout=100, cwd=tmp_path)
     assert "$ " not in again.stderr and again.stderr.count("done before") == 7

@@ -22,13 +22,14 @@ import corpora
 from branchmix.cli import app
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import CheckpointError, DataError, RecipeError
-from branchmix.evaluate import run
+from branchmix.evaluate import domains
 from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import select
 from branchmix.evaluate.ensemble import ensemble_log_probs
 from branchmix.evaluate.perplexity import DocumentScore, bits_per_byte
-from branchmix.evaluate.records import Records, Scored, model_hash
+from branchmix.evaluate.records import Records, Scored
 from branchmix.evaluate.run import evaluate
+from branchmix.likelihood.records import model_hash
 from branchmix.upcycling import upcycle
 from mixtures import load, recipe
 
@@ -149,9 +150,11 @@ def test_a_killed_evaluation_goes_on(
     file.write_bytes(file.read_bytes()[:-40])  # the last line is torn, as after a power cut
     kept = file.read_bytes()
     computed = []
-    predict = run.token_log_probs
+    predict = domains.token_log_probs
     monkeypatch.setattr(
-        run, "token_log_probs", lambda model, tokens, **k: computed.append(len(tokens)) or predict(model, tokens, **k)
+        domains,
+        "token_log_probs",
+        lambda model, tokens, **k: computed.append(len(tokens)) or predict(model, tokens, **k),
     )
     resumed = evaluate(names, data, out=out, max_length=MAX_LENGTH)
     assert file.read_bytes().startswith(kept)

@@ -10,16 +10,11 @@ import pytest
 import torch
 
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.perplexity import (
-    DocumentScore,
-    aggregate,
-    bits_per_byte,
-    encode,
-    prefix_token,
-    token_log_probs,
-)
+from branchmix.evaluate.perplexity import DocumentScore, aggregate, bits_per_byte, token_log_probs
+from branchmix.likelihood.models import encode, prefix_token
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture
+from naive import token_by_token
 
 TEXTS = ["abc", "", "the quick brown fox jumps over the lazy dog", "é" * 9, "x", "0123456789" * 5, "a b c d e f g h i"]
 
@@ -38,25 +33,14 @@ class Letters:
         return "?" * len(tokens)
 
 
-@torch.no_grad()
-def naive(model: Any, tokens: list[int], max_length: int, stride: int) -> list[float]:
-    """Log-probability of every token but the first, each from a forward pass of its own."""
-    found = []
-    for target in range(1, len(tokens)):
-        end = min(max_length, len(tokens) - 1)  # inputs of the window that predicts it end here
-        while end < target:
-            end = min(end + stride, len(tokens) - 1)
-        context = torch.tensor([tokens[max(0, end - max_length) : target]])
-        found.append(float(model(context).logits[0, -1].double().log_softmax(-1)[tokens[target]]))
-    return found
-
-
 def check(model: Any, max_length: int, stride: int | None) -> None:
     documents = encode(Letters(), TEXTS)
     ours = dict(token_log_probs(model, documents, prefix=1, max_length=max_length, stride=stride, batch_tokens=40))
     assert sorted(ours) == list(range(len(TEXTS)))
     for number, document in enumerate(documents):
-        theirs = naive(model, [1, *document.tolist()], max_length, max_length // 2 if stride is None else stride)
+        theirs = token_by_token(
+            model, [1, *document.tolist()], max_length, max_length // 2 if stride is None else stride
+        )
         np.testing.assert_allclose(ours[number], theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -86,7 +70,7 @@ def test_without_a_prefix_the_first_token_counts_for_nothing() -> None:
     model.config.eos_token_id = None
     assert prefix_token(tokenizer, model.config) is None
     score = bits_per_byte(model, tokenizer, ["abcdef", "x", ""], max_length=4, stride=2)
-    logp = naive(model, encode(tokenizer, ["abcdef"])[0].tolist(), 4, 2)
+    logp = token_by_token(model, encode(tokenizer, ["abcdef"])[0].tolist(), 4, 2)
     assert (score.tokens, score.bytes, score.documents, score.stderr) == (5, 5, 1, None)
     assert score.bits_per_byte == pytest.approx(-sum(logp) / math.log(2) / 5, rel=1e-5)
     assert score.perplexity == pytest.approx(math.exp(-sum(logp) / 5), rel=1e-5)

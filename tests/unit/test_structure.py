@@ -20,7 +20,7 @@ from families import FAMILIES as TINY
 ROOT = Path(branchmix.__file__).parent
 LEVELS = {
     "errors": 0,
-    **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages"), 1),
+    **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages", "likelihood"), 1),
     **dict.fromkeys(("upcycling", "train", "evaluate", "scaling"), 2),
     "study": 3,
     "demo": 4,

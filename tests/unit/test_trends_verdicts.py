@@ -216,6 +216,16 @@ def test_families_are_compared_by_slope(tmp_path: Path) -> None:
     assert report.as_dict()["family"] == "dense" and len(report.as_dict()["series"]) == 3
 
 
+def test_few_sizes_are_compared_but_never_judged(tmp_path: Path) -> None:
+    dense = rows_of([0.9, 0.6, 0.3, 0.1], stderr=0.005, family="dense")
+    mixture = rows_of([0.1, 0.3, 0.6, 0.9], stderr=0.005, family="mixture")
+    (pair,) = judge(tmp_path, dense, mixture).interactions["memo-trap"]["accuracy"]
+    assert pair["interval"][0] > 0 and not pair["testable"] and not pair["differs"]
+    longer = [*dense, *rows_of([0.9, 0.6, 0.3, 0.1, 0.05], stderr=0.005, family="dense")[4:]]
+    (pair,) = judge(tmp_path, longer, mixture).interactions["memo-trap"]["accuracy"]
+    assert not pair["testable"] and not pair["differs"]
+
+
 def test_official_against_fresh_data(tmp_path: Path) -> None:
     u = np.linspace(0, 1, 5)
     official = rows_of(0.7 + 0.1 * u, stderr=0.01, data="official")

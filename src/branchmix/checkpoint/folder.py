@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from branchmix.errors import OutputError
 
@@ -65,6 +67,24 @@ def _require_replaceable(out: Path, target: Path, *, force: bool) -> None:
             raise OutputError(f"{out}: is no checkpoint folder (no config.json), so it is not replaced: choose another")
     elif target.exists():
         raise OutputError(f"{out}: is a file: choose a folder that does not exist yet")
+    _require_writable_parent(out, target)
+
+
+def require_new_file(file: Path, *, force: bool) -> None:
+    """Refuses a place where a file cannot be written later, before the work whose result it is to hold.
+
+    Raises:
+        OutputError: it is a folder, cannot be written, or exists and is not to be replaced.
+    """
+    target = Path(os.path.realpath(file))
+    if target.is_dir():
+        raise OutputError(f"{file}: is a folder: give the name of a file")
+    if target.exists() and not force:
+        raise OutputError(f"{file}: exists already: choose another name, or --force to replace it")
+    _require_writable_parent(file, target)
+
+
+def _require_writable_parent(out: Path, target: Path) -> None:
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{out}: {parent} is a file, not a folder: choose another place")
@@ -133,3 +153,24 @@ def writing(file: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{file}: the disk is full (or your quota): free space, or write elsewhere") from error
         raise OutputError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all, in a folder that is made if need be.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """The same for a text."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from branchmix.cli.experts import ADD_EPILOG, REMOVE_EPILOG, add_expert_command,
 from branchmix.cli.generate import EPILOG as GENERATE_EPILOG
 from branchmix.cli.generate import generate_command
 from branchmix.cli.inspect import inspect_command
+from branchmix.cli.routes import EPILOG as ROUTES_EPILOG
+from branchmix.cli.routes import routes_command
 from branchmix.cli.scaling import scaling_app
 from branchmix.cli.study import REPORT_EPILOG, STUDY_EPILOG, report_command, study_command
 from branchmix.cli.train import EPILOG as TRAIN_EPILOG
@@ -40,6 +42,7 @@ app.command("train", epilog=TRAIN_EPILOG)(train_command)
 app.command("branch", epilog=BRANCH_EPILOG)(branch_command)
 app.command("upcycle", epilog=UPCYCLE_EPILOG)(upcycle_command)
 app.command("eval", epilog=EVAL_EPILOG)(eval_command)
+app.command("routes", epilog=ROUTES_EPILOG)(routes_command)
 app.command("demo", epilog=DEMO_EPILOG)(demo_command)
 app.command("study", epilog=STUDY_EPILOG)(study_command)
 app.command("report", epilog=REPORT_EPILOG)(report_command)

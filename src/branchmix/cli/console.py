@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from branchmix.pages.numbers import human_bytes as human_bytes
+from branchmix.pages.numbers import human_count as human_count
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,24 +18,6 @@ if TYPE_CHECKING:
 def notice(text: str) -> None:
     """A line on stderr, which never mixes with results."""
     print(text, file=sys.stderr)
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in decimal units, as disks and model hubs count: ``1.84 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
-def human_count(count: float) -> str:
-    """Parameters in thousands, millions, billions: ``134.5M``."""
-    for unit in ("", "k", "M"):
-        if abs(count) < 1000:
-            return f"{count:.0f}" if not unit else f"{count:.4g}{unit}"
-        count /= 1000
-    return f"{count:.4g}B"
 
 
 def result_console() -> Console:

@@ -1,4 +1,4 @@
-"""``branchmix eval``: models side by side on the text of every domain."""
+"""``branchmix eval``: models side by side on the text of every domain and on downstream tasks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,34 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from branchmix.evaluate.run import EvalReport
+    from branchmix.evaluate.tasks.options import TaskOptions
 
 EPILOG = """\b
 Examples:
   branchmix eval seed code law soup mixture --data data.yaml --out results
   branchmix eval mixture --data run.yaml                    what the run held out
   branchmix eval seed code law --data data.yaml --ensemble seed,code,law
+  branchmix eval seed mixture --tasks arc_easy,hellaswag --limit 500
+  branchmix eval seed mixture --tasks bam-reasoning,bam-mmlu --out results
+  branchmix eval seed mixture --tasks my_task --include-path my_tasks
+  branchmix eval seed mixture --tasks bam --task-data datasets --allow-code-execution --out results
 
 \b
 The smallest data file:
   data: {code: {files: "src/**/*.py"}, law: {files: law.jsonl}}
   held_out: all     # or as in a run, and without it as in a run that says nothing
+
+\b
+Tasks are lm-eval's (pip install 'branchmix[tasks]'): names of tasks, groups and tags, wildcards,
+YAML files. Suites are the columns of the BAM paper's Table 3 (examples in the prompt):
+  bam-math       gsm8k_cot (8), minerva_math (4)
+  bam-code       humaneval (0), mbpp (3); both need --allow-code-execution
+  bam-law        legalbench_international_citizenship_questions (4)
+  bam-knowledge  nq_open (0), triviaqa (0)
+  bam-reasoning  arc_easy, arc_challenge, social_iqa, piqa, winogrande, quac (0 each)
+  bam-mmlu       mmlu (5)
+  bam            all of them, and their average
+lm-eval has no QuAC; that task is ours, in lm-eval's format, judged by the F1 of words.
 
 \b
 With --out a stopped evaluation goes on where it was, and further models join the table.
@@ -30,12 +46,16 @@ With --out a stopped evaluation goes on where it was, and further models join th
 def eval_command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL ...", help="Folders or Hub ids.", show_default=False)],
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="YAML: domains, as in a run.", show_default=False)
-    ],
+        Path | None, typer.Option("--data", metavar="FILE", help="YAML: domains, as in a run.", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.", show_default=False),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for records and results.json.")] = None,
     max_length: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of the window.", show_default="2048, or what all models have positions for"),
+        typer.Option(min=1, help="Tokens of the window.", show_default="2048, on tasks the model's positions"),
     ] = None,
     stride: Annotated[
         int | None,
@@ -43,7 +63,28 @@ def eval_command(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes no result.")] = 2048,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of a domain at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of a domain, and examples of a task, at most.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Examples in the prompt of tasks.", show_default="as the task or suite says"),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder of your own task files; may stand several times.", show_default=False),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with data sets of tasks as ORG/NAME or NAME, which are used instead of the Hub's.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run the code that models write for code tasks.")
+    ] = False,
     ensemble: Annotated[
         str | None,
         typer.Option(
@@ -60,17 +101,20 @@ def eval_command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Bits per byte and perplexity of models by domain, with standard errors over documents."""
+    """Bits per byte and perplexity of models by domain, and downstream tasks, with standard errors."""
     from branchmix.cli.console import notice, progress_bar, quiet_libraries
 
     quiet_libraries()
+    from branchmix.cli.eval_tables import print_report
     from branchmix.evaluate.run import evaluate
 
+    options = _task_options(tasks, num_fewshot, include_path, task_data, allow_code_execution)
     try:
         with progress_bar() as progress:
             report = evaluate(
                 models,
                 data,
+                tasks=options,
                 out=out,
                 max_length=max_length,
                 stride=stride,
@@ -92,31 +136,30 @@ def eval_command(
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
     else:
-        _print(report)
+        print_report(report)
 
 
-def _print(report: EvalReport) -> None:
-    """Models in rows, domains in columns, the best of each column marked."""
-    from rich.table import Table
-    from rich.text import Text
+def _task_options(
+    tasks: str | None,
+    num_fewshot: int | None,
+    include_path: list[Path] | None,
+    task_data: Path | None,
+    allow_code_execution: bool,
+) -> TaskOptions | None:
+    """What belongs to tasks; options that would be ignored without any are an error."""
+    from branchmix.errors import RecipeError
+    from branchmix.evaluate.tasks.options import TaskOptions
 
-    from branchmix.cli.console import human_count, result_console
-
-    first = report.models[0]
-    console = result_console()
-    table = Table(box=None, pad_edge=False, title="bits per byte ± standard error (perplexity)", title_justify="left")
-    table.add_column("model", overflow="fold")
-    for name, score in first.domains.items():
-        table.add_column(f"{name}, {human_count(score.bytes)}B", justify="right", no_wrap=True)
-    best = {name: min(model.domains[name].bits_per_byte for model in report.models) for name in first.domains}
-    for model in report.models:
-        cells = []
-        for name, score in model.domains.items():
-            error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-            is_best = len(report.models) > 1 and score.bits_per_byte == best[name]
-            words = f"{'* ' if is_best else ''}{score.bits_per_byte:.4f}{error} ({score.perplexity:.2f})"
-            cells.append(Text(words, style="bold" if is_best else ""))
-        table.add_row(Text(model.model), *cells)
-    console.print(table, highlight=False)
-    marked = "; * best of its column" if len(report.models) > 1 else ""
-    console.print(f"window {first.max_length} tokens, stride {first.stride}{marked}", highlight=False, soft_wrap=True)
+    if tasks is None:
+        given = {
+            "--num-fewshot": num_fewshot is not None,
+            "--include-path": bool(include_path),
+            "--task-data": task_data is not None,
+            "--allow-code-execution": allow_code_execution,
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise RecipeError(f"{name}: is about downstream tasks: name some with --tasks")
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
+    return TaskOptions(names, num_fewshot, tuple(include_path or ()), task_data, allow_code_execution)

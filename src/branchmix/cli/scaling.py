@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from branchmix.cli.scaling_data import data_app
+from branchmix.cli.scaling_run import EPILOG as RUN_EPILOG
+from branchmix.cli.scaling_run import run_command
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from branchmix.scaling.trends.report import Judged, Report
+    from branchmix.scaling.trends.report import Judged, Report, Tell
 
 scaling_app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +28,7 @@ TRENDS_EPILOG = """\b
 Examples:
   branchmix scaling trends results.csv
   branchmix scaling trends runs/family --axis active_params --json
+  branchmix scaling trends results.csv --html page.html --plots pictures
   branchmix scaling trends results.csv --metric accuracy --alpha 0.01
 
 \b
@@ -34,8 +38,8 @@ The smallest table (one row for each task, model and metric; five models or more
 
 \b
 Further columns: flops, active_params, tokens and any other axis; family (dense against mixture), seed (several runs
-of a size), data (official or fresh), cause. A folder with results.csv may hold scores of single examples in
-examples/MODEL/TASK.jsonl; then all models are resampled on the same examples.
+of a size), data (official or fresh), cause and description of tasks of your own. A folder with results.csv may hold
+scores of single examples in examples/MODEL/TASK.jsonl; then all models are resampled on the same examples.
 
 \b
 Verdicts: standard (better with scale), inverse (worse), u-shaped (worse, then better), inverted-u (better, then
@@ -49,6 +53,9 @@ scaling_app.add_typer(data_app, name="data")
 @scaling_app.callback()
 def _scaling() -> None:
     pass
+
+
+scaling_app.command("run", epilog=RUN_EPILOG)(run_command)
 
 
 @scaling_app.command("trends", epilog=TRENDS_EPILOG)
@@ -75,11 +82,22 @@ def trends_command(
         float, typer.Option(help="Smallest change worth mentioning, in units of the metric.")
     ] = 0.02,
     correction: Annotated[str, typer.Option(help="For several tasks: bh (Benjamini-Hochberg), holm or none.")] = "bh",
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page that explains itself, in one file.", show_default=False),
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG.", show_default=False
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a page and pictures that are there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
 ) -> None:
     """Say for each task whether performance gets better, worse, or turns with scale, and how sure that is."""
     from branchmix.checkpoint.families import nearest
-    from branchmix.cli.console import notice
+    from branchmix.cli.console import notice, progress_bar
     from branchmix.errors import RecipeError
 
     if not 0 < alpha < 0.5:
@@ -87,7 +105,7 @@ def trends_command(
     if not 0 <= minimum_effect < float("inf"):
         raise RecipeError(f"--minimum-effect {minimum_effect:g}: must not be negative")
     from branchmix.scaling.trends.multiple import CORRECTIONS
-    from branchmix.scaling.trends.report import trends
+    from branchmix.scaling.trends.report import trends_by_axis
     from branchmix.scaling.trends.verdict import Limits
 
     chosen = next((word for word in CORRECTIONS if word == correction), None)
@@ -95,14 +113,25 @@ def trends_command(
         raise RecipeError(
             f"--correction {correction}: is none of {', '.join(CORRECTIONS)}{nearest(correction, CORRECTIONS)}"
         )
-    report = trends(
-        results,
-        axis=axis,
-        metrics=metric or (),
-        limits=Limits(alpha, minimum_effect),
-        correction=chosen,
-        lower_is_better=lower_is_better or (),
-    )
+    if html is not None:
+        _require_new(html, force=force)
+    with progress_bar() as tell:
+        reports = trends_by_axis(
+            results,
+            axis=axis,
+            metrics=metric or (),
+            limits=Limits(alpha, minimum_effect),
+            correction=chosen,
+            lower_is_better=lower_is_better or (),
+            tell=tell,
+        )
+        if html is not None or plots is not None:
+            options: dict[str, Any] = {"axis": axis, "metric": metric, "lower-is-better": lower_is_better}
+            options |= {"alpha": alpha if alpha != 0.05 else None}
+            options |= {"minimum-effect": minimum_effect if minimum_effect != 0.02 else None}
+            options |= {"correction": correction if correction != "bh" else None, "html": html, "plots": plots}
+            _write(reports, html, plots, command=_command(results, options), force=force, tell=tell)
+    report = reports[0]
     for note in report.notes:
         notice(f"note: {note}")
     for warning in report.warnings:
@@ -111,6 +140,51 @@ def trends_command(
         typer.echo(json.dumps(report.as_dict(), indent=2, allow_nan=False))
     else:
         _print(report)
+    for written in (html, plots):
+        if written is not None:
+            notice(f"written: {written}")
+
+
+def _require_new(path: Path, *, force: bool) -> None:
+    from branchmix.errors import OutputError
+
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder: give a file")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists already: choose another name, or --force to replace it")
+
+
+def _write(
+    reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Tell
+) -> None:
+    """The page and the pictures that were asked for; nothing of either if something is in the way."""
+    from branchmix.errors import OutputError
+    from branchmix.pages import page as pages
+    from branchmix.scaling.trends import page
+    from branchmix.scaling.trends import plots as pictures
+    from branchmix.scaling.trends.overview import Overview
+
+    overview = Overview(reports)
+    if plots is not None:
+        if plots.exists() and not plots.is_dir():
+            raise OutputError(f"{plots}: is a file: choose a folder")
+        for name in pictures.names(overview):
+            _require_new(plots / name, force=force)
+    if html is not None:
+        pages.write(html, page.html(overview, command=command))
+    if plots is not None:
+        total = len(pictures.names(overview))
+        for done, _ in enumerate(pictures.write(overview, plots), 1):
+            tell("pictures", done, total)
+
+
+def _command(results: Path, options: dict[str, Any]) -> str:
+    """What repeats this; only options that were given."""
+    words = ["branchmix", "scaling", "trends", str(results)]
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name}", str(one)] if one is not None else []
+    return shlex.join(words)
 
 
 def _print(report: Report) -> None:
@@ -181,6 +255,7 @@ def _comparisons(report: Report) -> list[str]:
             for pair in pairs:
                 (first, second), (low, high) = pair["families"], pair["interval"]
                 verb = "differs from" if pair["differs"] else "cannot be told from"
+                verb = verb if pair["testable"] else "has too few sizes to be compared with"
                 lines.append(
                     f"{task}, {metric}: the slope of {second or 'no family'} {verb} that of {first or 'no family'}: "
                     f"{pair['difference']:+.3f} [{low:+.3f}, {high:+.3f}] for each tenfold {report.axis}"

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from branchmix.demo.settings import EXPERTS, MIXTURES, Budgets, Scale, mixture_runs, training_flops
+from branchmix.demo.settings import EXPERTS, MIXTURES, ROUTED, Budgets, Scale, mixture_runs, training_flops
 from branchmix.study.speed import new_model, seconds_per_step
 
 KINDS = ("dense", *MIXTURES)
@@ -117,6 +117,8 @@ def estimate(speed: Speed, scale: Scale, budgets: Budgets) -> float:
             tokens = int(tokens * training_flops(scale, "btx", 1) / training_flops(scale, kind, 1))
         mixtures.append(command + (tokens + evaluated) * speed.of(kind))
         scores.append(evaluated * speed.of(kind))
+        if run.name in ROUTED:
+            scores.append(command + evaluated * speed.of(kind))
     scores += [evaluated * speed.of(kind) for kind in MIXTURES]
     phases = (experts, [2.0] * 4, mixtures, scores)
     alone = 4 * command + TEXT_SECONDS + (budgets.seed + evaluated) * speed.seed

@@ -1,4 +1,4 @@
-"""Every model on every domain: bits per byte and perplexity of held-out documents, and where its routers send them.
+"""Every model on every domain: bits per byte and perplexity of held-out documents.
 
 python -m branchmix.demo.measure OUT seed experts/code ...      # writes OUT/scores/seed.json, ...
 """
@@ -20,6 +20,16 @@ def score_file(out: Path, model: str) -> Path:
     return out / "scores" / f"{model.replace('/', '-')}.json"
 
 
+def routing_file(out: Path, run: str) -> Path:
+    """Where the numbers of the routers of ``out / trained / run`` are."""
+    return out / "routing" / f"{run}.json"
+
+
+def routes_page(run: str) -> str:
+    """Name of the page that shows them token by token, beside the demo's own."""
+    return f"routes-{run}.html"
+
+
 def main(out: Path, names: list[str]) -> None:
     import torch
 
@@ -32,10 +42,10 @@ def main(out: Path, names: list[str]) -> None:
         if file.is_file():
             continue
         length = plan["scale"]["sequence_length"]
-        scores = measure(out / name, domains, folder=out, held_out=held_out, max_length=length)
+        scores = measure(out / name, domains, folder=out, held_out=held_out, max_length=length, routing=False)
         file.parent.mkdir(exist_ok=True)
         part = file.with_suffix(".part")
-        part.write_text(json.dumps({"model": name, **scores}), encoding="utf-8")
+        part.write_text(json.dumps({"model": name, "domains": scores["domains"]}), encoding="utf-8")
         part.rename(file)
         print(f"{name}: measured", flush=True)
 

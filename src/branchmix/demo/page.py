@@ -12,24 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.demo import plots
+from branchmix.demo.measure import routes_page
 from branchmix.demo.results import GROUPS
-from branchmix.demo.settings import DOMAINS
+from branchmix.demo.settings import DOMAINS, ROUTED
+from branchmix.evaluate.routing.plots import shares
 from branchmix.pages import page
 from branchmix.pages.page import document, section, table
 from branchmix.pages.pictures import png, svg
 from branchmix.train.progress import duration
-
-ROUTED = ("trained/bam-expert-kv-dm", "trained/bam-shared-kv-dm", "trained/btx")
 
 
 def write(out: Path, found: dict[str, Any]) -> Path:
     """Writes the page and the pictures of ``found``, what ``results.collect`` returned; the page's path."""
     png(partial(plots.summary, found), out / "plots" / "summary.png")
     png(partial(plots.curves, found), out / "plots" / "curves.png")
-    for folder in ROUTED:
-        if folder in found["routing"]:
-            name = folder.rsplit("/")[-1]
-            png(partial(plots.routing, found, folder=folder), out / "plots" / f"routing-{name}.png")
+    for run in ROUTED:
+        if (routed := found["routing"].get(f"trained/{run}")) is not None:
+            png(partial(shares, routed, domains=DOMAINS), out / "plots" / f"routing-{run}.png")
     return page.write(out / "index.html", html(found))
 
 
@@ -163,16 +162,20 @@ learning-rate schedule that ends there.</p>"""
 def _routing(found: dict[str, Any]) -> str:
     labels = {model["folder"]: model["label"] for model in found["models"]}
     parts = []
-    for folder in ROUTED:
-        if folder not in found["routing"]:
+    for run in ROUTED:
+        if (routed := found["routing"].get(f"trained/{run}")) is None:
             continue
-        name = folder.rsplit("/")[-1]
-        label = f"{labels[folder]}: share of each expert by domain, layer by layer"
-        picture = svg(partial(plots.routing, found, folder=folder), name, label)
-        parts.append(f'<h3>{escape(labels[folder])}</h3>\n<figure class="wide">{picture}</figure>')
+        name = escape(labels[f"trained/{run}"])
+        label = f"{name}: share of each expert by domain, layer by layer"
+        picture = svg(partial(shares, routed, domains=DOMAINS), run, label)
+        parts.append(
+            f'<h3>{name}</h3>\n<figure class="wide">{picture}</figure>\n'
+            f'<p><a href="{routes_page(run)}">{name} token by token</a>: which expert each token of held-out text '
+            "uses, in every layer.</p>"
+        )
     return f"""{"".join(parts)}
-<p class="note">Domains of held-out text down, experts across. Attention gates are means of the soft gate; FFN tokens
-are the share of a domain's tokens that the router sends to an expert. A router that knows nothing has 0.25
+<p class="note">Domains of held-out text down, experts across. Attention gates are means of the soft gate; FFN experts
+have the share of a domain's tokens that the router sends to them. A router that knows nothing has 0.25
 everywhere.</p>"""
 
 

@@ -1,4 +1,4 @@
-"""The demo's pictures: loss curves, routing by domain, and the summary for a README.
+"""The demo's pictures: loss curves, and the summary for a README.
 
 Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg`` and ``png`` of ``pages.pictures``.
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines differ in their dashes too.
@@ -51,26 +51,6 @@ def summary(found: dict[str, Any], ink: str) -> Figure:
     if routed is not None:
         heat(right, _mean_over_layers(routed["attention"]), DOMAINS, routed["experts"], ink)
         right.set_title("Attention gates of BAM Expert KV by domain", color=ink, loc="left")
-    return figure
-
-
-def routing(found: dict[str, Any], ink: str, *, folder: str) -> Figure:
-    """Load of each expert by domain: a row of panels for attention and one for FFN, a panel for each layer."""
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-    routed = found["routing"][folder]
-    kinds = [kind for kind in ("attention", "ffn") if routed.get(kind)]
-    layers = max(len(routed[kind]) for kind in kinds)
-    figure = MatplotlibFigure(figsize=(2.25 * layers + 0.6, 2.1 * len(kinds) + 0.2), layout="constrained")
-    panels = figure.subplots(len(kinds), layers, squeeze=False)
-    for row, kind in enumerate(kinds):
-        for column, layer in enumerate(routed[kind]):
-            panel = panels[row][column]
-            take_ink(panel, ink)
-            by_domain = [layer["by_domain"][domain] for domain in DOMAINS]
-            heat(panel, by_domain, DOMAINS, routed["experts"], ink, rows=column == 0, columns=row == len(kinds) - 1)
-            name = {"attention": "attention gates", "ffn": "FFN tokens"}[kind]
-            panel.set_title(f"{name}, layer {layer['layer'] + 1}", color=ink, fontsize=8.5)
     return figure
 
 

@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from branchmix.demo.measure import score_file
-from branchmix.demo.settings import DOMAINS, EXPERTS, Scale
+from branchmix.demo.measure import routing_file, score_file
+from branchmix.demo.settings import DOMAINS, EXPERTS, ROUTED, Scale
 from branchmix.study.records import cpu_name, curve
 from branchmix.study.statistics import SEED_NOISE, difference
 
@@ -77,13 +77,22 @@ def collect(out: Path, *, seconds: float) -> dict[str, Any]:
             if f"trained/{name}" in scores
         },
         "held_out_documents": {domain: len(scores["seed"]["domains"][domain]) for domain in DOMAINS},
-        "routing": {folder: scores[folder]["routing"] for folder in folders if scores[folder]["routing"]},
+        "routing": {f"trained/{run}": _routing(out, run) for run in ROUTED if routing_file(out, run).is_file()},
         "curves": {folder: curve(out / folder) for folder in folders if folder.startswith("trained")},
         "steps": _json(out / "steps.json"),
     }
     found["headline"] = headline(found)
     (out / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def _routing(out: Path, run: str) -> dict[str, Any]:
+    """What ``branchmix routes`` found, without the tokens."""
+    found = _json(routing_file(out, run))
+    for kind in ("ffn", "attention"):
+        for layer in found.get(kind, []):
+            layer.pop("typical")
+    return dict(found)
 
 
 def _json(file: Path) -> Any:

@@ -77,6 +77,10 @@ class Scale:
         return {"attention": attention, "ffn": ffn, "num_experts": len(EXPERTS) + 1, "num_experts_per_tok": 1}
 
 
+ROUTED = ("bam-expert-kv-dm", "bam-shared-kv-dm", "btx")
+"""Runs of the last phase whose routing is shown, token by token."""
+
+
 @dataclass(frozen=True)
 class Budgets:
     """Tokens of each phase, whole steps."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.demo import calibrate
-from branchmix.demo.measure import score_file
-from branchmix.demo.settings import EXPERTS, MIXTURES, RECIPES, Budgets, Scale, mixture_runs, write_files
+from branchmix.demo.measure import routes_page, routing_file, score_file
+from branchmix.demo.settings import EXPERTS, MIXTURES, RECIPES, ROUTED, Budgets, Scale, mixture_runs, write_files
 from branchmix.errors import BranchMixError, OutputError, RecipeError
 from branchmix.train.board import last_metrics
 from branchmix.train.launch import Job, JobState, cores, run_processes
@@ -155,7 +155,7 @@ def _run_steps(demo: Demo, budgets: Budgets | None, say: Callable[[str], None]) 
     step("The branch phase: three experts, independent of each other", [_branch(demo)])
     step("Four ways to make one model of four", [_upcycle(demo, name) for name in RECIPES], demo.cores)
     step("The mixtures, at equal data (DM) and at equal compute (CM)", [_mix(demo, r.name) for r in runs], mixing)
-    step("Every model on every domain", _measurements(demo), demo.cores)
+    step("Every model on every domain, and its routers", [*_measurements(demo), *_routes(demo)], demo.cores)
 
 
 def models(budgets: Budgets) -> list[str]:
@@ -295,6 +295,18 @@ def _measurements(demo: Demo) -> list[Task]:
         tasks.append(
             Task(f"scores {number}", command, score_file(out, share[-1]), out / "logs" / f"scores-{number}.log")
         )
+    return tasks
+
+
+def _routes(demo: Demo) -> list[Task]:
+    """Which expert each held-out token uses; a page for each mixture, beside the demo's."""
+    out, tasks = demo.out, []
+    for run in ROUTED:
+        page = out / routes_page(run)
+        command = ["branchmix", "routes", str(out / "trained" / run), "--data", str(out / f"mix-{run}.yaml")]
+        command += ["--max-length", str(demo.scale.sequence_length)]
+        command += ["--out", str(routing_file(out, run)), "--html", str(page), "--force"]
+        tasks.append(Task(f"routes {run}", command, page, out / "logs" / f"routes-{run}.log"))
     return tasks
 
 

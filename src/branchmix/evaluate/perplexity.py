@@ -10,26 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood.forward import evaluating, length_dependent, log_probs, logits_at, max_positions
+from branchmix.likelihood.models import encode, prefix_token
 
 Progress = Callable[[str, int, int], None]
 
 BATCH_TOKENS = 2048
 """Tokens of a forward pass, padding included. On a CPU more gains nothing; the logits take this many times the
 vocabulary."""
-_TOKENIZED_AT_ONCE = 256
-_LOGITS_AT_ONCE = 1 << 22
-"""Of the softmax in fp32: 16 MB, about what a cache holds; in one piece it takes twice the time."""
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rotary embeddings that look at the longest row of a batch: padding would change the shorter ones."""
 
 
 @dataclass(frozen=True)
@@ -133,27 +128,6 @@ def document_score(
     return DocumentScore(-float(logp_T.sum(dtype=np.float64)), len(logp_T), num_bytes)
 
 
-def prefix_token(tokenizer: Any, config: Any) -> int | None:
-    """What a document's first token is predicted from: BOS, else EOS, of the tokenizer, else of the model's config."""
-    for holder in (tokenizer, config.get_text_config()):
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(holder, name, None)
-            token = token[0] if isinstance(token, list) and token else token
-            if isinstance(token, int):
-                return token
-    return None
-
-
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """The tokens of each text, with no special tokens around them."""
-    documents: list[np.ndarray] = []
-    for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-        part = list(texts[start : start + _TOKENIZED_AT_ONCE])
-        encoded = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        documents += [np.asarray(tokens, dtype=np.int64) for tokens in encoded["input_ids"]]
-    return documents
-
-
 def token_log_probs(
     model: Any,
     documents: Sequence[np.ndarray],
@@ -169,11 +143,13 @@ def token_log_probs(
     With a prefix the array is as long as the document, without one its first token is not predicted.
     """
     stride = max(1, max_length // 2) if stride is None else stride
-    _check(model, documents, max_length, stride)
+    check_window(model, documents, max_length, stride)
     tokens = [document if prefix is None else np.concatenate(([prefix], document)) for document in documents]
     results = [np.zeros(max(len(row) - 1, 0), dtype=np.float32) for row in tokens]
     windows = [
-        Window(number, *place) for number, row in enumerate(tokens) for place in _places(len(row), max_length, stride)
+        Window(number, *place)
+        for number, row in enumerate(tokens)
+        for place in window_places(len(row), max_length, stride)
     ]
     # Longest first, so that memory is short at once or never; documents of one length stay together and are done early.
     windows.sort(key=lambda window: (window.start - window.end, window.document, window.start))
@@ -182,13 +158,9 @@ def token_log_probs(
         left[window.document] += 1
     yield from ((number, results[number]) for number, count in enumerate(left) if not count)
     done, total = 0, sum(len(result) for result in results)
-    with _evaluating(model):
-        for batch in _batches(windows, batch_tokens, equal_lengths=_length_dependent(model.config)):
+    with evaluating(model):
+        for batch in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             logp_N = _predict(model, batch, tokens)
-            if not np.isfinite(logp_N).all():
-                raise CheckpointError(
-                    "the model's logits are not finite: its weights are broken, or too large for its dtype"
-                )
             at = 0
             for window in batch:
                 count = window.end - window.first
@@ -215,7 +187,7 @@ class Window:
     end: int
 
 
-def _places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def window_places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """start, first and end of the windows over a row of ``num_tokens``, prefix included.
 
     The first predicts all it can; each further one moves on by ``stride``, and the last only as far as it must.
@@ -228,7 +200,7 @@ def _places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int
         done = end
 
 
-def _batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
+def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
     """Windows, longest first, in batches of at most ``batch_tokens``; a longer one stands alone."""
     batch: list[Window] = []
     for window in windows:
@@ -247,94 +219,39 @@ def _batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: boo
 
 @torch.inference_mode()
 def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) -> np.ndarray:
-    """Log-probabilities of the batch's predicted tokens, window after window.
-
-    Padding is on the right, where causal attention never sees it, so no mask is needed and attention takes its fastest
-    way. The head runs on the predicted positions only.
-    """
-    length = max(window.end - window.start for window in batch)
-    inputs_BT = np.empty((len(batch), length), dtype=np.int64)
-    for row, window in enumerate(batch):
-        inputs = tokens[window.document][window.start : window.end]
-        inputs_BT[row, : len(inputs)] = inputs
-        inputs_BT[row, len(inputs) :] = inputs[-1]
+    """Log-probabilities of the batch's predicted tokens, window after window."""
+    inputs = [tokens[window.document][window.start : window.end] for window in batch]
     rows_N = np.concatenate([np.full(window.end - window.first, row) for row, window in enumerate(batch)])
     places_N = np.concatenate([np.arange(window.first, window.end) - window.start for window in batch])
     targets_N = np.concatenate([tokens[window.document][window.first + 1 : window.end + 1] for window in batch])
-    wanted = (torch.from_numpy(rows_N), torch.from_numpy(places_N))
-    with _head_at(model, *wanted) as narrowed:
-        output = model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
-    logits_NV = output.logits.squeeze(0) if narrowed else output.logits[wanted]
-    return _log_probs(logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)).cpu().numpy()
+    return log_probs(*logits_at(model, inputs, rows_N, places_N, targets_N))
 
 
-def _log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """``log_softmax`` in fp32 at the targets, without a second tensor of the logits' size."""
-    step = max(1, _LOGITS_AT_ONCE // logits_NV.shape[-1])
-    parts = []
-    for start in range(0, len(logits_NV), step):
-        part_NV = logits_NV[start : start + step].float()
-        parts.append(-nn.functional.cross_entropy(part_NV, targets_N[start : start + step], reduction="none"))
-    return torch.cat(parts)
+def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
+    """Window and tokens fit the model.
 
-
-@contextmanager
-def _head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterator[list[bool]]:
-    """Lets the head see ``hidden[rows, places]`` as [1, N, D] only; the list is filled when it did.
-
-    The head is a large part of a small model, and what the family does to its logits (scaling, soft caps) stays its
-    own. transformers' ``logits_to_keep`` takes the same places of every row only.
+    Raises:
+        RecipeError: the window does not fit.
+        CheckpointError: the tokenizer is another model's.
     """
-    done: list[bool] = []
-
-    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_BTD = args[0]
-        done.append(True)
-        return hidden_BTD[rows_N.to(hidden_BTD.device), places_N.to(hidden_BTD.device)][None], *args[1:]
-
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(narrow) if isinstance(head, nn.Module) else None
-    try:
-        yield done
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout inside the block, and as it was after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _check(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
     positions = max_positions(model.config)
     if max_length < 1 or (positions is not None and max_length > positions):
         limit = "1 or more" if positions is None else f"from 1 to {positions}, as many positions as the model has"
         raise RecipeError(f"max_length: {max_length} does not fit: should be {limit}")
     if not 1 <= stride <= max_length:
         raise RecipeError(f"stride: {stride} does not fit: should be from 1 to max_length, {max_length}")
+    check_tokens(model, documents)
+
+
+def check_tokens(model: Any, documents: Sequence[np.ndarray]) -> None:
+    """Whether the model has an embedding for every token.
+
+    Raises:
+        CheckpointError: it has not.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     greatest = max((int(document.max()) for document in documents if len(document)), default=0)
     if greatest >= rows:
         raise CheckpointError(
             f"the tokenizer gives token {greatest}, but the model knows {rows}: it is not the model's"
         )
-
-
-def max_positions(config: Any) -> int | None:
-    """Tokens that a model takes at most, by its config; None where the config does not say."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(positions) if isinstance(positions, int) and positions > 0 else None
-
-
-def _length_dependent(config: Any) -> bool:
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type") in _LENGTH_DEPENDENT for kind in kinds)

@@ -1,82 +1,42 @@
-"""``evaluate(models, data)``: several models, and ensembles of them, on the same documents of every domain.
+"""``evaluate(models, data, tasks=...)``: several models, and ensembles of them, on the same documents and tasks.
 
-What is on record in ``out`` is not computed again; every number is computed from the records of all documents.
+What is on record in ``out`` is not computed again; every number is computed from the records of all documents and all
+requests.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.folder import writing
-from branchmix.checkpoint.hub import ResolvedModel, resolve
-from branchmix.errors import CheckpointError, RecipeError
+from branchmix.checkpoint.folder import write_json
+from branchmix.checkpoint.hub import resolve
+from branchmix.errors import RecipeError
+from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import Document, select
+from branchmix.evaluate.domains import Reader
 from branchmix.evaluate.ensemble import ensemble_log_probs
-from branchmix.evaluate.perplexity import (
-    BATCH_TOKENS,
-    Progress,
-    TextScore,
-    aggregate,
-    document_score,
-    encode,
-    max_positions,
-    prefix_token,
-    token_log_probs,
-)
-from branchmix.evaluate.records import Records, Scored, key_of, model_hash, tokenizer_hash
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, aggregate
+from branchmix.evaluate.records import Records
+from branchmix.evaluate.report import EvalReport, ModelReport
+from branchmix.evaluate.tasks.options import TaskOptions
+from branchmix.likelihood.forward import max_positions
+from branchmix.likelihood.models import check_dtype
 
 MAX_LENGTH = 2048
 """Tokens of the window unless said otherwise, if all models have as many positions."""
 RESULTS = "results.json"
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-
-@dataclass
-class ModelReport:
-    """What one model, or ensemble, makes of every domain."""
-
-    model: str
-    prefix: str | None
-    """The token that a document's first one is predicted from; None if that one is not predicted."""
-    max_length: int
-    stride: int
-    dtype: str
-    domains: dict[str, TextScore]
-    ensemble: dict[str, Any] | None = None
-    """Members with their prior, and how they are weighted."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        facts = {"prefix": self.prefix, "max_length": self.max_length, "stride": self.stride, "dtype": self.dtype}
-        ensemble = {"ensemble": self.ensemble} if self.ensemble else {}
-        domains = {name: score.as_dict() for name, score in self.domains.items()}
-        return {"model": self.model, **facts, **ensemble, "domains": domains}
-
-
-@dataclass
-class EvalReport:
-    """All models, in the order they were given; ensembles come last."""
-
-    models: list[ModelReport]
-    notes: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"models": [model.as_dict() for model in self.models]}
 
 
 def evaluate(
     models: Sequence[str],
-    data: EvalData | str | Path,
+    data: EvalData | str | Path | None = None,
     *,
+    tasks: TaskOptions | Sequence[str] | None = None,
     out: str | Path | None = None,
     max_length: int | None = None,
     stride: int | None = None,
@@ -88,17 +48,19 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
-    """Bits per byte and perplexity of every model on every domain.
+    """Bits per byte and perplexity of every model on every domain, and what it makes of downstream tasks.
 
     Args:
         models: folders or Hub ids, dense or mixtures.
         data: the documents (see ``EvalData``), or the YAML file that names them.
-        out: folder for the records, from which a later call goes on, and for ``results.json``.
-        max_length: tokens of the window; ``MAX_LENGTH`` or the least that a model has positions for if not given.
+        tasks: lm-eval's tasks, groups and tags, and suites (see ``TaskOptions``), or just their names.
+        out: folder for the records, from which a later call goes on, for ``results.json`` and the tasks' examples.
+        max_length: tokens of the window; on documents ``MAX_LENGTH`` or the least that a model has positions for if not
+            given, on tasks as many as the model has positions for, as lm-eval does.
         stride: tokens by which the window moves on, half of it if not given.
         batch_tokens: tokens of a forward pass.
         dtype: of the weights: ``auto`` as stored.
-        limit: documents of a domain at most.
+        limit: documents of a domain, and examples of a task, at most.
         ensemble: ``seed,code,law``, or with their prior ``seed=0.5,code=0.25,law=0.25``: models given, by their name or
             their folder's.
         posterior: weight the ensemble by the posterior of the domain (see ``ensemble_log_probs``), not just the prior.
@@ -106,39 +68,58 @@ def evaluate(
         progress: called with step, done, total.
 
     Raises:
-        RecipeError: data file, options or ensemble do not make sense.
-        DataError: a source cannot be read, or has no document that counts.
+        RecipeError: data file, tasks, options or ensemble do not make sense.
+        DataError: a source or a task's data set cannot be read, or has no document that counts.
         CheckpointError: a model cannot be loaded, or is none.
     """
-    if dtype not in DTYPES:
-        raise RecipeError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
-    data = data if isinstance(data, EvalData) else EvalData.load(data)
-    candidates = [_Candidate(resolve(given), dtype, trust_remote_code) for given in models]
-    members = _members(ensemble, candidates) if ensemble else {}
-    max_length, stride = _window(candidates, max_length, stride)
-    for candidate in candidates:
-        candidate.know(max_length, stride)
-    documents = select(data, candidates[0].tokenizer, limit=limit)
-    records = Records(Path(out) if out is not None else None)
-    report = EvalReport([], _notes(data, documents, candidates))
-    for candidate in candidates:
-        known = candidate.score(documents, records, batch_tokens, progress)
-        if known:
-            count = sum(map(len, documents.values()))
-            report.notes.append(f"{candidate.given}: {known} of {count} documents were on record")
-        domains = {
-            name: aggregate(candidate.recorded(records, document).score for document in chosen)
-            for name, chosen in documents.items()
-        }
-        report.models.append(candidate.report(domains))
-    if members:
-        report.models.append(_ensemble(members, posterior, documents, records))
-    if out is not None:
-        _write(Path(out) / RESULTS, report.as_dict())
+    check_dtype(dtype)
+    options = tasks if isinstance(tasks, TaskOptions) or tasks is None else TaskOptions(tuple(tasks))
+    if data is None and options is None:
+        raise RecipeError("there is nothing to evaluate on: give --data, --tasks or both")
+    if data is None and ensemble:
+        raise RecipeError("ensemble: the outputs are averaged on the documents of --data, which is not given")
+    with ExitStack() as stack:
+        if options is not None:
+            options.check()  # at once, before anything is read
+        if data is not None and not isinstance(data, EvalData):
+            data = EvalData.load(data)
+        candidates = [Candidate(resolve(given), dtype, trust_remote_code) for given in models]
+        members = _members(ensemble, candidates) if ensemble else {}
+        window = _window(candidates, max_length, stride)
+        folder = Path(out) if out is not None else None
+        report = EvalReport([ModelReport(candidate.given, dtype) for candidate in candidates])
+        if options is not None:
+            from branchmix.evaluate.tasks.run import Tasks
+
+            loaded = stack.enter_context(Tasks.open(options, folder, limit=limit, progress=progress))
+            report.notes += loaded.notes
+        if data is not None:
+            documents = select(data, candidates[0].tokenizer, limit=limit)
+            report.notes += _notes(data, documents, candidates)
+            records = Records(folder)
+        readers = {}
+        for number, candidate in enumerate(candidates):
+            if data is not None:
+                readers[candidate] = reader = Reader(candidate, *window)
+                known = reader.read(documents, records, batch_tokens, progress)
+                if known:
+                    count = sum(map(len, documents.values()))
+                    report.notes.append(f"{candidate.given}: {known} of {count} documents were on record")
+                report.models[number] = reader.report(reader.scores(documents, records))
+            if options is not None:
+                found = loaded.evaluate(candidate, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
+                report.models[number].tasks, report.models[number].suites = found.tasks, found.suites
+                report.notes += found.notes
+            candidate.release()
+        if data is not None and members:
+            weights = {readers[member]: share for member, share in members.items()}
+            report.models.append(_ensemble(weights, posterior, documents, records))
+    if folder is not None:
+        write_json(folder / RESULTS, report.as_dict())
     return report
 
 
-def _window(candidates: Sequence[_Candidate], max_length: int | None, stride: int | None) -> tuple[int, int]:
+def _window(candidates: Sequence[Candidate], max_length: int | None, stride: int | None) -> tuple[int, int]:
     """The same window for all models: they are compared with as much context."""
     positions = {c.given: limit for c in candidates if (limit := max_positions(c.config)) is not None}
     if max_length is None:
@@ -149,7 +130,7 @@ def _window(candidates: Sequence[_Candidate], max_length: int | None, stride: in
     return max_length, max(1, max_length // 2) if stride is None else stride
 
 
-def _notes(data: EvalData, documents: dict[str, list[Document]], candidates: Sequence[_Candidate]) -> list[str]:
+def _notes(data: EvalData, documents: dict[str, list[Document]], candidates: Sequence[Candidate]) -> list[str]:
     notes = []
     if "held_out" not in data.model_fields_set:
         counts = ", ".join(f"{len(chosen)} of {name}" for name, chosen in documents.items())
@@ -163,116 +144,16 @@ def _notes(data: EvalData, documents: dict[str, list[Document]], candidates: Seq
     return notes
 
 
-class _Candidate:
-    """A model, which is loaded only if a document is not on record."""
-
-    def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool):
-        from transformers import AutoConfig, AutoTokenizer
-
-        self.given, self.folder, self.revision = found.given, found.folder, found.revision
-        self.dtype, self.trust_remote_code = dtype, trust_remote_code
-        if not (self.folder / "config.json").is_file():
-            raise CheckpointError(f"{self.folder}: has no config.json: give the folder of a model")
-        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise CheckpointError(
-                f"{self.folder}: has no tokenizer files: copy the seed's tokenizer beside the weights"
-            )
-        self.config = self._load(AutoConfig)
-        self.tokenizer = self._load(AutoTokenizer)
-        prefix = prefix_token(self.tokenizer, self.config)
-        self.prefix = prefix
-        self.prefix_name = None if prefix is None else str(self.tokenizer.convert_ids_to_tokens(prefix))
-        self.tokenizer_hash = tokenizer_hash(self.tokenizer)
-        self.max_length = self.stride = 0
-        self.key = ""
-
-    def know(self, max_length: int, stride: int) -> None:
-        """Settles what results depend on."""
-        self.max_length, self.stride = max_length, stride
-        self.facts = {
-            "weights": model_hash(self.folder),
-            "dtype": self.dtype,
-            "tokenizer": self.tokenizer_hash,
-            "prefix": self.prefix,
-            "max_length": max_length,
-            "stride": stride,
-        }
-        self.key = key_of(self.facts)
-
-    def score(
-        self, documents: dict[str, list[Document]], records: Records, batch_tokens: int, progress: Progress | None
-    ) -> int:
-        """Computes what is not on record; returns how many documents were."""
-        model: Any = None
-        known = 0
-        for domain, chosen in documents.items():
-            todo = [document for document in chosen if records.get(self.key, document.hash) is None]
-            known += len(chosen) - len(todo)
-            if not todo:
-                continue
-            if model is None:
-                model = self._model()
-                records.describe(self.key, {"path": self.given, "revision": self.revision, **self.facts})
-            tokens = encode(self.tokenizer, [document.text for document in todo])
-            found = token_log_probs(
-                model,
-                tokens,
-                prefix=self.prefix,
-                max_length=self.max_length,
-                stride=self.stride,
-                batch_tokens=batch_tokens,
-                progress=self._named(progress, domain),
-            )
-            try:
-                for number, logp_T in found:
-                    score = document_score(todo[number].text, logp_T, self.tokenizer, tokens[number], self.prefix)
-                    records.add(self.key, todo[number].hash, domain, Scored(score, logp_T))
-            except CheckpointError as error:
-                raise CheckpointError(f"{self.given}: {error}") from error
-        return known
-
-    def _named(self, progress: Progress | None, domain: str) -> Progress | None:
-        if progress is None:
-            return None
-        return lambda _, done, total: progress(f"{self.folder.name}: {domain}", done, total)
-
-    def recorded(self, records: Records, document: Document) -> Scored:
-        """A document's result."""
-        found = records.get(self.key, document.hash)
-        assert found is not None
-        return found
-
-    def report(self, domains: dict[str, TextScore]) -> ModelReport:
-        """The result of the whole model."""
-        return ModelReport(self.given, self.prefix_name, self.max_length, self.stride, self.dtype, domains)
-
-    def _model(self) -> Any:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        model = self._load(AutoModelForCausalLM, dtype=self.dtype, use_safetensors=True)
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def _load(self, kind: Any, **options: Any) -> Any:
-        try:
-            return kind.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
-        except Exception as error:  # whatever transformers and the readers below it raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            if "trust_remote_code" in str(error) and not self.trust_remote_code:
-                reason = "it brings code of its own: read that code, then allow it with --trust-remote-code"
-            raise CheckpointError(f"{self.given}: transformers cannot load it: {reason}") from error
-
-
 # ---- ensembles ----
 
 
-def _members(ensemble: str, candidates: Sequence[_Candidate]) -> dict[_Candidate, float]:
+def _members(ensemble: str, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
     """The members of an ensemble, each with its share of the prior.
 
     Raises:
         RecipeError: a name fits none or several of the models, or the members do not fit together.
     """
-    members: dict[_Candidate, float] = {}
+    members: dict[Candidate, float] = {}
     shares = []
     for part in ensemble.split(","):
         name, _, share = part.strip().partition("=")
@@ -301,7 +182,7 @@ def _members(ensemble: str, candidates: Sequence[_Candidate]) -> dict[_Candidate
 
 
 def _ensemble(
-    members: dict[_Candidate, float], posterior: bool, documents: dict[str, list[Document]], records: Records
+    members: dict[Reader, float], posterior: bool, documents: dict[str, list[Document]], records: Records
 ) -> ModelReport:
     """Mixes the members' probabilities of every token, from the records."""
     first = next(iter(members))
@@ -315,16 +196,9 @@ def _ensemble(
             scores.append(type(alone)(-float(mixed_T.sum()), alone.tokens, alone.bytes))
         domains[name] = aggregate(scores)
     report = first.report(domains)
-    report.model = f"ensemble of {', '.join(member.folder.name for member in members)}"
+    report.model = f"ensemble of {', '.join(member.candidate.folder.name for member in members)}"
     report.ensemble = {
-        "members": {member.given: share for member, share in members.items()},
+        "members": {member.candidate.given: share for member, share in members.items()},
         "weights": "posterior" if posterior else "prior",
     }
     return report
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with writing(file):
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False), encoding="utf-8")
-        temporary.replace(file)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import write_text
 
 
 def document(title: str, kicker: str, lead: Iterable[str], sections: Iterable[str], *, head: str = "") -> str:
@@ -66,11 +65,7 @@ def write(file: Path, html: str) -> Path:
     Raises:
         OutputError: the file cannot be written.
     """
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(html, encoding="utf-8")
-        part.replace(file)
+    write_text(file, html)
     return file
 
 

@@ -81,8 +81,11 @@ def save(draw: Draw, file: Path, **options: Any) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         kind = file.suffix.removeprefix(".")
         fixed = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same picture, the same bytes
-        draw(PRINTED_INK).savefig(part, format=kind, facecolor="white", metadata=fixed, **options)
-        part.replace(file)
+        try:
+            draw(PRINTED_INK).savefig(part, format=kind, facecolor="white", metadata=fixed, **options)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
     return file
 
 

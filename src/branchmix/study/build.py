@@ -359,7 +359,7 @@ class _Builder:
             return {}
         if self.given.revision:
             return {"seed": f"{self.given.given}@{self.given.revision}"}
-        from branchmix.evaluate.records import model_hash
+        from branchmix.likelihood.records import model_hash
 
         if not hasattr(self, "_hash"):
             self._hash = model_hash(self.given.folder)

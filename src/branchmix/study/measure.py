@@ -31,6 +31,7 @@ def measure(
     max_length: int,
     bf16: bool | None = None,
     trust_remote_code: bool = False,
+    routing: bool = True,
 ) -> dict[str, Any]:
     """Scores of one model: ``{"domains": Documents, "routing": ...}``.
 
@@ -42,6 +43,7 @@ def measure(
         max_length: tokens of the window, those of a training sequence.
         bf16: autocast over fp32 weights, as runs compute; where the device is made for it if None.
         trust_remote_code: run code that the model brings along.
+        routing: follow the routers too; None in the result without.
     """
     loaded = _Loaded(model, bf16, trust_remote_code)
     corpus = _corpus(sources, loaded.tokenizer, folder, held_out)
@@ -50,8 +52,8 @@ def measure(
         for domain in sources:
             texts = corpus.held_out_texts(domain)
             domains[domain] = [list(score) for score, _ in loaded.documents(texts, max_length)]
-        routing = _routing(loaded.model, corpus.held_out(sequence_length=max_length))
-    return {"domains": domains, "routing": routing}
+        routed = _routing(loaded.model, corpus.held_out(sequence_length=max_length)) if routing else None
+    return {"domains": domains, "routing": routed}
 
 
 def measure_ensemble(
@@ -92,7 +94,7 @@ class _Loaded:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
-        from branchmix.evaluate.perplexity import prefix_token
+        from branchmix.likelihood.models import prefix_token
         from branchmix.train.models import has_bf16
 
         logging.set_verbosity_error()
@@ -114,7 +116,8 @@ class _Loaded:
 
     def documents(self, texts: Sequence[str], max_length: int) -> list[tuple[tuple[float, int, int], np.ndarray]]:
         """Nats, tokens and bytes of each document, and the log-probabilities [T] of its tokens."""
-        from branchmix.evaluate.perplexity import document_score, encode, token_log_probs
+        from branchmix.evaluate.perplexity import document_score, token_log_probs
+        from branchmix.likelihood.models import encode
 
         tokens = encode(self.tokenizer, texts)
         found: list[Any] = [None] * len(texts)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from branchmix.models.routing_branchmix import BranchMixFFNRouter, BranchMixRouter
+from branchmix.models.routers import entropy_of, load_of, mixture_routers
+from branchmix.models.routing_branchmix import BranchMixRouter
 
 STARVED = 0.01
 """An expert with less than this part of its fair share 1 / E is not used any more."""
@@ -47,14 +48,8 @@ class RouterMonitor:
         self._last = RouterReading([], [])
         self._streaks: dict[tuple[str, int, str], int] = {}
         self._told: set[tuple[str, int, str]] = set()
-        for kind in ("attention", "ffn"):
-            routers = [
-                module
-                for module in model.modules()
-                if isinstance(module, BranchMixRouter) and isinstance(module, BranchMixFFNRouter) == (kind == "ffn")
-            ]
-            if routers:
-                self._kinds.append(_Kind(kind, routers, len(self.domains)))
+        found = mixture_routers(model)
+        self._kinds += [_Kind(kind, found[kind], len(self.domains)) for kind in ("attention", "ffn") if kind in found]
         if self._kinds:
             num_experts = self._kinds[0].num_experts
             self._experts = list(getattr(config, "expert_names", None) or map(str, range(num_experts)))
@@ -238,15 +233,11 @@ class _Kind:
         """Add the recorded logits of one forward pass."""
         size, experts = (len(batch.domains), batch.sequence_length), self.num_experts
         logits_LBTE = torch.stack([logits.reshape(*size, experts) for logits in self.logits if logits is not None])
-        log_gates_LBTE = logits_LBTE.log_softmax(-1)
-        gates_LBTE = log_gates_LBTE.exp()
+        gates_LBTE = logits_LBTE.softmax(-1)
         # By softmax and top-k anew rather than from the router's gates, which may be normalised.
-        load_LBTE = gates_LBTE
-        if self.balanced:
-            chosen = gates_LBTE.topk(self.top_k, dim=-1).indices
-            load_LBTE = torch.zeros_like(gates_LBTE).scatter_(-1, chosen, 1 / self.top_k)
+        load_LBTE = load_of(gates_LBTE, gates_LBTE.topk(self.top_k, dim=-1).indices if self.balanced else None)
         # For each token: its load, its entropy, and a one that counts it.
-        entropy_LBT1 = -(gates_LBTE * log_gates_LBTE).sum(-1, keepdim=True)
+        entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)
         values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)
         if batch.mask is not None:
             values_LBTX = values_LBTX * batch.mask.to(values_LBTX).unsqueeze(-1)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.folder import writing
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import OutputError, RecipeError
@@ -324,6 +325,7 @@ class _Run:
         )
         tokens = steps * fixed["tokens_per_step"]
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        grown_from = self.checked.model
         return {
             "out": str(self.folder.path),
             "steps": steps,
@@ -347,6 +349,7 @@ class _Run:
                 "accumulation": self.checked.batching.accumulation,
             },
             "data": self.corpus.as_dict(),
+            "ancestors": [] if grown_from is None else as_records(lineage(grown_from.folder, grown_from.given)),
         }
 
     def _trainer(self, fixed: dict[str, Any], checkpoint: Path | None, signals: Any) -> BranchTrainer:

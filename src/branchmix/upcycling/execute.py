@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
+from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
@@ -268,13 +269,14 @@ def naming_sources(folders: Iterable[tuple[str, Path]]) -> Iterator[None]:
 
 
 def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, Any]]:
-    """Sources for the provenance: what was given, revision, and each file with its size and hash."""
+    """Sources for the provenance: what was given, revision, what it grew from, and each file with size and hash."""
     return [
         {
             "name": source.name,
             "model": source.model.given,
             "revision": source.model.revision,
             "lora_adapter": source.adapter is not None,
+            "training": as_records(lineage(source.model.folder, source.model.given)),
             "files": [{"name": file.name, "bytes": file.stat().st_size, **hashes.of(file)} for file in source.files],
         }
         for source in sources

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.drawn import Normal
 from branchmix.checkpoint.expressions import Expression, Source, Stack
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of, nearest
@@ -281,7 +282,9 @@ class _Opened:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            found = {"recipe": {}, "sources": [{"name": "mixture", "model": self.resolved.given, "revision": None}]}
+            training = as_records(lineage(self.resolved.folder, self.resolved.given))
+            source = {"name": "mixture", "model": self.resolved.given, "revision": None, "training": training}
+            found = {"recipe": {}, "sources": [source]}
         return {key: value for key, value in found.items() if key not in ("versions", "notes")}
 
 

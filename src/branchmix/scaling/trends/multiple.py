@@ -69,18 +69,22 @@ def compare_families(
     """The interaction of family and scale: the difference of Theil-Sen slopes per decade, second minus first.
 
     The interval is over examples and jitter of both, drawn independently; None where a family has under three sizes.
+    Below five it is described, never judged: of families that do not differ, 17 % with three sizes and a jitter of
+    0.08 would be told apart, against 1 to 6 % with five or eight (400 simulated pairs each).
     """
     one, other = evidence[first], evidence[second]
     if min(one.curve.sizes, other.curve.sizes) < _MIN_TO_COMPARE:
         return None
     draws_B = other.trend.slope_draws_B[::-1] - one.trend.slope_draws_B
     interval = percentiles(draws_B, limits.alpha)
+    is_testable = one.is_testable and other.is_testable
     return {
         "families": [first.family, second.family],
         "slopes_per_decade": [one.trend.slope, other.trend.slope],
         "difference": other.trend.slope - one.trend.slope,
         "interval": list(interval),
-        "differs": not interval[0] <= 0 <= interval[1],
+        "testable": is_testable,
+        "differs": is_testable and not interval[0] <= 0 <= interval[1],
         "axis": axis,
     }
 
@@ -120,9 +124,9 @@ def contamination(official: Series, fresh: Series, *, limits: Limits) -> dict[st
     }
 
 
-def disagreements(metrics: Mapping[str, Verdict]) -> Iterator[str]:
+def disagreements(metrics: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:
     """Pairs of metrics of one task whose verdicts cannot both be the story."""
     for (first, one), (second, other) in combinations(metrics.items(), 2):
         told = {one.label, other.label}
         if len(told) == 2 and told <= {*DIRECTED, "flat"}:
-            yield f"by {first} it is {one.label}, by {second} {other.label}"
+            yield first, second

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -29,7 +29,7 @@ from branchmix.scaling.trends.series import (
     is_lower_better,
 )
 from branchmix.scaling.trends.table import AXES, DATA, Table, read_table
-from branchmix.scaling.trends.verdict import Evidence, Limits, Verdict
+from branchmix.scaling.trends.verdict import Evidence, Label, Limits, Verdict
 
 
 @dataclass
@@ -39,6 +39,26 @@ class Judged:
     series: Series
     curve: Curve
     verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Caution:
+    """Two verdicts on one curve, or on two metrics of a task, that cannot both be the story."""
+
+    task: str
+    where: str
+    """The task, with family and data where there are several."""
+    metric: str
+    """The metric, where two axes disagree; empty where two metrics do."""
+    first: tuple[str, Label]
+    """A metric or an axis, and the verdict by it."""
+    second: tuple[str, Label]
+
+    def __str__(self) -> str:
+        (one, here), (other, label) = self.first, self.second
+        if self.metric:
+            return f"{self.where}: {self.metric} is {here} along {one}, but {label} along {other}"
+        return f"{self.where}: by {one} it is {here}, by {other} {label}"
 
 
 @dataclass
@@ -53,8 +73,12 @@ class Report:
     """By task and metric: families compared in pairs."""
     contamination: dict[str, dict[str, dict[str, Any]]]
     """By task and metric: official minus fresh."""
-    warnings: list[str]
+    cautions: list[Caution]
     notes: list[str]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [str(caution) for caution in self.cautions]
 
     @property
     def parts(self) -> list[tuple[str, str]]:
@@ -95,6 +119,10 @@ class Report:
         return {**found, **settings, "correction": self.correction, "warnings": self.warnings, "notes": self.notes}
 
 
+Tell = Callable[[str, int, int], None]
+"""Told of progress: a step, how much of it is done, and how much there is."""
+
+
 def trends(
     path: Path,
     *,
@@ -103,6 +131,7 @@ def trends(
     limits: Limits | None = None,
     correction: Correction = "bh",
     lower_is_better: Sequence[str] = (),
+    tell: Tell | None = None,
 ) -> Report:
     """Judge every metric of every task of a csv table, or of a folder with `results.csv` and scores of examples.
 
@@ -111,6 +140,28 @@ def trends(
     Raises:
         DataError: the table cannot be read, or there is no such axis or metric.
     """
+    return trends_by_axis(
+        path,
+        axis=axis,
+        metrics=metrics,
+        limits=limits,
+        correction=correction,
+        lower_is_better=lower_is_better,
+        tell=tell,
+    )[0]
+
+
+def trends_by_axis(
+    path: Path,
+    *,
+    axis: str | None = None,
+    metrics: Sequence[str] = (),
+    limits: Limits | None = None,
+    correction: Correction = "bh",
+    lower_is_better: Sequence[str] = (),
+    tell: Tell | None = None,
+) -> list[Report]:
+    """As ``trends``, and the same along every other axis known by name that has a value for every model."""
     limits = limits or Limits()
     table = read_table(path)
     notes: list[str] = []
@@ -122,19 +173,39 @@ def trends(
         if not is_lower_better(metric, named) and metric not in HIGHER_IS_BETTER:
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
     series = all_series(table, metrics=wanted, lower_is_better=named, notes=notes)
-    judged = _judge(series, axis, limits, correction)
     notes += _mixed_axes(series, axis, table.axes)
-    evidence = {one.series: _evidence(one.series, one.curve, limits) for one in judged}
-    return Report(
-        axis=axis,
-        limits=limits,
-        correction=correction,
-        judged=judged,
-        interactions=_interactions(evidence, axis, limits),
-        contamination=_contaminations(series, limits),
-        warnings=[*_metric_warnings(judged), *_axis_warnings(series, judged, table, axis, limits, correction)],
-        notes=list(dict.fromkeys(notes)),
-    )
+    axes = [axis, *(name for name in table.axes if name in AXES and name != axis)]
+    usable = {name: [one for one in series if one.has(name)] for name in axes}
+    done, total = 0, sum(map(len, usable.values()))
+    evidence: dict[str, dict[Series, Evidence]] = {}
+    judged: dict[str, list[Judged]] = {}
+    for name in axes:
+        evidence[name] = {}
+        for one in usable[name]:
+            found = curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN)
+            evidence[name][one] = _evidence(one, found, limits)
+            done += 1
+            if tell is not None:
+                tell("curves", done, total)
+        judged[name] = _judge(evidence[name], limits, correction)
+    differences = _contaminations(series, limits)
+    reports = []
+    for name in axes:
+        if len(usable[name]) < len(series):
+            continue
+        reports.append(
+            Report(
+                axis=name,
+                limits=limits,
+                correction=correction,
+                judged=judged[name],
+                interactions=_interactions(evidence[name], name, limits),
+                contamination=differences,
+                cautions=[*_metric_cautions(judged[name]), *_axis_cautions(judged, name)],
+                notes=list(dict.fromkeys(notes)),
+            )
+        )
+    return reports
 
 
 def cause_of(series: Series) -> str:
@@ -171,23 +242,22 @@ def _evidence(series: Series, found: Curve, limits: Limits) -> Evidence:
     )
 
 
-def _judge(series: Sequence[Series], axis: str, limits: Limits, correction: Correction) -> list[Judged]:
+def _judge(evidence: Mapping[Series, Evidence], limits: Limits, correction: Correction) -> list[Judged]:
     """All curves; tasks of one metric, family and kind of data share the correction."""
-    curves = {one: curve(one.x(axis), one.y, one.stderr, deviations_BN=one.deviations_BN) for one in series}
     groups: dict[tuple[str, str, str], dict[str, Series]] = {}
-    for one in series:
+    for one in evidence:
         groups.setdefault((one.metric, one.family, one.data), {})[one.task] = one
     verdicts: dict[Series, Verdict] = {}
     for tasks in groups.values():
-        evidence = {task: _evidence(one, curves[one], limits) for task, one in tasks.items()}
-        for task, verdict in judge_together(evidence, correction=correction, limits=limits).items():
+        together = {task: evidence[one] for task, one in tasks.items()}
+        for task, verdict in judge_together(together, correction=correction, limits=limits).items():
             verdict.flags = flags_of(tasks[task])
             verdicts[tasks[task]] = verdict
-    return [Judged(one, curves[one], verdicts[one]) for one in series]
+    return [Judged(one, found.curve, verdicts[one]) for one, found in evidence.items()]
 
 
 def _interactions(
-    evidence: dict[Series, Evidence], axis: str, limits: Limits
+    evidence: Mapping[Series, Evidence], axis: str, limits: Limits
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for first, second in combinations(evidence, 2):
@@ -215,37 +285,26 @@ def _contaminations(series: Sequence[Series], limits: Limits) -> dict[str, dict[
     return found
 
 
-def _metric_warnings(judged: Sequence[Judged]) -> list[str]:
+def _metric_cautions(judged: Sequence[Judged]) -> Iterator[Caution]:
     groups: dict[tuple[str, str, str], dict[str, Verdict]] = {}
     for one in judged:
         key = (one.series.task, one.series.family, one.series.data)
         groups.setdefault(key, {})[one.series.metric] = one.verdict
-    return [
-        f"{_where(task, family, data)}: {words}"
-        for (task, family, data), metrics in groups.items()
-        for words in disagreements(metrics)
-    ]
+    for (task, family, data), metrics in groups.items():
+        for first, second in disagreements(metrics):
+            labels = [(metric, metrics[metric].label) for metric in (first, second)]
+            yield Caution(task, _where(task, family, data), "", labels[0], labels[1])
 
 
-def _axis_warnings(
-    series: Sequence[Series],
-    judged: Sequence[Judged],
-    table: Table,
-    axis: str,
-    limits: Limits,
-    correction: Correction,
-) -> list[str]:
+def _axis_cautions(judged: Mapping[str, Sequence[Judged]], axis: str) -> Iterator[Caution]:
     """Where another axis known by name would change the verdict."""
-    labels = {one.series: one.verdict.label for one in judged}
-    warnings = []
-    for other in (name for name in table.axes if name in AXES and name != axis):
-        usable = [one for one in series if one.has(other)]
-        for one in _judge(usable, other, limits, correction):
+    labels = {one.series: one.verdict.label for one in judged[axis]}
+    for other in judged:
+        for one in judged[other] if other != axis else ():
             label, here = one.verdict.label, labels[one.series]
             if label != here and "not-testable" not in (label, here):
                 where = _where(one.series.task, one.series.family, one.series.data)
-                warnings.append(f"{where}: {one.series.metric} is {here} along {axis}, but {label} along {other}")
-    return warnings
+                yield Caution(one.series.task, where, one.series.metric, (axis, here), (other, label))
 
 
 def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> list[str]:

@@ -4,8 +4,8 @@
     memo-trap,pythia-70m,70e6,accuracy,0.8729,0.0109,936
 
 Columns: `task, model, metric, value`, and `stderr` or `n`. Optional: `family` (curves are drawn by family), `seed`
-(several runs of one size), `data` (official or fresh), `cause`, and what `FLAG_COLUMNS` lists. Every further column of
-numbers is an axis.
+(several runs of one size), `data` (official or fresh), `cause`, `description` (what a task of one's own tests), and
+what `FLAG_COLUMNS` lists. Every further column of numbers is an axis.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from branchmix.errors import DataError
 REQUIRED = ("task", "model", "metric", "value")
 FLAG_COLUMNS = ("constant_share", "constant_baselines", "coverage", "chance")
 """Of accuracy's rows: the share of the most frequent answer; what each constant answer would score, as `0.45|0.55`;
-the probability mass on the classes; what guessing scores."""
-KNOWN = (*REQUIRED, "stderr", "n", "family", "seed", "data", "cause", *FLAG_COLUMNS)
+the probability mass on the classes; what guessing scores. Other metrics' rows may have `chance` as well."""
+KNOWN = (*REQUIRED, "stderr", "n", "family", "seed", "data", "cause", "description", *FLAG_COLUMNS)
 AXES = ("flops", "params", "active_params", "tokens")
 """Axes known by name, the default first."""
 DATA = ("official", "fresh")
@@ -46,6 +46,7 @@ class Row:
     seed: str
     data: str
     cause: str
+    description: str
     axes: dict[str, float]
     """Only what the row says; all positive."""
     constant_share: float | None = None
@@ -221,6 +222,7 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
         seed=cell.get("seed", ""),
         data=data,
         cause=cell.get("cause", ""),
+        description=cell.get("description", ""),
         axes={axis: position for axis, position in found.items() if position is not None},
         constant_baselines=tuple(
             number

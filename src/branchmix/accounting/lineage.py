@@ -1,0 +1,143 @@
+"""What a model has cost since nothing was there: every training that it grew from, each counted once.
+
+A run leaves ``training.json`` in its folder, with what its own start grew from; a merge leaves ``branchmix.json``, with
+the same of every source. So a trained mixture tells of its own run, those of all experts, and that of the seed, which
+all of them share and which counts once. A model that neither of them made is a root without a record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from branchmix.errors import BranchMixError
+
+RUN, MERGE = "training.json", "branchmix.json"
+_SAMPLE = 1 << 16
+"""Bytes of each end of a weights file that tell models apart."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training, or a root of which none is on record."""
+
+    key: str
+    """Equal for the same training, wherever its folder is."""
+    name: str
+    tokens: int | None
+    """Trained on; None if not on record."""
+    flops: float | None
+    """Of forward and backward passes; None if not on record."""
+    flops_per_token: float | None = None
+    """Of a root: what training it costs a token, at its whole context of at most 4096 tokens."""
+
+    @property
+    def is_known(self) -> bool:
+        return self.tokens is not None
+
+
+def lineage(folder: Path, name: str | None = None) -> list[Phase]:
+    """All trainings behind the model in ``folder``, the oldest first.
+
+    Args:
+        folder: of a model.
+        name: what to call it if it is a root.
+    """
+    record = _json(folder / RUN)
+    if record is not None and isinstance(record.get("config"), dict) and "tokens" in record:
+        own = Phase(
+            _hash({key: record.get(key) for key in ("config", "started", "ended", "tokens")}),
+            folder.name,
+            record["tokens"],
+            record.get("flops"),
+        )
+        start = record["config"].get("model")
+        if isinstance(start, dict):  # made from nothing
+            return [own]
+        return [*_recorded(record, "ancestors", str(start)), own]
+    merge = _json(folder / MERGE)
+    if merge is not None and isinstance(merge.get("sources"), list):
+        changes = [change.get("added") for change in merge.get("changes") or [] if isinstance(change, dict)]
+        added = [change["expert"] for change in changes if isinstance(change, dict) and "expert" in change]
+        sources = [*merge["sources"], *added]
+        phases = [phase for one in sources for phase in _recorded(one, "training", str(one.get("model")))]
+        return once(phases)
+    return [Phase(_root_key(folder), name or folder.name, None, None, _root_cost(folder))]
+
+
+def as_records(phases: Iterable[Phase]) -> list[dict[str, Any]]:
+    """For ``training.json`` and ``branchmix.json``."""
+    return [asdict(phase) for phase in phases]
+
+
+def once(phases: Iterable[Phase]) -> list[Phase]:
+    """Each training once, in the order of their first appearance."""
+    found: dict[str, Phase] = {}
+    for phase in phases:
+        found.setdefault(phase.key, phase)
+    return list(found.values())
+
+
+def total_tokens(phases: Sequence[Phase]) -> int | None:
+    """Of all trainings; None if one is not on record."""
+    return _sum([phase.tokens for phase in phases])
+
+
+def total_flops(phases: Sequence[Phase]) -> float | None:
+    """Of all trainings; None if one is not on record."""
+    return _sum([phase.flops for phase in phases])
+
+
+def _sum(values: Sequence[Any]) -> Any:
+    return None if any(value is None for value in values) else sum(values)
+
+
+def _recorded(holder: dict[str, Any], key: str, model: str) -> list[Phase]:
+    """The phases that a record holds; older records do not, so then those of the model it names, if that is there."""
+    found = holder.get(key)
+    if isinstance(found, list):
+        return once(Phase(**phase) for phase in found)
+    path = Path(model)
+    if path.is_absolute() and path.is_dir():
+        return lineage(path)
+    return [Phase(_hash({"model": model}), model, None, None)]
+
+
+def _root_key(folder: Path) -> str:
+    """Of config and weights, by their ends: reading all of them would take as long as loading the model."""
+    from xxhash import xxh3_128_hexdigest
+
+    parts: dict[str, Any] = {}
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with file.open("rb") as opened:
+            first = opened.read(_SAMPLE)
+            opened.seek(max(0, file.stat().st_size - _SAMPLE))
+            parts[file.name] = [file.stat().st_size, xxh3_128_hexdigest(first + opened.read())]
+    return _hash(parts)
+
+
+def _root_cost(folder: Path) -> float | None:
+    from branchmix.accounting.inspection import inspect
+
+    try:
+        flops = inspect(folder).flops
+    except BranchMixError:
+        return None
+    return 3.0 * flops.total if flops is not None else None
+
+
+def _hash(content: Any) -> str:
+    from xxhash import xxh3_128_hexdigest
+
+    return str(xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,144 @@
+"""``branchmix scaling run``: a family of models on the tasks, for ``branchmix scaling trends`` to judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from branchmix.scaling.run import ScalingRun, TaskResult
+
+EPILOG = """\b
+Examples:
+  branchmix scaling run family.yaml --tasks all --data official --out results
+  branchmix scaling run family.yaml --tasks memo-trap,neqa --data official --fresh fresh --out results
+  branchmix scaling run family.yaml --tasks my-task.yaml
+  branchmix scaling trends results
+
+\b
+The smallest family file:
+  family: pythia
+  models: [EleutherAI/pythia-70m, EleutherAI/pythia-160m, ./runs/mixture]
+A model may also be a mapping such as
+  {model: ./mixture, name: mix-8x, family: mixture, tokens: 300B, seed: 1}
+
+\b
+With --out a stopped run goes on where it was, and more models, tasks or examples compute only what is new.
+"""
+
+
+def run_command(
+    family: Annotated[Path, typer.Argument(metavar="FAMILY.yaml", help="The models.", show_default=False)],
+    tasks: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Names of tasks, YAML files of your own, or all that have files.")
+    ] = "all",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder of the tasks' files; may be repeated.", show_default=False),
+    ] = None,
+    fresh: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder of fresh files, to compare with.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for records and results.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Examples of a task at most.")] = None,
+    shots: Annotated[
+        int, typer.Option(min=0, metavar="K", help="Other examples, with answers, before each prompt.")
+    ] = 0,
+    bos: Annotated[str, typer.Option(help="BOS before each prompt: default (as the tokenizer does), on or off.")] = (
+        "default"
+    ),
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes no result.")] = 2048,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Score every model of a family on every task: exact log-probabilities, the official metrics."""
+    from branchmix.cli.console import notice, progress_bar, quiet_libraries
+
+    quiet_libraries()
+    from branchmix.scaling.run import run
+
+    try:
+        with progress_bar() as progress:
+            found = run(
+                family,
+                tasks=tasks,
+                data=data or (),
+                fresh=fresh or (),
+                out=out,
+                limit=limit,
+                shots=shots,
+                bos=bos,
+                dtype=dtype,
+                batch_tokens=batch_tokens,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        notice(f"stopped; the same command goes on from what is on record in {out}")
+        raise SystemExit(130) from None  # not as a Ctrl-C that left nothing behind
+    for note in found.notes:
+        notice(f"note: {note}")
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False))
+    else:
+        _print(found)
+    if out is not None:
+        notice(f"judge them: branchmix scaling trends {out}")
+
+
+def _print(run: ScalingRun) -> None:
+    """A row for each task and model."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from branchmix.cli.console import human_count, result_console
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("task", "model"):
+        table.add_column(name, overflow="fold")
+    for name in ("params", "active", "n", "accuracy", "loss", "coverage"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("remarks", overflow="fold")
+    labels = [result.selected.label for result in run.results]
+    for result in sorted(run.results, key=lambda result: labels.index(result.selected.label)):
+        sizes = (result.subject.params, result.subject.active_params)
+        counts = ["" if size is None else human_count(size) for size in sizes]
+        means = result.summary.means if result.summary is not None else {}
+        loss = next((name for name in ("loss", "logodds", "absolute_logodds") if name in means), None)
+        cells = [_mean(result, "accuracy"), _mean(result, loss)]
+        coverage = f"{means['coverage'].value:.3f}" if "coverage" in means else ""
+        remarks = [flag.words for flag in result.summary.flags] if result.summary is not None else []
+        if loss not in (None, "loss"):
+            remarks.insert(0, f"loss: {loss}")
+        if result.refused:
+            remarks.append(f"{len(result.refused)} refused")
+        if result.merged:
+            remarks.append(f"{result.merged} merged")
+        table.add_row(
+            Text(result.selected.label),
+            Text(result.subject.label),
+            *counts,
+            str(len(result.scored)),
+            *cells,
+            coverage,
+            Text("; ".join(remarks)),
+        )
+    result_console().print(table, highlight=False)
+
+
+def _mean(result: TaskResult, metric: str | None) -> str:
+    if result.summary is None or metric is None or metric not in result.summary.means:
+        return ""
+    mean = result.summary.means[metric]
+    return f"{mean.value:.4f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.4f}")

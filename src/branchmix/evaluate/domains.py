@@ -1,0 +1,79 @@
+"""A model on the documents of every domain; what is on record is not computed again."""
+
+from __future__ import annotations
+
+from branchmix.errors import CheckpointError
+from branchmix.evaluate.candidate import Candidate
+from branchmix.evaluate.documents import Document
+from branchmix.evaluate.perplexity import Progress, TextScore, aggregate, document_score, token_log_probs
+from branchmix.evaluate.records import Records, Scored
+from branchmix.evaluate.report import ModelReport
+from branchmix.likelihood.models import encode
+from branchmix.likelihood.records import key_of
+
+
+class Reader:
+    """A candidate with its window on documents."""
+
+    def __init__(self, candidate: Candidate, max_length: int, stride: int):
+        self.candidate = candidate
+        self.max_length, self.stride = max_length, stride
+        self._facts = {**candidate.facts, "max_length": max_length, "stride": stride}
+        self.key = key_of(self._facts)
+
+    def read(
+        self, documents: dict[str, list[Document]], records: Records, batch_tokens: int, progress: Progress | None
+    ) -> int:
+        """Computes what is not on record; returns how many documents were.
+
+        Raises:
+            RecipeError: the window does not fit the model.
+            CheckpointError: the model cannot be loaded, or computes no numbers.
+        """
+        candidate = self.candidate
+        known = 0
+        for domain, chosen in documents.items():
+            todo = [document for document in chosen if records.get(self.key, document.hash) is None]
+            known += len(chosen) - len(todo)
+            if not todo:
+                continue
+            model = candidate.model()
+            records.describe(self.key, {**candidate.source, **self._facts})
+            tokens = encode(candidate.tokenizer, [document.text for document in todo])
+            found = token_log_probs(
+                model,
+                tokens,
+                prefix=candidate.prefix,
+                max_length=self.max_length,
+                stride=self.stride,
+                batch_tokens=batch_tokens,
+                progress=candidate.named(progress, domain),
+            )
+            try:
+                for number, logp_T in found:
+                    text = todo[number].text
+                    score = document_score(text, logp_T, candidate.tokenizer, tokens[number], candidate.prefix)
+                    records.add(self.key, todo[number].hash, domain, Scored(score, logp_T))
+            except CheckpointError as error:
+                raise CheckpointError(f"{candidate.given}: {error}") from error
+        return known
+
+    def recorded(self, records: Records, document: Document) -> Scored:
+        """A document's result."""
+        found = records.get(self.key, document.hash)
+        assert found is not None
+        return found
+
+    def scores(self, documents: dict[str, list[Document]], records: Records) -> dict[str, TextScore]:
+        """The result of every domain, from the records of all its documents."""
+        return {
+            name: aggregate(self.recorded(records, document).score for document in chosen)
+            for name, chosen in documents.items()
+        }
+
+    def report(self, domains: dict[str, TextScore]) -> ModelReport:
+        """The result of the whole model."""
+        candidate = self.candidate
+        return ModelReport(
+            candidate.given, candidate.dtype, candidate.prefix_name, self.max_length, self.stride, domains
+        )

@@ -1,0 +1,1 @@
+"""Which expert each token uses: ``branchmix routes``, its numbers, pictures and page."""

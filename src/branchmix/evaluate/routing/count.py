@@ -1,0 +1,251 @@
+"""Runs a mixture over documents and counts what its routers do with every token, once, whatever the batches are.
+
+Shapes: S counted tokens of a batch, N documents, V kinds of tokens, E experts, R routers, M experts shown of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from branchmix.errors import CheckpointError
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, Window, batches, check_window, window_places
+from branchmix.likelihood.forward import evaluating, head_at, length_dependent
+from branchmix.models.routers import RouterPlace, Rule, entropy_of, load_of
+
+KINDS_OF_TOKENS = 8192
+"""The most frequent ones, among which the typical tokens of an expert are looked for."""
+SHOWN = 8
+"""Experts of a token whose probability is kept for the page, at most: the chosen, and the strongest of the rest."""
+
+
+class RouterCounts:
+    """Sums of one router, in fp64, and what it does with the tokens to be shown."""
+
+    def __init__(self, place: RouterPlace, documents: int, kinds: int, shown: int):
+        self.place = place
+        self._sizes = (documents, kinds, shown)
+        self.rule: Rule | None = None
+        self.top_k = self.experts = 0
+
+    def _begin(self, experts: int, top_k: int) -> None:
+        documents, kinds, shown = self._sizes
+        self.experts, self.top_k = experts, top_k
+        self.load_NE = torch.zeros(documents, experts, dtype=torch.float64)
+        """What a document's tokens give to each expert: 1/k to each chosen one, or the gates if all are chosen."""
+        self.gates_NE = torch.zeros(documents, experts, dtype=torch.float64)
+        """Probabilities before top-k."""
+        self.strongest_NE = torch.zeros(documents, experts, dtype=torch.float64)
+        """Tokens whose strongest expert it is."""
+        self.entropy_N = torch.zeros(documents, dtype=torch.float64)
+        """Nats, of each token's probabilities."""
+        self.load_VE = torch.zeros(kinds, experts, dtype=torch.float64)
+        most = min(experts, max(top_k, min(SHOWN, experts)))
+        self.shown_index_TM = np.zeros((shown, most), dtype=np.uint16)
+        """Experts of each shown token: the chosen ones first, the strongest of them first; then the rest."""
+        self.shown_gates_TM = np.zeros((shown, most), dtype=np.float32)
+
+    def add(self, output: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
+        found = self.place.read(output)
+        if len(found.logits_SE) != batch.size:
+            raise CheckpointError(f"the router {self.place.name} does not give one row of logits for each token")
+        if not bool(torch.isfinite(found.logits_SE).all()):
+            raise CheckpointError(f"the logits of {self.place.name} are not finite: the model's weights are broken")
+        if self.rule is None:
+            self.rule = Rule.found_in(found)
+            self._begin(found.logits_SE.shape[1], found.index_Sk.shape[1])
+        rows_S = batch.rows_S.to(found.logits_SE.device)
+        gates_SE = self.rule.probabilities(found.logits_SE[rows_S]).cpu()
+        index_Sk = found.index_Sk[rows_S].cpu()
+        soft = self.top_k == self.experts
+        load_SE = load_of(gates_SE, None if soft else index_Sk)
+        # The chosen before all others, whatever a bias or a group did to the choice.
+        order_SE = gates_SE if soft else gates_SE + 2 * (load_SE > 0)
+        strongest_S = order_SE.argmax(-1)
+        document_S = batch.document_S
+        self.load_NE.index_add_(0, document_S, load_SE.double())
+        self.gates_NE.index_add_(0, document_S, gates_SE.double())
+        self.entropy_N.index_add_(0, document_S, entropy_of(gates_SE.double()))
+        self.strongest_NE.index_put_(
+            (document_S, strongest_S), torch.ones(len(strongest_S), dtype=torch.float64), accumulate=True
+        )
+        known = batch.kind_S >= 0
+        self.load_VE.index_add_(0, batch.kind_S[known], load_SE[known].double())
+        shown = batch.shown_S >= 0
+        if bool(shown.any()):
+            index_SM = order_SE[shown].topk(self.shown_index_TM.shape[1], dim=-1).indices
+            places = batch.shown_S[shown].numpy()
+            self.shown_index_TM[places] = index_SM.numpy().astype(np.uint16)
+            self.shown_gates_TM[places] = gates_SE[shown].gather(1, index_SM).numpy()
+        return gates_SE, strongest_S
+
+
+class Agreement:
+    """How often the FFN router and the attention gate of a layer prefer the same expert."""
+
+    def __init__(self, layer: int, documents: int):
+        self.layer = layer
+        self.same_N = torch.zeros(documents, dtype=torch.float64)
+        self.overlap_N = torch.zeros(documents, dtype=torch.float64)
+
+    def add(
+        self, ffn: tuple[torch.Tensor, torch.Tensor], attention: tuple[torch.Tensor, torch.Tensor], batch: _Batch
+    ) -> None:
+        """Each as ``RouterCounts.add`` returned it."""
+        self.same_N.index_add_(0, batch.document_S, (ffn[1] == attention[1]).double())
+        self.overlap_N.index_add_(0, batch.document_S, torch.minimum(ffn[0], attention[0]).double().sum(-1))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What ``count`` found."""
+
+    routers: list[RouterCounts]
+    agreement: list[Agreement]
+    tokens_N: np.ndarray
+    kinds_V: np.ndarray
+    """Token ids of the kinds, in the order of ``load_VE``."""
+    count_V: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Batch:
+    size: int
+    """Tokens of the forward pass, padding and context included."""
+    rows_S: torch.Tensor
+    """Which of them count."""
+    document_S: torch.Tensor
+    kind_S: torch.Tensor
+    """Place among the kinds of tokens, or -1."""
+    shown_S: torch.Tensor
+    """Place among the shown tokens, or -1."""
+
+
+@torch.inference_mode()
+def count(
+    model: Any,
+    places: Sequence[RouterPlace],
+    documents: Sequence[np.ndarray],
+    *,
+    prefix: int | None,
+    max_length: int,
+    shown: Sequence[int],
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> Counts:
+    """Every token of every document, once, with at least half a window before it in longer documents.
+
+    The prefix is context for the first token and counts for none, and so does padding (on the right, where causal
+    attention never sees it).
+
+    Args:
+        model: a causal LM.
+        places: its routers.
+        documents: tokens of each, none empty.
+        prefix: token before each document.
+        max_length: tokens of the window.
+        shown: of each document, how many of its first tokens are to be shown.
+        batch_tokens: tokens of a forward pass, padding included.
+        progress: called with ("tokens", done, total).
+    """
+    stride = max(1, max_length // 2)
+    check_window(model, documents, max_length, stride)
+    texts = _Texts(documents, prefix, shown)
+    windows = texts.windows(max_length, stride)
+    routers = [RouterCounts(place, len(documents), len(texts.kinds_V), sum(shown)) for place in places]
+    layers = {kind: [place.layer for place in places if place.kind == kind] for kind in ("ffn", "attention")}
+    agreement = [Agreement(layer, len(documents)) for layer in layers["ffn"] if layer in layers["attention"]]
+    done, total = 0, sum(map(len, documents))
+    with evaluating(model), _Recorder(places) as recorder:
+        for chosen in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
+            inputs_BT, batch = texts.batch(chosen)
+            with head_at(model, torch.tensor([0]), torch.tensor([0])):  # nobody wants the logits
+                model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
+            said = {}
+            for router in routers:
+                said[router.place.kind, router.place.layer] = router.add(recorder.take(router.place), batch)
+            for pair in agreement:
+                ffn, attention = said["ffn", pair.layer], said["attention", pair.layer]
+                if ffn[0].shape == attention[0].shape:
+                    pair.add(ffn, attention, batch)
+            done += len(batch.rows_S)
+            if progress is not None:
+                progress("tokens", done, total)
+    tokens_N = np.array([len(document) for document in documents], dtype=np.float64)
+    return Counts(routers, agreement, tokens_N, texts.kinds_V, texts.count_V)
+
+
+class _Texts:
+    """The documents as windows and batches."""
+
+    def __init__(self, documents: Sequence[np.ndarray], prefix: int | None, shown: Sequence[int]):
+        self._ahead = 0 if prefix is None else 1
+        """Tokens of a row before the document's own."""
+        self._rows = [row if prefix is None else np.concatenate(([prefix], row)) for row in documents]
+        self._shown_N = np.asarray(shown)
+        self._first_shown_N = np.cumsum([0, *shown])
+        kinds, counts = np.unique(np.concatenate(documents), return_counts=True)
+        common = np.sort(np.argsort(-counts, kind="stable")[:KINDS_OF_TOKENS])
+        self.kinds_V, self.count_V = kinds[common], counts[common].astype(np.float64)
+        self._place_of = np.full(int(kinds.max()) + 1, -1)
+        self._place_of[self.kinds_V] = np.arange(len(common))
+
+    def windows(self, max_length: int, stride: int) -> list[Window]:
+        """Longest first. ``window_places`` is about predictions, and a row's last token makes none: here it counts."""
+        windows = [
+            Window(number, *place)
+            for number, row in enumerate(self._rows)
+            for place in window_places(len(row) + 1, max_length, stride)
+        ]
+        return sorted(windows, key=lambda window: (window.start - window.end, window.document, window.start))
+
+    def batch(self, windows: Sequence[Window]) -> tuple[np.ndarray, _Batch]:
+        """Inputs [B, T], padded on the right, and which of them are what."""
+        length = max(window.end - window.start for window in windows)
+        inputs_BT = np.empty((len(windows), length), dtype=np.int64)
+        rows, documents, positions = [], [], []
+        for row, window in enumerate(windows):
+            inputs = self._rows[window.document][window.start : window.end]
+            inputs_BT[row, : len(inputs)] = inputs
+            inputs_BT[row, len(inputs) :] = inputs[-1]
+            counted = np.arange(max(window.first, self._ahead), window.end)
+            rows.append(row * length + counted - window.start)
+            documents.append(np.full(len(counted), window.document))
+            positions.append(counted - self._ahead)
+        rows_S, document_S, position_S = map(np.concatenate, (rows, documents, positions))
+        kind_S = self._place_of[inputs_BT.reshape(-1)[rows_S]]
+        is_shown_S = position_S < self._shown_N[document_S]
+        shown_S = np.where(is_shown_S, self._first_shown_N[document_S] + position_S, -1)
+        return inputs_BT, _Batch(inputs_BT.size, *map(torch.from_numpy, (rows_S, document_S, kind_S, shown_S)))
+
+
+class _Recorder:
+    """Keeps what each router gave back in a forward pass."""
+
+    def __init__(self, places: Sequence[RouterPlace]):
+        self._places = places
+        self._outputs: dict[str, Any] = {}
+
+    def __enter__(self) -> _Recorder:
+        self._hooks = [place.module.register_forward_hook(self._keep(place.name)) for place in self._places]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keep(self, name: str) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self._outputs.setdefault(name, output)
+
+        return keep
+
+    def take(self, place: RouterPlace) -> Any:
+        if place.name not in self._outputs:
+            raise CheckpointError(f"the router {place.name} was not asked about the text")
+        return self._outputs.pop(place.name)

@@ -1,0 +1,232 @@
+"""``routes(model, data=... | texts=...)``: from a model and texts to numbers, pictures and the page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from branchmix.checkpoint.folder import write_json, write_text
+from branchmix.checkpoint.hub import resolve
+from branchmix.errors import CheckpointError, RecipeError
+from branchmix.evaluate.config import EvalData
+from branchmix.evaluate.documents import Document, select
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
+from branchmix.evaluate.routing.count import Counts, count
+from branchmix.evaluate.routing.report import RoutingReport, report
+from branchmix.likelihood.forward import max_positions
+from branchmix.likelihood.models import TextModel, check_dtype, encode, prefix_token
+from branchmix.models.routers import find_routers
+
+MAX_LENGTH = 2048
+"""Tokens of the window unless said otherwise, if the model has as many positions."""
+SHOWN_TOKENS = 4000
+"""Tokens of the page, in all."""
+TEXTS = "text"
+"""Name of the domain of texts that are given by themselves."""
+JSON, CSV = "routes.json", "shares.csv"
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The numbers, and what the page needs to show the texts themselves."""
+
+    report: RoutingReport
+    counts: Counts
+    shown: list[ShownText]
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """The beginning of a document, token by token."""
+
+    domain: str
+    pieces: list[str]
+    """The text that each token stands for; together they are the text. Empty for further tokens of one character."""
+    cut: bool
+    """Whether the document goes on."""
+
+
+def routes(
+    model: str,
+    *,
+    data: EvalData | str | Path | None = None,
+    texts: Sequence[str] = (),
+    max_length: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    dtype: str = "auto",
+    limit: int | None = None,
+    shown_tokens: int = SHOWN_TOKENS,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Routes:
+    """Which expert each token uses: in every layer, of the FFN router and, in BAM, of the attention gate.
+
+    Args:
+        model: a mixture of ours or of transformers, as a folder or Hub id.
+        data: documents by domain, as in ``evaluate``; held-out ones unless it says otherwise.
+        texts: instead of ``data``, each a document of one domain.
+        max_length: tokens of the window: each token has at least half as many before it, if the document has.
+        batch_tokens: tokens of a forward pass.
+        dtype: of the weights: ``auto`` as stored.
+        limit: documents of a domain at most.
+        shown_tokens: of the page; the beginnings of as many documents of every domain.
+        trust_remote_code: run code that the checkpoint brings along.
+        progress: called with step, done, total.
+
+    Raises:
+        RecipeError: no text, both kinds of it, or options that make no sense.
+        DataError: a source cannot be read, or has no document.
+        CheckpointError: the model cannot be loaded, or is no mixture.
+    """
+    check_dtype(dtype)
+    if (data is None) == (not texts):
+        raise RecipeError(
+            "give either texts or data" + (": there is no text to route" if data is None else ", not both")
+        )
+    config = data if data is None or isinstance(data, EvalData) else EvalData.load(data)
+    candidate = TextModel(resolve(model), dtype, trust_remote_code)
+    if config is None:
+        found = {TEXTS: [Document.of(text) for text in texts][:limit]}
+    else:
+        found = select(config, candidate.tokenizer, limit=limit)
+    documents, tokens = _tokenised(found, candidate.tokenizer)
+    positions = max_positions(candidate.config)
+    window = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
+    if positions is not None and window > positions:
+        raise RecipeError(f"max_length: {window} is more than the {positions} positions of {model}")
+    if progress is not None:
+        progress("loading", 0, 1)
+    loaded = candidate.load()
+    if progress is not None:
+        progress("loading", 1, 1)
+    places = find_routers(loaded)
+    if not places:
+        raise CheckpointError(f"{model}: {_why_none(candidate.config)}")
+    shown = _shown_of(documents, tokens, shown_tokens)
+    try:
+        counts = count(
+            loaded,
+            places,
+            tokens,
+            prefix=prefix_token(candidate.tokenizer, candidate.config),
+            max_length=window,
+            shown=shown,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{model}: {error}") from error
+    result = report(
+        counts,
+        candidate.tokenizer,
+        model=model,
+        expert_names=getattr(candidate.config, "expert_names", None),
+        domains={name: sum(domain == name for domain, _ in documents) for name in found},
+        max_length=window,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+    )
+    texts_shown = [
+        ShownText(
+            domain,
+            _pieces(candidate.tokenizer, text, tokens[number])[: shown[number]],
+            shown[number] < len(tokens[number]),
+        )
+        for number, (domain, text) in enumerate(documents)
+        if shown[number]
+    ]
+    return Routes(result, counts, texts_shown)
+
+
+def write_numbers(found: RoutingReport, out: str | Path) -> list[Path]:
+    """Writes ``routes.json`` and ``shares.csv`` into a folder, or all numbers into a file called ``*.json``.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    files = number_files(out)
+    write_json(files[0], found.as_dict())
+    for file in files[1:]:
+        write_text(file, found.as_csv())
+    return files
+
+
+def number_files(out: str | Path) -> list[Path]:
+    """Where ``write_numbers`` writes: the JSON, and the CSV if there is one."""
+    out = Path(out)
+    return [out] if out.suffix == ".json" else [out / JSON, out / CSV]
+
+
+def read_texts(given: Sequence[str]) -> list[str]:
+    """Texts as a command line has them: themselves, ``@FILE`` for a file's content, ``-`` for standard input.
+
+    Raises:
+        RecipeError: a file cannot be read, or a text is empty.
+    """
+    texts = []
+    for text in given:
+        name = "standard input" if text == "-" else text.removeprefix("@")
+        if text == "-":
+            text = sys.stdin.read()
+        elif text.startswith("@"):
+            try:
+                text = Path(name).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "is no UTF-8 text"
+                raise RecipeError(f"--text @{name}: {reason}: give a text file") from None
+        if not text.strip():
+            raise RecipeError(f"--text: {name if name.strip() else 'the text'} is empty: there is nothing to route")
+        texts.append(text)
+    return texts
+
+
+# ---- the texts ----
+
+
+def _tokenised(found: dict[str, list[Document]], tokenizer: Any) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
+    """All documents that have tokens, domain after domain, as (domain, text), and their tokens."""
+    pairs = [(domain, document.text) for domain, chosen in found.items() for document in chosen]
+    tokens = encode(tokenizer, [text for _, text in pairs])
+    kept = [number for number, row in enumerate(tokens) if len(row)]
+    documents = [pairs[number] for number in kept]
+    for domain in found:
+        if not any(name == domain for name, _ in documents):
+            raise RecipeError(f"{domain}: has no text: all its documents are empty")
+    return documents, [tokens[number] for number in kept]
+
+
+def _shown_of(documents: Sequence[tuple[str, str]], tokens: Sequence[np.ndarray], most: int) -> list[int]:
+    """How many tokens of each document are shown: about as many of every domain, from its first documents on."""
+    domains = list(dict.fromkeys(domain for domain, _ in documents))
+    left = dict.fromkeys(domains, max(1, most // len(domains)))
+    shown = []
+    for (domain, _), row in zip(documents, tokens, strict=True):
+        shown.append(min(len(row), left[domain]))
+        left[domain] -= shown[-1]
+    return shown
+
+
+def _pieces(tokenizer: Any, text: str, tokens: np.ndarray) -> list[str]:
+    """What each token stands for in the text: from the end of the one before it to its own end."""
+    if not getattr(tokenizer, "is_fast", False):
+        return [str(tokenizer.decode([int(token)])) for token in tokens]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    pieces, end = [], 0
+    for _, stop in offsets:
+        pieces.append(text[end : max(end, stop)])
+        end = max(end, stop)
+    return pieces
+
+
+def _why_none(config: Any) -> str:
+    text = config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if config.model_type != "branchmix" and any((getattr(text, name, None) or 0) > 1 for name in names):
+        return f"transformers' class for {config.model_type} does not say which of its modules are routers"
+    if config.model_type == "branchmix":
+        return "a mixture without FFN and attention experts: it has no routers to show"
+    return f"a dense model ({config.model_type}): it has no routers to show; give a mixture"

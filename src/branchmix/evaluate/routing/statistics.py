@@ -1,0 +1,106 @@
+"""What shares of experts say: entropy, specialisation, agreement. Plain numpy, no model.
+
+Shapes: N documents, D domains, E experts, V kinds of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def entropy_bits(shares_E: np.ndarray) -> float:
+    """``- sum_e p_e log2 p_e`` of shares that sum to 1, in bits: log2 E if all are alike, 0 for one expert alone."""
+    positive = shares_E[shares_E > 0]
+    return float(-(positive * np.log2(positive)).sum()) + 0.0
+
+
+def mutual_information(shares_DE: np.ndarray) -> float:
+    """Mutual information of expert and domain in bits, domains weighing alike:
+
+        I = 1/D sum_d sum_e p(e|d) log2( p(e|d) / p(e) ),    p(e) = 1/D sum_d p(e|d)
+
+    0 if every domain uses the experts alike; log2 D, its greatest value, if no two domains share an expert. It is also
+    the Jensen-Shannon divergence of the domains' shares. As computed from a sample it is too large on average; see
+    ``mutual_information_bias``.
+
+    Args:
+        shares_DE: each domain's shares, rows that sum to 1.
+    """
+    return entropy_bits(shares_DE.mean(0)) - float(np.mean([entropy_bits(shares_E) for shares_E in shares_DE]))
+
+
+def mutual_information_bias(load_NE: np.ndarray, tokens_N: np.ndarray, domain_N: np.ndarray) -> float:
+    """About how much too large ``mutual_information`` comes out of a sample of documents, in bits.
+
+    Second order of a Taylor series in the errors of the shares, as in the Miller-Madow correction of entropies:
+
+        bias = 1 / (2 ln 2) * ( 1/D sum_d sum_e v(e|d) / p(e|d)  -  1/D^2 sum_d sum_e v(e|d) / p(e) )
+
+    ``v(e|d)`` is the squared standard error of ``p(e|d)``, a ratio of sums over documents, which are independent where
+    their tokens are not: ``n / (n - 1) sum_i (load_ie - p(e|d) tokens_i)^2 / (sum_i tokens_i)^2``. Of a domain with a
+    single document nothing is known but its tokens: then ``p (1 - p) / tokens``, as if those were independent, which is
+    too little. It assumes that errors are small beside the shares.
+
+    Args:
+        load_NE: of each document, the sum over its tokens of what they give to each expert (1 for each token).
+        tokens_N: tokens of each document, none of them 0.
+        domain_N: number of each document's domain, from 0.
+    """
+    shares_DE, variances_DE = [], []
+    for domain in range(int(domain_N.max()) + 1):
+        load_nE, tokens_n = load_NE[domain_N == domain], tokens_N[domain_N == domain]
+        count, total = len(tokens_n), tokens_n.sum()
+        shares_E = load_nE.sum(0) / total
+        if count > 1:
+            residual_nE = load_nE - shares_E * tokens_n[:, None]
+            variances_E = count / (count - 1) * (residual_nE**2).sum(0) / total**2
+        else:
+            variances_E = shares_E * (1 - shares_E) / total
+        shares_DE.append(shares_E)
+        variances_DE.append(variances_E)
+    return _second_order(np.array(shares_DE), np.array(variances_DE))
+
+
+def _second_order(shares_DE: np.ndarray, variances_DE: np.ndarray) -> float:
+    domains = len(shares_DE)
+    within = _divided(variances_DE, shares_DE).sum() / domains
+    between = _divided(variances_DE.sum(0), shares_DE.mean(0)).sum() / domains**2
+    return float((within - between) / (2 * math.log(2)))
+
+
+def _divided(values: np.ndarray, by: np.ndarray) -> np.ndarray:
+    return np.divide(values, by, out=np.zeros_like(values), where=by > 0)
+
+
+def chance_of_agreement(first_E: np.ndarray, second_E: np.ndarray) -> float:
+    """How often two routers would choose the same expert if neither knew of the other: ``sum_e a_e b_e``.
+
+    Args:
+        first_E: share of tokens whose strongest expert is e, of one router.
+        second_E: of the other.
+    """
+    return float((first_E * second_E).sum())
+
+
+def typical_tokens(load_VE: np.ndarray, count_V: np.ndarray, expert: int, *, most: int = 12) -> list[tuple[int, float]]:
+    """Kinds of tokens that tell most of an expert, best first, each with the share of its occurrences that go there.
+
+    A kind's score is ``p(v|e) log2( p(v|e) / p(v) )``, its part of how the expert's tokens differ from all tokens:
+    often used there, and more often than elsewhere. Kinds that the expert gets no more of than others are left out.
+
+    Args:
+        load_VE: what all tokens of a kind give to each expert.
+        count_V: tokens of a kind.
+        expert: which one.
+        most: tokens at most.
+    """
+    load_V = load_VE[:, expert]
+    if not (total := load_V.sum()) > 0:
+        return []
+    of_expert_V, of_all_V = load_V / total, count_V / count_V.sum()
+    ratio_V = _divided(of_expert_V, of_all_V)
+    score_V = of_expert_V * np.log2(np.maximum(ratio_V, 1e-30))
+    order = np.argsort(-score_V, kind="stable")[:most]
+    return [(int(v), float(load_V[v] / count_V[v])) for v in order if ratio_V[v] > 1 + 1e-9]

@@ -1,0 +1,130 @@
+"""What models answered to lm-eval's requests, on record; a model is loaded only for what is not.
+
+A line is found again by the model's content, dtype, tokenizer and window, and by the request's own text and settings,
+so the same prompt in another task is not computed twice.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import LM
+
+from branchmix.errors import CheckpointError
+from branchmix.evaluate.candidate import Candidate
+from branchmix.evaluate.perplexity import Progress
+from branchmix.evaluate.tasks.live import LiveModel
+from branchmix.likelihood.records import Journal, key_of
+
+FILE = "requests.jsonl"
+
+
+class Answers(Journal):
+    """The answers to all requests so far."""
+
+    def __init__(self, folder: Path | None):
+        super().__init__(folder, FILE, "request")
+
+    def add(self, model: str, request: str, kind: str, task: str | None, result: Any) -> None:
+        """Keep an answer, on disk at once."""
+        self.add_line({"model": model, "request": request, "kind": kind, "task": task, "result": result})
+
+
+class RecordedModel(LM):
+    """A candidate, as lm-eval asks it."""
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        answers: Answers,
+        *,
+        max_length: int,
+        batch_tokens: int,
+        progress: Progress | None = None,
+    ):
+        super().__init__()
+        self._candidate, self._answers = candidate, answers
+        self._max_length, self._batch_tokens, self._progress = max_length, batch_tokens, progress
+        self._facts = {**candidate.facts, "max_length": max_length, "lm_eval": version("lm_eval")}
+        self._key = key_of(self._facts)
+        self._live: LiveModel | None = None
+        self.known = self.asked = 0
+        """Requests that were on record, and all of them."""
+
+    @property
+    def name(self) -> str:
+        """Short, and different for models of different content."""
+        return self._key[:8]
+
+    @property
+    def shortened(self) -> int:
+        """Requests that lost their beginning because the window is shorter."""
+        return 0 if self._live is None else int(self._live.shortened)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation in nats, and whether it is the greedy one."""
+        return [(float(logp), bool(greedy)) for logp, greedy in self._results("loglikelihood", requests)]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each text in nats."""
+        return [float(logp) for logp in self._results("loglikelihood_rolling", requests)]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that the model writes after each prompt."""
+        return [str(text) for text in self._results("generate_until", requests)]
+
+    def _results(self, kind: str, requests: list[Any]) -> list[Any]:
+        keys = _keys(kind, requests)
+        self.asked += len(requests)
+        todo: dict[str, Any] = {}
+        for key, request in zip(keys, requests, strict=True):
+            if self._answers.find(self._key, key) is None:
+                todo.setdefault(key, request)
+            else:
+                self.known += 1
+        if todo:
+            self._ask(kind, todo)
+        found = [self._answers.find(self._key, key) for key in keys]
+        return [line["result"] for line in found if line is not None]
+
+    def _ask(self, kind: str, todo: dict[str, Any]) -> None:
+        keys, requests = list(todo), list(todo.values())
+        progress = self._candidate.named(self._progress, {"generate_until": "writing"}.get(kind, "reading"))
+        try:
+            live = self._loaded()
+            seeds = [int(key[:15], 16) for key in keys]
+            for number, result in live.answers(kind, [request.args for request in requests], seeds, progress):
+                self._answers.add(self._key, keys[number], kind, requests[number].task_name, result)
+        except CheckpointError as error:
+            if str(error).startswith(self._candidate.given):
+                raise
+            raise CheckpointError(f"{self._candidate.given}: {error}") from error
+
+    def _loaded(self) -> LiveModel:
+        if self._live is None:
+            candidate = self._candidate
+            self._answers.describe(self._key, {**candidate.source, **self._facts})
+            self._live = LiveModel(
+                candidate.model(),
+                candidate.tokenizer,
+                prefix=candidate.prefix,
+                max_length=self._max_length,
+                batch_tokens=self._batch_tokens,
+            )
+        return self._live
+
+
+def _keys(kind: str, requests: list[Any]) -> list[str]:
+    """A key for each request: its content, and for one that samples the how manieth of its kind it is."""
+    counts: dict[str, int] = {}
+    keys = []
+    for request in requests:
+        facts: dict[str, Any] = {"kind": kind, "arguments": list(request.args)}
+        key = key_of(facts)
+        if kind == "generate_until" and request.args[1].get("do_sample"):
+            counts[key] = counts.get(key, -1) + 1
+            key = key_of({**facts, "sample": counts[key]})
+        keys.append(key)
+    return keys

@@ -1,0 +1,204 @@
+"""A model that is in memory, as lm-eval asks it: tokens, prompts and stops are lm-eval's, forward passes ours.
+
+Neither the batch size nor the order changes a result: inputs are padded on the right without a mask where causal
+attention never sees it, prompts of generation on the left with one, and sampled text draws from a seed of its own.
+Shapes: N predicted tokens of a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from branchmix.errors import CheckpointError, RecipeError
+from branchmix.evaluate.perplexity import Progress, Window, batches, check_tokens
+from branchmix.likelihood.forward import evaluating, length_dependent, log_probs, logits_at
+
+Pair = tuple[Any, list[int], list[int]]
+"""lm-eval's encoded request: its texts, the tokens of the context and of the continuation."""
+
+
+class LiveModel(HFLM):
+    """A causal LM of transformers, dense or a mixture."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, prefix: int | None, max_length: int, batch_tokens: int):
+        """
+        Args:
+            model: in evaluation mode, on its device.
+            tokenizer: the model's; it is copied, since lm-eval gives it a padding token.
+            prefix: what the first token of a text is predicted from.
+            max_length: tokens that the model takes; what is longer loses its beginning, as in lm-eval.
+            batch_tokens: tokens of a forward pass.
+
+        Raises:
+            CheckpointError: tokenizer and config know no BOS or EOS, so there is no prefix.
+        """
+        if prefix is None:
+            raise CheckpointError("its tokenizer and config name neither BOS nor EOS, which lm-eval starts a text from")
+        tokenizer = copy.deepcopy(tokenizer)
+        if tokenizer.pad_token_id is None:  # lm-eval would add a token that the model has no embedding for
+            tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else prefix
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, prefix_token_id=prefix, max_length=max_length, batch_size=1
+        )
+        self._budget = batch_tokens
+        self._equal_lengths = length_dependent(model.config)
+        self.shortened = 0
+        """Requests that were longer than ``max_length`` and lost their beginning."""
+
+    def answers(
+        self, kind: str, arguments: Sequence[tuple[Any, ...]], seeds: Sequence[int], progress: Progress | None
+    ) -> Iterator[tuple[int, Any]]:
+        """The result of each request, as (its number, result), as soon as it is known.
+
+        Args:
+            kind: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``.
+            arguments: of the requests, as lm-eval has them.
+            seeds: for each request that samples.
+            progress: called with (kind, done, total).
+        """
+        ways = {
+            "loglikelihood": self._continuations,
+            "loglikelihood_rolling": self._texts,
+            "generate_until": self._generations,
+        }
+        with evaluating(self.model):
+            for done, found in enumerate(ways[kind](arguments, seeds), start=1):
+                yield found
+                if progress is not None:
+                    progress(kind, done, len(arguments))
+
+    # ---- log-likelihoods ----
+
+    def _continuations(self, arguments: Sequence[Any], _: Any) -> Iterator[tuple[int, tuple[float, bool]]]:
+        requests = [Instance("loglikelihood", {}, tuple(pair), number) for number, pair in enumerate(arguments)]
+        pairs: list[Pair] = self.loglikelihood(requests, disable_tqdm=True)
+        yield from self._scored(pairs)
+
+    def _loglikelihood_tokens(self, requests: list[Pair], **_: Any) -> list[Pair]:
+        """Hands back what lm-eval has encoded."""
+        return requests
+
+    def _texts(self, arguments: Sequence[Any], _: Any) -> Iterator[tuple[int, float]]:
+        pairs: list[Pair] = []
+        owners: list[int] = []
+        for number, (text,) in enumerate(arguments):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows = [(None, *make_disjoint_window(window)) for window in windows]
+            if not windows:
+                yield number, 0.0
+            pairs += windows
+            owners += [number] * len(windows)
+        left, parts = Counter(owners), [0.0] * len(pairs)
+        firsts = {owner: place for place, owner in reversed(list(enumerate(owners)))}
+        counts = dict(left)
+        for place, (logp, _greedy) in self._scored(pairs):
+            owner = owners[place]
+            parts[place] = logp
+            left[owner] -= 1
+            if not left[owner]:
+                yield owner, sum(parts[firsts[owner] : firsts[owner] + counts[owner]])
+
+    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Log-probability of each continuation, and whether it is what the model would write.
+
+        Requests with the same inputs, such as the one-letter answers of one question, share a row of the forward pass.
+        """
+        inputs: list[np.ndarray] = []
+        rows: dict[bytes, int] = {}
+        users: list[list[int]] = []
+        for number, (_, context, continuation) in enumerate(pairs):
+            if len(continuation) > self.max_length:
+                raise RecipeError(
+                    f"max_length: {self.max_length} is less than the {len(continuation)} tokens of a continuation"
+                )
+            whole = np.asarray(context + continuation, dtype=np.int64)
+            self.shortened += len(whole) > self.max_length + 1
+            tokens = whole[-(self.max_length + 1) :][:-1]
+            row = rows.setdefault(tokens.tobytes(), len(inputs))
+            if row == len(inputs):
+                inputs.append(tokens)
+                users.append([])
+            users[row].append(number)
+        check_tokens(self.model, [np.asarray(continuation) for _, _, continuation in pairs] + inputs)
+        windows = [Window(row, 0, 0, len(tokens)) for row, tokens in enumerate(inputs)]
+        windows.sort(key=lambda window: (-window.end, window.document))
+        for batch in batches(windows, self._budget, equal_lengths=self._equal_lengths):
+            numbers = [(place, number) for place, window in enumerate(batch) for number in users[window.document]]
+            targets = [np.asarray(pairs[number][2], dtype=np.int64) for _, number in numbers]
+            ends = [batch[place].end for place, _ in numbers]
+            logits_NV, targets_N = self._logits(batch, inputs, numbers, targets, ends)
+            logp_N = log_probs(logits_NV, targets_N)
+            greedy_N = (logits_NV.argmax(-1) == targets_N).cpu().numpy()
+            at = 0
+            for (_, number), target in zip(numbers, targets, strict=True):
+                until = at + len(target)
+                yield number, (float(logp_N[at:until].sum(dtype=np.float64)), bool(greedy_N[at:until].all()))
+                at = until
+
+    @torch.inference_mode()
+    def _logits(self, batch: Any, inputs: Any, numbers: Any, targets: Any, ends: Any) -> Any:
+        rows_N = np.concatenate([np.full(len(t), place) for (place, _), t in zip(numbers, targets, strict=True)])
+        places_N = np.concatenate([np.arange(end - len(t), end) for end, t in zip(ends, targets, strict=True)])
+        chosen = [inputs[window.document] for window in batch]
+        return logits_at(self.model, chosen, rows_N, places_N, np.concatenate(targets))
+
+    # ---- generation ----
+
+    def _generations(self, arguments: Sequence[Any], seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """lm-eval's greedy or sampled text, in batches of prompts of about one length and the same settings."""
+        if self.tokenizer.eos_token_id is None:
+            raise CheckpointError("its tokenizer has no EOS, which ends what the model writes")
+        prompts = []
+        for number, (prompt, settings) in enumerate(arguments):
+            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            if room <= 0:
+                raise RecipeError(
+                    f"max_length: {self.max_length} is too short for a task that lets the model write "
+                    f"{self.max_length - room} tokens"
+                )
+            length = len(self.tok_encode(prompt))
+            self.shortened += length > room
+            starts = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
+            group = (repr(sorted(settings.items(), key=str)), starts)
+            prompts.append((group, -min(length, room), prompt, number))
+        prompts.sort(key=lambda entry: entry[:3])
+        batch: list[tuple[Any, int, str, int]] = []
+        for entry in prompts:
+            if batch and not self._fits(batch, entry, arguments):
+                yield from self._written(batch, arguments, seeds)
+                batch = []
+            batch.append(entry)
+        if batch:
+            yield from self._written(batch, arguments, seeds)
+
+    def _fits(self, batch: Sequence[Any], entry: Any, arguments: Sequence[Any]) -> bool:
+        group, length = batch[0][0], batch[0][1]
+        if entry[0] != group or arguments[entry[3]][1].get("do_sample"):
+            return False
+        return (entry[1] == length or not self._equal_lengths) and -length * (len(batch) + 1) <= self._budget
+
+    def _written(
+        self, batch: Sequence[Any], arguments: Sequence[Any], seeds: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        numbers = [entry[3] for entry in batch]
+        requests = [Instance("generate_until", {}, tuple(arguments[number]), number) for number in numbers]
+        self.batch_size_per_gpu = len(requests)
+        with torch.random.fork_rng():
+            torch.random.manual_seed(seeds[numbers[0]])
+            texts = self.generate_until(requests, disable_tqdm=True)
+        yield from zip(numbers, texts, strict=True)

@@ -1,0 +1,217 @@
+"""From names to lm-eval's tasks with their data and requests, before any model is loaded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind, TaskIndex
+
+from branchmix.checkpoint.families import nearest
+from branchmix.errors import BranchMixError, DataError, RecipeError
+from branchmix.evaluate.perplexity import Progress
+from branchmix.evaluate.tasks.options import TaskOptions
+from branchmix.evaluate.tasks.sources import first_line
+from branchmix.evaluate.tasks.suites import EVERYTHING, SUITES, chosen_suites
+
+DEFINITIONS = Path(__file__).parent / "definitions"
+"""Our own task files, for what the suites need and lm-eval does not have."""
+
+
+@dataclass
+class Loaded:
+    """Tasks with their requests, as lm-eval's ``evaluate`` takes them."""
+
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def load(
+    options: TaskOptions, failed: Sequence[DataError] = (), *, limit: int | None, progress: Progress | None
+) -> Loaded:
+    """Every task that ``options`` names, with its data set and all its requests.
+
+    Args:
+        options: names and settings.
+        failed: what could not be loaded, filled while this works (see ``sources``).
+        limit: examples of a task at most.
+        progress: called with step, done, total.
+
+    Raises:
+        RecipeError: a name is unknown, a task runs code without leave, or its definition makes no sense.
+        DataError: a data set cannot be loaded.
+    """
+    shots = {
+        member.task: member.num_fewshot for suite in chosen_suites(options.names).values() for member in suite.members
+    }
+    plain = [name for name in options.names if name not in SUITES and name != EVERYTHING]
+    manager = _manager([*shots, *plain], options.include_path, progress)
+    named = dict.fromkeys(name for given in plain for name in _matching(given, manager.task_index))
+    _refuse_code([*shots, *named], manager.task_index, options)
+    loaded = Loaded()
+    fewshot: dict[str, int] = {}
+    for number, name in enumerate([*shots, *named]):
+        wanted = shots.get(name) if number < len(shots) else None
+        try:
+            with _one_line(name):
+                found = manager.load([name])
+        finally:
+            if failed:
+                raise failed[0]
+        for task_name, task in found["tasks"].items():
+            num_fewshot = _num_fewshot(task, wanted, options, loaded)
+            if fewshot.setdefault(task_name, num_fewshot) != num_fewshot:
+                raise RecipeError(
+                    f"tasks: {task_name} stands twice, with {fewshot[task_name]} and with {num_fewshot} examples in "
+                    "the prompt: evaluate them one after the other, or give --num-fewshot"
+                )
+            loaded.tasks[task_name] = task
+        loaded.groups |= found.get("groups", {})
+        if progress is not None:
+            progress("tasks and their data", number + 1, len(shots) + len(named))
+    for name, task in loaded.tasks.items():
+        _build(name, task, fewshot[name], limit, options, progress)
+    return loaded
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """lm-eval's seeds inside the block, and the generators as they were after it."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.random.manual_seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+# ---- names ----
+
+
+def _manager(names: Sequence[str], include_path: Sequence[Path], progress: Progress | None) -> TaskManager:
+    """lm-eval's task manager. Its 14,000 task files take seconds to read, so the given folders are tried first."""
+    folders = [str(folder) for folder in (DEFINITIONS, *include_path)]
+    manager = TaskManager(include_defaults=False, include_path=folders)
+    if all(_is_file(name) or _complete(name, manager.task_index) for name in names):
+        return manager
+    if progress is not None:
+        progress("lm-eval's list of tasks", 0, 1)
+    manager = TaskManager(include_path=folders)
+    if progress is not None:
+        progress("lm-eval's list of tasks", 1, 1)
+    return manager
+
+
+def _complete(name: str, index: dict[str, Any]) -> bool:
+    entry = index.get(name)
+    return entry is not None and all(_complete(child, index) for child in _children(entry))
+
+
+def _children(entry: Any) -> list[str]:
+    """Names below a group or tag, without tasks that the group defines itself."""
+    if entry.kind is Kind.TAG:
+        return sorted(entry.tags)
+    if entry.kind is not Kind.GROUP or not isinstance(entry.cfg.get("task"), list):
+        return []
+    children = [item if isinstance(item, str) else item.get("task", item.get("group")) for item in entry.cfg["task"]]
+    return [child for child in children if isinstance(child, str)]
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+
+
+def _matching(given: str, index: dict[str, Any]) -> list[str]:
+    if given in index or _is_file(given):
+        return [given]
+    if any(letter in given for letter in "*?["):
+        if found := sorted(name for name in index if fnmatch(name, given)):
+            return found
+        raise RecipeError(f"tasks: no task's name fits {given!r}")
+    known = [*index, *SUITES, EVERYTHING]
+    raise RecipeError(f"tasks: {given!r} is no task, group or tag of lm-eval and no suite{nearest(given, known)}")
+
+
+def _refuse_code(names: Sequence[str], index: dict[str, Any], options: TaskOptions) -> None:
+    if unsafe := sorted({leaf for name in names for leaf in _leaves_with_code(name, index)}):
+        options.refuse_code(unsafe)
+
+
+def _leaves_with_code(name: str, index: dict[str, Any]) -> Iterator[str]:
+    with _one_line(name):
+        entry = index.get(name) or TaskIndex.entry_from_path(Path(name))
+    if entry is None:
+        return
+    if entry.kind in (Kind.GROUP, Kind.TAG):
+        for child in _children(entry):
+            yield from _leaves_with_code(child, index)
+    elif (entry.cfg or {}).get("unsafe_code"):
+        yield entry.name
+
+
+# ---- tasks ----
+
+
+def _num_fewshot(task: Any, of_suite: int | None, options: TaskOptions, loaded: Loaded) -> int:
+    """Examples in the prompt: what the user says, else the suite, else the task; what is fixed at 0 stays there."""
+    own = task.get_config("num_fewshot")
+    if options.num_fewshot is not None:
+        if own != 0 or options.num_fewshot == 0:
+            return options.num_fewshot
+        loaded.notes.append(
+            f"{task.task_name}: lm-eval fixes it at 0 examples in the prompt; --num-fewshot is not used"
+        )
+    if of_suite is not None:
+        return of_suite
+    return int(own or 0)
+
+
+def _build(
+    name: str, task: Any, num_fewshot: int, limit: int | None, options: TaskOptions, progress: Progress | None
+) -> None:
+    """The requests of a task, which are the same for every model: built once, and handed out afresh each time."""
+    if getattr(task, "MULTIMODAL", False):
+        raise RecipeError(f"tasks: {name}: needs images or sound, and only language models are evaluated here")
+    if getattr(task, "UNSAFE_CODE", False):
+        options.refuse_code([name])
+    if progress is not None:
+        progress(f"requests of {name}", 0, 1)
+    task.set_config("num_fewshot", num_fewshot)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    with _one_line(name):
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+    if progress is not None:
+        progress(f"requests of {name}", 1, 1)
+
+    def afresh(**_: Any) -> None:
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = afresh
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Whatever lm-eval and the task's own code raise inside, as the one line that a user sees."""
+    try:
+        yield
+    except BranchMixError:
+        raise
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"tasks: {name}: needs a package that is not installed: {first_line(error)}") from error
+    except Exception as error:
+        raise RecipeError(f"tasks: {name}: lm-eval cannot make a task of it: {first_line(error)}") from error

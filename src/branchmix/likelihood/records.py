@@ -1,0 +1,138 @@
+"""Results that outlive a killed process: an append-only file of JSON lines; and keys for what results depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.hashes import FileHashes
+from branchmix.errors import OutputError
+
+FILE = "records.jsonl"
+
+
+class Lines:
+    """JSON objects in a file of a folder, ``records.jsonl`` unless said otherwise; nothing is kept if there is none.
+
+    Any number of processes may add to one file at once: each line is written whole, under a lock. What a killed writer
+    left of its last line is passed over. The file is read when this is made.
+    """
+
+    def __init__(self, folder: Path | None, file: str = FILE):
+        """
+        Args:
+            folder: made if need be.
+            file: name in the folder, ending in ``.jsonl``.
+
+        Raises:
+            OutputError: the folder is a file, or cannot be written.
+        """
+        self.file = folder / file if folder is not None else None
+        if folder is not None:
+            if folder.exists() and not folder.is_dir():
+                raise OutputError(f"{folder}: is a file: choose a folder")
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, *records: dict[str, Any]) -> None:
+        """Append objects, on disk at once."""
+        if self.file is None or not records:
+            return
+        from filelock import FileLock
+
+        lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
+        with writing(self.file), FileLock(self.file.with_suffix(".lock")), self.file.open("ab+") as file:
+            if _ends_within_a_line(file):
+                lines = b"\n" + lines
+            file.write(lines)
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """All objects that are whole."""
+        if self.file is None:
+            return
+        try:
+            with self.file.open("rb") as lines:
+                for line in lines:
+                    try:
+                        record = json.loads(line)
+                    except ValueError:
+                        continue
+                    if isinstance(record, dict):
+                        yield record
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise OutputError(f"{self.file}: cannot be read: {error.strerror}: choose another folder") from error
+
+
+class Journal:
+    """Lines about a model and an item each, found again by both; in memory only if there is no folder."""
+
+    def __init__(self, folder: Path | None, file: str, item: str):
+        """
+        Args:
+            folder: see ``Lines``.
+            file: see ``Lines``.
+            item: the field that says what a line is about, such as ``document``.
+
+        Raises:
+            OutputError: the folder is a file, or cannot be read or written.
+        """
+        self._lines = Lines(folder, file)
+        self._item = item
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        self._described: set[str] = set()
+        for line in self._lines.read():
+            self._keep(line)
+
+    def find(self, model: str, item: str) -> dict[str, Any] | None:
+        """The line about an item, if there is one."""
+        return self._known.get((model, item))
+
+    def describe(self, model: str, facts: dict[str, Any]) -> None:
+        """What a model's key stands for, once."""
+        if model not in self._described:
+            self.add_line({"model": model, **facts})
+
+    def add_line(self, line: dict[str, Any]) -> None:
+        """Keep a line, on disk at once."""
+        self._keep(line)
+        self._lines.add(line)
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        if self._item in line:
+            self._known[line["model"], line[self._item]] = line
+        else:
+            self._described.add(line["model"])
+
+
+def _ends_within_a_line(file: BinaryIO) -> bool:
+    if not (end := file.seek(0, os.SEEK_END)):
+        return False
+    file.seek(end - 1)
+    return file.read(1) != b"\n"
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """A short name for what results depend on."""
+    from xxhash import xxh3_128_hexdigest
+
+    return str(xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode()))
+
+
+def model_hash(folder: Path) -> str:
+    """Of the content of a model's config, code and weights; reading them costs about what loading them does."""
+    patterns = ("*.safetensors", "config.json", "adapter_config.json", "*.py")
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    with FileHashes(files) as hashes:
+        return key_of({file.name: hashes.of(file) for file in files})
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Of what turns text into tokens; chat templates and the like don't count."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return key_of({"tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab()})

@@ -1,0 +1,21 @@
+"""Numbers in words that people read at a glance."""
+
+from __future__ import annotations
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and model hubs count: ``1.84 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def human_count(count: float) -> str:
+    """Parameters or tokens in thousands, millions, billions, trillions: ``134.5M``."""
+    for unit in ("", "k", "M", "B"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.4g}{unit}"
+        count /= 1000
+    return f"{count:.4g}T"

@@ -1,0 +1,221 @@
+"""FAMILY.yaml: the models whose performance is compared with their scale, and what is known of that scale.
+
+Parameters come from each config. Training tokens and FLOPs come from the records of our own runs and merges, in which
+an upcycled mixture counts the seed and all experts that it grew from (``accounting/lineage.py``); for other models the
+file says the tokens, and FLOPs follow by the exact accounting.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from branchmix.accounting import inspect
+from branchmix.accounting.lineage import lineage, total_flops, total_tokens
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.errors import BranchMixError, RecipeError
+from branchmix.scaling.trends.table import AXES, KNOWN
+from branchmix.settings import Count, Settings, parse, read_yaml
+
+_NAME = re.compile(r"[\w][\w.+-]*")
+
+
+class Member(Settings):
+    """A model of the family; a path or Hub id alone means one with nothing but ``model``."""
+
+    model: str
+    """Folder, from the YAML file's folder, or Hub id."""
+    name: str | None = None
+    """What tables and files call it: letters, digits, ``-``, ``_``, ``.`` and ``+``; the folder's name if not given.
+    Runs of one name differ in their ``seed``."""
+    family: str | None = None
+    """Curves are drawn by family; the file's own if not given, such as ``dense`` beside ``mixture``."""
+    revision: str | None = None
+    """Of a Hub model."""
+    seed: str | int | None = None
+    """Of the training run, where there are several of one size."""
+    params: Count | None = None
+    """Parameters; from the config if not given."""
+    active_params: Count | None = None
+    """Parameters that a token uses; from the config if not given."""
+    tokens: Count | None = None
+    """All tokens of training, those of the models that it grew from too; from our records if not given."""
+    base_tokens: Count | None = None
+    """Tokens of the one model that it all grew from, if that has no record: the rest is counted from our records."""
+    flops: Count | None = None
+    """All FLOPs of training; from our records, or else from the tokens, if not given."""
+    sequence_length: Count | None = None
+    """Tokens of a sequence in training, for FLOPs from tokens; the model's positions, at most 4096, if not given."""
+    axes: dict[str, float] = Field(default_factory=dict)
+    """Further columns to look along, such as ``{data_quality: 3}``: positive numbers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str | None) -> str | None:
+        if name is not None and not _NAME.fullmatch(name):
+            raise ValueError(f"may have letters, digits, -, _, . and + only, got {name!r}")
+        return name
+
+    @field_validator("axes")
+    @classmethod
+    def _true_axes(cls, axes: dict[str, float]) -> dict[str, float]:
+        for name, value in axes.items():
+            if name.lower() in (*KNOWN, *AXES) or not name.strip():
+                raise ValueError(f"{name!r} is a column of its own: choose another name")
+            if not value > 0:
+                raise ValueError(f"{name} is {value:g}: it must be greater than 0, as axes are logarithmic")
+        return axes
+
+
+class FamilyFile(Settings):
+    """The whole file."""
+
+    family: str = ""
+    """Name of the family."""
+    models: list[Member] = Field(min_length=1)
+    """The models, in any order."""
+    _folder: Path = PrivateAttr(default=Path())
+
+    @classmethod
+    def load(cls, path: str | Path) -> FamilyFile:
+        """Read a family file.
+
+        Raises:
+            RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
+        """
+        path = Path(path)
+        found: FamilyFile = parse(cls, read_yaml(path), str(path))
+        found._folder = path.parent
+        return found
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start from."""
+        return self._folder
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its place on every axis."""
+
+    name: str
+    family: str
+    seed: str
+    found: ResolvedModel
+    params: int | None
+    active_params: int | None
+    tokens: int | None
+    flops: float | None
+    forward_flops_per_token: int | None
+    axes: dict[str, float]
+    notes: tuple[str, ...] = ()
+    """What could not be filled in, and why."""
+    training: tuple[dict[str, Any], ...] = field(default=())
+    """The trainings on record that tokens and FLOPs are the sum of; empty where the file says them."""
+
+    @property
+    def label(self) -> str:
+        return self.name + (f" (seed {self.seed})" if self.seed else "")
+
+
+def subjects(file: FamilyFile) -> list[Subject]:
+    """All models of the file, found and counted.
+
+    Raises:
+        RecipeError: two runs cannot be told apart.
+        CheckpointError: a model is not there.
+    """
+    found: list[Subject] = []
+    for member in file.models:
+        given = member.model + (f"@{member.revision}" if member.revision else "")
+        subject = _subject(file, member, resolve(given, file.folder))
+        for other in found:
+            if (other.name, other.seed) == (subject.name, subject.seed):
+                raise RecipeError(
+                    f"models: {other.found.given} and {given} are both called {subject.label}: give each a `name`, or "
+                    "runs of one model a `seed`"
+                )
+        found.append(subject)
+    return found
+
+
+def _subject(file: FamilyFile, member: Member, found: ResolvedModel) -> Subject:
+    name = member.name or (member.model.split("/")[-1] if found.revision else found.folder.resolve().name)
+    if not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"models: {member.model}: {name!r} cannot name a file: give it a `name` of letters and digits"
+        )
+    notes: list[str] = []
+    try:
+        counted = inspect(found.folder, context=member.sequence_length)
+    except BranchMixError as error:
+        counted = None
+        if member.params is None:
+            notes.append(f"{name}: parameters not counted ({error}): give params and active_params")
+    params = member.params or (counted.total.total if counted else None)
+    forward = counted.flops.total if counted and counted.flops else None
+    tokens, flops, training = _cost(member, found, forward, name, notes)
+    return Subject(
+        name=name,
+        family=member.family if member.family is not None else file.family,
+        seed="" if member.seed is None else str(member.seed),
+        found=found,
+        params=params,
+        active_params=member.active_params or (counted.active.total if counted and not member.params else params),
+        tokens=tokens,
+        flops=flops,
+        forward_flops_per_token=forward,
+        axes=member.axes,
+        notes=tuple(notes),
+        training=training,
+    )
+
+
+def _cost(
+    member: Member, found: ResolvedModel, forward: int | None, name: str, notes: list[str]
+) -> tuple[int | None, float | None, tuple[dict[str, Any], ...]]:
+    """Tokens and FLOPs of all training, by the file or by the records."""
+    if member.tokens is not None and member.flops is not None:
+        return member.tokens, float(member.flops), ()
+    phases = lineage(found.folder, name)
+    roots = [phase for phase in phases if not phase.is_known]
+    if member.base_tokens is not None:
+        if len(roots) != 1:
+            names = ", ".join(root.name for root in roots) or "none"
+            raise RecipeError(
+                f"models: {name}: base_tokens is for the one model without a record that it grew from, and there are "
+                f"{len(roots)} ({names}): give tokens and flops instead"
+            )
+        root = roots[0]
+        cost = root.flops_per_token * member.base_tokens if root.flops_per_token is not None else None
+        phases = [
+            type(root)(root.key, root.name, member.base_tokens, cost) if phase is root else phase for phase in phases
+        ]
+    tokens = member.tokens if member.tokens is not None else total_tokens(phases)
+    flops = float(member.flops) if member.flops is not None else total_flops(phases)
+    is_root = len(phases) == 1 and bool(roots)
+    if flops is None and tokens is not None and is_root and forward is not None:
+        flops = 3.0 * forward * tokens  # a plain model: forward, and twice that backward
+    if tokens is None or flops is None:
+        unknown = ", ".join(root.name for root in roots) or name
+        lacking = " and ".join(word for word, value in (("tokens", tokens), ("flops", flops)) if value is None)
+        hint = "tokens" if is_root else "base_tokens, or tokens and flops"
+        notes.append(f"{name}: no training of {unknown} is on record, so its {lacking} are empty: give {hint}")
+    told = member.tokens is not None or member.flops is not None or is_root
+    records = () if told else tuple({"name": p.name, "tokens": p.tokens, "flops": p.flops} for p in phases)
+    return tokens, flops, records
+
+
+def axes_of(chosen: Sequence[Subject]) -> list[str]:
+    """Names of the further axes of any model, in the file's order."""
+    return list(dict.fromkeys(name for subject in chosen for name in subject.axes))

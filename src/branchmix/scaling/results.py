@@ -1,0 +1,163 @@
+"""What a run leaves for others: ``results.csv`` and ``examples/`` for trends, ``results.json`` with everything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from branchmix.checkpoint.folder import writing
+from branchmix.scaling.family import Subject, axes_of
+from branchmix.scaling.trends.examples import FIELDS
+from branchmix.scaling.trends.table import AXES, DATA, FILE, FLAG_COLUMNS
+
+if TYPE_CHECKING:
+    from branchmix.scaling.run import ScalingRun, TaskResult
+
+RESULTS = "results.json"
+EXAMPLES = "examples"
+_COLUMNS = ("task", "model", "params", "active_params", "tokens", "flops", "metric", "value", "stderr", "n")
+_MORE = ("family", "seed", "data", "cause", *FLAG_COLUMNS)
+
+
+def write_results(out: Path, run: ScalingRun) -> None:
+    """All files of a run as far as it has come; each appears whole."""
+    for result in run.results:
+        _write(_examples_file(out, result), "".join(json.dumps(line) + "\n" for line in example_lines(result)))
+    _write(out / RESULTS, json.dumps(as_dict(run), indent=2, allow_nan=False) + "\n")
+    _write(out / FILE, table(run))
+
+
+def table(run: ScalingRun) -> str:
+    """The csv table that ``branchmix scaling trends`` reads."""
+    extra = axes_of(run.subjects)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*_COLUMNS, *_MORE, *extra], restval="", lineterminator="\n")
+    writer.writeheader()
+    for result in run.results:
+        for row in _rows(result):
+            writer.writerow({name: "" if value is None else value for name, value in row.items()})
+    return text.getvalue()
+
+
+def _rows(result: TaskResult) -> Iterator[dict[str, Any]]:
+    subject, selected, summary = result.subject, result.selected, result.summary
+    if summary is None:
+        return
+    common = {
+        "task": selected.task.name,
+        "model": subject.name,
+        **{axis: getattr(subject, axis) for axis in AXES},
+        "family": subject.family,
+        "seed": subject.seed,
+        "data": selected.data,
+        "cause": selected.task.cause,
+        **subject.axes,
+    }
+    coverage = summary.means.get("coverage")
+    for metric, mean in summary.means.items():
+        if metric == "coverage":
+            continue  # no performance: a column of accuracy
+        row = {**common, "metric": metric, "value": mean.value, "stderr": mean.stderr, "n": mean.n}
+        if metric == "accuracy":
+            row |= {
+                "constant_share": max(summary.predictions.values()),
+                "constant_baselines": "|".join(map(str, summary.baselines.values())),
+                "coverage": coverage.value if coverage is not None else None,
+            }
+        yield {**row, "chance": summary.chance.get(metric) if metric == "accuracy" else None}
+
+
+def example_lines(result: TaskResult) -> Iterator[dict[str, Any]]:
+    """A line for each example; the key is its place in the file, the same for all models."""
+    name = result.selected.task.metric
+    loss = name if name in ("logodds", "absolute_logodds") else "loss"
+    for number, example, numbers, answer in result.scored:
+        line: dict[str, Any] = {"key": str(number)}
+        if example.template is not None:
+            line["template"] = example.template
+        if numbers.correct is not None:
+            line |= {FIELDS["accuracy"]: int(numbers.correct), "predicted": numbers.predicted}
+        line[loss] = numbers.loss
+        if numbers.coverage is not None:
+            line["coverage"] = numbers.coverage
+        yield line | {"logprobs": list(answer.logprobs), "tokens": list(answer.tokens)}
+    for number, reason in result.refused:
+        yield {"key": str(number), "refused": reason}
+
+
+def _examples_file(out: Path, result: TaskResult) -> Path:
+    """Where ``scaling/trends/examples.py`` looks for it."""
+    subject, data = result.subject, result.selected.data
+    folder = out / EXAMPLES / subject.name / (f"seed-{subject.seed}" if subject.seed else "")
+    return folder / (result.selected.task.name + ("" if data == DATA[0] else f".{data}") + ".jsonl")
+
+
+def as_dict(run: ScalingRun) -> dict[str, Any]:
+    """Everything of a run, for JSON."""
+    return {
+        "versions": run.versions,
+        "models": [_model(subject) for subject in run.subjects],
+        "results": [_result(result) for result in run.results],
+    }
+
+
+def _model(subject: Subject) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "family": subject.family,
+        "seed": subject.seed or None,
+        "model": subject.found.given,
+        "revision": subject.found.revision,
+        "params": subject.params,
+        "active_params": subject.active_params,
+        "tokens": subject.tokens,
+        "flops": subject.flops,
+        "forward_flops_per_token": subject.forward_flops_per_token,
+        "training": list(subject.training),
+        **({"axes": subject.axes} if subject.axes else {}),
+    }
+
+
+def _result(result: TaskResult) -> dict[str, Any]:
+    subject, selected, summary = result.subject, result.selected, result.summary
+    found: dict[str, Any] = {
+        "model": subject.name,
+        "family": subject.family,
+        "seed": subject.seed or None,
+        "task": selected.task.name,
+        "data": selected.data,
+        "metric": selected.task.metric,
+        "file": selected.file.name,
+        "is_release": selected.is_release,
+        "shots": selected.shots,
+        "examples": len(selected.examples),
+        "examples_in_file": selected.num_available,
+        "n": len(result.scored),
+        "refused": dict(Counter(reason for _, reason in result.refused)),
+        "merged": result.merged,
+    }
+    if summary is not None:
+        parts = summary.as_dict()
+        found |= {"metrics": parts["means"], **{key: parts[key] for key in ("baselines", "predictions", "chance")}}
+        found["flags"] = [flag["words"] for flag in parts["flags"]]
+    rate = len(result.scored) / result.seconds if result.seconds else None
+    return found | {
+        "dtype": result.facts["dtype"],
+        "bos": {"policy": result.facts["bos"], "tokens": result.facts["bos_tokens"]},
+        "seconds": round(result.seconds, 3),
+        "examples_per_second": round(rate, 3) if rate else None,
+    }
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)

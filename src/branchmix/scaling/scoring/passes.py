@@ -1,0 +1,143 @@
+"""Summed log-probabilities of options: exact, in fp32 from the logits on, whatever the batch size and the order.
+
+Shapes: B rows, T tokens of the longest, N wanted positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from branchmix.errors import CheckpointError
+from branchmix.likelihood.forward import evaluating, head_at, length_dependent, log_probs
+from branchmix.scaling.scoring.plan import Branch, Row, batches, plan
+from branchmix.scaling.scoring.tokens import Encoded
+
+BATCH_TOKENS = 2048
+"""Tokens of a forward pass, padding included."""
+
+
+def score_options(
+    model: Any,
+    questions: Sequence[Encoded],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    share: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, list[float]]]:
+    """Summed log-probabilities (nats) of every option of a question, as (number of the question, list), when done.
+
+    Args:
+        model: any causal LM of transformers; its mode (training or not) is left as it was.
+        questions: tokens; refused ones are passed over.
+        batch_tokens: of a forward pass.
+        share: compute what questions and options have in common once; None: where the model's cache allows it.
+        progress: called with questions done and their number.
+
+    Raises:
+        CheckpointError: the tokenizer is not the model's, or the logits are not finite.
+    """
+    _check(model, questions)
+    share = can_share(model) if share is None else share
+    equal = length_dependent(model.config)
+    total, done = sum(question.refused is None for question in questions), 0
+    sums: dict[int, list[list[float]]] = {}
+    with evaluating(model):
+        for trunk in plan(questions, share=share):
+            cache = _run(model, [Branch(trunk.tokens, ())], None, keep=True)[1] if trunk.tokens else None
+            for batch in batches(trunk, batch_tokens, equal_lengths=equal):
+                for number, option, value in _score(model, batch, cache, batch_tokens):
+                    parts = sums.setdefault(number, [[] for _ in questions[number].options])
+                    parts[option].append(value)
+                for number in dict.fromkeys(row.question for row in batch):
+                    if _is_complete(sums[number], questions[number]):
+                        done += 1
+                        yield number, [math.fsum(parts) for parts in sums.pop(number)]
+                if progress is not None:
+                    progress(done, total)
+
+
+def can_share(model: Any) -> bool:
+    """Whether keys and values kept from one pass serve the next: the caches of ordinary attention, and no rotary
+    embedding that looks at how long a row is."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    if length_dependent(model.config):
+        return False
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    with evaluating(model), torch.inference_mode():
+        cache: Any = getattr(model(input_ids=token, use_cache=True), "past_key_values", None)
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and bool(cache.layers) and all(type(layer) in known for layer in cache.layers)
+
+
+def _score(model: Any, batch: Sequence[Row], cache: Any, batch_tokens: int) -> Iterator[tuple[int, int, float]]:
+    """Question, option and log-probability of every target of the rows, and of their branches after them."""
+    found, grown = _run(model, batch, _select(cache, [0] * len(batch)), keep=bool(batch[0].branches))
+    for row, option, value in found:
+        yield batch[row].question, option, value
+    branches = [(number, branch) for number, row in enumerate(batch) for branch in row.branches]
+    branches.sort(key=lambda one: -len(one[1].tokens))
+    at_once = batch_tokens // len(branches[0][1].tokens) or 1 if branches else 1
+    for start in range(0, len(branches), at_once):
+        part = branches[start : start + at_once]
+        found, _ = _run(model, [branch for _, branch in part], _select(grown, [number for number, _ in part]))
+        for place, option, value in found:
+            yield batch[part[place][0]].question, option, value
+
+
+@torch.inference_mode()  # not around what yields: the caller's own code would run in it
+def _run(
+    model: Any, batch: Sequence[Row | Branch], cache: Any, *, keep: bool = False
+) -> tuple[list[tuple[int, int, float]], Any]:
+    """One pass: (place in the batch, option, log-probability) of each target, and the cache if it is to be kept.
+
+    Padding is on the right, where causal attention never sees it, so no mask is needed; routers of mixtures drop no
+    token, so what padding does there touches no other. Positions count from the cache's end by themselves.
+    """
+    length = max(len(row.tokens) for row in batch)
+    inputs_BT = torch.tensor([[*row.tokens, *row.tokens[-1:] * (length - len(row.tokens))] for row in batch])
+    wanted = [(number, target) for number, row in enumerate(batch) for target in row.targets]
+    places = list(dict.fromkeys((number, target.place) for number, target in wanted)) or [(0, length - 1)]
+    at = (torch.tensor([row for row, _ in places]), torch.tensor([place for _, place in places]))
+    options = {"past_key_values": cache} if cache is not None else {}
+    with head_at(model, *at) as narrowed:
+        output = model(input_ids=inputs_BT.to(model.device), use_cache=keep or cache is not None, **options)
+    kept = output.past_key_values if keep else None
+    if not wanted:
+        return [], kept
+    logits_NV = output.logits.squeeze(0) if narrowed else output.logits[at]
+    number_of = {place: number for number, place in enumerate(places)}
+    index_M = torch.tensor([number_of[number, target.place] for number, target in wanted])
+    tokens_M = torch.tensor([target.token for _, target in wanted], device=logits_NV.device)
+    logp = log_probs(logits_NV[index_M.to(logits_NV.device)], tokens_M).tolist()
+    return [(number, target.option, value) for (number, target), value in zip(wanted, logp, strict=True)], kept
+
+
+@torch.inference_mode()
+def _select(cache: Any, rows: list[int]) -> Any:
+    """A copy of a cache that has these of its rows; a pass adds to the copy alone."""
+    if cache is None:
+        return None
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]  # tensors are replaced in them, never written
+    chosen.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))
+    return chosen
+
+
+def _is_complete(parts: list[list[float]], question: Encoded) -> bool:
+    return all(len(found) == len(option) for found, option in zip(parts, question.options, strict=True))
+
+
+def _check(model: Any, questions: Sequence[Encoded]) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    tokens = (token for question in questions for part in (question.context, *question.options) for token in part)
+    greatest = max(tokens, default=0)
+    if greatest >= rows:
+        raise CheckpointError(
+            f"the tokenizer gives token {greatest}, but the model knows {rows}: it is not the model's"
+        )

@@ -1,0 +1,193 @@
+"""What many questions have in common and is computed once: the beginning of prompts, and a prompt's options.
+
+Pure: tokens in, a plan out. A ``Trunk`` is a beginning that many prompts share, whose keys and values are kept. A
+``Row`` is what a forward pass computes of one prompt after the trunk; its options' further tokens are ``branches`` of
+it. Rows without branches may be padded on the right; those with branches stand in batches of equal length, so that no
+cache ever holds padding and no model needs a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from branchmix.scaling.scoring.tokens import Encoded
+
+PASS_OVERHEAD = 24
+"""A forward pass costs about as much as so many tokens more: it reads all weights."""
+_DEEPEST = 100
+"""Forks of prompts one after another that are looked at; the rest shares what they share."""
+_WIDEST = 8
+"""A trunk is copied for each row: at most so many times a batch's tokens."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """An option's token, and the input token that predicts it."""
+
+    option: int
+    token: int
+    place: int
+    """Of the input among the row's, or the branch's, own tokens."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Tokens of options but for their last, after a row."""
+
+    tokens: tuple[int, ...]
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one question, from the trunk's end."""
+
+    question: int
+    tokens: tuple[int, ...]
+    targets: tuple[Target, ...]
+    branches: tuple[Branch, ...] = ()
+
+    def after(self, length: int) -> Row:
+        """The row without its first tokens, which a trunk has."""
+        moved = tuple(replace(target, place=target.place - length) for target in self.targets)
+        return replace(self, tokens=self.tokens[length:], targets=moved)
+
+
+@dataclass
+class Trunk:
+    """A shared beginning and the rows after it; without one, all tokens are the rows' own."""
+
+    tokens: tuple[int, ...]
+    rows: list[Row]
+
+
+def plan(questions: Sequence[Encoded], *, share: bool = True) -> list[Trunk]:
+    """Trunks with their rows; refused questions are in none.
+
+    Args:
+        questions: their tokens.
+        share: without it nothing is kept from pass to pass, and each option that needs one has a row of its own.
+    """
+    asked = [(number, question) for number, question in enumerate(questions) if question.refused is None]
+    if not share:
+        return [Trunk((), [row for number, question in asked for row in _separate(number, question)])]
+    whole = sorted((_together(number, question) for number, question in asked), key=lambda row: row.tokens)
+    return [Trunk(rows[0].tokens[:length], [row.after(length) for row in rows]) for length, rows in _trunks(whole)]
+
+
+def _by_input(question: Encoded) -> dict[tuple[int, ...], list[int]]:
+    """Options by all their tokens but the last: those of one key are read off one pass."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for number, option in enumerate(question.options):
+        found.setdefault(option[:-1], []).append(number)
+    return found
+
+
+def _separate(number: int, question: Encoded) -> list[Row]:
+    last = len(question.context) - 1
+    return [
+        Row(
+            number,
+            question.context + fed,
+            tuple(Target(o, token, last + n) for o in options for n, token in enumerate(question.options[o])),
+        )
+        for fed, options in _by_input(question).items()
+    ]
+
+
+def _together(number: int, question: Encoded) -> Row:
+    last = len(question.context) - 1
+    by_input = _by_input(question)
+    longer = [fed for fed in by_input if fed]
+    first = tuple(Target(o, option[0], last) for o, option in enumerate(question.options))
+    if len(longer) < 2:  # nothing to share: it goes on with the row
+        fed = longer[0] if longer else ()
+        more = tuple(
+            Target(o, token, last + 1 + n)
+            for o in by_input.get(fed, ())
+            for n, token in enumerate(question.options[o][1:])
+        )
+        return Row(number, question.context + fed, first + more)
+    branches = tuple(
+        Branch(fed, tuple(Target(o, t, n) for o in by_input[fed] for n, t in enumerate(question.options[o][1:])))
+        for fed in longer
+    )
+    return Row(number, question.context, first, branches)
+
+
+# ---- trunks ----
+
+
+def _trunks(rows: list[Row]) -> list[tuple[int, list[Row]]]:
+    """Sorted rows in groups, with the length of what each group shares: the cheapest way, in tokens computed."""
+    _, groups = _cheapest(rows, 0) if rows else (0.0, [])
+    alone = [row for length, group in groups if not length for row in group]
+    return ([(0, alone)] if alone else []) + [(length, group) for length, group in groups if length]
+
+
+def _cheapest(rows: list[Row], forks: int) -> tuple[float, list[tuple[int, list[Row]]]]:
+    """Cost in tokens of rows that fork off ``forks`` times before, and their groups; a trunk of 0 tokens is none.
+
+    Either the rows get one trunk as long as what they share, or each part that goes on alike decides for itself.
+    """
+    own = float(sum(len(row.tokens) for row in rows))
+    apart = (own, [(0, rows)])
+    if len(rows) < 2:
+        return apart
+    shared = _shared(rows[0].tokens, rows[-1].tokens)  # sorted: what first and last share, all share
+    shared = min(shared, min(row.targets[0].place for row in rows))  # each row predicts its own
+    best = apart
+    together = shared + sum(len(row.tokens) - shared for row in rows) + 2.0 * PASS_OVERHEAD
+    if shared and together < best[0]:
+        best = (together, [(shared, rows)])
+    if forks == _DEEPEST or any(len(row.tokens) == shared for row in rows[:1]):
+        return best
+    cost, groups = 0.0, []
+    for part in _parts(rows, shared):
+        if len(part) == len(rows):
+            return best
+        found = _cheapest(part, forks + 1)
+        cost += found[0]
+        groups += found[1]
+    return (cost, groups) if cost < best[0] else best
+
+
+def _parts(rows: list[Row], place: int) -> Iterator[list[Row]]:
+    part: list[Row] = []
+    for row in rows:
+        if part and row.tokens[place : place + 1] != part[0].tokens[place : place + 1]:
+            yield part
+            part = []
+        part.append(row)
+    yield part
+
+
+def _shared(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    length = min(len(first), len(second))
+    return next((n for n in range(length) if first[n] != second[n]), length)
+
+
+# ---- batches ----
+
+
+def batches(trunk: Trunk, batch_tokens: int, *, equal_lengths: bool = False) -> Iterator[list[Row]]:
+    """Rows of a trunk, longest first; padding included, a batch has at most ``batch_tokens``, or is one row.
+
+    Args:
+        trunk: its rows.
+        batch_tokens: of a forward pass; the options' further tokens come in passes of their own.
+        equal_lengths: no padding even for rows without branches.
+    """
+    batch: list[Row] = []
+    for row in sorted(trunk.rows, key=lambda row: (bool(row.branches), -len(row.tokens), row.question)):
+        if batch:
+            width, rows = len(batch[0].tokens), len(batch) + 1
+            differ = len(row.tokens) != width and (equal_lengths or bool(row.branches))
+            too_many = width * rows > batch_tokens or (len(trunk.tokens) + width) * rows > _WIDEST * batch_tokens
+            if differ or too_many or bool(row.branches) != bool(batch[0].branches):
+                yield batch
+                batch = []
+        batch.append(row)
+    if batch:
+        yield batch

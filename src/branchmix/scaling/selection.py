@@ -1,0 +1,123 @@
+"""Which examples a run scores: tasks by name or by YAML file, from folders of official or of fresh files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from branchmix.errors import BranchMixError, DataError, RecipeError
+from branchmix.scaling.examples import Example, load_examples
+from branchmix.scaling.fewshot import fewshot
+from branchmix.scaling.generate import GENERATED_ROUND
+from branchmix.scaling.official import check
+from branchmix.scaling.tasks import TASKS, Task, UserTask, choose, data_file
+
+SHOTS_SEED = 0
+"""Which examples stand before a prompt with ``--shots``: the same for every model and run."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A file of examples of a task."""
+
+    task: Task
+    file: Path
+    examples: list[Example]
+    data: str
+    """``official`` or ``fresh``, as ``branchmix scaling trends`` tells them apart; a user's own task is official."""
+    is_release: bool | None
+    """Byte for byte the prize's file; None for tasks that are not the prize's, and for fresh files."""
+    shots: int
+    num_available: int
+    """Examples of the whole file."""
+
+    @property
+    def label(self) -> str:
+        return self.task.name + (", fresh" if self.data == "fresh" else "")
+
+
+def select(
+    tasks: str,
+    data: Sequence[Path],
+    fresh: Sequence[Path] = (),
+    *,
+    shots: int = 0,
+    limit: int | None = None,
+) -> tuple[list[Selected], list[str]]:
+    """The examples of every task, and notes on what is not as one might think.
+
+    Args:
+        tasks: ``all``, or names and YAML files of one's own tasks, with commas. ``all`` means those whose files exist.
+        data: folders of the tasks' files; each file is official or fresh by what its examples say.
+        fresh: folders whose files must be fresh.
+        shots: other examples before each prompt, for tasks that have none by nature.
+        limit: examples of a file at most, its first ones.
+
+    Raises:
+        RecipeError: a task is unknown.
+        DataError: a file is missing or broken, fresh where it must not be, or there is nothing to score.
+    """
+    if shots < 0:
+        raise RecipeError(f"--shots {shots}: must not be negative")
+    words = [word.strip() for word in tasks.split(",") if word.strip()]
+    own = [word for word in words if word.endswith((".yaml", ".yml"))]
+    named = [word for word in words if word not in own]
+    everything = "all" in named
+    official = choose("all" if everything else ",".join(named)) if named or not own else []
+    for folder in (*data, *fresh):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: there is no such folder: `branchmix scaling data make` or `fetch` fills one")
+    if official and not data and not fresh:
+        raise RecipeError("--data: give the folder of the tasks' files")
+    found: list[Selected] = []
+    notes: list[str] = []
+    missing: list[str] = []
+    for task in official:
+        files = []
+        for number, folder in enumerate((*data, *fresh)):
+            try:
+                files.append((data_file(folder, task), number >= len(data)))
+            except BranchMixError:
+                if not everything:
+                    raise
+        if not files:
+            missing.append(task.name)
+        found += [_selected(task, file, must_be_fresh, shots, limit, notes) for file, must_be_fresh in files]
+    for word in own:
+        task, file = UserTask.load(Path(word))
+        found.append(_selected(task, file, False, shots, limit, notes))
+    if not found:
+        raise DataError(f"{', '.join(map(str, (*data, *fresh)))}: has no file of any task, such as {official[0].file}")
+    if missing:
+        notes.append(f"no files of {', '.join(missing)}: left out")
+    _refuse_duplicates(found)
+    return found, notes
+
+
+def _selected(task: Task, file: Path, must_be_fresh: bool, shots: int, limit: int | None, notes: list[str]) -> Selected:
+    examples = load_examples(file, task.metric)
+    generated = sum(example.round == GENERATED_ROUND for example in examples)
+    if 0 < generated < len(examples):
+        raise DataError(
+            f"{file}: {generated} of {len(examples)} examples are fresh (round 0): keep them in a file apart"
+        )
+    if must_be_fresh and not generated:
+        raise DataError(f"{file}: is not fresh, for its round is not 0: `branchmix scaling data make` makes such files")
+    data = "fresh" if generated else "official"
+    is_release = check(file, task).state == "ok" if task.name in TASKS and not generated else None
+    if is_release is False:
+        notes.append(f"{file}: is not the official file: see `branchmix scaling data verify`")
+    used = 0 if task.shots_in_prompt else shots
+    if shots and task.shots_in_prompt:
+        notes.append(f"{task.name}: its prompts have their own shots, so --shots changes nothing there")
+    shown = fewshot(examples, used, SHOTS_SEED)
+    return Selected(task, file, shown[:limit], data, is_release, used, len(examples))
+
+
+def _refuse_duplicates(found: Sequence[Selected]) -> None:
+    seen: dict[tuple[str, str], Path] = {}
+    for one in found:
+        other = seen.setdefault((one.task.name, one.data), one.file)
+        if other is not one.file:
+            raise DataError(f"{one.file} and {other}: both are {one.data} examples of {one.task.name}: leave one out")
