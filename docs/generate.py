@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from branchmix.checkpoint.families import FAMILIES
 from branchmix.cli import app
 from branchmix.recipe import Recipe
+from branchmix.study.methods import METHODS
+from branchmix.study.settings import InstalledText, StudyFile
 from branchmix.train.config import BranchConfig, RunConfig
 
 FOLDER = Path(__file__).parent
@@ -72,6 +74,55 @@ def training_page() -> str:
     return HEADER + "\n".join(lines)
 
 
+def studies_page() -> str:
+    """How studies work, every key of their files, and every method."""
+    lines = [
+        "# Studies",
+        "",
+        "`branchmix study` compares methods at equal data and equal compute: it trains the seed (or takes yours)",
+        "and the experts, merges them in every way that is asked for, trains the mixtures, measures all of them,",
+        "and repeats that with other random seeds. `branchmix report` makes tables in the form of the BAM",
+        "paper's, figures and one page of it. Examples: `recipes/study-tiny.yaml` (minutes),",
+        "`recipes/study-a.yaml` (from scratch, hours), `recipes/study-b.yaml` (SmolLM2-135M).",
+        "",
+        "- **Equal data (DM)**: the reference's tokens, in the same order, within each repetition.",
+        "- **Equal compute (CM)**: as many whole steps as the reference's training FLOPs pay for: forward,",
+        "  backward (only the gradients of what is trained) and AdamW, counted exactly. Each run has a whole",
+        "  learning-rate schedule of its own. Where equal data costs as much to within 0.5 %, it is one run. The",
+        "  report checks both from what the runs recorded; what the dense models cost before is shown beside it.",
+        "- **Steps** have a key of their options and of the keys of what they need. What is done is never done",
+        "  again, a changed option makes new just what depends on it, and a study that was stopped or killed goes",
+        "  on; its runs do from their checkpoints. Labels, threads, checkpoints and the like change no key.",
+        "  `--only` takes names or parts of them (`r1`, `btx`, `'r*.train.*'`). Results of earlier settings stay",
+        "  in `steps/` until you delete them.",
+        "- **Intervals** are Student's 95 % over repetitions, paired by the order of the data. With one",
+        "  repetition there is only the error over held-out documents, and differences up to 2 % are called none.",
+        "- **Results** are small text files in `results/`, from which alone `branchmix report` works: commit",
+        "  those.",
+        "- **Room**: `keep: results` removes weights of merges and mixtures once nothing waits for them; they are",
+        "  made again if something new needs them.",
+        "",
+        *_table(StudyFile, "", title="A study's file"),
+        *_table(InstalledText, "data of what is installed."),
+        "## Methods",
+        "",
+        "| name | what | trained | runs |",
+        "| --- | --- | --- | --- |",
+    ]
+    kinds = {"mixture": "merged and trained", "merge": "merged only", "dense": "the seed, trained", "ensemble": "-"}
+    for name, preset in METHODS.items():
+        runs = ", ".join(preset.match).upper() or "-"
+        lines.append(f"| `{name}` | {preset.what} | {kinds[preset.kind]} | {runs} |")
+    lines += [
+        "",
+        "Seed and experts are always measured. A method may stand twice with other options:",
+        "`{method: btx, name: btx-z, recipe: {router_z_loss_coef: 0.01}, match: [dm]}`. `match: [time]` gives a run",
+        "the wall time that the reference took; it measures the machine's other work as well.",
+        "",
+    ]
+    return HEADER + "\n".join(lines)
+
+
 def _table(model: type[BaseModel], path: str, *, title: str = "recipe", known: Collection[str] = ()) -> list[str]:
     lines = [f"## `{path.rstrip('.')}`" if path else f"## {title}", "", _first_line(model), ""]
     lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
@@ -101,6 +152,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 def _kind(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return "anything"
     if origin in (Union, types.UnionType):
         return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
     if origin is list:
@@ -151,7 +204,13 @@ def families_page() -> str:
     return HEADER + "\n".join(lines) + "\n"
 
 
-PAGES = {"cli.md": cli_page, "recipe.md": recipe_page, "training.md": training_page, "families.md": families_page}
+PAGES = {
+    "cli.md": cli_page,
+    "recipe.md": recipe_page,
+    "training.md": training_page,
+    "studies.md": studies_page,
+    "families.md": families_page,
+}
 
 
 def main(arguments: list[str]) -> int:

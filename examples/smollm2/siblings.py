@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from branchmix.demo.corpora import documents
+from branchmix.data.installed import documents
 
 DOMAINS = ("code", "law", "math")
 NUM_STEPS, WARMUP_STEPS, LEARNING_RATE = 24, 4, 1e-4

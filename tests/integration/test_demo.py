@@ -31,6 +31,7 @@ from branchmix.demo.settings import (
 )
 from branchmix.errors import OutputError, RecipeError
 from branchmix.recipe import Recipe
+from branchmix.study.statistics import difference
 from branchmix.train.config import BranchConfig, RunConfig
 
 TINY = Scale(
@@ -154,10 +155,10 @@ def test_differences_are_paired() -> None:
     """Documents of very different difficulty, on which one model is better by as much each time."""
     ours = [[100.0, 50, 200], [900.0, 150, 600], [30.0, 20, 70]]
     theirs = [[nats + 0.1 * tokens, tokens, size] for nats, tokens, size in ours]
-    found = results.difference(ours, theirs)
+    found = difference(ours, theirs)
     assert found.value == pytest.approx(-0.1)
     assert found.stderr == pytest.approx(0, abs=1e-12)
-    assert results.difference(ours[:1], theirs[:1]).stderr == math.inf
+    assert difference(ours[:1], theirs[:1]).stderr == math.inf
 
 
 @pytest.mark.parametrize(

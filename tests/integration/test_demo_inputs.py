@@ -16,20 +16,20 @@ from branchmix.recipe import Recipe
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from branchmix.demo import corpora  # noqa: E402
+from branchmix.data import installed  # noqa: E402
 from smollm2 import seed  # noqa: E402
 
 PRINT_BEGINNING = """
 import sys
 from hashlib import sha256
 from itertools import islice
-from branchmix.demo import corpora
-for document in islice(corpora.documents(sys.argv[1], held_out=True), 5):
+from branchmix.data import installed
+for document in islice(installed.documents(sys.argv[1], held_out=True), 5):
     print(document.name, sha256(document.text.encode()).hexdigest())
 """
 
 
-@pytest.mark.parametrize("domain", corpora.DOMAINS)
+@pytest.mark.parametrize("domain", installed.DOMAINS)
 def test_the_same_documents_in_every_process(domain: str) -> None:
     printed = {
         subprocess.run(
@@ -45,12 +45,12 @@ def test_the_same_documents_in_every_process(domain: str) -> None:
     assert len(printed.pop().splitlines()) == 5
 
 
-@pytest.mark.parametrize("domain", corpora.DOMAINS)
+@pytest.mark.parametrize("domain", installed.DOMAINS)
 def test_parts_share_no_text(domain: str) -> None:
-    training, held_out = (list(islice(corpora.documents(domain, held_out=part), 12)) for part in (False, True))
+    training, held_out = (list(islice(installed.documents(domain, held_out=part), 12)) for part in (False, True))
     assert not {document.name for document in training} & {document.name for document in held_out}
     documents = training + held_out
-    assert all(len(document.text) >= corpora.MIN_CHARS for document in documents)
+    assert all(len(document.text) >= installed.MIN_CHARS for document in documents)
     passages = [text for document in documents for text in (document.text.split("\n\n") if domain != "code" else ())]
     passages = passages or [document.text for document in documents]
     assert len(passages) == len(set(passages))
@@ -64,10 +64,10 @@ def test_a_licence_that_is_copied_counts_once(tmp_path: Path, monkeypatch: pytes
         folder = tmp_path / f"{package}-1.0.dist-info"
         folder.mkdir()
         (folder / "LICENSE").write_text(f"Copyright (c) {len(package)}\n\n{licence}\n")
-    monkeypatch.setattr(corpora, "PACKAGES", tmp_path)
-    monkeypatch.setattr(corpora, "COMMON_LICENSES", tmp_path / "none")
-    monkeypatch.setattr(corpora, "DEBIAN", tmp_path / "none")
-    found = [document.text for part in (False, True) for document in corpora.documents("law", held_out=part)]
+    monkeypatch.setattr(installed, "PACKAGES", tmp_path)
+    monkeypatch.setattr(installed, "COMMON_LICENSES", tmp_path / "none")
+    monkeypatch.setattr(installed, "DEBIAN", tmp_path / "none")
+    found = [document.text for part in (False, True) for document in installed.documents("law", held_out=part)]
     assert sorted("Permission" in text for text in found) == [False, True]
 
 
@@ -78,13 +78,13 @@ def test_debians_lists_of_files_and_owners_are_no_licences(tmp_path: Path) -> No
         "Format: https://www.debian.org/doc/\nUpstream-Name: thing\n\n"
         f"Files: *\nCopyright: 1999-2020 Somebody\n 2001 Another\nLicense: Expat\n {terms}\n .\n And so on.\n"
     )
-    assert corpora._licence("thing/copyright", copyright_file)[0].text == terms
+    assert installed._licence("thing/copyright", copyright_file)[0].text == terms
 
 
 def test_files_for_training(tmp_path: Path) -> None:
     """One document a line, no more than asked for, the same whatever the number of processes."""
     written = [
-        corpora.write(tmp_path / str(processes), enough_bytes=40_000, processes=processes) for processes in (1, 2)
+        installed.write(tmp_path / str(processes), enough_bytes=40_000, processes=processes) for processes in (1, 2)
     ]
     for domain, extract in written[0].items():
         lines = [json.loads(line) for line in extract.path.read_text(encoding="utf-8").splitlines()]
@@ -96,17 +96,17 @@ def test_files_for_training(tmp_path: Path) -> None:
 
 
 def test_the_held_out_part_does_not_depend_on_what_else_is_installed() -> None:
-    shares = [corpora.Document(f"document {number}", "").held_out for number in range(2000)]
-    assert abs(sum(shares) / len(shares) - corpora.HELD_OUT_SHARE) < 0.04
+    shares = [installed.Document(f"document {number}", "").held_out for number in range(2000)]
+    assert abs(sum(shares) / len(shares) - installed.HELD_OUT_SHARE) < 0.04
 
 
 def test_only_sentences_are_prose() -> None:
     sentence = "This paragraph has one sentence, and the sentence goes on, " + "word after word, " * 5 + "to its end."
-    assert corpora._is_prose(sentence)
-    assert not corpora._is_prose(sentence.removesuffix("."))
-    assert not corpora._is_prose("A short one.")
-    assert not corpora._is_prose(">>> " + sentence)
-    assert not corpora._is_prose(sentence.replace(" ", " = "))
+    assert installed._is_prose(sentence)
+    assert not installed._is_prose(sentence.removesuffix("."))
+    assert not installed._is_prose("A short one.")
+    assert not installed._is_prose(">>> " + sentence)
+    assert not installed._is_prose(sentence.replace(" ", " = "))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("smollm2-*.yaml")), ids=lambda path: path.stem)

@@ -192,3 +192,23 @@ def test_what_cannot_start_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file/log.txt: cannot be written"):
         run(Job("a", ["true"], tmp_path / "file" / "log.txt"))
+
+
+def test_a_job_waits_for_those_it_comes_after(tmp_path: Path) -> None:
+    first = job(tmp_path, "first", "import time; time.sleep(0.3); open('made', 'w').close()")
+    second = job(tmp_path, "second", "import os; print(os.path.exists('made'))", after=["first", "not one of these"])
+    other = job(tmp_path, "other", "print('meanwhile')")
+    states = run(second, first, other, at_once=2)
+    assert [state.last_line for state in states] == ["True", "", "meanwhile"]
+    begun = {state.job.name: state.started or 0.0 for state in states}
+    assert begun["other"] < begun["second"]  # nobody idles
+
+
+def test_what_comes_after_a_failure_is_never_started(tmp_path: Path) -> None:
+    broken = job(tmp_path, "broken", "raise SystemExit(2)")
+    after = job(tmp_path, "after", "print('never')", after=["broken"])
+    later = job(tmp_path, "later", "print('never')", after=["after"])
+    fine = job(tmp_path, "fine", "print('fine')")
+    states = run(broken, after, later, fine)
+    assert [state.status for state in states] == ["failed", "waiting", "waiting", "done"]
+    assert not after.log.exists()

@@ -21,11 +21,12 @@ ROOT = Path(branchmix.__file__).parent
 LEVELS = {
     "errors": 0,
     **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages", "likelihood"), 1),
-    **dict.fromkeys(("upcycling", "train", "evaluate", "scaling", "study"), 2),
-    **dict.fromkeys(("demo", "export"), 3),
-    "cli": 4,
+    **dict.fromkeys(("upcycling", "train", "evaluate", "scaling"), 2),
+    **dict.fromkeys(("study", "export"), 3),
+    "demo": 4,
+    "cli": 5,
 }
-"""cli -> {demo, export} -> {upcycling, train, ...} -> {checkpoint, models, data, pages, ...} -> errors."""
+"""cli -> demo -> {study, export} -> {upcycling, train, ...} -> {checkpoint, models, data, pages, ...} -> errors."""
 ENTRANCES = {"__init__", "__main__", "_registration"}
 """The package's own doors: they name everything, lazily."""
 FILES = sorted(ROOT.rglob("*.py"))

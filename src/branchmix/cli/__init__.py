@@ -26,6 +26,7 @@ from branchmix.cli.push import push_command
 from branchmix.cli.routes import EPILOG as ROUTES_EPILOG
 from branchmix.cli.routes import routes_command
 from branchmix.cli.scaling import scaling_app
+from branchmix.cli.study import REPORT_EPILOG, STUDY_EPILOG, report_command, study_command
 from branchmix.cli.train import EPILOG as TRAIN_EPILOG
 from branchmix.cli.train import train_command
 from branchmix.cli.upcycle import EPILOG as UPCYCLE_EPILOG
@@ -47,6 +48,8 @@ app.command("upcycle", epilog=UPCYCLE_EPILOG)(upcycle_command)
 app.command("eval", epilog=EVAL_EPILOG)(eval_command)
 app.command("routes", epilog=ROUTES_EPILOG)(routes_command)
 app.command("demo", epilog=DEMO_EPILOG)(demo_command)
+app.command("study", epilog=STUDY_EPILOG)(study_command)
+app.command("report", epilog=REPORT_EPILOG)(report_command)
 app.add_typer(scaling_app, name="scaling")
 app.command("inspect")(inspect_command)
 app.command("generate", epilog=GENERATE_EPILOG)(generate_command)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.demo.settings import EXPERTS, MIXTURES, ROUTED, Budgets, Scale, mixture_runs, training_flops
+from branchmix.study.speed import new_model, seconds_per_step
 
 KINDS = ("dense", *MIXTURES)
-MEASURED_STEPS = 5
 MARGIN = 0.9
 """Share of the time that is planned: machines are not always as fast as in their first seconds."""
 BYTES_PER_TOKEN = 3.6
@@ -226,45 +226,29 @@ def _together(model: Any, scale: Scale, rank: int, processes: int, meeting: str)
 
 def _model(scale: Scale, kind: str) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
 
-    from branchmix.models import mixture_config
     from branchmix.train.models import has_bf16
 
-    logging.set_verbosity_error()
-    fields = scale.config()
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config = scale.config()
     if kind != "dense":
-        config = mixture_config(config, **scale.mixture(kind))
-    bf16 = has_bf16(torch.device("cpu"))
-    return AutoModelForCausalLM.from_config(config, **({"attn_implementation": "eager"} if bf16 else {}))
+        config = {"model_type": "branchmix", "seed_config": config, **scale.mixture(kind)}
+    return new_model(config, bf16=has_bf16(torch.device("cpu")))
 
 
 def _seconds_per_token(model: Any, scale: Scale, rows: int) -> float:
-    """Of an optimizer step on a whole batch, from forward and backward passes of ``rows`` sequences.
-
-    The fastest of some, after a first one.
-    """
     import torch
 
     from branchmix.train.models import has_bf16
 
-    bf16 = has_bf16(torch.device("cpu"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    ids_BT = torch.randint(0, scale.vocab_size, (rows, scale.sequence_length))
-    passes, updates = [], []
-    for _ in range(1 + MEASURED_STEPS):
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        loss.backward()
-        middle = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
-        passes.append(middle - start)
-        updates.append(time.perf_counter() - middle)
-    return (min(passes[1:]) * scale.batch_size / rows + min(updates[1:])) / scale.step_tokens
+    seconds = seconds_per_step(
+        model,
+        vocab_size=scale.vocab_size,
+        sequence_length=scale.sequence_length,
+        batch_size=scale.batch_size,
+        rows=rows,
+        bf16=has_bf16(torch.device("cpu")),
+    )
+    return seconds / scale.step_tokens
 
 
 def main(out: Path) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from branchmix.demo.measure import routing_file, score_file
 from branchmix.demo.settings import DOMAINS, EXPERTS, ROUTED, Scale
+from branchmix.study.records import cpu_name, curve
+from branchmix.study.statistics import SEED_NOISE, difference
 
 LABELS = {
     "seed": "Seed",
@@ -37,10 +37,6 @@ GROUPS = {
     "merged": "Merged, not trained since (step 0)",
     "trained": "Trained on all four domains",
 }
-SEED_NOISE = 0.02
-"""Relative differences of perplexity up to this are called none: an allowance for the random seed, not measured."""
-SMOOTHED = 8
-"""Points of a loss curve that are averaged, those before it: no point knows what comes after it."""
 FEW_STEPS = 30
 """Of a mixture: below, models have hardly learned anything."""
 CAVEAT = (
@@ -82,7 +78,7 @@ def collect(out: Path, *, seconds: float) -> dict[str, Any]:
         },
         "held_out_documents": {domain: len(scores["seed"]["domains"][domain]) for domain in DOMAINS},
         "routing": {f"trained/{run}": _routing(out, run) for run in ROUTED if routing_file(out, run).is_file()},
-        "curves": {folder: _curve(out / folder) for folder in folders if folder.startswith("trained")},
+        "curves": {folder: curve(out / folder) for folder in folders if folder.startswith("trained")},
         "steps": _json(out / "steps.json"),
     }
     found["headline"] = headline(found)
@@ -155,60 +151,9 @@ def _text(extracts: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _curve(folder: Path) -> list[dict[str, float]]:
-    """Training loss over tokens and FLOPs: the mean over domains of the last few points of each.
-
-    A batch has more of one domain and less of another, which would be most of what moves its own mean.
-    """
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    recent: dict[str, list[float]] = {}
-    curve = []
-    for row in rows:
-        if "loss" not in row:
-            continue
-        for name, value in row.items():
-            if name.startswith("loss/"):
-                recent[name] = [*recent.get(name, [])[1 - SMOOTHED :], value]
-        loss = sum(sum(values) / len(values) for values in recent.values()) / len(recent)
-        curve.append({**{key: row[key] for key in ("step", "tokens", "flops")}, "loss": loss})
-    return curve
-
-
-def cpu_name() -> str:
-    """As the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Two models
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of two models on the same documents, in nats a token."""
-
-    value: float
-    stderr: float
-
-
-def difference(ours: list[list[float]], theirs: list[list[float]]) -> Difference:
-    """Mean difference of two models' loss on a domain, and its standard error over documents.
-
-    Paired: what makes a document hard for both takes no part in it. The error is that of a ratio of sums (delta
-    method), as in ``branchmix.evaluate.perplexity.aggregate``; infinite for a single document.
-    """
-    pairs = [(a[0] - b[0], a[1]) for a, b in zip(ours, theirs, strict=True) if a[1]]
-    tokens = sum(count for _, count in pairs)
-    value = math.fsum(nats for nats, _ in pairs) / tokens
-    if len(pairs) < 2:
-        return Difference(value, math.inf)
-    squares = math.fsum((nats - value * count) ** 2 for nats, count in pairs)
-    return Difference(value, math.sqrt(len(pairs) / (len(pairs) - 1) * squares) / tokens)
 
 
 def _compared(ours: dict[str, list[list[float]]], theirs: dict[str, list[list[float]]]) -> dict[str, Any]:

@@ -236,7 +236,14 @@ def _calibration(demo: Demo) -> Task:
 
 def _text(demo: Demo, budgets: Budgets) -> Task:
     out = demo.out
-    command = ["python", "-m", "branchmix.demo.corpora", str(out / "text"), str(budgets.enough_bytes), str(demo.cores)]
+    command = [
+        "python",
+        "-m",
+        "branchmix.data.installed",
+        str(out / "text"),
+        str(budgets.enough_bytes),
+        str(demo.cores),
+    ]
     return Task("text", command, out / TEXT, out / "logs" / "text.log")
 
 

@@ -17,6 +17,8 @@ from branchmix.train.launch import JobState
 from branchmix.train.progress import METRICS, duration
 
 _SECONDS_BETWEEN_LINES = 30.0
+_SHOWN_AT_MOST = 12
+"""Jobs with a row each."""
 _TAIL_BYTES = 1_000_000
 _SHOWN = ("step", "steps", "loss", "tokens_per_second", "eta_seconds")
 
@@ -24,7 +26,8 @@ _SHOWN = ("step", "steps", "loss", "tokens_per_second", "eta_seconds")
 class Board:
     """Shows the states it is called with. A context manager, for the terminal's sake."""
 
-    def __init__(self, *, total: int, finished: int, enabled: bool):
+    def __init__(self, *, total: int, finished: int, enabled: bool, noun: str = "experts"):
+        self.noun = noun
         self.total = total
         self.finished = finished
         self.enabled = enabled
@@ -34,7 +37,7 @@ class Board:
 
     def __enter__(self) -> Board:
         if self.enabled and self.finished:
-            print(f"{self.finished} of {self.total} experts are finished already", file=sys.stderr)
+            print(f"{self.finished} of {self.total} {self.noun} are finished already", file=sys.stderr)
         if self.enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
@@ -52,12 +55,18 @@ class Board:
             return
         self._tell_changes(states)
         if self.live is not None:
-            self.live.update(_table(states), refresh=True)
+            self.live.update(_table(states, self.noun), refresh=True)
         elif time.monotonic() - self.said_at > _SECONDS_BETWEEN_LINES:
             self.said_at = time.monotonic()
             for state in states:
                 if state.status == "running":
                     print(_line(state), file=sys.stderr, flush=True)
+            if len(states) > _SHOWN_AT_MOST:
+                print(self._count(states), file=sys.stderr, flush=True)
+
+    def _count(self, states: list[JobState]) -> str:
+        done = self.finished + sum(state.status == "done" for state in states)
+        return f"{done} of {self.total} {self.noun} are done"
 
     def _tell_changes(self, states: list[JobState]) -> None:
         """A line for every run that began, was retried, or ended."""
@@ -86,11 +95,16 @@ class Board:
             print(text, file=sys.stderr, flush=True)
 
 
-def _table(states: list[JobState]) -> Any:
+def _table(states: list[JobState], noun: str) -> Any:
+    """All of few; of many those that run or failed, and how many are done."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("expert")
+    caption = None
+    if len(states) > _SHOWN_AT_MOST:
+        caption = f"{sum(state.status == 'done' for state in states)} of {len(states)} {noun} done"
+        states = [state for state in states if state.status in ("running", "failed")]
+    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    table.add_column(noun.removesuffix("s"))
     table.add_column("")
     for name in ("step", "loss", "tokens/s", "left"):
         table.add_column(name, justify="right", no_wrap=True)

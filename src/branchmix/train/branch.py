@@ -234,14 +234,14 @@ def _report(run: RunConfig, name: str, status: Status, state: JobState | None = 
 
 def _share_machine(config: BranchConfig, num_runs: int) -> tuple[int, int | None, list[Mapping[str, str]]]:
     """Runs at a time, threads of each (None: as torch likes), and the environments of their places."""
-    gpus = _gpus()
-    if gpus:
-        return config.at_once or len(gpus), config.threads, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
+    found = gpus()
+    if found:
+        return config.at_once or len(found), config.threads, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in found]
     at_once = min(config.at_once or cores(), num_runs)
     return at_once, config.threads or max(1, cores() // at_once), [{}]
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Names for CUDA_VISIBLE_DEVICES of the GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -27,6 +27,7 @@ from branchmix.train.launch import (
     Outcome,
     noted_signals,
     run_processes,
+    startable,
     what_becomes_of,
 )
 
@@ -86,14 +87,14 @@ def run_on_ray(
                         _take_result(ray, task)
                         stopping = bool(received) and task.state.attempts > 0
                         task.state.status = what_becomes_of(task.state, retries=retries, stopping=stopping)
-                for state in states:
+                for state in startable(states):
                     room = (at_once is None or len(running) < at_once) and not received
-                    if room and state.status == "waiting" and state.job.name not in running:
+                    if room and state.job.name not in running:
                         sign = signs / f"{state.job.name}-{state.attempts}"
                         running[state.job.name] = _Task(state, attempt.remote(state, sign), sign)
                 if watch is not None:
                     watch(states)
-                if not running and (received or all(state.status != "waiting" for state in states)):
+                if not running and (received or next(startable(states), None) is None):
                     break
                 time.sleep(_POLL_SECONDS)
     return Outcome(states, received[0] if received else None)

@@ -332,26 +332,31 @@ class BranchConfig(_Training):
 
 def _load(kind: type[Any], path: Path, overrides: list[str]) -> Any:
     data = read_yaml(path)
-    for override in overrides:
-        _override(data, override)
+    for words in overrides:
+        apply_override(data, words)
     config = parse(kind, data, str(path))
     config._folder = path.parent
     return config
 
 
-def _override(data: Any, override: str) -> None:
+def apply_override(data: Any, words: str) -> None:
+    """Change ``data``, what a YAML file says, by one ``key=value``; dots lead into mappings.
+
+    Raises:
+        RecipeError: it is no such thing, or there is no place for it.
+    """
     import yaml
 
-    keys, equals, value = override.partition("=")
+    keys, equals, value = words.partition("=")
     if not equals or not keys:
-        raise RecipeError(f"{override}: is no key=value, such as budget.tokens=2M")
+        raise RecipeError(f"{words}: is no key=value, such as budget.tokens=2M")
     *parents, last = keys.split(".")
     place = data
     for key in parents:
         place = place.setdefault(key, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        raise RecipeError(f"{override}: there is no place for it in the file: {'.'.join(parents)} is no mapping")
+        raise RecipeError(f"{words}: there is no place for it in the file: {'.'.join(parents)} is no mapping")
     try:
         place[last] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise RecipeError(f"{override}: {value!r} is not valid YAML") from None
+        raise RecipeError(f"{words}: {value!r} is not valid YAML") from None

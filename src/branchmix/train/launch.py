@@ -44,6 +44,8 @@ class Job:
     """Added to this process's environment."""
     folder: Path | None = None
     """Where it runs; here if not given."""
+    after: Sequence[str] = ()
+    """Names of jobs that have to be done before it; such as are not among the jobs of the call count as done."""
 
 
 @dataclass
@@ -96,9 +98,9 @@ def run_processes(
     """Run all jobs, ``at_once`` of them at a time, in their order.
 
     A job that fails is started again up to ``retries`` times, unless its exit code is 2 (the input is wrong); the
-    others go on either way. SIGINT and SIGTERM are passed on to the running jobs, whose end is then waited for: nothing
-    is started or retried any more. A further signal is passed on as well, and the third kills. Call it from the main
-    thread, where signals arrive.
+    others go on either way, but for those that come after it, which stay ``waiting``. SIGINT and SIGTERM are passed on
+    to the running jobs, whose end is then waited for: nothing is started or retried any more. A further signal is
+    passed on as well, and the third kills. Call it from the main thread, where signals arrive.
 
     Args:
         jobs: what to run.
@@ -124,17 +126,23 @@ def run_processes(
                         process.close()
                         process.state.status = what_becomes_of(process.state, retries=retries, stopping=bool(received))
                 for place in range(at_once):
-                    state = next((state for state in states if state.status == "waiting"), None)
+                    state = next(startable(states), None)
                     if state is not None and place not in running and not received:
                         running[place] = _Running(state, places[place % len(places)], orphans_get)
                 if watch is not None:
                     watch(states)
-                if not running and (received or all(state.status != "waiting" for state in states)):
+                if not running and (received or next(startable(states), None) is None):
                     break
                 time.sleep(poll_seconds)
     finally:
         _end(list(running.values()))
     return Outcome(states, received[0] if received else None)
+
+
+def startable(states: Sequence[JobState]) -> Iterator[JobState]:
+    """Waiting jobs with nothing left to wait for, in their order."""
+    left = {state.job.name for state in states if state.status != "done"}
+    return (state for state in states if state.status == "waiting" and left.isdisjoint(state.job.after))
 
 
 def what_becomes_of(state: JobState, *, retries: int, stopping: bool) -> Status:

@@ -28,6 +28,23 @@ def part_of(name: str) -> str:
     return "embeddings"
 
 
+def trained_parts(model: Any) -> tuple[dict[str, float], int]:
+    """Share of the parameters that are trained by part, for ``token_flops``, and the number of LoRA's own."""
+    counts = {part: [0, 0] for part in ("attention", "ffn", "routers", "lm_head")}
+    lora = 0
+    head = model.get_output_embeddings()
+    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            lora += parameter.numel()
+            continue
+        part = "lm_head" if id(parameter) in heads else part_of(name)
+        if part in counts:
+            counts[part][0] += parameter.numel() * parameter.requires_grad
+            counts[part][1] += parameter.numel()
+    return {part: trained / total for part, (trained, total) in counts.items() if total}, lora
+
+
 def scores(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Loss in nats a token and perplexity by domain, from the rows of one step."""
     return {name: {"loss": loss, "perplexity": math.exp(loss)} for name, loss in last_values(rows, "held_out/").items()}

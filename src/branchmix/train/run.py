@@ -24,7 +24,7 @@ from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.memory import keep_freed_memory
 from branchmix.train.outputs import AVERAGE, DONE, RunFolder, settings_of, write_json
 from branchmix.train.progress import Clock, Display, Metrics, last_values
-from branchmix.train.record import machine, now, part_of, scores, versions
+from branchmix.train.record import machine, now, scores, trained_parts, versions
 from branchmix.train.schedule import steps_of, token_flops
 from branchmix.train.sharding import reshard
 from branchmix.train.signals import StopSignals
@@ -246,23 +246,7 @@ class _Run:
             from branchmix.train.models import save_memory
 
             save_memory(self.model)
-        self.flops = token_flops(described, config.sequence_length, *self._trained_parts())
-
-    def _trained_parts(self) -> tuple[dict[str, float], int]:
-        """Share of the parameters trained by part, and the number of LoRA's own."""
-        counts = {part: [0, 0] for part in ("attention", "ffn", "routers", "lm_head")}
-        lora = 0
-        head = self.model.get_output_embeddings()
-        heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-        for name, parameter in self.model.named_parameters():
-            if "lora_" in name:
-                lora += parameter.numel()
-                continue
-            part = "lm_head" if id(parameter) in heads else part_of(name)
-            if part in counts:
-                counts[part][0] += parameter.numel() * parameter.requires_grad
-                counts[part][1] += parameter.numel()
-        return {part: trained / total for part, (trained, total) in counts.items() if total}, lora
+        self.flops = token_flops(described, config.sequence_length, *trained_parts(self.model))
 
     def _fix_steps(self, checkpoint: Path | None) -> dict[str, Any]:
         """What stays as it is from the first start of the run on: ``run.json``."""

@@ -116,3 +116,20 @@ def token_flops(
     }
     frozen = sum(round(weights[part] * (1 - share)) for part, share in (trained or {}).items())
     return TokenFlops(flops.total, 3 * flops.total - frozen + 6 * lora_parameters)
+
+
+ADAMW_FLOPS = 14
+"""Of one parameter in one step: 1 for weight decay, 3 and 4 for the two moments, 3 for the root of the second with its
+correction and epsilon, 3 for the step."""
+CLIPPING_FLOPS = 3
+"""Of one gradient: 2 for the length of all, 1 to shorten it."""
+
+
+def optimizer_flops(num_trained: int, *, clips: bool = True) -> int:
+    """FLOPs of one optimizer step (AdamW) on so many parameters.
+
+    Args:
+        num_trained: parameters that are trained.
+        clips: whether gradients are clipped (``max_grad_norm``).
+    """
+    return num_trained * (ADAMW_FLOPS + (CLIPPING_FLOPS if clips else 0))

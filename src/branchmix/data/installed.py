@@ -5,12 +5,13 @@
     math     docstrings of sympy and mpmath (torch brings both)
     general  English: the language reference in pydoc, and prose in the docstrings and descriptions of the packages
              that branchmix itself needs
+    cpp      the C++ headers that torch brings along (not among the four of the demo: `law` has little text, this much)
 
 The same environment gives the same text every time: documents come in the order of a hash of their name. What has
 been read before is left out, a document in `code` and a paragraph elsewhere, so that no licence and no boilerplate
 is both trained on and held out. Reading is parallel, in processes, and stops when there is enough.
 
-    python -m branchmix.demo.corpora FOLDER 2000000 2        # 2 MB of each domain, read by 2 processes
+    python -m branchmix.data.installed FOLDER 2000000 2        # 2 MB of each domain, read by 2 processes
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,6 +38,9 @@ STDLIB = Path(sysconfig.get_path("stdlib"))
 PACKAGES = Path(sysconfig.get_path("purelib"))
 COMMON_LICENSES = Path("/usr/share/common-licenses")
 DEBIAN = Path("/usr/share/doc")
+
+FOUR = ("general", "code", "law", "math")
+"""The domains of the demo."""
 
 # With torch, transformers and datasets come all of these: the text does not change with what else is installed.
 OWN_PACKAGES = (
@@ -82,22 +86,32 @@ class Domain:
     by_paragraph: bool = True
 
 
-def write(folder: Path, *, enough_bytes: int, processes: int) -> dict[str, Extract]:
+def write(
+    folder: Path,
+    *,
+    enough_bytes: int,
+    processes: int,
+    domains: Sequence[str] = FOUR,
+    max_chars: int = MAX_CHARS,
+) -> dict[str, Extract]:
     """Write `{domain}.jsonl` for every domain: a document a line, with its `text` and its `name`.
 
     Args:
         folder: where to; it is made.
         enough_bytes: of UTF-8 text in a domain; the last document that is begun is written whole.
         processes: that read side by side.
+        domains: which of ``DOMAINS``.
+        max_chars: where longer documents are cut.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
     with _pool(processes) as mapped:
-        for name, domain in DOMAINS.items():
+        for name in domains:
+            domain = DOMAINS[name]
             path, part = folder / f"{name}.jsonl", folder / f"{name}.jsonl.part"
             documents, chars, size = 0, 0, 0
             with part.open("w", encoding="utf-8") as file:
-                for document in _deduplicated(mapped(domain), by_paragraph=domain.by_paragraph):
+                for document in _deduplicated(mapped(domain), by_paragraph=domain.by_paragraph, max_chars=max_chars):
                     file.write(json.dumps({"text": document.text, "name": document.name}, ensure_ascii=False) + "\n")
                     documents, chars = documents + 1, chars + len(document.text)
                     size += len(document.text.encode())
@@ -138,12 +152,12 @@ def _pool(processes: int) -> Iterator[Callable[[Domain], Iterator[Document]]]:
         yield mapped
 
 
-def _deduplicated(found: Iterable[Document], *, by_paragraph: bool) -> Iterator[Document]:
+def _deduplicated(found: Iterable[Document], *, by_paragraph: bool, max_chars: int = MAX_CHARS) -> Iterator[Document]:
     seen: set[object] = set()
     for document in found:
         parts = re.split(r"\n\s*\n", document.text) if by_paragraph else [document.text]
         kept = [part.strip("\n") for part in parts if part.strip() and _is_new(part, seen, by_paragraph=by_paragraph)]
-        text = "\n\n".join(kept)[:MAX_CHARS]
+        text = "\n\n".join(kept)[:max_chars]
         if len(text) >= MIN_CHARS:
             yield Document(document.name, text)
 
@@ -181,6 +195,10 @@ def _law_files() -> list[tuple[str, Path]]:
     if DEBIAN.is_dir():
         found += _files(DEBIAN, "*/copyright")
     return _ranked(found)
+
+
+def _cpp_files() -> list[tuple[str, Path]]:
+    return _files(PACKAGES / "torch" / "include", "**/*.h", "**/*.hpp", "**/*.cuh")
 
 
 def _math_files() -> list[tuple[str, Path]]:
@@ -235,6 +253,7 @@ DOMAINS: dict[str, Domain] = {
     "code": Domain(_code_files, _whole, by_paragraph=False),
     "law": Domain(_law_files, _licence),
     "math": Domain(_math_files, _all_docstrings),
+    "cpp": Domain(_cpp_files, _whole, by_paragraph=False),
 }
 
 

@@ -1,0 +1,469 @@
+"""From a study's settings to its graph.
+
+Budgets are exact: the steps of every run follow from the settings and the models' configs alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from branchmix.accounting import active_parameters, parameters
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.data.config import Source
+from branchmix.errors import RecipeError
+from branchmix.recipe import Recipe
+from branchmix.settings import parse
+from branchmix.study.facts import step_cost
+from branchmix.study.graph import FORMAT, NEGLIGIBLE, Cost, Graph, Kind, Step, key_of
+from branchmix.study.methods import METHODS
+from branchmix.study.settings import InstalledText, Method, StudyFile
+from branchmix.train.config import NewModel
+from branchmix.train.outputs import FREE_TO_CHANGE
+
+HELD_OUT_WHILE_TRAINING = 2048
+"""Tokens of a domain that a run itself evaluates at its end; the scores are a step of their own."""
+
+
+def build(study: StudyFile) -> Graph:
+    """The graph of a study; reads configs and hashes of what is given, and no weights.
+
+    Raises:
+        BranchMixError: the seed or text is missing, or a recipe makes no sense.
+    """
+    return _Builder(study).build()
+
+
+class _Builder:
+    def __init__(self, study: StudyFile):
+        self.study = study
+        self.found: dict[str, Step] = {}
+        self.given: ResolvedModel | None = None
+        if isinstance(study.seed, str):
+            self.given = resolve(study.seed, study.folder)
+        self.seed_config = self._seed_config()
+        self.per_step = study.step_tokens
+
+    # ---- the main path ----
+
+    def build(self) -> Graph:
+        study = self.study
+        if isinstance(study.data, InstalledText):
+            self._add("text", "text", study.data.model_dump(), {}, (0,))
+        self.data = self._data_identity()
+        self.reference = self._reference_cost()
+        for repetition in range(len(study.random_seeds)):
+            self._dense_models(repetition)
+        for group, methods in enumerate((study.methods, study.ablations)):
+            for repetition in range(len(study.random_seeds)):
+                for place, method in enumerate(methods):
+                    if method.repetitions is None or repetition < method.repetitions:
+                        self._method(
+                            method, repetition, (1 + group, repetition, place), "methods" if not group else "ablations"
+                        )
+        self._inference()
+        return Graph(dict(sorted(self.found.items(), key=lambda item: item[1].order)))
+
+    def _dense_models(self, repetition: int) -> None:
+        study = self.study
+        order = (1, repetition, -1)
+        about = {"group": "dense", "repetition": repetition}
+        seed = self._seed_step(repetition)
+        if seed is not None and seed not in self.found:
+            assert study.tokens.seed is not None
+            new = study.seed.model_dump(exclude_unset=True) | {"model_type": study.seed.model_type}  # type: ignore[union-attr]
+            self._train(
+                seed,
+                {"model": new, "mix": study.seed_mix or {study.general: 1.0}, **self._rate(1.0)},
+                {},
+                steps=study.tokens.seed // self.per_step,
+                random_seed=self._random(repetition, 0),
+                order=order,
+                config=self.seed_config,
+                about={**about, "role": "seed", "label": "Seed"},
+            )
+        self._scores(
+            repetition,
+            "seed",
+            {"model": seed} if seed else {},
+            order,
+            self.seed_config,
+            {**about, "role": "seed", "label": "Seed"},
+        )
+        for number, expert in enumerate(study.expert_names):
+            step = self._expert_step(expert, repetition)
+            label = f"{expert.capitalize()} expert"
+            if step not in self.found:
+                share = study.general_share if expert != study.general else 0.0
+                self._train(
+                    step,
+                    {
+                        "mix": {expert: 1.0 - share, study.general: share} if share else {expert: 1.0},
+                        **self._rate(study.learning_rate.expert),
+                    },
+                    {"model": seed} if seed else {},
+                    steps=study.tokens.expert // self.per_step,
+                    random_seed=self._random(repetition, 1),
+                    order=(*order, 1 + number),
+                    config=self.seed_config,
+                    about={**about, "role": "expert", "label": label},
+                )
+            self._scores(
+                repetition,
+                expert,
+                {"model": step},
+                (*order, 1 + number, 1),
+                self.seed_config,
+                {**about, "role": "expert", "label": label},
+            )
+
+    def _method(self, method: Method, repetition: int, order: tuple[int, ...], group: str) -> None:
+        study, preset = self.study, METHODS[method.method]
+        label = method.label or preset.label
+        about = {
+            "group": group,
+            "repetition": repetition,
+            "method": method.title,
+            "preset": method.method,
+            "label": label,
+            "what": preset.what,
+        }
+        if preset.warning:
+            about["warning"] = preset.warning
+        dense = {
+            "seed": self._seed_step(repetition),
+            **{name: self._expert_step(name, repetition) for name in study.expert_names},
+        }
+        needs = {role: name for role, name in dense.items() if name is not None}
+        if preset.kind == "ensemble":
+            options = {"members": ["seed", *study.expert_names], **self._evaluation(), **self._given()}
+            name = f"{self._prefix(repetition)}scores.{method.title}"
+            about = {**about, "role": "ensemble"}
+            needs |= self._text()
+            self._add(name, "ensemble", options, needs, (*order, 9), config=self.seed_config, about=about)
+            return
+        if preset.kind == "dense":
+            self._runs(method, repetition, {}, needs.get("seed"), self.seed_config, order, about)
+            return
+        recipe = self._recipe(method, repetition)
+        config = self._mixture_config(recipe)
+        content = recipe.model_dump(mode="json", exclude={"seed", "experts"})
+        names = [expert.name for expert in recipe.experts]
+        needs = {role: name for role, name in needs.items() if role in ("seed", *names)}
+        name = f"{self._prefix(repetition)}upcycle.{method.title}"
+        options = {"recipe": content, "experts": names, **self._given()}
+        self._add(name, "upcycle", options, needs, (*order, 0), config=config, about={**about, "role": "upcycle"})
+        same = next((s.name for s in self.found.values() if s.key == self.found[name].key), name)
+        if same != name:  # another method trains the same merge otherwise
+            del self.found[name]
+        else:
+            step_0 = {**about, "role": "merge" if preset.kind == "merge" else "step 0"}
+            title = method.title if preset.kind == "merge" else f"{method.title}-step0"
+            self._scores(repetition, title, {"model": name}, (*order, 1), config, step_0)
+        name = same
+        if preset.kind == "mixture":
+            self._runs(method, repetition, preset.train, name, config, (*order, 2), about)
+
+    def _runs(
+        self,
+        method: Method,
+        repetition: int,
+        train: dict[str, Any],
+        model: str | None,
+        config: dict[str, Any],
+        order: tuple[int, ...],
+        about: dict[str, Any],
+    ) -> None:
+        """Training at equal data, compute, time; where two of these are the same run, it is one."""
+        study = self.study
+        train = {**train, **method.train}
+        is_reference = method.title == study.reference
+        reference_steps, total = self.reference
+        wanted = method.match if method.match is not None else list(METHODS[method.method].match)
+        per_step = step_cost(study, config, train)
+        budgets: dict[Any, list[str]] = {}
+        for match in ["dm"] if is_reference else wanted:
+            if match == "time":
+                budgets.setdefault("time", []).append(match)
+                continue
+            steps = reference_steps
+            if match == "cm" and abs(reference_steps * per_step.total - total) > NEGLIGIBLE * total:
+                steps = total // per_step.total
+            if steps < 1:
+                raise RecipeError(
+                    f"methods: {method.title}: one step costs more than all of {study.reference}: raise tokens.mixture"
+                )
+            budgets.setdefault(steps, []).append(match)
+        for number, (steps, matches) in enumerate(budgets.items()):
+            title = method.title if is_reference else f"{method.title}-{matches[0]}"
+            matched = ["dm", "cm", "time"] if is_reference else matches
+            if steps == reference_steps and "dm" not in matched:  # equal data comes with equal compute
+                matched = ["dm", *matched]
+            needs = {"model": model} if model else {}
+            run_about = {**about, "match": matched, "role": "reference" if is_reference else "trained", "title": title}
+            timed = {}
+            if steps == "time":
+                needs["clock"] = f"{self._prefix(repetition)}train.{study.reference}"
+                timed = {"minutes_of": "clock"}
+            name = f"{self._prefix(repetition)}train.{title}"
+            self._train(
+                name,
+                {"mix": study.mix, **self._rate(study.learning_rate.mixture), **train, **timed},
+                needs,
+                steps=reference_steps if timed else steps,
+                random_seed=self._random(repetition, 2),
+                order=(*order, 2 * number),
+                config=config,
+                about=run_about,
+                per_step=per_step,
+            )
+            self._scores(repetition, title, {"model": name}, (*order, 2 * number + 1), config, run_about)
+
+    # ---- kinds of steps ----
+
+    def _train(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        needs: dict[str, str],
+        *,
+        steps: int,
+        random_seed: int,
+        order: tuple[int, ...],
+        config: dict[str, Any],
+        about: dict[str, Any],
+        per_step: Cost | None = None,
+    ) -> None:
+        study = self.study
+        if steps < 1:
+            raise RecipeError(
+                f"tokens: {name} has less than one step of {self.per_step:,} tokens: raise its budget, or lower "
+                "batch_size"
+            )
+        run = {
+            **study.train,
+            **settings,
+            "held_out": {"share": study.held_out.share, "tokens": HELD_OUT_WHILE_TRAINING},
+            "sequence_length": study.sequence_length,
+            "batch_size": study.batch_size,
+            "budget": {"steps": steps},
+            "optimizer": study.optimizer.model_dump(mode="json"),
+            "random_seed": random_seed,
+        }
+        if study.micro_batch_size is not None:
+            run["micro_batch_size"] = study.micro_batch_size
+        if study.trust_remote_code:
+            run["trust_remote_code"] = True
+        run = json.loads(json.dumps(run))
+        per_step = per_step or step_cost(self.study, config, {})
+        cost = Cost(steps, steps * self.per_step, steps * per_step.flops, steps * per_step.optimizer)
+        options = {
+            "run": run,
+            "data": self.data,
+            **(self._given() if "model" not in needs and "model" not in run else {}),
+        }
+        self._add(name, "train", options, {**needs, **self._text()}, order, config=config, cost=cost, about=about)
+
+    def _scores(
+        self,
+        repetition: int,
+        title: str,
+        needs: dict[str, str],
+        order: tuple[int, ...],
+        config: dict[str, Any],
+        about: dict[str, Any],
+    ) -> None:
+        name = f"{self._prefix(repetition)}scores.{title}"
+        options = {**self._evaluation(), **(self._given() if "model" not in needs else {})}
+        self._add(
+            name,
+            "scores",
+            options,
+            {**needs, **self._text()},
+            (*order, 99),
+            config=config,
+            about={**about, "title": title},
+        )
+
+    def _inference(self) -> None:
+        study = self.study
+        if study.inference is None:
+            return
+        needs = {"seed": seed} if (seed := self._seed_step(0)) else {}
+        needs |= {
+            step.about["method"]: step.name
+            for step in self.found.values()
+            if step.kind == "upcycle" and step.about["repetition"] == 0 and step.about["group"] == "methods"
+        }
+        self._add(
+            "inference",
+            "inference",
+            {**study.inference.model_dump(), **self._given()},
+            needs,
+            (9,),
+            about={"role": "inference"},
+        )
+
+    def _add(
+        self, name: str, kind: Kind, options: dict[str, Any], needs: dict[str, str], order: tuple[int, ...], **more: Any
+    ) -> None:
+        options = json.loads(json.dumps(options))
+        counted = options
+        if kind == "train":  # what does not change the result is no part of the key
+            counted = {
+                **options,
+                "run": {key: value for key, value in options["run"].items() if key not in FREE_TO_CHANGE},
+            }
+        keys = {role: self.found[needed].key for role, needed in needs.items()}
+        key = key_of({"format": FORMAT, "kind": kind, "options": counted, "needs": keys})
+        self.found[name] = Step(name, kind, options, needs, key, order, **more)
+
+    # ---- parts ----
+
+    def _prefix(self, repetition: int) -> str:
+        return f"r{repetition + 1}."
+
+    def _random(self, repetition: int, phase: int) -> int:
+        """Phases draw different numbers: an expert's general text is not the seed's first."""
+        first = {0: ("all",), 1: ("all", "experts"), 2: ("all", "experts", "mixtures")}[phase]
+        return 4 * self.study.random_seeds[repetition if self.study.repeat in first else 0] + phase
+
+    def _seed_step(self, repetition: int) -> str | None:
+        if self.given is not None:
+            return None
+        return f"{self._prefix(repetition)}train.seed" if self.study.repeat == "all" else "train.seed"
+
+    def _expert_step(self, name: str, repetition: int) -> str:
+        return f"train.{name}" if self.study.repeat == "mixtures" else f"{self._prefix(repetition)}train.{name}"
+
+    def _rate(self, ratio: float) -> dict[str, Any]:
+        rate = self.study.learning_rate
+        return {"learning_rate": {"peak": rate.peak * ratio, "warmup": rate.warmup, "final": rate.final}}
+
+    def _evaluation(self) -> dict[str, Any]:
+        study = self.study
+        return {
+            "held_out": study.held_out.model_dump(),
+            "max_length": study.sequence_length,
+            "precision": study.train.get("precision", "auto"),
+            "data": self.data,
+        }
+
+    def _text(self) -> dict[str, str]:
+        return {"text": "text"} if "text" in self.found else {}
+
+    def _given(self) -> dict[str, Any]:
+        """What identifies a seed that is not trained here."""
+        if self.given is None:
+            return {}
+        if self.given.revision:
+            return {"seed": f"{self.given.given}@{self.given.revision}"}
+        from branchmix.likelihood.records import model_hash
+
+        if not hasattr(self, "_hash"):
+            self._hash = model_hash(self.given.folder)
+        return {"seed": self._hash}
+
+    def _seed_config(self) -> dict[str, Any]:
+        from branchmix.train.models import new_config, require_model_type
+
+        if self.given is not None:
+            return require_model_type(self.given)
+        new = self.study.seed
+        assert isinstance(new, NewModel)
+        vocabulary = new.train_tokenizer
+        if vocabulary is None:
+            from branchmix.train.models import load_tokenizer
+
+            vocabulary = len(load_tokenizer(resolve(new.tokenizer or "", self.study.folder), trust_remote_code=False))
+        return dict(new_config(new, vocabulary).to_dict())
+
+    def _recipe(self, method: Method, repetition: int) -> Recipe:
+        """Of a method, with names instead of models."""
+        study, preset = self.study, METHODS[method.method]
+        experts = [{"name": name, "model": name} for name in study.expert_names]
+        fields: dict[str, Any] = {
+            "seed": "seed",
+            "experts": experts,
+            "routed_scaling_factor": "auto",
+            "dtype": "float32",
+        }
+        for further in (study.recipe, preset.recipe, method.recipe):
+            for key, value in further.items():
+                both = isinstance(value, dict) and isinstance(fields.get(key), dict)
+                fields[key] = {**fields[key], **value} if both else value
+        init = fields.get("router_init", {})
+        init = {"method": init} if isinstance(init, str) else init
+        fields["router_init"] = {"seed": self._random(repetition, 2), **init}
+        if method.method == "sparse-upcycling" and "seed_copies" not in method.recipe:
+            fields["seed_copies"] = len(experts)
+        if preset.larger is not None and "seed_copies" not in method.recipe:
+            fields |= self._larger(fields, preset.larger, repetition)
+        return parse(Recipe, fields, f"method {method.title}")
+
+    def _larger(self, fields: dict[str, Any], match: str, repetition: int) -> dict[str, Any]:
+        """Copies of the seed, and top-k, that come nearest to the parameters of BAM Expert KV."""
+        goal = self._mixture_config(self._recipe(Method(method="bam-expert-kv"), repetition))
+
+        def config(copies: int, top_k: int) -> dict[str, Any]:
+            ffn = {"top_k": top_k, "normalize": False}
+            return self._mixture_config(
+                parse(Recipe, {**fields, "seed_copies": copies, "routing": {"ffn": ffn}}, "recipe")
+            )
+
+        total, active = parameters(goal).total, active_parameters(goal).total
+        copies = min(range(1, 17), key=lambda n: abs(parameters(config(n, 1)).total - total))
+        if match == "total":
+            return {"seed_copies": copies}
+        largest = 1 + len(fields["experts"]) + copies
+        top_k = min(range(1, largest + 1), key=lambda k: abs(active_parameters(config(copies, k)).total - active))
+        return {"seed_copies": copies, "routing": {"ffn": {"top_k": top_k, "normalize": False}}}
+
+    def _mixture_config(self, recipe: Recipe) -> dict[str, Any]:
+        attention = recipe.routing.attention.top_k if recipe.attention in ("kv_experts", "kv_sharing") else None
+        return {
+            "model_type": "branchmix",
+            "seed_config": self.seed_config,
+            "attention": recipe.attention,
+            "ffn": recipe.ffn,
+            "num_experts": len(recipe.expert_names),
+            "num_experts_per_tok": recipe.num_experts_per_tok,
+            "attention_num_experts_per_tok": attention,
+        }
+
+    def _reference_cost(self) -> tuple[int, int]:
+        """Steps of the reference, and all its FLOPs."""
+        study = self.study
+        method = study.method(study.reference)
+        preset = METHODS[method.method]
+        config = self.seed_config if preset.kind == "dense" else self._mixture_config(self._recipe(method, 0))
+        steps = study.tokens.mixture // self.per_step
+        return steps, steps * step_cost(study, config, {**preset.train, **method.train}).total
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What the text of all domains depends on; that of a text step is in its key."""
+        if isinstance(self.study.data, InstalledText):
+            return {}
+        return {name: _identity(source, self.study.folder) for name, source in self.study.data.items()}
+
+
+_HASHED_BYTES = 4 << 30
+"""Text up to this size is known by its content, above by sizes and dates."""
+
+
+def _identity(source: Source, folder: Path) -> dict[str, Any]:
+    from branchmix.checkpoint.hashes import FileHashes
+    from branchmix.data.sources import find_files
+
+    content = source.model_dump(exclude_none=True)
+    if source.files is None:
+        return content
+    patterns = [source.files] if isinstance(source.files, str) else source.files
+    files = find_files(patterns, folder, exclude=source.exclude)
+    if sum(file.stat().st_size for file in files) > _HASHED_BYTES:
+        known: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    else:
+        with FileHashes(files) as hashes:
+            known = [[file.name, hashes.of(file)] for file in files]
+    return {"files": known, "column": source.column}

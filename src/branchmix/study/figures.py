@@ -1,0 +1,183 @@
+"""A study's pictures: loss against tokens and FLOPs, perplexity with intervals, compute against perplexity, routing.
+
+Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg``, ``png`` and ``save`` of ``pages.pictures``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from branchmix.pages.pictures import COLOURS, Figure, figure_with, heat, take_ink
+
+Numbers = dict[str, Any]
+TOLD = ("bam-expert-kv", "bam-shared-kv", "dense")
+"""Methods that reports tell about first, where a study has them."""
+_DASHES = {"dm": "-", "cm": "--", "time": ":"}
+
+
+def styles(found: Numbers) -> dict[str, tuple[str, str]]:
+    """Colour (of the method) and dashes (of the match) of the trained models that are drawn.
+
+    As many methods as there are colours: the reference, those that reports tell about, and the first of the others.
+    """
+    trained = [model for model in found["models"] if model["tokens"] and model["group"] == "methods"]
+    ranks = {preset: rank for rank, preset in enumerate(TOLD, start=1)}
+    by_rank = sorted(trained, key=lambda m: 0 if m["role"] == "reference" else ranks.get(m["preset"], len(TOLD) + 1))
+    colours: dict[str, str] = {}
+    left = list(COLOURS[:-1])
+    for model in by_rank:
+        if model["preset"] == "dense":
+            colours[model["method"]] = COLOURS[-1]
+        elif model["method"] not in colours and left:
+            colours[model["method"]] = left.pop(0)
+    return {
+        model["title"]: (colours[model["method"]], "-" if model["role"] == "reference" else _DASHES[model["match"][0]])
+        for model in trained
+        if model["method"] in colours
+    }
+
+
+def curves(found: Numbers, ink: str) -> Figure:
+    """Training loss against tokens and against FLOPs: mean over repetitions."""
+    figure, panels = figure_with(2, (10.0, 4.3), ink)
+    for panel, over, title in zip(
+        panels, ("tokens", "flops"), ("Over tokens: equal data", "Over FLOPs: equal compute"), strict=True
+    ):
+        _curves(panel, found, over, ink)
+        panel.set_title(title, color=ink, loc="left")
+    panels[0].set_ylabel("training loss, nats a token", color=ink)
+    lines, labels = panels[1].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
+    return figure
+
+
+def _curves(panel: Any, found: Numbers, over: str, ink: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    models = {model["title"]: model for model in found["models"]}
+    lowest, highest = float("inf"), 0.0
+    for title, (colour, dashes) in styles(found).items():
+        of_all = [r["training"]["curve"] for r in models[title]["repetitions"] if r["training"]]
+        of_all = [curve for curve in of_all if len(curve) == len(of_all[0])]
+        if not of_all or not of_all[0]:
+            continue
+        losses = [sum(point["loss"] for point in points) / len(points) for points in zip(*of_all, strict=True)]
+        panel.plot(
+            [point[over] for point in of_all[0]],
+            losses,
+            dashes,
+            color=colour,
+            label=models[title]["label"],
+            linewidth=1.6,
+        )
+        lowest, highest = min(lowest, *losses), max(highest, losses[len(losses) // 10])
+    if highest:
+        room = 0.05 * (highest - lowest) or 0.1
+        panel.set_ylim(lowest - room, highest + room)
+    panel.set_xlabel({"tokens": "tokens", "flops": "training FLOPs, without the dense models'"}[over], color=ink)
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.grid(alpha=0.2)
+
+
+def dots(found: Numbers, ink: str) -> Figure:
+    """Geometric mean of held-out perplexity of every model; small dots are its repetitions."""
+    from matplotlib.figure import Figure as MatplotlibFigure
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
+
+    models = found["models"]
+    figure = MatplotlibFigure(figsize=(9.0, 0.6 + 0.26 * len(models)), layout="constrained")
+    panel = figure.subplots()
+    take_ink(panel, ink)
+    colours = {"dense": COLOURS[7], "merged": COLOURS[3], "methods": COLOURS[2], "ablations": COLOURS[4]}
+    for place, model in enumerate(models):
+        colour = colours[model["group"]]
+        if len(model["repetitions"]) > 1:
+            values = [r["geometric_mean"] for r in model["repetitions"]]
+            panel.plot(values, [place] * len(values), ".", color=colour, alpha=0.55, markersize=5)
+        panel.plot(model["geometric_mean"], place, "o", color=colour, markersize=6)
+        text = f"{model['geometric_mean']:.{0 if model['geometric_mean'] >= 100 else 1}f}"
+        panel.annotate(
+            text,
+            (model["geometric_mean"], place),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=ink,
+            fontsize=7.5,
+        )
+    panel.set_xscale("log")
+    panel.set_yticks(range(len(models)), [model["label"] for model in models])
+    panel.set_ylim(len(models) - 0.4, -0.6)
+    low, high = (pick(model["geometric_mean"] for model in models) for pick in (min, max))
+    panel.set_xlim(low / 1.06, high * 1.25)
+    ticks = [
+        t for power in range(7) for t in (10**power * n for n in (1, 1.5, 2, 3, 5, 7)) if low / 1.06 < t < 1.2 * high
+    ]
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
+    panel.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.grid(axis="x", alpha=0.2)
+    panel.set_title("Held-out perplexity, geometric mean over domains", color=ink, loc="left")
+    return figure
+
+
+def compute(found: Numbers, ink: str) -> Figure | None:
+    """Held-out perplexity against training FLOPs: a line from each method's CM run to its DM run."""
+    from matplotlib.ticker import EngFormatter
+
+    shown = styles(found)
+    figure, (panel,) = figure_with(1, (8.0, 4.8), ink)
+    by_method: dict[str, list[Numbers]] = {}
+    for model in found["models"]:
+        if model["title"] in shown:
+            by_method.setdefault(model["method"], []).append(model)
+    for models in by_method.values():
+        models.sort(key=lambda model: model["flops"])
+        colour = shown[models[0]["title"]][0]
+        points = [(model["flops"] + model["optimizer_flops"], model["geometric_mean"]) for model in models]
+        panel.plot(
+            *zip(*points, strict=True),
+            "o-",
+            color=colour,
+            label=models[-1]["label"].replace(" DM ", " ").split(" (")[0],
+            markersize=6,
+        )
+        for model, (x, y) in zip(models, points, strict=True):
+            half = found["comparisons"].get(model["title"], {}).get("log_perplexity", {}).get("half_width")
+            if half is not None:
+                panel.errorbar([x], [y], yerr=[[y * half], [y * half]], color=colour, capsize=3, linewidth=1)
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
+    panel.yaxis.set_minor_formatter(lambda value, _: f"{value:.4g}")
+    panel.tick_params(axis="y", which="both", labelsize=7.5)
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    panel.set_xlabel("training FLOPs, without the dense models'", color=ink)
+    panel.set_ylabel("held-out perplexity, geometric mean", color=ink)
+    lines, labels = panel.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
+    panel.grid(alpha=0.2)
+    return figure
+
+
+def routing(found: Numbers, ink: str, *, title: str) -> Figure:
+    """Load of each expert by domain, first repetition: a row of panels for attention and one for FFN."""
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    routed = next(model for model in found["models"] if model["title"] == title)["repetitions"][0]["routing"]
+    kinds = [kind for kind in ("attention", "ffn") if routed.get(kind)]
+    domains = found["domains"]
+    layers = max(len(routed[kind]) for kind in kinds)
+    figure = MatplotlibFigure(figsize=(2.25 * min(layers, 8) + 0.6, 2.1 * len(kinds) + 0.2), layout="constrained")
+    panels = figure.subplots(len(kinds), min(layers, 8), squeeze=False)
+    for row, kind in enumerate(kinds):
+        shown = routed[kind] if layers <= 8 else [routed[kind][round(n * (layers - 1) / 7)] for n in range(8)]
+        for column, layer in enumerate(shown):
+            panel = panels[row][column]
+            take_ink(panel, ink)
+            by_domain = [layer["by_domain"][domain] for domain in domains]
+            heat(panel, by_domain, domains, routed["experts"], ink, rows=column == 0, columns=row == len(kinds) - 1)
+            name = {"attention": "attention gates", "ffn": "FFN tokens"}[kind]
+            panel.set_title(f"{name}, layer {layer['layer'] + 1}", color=ink, fontsize=8.5)
+            panel.tick_params(axis="x", labelrotation=90 if len(routed["experts"]) > 5 else 0)
+    return figure

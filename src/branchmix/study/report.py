@@ -1,0 +1,269 @@
+"""``branchmix report``: what a study found, as a page, tables and figures, from its small results alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from branchmix.pages import page
+from branchmix.pages.pictures import Figure, png, save, svg
+from branchmix.study import figures
+from branchmix.study.results import collect
+from branchmix.study.statistics import SEED_NOISE
+from branchmix.study.tables import Table, percent, tables
+
+KINDS = ("html", "markdown", "latex")
+FEW_STEPS = 100
+"""Of a mixture: below, models have hardly learned anything."""
+Draw = Callable[[str], Figure]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    numbers: dict[str, Any]
+    headline: list[str]
+    files: list[Path]
+
+
+def report(folder: str | Path, out: str | Path | None = None, *, kinds: Sequence[str] = ()) -> Report:
+    """Write the report of what is done.
+
+    Args:
+        folder: of a study, or of its results.
+        out: where to; the same folder if None.
+        kinds: of ``html``, ``markdown`` and ``latex``; with none, all of them, CSV and the figures as PNG and PDF.
+
+    Raises:
+        DataError: there are no results.
+        OutputError: ``out`` cannot be written.
+    """
+    folder = Path(folder)
+    out = Path(out) if out is not None else folder
+    found = collect(folder)
+    lines = headline(found)
+    made = tables(found)
+    pictures = _pictures(found)
+    files: list[Path] = []
+    everything = not kinds
+    if everything or "html" in kinds:
+        files.append(page.write(out / "index.html", _html(found, lines, made, pictures)))
+    if everything or "markdown" in kinds:
+        files.append(page.write(out / "tables.md", _markdown(found, lines, made)))
+    if everything or "latex" in kinds:
+        files.append(page.write(out / "tables.tex", "\n".join(table.latex() for table in made)))
+    if everything:
+        files += [page.write(out / "tables" / f"{table.name}.csv", table.csv()) for table in made]
+        for name, (draw, _) in pictures.items():
+            files += [png(draw, out / "figures" / f"{name}.png"), save(draw, out / "figures" / f"{name}.pdf")]
+        content = {**found, "headline": lines, "models": [_without_documents(model) for model in found["models"]]}
+        files.append(page.write(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
+    return Report({**found, "models": [_without_documents(model) for model in found["models"]]}, lines, files)
+
+
+def _without_documents(model: dict[str, Any]) -> dict[str, Any]:
+    repetitions = [
+        {key: value for key, value in r.items() if key not in ("documents", "training")} for r in model["repetitions"]
+    ]
+    return {**model, "repetitions": repetitions}
+
+
+def _pictures(found: dict[str, Any]) -> dict[str, tuple[Draw, str]]:
+    """Drawings by name, with what they show."""
+    made: dict[str, tuple[Draw, str]] = {
+        "perplexity": (partial(figures.dots, found), "Held-out perplexity of every model")
+    }
+    if figures.styles(found):
+        made["curves"] = (partial(figures.curves, found), "Training loss against tokens and against FLOPs")
+        made["compute"] = (partial(figures.compute, found), "Held-out perplexity against training FLOPs")
+    for model in found["models"]:
+        if model["repetitions"][0]["routing"] and model["role"] in ("trained", "reference"):
+            draw = partial(figures.routing, found, title=model["title"])
+            made[f"routing-{model['title']}"] = (
+                draw,
+                f"{model['label']}: share of each expert by domain, layer by layer",
+            )
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def headline(found: dict[str, Any]) -> list[str]:
+    """What came out, in sentences: equal data, equal compute, the slope that explains both, and how far to trust it."""
+    models = {model["title"]: model for model in found["models"]}
+    reference = models.get(found["reference"] or "")
+    if reference is None:
+        return [f"{found['steps_done']} of {found['steps']} steps are done; the reference has not been measured yet."]
+    told = _told(found)
+    lines = []
+    for match, what in (("dm", "At equal data"), ("cm", "At equal compute")):
+        parts = []
+        for model in found["models"]:
+            if (
+                model["preset"] in told
+                and model["group"] == "methods"
+                and match in model["match"]
+                and model["role"] == "trained"
+            ):
+                parts.append(f"{model['label']} {_verdict(found['comparisons'][model['title']], reference['label'])}")
+        if parts:
+            lines.append(f"{what}: {'; '.join(parts)}.")
+    methods = {model["method"] for model in found["models"] if model["preset"] in told and model["group"] == "methods"}
+    lines += [_slope(row, reference["label"]) for row in found["slopes"] if row["method"] in methods]
+    lines += _order(found)
+    steps = reference["repetitions"][0]["training"]["steps"]
+    if steps < FEW_STEPS:
+        lines.append(f"The mixtures were trained for {steps} steps: enough to see that all works, too few to judge.")
+    lines.append(_trust(found))
+    if found["steps_done"] < found["steps"]:
+        lines.append(f"{found['steps_done']} of {found['steps']} steps are done.")
+    return lines
+
+
+def _told(found: dict[str, Any]) -> list[str]:
+    """Methods that the sentences are about; all others stand in the tables."""
+    presets = {
+        model["preset"] for model in found["models"] if model["role"] == "trained" and model["group"] == "methods"
+    }
+    return [name for name in figures.TOLD if name in presets] or sorted(presets)
+
+
+def _verdict(comparison: dict[str, Any], reference: str) -> str:
+    text = percent(comparison["log_perplexity"], significant=False)
+    if not comparison["significant"]:
+        return f"and {reference} cannot be told apart ({text})"
+    return f"is {'better' if comparison['relative'] < 0 else 'worse'} than {reference} ({text})"
+
+
+def _slope(row: dict[str, Any], reference: str) -> str:
+    half = row["slope"]["half_width"]
+    text = (
+        f"{row['label']} spends {row['flops_ratio']:.2f} times the FLOPs of {reference}, and its perplexity falls like "
+        f"tokens^{-row['slope']['value']:.2f}{f' (±{half:.2f})' if half is not None else ''} between its two budgets"
+    )
+    if row["pays_below"] is not None and row["significant"]:
+        verb = "pays" if row["slope"]["value"] < row["pays_below"] else "would pay"
+        text += (
+            f"; its lead at equal data {verb} for them where it falls more slowly than tokens^{-row['pays_below']:.2f}"
+        )
+    return f"{text}."
+
+
+def _order(found: dict[str, Any]) -> list[str]:
+    rows = found["claims"]
+    if not rows:
+        return []
+    same = [row for row in rows if row["reproduced"]]
+    sure = [row for row in same if row["significant"]]
+    against = [row for row in rows if not row["reproduced"] and row["significant"]]
+    text = (
+        f"Of {len(rows)} findings of the paper that were tried, {len(same)} came out in the same direction, "
+        f"{len(sure)} of them beyond the noise"
+    )
+    return [f"{text}; {len(against)} came out the other way beyond the noise."]
+
+
+def _trust(found: dict[str, Any]) -> str:
+    count, reference = found["repetitions"], found["comparisons"]
+    if count > 1:
+        what = (
+            f"± is Student's 95 % interval over {count} repetitions with other random seeds, paired by the order of "
+            "the data"
+        )
+    else:
+        what = (
+            "± is twice the standard error over held-out documents; there was one random seed, which alone moves such "
+            f"numbers by a percent or two, so differences up to {SEED_NOISE:.0%} are called none"
+        )
+    many = f" Of {len(reference)} such comparisons one in twenty excludes zero by chance." if count > 1 else ""
+    return (
+        f"Perplexities are geometric means over the domains; {what}.{many} Nothing here says how larger models behave."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _html(found: dict[str, Any], lines: list[str], made: list[Table], pictures: dict[str, tuple[Draw, str]]) -> str:
+    by_name = {table.name: table for table in made}
+
+    def shown(*names: str) -> str:
+        parts = [f"<h3>{escape(by_name[name].title)}</h3>{by_name[name].html()}" for name in names if name in by_name]
+        return "".join(parts)
+
+    def drawn(names: Iterable[str]) -> str:
+        parts = []
+        for name in names:
+            if name in pictures:
+                draw, label = pictures[name]
+                parts.append(
+                    f'<figure class="wide">{svg(draw, name, label)}</figure><p class="note">{escape(label)}.</p>'
+                )
+        return "".join(parts)
+
+    warnings = sorted({f"{model['label']}: {model['warning']}" for model in found["models"] if model["warning"]})
+    sections = [
+        page.section("Perplexity on held-out text", shown("table-1") + drawn(["perplexity"]) + shown("bits-per-byte")),
+        page.section(
+            "The paper's findings, tried again",
+            shown("directions", "table-4", "table-5", "table-6")
+            + "".join(f'<p class="note">{escape(w)}</p>' for w in warnings),
+        ),
+        page.section("Training", drawn(["curves", "compute"])),
+        page.section("What it costs", shown("budgets", "costs", "table-7", "table-10", "inference")),
+        page.section("Who serves which domain", drawn(name for name in pictures if name.startswith("routing-"))),
+        page.section("The text", shown("text")),
+        page.section("Everything that is needed to repeat it", _making(found)),
+    ]
+    return page.document("Methods compared at equal data and equal compute", "branchmix study", lines, sections)
+
+
+def _making(found: dict[str, Any]) -> str:
+    import yaml
+
+    machines = "".join(
+        f"<p>{escape(m['cpu'])}, {m['cores']} cores, {m['threads']} threads a run, {escape(m['precision'])}; "
+        f"{escape(', '.join(f'{name} {version}' for name, version in m['versions'].items()))}</p>"
+        for m in found["machines"]
+    )
+    settings = yaml.safe_dump(found["settings"], sort_keys=False, allow_unicode=True)
+    methods = "".join(f"<li>{escape(label)}: {escape(what)}</li>" for label, what in _methods(found).items())
+    keys = "\n".join(f"{name}  {key}" for name, key in found["keys"].items())
+    recipes = yaml.safe_dump(
+        {name: recipe for name, recipe in found["recipes"].items() if name.startswith(("r1.", "upcycle"))},
+        sort_keys=False,
+    )
+    return f"""{machines}
+<ul>{methods}</ul>
+<h3>The study's file, with defaults</h3>
+<pre>{escape(settings)}</pre>
+<details><summary>Recipes of the merges</summary><pre>{escape(recipes)}</pre></details>
+<details><summary>Content keys of all steps</summary><pre>{escape(keys)}</pre></details>"""
+
+
+def _methods(found: dict[str, Any]) -> dict[str, str]:
+    return {
+        model["label"].removesuffix(", step 0"): model["what"]
+        for model in found["models"]
+        if (model["what"] and model["role"] in ("step 0", "merge", "ensemble")) or model["preset"] == "dense"
+    }
+
+
+def _markdown(found: dict[str, Any], lines: list[str], made: list[Table]) -> str:
+    parts = ["# Methods compared at equal data and equal compute", "", *(f"- {line}" for line in lines), ""]
+    machines = [
+        f"{m['cpu']}, {m['cores']} cores, {m['precision']}, {', '.join(f'{n} {v}' for n, v in m['versions'].items())}"
+        for m in found["machines"]
+    ]
+    return "\n".join([*parts, *(table.markdown() for table in made), "### Machine", "", *machines, ""])

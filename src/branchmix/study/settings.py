@@ -1,0 +1,271 @@
+"""The YAML file of ``branchmix study``: a seed, domains, budgets, methods, repetitions. Unknown keys are refused.
+
+``StudyFile.load(path)``. The reference page in the docs is generated from the docstrings below.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from branchmix.checkpoint.families import nearest
+from branchmix.data.config import HeldOut, Source
+from branchmix.recipe import Recipe
+from branchmix.settings import Count, Settings, Share, parse, read_yaml
+from branchmix.study.methods import METHODS, Match
+from branchmix.train.config import Mix, NewModel, Optimizer, RunConfig, apply_override
+
+SEED = "seed"
+
+
+class InstalledText(Settings):
+    """Text that is installed with Python packages anyway, so that nothing has to be fetched."""
+
+    installed: Count
+    """Bytes of each domain, at most; there is less of some."""
+    domains: list[Literal["general", "code", "law", "math", "cpp"]] = Field(
+        ["general", "code", "law", "math"], min_length=2
+    )
+    """English, Python, licences, docstrings of mathematics, C++ headers. There is little of ``law``."""
+    max_chars: Count = 8000
+    """Longer documents are cut, so that what is held out is of many documents."""
+
+
+class Budgets(Settings):
+    """Tokens of each phase."""
+
+    seed: Count | None = None
+    """Of the seed, where the study trains one."""
+    expert: Count
+    """Of each expert."""
+    mixture: Count
+    """Of the reference method and everything that is data-matched to it; compute-matched runs get its FLOPs."""
+
+
+class Rates(Settings):
+    """Learning rates of the phases: linear warm-up, cosine."""
+
+    peak: Annotated[float, Field(gt=0)]
+    """Of the seed's own training."""
+    expert: Annotated[float, Field(gt=0)] = 0.5
+    """Peak of the experts, times the seed's. The paper: half."""
+    mixture: Annotated[float, Field(gt=0)] = 1.0
+    """Peak of the mixtures and of ``dense``, times the seed's. The paper: the same, lower where gradients spiked."""
+    warmup: Annotated[float, Field(ge=0)] = 0.05
+    """Share of the steps below 1, else a number of steps."""
+    final: Share = 0.1
+    """The last rate as a share of the peak."""
+
+
+class Method(Settings):
+    """One method. Its name alone is short for ``{method: NAME}``."""
+
+    method: str
+    """One of the fixed list."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    """Needed where a method stands twice, with other options."""
+    label: str | None = None
+    """In tables and pictures."""
+    match: list[Match] | None = None
+    """``dm``: the reference's tokens in the same order. ``cm``: its training FLOPs. ``time``: its measured time."""
+    repetitions: Annotated[int, Field(ge=1)] | None = None
+    """Only the first so many; all if not given."""
+    recipe: dict[str, Any] = {}
+    """Keys of the merge's recipe instead of the method's own."""
+    train: dict[str, Any] = {}
+    """Keys of the run that trains it, such as ``freeze``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        return {"method": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _known(self) -> Method:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"there is no method {self.method!r}{nearest(self.method, list(METHODS))}; there are "
+                f"{', '.join(METHODS)}"
+            )
+        for key in self.recipe:
+            if key not in Recipe.model_fields or key in ("seed", "experts"):
+                known = [name for name in Recipe.model_fields if name not in ("seed", "experts")]
+                raise ValueError(f"recipe.{key}: a recipe here has no such key{nearest(key, known)}")
+        for key in self.train:
+            if key not in RunConfig.model_fields or key in _OURS:
+                known = [name for name in RunConfig.model_fields if name not in _OURS]
+                raise ValueError(f"train.{key}: a run here has no such key{nearest(key, known)}")
+        return self
+
+    @property
+    def title(self) -> str:
+        """Its name in the study."""
+        return self.name or self.method
+
+
+_OURS = (
+    *("model", "out", "mix", "data", "held_out", "budget", "sequence_length", "batch_size", "random_seed", "threads"),
+    *("evaluation", "logging"),
+)
+"""Keys of runs that the study decides."""
+
+
+class Inference(Settings):
+    """What each model costs while it generates, as in the paper's section 7.3."""
+
+    prompt: Count = 256
+    """Tokens."""
+    new_tokens: Count = 16
+    runs: Count = 10
+    """Whose mean is taken."""
+
+
+class StudyFile(Settings):
+    """A whole study."""
+
+    seed: str | NewModel
+    """Folder or Hub id of a dense model, or a new one, which is trained first."""
+    data: dict[str, Source] | InstalledText
+    """Domains by name, as in a run; or ``{installed: 10M}``."""
+    general: str = "general"
+    """The seed's own kind of data."""
+    general_share: Share = 0.1
+    """Its share in each expert's (the paper: 10 %)."""
+    experts: list[str] | None = None
+    """Domains that get an expert; all but ``general`` if not given."""
+    seed_mix: Mix | None = None
+    """Shares of the domains in the seed's training; all of ``general`` if not given."""
+    mix: Mix = "equal"
+    """Shares of the domains in the mixtures' training (the paper: equal)."""
+    held_out: HeldOut = HeldOut()
+    tokens: Budgets
+    learning_rate: Rates
+    optimizer: Optimizer = Optimizer()
+    sequence_length: int = Field(1024, ge=8)
+    """Tokens of a packed sequence, and of the window that documents are evaluated in."""
+    batch_size: int = Field(32, ge=1)
+    """Sequences of one optimizer step."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Sequences that are computed at once; all if not given."""
+    recipe: dict[str, Any] = {}
+    """Keys of every mixture's recipe, under those of its method."""
+    train: dict[str, Any] = {}
+    """Keys of every run, such as ``precision``."""
+    methods: list[Method] = Field(min_length=1)
+    """What is compared. All repetitions of these come first."""
+    ablations: list[Method] = []
+    """What comes after them."""
+    reference: str = "btx"
+    """The method whose tokens and FLOPs the others are matched to, and that they are compared with."""
+    random_seeds: list[Annotated[int, Field(ge=0, lt=2**30)]] = Field([0], min_length=1)
+    """One repetition for each. Within a repetition all methods see the same data in the same order."""
+    repeat: Literal["all", "experts", "mixtures"] = "all"
+    """From where on repetitions differ: seed, experts and mixtures; or with one seed for all; or with one set of
+    experts for all."""
+    inference: Inference | None = Inference()
+    """``null`` leaves it out."""
+    keep: Literal["weights", "results"] = "weights"
+    """Of merges and mixtures that nothing depends on any more: all, or just results. Seeds and experts always stay."""
+    at_once: Annotated[int, Field(ge=1)] | None = None
+    """Steps side by side; as many as there are cores or GPUs."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Of a step on CPUs; its share of the cores if not given."""
+    retries: int = Field(1, ge=0)
+    """How often a step that failed is started again."""
+    trust_remote_code: bool = False
+    """Run code that the seed brings along."""
+
+    _folder: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> StudyFile:
+        domains = self.domains
+        for where, names in (("experts", self.experts or []), ("general", [self.general]), *self._mixes()):
+            for name in names:
+                if name not in domains:
+                    raise ValueError(f"{where}: no domain of data is called {name!r}{nearest(name, domains)}")
+        if not self.expert_names:
+            raise ValueError("experts: there is none: data has no domain but general's")
+        for name in self.expert_names:
+            if name == SEED or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"experts: {name!r} is no name for an expert: letters, digits, - and _, not 'seed'")
+        titles = [method.title for method in self.all_methods]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"methods: {title!r} stands there {titles.count(title)} times: give each a name")
+        for name in (*self.expert_names, SEED):
+            if name in titles:
+                raise ValueError(f"methods: {name!r} is the name of a dense model here: give the method another")
+        if self.reference not in titles:
+            raise ValueError(f"reference: no method is called {self.reference!r}{nearest(self.reference, titles)}")
+        if METHODS[self.method(self.reference).method].kind not in ("mixture", "dense"):
+            raise ValueError(f"reference: {self.reference} is not trained, so it has no budget to match")
+        if isinstance(self.seed, NewModel) and self.tokens.seed is None:
+            raise ValueError("tokens.seed: is missing: a new seed has to be trained")
+        if isinstance(self.seed, str) and (self.tokens.seed is not None or self.seed_mix is not None):
+            raise ValueError("tokens.seed, seed_mix: the seed is given, it is not trained here: leave them out")
+        if len(set(self.random_seeds)) < len(self.random_seeds):
+            raise ValueError("random_seeds: one stands there twice, which would be no repetition")
+        for key in self.recipe:
+            if key not in Recipe.model_fields or key in ("seed", "experts", "attention", "ffn"):
+                raise ValueError(
+                    f"recipe.{key}: a recipe here has no such key{nearest(key, list(Recipe.model_fields))}"
+                )
+        for key in self.train:
+            if key not in RunConfig.model_fields or key in (*_OURS, "freeze", "adapters", "lora"):
+                raise ValueError(f"train.{key}: a run here has no such key{nearest(key, list(RunConfig.model_fields))}")
+        return self
+
+    def _mixes(self) -> list[tuple[str, list[str]]]:
+        return [
+            (name, list(mix)) for name, mix in (("mix", self.mix), ("seed_mix", self.seed_mix)) if isinstance(mix, dict)
+        ]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of all domains."""
+        if isinstance(self.data, InstalledText):
+            return list(self.data.domains)
+        return list(self.data)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Domains with an expert."""
+        return self.experts if self.experts is not None else [name for name in self.domains if name != self.general]
+
+    @property
+    def all_methods(self) -> list[Method]:
+        """Those of both lists."""
+        return [*self.methods, *self.ablations]
+
+    def method(self, title: str) -> Method:
+        """By its name in the study."""
+        return next(method for method in self.all_methods if method.title == title)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return self.sequence_length * self.batch_size
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths start from: that of the file."""
+        return self._folder
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> StudyFile:
+        """Read a study file; ``overrides`` are ``key=value`` with dots, values as YAML.
+
+        Raises:
+            RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
+        """
+        path = Path(path)
+        data = read_yaml(path)
+        for words in overrides or []:
+            apply_override(data, words)
+        study: StudyFile = parse(cls, data, str(path))
+        study._folder = path.parent
+        return study

@@ -1,0 +1,310 @@
+"""Steps of a study, in a process of their own: ``python -m branchmix.study.step OUT NAME ...``.
+
+Reads OUT/plan.json, which ``run`` has written, and leaves ``result.json`` in the step's folder when it is done: small,
+and all that reports need. A step that was killed is started again; training goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from branchmix.data.config import HeldOut, Source
+from branchmix.errors import BranchMixError
+from branchmix.study.graph import CURVE_POINTS, relative
+from branchmix.study.records import MODEL, PLAN, RESULT, TEXT, cpu_name, curve, write_record
+
+
+class StepStoppedError(Exception):
+    """A signal came.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal
+
+
+def do(out: Path, name: str) -> None:
+    """Do a step; whatever it has left of an earlier attempt is gone on with.
+
+    Raises:
+        BranchMixError: it cannot be done.
+        StepStoppedError: it was stopped on the way.
+    """
+    plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
+    task = _Task(out.absolute(), plan, name)
+    task.folder.mkdir(parents=True, exist_ok=True)
+    result = getattr(task, task.step["kind"])()
+    write_record(
+        task.folder / RESULT,
+        {"step": name, "kind": task.step["kind"], "key": task.step["key"], "about": task.step["about"], **result},
+    )
+
+
+class _Task:
+    """A step with what it needs."""
+
+    def __init__(self, out: Path, plan: dict[str, Any], name: str):
+        self.steps, self.settings, self.base = plan["steps"], plan["settings"], Path(plan["base"])
+        self.step = self.steps[name]
+        self.options = self.step["options"]
+        self.out = out
+        self.folder = self.folder_of(name)
+
+    def folder_of(self, name: str) -> Path:
+        return self.out / "steps" / self.steps[name]["folder"]
+
+    def needed(self, role: str) -> Path:
+        """The folder of a step that this one needs."""
+        return self.folder_of(self.step["needs"][role])
+
+    def model(self, role: str = "model") -> Path:
+        """The folder of a model that this step starts from; a seed that is not trained here if no step makes it."""
+        if role in self.step["needs"]:
+            return self.needed(role) / MODEL
+        from branchmix.checkpoint.hub import resolve
+
+        return resolve(self.settings["seed"], self.base).folder.absolute()
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Domains by name, with paths from this step's folder where the study made the text, else absolute ones."""
+        if "text" in self.step["needs"]:
+            text = self.needed("text") / TEXT
+            files = {name: text / f"{name}.jsonl" for name in self.settings["data"]["domains"]}
+            return {name: {"files": relative(file, self.folder)} for name, file in files.items()}
+        found = {}
+        for name, source in self.settings["data"].items():
+            content = {key: value for key, value in source.items() if value is not None}
+            for key in ("files", "exclude"):
+                if content.get(key):
+                    values = [content[key]] if isinstance(content[key], str) else content[key]
+                    start = glob.escape(os.path.abspath(self.base))  # noqa: PTH100 (its brackets are no pattern)
+                    content[key] = [os.path.join(start, Path(value).expanduser()) for value in values]  # noqa: PTH118
+                elif key == "exclude":
+                    content.pop(key, None)
+            if content.get("files"):
+                content["exclude"] = [*content.get("exclude", []), f"{glob.escape(str(self.out))}/**"]
+            if content.get("hub") and (self.base / content["hub"]).expanduser().exists():
+                content["hub"] = str((self.base / content["hub"]).expanduser().absolute())
+            found[name] = content
+        return found
+
+    # ---- kinds ----
+
+    def text(self) -> dict[str, Any]:
+        """Text that is installed."""
+        from branchmix.data import installed
+
+        options = self.options
+        part = self.folder / f".{TEXT}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        extracts = installed.write(
+            part,
+            enough_bytes=options["installed"],
+            processes=max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))),
+            domains=options["domains"],
+            max_chars=options["max_chars"],
+        )
+        shutil.rmtree(self.folder / TEXT, ignore_errors=True)
+        part.rename(self.folder / TEXT)
+        sizes = {
+            name: {"documents": e.documents, "characters": e.chars, "bytes": e.bytes} for name, e in extracts.items()
+        }
+        for name, size in sizes.items():
+            print(f"{name:8} {size['documents']:6,} documents {size['characters']:12,} characters")
+        return {"text": sizes}
+
+    def train(self) -> dict[str, Any]:
+        """A training run; ``run.yaml`` stays beside its result."""
+        import yaml
+
+        from branchmix.train import train
+        from branchmix.train.config import RunConfig
+
+        run = dict(self.options["run"])
+        if "model" not in run:
+            model = self.model()
+            run["model"] = relative(model, self.folder) if "model" in self.step["needs"] else self._given()
+        if clock := run.pop("minutes_of", None):
+            record = json.loads((self.needed(clock) / RESULT).read_text(encoding="utf-8"))
+            run["budget"] = {"minutes": record["training"]["seconds"] / 60}
+        run |= {
+            "out": MODEL,
+            "data": self.sources(),
+            "evaluation": {"at_start": False},
+            "logging": {"steps": max(1, self.step["cost"]["steps"] // CURVE_POINTS)},
+        }
+        file = self.folder / "run.yaml"
+        text = f"# A step of a study. By hand: branchmix train {file.name}\n\n{yaml.safe_dump(run, sort_keys=False)}"
+        file.write_text(text, encoding="utf-8")
+        report = train(RunConfig.load(file))
+        if report.status == "stopped":
+            raise StepStoppedError(report.signal or 2)
+        record = report.record
+        return {
+            "training": {
+                **{key: record[key] for key in ("steps", "tokens", "flops", "seconds", "peak_learning_rate")},
+                "optimizer_flops": self._optimizer_flops(record),
+                "domains": record["domains"],
+                "curve": curve(self.folder / MODEL),
+                "text": record["data"]["domains"],
+                "resumed": len(record["resumed"]),
+                "started": record["started"],
+                "ended": record["ended"],
+            },
+            "model": record["model"],
+            "computing": record["computing"],
+            "machine": {**record["machine"], "cpu": cpu_name()},
+            "versions": record["versions"],
+            "run": {key: value for key, value in run.items() if key not in ("data", "out")},
+        }
+
+    def _given(self) -> str:
+        """As the study names its seed: a Hub id, or an absolute folder."""
+        from branchmix.checkpoint.hub import resolve
+
+        found = resolve(self.settings["seed"], self.base)
+        return self.settings["seed"] if found.revision else str(found.folder.absolute())
+
+    def _optimizer_flops(self, record: dict[str, Any]) -> int:
+        from branchmix.train.schedule import optimizer_flops
+
+        clips = self.settings["optimizer"]["max_grad_norm"] > 0
+        return int(record["steps"] * optimizer_flops(record["model"]["trained"], clips=clips))
+
+    def upcycle(self) -> dict[str, Any]:
+        """A merge; ``recipe.yaml`` stays beside it."""
+        import yaml
+
+        from branchmix.recipe import Recipe
+        from branchmix.upcycling import upcycle
+
+        out = self.folder / MODEL
+        recipe = {
+            "seed": relative(self.model("seed"), self.folder) if "seed" in self.step["needs"] else self._given(),
+            "experts": [
+                {"name": name, "model": relative(self.model(name), self.folder)} for name in self.options["experts"]
+            ],
+            **self.options["recipe"],
+        }
+        defaults = Recipe.model_fields
+        recipe = {
+            key: value
+            for key, value in recipe.items()
+            if key in ("seed", "experts") or value != defaults[key].get_default()
+        }
+        file = self.folder / "recipe.yaml"
+        text = f"# A step of a study. By hand: branchmix upcycle {file.name} MIXTURE\n\n"
+        file.write_text(text + yaml.safe_dump(_without_none(recipe), sort_keys=False), encoding="utf-8")
+        report = upcycle(file, out, force=out.exists())
+        print(f"merged in {report.seconds:.1f} s")
+        return {
+            "merge": {
+                "seconds": round(report.seconds, 3),
+                "recipe": self.options["recipe"],
+                "experts": self.options["experts"],
+            }
+        }
+
+    def scores(self) -> dict[str, Any]:
+        """A model on every domain."""
+        from branchmix.study.measure import measure
+
+        found = measure(self.model(), self._sources(), **self._evaluation())
+        return self._scored(found)
+
+    def ensemble(self) -> dict[str, Any]:
+        """All dense models together."""
+        from branchmix.study.measure import measure_ensemble
+
+        models = [self.model(name) for name in self.options["members"]]
+        return self._scored(measure_ensemble(models, self._sources(), **self._evaluation()))
+
+    def inference(self) -> dict[str, Any]:
+        """Latency and memory of all merges, and of the seed."""
+        from branchmix.study.inference import measure_inference
+        from branchmix.train.record import versions
+
+        options = self.options
+        roles = [role for role in self.step["needs"] if role != "seed"]
+        models = {"seed": self.model("seed"), **{role: self.model(role) for role in roles}}
+        numbers = {name: options[name] for name in ("prompt", "new_tokens", "runs")}
+        found = measure_inference(models, **numbers)
+        return {"inference": found, "machine": {"cpu": cpu_name(), "cores": os.cpu_count()}, "versions": versions()}
+
+    def _sources(self) -> dict[str, Source]:
+        return {name: Source(**source) for name, source in self.sources().items()}
+
+    def _evaluation(self) -> dict[str, Any]:
+        options = self.options
+        precision = options.get("precision", "auto")
+        return {
+            "folder": self.folder,
+            "held_out": HeldOut(**options["held_out"]),
+            "max_length": options["max_length"],
+            "bf16": None if precision == "auto" else precision == "bf16",
+            "trust_remote_code": self.settings["trust_remote_code"],
+        }
+
+    def _scored(self, found: dict[str, Any]) -> dict[str, Any]:
+        documents = {
+            domain: [[round(nats, 3), int(tokens), int(size)] for nats, tokens, size in rows]
+            for domain, rows in found["domains"].items()
+        }
+        return {
+            "documents": documents,
+            "routing": _rounded(found["routing"]),
+        }
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four digits, at any depth."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return value
+
+
+def main(out: Path, names: list[str]) -> int:
+    """Exit code: 0; 2 if the input is wrong; 128 and the signal's number after one."""
+    from branchmix.train.memory import keep_freed_memory
+
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads:
+        import torch
+
+        torch.set_num_threads(int(threads))
+        keep_freed_memory()
+    try:
+        for name in names:
+            do(out, name)
+    except BranchMixError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except StepStoppedError as stop:
+        return 128 + stop.signal
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,260 @@
+"""A study's settings and its graph: what is refused, equal budgets, and which steps a changed option makes new."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from branchmix.accounting import active_parameters, flops_per_token, parameters
+from branchmix.errors import RecipeError
+from branchmix.settings import parse
+from branchmix.study.build import build
+from branchmix.study.graph import Graph, chosen
+from branchmix.study.methods import METHODS
+from branchmix.study.settings import StudyFile
+from branchmix.train.schedule import optimizer_flops
+
+MODEL = {
+    "model_type": "cohere",
+    "train_tokenizer": 300,
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "logit_scale": 1.0,
+}
+STEP = 16 * 4
+ROOT = Path(__file__).parents[2]
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {
+        "seed": MODEL,
+        "data": {"installed": "1M"},
+        "sequence_length": 16,
+        "batch_size": 4,
+        "tokens": {"seed": 20 * STEP, "expert": 10 * STEP, "mixture": 100 * STEP},
+        "learning_rate": {"peak": 1e-2},
+        "methods": ["btx", "bam-expert-kv", "soup", "dense", "ensemble"],
+        **changes,
+    }
+
+
+def study(**changes: Any) -> StudyFile:
+    return parse(StudyFile, settings(**changes), "study.yaml")
+
+
+def graph(**changes: Any) -> Graph:
+    return build(study(**changes))
+
+
+def new(before: Graph, after: Graph) -> set[str]:
+    """Steps of ``after`` that would be run, if those of ``before`` were done."""
+    done = {step.folder for step in before.steps.values()}
+    return {step.name for step in after.steps.values() if step.folder not in done}
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ["btxx"]}, "no method 'btxx', did you mean 'btx'"),
+        ({"methods": ["btx", "btx"]}, "'btx' stands there 2 times: give each a name"),
+        ({"methods": ["soup"], "reference": "soup"}, "soup is not trained"),
+        ({"methods": ["soup"]}, "reference: no method is called 'btx'"),
+        ({"experts": ["codes"]}, "no domain of data is called 'codes', did you mean 'code'"),
+        ({"tokens": {"expert": 1, "mixture": 1}}, "tokens.seed: is missing"),
+        ({"seed": "./seed"}, "the seed is given"),
+        ({"random_seeds": [1, 1]}, "no repetition"),
+        ({"recipe": {"atention": "seed"}}, "recipe.atention: a recipe here has no such key"),
+        ({"train": {"budget": {"steps": 1}}}, "train.budget: a run here has no such key"),
+        ({"methods": ["btx", {"method": "btx", "name": "code"}]}, "'code' is the name of a dense model"),
+        ({"budgets": 1}, "budgets: there is no such key"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        study(**changes)
+    assert words.replace(", did", " (did") in str(error.value) or words in str(error.value), str(error.value)
+
+
+def test_a_budget_below_one_step_is_refused() -> None:
+    with pytest.raises(RecipeError, match="less than one step"):
+        graph(tokens={"seed": 20 * STEP, "expert": 1, "mixture": 100 * STEP})
+
+
+@pytest.mark.parametrize("name", ["study-a", "study-b", "study-tiny"])
+def test_recipes_can_be_loaded(name: str) -> None:
+    found = StudyFile.load(ROOT / "recipes" / f"{name}.yaml")
+    if not isinstance(found.seed, str):
+        assert len(build(found).steps) > 20
+
+
+def test_every_method_has_a_graph() -> None:
+    found = graph(methods=list(METHODS))
+    titles = {step.about.get("method") for step in found.steps.values()}
+    assert titles - {None} == set(METHODS)
+
+
+# ---- budgets ----
+
+
+def test_equal_data_and_equal_compute() -> None:
+    """Compute: forward three times, and 17 FLOPs of AdamW and clipping for each parameter and step, by hand."""
+    found = graph(methods=["btx", "bam-expert-kv", "bam-shared-kv", "btx-soft"])
+    runs = {name.split(".")[-1]: step for name, step in found.steps.items() if step.kind == "train"}
+    reference = runs["btx"].cost
+    assert (reference.steps, reference.tokens) == (100, 100 * STEP)
+    config = runs["btx"].config
+    assert config is not None
+    assert reference.flops == 3 * 100 * STEP * flops_per_token(config, 16).total
+    assert reference.optimizer == 17 * 100 * parameters(config).total == 100 * optimizer_flops(parameters(config).total)
+    for method in ("bam-expert-kv", "bam-shared-kv", "btx-soft"):
+        assert runs[f"{method}-dm"].cost.steps == 100
+        cost = runs[f"{method}-cm"].cost
+        assert 0 <= reference.total - cost.total < cost.total / cost.steps
+        assert cost.steps < 90
+
+
+def test_one_run_where_equal_data_is_equal_compute() -> None:
+    found = graph(methods=["btx", "sparse-upcycling"])
+    names = [name for name in found.steps if "train.sparse" in name]
+    assert names == ["r1.train.sparse-upcycling-dm"]
+    assert found.steps[names[0]].about["match"] == ["dm", "cm"]
+
+
+def test_frozen_experts_cost_less_to_train() -> None:
+    found = graph(methods=["btx", "bam-expert-kv", "bam-frozen-experts", "bam-adapters"])
+    cost = {name.split(".")[-1]: step.cost for name, step in found.steps.items() if step.kind == "train"}
+    whole, frozen = cost["bam-expert-kv-dm"], cost["bam-frozen-experts-dm"]
+    assert frozen.flops < whole.flops and frozen.optimizer < whole.optimizer / 2
+    assert cost["bam-frozen-experts-cm"].steps > cost["bam-expert-kv-cm"].steps
+    assert cost["bam-adapters-dm"].optimizer < whole.optimizer
+
+
+def test_further_experts_come_nearest_to_bams_parameters() -> None:
+    found = graph(methods=["btx", "bam-expert-kv", "btx-total-match", "btx-active-match"])
+    config = {name.split(".")[-1]: step.config for name, step in found.steps.items() if step.kind == "upcycle"}
+    goal, total, active = config["bam-expert-kv"], config["btx-total-match"], config["btx-active-match"]
+    assert goal is not None and total is not None and active is not None
+    wanted = parameters(goal).total
+    for off in (-1, 1):
+        other = {**total, "num_experts": total["num_experts"] + off}
+        assert (
+            abs(parameters(total).total - wanted) <= abs(parameters(other).total - wanted) or total["num_experts"] == 5
+        )
+        other = {**active, "num_experts_per_tok": active["num_experts_per_tok"] + off}
+        if other["num_experts_per_tok"]:
+            gap = abs(active_parameters(active).total - active_parameters(goal).total)
+            assert gap <= abs(active_parameters(other).total - active_parameters(goal).total)
+
+
+# ---- keys ----
+
+
+def test_changed_options_make_new_just_what_depends_on_them() -> None:
+    before = graph(random_seeds=[0, 1])
+    assert not new(before, graph(random_seeds=[0, 1]))
+    assert not new(before, graph(random_seeds=[0, 1], threads=3, at_once=1, keep="results"))
+    assert not new(before, graph(random_seeds=[0, 1], train={"checkpoints": {"minutes": 5}}))
+    assert new(before, graph(random_seeds=[0, 1], train={"precision": "fp32"}))
+
+    scores = {name for name, step in before.steps.items() if step.kind in ("scores", "ensemble")}
+    assert new(before, graph(random_seeds=[0, 1], held_out={"tokens": 9000})) == scores
+
+    methods = [{"method": "btx", "recipe": {"router_z_loss_coef": 0.5}}, "bam-expert-kv", "soup", "dense", "ensemble"]
+    of_btx = {name for name in before.steps if ".btx" in name} | {"inference"}
+    assert new(before, graph(random_seeds=[0, 1], methods=methods)) == of_btx
+
+    labelled = [{"method": "btx", "label": "Branch-Train-MiX"}, "bam-expert-kv", "soup", "dense", "ensemble"]
+    assert not new(before, graph(random_seeds=[0, 1], methods=labelled))
+
+    longer = {"seed": 20 * STEP, "expert": 10 * STEP, "mixture": 120 * STEP}
+    words = (".btx", ".bam-expert-kv-dm", ".bam-expert-kv-cm", ".dense-dm", ".dense-cm")
+    trained = {n for n in before.steps if n.endswith(words) and not n.startswith(("r1.upcycle", "r2.upcycle"))}
+    assert new(before, graph(random_seeds=[0, 1], tokens=longer)) == trained
+
+    more = new(before, graph(random_seeds=[0, 1], methods=[*settings()["methods"], "bam-shared-kv"]))
+    assert more == {
+        name
+        for name in graph(random_seeds=[0, 1], methods=[*settings()["methods"], "bam-shared-kv"]).steps
+        if "shared" in name
+    } | {"inference"}
+
+    third = new(before, graph(random_seeds=[0, 1, 2]))
+    assert third and all(name.startswith("r3.") for name in third)
+
+    other = new(before, graph(random_seeds=[0, 1], tokens={**settings()["tokens"], "seed": 21 * STEP}))
+    assert other == set(before.steps) - {"text"}
+
+
+def test_given_text_is_known_by_its_content(tmp_path: Path) -> None:
+    for name in ("general", "code"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    data = {name: {"files": str(tmp_path / f"{name}.jsonl")} for name in ("general", "code")}
+    before = graph(data=data)
+    (tmp_path / "code.jsonl").write_text(json.dumps({"text": "code"}) + "\n")  # another date
+    assert not new(before, graph(data=data))
+    (tmp_path / "code.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
+    assert new(before, graph(data=data)) == set(before.steps)
+
+
+def test_repetitions_differ_from_where_they_are_said_to() -> None:
+    counts = {}
+    for repeat in ("all", "experts", "mixtures"):
+        found = graph(random_seeds=[0, 1], repeat=repeat)
+        names = [name.split(".")[-1] for name, step in found.steps.items() if step.kind == "train"]
+        counts[repeat] = [names.count(name) for name in ("seed", "code", "btx")]
+    assert counts == {"all": [2, 2, 2], "experts": [1, 2, 2], "mixtures": [1, 1, 2]}
+
+
+def test_data_order_is_paired_within_a_repetition() -> None:
+    found = graph(random_seeds=[5, 6])
+    by_repetition: dict[int, set[int]] = {0: set(), 1: set()}
+    for step in found.steps.values():
+        if step.kind == "train" and step.about["group"] == "methods":
+            by_repetition[step.about["repetition"]].add(step.options["run"]["random_seed"])
+    assert len(by_repetition[0]) == len(by_repetition[1]) == 1 and by_repetition[0] != by_repetition[1]
+    runs = [
+        step.options["run"]["random_seed"]
+        for step in found.steps.values()
+        if step.name in ("r1.train.seed", "r1.train.code")
+    ]
+    assert len({*runs, *by_repetition[0]}) == 3  # each phase its own
+
+
+# ---- order and choice ----
+
+
+def test_methods_of_all_repetitions_come_before_ablations() -> None:
+    found = graph(methods=["btx"], ablations=["soup"], random_seeds=[0, 1])
+    names = list(found.steps)
+    assert names.index("r2.scores.btx") < names.index("r1.upcycle.soup") < names.index("r2.upcycle.soup")
+    assert names[0] == "text" and names[-1] == "inference"
+    for place, step in enumerate(found.steps.values()):
+        assert all(names.index(needed) < place for needed in step.needs.values())
+
+
+def test_only_some_steps_with_what_they_need() -> None:
+    found = graph(random_seeds=[0, 1])
+    names = {step.name for step in chosen(found, ["r1.train.btx"])}
+    assert names == {
+        "text",
+        "r1.train.seed",
+        "r1.train.code",
+        "r1.train.law",
+        "r1.train.math",
+        "r1.upcycle.btx",
+        "r1.train.btx",
+    }
+    assert {step.name for step in chosen(found, ["soup"])} >= {"r1.scores.soup", "r2.scores.soup"}
+    assert not any(step.name.startswith("r2") for step in chosen(found, ["r1"]))
+    assert len(chosen(found, [])) == len(found.steps)
+    with pytest.raises(RecipeError, match=r"no step is called 'sopu'.*soup"):
+        chosen(found, ["sopu"])

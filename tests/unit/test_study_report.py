@@ -1,0 +1,181 @@
+"""What a study says, from made-up results: labels, intervals, the paper's order, slopes, and tables as text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_study_graph import settings
+
+from branchmix.settings import parse
+from branchmix.study.build import build
+from branchmix.study.records import STUDY, write_record
+from branchmix.study.report import headline, report
+from branchmix.study.results import collect
+from branchmix.study.run import write_plan
+from branchmix.study.settings import StudyFile
+from branchmix.study.tables import Table, percent, tables
+
+LEVELS = {
+    "seed": 2.0,
+    "btx": 0.0,
+    "bam-expert-kv-dm": -0.10,
+    "bam-expert-kv-cm": 0.05,
+    "bam-shared-kv-dm": -0.04,
+    "bam-shared-kv-cm": 0.02,
+}
+"""Log perplexity against BTX; everything else is 1 worse."""
+
+
+def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: Any) -> Path:
+    """Results of a whole study: six documents in each domain, differences that wobble a little between repetitions."""
+    methods = ["btx", "bam-expert-kv", "bam-shared-kv", "soup"]
+    study = parse(StudyFile, settings(**{"methods": methods, "random_seeds": list(range(seeds)), **changes}), "study")
+    graph = build(study)
+    write_plan(study, graph, folder)
+    for name, step in graph.steps.items():
+        record: dict[str, Any] = {"step": name, "kind": step.kind, "key": step.key, "about": step.about}
+        if step.kind == "train":
+            points = [{"step": n, "tokens": n * 64, "flops": n * 1e6, "loss": 5 - n / 10} for n in (1, 2, 3)]
+            domains = {
+                domain: {"documents": 9, "tokens": 99, "held_out_documents": 6, "epochs": 1.5}
+                for domain in study.domains
+            }
+            record["training"] = {
+                "steps": step.cost.steps,
+                "tokens": step.cost.tokens,
+                "flops": step.cost.flops,
+                "optimizer_flops": step.cost.optimizer,
+                "seconds": 12.0,
+                "curve": points,
+                "text": domains,
+            }
+            record |= {"computing": {"precision": "bf16"}, "versions": {"torch": "2"}, "run": {}}
+            record["machine"] = {"cpu": "A & B", "cores": 2, "threads": 1}
+        elif step.kind == "upcycle":
+            record["merge"] = {"recipe": {}}
+        elif step.kind == "scores":
+            title, repetition = step.about["title"], step.about["repetition"]
+            level = 4.0 + repetition + LEVELS.get(title, 1.0) + (wobble * repetition if title != "btx" else 0.0)
+            rows = [[round((level + number / 10) * 100, 6), 100, 300] for number in range(6)]
+            record |= {"documents": dict.fromkeys(study.domains, rows), "routing": None}
+        else:
+            continue
+        write_record(folder / "results" / f"{name}.json", record)
+    return folder
+
+
+def test_models_comparisons_and_the_papers_order(tmp_path: Path) -> None:
+    found = collect(finished(tmp_path))
+    models = {model["title"]: model for model in found["models"]}
+    assert models["seed"]["geometric_mean"] == pytest.approx(math.exp(4 + 0.25 + 2 + 1 + 0.001))
+    labels = [model["label"] for model in found["models"]]
+    assert labels[:2] == ["Seed", "Code expert"] and "BAM DM Expert KV" in labels and "BAM CM Shared KV" in labels
+    compared = found["comparisons"]["bam-expert-kv-dm"]
+    assert compared["log_perplexity"]["value"] == pytest.approx(-0.1 + 0.001)
+    assert compared["log_perplexity"]["half_width"] == pytest.approx(4.302653 * 0.001 / math.sqrt(3), rel=1e-4)
+    assert compared["significant"] and compared["over"] == "repetitions"
+    claims = {claim["claim"]: claim for claim in found["claims"]}
+    assert [claim["reproduced"] for claim in claims.values()] == [True, True, True, False, False, False, True]
+    assert claims["BAM Expert KV better than BTX, equal compute"]["verdict"] == "opposite direction"
+    assert all(all(row["kept"].values()) for row in found["budgets"])
+
+
+def test_the_slope_between_two_budgets(tmp_path: Path) -> None:
+    """Perplexity falls by 0.15 in logarithm from the tokens of equal compute to those of equal data."""
+    found = collect(finished(tmp_path))
+    models = {model["title"]: model for model in found["models"]}
+    row = next(row for row in found["slopes"] if row["method"] == "bam-expert-kv")
+    tokens = models["bam-expert-kv-dm"]["tokens"] / models["bam-expert-kv-cm"]["tokens"]
+    assert row["slope"]["value"] == pytest.approx(0.15 / math.log(tokens))
+    assert row["pays_below"] == pytest.approx(0.099 / math.log(row["flops_ratio"]))
+    text = " ".join(headline(found))
+    assert "At equal data: BAM DM Expert KV is better than BTX (-9.4 ±0.2 %)" in text
+    assert "At equal compute: BAM CM Expert KV is worse than BTX (+5.2 ±0.3 %)" in text
+    assert f"would pay for them where it falls more slowly than tokens^-{row['pays_below']:.2f}" in text
+    assert "Of 7 findings of the paper that were tried, 4 came out in the same direction, 4 of them" in text
+
+
+def test_noise_is_no_finding(tmp_path: Path) -> None:
+    found = collect(finished(tmp_path, wobble=0.2))
+    assert not found["comparisons"]["bam-expert-kv-dm"]["significant"]
+    assert "BAM DM Expert KV and BTX cannot be told apart" in " ".join(headline(found))
+
+
+def test_one_repetition_claims_no_small_difference(tmp_path: Path) -> None:
+    found = collect(finished(tmp_path, seeds=1))
+    assert found["comparisons"]["bam-expert-kv-dm"]["significant"]  # 10 %, and no error over documents
+    assert not found["comparisons"]["bam-shared-kv-cm"]["significant"]  # 2 %, what a seed may do
+    assert "one random seed" in " ".join(headline(found))
+
+
+def test_costs_before_the_mixture_are_counted(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    models = {model["title"]: model for model in collect(folder)["models"]}
+    plan = json.loads((folder / "plan.json").read_text())["steps"]
+    cost = {name: step["cost"]["flops"] + step["cost"]["optimizer"] for name, step in plan.items()}
+    dense = sum(cost[f"r1.train.{name}"] for name in ("seed", "code", "law", "math"))
+    assert models["btx"]["sunk_flops"] == models["soup"]["sunk_flops"] == dense
+    assert models["code"]["sunk_flops"] == cost["r1.train.seed"] and models["seed"]["sunk_flops"] == 0
+
+
+def test_half_a_study_has_a_report(tmp_path: Path) -> None:
+    folder = finished(tmp_path, seeds=2)
+    for file in (folder / "results").glob("r2.*btx*.json"):
+        file.unlink()
+    for file in (folder / "results").glob("*shared-kv-cm.json"):
+        file.unlink()
+    found = report(folder, tmp_path / "report")
+    assert "steps are done" in found.headline[-1]
+    compared = found.numbers["comparisons"]["bam-expert-kv-dm"]
+    assert compared["over"] == "documents"  # only the first repetition has both
+    markdown = (tmp_path / "report" / "tables.md").read_text()
+    assert "BTX (1 of 2 repetitions)" in markdown
+    for file in (folder / "results").glob("*.json"):
+        if file.name not in (STUDY, "r1.scores.seed.json"):
+            file.unlink()
+    assert "the reference has not been measured yet" in report(folder, tmp_path / "report").headline[0]
+
+
+def test_results_of_other_settings_are_left_out(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    file = folder / "results" / "r1.scores.soup.json"
+    record = json.loads(file.read_text())
+    for other in folder.glob("results/*.scores.soup.json"):
+        other.write_text(json.dumps({**record, "key": "another"}))
+    assert "soup" not in [model["title"] for model in collect(folder)["models"]]
+
+
+def test_tables_say_the_same_everywhere(tmp_path: Path) -> None:
+    found = collect(finished(tmp_path))
+    made = {table.name: table for table in tables(found)}
+    assert {"table-1", "bits-per-byte", "directions", "table-7", "table-10", "budgets", "costs", "text"} <= set(made)
+    first = made["table-1"]
+    rows = {row[0]: row for row in csv.reader(io.StringIO(first.csv())) if len(row) > 1}
+    expected = math.exp(4 + 0.25 + 1)
+    assert rows["BTX"][1] == f"{expected:.2f}"
+    for text in (first.markdown(), first.latex(), first.html()):
+        assert rows["BTX"][1] in text and "BAM CM Expert KV" in text
+    assert r"-9.4 $\pm$0.2 \% *" in first.latex() and "-9.4 ±0.2 % *" in first.markdown()
+    best = rows["BAM DM Expert KV"][1]
+    assert (
+        f"**{best}**" in first.markdown()
+        and rf"\textbf{{{best}}}" in first.latex()
+        and f"<b>{best}</b>" in first.html()
+    )
+
+
+def test_special_characters() -> None:
+    table = Table("t", "A & B_1", ["", "x"], [["<a|b>", "5 %"], ["group"]], "~")
+    assert r"\caption{A \& B\_1}" in table.latex() and r"$<$a|b$>$ & 5 \% \\" in table.latex()
+    assert "&lt;a|b&gt;" in table.html() and "| <a/b> | 5 % |" in table.markdown()
+
+
+def test_per_cent_of_perplexity() -> None:
+    assert percent({"value": math.log(1.5), "half_width": 0.02}, significant=True) == "+50.0 ±3.0 % *"
+    assert percent({"value": -0.01, "half_width": None}, significant=False) == "-1.0 %"
