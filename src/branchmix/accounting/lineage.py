@@ -65,7 +65,7 @@ def lineage(folder: Path, name: str | None = None) -> list[Phase]:
         sources = [*merge["sources"], *added]
         phases = [phase for one in sources for phase in _recorded(one, "training", str(one.get("model")))]
         return once(phases)
-    return [Phase(_root_key(folder), name or folder.name, None, None, _root_cost(folder))]
+    return [Phase(_root_key(folder), _called(name or folder.name), None, None, _root_cost(folder))]
 
 
 def as_records(phases: Iterable[Phase]) -> list[dict[str, Any]]:
@@ -103,7 +103,12 @@ def _recorded(holder: dict[str, Any], key: str, model: str) -> list[Phase]:
     path = Path(model)
     if path.is_absolute() and path.is_dir():
         return lineage(path)
-    return [Phase(_hash({"model": model}), model, None, None)]
+    return [Phase(_hash({"model": model}), _called(model), None, None)]
+
+
+def _called(given: str) -> str:
+    """A Hub id as it is, of a path its last part: records travel, and where a folder was is nobody's business."""
+    return Path(given).name if Path(given).is_absolute() else given
 
 
 def _root_key(folder: Path) -> str:
