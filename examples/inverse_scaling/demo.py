@@ -2,9 +2,9 @@
 
     python examples/inverse_scaling/demo.py        # `make demo-scaling`; or with another folder, and fewer --seeds
 
-Six sizes of a dense model, three random seeds each, all on the same tokens of the text of text.py. Then the commands a
+Five sizes of a dense model, three random seeds each, all on the same tokens of the text of text.py. Then the commands a
 user would type: ``branchmix scaling run`` scores both tasks, ``branchmix scaling trends`` judges them and draws the
-page. Each run that is done is not done again. About 20 minutes on two idle cores.
+page. Each run that is done is not done again. About ten minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import yaml
 
 from branchmix.train.launch import Job, JobState, cores, run_processes
 
-WIDTHS = (32, 48, 64, 96, 128, 192)
+WIDTHS = (32, 48, 64, 96, 128)
 SEEDS = (1, 2, 3)
 TOKENS = 3_000_000
 PEAK_AT_64 = 5e-3
-"""Peak learning rate at width 64; it falls with the square root of the width, or the widest do not learn."""
+"""Peak learning rate at width 64; it falls with the square root of the width, or the widest do not learn. At width 192,
+which was tried, one of three seeds had not learnt the sayings by the end all the same: that is training, not scale."""
 
 
 def run_settings(out: Path, width: int, seed: int) -> dict[str, object]:
