@@ -189,7 +189,8 @@ class _Training(Settings):
     attn_implementation: str | None = None
     """transformers' name; chosen by device and length if not given."""
     experts_implementation: str | None = None
-    """``branchmix``, ``grouped_mm``, ``batched_mm`` or ``eager``; ``branchmix`` if not given, which trains as ``grouped_mm``."""
+    """``branchmix``, ``grouped_mm``, ``batched_mm`` or ``eager``; the first if not given, which trains as
+    ``grouped_mm``."""
     random_seed: int = Field(0, ge=0, lt=2**32)
     """Of new weights, of dropout, and of the order of the data."""
     threads: Annotated[int, Field(ge=1)] | None = None
