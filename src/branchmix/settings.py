@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such recipe file") from None
+        raise RecipeError(f"{path}: there is no such file") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         reasons: dict[type, str] = {IsADirectoryError: "is a folder", PermissionError: "may not be read"}
         what = reasons.get(type(error), "is no UTF-8 text")

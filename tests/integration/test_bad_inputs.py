@@ -257,7 +257,7 @@ COMMANDS = [
     Case("no RECIPE", "Missing argument 'RECIPE' | --help", args=lambda i: ["upcycle"]),
     Case("unknown command", "No such command 'upcyle' | 'upcycle'? | --help", args=lambda i: ["upcyle"]),
     Case("unknown option", "No such option: --dryrun | --help", args=lambda i: ["upcycle", "r", "o", "--dryrun"]),
-    Case("no such recipe", "none.yaml: there is no such recipe file", args=lambda i: ["upcycle", "none.yaml", "o"]),
+    Case("no such recipe", "none.yaml: there is no such file", args=lambda i: ["upcycle", "none.yaml", "o"]),
     Case("recipe is a folder", "models: is a folder | give the recipe", args=lambda i: ["upcycle", str(i.models), "o"]),
     Case("OUT is an input", "models/code: is, holds or lies in the source folder | another",
          args=lambda i: [*upcycle(i, i.code), "--force"]),

@@ -376,7 +376,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     task, seed = write_task(tmp_path, "plain", PLAIN), str(models["seed"])
     good = write_family(tmp_path, [seed])
     cases: list[tuple[list[object], str]] = [
-        ([tmp_path / "none.yaml", "--tasks", task], "none.yaml: there is no such recipe file"),
+        ([tmp_path / "none.yaml", "--tasks", task], "none.yaml: there is no such file"),
         ([good, "--tasks", "memotrap", "--data", tmp_path], "there is no task 'memotrap' (did you mean"),
         ([good, "--tasks", "neqa", "--data", tmp_path], "has no neqa_classification.jsonl"),
         ([good, "--data", tmp_path], "has no file of any task"),
