@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from branchmix.accounting import flops_per_token, inspect
-from branchmix.accounting.lineage import lineage, total_flops, total_tokens
+from branchmix.accounting.lineage import as_records, lineage, total_flops, total_tokens
 from branchmix.errors import RecipeError
 from branchmix.scaling.family import FamilyFile, subjects
 from branchmix.upcycling import add_expert, upcycle
@@ -101,6 +101,12 @@ def test_an_expert_that_joined_later_counts_too(
     upcycle(recipe(models), tmp_path / "mix")
     add_expert(tmp_path / "mix", "late", late, tmp_path / "more")
     assert total_tokens(lineage(tmp_path / "more")) == 1570
+    # A run leaves no branchmix.json: what joins its result still grows from that run too.
+    ancestors = as_records(lineage(tmp_path / "mix"))
+    result = trained(Path(shutil.copytree(tmp_path / "mix", tmp_path / "run")), 50, str(tmp_path / "mix"), ancestors)
+    (result / "branchmix.json").unlink()
+    add_expert(result, "late", late, tmp_path / "most")
+    assert total_tokens(lineage(tmp_path / "most")) == 1620
 
 
 def test_base_tokens_stand_for_a_root_without_a_record(models: dict[str, Path], tmp_path: Path) -> None:
