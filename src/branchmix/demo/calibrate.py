@@ -20,6 +20,7 @@ from typing import Any
 
 from branchmix.demo.settings import EXPERTS, MIXTURES, ROUTED, Budgets, Scale, mixture_runs, training_flops
 from branchmix.study.speed import new_model, seconds_per_step
+from branchmix.train.models import Computing, faster_in_bf16
 
 KINDS = ("dense", *MIXTURES)
 MARGIN = 0.9
@@ -225,28 +226,27 @@ def _together(model: Any, scale: Scale, rank: int, processes: int, meeting: str)
 
 
 def _model(scale: Scale, kind: str) -> Any:
-    import torch
-
-    from branchmix.train.models import has_bf16
-
     config = scale.config()
     if kind != "dense":
         config = {"model_type": "branchmix", "seed_config": config, **scale.mixture(kind)}
-    return new_model(config, bf16=has_bf16(torch.device("cpu")))
+    return new_model(config, _computing(), scale.sequence_length)
+
+
+def _computing() -> Computing:
+    """As a run of the demo computes."""
+    import torch
+
+    return Computing(torch.device("cpu"), faster_in_bf16(torch.device("cpu")))
 
 
 def _seconds_per_token(model: Any, scale: Scale, rows: int) -> float:
-    import torch
-
-    from branchmix.train.models import has_bf16
-
     seconds = seconds_per_step(
         model,
         vocab_size=scale.vocab_size,
         sequence_length=scale.sequence_length,
         batch_size=scale.batch_size,
         rows=rows,
-        bf16=has_bf16(torch.device("cpu")),
+        computing=_computing(),
     )
     return seconds / scale.step_tokens
 

@@ -46,7 +46,7 @@ def _what_is_trained(config: dict[str, Any], train: dict[str, Any]) -> tuple[dic
     from branchmix.train.record import trained_parts
 
     with torch.device("meta"):
-        model = new_model(config, bf16=False)
+        model = new_model(config)
     if train.get("adapters"):
         from branchmix.train import adapters
 

@@ -199,11 +199,13 @@ def _speeds(study: StudyFile, steps: Sequence[Step], threads: int) -> dict[str, 
 
     from branchmix.study.speed import new_model, seconds_per_step
     from branchmix.train.memory import keep_freed_memory
-    from branchmix.train.models import has_bf16
+    from branchmix.train.models import Computing, faster_in_bf16
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    bf16 = has_bf16(torch.device("cpu")) and study.train.get("precision", "auto") != "fp32"
+    precision = study.train.get("precision", "auto")
+    bf16 = faster_in_bf16(torch.device("cpu")) if precision == "auto" else precision == "bf16"
+    computing = Computing(torch.device("cpu"), bf16)
     found: dict[str, float] = {}
     for step in steps:
         kind = json.dumps(step.config, sort_keys=True)
@@ -211,12 +213,12 @@ def _speeds(study: StudyFile, steps: Sequence[Step], threads: int) -> dict[str, 
             continue
         seed = step.config.get("seed_config", step.config)
         found[kind] = seconds_per_step(
-            new_model(step.config, bf16=bf16),
+            new_model(step.config, computing, study.sequence_length),
             vocab_size=int(seed["vocab_size"]),
             sequence_length=study.sequence_length,
             batch_size=study.batch_size,
             rows=min(CALIBRATED_ROWS, study.micro_batch_size or study.batch_size),
-            bf16=bf16,
+            computing=computing,
             steps=2,
         )
     return found

@@ -14,7 +14,7 @@ from typing import Any
 def measure_inference(models: Mapping[str, Path], *, prompt: int, new_tokens: int, runs: int) -> dict[str, Any]:
     """Latency and KV memory of each model: ``{name: {"seconds": [...], "kv_cache_bytes": ...}}``.
 
-    Weights and cache are bf16 where the device is made for it, else fp32; greedy, one sequence, random tokens.
+    Weights and cache are bf16 where the device is faster in it, else fp32; greedy, one sequence, random tokens.
 
     Args:
         models: folders by name; those that are too large to hold together are no use here.
@@ -26,12 +26,12 @@ def measure_inference(models: Mapping[str, Path], *, prompt: int, new_tokens: in
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from branchmix.train.models import has_bf16
+    from branchmix.train.models import faster_in_bf16
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    dtype = torch.bfloat16 if faster_in_bf16(device) else torch.float32
     loaded = {
         name: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().to(device)
         for name, folder in models.items()

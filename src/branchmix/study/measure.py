@@ -41,13 +41,13 @@ def measure(
         folder: where relative paths of the sources start from.
         held_out: as in the runs.
         max_length: tokens of the window, those of a training sequence.
-        bf16: autocast over fp32 weights, as runs compute; where the device is made for it if None.
+        bf16: autocast over fp32 weights, as runs compute; where the device is faster in it if None.
         trust_remote_code: run code that the model brings along.
         routing: follow the routers too; None in the result without.
     """
-    loaded = _Loaded(model, bf16, trust_remote_code)
+    loaded = _Loaded(model, bf16, max_length, trust_remote_code)
     corpus = _corpus(sources, loaded.tokenizer, folder, held_out)
-    with loaded.autocast():
+    with loaded.computing.autocast():
         domains: Documents = {}
         for domain in sources:
             texts = corpus.held_out_texts(domain)
@@ -72,9 +72,9 @@ def measure_ensemble(
     domains: Documents = {}
     logp: dict[str, list[list[np.ndarray]]] = {}
     for number, model in enumerate(models):
-        loaded = _Loaded(model, bf16, trust_remote_code)
+        loaded = _Loaded(model, bf16, max_length, trust_remote_code)
         corpus = _corpus(sources, loaded.tokenizer, folder, held_out)
-        with loaded.autocast():
+        with loaded.computing.autocast():
             for domain in sources:
                 found = loaded.documents(corpus.held_out_texts(domain), max_length)
                 if not number:
@@ -87,32 +87,27 @@ def measure_ensemble(
 
 
 class _Loaded:
-    """A model as it was trained: weights in fp32, matrix products in bf16 where the machine has them."""
+    """A model as it was trained: weights in fp32, matrix products in bf16 where the machine is faster in it."""
 
-    def __init__(self, folder: Path, bf16: bool | None, trust_remote_code: bool):
+    def __init__(self, folder: Path, bf16: bool | None, max_length: int, trust_remote_code: bool):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         from branchmix.likelihood.models import prefix_token
-        from branchmix.train.models import has_bf16
+        from branchmix.train.models import Computing, attention_options, faster_in_bf16
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = has_bf16(self.device) if bf16 is None else bf16
+        self.computing = Computing(self.device, faster_in_bf16(self.device) if bf16 is None else bf16)
         options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-        if self.bf16 and self.device.type == "cpu":
-            options["attn_implementation"] = "eager"
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        options |= attention_options(config.model_type, self.computing, max_length)
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
         self.model = model.eval().to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         self.prefix = prefix_token(self.tokenizer, self.model.config)
-
-    def autocast(self) -> Any:
-        import torch
-
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def documents(self, texts: Sequence[str], max_length: int) -> list[tuple[tuple[float, int, int], np.ndarray]]:
         """Nats, tokens and bytes of each document, and the log-probabilities [T] of its tokens."""

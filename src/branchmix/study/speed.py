@@ -5,11 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from branchmix.train.models import Computing, attention_options
+
 MEASURED_STEPS = 5
 
 
-def new_model(config: dict[str, Any], *, bf16: bool) -> Any:
-    """A model of random weights from a config dictionary, of a dense model or a mixture."""
+def new_model(config: dict[str, Any], computing: Computing | None = None, length: int = 0) -> Any:
+    """A model of random weights from a config dictionary, of a dense model or a mixture.
+
+    Args:
+        config: with ``model_type``; of a mixture, also ``seed_config``.
+        computing: attention as a run chooses it there, for sequences of ``length`` tokens; the model's own if None.
+        length: tokens.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -21,7 +29,8 @@ def new_model(config: dict[str, Any], *, bf16: bool) -> Any:
         made = mixture_config(fields.pop("seed_config"), **fields)
     else:
         made = AutoConfig.for_model(config["model_type"], **fields)
-    return AutoModelForCausalLM.from_config(made, **({"attn_implementation": "eager"} if bf16 else {}))
+    options = {} if computing is None else attention_options(made.model_type, computing, length)
+    return AutoModelForCausalLM.from_config(made, **options)
 
 
 def seconds_per_step(
@@ -31,7 +40,7 @@ def seconds_per_step(
     sequence_length: int,
     batch_size: int,
     rows: int,
-    bf16: bool,
+    computing: Computing,
     steps: int = MEASURED_STEPS,
 ) -> float:
     """Of an optimizer step on a whole batch, from forward and backward passes of ``rows`` sequences.
@@ -45,7 +54,7 @@ def seconds_per_step(
     passes, updates = [], []
     for _ in range(1 + steps):
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with computing.autocast():
             loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
         loss.backward()
         middle = time.perf_counter()
