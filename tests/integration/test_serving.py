@@ -36,7 +36,8 @@ Siblings = Callable[..., dict[str, Path]]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-SERVE = "from transformers.cli.transformers import main; main()"
+TRANSFORMERS = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
+BRANCHMIX = [sys.executable, "-m", "branchmix", "serve"]
 
 
 def free_port() -> int:
@@ -45,42 +46,75 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.slow
-def test_transformers_serve_answers_the_openai_client(siblings: Siblings, tmp_path: Path) -> None:
-    """Greedy answers over HTTP, at once and streamed, are those of the mixture's ``generate`` here."""
+def answers(command: list[str], folder: Path, log: Path) -> tuple[str, str]:
+    """What a server of the model in ``folder`` says to an OpenAI client, at once and streamed; greedy.
+
+    A stream ends before a character that it has only some bytes of, which is a replacement character at the other's end.
+    """
     from openai import OpenAI
 
-    folder = tmp_path / "native"
+    port = free_port()
+    options = ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [*command, str(folder), *options], stdout=file, stderr=file, env=environment, cwd=log.parent
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, log)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+        ask: dict[str, Any] = {"model": str(folder), "messages": MESSAGES, "max_tokens": 8, "temperature": 0.0}
+        whole = client.chat.completions.create(**ask, seed=0).choices[0].message.content
+        chunks = client.chat.completions.create(**ask, seed=0, stream=True)
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        return whole, streamed + whole[len(whole.rstrip("\ufffd")) :] * (not streamed.endswith("\ufffd"))
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+MESSAGES = [{"role": "user", "content": "The court"}]
+
+
+def generated(folder: Path) -> str:
+    """The same answer by ``generate`` here."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
+    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True))
+
+
+@pytest.mark.slow
+def test_transformers_serves_a_native_export(siblings: Siblings, tmp_path: Path) -> None:
+    """In a process that knows nothing of branchmix."""
     gates = {"ffn": {"top_k": 2, "normalize": True}}
     models = siblings("llama", vocab_size=300)
     branchmix.upcycle(recipe(models, attention="average", routing=gates), tmp_path / "btx")
     save_byte_tokenizer(tmp_path / "btx")
-    branchmix.export_model(tmp_path / "btx", folder, to="mixtral")
-    port, command = free_port(), [sys.executable, "-c", SERVE]
-    command += ["serve", str(folder), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
-    command += ["--dtype", "float32"]
-    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
-        messages: list[Any] = [{"role": "user", "content": "The court"}]
-        answer = client.chat.completions.create(
-            model=str(folder), messages=messages, max_tokens=8, temperature=0.0, seed=0
-        )
-        streamed = client.chat.completions.create(
-            model=str(folder), messages=messages, max_tokens=8, temperature=0.0, seed=0, stream=True
-        )
-        pieces = "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
-    finally:
-        server.terminate()
-        server.wait(30)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(tmp_path / "btx")
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    new = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    expected = tokenizer.decode(new, skip_special_tokens=True)
-    assert answer.choices[0].message.content == expected == pieces and expected
+    branchmix.export_model(tmp_path / "btx", tmp_path / "native", to="mixtral")
+    expected = generated(tmp_path / "btx")
+    assert expected and answers(TRANSFORMERS, tmp_path / "native", tmp_path / "log") == (expected, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", BOTH)
+def test_transformers_serves_a_mixture(attention: str, siblings: Siblings, tmp_path: Path) -> None:
+    """With attention experts, which no native checkpoint has."""
+    models = siblings("llama", vocab_size=300)
+    branchmix.upcycle(recipe(models, attention=attention), tmp_path / "bam")
+    save_byte_tokenizer(tmp_path / "bam")
+    expected = generated(tmp_path / "bam")
+    assert expected and answers(BRANCHMIX, tmp_path / "bam", tmp_path / "log") == (expected, expected)
+
+
+def test_serve_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"none")
+    for folder, reason in (("pickled", "pytorch_model.bin"), ("nothing", "no such folder")):
+        command = [*BRANCHMIX, str(tmp_path / folder), "--port", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

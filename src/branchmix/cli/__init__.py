@@ -26,6 +26,9 @@ from branchmix.cli.push import push_command
 from branchmix.cli.routes import EPILOG as ROUTES_EPILOG
 from branchmix.cli.routes import routes_command
 from branchmix.cli.scaling import scaling_app
+from branchmix.cli.serve import CONTEXT as SERVE_CONTEXT
+from branchmix.cli.serve import EPILOG as SERVE_EPILOG
+from branchmix.cli.serve import serve_command
 from branchmix.cli.study import REPORT_EPILOG, STUDY_EPILOG, report_command, study_command
 from branchmix.cli.train import EPILOG as TRAIN_EPILOG
 from branchmix.cli.train import train_command
@@ -57,6 +60,7 @@ app.command("add-expert", epilog=ADD_EPILOG)(add_expert_command)
 app.command("remove-expert", epilog=REMOVE_EPILOG)(remove_expert_command)
 app.command("export", epilog=EXPORT_EPILOG)(export_command)
 app.command("push", epilog=PUSH_EPILOG)(push_command)
+app.command("serve", epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT)(serve_command)
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it; newer typer returns it, older ones raise."""

@@ -1,0 +1,56 @@
+"""``branchmix serve``: transformers' own server, which finds mixtures once they are registered."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from branchmix.errors import RecipeError
+
+EPILOG = """\b
+Examples:
+  branchmix serve mixture                                 http://localhost:8000/v1, for any OpenAI client
+  branchmix serve mixture --host 0.0.0.0 --port 9000 --dtype bfloat16
+  branchmix serve mixture --continuous-batching           all that `transformers serve --help` lists
+
+\b
+Needs branchmix[serve]. Clients name the model as it is written here.
+"""
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Options are the server's."""
+
+
+def serve_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.", show_default=False)],
+) -> None:
+    """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
+    from branchmix.checkpoint.hub import resolve
+    from branchmix.checkpoint.index import CheckpointIndex
+
+    CheckpointIndex.open(resolve(model).folder)  # refuses pickles, and what is no checkpoint
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise RecipeError('serve: transformers lacks its server: pip install "branchmix[serve]"')
+    _show_classes()
+    from transformers.cli.serve import Serve
+
+    server = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    server.command()(Serve)
+    server([model, *context.args], prog_name="branchmix serve")
+
+
+def _show_classes() -> None:
+    """Put the mixture's class where the server looks: it takes ``architectures`` of the config from transformers itself.
+
+    ``transformers.processing_utils`` executes the package a second time, into another module, so it has to come first.
+    """
+    import transformers.processing_utils
+
+    from branchmix.models.modeling_branchmix import BranchMixForCausalLM
+
+    setattr(sys.modules["transformers"], BranchMixForCausalLM.__name__, BranchMixForCausalLM)
