@@ -81,6 +81,8 @@ class Routing(Settings):
 
     ffn: FFNRouting = FFNRouting()
     attention: AttentionRouting = AttentionRouting()
+    shared: bool = False
+    """One router a block for attention and FFN experts. The paper has two."""
 
 
 class RouterInit(Settings):
@@ -252,6 +254,11 @@ class Recipe(Settings):
         attention_top_k = self.routing.attention.top_k if self.attention in ("kv_experts", "kv_sharing") else None
         if self.routing.attention.normalize and attention_top_k == 1:
             raise ValueError(f"routing.attention: {_ALWAYS_1}")
+        has_both = self.attention in ("kv_experts", "kv_sharing") and self.ffn == "experts"
+        if self.routing.shared and not has_both:
+            raise ValueError("routing.shared: one router for both needs attention experts and ffn: experts")
+        if self.routing.shared and self.router_init.attention is not None:
+            raise ValueError("router_init.attention: with routing.shared there is no router of attention's own")
         kv_init = self.merge.kv_init
         choices = ["merge", "average", "seed", *self.expert_names]
         if kv_init not in choices:

@@ -49,7 +49,7 @@ def free_port() -> int:
 def answers(command: list[str], folder: Path, log: Path) -> tuple[str, str]:
     """What a server of the model in ``folder`` says to an OpenAI client, at once and streamed; greedy.
 
-    A stream ends before a character that it has only some bytes of, which is a replacement character at the other's end.
+    A stream ends before a character that it has only some bytes of; the other ends with a replacement character.
     """
     from openai import OpenAI
 

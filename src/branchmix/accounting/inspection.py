@@ -101,9 +101,10 @@ class Accounting:
         if shape is None or flops is None or shape.ffn != "experts" or not shape.family.gate:
             return None
         extra = 3 * shape.sizes.intermediate_size * shape.num_experts_per_tok
-        omitted = shape.sizes.num_layers * shape.attention_router * shape.sizes.hidden_size
+        second_router = shape.router_rows - shape.ffn_router
+        omitted = shape.sizes.num_layers * second_router * shape.sizes.hidden_size
         notes = [f"Table 7 prints {extra:,} = 1.5 k d_ff more for the FFN than Table 10's formula gives, unexplained"]
-        if shape.attention_router:
+        if second_router:
             notes.append("Table 9's active parameters leave out one of the two routers")
         if shape.attention == "kv_sharing":
             omitted += shape.sizes.num_layers * flops.layer.qkv // 2 - self._query_elements()
@@ -136,6 +137,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         "num_experts": shape.num_experts,
         "num_experts_per_tok": shape.num_experts_per_tok,
         "attention_num_experts_per_tok": shape.attention_num_experts_per_tok,
+        "shared_router": shape.shared_router,
     }
 
 
@@ -298,7 +300,7 @@ _PART_PATTERNS = {
     "attention": r"attn|attention",
     "other": r"",
 }
-_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias))$")
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias))$")
 
 
 def _count_tensors(

@@ -109,6 +109,8 @@ class Shape:
     num_experts_per_tok: int = 1
     attention_num_experts_per_tok: int | None = None
     """None is soft: every attention expert, the paper's choice."""
+    shared_router: bool = False
+    """Both routers have one set of weights."""
 
     @property
     def attention_experts(self) -> int:
@@ -134,6 +136,11 @@ class Shape:
     def ffn_router(self) -> int:
         """Rows of the FFN router; 0: there is none."""
         return self.num_experts if self.ffn == "experts" else 0
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of all weights of routers in a layer."""
+        return self.ffn_router + (0 if self.shared_router else self.attention_router)
 
     @property
     def facts(self) -> Facts:
@@ -189,6 +196,7 @@ def shape_of(config: Config) -> Shape:
         num_experts=num_experts,
         num_experts_per_tok=count("num_experts_per_tok", 1, num_experts),
         attention_num_experts_per_tok=None if soft else count("attention_num_experts_per_tok", 1, num_experts),
+        shared_router=bool(config.get("shared_router", False)),
     )
 
 

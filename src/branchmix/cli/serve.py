@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -45,12 +46,11 @@ def serve_command(
 
 
 def _show_classes() -> None:
-    """Put the mixture's class where the server looks: it takes ``architectures`` of the config from transformers itself.
+    """Put the mixture's class where the server looks: it takes what ``architectures`` names from transformers.
 
-    ``transformers.processing_utils`` executes the package a second time, into another module, so it has to come first.
+    ``processing_utils`` executes the package transformers a second time, into another module, so it has to come first.
     """
-    import transformers.processing_utils
-
+    import_module("transformers.processing_utils")
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
     setattr(sys.modules["transformers"], BranchMixForCausalLM.__name__, BranchMixForCausalLM)

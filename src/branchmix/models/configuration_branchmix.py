@@ -65,6 +65,7 @@ class BranchMixConfig(PreTrainedConfig):
             raw gates are near uniform).
         attention_num_experts_per_tok: k of the attention gate; None is soft, the paper's choice.
         attention_norm_topk_prob: divide the k chosen attention gates by their sum.
+        shared_router: one router a block for attention and FFN experts, ``mlp.gate``. The paper has two.
         router_aux_loss_coef: weight of the load-balancing loss, summed over layers (eq. 2's alpha, not given there).
         router_z_loss_coef: weight of the router z-loss, summed over layers (eq. 2's beta, not given there).
         output_router_logits: return both routers' logits, and add the losses outside training too.
@@ -86,6 +87,7 @@ class BranchMixConfig(PreTrainedConfig):
     routed_scaling_factor: float = 1.0
     attention_num_experts_per_tok: int | None = None
     attention_norm_topk_prob: bool = False
+    shared_router: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
     output_router_logits: bool = False
@@ -117,6 +119,8 @@ class BranchMixConfig(PreTrainedConfig):
             top_k = getattr(self, name)
             if top_k is not None and not 1 <= top_k <= self.num_experts:
                 raise ValueError(f"{name} is {top_k}, but there are {self.num_experts} experts")
+        if self.shared_router and not (self.has_attention_experts and self.has_ffn_experts):
+            raise ValueError("shared_router needs attention experts and FFN experts")
         if self.expert_rope_parameters is not None and self.attention != "kv_experts":
             raise ValueError("experts with rotary parameters of their own need attention: kv_experts")
 

@@ -41,7 +41,7 @@ from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import CODE_FILES, BranchMixConfig
 from .linear_branchmix import linear
 from .losses_branchmix import router_losses
-from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter
+from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
 from .streams_branchmix import ParallelStreams
 
 logger = logging.get_logger(__name__)
@@ -314,6 +314,10 @@ def widen(model: Any, config: BranchMixConfig) -> None:
             setattr(block, layout["attention"], widen_attention(getattr(block, layout["attention"]), config))
         if config.has_ffn_experts:
             _widen_ffn(block, config)
+        if config.shared_router:
+            attention = getattr(block, layout["attention"])
+            own = attention.expert_gate
+            attention.expert_gate = BranchMixSharedRouter(getattr(block, layout["ffn"]).gate, own.top_k, own.normalize)
     if config.expert_rope_parameters is not None:
         base = getattr(model, model.base_model_prefix, model)
         base.rotary_emb = BranchMixExpertRotary(base.rotary_emb, config.seed_config, config.expert_rope_parameters)
@@ -428,6 +432,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         std = getattr(seed_config, "initializer_range", None) or getattr(seed_config, "init_std", None) or 0.02
         for module in self.modules():
             if getattr(module, "_is_hf_initialized", False):
+                continue
+            if isinstance(module, BranchMixSharedRouter):
                 continue
             if isinstance(module, BranchMixRouter):
                 init.normal_(module.weight, std=self.config.initializer_range)

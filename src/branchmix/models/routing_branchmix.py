@@ -50,3 +50,20 @@ class BranchMixAttentionRouter(BranchMixRouter):
         """Returns logits [B, T, E] and gates [B, T, E], zero for experts that were not chosen."""
         logits_BTE, gates, index = self.route(hidden_BTD)
         return logits_BTE, torch.zeros_like(logits_BTE).scatter(-1, index, gates)
+
+
+class BranchMixSharedRouter(BranchMixAttentionRouter):
+    """An attention router without weights of its own: those of the block's FFN router (``shared_router``).
+
+    In a parallel block both see the same input, and so have the same logits. The paper has two routers.
+    """
+
+    def __init__(self, owner: BranchMixFFNRouter, top_k: int, normalize: bool):
+        nn.Module.__init__(self)
+        self.top_k = top_k
+        self.normalize = normalize
+        self._owner = (owner,)  # a tuple, so that the weights have one name
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        return self._owner[0].weight

@@ -430,6 +430,7 @@ class _Builder:
             "num_experts": len(recipe.expert_names),
             "num_experts_per_tok": recipe.num_experts_per_tok,
             "attention_num_experts_per_tok": attention,
+            "shared_router": recipe.routing.shared,
         }
 
     def _reference_cost(self) -> tuple[int, int]:

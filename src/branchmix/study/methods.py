@@ -129,6 +129,12 @@ METHODS: dict[str, Preset] = {
         recipe={**_EXPERT_KV, "include_seed": False},
         match=("dm",),
     ),
+    "bam-shared-router": Preset(
+        "BAM one router",
+        "Expert KV with one router a block for attention and FFN experts",
+        recipe={**_EXPERT_KV, "routing": {"ffn": _TOP_1, **_SOFT_ATTENTION, "shared": True}},
+        match=("dm",),
+    ),
     "bam-no-balance": Preset(
         "BAM no balance loss",
         "Expert KV without load-balancing loss",

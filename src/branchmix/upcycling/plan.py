@@ -239,7 +239,8 @@ class _Mixture:
                 kv_weights=self._kv_weights(),
             ):
                 yield f"{family.attention}.{name}", part
-            yield self._router(f"{family.attention}.expert_gate.weight", layer, width, attention=True)
+            if not self.recipe.routing.shared:
+                yield self._router(f"{family.attention}.expert_gate.weight", layer, width, attention=True)
         if self.has_ffn_experts:
             for name, part in ffn_tensors(experts, layer):
                 yield f"{family.ffn}.{name}", self._sparse(layer, name, part)
@@ -370,6 +371,7 @@ class _Mixture:
             "router_aux_loss_coef": recipe.router_aux_loss_coef,
             "router_z_loss_coef": recipe.router_z_loss_coef,
             "seed_config": {**seed_config, "dtype": dtype},
+            "shared_router": recipe.routing.shared,
             "tie_word_embeddings": self.dims.tied_embeddings,
             **({"folded_norms": self.folded} if self.folded else {}),  # for experts that join later
         }

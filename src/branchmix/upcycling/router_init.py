@@ -51,7 +51,7 @@ def hidden_state_routers(recipe: Recipe, seed_index: CheckpointIndex) -> tuple[d
     for layer in range(seed.dims.num_layers):
         block = model.get_submodule(f"{family.layers}.{layer}")
         prefix = f"model.{family.layers}.{layer}"
-        if recipe.attention in ("kv_experts", "kv_sharing"):
+        if recipe.attention in ("kv_experts", "kv_sharing") and not recipe.routing.shared:
             modules[f"{prefix}.{family.attention}.expert_gate.weight"] = block.get_submodule(family.attention)
         if recipe.ffn == "experts":
             modules[f"{prefix}.{family.ffn}.gate.weight"] = block.get_submodule(family.ffn)

@@ -198,7 +198,8 @@ class _Opened(OpenedMixture):
                     kv_weights=[1.0],
                 ):
                     yield self._out(f"{module}.{name}", part)
-                yield self._router(f"{module}.expert_gate.weight", staying, router)
+                if not self.config.get("shared_router"):
+                    yield self._router(f"{module}.expert_gate.weight", staying, router)
                 done.add(f"{module}.")
             if self.has_ffn_experts:
                 module = f"{block}.{family.ffn}"
