@@ -181,7 +181,7 @@ class _Training(Settings):
     routers), ``embeddings`` (both)."""
     lora: Lora | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``bf16`` is autocast over fp32 weights; ``auto`` takes it where the device has bf16 matrix units."""
+    """``bf16`` is autocast over fp32 weights; ``auto`` takes it where matrix products are faster in it."""
     gradient_checkpointing: bool = False
     """Less memory for a third more compute."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
