@@ -1,7 +1,7 @@
 """What a study will take, before it is started: ``branchmix study --dry-run``.
 
 Tokens and FLOPs are exact. Time comes from a short calibration on this machine, one training step after another with a
-step's threads; memory is what weights, gradients, optimizer and logits need; disk is what stays.
+step's threads; memory is what weights, gradients, optimizer, activations and logits need; disk is what stays.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from branchmix.accounting import parameters
 from branchmix.study.build import build
 from branchmix.study.graph import Graph, Step, chosen
+from branchmix.study.memory import training_bytes
 from branchmix.study.records import RESULT, STEPS
 from branchmix.study.run import share_machine
 from branchmix.study.settings import StudyFile
@@ -141,22 +142,30 @@ def _row(study: StudyFile, name: str, steps: list[Step], done: set[str], seconds
         tokens=step.cost.tokens,
         flops=step.cost.flops,
         optimizer=step.cost.optimizer,
-        memory=_memory(study, step),
+        memory=_memory(step),
         disk=_disk(study, step),
         seconds=seconds,
     )
 
 
-def _memory(study: StudyFile, step: Step) -> int:
-    """Weights, gradients and two moments in fp32, and logits with their gradient and softmax."""
+def _memory(step: Step) -> int:
+    """Of a training step; of anything else the weights in fp32."""
     if step.config is None or step.kind == "upcycle":
         return 0
-    count = parameters(step.config).total
     if step.kind != "train":
-        return 4 * count
-    seed = step.config.get("seed_config", step.config)
-    rows = study.micro_batch_size or study.batch_size
-    return 16 * count + 12 * rows * study.sequence_length * int(seed["vocab_size"])
+        return 4 * parameters(step.config).total
+    run = step.options["run"]
+    return training_bytes(step.config, run, bf16=_in_bf16(run))
+
+
+def _in_bf16(run: dict[str, Any]) -> bool:
+    """Whether a run computes in bf16 on this machine's CPUs."""
+    import torch
+
+    from branchmix.train.models import faster_in_bf16
+
+    precision = run.get("precision", "auto")
+    return faster_in_bf16(torch.device("cpu")) if precision == "auto" else bool(precision == "bf16")
 
 
 def _disk(study: StudyFile, step: Step) -> int:
@@ -199,13 +208,11 @@ def _speeds(study: StudyFile, steps: Sequence[Step], threads: int) -> dict[str, 
 
     from branchmix.study.speed import new_model, seconds_per_step
     from branchmix.train.memory import keep_freed_memory
-    from branchmix.train.models import Computing, faster_in_bf16
+    from branchmix.train.models import Computing
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    precision = study.train.get("precision", "auto")
-    bf16 = faster_in_bf16(torch.device("cpu")) if precision == "auto" else precision == "bf16"
-    computing = Computing(torch.device("cpu"), bf16)
+    computing = Computing(torch.device("cpu"), _in_bf16(study.train))
     found: dict[str, float] = {}
     for step in steps:
         kind = json.dumps(step.config, sort_keys=True)

@@ -1,0 +1,117 @@
+"""Memory of a training step from a config alone: weights, gradients, moments, activations, logits.
+
+Activations are what autograd keeps between the two passes, counted tensor by tensor as torch keeps them on CPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from branchmix.accounting import Config, Shape, parameters, shape_of
+from branchmix.train.models import EAGER_LENGTH
+
+_FP32 = 4
+_NORM = 3
+"""Values of the width that a norm keeps: less the mean (twice) and normed, as Cohere's; others keep one or two. What it
+hands on is kept by the matrices."""
+_SHORTEST_CHUNKED = 64
+"""Tokens from which on mixtures attend in chunks in bf16."""
+_HOLES = 1.6
+"""What malloc takes for what comes and goes, which leaves holes where ``keep_freed_memory`` maps nothing afresh."""
+
+
+def training_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
+    """Of a training step on a CPU at its peak, when the backward pass begins, without Python and its libraries.
+
+    Weights, gradients and two moments are in fp32, and all parameters are taken to be trained; logits come with their
+    softmax and gradient.
+
+    For the models of recipes/study-a.yaml, dense, BTX and Expert KV with 8 and 32 sequences, it is 0.87 to 0.98 of the
+    measured growth of the process in fp32, 0.8 with gradient checkpointing, and 0.5 in bf16 without AMX, where torch
+    needs as much again for its products. Without the holes it is 0.98 to 0.99 of the growth in fp32 where malloc maps
+    all larger blocks afresh.
+
+    Args:
+        config: of a dense model or a mixture.
+        run: settings of its run, of which ``batch_size``, ``micro_batch_size``, ``sequence_length``,
+            ``gradient_checkpointing`` and ``attn_implementation`` count.
+        bf16: matrix products in bf16, for which weights are copied.
+
+    Raises:
+        CheckpointError: the config is no model's, or its family has no formula.
+    """
+    weights = parameters(config).total * (4 * _FP32 + 2 * bf16)
+    logits = 3 * _FP32 * _tokens(run) * shape_of(config).sizes.vocab_size
+    return weights + round(_HOLES * (logits + activation_bytes(config, run, bf16=bf16)))
+
+
+def activation_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
+    """Of a micro-batch, without the logits; arguments and errors as of ``training_bytes``.
+
+    With gradient checkpointing they are the inputs of all layers, and the activations of one. Within 10 % of what torch
+    keeps for Cohere and Llama, dense and as mixtures; activation functions in several pieces (GPT-2's) keep more.
+    """
+    shape, half = shape_of(config), 2 if bf16 else _FP32
+    width, num_layers = shape.sizes.hidden_size, shape.sizes.num_layers
+    layer = _norms(shape, half) + _attention(shape, run, half) + _ffn(shape, half)
+    layers = num_layers * _FP32 * width + layer if run.get("gradient_checkpointing") else num_layers * layer
+    final_norm = _FP32 * _NORM * width + half * width
+    return _tokens(run) * (layers + final_norm)
+
+
+def _tokens(run: dict[str, Any]) -> int:
+    """Of a micro-batch."""
+    return int((run.get("micro_batch_size") or run["batch_size"]) * run["sequence_length"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes of one token in one layer; ``half`` is a matrix product's bytes of a value
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _norms(shape: Shape, half: int) -> int:
+    """Of the block, and of queries and keys; and what those in front of attention and FFN hand to the matrices."""
+    sizes, family = shape.sizes, shape.family
+    names = {family.attention_input_norm, family.ffn_input_norm} - {None}
+    kept = _FP32 * _NORM * (len(names) + shape.facts.post_norms) * sizes.hidden_size
+    if shape.has(shape.facts.qk_norm):
+        heads = shape.attention_experts * sizes.num_heads + shape.kv_experts * sizes.num_kv_heads
+        kept += _FP32 * _NORM * heads * sizes.head_dim
+    if half == _FP32:  # one tensor for all matrices behind a norm
+        return kept + _FP32 * max(1, len(names)) * sizes.hidden_size
+    # Autocast casts it anew for each matrix; experts take it at once.
+    matrices = 3 + (1 if shape.ffn_router else 2 if family.gate else 1)
+    return kept + half * matrices * sizes.hidden_size
+
+
+def _attention(shape: Shape, run: dict[str, Any], half: int) -> int:
+    """Queries, keys, values, heads, gated heads; and what the kernel keeps of probabilities and mask."""
+    sizes, length = shape.sizes, run["sequence_length"]
+    num_heads = shape.attention_experts * sizes.num_heads
+    wide, kv_wide = num_heads * sizes.head_dim, shape.kv_experts * sizes.num_kv_heads * sizes.head_dim
+    heads = half * wide * (3 if shape.attention_router else 2)
+    kernel = _kernel(shape, run, half)
+    if kernel == "chunks":
+        return heads + half * 2 * kv_wide
+    heads += half * 2 * wide  # keys and values, repeated for each query head
+    if kernel == "eager":
+        return heads + num_heads * length * (_FP32 if half == _FP32 else _FP32 + half)
+    return heads + _FP32 * (length + num_heads)
+
+
+def _kernel(shape: Shape, run: dict[str, Any], half: int) -> str:
+    """``eager``, ``sdpa`` or ``chunks``, as dense models and mixtures choose on CPUs."""
+    given, length = run.get("attn_implementation"), run["sequence_length"]
+    if given == "branchmix_chunked":
+        return "chunks"
+    if given == "branchmix" or (given is None and shape.attention != "dense"):
+        return "chunks" if half != _FP32 and length >= _SHORTEST_CHUNKED else "sdpa"
+    return "eager" if given == "eager" or (given is None and half != _FP32 and length <= EAGER_LENGTH) else "sdpa"
+
+
+def _ffn(shape: Shape, half: int) -> int:
+    """What goes into the activation, comes out and is multiplied; of experts also what each is handed and gives."""
+    inner = (4 if shape.family.gate else 2) * shape.sizes.intermediate_size
+    if not shape.ffn_router:
+        return half * inner
+    return half * shape.num_experts_per_tok * (inner + 2 * shape.sizes.hidden_size)

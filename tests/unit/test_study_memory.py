@@ -1,0 +1,103 @@
+"""The forecast of a training step's memory against the tensors that autograd keeps, storage by storage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from branchmix.accounting import parameters
+from branchmix.study.memory import activation_bytes, training_bytes
+from branchmix.study.speed import new_model
+from branchmix.train.losses import DomainLoss
+from branchmix.train.models import Computing
+
+VOCABULARY = 48
+SEED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+COHERE: dict[str, Any] = {"model_type": "cohere", **SEED}
+LLAMA: dict[str, Any] = {"model_type": "llama", **SEED}
+
+
+def mixture(seed: dict[str, Any], attention: str, top_k: int = 1, **options: Any) -> dict[str, Any]:
+    return {
+        "model_type": "branchmix",
+        "seed_config": seed,
+        "num_experts": 4,
+        "attention": attention,
+        "num_experts_per_tok": top_k,
+        **options,
+    }
+
+
+def kept_bytes(config: dict[str, Any], rows: int, length: int, *, bf16: bool) -> int:
+    """Of what autograd keeps of a micro-batch of packed documents, without parameters and logits."""
+    computing = Computing(torch.device("cpu"), bf16)
+    model = new_model(config, computing, length).train()
+    DomainLoss(["code"]).install(model)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.shape[-1:] != (VOCABULARY,):
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    ids_BT = torch.randint(0, VOCABULARY, (rows, length))
+    positions_BT = torch.cat([torch.arange(length // 4), torch.arange(length - length // 4)]).expand(rows, -1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), computing.autocast():
+        model(input_ids=ids_BT, labels=ids_BT, position_ids=positions_BT, use_cache=False)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+CASES = {
+    "dense": (COHERE, False),
+    "btx": (mixture(COHERE, "average"), False),
+    "expert KV": (mixture(COHERE, "kv_experts"), False),
+    "shared KV, top 2": (mixture(COHERE, "kv_sharing", 2), False),
+    "soft FFN": (mixture(COHERE, "kv_experts", 4), False),
+    "no FFN experts": (mixture(COHERE, "kv_experts", ffn="average"), False),
+    "llama": (LLAMA, False),
+    "llama's mixture": (mixture(LLAMA, "kv_experts", 2), False),
+    "eager in bf16": (COHERE, True),
+    "chunks in bf16": (mixture(COHERE, "kv_experts"), True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_are_within_a_tenth_of_what_autograd_keeps(case: str) -> None:
+    config, bf16 = CASES[case]
+    counted = activation_bytes(config, {"batch_size": 2, "sequence_length": 64}, bf16=bf16)
+    measured = kept_bytes(config, 2, 64, bf16=bf16)
+    if bf16:  # the difference of two micro-batches: without the weights' copies
+        measured = kept_bytes(config, 4, 64, bf16=bf16) - measured
+    assert counted == pytest.approx(measured, rel=0.1)
+
+
+def test_a_step_has_them_and_logits_for_each_sequence_of_a_micro_batch() -> None:
+    run = {"batch_size": 32, "sequence_length": 64}
+    micro = [training_bytes(COHERE, {**run, "micro_batch_size": rows}, bf16=False) for rows in (4, 8, 16)]
+    assert micro[2] - micro[1] == pytest.approx(2 * (micro[1] - micro[0]), abs=1)
+    assert (micro[1] - micro[0]) / 4 > kept_bytes(COHERE, 1, 64, bf16=False) + 12 * 64 * VOCABULARY
+    assert training_bytes(COHERE, run, bf16=False) == training_bytes(
+        COHERE, {**run, "micro_batch_size": 32}, bf16=False
+    )
+    weights = micro[0] - (micro[1] - micro[0])
+    assert weights == pytest.approx(16 * parameters(COHERE).total, abs=1)
+
+
+def test_gradient_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
+    run, deep = {"batch_size": 2, "sequence_length": 64}, {**COHERE, "num_hidden_layers": 8}
+    one = activation_bytes({**COHERE, "num_hidden_layers": 1}, run, bf16=False)
+    inputs = 8 * 4 * 2 * 64 * COHERE["hidden_size"]
+    assert activation_bytes(deep, {**run, "gradient_checkpointing": True}, bf16=False) == one + inputs
