@@ -88,9 +88,11 @@ td small { font-size: .75rem }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .32rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 thead th { white-space: normal; vertical-align: bottom; color: var(--soft); font-weight: 500 }
+thead th:first-child { text-align: left }
 tbody th { text-align: left; font-weight: 500; position: sticky; left: 0; background: var(--back) }
 tr.group th { color: var(--soft); font-weight: 600; padding-top: .9rem }
-figure svg { display: block; width: 100%; min-width: 40rem; height: auto; color: var(--ink) }
+figure svg { display: block; width: 100%; min-width: min(40rem, var(--drawn, 40rem));
+  max-width: calc(1.35 * var(--drawn, 100rem)); height: auto; color: var(--ink) }
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; font-size: .8rem }
 .switch input { margin: 0 .3rem 0 0 }
 .switch label { margin-right: 1.2rem }

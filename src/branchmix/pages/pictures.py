@@ -59,8 +59,11 @@ def svg(draw: Draw, name: str, label: str) -> str:
 
 
 def _opening(tag: str, label: str) -> str:
+    """The tag without a size of its own; pages find the width that it was drawn for in ``--drawn``."""
+    width = re.search(r' width="([^"]*)"', tag)
+    assert width is not None
     tag = re.sub(r' (width|height)="[^"]*"', "", tag)
-    return f'{tag} role="img" aria-label="{escape(label)}"'
+    return f'{tag} style="--drawn: {width[1]}" role="img" aria-label="{escape(label)}"'
 
 
 def png(draw: Draw, file: Path) -> Path:

@@ -156,7 +156,7 @@ def compute(found: Numbers, ink: str) -> Figure | None:
     panel.set_ylabel("held-out perplexity, geometric mean", color=ink)
     lines, labels = panel.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
-    panel.grid(alpha=0.2)
+    panel.grid(alpha=0.2, which="both")
     return figure
 
 
