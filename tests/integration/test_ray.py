@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 
 from branchmix.errors import RecipeError
+from branchmix.train import cluster as cluster_module
 from branchmix.train.cluster import _attempt, run_on_ray
-from branchmix.train.launch import Job, JobState
+from branchmix.train.launch import Job, JobState, Outcome
 
 ray = pytest.importorskip("ray")
 
@@ -163,3 +165,59 @@ def test_experts_are_trained_on_the_cluster(tmp_path: Path, monkeypatch: Any) ->
     report = branch(file, launcher="ray", progress=False)
     assert [expert.status for expert in report.experts] == ["done", "done"], report
     assert report.recipe is not None and all(expert.tokens for expert in report.experts)
+
+
+def test_the_cores_of_this_machine_say_nothing_about_the_clusters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of a study that asked for this machine's share of cores would wait for ever where others have fewer."""
+    from test_study import write_study
+
+    from branchmix.study import run
+
+    asked: list[tuple[int, str]] = []
+
+    def pretended(jobs: list[Job], at_once: int | None = None, *, num_cpus: int, **_: Any) -> Outcome:
+        asked.extend((num_cpus, job.env["OMP_NUM_THREADS"]) for job in jobs)
+        return Outcome([JobState(job) for job in jobs], None)
+
+    monkeypatch.setattr(run, "cores", lambda: 64)
+    monkeypatch.setattr(cluster_module, "run_on_ray", pretended)
+    for threads in (None, 3):
+        run.study(write_study(tmp_path, threads=threads), tmp_path / "out", launcher="ray", progress=False)
+        assert asked and set(asked) == {(threads or 1, str(threads or 1))}
+        asked.clear()
+
+
+@pytest.mark.slow
+def test_a_study_on_the_cluster_finds_what_it_finds_here(tmp_path: Path, monkeypatch: Any) -> None:
+    """All that steps leave but times is the same; so are the folders, but for the cluster's."""
+    from test_study import write_study
+
+    from branchmix.study.run import study
+
+    monkeypatch.setenv("BRANCHMIX_CACHE", str(tmp_path / "cache"))
+    file = write_study(tmp_path, methods=["btx", "ensemble"], inference=None, threads=1)
+    results = {}
+    for launcher in ("local", "ray"):
+        out = tmp_path / launcher
+        found = study(file, out, launcher=launcher, progress=False)
+        assert set(found.statuses.values()) == {"done"}, found.failed
+        results[launcher] = {
+            path.name: without_times(json.loads(path.read_text())) for path in (out / "results").iterdir()
+        }
+    assert len(results["local"]) == 10 and results["ray"] == results["local"]
+    folders = [
+        sorted(path.relative_to(tmp_path / name).parts[0] for path in (tmp_path / name).iterdir()) for name in results
+    ]
+    assert folders[0] == folders[1]
+    again = study(file, tmp_path / "ray", launcher="ray", progress=False)
+    assert set(again.statuses.values()) == {"kept"}
+
+
+def without_times(value: Any) -> Any:
+    """A record without what no two runs have in common."""
+    if isinstance(value, dict):
+        times = ("seconds", "started", "ended")
+        return {key: without_times(inner) for key, inner in value.items() if key not in times}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value

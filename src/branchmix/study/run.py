@@ -127,16 +127,17 @@ def _run(
         if not steps or any(name in undone for step in steps for name in step.needs.values()):
             continue
         jobs = _chains(steps)
-        at_once, threads, places = share_machine(config, len(jobs))
-        commands = [_job(out, chain, jobs, threads) for chain in jobs]
         if launcher == "ray":
             from branchmix.train.cluster import run_on_ray
 
-            shared = out.absolute()
+            threads = config.threads or 1
+            commands = [_job(out, chain, jobs, threads) for chain in jobs]
             outcome: Outcome = run_on_ray(
-                commands, config.at_once, shared=shared, num_cpus=threads, retries=config.retries, watch=watch
+                commands, config.at_once, shared=out.absolute(), num_cpus=threads, retries=config.retries, watch=watch
             )
         else:
+            at_once, threads, places = share_machine(config, len(jobs))
+            commands = [_job(out, chain, jobs, threads) for chain in jobs]
             outcome = run_processes(commands, at_once, retries=config.retries, places=places, watch=watch)
         states += outcome.jobs
         if outcome.stopped_by is not None:

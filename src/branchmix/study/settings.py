@@ -172,7 +172,7 @@ class StudyFile(Settings):
     at_once: Annotated[int, Field(ge=1)] | None = None
     """Steps side by side; as many as there are cores or GPUs."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Of a step on CPUs; its share of the cores if not given."""
+    """Of a step on CPUs; if not given, its share of this machine's cores, and one on a Ray cluster."""
     retries: int = Field(1, ge=0)
     """How often a step that failed is started again."""
     trust_remote_code: bool = False
