@@ -19,7 +19,8 @@ from branchmix.study.report import headline, report
 from branchmix.study.results import collect
 from branchmix.study.run import write_plan
 from branchmix.study.settings import StudyFile
-from branchmix.study.tables import Table, percent, tables
+from branchmix.study.table import Table
+from branchmix.study.tables import percent, tables
 
 LEVELS = {
     "seed": 2.0,

@@ -6,20 +6,16 @@ Budgets are exact: the steps of every run follow from the settings and the model
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from branchmix.accounting import active_parameters, parameters
-from branchmix.checkpoint.hub import ResolvedModel, resolve
-from branchmix.data.config import Source
+from branchmix.checkpoint.hub import resolve
 from branchmix.errors import RecipeError
-from branchmix.recipe import Recipe
-from branchmix.settings import parse
 from branchmix.study.facts import step_cost
 from branchmix.study.graph import FORMAT, NEGLIGIBLE, Cost, Graph, Kind, Step, key_of
+from branchmix.study.identity import identity_of_seed, identity_of_text
 from branchmix.study.methods import METHODS
+from branchmix.study.mixtures import Mixtures, seed_config
 from branchmix.study.settings import InstalledText, Method, StudyFile
-from branchmix.train.config import NewModel
 from branchmix.train.outputs import FREE_TO_CHANGE
 
 HELD_OUT_WHILE_TRAINING = 2048
@@ -39,10 +35,10 @@ class _Builder:
     def __init__(self, study: StudyFile):
         self.study = study
         self.found: dict[str, Step] = {}
-        self.given: ResolvedModel | None = None
-        if isinstance(study.seed, str):
-            self.given = resolve(study.seed, study.folder)
-        self.seed_config = self._seed_config()
+        self.given = resolve(study.seed, study.folder) if isinstance(study.seed, str) else None
+        self.given_identity = identity_of_seed(self.given)
+        self.seed_config = seed_config(study, self.given)
+        self.mixtures = Mixtures(study, self.seed_config)
         self.per_step = study.step_tokens
 
     # ---- the main path ----
@@ -51,7 +47,7 @@ class _Builder:
         study = self.study
         if isinstance(study.data, InstalledText):
             self._add("text", "text", study.data.model_dump(), {}, (0,))
-        self.data = self._data_identity()
+        self.data = identity_of_text(study)
         self.reference = self._reference_cost()
         for repetition in range(len(study.random_seeds)):
             self._dense_models(repetition)
@@ -137,7 +133,7 @@ class _Builder:
         }
         needs = {role: name for role, name in dense.items() if name is not None}
         if preset.kind == "ensemble":
-            options = {"members": ["seed", *study.expert_names], **self._evaluation(), **self._given()}
+            options = {"members": ["seed", *study.expert_names], **self._evaluation(), **self.given_identity}
             name = f"{self._prefix(repetition)}scores.{method.title}"
             about = {**about, "role": "ensemble"}
             needs |= self._text()
@@ -146,13 +142,13 @@ class _Builder:
         if preset.kind == "dense":
             self._runs(method, repetition, {}, needs.get("seed"), self.seed_config, order, about)
             return
-        recipe = self._recipe(method, repetition)
-        config = self._mixture_config(recipe)
+        recipe = self.mixtures.recipe(method, self._random(repetition, 2))
+        config = self.mixtures.config(recipe)
         content = recipe.model_dump(mode="json", exclude={"seed", "experts"})
         names = [expert.name for expert in recipe.experts]
         needs = {role: name for role, name in needs.items() if role in ("seed", *names)}
         name = f"{self._prefix(repetition)}upcycle.{method.title}"
-        options = {"recipe": content, "experts": names, **self._given()}
+        options = {"recipe": content, "experts": names, **self.given_identity}
         self._add(name, "upcycle", options, needs, (*order, 0), config=config, about={**about, "role": "upcycle"})
         same = next((s.name for s in self.found.values() if s.key == self.found[name].key), name)
         if same != name:  # another method trains the same merge otherwise
@@ -261,7 +257,7 @@ class _Builder:
         options = {
             "run": run,
             "data": self.data,
-            **(self._given() if "model" not in needs and "model" not in run else {}),
+            **(self.given_identity if "model" not in needs and "model" not in run else {}),
         }
         self._add(name, "train", options, {**needs, **self._text()}, order, config=config, cost=cost, about=about)
 
@@ -275,7 +271,7 @@ class _Builder:
         about: dict[str, Any],
     ) -> None:
         name = f"{self._prefix(repetition)}scores.{title}"
-        options = {**self._evaluation(), **(self._given() if "model" not in needs else {})}
+        options = {**self._evaluation(), **(self.given_identity if "model" not in needs else {})}
         self._add(
             name,
             "scores",
@@ -299,7 +295,7 @@ class _Builder:
         self._add(
             "inference",
             "inference",
-            {**study.inference.model_dump(), **self._given()},
+            {**study.inference.model_dump(), **self.given_identity},
             needs,
             (9,),
             about={"role": "inference"},
@@ -353,118 +349,13 @@ class _Builder:
     def _text(self) -> dict[str, str]:
         return {"text": "text"} if "text" in self.found else {}
 
-    def _given(self) -> dict[str, Any]:
-        """What identifies a seed that is not trained here."""
-        if self.given is None:
-            return {}
-        if self.given.revision:
-            return {"seed": f"{self.given.given}@{self.given.revision}"}
-        from branchmix.likelihood.records import model_hash
-
-        if not hasattr(self, "_hash"):
-            self._hash = model_hash(self.given.folder)
-        return {"seed": self._hash}
-
-    def _seed_config(self) -> dict[str, Any]:
-        from branchmix.train.models import new_config, require_model_type
-
-        if self.given is not None:
-            return require_model_type(self.given)
-        new = self.study.seed
-        assert isinstance(new, NewModel)
-        vocabulary = new.train_tokenizer
-        if vocabulary is None:
-            from branchmix.train.models import load_tokenizer
-
-            vocabulary = len(load_tokenizer(resolve(new.tokenizer or "", self.study.folder), trust_remote_code=False))
-        return dict(new_config(new, vocabulary).to_dict())
-
-    def _recipe(self, method: Method, repetition: int) -> Recipe:
-        """Of a method, with names instead of models."""
-        study, preset = self.study, METHODS[method.method]
-        experts = [{"name": name, "model": name} for name in study.expert_names]
-        fields: dict[str, Any] = {
-            "seed": "seed",
-            "experts": experts,
-            "routed_scaling_factor": "auto",
-            "dtype": "float32",
-        }
-        for further in (study.recipe, preset.recipe, method.recipe):
-            for key, value in further.items():
-                both = isinstance(value, dict) and isinstance(fields.get(key), dict)
-                fields[key] = {**fields[key], **value} if both else value
-        init = fields.get("router_init", {})
-        init = {"method": init} if isinstance(init, str) else init
-        fields["router_init"] = {"seed": self._random(repetition, 2), **init}
-        if method.method == "sparse-upcycling" and "seed_copies" not in method.recipe:
-            fields["seed_copies"] = len(experts)
-        if preset.larger is not None and "seed_copies" not in method.recipe:
-            fields |= self._larger(fields, preset.larger, repetition)
-        return parse(Recipe, fields, f"method {method.title}")
-
-    def _larger(self, fields: dict[str, Any], match: str, repetition: int) -> dict[str, Any]:
-        """Copies of the seed, and top-k, that come nearest to the parameters of BAM Expert KV."""
-        goal = self._mixture_config(self._recipe(Method(method="bam-expert-kv"), repetition))
-
-        def config(copies: int, top_k: int) -> dict[str, Any]:
-            ffn = {"top_k": top_k, "normalize": False}
-            return self._mixture_config(
-                parse(Recipe, {**fields, "seed_copies": copies, "routing": {"ffn": ffn}}, "recipe")
-            )
-
-        total, active = parameters(goal).total, active_parameters(goal).total
-        copies = min(range(1, 17), key=lambda n: abs(parameters(config(n, 1)).total - total))
-        if match == "total":
-            return {"seed_copies": copies}
-        largest = 1 + len(fields["experts"]) + copies
-        top_k = min(range(1, largest + 1), key=lambda k: abs(active_parameters(config(copies, k)).total - active))
-        return {"seed_copies": copies, "routing": {"ffn": {"top_k": top_k, "normalize": False}}}
-
-    def _mixture_config(self, recipe: Recipe) -> dict[str, Any]:
-        attention = recipe.routing.attention.top_k if recipe.attention in ("kv_experts", "kv_sharing") else None
-        return {
-            "model_type": "branchmix",
-            "seed_config": self.seed_config,
-            "attention": recipe.attention,
-            "ffn": recipe.ffn,
-            "num_experts": len(recipe.expert_names),
-            "num_experts_per_tok": recipe.num_experts_per_tok,
-            "attention_num_experts_per_tok": attention,
-            "shared_router": recipe.routing.shared,
-        }
-
     def _reference_cost(self) -> tuple[int, int]:
         """Steps of the reference, and all its FLOPs."""
         study = self.study
         method = study.method(study.reference)
         preset = METHODS[method.method]
-        config = self.seed_config if preset.kind == "dense" else self._mixture_config(self._recipe(method, 0))
+        config = self.seed_config
+        if preset.kind != "dense":
+            config = self.mixtures.config(self.mixtures.recipe(method, self._random(0, 2)))
         steps = study.tokens.mixture // self.per_step
         return steps, steps * step_cost(study, config, {**preset.train, **method.train}).total
-
-    def _data_identity(self) -> dict[str, Any]:
-        """What the text of all domains depends on; that of a text step is in its key."""
-        if isinstance(self.study.data, InstalledText):
-            return {}
-        return {name: _identity(source, self.study.folder) for name, source in self.study.data.items()}
-
-
-_HASHED_BYTES = 4 << 30
-"""Text up to this size is known by its content, above by sizes and dates."""
-
-
-def _identity(source: Source, folder: Path) -> dict[str, Any]:
-    from branchmix.checkpoint.hashes import FileHashes
-    from branchmix.data.sources import find_files
-
-    content = source.model_dump(exclude_none=True)
-    if source.files is None:
-        return content
-    patterns = [source.files] if isinstance(source.files, str) else source.files
-    files = find_files(patterns, folder, exclude=source.exclude)
-    if sum(file.stat().st_size for file in files) > _HASHED_BYTES:
-        known: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    else:
-        with FileHashes(files) as hashes:
-            known = [[file.name, hashes.of(file)] for file in files]
-    return {"files": known, "column": source.column}

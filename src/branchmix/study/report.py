@@ -15,7 +15,8 @@ from branchmix.pages.pictures import Figure, png, save, svg
 from branchmix.study import figures
 from branchmix.study.results import collect
 from branchmix.study.statistics import SEED_NOISE
-from branchmix.study.tables import Table, percent, tables
+from branchmix.study.table import Table
+from branchmix.study.tables import percent, tables
 
 KINDS = ("html", "markdown", "latex")
 FEW_STEPS = 100

@@ -1,0 +1,48 @@
+"""What tells given seeds and texts apart: part of the keys of all steps that depend on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.data.config import Source
+from branchmix.study.settings import InstalledText, StudyFile
+
+_HASHED_BYTES = 4 << 30
+"""Text up to this size is known by its content, above by sizes and dates."""
+
+
+def identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:
+    """Of a seed that no step trains: its revision on the Hub, or the hash of its folder; empty if a step does."""
+    if given is None:
+        return {}
+    if given.revision:
+        return {"seed": f"{given.given}@{given.revision}"}
+    from branchmix.likelihood.records import model_hash
+
+    return {"seed": model_hash(given.folder)}
+
+
+def identity_of_text(study: StudyFile) -> dict[str, Any]:
+    """What the text of all domains depends on; that of a text step is in its key."""
+    if isinstance(study.data, InstalledText):
+        return {}
+    return {name: _identity(source, study.folder) for name, source in study.data.items()}
+
+
+def _identity(source: Source, folder: Path) -> dict[str, Any]:
+    from branchmix.checkpoint.hashes import FileHashes
+    from branchmix.data.sources import find_files
+
+    content = source.model_dump(exclude_none=True)
+    if source.files is None:
+        return content
+    patterns = [source.files] if isinstance(source.files, str) else source.files
+    files = find_files(patterns, folder, exclude=source.exclude)
+    if sum(file.stat().st_size for file in files) > _HASHED_BYTES:
+        known: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    else:
+        with FileHashes(files) as hashes:
+            known = [[file.name, hashes.of(file)] for file in files]
+    return {"files": known, "column": source.column}

@@ -1,0 +1,99 @@
+"""From a study's methods to recipes and model configs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from branchmix.accounting import active_parameters, parameters
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.recipe import Recipe
+from branchmix.settings import parse
+from branchmix.study.methods import METHODS
+from branchmix.study.settings import Method, StudyFile
+from branchmix.train.config import NewModel
+
+
+def seed_config(study: StudyFile, given: ResolvedModel | None) -> dict[str, Any]:
+    """Of the seed: of a model that is given, or of the new one.
+
+    Raises:
+        BranchMixError: there is no such model, or no new one of these keys.
+    """
+    from branchmix.train.models import new_config, require_model_type
+
+    if given is not None:
+        return require_model_type(given)
+    new = study.seed
+    assert isinstance(new, NewModel)
+    vocabulary = new.train_tokenizer
+    if vocabulary is None:
+        from branchmix.train.models import load_tokenizer
+
+        vocabulary = len(load_tokenizer(resolve(new.tokenizer or "", study.folder), trust_remote_code=False))
+    return dict(new_config(new, vocabulary).to_dict())
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """What the methods of a study merge into."""
+
+    study: StudyFile
+    seed_config: dict[str, Any]
+
+    def recipe(self, method: Method, random_seed: int) -> Recipe:
+        """Of a method, with names instead of models; ``random_seed`` is the routers'.
+
+        Raises:
+            RecipeError: its keys make no sense together.
+        """
+        study, preset = self.study, METHODS[method.method]
+        experts = [{"name": name, "model": name} for name in study.expert_names]
+        fields: dict[str, Any] = {
+            "seed": "seed",
+            "experts": experts,
+            "routed_scaling_factor": "auto",
+            "dtype": "float32",
+        }
+        for further in (study.recipe, preset.recipe, method.recipe):
+            for key, value in further.items():
+                both = isinstance(value, dict) and isinstance(fields.get(key), dict)
+                fields[key] = {**fields[key], **value} if both else value
+        init = fields.get("router_init", {})
+        init = {"method": init} if isinstance(init, str) else init
+        fields["router_init"] = {"seed": random_seed, **init}
+        if method.method == "sparse-upcycling" and "seed_copies" not in method.recipe:
+            fields["seed_copies"] = len(experts)
+        if preset.larger is not None and "seed_copies" not in method.recipe:
+            fields |= self._larger(fields, preset.larger)
+        return parse(Recipe, fields, f"method {method.title}")
+
+    def _larger(self, fields: dict[str, Any], match: str) -> dict[str, Any]:
+        """Copies of the seed, and top-k, that come nearest to the parameters of BAM Expert KV."""
+        goal = self.config(self.recipe(Method(method="bam-expert-kv"), 0))
+
+        def config(copies: int, top_k: int) -> dict[str, Any]:
+            ffn = {"top_k": top_k, "normalize": False}
+            return self.config(parse(Recipe, {**fields, "seed_copies": copies, "routing": {"ffn": ffn}}, "recipe"))
+
+        total, active = parameters(goal).total, active_parameters(goal).total
+        copies = min(range(1, 17), key=lambda n: abs(parameters(config(n, 1)).total - total))
+        if match == "total":
+            return {"seed_copies": copies}
+        largest = 1 + len(fields["experts"]) + copies
+        top_k = min(range(1, largest + 1), key=lambda k: abs(active_parameters(config(copies, k)).total - active))
+        return {"seed_copies": copies, "routing": {"ffn": {"top_k": top_k, "normalize": False}}}
+
+    def config(self, recipe: Recipe) -> dict[str, Any]:
+        """Of the mixture that a recipe makes."""
+        attention = recipe.routing.attention.top_k if recipe.attention in ("kv_experts", "kv_sharing") else None
+        return {
+            "model_type": "branchmix",
+            "seed_config": self.seed_config,
+            "attention": recipe.attention,
+            "ffn": recipe.ffn,
+            "num_experts": len(recipe.expert_names),
+            "num_experts_per_tok": recipe.num_experts_per_tok,
+            "attention_num_experts_per_tok": attention,
+            "shared_router": recipe.routing.shared,
+        }
