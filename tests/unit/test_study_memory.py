@@ -67,6 +67,7 @@ CASES = {
     "shared KV, top 2": (mixture(COHERE, "kv_sharing", 2), False),
     "soft FFN": (mixture(COHERE, "kv_experts", 4), False),
     "no FFN experts": (mixture(COHERE, "kv_experts", ffn="average"), False),
+    "one router": (mixture(COHERE, "kv_experts", shared_router=True), False),
     "llama": (LLAMA, False),
     "llama's mixture": (mixture(LLAMA, "kv_experts", 2), False),
     "eager in bf16": (COHERE, True),

@@ -80,7 +80,7 @@ def _norms(shape: Shape, half: int) -> int:
     if half == _FP32:  # one tensor for all matrices behind a norm
         return kept + _FP32 * max(1, len(names)) * sizes.hidden_size
     # Autocast casts it anew for each matrix; experts take it at once.
-    matrices = 3 + (1 if shape.ffn_router else 2 if family.gate else 1)
+    matrices = 3 + (1 if shape.ffn == "experts" else 2 if family.gate else 1)
     return kept + half * matrices * sizes.hidden_size
 
 
@@ -89,7 +89,7 @@ def _attention(shape: Shape, run: dict[str, Any], half: int) -> int:
     sizes, length = shape.sizes, run["sequence_length"]
     num_heads = shape.attention_experts * sizes.num_heads
     wide, kv_wide = num_heads * sizes.head_dim, shape.kv_experts * sizes.num_kv_heads * sizes.head_dim
-    heads = half * wide * (3 if shape.attention_router else 2)
+    heads = half * wide * (3 if shape.attention in ("kv_experts", "kv_sharing") else 2)
     kernel = _kernel(shape, run, half)
     if kernel == "chunks":
         return heads + half * 2 * kv_wide
@@ -112,6 +112,6 @@ def _kernel(shape: Shape, run: dict[str, Any], half: int) -> str:
 def _ffn(shape: Shape, half: int) -> int:
     """What goes into the activation, comes out and is multiplied; of experts also what each is handed and gives."""
     inner = (4 if shape.family.gate else 2) * shape.sizes.intermediate_size
-    if not shape.ffn_router:
+    if shape.ffn != "experts":
         return half * inner
     return half * shape.num_experts_per_tok * (inner + 2 * shape.sizes.hidden_size)
