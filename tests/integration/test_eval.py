@@ -173,6 +173,17 @@ def assert_same(ours: Any, theirs: Any) -> None:
             assert a.domains[name].as_dict() == pytest.approx(score.as_dict(), rel=1e-5)
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("branchmix.evaluate.run.evaluate", interrupted)
+    with_records = CliRunner().invoke(app, ["eval", "seed", "--out", str(tmp_path)])
+    assert f"the same command goes on from what is on record in {tmp_path}" in with_records.stderr
+    without = CliRunner().invoke(app, ["eval", "seed"])
+    assert with_records.exit_code == without.exit_code == 130 and "on record" not in without.stderr
+
+
 def test_a_model_is_known_by_its_content(models: dict[str, Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(models["seed"], tmp_path / "copy"))
     assert model_hash(copy) == model_hash(models["seed"]) != model_hash(models["code"])

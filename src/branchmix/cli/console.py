@@ -1,4 +1,4 @@
-"""What the commands share: a progress bar on stderr, sizes in words, and quiet libraries."""
+"""What the commands share: a progress bar on stderr, what Ctrl-C leaves, sizes in words, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from branchmix.pages.numbers import human_bytes as human_bytes
@@ -34,6 +35,18 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@contextmanager
+def goes_on_from(out: Path | None) -> Iterator[None]:
+    """Ctrl-C inside ends with exit code 130 and how to go on from the records in ``out``; without any as ever."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        notice(f"stopped; the same command goes on from what is on record in {out}")
+        raise SystemExit(130) from None  # not as a Ctrl-C that left nothing behind
 
 
 @contextmanager

@@ -102,35 +102,29 @@ def eval_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Bits per byte and perplexity of models by domain, and downstream tasks, with standard errors."""
-    from branchmix.cli.console import notice, progress_bar, quiet_libraries
+    from branchmix.cli.console import goes_on_from, notice, progress_bar, quiet_libraries
 
     quiet_libraries()
     from branchmix.cli.eval_tables import print_report
     from branchmix.evaluate.run import evaluate
 
     options = _task_options(tasks, num_fewshot, include_path, task_data, allow_code_execution)
-    try:
-        with progress_bar() as progress:
-            report = evaluate(
-                models,
-                data,
-                tasks=options,
-                out=out,
-                max_length=max_length,
-                stride=stride,
-                batch_tokens=batch_tokens,
-                dtype=dtype,
-                limit=limit,
-                ensemble=ensemble,
-                posterior=not fixed_prior,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        if out is None:
-            raise
-        notice(f"stopped; the same command goes on from what is on record in {out}")
-        raise SystemExit(130) from None  # not as a Ctrl-C that left nothing behind
+    with goes_on_from(out), progress_bar() as progress:
+        report = evaluate(
+            models,
+            data,
+            tasks=options,
+            out=out,
+            max_length=max_length,
+            stride=stride,
+            batch_tokens=batch_tokens,
+            dtype=dtype,
+            limit=limit,
+            ensemble=ensemble,
+            posterior=not fixed_prior,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     for note in report.notes:
         notice(f"note: {note}")
     if as_json:

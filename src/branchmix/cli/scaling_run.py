@@ -61,32 +61,26 @@ def run_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Score every model of a family on every task: exact log-probabilities, the official metrics."""
-    from branchmix.cli.console import notice, progress_bar, quiet_libraries
+    from branchmix.cli.console import goes_on_from, notice, progress_bar, quiet_libraries
 
     quiet_libraries()
     from branchmix.scaling.run import run
 
-    try:
-        with progress_bar() as progress:
-            found = run(
-                family,
-                tasks=tasks,
-                data=data or (),
-                fresh=fresh or (),
-                out=out,
-                limit=limit,
-                shots=shots,
-                bos=bos,
-                dtype=dtype,
-                batch_tokens=batch_tokens,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        if out is None:
-            raise
-        notice(f"stopped; the same command goes on from what is on record in {out}")
-        raise SystemExit(130) from None  # not as a Ctrl-C that left nothing behind
+    with goes_on_from(out), progress_bar() as progress:
+        found = run(
+            family,
+            tasks=tasks,
+            data=data or (),
+            fresh=fresh or (),
+            out=out,
+            limit=limit,
+            shots=shots,
+            bos=bos,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     for note in found.notes:
         notice(f"note: {note}")
     if as_json:
