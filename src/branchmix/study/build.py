@@ -55,9 +55,8 @@ class _Builder:
             for repetition in range(len(study.random_seeds)):
                 for place, method in enumerate(methods):
                     if method.repetitions is None or repetition < method.repetitions:
-                        self._method(
-                            method, repetition, (1 + group, repetition, place), "methods" if not group else "ablations"
-                        )
+                        order = (1 + group, repetition, place)
+                        self._method(method, repetition, order, "ablations" if group else "methods")
         self._inference()
         return Graph(dict(sorted(self.found.items(), key=lambda item: item[1].order)))
 
@@ -272,15 +271,8 @@ class _Builder:
     ) -> None:
         name = f"{self._prefix(repetition)}scores.{title}"
         options = {**self._evaluation(), **(self.given_identity if "model" not in needs else {})}
-        self._add(
-            name,
-            "scores",
-            options,
-            {**needs, **self._text()},
-            (*order, 99),
-            config=config,
-            about={**about, "title": title},
-        )
+        about = {**about, "title": title}
+        self._add(name, "scores", options, {**needs, **self._text()}, (*order, 99), config=config, about=about)
 
     def _inference(self) -> None:
         study = self.study
@@ -292,14 +284,8 @@ class _Builder:
             for step in self.found.values()
             if step.kind == "upcycle" and step.about["repetition"] == 0 and step.about["group"] == "methods"
         }
-        self._add(
-            "inference",
-            "inference",
-            {**study.inference.model_dump(), **self.given_identity},
-            needs,
-            (9,),
-            about={"role": "inference"},
-        )
+        options = {**study.inference.model_dump(), **self.given_identity}
+        self._add("inference", "inference", options, needs, (9,), about={"role": "inference"})
 
     def _add(
         self, name: str, kind: Kind, options: dict[str, Any], needs: dict[str, str], order: tuple[int, ...], **more: Any

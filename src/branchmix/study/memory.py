@@ -27,9 +27,9 @@ def training_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
     softmax and gradient.
 
     For the models of recipes/study-a.yaml, dense, BTX and Expert KV with 8 and 32 sequences, it is 0.87 to 0.98 of the
-    measured growth of the process in fp32, 0.8 with gradient checkpointing, and 0.5 in bf16 without AMX, where torch
-    needs as much again for its products. Without the holes it is 0.98 to 0.99 of the growth in fp32 where malloc maps
-    all larger blocks afresh.
+    measured growth of the process in fp32, 0.8 with gradient checkpointing; without the holes 0.98 to 0.99 of it where
+    malloc maps all larger blocks afresh. In bf16, on a CPU without AMX, Expert KV took 0.25 GB more than is counted,
+    whatever the micro-batch.
 
     Args:
         config: of a dense model or a mixture.
