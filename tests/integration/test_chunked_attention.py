@@ -28,7 +28,8 @@ GROUPS = {"multi-head": (3, 3), "grouped": (6, 2), "multi-query": (40, 1)}
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of queries, rows and heads even for tiny models."""
     monkeypatch.setattr(chunked, "_CHUNKS", (16, 16))
-    monkeypatch.setattr(chunked, "_SCORES", 3000)
+    monkeypatch.setattr(chunked, "_SCORES_BYTES", 6000)
+    monkeypatch.setattr(chunked, "_SCORES_BYTES_FP32", 12000)
     monkeypatch.setattr(chunked, "_SHORTEST", 4)
 
 
@@ -119,14 +120,24 @@ def test_soft_caps() -> None:
                 torch.testing.assert_close(found, right.nan_to_num(0.0), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("amx", [False, True])
+PROCESSORS = {"AMX": (True, True), "fast bf16": (False, True), "slow bf16": (False, False)}
+"""Whether there is AMX, and whether bf16 is the faster one."""
+
+
+def pretend(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    amx, faster = PROCESSORS[processor]
+    monkeypatch.setattr(chunked, "has_amx", lambda: amx)
+    monkeypatch.setattr(chunked, "faster_in_bf16", lambda device: faster)
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("mask", ["causal", "padding", "window", "documents"])
 def test_bf16_is_as_near_to_the_truth_as_eager(
-    mask: str, autocast: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+    mask: str, autocast: bool, processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The automatic choice, with chunks in both passes or in the backward only, against fp64 of the same operands."""
-    monkeypatch.setattr(chunked, "has_amx", lambda: amx)
+    pretend(processor, monkeypatch)
     given, module = masks(6)[mask], SimpleNamespace(is_causal=True, num_key_value_groups=3)
     rounded = [x.detach().bfloat16() for x in operands(6, 2)]
     truth = with_gradients(lambda *x: plain(*x, given, 0.4), [x.double().requires_grad_() for x in rounded])
@@ -158,9 +169,10 @@ def counted(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
     return calls
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_chosen_by_dtype_length_and_processor(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "has_amx", lambda: amx)
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_chosen_by_dtype_length_and_processor(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(processor, monkeypatch)
+    amx = processor == "AMX"
     calls = counted(monkeypatch, "_forward", "_backward", "_fused")
     module = SimpleNamespace(is_causal=True, num_key_value_groups=3)
 
@@ -178,6 +190,25 @@ def test_chosen_by_dtype_length_and_processor(amx: bool, monkeypatch: pytest.Mon
     assert run(torch.bfloat16, 3, grad=True) == (0, 0, 0), "too few queries"
     assert run(torch.float32, 9, grad=True) == (0, 0, 0), "fp32"
     assert run(torch.bfloat16, 9, grad=True, dropout=0.1) == (0, 0, 0), "dropout"
+
+
+@pytest.mark.parametrize(("processor", "dtype"), [("fast bf16", torch.bfloat16), ("slow bf16", torch.float32)])
+def test_products_are_computed_in_the_faster_dtype(
+    processor: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(processor, monkeypatch)
+    module, dtypes, real = SimpleNamespace(is_causal=True, num_key_value_groups=3), set(), torch.bmm
+
+    def bmm(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        dtypes.add(first.dtype)
+        return real(first, second)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    inputs = operands(6, 2, torch.bfloat16)
+    out = chunked.automatic_attention_forward(module, *inputs, None)[0]
+    out.sum().backward()
+    assert dtypes == {dtype}
+    assert {out.dtype, *(x.grad.dtype for x in inputs)} == {torch.bfloat16}
 
 
 def test_refuses_what_it_cannot_compute() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from branchmix.models import chunked_branchmix
-from branchmix.train import models
-from branchmix.train.models import Computing, attention_options, faster_in_bf16
+from branchmix.models.chunked_branchmix import faster_in_bf16
+from branchmix.train.models import Computing, attention_options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -21,7 +21,7 @@ def test_bf16_where_it_is_the_faster_one(
 ) -> None:
     monkeypatch.setattr(chunked_branchmix, "has_amx", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(models, "_measured_faster_in_bf16", lambda: measured)
+    monkeypatch.setattr(chunked_branchmix, "_measured_faster_in_bf16", lambda: measured)
     assert faster_in_bf16(CPU) is expected
     assert faster_in_bf16(torch.device("meta")) is False
 
@@ -36,9 +36,9 @@ def test_the_timing_tells_the_faster_one(faster: torch.dtype, monkeypatch: pytes
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr("time.thread_time", lambda: clock[0])
     threads = torch.get_num_threads()
-    models._measured_faster_in_bf16.cache_clear()
-    assert models._measured_faster_in_bf16() is (faster == torch.bfloat16)
-    models._measured_faster_in_bf16.cache_clear()
+    chunked_branchmix._measured_faster_in_bf16.cache_clear()
+    assert chunked_branchmix._measured_faster_in_bf16() is (faster == torch.bfloat16)
+    chunked_branchmix._measured_faster_in_bf16.cache_clear()
     assert torch.get_num_threads() == threads
 
 

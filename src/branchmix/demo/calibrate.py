@@ -20,7 +20,7 @@ from typing import Any
 
 from branchmix.demo.settings import EXPERTS, MIXTURES, ROUTED, Budgets, Scale, mixture_runs, training_flops
 from branchmix.study.speed import new_model, seconds_per_step
-from branchmix.train.models import Computing, faster_in_bf16
+from branchmix.train.models import Computing
 
 KINDS = ("dense", *MIXTURES)
 MARGIN = 0.9
@@ -235,6 +235,8 @@ def _model(scale: Scale, kind: str) -> Any:
 def _computing() -> Computing:
     """As a run of the demo computes."""
     import torch
+
+    from branchmix.models.chunked_branchmix import faster_in_bf16
 
     return Computing(torch.device("cpu"), faster_in_bf16(torch.device("cpu")))
 

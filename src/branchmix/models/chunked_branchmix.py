@@ -15,8 +15,10 @@ w keys that they may see.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -33,8 +35,8 @@ _ROWS = 1024
 """Rows of one product to aim at: more fall out of the cache, fewer leave the matrix units idle."""
 _CHUNKS = (32, 128)
 """Bounds on the queries of a chunk. Causal attention wastes half a chunk of keys on each."""
-_SCORES = 1 << 22
-"""Scores held at once, over all rows of a product: 8 MB in bf16."""
+_SCORES_BYTES, _SCORES_BYTES_FP32 = 8 << 20, 2 << 20
+"""Scores held at once, over all rows of a product; in fp32 they have to stay in a core's own cache."""
 _SHORTEST = 64
 """Fewer queries than this are not worth the chunks' overhead."""
 
@@ -122,7 +124,8 @@ def _faster_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """Whether chunks gain in the forward and in the backward pass, as measured: bf16 on CPUs, and not for few queries.
 
     The backward gains on every processor tried. The forward gains on those without AMX (1.67 at 512 tokens, 1.37 at
-    2048, on a Zen 4); with AMX, torch's fused forward uses it and is faster. In fp32 torch's own is left alone.
+    2048, on a Zen 4; 1.5 and 1.4 on a Xeon whose bf16 products are slower than fp32's, so that chunks are computed in
+    fp32 there). With AMX, torch's fused forward uses it and is faster. Of fp32 tensors torch's own is left alone.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] < _SHORTEST:
         return False, False
@@ -134,6 +137,39 @@ def has_amx() -> bool:
     """Whether the processor multiplies bf16 matrices in tiles (Intel's AMX)."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(supported is not None and supported())
+
+
+def faster_in_bf16(device: torch.device) -> bool:
+    """Whether matrix products take less time in bf16 than in fp32.
+
+    On GPUs that have it, and on CPUs with AMX. With AVX512-BF16 alone both are timed, which takes some milliseconds: on
+    one core a Zen 4 reached 2.3 times fp32's rate, a Xeon half of it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return has_amx() or bool(supported is not None and supported() and _measured_faster_in_bf16())
+
+
+@cache
+def _measured_faster_in_bf16(size: int = 512, rounds: int = 5) -> bool:
+    """The fastest of some products of square matrices, in turn in both, by the CPU time of one thread."""
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for _ in range(1 + rounds):
+                for dtype, values in seconds.items():
+                    matrix = torch.ones(size, size, dtype=dtype)
+                    begin = time.thread_time()
+                    torch.mm(matrix, matrix)
+                    values.append(time.thread_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
 
 
 def _unsupported(dropout: float, mask: Any, kwargs: dict[str, Any]) -> str | None:
@@ -245,7 +281,8 @@ def _fused(
 def _forward(
     q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, v_BKSC: torch.Tensor, mask: torch.Tensor | None, settings: _Settings
 ) -> torch.Tensor:
-    num_kv_heads = k_BKSC.shape[1]
+    dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
+    q_BHTC, k_BKSC, v_BKSC = _to_compute(q_BHTC, k_BKSC, v_BKSC)
     q_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads)
     out_BTHC = q_BHTC.new_zeros(*q_BHTC.shape[:1], q_BHTC.shape[2], q_BHTC.shape[1], v_BKSC.shape[-1])
     out_BTKRC = _grouped(out_BTHC, num_kv_heads)
@@ -253,7 +290,7 @@ def _forward(
         q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
         weights, _ = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
         _put(out_BTKRC, chunk, torch.bmm(weights, v))
-    return out_BTHC
+    return out_BTHC.to(dtype)
 
 
 def _backward(
@@ -264,7 +301,8 @@ def _backward(
     mask: torch.Tensor | None,
     settings: _Settings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_kv_heads = k_BKSC.shape[1]
+    dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
+    grad_BTHC, q_BHTC, k_BKSC, v_BKSC = _to_compute(grad_BTHC, q_BHTC, k_BKSC, v_BKSC)
     q_BTKRC, grad_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads), _grouped(grad_BTHC, num_kv_heads)
     dq_BTHC = q_BHTC.new_zeros(q_BHTC.shape[0], q_BHTC.shape[2], q_BHTC.shape[1], q_BHTC.shape[3])
     dq_BTKRC = _grouped(dq_BTHC, num_kv_heads)
@@ -283,7 +321,15 @@ def _backward(
         _put(dq_BTKRC, chunk, torch.bmm(d_scores, k).mul_(settings.scale))
         _add(dk_BKSC, chunk, torch.bmm(d_scores.transpose(1, 2), q))
     dk_BKSC.mul_(settings.scale)
-    return dq_BTHC.transpose(1, 2), dk_BKSC.to(k_BKSC.dtype), dv_BKSC.to(v_BKSC.dtype)
+    return dq_BTHC.transpose(1, 2).to(dtype), dk_BKSC.to(dtype), dv_BKSC.to(dtype)
+
+
+def _to_compute(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """bf16 becomes fp32 on a CPU that multiplies faster in it."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if dtype != torch.bfloat16 or device.type != "cpu" or faster_in_bf16(device):
+        return tensors
+    return tuple(tensor.float() for tensor in tensors)
 
 
 def _weights(
@@ -324,8 +370,10 @@ def _chunks(q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, mask: torch.Tensor | Non
     (batch, num_heads, length, _), (num_kv_heads, num_keys) = q_BHTC.shape, k_BKSC.shape[1:3]
     group = num_heads // num_kv_heads
     size = max(_CHUNKS[0], min(_CHUNKS[1], _ROWS // group))
-    heads_at_once = max(1, min(num_kv_heads, _SCORES // (group * size * num_keys)))
-    rows_at_once = max(1, min(batch, _SCORES // (num_kv_heads * group * size * num_keys)))
+    nbytes = _SCORES_BYTES_FP32 if q_BHTC.dtype == torch.float32 else _SCORES_BYTES
+    scores = nbytes // q_BHTC.element_size()
+    heads_at_once = max(1, min(num_kv_heads, scores // (group * size * num_keys)))
+    rows_at_once = max(1, min(batch, scores // (num_kv_heads * group * size * num_keys)))
     upper = torch.ones(size, size, dtype=torch.bool, device=q_BHTC.device).triu(1)[:, None]
     for queries in _slices(length, size):
         m = queries.stop - queries.start

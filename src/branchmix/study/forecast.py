@@ -162,7 +162,7 @@ def _in_bf16(run: dict[str, Any]) -> bool:
     """Whether a run computes in bf16 on this machine's CPUs."""
     import torch
 
-    from branchmix.train.models import faster_in_bf16
+    from branchmix.models.chunked_branchmix import faster_in_bf16
 
     precision = run.get("precision", "auto")
     return faster_in_bf16(torch.device("cpu")) if precision == "auto" else bool(precision == "bf16")

@@ -26,7 +26,7 @@ def measure_inference(models: Mapping[str, Path], *, prompt: int, new_tokens: in
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from branchmix.train.models import faster_in_bf16
+    from branchmix.models.chunked_branchmix import faster_in_bf16
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

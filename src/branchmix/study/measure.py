@@ -95,7 +95,8 @@ class _Loaded:
         from transformers.utils import logging
 
         from branchmix.likelihood.models import prefix_token
-        from branchmix.train.models import Computing, attention_options, faster_in_bf16
+        from branchmix.models.chunked_branchmix import faster_in_bf16
+        from branchmix.train.models import Computing, attention_options
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,47 +56,12 @@ def computing_of(config: RunConfig, device: torch.device) -> Computing:
     """
     import torch
 
+    from branchmix.models.chunked_branchmix import faster_in_bf16
+
     if config.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise RecipeError("precision: this GPU does not compute in bf16: give fp32")
     bf16 = faster_in_bf16(device) if config.precision == "auto" else config.precision == "bf16"
     return Computing(device, bf16)
-
-
-def faster_in_bf16(device: torch.device) -> bool:
-    """Whether matrix products take less time in bf16 than in fp32.
-
-    On GPUs that have bf16, and on CPUs with AMX. With AVX512-BF16 alone both are timed, which takes some milliseconds:
-    on one core a Zen 4 reached 2.3 times fp32's rate, a Xeon half of it.
-    """
-    import torch
-
-    from branchmix.models.chunked_branchmix import has_amx
-
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if device.type != "cpu":
-        return False
-    return has_amx() or (torch.cpu._is_avx512_bf16_supported() and _measured_faster_in_bf16())
-
-
-@cache
-def _measured_faster_in_bf16(size: int = 512, rounds: int = 5) -> bool:
-    """The fastest of some products of square matrices, in turn in both, by the CPU time of one thread."""
-    import torch
-
-    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(1 + rounds):
-            for dtype, values in seconds.items():
-                matrix = torch.ones(size, size, dtype=dtype)
-                begin = time.thread_time()
-                torch.mm(matrix, matrix)
-                values.append(time.thread_time() - begin)
-    finally:
-        torch.set_num_threads(threads)
-    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
 
 
 def attention_options(model_type: str, computing: Computing, length: int, given: str | None = None) -> dict[str, str]:
