@@ -112,7 +112,21 @@ def test_one_repetition_claims_no_small_difference(tmp_path: Path) -> None:
     found = collect(finished(tmp_path, seeds=1))
     assert found["comparisons"]["bam-expert-kv-dm"]["significant"]  # 10 %, and no error over documents
     assert not found["comparisons"]["bam-shared-kv-cm"]["significant"]  # 2 %, what a seed may do
-    assert "one random seed" in " ".join(headline(found))
+    text = " ".join(headline(found))
+    assert "± is twice the standard error over held-out documents, of one repetition." in text
+    assert "with one repetition differences up to" in text and "Student" not in text
+
+
+def test_rows_of_one_repetition_say_what_their_interval_is(tmp_path: Path) -> None:
+    folder = finished(tmp_path, seeds=3)
+    for repetition in (2, 3):
+        (folder / "results" / f"r{repetition}.scores.bam-shared-kv-cm.json").unlink()
+    found = collect(folder)
+    over = {title: row["over"] for title, row in found["comparisons"].items()}
+    assert over["bam-shared-kv-cm"] == "documents" and over["bam-expert-kv-dm"] == "repetitions"
+    text = " ".join(headline(found))
+    assert "order of the data; for rows of one repetition, twice the standard error over held-out documents." in text
+    assert f"Of {list(over.values()).count('repetitions')} comparisons over repetitions one in twenty" in text
 
 
 def test_costs_before_the_mixture_are_counted(tmp_path: Path) -> None:

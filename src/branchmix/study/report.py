@@ -15,7 +15,7 @@ from branchmix.pages.pictures import Figure, png, save, svg
 from branchmix.study import figures
 from branchmix.study.results import collect
 from branchmix.study.statistics import SEED_NOISE
-from branchmix.study.table import Table
+from branchmix.study.table import Table, intervals_are
 from branchmix.study.tables import percent, tables
 
 KINDS = ("html", "markdown", "latex")
@@ -174,21 +174,17 @@ def _order(found: dict[str, Any]) -> list[str]:
 
 
 def _trust(found: dict[str, Any]) -> str:
-    count, reference = found["repetitions"], found["comparisons"]
-    if count > 1:
-        what = (
-            f"± is Student's 95 % interval over {count} repetitions with other random seeds, paired by the order of "
-            "the data"
+    comparisons = list(found["comparisons"].values())
+    over_repetitions = sum(row["over"] == "repetitions" for row in comparisons)
+    text = f"Perplexities are geometric means over the domains; ± is {intervals_are(found)}."
+    if over_repetitions < len(comparisons):
+        text += (
+            " A random seed alone moves such numbers by a percent or two, so with one repetition differences up to "
+            f"{SEED_NOISE:.0%} are called none."
         )
-    else:
-        what = (
-            "± is twice the standard error over held-out documents; there was one random seed, which alone moves such "
-            f"numbers by a percent or two, so differences up to {SEED_NOISE:.0%} are called none"
-        )
-    many = f" Of {len(reference)} such comparisons one in twenty excludes zero by chance." if count > 1 else ""
-    return (
-        f"Perplexities are geometric means over the domains; {what}.{many} Nothing here says how larger models behave."
-    )
+    if over_repetitions:
+        text += f" Of {over_repetitions} comparisons over repetitions one in twenty excludes zero by chance."
+    return f"{text} Nothing here says how larger models behave."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

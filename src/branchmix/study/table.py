@@ -110,3 +110,13 @@ def marked_label(found: Numbers, model: Numbers) -> str:
 def millions(count: float) -> str:
     """Of parameters."""
     return f"{count / 1e6:.4g}M"
+
+
+def intervals_are(found: Numbers) -> str:
+    """What the ± of comparisons with the reference is: repetitions' where there are several."""
+    kinds = {row["over"] for row in found["comparisons"].values()}
+    students = "Student's 95 % interval over repetitions with other random seeds, paired by the order of the data"
+    documents = "twice the standard error over held-out documents"
+    if kinds == {"documents"}:
+        return f"{documents}, of one repetition"
+    return f"{students}; for rows of one repetition, {documents}" if "documents" in kinds else students

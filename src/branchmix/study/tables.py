@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from branchmix.study.cost_tables import budgets, components, costs, inference_flops, latency, text
 from branchmix.study.results import GROUPS
-from branchmix.study.table import Numbers, Table, marked_label, millions
+from branchmix.study.table import Numbers, Table, intervals_are, marked_label, millions
 
 
 def tables(found: Numbers) -> list[Table]:
@@ -34,15 +34,10 @@ def perplexities(found: Numbers) -> Table:
         numbers = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
         return [*map(_perplexity, numbers), *([_difference(found, model)] if compared else [])]
 
-    over = (
-        "Student's 95 % interval over repetitions, paired by data order"
-        if found["repetitions"] > 1
-        else "twice the standard error over held-out documents, one repetition"
-    )
     note = (
         "Perplexity of held-out documents. DM: equal data, CM: equal compute. Avg is the paper's, the mean over "
-        f"domains; the last column compares geometric means; ±: {over}. * marks what the interval tells apart. "
-        f"{_repetitions(found)}Bold: the best of a column among the trained."
+        f"domains; the last column compares geometric means; ±: {intervals_are(found)}. * marks what the interval "
+        f"tells apart. {_repetitions(found)}Bold: the best of a column among the trained."
     )
     return _grouped("table-1", "Perplexity (BAM, Table 1)", found, head, cells, note, 1 + len(domains) + 1)
 
