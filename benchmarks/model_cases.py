@@ -229,6 +229,12 @@ CANDIDATES: dict[str, tuple[str, str | None]] = {
     "expert kv": ("kv_experts", "branchmix"),
     "shared kv": ("kv_sharing", "branchmix"),
 }
+DECODED = {
+    f"{name}, {experts}": (attention, experts)
+    for name, attention in (("expert kv", "kv_experts"), ("shared kv", "kv_sharing"))
+    for experts in ("eager", "grouped_mm", "batched_mm")
+}
+"""Mixtures of attention experts with transformers' kernels for their FFN experts: what decoding is compared with."""
 PEERS = {"mixturekit traditional": ("mixturekit-traditional", None), "mixturekit btx": ("mixturekit-btx", None)}
 
 
@@ -246,7 +252,7 @@ def decode_cases(data: Path, envs: Path) -> Iterator[Case]:
 def _decode(models: steps.Models, batch: int, more: dict[str, Any] | None = None) -> dict[str, Once]:
     ids = torch.randint(3, 4096, (batch, 65), generator=torch.Generator().manual_seed(0))
     once: dict[str, Once] = {}
-    for name, (which, experts) in {**CANDIDATES, **(more or {})}.items():
+    for name, (which, experts) in {**CANDIDATES, **DECODED, **(more or {})}.items():
 
         def step(which: str = which, experts: str | None = experts) -> Seconds:
             model = models.get(which).eval()

@@ -1,4 +1,4 @@
-"""Writes the reference pages that come from the code: commands, recipe keys, training keys and families.
+"""Writes the pages that come from the code and from results: commands, keys, families, studies.
 
 ``make docs`` runs it; ``python docs/generate.py --check`` fails if a page is out of date (a test runs that).
 """
@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import types
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -18,6 +20,7 @@ from branchmix.checkpoint.families import FAMILIES
 from branchmix.cli import app
 from branchmix.recipe import Recipe
 from branchmix.study.methods import METHODS
+from branchmix.study.report import report
 from branchmix.study.settings import InstalledText, StudyFile
 from branchmix.train.config import BranchConfig, RunConfig
 
@@ -204,12 +207,30 @@ def families_page() -> str:
     return HEADER + "\n".join(lines) + "\n"
 
 
-PAGES = {
+def study_page(name: str) -> str:
+    """What came out of a study: ``studies/NAME/about.md``, the tables of its results, and its pictures.
+
+    The pictures are those that ``branchmix report docs/studies/NAME`` drew.
+    """
+    folder = FOLDER / "studies" / name
+    with tempfile.TemporaryDirectory() as out:
+        report(folder, out, kinds=["markdown"])
+        tables = (Path(out) / "tables.md").read_text(encoding="utf-8").partition("\n")[2]
+    pictures = [f"![{path.stem}]({name}/figures/{path.name})\n" for path in sorted(folder.glob("figures/*.png"))]
+    about = (folder / "about.md").read_text(encoding="utf-8")
+    return HEADER + "\n".join([about, "## Results", tables, "## Pictures", "", *pictures])
+
+
+PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "recipe.md": recipe_page,
     "training.md": training_page,
     "studies.md": studies_page,
     "families.md": families_page,
+    **{
+        f"studies/{about.parent.name}.md": partial(study_page, about.parent.name)
+        for about in sorted(FOLDER.glob("studies/*/about.md"))
+    },
 }
 
 

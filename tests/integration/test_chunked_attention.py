@@ -31,6 +31,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_SCORES_BYTES", 6000)
     monkeypatch.setattr(chunked, "_SCORES_BYTES_FP32", 12000)
     monkeypatch.setattr(chunked, "_SHORTEST", 4)
+    monkeypatch.setattr(chunked, "_SHORTEST_FORWARD", 7)
 
 
 def operands(heads: int, kv_heads: int, dtype: torch.dtype = torch.float32, *, length: int = LENGTH) -> list[Any]:
@@ -187,6 +188,8 @@ def test_chosen_by_dtype_length_and_processor(processor: str, monkeypatch: pytes
 
     assert run(torch.bfloat16, 9, grad=False) == ((0, 0, 0) if amx else (1, 0, 0))
     assert run(torch.bfloat16, 9, grad=True) == ((0, 1, 1) if amx else (1, 1, 0))
+    assert run(torch.bfloat16, 5, grad=False) == (0, 0, 0), "too few queries for the forward pass"
+    assert run(torch.bfloat16, 5, grad=True) == (0, 1, 1), "but not for the backward"
     assert run(torch.bfloat16, 3, grad=True) == (0, 0, 0), "too few queries"
     assert run(torch.float32, 9, grad=True) == (0, 0, 0), "fp32"
     assert run(torch.bfloat16, 9, grad=True, dropout=0.1) == (0, 0, 0), "dropout"

@@ -37,8 +37,8 @@ _CHUNKS = (32, 128)
 """Bounds on the queries of a chunk. Causal attention wastes half a chunk of keys on each."""
 _SCORES_BYTES, _SCORES_BYTES_FP32 = 8 << 20, 2 << 20
 """Scores held at once, over all rows of a product; in fp32 they have to stay in a core's own cache."""
-_SHORTEST = 64
-"""Fewer queries than this are not worth the chunks' overhead."""
+_SHORTEST, _SHORTEST_FORWARD = 64, 256
+"""Fewer queries than this are not worth the chunks' overhead, in the backward and in the forward pass."""
 
 
 def automatic_attention_forward(
@@ -130,7 +130,7 @@ def _faster_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] < _SHORTEST:
         return False, False
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return not has_amx(), needs_grad
+    return query.shape[2] >= _SHORTEST_FORWARD and not has_amx(), needs_grad
 
 
 def has_amx() -> bool:
