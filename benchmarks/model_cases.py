@@ -256,9 +256,10 @@ def _decode(models: steps.Models, batch: int, more: dict[str, Any] | None = None
 
         def step(which: str = which, experts: str | None = experts) -> Seconds:
             model = models.get(which).eval()
-            _use(model, experts)
             with torch.no_grad():
+                _use(model, experts and "grouped_mm")  # batched_mm would copy the weights for each of the 64 tokens
                 cache = model(input_ids=ids[:, :64], use_cache=True).past_key_values
+                _use(model, experts)
                 return {"": min(seconds_of(lambda: _one(model, ids, cache)) for _ in range(3))}
 
         once[name] = step

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import StaticCache
 
+from branchmix.models import linear_branchmix
 from branchmix.models import modeling_branchmix as modeling
 from branchmix.models.linear_branchmix import linear
 from families import BY_NAME
@@ -115,11 +116,13 @@ def test_a_compiled_step_with_a_static_cache_is_the_same(name: str, attention: s
     close(found, expected)
 
 
+@pytest.mark.parametrize("faster", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_one_row_is_as_near_to_the_truth_as_many(
-    dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, bias: bool, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(linear_branchmix, "_faster_by_mv", lambda dtype: faster)
     torch.manual_seed(0)
     x, weight = torch.randn(1, 1, 777, dtype=dtype), torch.randn(333, 777, dtype=dtype)
     shift = torch.randn(333, dtype=dtype) if bias else None
@@ -132,7 +135,7 @@ def test_one_row_is_as_near_to_the_truth_as_many(
         found, many = linear(x, weight, shift), F.linear(x, weight, shift)
         assert found.shape == many.shape and found.dtype == dtype
         assert (found.double() - truth).norm() < 1.5 * (many.double() - truth).norm() + 1e-6 * truth.norm()
-        assert calls == ([] if dtype == torch.float32 else ["addmv" if bias else "mv"])
+        assert calls == ([] if dtype == torch.float32 or not faster else ["addmv" if bias else "mv"])
         linear(x.expand(1, 2, -1), weight, shift)
     linear(x, weight.requires_grad_(), shift)
     assert len(calls) <= 1, "two rows, and gradients"
@@ -140,8 +143,9 @@ def test_one_row_is_as_near_to_the_truth_as_many(
 
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt-neox", "phi3"])
-def test_a_step_of_one_sequence_is_that_of_two(name: str, attention: str) -> None:
+def test_a_step_of_one_sequence_is_that_of_two(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row goes another way than two, through every projection of the attention experts."""
+    monkeypatch.setattr(linear_branchmix, "_faster_by_mv", lambda dtype: True)
     model = random_mixture(name, attention).bfloat16()
     ids = tokens(1, 9)
     with torch.no_grad():

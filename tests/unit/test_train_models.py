@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
 from branchmix.models import chunked_branchmix
 from branchmix.models.chunked_branchmix import faster_in_bf16
+from branchmix.models.linear_branchmix import fastest_on_cpu
 from branchmix.train.models import Computing, attention_options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -26,20 +30,35 @@ def test_bf16_where_it_is_the_faster_one(
     assert faster_in_bf16(torch.device("meta")) is False
 
 
-@pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
-def test_the_timing_tells_the_faster_one(faster: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
+@pytest.mark.parametrize("faster", ["first", "second"])
+def test_the_timing_tells_the_faster_one(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First calls, which prepare kernels, do not count; nor do slow rounds."""
+    clock, calls = [0.0], dict.fromkeys(("first", "second"), 0)
 
-    def mm(first: torch.Tensor, second: torch.Tensor) -> None:
-        clock[0] += 1.0 if first.dtype == faster else 2.0
+    def call(name: str) -> None:
+        calls[name] += 1
+        slow = calls[name] in (1, 4)
+        clock[0] += (1.0 if name == faster else 2.0) + (50.0 if slow and name == faster else 0.0)
 
-    monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr("time.thread_time", lambda: clock[0])
     threads = torch.get_num_threads()
+    assert fastest_on_cpu({name: partial(call, name) for name in calls}) == faster
+    assert torch.get_num_threads() == threads and set(calls.values()) == {6}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_products_are_timed_in_both(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = {}
+
+    def fastest(calls: dict[str, Any]) -> str:
+        dtypes.update({name: call().dtype for name, call in calls.items()})
+        return "bf16" if bf16 else "fp32"
+
+    monkeypatch.setattr(chunked_branchmix, "fastest_on_cpu", fastest)
     chunked_branchmix._measured_faster_in_bf16.cache_clear()
-    assert chunked_branchmix._measured_faster_in_bf16() is (faster == torch.bfloat16)
+    assert chunked_branchmix._measured_faster_in_bf16() is bf16
     chunked_branchmix._measured_faster_in_bf16.cache_clear()
-    assert torch.get_num_threads() == threads
+    assert dtypes == {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @pytest.mark.parametrize(

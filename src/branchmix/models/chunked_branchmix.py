@@ -15,7 +15,6 @@ w keys that they may see.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +27,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from .linear_branchmix import fastest_on_cpu
 
 AUTOMATIC, CHUNKED = "branchmix", "branchmix_chunked"
 
@@ -154,22 +155,10 @@ def faster_in_bf16(device: torch.device) -> bool:
 
 
 @cache
-def _measured_faster_in_bf16(size: int = 512, rounds: int = 5) -> bool:
-    """The fastest of some products of square matrices, in turn in both, by the CPU time of one thread."""
-    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            for _ in range(1 + rounds):
-                for dtype, values in seconds.items():
-                    matrix = torch.ones(size, size, dtype=dtype)
-                    begin = time.thread_time()
-                    torch.mm(matrix, matrix)
-                    values.append(time.thread_time() - begin)
-    finally:
-        torch.set_num_threads(threads)
-    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
+def _measured_faster_in_bf16() -> bool:
+    single, half = torch.ones(512, 512), torch.ones(512, 512, dtype=torch.bfloat16)
+    calls = {"fp32": lambda: torch.mm(single, single), "bf16": lambda: torch.mm(half, half)}
+    return fastest_on_cpu(calls) == "bf16"
 
 
 def _unsupported(dropout: float, mask: Any, kwargs: dict[str, Any]) -> str | None:
