@@ -102,7 +102,7 @@ def percent(interval: Numbers, *, significant: bool) -> str:
 
 def _repetitions(found: Numbers) -> str:
     count = found["repetitions"]
-    return f"Geometric means over {count} repetitions. " if count > 1 else ""
+    return "Geometric means over repetitions. " if count > 1 else ""
 
 
 def _label(found: Numbers, title: str | None) -> str:
