@@ -387,7 +387,7 @@ def test_measuring_a_step_leaves_weights_and_random_numbers_alone(models: dict[s
     sequences = corpus.train("equal", sequence_length=32, num_sequences=4, random_seed=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     numbers = torch.get_rng_state()
-    computing = Computing(torch.device("cpu"), False, None)
+    computing = Computing(torch.device("cpu"), bf16=False)
     seconds = seconds_per_step(model, sequences, computing, micro=2, accumulation=2, packing="position_ids")
     assert 0 < seconds < 5
     assert torch.equal(torch.get_rng_state(), numbers)
