@@ -30,8 +30,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_CHUNKS", (16, 16))
     monkeypatch.setattr(chunked, "_SCORES_BYTES", 6000)
     monkeypatch.setattr(chunked, "_SCORES_BYTES_FP32", 12000)
-    monkeypatch.setattr(chunked, "_SHORTEST", 4)
-    monkeypatch.setattr(chunked, "_SHORTEST_FORWARD", 7)
+    monkeypatch.setattr(chunked, "SHORTEST", 4)
+    monkeypatch.setattr(chunked, "SHORTEST_FORWARD", 7)
 
 
 def operands(heads: int, kv_heads: int, dtype: torch.dtype = torch.float32, *, length: int = LENGTH) -> list[Any]:

@@ -155,6 +155,14 @@ def test_further_experts_come_nearest_to_bams_parameters() -> None:
             assert gap <= abs(active_parameters(other).total - active_parameters(goal).total)
 
 
+def test_one_router_is_planned_as_it_is_built() -> None:
+    steps = graph(methods=["btx", "bam-expert-kv", "bam-shared-router"]).steps
+    one, two = (steps[f"r1.upcycle.{name}"].config for name in ("bam-shared-router", "bam-expert-kv"))
+    assert one is not None and two is not None
+    saved = MODEL["num_hidden_layers"] * one["num_experts"] * MODEL["hidden_size"]
+    assert parameters(two).total - parameters(one).total == saved > 0
+
+
 # ---- keys ----
 
 

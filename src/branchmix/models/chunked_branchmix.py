@@ -38,7 +38,7 @@ _CHUNKS = (32, 128)
 """Bounds on the queries of a chunk. Causal attention wastes half a chunk of keys on each."""
 _SCORES_BYTES, _SCORES_BYTES_FP32 = 8 << 20, 2 << 20
 """Scores held at once, over all rows of a product; in fp32 they have to stay in a core's own cache."""
-_SHORTEST, _SHORTEST_FORWARD = 64, 256
+SHORTEST, SHORTEST_FORWARD = 64, 256
 """Fewer queries than this are not worth the chunks' overhead, in the backward and in the forward pass."""
 
 
@@ -128,10 +128,10 @@ def _faster_in_chunks(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     2048, on a Zen 4; 1.5 and 1.4 on a Xeon whose bf16 products are slower than fp32's, so that chunks are computed in
     fp32 there). With AMX, torch's fused forward uses it and is faster. Of fp32 tensors torch's own is left alone.
     """
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] < _SHORTEST:
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or query.shape[2] < SHORTEST:
         return False, False
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return query.shape[2] >= _SHORTEST_FORWARD and not has_amx(), needs_grad
+    return query.shape[2] >= SHORTEST_FORWARD and not has_amx(), needs_grad
 
 
 def has_amx() -> bool:

@@ -14,8 +14,6 @@ _FP32 = 4
 _NORM = 3
 """Values of the width that a norm keeps: less the mean (twice) and normed, as Cohere's; others keep one or two. What it
 hands on is kept by the matrices."""
-_SHORTEST_CHUNKED = 64
-"""Tokens from which on mixtures attend in chunks in bf16."""
 _HOLES = 1.6
 """What malloc takes for what comes and goes, which leaves holes where ``keep_freed_memory`` maps nothing afresh."""
 
@@ -101,11 +99,13 @@ def _attention(shape: Shape, run: dict[str, Any], half: int) -> int:
 
 def _kernel(shape: Shape, run: dict[str, Any], half: int) -> str:
     """``eager``, ``sdpa`` or ``chunks``, as dense models and mixtures choose on CPUs."""
+    from branchmix.models.chunked_branchmix import SHORTEST
+
     given, length = run.get("attn_implementation"), run["sequence_length"]
     if given == "branchmix_chunked":
         return "chunks"
     if given == "branchmix" or (given is None and shape.attention != "dense"):
-        return "chunks" if half != _FP32 and length >= _SHORTEST_CHUNKED else "sdpa"
+        return "chunks" if half != _FP32 and length >= SHORTEST else "sdpa"
     return "eager" if given == "eager" or (given is None and half != _FP32 and length <= EAGER_LENGTH) else "sdpa"
 
 
