@@ -12,7 +12,7 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.errors import RecipeError
 from branchmix.study.facts import step_cost
 from branchmix.study.graph import FORMAT, NEGLIGIBLE, Cost, Graph, Kind, Step, key_of
-from branchmix.study.identity import identity_of_seed, identity_of_text
+from branchmix.study.identity import identity_of_recipe, identity_of_seed, identity_of_text
 from branchmix.study.methods import METHODS
 from branchmix.study.mixtures import Mixtures, seed_config
 from branchmix.study.settings import InstalledText, Method, StudyFile
@@ -143,7 +143,7 @@ class _Builder:
             return
         recipe = self.mixtures.recipe(method, self._random(repetition, 2))
         config = self.mixtures.config(recipe)
-        content = recipe.model_dump(mode="json", exclude={"seed", "experts"})
+        content = identity_of_recipe(recipe)
         names = [expert.name for expert in recipe.experts]
         needs = {role: name for role, name in needs.items() if role in ("seed", *names)}
         name = f"{self._prefix(repetition)}upcycle.{method.title}"

@@ -1,4 +1,4 @@
-"""What tells given seeds and texts apart: part of the keys of all steps that depend on them."""
+"""What tells seeds, texts and merges apart: part of the keys of all steps that depend on them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from typing import Any
 
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.data.config import Source
+from branchmix.recipe import Recipe
 from branchmix.study.settings import InstalledText, StudyFile
 
 _HASHED_BYTES = 4 << 30
 """Text up to this size is known by its content, above by sizes and dates."""
+
+
+_LATER: dict[str, dict[str, Any]] = {"routing": {"shared": False}}
+"""Options of recipes that came after `graph.FORMAT` 1, with the values that mean what was done before there were any.
+
+Left out of keys at these values: a study that an older version began goes on where it is."""
+
+
+def identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """JSON of all that a merge depends on, but for the models themselves."""
+    content: dict[str, Any] = recipe.model_dump(mode="json", exclude={"seed", "experts"})
+    for section, later in _LATER.items():
+        kept = {name: value for name, value in content[section].items() if later.get(name, ...) != value}
+        content[section] = kept
+    return content
 
 
 def identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:
