@@ -202,6 +202,22 @@ def test_changed_options_make_new_just_what_depends_on_them() -> None:
     assert other == set(before.steps) - {"text"}
 
 
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("study-*.yaml")))
+def test_published_results_are_of_the_recipe_beside_them(recipe: str) -> None:
+    """Also: a new option of the software, left alone, does not begin finished studies anew."""
+    results = sorted((ROOT / "docs" / "studies" / recipe / "results").glob("*.json"))
+    if not results:
+        pytest.skip("no results of it are published")
+    if recipe == "study-b" and not (ROOT / "smollm2-output" / "seed").is_dir():
+        pytest.skip("its seed is not there; examples/smollm2/seed.py makes it")
+    steps = build(StudyFile.load(ROOT / "recipes" / f"{recipe}.yaml")).steps
+    records = [json.loads(path.read_text()) for path in results if path.stem != "study"]
+    assert not [record["step"] for record in records if steps[record["step"]].key != record["key"]]
+
+
 def test_given_text_is_known_by_its_content(tmp_path: Path) -> None:
     for name in ("general", "code"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
