@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import types
@@ -22,6 +23,7 @@ from branchmix.recipe import Recipe
 from branchmix.study.methods import METHODS
 from branchmix.study.report import report
 from branchmix.study.settings import InstalledText, StudyFile
+from branchmix.study.tables import perplexities
 from branchmix.train.config import BranchConfig, RunConfig
 
 FOLDER = Path(__file__).parent
@@ -221,12 +223,31 @@ def study_page(name: str) -> str:
     return HEADER + "\n".join([about, "## Results", tables, "## Pictures", "", *pictures])
 
 
+README_STUDY = "study-a"
+_RESULTS = re.compile(r"(<!-- Results of studies/[^>]*-->\n).*(<!-- End of results -->)", re.DOTALL)
+
+
+def readme() -> str:
+    """The project's first page, with the perplexities of its study between two comments; without ablations."""
+    folder, path = FOLDER / "studies" / README_STUDY, FOLDER.parent / "README.md"
+    with tempfile.TemporaryDirectory() as out:
+        found = report(folder, out, kinds=["markdown"]).numbers
+    core = {None, *(method.title for method in StudyFile.model_validate(found["settings"]).methods)}
+    table = perplexities({**found, "models": [model for model in found["models"] if model["method"] in core]})
+    lines = table.markdown().partition("\n\n")[2]
+    text, count = _RESULTS.subn(lambda marks: f"{marks[1]}\n{lines}\n{marks[2]}", path.read_text(encoding="utf-8"))
+    if count != 1:
+        raise SystemExit(f"{path}: the comments around its results are not there once")
+    return text
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "recipe.md": recipe_page,
     "training.md": training_page,
     "studies.md": studies_page,
     "families.md": families_page,
+    "../README.md": readme,
     **{
         f"studies/{about.parent.name}.md": partial(study_page, about.parent.name)
         for about in sorted(FOLDER.glob("studies/*/about.md"))

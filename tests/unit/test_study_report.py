@@ -14,6 +14,7 @@ from test_study_graph import settings
 
 from branchmix.settings import parse
 from branchmix.study.build import build
+from branchmix.study.figures import curves
 from branchmix.study.records import STUDY, write_record
 from branchmix.study.report import headline, report
 from branchmix.study.results import collect
@@ -164,6 +165,31 @@ def test_results_of_other_settings_are_left_out(tmp_path: Path) -> None:
     for other in folder.glob("results/*.scores.soup.json"):
         other.write_text(json.dumps({**record, "key": "another"}))
     assert "soup" not in [model["title"] for model in collect(folder)["models"]]
+
+
+def test_curves_are_means_over_the_same_data(tmp_path: Path) -> None:
+    """Whatever steps a run has points at, and where a model lacks a repetition whose data are harder."""
+    found = collect(finished(tmp_path))
+    for model in found["models"]:
+        better = {"btx": 0.0, "bam-expert-kv-dm": 0.1, "bam-expert-kv-cm": 0.1}.get(model["title"], 0.2)
+        for repetition in model["repetitions"]:
+            if repetition["training"] is None or model["group"] != "methods":
+                continue
+            harder, steps = repetition["repetition"], [1, 2, 3, 4]
+            if model["title"] == "bam-expert-kv-dm" and harder == 1:  # it was stopped after step 2, and went on
+                steps = [1, 2, 2.5, 3, 4]
+            repetition["training"]["curve"] = [
+                {"step": n, "tokens": n * 64, "flops": n * 1e6, "loss": 5 - n / 10 + harder - better} for n in steps
+            ]
+    by_title = {model["title"]: model for model in found["models"]}
+    by_title["bam-shared-kv-cm"]["repetitions"] = by_title["bam-shared-kv-cm"]["repetitions"][:2]
+    drawn = {str(line.get_label()): line for line in curves(found, "black").axes[0].get_lines()}
+    tokens = {label: list(line.get_xdata()) for label, line in drawn.items()}  # type: ignore[arg-type]
+    losses = {label: list(line.get_ydata()) for label, line in drawn.items()}  # type: ignore[arg-type]
+    assert len(drawn) == 5 and set(map(tuple, tokens.values())) == {(64, 128, 192, 256)}
+    assert losses["BTX"] == pytest.approx([5.4, 5.3, 5.2, 5.1]), "of the first two repetitions"
+    assert losses["BAM DM Expert KV"] == pytest.approx([5.3, 5.2, 5.1, 5.0])
+    assert losses["BAM CM Shared KV"] == pytest.approx([5.2, 5.1, 5.0, 4.9])
 
 
 def test_tables_say_the_same_everywhere(tmp_path: Path) -> None:

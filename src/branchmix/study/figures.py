@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from branchmix.pages.pictures import COLOURS, Figure, figure_with, heat, take_ink
 
 Numbers = dict[str, Any]
@@ -38,7 +40,10 @@ def styles(found: Numbers) -> dict[str, tuple[str, str]]:
 
 
 def curves(found: Numbers, ink: str) -> Figure:
-    """Training loss against tokens and against FLOPs: mean over repetitions."""
+    """Training loss against tokens and against FLOPs: mean over the repetitions that all drawn models have.
+
+    These saw the same data in the same order, another repetition's may be harder.
+    """
     figure, panels = figure_with(2, (10.0, 4.3), ink)
     for panel, over, title in zip(
         panels, ("tokens", "flops"), ("Over tokens: equal data", "Over FLOPs: equal compute"), strict=True
@@ -55,21 +60,21 @@ def _curves(panel: Any, found: Numbers, over: str, ink: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     models = {model["title"]: model for model in found["models"]}
+    trained = {
+        title: {r["repetition"]: curve for r in models[title]["repetitions"] if (curve := _curve(r))}
+        for title in styles(found)
+    }
+    having = [set(of_one) for of_one in trained.values() if of_one]
+    common = set.intersection(*having) if having else set()
     lowest, highest = float("inf"), 0.0
     for title, (colour, dashes) in styles(found).items():
-        of_all = [r["training"]["curve"] for r in models[title]["repetitions"] if r["training"]]
-        of_all = [curve for curve in of_all if len(curve) == len(of_all[0])]
-        if not of_all or not of_all[0]:
+        of_all = [curve for repetition, curve in trained[title].items() if repetition in common or not common]
+        if not of_all:
             continue
-        losses = [sum(point["loss"] for point in points) / len(points) for points in zip(*of_all, strict=True)]
-        panel.plot(
-            [point[over] for point in of_all[0]],
-            losses,
-            dashes,
-            color=colour,
-            label=models[title]["label"],
-            linewidth=1.6,
-        )
+        end = min(curve[-1][over] for curve in of_all)
+        places = [point[over] for point in of_all[0] if point[over] <= end]
+        losses = np.mean([_at(places, curve, over) for curve in of_all], axis=0).tolist()
+        panel.plot(places, losses, dashes, color=colour, label=models[title]["label"], linewidth=1.6)
         lowest, highest = min(lowest, *losses), max(highest, losses[len(losses) // 10])
     if highest:
         room = 0.05 * (highest - lowest) or 0.1
@@ -77,6 +82,16 @@ def _curves(panel: Any, found: Numbers, over: str, ink: str) -> None:
     panel.set_xlabel({"tokens": "tokens", "flops": "training FLOPs, without the dense models'"}[over], color=ink)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.grid(alpha=0.2)
+
+
+def _curve(repetition: Numbers) -> list[Numbers]:
+    training = repetition["training"]
+    return list(training["curve"]) if training else []
+
+
+def _at(places: list[float], curve: list[Numbers], over: str) -> Any:
+    """A run's loss at these places. Runs that were stopped have points at other steps than those that were not."""
+    return np.interp(places, [point[over] for point in curve], [point["loss"] for point in curve])
 
 
 def dots(found: Numbers, ink: str) -> Figure:
