@@ -103,6 +103,21 @@ def test_the_slope_between_two_budgets(tmp_path: Path) -> None:
     assert "Of 7 findings of the paper that were tried, 4 came out in the same direction, 4 of them" in text
 
 
+def test_mixtures_beside_a_dense_model(tmp_path: Path) -> None:
+    methods = ["btx", "bam-expert-kv", "dense"]
+    found = collect(finished(tmp_path / "clear", methods=methods))
+    for match, title in (("dm", "bam-expert-kv-dm"), ("cm", "bam-expert-kv-cm")):
+        row = found["against_dense"][match][title]
+        assert row["log_perplexity"]["value"] == pytest.approx(LEVELS[title] - 1.0)
+        assert row["dense"].startswith("dense-") and "btx" in found["against_dense"][match]
+    lines = [line for line in headline(found) if "a dense model of equal" in line]
+    assert len(lines) == 2 and "BAM CM Expert KV is better than the dense model (-61.3" in lines[1]
+    noisy = collect(finished(tmp_path / "noisy", methods=methods, wobble=1.0))
+    assert "BTX and the dense model cannot be told apart" in " ".join(headline(noisy))
+    without = collect(finished(tmp_path / "without"))
+    assert without["against_dense"] == {} and "dense model" not in " ".join(headline(without))
+
+
 def test_noise_is_no_finding(tmp_path: Path) -> None:
     found = collect(finished(tmp_path, wobble=0.2))
     assert not found["comparisons"]["bam-expert-kv-dm"]["significant"]

@@ -118,6 +118,14 @@ def headline(found: dict[str, Any]) -> list[str]:
                 parts.append(f"{model['label']} {_verdict(found['comparisons'][model['title']], reference['label'])}")
         if parts:
             lines.append(f"{what}: {'; '.join(parts)}.")
+    for match, what in (("dm", "data"), ("cm", "compute")):
+        parts = [
+            f"{models[title]['label']} {_verdict(compared, 'the dense model')}"
+            for title, compared in found["against_dense"].get(match, {}).items()
+            if models[title]["preset"] in (*told, reference["preset"])
+        ]
+        if parts:
+            lines.append(f"Beside a dense model of equal {what}: {'; '.join(parts)}.")
     methods = {model["method"] for model in found["models"] if model["preset"] in told and model["group"] == "methods"}
     lines += [_slope(row, reference["label"]) for row in found["slopes"] if row["method"] in methods]
     lines += _order(found)

@@ -66,6 +66,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "models": models,
         "reference": reference["title"] if reference else None,
         "comparisons": comparisons,
+        "against_dense": _against_dense(models),
         "budgets": _budgets(models, reference),
         "claims": claims(models),
         "slopes": _slopes(models, reference, comparisons),
@@ -224,6 +225,20 @@ def comparison(ours: dict[str, Any], theirs: dict[str, Any]) -> Comparison | Non
     b = {r["repetition"]: r["documents"] for r in theirs["repetitions"]}
     both = sorted(a.keys() & b.keys())
     return compare([a[number] for number in both], [b[number] for number in both]) if both else None
+
+
+def _against_dense(models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By match, then by title: mixtures beside the dense model that was trained on as much data or compute."""
+    trained = [model for model in models if model["role"] in ("trained", "reference") and model["group"] == "methods"]
+    found: dict[str, dict[str, Any]] = {}
+    for match in ("dm", "cm"):
+        of_match = [model for model in trained if match in model["match"]]
+        dense = next((model for model in of_match if model["preset"] == "dense"), None)
+        if dense is None or dense["role"] == "reference":
+            continue
+        both = {model["title"]: comparison(model, dense) for model in of_match if model is not dense}
+        found[match] = {title: {**c.as_dict(), "dense": dense["title"]} for title, c in both.items() if c is not None}
+    return found
 
 
 def _budgets(models: list[dict[str, Any]], reference: dict[str, Any] | None) -> list[dict[str, Any]]:
