@@ -57,7 +57,7 @@ def test_official_examples_score_as_lm_eval_and_a_plain_loop(smollm2: Path, tmp_
     assert found.refused == [] and found.merged == 0 and len(found.scored) == len(examples)
     assert found.selected.data == "official" and found.selected.is_release is (every == 1)
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     model, tokenizer = load(smollm2), AutoTokenizer.from_pretrained(smollm2)
     theirs: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     requests = [

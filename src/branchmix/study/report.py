@@ -174,10 +174,8 @@ def _order(found: dict[str, Any]) -> list[str]:
     same = [row for row in rows if row["reproduced"]]
     sure = [row for row in same if row["significant"]]
     against = [row for row in rows if not row["reproduced"] and row["significant"]]
-    text = (
-        f"Of {len(rows)} findings of the paper that were tried, {len(same)} came out in the same direction, "
-        f"{len(sure)} of them beyond the noise"
-    )
+    tried = f"{len(rows)} findings of the paper that were" if len(rows) > 1 else "1 finding of the paper that was"
+    text = f"Of {tried} tried, {len(same)} came out in the same direction, {len(sure)} of them beyond the noise"
     return [f"{text}; {len(against)} came out the other way beyond the noise."]
 
 
