@@ -89,7 +89,7 @@ def studies_page() -> str:
         "and repeats that with other random seeds. `branchmix report` makes tables in the form of the BAM",
         "paper's, figures and one page of it. Examples: `recipes/study-tiny.yaml` (minutes),",
         "`recipes/study-a.yaml` (from scratch, hours: [results](studies/study-a.md)), `recipes/study-b.yaml`",
-        "(SmolLM2-135M, an hour: [results](studies/study-b.md)).",
+        "(SmolLM2-135M, an hour and a half: [results](studies/study-b.md)).",
         "",
         "- **Equal data (DM)**: the reference's tokens, in the same order, within each repetition.",
         "- **Equal compute (CM)**: as many whole steps as the reference's training FLOPs pay for: forward,",

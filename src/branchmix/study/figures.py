@@ -75,7 +75,7 @@ def _curves(panel: Any, found: Numbers, over: str, ink: str) -> None:
         places = [point[over] for point in of_all[0] if point[over] <= end]
         losses = np.mean([_at(places, curve, over) for curve in of_all], axis=0).tolist()
         panel.plot(places, losses, dashes, color=colour, label=models[title]["label"], linewidth=1.6)
-        lowest, highest = min(lowest, *losses), max(highest, losses[len(losses) // 10])
+        lowest, highest = min(lowest, *losses), max(highest, *losses[len(losses) // 10 :])
     if highest:
         room = 0.05 * (highest - lowest) or 0.1
         panel.set_ylim(lowest - room, highest + room)
@@ -97,7 +97,7 @@ def _at(places: list[float], curve: list[Numbers], over: str) -> Any:
 def dots(found: Numbers, ink: str) -> Figure:
     """Geometric mean of held-out perplexity of every model; small dots are its repetitions."""
     from matplotlib.figure import Figure as MatplotlibFigure
-    from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
     models = found["models"]
     figure = MatplotlibFigure(figsize=(9.0, 0.6 + 0.26 * len(models)), layout="constrained")
@@ -124,10 +124,12 @@ def dots(found: Numbers, ink: str) -> Figure:
     panel.set_yticks(range(len(models)), [model["label"] for model in models])
     panel.set_ylim(len(models) - 0.4, -0.6)
     low, high = (pick(model["geometric_mean"] for model in models) for pick in (min, max))
-    panel.set_xlim(low / 1.06, high * 1.25)
-    ticks = [
-        t for power in range(7) for t in (10**power * n for n in (1, 1.5, 2, 3, 5, 7)) if low / 1.06 < t < 1.2 * high
-    ]
+    room = max(high / low, 1.02)
+    left, right = low / room**0.05, high * room**0.15
+    panel.set_xlim(left, right)
+    ticks = [t for power in range(7) for t in (10**power * n for n in (1, 1.5, 2, 3, 5, 7)) if left < t < right]
+    if len(ticks) < 3:
+        ticks = [t for t in MaxNLocator(6).tick_values(left, right).tolist() if left < t < right]
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     panel.xaxis.set_minor_locator(NullLocator())
