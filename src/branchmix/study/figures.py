@@ -129,7 +129,7 @@ def dots(found: Numbers, ink: str) -> Figure:
     panel.set_xlim(left, right)
     ticks = [t for power in range(7) for t in (10**power * n for n in (1, 1.5, 2, 3, 5, 7)) if left < t < right]
     if len(ticks) < 3:
-        ticks = [t for t in MaxNLocator(6).tick_values(left, right).tolist() if left < t < right]
+        ticks = [float(t) for t in MaxNLocator(6).tick_values(left, right) if left < t < right]
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     panel.xaxis.set_minor_locator(NullLocator())
