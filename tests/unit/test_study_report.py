@@ -14,7 +14,7 @@ from test_study_graph import settings
 
 from branchmix.settings import parse
 from branchmix.study.build import build
-from branchmix.study.figures import curves
+from branchmix.study.figures import curves, dots
 from branchmix.study.records import STUDY, write_record
 from branchmix.study.report import headline, report
 from branchmix.study.results import collect
@@ -205,6 +205,24 @@ def test_curves_are_means_over_the_same_data(tmp_path: Path) -> None:
     assert losses["BTX"] == pytest.approx([5.4, 5.3, 5.2, 5.1]), "of the first two repetitions"
     assert losses["BAM DM Expert KV"] == pytest.approx([5.3, 5.2, 5.1, 5.0])
     assert losses["BAM CM Shared KV"] == pytest.approx([5.2, 5.1, 5.0, 4.9])
+
+
+def test_pictures_show_close_perplexities_and_losses_that_rise(tmp_path: Path) -> None:
+    found = collect(finished(tmp_path))
+    for number, model in enumerate(found["models"]):
+        model["geometric_mean"] = 11.4 + number / 10
+        for repetition in model["repetitions"]:
+            repetition["geometric_mean"] = model["geometric_mean"]
+            if repetition["training"]:
+                repetition["training"]["curve"] = [
+                    {"step": n, "tokens": n, "flops": n, "loss": loss}
+                    for n, loss in enumerate((2.5, 2.0, 3.0), start=1)
+                ]
+    panel = dots(found, "black").axes[0]
+    low, high = panel.get_xlim()
+    assert len([tick for tick in panel.get_xticks() if low < tick < high]) >= 3
+    lowest, highest = curves(found, "black").axes[0].get_ylim()
+    assert lowest < 2.0 and highest > 3.0
 
 
 def test_tables_say_the_same_everywhere(tmp_path: Path) -> None:
