@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,18 @@ class Browser:
         driver.cdp("Emulation.setEmulatedMedia", media="", features=[scheme])
         address = path.resolve().as_uri()
         driver.call("POST", "/url", {"url": address})
-        return Page(driver, address)
+        page = Page(driver, address)
+        _wait_until_loaded(page, address)
+        return page
+
+
+def _wait_until_loaded(page: Page, address: str, seconds: float = 60) -> None:
+    """chromedriver is to answer once a page is loaded; on a busy machine 1 long page in 20 is still being read then."""
+    end = time.monotonic() + seconds
+    while (state := page.run("return [location.href, document.readyState]")) != [address, "complete"]:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{address} is not loaded after {seconds:.0f} s: {state}")
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
