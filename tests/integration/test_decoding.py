@@ -25,14 +25,17 @@ KINDS = {"llama": "gated", "llama-bias": "gated, biases", "nemotron": "plain", "
 
 @pytest.fixture
 def prefer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """``prefer(name)``: of ways to compute few rows this is the fastest wherever it is timed."""
+    """``prefer(name)``: of ways to compute few rows this one is the fastest; experts go one by one but for ``grouped``."""
 
     def choose(name: str) -> None:
         monkeypatch.setattr(linear_branchmix, "fastest_on_cpu", lambda calls: name if name in calls else "linear")
+        monkeypatch.setattr(modeling, "fastest_on_cpu", lambda calls: list(calls)[name == "grouped"])
 
     linear_branchmix._fastest.cache_clear()
+    modeling._one_by_one_is_faster.cache_clear()
     yield choose
     linear_branchmix._fastest.cache_clear()
+    modeling._one_by_one_is_faster.cache_clear()
 
 
 @pytest.fixture
@@ -52,7 +55,10 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("name", KINDS)
-def test_few_tokens_go_one_by_one(name: str, top_k: int, dtype: torch.dtype, grouped: list[int]) -> None:
+def test_few_tokens_go_one_by_one(
+    name: str, top_k: int, dtype: torch.dtype, grouped: list[int], prefer: Callable[[str], None]
+) -> None:
+    prefer("linear")
     model = random_mixture(name, "average", num_experts_per_tok=top_k)
     experts = next(m for m in model.modules() if isinstance(m, modeling._Experts)).to(dtype)
     assert model.config._experts_implementation == "branchmix"
@@ -69,7 +75,18 @@ def test_few_tokens_go_one_by_one(name: str, top_k: int, dtype: torch.dtype, gro
         close(found, expected, 1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_many_tokens_and_gradients_go_to_transformers_kernel(grouped: list[int]) -> None:
+def test_few_tokens_are_grouped_where_that_is_faster(grouped: list[int], prefer: Callable[[str], None]) -> None:
+    prefer("grouped")
+    model = random_mixture("llama", "average")
+    with torch.no_grad():
+        model(tokens(1, 2))
+        assert grouped == [2, 2]
+        model(tokens(1, 1))
+        assert grouped == [2, 2], "one token has nothing to group"
+
+
+def test_many_tokens_and_gradients_go_to_transformers_kernel(grouped: list[int], prefer: Callable[[str], None]) -> None:
+    prefer("linear")
     model = random_mixture("llama", "average")
     with torch.no_grad():
         model(tokens(1, 16))
@@ -285,8 +302,9 @@ def test_packed_weights_stay_out_of_training_and_of_copies(packed_calls: list[in
     model.set_packed_weights(True)
     ids = tokens(1, 3)
     model(ids).logits.sum().backward()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(ids)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            model(ids)
     for name, again in {"copy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}.items():
         with torch.no_grad():
             assert torch.isfinite(again(ids).logits).all(), name
