@@ -25,7 +25,7 @@ KINDS = {"llama": "gated", "llama-bias": "gated, biases", "nemotron": "plain", "
 
 @pytest.fixture
 def prefer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """``prefer(name)``: of ways to compute few rows this one is the fastest; experts go one by one but for ``grouped``."""
+    """``prefer(name)``: of ways to compute few rows the fastest; experts go one by one but for ``grouped``."""
 
     def choose(name: str) -> None:
         monkeypatch.setattr(linear_branchmix, "fastest_on_cpu", lambda calls: name if name in calls else "linear")
