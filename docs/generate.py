@@ -141,7 +141,8 @@ def _table(model: type[BaseModel], path: str, *, title: str = "recipe", known: C
         meaning = " ".join((field.description or "").split()).replace("|", "\\|").replace("``", "`")
         lines.append(f"| `{name}` | {_kind(field.annotation)} | {default} | {meaning} |")
         if inner is not None:
-            marker = {list: "[].", dict: ".NAME."}.get(get_origin(field.annotation), ".")
+            kind = get_origin(field.annotation)
+            marker = "[]." if kind is list else ".NAME." if kind is dict else "."
             below += _table(inner, f"{path}{name}{marker}")
     return [*lines, "", *below]
 
@@ -200,9 +201,8 @@ def families_page() -> str:
         block = {"config": "as the config says"}.get(family.block, family.block)
         fused = f"fused `{family.fused_qkv}`" if family.fused_qkv else "q, k, v"
         code = "family's own, widened" if family.attention_code == "family" else "computed by the mixture"
-        norms = {None: "-"}.get(
-            family.query_norm, {"head": "per head size", "heads": "per head", "all": "all heads"}[family.norm_over]
-        )
+        over = {"head": "per head size", "heads": "per head", "all": "all heads"}[family.norm_over]
+        norms = "-" if family.query_norm is None else over
         ffn = "gated" if family.gate else "plain"
         rotary = "yes" if family.plain_attention else "-"
         fold = "where its norms have gains only" if family.attention_input_norm else "-"
