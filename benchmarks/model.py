@@ -144,7 +144,7 @@ def report(args: argparse.Namespace, state: training.State) -> None:
 def _table(found: dict[str, Any]) -> list[str]:
     cost = {name: median(values) for name, values in found["seconds"].items()}
     rounds = min(len(values) for values in found["seconds"].values())
-    others = [name for name in cases.BASELINES if name in cost]
+    others = [name for name in cases.BASELINES if any(key.partition(": ")[0] == name for key in cost)]
     lines = [
         f"**{found['case']}**: {found['what']}; {rounds} rounds.",
         "",
@@ -152,7 +152,11 @@ def _table(found: dict[str, Any]) -> list[str]:
         "|---|--:|--:|" + "--:|" * len(others),
     ]
     for name, value in cost.items():
-        ratios = "".join(f" {cost[other] / value:.2f} |" if other != name else " |" for other in others)
+        part = "".join(name.partition(": ")[1:])  # is compared with the same part of the others
+        theirs = [f"{other}{part}" for other in others]
+        ratios = "".join(
+            f" {cost[other] / value:.2f} |" if other in cost and other != name else " |" for other in theirs
+        )
         lines.append(f"| {name} | {value * 1e3:.1f} | {found['tokens'] / value:.0f} |{ratios}")
     lines += [f"| {name} | {why} | |" + " |" * len(others) for name, why in found["failed"].items()]
     return lines

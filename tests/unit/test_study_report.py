@@ -124,6 +124,28 @@ def test_noise_is_no_finding(tmp_path: Path) -> None:
     assert "BAM DM Expert KV and BTX cannot be told apart" in " ".join(headline(found))
 
 
+def test_a_changed_method_is_compared_with_what_it_varies_at_equal_budgets(tmp_path: Path) -> None:
+    methods = ["btx", "bam-expert-kv"]
+    ablations = [
+        "btx-top2",
+        {"method": "bam-without-seed", "match": ["cm"]},
+        {"method": "bam-soft-ffn", "match": ["dm"]},
+    ]
+    found = collect(finished(tmp_path, methods=methods, ablations=["btx-top2", one, other]))
+    rows = {(row["title"], row["other"]): row for row in found["variants"]}
+    assert list(rows) == [
+        ("btx-top2-dm", "btx"),
+        ("btx-top2-cm", "btx"),
+        ("bam-without-seed-cm", "bam-expert-kv-cm"),
+        ("bam-soft-ffn-dm", "bam-expert-kv-dm"),
+    ]
+    row = rows["bam-soft-ffn-dm", "bam-expert-kv-dm"]
+    assert math.log1p(row["relative"]) == pytest.approx(1.10) and row["verdict"] == "worse" and row["n"] == 3
+    assert math.log1p(rows["bam-without-seed-cm", "bam-expert-kv-cm"]["relative"]) == pytest.approx(0.95)
+    text = next(table for table in tables(found) if table.name == "variants").markdown()
+    assert "| BAM CM without seed | Expert KV of the specialists only | BAM CM Expert KV |" in text
+
+
 def test_one_repetition_claims_no_small_difference(tmp_path: Path) -> None:
     found = collect(finished(tmp_path, seeds=1))
     assert found["comparisons"]["bam-expert-kv-dm"]["significant"]  # 10 %, and no error over documents

@@ -13,6 +13,7 @@ from typing import Any
 
 from branchmix.errors import DataError
 from branchmix.study.graph import NEGLIGIBLE
+from branchmix.study.methods import METHODS
 from branchmix.study.records import RESULTS, STUDY
 from branchmix.study.statistics import Comparison, compare, log_perplexity, t_interval
 
@@ -69,6 +70,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "against_dense": _against_dense(models),
         "budgets": _budgets(models, reference),
         "claims": claims(models),
+        "variants": variants(models),
         "slopes": _slopes(models, reference, comparisons),
         "inference": records.get("inference"),
         "text": _text(records, runs),
@@ -303,7 +305,7 @@ def claims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
         wanted = [m for m in models if m["preset"] == preset and m["role"] in ("trained", "reference")]
         return next((m for m in wanted if m["role"] == "reference" or match in m["match"]), None)
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for table, what, ours, our_match, theirs, their_match in CLAIMS:
         better, worse = find(ours, our_match), find(theirs, their_match)
         found = comparison(better, worse) if better is not None and worse is not None else None
@@ -314,16 +316,41 @@ def claims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "table": table,
                 "claim": what,
-                "relative": found.relative,
-                "half_width": found.mean.half_width,
-                "n": found.mean.n,
-                "over": found.over,
-                "significant": found.significant,
+                **_difference(found),
                 "verdict": verdict if found.significant else f"cannot be told apart ({verdict})",
                 "reproduced": found.mean.value < 0,
             }
         )
     return rows
+
+
+def variants(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each method that varies another in one thing, beside that one, for each budget that both kept."""
+    trained = [model for model in models if model["role"] in ("trained", "reference")]
+    rows: list[dict[str, Any]] = []
+    for model in trained:
+        preset = METHODS.get(model["preset"] or "")
+        for other in trained:
+            shared = [match for match in ("dm", "cm") if match in model["match"] and match in other["match"]]
+            if preset is None or other["preset"] != preset.varies or not shared:
+                continue
+            found = comparison(model, other)
+            if found is not None:
+                better = "better" if found.mean.value < 0 else "worse"
+                names = {"title": model["title"], "other": other["title"], "match": shared}
+                verdict = better if found.significant else "cannot be told apart"
+                rows.append({**names, **_difference(found), "verdict": verdict})
+    return rows
+
+
+def _difference(found: Comparison) -> dict[str, Any]:
+    return {
+        "relative": found.relative,
+        "half_width": found.mean.half_width,
+        "n": found.mean.n,
+        "over": found.over,
+        "significant": found.significant,
+    }
 
 
 def _slopes(

@@ -16,7 +16,7 @@ from branchmix.study.table import Numbers, Table, intervals_are, marked_label, m
 def tables(found: Numbers) -> list[Table]:
     """Those that there are numbers for."""
     made = [
-        *(perplexities(found), bits(found), directions(found)),
+        *(perplexities(found), bits(found), directions(found), variants(found)),
         *(total_match(found), active_match(found), attention_routing(found)),
         *(inference_flops(found), components(found), latency(found)),
         *(budgets(found), costs(found), text(found)),
@@ -111,18 +111,10 @@ def _label(found: Numbers, title: str | None) -> str:
 
 def directions(found: Numbers) -> Table:
     """The paper's order, row by row."""
-    rows = []
-    for claim in found["claims"]:
-        interval = {"value": math.log1p(claim["relative"]), "half_width": claim["half_width"]}
-        rows.append(
-            [
-                claim["claim"],
-                claim["table"],
-                percent(interval, significant=claim["significant"]),
-                str(claim["n"]),
-                claim["verdict"],
-            ]
-        )
+    rows = [
+        [claim["claim"], claim["table"], _percent_of(claim), str(claim["n"]), claim["verdict"]]
+        for claim in found["claims"]
+    ]
     note = (
         "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks what the "
         "interval tells apart. Table 6 is compute-matched."
@@ -134,6 +126,35 @@ def directions(found: Numbers) -> Table:
         rows,
         note,
     )
+
+
+def variants(found: Numbers) -> Table:
+    """What one change does, also where the paper leaves it open."""
+    what = {model["title"]: model["what"] for model in found["models"]}
+    rows = [
+        [
+            _label(found, row["title"]),
+            what[row["title"]],
+            _label(found, row["other"]),
+            _percent_of(row),
+            str(row["n"]),
+            row["verdict"],
+        ]
+        for row in found["variants"]
+    ]
+    return Table(
+        "variants",
+        "What does one change do?",
+        ["method", "what it is", "beside", "difference", "repetitions", "here"],
+        rows,
+        "Difference of perplexity, geometric mean over domains: negative is better than the method beside it, at the "
+        "same budget. * marks what the interval tells apart.",
+    )
+
+
+def _percent_of(row: Numbers) -> str:
+    interval = {"value": math.log1p(row["relative"]), "half_width": row["half_width"]}
+    return percent(interval, significant=row["significant"])
 
 
 def total_match(found: Numbers) -> Table | None:
