@@ -131,7 +131,7 @@ def test_a_changed_method_is_compared_with_what_it_varies_at_equal_budgets(tmp_p
         {"method": "bam-without-seed", "match": ["cm"]},
         {"method": "bam-soft-ffn", "match": ["dm"]},
     ]
-    found = collect(finished(tmp_path, methods=methods, ablations=["btx-top2", one, other]))
+    found = collect(finished(tmp_path, methods=methods, ablations=ablations))
     rows = {(row["title"], row["other"]): row for row in found["variants"]}
     assert list(rows) == [
         ("btx-top2-dm", "btx"),
