@@ -85,6 +85,16 @@ def test_few_tokens_are_grouped_where_that_is_faster(grouped: list[int], prefer:
         assert grouped == [2, 2], "one token has nothing to group"
 
 
+def test_nothing_is_timed_while_torch_compiles(grouped: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_mixture("llama", "average")
+    monkeypatch.setattr(modeling, "_one_by_one_is_faster", lambda *_: pytest.fail("a timing cannot be compiled"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    experts = next(m for m in model.modules() if isinstance(m, modeling._Experts))
+    with torch.no_grad():
+        experts(torch.randn(2, 32), *torch.rand(2, 3).topk(2)[::-1])
+    assert grouped == [2]
+
+
 def test_many_tokens_and_gradients_go_to_transformers_kernel(grouped: list[int], prefer: Callable[[str], None]) -> None:
     prefer("linear")
     model = random_mixture("llama", "average")
@@ -135,10 +145,12 @@ def test_shared_kv_caches_are_the_dense_models_to_the_byte(name: str) -> None:
 
 
 @pytest.mark.slow  # compiles
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("name", ["llama", "cohere"])
-def test_a_compiled_step_with_a_static_cache_is_the_same(name: str, attention: str) -> None:
+def test_a_compiled_step_with_a_static_cache_is_the_same(name: str, attention: str, packed: bool) -> None:
     model = random_mixture(name, attention)
+    model.set_packed_weights(packed)
     ids = tokens(2, 9)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[:, 8]

@@ -127,14 +127,11 @@ def automatic_experts_forward(
     as processors differ.
     """
     few = hidden_SD.shape[0] <= FEW_ROWS and hidden_SD.device.type == "cpu"
+    few = few and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    few = few and not getattr(experts, "_is_expert_parallel", False)
     if few and len(hidden_SD) > 1:
         few = _one_by_one_is_faster(hidden_SD.dtype, experts.packed_now() is not None)
-    if (
-        not few
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or getattr(experts, "_is_expert_parallel", False)
-    ):
+    if not few:
         return grouped_mm_experts_forward(experts, hidden_SD, index_Sk, gates_Sk)
     first = experts.first_proj
     first_bias = down_bias = None
