@@ -85,6 +85,13 @@ def test_few_tokens_are_grouped_where_that_is_faster(grouped: list[int], prefer:
         assert grouped == [2, 2], "one token has nothing to group"
 
 
+def test_dtypes_that_cannot_be_grouped_are_not_timed(grouped: list[int], prefer: Callable[[str], None]) -> None:
+    prefer("grouped")
+    with torch.no_grad():
+        assert random_mixture("llama", "average").double()(tokens(1, 2)).logits.dtype == torch.float64
+    assert not grouped
+
+
 def test_nothing_is_timed_while_torch_compiles(grouped: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_mixture("llama", "average")
     monkeypatch.setattr(modeling, "_one_by_one_is_faster", lambda *_: pytest.fail("a timing cannot be compiled"))
