@@ -330,9 +330,11 @@ def variants(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for model in trained:
         preset = METHODS.get(model["preset"] or "")
+        if preset is None or preset.varies is None:
+            continue
         for other in trained:
             shared = [match for match in ("dm", "cm") if match in model["match"] and match in other["match"]]
-            if preset is None or other["preset"] != preset.varies or not shared:
+            if other["preset"] != preset.varies or not shared:
                 continue
             found = comparison(model, other)
             if found is not None:
