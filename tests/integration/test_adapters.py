@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from branchmix.errors import RecipeError
 from branchmix.models.attention_branchmix import BranchMixAttention
-from branchmix.models.modeling_branchmix import BranchMixSparseMoeBlock
+from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.routing_branchmix import BranchMixRouter
 from branchmix.train import adapters, model_files
 from branchmix.train.checkpoint_files import TRAINING

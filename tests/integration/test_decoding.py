@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import StaticCache
 
-from branchmix.models import linear_branchmix
-from branchmix.models import modeling_branchmix as modeling
+from branchmix.models import experts_branchmix, linear_branchmix
 from branchmix.models.linear_branchmix import PackedWeight, linear
 from families import BY_NAME, FAMILIES
 from mixtures import BOTH, close, load, random_mixture, tokens
@@ -29,26 +28,26 @@ def prefer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
 
     def choose(name: str) -> None:
         monkeypatch.setattr(linear_branchmix, "fastest_on_cpu", lambda calls: name if name in calls else "linear")
-        monkeypatch.setattr(modeling, "fastest_on_cpu", lambda calls: list(calls)[name == "grouped"])
+        monkeypatch.setattr(experts_branchmix, "fastest_on_cpu", lambda calls: list(calls)[name == "grouped"])
 
     linear_branchmix._fastest.cache_clear()
-    modeling._one_by_one_is_faster.cache_clear()
+    experts_branchmix._one_by_one_is_faster.cache_clear()
     yield choose
     linear_branchmix._fastest.cache_clear()
-    modeling._one_by_one_is_faster.cache_clear()
+    experts_branchmix._one_by_one_is_faster.cache_clear()
 
 
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each call that goes to transformers' kernel."""
     calls: list[int] = []
-    real = modeling.grouped_mm_experts_forward
+    real = experts_branchmix.grouped_mm_experts_forward
 
     def counting(experts: Any, hidden: torch.Tensor, *args: Any) -> torch.Tensor:
         calls.append(len(hidden))
         return real(experts, hidden, *args)
 
-    monkeypatch.setattr(modeling, "grouped_mm_experts_forward", counting)
+    monkeypatch.setattr(experts_branchmix, "grouped_mm_experts_forward", counting)
     return calls
 
 
@@ -60,7 +59,7 @@ def test_few_tokens_go_one_by_one(
 ) -> None:
     prefer("linear")
     model = random_mixture(name, "average", num_experts_per_tok=top_k)
-    experts = next(m for m in model.modules() if isinstance(m, modeling._Experts)).to(dtype)
+    experts = next(m for m in model.modules() if isinstance(m, experts_branchmix.BranchMixExperts)).to(dtype)
     assert model.config._experts_implementation == "branchmix"
     for count in (1, 2, 8, 16):
         torch.manual_seed(count)
@@ -94,9 +93,11 @@ def test_dtypes_that_cannot_be_grouped_are_not_timed(grouped: list[int], prefer:
 
 def test_nothing_is_timed_while_torch_compiles(grouped: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_mixture("llama", "average")
-    monkeypatch.setattr(modeling, "_one_by_one_is_faster", lambda *_: pytest.fail("a timing cannot be compiled"))
+    monkeypatch.setattr(
+        experts_branchmix, "_one_by_one_is_faster", lambda *_: pytest.fail("a timing cannot be compiled")
+    )
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    experts = next(m for m in model.modules() if isinstance(m, modeling._Experts))
+    experts = next(m for m in model.modules() if isinstance(m, experts_branchmix.BranchMixExperts))
     with torch.no_grad():
         experts(torch.randn(2, 32), *torch.rand(2, 3).topk(2)[::-1])
     assert grouped == [2]
@@ -120,7 +121,7 @@ def test_many_tokens_and_gradients_go_to_transformers_kernel(grouped: list[int],
 
 def test_autocast_reaches_few_tokens() -> None:
     model = random_mixture("llama", "average")
-    experts = next(m for m in model.modules() if isinstance(m, modeling._Experts))
+    experts = next(m for m in model.modules() if isinstance(m, experts_branchmix.BranchMixExperts))
     gates, index = torch.rand(2, 3).topk(2)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert experts(torch.randn(2, 32), index, gates).dtype == torch.bfloat16
@@ -270,7 +271,7 @@ def test_packed_weights_compute_the_same(name: str, attention: str, packed_calls
         for module in model.modules()
         if isinstance(module, nn.Linear) and type(module).__name__ != "FalconLinear"  # computes in a way of its own
     ]
-    stacks = [module for module in model.modules() if isinstance(module, modeling._Experts)]
+    stacks = [module for module in model.modules() if isinstance(module, experts_branchmix.BranchMixExperts)]
     matrices = [*linears, *(matrix for experts in stacks for matrix in (experts.first_proj, experts.down_proj))]
     assert num_bytes == sum(matrix.numel() * 4 for matrix in matrices)
     assert of_step == [1] * (len(linears) + 2 * 2 * len(stacks)), "every map, two matrices of two experts"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from branchmix.models.modeling_branchmix import BranchMixSparseMoeBlock
+from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from mixtures import random_mixture, tokens
 
 KERNELS = ("eager", "grouped_mm", "batched_mm")

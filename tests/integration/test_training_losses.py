@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from branchmix.models.attention_branchmix import BranchMixAttention
+from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.losses_branchmix import router_losses
-from branchmix.models.modeling_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.routing_branchmix import BranchMixRouter
 from families import NAMES
 from mixtures import BOTH, close, random_mixture, tokens

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from branchmix.errors import RecipeError
 from branchmix.models.attention_branchmix import BranchMixAttention, HeadOrder
-from branchmix.models.modeling_branchmix import BranchMixSparseMoeBlock
+from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.routing_branchmix import BranchMixRouter
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from branchmix.checkpoint.families import family_of, layout_of
 from branchmix.errors import RecipeError
 from branchmix.models.attention_branchmix import BranchMixAttention
-from branchmix.models.modeling_branchmix import BranchMixSparseMoeBlock
+from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.routing_branchmix import BranchMixRouter
 
 

@@ -35,6 +35,7 @@ CODE_FILES = (
     "attention_branchmix.py",
     "chunked_branchmix.py",
     "configuration_branchmix.py",
+    "experts_branchmix.py",
     "linear_branchmix.py",
     "losses_branchmix.py",
     "modeling_branchmix.py",

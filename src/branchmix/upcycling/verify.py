@@ -222,7 +222,7 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
     """
     import torch
 
-    from branchmix.models.modeling_branchmix import BranchMixSparseMoeBlock
+    from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
     from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixFFNRouter
 
     def force_attention(module: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
