@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from branchmix.checkpoint.families import Config
-from branchmix.upcycling.compatibility import rope_of
+from branchmix.checkpoint.rotary import rope_of
 from branchmix.upcycling.mixture import OpenedMixture
 from branchmix.upcycling.sources import DenseExpert
 

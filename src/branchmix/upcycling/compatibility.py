@@ -6,20 +6,23 @@ Reads configs, safetensors headers and tokenizer files, no weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.families import Config, Dimensions, dimensions
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.errors import CheckpointError
+from branchmix.checkpoint.rotary import rope_of
 from branchmix.recipe import Recipe
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, Kind, MixtureExpert, Role
-
-_SAME_SEED = "experts must have grown from one seed"
+from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role
+from branchmix.upcycling.structure import (
+    contradictions,
+    count_tensors,
+    missing_tensors,
+    structure_problems,
+    unplaced_tensors,
+)
+from branchmix.upcycling.tokenizer_match import TokenizerComparison, compare_tokenizers
 
 # Keys that do not change what a model computes from its weights, or that have a check of their own below.
 _IGNORED = frozenset(
@@ -39,8 +42,6 @@ _IGNORED = frozenset(
     _remove_final_layer_norm _attn_implementation_autoset attn_implementation unsloth_version unsloth_fixed
     """.split()
 )
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 @dataclass
@@ -62,7 +63,7 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
         experts: the specialised models.
     """
     found = Findings()
-    seeds_own = [*_contradictions(seed), *_structure_problems(seed)]
+    seeds_own = [*contradictions(seed), *structure_problems(seed)]
     found.problems += [f"seed: {problem}" for problem in seeds_own]
     for expert in experts:
         _compare(seed, expert, recipe, found, told=seeds_own)
@@ -87,14 +88,14 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
     if theirs.get("model_type") != seed_config.get("model_type"):
         found.problems.append(
             f"{who}: model_type is {theirs.get('model_type')}, but the mixture's seed is "
-            f"{seed_config.get('model_type')}: {_SAME_SEED}"
+            f"{seed_config.get('model_type')}: {SAME_SEED}"
         )
         return found
     dims = dimensions(seed_config)
-    contradictions = list(_contradictions(newcomer))
-    structure = [*contradictions, *_structure_problems(newcomer)]
+    contradicting = list(contradictions(newcomer))
+    structure = [*contradicting, *structure_problems(newcomer)]
     found.problems += [f"{who}: {problem}" for problem in structure]
-    sizes = [] if contradictions else list(_size_problems(who, dims, newcomer.dims))
+    sizes = [] if contradicting else list(_size_problems(who, dims, newcomer.dims))
     found.problems += sizes
     found.problems += _config_problems(who, seed_config, theirs)
     if not structure and not sizes:
@@ -121,16 +122,16 @@ def _compare(seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Find
     ours, theirs = seed.index.config, expert.index.config
     if ours.get("model_type") != theirs.get("model_type"):
         found.problems.append(
-            f"{who}: model_type is {theirs.get('model_type')}, but the seed's is {ours.get('model_type')}: {_SAME_SEED}"
+            f"{who}: model_type is {theirs.get('model_type')}, but the seed's is {ours.get('model_type')}: {SAME_SEED}"
         )
         return
-    contradictions = list(_contradictions(expert))
-    structure = [problem for problem in (*contradictions, *_structure_problems(expert)) if problem not in told]
+    contradicting = list(contradictions(expert))
+    structure = [problem for problem in (*contradicting, *structure_problems(expert)) if problem not in told]
     found.problems += [f"{who}: {problem}" for problem in structure]
-    sizes = [] if contradictions else list(_size_problems(who, seed.dims, expert.dims))
+    sizes = [] if contradicting else list(_size_problems(who, seed.dims, expert.dims))
     found.problems += sizes
     found.problems += _config_problems(who, ours, theirs)
-    if not sizes and not contradictions:
+    if not sizes and not contradicting:
         found.problems += _tensor_problems(who, seed, expert)
     if ours.get("max_position_embeddings") != theirs.get("max_position_embeddings"):
         found.notes.append(
@@ -169,7 +170,7 @@ def _size_problems(who: str, ours: Dimensions, theirs: Dimensions) -> Iterator[s
     for attribute, name in names.items():
         mine, other = getattr(ours, attribute), getattr(theirs, attribute)
         if mine != other:
-            yield f"{who}: {name} is {other}, but the seed's is {mine}: {_SAME_SEED}"
+            yield f"{who}: {name} is {other}, but the seed's is {mine}: {SAME_SEED}"
     if ours.tied_embeddings != theirs.tied_embeddings:
         word = {True: "tied", False: "untied"}
         yield (
@@ -188,88 +189,8 @@ def _config_problems(who: str, ours: Config, theirs: Config) -> Iterator[str]:
         if ours[key] != theirs[key]:
             yield (
                 f"{who}: {key} is {_short(theirs[key])}, but the seed's is {_short(ours[key])}: the two compute "
-                f"different functions of their weights, {_SAME_SEED}"
+                f"different functions of their weights, {SAME_SEED}"
             )
-
-
-def _contradictions(model: DenseExpert) -> Iterator[str]:
-    """Sizes in config.json that the weights do not have: no other size of this config is to be believed."""
-    together = "config and weights do not belong together, download or save both again"
-    stored, said = len(_stored_layers(model)), model.dims.num_layers
-    if stored and stored != said:
-        yield f"config.json says num_hidden_layers is {said}, but the weights have {stored} layers: {together}"
-        return
-    dims = model.dims
-    wanted: dict[Role, tuple[int, int]] = {
-        "q": (dims.num_heads * dims.head_dim, dims.hidden_size),
-        "k": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
-        "v": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
-        "o": (dims.hidden_size, dims.num_heads * dims.head_dim),
-    }
-    try:
-        for role, shape in wanted.items():
-            part = model.attention(0, role, "weight")
-            if part is not None and tuple(part.shape) != shape:
-                yield _misshapen(role, part.shape, shape) + together
-    except AssertionError:
-        yield f"the fused projection of layer 0 is smaller than config.json's head counts ask for: {together}"
-    down = model.ffn(0).get("down_proj.weight")
-    if down is not None and tuple(down.shape) != (dims.hidden_size, dims.intermediate_size):
-        yield _misshapen("down", down.shape, (dims.hidden_size, dims.intermediate_size)) + together
-
-
-def _misshapen(role: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
-    return f"the {role} projection of layer 0 has shape {list(shape)}, but by config.json it should be {list(wanted)}: "
-
-
-def _stored_layers(model: DenseExpert) -> set[int]:
-    """Numbers of the blocks that the weights have."""
-    prefix = f"{model.family.layers}."
-    numbers = (name.removeprefix(prefix).split(".")[0] for name in model.tensors if name.startswith(prefix))
-    return {int(number) for number in numbers if number.isdecimal()}
-
-
-def _structure_problems(model: DenseExpert) -> Iterator[str]:
-    """A family that cannot be widened, projections that are not there, tensors without a place in the layout."""
-    family = model.family
-    if family.inferred and not _transformers_knows(family.model_type):
-        yield (
-            f"transformers has no causal language model of model_type {family.model_type!r}, and code that a "
-            "checkpoint brings along is never run: convert it to a family that transformers has"
-        )
-        return
-    missing = _missing(model)
-    if missing:
-        reason = (
-            f"{family.model_type} is no known family and its tensors are not named as Llama's, so it cannot be widened"
-            if family.inferred
-            else "the checkpoint is incomplete, download or save it again"
-        )
-        yield f"{_count(missing)} missing, first {missing[0]}: {reason}"
-        return
-    unplaced = sorted(_unplaced(model))
-    if unplaced:
-        yield (
-            f"{_count(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
-            f"{unplaced[0]}: this variant of the family cannot be widened"
-        )
-
-
-@cache
-def _transformers_knows(model_type: str) -> bool:
-    """Looked up in the text of transformers' own table: importing it would take seconds."""
-    spec = find_spec("transformers")
-    places = spec.submodule_search_locations if spec is not None else None
-    table = Path(next(iter(places or ()), "")) / "models" / "auto" / "modeling_auto.py"
-    text = table.read_text(encoding="utf-8") if table.is_file() else ""
-    start = text.find("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")
-    return start < 0 or f'("{model_type}", ' in text[start : text.find("\n)", start)]
-
-
-def _missing(model: DenseExpert) -> list[str]:
-    """Projections that the family must have, of the layers that are there."""
-    layers = sorted(_stored_layers(model)) or [0]
-    return [name for layer in layers for name in model.expected_tensors(layer) if name not in model.tensors]
 
 
 def _part_problems(who: str, member: MixtureExpert, newcomer: DenseExpert) -> Iterator[str]:
@@ -284,7 +205,7 @@ def _part_problems(who: str, member: MixtureExpert, newcomer: DenseExpert) -> It
                 ]
                 yield (
                     f"{who}: its {name} of layer {layer} {shapes[0]}, but that of the mixture's experts {shapes[1]}: "
-                    f"{_SAME_SEED}"
+                    f"{SAME_SEED}"
                 )
                 return
 
@@ -306,37 +227,19 @@ def _parts(model: ExpertSource, layer: int, config: Config) -> dict[str, tuple[i
     return shapes
 
 
-def _unplaced(model: DenseExpert) -> set[str]:
-    """Tensors inside attention or FFN that the family's entry does not name."""
-    family = model.family
-    known = {
-        f"{family.attention}.{name}"
-        for name in (family.fused_qkv, family.query, family.key, family.value, family.output)
-        if name
-    } | {path for path in (family.fused_gate_up, family.gate, family.up, family.down) if path}
-    norms = tuple(f"{family.attention}.{name}." for name in (family.query_norm, family.key_norm) if name)
-    unplaced = set()
-    for name in model.expert_tensors(attention=True, ffn=True):
-        inner = name.removeprefix(f"{family.layers}.").split(".", 1)[1]
-        module, _, kind = inner.rpartition(".")
-        if not inner.startswith(norms or ("\0",)) and not (module in known and kind in ("weight", "bias")):
-            unplaced.add(name)
-    return unplaced
-
-
 def _tensor_problems(who: str, seed: DenseExpert, expert: DenseExpert) -> Iterator[str]:
     ours, theirs = seed.tensors, expert.tensors
-    told = {*_missing(seed), *_missing(expert), *_unplaced(seed), *_unplaced(expert)}
+    told = {*missing_tensors(seed), *missing_tensors(expert), *unplaced_tensors(seed), *unplaced_tensors(expert)}
     missing = [name for name in ours if name not in theirs and name not in told]
     extra = [name for name in theirs if name not in ours and name not in told]
     if missing:
-        yield f"{who}: lacks {_count(missing)} that the seed has, first {missing[0]}: {_SAME_SEED}"
+        yield f"{who}: lacks {count_tensors(missing)} that the seed has, first {missing[0]}: {SAME_SEED}"
     if extra:
-        yield f"{who}: has {_count(extra)} that the seed lacks, first {extra[0]}: {_SAME_SEED}"
+        yield f"{who}: has {count_tensors(extra)} that the seed lacks, first {extra[0]}: {SAME_SEED}"
     for name in ours.keys() & theirs.keys():
         mine, other = ours[name].shape, theirs[name].shape
         if mine != other and not (_is_vocabulary(name, mine, seed) and mine[1:] == other[1:]):
-            yield f"{who}: {name} has shape {list(other)}, but the seed's is {list(mine)}: {_SAME_SEED}"
+            yield f"{who}: {name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
 
 
 def _check_vocabulary(
@@ -389,30 +292,6 @@ def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert],
         )
 
 
-def rope_of(config: Config) -> dict[str, Any]:
-    """Rotary parameters in transformers 5's form, from its config or an older one."""
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise CheckpointError(
-                f"config.json: {key} is {config[key]!r}, not a mapping: copy the model's own config here"
-            )
-    if config.get("rope_parameters"):
-        return _number_types(dict(config["rope_parameters"]))
-    scaling = dict(config.get("rope_scaling") or {})
-    rope: dict[str, Any] = {"rope_type": scaling.pop("type", scaling.pop("rope_type", "default"))}
-    rope["rope_theta"] = config.get("rope_theta", config.get("rotary_emb_base", 10000.0))
-    for old in ("partial_rotary_factor", "rotary_pct"):
-        if config.get(old) is not None:
-            rope["partial_rotary_factor"] = config[old]
-    return _number_types({**rope, **scaling})
-
-
-def _number_types(rope: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: float(value) if isinstance(value, int) and key == "rope_theta" else value for key, value in rope.items()
-    }
-
-
 def _rope_words(model: DenseExpert) -> str:
     return json.dumps(rope_of(model.index.config), sort_keys=True)
 
@@ -446,106 +325,12 @@ def foldable_norms(recipe: Recipe, seed: DenseExpert) -> list[str]:
     return [norm for norm, experts in readers.items() if all(experts)]
 
 
-@dataclass(frozen=True)
-class TokenizerComparison:
-    """Outcome of comparing two checkpoints' tokenizers."""
-
-    same: bool
-    problem: str | None = None
-    note: str | None = None
-    file: Path | None = None
-    """The seed's tokenizer.json, if both have one and they are the same."""
-
-    @property
-    def size(self) -> int | None:
-        """Highest token id + 1, where it can be read."""
-        return (
-            None if self.file is None else max(_token_ids(json.loads(self.file.read_bytes())).values(), default=-1) + 1
-        )
-
-
-def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
-    """Compare what text becomes which token ids; chat templates and padding options do not count."""
-    mine = {name for name in _TOKENIZER_FILES if (ours / name).is_file()}
-    other = {name for name in _TOKENIZER_FILES if (theirs / name).is_file()}
-    if not mine or not other:
-        whose = "the seed has" if not mine else "it has"
-        return TokenizerComparison(same=False, note=f"{whose} no tokenizer files: that token ids agree is not checked")
-    if "tokenizer.json" in mine & other:
-        return _compare_tokenizer_json(ours / "tokenizer.json", theirs / "tokenizer.json")
-    common = sorted(mine & other)
-    for name in common:
-        if (ours / name).read_bytes() != (theirs / name).read_bytes():
-            return TokenizerComparison(
-                same=False, problem=f"{name} is not the seed's: token ids mean different text, {_SAME_SEED}"
-            )
-    if common:
-        return TokenizerComparison(same=True)
-    return TokenizerComparison(
-        same=False,
-        note=(
-            f"tokenizers are stored differently ({', '.join(sorted(other))} beside {', '.join(sorted(mine))}): not "
-            "compared"
-        ),
-    )
-
-
-def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
-    raw_ours, raw_theirs = ours.read_bytes(), theirs.read_bytes()
-    if raw_ours == raw_theirs:  # as nearly always; parsing takes a tenth of a second each
-        return TokenizerComparison(same=True, file=ours)
-    try:
-        whose = ours
-        first = json.loads(raw_ours)
-        ids_first = _token_ids(first)
-        whose = theirs
-        second = json.loads(raw_theirs)
-        ids_second = _token_ids(second)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
-        return TokenizerComparison(same=False, problem=f"{whose}: is no tokenizer file: download it again")
-    if ids_first != ids_second:
-        text = next(token for token in {**ids_first, **ids_second} if ids_first.get(token) != ids_second.get(token))
-        return TokenizerComparison(
-            same=False,
-            problem=(
-                f"its tokenizer is not the seed's: token {text!r} is {_id(ids_second, text)}, in the seed's it is "
-                f"{_id(ids_first, text)}: averaged embeddings would mix different tokens, {_SAME_SEED}"
-            ),
-        )
-    merges = [_merges(tokenizer) for tokenizer in (first, second)]
-    if merges[0] != merges[1]:
-        return TokenizerComparison(
-            same=False, problem=f"its tokenizer has the seed's tokens but other merge rules: {_SAME_SEED}"
-        )
-    return TokenizerComparison(same=True, file=ours)
-
-
-def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: [token, score] by id
-        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
-
-
-def _merges(tokenizer: dict[str, Any]) -> list[str]:
-    merges = tokenizer.get("model", {}).get("merges") or []
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-
-
-def _id(ids: dict[str, int], token: str) -> str:
-    return f"id {ids[token]}" if token in ids else "absent"
-
-
 def _is_vocabulary(name: str, shape: tuple[int, ...], seed: DenseExpert) -> bool:
     return not name.startswith(f"{seed.family.layers}.") and len(shape) >= 1 and shape[0] == seed.dims.vocab_size
 
 
 def _dtypes(model: DenseExpert) -> set[str]:
     return {ref.dtype for ref in model.tensors.values()}
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
 
 
 def _short(value: Any) -> str:

@@ -15,10 +15,11 @@ from branchmix.checkpoint.drawn import Constant, Normal, PartlyRedrawn
 from branchmix.checkpoint.expressions import Cast, Expression, Rows, Scaled, Source, Stack
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.recipe import DTYPES, Recipe
-from branchmix.upcycling.compatibility import Findings, check, foldable_norms, rope_of
+from branchmix.upcycling.compatibility import Findings, check, foldable_norms
 from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors, mean
 from branchmix.upcycling.sources import DenseExpert, ExpertSource
 

@@ -24,6 +24,9 @@ Kind = Literal["weight", "bias"]
 # Buffers that old checkpoints store and today's classes compute.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|embed_positions)$")
 
+SAME_SEED = "experts must have grown from one seed"
+"""Why models that differ are refused."""
+
 FFN_NAMES = {True: ("gate_proj", "up_proj", "down_proj"), False: ("in_proj", "down_proj")}
 """On-disk names of an expert's matrices, for gated and for plain FFNs."""
 

@@ -14,11 +14,12 @@ from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError
 from branchmix.recipe import Expert
 from branchmix.settings import parse
-from branchmix.upcycling.compatibility import check_newcomer, rope_of
+from branchmix.upcycling.compatibility import check_newcomer
 from branchmix.upcycling.execute import (
     Sourced,
     UpcycleReport,

@@ -1,0 +1,115 @@
+"""Is a dense checkpoint what its config and its family say? Problems of one model, before it is compared with others.
+
+Reads configs and safetensors headers, no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from branchmix.upcycling.sources import DenseExpert, Role
+
+
+def contradictions(model: DenseExpert) -> Iterator[str]:
+    """Sizes in config.json that the weights do not have: no other size of this config is to be believed."""
+    together = "config and weights do not belong together, download or save both again"
+    stored, said = len(_stored_layers(model)), model.dims.num_layers
+    if stored and stored != said:
+        yield f"config.json says num_hidden_layers is {said}, but the weights have {stored} layers: {together}"
+        return
+    dims = model.dims
+    wanted: dict[Role, tuple[int, int]] = {
+        "q": (dims.num_heads * dims.head_dim, dims.hidden_size),
+        "k": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
+        "v": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
+        "o": (dims.hidden_size, dims.num_heads * dims.head_dim),
+    }
+    try:
+        for role, shape in wanted.items():
+            part = model.attention(0, role, "weight")
+            if part is not None and tuple(part.shape) != shape:
+                yield _misshapen(role, part.shape, shape) + together
+    except AssertionError:
+        yield f"the fused projection of layer 0 is smaller than config.json's head counts ask for: {together}"
+    down = model.ffn(0).get("down_proj.weight")
+    if down is not None and tuple(down.shape) != (dims.hidden_size, dims.intermediate_size):
+        yield _misshapen("down", down.shape, (dims.hidden_size, dims.intermediate_size)) + together
+
+
+def _misshapen(role: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
+    return f"the {role} projection of layer 0 has shape {list(shape)}, but by config.json it should be {list(wanted)}: "
+
+
+def structure_problems(model: DenseExpert) -> Iterator[str]:
+    """A family that cannot be widened, projections that are not there, tensors without a place in the layout."""
+    family = model.family
+    if family.inferred and not _transformers_knows(family.model_type):
+        yield (
+            f"transformers has no causal language model of model_type {family.model_type!r}, and code that a "
+            "checkpoint brings along is never run: convert it to a family that transformers has"
+        )
+        return
+    missing = missing_tensors(model)
+    if missing:
+        reason = (
+            f"{family.model_type} is no known family and its tensors are not named as Llama's, so it cannot be widened"
+            if family.inferred
+            else "the checkpoint is incomplete, download or save it again"
+        )
+        yield f"{count_tensors(missing)} missing, first {missing[0]}: {reason}"
+        return
+    unplaced = sorted(unplaced_tensors(model))
+    if unplaced:
+        yield (
+            f"{count_tensors(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
+            f"{unplaced[0]}: this variant of the family cannot be widened"
+        )
+
+
+@cache
+def _transformers_knows(model_type: str) -> bool:
+    """Looked up in the text of transformers' own table: importing it would take seconds."""
+    spec = find_spec("transformers")
+    places = spec.submodule_search_locations if spec is not None else None
+    table = Path(next(iter(places or ()), "")) / "models" / "auto" / "modeling_auto.py"
+    text = table.read_text(encoding="utf-8") if table.is_file() else ""
+    start = text.find("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")
+    return start < 0 or f'("{model_type}", ' in text[start : text.find("\n)", start)]
+
+
+def missing_tensors(model: DenseExpert) -> list[str]:
+    """Projections that the family must have, of the layers that are there."""
+    layers = sorted(_stored_layers(model)) or [0]
+    return [name for layer in layers for name in model.expected_tensors(layer) if name not in model.tensors]
+
+
+def _stored_layers(model: DenseExpert) -> set[int]:
+    """Numbers of the blocks that the weights have."""
+    prefix = f"{model.family.layers}."
+    numbers = (name.removeprefix(prefix).split(".")[0] for name in model.tensors if name.startswith(prefix))
+    return {int(number) for number in numbers if number.isdecimal()}
+
+
+def unplaced_tensors(model: DenseExpert) -> set[str]:
+    """Tensors inside attention or FFN that the family's entry does not name."""
+    family = model.family
+    known = {
+        f"{family.attention}.{name}"
+        for name in (family.fused_qkv, family.query, family.key, family.value, family.output)
+        if name
+    } | {path for path in (family.fused_gate_up, family.gate, family.up, family.down) if path}
+    norms = tuple(f"{family.attention}.{name}." for name in (family.query_norm, family.key_norm) if name)
+    unplaced = set()
+    for name in model.expert_tensors(attention=True, ffn=True):
+        inner = name.removeprefix(f"{family.layers}.").split(".", 1)[1]
+        module, _, kind = inner.rpartition(".")
+        if not inner.startswith(norms or ("\0",)) and not (module in known and kind in ("weight", "bias")):
+            unplaced.add(name)
+    return unplaced
+
+
+def count_tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
