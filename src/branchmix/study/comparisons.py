@@ -169,13 +169,13 @@ def slopes(
             or data["tokens"] == compute["tokens"]
         ):
             continue
-        slopes = []
+        exponents = []
         for r in data["repetitions"]:
             other = next((c for c in compute["repetitions"] if c["repetition"] == r["repetition"]), None)
             if other is not None:
                 fall = math.log(other["geometric_mean"] / r["geometric_mean"])
-                slopes.append(fall / math.log(data["tokens"] / compute["tokens"]))
-        if not slopes or data["title"] not in comparisons:
+                exponents.append(fall / math.log(data["tokens"] / compute["tokens"]))
+        if not exponents or data["title"] not in comparisons:
             continue
         ratio = (data["flops"] + data["optimizer_flops"]) / (reference["flops"] + reference["optimizer_flops"])
         lead = -comparisons[data["title"]]["log_perplexity"]["value"]
@@ -183,7 +183,7 @@ def slopes(
             {
                 "method": data["method"],
                 "label": data["label"],
-                "slope": t_interval(slopes).as_dict(),
+                "slope": t_interval(exponents).as_dict(),
                 "flops_ratio": ratio,
                 "lead": lead,
                 "pays_below": lead / math.log(ratio) if lead > 0 and ratio > 1 else None,
