@@ -74,6 +74,7 @@ MISTAKES = {
     "no size": ([HEADER, "t,a,big,accuracy,0.5,0.01,9"], "line 2: params is 'big', which is no number"),
     "a negative size": ([HEADER, "t,a,-7,accuracy,0.5,0.01,9"], "line 2: params is -7: it must be greater than 0"),
     "other data": ([HEADER + ",data", ROW + ",frsh"], "line 2: data is 'frsh' (did you mean 'fresh'?)"),
+    "a share of 1 without an error": ([HEADER, "t,a,1e7,acc,1,0,"], "line 2: acc is 1 with no error"),
     "no loss error": ([HEADER, "t,a,1e7,loss,1.5,,900"], "line 2: loss has no stderr: give it"),
     "no axis": (["task,model,metric,value,n", "t,a,accuracy,0.5,9"], "there is no axis: add a column such as params"),
     "an empty axis": ([HEADER, ROW, "t,a,,accuracy,0.5,0.01,9"], "line 3: a has no params: fill it in"),
@@ -162,6 +163,27 @@ def test_scores_of_examples_are_paired(tmp_path: Path) -> None:
     found = trends(tmp_path)
     assert not found.judged[0].verdict.paired
     assert found.notes[1:] == ["memo-trap, accuracy: m3 has no scores of single examples, so no bootstrap over them"]
+
+
+def test_models_without_a_wrong_answer_are_not_known_exactly(tmp_path: Path) -> None:
+    """Twenty right answers of twenty at each size say as little with their examples as without."""
+    rows = rows_of([1.0] * 5, stderr=0.0, n=20)
+    write(tmp_path / "results.csv", rows)
+    (alone,) = trends(tmp_path).judged
+    for row in rows:
+        write_examples(tmp_path, row["model"], "memo-trap", [{"key": k, "correct": 1} for k in range(20)])
+    (paired,) = trends(tmp_path).judged
+    assert paired.verdict.paired and not alone.verdict.paired
+    assert paired.verdict.label == alone.verdict.label == "inconclusive"
+    assert paired.verdict.interval == pytest.approx(alone.verdict.interval, abs=0.03)
+
+
+def test_checkpoints_of_one_name_have_no_examples_of_their_own(tmp_path: Path) -> None:
+    rows = [{**row, "model": "m", "tokens": 1e9 * 2**number} for number, row in enumerate(rows_of([0.25, 0.5, 0.75]))]
+    write(tmp_path / "results.csv", rows)
+    write_examples(tmp_path, "m", "memo-trap", [{"key": k, "correct": int(k < 2)} for k in range(4)])
+    found = trends(tmp_path)
+    assert not found.judged[0].verdict.paired and "m stands at several places" in found.notes[-1]
 
 
 def test_templates_are_drawn_whole(tmp_path: Path) -> None:

@@ -245,6 +245,17 @@ def test_official_against_fresh_data(tmp_path: Path) -> None:
     assert judge(tmp_path, *losses).contamination["memo-trap"]["loss"]["difference"] == pytest.approx(1)
 
 
+def test_checkpoints_of_one_name_are_compared_each_with_itself(tmp_path: Path) -> None:
+    """A run along its tokens: fresh results that equal the official ones differ by nothing."""
+    places = [
+        {**row, "model": "m", "tokens": 1e9 * 2**number}
+        for number, row in enumerate(rows_of([0.5, 0.6, 0.7, 0.8, 0.9], stderr=0.01))
+    ]
+    report = judge(tmp_path, *([{**row, "data": data} for row in places] for data in ("official", "fresh")))
+    found = report.contamination["memo-trap"]["accuracy"]
+    assert len(found["models"]) == 5 and found["difference"] == pytest.approx(0)
+
+
 def test_models_that_did_not_do_the_task(tmp_path: Path) -> None:
     values = [0.4567, 0.4567, 0.46, 0.4567, 0.50]
     columns = [

@@ -11,6 +11,7 @@ from scipy import stats
 
 from branchmix.scaling.trends.fit import between_variance, percentiles
 from branchmix.scaling.trends.series import Series
+from branchmix.scaling.trends.table import Row
 from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Limits, Verdict
 
 Correction = Literal["bh", "holm", "none"]
@@ -97,13 +98,13 @@ def contamination(official: Series, fresh: Series, *, limits: Limits) -> dict[st
     The mean over models is a random-effects one, with an interval from t: models may differ in what they have seen.
     """
     sign = -1 if official.lower_is_better else 1
-    theirs = dict(zip(fresh.names, zip(fresh.y, fresh.stderr, strict=True), strict=True))
     models, differences, errors = [], [], []
-    for name, value, stderr in zip(official.names, official.y, official.stderr, strict=True):
-        if name in theirs:
+    for name, row, stderr in zip(official.names, official.rows, official.stderr, strict=True):
+        other = next((number for number, there in enumerate(fresh.rows) if _is_same_run(row, there)), None)
+        if other is not None:
             models.append(name)
-            differences.append(float(sign * (value - theirs[name][0])))
-            errors.append(float(np.hypot(stderr, theirs[name][1])))
+            differences.append(float(sign * (row.value - fresh.rows[other].value)))
+            errors.append(float(np.hypot(stderr, fresh.stderr[other])))
     if not models:
         return None
     quantile = float(stats.norm.isf(limits.alpha / 2))
@@ -122,6 +123,12 @@ def contamination(official: Series, fresh: Series, *, limits: Limits) -> dict[st
             for model, d, s in zip(models, differences, errors, strict=True)
         },
     }
+
+
+def _is_same_run(one: Row, other: Row) -> bool:
+    """A name may stand for several places on an axis, such as the checkpoints of one run."""
+    same_place = all(one.axes[axis] == other.axes[axis] for axis in one.axes.keys() & other.axes.keys())
+    return (one.model, one.seed) == (other.model, other.seed) and same_place
 
 
 def disagreements(metrics: Mapping[str, Verdict]) -> Iterator[tuple[str, str]]:

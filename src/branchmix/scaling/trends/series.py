@@ -43,8 +43,12 @@ class Series:
 
     @property
     def names(self) -> list[str]:
-        """Of models, with seed and place where one name stands for several."""
-        return [row.model + (f", seed {row.seed}" if row.seed else "") for row in self.rows]
+        """Of models, with seed and place where one name stands for several: all different."""
+        found = [row.model + (f", seed {row.seed}" if row.seed else "") for row in self.rows]
+        return [
+            name if found.count(name) == 1 else ", ".join([name, *(f"{axis} {x:g}" for axis, x in row.axes.items())])
+            for name, row in zip(found, self.rows, strict=True)
+        ]
 
     def x(self, axis: str) -> np.ndarray:
         """log10 of an axis."""
@@ -83,9 +87,10 @@ def _series(
 ) -> Series:
     deviations_BN, errors = _paired(examples, rows, notes)
     if deviations_BN is not None and errors is not None:
-        given = np.array([np.nan if row.stderr is None else row.stderr for row in rows])
-        # Resampling never draws a wrong answer of a model that has none, so the table's error is the least.
-        errors = np.fmax(errors, np.where(errors == 0, given, 0))
+        # Resampling never draws a wrong answer of a model that has none, so there the error is the table's.
+        given = np.where(errors == 0, [row.stderr or 0.0 for row in rows], 0.0)
+        errors = errors + given
+        deviations_BN = deviations_BN + np.random.default_rng(0).standard_normal(deviations_BN.shape) * given
         return Series(task, metric, family, data, lower, rows, errors, deviations_BN)
     without = next((row for row in rows if row.stderr is None), None)
     if without is not None:
@@ -103,8 +108,13 @@ def _paired(
 ) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     if examples is None:
         return None, None
-    found = [read_scores(examples, row) for row in rows]
     what = f"{rows[0].task}, {rows[0].metric}"
+    runs = [(row.model, row.seed) for row in rows]
+    twice = next((run for run in runs if runs.count(run) > 1), None)
+    if twice is not None:
+        notes.append(f"{what}: {twice[0]} stands at several places, which examples are not told apart by: no bootstrap")
+        return None, None
+    found = [read_scores(examples, row) for row in rows]
     absent = [row for row, scores in zip(rows, found, strict=True) if scores is None]
     scores = [one for one in found if one is not None]
     if absent:

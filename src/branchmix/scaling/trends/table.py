@@ -28,6 +28,8 @@ AXES = ("flops", "params", "active_params", "tokens")
 """Axes known by name, the default first."""
 DATA = ("official", "fresh")
 FILE = "results.csv"
+SHARES = ("accuracy", "acc", "acc_norm", "exact_match")
+"""Metrics that are shares of examples; the last three are lm-eval's names."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,13 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
     stderr = _wanted(where, cell, "stderr")
     if stderr is not None and stderr < 0:
         raise DataError(f"{where}: the stderr is {cell['stderr']}: a standard error is never negative")
-    if metric == "accuracy":
-        stderr = _accuracy_stderr(value, stderr, n)
+    if metric in SHARES and 0 <= value <= 1:
+        stderr = _share_stderr(value, stderr, n)
+        if not stderr and value in (0, 1):
+            raise DataError(
+                f"{where}: {metric} is {value:g} with no error: no model is known to be without, so give the number of "
+                "examples as n"
+            )
     data = cell.get("data", "").lower() or DATA[0]
     if data not in DATA:
         raise DataError(f"{where}: data is {data!r}{nearest(data, DATA)}: write {' or '.join(DATA)}")
@@ -233,8 +240,8 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
     )
 
 
-def _accuracy_stderr(value: float, stderr: float | None, n: int | None) -> float | None:
-    """sqrt(a(1-a)/(n-1)), and never 0: an accuracy of 0 or 1 on n examples is not known exactly.
+def _share_stderr(value: float, stderr: float | None, n: int | None) -> float | None:
+    """sqrt(a(1-a)/(n-1)), and never 0: a share of 0 or 1 of n examples is not known exactly.
 
     The floor is the error half an example away from the edge, so that no model gets all the weight.
     """
