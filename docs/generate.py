@@ -117,7 +117,7 @@ def studies_page() -> str:
     ]
     kinds = {"mixture": "merged and trained", "merge": "merged only", "dense": "the seed, trained", "ensemble": "-"}
     for name, preset in METHODS.items():
-        runs = ", ".join(preset.match).upper() or "-"
+        runs = ", ".join(preset.match).upper() if preset.kind in ("mixture", "dense") else "-"
         lines.append(f"| `{name}` | {preset.what} | {kinds[preset.kind]} | {runs} |")
     lines += [
         "",

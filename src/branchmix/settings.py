@@ -6,6 +6,7 @@ A kind of file is a subclass of ``Settings``: ``recipe.py`` has that of a merge,
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -44,21 +45,30 @@ class Settings(BaseModel):
 
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file, or a RecipeError with file, line and what was expected."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reasons: dict[type, str] = {IsADirectoryError: "is a folder", PermissionError: "may not be read"}
+        what = reasons.get(type(error)) or getattr(error, "strerror", None) or "is no UTF-8 text"
+        raise RecipeError(f"{path}: {what}: give the recipe's YAML file") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The content of YAML text, or a RecipeError that says ``where``, the line and what was expected."""
     import yaml
 
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_strict_loader())
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file") from None
-    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        reasons: dict[type, str] = {IsADirectoryError: "is a folder", PermissionError: "may not be read"}
-        what = reasons.get(type(error), "is no UTF-8 text")
-        raise RecipeError(f"{path}: {what}: give the recipe's YAML file") from None
+        return yaml.load(text, Loader=_strict_loader())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
+        line = f", line {mark.line + 1}" if mark and "\n" in text else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise RecipeError(f"{path}{where}: not valid YAML: {reason}") from None
+        raise RecipeError(f"{where}{line}: not valid YAML: {reason}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: not valid YAML: nested too deeply") from None
 
 
 @cache
@@ -67,7 +77,17 @@ def _strict_loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, TypeError, AttributeError, OverflowError) as error:  # 2024-13-45 looks like a date
+                raise yaml.MarkedYAMLError(
+                    problem=f"{error}: in quotes it would be text", problem_mark=node.start_mark
+                ) from None
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            if not isinstance(node, yaml.MappingNode):  # a word with the tag of a mapping
+                raise yaml.MarkedYAMLError(problem="a mapping was expected", problem_mark=node.start_mark)
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for number, key in enumerate(keys):
                 if key.value in [other.value for other in keys[:number]]:
@@ -77,6 +97,16 @@ def _strict_loader() -> Any:
             return super().construct_mapping(node, deep)
 
     return Loader
+
+
+def overlaid(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later mappings over earlier ones; a mapping over a mapping, such as ``optimizer``, changes only its own keys."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, dict) and isinstance(found.get(key), dict)
+            found[key] = {**found[key], **value} if both else value
+    return found
 
 
 def parse(model: type[Any], data: Any, where: str) -> Any:
@@ -96,12 +126,25 @@ def parse(model: type[Any], data: Any, where: str) -> Any:
 
 def _place(detail: Any) -> tuple[Any, ...]:
     """Where a problem is, without the labels that pydantic adds for the members of a union."""
-    labels = ("float", "constrained-float", "bool", "str", "int", "constrained-int")
-    return tuple(
-        part
-        for part in detail["loc"]
-        if isinstance(part, int) or not ("[" in part or part in labels or part[:1].isupper())
-    )
+    *parents, last = detail["loc"] or ("",)
+    if detail["type"] != "extra_forbidden" and _is_label(last):  # else it is what somebody wrote
+        return tuple(part for part in parents if not _is_label(part))
+    return (*(part for part in parents if not _is_label(part)), *([last] if last != "" else []))
+
+
+def _is_label(part: Any) -> bool:
+    """Whether a part of a place is a type's name: of a plain one, or of settings."""
+    plain = ("float", "constrained-float", "bool", "str", "int", "constrained-int")
+    return isinstance(part, str) and ("[" in part or part in plain or part in _names_of_settings())
+
+
+def _names_of_settings() -> set[str]:
+    kinds, found = [Settings], set()
+    while kinds:
+        kind = kinds.pop()
+        found.add(kind.__name__)
+        kinds += kind.__subclasses__()
+    return found
 
 
 def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) -> str:

@@ -189,7 +189,7 @@ def test_the_command_speaks_with_one_voice(home: Path, launcher: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": {"minutes": 1}, "parallel": {"fsdp": True}}, r"^budget.minutes: steps of a sharded model"),
+        ({"budget": {"minutes": 1}, "parallel": {"fsdp": True}}, r"^budget: steps of a sharded model"),
         ({"lora": {}}, r"^parallel.expert_parallel: lora cannot be added"),
         ({"adapters": True}, r"^parallel.expert_parallel: adapters cannot be added"),
         ({"model": "dense"}, r"^parallel.expert_parallel: the model has no FFN experts"),

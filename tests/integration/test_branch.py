@@ -169,6 +169,14 @@ def test_a_run_that_dies_goes_on_from_its_checkpoint_and_the_others_are_not_touc
     assert report.recipe == tmp_path / "experts" / "recipe.yaml"
 
 
+def test_names_that_yaml_takes_for_something_else(tmp_path: Path, pretend: Any) -> None:
+    pretend()
+    names = ["no", "2024", "1e3", "null", "code"]
+    report = branch(study(tmp_path, experts={name: {"domain": "code"} for name in names}), progress=False)
+    assert report.recipe is not None
+    assert {expert.name: expert.model for expert in Recipe.load(report.recipe).experts} == {n: f"./{n}" for n in names}
+
+
 def test_a_new_start_is_one_start(tmp_path: Path, pretend: Any) -> None:
     """``--force`` drops what was there, but not the checkpoint that a retry is to go on from."""
     pretend(law="if step == 5 and not checkpoint.exists(): checkpoint.write_text('4'); sys.exit(1)")

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import branchmix
 from branchmix.data.sources import is_held_out
+from branchmix.errors import RecipeError
 from branchmix.train import train
+from branchmix.train.run import _Run
 from branchmix.train.trainer import BranchTrainer
 from checkpoints import same_bytes, weights
 from training import command, rows, settings, training, write_run, write_text
@@ -308,8 +310,11 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_nothing_held_out_is_no_mistake(models: dict[str, Path], text: Path, tmp_path: Path) -> None:
-    file = run(tmp_path, text, models["seed"], held_out={"share": 0}, budget={"minutes": 0.001})
+def test_nothing_held_out_is_no_mistake(
+    models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("branchmix.train.measure.seconds_per_step", lambda *args, **kwargs: 20.0)
+    file = run(tmp_path, text, models["seed"], held_out={"share": 0}, budget={"training_minutes": 0.5})
     report = train(file, progress=False)
     assert report.record["steps"] == 1 and report.record["held_out"] == {"start": {}, "end": {}}
 
@@ -368,6 +373,31 @@ def test_minutes_become_steps_that_a_resumed_run_keeps(
     assert 6 <= steps <= 9, "a minute of steps of six seconds, less what has passed"
     monkeypatch.setattr(measure, "seconds_per_step", lambda *args, **kwargs: 0.01)
     assert train(file, progress=False).record["steps"] == steps
+
+
+def test_minutes_of_training_are_counted_from_the_first_step(
+    models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it takes until then: another run's training time can be given as it is on record."""
+    prepare = _Run._prepare_machine
+
+    def half_a_minute_later(self: _Run) -> None:
+        prepare(self)
+        self.started -= 30
+
+    monkeypatch.setattr("branchmix.train.measure.seconds_per_step", lambda *args, **kwargs: 6.0)
+    monkeypatch.setattr(_Run, "_prepare_machine", half_a_minute_later)
+    steps = {}
+    for key in ("minutes", "training_minutes"):
+        file = run(tmp_path, text, models["seed"], budget={key: 1.0}, out=key, evaluation={"at_start": False})
+        steps[key] = train(file, progress=False).record["steps"]
+    assert steps["minutes"] <= 4 and steps["training_minutes"] == 9
+    file = run(tmp_path, text, models["seed"], budget={"minutes": 0.5}, out="late")
+    with pytest.raises(
+        RecipeError, match=r"^budget.minutes: 0.0 s of it are left for training, and a step takes 6.0 s"
+    ):
+        train(file, progress=False)
+    assert not (tmp_path / "late").exists()
 
 
 def test_measuring_a_step_leaves_weights_and_random_numbers_alone(models: dict[str, Path], text: Path) -> None:

@@ -63,7 +63,10 @@ def pickled(place: Path, run: dict[str, Any]) -> None:
 MODEL = "model: "
 CASES: dict[str, tuple[Edit, str]] = {
     "unknown key": (key(modle="x"), "modle: there is no such key (did you mean 'model'?)"),
-    "two budgets": (key(budget={"steps": 3, "tokens": 5}), "give one of tokens, steps, flops and minutes"),
+    "two budgets": (
+        key(budget={"steps": 3, "tokens": 5}),
+        "give one of tokens, steps, flops, minutes and training_minutes, not tokens and steps",
+    ),
     "small budget": (key(budget={"tokens": 100}), "budget.tokens is 100, but one step takes 256"),
     "unknown domain": (key(mix={"cod": 1}), "mix: no domain of data is called 'cod' (did you mean 'code'?)"),
     "pickled weights": (pickled, "no file named model.safetensors"),

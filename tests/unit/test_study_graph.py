@@ -28,6 +28,7 @@ MODEL = {
     "logit_scale": 1.0,
 }
 STEP = 16 * 4
+TWICE = {"random_seeds": [0, 1]}
 ROOT = Path(__file__).parents[2]
 
 
@@ -76,12 +77,46 @@ def new(before: Graph, after: Graph) -> set[str]:
         ({"train": {"budget": {"steps": 1}}}, "train.budget: a run here has no such key"),
         ({"methods": ["btx", {"method": "btx", "name": "code"}]}, "'code' is the name of a dense model"),
         ({"budgets": 1}, "budgets: there is no such key"),
+        ({"train": {"precision": "fp8"}}, "train: precision: 'fp8' is none of"),
+        ({"train": {"optimizer": {"eps": 1}}}, "train.optimizer: a run here has no such key: the study has optimizer"),
+        ({"train": {"learning_rate": {"peak": 9.0}}}, "train.learning_rate: a run here has no such key"),
+        ({"methods": ["btx", {"method": "dense", "train": {"lora": {}}}]}, "train.lora: a run here has no such key"),
+        ({"methods": ["btx", {"method": "dense", "train": {"freeze": ["x"]}}]}, "methods: dense: train: freeze.0: 'x'"),
+        ({"micro_batch_size": 3}, "batch_size is 4, which micro_batch_size 3 does not divide"),
+        ({"held_out": {"share": 0}}, "held_out.share: 0 leaves no text to measure"),
+        (
+            {"methods": [{"method": "btx", "repetitions": 1}, {"method": "dense", "match": ["time"]}], **TWICE},
+            "methods: dense: match time needs btx in as many repetitions",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError) as error:
         study(**changes)
     assert words.replace(", did", " (did") in str(error.value) or words in str(error.value), str(error.value)
+
+
+def test_what_no_recipe_can_be_and_two_methods_of_one_name_are_refused() -> None:
+    with pytest.raises(RecipeError, match="method btx: router_init: input should be"):
+        graph(recipe={"router_init": 3})
+    names = [{"method": "bam-expert-kv", "name": "x", "match": ["dm"]}, {"method": "soup", "name": "x-dm"}]
+    with pytest.raises(RecipeError, match=r"methods: two of them make r1.scores.x-dm"):
+        graph(methods=["btx", *names])
+
+
+def test_a_methods_own_settings_of_its_run_are_its_runs() -> None:
+    changed = {"optimizer": {"weight_decay": 0.5}, "learning_rate": {"final": 0.3}, "ema": 0.9, "micro_batch_size": 2}
+    methods = ["btx", "dense", {"method": "dense", "name": "other", "train": changed}]
+    methods.append({"method": "dense", "name": "half", "train": {"learning_rate": {"ratio": 0.5}}})
+    found = graph(methods=methods, train={"ema": 0.5}, optimizer={"eps": 1e-6})
+    run, own, half = (found.steps[f"r1.train.{name}-dm"].options["run"] for name in ("dense", "other", "half"))
+    rate = run["learning_rate"]
+    assert own["optimizer"] == {**run["optimizer"], "weight_decay": 0.5} and own["optimizer"]["eps"] == 1e-6
+    assert own["learning_rate"] == {**rate, "final": 0.3} and own["micro_batch_size"] == 2
+    assert half["learning_rate"] == {"warmup": rate["warmup"], "final": rate["final"], "ratio": 0.5}
+    assert (run["ema"], own["ema"]) == (0.5, 0.9)
+    unclipped = graph(methods=["btx", {"method": "dense", "train": {"optimizer": {"max_grad_norm": 0}}}])
+    assert unclipped.steps["r1.train.dense-dm"].cost.optimizer < found.steps["r1.train.dense-dm"].cost.optimizer
 
 
 def test_a_budget_below_one_step_is_refused() -> None:
@@ -172,6 +207,10 @@ def test_changed_options_make_new_just_what_depends_on_them() -> None:
     assert not new(before, graph(random_seeds=[0, 1], threads=3, at_once=1, keep="results"))
     assert not new(before, graph(random_seeds=[0, 1], train={"checkpoints": {"minutes": 5}}))
     assert new(before, graph(random_seeds=[0, 1], train={"precision": "fp32"}))
+
+    in_pieces = new(before, graph(random_seeds=[0, 1], micro_batch_size=2))
+    assert "r1.train.btx" in in_pieces, "a router's losses are those of a micro-batch"
+    assert not {"r1.train.seed", "r1.train.code", "r1.train.dense-dm", "r1.upcycle.btx"} & in_pieces
 
     scores = {name for name, step in before.steps.items() if step.kind in ("scores", "ensemble")}
     assert new(before, graph(random_seeds=[0, 1], held_out={"tokens": 9000})) == scores

@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_study_graph import settings
 
+from branchmix.errors import DataError, OutputError
 from branchmix.settings import parse
 from branchmix.study.build import build
 from branchmix.study.figures import curves, dots
@@ -193,6 +195,50 @@ def test_half_a_study_has_a_report(tmp_path: Path) -> None:
         if file.name not in (STUDY, "r1.scores.seed.json"):
             file.unlink()
     assert "the reference has not been measured yet" in report(folder, tmp_path / "report").headline[0]
+
+
+def test_trained_models_without_their_training_are_left_out(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    (folder / "results" / "r1.train.btx.json").unlink()
+    assert collect(folder)["comparisons"]["bam-expert-kv-dm"]["log_perplexity"]["n"] == 2
+    for file in (folder / "results").glob("*.train.*.json"):
+        file.unlink()
+    found = collect(folder)
+    assert found["reference"] is None and "seed" in [model["title"] for model in found["models"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda record: record.clear(), "has no 'key', so it is no record of this step: remove it"),
+        (lambda record: record.pop("routing"), "has no 'routing'"),
+        (lambda record: record["documents"]["code"].pop(), "was measured on other documents than r1.scores."),
+        (lambda record: record["documents"].update(code=[]), "has no document of code: hold more out"),
+    ],
+)
+def test_records_that_are_none_are_named(change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    file = folder / "results" / "r2.scores.btx.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(DataError) as error:
+        collect(folder)
+    assert str(error.value).startswith(str(file)) and words in str(error.value)
+
+
+def test_what_is_there_is_replaced_only_if_it_is_a_report_or_by_force(tmp_path: Path) -> None:
+    folder, out = finished(tmp_path / "study"), tmp_path / "notes"
+    out.mkdir()
+    (out / "tables.md").write_text("mine")
+    with pytest.raises(OutputError, match=r"tables\.md: exists already"):
+        report(folder, out)
+    assert [file.name for file in out.iterdir()] == ["tables.md"] and (out / "tables.md").read_text() == "mine"
+    report(folder, out, force=True)
+    report(folder, out)
+    assert (out / "tables.md").read_text() != "mine"
+    for _ in range(2):
+        report(folder, kinds=["markdown"])
 
 
 def test_results_of_other_settings_are_left_out(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ YAML files. Suites are the columns of the BAM paper's Table 3 (examples in the p
 lm-eval has no QuAC; that task is ours, in lm-eval's format, judged by the F1 of words.
 
 \b
-With --out a stopped evaluation goes on where it was, and further models join the table.
+With --out a stopped evaluation goes on where it was, and what is on record there is never computed
+again: name earlier models with new ones to have all in one table.
 """
 
 

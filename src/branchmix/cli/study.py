@@ -147,13 +147,16 @@ def report_command(
     html: Annotated[bool, typer.Option("--html", help="The page, with its figures inside.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="tables.md.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="tables.tex.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files in --out; those of an earlier report always are.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
 ) -> None:
     """Tables, figures and a page of a study's results, as far as they are there. Without options, all of them."""
     from branchmix.study.report import report
 
     kinds = [name for name, wanted in (("html", html), ("markdown", markdown), ("latex", latex)) if wanted]
-    found = report(folder, out, kinds=kinds)
+    found = report(folder, out, kinds=kinds, force=force)
     if as_json:
         typer.echo(json.dumps(found.numbers, indent=2))
         return

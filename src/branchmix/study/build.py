@@ -10,6 +10,7 @@ from typing import Any
 
 from branchmix.checkpoint.hub import resolve
 from branchmix.errors import RecipeError
+from branchmix.settings import overlaid
 from branchmix.study.facts import step_cost
 from branchmix.study.graph import FORMAT, NEGLIGIBLE, Cost, Graph, Kind, Step, key_of
 from branchmix.study.identity import identity_of_recipe, identity_of_seed, identity_of_text
@@ -172,7 +173,7 @@ class _Builder:
     ) -> None:
         """Training at equal data, compute, time; where two of these are the same run, it is one."""
         study = self.study
-        train = {**train, **method.train}
+        train = overlaid(train, method.train)
         is_reference = method.title == study.reference
         reference_steps, total = self.reference
         wanted = method.match if method.match is not None else list(METHODS[method.method].match)
@@ -204,7 +205,7 @@ class _Builder:
             name = f"{self._prefix(repetition)}train.{title}"
             self._train(
                 name,
-                {"mix": study.mix, **self._rate(study.learning_rate.mixture), **train, **timed},
+                overlaid({"mix": study.mix, **self._rate(study.learning_rate.mixture)}, train, timed),
                 needs,
                 steps=reference_steps if timed else steps,
                 random_seed=self._random(repetition, 2),
@@ -237,19 +238,11 @@ class _Builder:
                 "batch_size"
             )
         run = {
-            **study.train,
-            **settings,
+            **study.run_of(settings),
             "held_out": {"share": study.held_out.share, "tokens": HELD_OUT_WHILE_TRAINING},
-            "sequence_length": study.sequence_length,
-            "batch_size": study.batch_size,
             "budget": {"steps": steps},
-            "optimizer": study.optimizer.model_dump(mode="json"),
             "random_seed": random_seed,
         }
-        if study.micro_batch_size is not None:
-            run["micro_batch_size"] = study.micro_batch_size
-        if study.trust_remote_code:
-            run["trust_remote_code"] = True
         run = json.loads(json.dumps(run))
         per_step = per_step or step_cost(self.study, config, {})
         cost = Cost(steps, steps * self.per_step, steps * per_step.flops, steps * per_step.optimizer)
@@ -291,12 +284,12 @@ class _Builder:
         self, name: str, kind: Kind, options: dict[str, Any], needs: dict[str, str], order: tuple[int, ...], **more: Any
     ) -> None:
         options = json.loads(json.dumps(options))
+        if name in self.found:
+            raise RecipeError(f"methods: two of them make {name}: give one another name")
         counted = options
         if kind == "train":  # what does not change the result is no part of the key
-            counted = {
-                **options,
-                "run": {key: value for key, value in options["run"].items() if key not in FREE_TO_CHANGE},
-            }
+            free = FREE_TO_CHANGE - {"micro_batch_size"} if _has_routers(more["config"]) else FREE_TO_CHANGE
+            counted = {**options, "run": {key: value for key, value in options["run"].items() if key not in free}}
         keys = {role: self.found[needed].key for role, needed in needs.items()}
         key = key_of({"format": FORMAT, "kind": kind, "options": counted, "needs": keys})
         self.found[name] = Step(name, kind, options, needs, key, order, **more)
@@ -344,4 +337,9 @@ class _Builder:
         if preset.kind != "dense":
             config = self.mixtures.config(self.mixtures.recipe(method, self._random(0, 2)))
         steps = study.tokens.mixture // self.per_step
-        return steps, steps * step_cost(study, config, {**preset.train, **method.train}).total
+        return steps, steps * step_cost(study, config, overlaid(preset.train, method.train)).total
+
+
+def _has_routers(config: dict[str, Any]) -> bool:
+    """Whether a model has losses of its own, which look at one micro-batch at a time."""
+    return bool(config["model_type"] == "branchmix")

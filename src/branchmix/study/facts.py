@@ -34,7 +34,7 @@ def step_cost(study: StudyFile, config: dict[str, Any], train: dict[str, Any]) -
         )
     if trained is None:
         trained = parameters(config).total
-    clips = study.optimizer.max_grad_norm > 0
+    clips = study.run_of(train)["optimizer"]["max_grad_norm"] > 0
     return Cost(1, study.step_tokens, flops.training * study.step_tokens, optimizer_flops(trained, clips=clips))
 
 

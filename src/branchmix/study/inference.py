@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 
-def measure_inference(models: Mapping[str, Path], *, prompt: int, new_tokens: int, runs: int) -> dict[str, Any]:
+def measure_inference(
+    models: Mapping[str, Path], *, prompt: int, new_tokens: int, runs: int, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Latency and KV memory of each model: ``{name: {"seconds": [...], "kv_cache_bytes": ...}}``.
 
     Weights and cache are bf16 where the device is faster in it, else fp32; greedy, one sequence, random tokens.
@@ -21,6 +24,7 @@ def measure_inference(models: Mapping[str, Path], *, prompt: int, new_tokens: in
         prompt: tokens.
         new_tokens: generated after it.
         runs: timed ones, after one that is not.
+        trust_remote_code: run code that the seed brings along.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -32,10 +36,10 @@ def measure_inference(models: Mapping[str, Path], *, prompt: int, new_tokens: in
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if faster_in_bf16(device) else torch.float32
-    loaded = {
-        name: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().to(device)
-        for name, folder in models.items()
-    }
+    load = partial(
+        AutoModelForCausalLM.from_pretrained, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+    loaded = {name: load(folder).eval().to(device) for name, folder in models.items()}
     found: dict[str, Any] = {name: {"seconds": []} for name in loaded}
     for run in range(runs + 1):
         for name, model in loaded.items():

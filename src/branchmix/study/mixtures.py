@@ -8,7 +8,7 @@ from typing import Any
 from branchmix.accounting import active_parameters, parameters
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.recipe import Recipe
-from branchmix.settings import parse
+from branchmix.settings import overlaid, parse
 from branchmix.study.methods import METHODS
 from branchmix.study.settings import Method, StudyFile
 from branchmix.train.config import NewModel
@@ -30,7 +30,10 @@ def seed_config(study: StudyFile, given: ResolvedModel | None) -> dict[str, Any]
     if vocabulary is None:
         from branchmix.train.models import load_tokenizer
 
-        vocabulary = len(load_tokenizer(resolve(new.tokenizer or "", study.folder), trust_remote_code=False))
+        tokenizer = load_tokenizer(
+            resolve(new.tokenizer or "", study.folder), trust_remote_code=study.trust_remote_code
+        )
+        vocabulary = len(tokenizer)
     return dict(new_config(new, vocabulary).to_dict())
 
 
@@ -49,19 +52,16 @@ class Mixtures:
         """
         study, preset = self.study, METHODS[method.method]
         experts = [{"name": name, "model": name} for name in study.expert_names]
-        fields: dict[str, Any] = {
-            "seed": "seed",
-            "experts": experts,
-            "routed_scaling_factor": "auto",
-            "dtype": "float32",
-        }
-        for further in (study.recipe, preset.recipe, method.recipe):
-            for key, value in further.items():
-                both = isinstance(value, dict) and isinstance(fields.get(key), dict)
-                fields[key] = {**fields[key], **value} if both else value
+        fields = overlaid(
+            {"seed": "seed", "experts": experts, "routed_scaling_factor": "auto", "dtype": "float32"},
+            study.recipe,
+            preset.recipe,
+            method.recipe,
+        )
         init = fields.get("router_init", {})
         init = {"method": init} if isinstance(init, str) else init
-        fields["router_init"] = {"seed": random_seed, **init}
+        if isinstance(init, dict):
+            fields["router_init"] = {"seed": random_seed, **init}
         if method.method == "sparse-upcycling" and "seed_copies" not in method.recipe:
             fields["seed_copies"] = len(experts)
         if preset.larger is not None and "seed_copies" not in method.recipe:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.folder import require_new_file
 from branchmix.pages import page
 from branchmix.pages.pictures import Figure, png, save, svg
 from branchmix.study import figures
@@ -33,39 +34,61 @@ class Report:
     files: list[Path]
 
 
-def report(folder: str | Path, out: str | Path | None = None, *, kinds: Sequence[str] = ()) -> Report:
+def report(
+    folder: str | Path, out: str | Path | None = None, *, kinds: Sequence[str] = (), force: bool = False
+) -> Report:
     """Write the report of what is done.
 
     Args:
         folder: of a study, or of its results.
         out: where to; the same folder if None.
         kinds: of ``html``, ``markdown`` and ``latex``; with none, all of them, CSV and the figures as PNG and PDF.
+        force: replace files that are there. Those of an earlier report need none: ``out`` is the study's folder, or has
+            a ``report.json``.
 
     Raises:
         DataError: there are no results.
-        OutputError: ``out`` cannot be written.
+        OutputError: ``out`` cannot be written, or has files of these names.
     """
     folder = Path(folder)
     out = Path(out) if out is not None else folder
     found = collect(folder)
     lines = headline(found)
+    writers = _writers(found, lines, kinds)
+    for name in writers if not _is_ours(out, folder) else ():
+        require_new_file(out / name, force=force)
+    files = [write(out / name) for name, write in writers.items()]
+    return Report({**found, "models": [_without_documents(model) for model in found["models"]]}, lines, files)
+
+
+def _writers(found: dict[str, Any], lines: list[str], kinds: Sequence[str]) -> dict[str, Callable[[Path], Path]]:
+    """What writes each file, by its place in the report's folder."""
     made = tables(found)
     pictures = _pictures(found)
-    files: list[Path] = []
-    everything = not kinds
-    if everything or "html" in kinds:
-        files.append(page.write(out / "index.html", _html(found, lines, made, pictures)))
-    if everything or "markdown" in kinds:
-        files.append(page.write(out / "tables.md", _markdown(found, lines, made)))
-    if everything or "latex" in kinds:
-        files.append(page.write(out / "tables.tex", "\n".join(table.latex() for table in made)))
-    if everything:
-        files += [page.write(out / "tables" / f"{table.name}.csv", table.csv()) for table in made]
-        for name, (draw, _) in pictures.items():
-            files += [png(draw, out / "figures" / f"{name}.png"), save(draw, out / "figures" / f"{name}.pdf")]
+    texts: dict[str, Callable[[], str]] = {
+        "index.html": lambda: _html(found, lines, made, pictures),
+        "tables.md": lambda: _markdown(found, lines, made),
+        "tables.tex": lambda: "\n".join(table.latex() for table in made),
+    }
+    kind_of = {"index.html": "html", "tables.md": "markdown", "tables.tex": "latex"}
+    if kinds:
+        texts = {name: text for name, text in texts.items() if kind_of[name] in kinds}
+    else:
         content = {**found, "headline": lines, "models": [_without_documents(model) for model in found["models"]]}
-        files.append(page.write(out / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
-    return Report({**found, "models": [_without_documents(model) for model in found["models"]]}, lines, files)
+        texts |= {f"tables/{table.name}.csv": table.csv for table in made}
+        texts["report.json"] = lambda: json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    writers: dict[str, Callable[[Path], Path]] = {name: partial(_write, text) for name, text in texts.items()}
+    for name, (draw, _) in pictures.items() if not kinds else ():
+        writers |= {f"figures/{name}.png": partial(png, draw), f"figures/{name}.pdf": partial(save, draw)}
+    return writers
+
+
+def _write(text: Callable[[], str], file: Path) -> Path:
+    return page.write(file, text())
+
+
+def _is_ours(out: Path, folder: Path) -> bool:
+    return (out.exists() and out.samefile(folder)) or (out / "report.json").is_file()
 
 
 def _without_documents(model: dict[str, Any]) -> dict[str, Any]:

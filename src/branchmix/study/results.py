@@ -39,11 +39,8 @@ def collect(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: has no {RESULTS}/{STUDY}: give the folder of a study, or of its results")
     study = _read(place / STUDY)
     steps = {name.removeprefix("step "): step for name, step in study.items() if name.startswith("step ")}
-    records = {file.stem: _read(file) for file in sorted(place.glob("*.json")) if file.name != STUDY}
-    records = {
-        name: record for name, record in records.items() if name in steps and record["key"] == steps[name]["key"]
-    }
-    scored = {name: record for name, record in records.items() if "documents" in record}
+    records = _records(place, steps)
+    scored = _scored(place, records, steps)
     if not scored:
         raise DataError(f"{folder}: no model has been measured yet: run branchmix study first")
     settings = study["settings"]
@@ -89,6 +86,55 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{file}: is no record of a study")
     return content
+
+
+_PARTS = {
+    "text": ("text",),
+    "train": ("training", "computing", "machine", "versions", "run"),
+    "upcycle": ("merge",),
+    "scores": ("documents", "routing"),
+    "ensemble": ("documents", "routing"),
+    "inference": ("inference",),
+}
+"""Of records, by the kind of step."""
+
+
+def _records(place: Path, steps: dict[str, Any]) -> dict[str, Any]:
+    """By step; those of other settings are left out."""
+    found = {}
+    for file in sorted(place.glob("*.json")):
+        if file.name == STUDY or file.stem not in steps:
+            continue
+        record, step = _read(file), steps[file.stem]
+        missing = [part for part in ("key", "about", *_PARTS[step["kind"]]) if part not in record]
+        if missing:
+            raise DataError(f"{file}: has no {missing[0]!r}, so it is no record of this step: remove it")
+        if record["key"] == step["key"]:
+            found[file.stem] = record
+    return found
+
+
+def _scored(place: Path, records: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
+    """Records of models that were measured, all on the same documents, and of what methods trained, the training."""
+    found: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    for name, record in records.items():
+        made = steps[name]["needs"].get("model")
+        is_trained = record["about"].get("role") in ("trained", "reference")
+        if "documents" not in record or (is_trained and made not in records):
+            continue
+        counts = {domain: len(rows) for domain, rows in record["documents"].items()}
+        empty = next((domain for domain, rows in record["documents"].items() if not any(row[1] for row in rows)), None)
+        if empty is not None or not counts:
+            raise DataError(f"{place / name}.json: has no document of {empty or 'any domain'}: hold more out")
+        if found and counts != sizes:
+            raise DataError(
+                f"{place / name}.json: was measured on other documents than {next(iter(found))}.json: remove the wrong "
+                "one"
+            )
+        sizes = counts
+        found[name] = record
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

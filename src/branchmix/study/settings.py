@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,8 +14,9 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from branchmix.checkpoint.families import nearest
 from branchmix.data.config import HeldOut, Source
+from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe
-from branchmix.settings import Count, Settings, Share, parse, read_yaml
+from branchmix.settings import Count, Settings, Share, overlaid, parse, read_yaml
 from branchmix.study.methods import METHODS, Match
 from branchmix.train.config import Mix, NewModel, Optimizer, RunConfig, apply_override
 
@@ -76,7 +78,7 @@ class Method(Settings):
     recipe: dict[str, Any] = {}
     """Keys of the merge's recipe instead of the method's own."""
     train: dict[str, Any] = {}
-    """Keys of the run that trains it, such as ``freeze``."""
+    """Keys of the run that trains it, such as ``freeze``, over the study's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -94,10 +96,7 @@ class Method(Settings):
             if key not in Recipe.model_fields or key in ("seed", "experts"):
                 known = [name for name in Recipe.model_fields if name not in ("seed", "experts")]
                 raise ValueError(f"recipe.{key}: a recipe here has no such key{nearest(key, known)}")
-        for key in self.train:
-            if key not in RunConfig.model_fields or key in _OURS:
-                known = [name for name in RunConfig.model_fields if name not in _OURS]
-                raise ValueError(f"train.{key}: a run here has no such key{nearest(key, known)}")
+        _check_train(self.train, without=_OURS)
         return self
 
     @property
@@ -108,9 +107,18 @@ class Method(Settings):
 
 _OURS = (
     *("model", "out", "mix", "data", "held_out", "budget", "sequence_length", "batch_size", "random_seed", "threads"),
-    *("evaluation", "logging"),
+    *("evaluation", "logging", "trust_remote_code", "lora"),
 )
-"""Keys of runs that the study decides."""
+"""Keys of runs that the study decides; and LoRA, whose adapters are no model that a study could measure."""
+
+
+def _check_train(train: dict[str, Any], *, without: Sequence[str]) -> None:
+    """The keys of ``train``; what their values may be, ``_check_runs`` knows."""
+    known = [name for name in RunConfig.model_fields if name not in without]
+    for key in train:
+        if key not in known:
+            beside = f": the study has {key} itself" if key in StudyFile.model_fields else nearest(key, known)
+            raise ValueError(f"train.{key}: a run here has no such key{beside}")
 
 
 class Inference(Settings):
@@ -203,6 +211,7 @@ class StudyFile(Settings):
             raise ValueError(f"reference: no method is called {self.reference!r}{nearest(self.reference, titles)}")
         if METHODS[self.method(self.reference).method].kind not in ("mixture", "dense"):
             raise ValueError(f"reference: {self.reference} is not trained, so it has no budget to match")
+        self._check_repetitions()
         if isinstance(self.seed, NewModel) and self.tokens.seed is None:
             raise ValueError("tokens.seed: is missing: a new seed has to be trained")
         if isinstance(self.seed, str) and (self.tokens.seed is not None or self.seed_mix is not None):
@@ -214,10 +223,36 @@ class StudyFile(Settings):
                 raise ValueError(
                     f"recipe.{key}: a recipe here has no such key{nearest(key, list(Recipe.model_fields))}"
                 )
-        for key in self.train:
-            if key not in RunConfig.model_fields or key in (*_OURS, "freeze", "adapters", "lora"):
-                raise ValueError(f"train.{key}: a run here has no such key{nearest(key, list(RunConfig.model_fields))}")
+        whole = ("learning_rate", "optimizer", "micro_batch_size")
+        _check_train(self.train, without=(*_OURS, "freeze", "adapters", *whole))
+        self._check_runs()
+        if not 0 < self.held_out.share < 1:
+            raise ValueError(f"held_out.share: {self.held_out.share:g} leaves no text to measure or none to train on")
         return self
+
+    def _check_repetitions(self) -> None:
+        """What is matched in time needs the reference's clock."""
+        most = len(self.random_seeds)
+        reference = self.method(self.reference).repetitions or most
+        for method in self.all_methods:
+            match = METHODS[method.method].match if method.match is None else method.match
+            if "time" in match and min(method.repetitions or most, most) > reference:
+                raise ValueError(
+                    f"methods: {method.title}: match time needs {self.reference} in as many repetitions, and it has "
+                    f"{reference}: lower the method's repetitions"
+                )
+
+    def _check_runs(self) -> None:
+        """Whether all runs can be settings of ``branchmix train``, before any of them has cost an hour."""
+        for method in (None, *self.all_methods):
+            preset = METHODS[method.method].train if method else {}
+            where = f"methods: {method.title}: train" if method else "train"
+            run = self.run_of({"learning_rate": {"peak": 1.0}}, preset, method.train if method else {})
+            given = {"model": "seed", "out": "run", "data": {"text": {"files": "text"}}, "budget": {"steps": 1}}
+            try:
+                parse(RunConfig, run | given, where)
+            except RecipeError as error:
+                raise ValueError("; ".join(str(error).splitlines())) from None
 
     def _mixes(self) -> list[tuple[str, list[str]]]:
         return [
@@ -244,6 +279,24 @@ class StudyFile(Settings):
     def method(self, title: str) -> Method:
         """By its name in the study."""
         return next(method for method in self.all_methods if method.title == title)
+
+    def run_of(self, *layers: dict[str, Any]) -> dict[str, Any]:
+        """Keys of a run: what all have in common, and over it, one after the other, what this one has."""
+        shared: dict[str, Any] = {
+            **self.train,
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+            "optimizer": self.optimizer.model_dump(mode="json"),
+        }
+        if self.micro_batch_size is not None:
+            shared["micro_batch_size"] = self.micro_batch_size
+        if self.trust_remote_code:
+            shared["trust_remote_code"] = True
+        run = overlaid(shared, *layers)
+        rate = run.get("learning_rate")
+        if isinstance(rate, dict) and "ratio" in rate:  # a method's own, instead of the study's peak
+            rate.pop("peak", None)
+        return run
 
     @property
     def step_tokens(self) -> int:

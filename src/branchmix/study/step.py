@@ -135,7 +135,7 @@ class _Task:
             run["model"] = relative(model, self.folder) if "model" in self.step["needs"] else self._given()
         if clock := run.pop("minutes_of", None):
             record = json.loads((self.needed(clock) / RESULT).read_text(encoding="utf-8"))
-            run["budget"] = {"minutes": record["training"]["seconds"] / 60}
+            run["budget"] = {"training_minutes": record["training"]["seconds"] / 60}
         run |= {
             "out": MODEL,
             "data": self.sources(),
@@ -177,7 +177,7 @@ class _Task:
     def _optimizer_flops(self, record: dict[str, Any]) -> int:
         from branchmix.train.schedule import optimizer_flops
 
-        clips = self.settings["optimizer"]["max_grad_norm"] > 0
+        clips = self.options["run"]["optimizer"]["max_grad_norm"] > 0
         return int(record["steps"] * optimizer_flops(record["model"]["trained"], clips=clips))
 
     def upcycle(self) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class _Task:
         roles = [role for role in self.step["needs"] if role != "seed"]
         models = {"seed": self.model("seed"), **{role: self.model(role) for role in roles}}
         numbers = {name: options[name] for name in ("prompt", "new_tokens", "runs")}
-        found = measure_inference(models, **numbers)
+        found = measure_inference(models, **numbers, trust_remote_code=self.settings["trust_remote_code"])
         return {"inference": found, "machine": {"cpu": cpu_name(), "cores": os.cpu_count()}, "versions": versions()}
 
     def _sources(self) -> dict[str, Source]:

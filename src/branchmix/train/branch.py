@@ -21,6 +21,7 @@ from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hub import resolve
 from branchmix.data.sources import require_files
 from branchmix.errors import OutputError, RecipeError
+from branchmix.settings import parse_yaml
 from branchmix.train.board import Board
 from branchmix.train.config import BranchConfig, RunConfig
 from branchmix.train.launch import Job, JobState, Outcome, Status, cores, run_processes
@@ -283,9 +284,14 @@ def _write_recipe(config: BranchConfig, out: Path) -> tuple[Path | None, tuple[s
     text = _RECIPE.format(
         recipe=path,
         seed=json.dumps(config.seed if seed.revision else os.path.relpath(_absolute(str(seed.folder), Path()), out)),
-        experts="".join(f"  - {{name: {name}, model: ./{name}}}\n" for name in config.experts),
+        experts="".join(f"  - {{name: {_word(name)}, model: ./{name}}}\n" for name in config.experts),
     )
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         return path, (f"{path} was changed since it was written, so it stays as it is",)
     path.write_text(text, encoding="utf-8")
     return path, ()
+
+
+def _word(name: str) -> str:
+    """As YAML reads it back: `no` and `2024` are words only in quotes."""
+    return name if parse_yaml(name, name) == name else json.dumps(name)

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from branchmix.checkpoint.families import nearest
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import RecipeError
-from branchmix.settings import Count, Settings, Share, parse, read_yaml
+from branchmix.settings import Count, Settings, Share, parse, parse_yaml, read_yaml
 
 
 def _listed(value: Any) -> Any:
@@ -57,13 +57,21 @@ class Budget(Settings):
     """Training FLOPs: three times those of the forward pass (``branchmix inspect``), less the gradients of weights that
     are frozen."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Wall time; steps are measured at the start, and their number is fixed from then on."""
+    """Wall time of the command; steps are measured at the start, and their number is fixed from then on."""
+    training_minutes: Annotated[float, Field(gt=0)] | None = None
+    """The same from the first step to the end: data and model are there already."""
+
+    @property
+    def is_time(self) -> bool:
+        """Whether steps have to be measured to know their number."""
+        return self.minutes is not None or self.training_minutes is not None
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give one of tokens, steps, flops and minutes, not {' and '.join(given) or 'none'}")
+            *names, last = type(self).model_fields
+            raise ValueError(f"give one of {', '.join(names)} and {last}, not {' and '.join(given) or 'none'}")
         return self
 
 
@@ -346,8 +354,6 @@ def apply_override(data: Any, words: str) -> None:
     Raises:
         RecipeError: it is no such thing, or there is no place for it.
     """
-    import yaml
-
     keys, equals, value = words.partition("=")
     if not equals or not keys:
         raise RecipeError(f"{words}: is no key=value, such as budget.tokens=2M")
@@ -357,7 +363,4 @@ def apply_override(data: Any, words: str) -> None:
         place = place.setdefault(key, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
         raise RecipeError(f"{words}: there is no place for it in the file: {'.'.join(parents)} is no mapping")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"{words}: {value!r} is not valid YAML") from None
+    place[last] = parse_yaml(value, words)

@@ -281,14 +281,13 @@ class _Run:
         return {"changed": changed} if changed else {}
 
     def _steps_in_time(self) -> int:
-        """Steps that fit into ``budget.minutes`` since the command was called, evaluations put aside."""
+        """Steps that fit into a budget of time, evaluations put aside."""
         import torch
 
         from branchmix.train.losses import DomainLoss
         from branchmix.train.measure import held_out_losses, seconds_per_step
 
         config, batching = self.config, self.checked.batching
-        assert config.budget.minutes is not None
         shape = {"sequence_length": config.sequence_length, "random_seed": config.random_seed}
         first = self.corpus.train(config.mix, num_sequences=config.batch_size, **shape)
         step = seconds_per_step(
@@ -306,12 +305,21 @@ class _Run:
             self.model, self.held_out, loss, self.computing, batch_size=batching.micro, packing=self.packing
         )
         evaluation = time.perf_counter() - begin
-        left = MINUTE * config.budget.minutes - (time.perf_counter() - self.started)
+        if config.budget.training_minutes is not None:
+            key, left = "training_minutes", MINUTE * config.budget.training_minutes
+        else:
+            assert config.budget.minutes is not None
+            key, left = "minutes", MINUTE * config.budget.minutes - (time.perf_counter() - self.started)
         left -= evaluation * (1 + config.evaluation.at_start)
         per_step = step + (evaluation / config.evaluation.steps if config.evaluation.steps else 0)
-        steps = torch.tensor(max(1, int(left / per_step)), device=self.computing.device)
+        steps = torch.tensor(max(0, int(left / per_step)), device=self.computing.device)
         if self.process.count > 1:
             torch.distributed.broadcast(steps, 0)
+        if not int(steps):
+            raise RecipeError(
+                f"budget.{key}: {max(0.0, left):.1f} s of it are left for training, and a step takes {per_step:.1f} s: "
+                "raise it"
+            )
         return int(steps)
 
     def _plan(self, fixed: dict[str, Any]) -> dict[str, Any]:

@@ -58,12 +58,12 @@ def rate_at(step: int, num_steps: int, rate: LearningRate) -> float:
 
 
 def steps_of(budget: Budget, tokens_per_step: int, flops_per_step: int | None) -> int | None:
-    """Steps that a budget buys, at least one and never more than it pays for; None for minutes, which are measured.
+    """Steps that a budget buys, at least one and never more than it pays for; None for time: steps are measured.
 
     Raises:
         RecipeError: a budget of FLOPs for a model whose FLOPs are not known, or one that is too small for a step.
     """
-    if budget.minutes is not None:
+    if budget.is_time:
         return None
     if budget.steps is not None:
         return budget.steps

@@ -36,8 +36,8 @@ def require_possible(config: RunConfig, described: dict[str, Any], num_processes
         raise RecipeError("parallel.expert_parallel: the model has no FFN experts: remove it, or use fsdp")
     if num_processes == 1 or not (parallel.fsdp or parallel.expert_parallel):
         return
-    if config.budget.minutes is not None:
-        raise RecipeError("budget.minutes: steps of a sharded model are not measured beforehand: give tokens or steps")
+    if config.budget.is_time:
+        raise RecipeError("budget: steps of a sharded model are not measured beforehand: give tokens or steps")
     if parallel.expert_parallel:
         if config.lora or config.adapters:
             key = "lora" if config.lora else "adapters"

@@ -27,9 +27,10 @@ class Answers(Journal):
     def __init__(self, folder: Path | None):
         super().__init__(folder, FILE, "request")
 
-    def add(self, model: str, request: str, kind: str, task: str | None, result: Any) -> None:
-        """Keep an answer, on disk at once."""
-        self.add_line({"model": model, "request": request, "kind": kind, "task": task, "result": result})
+    def add(self, model: str, request: str, kind: str, task: str | None, result: Any, *, shortened: bool) -> None:
+        """Keep an answer, on disk at once, with whether the request lost its beginning."""
+        facts = {"shortened": True} if shortened else {}
+        self.add_line({"model": model, "request": request, "kind": kind, "task": task, "result": result, **facts})
 
 
 class RecordedModel(LM):
@@ -52,16 +53,13 @@ class RecordedModel(LM):
         self._live: LiveModel | None = None
         self.known = self.asked = 0
         """Requests that were on record, and all of them."""
+        self.shortened = 0
+        """Requests that lost their beginning because the window is shorter, now or when they went on record."""
 
     @property
     def name(self) -> str:
         """Short, and different for models of different content."""
         return self._key[:8]
-
-    @property
-    def shortened(self) -> int:
-        """Requests that lost their beginning because the window is shorter."""
-        return 0 if self._live is None else int(self._live.shortened)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation in nats, and whether it is the greedy one."""
@@ -86,8 +84,9 @@ class RecordedModel(LM):
                 self.known += 1
         if todo:
             self._ask(kind, todo)
-        found = [self._answers.find(self._key, key) for key in keys]
-        return [line["result"] for line in found if line is not None]
+        found = [line for key in keys if (line := self._answers.find(self._key, key)) is not None]
+        self.shortened += sum(line.get("shortened", False) for line in found)
+        return [line["result"] for line in found]
 
     def _ask(self, kind: str, todo: dict[str, Any]) -> None:
         keys, requests = list(todo), list(todo.values())
@@ -96,7 +95,10 @@ class RecordedModel(LM):
             live = self._loaded()
             seeds = [int(key[:15], 16) for key in keys]
             for number, result in live.answers(kind, [request.args for request in requests], seeds, progress):
-                self._answers.add(self._key, keys[number], kind, requests[number].task_name, result)
+                shortened = number in live.shortened
+                self._answers.add(
+                    self._key, keys[number], kind, requests[number].task_name, result, shortened=shortened
+                )
         except CheckpointError as error:
             if str(error).startswith(self._candidate.given):
                 raise

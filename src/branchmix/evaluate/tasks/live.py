@@ -52,8 +52,8 @@ class LiveModel(HFLM):
         )
         self._budget = batch_tokens
         self._equal_lengths = length_dependent(model.config)
-        self.shortened = 0
-        """Requests that were longer than ``max_length`` and lost their beginning."""
+        self.shortened: set[int] = set()
+        """Numbers of the last call's requests that were longer than ``max_length`` and lost their beginning."""
 
     def answers(
         self, kind: str, arguments: Sequence[tuple[Any, ...]], seeds: Sequence[int], progress: Progress | None
@@ -71,6 +71,7 @@ class LiveModel(HFLM):
             "loglikelihood_rolling": self._texts,
             "generate_until": self._generations,
         }
+        self.shortened.clear()
         with evaluating(self.model):
             for done, found in enumerate(ways[kind](arguments, seeds), start=1):
                 yield found
@@ -127,7 +128,8 @@ class LiveModel(HFLM):
                     f"max_length: {self.max_length} is less than the {len(continuation)} tokens of a continuation"
                 )
             whole = np.asarray(context + continuation, dtype=np.int64)
-            self.shortened += len(whole) > self.max_length + 1
+            if len(whole) > self.max_length + 1:
+                self.shortened.add(number)
             tokens = whole[-(self.max_length + 1) :][:-1]
             row = rows.setdefault(tokens.tobytes(), len(inputs))
             if row == len(inputs):
@@ -172,7 +174,8 @@ class LiveModel(HFLM):
                     f"{self.max_length - room} tokens"
                 )
             length = len(self.tok_encode(prompt))
-            self.shortened += length > room
+            if length > room:
+                self.shortened.add(number)
             starts = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
             group = (repr(sorted(settings.items(), key=str)), starts)
             prompts.append((group, -min(length, room), prompt, number))
