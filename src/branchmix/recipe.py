@@ -115,6 +115,9 @@ class RouterInit(Settings):
     def _hidden_needs_text(self) -> RouterInit:
         if (self.method == "hidden") != bool(self.prompts or self.text):
             raise ValueError("method hidden needs prompts or text for every expert, and only it takes them")
+        for name, prompts in (self.prompts or {}).items():
+            if any(not prompt.strip() for prompt in prompts):
+                raise ValueError(f"prompts: one of {name!r} is empty, so there is nothing to read: write a sentence")
         return self
 
 
@@ -268,7 +271,8 @@ class Recipe(Settings):
         zeros = "zeros" in (self.router_init.method, self.router_init.attention)
         if zeros and attention_top_k is not None and attention_top_k < count:
             raise ValueError("router_init: zeros ties the top-k of the attention router; use it with soft routing only")
-        given = (self.router_init.prompts or {}).keys() | (self.router_init.text or {}).keys()
+        prompted = {name for name, prompts in (self.router_init.prompts or {}).items() if prompts}
+        given = prompted | (self.router_init.text or {}).keys()
         missing = [name for name in self.expert_names if name not in given]
         if self.router_init.method == "hidden" and missing:
             raise ValueError(f"router_init: hidden needs prompts or text for every expert, {missing[0]!r} has none")

@@ -117,6 +117,8 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
         ({"merge": {"weighted": {"seed-copy-1": 2}}, "seed_copies": 1}, "seed-copy-1 is the seed again"),
         ({"router_init": "hidden"}, "method hidden needs prompts or text"),
         ({"router_init": {"prompts": {"code": ["x"]}}}, "'seed' has none"),
+        ({"router_init": {"prompts": {"seed": ["x"], "code": [], "math": ["y"]}}}, "'code' has none"),
+        ({"router_init": {"prompts": {"seed": ["x"], "code": ["y", " "], "math": ["z"]}}}, "one of 'code' is empty"),
         ({"router_init": {"std": float("inf")}}, "finite"),
         ({"routing": {"attention": {"soft": False}}}, "top_k is missing"),
         ({"routing": {"attention": {"top_k": 1, "normalize": True}}}, "routing.attention: normalize with top_k 1"),

@@ -116,11 +116,12 @@ def upcycle(
         router_rows = None
         router_notes: list[str] = []
         if recipe.router_init.method == "hidden":
-            plan_upcycling(recipe, seed.index, [expert.index for expert in experts])  # refuse before a model is loaded
-            if not dry_run:
-                from branchmix.upcycling.router_init import hidden_state_routers
+            from branchmix.upcycling.router_init import hidden_state_routers, router_texts
 
-                router_rows, router_notes = hidden_state_routers(recipe, seed.index)
+            plan_upcycling(recipe, seed.index, [expert.index for expert in experts])  # refuse before a model is loaded
+            texts = router_texts(recipe)
+            if not dry_run:
+                router_rows, router_notes = hidden_state_routers(recipe, seed.index, texts)
         plan = plan_upcycling(recipe, seed.index, [expert.index for expert in experts], router_rows=router_rows)
         plan = replace(plan, notes=(*plan.notes, *router_notes))
         written = verification = None
