@@ -115,6 +115,11 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
         ({"merge": {"method": "seed", "weights": {"code": 1}}}, "only it takes them"),
         ({"merge": {"kv_init": "cod"}}, r"'cod' is no choice \(did you mean 'code'\?\)"),
         ({"merge": {"weighted": {"seed-copy-1": 2}}, "seed_copies": 1}, "seed-copy-1 is the seed again"),
+        (
+            {"experts": [{"name": "seed-copy-1", "model": "m"}]},
+            "experts.0.name: 'seed-copy-1' is a name of seed_copies",
+        ),
+        ({"seed_copies": 1025}, "seed_copies: input should be less than or equal to 1024, got 1025"),
         ({"router_init": "hidden"}, "method hidden needs prompts or text"),
         ({"router_init": {"prompts": {"code": ["x"]}}}, "'seed' has none"),
         ({"router_init": {"prompts": {"seed": ["x"], "code": [], "math": ["y"]}}}, "'code' has none"),
