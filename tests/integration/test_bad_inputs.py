@@ -51,6 +51,15 @@ from branchmix.cli import main
 from families import BY_NAME
 
 
+def recipe_in_out(inputs: Inputs) -> Path:
+    """A recipe that lies where the output shall go, beside a model."""
+    inputs.out.mkdir()
+    (inputs.out / "config.json").write_text('{"model_type": "llama"}')
+    recipe = {"seed": str(inputs.seed), "experts": [{"name": "code", "model": str(inputs.code)}]}
+    (inputs.out / "recipe.yaml").write_text(json.dumps(recipe))
+    return inputs.out / "recipe.yaml"
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -274,6 +283,14 @@ COMMANDS = [
          args=lambda i: [*upcycle(i, i.models), "--force"]),
     Case("OUT links to an input", "models/link: is, holds or lies in the source folder | another",
          lambda i: (i.models / "link").symlink_to(i.code), args=lambda i: [*upcycle(i, i.models / "link"), "--force"]),
+    Case("OUT holds the recipe", "outputs/mixture: holds | recipe.yaml, which is read | choose another",
+         args=lambda i: ["upcycle", str(recipe_in_out(i)), str(i.out), "--force"]),
+    Case("OUT holds a text for routers", "outputs/mixture: holds | recipe.yaml, which is read | choose another",
+         lambda i: recipe_in_out(i),
+         {"router_init": {"text": dict.fromkeys(("seed", "code", "math"), "outputs/mixture/recipe.yaml")}},
+         args=lambda i: [*upcycle(i, i.out), "--force"]),
+    Case("OUT holds something else, dry run", "mixture: holds recipe.yaml | no part of a checkpoint | move that",
+         lambda i: recipe_in_out(i), args=lambda i: [*upcycle(i, i.out), "--force", "--dry-run"]),
     Case("OUT exists", "models/other: exists already | --force", lambda i: (i.models / "other").mkdir(),
          args=lambda i: upcycle(i, i.models / "other")),
     Case("OUT is no checkpoint", "models/other: is no checkpoint folder | not replaced | choose another",
@@ -284,6 +301,9 @@ COMMANDS = [
     Case("add: not NAME=PATH", "'./law': | NAME=PATH", args=lambda i: ["add-expert", "m", "./law", str(i.out)]),
     Case("add: no such mixture", "models/none: no such folder | check the path",
          args=lambda i: ["add-expert", str(i.models / "none"), f"law={i.math}", str(i.out)]),
+    Case("add: deviation of 0", "router_std and router_seed: std: input should be greater than 0, got 0",
+         lambda i: i.mixture(),
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out), "--router-std", "0"]),
     Case("add: other width", "expert 'law': | hidden_size is 40 | seed's is 32",
          lambda i: (i.mixture(), resave(i, i.math, hidden_size=40)),
          args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
