@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from branchmix.checkpoint.families import nearest
 from branchmix.settings import Settings, parse, read_yaml
@@ -20,6 +20,9 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
+_SEED_COPY = "seed-copy-"
+"""How the names of the seed's copies begin."""
+
 _ALWAYS_1 = "normalize with top_k 1 makes every gate 1, so the router never learns: leave normalize out"
 
 
@@ -27,9 +30,16 @@ class Expert(Settings):
     """One specialised dense model."""
 
     name: _ExpertName
-    """Letters, digits, ``-``, ``_`` and ``.``; unique in the recipe, and not ``seed``."""
+    """Letters, digits, ``-``, ``_`` and ``.``; unique in the recipe, and neither ``seed`` nor ``seed-copy-...``."""
     model: str
     """Local folder, Hub id, or folder of a PEFT LoRA adapter, which is merged first. ``@revision`` after a Hub id."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_copy(cls, name: str) -> str:
+        if name.startswith(_SEED_COPY):
+            raise ValueError(f"{name!r} is a name of seed_copies ({_SEED_COPY}...): call the expert something else")
+        return name
 
 
 class FFNRouting(Settings):
@@ -115,6 +125,9 @@ class RouterInit(Settings):
     def _hidden_needs_text(self) -> RouterInit:
         if (self.method == "hidden") != bool(self.prompts or self.text):
             raise ValueError("method hidden needs prompts or text for every expert, and only it takes them")
+        for name, prompts in (self.prompts or {}).items():
+            if any(not prompt.strip() for prompt in prompts):
+                raise ValueError(f"prompts: one of {name!r} is empty, so there is nothing to read: write a sentence")
         return self
 
 
@@ -171,8 +184,9 @@ class Recipe(Settings):
     """The seed is expert 0, and takes part in averages."""
     experts: list[Expert] = []
     """The specialised models."""
-    seed_copies: int = Field(0, ge=0)
-    """So many further copies of the seed as experts (sparse upcycling; the paper's BTX with 5 to 8 experts)."""
+    seed_copies: int = Field(0, ge=0, le=1024)
+    """So many further copies of the seed as experts (sparse upcycling; the paper's BTX with 5 to 8 experts), called
+    ``seed-copy-1`` and so on."""
     attention: Literal["kv_experts", "kv_sharing", "average", "seed"] = "kv_experts"
     """``kv_experts``: BAM, every expert with its own q, k, v and o. ``kv_sharing``: own q and o, one k and v.
     ``average``: one averaged attention (BTX). ``seed``: the seed's attention."""
@@ -199,6 +213,7 @@ class Recipe(Settings):
     """Greatest size of one weights file."""
 
     _folder: Path = Path()
+    _file: Path | None = None
 
     @model_validator(mode="after")
     def _experts_make_sense(self) -> Recipe:
@@ -228,8 +243,8 @@ class Recipe(Settings):
 
     def _check_merge(self) -> None:
         weights = self.merge.weights or {}
-        copies = [name for name in weights if name in self.expert_names and name.startswith("seed-copy-")]
-        if copies and copies[0] not in [expert.name for expert in self.experts]:
+        copies = [name for name in weights if name in self.seed_copy_names]
+        if copies:
             raise ValueError(f"merge.weights: {copies[0]} is the seed again, which averages take once: weight 'seed'")
         averaged = [expert.name for expert in self.experts]
         if self.include_seed or self.seed_copies:
@@ -268,7 +283,8 @@ class Recipe(Settings):
         zeros = "zeros" in (self.router_init.method, self.router_init.attention)
         if zeros and attention_top_k is not None and attention_top_k < count:
             raise ValueError("router_init: zeros ties the top-k of the attention router; use it with soft routing only")
-        given = (self.router_init.prompts or {}).keys() | (self.router_init.text or {}).keys()
+        prompted = {name for name, prompts in (self.router_init.prompts or {}).items() if prompts}
+        given = prompted | (self.router_init.text or {}).keys()
         missing = [name for name in self.expert_names if name not in given]
         if self.router_init.method == "hidden" and missing:
             raise ValueError(f"router_init: hidden needs prompts or text for every expert, {missing[0]!r} has none")
@@ -276,8 +292,13 @@ class Recipe(Settings):
     @property
     def expert_names(self) -> list[str]:
         """Names of all experts, in the order of the routers' rows."""
-        copies = [f"seed-copy-{number}" for number in range(1, self.seed_copies + 1)]
-        return (["seed"] if self.include_seed else []) + [expert.name for expert in self.experts] + copies
+        experts = [expert.name for expert in self.experts]
+        return (["seed"] if self.include_seed else []) + experts + self.seed_copy_names
+
+    @property
+    def seed_copy_names(self) -> list[str]:
+        """Names of the experts that ``seed_copies`` adds."""
+        return [f"{_SEED_COPY}{number}" for number in range(1, self.seed_copies + 1)]
 
     @property
     def num_experts_per_tok(self) -> int:
@@ -303,6 +324,12 @@ class Recipe(Settings):
         """Folder that relative paths start from: that of the recipe's file."""
         return self._folder
 
+    @property
+    def files(self) -> list[Path]:
+        """Files of the user's that it consists of: its own, if it has been read from one, and texts for routers."""
+        texts = [self.folder / path for path in (self.router_init.text or {}).values()]
+        return texts if self._file is None else [self._file, *texts]
+
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe file.
@@ -312,7 +339,7 @@ class Recipe(Settings):
         """
         path = Path(path)
         recipe = parse(cls, read_yaml(path), str(path))
-        recipe._folder = path.parent
+        recipe._folder, recipe._file = path.parent, path
         return recipe
 
     @classmethod

@@ -51,6 +51,15 @@ from branchmix.cli import main
 from families import BY_NAME
 
 
+def recipe_in_out(inputs: Inputs) -> Path:
+    """A recipe that lies where the output shall go, beside a model."""
+    inputs.out.mkdir()
+    (inputs.out / "config.json").write_text('{"model_type": "llama"}')
+    recipe = {"seed": str(inputs.seed), "experts": [{"name": "code", "model": str(inputs.code)}]}
+    (inputs.out / "recipe.yaml").write_text(json.dumps(recipe))
+    return inputs.out / "recipe.yaml"
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -267,6 +276,13 @@ COMMANDS = [
     Case("unknown option", "No such option: --dryrun | --help", args=lambda i: ["upcycle", "r", "o", "--dryrun"]),
     Case("no such recipe", "none.yaml: there is no such file", args=lambda i: ["upcycle", "none.yaml", "o"]),
     Case("recipe is a folder", "models: is a folder | give the recipe", args=lambda i: ["upcycle", str(i.models), "o"]),
+    Case("dry run, no such text", "router_init.text: | none.txt cannot be read | check the path",
+         recipe={"router_init": {"text": dict.fromkeys(("seed", "code", "math"), "none.txt")}},
+         args=lambda i: [*upcycle(i, i.out), "--dry-run"]),
+    Case("dry run, empty text", "router_init.text: | blank.txt is empty | text typical of 'seed'",
+         lambda i: (i.root / "blank.txt").write_text(" "),
+         recipe={"router_init": {"text": dict.fromkeys(("seed", "code", "math"), "blank.txt")}},
+         args=lambda i: [*upcycle(i, i.out), "--dry-run"]),
     Case("OUT is an input", "models/code: is, holds or lies in the source folder | another",
          args=lambda i: [*upcycle(i, i.code), "--force"]),
     Case("OUT inside an input", "code/out: is, holds or lies in the source folder | another",
@@ -275,6 +291,14 @@ COMMANDS = [
          args=lambda i: [*upcycle(i, i.models), "--force"]),
     Case("OUT links to an input", "models/link: is, holds or lies in the source folder | another",
          lambda i: (i.models / "link").symlink_to(i.code), args=lambda i: [*upcycle(i, i.models / "link"), "--force"]),
+    Case("OUT holds the recipe", "outputs/mixture: holds | recipe.yaml, which is read | choose another",
+         args=lambda i: ["upcycle", str(recipe_in_out(i)), str(i.out), "--force"]),
+    Case("OUT holds a text for routers", "outputs/mixture: holds | recipe.yaml, which is read | choose another",
+         lambda i: recipe_in_out(i),
+         {"router_init": {"text": dict.fromkeys(("seed", "code", "math"), "outputs/mixture/recipe.yaml")}},
+         args=lambda i: [*upcycle(i, i.out), "--force"]),
+    Case("OUT holds something else, dry run", "mixture: holds recipe.yaml | no part of a checkpoint | move that",
+         lambda i: recipe_in_out(i), args=lambda i: [*upcycle(i, i.out), "--force", "--dry-run"]),
     Case("OUT exists", "models/other: exists already | --force", lambda i: (i.models / "other").mkdir(),
          args=lambda i: upcycle(i, i.models / "other")),
     Case("OUT is no checkpoint", "models/other: is no checkpoint folder | not replaced | choose another",
@@ -285,6 +309,9 @@ COMMANDS = [
     Case("add: not NAME=PATH", "'./law': | NAME=PATH", args=lambda i: ["add-expert", "m", "./law", str(i.out)]),
     Case("add: no such mixture", "models/none: no such folder | check the path",
          args=lambda i: ["add-expert", str(i.models / "none"), f"law={i.math}", str(i.out)]),
+    Case("add: deviation of 0", "router_std and router_seed: std: input should be greater than 0, got 0",
+         lambda i: i.mixture(),
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out), "--router-std", "0"]),
     Case("add: other width", "expert 'law': | hidden_size is 40 | seed's is 32",
          lambda i: (i.mixture(), resave(i, i.math, hidden_size=40)),
          args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),

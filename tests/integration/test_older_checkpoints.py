@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import branchmix
-from families import BY_NAME
+from branchmix.checkpoint.rotary import rope_of
+from families import BY_NAME, NAMES
 from mixtures import close, load, recipe, tokens
 
 Siblings = Callable[..., dict[str, Path]]
@@ -58,6 +60,54 @@ def test_an_old_and_a_new_config_of_the_same_rotary_settings_agree(siblings: Sib
     in_old_form(models["math"], theta=777.0, scaling=None)
     report = branchmix.upcycle(recipe(models, attention="kv_experts"), tmp_path / "other", verify=True)
     assert [rope["rope_theta"] for rope in report.plan.config["expert_rope_parameters"]] == [10000.0, 10000.0, 777.0]
+
+
+OLD_ROTARY_KEYS = {
+    "left out": {},
+    "base and part": {"rope_theta": 777.0, "partial_rotary_factor": 0.5, "rope_local_base_freq": 99},
+    "scaled": {"rope_theta": 777.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "yarn": {"rope_theta": 777.0, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "longrope": {
+        "rope_scaling": {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    },
+}
+"""As transformers 4 wrote them, beside one another in config.json."""
+GPT_NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
+
+@pytest.mark.parametrize("keys", OLD_ROTARY_KEYS.values(), ids=list(OLD_ROTARY_KEYS))
+@pytest.mark.parametrize("name", NAMES)
+def test_rotary_settings_are_those_that_transformers_5_makes_of_them(
+    name: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    new = BY_NAME[name].config().to_dict()
+    if not new.pop("rope_parameters", None) and "rope_scaling" in keys:
+        pytest.skip("has no rotary settings to scale")
+    if new["model_type"] == "phi3" and keys.get("rope_scaling", {}).get("type", "longrope") != "longrope":
+        pytest.skip("Phi 3 takes longrope only")
+    renamed = GPT_NEOX_NAMES if new["model_type"] == "gpt_neox" else {}
+    old = {**new, **{renamed.get(key, key): value for key, value in keys.items()}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert rope_of(saved) == rope_of(old)
+    if "rope_parameters" in saved:  # in its form, but for a redundant name and a factor that changes nothing
+        assert rope_of(saved).keys() | {"type", "partial_rotary_factor"} >= saved["rope_parameters"].keys()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2", "stablelm"])
+def test_a_sibling_saved_by_transformers_5_joins_an_older_seed(name: str, siblings: Siblings, tmp_path: Path) -> None:
+    """Also where keys and values are shared, or the family cannot rotate each expert in its own way."""
+    models = {expert: Path(shutil.copytree(path, tmp_path / expert)) for expert, path in siblings(name).items()}
+    config = json.loads((models["seed"] / "config.json").read_text())
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32} if name == "qwen2" else None
+    config.pop("rope_parameters")
+    (models["seed"] / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+    AutoConfig.from_pretrained(models["seed"]).save_pretrained(models["code"])
+    AutoConfig.from_pretrained(models["seed"]).save_pretrained(models["math"])
+    report = branchmix.upcycle(recipe(models, attention="kv_sharing"), tmp_path / "mixture", verify=True)
+    assert report.plan.config["expert_rope_parameters"] is None
+    assert report.verification is not None and len(report.verification.experts) == 3
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "falcon", "llama-bias"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 from xxhash import xxh3_128
 
 import branchmix
@@ -18,6 +20,7 @@ from branchmix.errors import CheckpointError
 from checkpoints import Tensors, config, ffn_expert, in_dtype, mean, weights
 from families import BY_NAME
 from mixtures import load, recipe, tokens
+from tokenizers_of_bytes import save_byte_tokenizer
 
 FAMILIES = ("llama", "qwen3", "cohere-qk-norm", "gpt-neox", "gpt2", "olmo2", "opt", "falcon-new", "phi3")
 Siblings = Callable[..., dict[str, Path]]
@@ -219,6 +222,39 @@ def test_routers_of_zeros(siblings: Siblings, tmp_path: Path) -> None:
         if name.endswith("gate.weight"):
             assert not value.any()
             assert attention[name].any() == ("expert_gate" not in name)
+
+
+@pytest.mark.parametrize("fold_norms", (False, True))
+@pytest.mark.parametrize("name", ("llama", "gemma"))
+def test_routers_from_hidden_states_point_to_what_they_will_see(
+    name: str, fold_norms: bool, siblings: Siblings, tmp_path: Path
+) -> None:
+    """On the seed's own trunk the states are known exactly: each row is its expert's mean state, centred."""
+    models = siblings(name, vocab_size=259)
+    seed = Path(shutil.copytree(models["seed"], tmp_path / "seed"))
+    gains = weights(seed)
+    for number, norm in enumerate(("input_layernorm", "post_attention_layernorm")):
+        gains[f"model.layers.0.{norm}.weight"] = torch.linspace(-0.5, 2.0 + number, 32)
+    save_file(gains, seed / "model.safetensors", {"format": "pt"})
+    save_byte_tokenizer(seed)
+    prompts = {"seed": "It was a dark night.", "code": "x += f(y);", "math": "7 + 8 = 15"}
+    options = {
+        "merge": {"method": "seed", "fold_norms": fold_norms},
+        "router_init": {"prompts": {expert: [prompt] for expert, prompt in prompts.items()}},
+    }
+    branchmix.upcycle(recipe({**models, "seed": seed}, **options), tmp_path / "out")
+    mixture, reader = load(tmp_path / "out"), AutoTokenizer.from_pretrained(seed)
+    block = mixture.model.model.layers[0]
+    seen: list[torch.Tensor] = []
+    block.self_attn.expert_gate.register_forward_pre_hook(
+        lambda gate, args: seen.append(args[0].reshape(-1, 32).mean(0))
+    )
+    with torch.no_grad():
+        for prompt in prompts.values():
+            mixture(reader(prompt, return_tensors="pt").input_ids)
+        states_ED = torch.stack(seen)
+        similar_E = torch.cosine_similarity(states_ED - states_ED.mean(0), block.self_attn.expert_gate.weight, dim=1)
+    assert (similar_E > 0.9999).all(), similar_E
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,48 @@ def test_soft_stays_soft_and_auto_scaling_stays_n_over_k(siblings: Siblings, tmp
         assert load(mixture.parent / "added").config.num_experts_per_tok == top_k
 
 
+def test_top_k_of_all_experts_is_not_soft(siblings: Siblings, tmp_path: Path) -> None:
+    models = siblings("llama")
+    routing = {"ffn": {"top_k": 2, "normalize": True}}
+    two, three = small_and_full(models, tmp_path, routing=routing, routed_scaling_factor=1.5)
+    branchmix.remove_expert(three, "math", tmp_path / "fewer")
+    for mixture in (two, tmp_path / "fewer"):
+        report = branchmix.add_expert(mixture, "math", models["math"], tmp_path / f"{mixture.name}-added")
+        found = config(tmp_path / f"{mixture.name}-added")
+        assert (found["num_experts_per_tok"], found["routed_scaling_factor"]) == (2, 1.5)
+        assert "no recipe tells" not in str(report.plan.notes)
+
+
+def test_a_factor_that_happens_to_be_n_over_k_stays(siblings: Siblings, tmp_path: Path) -> None:
+    models = siblings("llama")
+    two, _ = small_and_full(models, tmp_path, routed_scaling_factor=2.0)
+    branchmix.add_expert(two, "math", models["math"], tmp_path / "added")
+    assert config(tmp_path / "added")["routed_scaling_factor"] == 2.0
+
+
+def test_auto_scaling_of_all_experts_grows_with_them(siblings: Siblings, tmp_path: Path) -> None:
+    models = siblings("llama")
+    two, three = small_and_full(models, tmp_path, routing={"ffn": {"top_k": 2}}, routed_scaling_factor="auto")
+    assert config(two)["routed_scaling_factor"] == 1.0
+    branchmix.add_expert(two, "math", models["math"], tmp_path / "added")
+    assert config(tmp_path / "added") == config(three)
+
+
+def test_without_a_recipe_routing_stays_and_a_note_says_so(siblings: Siblings, tmp_path: Path) -> None:
+    models = siblings("llama")
+    soft, _ = small_and_full(models, tmp_path / "soft", routing={"ffn": {"soft": True}})
+    auto, _ = small_and_full(models, tmp_path / "auto", routed_scaling_factor="auto")
+    for mixture, wanted, words in (
+        (soft, (2, 1.0), "set num_experts_per_tok to 3"),
+        (auto, (1, 2.0), "routed_scaling_factor stays 2"),
+    ):
+        (mixture / "branchmix.json").unlink()
+        report = branchmix.add_expert(mixture, "math", models["math"], mixture.parent / "added")
+        found = config(mixture.parent / "added")
+        assert (found["num_experts_per_tok"], found["routed_scaling_factor"]) == wanted
+        assert sum(words in note for note in report.plan.notes) == 1
+
+
 def test_top_k_shrinks_with_the_experts(siblings: Siblings, tmp_path: Path) -> None:
     routing = {"ffn": {"top_k": 2}, "attention": {"top_k": 3}}
     branchmix.upcycle(recipe(siblings("llama"), routing=routing), tmp_path / "three")
@@ -258,12 +300,21 @@ def test_refusals(siblings: Siblings, tmp_path: Path) -> None:
     for name, expert, error, words in (
         ("code", models["math"], RecipeError, "has an expert 'code' already"),
         ("a b", models["math"], RecipeError, "name"),
+        ("seed-copy-1", models["math"], RecipeError, "name: 'seed-copy-1' is a name of seed_copies"),
         ("math", two, CheckpointError, "mixture already"),
         ("math", siblings("qwen3")["math"], CompatibilityError, "model_type is qwen3"),
         ("math", tmp_path / "nowhere", CheckpointError, "no such folder"),
     ):
         with pytest.raises(error, match=words):
             branchmix.add_expert(two, name, expert, out)
+    for options, words in (
+        ({"router_std": -1.0}, "std: input should be greater than 0"),
+        ({"router_std": 0.0}, "std: input should be greater than 0"),
+        ({"router_std": float("nan"), "check": False}, "std: input should be a finite number"),
+        ({"router_seed": -1}, "seed: input should be greater than or equal to 0"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            branchmix.add_expert(two, "math", models["math"], out, **options)
     with pytest.raises(RecipeError, match="did you mean 'code'"):
         branchmix.remove_expert(two, "coed", out)
     with pytest.raises(RecipeError, match="two or more"):

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ TOKENIZER_FILES = (
 )
 """What a tokenizer may be made of, in the Hugging Face layout."""
 
+_OF_A_CHECKPOINT = (
+    *TOKENIZER_FILES,
+    *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer*", "preprocessor_config.json", "processor_config.json", "chat_templates", "params.json"),
+    *("configuration_*.py", "modeling_*.py", "modular_*.py", "tokenization_*.py", "*_branchmix.py", "__pycache__"),
+    *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY.md", "original", "onnx", "*.gguf"),
+    *(".gitattributes", ".cache", ".huggingface", ".DS_Store"),
+    # of branchmix: merged, trained, measured
+    *("branchmix.json", "training.json", "run.json", "run.yaml", "metrics.jsonl", "log.txt", "results*", "routes.json"),
+    *("shares.csv", "requests.jsonl", "ema", "training", "tensorboard", "wandb", ".lock"),
+    # of transformers' Trainer
+    *("training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+)
+"""Names in a folder that is a checkpoint and nothing else, as patterns: only such a folder is ever replaced."""
+
 
 @contextmanager
 def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
@@ -39,10 +55,10 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
     ``force`` an existing checkpoint is replaced once the new one is complete.
 
     Raises:
-        OutputError: ``out`` exists (or, with force, is no checkpoint folder), or cannot be written.
+        OutputError: ``out`` exists (or, with force, is or holds something that is no checkpoint), or cannot be written.
     """
+    require_replaceable(out, force=force)
     target = Path(os.path.realpath(out))
-    _require_replaceable(out, target, force=force)
     suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
     with writing(out):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,15 +75,48 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
         raise
 
 
-def _require_replaceable(out: Path, target: Path, *, force: bool) -> None:
+def require_replaceable(out: Path, *, force: bool) -> None:
+    """Refuses a place where no checkpoint may be written, before the work that makes it.
+
+    Raises:
+        OutputError: as for ``atomic_folder``.
+    """
+    target = Path(os.path.realpath(out))
     if target.is_dir():
         if not force:
             raise OutputError(f"{out}: exists already: choose another folder, or --force to replace it")
-        if not (target / "config.json").is_file() and any(target.iterdir()):
-            raise OutputError(f"{out}: is no checkpoint folder (no config.json), so it is not replaced: choose another")
+        _require_nothing_else(out, target)
     elif target.exists():
         raise OutputError(f"{out}: is a file: choose a folder that does not exist yet")
     _require_writable_parent(out, target)
+
+
+def _require_nothing_else(out: Path, target: Path) -> None:
+    """A folder that is replaced is empty, or a checkpoint with nothing beside it."""
+    names = sorted(entry.name for entry in target.iterdir())
+    if not names:
+        return
+    lacks = ""
+    if "config.json" not in names:
+        lacks = "no config.json"
+    elif not (_names_a_model(target / "config.json") or any(name.endswith((".safetensors", ".bin")) for name in names)):
+        lacks = "no model_type in its config.json, and no weights"
+    if lacks:
+        raise OutputError(f"{out}: is no checkpoint folder ({lacks}), so it is not replaced: choose another")
+    others = [name for name in names if not any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT)]
+    if others:
+        raise OutputError(
+            f"{out}: holds {others[0]}, which is no part of a checkpoint, so it is not replaced: choose another "
+            "folder, or move that away"
+        )
+
+
+def _names_a_model(config: Path) -> bool:
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "model_type" in found
 
 
 def require_new_file(file: Path, *, force: bool) -> None:

@@ -7,26 +7,90 @@ from typing import Any
 from branchmix.checkpoint.families import Config
 from branchmix.errors import CheckpointError
 
+# transformers' defaults for keys that config.json files leave out; 10000 and the whole head where none is named.
+_THETA_DEFAULTS = {"cohere": 5e5, "olmo3": 5e5, "smollm3": 2e6, "gemma3_text": 1e6, "helium": 1e5, "apertus": 1.2e7}
+_THETA_DEFAULTS |= {"bitnet": 5e5, "cwm": 1e6, "ernie4_5": 5e5}
+_PARTIAL_DEFAULTS = {"gpt_neox": 0.25, "stablelm": 0.25, "phi": 0.5, "glm": 0.5, "glm4": 0.5, "nemotron": 0.5}
+_PARTIAL_DEFAULTS |= {"persimmon": 0.5}
+_ORIGINAL_LENGTH_DEFAULTS = {"phi3": 4096}
+
+_OLD_NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
+"""Keys of the base and of the rotated part of a head, where transformers 4 did not call them as other families'."""
+
+_BY_LAYER_TYPE = ("gemma3_text", "olmo3")
+"""Families whose layers with a sliding window rotate differently from the others."""
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_LOCAL_THETA = 10000.0
+"""Of Gemma 3's layers with a sliding window."""
+
+_NEEDS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
+"""Values of ``rope_type`` that scale from the length of pretraining."""
+
 
 def rope_of(config: Config) -> dict[str, Any]:
-    """Rotary parameters in transformers 5's form, from its config or an older one."""
-    for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise CheckpointError(
-                f"config.json: {key} is {config[key]!r}, not a mapping: copy the model's own config here"
-            )
-    if config.get("rope_parameters"):
-        return _number_types(dict(config["rope_parameters"]))
-    scaling = dict(config.get("rope_scaling") or {})
-    rope: dict[str, Any] = {"rope_type": scaling.pop("type", scaling.pop("rope_type", "default"))}
-    rope["rope_theta"] = config.get("rope_theta", config.get("rotary_emb_base", 10000.0))
-    for old in ("partial_rotary_factor", "rotary_pct"):
-        if config.get(old) is not None:
-            rope["partial_rotary_factor"] = config[old]
-    return _number_types({**rope, **scaling})
+    """Rotary parameters in transformers 5's form, from its config or an older one, the family's defaults filled in.
+
+    Two configs rotate in the same way where their results are equal. Where layer types differ (Gemma 3, OLMo 3), the
+    result maps each to its parameters.
+
+    Raises:
+        CheckpointError: the config's rotary keys are no mappings.
+    """
+    rope, scaling = (_mapping(config.get(key), key) for key in ("rope_parameters", "rope_scaling"))
+    theta, part = _beside(config)
+    if config.get("model_type") in _BY_LAYER_TYPE:
+        whole, windowed = (_mapping(rope.get(kind), f"{kind} of rope_parameters") for kind in _LAYER_TYPES)
+        whole = {"rope_type": "default", **whole, **scaling}  # transformers 5 overlooks the older name "type" here
+        both = ((whole, theta), (windowed, _window_theta(config)))
+        return {kind: _filled(*given, part, config) for kind, given in zip(_LAYER_TYPES, both, strict=True)}
+    nested = {kind: given for kind, given in rope.items() if isinstance(given, dict)}
+    if nested and not scaling:
+        return {kind: _filled(given, theta, part, config) for kind, given in nested.items()}
+    return _filled(scaling or rope, theta, part, config)
 
 
-def _number_types(rope: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: float(value) if isinstance(value, int) and key == "rope_theta" else value for key, value in rope.items()
-    }
+def _mapping(given: Any, key: str) -> dict[str, Any]:
+    if not isinstance(given or {}, dict):
+        raise CheckpointError(f"config.json: {key} is {given!r}, not a mapping: copy the model's own config here")
+    return dict(given or {})
+
+
+def _beside(config: Config) -> tuple[Any, Any]:
+    """Base and rotated part of a head where the rotary parameters do not name them."""
+    family = config.get("model_type", "")
+    theta, part = _OLD_NAMES.get(family, ("rope_theta", "partial_rotary_factor"))
+    return (
+        config.get(theta, _THETA_DEFAULTS.get(family, 10000.0)),
+        config.get(part, _PARTIAL_DEFAULTS.get(family, 1.0)),
+    )
+
+
+def _window_theta(config: Config) -> Any:
+    """Of layers with a sliding window; transformers 5 gives OLMo 3's the default, whatever ``rope_theta`` says."""
+    if config.get("model_type") == "gemma3_text":
+        return config.get("rope_local_base_freq", _LOCAL_THETA)
+    return _THETA_DEFAULTS["olmo3"]
+
+
+def _filled(given: dict[str, Any], theta: Any, part: Any, config: Config) -> dict[str, Any]:
+    """Parameters of one kind of layer, with all that transformers adds to them when it loads the config.
+
+    Args:
+        given: as they stand in the config.
+        theta: base, where they have none.
+        part: rotated part of a head, where they have none.
+        config: for the length of pretraining.
+    """
+    family = config.get("model_type", "")
+    rope = {"rope_type": given.get("type", "default"), "rope_theta": theta, "partial_rotary_factor": part, **given}
+    rope.pop("type", None)  # transformers 5 keeps the older name of rope_type beside it
+    if isinstance(rope["rope_theta"], int):
+        rope["rope_theta"] = float(rope["rope_theta"])
+    if rope["rope_type"] in _NEEDS_ORIGINAL_LENGTH:
+        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        if family in _ORIGINAL_LENGTH_DEFAULTS:  # this family's stands beside the parameters, and counts more
+            beside = config.get("original_max_position_embeddings", _ORIGINAL_LENGTH_DEFAULTS[family])
+            rope["original_max_position_embeddings"] = beside
+    if rope["partial_rotary_factor"] in (None, 1.0) and family not in _PARTIAL_DEFAULTS:
+        del rope["partial_rotary_factor"]  # the same as none
+    return rope

@@ -27,7 +27,9 @@ def add_expert_command(
     out: Out,
     router_std: Annotated[
         float | None,
-        typer.Option(help="Deviation of the routers' new rows [default: as the mixture's]", show_default=False),
+        typer.Option(
+            help="Deviation of the routers' new rows, above 0 [default: as the mixture's]", show_default=False
+        ),
     ] = None,
     router_seed: Annotated[int, typer.Option(help="Seed of their random numbers.")] = 0,
     dry_run: DryRun = False,

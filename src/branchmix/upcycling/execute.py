@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder
+from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder, require_replaceable
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
@@ -110,17 +110,18 @@ def upcycle(
     recipe = Recipe.of(recipe)
     out = Path(out)
     folders = resolve_all(recipe)
-    refuse_overlap(out, [model.folder for model in folders], force=force)
+    refuse_overlap(out, [model.folder for model in folders], recipe.files, force=force)
     with open_sources(recipe, folders, out, dry_run=dry_run) as sources:
         seed, *experts = sources
         router_rows = None
         router_notes: list[str] = []
         if recipe.router_init.method == "hidden":
-            plan_upcycling(recipe, seed.index, [expert.index for expert in experts])  # refuse before a model is loaded
-            if not dry_run:
-                from branchmix.upcycling.router_init import hidden_state_routers
+            from branchmix.upcycling.router_init import hidden_state_routers, router_texts
 
-                router_rows, router_notes = hidden_state_routers(recipe, seed.index)
+            plan_upcycling(recipe, seed.index, [expert.index for expert in experts])  # refuse before a model is loaded
+            texts = router_texts(recipe)
+            if not dry_run:
+                router_rows, router_notes = hidden_state_routers(recipe, seed.index, texts)
         plan = plan_upcycling(recipe, seed.index, [expert.index for expert in experts], router_rows=router_rows)
         plan = replace(plan, notes=(*plan.notes, *router_notes))
         written = verification = None
@@ -295,15 +296,18 @@ def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, A
     ]
 
 
-def refuse_overlap(out: Path, sources: Sequence[Path], *, force: bool) -> None:
-    """An output that is, holds or lies in a source folder is refused, with or without ``--force``."""
+def refuse_overlap(out: Path, sources: Sequence[Path], files: Sequence[Path] = (), *, force: bool) -> None:
+    """An output that is, holds or lies in a source folder, or holds a file that is read, is refused, with or without
+    ``--force``; and so is one that cannot be replaced."""
     target = out.resolve()
     for source in sources:
         folder = source.resolve()
         if target == folder or target in folder.parents or folder in target.parents:
             raise OutputError(f"{out}: is, holds or lies in the source folder {source}: choose another output folder")
-    if out.exists() and not force:
-        raise OutputError(f"{out}: exists already: choose another folder, or replace it with --force")
+    for file in files:
+        if target in file.resolve().parents:
+            raise OutputError(f"{out}: holds {file}, which is read: choose another output folder, or move that file")
+    require_replaceable(out, force=force)
 
 
 def require_space(out: Path, plan: Plan) -> None:

@@ -197,6 +197,7 @@ class _Mixture:
             by_name.get(name) or replace(by_name["seed"], name=name) for name in recipe.expert_names
         ]
         self.kv_models = list(by_name.values())
+        self.copies_of_seed = {"seed", *recipe.seed_copy_names}
 
     @property
     def seed_is_expert(self) -> bool:
@@ -261,8 +262,7 @@ class _Mixture:
         """Sparse upcycling's options, for FFN experts that are copies of the seed."""
         options = self.recipe.sparse_upcycling
         number, matrix = int(name.split(".")[1]), name.split(".")[2]
-        expert = self.recipe.expert_names[number]
-        if expert != "seed" and not expert.startswith("seed-copy-"):
+        if self.experts[number].name not in self.copies_of_seed:
             return part
         if options.redraw_fraction and name.endswith(".weight"):
             # Gate, up and down of one expert lose the same inner units; each expert others (Drop-Upcycling, section 3).
@@ -332,7 +332,7 @@ class _Mixture:
             return self.weights
         if choice == "average":
             return [float(self.seed_is_expert)] + [1.0] * (len(self.models) - 1)
-        chosen = "seed" if choice.startswith("seed-copy-") else choice
+        chosen = "seed" if choice in self.copies_of_seed else choice
         return [float(model.name == chosen) for model in self.models]
 
     def _layer_of(self, name: str) -> int | None:

@@ -6,8 +6,10 @@ which keeps the logits (and the z-loss) small; and they get the length of random
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,9 @@ from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe
+from branchmix.upcycling.compatibility import foldable_norms
 from branchmix.upcycling.plan import open_expert, output_dtype
+from branchmix.upcycling.sources import DenseExpert
 
 MAX_TOKENS = 512
 """Of each prompt or text; the mean over more tokens hardly moves."""
@@ -26,39 +30,43 @@ ILL_CONDITIONED = 100.0
 """Condition number of the matrix of unit rows [E, D] above which a note says that the rows are nearly dependent."""
 
 
-def hidden_state_routers(recipe: Recipe, seed_index: CheckpointIndex) -> tuple[dict[str, Expression], list[str]]:
+def router_texts(recipe: Recipe) -> dict[str, list[str]]:
+    """The texts typical of each expert, by its name: ``router_init.prompts``, and the content of ``router_init.text``.
+
+    Raises:
+        RecipeError: a text file is missing or empty.
+    """
+    return {name: list(_texts(recipe, name)) for name in recipe.expert_names}
+
+
+def hidden_state_routers(
+    recipe: Recipe, seed_index: CheckpointIndex, texts: dict[str, list[str]]
+) -> tuple[dict[str, Expression], list[str]]:
     """Routers [E, D] of every layer, by output name, and notes for the user.
 
     Args:
-        recipe: with ``router_init.prompts`` or ``.text`` for every expert.
-        seed_index: the seed, which is loaded in fp32 and run on those texts.
+        recipe: says which routers there are, and how long their rows.
+        seed_index: the seed, which is loaded in fp32 and run on the texts.
+        texts: of every expert, one or more.
 
     Raises:
-        RecipeError: a text file is missing or empty, or the seed has no tokenizer.
+        RecipeError: the seed has no tokenizer.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    texts = {name: list(_texts(recipe, name)) for name in recipe.expert_names}
     seed = open_expert("seed", seed_index)
     try:
         tokenizer = AutoTokenizer.from_pretrained(seed_index.folder)
     except (OSError, ValueError):
         raise RecipeError(f"router_init: the seed {seed_index.folder} has no tokenizer to read prompts with") from None
     model = AutoModelForCausalLM.from_pretrained(seed_index.folder, dtype=torch.float32).eval()
-    family, dtype = seed.family, output_dtype(recipe, seed)
-    modules: dict[str, Any] = {}
-    for layer in range(seed.dims.num_layers):
-        block = model.get_submodule(f"{family.layers}.{layer}")
-        prefix = f"model.{family.layers}.{layer}"
-        if recipe.attention in ("kv_experts", "kv_sharing") and not recipe.routing.shared:
-            modules[f"{prefix}.{family.attention}.expert_gate.weight"] = block.get_submodule(family.attention)
-        if recipe.ffn == "experts":
-            modules[f"{prefix}.{family.ffn}.gate.weight"] = block.get_submodule(family.ffn)
+    dtype = output_dtype(recipe, seed)
+    watched = _watched(recipe, seed, model)
 
-    states: dict[str, list[np.ndarray]] = {name: [] for name in modules}
+    states: dict[str, list[np.ndarray]] = {name: [] for name in watched}
     for name in recipe.expert_names:
-        with torch.no_grad(), _mean_inputs(modules) as means:
+        with torch.no_grad(), _mean_inputs(watched) as means:
             for text in texts[name]:
                 ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=MAX_TOKENS).input_ids
                 model(ids, use_cache=False)
@@ -88,21 +96,70 @@ def _centred(matrix_ED: np.ndarray, std: float) -> np.ndarray:
     return (centred_ED / np.maximum(lengths_E1, 1e-12) * std * matrix_ED.shape[1] ** 0.5).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """Where the seed has the states that a router of the mixture will see."""
+
+    module: Any
+    """What enters it are those states..."""
+    norm: Any = None
+    """...once this has been applied to them, if it is not None."""
+
+
+def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, _Watched]:
+    """By the routers' output names. A router reads what attention or FFN reads; where the norm before them is folded,
+    that norm has a gain of 1 in the mixture, and so it has here."""
+    family = seed.family
+    folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
+    parts = []
+    if recipe.attention in ("kv_experts", "kv_sharing") and not recipe.routing.shared:
+        parts.append((f"{family.attention}.expert_gate.weight", family.attention, family.attention_input_norm))
+    if recipe.ffn == "experts":
+        parts.append((f"{family.ffn}.gate.weight", family.ffn, family.ffn_input_norm))
+    found = {}
+    for layer in range(seed.dims.num_layers):
+        path = f"{family.layers}.{layer}"
+        block = model.get_submodule(path)
+        for router, reader, norm in parts:
+            if norm in folded:
+                place = _Watched(
+                    block.get_submodule(norm), _without_gain(block.get_submodule(norm), family.gain_offset)
+                )
+            else:
+                place = _Watched(block.get_submodule(reader))
+            found[f"model.{path}.{router}"] = place
+    return found
+
+
+def _without_gain(norm: Any, gain_offset: float) -> Any:
+    """A copy of a norm, with a gain of 1."""
+    import torch
+
+    bare = copy.deepcopy(norm)
+    with torch.no_grad():
+        bare.weight.fill_(1.0 - gain_offset)
+    return bare
+
+
 @contextmanager
-def _mean_inputs(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Sum and number of the hidden states that enter each module, while the block runs."""
+def _mean_inputs(watched: dict[str, _Watched]) -> Iterator[dict[str, Any]]:
+    """Sum and number of the states that each router would see, while the block runs."""
     sums: dict[str, Any] = {}
 
-    def watch(name: str) -> Any:
+    def watch(name: str, place: _Watched) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
+            if place.norm is not None:
+                hidden = place.norm(hidden)
             flat = hidden.reshape(-1, hidden.shape[-1])
             total, count = sums.get(name, (0.0, 0))
             sums[name] = (total + flat.sum(0), count + flat.shape[0])
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
+    hooks = [
+        place.module.register_forward_pre_hook(watch(name, place), with_kwargs=True) for name, place in watched.items()
+    ]
     try:
         yield sums
     finally:
@@ -118,7 +175,9 @@ def _texts(recipe: Recipe, name: str) -> Iterator[str]:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"router_init.text: {file} cannot be read ({type(error).__name__})") from None
+            raise RecipeError(
+                f"router_init.text: {file} cannot be read ({type(error).__name__}): check the path"
+            ) from None
         if not text.strip():
-            raise RecipeError(f"router_init.text: {file} is empty")
+            raise RecipeError(f"router_init.text: {file} is empty: put text typical of {name!r} there")
         yield text

@@ -17,7 +17,7 @@ from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError
-from branchmix.recipe import Expert
+from branchmix.recipe import Expert, RouterInit
 from branchmix.settings import parse
 from branchmix.upcycling.compatibility import check_newcomer
 from branchmix.upcycling.execute import (
@@ -30,7 +30,7 @@ from branchmix.upcycling.execute import (
     write_output,
 )
 from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors
-from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
+from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert
 
@@ -57,7 +57,8 @@ def add_expert(
         name: of the new expert.
         expert: its dense checkpoint.
         out: folder to write.
-        router_std: standard deviation of the routers' new rows; the mixture's ``initializer_range`` if not given.
+        router_std: standard deviation of the routers' new rows, above 0; the mixture's ``initializer_range`` if not
+            given.
         router_seed: seed of their random numbers.
         dry_run: plan and check only.
         force: replace ``out``.
@@ -66,11 +67,13 @@ def add_expert(
 
     Raises:
         CompatibilityError: the expert does not fit the mixture; with all problems.
-        RecipeError: the name is taken, or is no name.
+        RecipeError: the name is taken, or is no name; or the routers' new rows cannot be drawn so.
     """
     start = time.perf_counter()
     parse(Expert, {"name": name, "model": str(expert)}, f"{name}={expert}")
     mixture = _Opened(str(model))
+    std = router_std if router_std is not None else mixture.config.get("initializer_range", 0.02)
+    parse(RouterInit, {"std": std, "seed": router_seed}, "router_std and router_seed")
     if name in mixture.names:
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
     found = resolve(str(expert))
@@ -79,18 +82,17 @@ def add_expert(
     if check_result.problems:
         raise CompatibilityError(check_result.problems)
     newcomer = with_folded_norms(newcomer, mixture.config.get("folded_norms") or ())
-    config = mixture.resized([*mixture.names, name])
+    config, notes = mixture.resized([*mixture.names, name])
     rope, ours = rope_of(newcomer.index.config), mixture.config.get("expert_rope_parameters")
     if ours or rope != rope_of(mixture.seed_config):
         config["expert_rope_parameters"] = [*(ours or [rope_of(mixture.seed_config)] * len(mixture.names)), rope]
         config["layout"] = layout_of(mixture.family, per_expert_rotary=True)
-    std = router_std if router_std is not None else mixture.config.get("initializer_range", 0.02)
 
     def router(tensor: str, rows: list[Expression]) -> Expression:
         width = rows[0].shape[1]
         return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", rows[0].dtype)))
 
-    plan = mixture.plan([*mixture.experts, newcomer], config, router, check_result.notes)
+    plan = mixture.plan([*mixture.experts, newcomer], config, router, [*check_result.notes, *notes])
     added = Sourced(name, found, newcomer.index)
 
     def step(hashes: FileHashes) -> dict[str, Any]:
@@ -132,13 +134,13 @@ def remove_expert(
     staying = [expert for expert in mixture.experts if expert.name != name]
     if len(staying) < 2:
         raise RecipeError(f"{model}: only {staying[0].name!r} would be left, a mixture needs two or more experts")
-    config = mixture.resized([expert.name for expert in staying])
+    config, notes = mixture.resized([expert.name for expert in staying])
     if mixture.config.get("expert_rope_parameters"):
         ropes = [mixture.config["expert_rope_parameters"][expert.number] for expert in staying]
         as_the_seed = all(rope == rope_of(mixture.seed_config) for rope in ropes)
         config["expert_rope_parameters"] = None if as_the_seed else ropes
         config["layout"] = layout_of(mixture.family, per_expert_rotary=not as_the_seed)
-    plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), [])
+    plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), notes)
     return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, [], start, dry_run, force, check, progress)
 
 
@@ -148,17 +150,36 @@ class _Opened(OpenedMixture):
     def __init__(self, given: str):
         super().__init__(given, otherwise="use upcycle")
 
-    def resized(self, names: list[str]) -> Config:
-        """The config for other experts: soft routing stays soft, ``auto`` scaling stays N / k."""
+    def resized(self, names: list[str]) -> tuple[Config, list[str]]:
+        """The config for other experts, and notes: soft routing stays soft, ``auto`` scaling stays N / k.
+
+        A config says neither (soft is k = N there), but the recipe does. Where none is recorded, k and the factor stay.
+        """
         old, new = self.config["num_experts"], len(names)
         config = {**self.config, "num_experts": new, "expert_names": names}
-        top_k = self.config["num_experts_per_tok"]
-        config["num_experts_per_tok"] = new if top_k == old else min(top_k, new)
+        old_k, scaling = self.config["num_experts_per_tok"], self.config.get("routed_scaling_factor", 1.0)
+        recipe = (provenance_of(self.resolved.folder) or {}).get("recipe") or {}
+        soft = old_k == old and ((recipe.get("routing") or {}).get("ffn") or {}).get("soft", False)
+        top_k = config["num_experts_per_tok"] = new if soft else min(old_k, new)
         if (attention_top_k := self.config.get("attention_num_experts_per_tok")) is not None:
             config["attention_num_experts_per_tok"] = min(attention_top_k, new)
-        if self.config["routed_scaling_factor"] != 1.0 and self.config["routed_scaling_factor"] == old / top_k:
-            config["routed_scaling_factor"] = new / config["num_experts_per_tok"]
-        return config
+        raw = not (soft or self.config.get("norm_topk_prob"))
+        is_n_over_k = raw and scaling == old / old_k
+        if is_n_over_k and recipe.get("routed_scaling_factor") == "auto":
+            config["routed_scaling_factor"] = new / top_k
+        notes = []
+        if self.has_ffn_experts and not recipe:
+            if old_k == old and top_k != new:
+                notes.append(
+                    f"each token still goes to {top_k} FFN experts, now of {new}: no recipe tells whether routing was "
+                    f"soft; if so, set num_experts_per_tok to {new} in config.json"
+                )
+            if is_n_over_k and scaling != 1.0:
+                notes.append(
+                    f"routed_scaling_factor stays {scaling:g}: no recipe tells whether it was auto (N / k); if so, set "
+                    f"it to {new / top_k:g} in config.json"
+                )
+        return config, notes
 
     def plan(
         self,

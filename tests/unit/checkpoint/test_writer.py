@@ -344,7 +344,7 @@ def test_kill_leaves_nothing_that_loads(tmp_path, existing):
     out = tmp_path / "mixture"
     if existing:
         out.mkdir()
-        (out / "config.json").write_text('{"old": true}')
+        (out / "config.json").write_text('{"model_type": "old"}')
     process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(out)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
@@ -359,7 +359,7 @@ def test_kill_leaves_nothing_that_loads(tmp_path, existing):
         CheckpointIndex.open(left)
     assert not (left / "model.safetensors.index.json").exists()
     if existing:
-        assert [file.read_text() for file in out.iterdir()] == ['{"old": true}']
+        assert [file.read_text() for file in out.iterdir()] == ['{"model_type": "old"}']
     else:
         assert not out.exists()
     assert stale_folders(tmp_path / "mix") == [], "another output's"
@@ -382,13 +382,13 @@ def test_atomic_folder_appears_at_the_end(tmp_path):
 def test_existing_output(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("old")
+    (out / "config.json").write_text('{"model_type": "old"}')
     with pytest.raises(OutputError, match="--force"), atomic_folder(out, force=False):
         raise AssertionError("must not get here")
     with pytest.raises(ZeroDivisionError), atomic_folder(out, force=True) as folder:
         (folder / "config.json").write_text("new")
         raise ZeroDivisionError
-    assert (out / "config.json").read_text() == "old"
+    assert (out / "config.json").read_text() == '{"model_type": "old"}'
     with atomic_folder(out, force=True) as folder:
         (folder / "config.json").write_text("new")
     assert (out / "config.json").read_text() == "new"
@@ -402,6 +402,63 @@ def test_force_does_not_replace_what_is_no_checkpoint(tmp_path):
     with pytest.raises(OutputError, match=r"no config\.json"), atomic_folder(out, force=True):
         raise AssertionError("must not get here")
     assert (out / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "beside", "words"),
+    [
+        ('{"site": "mine"}', "index.html", "no model_type in its config.json, and no weights"),
+        ("{", "notes.txt", "no model_type in its config.json, and no weights"),
+        ('{"model_type": "llama"}', "src/a.txt", "holds src, which is no part of a checkpoint"),
+        ('{"model_type": "llama"}', "recipe.yaml", "holds recipe.yaml, which is no part of a checkpoint"),
+        ('{"model_type": "llama"}', ".git/HEAD", "holds .git, which is no part of a checkpoint"),
+        ("{}", "model.safetensors", None),
+    ],
+)
+def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path, config, beside, words):
+    out = tmp_path / "out"
+    (out / beside).parent.mkdir(parents=True)
+    (out / beside).write_text("precious")
+    (out / "config.json").write_text(config)
+    if words is None:
+        with atomic_folder(out, force=True):
+            pass
+        assert names(out) == []
+        return
+    with pytest.raises(OutputError, match=words), atomic_folder(out, force=True):
+        raise AssertionError("must not get here")
+    assert (out / beside).read_text() == "precious" and (out / "config.json").read_text() == config
+
+
+def test_force_knows_what_stands_in_folders_of_models(tmp_path):
+    """What this package, transformers' Trainer and downloads from the Hub leave beside the weights."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "llama"}')
+    for name in (
+        *(
+            "README.md",
+            "LICENSE.txt",
+            ".gitattributes",
+            "generation_config.json",
+            "tokenizer.json",
+            "special_tokens_map.json",
+        ),
+        *(
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "modeling_branchmix.py",
+        ),
+        *("branchmix.json", "training.json", "metrics.jsonl", "log.txt", "run.yaml", "results.json", "routes.json"),
+        *("training_args.bin", "trainer_state.json", "optimizer.pt", "rng_state_0.pth", "tokenization_own.py"),
+    ):
+        (out / name).touch()
+    for name in ("original", ".cache", "results", "tensorboard"):
+        (out / name).mkdir()
+    with atomic_folder(out, force=True):
+        pass
+    assert names(out) == []
 
 
 def test_output_that_cannot_be(tmp_path, monkeypatch):
