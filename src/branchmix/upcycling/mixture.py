@@ -10,6 +10,7 @@ from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.errors import CheckpointError
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.sources import MixtureExpert
@@ -65,7 +66,7 @@ class OpenedMixture:
             return found
         training = as_records(lineage(folder, given))
         source = {"name": "mixture", "model": given, "revision": self.resolved.revision, "training": training}
-        return {"recipe": {}, "sources": [source]}
+        return {"recipe": {}, "sources": [{**source, "license": licence_of_folder(folder)}]}
 
 
 def provenance_of(folder: Path) -> dict[str, Any] | None:
