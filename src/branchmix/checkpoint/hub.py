@@ -10,6 +10,8 @@ from branchmix.errors import CheckpointError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+_DOUBLED = ["consolidated*.safetensors", "*/*.safetensors"]
+"""The same weights for other tools, in Mistral's own layout or in folders such as ``onnx``."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def _download(given: str, name: str, revision: str | None, local: Path) -> Resol
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_DOUBLED))
     except GatedRepoError:
         raise CheckpointError(
             f"{given}: the model is gated: accept its terms on the Hub, then `hf auth login`"
