@@ -6,6 +6,7 @@ never compares model types. Imports nothing but the standard library.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -249,10 +250,9 @@ def family_of(config: Config) -> Family:
         CheckpointError: the config names no family, or one that cannot be a seed.
     """
     model_type = config.get("model_type")
-    if not model_type:
-        raise CheckpointError(
-            "config.json has no model_type: give a transformers checkpoint of a causal language model"
-        )
+    if not model_type or not isinstance(model_type, str):
+        lacks = f"model_type {json.dumps(model_type)}, which is no name" if model_type else "no model_type"
+        raise CheckpointError(f"config.json has {lacks}: give a transformers checkpoint of a causal language model")
     if model_type == "branchmix":
         raise CheckpointError("the model is a mixture already: use add-expert or remove-expert to change its experts")
     if has_experts(config):

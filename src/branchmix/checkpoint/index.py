@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.hub import is_there
 from branchmix.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -238,9 +239,9 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def _require_folder(folder: Path) -> None:
-    if folder.is_dir():
+    if is_there(folder) and folder.is_dir():
         return
-    if folder.is_file():
+    if is_there(folder):
         kinds: dict[str, str] = {
             ".gguf": "a GGUF file: give the folder of the original transformers checkpoint",
             ".safetensors": "a single weight file: give the folder that holds it and its config.json",

@@ -11,6 +11,7 @@ from typing import Any
 
 from branchmix.accounting import inspect
 from branchmix.checkpoint.folder import TOKENIZER_FILES
+from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.index import INDEX_FILE, CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder, metadata_of
 from branchmix.checkpoint.places import rewritten
@@ -115,12 +116,12 @@ def _whole(folder: Path) -> CheckpointIndex:
         CheckpointError: it is not.
     """
     for name in OF_A_RUN:
-        if (folder / name).exists():
+        if is_there(folder / name):
             raise CheckpointError(
                 f"{folder}: holds {name}, so it is a checkpoint of a run and not its result: push the run's folder "
                 "when it is done"
             )
-    if (folder / "run.json").is_file() and not (folder / "training.json").is_file():
+    if is_there(folder / "run.json") and not is_there(folder / "training.json"):
         raise CheckpointError(f"{folder}: is a run that is not done: the same `branchmix train` finishes it")
     index = CheckpointIndex.open(folder)
     if index.config.get("model_type") in ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo"):

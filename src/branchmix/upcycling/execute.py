@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder
+from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder, require_name
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
@@ -314,6 +314,7 @@ def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, A
 
 def refuse_overlap(out: Path, sources: Sequence[Path], *, force: bool) -> None:
     """An output that is, holds or lies in a source folder is refused, with or without ``--force``."""
+    require_name(out)
     target = out.resolve()
     for source in sources:
         folder = source.resolve()
