@@ -33,6 +33,17 @@ DTYPE_BITS = {
 }
 """Bits of one element, by safetensors code."""
 
+
+def float32_bytes(nbytes: int, dtype: str) -> int:
+    """Bytes of a tensor once it is read as fp32.
+
+    Args:
+        nbytes: as stored.
+        dtype: of the stored one, a safetensors code.
+    """
+    return nbytes * DTYPE_BITS["F32"] // DTYPE_BITS[dtype]
+
+
 _QUANTISED_SUFFIXES = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
