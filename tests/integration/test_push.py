@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import branchmix
+from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.errors import CheckpointError, OutputError, RecipeError
 from hub_server import Hub, Repository, environment_for
@@ -260,6 +261,24 @@ def test_licences_are_found_from_anywhere(
     report = branchmix.push(tmp_path / "mixed", "org/bam", dry_run=True)
     assert set(report.licences.values()) == {"mit" if recorded else "unknown"}
     assert report.licence == ("mit" if recorded else None)
+
+
+def test_a_trained_model_is_told_by_its_own_mixture_only(
+    siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run's settings name it by a relative path, a mixture of that name elsewhere is another."""
+    for place, licence, other in (("here", "mit", "code"), ("there", "gemma", "math")):
+        models = with_licences(siblings, tmp_path / place, **{"seed": licence, other: licence})
+        branchmix.upcycle(recipe(models), tmp_path / place / "mixed")
+    trained = tmp_path / "trained"
+    shutil.copytree(tmp_path / "here" / "mixed", trained)
+    (trained / "branchmix.json").unlink()
+    ancestors = as_records(lineage(tmp_path / "here" / "mixed"))
+    record = {"config": {"model": "mixed"}, "tokens": 1000, "ancestors": ancestors}
+    (trained / "training.json").write_text(json.dumps(record))
+    for place, licence in (("here", "mit"), ("there", None)):
+        monkeypatch.chdir(tmp_path / place)
+        assert branchmix.push(trained, "org/trained", dry_run=True).licence == licence
 
 
 def test_no_path_leaves_this_machine(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,8 +77,18 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
     """
     if (folder / "branchmix.json").is_file():
         return _record(folder)
-    trained_from = ((_read(folder / "training.json") or {}).get("config") or {}).get("model")
-    return _record(Path(trained_from)) if isinstance(trained_from, str) else None
+    training = _read(folder / "training.json") or {}
+    trained_from = (training.get("config") or {}).get("model")
+    if not isinstance(trained_from, str):
+        return None
+    start = Path(trained_from)
+    # A relative path started from a folder that is not on record: here another model may have that name.
+    is_it = start.is_absolute() or _keys(as_records(lineage(start))) == _keys(training.get("ancestors") or [])
+    return _record(start) if is_it else None
+
+
+def _keys(phases: list[dict[str, Any]]) -> list[str]:
+    return [phase["key"] for phase in phases]
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
