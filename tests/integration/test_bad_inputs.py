@@ -72,6 +72,10 @@ class Case:
     """The command line, where it is not ``upcycle RECIPE OUT``."""
 
 
+LONG = "a" * 300
+"""No disk takes a name like this."""
+
+
 # fmt: off
 CHECKPOINTS = [
     # Sizes
@@ -188,6 +192,10 @@ CHECKPOINTS = [
          lambda i: (i.code / "config.json").write_text("{")),
     Case("config.json missing", "expert 'code': | models/code: no config.json | unfinished download",
          lambda i: (i.code / "config.json").unlink()),
+    Case("model_type of two", """expert 'code': | config.json has model_type ["llama"], which is no name | give a""",
+         setting(model_type=["llama"])),
+    Case("nobody's folder", "expert 'code': | ~nosuch/x: there is no user 'nosuch' | the whole path",
+         recipe={"experts": [{"name": "code", "model": "~nosuch/x"}]}),
     Case("no model_type", "expert 'code': | config.json has no model_type | give a transformers checkpoint",
          lambda i: config(i.code, remove="model_type")),
     Case("no adapter type", "expert 'code': | adapter_config.json: has no peft_type | only LORA",
@@ -327,6 +335,17 @@ COMMANDS = [
          args=lambda i: ["remove-expert", str(i.models / "mixture"), "cod", str(i.out)]),
     Case("remove: last but one", "only 'seed' would be left | two or more", lambda i: i.mixture(),
          args=lambda i: ["remove-expert", str(i.models / "mixture"), "code", str(i.out)]),
+    Case("OUT of 300 letters", "aaa: File name too long: choose another name", args=lambda i: upcycle(i, Path(LONG))),
+    Case("inspect: 300 letters", "aaa: no such file or folder", args=lambda i: ["inspect", LONG]),
+    Case("inspect: nobody's folder", "~nosuch/x: there is no user 'nosuch': write the whole path",
+         args=lambda i: ["inspect", "~nosuch/x"]),
+    Case("inspect: two families", "no model_type: give", setting(model_type=["llama"]),
+         args=lambda i: ["inspect", str(i.code)]),
+    Case("generate: 300 letters", "aaa: no such folder", args=lambda i: ["generate", LONG, "hi"]),
+    Case("generate: 300 letters on the Hub", "aaa: no such folder", args=lambda i: ["generate", f"org/{LONG}", "hi"]),
+    Case("push: 300 letters", "aaa: no such folder: check the path", args=lambda i: ["push", LONG, "org/name"]),
+    Case("export: OUT of 300 letters", "aaa: File name too long: choose another name", lambda i: i.mixture(),
+         args=lambda i: ["export", str(i.models / "mixture"), LONG, "--to", "mixtral"]),
     Case("generate: no such model", "./none: no such folder | check the path",
          args=lambda i: ["generate", "./none", "hi"]),
     Case("generate: no tokenizer", "models/seed: has no tokenizer files | copy",

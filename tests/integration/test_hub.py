@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from branchmix.checkpoint.hub import resolve
@@ -112,6 +113,21 @@ def test_a_half_downloaded_model_is_told(cache: Path, tmp_path: Path) -> None:
     done = run(cache, "upcycle", recipe, "out")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "'code'" in done.stderr and "finish the download" in done.stderr
+
+
+def test_weights_that_stand_there_twice_are_fetched_once(siblings: Siblings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Mistral's repositories, and in those with exports for other tools."""
+    there = ["config.json", "LICENSE", "consolidated.safetensors", "model-00001-of-00002.safetensors"]
+    there += ["onnx/model.safetensors", "original/consolidated.00.safetensors", "adapter_model.safetensors"]
+    fetched: list[str] = []
+
+    def snapshot_download(name: str, *, revision: str | None, **patterns: list[str]) -> str:
+        fetched.extend(filter_repo_objects(there, **patterns))
+        return str(siblings("llama")["seed"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    resolve("org/mistral")
+    assert fetched == ["config.json", "LICENSE", "model-00001-of-00002.safetensors", "adapter_model.safetensors"]
 
 
 def test_local_paths_start_from_the_recipes_folder(siblings: Siblings, tmp_path: Path) -> None:

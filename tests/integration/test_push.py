@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +15,12 @@ import pytest
 import yaml
 
 import branchmix
+from branchmix.accounting.lineage import as_records, lineage
+from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.errors import CheckpointError, OutputError, RecipeError
-from branchmix.export.card import licence_of_folder
 from hub_server import Hub, Repository, environment_for
 from mixtures import recipe
+from tokenizers_of_bytes import save_byte_tokenizer
 
 Siblings = Callable[..., dict[str, Path]]
 
@@ -106,26 +109,34 @@ def test_upload(mixture: Path, tmp_path: Path) -> None:
         return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
     with hub.running() as address:
-        first, again, over, nobody, wrong = push(
+        first, again, over, seen, nobody, wrong = push(
             address,
             (right, "org/bam", "--private", "--json"),
             (right, "org/bam"),
-            (right, "org/else", "--force"),
+            (right, "org/else", "--force", "--json"),
+            (right, "org/else", "--force", "--private"),
             ("", "org/new"),
             ("hf_wrong", "org/new"),
         )
     code, out, err = first
     assert code == 0, err
     told, stored = json.loads(out), hub.repositories["org/bam"]
-    assert stored.private and stored.commits == ["Upload with branchmix"] and told["url"].endswith("0" * 40)
+    assert (
+        stored.private
+        and told["private"]
+        and stored.commits == ["Upload with branchmix"]
+        and told["url"].endswith("0" * 40)
+    )
     assert {file["name"]: file["bytes"] for file in told["files"]} == {n: len(c) for n, c in stored.files.items()}
     for name, content in stored.files.items():
         if name not in ("README.md", "branchmix.json"):
             assert content == (mixture / name).read_bytes(), name
     assert stored.files["README.md"].decode() == told["card"]
     assert again[0] == 2 and "exists already and holds" in again[2]
-    assert over[0] == 0 and "uploaded" in over[1], over
+    assert over[0] == 0 and not json.loads(over[1])["private"], over
     assert set(hub.repositories["org/else"].files) == set(stored.files), "old shards are gone"
+    assert seen[0] == 2 and "org/else: is a public repository, so --private cannot be had" in seen[2]
+    assert len(hub.repositories["org/else"].commits) == 1, "nothing went to where everybody reads"
     assert nobody[0] == 2 and "there is no Hub token: `hf auth login`" in nobody[2]
     assert wrong[0] == 2 and "the token may not write there" in wrong[2]
     assert len([line for line in wrong[2].splitlines() if not line.startswith("note:")]) == 1
@@ -173,17 +184,27 @@ def test_what_is_no_whole_checkpoint_is_refused(mixture: Path, tmp_path: Path) -
         branchmix.push(tmp_path / "nowhere", "org/bam", dry_run=True)
 
 
+def with_licences(siblings: Siblings, folder: Path, **licences: str) -> dict[str, Path]:
+    """The tiny models, each with a card that names a licence."""
+    models = {}
+    for name, licence in licences.items():
+        models[name] = folder / name
+        models[name].mkdir(parents=True)
+        for file in siblings("llama")[name].iterdir():
+            (models[name] / file.name).symlink_to(file)
+        (models[name] / "README.md").write_text(f"---\nlicense: {licence}\n---\n# {name}\n")
+    return models
+
+
 def test_licences(siblings: Siblings, tmp_path: Path) -> None:
     """Known of all sources and the same: the upload's; else only told."""
-    models = {}
-    for name, path in siblings("llama").items():
-        models[name] = tmp_path / name
-        models[name].mkdir()
-        for file in path.iterdir():
-            (models[name] / file.name).symlink_to(file)
-    (models["seed"] / "README.md").write_text("---\nlicense: mit\n---\n# Seed\n")
-    (models["code"] / "LICENSE").write_text("MIT License\n\nCopyright ...")
-    (models["math"] / "LICENSE.txt").write_text("Do what you like")
+    models = with_licences(siblings, tmp_path, seed="mit", code="mit", math="mit")
+    for name, file, text in (
+        ("code", "LICENSE", "MIT License\n\nCopyright ..."),
+        ("math", "LICENSE.txt", "Do what you like"),
+    ):
+        (models[name] / "README.md").unlink()
+        (models[name] / file).write_text(text)
     assert [licence_of_folder(path) for path in models.values()] == ["mit", "mit", "see its LICENSE.txt"]
     branchmix.upcycle(recipe(models), tmp_path / "mixed")
     report = branchmix.push(tmp_path / "mixed", "org/bam", dry_run=True)
@@ -192,14 +213,133 @@ def test_licences(siblings: Siblings, tmp_path: Path) -> None:
         report.licence is None and "license" not in front(report.card) and any("--license" in n for n in report.notes)
     )
     (models["math"] / "LICENSE.txt").write_text("The MIT License")
-    report = branchmix.push(tmp_path / "mixed", "org/bam", dry_run=True)
+    branchmix.upcycle(recipe(models), tmp_path / "again")
+    report = branchmix.push(tmp_path / "again", "org/bam", dry_run=True)
     assert report.licence == front(report.card)["license"] == "mit" and not report.notes
 
 
-def test_somebodys_own_card_is_kept(mixture: Path) -> None:
-    (mixture / "README.md").write_text("# Mine\n")
+def test_a_folder_of_licences_names_none(tmp_path: Path) -> None:
+    """As the REUSE tool makes it: which of its texts is the model's, it does not say."""
+    (tmp_path / "LICENSES").mkdir()
+    assert licence_of_folder(tmp_path) is None
+    (tmp_path / "LICENSES.md").write_text("MIT License")
+    assert licence_of_folder(tmp_path) == "mit"
+
+
+def test_experts_that_joined_have_licences_too(siblings: Siblings, tmp_path: Path) -> None:
+    """One of another licence takes the claim away, and stays on the card when it has left: averages hold it."""
+    models = with_licences(siblings, tmp_path, seed="mit", code="mit", math="cc-by-nc-4.0")
+    law = models.pop("math")
+    branchmix.upcycle(recipe(models), tmp_path / "mixed")
+    assert branchmix.push(tmp_path / "mixed", "org/bam", dry_run=True).licence == "mit"
+    branchmix.add_expert(tmp_path / "mixed", "law", law, tmp_path / "more")
+    branchmix.remove_expert(tmp_path / "more", "code", tmp_path / "fewer")
+    branchmix.add_expert(tmp_path / "fewer", "code", law, tmp_path / "other")
+    report = branchmix.push(tmp_path / "other", "org/bam", dry_run=True)
+    assert report.licence is None and "license" not in front(report.card)
+    assert report.licences == {"seed": "mit", "code": "mit", "law": "cc-by-nc-4.0", "code (3)": "cc-by-nc-4.0"}
+    assert "| 2 | law | math | - | cc-by-nc-4.0 |" in report.card and "| 3 | code (3) | math |" in report.card
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_licences_are_found_from_anywhere(
+    recorded: bool, siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sources by relative paths: those of the merge, and never those of folders of that name elsewhere."""
+    with_licences(siblings, tmp_path / "here", seed="mit", code="mit")
+    with_licences(siblings, tmp_path / "there", seed="gemma", code="gemma")
+    given = {"seed": "seed", "experts": [{"name": "code", "model": "code"}]}
+    (tmp_path / "here" / "recipe.yaml").write_text(yaml.safe_dump(given))
+    branchmix.upcycle(tmp_path / "here" / "recipe.yaml", tmp_path / "mixed")
+    if not recorded:  # as versions before wrote it
+        file = tmp_path / "mixed" / "branchmix.json"
+        record = json.loads(file.read_text())
+        for source in record["sources"]:
+            del source["license"]
+        file.write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path / "there")
+    report = branchmix.push(tmp_path / "mixed", "org/bam", dry_run=True)
+    assert set(report.licences.values()) == {"mit" if recorded else "unknown"}
+    assert report.licence == ("mit" if recorded else None)
+
+
+def test_a_trained_model_is_told_by_its_own_mixture_only(
+    siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run's settings name it by a relative path, a mixture of that name elsewhere is another."""
+    for place, licence, other in (("here", "mit", "code"), ("there", "gemma", "math")):
+        models = with_licences(siblings, tmp_path / place, **{"seed": licence, other: licence})
+        branchmix.upcycle(recipe(models), tmp_path / place / "mixed")
+    trained = tmp_path / "trained"
+    shutil.copytree(tmp_path / "here" / "mixed", trained)
+    (trained / "branchmix.json").unlink()
+    ancestors = as_records(lineage(tmp_path / "here" / "mixed"))
+    record = {"config": {"model": "mixed"}, "tokens": 1000, "ancestors": ancestors}
+    (trained / "training.json").write_text(json.dumps(record))
+    for place, licence in (("here", "mit"), ("there", None)):
+        monkeypatch.chdir(tmp_path / place)
+        assert branchmix.push(trained, "org/trained", dry_run=True).licence == licence
+
+
+def test_no_path_leaves_this_machine(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the texts of routers, under whatever name, nor what transformers notes in configs."""
+    models, texts = {}, {}
+    for name in ("seed", "code"):
+        models[name], texts[name] = tmp_path / "private" / name, str(tmp_path / "private" / f"{name}.txt")
+        shutil.copytree(siblings("llama", vocab_size=259)[name], models[name])
+        save_byte_tokenizer(models[name])
+        Path(texts[name]).write_text("some words")
+        for noted, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+            content = json.loads((models[name] / noted).read_text())
+            (models[name] / noted).write_text(json.dumps({**content, key: str(models[name])}))
+    monkeypatch.chdir(tmp_path)
+    given = {name: f"private/../private/{name}" for name in models}
+    branchmix.upcycle(recipe(given, router_init={"text": texts}), "mixed")
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "name_or_path" not in (tmp_path / "mixed" / name).read_text(), name
+
+    config = json.loads((tmp_path / "mixed" / "config.json").read_text())
+    config["seed_config"]["_name_or_path"] = str(models["seed"])  # as versions before wrote it
+    (tmp_path / "mixed" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mixed" / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(models["seed"])}))
+    report = branchmix.push(tmp_path / "mixed", "org/bam", dry_run=True)
+    assert "seed: seed.txt" in report.card and "code: code.txt" in report.card
+    for file in report.files:
+        content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+        assert str(tmp_path).encode() not in content and b"private/" not in content, file.name
+    weights = {file.name: file.content for file in report.files}["model.safetensors"]
+    assert weights == tmp_path / "mixed" / "model.safetensors", "what holds no path goes up as it is"
+
+
+def test_somebodys_own_card_is_kept(mixture: Path, tmp_path: Path) -> None:
+    (mixture / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     report = branchmix.push(mixture, "org/bam", dry_run=True)
-    assert report.card == "# Mine\n" and any("uploaded as it is" in note for note in report.notes)
+    assert report.card.endswith("# Mine\n") and report.licence == "mit"
+    assert len(report.notes) == 1 and "uploaded as it is" in report.notes[0]
+    for option, given in (("--license", {"licence": "gemma"}), ("--eval", {"results": results(tmp_path)})):
+        with pytest.raises(RecipeError, match=rf"^{option}: .*README.md is not branchmix's .* move the file away"):
+            branchmix.push(mixture, "org/bam", dry_run=True, **given)
+
+
+@pytest.mark.parametrize(
+    ("methods", "title"),
+    [
+        ({"attention": "average", "ffn": "average"}, "Soup: everything averaged."),
+        ({"attention": "seed", "ffn": "average"}, "The seed's attention, averaged FFN."),
+    ],
+)
+def test_cards_of_soups(methods: dict[str, str], title: str, siblings: Siblings, tmp_path: Path) -> None:
+    report = branchmix.upcycle(recipe(siblings("llama"), **methods), tmp_path / "soup")
+    assert report.recipe["ffn"] == "average"
+    assert f"# {title[0].lower()}{title[1:-1]}\n" in (tmp_path / "soup" / "README.md").read_text()
+    card = branchmix.push(tmp_path / "soup", "org/soup", dry_run=True).card
+    assert f"\n{title}\n" in card and front(card)["tags"] == ["branchmix", "merge"]
+
+
+def test_a_model_that_nothing_merged_is_told_as_such(siblings: Siblings) -> None:
+    card = branchmix.push(siblings("llama")["code"], "org/code", dry_run=True).card
+    assert "\nA dense llama model.\n" in card and front(card)["tags"] == ["branchmix"]
+    assert "oup" not in card and "Uploaded with [branchmix]" in card
 
 
 def test_exports_and_trained_models(siblings: Siblings, tmp_path: Path) -> None:
@@ -208,7 +348,8 @@ def test_exports_and_trained_models(siblings: Siblings, tmp_path: Path) -> None:
     branchmix.upcycle(recipe(siblings("llama"), **options), tmp_path / "btx")
     branchmix.export_model(tmp_path / "btx", tmp_path / "native", to="mixtral", verify=False)
     report = branchmix.push(tmp_path / "native", "org/native", dry_run=True)
-    assert "exported to mixtral" in report.card and "modeling_branchmix.py" not in {f.name for f in report.files}
+    assert "exported to mixtral" in report.card and "moe" in front(report.card)["tags"]
+    assert "modeling_branchmix.py" not in {f.name for f in report.files}
 
     trained = tmp_path / "trained"
     trained.mkdir()

@@ -22,8 +22,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import CliRunner
 
 import branchmix
+from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.cli import app
+from branchmix.cli.serve import serve_command
+from branchmix.errors import RecipeError
 from families import NAMES
 from mixtures import BOTH, close, load, random_mixture, recipe, tokens
 from tokenizers_of_bytes import save_byte_tokenizer
@@ -115,6 +120,33 @@ def test_serve_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
         command = [*BRANCHMIX, str(tmp_path / folder), "--port", "1"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
+
+
+def served_as(given: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the server is told to load."""
+    names = []
+
+    def server(force_model: str) -> None:
+        names.append(force_model)
+
+    monkeypatch.setattr("transformers.cli.serve.Serve", server)
+    left = CliRunner().invoke(app, ["serve", given])
+    assert left.exit_code == 0, left.output
+    return names[0]
+
+
+def test_the_server_gets_what_was_found(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without the ~ that the server would not know; what looks like a revision to it is refused."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("code", "code@v1"):
+        (tmp_path / name).symlink_to(siblings("llama")["code"])
+    assert served_as("~/code", monkeypatch) == str(tmp_path / "code")
+    found = ResolvedModel("org/code@v1", siblings("llama")["code"], revision="0" * 40)
+    monkeypatch.setattr("branchmix.checkpoint.hub.resolve", lambda given: found)
+    assert served_as("org/code@v1", monkeypatch) == "org/code@v1", "as clients name it"
+    monkeypatch.undo()
+    with pytest.raises(RecipeError, match="code@v1: the server takes what follows @ for a revision"):
+        serve_command(None, str(tmp_path / "code@v1"))  # type: ignore[arg-type]
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -329,13 +329,13 @@ def _open_index(folder: Path) -> CheckpointIndex:
 
 def _locate(model: str | Path) -> Path:
     """The folder or file meant by a path or a Hub id."""
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    if isinstance(model, Path) or path.suffix == ".json" or "/" not in model or path.parent.exists():
-        raise CheckpointError(f"{model}: no such file or folder, and no Hub id (org/name)")
-    from branchmix.checkpoint.hub import resolve
+    from branchmix.checkpoint.hub import expanded, is_there, resolve
 
+    path = expanded(model)
+    if is_there(path):
+        return path
+    if isinstance(model, Path) or path.suffix == ".json" or "/" not in model or is_there(path.parent):
+        raise CheckpointError(f"{model}: no such file or folder, and no Hub id (org/name)")
     return resolve(model).folder
 
 

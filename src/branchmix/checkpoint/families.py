@@ -6,6 +6,7 @@ never compares model types. Imports nothing but the standard library.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -249,15 +250,12 @@ def family_of(config: Config) -> Family:
         CheckpointError: the config names no family, or one that cannot be a seed.
     """
     model_type = config.get("model_type")
-    if not model_type:
-        raise CheckpointError(
-            "config.json has no model_type: give a transformers checkpoint of a causal language model"
-        )
+    if not model_type or not isinstance(model_type, str):
+        lacks = f"model_type {json.dumps(model_type)}, which is no name" if model_type else "no model_type"
+        raise CheckpointError(f"config.json has {lacks}: give a transformers checkpoint of a causal language model")
     if model_type == "branchmix":
         raise CheckpointError("the model is a mixture already: use add-expert or remove-expert to change its experts")
-    if any(
-        config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-    ):
+    if has_experts(config):
         raise CheckpointError(f"{model_type} is a mixture of experts already: seed and experts must be dense models")
     if config.get("is_encoder_decoder"):
         raise CheckpointError(f"{model_type} is an encoder-decoder: seed and experts must be causal language models")
@@ -273,6 +271,12 @@ def family_of(config: Config) -> Family:
     if model_type == "stablelm" and config.get("use_parallel_residual"):
         family = replace(family, ffn_input_norm="input_layernorm", block="parallel")
     return replace(family, block=block_kind(family))
+
+
+def has_experts(config: Config) -> bool:
+    """Whether it is the config of a mixture of experts, ours or another."""
+    counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
+    return any(config.get(key) for key in counts)
 
 
 def _falcon(family: Family, config: Config) -> Family:

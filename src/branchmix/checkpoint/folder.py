@@ -81,6 +81,7 @@ def require_replaceable(out: Path, *, force: bool) -> None:
     Raises:
         OutputError: as for ``atomic_folder``.
     """
+    require_name(out)
     target = Path(os.path.realpath(out))
     if target.is_dir():
         if not force:
@@ -119,12 +120,27 @@ def _names_a_model(config: Path) -> bool:
     return isinstance(found, dict) and "model_type" in found
 
 
+def require_name(out: Path) -> None:
+    """Refuses a name that the disk takes for none, such as one of 300 letters, before anything asks what is there.
+
+    Raises:
+        OutputError: it is one.
+    """
+    try:
+        out.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise OutputError(f"{out}: {error.strerror}: choose another name") from None
+
+
 def require_new_file(file: Path, *, force: bool) -> None:
     """Refuses a place where a file cannot be written later, before the work whose result it is to hold.
 
     Raises:
         OutputError: it is a folder, cannot be written, or exists and is not to be replaced.
     """
+    require_name(file)
     target = Path(os.path.realpath(file))
     if target.is_dir():
         raise OutputError(f"{file}: is a folder: give the name of a file")
@@ -169,6 +185,7 @@ def stale_folders(out: Path) -> list[Path]:
 
     Also the replaced checkpoint of a run that was killed while it removed it, if ``out`` itself is in place.
     """
+    require_name(out)
     target = Path(os.path.realpath(out))
     kinds = ("incomplete", "replaced") if target.exists() else ("incomplete",)
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from branchmix.errors import CheckpointError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*"]
+_DOUBLED = ["consolidated*.safetensors", "*/*.safetensors"]
+"""The same weights for other tools, in Mistral's own layout or in folders such as ``onnx``."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,32 @@ def resolve(given: str, base: Path | None = None) -> ResolvedModel:
     Raises:
         CheckpointError: no such folder, no such model, or no network.
     """
-    path = Path(given).expanduser()
+    path = expanded(given)
     local = path if path.is_absolute() or base is None else base / path
-    if local.exists():
+    if is_there(local):
         return ResolvedModel(given, local)
     name, _, revision = given.partition("@")
     if given.startswith((".", "/", "~")) or not _HUB_ID.match(name):
         raise CheckpointError(f"{given}: no such folder ({local}), and no Hub id such as org/name: check the path")
     return _download(given, name, revision or None, local)
+
+
+def expanded(given: str | Path) -> Path:
+    """A path of a model, with the folder of a user for its ``~``.
+
+    Raises:
+        CheckpointError: no user has that name.
+    """
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        user = Path(given).parts[0].removeprefix("~")
+        raise CheckpointError(f"{given}: there is no user {user!r}: write the whole path") from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder has this name. No name is too long for this question: then none has it."""
+    return os.path.exists(path)  # noqa: PTH110 (that of pathlib raises for such names)
 
 
 def _download(given: str, name: str, revision: str | None, local: Path) -> ResolvedModel:
@@ -54,7 +75,7 @@ def _download(given: str, name: str, revision: str | None, local: Path) -> Resol
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_DOUBLED))
     except GatedRepoError:
         raise CheckpointError(
             f"{given}: the model is gated: accept its terms on the Hub, then `hf auth login`"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.hub import is_there
 from branchmix.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -31,6 +32,17 @@ DTYPE_BITS = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 """Bits of one element, by safetensors code."""
+
+
+def float32_bytes(nbytes: int, dtype: str) -> int:
+    """Bytes of a tensor once it is read as fp32.
+
+    Args:
+        nbytes: as stored.
+        dtype: of the stored one, a safetensors code.
+    """
+    return nbytes * DTYPE_BITS["F32"] // DTYPE_BITS[dtype]
+
 
 _QUANTISED_SUFFIXES = {
     ".qweight": "GPTQ or AWQ",
@@ -238,9 +250,9 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def _require_folder(folder: Path) -> None:
-    if folder.is_dir():
+    if is_there(folder) and folder.is_dir():
         return
-    if folder.is_file():
+    if is_there(folder):
         kinds: dict[str, str] = {
             ".gguf": "a GGUF file: give the folder of the original transformers checkpoint",
             ".safetensors": "a single weight file: give the folder that holds it and its config.json",

@@ -55,16 +55,18 @@ def inspect_command(
 
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
-    from rich.console import Console
+    from branchmix.cli.console import result_console
 
-    _print(found, Console())
+    _print(found, result_console())
 
 
 def _print(found: Accounting, console: Console) -> None:
     """The numbers of ``found`` as tables: parameters by part, FLOPs by part, memory."""
     from rich.table import Table
 
-    console.print(_headline(found), highlight=False, markup=False)
+    from branchmix.cli.console import human_bytes
+
+    console.print(_headline(found), highlight=False, markup=False, soft_wrap=True)
     table = Table("parameters", "total", "active per token")
     active_by_part = asdict(found.active)
     for part, total in asdict(found.total).items():
@@ -84,12 +86,13 @@ def _print(found: Accounting, console: Console) -> None:
         table.add_row("total", f"{flops.layer.total:,}", f"{flops.total:,}", style="bold")
         _right(table, console)
 
-    console.print(f"weights in {found.dtype}: {_size(found.weight_bytes)}", highlight=False)
+    console.print(f"weights in {found.dtype}: {human_bytes(found.weight_bytes)}", highlight=False)
     if found.kv_cache_bytes_per_token is not None and found.kv_cache_bytes is not None:
         console.print(
             f"KV cache in {found.dtype}: {found.kv_cache_bytes_per_token:,} bytes per token, "
-            f"{_size(found.kv_cache_bytes)} for {found.context:,} tokens",
+            f"{human_bytes(found.kv_cache_bytes)} for {found.context:,} tokens",
             highlight=False,
+            soft_wrap=True,
         )
     paper = found.paper()
     if paper is not None:
@@ -99,6 +102,7 @@ def _print(found: Accounting, console: Console) -> None:
             f"{paper['table_9']['active']:,} active parameters: --json says why",
             style="dim",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -125,11 +129,3 @@ def _right(table: Table, console: Console) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-
-
-def _size(num_bytes: int) -> str:
-    """Bytes in the largest decimal unit below them."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.2f} {unit}"
-    return f"{num_bytes} bytes"

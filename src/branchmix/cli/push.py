@@ -84,8 +84,9 @@ def _print(report: PushReport) -> None:
         table.add_row(file.name, human_bytes(file.nbytes))
     console.print(table)
     total = human_bytes(sum(file.nbytes for file in report.files))
+    private = " (private)" if report.private else ""
     if report.url is None:
-        typer.echo(f"\nwould upload {total} to {report.repo}{' (private)' if report.private else ''}; its card:\n")
+        typer.echo(f"\nwould upload {total} to {report.repo}{private}; its card:\n")
         typer.echo(report.card, nl=False)
     else:
-        typer.echo(f"\nuploaded {total}: {report.url}")
+        typer.echo(f"\nuploaded {total}: {report.url}{private}")

@@ -32,7 +32,12 @@ def serve_command(
     from branchmix.checkpoint.hub import resolve
     from branchmix.checkpoint.index import CheckpointIndex
 
-    CheckpointIndex.open(resolve(model).folder)  # refuses pickles, and what is no checkpoint
+    found = resolve(model)
+    CheckpointIndex.open(found.folder)  # refuses pickles, and what is no checkpoint
+    # By a Hub id the server finds the same revision; by its folder in the cache no client could name it.
+    name = model if found.revision else str(found.folder)
+    if not found.revision and "@" in name:
+        raise RecipeError(f"{name}: the server takes what follows @ for a revision: give the folder another name")
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -42,7 +47,7 @@ def serve_command(
 
     server = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     server.command()(Serve)
-    server([model, *context.args], prog_name="branchmix serve")
+    server([name, *context.args], prog_name="branchmix serve")
 
 
 def _show_classes() -> None:

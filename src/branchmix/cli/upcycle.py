@@ -105,7 +105,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
     result: dict[str, Any] = {
         "out": str(report.out),
         "dry_run": report.written is None,
-        "method": _method(plan),
+        "method": _method(report),
         "experts": [source.name for source in plan.sources],
         "bytes": plan.nbytes,
         "free_bytes": free_bytes(report.out),
@@ -144,7 +144,7 @@ def _print_plan(report: UpcycleReport) -> None:
 
     plan = report.plan
     console = result_console()
-    console.print(f"{_method(plan)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
+    console.print(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
     console.print(plan_table(plan))
     accounting = _accounting(plan)
     console.print(
@@ -184,10 +184,12 @@ def _print_verification(report: UpcycleReport) -> None:
     console.print(table)
 
 
-def _method(plan: Plan) -> str:
+def _method(report: UpcycleReport) -> str:
     from branchmix.upcycling.card import method_of
 
-    return method_of(plan.config)
+    found = method_of(report.plan.config, report.recipe)
+    assert found is not None, "a dense model is written by a recipe only"
+    return found
 
 
 def _accounting(plan: Plan) -> Any:

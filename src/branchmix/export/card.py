@@ -6,56 +6,16 @@ Paths of this machine stay here: a local source is called by its folder's name.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from branchmix import __version__
 from branchmix.accounting import inspect
+from branchmix.checkpoint.families import has_experts
 from branchmix.errors import BranchMixError, RecipeError
-from branchmix.upcycling.card import front_matter, history, method_of, source_table, usage
+from branchmix.upcycling.card import front_matter, history, method_of, source_table, sources_of, usage
 
 UNKNOWN = "unknown"
-
-_FIRST_LINES = {
-    "apache license": "apache-2.0",
-    "mit license": "mit",
-    "bsd 3-clause": "bsd-3-clause",
-    "creative commons attribution 4.0": "cc-by-4.0",
-    "gnu general public license": "gpl-3.0",
-    "llama 2 community": "llama2",
-    "llama 3 community": "llama3",
-    "gemma terms of use": "gemma",
-}
-
-
-def licence_of_folder(folder: Path) -> str | None:
-    """The Hub's name of a checkpoint's licence, from its model card's metadata or its LICENSE file.
-
-    Args:
-        folder: of a checkpoint.
-    """
-    readme = folder / "README.md"
-    if readme.is_file():
-        found = metadata_of(readme.read_text(encoding="utf-8", errors="replace")).get("license")
-        if isinstance(found, str):
-            return found
-    for file in sorted(folder.glob("LICENSE*")):
-        start = file.read_text(encoding="utf-8", errors="replace")[:2000].lower()
-        return next((name for line, name in _FIRST_LINES.items() if line in start), f"see its {file.name}")
-    return None
-
-
-def metadata_of(readme: str) -> dict[str, Any]:
-    """The YAML between the first two lines of dashes of a model card."""
-    import yaml
-
-    front = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
-    try:
-        found = yaml.safe_load(front.group(1)) if front else None
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -64,23 +24,25 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
     Args:
         provenance: of ``branchmix.json``.
     """
-    kept = {source["model"] for source in _sources(provenance) if source.get("revision")}
+    kept = {source["model"] for source in sources_of(provenance).values() if source.get("revision")}
 
-    def clean(value: Any, key: str = "") -> Any:
+    def clean(value: Any, above: str = "", key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: clean(inner, name) for name, inner in value.items()}
+            return {name: clean(inner, key, name) for name, inner in value.items()}
         if isinstance(value, list):
-            return [clean(inner, key) for inner in value]
-        if isinstance(value, str) and key in ("model", "seed", "text", "folder") and value not in kept:
+            return [clean(inner, above, key) for inner in value]
+        if isinstance(value, str) and _is_place(above, key) and value not in kept:
             return Path(value).name or value
         return value
 
     return dict(clean(provenance))
 
 
-def _sources(provenance: dict[str, Any]) -> list[dict[str, Any]]:
-    joined = [step["added"]["expert"] for step in provenance.get("changes", []) if "added" in step]
-    return [*provenance["sources"], *joined]
+def _is_place(above: str, key: str) -> bool:
+    """Whether a provenance holds a path, or a Hub id, under this key of the mapping ``above``."""
+    if above in ("text", "prompts"):  # the keys are names of experts, which may be any word
+        return above == "text"
+    return key in ("model", "seed") or (above, key) == ("training", "name")
 
 
 def hub_card(
@@ -107,27 +69,33 @@ def hub_card(
     Raises:
         RecipeError: the results are none.
     """
-    is_mixture = config.get("model_type") == "branchmix"
     told = without_paths(provenance) if provenance else {"recipe": {}, "sources": []}
     told = {**told, "versions": {"branchmix": __version__}}
     more: dict[str, Any] = {"pipeline_tag": "text-generation", **({"license": licence} if licence else {})}
-    if any(source.get("revision") for source in told["sources"]):
+    if any(source.get("revision") for source in sources_of(told).values()):
         more["base_model_relation"] = "merge"
-    title = method_of(config) if is_mixture or not told.get("exported") else _exported(config, told["exported"])
-    lines = [*front_matter(told, **more), f"# {repo.partition('/')[2]}", "", f"{title[0].upper()}{title[1:]}.", ""]
+    title = _title(config, told)
+    front = front_matter(config, told, **more)
+    lines = [*front, f"# {repo.partition('/')[2]}", "", f"{title[0].upper()}{title[1:]}.", ""]
     if told["sources"]:
         lines += ["## Sources", "", *source_table(told, licences), ""]
-    lines += usage(repo, own_code=is_mixture)
-    lines += _training(folder) + _accounting(folder) + (_evaluation(results) if results else [])
+    lines += usage(repo, own_code=config.get("model_type") == "branchmix")
+    training = _training(folder)
+    lines += training + _accounting(folder) + (_evaluation(results) if results else [])
     lines += history(told, ())
-    made = "[branchmix](https://arxiv.org/abs/2408.08274)"
-    return "\n".join([*lines, "", f"Made with {made} {__version__}."]) + "\n"
+    made = "Made" if told["sources"] or training else "Uploaded"
+    return "\n".join([*lines, "", f"{made} with [branchmix](https://arxiv.org/abs/2408.08274) {__version__}."]) + "\n"
 
 
-def _exported(config: dict[str, Any], exported: dict[str, Any]) -> str:
-    if exported.get("expert"):
-        return f"expert {exported['expert']} of a mixture, as a dense {config['model_type']} model"
-    return f"a mixture of FFN experts, exported to {config['model_type']}"
+def _title(config: dict[str, Any], provenance: dict[str, Any]) -> str:
+    """What the model is, in one line."""
+    model_type, exported = config["model_type"], provenance.get("exported")
+    if exported and exported.get("expert"):
+        return f"expert {exported['expert']} of a mixture, as a dense {model_type} model"
+    if exported and has_experts(config):
+        return f"a mixture of FFN experts, exported to {model_type}"
+    plain = f"a {model_type} mixture of experts" if has_experts(config) else f"a dense {model_type} model"
+    return method_of(config, provenance["recipe"]) or plain
 
 
 def _training(folder: Path) -> list[str]:

@@ -99,7 +99,7 @@ def _shared(mixture: OpenedMixture, trunk: DenseExpert, modules: Sequence[str]) 
 
 def _plan(mixture: OpenedMixture, tensors: tuple[OutputTensor, ...], config: dict, notes: tuple[str, ...]) -> Plan:
     groups = tuple(group_tensors(tensors, mixture.family))
-    return Plan(tensors, config, notes, (), str(mixture.resolved.given), groups)
+    return Plan(tensors, config, notes, (), groups)
 
 
 def _dtype_name(mixture: OpenedMixture) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.folder import atomic_folder
-from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.writer import WriteReport
 from branchmix.errors import VerificationError
 from branchmix.export.plan import chosen_expert, plan_export, rounds_nothing
@@ -150,9 +150,9 @@ def _verify(
 
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
-    width = {"BF16": 2, "F16": 2, "F32": 4}
-    ours = sum(ref.nbytes * 4 // width.get(ref.dtype, 4) for ref in mixture.index.tensors.values())
-    require_memory(ours + plan.nbytes * 4 // width[mixture.dtype], "comparing logits", "--no-verify leaves it out")
+    ours = sum(float32_bytes(ref.nbytes, ref.dtype) for ref in mixture.index.tensors.values())
+    theirs = float32_bytes(plan.nbytes, mixture.dtype)
+    require_memory(ours + theirs, "comparing logits", "--no-verify leaves it out")
     compared, nbytes = compare_bytes(plan, CheckpointIndex.open(folder), progress)
     tokens = sample_tokens(mixture.resolved.folder, mixture.dims.vocab_size)
     logits = []

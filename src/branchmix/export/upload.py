@@ -11,9 +11,13 @@ from typing import Any
 
 from branchmix.accounting import inspect
 from branchmix.checkpoint.folder import TOKENIZER_FILES
+from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.index import INDEX_FILE, CheckpointIndex
+from branchmix.checkpoint.licence import licence_of_folder, metadata_of
+from branchmix.checkpoint.places import rewritten
 from branchmix.errors import CheckpointError, OutputError, RecipeError
-from branchmix.export.card import UNKNOWN, hub_card, licence_of_folder, metadata_of, without_paths
+from branchmix.export.card import UNKNOWN, hub_card, without_paths
+from branchmix.upcycling.card import sources_of
 from branchmix.upcycling.execute import CODE_FILES
 from branchmix.upcycling.mixture import provenance_of
 
@@ -40,11 +44,12 @@ class PushReport:
 
     repo: str
     private: bool
+    """What the repository is; after a dry run, what was asked for."""
     files: tuple[Upload, ...]
     card: str
     licence: str | None
     licences: dict[str, str]
-    """Of the sources."""
+    """Of the sources, experts that joined later included."""
     url: str | None
     """Of the commit; None after a dry run."""
     notes: tuple[str, ...]
@@ -65,7 +70,7 @@ def push(
     Args:
         model: folder of a mixture, an export or a dense model.
         repo: ``org/name``; made if it does not exist.
-        private: make it a private one.
+        private: make it a private one; a public one that exists is refused.
         results: ``results.json`` of ``branchmix eval --out``, for the card.
         licence: the Hub's name of the upload's licence; that of the sources if all have the same.
         dry_run: check everything and tell what would be uploaded; asks no server.
@@ -73,8 +78,10 @@ def push(
 
     Raises:
         CheckpointError: the folder is no whole checkpoint, or belongs to a run.
-        OutputError: no token, no right to write there, a repository that holds something, or no network.
-        RecipeError: no such form of a name, or results that are none.
+        OutputError: no token, no right to write there, a repository that holds something or is public against
+            ``private``, or no network.
+        RecipeError: no such form of a name, results that are none, or a licence or results for a card that is the
+            user's own.
 
     Example:
         >>> branchmix.push("mixture", "org/bam", private=True, results="results/results.json")
@@ -85,19 +92,20 @@ def push(
     index = _whole(folder)
     provenance = provenance_of(folder)
     licences = _licences(provenance, ask=not dry_run)
-    known = set(licences.values())
-    if licence is None and len(known) == 1 and UNKNOWN not in known and not any("see its" in name for name in known):
-        licence = known.pop()
-    notes = [
-        f"the licence of {name} is unknown: the card says so" for name, found in licences.items() if found == UNKNOWN
-    ]
-    if licence is None:
-        notes.append("the card names no licence for the upload: --license ID sets it")
-    card, own = _card(folder, repo, index, provenance, licence, licences, Path(results) if results else None)
-    if own:
-        notes.append(f"{folder / README} is not branchmix's and is uploaded as it is")
+    card = _own_card(folder)
+    if card is not None:
+        _refuse_what_the_card_cannot_take(folder, licence=licence, results=results)
+        licence = _licence_named_in(card)
+        notes = [f"{folder / README} is not branchmix's and is uploaded as it is"]
+    else:
+        licence = licence or _common(licences)
+        notes = _licence_notes(licence, licences)
+        of_eval = Path(results) if results else None
+        card = hub_card(folder, repo, index.config, provenance, licence=licence, licences=licences, results=of_eval)
     files = tuple(_files(folder, index, provenance, card))
-    url = None if dry_run else _upload(repo, files, private=private, force=force)
+    url = None
+    if not dry_run:
+        url, private = _upload(repo, files, private=private, force=force)
     return PushReport(repo, private, files, card, licence, licences, url, tuple(notes))
 
 
@@ -108,12 +116,12 @@ def _whole(folder: Path) -> CheckpointIndex:
         CheckpointError: it is not.
     """
     for name in OF_A_RUN:
-        if (folder / name).exists():
+        if is_there(folder / name):
             raise CheckpointError(
                 f"{folder}: holds {name}, so it is a checkpoint of a run and not its result: push the run's folder "
                 "when it is done"
             )
-    if (folder / "run.json").is_file() and not (folder / "training.json").is_file():
+    if is_there(folder / "run.json") and not is_there(folder / "training.json"):
         raise CheckpointError(f"{folder}: is a run that is not done: the same `branchmix train` finishes it")
     index = CheckpointIndex.open(folder)
     if index.config.get("model_type") in ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo"):
@@ -133,7 +141,8 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
     names = ["config.json", "generation_config.json", *TOKENIZER_FILES]
     if len(index.files) > 1:
         names.append(INDEX_FILE)
-    files = [Upload(name, folder / name) for name in names if (folder / name).is_file()]
+    present = [folder / name for name in names if (folder / name).is_file()]
+    files = [Upload(file.name, rewritten(file) or file) for file in present]
     files += [Upload(file.name, file) for file in index.files]
     if is_mixture:
         code = Path(__file__).parent.parent / "models"
@@ -146,39 +155,67 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
     return [*files, Upload(README, card.encode())]
 
 
-def _card(
-    folder: Path,
-    repo: str,
-    index: CheckpointIndex,
-    provenance: dict[str, Any] | None,
-    licence: str | None,
-    licences: dict[str, str],
-    results: Path | None,
-) -> tuple[str, bool]:
-    """The card, and whether it is the folder's own, which somebody wrote."""
-    card = hub_card(
-        folder, repo, index.config, provenance, licence=licence, licences=licences, results=results
-    )  # also where it is not used: bad results are told
+def _own_card(folder: Path) -> str | None:
+    """The folder's README.md, if somebody wrote it: branchmix's own have its tag, and are written anew."""
     readme = folder / README
-    if readme.is_file():
-        text = readme.read_text(encoding="utf-8", errors="replace")
-        if "branchmix" not in (metadata_of(text).get("tags") or []):
-            return text, True
-    return card, False
+    if not readme.is_file():
+        return None
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    return None if "branchmix" in (metadata_of(text).get("tags") or []) else text
+
+
+def _refuse_what_the_card_cannot_take(folder: Path, *, licence: str | None, results: str | Path | None) -> None:
+    """A card that is uploaded as it is takes neither a licence nor a table of results.
+
+    Raises:
+        RecipeError: one of them was given.
+    """
+    for option, given in (("--license", licence), ("--eval", results)):
+        if given is not None:
+            raise RecipeError(
+                f"{option}: {folder / README} is not branchmix's and is uploaded as it is, so {option} would change "
+                "nothing: write it there, or move the file away for a new card"
+            )
+
+
+def _licence_named_in(card: str) -> str | None:
+    found = metadata_of(card).get("license")
+    return found if isinstance(found, str) else None
+
+
+def _common(licences: dict[str, str]) -> str | None:
+    """The one licence that all sources have, if each names the same; else none is claimed."""
+    first, *others = set(licences.values()) or {UNKNOWN}
+    return None if others or first == UNKNOWN or first.startswith("see its") else first
+
+
+def _licence_notes(licence: str | None, licences: dict[str, str]) -> list[str]:
+    """What a user should know of a card that branchmix writes."""
+    unknown = [name for name, found in licences.items() if found == UNKNOWN]
+    notes = [f"the licence of {name} is unknown: the card says so" for name in unknown]
+    return notes if licence else [*notes, "the card names no licence for the upload: --license ID sets it"]
 
 
 def _licences(provenance: dict[str, Any] | None, *, ask: bool) -> dict[str, str]:
-    """Licence of every source, from its folder, the Hub's cache, or (with ``ask``) the Hub."""
-    found: dict[str, str] = {}
-    for source in (provenance or {}).get("sources", []):
-        model, revision = source["model"], source.get("revision")
-        base = Path((provenance or {}).get("recipe", {}).get("folder") or ".")
-        folder = Path(model) if Path(model).is_dir() else base / model
-        licence = licence_of_folder(folder) if folder.is_dir() else None
-        if licence is None and revision:
-            licence = _hub_licence(model.partition("@")[0], revision, ask=ask)
-        found[source["name"]] = licence or UNKNOWN
-    return found
+    """Licence of every source that went in: that on record, or else from its folder, the Hub's cache, or the Hub.
+
+    Args:
+        provenance: of the model; None where nothing is known.
+        ask: ask the Hub for what its cache does not hold.
+    """
+    sources = sources_of(provenance) if provenance else {}
+    return {
+        name: source.get("license") or _licence_unrecorded(source, ask=ask) or UNKNOWN
+        for name, source in sources.items()
+    }
+
+
+def _licence_unrecorded(source: dict[str, Any], *, ask: bool) -> str | None:
+    """Of a source without a record of it. A relative path started from a folder that is not on record either."""
+    model, revision = source["model"], source.get("revision")
+    if revision:
+        return _hub_licence(model.partition("@")[0], revision, ask=ask)
+    return licence_of_folder(Path(model)) if Path(model).is_absolute() else None
 
 
 def _hub_licence(name: str, revision: str, *, ask: bool) -> str | None:
@@ -197,24 +234,29 @@ def _hub_licence(name: str, revision: str, *, ask: bool) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool) -> str:
+def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool) -> tuple[str, bool]:
+    """Address of the commit, and whether the repository is a private one."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if get_token() is None:
         raise OutputError(f"{repo}: there is no Hub token: `hf auth login`, or set HF_TOKEN to one that may write")
     api = HfApi()
 
-    def commit() -> str:
-        there: list[str] = []
-        if api.repo_exists(repo):
-            there = [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
-            if there and not force:
-                raise OutputError(
-                    f"{repo}: exists already and holds {len(there)} files: choose another name, or --force to commit "
-                    "over them"
-                )
-        else:
+    def commit() -> tuple[str, bool]:
+        if not api.repo_exists(repo):
             api.create_repo(repo, private=private)
+        is_private = bool(api.repo_info(repo).private)
+        if private and not is_private:
+            raise OutputError(
+                f"{repo}: is a public repository, so --private cannot be had: make it private on the Hub, or choose "
+                "another name"
+            )
+        there = [name for name in api.list_repo_files(repo) if name != ".gitattributes"]
+        if there and not force:
+            raise OutputError(
+                f"{repo}: exists already and holds {len(there)} files: choose another name, or --force to commit "
+                "over them"
+            )
         new = {file.name for file in files}
         # Shards of other numbers would be read beside the new ones.
         stale = [name for name in there if name not in new and name.endswith((".safetensors", INDEX_FILE))]
@@ -225,12 +267,13 @@ def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool)
                 for file in files
             ),
         ]
-        return str(api.create_commit(repo, operations, commit_message="Upload with branchmix").commit_url)
+        done = api.create_commit(repo, operations, commit_message="Upload with branchmix")
+        return str(done.commit_url), is_private
 
     return _told(repo, commit)
 
 
-def _told(repo: str, act: Callable[[], str]) -> str:
+def _told(repo: str, act: Callable[[], tuple[str, bool]]) -> tuple[str, bool]:
     """What the Hub answers, as the one line a user sees."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

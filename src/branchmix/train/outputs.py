@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from branchmix.checkpoint.folder import TOKENIZER_FILES, writing
+from branchmix.checkpoint.folder import TOKENIZER_FILES, require_name, writing
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.settings import parse
 from branchmix.train.config import RunConfig
@@ -60,6 +60,7 @@ class RunFolder:
         Raises:
             OutputError: it is no run's folder, or a run of other settings.
         """
+        require_name(self.path)
         if not self.path.exists():
             parent = next(folder for folder in self.path.absolute().parents if folder.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

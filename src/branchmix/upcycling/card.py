@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from branchmix.checkpoint.families import Config, has_experts
 from branchmix.upcycling.plan import Plan
 
 _METHODS = {
@@ -19,19 +20,39 @@ _METHODS = {
 }
 
 
-def method_of(config: dict[str, Any]) -> str:
-    """The method's name, from a mixture's config."""
-    if config.get("model_type") != "branchmix":
-        return "soup: every tensor averaged"
-    return _METHODS[(config["attention"], config["ffn"])]
+def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
+    """What the model is, from a mixture's config, or from the recorded recipe of a dense one.
+
+    Args:
+        config: its config.json.
+        recipe: of its provenance; empty where none is on record.
+
+    Returns:
+        None for a dense model that no recipe made.
+    """
+    made = config if config.get("model_type") == "branchmix" else recipe
+    return _METHODS[(made["attention"], made["ffn"])] if made else None
+
+
+def sources_of(provenance: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every model that went in, by name: those of the recipe, and experts that joined later.
+
+    Experts that left stay: averages were taken over them. A name that comes again gets the number of its row.
+    """
+    joined = [step["added"]["expert"] for step in provenance.get("changes", []) if "added" in step]
+    found: dict[str, dict[str, Any]] = {}
+    for number, source in enumerate([*provenance["sources"], *joined]):
+        name = source["name"]
+        found[name if name not in found else f"{name} ({number})"] = source
+    return found
 
 
 def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
     """Markdown with the Hub's front matter."""
     untrained = "The routers are as the recipe started them: train the mixture before you use it."
     lines = [
-        *front_matter(provenance),
-        f"# {method_of(plan.config)}",
+        *front_matter(plan.config, provenance),
+        f"# {method_of(plan.config, provenance['recipe'])}",
         "",
         f"Merged with {_branchmix(provenance)}. " + ("" if plan.is_dense else untrained),
         "",
@@ -52,12 +73,12 @@ def exported_card(plan: Plan, provenance: dict[str, Any], mixture_config: dict[s
         mixture_config: its config.json.
     """
     exported = provenance["exported"]
-    title = method_of(mixture_config)
+    title = method_of(mixture_config, provenance["recipe"])
     what = f"{title}, as {plan.config['model_type']}"
     if exported["expert"] is not None:
         what = f"Expert {exported['expert']} of a mixture, as a dense {plan.config['model_type']} model"
     lines = [
-        *front_matter(provenance),
+        *front_matter(plan.config, provenance),
         f"# {what}",
         "",
         f"Exported with {_branchmix(provenance)} from {exported['model']} ({title}).",
@@ -74,25 +95,26 @@ def _branchmix(provenance: dict[str, Any]) -> str:
     return f"[branchmix](https://arxiv.org/abs/2408.08274) {provenance['versions']['branchmix']}"
 
 
-def front_matter(provenance: dict[str, Any], **more: Any) -> list[str]:
+def front_matter(config: Config, provenance: dict[str, Any], **more: Any) -> list[str]:
     """The Hub's metadata: library, tags, base models, and ``more``."""
     import yaml
 
-    sources = provenance["sources"]
+    sources = sources_of(provenance).values()
     hub_ids = list(dict.fromkeys(source["model"].partition("@")[0] for source in sources if source["revision"]))
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["branchmix", "merge", "moe"], **more}
+    tags = ["branchmix", *(["merge"] if sources else []), *(["moe"] if has_experts(config) else [])]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": tags, **more}
     if hub_ids:
         front["base_model"] = hub_ids
     return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
 
 
 def source_table(provenance: dict[str, Any], licences: dict[str, str] | None = None) -> list[str]:
-    """Seed and experts with their revisions; ``licences`` by source name adds a column."""
+    """Seed and experts with their revisions; ``licences`` by the names of ``sources_of`` adds a column."""
     head = "| | name | model | revision |" + (" licence |" if licences is not None else "")
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
-    for number, source in enumerate(provenance["sources"]):
-        row = f"| {number} | {source['name']} | {source['model']} | {source['revision'] or '-'} |"
-        lines.append(row if licences is None else f"{row} {licences.get(source['name'], 'unknown')} |")
+    for number, (name, source) in enumerate(sources_of(provenance).items()):
+        row = f"| {number} | {name} | {source['model']} | {source['revision'] or '-'} |"
+        lines.append(row if licences is None else f"{row} {licences[name]} |")
     return lines
 
 

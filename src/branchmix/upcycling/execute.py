@@ -11,17 +11,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder, require_replaceable
+from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder, require_name, require_replaceable
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.licence import licence_of_folder
+from branchmix.checkpoint.places import rewritten, without_places
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.recipe import Recipe
@@ -73,6 +75,8 @@ class UpcycleReport:
     """None after a dry run."""
     verification: Verification | None
     seconds: float
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """As it is recorded; empty where no recipe was at work, but an expert came or went."""
 
 
 def upcycle(
@@ -109,6 +113,7 @@ def upcycle(
     start = time.perf_counter()
     recipe = Recipe.of(recipe)
     out = Path(out)
+    recorded = recipe.model_dump(mode="json")
     folders = resolve_all(recipe)
     refuse_overlap(out, [model.folder for model in folders], recipe.files, force=force)
     with open_sources(recipe, folders, out, dry_run=dry_run) as sources:
@@ -134,7 +139,7 @@ def upcycle(
                     plan,
                     folder,
                     seed.index.folder,
-                    lambda: {"recipe": recipe.model_dump(mode="json"), "sources": describe(sources, hashing)},
+                    lambda: {"recipe": recorded, "sources": describe(sources, hashing)},
                     recipe.max_shard_bytes,
                     check=check,
                     progress=progress,
@@ -143,7 +148,7 @@ def upcycle(
                     from branchmix.upcycling.verify import verify_plan
 
                     verification = verify_plan(plan, folder, progress=progress)
-    return UpcycleReport(out, plan, written, verification, time.perf_counter() - start)
+    return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded)
 
 
 def write_output(
@@ -192,7 +197,7 @@ def _write_companions(
     """Everything but the weights, config.json last."""
     for name in _COMPANIONS:
         if (companions / name).is_file():
-            shutil.copyfile(companions / name, folder / name)
+            _copy_companion(companions / name, folder / name)
     if not plan.is_dense:
         for name in CODE_FILES:
             shutil.copyfile(Path(__file__).parent.parent / "models" / name, folder / name)
@@ -200,7 +205,15 @@ def _write_companions(
     record = {"versions": versions, **provenance, "notes": list(plan.notes)}
     _write_json(folder / "branchmix.json", record)
     (folder / "README.md").write_text(card(plan, record), encoding="utf-8")
-    _write_json(folder / "config.json", plan.config)
+    _write_json(folder / "config.json", without_places(plan.config))
+
+
+def _copy_companion(file: Path, to: Path) -> None:
+    content = rewritten(file)
+    if content is None:
+        shutil.copyfile(file, to)
+    else:
+        to.write_bytes(content)
 
 
 def resolve_all(recipe: Recipe) -> list[ResolvedModel]:
@@ -282,12 +295,16 @@ def naming_sources(folders: Iterable[tuple[str, Path]]) -> Iterator[None]:
 
 
 def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, Any]]:
-    """Sources for the provenance: what was given, revision, what it grew from, and each file with size and hash."""
+    """Sources for the provenance: what was given, revision, licence, what it grew from, and files with size and hash.
+
+    The licence is that of the day: the folder may hold another model when the result is uploaded.
+    """
     return [
         {
             "name": source.name,
             "model": source.model.given,
             "revision": source.model.revision,
+            "license": licence_of_folder(source.model.folder),
             "lora_adapter": source.adapter is not None,
             "training": as_records(lineage(source.model.folder, source.model.given)),
             "files": [{"name": file.name, "bytes": file.stat().st_size, **hashes.of(file)} for file in source.files],
@@ -297,8 +314,12 @@ def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, A
 
 
 def refuse_overlap(out: Path, sources: Sequence[Path], files: Sequence[Path] = (), *, force: bool) -> None:
-    """An output that is, holds or lies in a source folder, or holds a file that is read, is refused, with or without
-    ``--force``; and so is one that cannot be replaced."""
+    """Refuses an output that is, holds or lies in a source folder, or holds a file that is read, also with ``--force``.
+
+    Raises:
+        OutputError: it does, or it cannot be replaced.
+    """
+    require_name(out)
     target = out.resolve()
     for source in sources:
         folder = source.resolve()

@@ -10,6 +10,7 @@ from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.errors import CheckpointError
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.sources import MixtureExpert
@@ -65,7 +66,7 @@ class OpenedMixture:
             return found
         training = as_records(lineage(folder, given))
         source = {"name": "mixture", "model": given, "revision": self.resolved.revision, "training": training}
-        return {"recipe": {}, "sources": [source]}
+        return {"recipe": {}, "sources": [{**source, "license": licence_of_folder(folder)}]}
 
 
 def provenance_of(folder: Path) -> dict[str, Any] | None:
@@ -76,8 +77,18 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
     """
     if (folder / "branchmix.json").is_file():
         return _record(folder)
-    trained_from = ((_read(folder / "training.json") or {}).get("config") or {}).get("model")
-    return _record(Path(trained_from)) if isinstance(trained_from, str) else None
+    training = _read(folder / "training.json") or {}
+    trained_from = (training.get("config") or {}).get("model")
+    if not isinstance(trained_from, str):
+        return None
+    start = Path(trained_from)
+    # A relative path started from a folder that is not on record: here another model may have that name.
+    is_it = start.is_absolute() or _keys(as_records(lineage(start))) == _keys(training.get("ancestors") or [])
+    return _record(start) if is_it else None
+
+
+def _keys(phases: list[dict[str, Any]]) -> list[str]:
+    return [phase["key"] for phase in phases]
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

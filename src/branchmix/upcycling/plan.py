@@ -42,8 +42,6 @@ class Plan:
     """What is done about harmless differences, and warnings."""
     sources: tuple[ExpertSource, ...]
     """Experts in the order of the routers' rows; of a soup, the models averaged."""
-    seed_folder_of: str
-    """Name of the source whose tokenizer and generation config come along."""
     groups: tuple[Group, ...] = field(default=())
 
     @property
@@ -133,7 +131,6 @@ def plan_upcycling(
         config=config,
         notes=(*found.notes, *_warnings(recipe)),
         sources=tuple(members),
-        seed_folder_of="seed",
         groups=tuple(group_tensors(tensors, seed.family)),
     )
 

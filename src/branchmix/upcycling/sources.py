@@ -27,9 +27,6 @@ _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention
 SAME_SEED = "experts must have grown from one seed"
 """Why models that differ are refused."""
 
-FFN_NAMES = {True: ("gate_proj", "up_proj", "down_proj"), False: ("in_proj", "down_proj")}
-"""On-disk names of an expert's matrices, for gated and for plain FFNs."""
-
 
 class ExpertSource(ABC):
     """One expert's share of every layer."""

@@ -198,7 +198,7 @@ class _Opened(OpenedMixture):
         """
         tensors = tuple(self._tensors(experts, router))
         groups = tuple(group_tensors(tensors, self.family))
-        return Plan(tensors, config, tuple(notes), tuple(experts), str(self.resolved.given), groups)
+        return Plan(tensors, config, tuple(notes), tuple(experts), groups)
 
     def _tensors(
         self, experts: Sequence[ExpertSource], router: Callable[[str, list[Expression]], Expression]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from branchmix.checkpoint.expressions import Expression, Mean, Source
-from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.numbers import to_float32
 from branchmix.errors import VerificationError
 from branchmix.recipe import DTYPES
@@ -171,8 +171,7 @@ def _compare_logits(
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
     # fp32 copies of the mixture and of one dense model have to fit.
-    width = {"BF16": 2, "F16": 2, "F32": 4}
-    need = sum(tensor.expression.nbytes * 4 // width[tensor.expression.dtype] for tensor in plan.tensors)
+    need = sum(float32_bytes(tensor.expression.nbytes, tensor.expression.dtype) for tensor in plan.tensors)
     require_memory(need + need // max(1, len(plan.sources)), "--verify", "leave it out")
     tokens = sample_tokens(folder, plan.config["seed_config"]["vocab_size"])
     mixture = BranchMixForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

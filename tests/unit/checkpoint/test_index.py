@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from branchmix.checkpoint.index import CheckpointIndex, read_header
+from branchmix.checkpoint.index import CheckpointIndex, float32_bytes, read_header
 from branchmix.errors import CheckpointError
 
 TENSORS = {
@@ -90,6 +90,11 @@ def test_tensors_are_where_the_index_says(tmp_path, build):
         assert stored == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     assert index.tensors["model.embed_tokens.weight"].dtype == "BF16"
     assert index.tensors["counter"].dtype == "I64"
+
+
+def test_bytes_as_float32() -> None:
+    sizes = [float32_bytes(8, dtype) for dtype in ("F8_E4M3", "BF16", "F16", "F32", "F64", "I64")]
+    assert sizes == [32, 16, 16, 8, 4, 4]
 
 
 def test_a_single_file_beats_an_index(tmp_path):
