@@ -60,6 +60,18 @@ def test_dependencies_point_one_way(file: Path) -> None:
             assert other == part or below, f"{part} imports {module}"
 
 
+def test_whether_strangers_code_runs_is_always_said() -> None:
+    """transformers' Auto classes ask on the terminal where it is left open."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            if not (isinstance(called, ast.Attribute) and called.attr == "from_pretrained"):
+                continue
+            if isinstance(called.value, ast.Name) and called.value.id.startswith("Auto"):
+                said = {keyword.arg for keyword in node.keywords}
+                assert "trust_remote_code" in said, f"{file.name}, line {node.lineno}"
+
+
 def test_every_part_has_a_level() -> None:
     parts = {file.relative_to(ROOT).parts[0].removesuffix(".py") for file in FILES}
     assert parts - ENTRANCES <= LEVELS.keys()

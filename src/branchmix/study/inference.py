@@ -23,19 +23,16 @@ def measure_inference(models: Mapping[str, Path], *, prompt: int, new_tokens: in
         runs: timed ones, after one that is not.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from branchmix.likelihood.loading import load_language_model
     from branchmix.models.chunked_branchmix import faster_in_bf16
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if faster_in_bf16(device) else torch.float32
-    loaded = {
-        name: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().to(device)
-        for name, folder in models.items()
-    }
+    loaded = {name: load_language_model(folder, dtype=dtype).eval().to(device) for name, folder in models.items()}
     found: dict[str, Any] = {name: {"seconds": []} for name in loaded}
     for run in range(runs + 1):
         for name, model in loaded.items():

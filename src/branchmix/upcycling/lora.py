@@ -68,7 +68,8 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
     except ImportError:
         raise CheckpointError(f"{adapter}: merging a LoRA adapter needs peft: pip install 'branchmix[lora]'") from None
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from branchmix.likelihood.loading import load_language_model
 
     place = out.absolute().parent
     place.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
     target = place / f".{out.name}.incomplete-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
-        base = AutoModelForCausalLM.from_pretrained(seed.folder, dtype=torch.float32, trust_remote_code=False)
+        base = load_language_model(seed.folder, given=seed.given, dtype=torch.float32)
         merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
         merged.save_pretrained(target)
     except BaseException as error:

@@ -15,7 +15,7 @@ import numpy as np
 from branchmix.checkpoint.drawn import Held
 from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.errors import RecipeError
+from branchmix.errors import CheckpointError, RecipeError
 from branchmix.recipe import Recipe
 from branchmix.upcycling.plan import open_expert, output_dtype
 
@@ -34,18 +34,20 @@ def hidden_state_routers(recipe: Recipe, seed_index: CheckpointIndex) -> tuple[d
         seed_index: the seed, which is loaded in fp32 and run on those texts.
 
     Raises:
-        RecipeError: a text file is missing or empty, or the seed has no tokenizer.
+        RecipeError: a text file is missing or empty, or the seed has no tokenizer without code of its own.
+        CheckpointError: the seed cannot be loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from branchmix.likelihood.loading import load_language_model, load_tokenizer
 
     texts = {name: list(_texts(recipe, name)) for name in recipe.expert_names}
     seed = open_expert("seed", seed_index)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(seed_index.folder)
-    except (OSError, ValueError):
-        raise RecipeError(f"router_init: the seed {seed_index.folder} has no tokenizer to read prompts with") from None
-    model = AutoModelForCausalLM.from_pretrained(seed_index.folder, dtype=torch.float32).eval()
+        tokenizer = load_tokenizer(seed_index.folder)
+    except CheckpointError as error:
+        raise RecipeError(f"router_init: the seed has no tokenizer to read prompts with: {error}") from None
+    model = load_language_model(seed_index.folder, dtype=torch.float32).eval()
     family, dtype = seed.family, output_dtype(recipe, seed)
     modules: dict[str, Any] = {}
     for layer in range(seed.dims.num_layers):

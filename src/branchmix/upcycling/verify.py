@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -332,13 +332,16 @@ def _tensor(source: Expression) -> Any:
 
 
 def sample_tokens(folder: Path, vocab_size: int) -> Any:
-    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none."""
+    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none that works."""
     import torch
 
-    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
+    from branchmix.likelihood.loading import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(folder)(SAMPLE, return_tensors="pt").input_ids
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        with suppress(Exception):  # a broken one: weights are compared here, and any ids will do
+            ids_T = load_tokenizer(folder)(SAMPLE).input_ids
+            if ids_T and max(ids_T) < vocab_size:
+                return torch.tensor([ids_T])
     return torch.randint(0, vocab_size, (1, 48), generator=torch.Generator().manual_seed(0))
 
 
