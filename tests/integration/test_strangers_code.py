@@ -38,7 +38,7 @@ def models(
 
 def test_not_for_routers_from_prompts(models: dict[str, Path], tmp_path: Path) -> None:
     prompts = {name: ["0"] for name in models}
-    with pytest.raises(RecipeError, match="router_init: the seed has no tokenizer .* code of its own"):
+    with pytest.raises(RecipeError, match=r"router_init: the seed has no tokenizer .* code of its own"):
         branchmix.upcycle(recipe(models, router_init={"method": "hidden", "prompts": prompts}), tmp_path / "out")
     assert not (tmp_path / "it ran").exists()
 

@@ -18,6 +18,7 @@ from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Ki
 from branchmix.upcycling.structure import (
     contradictions,
     count_tensors,
+    incompleteness,
     missing_tensors,
     structure_problems,
     unplaced_tensors,
@@ -63,7 +64,7 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
         experts: the specialised models.
     """
     found = Findings()
-    seeds_own = [*contradictions(seed), *structure_problems(seed)]
+    seeds_own = [*contradictions(seed), *structure_problems(seed)] or list(incompleteness(seed))
     found.problems += [f"seed: {problem}" for problem in seeds_own]
     for expert in experts:
         _compare(seed, expert, recipe, found, told=seeds_own)

@@ -11,6 +11,7 @@ from pathlib import Path
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, read_header
 from branchmix.errors import CheckpointError
+from branchmix.upcycling.sources import is_head
 
 
 def is_adapter(folder: Path) -> bool:
@@ -40,7 +41,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
         module, lora, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
         # Of a checkpoint of the base model alone, names lack the first part.
         target = seed.tensors.get(f"{module}.weight") or seed.tensors.get(f"{module.partition('.')[2]}.weight")
-        if not lora or module.split(".")[0] in ("lm_head", "embed_out"):
+        if not lora or is_head(module):
             continue
         if target is None:
             raise CheckpointError(f"{weights}: adapts {module}, which the seed lacks: give the seed it was trained on")
