@@ -54,12 +54,30 @@ class Inputs:
         return str(folder)
 
 
+def broken_mixture(edit: Callable[[Path], object], **recipe: Any) -> Edit:
+    """A mixture whose folder is edited then."""
+    return lambda inputs: edit(Path(inputs.mixture(**recipe)))
+
+
+def of_mixture(command: str, *more: str) -> Callable[[Inputs], list[str]]:
+    """A command line with the mixture as its first argument; ``OUT`` stands for the output."""
+    return lambda i: [command, str(i.models / "mixture"), *(str(i.out) if word == "OUT" else word for word in more)]
+
+
 def config(folder: Path, remove: str = "", **changes: Any) -> None:
     """Edit config.json."""
     file = folder / "config.json"
     found = {**json.loads(file.read_text()), **changes}
     found.pop(remove, None)
     file.write_text(json.dumps(found))
+
+
+def source(folder: Path, number: int, remove: str) -> None:
+    """Take a key from one source of branchmix.json."""
+    file = folder / "branchmix.json"
+    record = json.loads(file.read_text())
+    del record["sources"][number][remove]
+    file.write_text(json.dumps(record))
 
 
 def weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:

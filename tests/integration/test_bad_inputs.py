@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 from bad_inputs import (
     GATE,
@@ -31,14 +32,17 @@ from bad_inputs import (
     Q,
     adapter,
     all_three,
+    broken_mixture,
     config,
     cut,
     experts,
     ffn,
+    of_mixture,
     poison,
     resave,
     setting,
     shard,
+    source,
     text,
     theta,
     tokenizer,
@@ -338,6 +342,35 @@ COMMANDS = [
          args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
     Case("generate: no tokens", "Invalid value for '--max-new-tokens' | --help",
          args=lambda i: ["generate", str(i.seed), "hi", "--max-new-tokens", "0"]),
+    # Mixtures that are none
+    Case("mixture: attention", "mixture: config.json: attention is 'nonsense', not one of kv_experts | mixture's own",
+         broken_mixture(lambda f: config(f, attention="nonsense")), args=of_mixture("remove-expert", "code", "OUT")),
+    Case("mixture: attention, for export", "mixture: config.json: attention is 'nonsense', not one of kv_experts",
+         broken_mixture(lambda f: config(f, attention="nonsense")),
+         args=of_mixture("export", "OUT", "--to", "dense", "--expert", "code", "--dry-run")),
+    Case("mixture: seed_config is a word", "mixture: config.json: a branchmix model needs seed_config",
+         broken_mixture(lambda f: config(f, seed_config="x")), args=of_mixture("remove-expert", "code", "OUT")),
+    Case("mixture: num_experts is a word", "mixture: config.json: num_experts is 'x', not a positive whole number",
+         broken_mixture(lambda f: config(f, num_experts="x")), args=of_mixture("remove-expert", "code", "OUT")),
+    Case("mixture: more experts than names", "mixture: config.json: num_experts is 7, but expert_names has 2",
+         broken_mixture(lambda f: config(f, num_experts=7)), args=of_mixture("remove-expert", "code", "OUT")),
+    Case("mixture: more experts than weights", "q_proj.weight has shape [64, 32] | config.json it should be [96, 32]",
+         broken_mixture(lambda f: config(f, num_experts=3, expert_names=["a", "b", "c"])),
+         args=of_mixture("remove-expert", "a", "OUT")),
+    Case("mixture: scaling is a word", "mixture: config.json: routed_scaling_factor is 'auto', not a number",
+         broken_mixture(lambda f: config(f, routed_scaling_factor="auto")),
+         args=of_mixture("remove-expert", "code", "OUT")),
+    Case("mixture: no router", "mixture: the weights lack model.model.layers.1.mlp.gate.weight | download the mixture",
+         broken_mixture(lambda f: without(f, "model.model.layers.1.mlp.gate.weight")),
+         args=of_mixture("remove-expert", "code", "OUT")),
+    Case("mixture: no final norm", "mixture: config.json describes 37,344 parameters | hold only 37,312 | belong",
+         broken_mixture(lambda f: without(f, "model.model.norm.weight")),
+         args=of_mixture("remove-expert", "code", "OUT")),
+    Case("mixture: saved as the base model", "the weights lack model.model.layers.0.self_attn. | causal language model",
+         broken_mixture(lambda f: AutoModel.from_pretrained(f).save_pretrained(f)),
+         args=of_mixture("remove-expert", "code", "OUT")),
+    Case("mixture: source without a model", "mixture/branchmix.json: sources.1 has no model | copy | or remove it",
+         broken_mixture(lambda f: source(f, 1, "model")), args=of_mixture("push", "org/name", "--dry-run")),
 ]
 # fmt: on
 

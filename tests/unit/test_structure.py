@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import branchmix
+from branchmix.accounting.shape import MIXTURE_DEFAULTS
 from branchmix.checkpoint.families import FAMILIES, family_of
 from branchmix.models import configuration_branchmix
 from branchmix.upcycling import execute, plan
@@ -132,6 +133,8 @@ def test_lists_that_stand_twice_agree() -> None:
     """The planner may not import transformers, so it cannot take them from the configuration."""
     assert plan.AUTO_MAP == configuration_branchmix.AUTO_MAP
     assert execute.CODE_FILES == configuration_branchmix.CODE_FILES
+    for key, value in MIXTURE_DEFAULTS.items():
+        assert getattr(configuration_branchmix.BranchMixConfig, key) == value, key
     for name in execute.CODE_FILES:
         assert (ROOT / "models" / name).is_file()
     for place in plan.AUTO_MAP.values():
