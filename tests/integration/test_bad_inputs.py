@@ -25,6 +25,7 @@ from transformers import AutoModel
 
 from bad_inputs import (
     GATE,
+    LFS_POINTER,
     NORM,
     WEIGHTS,
     Edit,
@@ -95,6 +96,14 @@ CHECKPOINTS = [
          lambda i: tokenizer(i.code, merges="t2 0")),
     Case("broken tokenizer", "expert 'code': | code/tokenizer.json: is no tokenizer file | download it again",
          lambda i: (i.code / "tokenizer.json").write_text("[]")),
+    Case("Git LFS pointers as tokenizers", "expert 'code': | code/tokenizer.json: is a Git LFS pointer | git lfs pull\n"
+         "expert 'math': | math/tokenizer.json: is a Git LFS pointer | git lfs pull",
+         all_three(lambda f: (f / "tokenizer.json").write_text(LFS_POINTER))),
+    Case("the same broken tokenizer", "expert 'code': | seed/tokenizer.json: is no tokenizer file | download it again\n"
+         "expert 'math': | seed/tokenizer.json: is no tokenizer file | download it again",
+         all_three(lambda f: (f / "tokenizer.json").write_text("[]"))),
+    Case("the same half tokenizer", "seed/tokenizer.json: is no tokenizer file | download it again",
+         lambda i: (resave(i, i.code, vocab_size=104), all_three(lambda f: (f / "tokenizer.json").write_text("{"))(i))),
     # Settings that change what is computed
     Case("rope_theta, Shared KV", "expert 'code': | 1000000.0 | seed's are | 10000.0 | only attention: kv_experts",
          lambda i: theta(i.code), {"attention": "kv_sharing"}),
@@ -171,7 +180,10 @@ CHECKPOINTS = [
     Case("config of another width", "expert 'code': | the down projection | has shape [32, 48] | should be [32, 64]",
          setting(intermediate_size=64)),
     Case("Git LFS pointer", "expert 'code': | code/model.safetensors: is a Git LFS pointer | git lfs pull",
-         lambda i: (i.code / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")),
+         lambda i: (i.code / WEIGHTS).write_text(LFS_POINTER)),
+    Case("other whole numbers", "expert 'code': model.buffer is stored as I64 | not equal to the seed's | no mean",
+         lambda i: (all_three(lambda f: with_extra(f, "model.buffer", torch.arange(4)))(i),
+                    with_extra(i.code, "model.buffer", torch.arange(1, 5)))),
     Case("quantised config", "expert 'code': | is quantised (gptq, says config.json) | dequantise it first",
          setting(quantization_config={"quant_method": "gptq"})),
     Case("quantised tensors", "expert 'code': | is quantised | q_proj.weight is I8 | dequantise it first",
@@ -332,7 +344,7 @@ COMMANDS = [
     Case("generate: no tokens in the prompt", "models/seed: its tokenizer makes no tokens of PROMPT | its own",
          args=lambda i: ["generate", str(i.seed), "hi"]),
     Case("generate: another model's tokenizer", "models/seed: | makes token 105 of PROMPT | has only 97 tokens",
-         lambda i: tokenizer(i.seed, 120, merges="t10 5"), args=lambda i: ["generate", str(i.seed), "t105"]),
+         lambda i: tokenizer(i.seed, zero=105), args=lambda i: ["generate", str(i.seed), "0"]),
     Case("generate: tiny temperature", "--temperature 1e-320: give 1e-06 or more, or 0",
          args=lambda i: ["generate", str(i.seed), "0", "--temperature", "1e-320"]),
     Case("generate: large seed", "--seed 18446744073709551616: give a whole number from 0 to",

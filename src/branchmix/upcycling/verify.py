@@ -18,7 +18,7 @@ import numpy as np
 
 from branchmix.checkpoint.expressions import Expression, Mean, Source
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.checkpoint.numbers import to_float32
+from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
@@ -172,7 +172,7 @@ def _compare_logits(
 
     # fp32 copies of the mixture and of one dense model have to fit.
     width = {"BF16": 2, "F16": 2, "F32": 4}
-    need = sum(tensor.expression.nbytes * 4 // width[tensor.expression.dtype] for tensor in plan.tensors)
+    need = sum(tensor.expression.nbytes * 4 // width.get(tensor.expression.dtype, 4) for tensor in plan.tensors)
     require_memory(need + need // max(1, len(plan.sources)), "--verify", "leave it out")
     tokens = sample_tokens(folder, plan.config["seed_config"]["vocab_size"])
     mixture = BranchMixForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -269,7 +269,8 @@ def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, num
     owned = expert.expert_tensors(attention, plan.config["ffn"] == "experts")
     dtype = DTYPES[plan.config["dtype"]]
     state = {}
-    for name, ref in expert.tensors.items():
+    floats = {name: ref for name, ref in expert.tensors.items() if ref.dtype in FLOAT_DTYPES}
+    for name, ref in floats.items():  # other numbers are buffers, which the class computes
         source = ref if name in owned else index.tensors.get(f"model.{name}", ref)
         state[name] = _tensor(cast(Source(source), dtype))  # the output's dtype may be narrower than the source's
     if expert.fold_norms:
