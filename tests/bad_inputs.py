@@ -20,6 +20,7 @@ from families import BY_NAME
 Edit = Callable[["Inputs"], object]
 WEIGHTS = "model.safetensors"
 GATE, NORM = "model.layers.1.mlp.gate_proj.weight", "model.norm.weight"
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -54,12 +55,30 @@ class Inputs:
         return str(folder)
 
 
+def broken_mixture(edit: Callable[[Path], object], **recipe: Any) -> Edit:
+    """A mixture whose folder is edited then."""
+    return lambda inputs: edit(Path(inputs.mixture(**recipe)))
+
+
+def of_mixture(command: str, *more: str) -> Callable[[Inputs], list[str]]:
+    """A command line with the mixture as its first argument; ``OUT`` stands for the output."""
+    return lambda i: [command, str(i.models / "mixture"), *(str(i.out) if word == "OUT" else word for word in more)]
+
+
 def config(folder: Path, remove: str = "", **changes: Any) -> None:
     """Edit config.json."""
     file = folder / "config.json"
     found = {**json.loads(file.read_text()), **changes}
     found.pop(remove, None)
     file.write_text(json.dumps(found))
+
+
+def source(folder: Path, number: int, remove: str) -> None:
+    """Take a key from one source of branchmix.json."""
+    file = folder / "branchmix.json"
+    record = json.loads(file.read_text())
+    del record["sources"][number][remove]
+    file.write_text(json.dumps(record))
 
 
 def weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -76,12 +95,12 @@ def resave(inputs: Inputs, folder: Path, **changes: Any) -> None:
     tokenizer(folder)
 
 
-def tokenizer(folder: Path, size: int = 97, swap: bool = False, merges: str = "t1 0") -> None:
-    """A tokenizer.json that has what is compared."""
+def tokenizer(folder: Path, size: int = 97, swap: bool = False, merges: str = "t1 0", zero: int = 0) -> None:
+    """A tokenizer.json that has what is compared; of text it knows only "0", as token ``zero``."""
     names = ["0", *(f"t{number}" for number in range(1, size))]
     if swap:
         names[5], names[6] = names[6], names[5]
-    vocabulary = {name: number for number, name in enumerate(names)}
+    vocabulary = {name: number for number, name in enumerate(names)} | {"0": zero}
     content = {"model": {"type": "BPE", "vocab": vocabulary, "merges": [merges]}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
@@ -94,8 +113,8 @@ def without(folder: Path, name: str) -> None:
     weights(folder, lambda tensors: tensors.pop(name))
 
 
-def with_extra(folder: Path, name: str) -> None:
-    weights(folder, lambda tensors: tensors.update({name: torch.ones(4)}))
+def with_extra(folder: Path, name: str, value: torch.Tensor | None = None) -> None:
+    weights(folder, lambda tensors: tensors.update({name: torch.ones(4) if value is None else value}))
 
 
 def cut(folder: Path, nbytes: int = 100) -> None:

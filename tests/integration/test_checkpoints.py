@@ -15,13 +15,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from branchmix.errors import CheckpointError, OutputError, TrainingError
-from branchmix.train import checkpoint_files, checkpoints, training_state
+from branchmix.train import checkpoint_files, checkpoints, model_files, training_state
 from branchmix.train.checkpoints import SafeTrainer, StopSignals, latest_checkpoint
 from processes import started
 from runs import MODELS, dense, history, mixture, trainer
@@ -90,6 +90,17 @@ def test_damaged_checkpoint_is_passed_over(harm: str, tmp_path: Path) -> None:
     assert len(notices) == 1 and str(newest) in notices[0]
     assert "50 bytes instead of 700" in notices[0] or "is missing" in notices[0]
     assert latest_checkpoint(tmp_path / "none") is None
+
+
+def test_weights_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
+    """transformers would go on with random ones."""
+    model = dense()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"the weights lack model\.norm\.weight"):
+        model_files.read(model, tmp_path)
 
 
 def test_frozen_parameters_and_a_changed_choice(tmp_path: Path) -> None:

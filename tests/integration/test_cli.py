@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,16 @@ def test_generate(home: Path) -> None:
     assert found["text"].strip() in printed.stdout
     sampled = [parsed(run(home, *arguments, "--temperature", 1, "--seed", 1, "--json"))["text"] for _ in range(2)]
     assert sampled[0] == sampled[1]
+
+
+def test_generate_leaves_out_what_the_model_does_not_read(home: Path, tmp_path: Path) -> None:
+    """BERT's tokenizers, and many made with ``tokenizers``, number the segments of a text: ``token_type_ids``."""
+    shutil.copytree(home / "seed", tmp_path / "seed")
+    settings = tmp_path / "seed" / "tokenizer_config.json"
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_input_names": inputs}))
+    done = run(tmp_path, "generate", "seed", "the mixture", "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
 
 
 def test_experts_join_and_leave(home: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 from xxhash import xxh3_128
 
 import branchmix
+from bad_inputs import with_extra
 from branchmix.errors import CheckpointError
+from branchmix.upcycling.verify import sample_tokens
 from checkpoints import Tensors, config, ffn_expert, in_dtype, mean, weights
 from families import BY_NAME
 from mixtures import load, recipe, tokens
@@ -123,6 +125,36 @@ def test_experts_stored_in_other_dtypes_are_cast(siblings: Siblings, tmp_path: P
         assert torch.equal(ffn_expert(found, 1)["up_proj.weight"], code)
         with torch.no_grad():
             assert load(tmp_path / attention)(tokens()).logits.isfinite().all()
+
+
+def test_equal_whole_numbers_are_copied(siblings: Siblings, tmp_path: Path) -> None:
+    """Buffers that old checkpoints hold: they have no mean, and need none where all models have the same."""
+    models = {name: shutil.copytree(folder, tmp_path / name) for name, folder in siblings("llama").items()}
+    for folder in models.values():
+        with_extra(folder, "model.buffer", torch.arange(4))
+    for options in ({}, {"attention": "average", "ffn": "average"}):
+        out = tmp_path / f"out-{len(options)}"
+        branchmix.upcycle(recipe(models, **options), out, verify=True)
+        found = weights(out)
+        name = "model.buffer" if options else "model.model.buffer"
+        assert torch.equal(found[name], torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer"}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "GPT2Tokenizer"}'),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_the_proof_does_without_a_tokenizer_that_works(
+    file: str, content: str, siblings: Siblings, tmp_path: Path
+) -> None:
+    """One without a vocabulary makes no tokens, and one that is broken cannot be loaded: random ids do as well."""
+    shutil.copy(siblings("llama")["seed"] / "config.json", tmp_path)
+    (tmp_path / file).write_text(content)
+    assert sample_tokens(tmp_path, 97).shape == (1, 48)
 
 
 def test_what_does_not_fit_float16_is_refused(siblings: Siblings, tmp_path: Path) -> None:

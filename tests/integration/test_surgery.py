@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import branchmix
+from bad_inputs import source
 from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
 from branchmix.upcycling.verify import one_hot_gates
 from checkpoints import config, same_bytes, weights
@@ -264,6 +265,19 @@ def test_a_mixture_saved_by_transformers_grows_too(siblings: Siblings, tmp_path:
     same_bytes(weights(tmp_path / "trained-added"), weights(tmp_path / "two-added"))
     with torch.no_grad():
         assert torch.equal(*(load(tmp_path / f"{given}-added")(tokens()).logits for given in ("two", "trained")))
+
+
+def test_keys_left_out_have_the_defaults(siblings: Siblings, tmp_path: Path) -> None:
+    """Of config.json as ``BranchMixConfig`` reads it, and the revision of a source."""
+    two, three = small_and_full(siblings("llama"), tmp_path)
+    given = config(three)
+    kept = ("model_type", "seed_config", "num_experts", "num_experts_per_tok", "expert_names", "dtype")
+    (three / "config.json").write_text(json.dumps({key: given[key] for key in kept}))
+    source(three, 0, "revision")
+    branchmix.remove_expert(three, "math", tmp_path / "removed")
+    assert weights(tmp_path / "removed").keys() == weights(two).keys()
+    written = config(tmp_path / "removed")
+    assert (written["attention"], written["ffn"], written["routed_scaling_factor"]) == ("kv_experts", "experts", 1.0)
 
 
 def test_what_was_done_is_recorded(siblings: Siblings, tmp_path: Path) -> None:

@@ -60,6 +60,15 @@ def pickled(place: Path, run: dict[str, Any]) -> None:
     weights.unlink()
 
 
+def lacking(place: Path, run: dict[str, Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = place / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
 MODEL = "model: "
 CASES: dict[str, tuple[Edit, str]] = {
     "unknown key": (key(modle="x"), "modle: there is no such key (did you mean 'model'?)"),
@@ -75,6 +84,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     "no config": (without("config.json"), "model: no config.json in"),
     "no tokenizer": (without("tokenizer.json"), "model: there is no tokenizer that can be loaded"),
     "no weights": (without("model.safetensors"), "model: cannot be loaded as a language model"),
+    "missing weights": (lacking, "model: the weights lack model.norm.weight"),
     "config is no JSON": (
         lambda place, run: (place / "model" / "config.json").write_text("{"),
         "config.json: cannot be read as JSON",

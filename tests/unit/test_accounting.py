@@ -476,6 +476,11 @@ def test_a_hub_id_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (mixture(num_experts=0), "num_experts is 0"),
         (mixture(attention="kv_expert"), "did you mean 'kv_experts'"),
         (mixture(ffn="dense"), "ffn is 'dense', not one of experts, average"),
+        (mixture(num_experts=7, expert_names=["a", "b", "c"]), "num_experts is 7, but expert_names has 3"),
+        (mixture(expert_names="abcd"), "expert_names is no list of names"),
+        (mixture(expert_names=["a", "b", "c", "b"]), "expert_names holds a name twice"),
+        (mixture(expert_rope_parameters=[{}]), "num_experts is 4, but expert_rope_parameters has 1"),
+        (mixture(routed_scaling_factor="auto"), "routed_scaling_factor is 'auto', not a number"),
     ],
 )
 def test_bad_configs_are_refused_in_one_line(config: dict[str, Any], message: str) -> None:

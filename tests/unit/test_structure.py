@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import branchmix
+from branchmix.accounting.shape import MIXTURE_DEFAULTS
 from branchmix.checkpoint.families import FAMILIES, family_of
 from branchmix.models import configuration_branchmix
 from branchmix.upcycling import execute, plan
@@ -58,6 +59,18 @@ def test_dependencies_point_one_way(file: Path) -> None:
             # Parts of one level don't use each other, but for the first level's own ground floor.
             below = LEVELS[other] < LEVELS[part] or other in ("checkpoint", "settings")
             assert other == part or below, f"{part} imports {module}"
+
+
+def test_whether_strangers_code_runs_is_always_said() -> None:
+    """transformers' Auto classes ask on the terminal where it is left open."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            if not (isinstance(called, ast.Attribute) and called.attr == "from_pretrained"):
+                continue
+            if isinstance(called.value, ast.Name) and called.value.id.startswith("Auto"):
+                said = {keyword.arg for keyword in node.keywords}
+                assert "trust_remote_code" in said, f"{file.name}, line {node.lineno}"
 
 
 def test_every_part_has_a_level() -> None:
@@ -120,6 +133,8 @@ def test_lists_that_stand_twice_agree() -> None:
     """The planner may not import transformers, so it cannot take them from the configuration."""
     assert plan.AUTO_MAP == configuration_branchmix.AUTO_MAP
     assert execute.CODE_FILES == configuration_branchmix.CODE_FILES
+    for key, value in MIXTURE_DEFAULTS.items():
+        assert getattr(configuration_branchmix.BranchMixConfig, key) == value, key
     for name in execute.CODE_FILES:
         assert (ROOT / "models" / name).is_file()
     for place in plan.AUTO_MAP.values():

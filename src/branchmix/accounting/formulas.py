@@ -111,6 +111,13 @@ def max_positions(config: Config) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
+def learned_positions(config: Config) -> int | None:
+    """Positions that a dense model or a mixture has embeddings for, its longest sequence; None: it computes them."""
+    seed = config.get("seed_config") or config
+    facts = FACTS.get(str(seed.get("model_type")))
+    return max_positions(seed) if facts is not None and facts.positions_offset is not None else None
+
+
 @dataclass(frozen=True)
 class LayerFlops:
     """Forward FLOPs of one token in one layer (Tables 7 and 10). A multiply-add is 2; norms, biases, activations,

@@ -321,6 +321,22 @@ def _count_tensors(
     return ParameterCounts(**total), ParameterCounts(**active), matrices
 
 
+def too_few_parameters(index: CheckpointIndex) -> str | None:
+    """Says that weights hold fewer parameters than their config describes; None if not, or for unknown families.
+
+    Args:
+        index: headers of a dense model or a mixture.
+    """
+    config = index.config
+    if (config.get("seed_config") or config).get("model_type") not in FAMILIES:
+        return None
+    described, tied = parameters(config).total, shape_of(config).sizes.tied_embeddings
+    stored = _count_tensors(index, tied=tied, active_experts=None)[0].total
+    if stored >= described:
+        return None
+    return f"config.json describes {described:,} parameters, but the weights hold only {stored:,}"
+
+
 def _open_index(folder: Path) -> CheckpointIndex:
     from branchmix.checkpoint.index import CheckpointIndex
 

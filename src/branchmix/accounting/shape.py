@@ -93,6 +93,25 @@ FACTS: dict[str, Facts] = {
 }
 
 
+MIXTURE_DEFAULTS: Config = {
+    "attention": "kv_experts",
+    "attention_norm_topk_prob": False,
+    "attention_num_experts_per_tok": None,
+    "expert_names": None,
+    "expert_rope_parameters": None,
+    "ffn": "experts",
+    "initializer_range": 0.02,
+    "norm_topk_prob": False,
+    "num_experts": 4,
+    "num_experts_per_tok": 1,
+    "routed_scaling_factor": 1.0,
+    "router_aux_loss_coef": 0.01,
+    "router_z_loss_coef": 0.001,
+    "shared_router": False,
+}
+"""What ``BranchMixConfig`` takes for keys that a mixture's config.json leaves out; it needs transformers."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """A dense model or a mixture, with everything that the formulas read."""
@@ -158,7 +177,7 @@ class Shape:
 
 
 def shape_of(config: Config) -> Shape:
-    """Reads a dense config, or a mixture's (``model_type: branchmix``) with the defaults of ``BranchMixConfig``.
+    """Reads a dense config, or a mixture's (``model_type: branchmix``) with ``MIXTURE_DEFAULTS``.
 
     Raises:
         CheckpointError: no model, a family that cannot be a seed, or sizes and choices that no model can have.
@@ -168,25 +187,27 @@ def shape_of(config: Config) -> Shape:
     seed = config.get("seed_config")
     if not isinstance(seed, dict):
         raise CheckpointError("config.json: a branchmix model needs seed_config, the config of the seed's family")
+    config = {**MIXTURE_DEFAULTS, **config}
 
     def choice(name: str, choices: tuple[str, ...]) -> str:
-        value = config.get(name, choices[0])
+        value = config[name]
         if value not in choices:
             raise CheckpointError(
                 f"config.json: {name} is {value!r}, not one of {', '.join(choices)}{nearest(str(value), choices)}"
             )
         return str(value)
 
-    def count(name: str, default: int, largest: int | None = None) -> int:
-        value = config.get(name, default)
+    def count(name: str, largest: int | None = None) -> int:
+        value = config[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(f"config.json: {name} is {value!r}, not a positive whole number")
         if largest is not None and value > largest:
             raise CheckpointError(f"config.json: {name} is {value}, but num_experts is {largest}")
         return value
 
-    num_experts = count("num_experts", 4)
-    soft = config.get("attention_num_experts_per_tok") is None
+    num_experts = count("num_experts")
+    _check_experts(config, num_experts)
+    soft = config["attention_num_experts_per_tok"] is None
     return Shape(
         seed=seed,
         family=family_of(seed),
@@ -194,10 +215,32 @@ def shape_of(config: Config) -> Shape:
         attention=choice("attention", ("kv_experts", "kv_sharing", "average", "seed")),
         ffn=choice("ffn", ("experts", "average")),
         num_experts=num_experts,
-        num_experts_per_tok=count("num_experts_per_tok", 1, num_experts),
-        attention_num_experts_per_tok=None if soft else count("attention_num_experts_per_tok", 1, num_experts),
-        shared_router=bool(config.get("shared_router", False)),
+        num_experts_per_tok=count("num_experts_per_tok", num_experts),
+        attention_num_experts_per_tok=None if soft else count("attention_num_experts_per_tok", num_experts),
+        shared_router=bool(config["shared_router"]),
     )
+
+
+def _check_experts(config: Config, num_experts: int) -> None:
+    """What a mixture's config says of each expert, and their factor.
+
+    Raises:
+        CheckpointError: there are more or fewer names or rotary settings than experts, or something is of a wrong type.
+    """
+    for name, kind, things in (("expert_names", str, "names"), ("expert_rope_parameters", dict, "mappings")):
+        value = config[name]
+        if value is None:
+            continue
+        if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+            raise CheckpointError(f"config.json: {name} is no list of {things}")
+        if len(value) != num_experts:
+            raise CheckpointError(f"config.json: num_experts is {num_experts}, but {name} has {len(value)}")
+    names = config["expert_names"] or []
+    if len(set(names)) != len(names):
+        raise CheckpointError("config.json: expert_names holds a name twice")
+    scaling = config["routed_scaling_factor"]
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
+        raise CheckpointError(f"config.json: routed_scaling_factor is {scaling!r}, not a number")
 
 
 def _checked_dimensions(config: Config) -> Dimensions:

@@ -147,7 +147,7 @@ def read_header(file: Path) -> list[TensorRef]:
         with file.open("rb") as stream:
             start = stream.read(8)
             if start.startswith(b"version "):
-                _refuse_lfs_pointer(file, start + stream.read(64))
+                refuse_lfs_pointer(file, start + stream.read(64))
             if len(start) < 8:
                 raise CheckpointError(f"{file}: truncated, only {size} bytes long: {again}")
             (length,) = struct.unpack("<Q", start)
@@ -284,7 +284,7 @@ def _read_json_object(file: Path) -> dict[str, Any]:
         raw = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    _refuse_lfs_pointer(file, raw)
+    refuse_lfs_pointer(file, raw)
     if not raw.strip():
         raise CheckpointError(f"{file}: is empty: download or save it again")
     try:
@@ -297,7 +297,8 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _refuse_lfs_pointer(file: Path, start: bytes) -> None:
+def refuse_lfs_pointer(file: Path, start: bytes) -> None:
+    """Raises CheckpointError for a file that Git put there in another's place, by its first bytes."""
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file}: is a Git LFS pointer, not the file itself: run `git lfs pull` in that folder")
 

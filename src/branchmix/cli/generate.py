@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from branchmix.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from branchmix.likelihood.models import TextModel
 
 EPILOG = """\b
 Examples:
   branchmix generate mixture "The capital of France is"
   branchmix generate mixture "def fibonacci(n):" --max-new-tokens 80 --temperature 0.7 --seed 1
 """
+
+MIN_TEMPERATURE = 1e-6
+"""Below it logits divided by the temperature may be infinite; here already only the most likely token is drawn."""
+GREATEST_SEED = 2**64 - 1
+"""Of torch's random numbers."""
 
 
 def generate_command(
@@ -37,50 +45,39 @@ def generate_command(
 
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise RecipeError(f"--dtype {dtype}: is none of auto, bfloat16, float16, float32")
-    folder = resolve(model).folder
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise RecipeError(
+            f"--temperature {temperature}: give {MIN_TEMPERATURE} or more, or 0 for the most likely token"
+        )
+    if not 0 <= seed <= GREATEST_SEED:
+        raise RecipeError(f"--seed {seed}: give a whole number from 0 to {GREATEST_SEED}")
+    found = resolve(model)
     if not prompt:
         raise RecipeError("PROMPT is empty: give some text to continue")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: has no config.json: give the folder of a model")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise CheckpointError(f"{folder}: has no tokenizer files: copy the seed's tokenizer beside the weights")
     quiet_libraries()
-    _generate(folder, prompt, max_new_tokens, temperature, seed, dtype, chat, trust_remote_code, as_json)
+    from branchmix.likelihood.models import TextModel
+
+    text_model = TextModel(found, dtype, trust_remote_code)
+    _generate(text_model, prompt, max_new_tokens, temperature, seed, chat, as_json)
 
 
 def _generate(
-    folder: Path,
+    text_model: TextModel,
     prompt: str,
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    dtype: str,
     chat: bool,
-    trust_remote_code: bool,
     as_json: bool,
 ) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-    except Exception as error:  # whatever transformers and the readers below it raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if "trust_remote_code" in str(error) and not trust_remote_code:
-            reason = "it brings code of its own: read that code, then allow it with --trust-remote-code"
-        raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
-    if chat and not tokenizer.chat_template:
-        raise RecipeError(f"--chat: the tokenizer of {folder} has no chat template: leave --chat out")
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    if torch.cuda.is_available():
-        model, inputs = model.to("cuda"), inputs.to("cuda")
+    tokenizer = text_model.tokenizer
+    inputs = _inputs(text_model, prompt, chat)
+    _require_positions(text_model, inputs["input_ids"].shape[1], max_new_tokens)
+    model = text_model.load()
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
@@ -109,3 +106,48 @@ def _generate(
         )
     else:
         typer.echo(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", err=True)
+
+
+def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:
+    """The prompt's tokens [1, T] and their mask; other things that a tokenizer makes (``token_type_ids``) are left out.
+
+    Raises:
+        RecipeError: a chat was asked for, but the tokenizer has no template.
+        CheckpointError: the tokenizer makes no tokens, or some that the model does not have.
+    """
+    tokenizer, folder = text_model.tokenizer, text_model.folder
+    if chat and not tokenizer.chat_template:
+        raise RecipeError(f"--chat: the tokenizer of {folder} has no chat template: leave --chat out")
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        made = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        made = tokenizer(prompt, return_tensors="pt")
+    ids_BT = made["input_ids"]
+    if not ids_BT.numel():
+        raise CheckpointError(f"{folder}: its tokenizer makes no tokens of PROMPT: give the folder its own tokenizer")
+    size = text_model.config.get_text_config().vocab_size
+    if int(ids_BT.max()) >= size:
+        raise CheckpointError(
+            f"{folder}: its tokenizer makes token {int(ids_BT.max())} of PROMPT, but the model has only {size} tokens: "
+            "give the folder its own tokenizer"
+        )
+    return {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
+
+
+def _require_positions(text_model: TextModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse more tokens than a model with learned positions has any for; the last one is never read.
+
+    Raises:
+        RecipeError: says how many there are.
+    """
+    from branchmix.accounting.formulas import learned_positions
+
+    positions = learned_positions(text_model.config.to_dict())
+    if positions is not None and prompt_tokens + max_new_tokens - 1 > positions:
+        raise RecipeError(
+            f"--max-new-tokens {max_new_tokens}: PROMPT has {prompt_tokens} tokens, and {text_model.folder} has only "
+            f"{positions} positions: give a shorter PROMPT, or ask for fewer tokens"
+        )

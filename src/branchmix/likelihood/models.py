@@ -9,6 +9,7 @@ import numpy as np
 
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
 from branchmix.likelihood.records import tokenizer_hash
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -25,36 +26,27 @@ class TextModel:
     """A model's config and tokenizer; its weights are loaded when they are asked for."""
 
     def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool):
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
 
         self.given, self.folder, self.revision = found.given, found.folder, found.revision
-        self.dtype, self.trust_remote_code = dtype, trust_remote_code
+        self.dtype = dtype
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: has no config.json: give the folder of a model")
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise CheckpointError(
                 f"{self.folder}: has no tokenizer files: copy the seed's tokenizer beside the weights"
             )
-        self.config = self._load(AutoConfig)
-        self.tokenizer = self._load(AutoTokenizer)
+        self._options: dict[str, Any] = {"given": self.given, "trust_remote_code": trust_remote_code}
+        self.config = load(AutoConfig, self.folder, **self._options)
+        self.tokenizer = load_tokenizer(self.folder, **self._options)
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
 
     def load(self) -> Any:
         """The causal LM, ready for evaluation, on a GPU if there is one."""
         import torch
-        from transformers import AutoModelForCausalLM
 
-        model = self._load(AutoModelForCausalLM, dtype=self.dtype, use_safetensors=True)
+        model = load_language_model(self.folder, dtype=self.dtype, **self._options)
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-
-    def _load(self, kind: Any, **options: Any) -> Any:
-        try:
-            return kind.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **options)
-        except Exception as error:  # whatever transformers and the readers below it raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            if "trust_remote_code" in str(error) and not self.trust_remote_code:
-                reason = "it brings code of its own: read that code, then allow it with --trust-remote-code"
-            raise CheckpointError(f"{self.given}: transformers cannot load it: {reason}") from error
 
 
 def prefix_token(tokenizer: Any, config: Any) -> int | None:

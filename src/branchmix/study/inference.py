@@ -27,18 +27,16 @@ def measure_inference(
         trust_remote_code: run code that the seed brings along.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from branchmix.likelihood.loading import load_language_model
     from branchmix.models.chunked_branchmix import faster_in_bf16
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if faster_in_bf16(device) else torch.float32
-    load = partial(
-        AutoModelForCausalLM.from_pretrained, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    load = partial(load_language_model, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = {name: load(folder).eval().to(device) for name, folder in models.items()}
     found: dict[str, Any] = {name: {"seconds": []} for name in loaded}
     for run in range(runs + 1):

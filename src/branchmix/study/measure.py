@@ -91,9 +91,10 @@ class _Loaded:
 
     def __init__(self, folder: Path, bf16: bool | None, max_length: int, trust_remote_code: bool):
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig
         from transformers.utils import logging
 
+        from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
         from branchmix.likelihood.models import prefix_token
         from branchmix.models.chunked_branchmix import faster_in_bf16
         from branchmix.train.models import Computing, attention_options
@@ -102,12 +103,11 @@ class _Loaded:
         logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.computing = Computing(self.device, faster_in_bf16(self.device) if bf16 is None else bf16)
-        options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        options |= attention_options(config.model_type, self.computing, max_length)
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+        config = load(AutoConfig, folder, trust_remote_code=trust_remote_code)
+        options = attention_options(config.model_type, self.computing, max_length)
+        model = load_language_model(folder, trust_remote_code=trust_remote_code, dtype=torch.float32, **options)
         self.model = model.eval().to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         self.prefix = prefix_token(self.tokenizer, self.model.config)
 
     def documents(self, texts: Sequence[str], max_length: int) -> list[tuple[tuple[float, int, int], np.ndarray]]:

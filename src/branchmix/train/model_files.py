@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
 from branchmix.errors import CheckpointError
+from branchmix.likelihood.loading import refuse_missing
 from branchmix.train.checkpoint_files import TRAINING
 from branchmix.train.training_state import is_sharded, set_weights, whole_weights
 
@@ -87,10 +88,12 @@ def _plain(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     if found:  # torch makes a class for each parametrized module, but the model itself keeps its own
         assert not any(prefix.startswith("parametrizations.") for prefix, _ in found)
     try:
-        weights = kind.from_pretrained(folder, dtype=torch.float32).state_dict()
+        loaded, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder}: is not of this run's model ({type(model).__name__}): {first}") from error
+    refuse_missing(info, str(folder))
+    weights: dict[str, torch.Tensor] = loaded.state_dict()
     for prefix, _ in found:
         weights.pop(prefix.replace("parametrizations.", "").removesuffix("."))
     return weights | (load_file(folder / RAW) if found else {})

@@ -16,6 +16,7 @@ from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import TOKENIZER_FILES
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood.loading import refuse_missing
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.sharding import loading_options, shard_new
 
@@ -88,13 +89,13 @@ def load_model(found: ResolvedModel, config: RunConfig, computing: Computing) ->
     """Model in fp32 and tokenizer of a folder.
 
     Raises:
-        CheckpointError: it is no causal LM, has no tokenizer, or needs code that was not allowed.
+        CheckpointError: it is no causal LM, lacks weights, has no tokenizer, or needs code that was not allowed.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(found, trust_remote_code=config.trust_remote_code)
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     options["use_safetensors"] = True  # transformers would go back to pickles
     source = require_model_type(found)
     options |= attention_options(source["model_type"], computing, config.sequence_length, config.attn_implementation)
@@ -102,9 +103,12 @@ def load_model(found: ResolvedModel, config: RunConfig, computing: Computing) ->
         options["experts_implementation"] = config.experts_implementation
     options |= loading_options(config, source, int(os.environ.get("WORLD_SIZE", "1")))
     try:
-        model = AutoModelForCausalLM.from_pretrained(found.folder, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            found.folder, trust_remote_code=config.trust_remote_code, **options
+        )
     except (ValueError, OSError, ImportError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{found.given}: cannot be loaded as a language model: {_one_line(error)}") from error
+    refuse_missing(info, found.given)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise CheckpointError(
             f"{found.given}: the tokenizer has {len(tokenizer):,} tokens, but the model only "

@@ -1,6 +1,6 @@
 """Do these dense checkpoints fit together? Every problem is found before a byte is written, and all are told at once.
 
-Reads configs, safetensors headers and tokenizer files, no weights.
+Reads configs, safetensors headers and tokenizer files, no weights but buffers of whole numbers.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from branchmix.checkpoint.families import Config, Dimensions, dimensions
-from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef
+from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.recipe import Recipe
 from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role
 from branchmix.upcycling.structure import (
     contradictions,
     count_tensors,
+    incompleteness,
     missing_tensors,
     structure_problems,
     unplaced_tensors,
@@ -63,7 +67,7 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
         experts: the specialised models.
     """
     found = Findings()
-    seeds_own = [*contradictions(seed), *structure_problems(seed)]
+    seeds_own = [*contradictions(seed), *structure_problems(seed)] or list(incompleteness(seed))
     found.problems += [f"seed: {problem}" for problem in seeds_own]
     for expert in experts:
         _compare(seed, expert, recipe, found, told=seeds_own)
@@ -240,6 +244,21 @@ def _tensor_problems(who: str, seed: DenseExpert, expert: DenseExpert) -> Iterat
         mine, other = ours[name].shape, theirs[name].shape
         if mine != other and not (_is_vocabulary(name, mine, seed) and mine[1:] == other[1:]):
             yield f"{who}: {name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
+        elif not _averaged_or_equal(ours[name], theirs[name]):
+            yield (
+                f"{who}: {name} is stored as {theirs[name].dtype} and not equal to the seed's ({ours[name].dtype}): "
+                f"whole numbers have no mean, {SAME_SEED}"
+            )
+
+
+def _averaged_or_equal(ours: TensorRef, theirs: TensorRef) -> bool:
+    """Whether two tensors of one name are both of floats, or small buffers of other numbers with the same bytes."""
+    if ours.dtype in FLOAT_DTYPES and theirs.dtype in FLOAT_DTYPES:
+        return True
+    if ours.dtype != theirs.dtype or ours.nbytes != theirs.nbytes:
+        return False
+    mine, other = (np.memmap(ref.file, np.uint8, "r", ref.offset, (ref.nbytes,)) for ref in (ours, theirs))
+    return bool(np.array_equal(mine, other))
 
 
 def _check_vocabulary(

@@ -11,6 +11,7 @@ from pathlib import Path
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, read_header
 from branchmix.errors import CheckpointError
+from branchmix.upcycling.sources import is_head
 
 
 def is_adapter(folder: Path) -> bool:
@@ -40,7 +41,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
         module, lora, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
         # Of a checkpoint of the base model alone, names lack the first part.
         target = seed.tensors.get(f"{module}.weight") or seed.tensors.get(f"{module.partition('.')[2]}.weight")
-        if not lora or module.split(".")[0] in ("lm_head", "embed_out"):
+        if not lora or is_head(module):
             continue
         if target is None:
             raise CheckpointError(f"{weights}: adapts {module}, which the seed lacks: give the seed it was trained on")
@@ -68,7 +69,8 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
     except ImportError:
         raise CheckpointError(f"{adapter}: merging a LoRA adapter needs peft: pip install 'branchmix[lora]'") from None
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from branchmix.likelihood.loading import load_language_model
 
     place = out.absolute().parent
     place.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
     target = place / f".{out.name}.incomplete-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
-        base = AutoModelForCausalLM.from_pretrained(seed.folder, dtype=torch.float32, trust_remote_code=False)
+        base = load_language_model(seed.folder, given=seed.given, dtype=torch.float32)
         merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
         merged.save_pretrained(target)
     except BaseException as error:

@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from branchmix.accounting.inspection import too_few_parameters
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of
+from branchmix.accounting.shape import MIXTURE_DEFAULTS, Shape, shape_of
+from branchmix.checkpoint.families import Config, Dimensions, Family
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.errors import CheckpointError
 from branchmix.recipe import DTYPES
-from branchmix.upcycling.sources import MixtureExpert
+from branchmix.upcycling.sources import FFN_NAMES, MixtureExpert
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 class OpenedMixture:
-    """Config, tensors and experts of a mixture.
+    """Config (with the defaults of keys that are left out), tensors and experts of a mixture.
 
     Args:
         given: folder or Hub id, as the user wrote it.
         otherwise: what to do with a model that is no mixture, for the error.
 
     Raises:
-        CheckpointError: it cannot be read, or is no mixture.
+        CheckpointError: it cannot be read, is no mixture, or its config and weights are not those of one.
     """
 
     def __init__(self, given: str, *, otherwise: str):
         self.resolved: ResolvedModel = resolve(given)
-        self.index = CheckpointIndex.open(self.resolved.folder)
-        self.config: Config = self.index.config
-        if self.config.get("model_type") != "branchmix":
-            raise CheckpointError(f"{given}: is a {self.config.get('model_type')} model, not a mixture: {otherwise}")
-        lacking = [key for key in ("seed_config", "num_experts", "num_experts_per_tok") if not self.config.get(key)]
+        folder = self.resolved.folder
+        opened = CheckpointIndex.open(folder)
+        if opened.config.get("model_type") != "branchmix":
+            raise CheckpointError(f"{given}: is a {opened.config.get('model_type')} model, not a mixture: {otherwise}")
+        lacking = [key for key in ("seed_config", "num_experts", "num_experts_per_tok") if not opened.config.get(key)]
         if lacking:
-            raise CheckpointError(
-                f"{self.resolved.folder / 'config.json'}: has no {lacking[0]}: copy the mixture's own here"
-            )
-        self.seed_config: Config = self.config["seed_config"]
-        self.family: Family = family_of(self.seed_config)
-        self.dims: Dimensions = dimensions(self.seed_config)
-        count = self.config["num_experts"]
-        self.names: list[str] = self.config.get("expert_names") or [f"expert-{number}" for number in range(count)]
+            raise CheckpointError(f"{folder / 'config.json'}: has no {lacking[0]}: copy the mixture's own here")
+        self.config: Config = {**MIXTURE_DEFAULTS, **opened.config}
+        self.index = replace(opened, config=self.config)
+        try:
+            self.shape: Shape = shape_of(self.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}: copy the mixture's own here") from None
+        self.seed_config: Config = self.shape.seed
+        self.family: Family = self.shape.family
+        self.dims: Dimensions = self.shape.sizes
+        self._check_tensors()
+        count = self.shape.num_experts
+        self.names: list[str] = self.config["expert_names"] or [f"expert-{number}" for number in range(count)]
         self.experts = [
             MixtureExpert(name, self.index, self.family, self.dims, number) for number, name in enumerate(self.names)
         ]
@@ -53,11 +62,51 @@ class OpenedMixture:
 
     @property
     def has_attention_experts(self) -> bool:
-        return self.config.get("attention", "kv_experts") in ("kv_experts", "kv_sharing")
+        return self.shape.attention in ("kv_experts", "kv_sharing")
 
     @property
     def has_ffn_experts(self) -> bool:
-        return bool(self.config.get("ffn", "experts") == "experts")
+        return self.shape.ffn == "experts"
+
+    def _check_tensors(self) -> None:
+        """Raises CheckpointError where weights are missing, or of other shapes than the config's."""
+        folder = self.resolved.folder
+        together = "config and weights do not belong together, download or save both again"
+        for name, shape in self._expected_tensors():  # ends at the first that is wrong, were there a billion layers
+            ref = self.index.tensors.get(name)
+            if ref is None:
+                raise CheckpointError(
+                    f"{folder}: the weights lack {name}: download the mixture again, or save it again as a causal "
+                    "language model"
+                )
+            if ref.shape != shape:
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {list(ref.shape)}, but by config.json it should be {list(shape)}: "
+                    f"{together}"
+                )
+        if found := too_few_parameters(self.index):
+            raise CheckpointError(f"{folder}: {found}: {together}")
+
+    def _expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Routers and matrices of the experts, with their shapes; biases and the rest are known by their number."""
+        shape, dims, family = self.shape, self.dims, self.family
+        width, inner, count = dims.hidden_size, dims.intermediate_size, shape.num_experts
+        query, shared = count * dims.num_heads * dims.head_dim, shape.kv_experts * dims.num_kv_heads * dims.head_dim
+        for layer in range(dims.num_layers):
+            attention = f"model.{family.layers}.{layer}.{family.attention}"
+            ffn = f"model.{family.layers}.{layer}.{family.ffn}"
+            if self.has_attention_experts:
+                for role, rows in (("q", query), ("k", shared), ("v", shared)):
+                    yield f"{attention}.heads.{role}_proj.weight", (rows, width)
+                yield f"{attention}.o_proj.weight", (width, query)
+                if not shape.shared_router:
+                    yield f"{attention}.expert_gate.weight", (count, width)
+            if self.has_ffn_experts:
+                yield f"{ffn}.gate.weight", (count, width)
+                for number in range(count):
+                    for matrix in FFN_NAMES[family.gate is not None]:
+                        down = matrix == "down_proj"
+                        yield f"{ffn}.experts.{number}.{matrix}.weight", (width, inner) if down else (inner, width)
 
     def provenance(self) -> dict[str, Any]:
         """Recipe, sources and changes; without a record of its own (it was trained since) the mixture is the source."""
@@ -92,10 +141,21 @@ def _keys(phases: list[dict[str, Any]]) -> list[str]:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    found = _read(folder / "branchmix.json")
+    """Content of ``branchmix.json``; None if there is none.
+
+    Raises:
+        CheckpointError: a source in it has no name or no model.
+    """
+    file = folder / "branchmix.json"
+    found = _read(file)
     if found is None or not isinstance(found.get("sources"), list):
         return None
-    return {"recipe": {}, **{key: value for key, value in found.items() if key not in ("versions", "notes")}}
+    for number, source in enumerate(found["sources"]):
+        for key in ("name", "model"):
+            if not isinstance(source, dict) or not isinstance(source.get(key), str):
+                raise CheckpointError(f"{file}: sources.{number} has no {key}: copy the model's own here, or remove it")
+    kept = {key: value for key, value in found.items() if key not in ("versions", "notes")}
+    return {"recipe": {}, **kept, "sources": [{"revision": None, **source} for source in found["sources"]]}
 
 
 def _read(file: Path) -> dict[str, Any] | None:

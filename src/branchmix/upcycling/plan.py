@@ -300,14 +300,17 @@ class _Mixture:
         below = re.sub(rf"^{re.escape(self.family.layers)}\.\d+\.", "", name)
         if below.removesuffix(".weight") in self.folded:
             return Constant(shape, 1.0 - self.family.gain_offset, self.dtype)
+        own = Source(self.seed.tensors[name])
         if self.recipe.attention == "seed" and below.startswith(f"{self.family.attention}."):
-            return Source(self.seed.tensors[name])
+            return own
+        if not _is_float(own):  # the check has seen that it is the same in all models
+            return own
         merged = mean([Source(model.tensors[name]) for model in self.models], self.weights, self.dtype)
         rows = merged.num_rows
         if shape and rows > shape[0]:  # an expert's embeddings are padded further than the seed's
             return Rows(merged, ((0, shape[0]),))
         if shape and rows < shape[0]:  # the seed's are, and it takes no part in the mean
-            padding = Rows(Source(self.seed.tensors[name]), ((rows, shape[0]),))
+            padding = Rows(own, ((rows, shape[0]),))
             return Stack((cast(merged, self.dtype), cast(padding, self.dtype)))
         return merged
 

@@ -17,7 +17,7 @@ import numpy as np
 from branchmix.checkpoint.drawn import Held
 from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.errors import RecipeError
+from branchmix.errors import CheckpointError, RecipeError
 from branchmix.recipe import Recipe
 from branchmix.upcycling.compatibility import foldable_norms
 from branchmix.upcycling.plan import open_expert, output_dtype
@@ -50,17 +50,19 @@ def hidden_state_routers(
         texts: of every expert, one or more.
 
     Raises:
-        RecipeError: the seed has no tokenizer.
+        RecipeError: the seed has no tokenizer without code of its own.
+        CheckpointError: the seed cannot be loaded.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from branchmix.likelihood.loading import load_language_model, load_tokenizer
 
     seed = open_expert("seed", seed_index)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(seed_index.folder)
-    except (OSError, ValueError):
-        raise RecipeError(f"router_init: the seed {seed_index.folder} has no tokenizer to read prompts with") from None
-    model = AutoModelForCausalLM.from_pretrained(seed_index.folder, dtype=torch.float32).eval()
+        tokenizer = load_tokenizer(seed_index.folder)
+    except CheckpointError as error:
+        raise RecipeError(f"router_init: the seed has no tokenizer to read prompts with: {error}") from None
+    model = load_language_model(seed_index.folder, dtype=torch.float32).eval()
     dtype = output_dtype(recipe, seed)
     watched = _watched(recipe, seed, model)
 

@@ -27,6 +27,9 @@ _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention
 SAME_SEED = "experts must have grown from one seed"
 """Why models that differ are refused."""
 
+FFN_NAMES = {True: ("gate_proj", "up_proj", "down_proj"), False: ("in_proj", "down_proj")}
+"""On-disk names of an expert's matrices, for gated and for plain FFNs."""
+
 
 class ExpertSource(ABC):
     """One expert's share of every layer."""
@@ -65,10 +68,10 @@ class DenseExpert(ExpertSource):
         names = self.index.tensors
         prefix = self.family.layers.split(".")[0] + "."
         if not any(name.startswith(self.family.layers + ".") for name in names):
-            names = {name if _is_head(name) else prefix + name: ref for name, ref in names.items()}
+            names = {name if is_head(name) else prefix + name: ref for name, ref in names.items()}
         kept = {name: ref for name, ref in names.items() if not _BUFFERS.search(name)}
         if self.dims.tied_embeddings:
-            kept = {name: ref for name, ref in kept.items() if not _is_head(name)}
+            kept = {name: ref for name, ref in kept.items() if not is_head(name)}
         return kept
 
     def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
@@ -243,5 +246,6 @@ def _row(ref: TensorRef, number: int) -> Source:
     return Source(replace(ref, shape=ref.shape[1:], offset=ref.offset + number * nbytes, nbytes=nbytes))
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether a tensor or module is (in) the output embeddings."""
     return name.split(".")[0] in ("lm_head", "embed_out")

@@ -10,7 +10,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from branchmix.upcycling.sources import DenseExpert, Role
+from branchmix.accounting.inspection import too_few_parameters
+from branchmix.errors import CheckpointError
+from branchmix.upcycling.sources import DenseExpert, Role, is_head
 
 
 def contradictions(model: DenseExpert) -> Iterator[str]:
@@ -37,6 +39,33 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
     down = model.ffn(0).get("down_proj.weight")
     if down is not None and tuple(down.shape) != (dims.hidden_size, dims.intermediate_size):
         yield _misshapen("down", down.shape, (dims.hidden_size, dims.intermediate_size)) + together
+
+
+def incompleteness(model: DenseExpert) -> Iterator[str]:
+    """Embeddings, norms, output embeddings or biases that are not there, though the config asks for them.
+
+    Loading such a model draws them at random. Sizes and projections are taken to be right.
+    """
+    again = "the checkpoint is incomplete, download or save it again"
+    if not model.dims.tied_embeddings and not any(map(is_head, model.tensors)):
+        yield (
+            "the output embeddings (lm_head) are missing, and config.json does not tie them to the input embeddings: "
+            "save the causal language model, not its base model"
+        )
+        return
+    if model.family.inferred:
+        outside = [name for name in model.tensors if not name.startswith(f"{model.family.layers}.")]
+        if not any("embed" in name for name in outside):
+            yield f"the embeddings are missing: {again}"
+        if any("norm" in name for name in model.tensors) and not any("norm" in name for name in outside):
+            yield f"the final norm is missing: {again}"
+        return
+    try:
+        found = too_few_parameters(model.index)
+    except CheckpointError as error:
+        found = str(error)
+    if found:
+        yield f"{found}: {again}"
 
 
 def _misshapen(role: str, shape: Sequence[int], wanted: Sequence[int]) -> str:

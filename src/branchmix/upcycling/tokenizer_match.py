@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.index import refuse_lfs_pointer
+from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import SAME_SEED
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -24,10 +26,17 @@ class TokenizerComparison:
 
     @property
     def size(self) -> int | None:
-        """Highest token id + 1, where it can be read."""
-        return (
-            None if self.file is None else max(_token_ids(json.loads(self.file.read_bytes())).values(), default=-1) + 1
-        )
+        """Highest token id + 1, where there is a tokenizer.json.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        if self.file is None:
+            return None
+        try:
+            return max(_token_ids(json.loads(self.file.read_bytes())).values(), default=-1) + 1
+        except _NO_TOKENIZER:
+            raise CheckpointError(_no_tokenizer(self.file)) from None
 
 
 def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
@@ -37,6 +46,12 @@ def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
     if not mine or not other:
         whose = "the seed has" if not mine else "it has"
         return TokenizerComparison(same=False, note=f"{whose} no tokenizer files: that token ids agree is not checked")
+    try:
+        for file in (*(theirs / name for name in sorted(other)), *(ours / name for name in sorted(mine))):
+            with file.open("rb") as opened:
+                refuse_lfs_pointer(file, opened.read(64))
+    except CheckpointError as error:
+        return TokenizerComparison(same=False, problem=str(error))
     if "tokenizer.json" in mine & other:
         return _compare_tokenizer_json(ours / "tokenizer.json", theirs / "tokenizer.json")
     common = sorted(mine & other)
@@ -58,7 +73,7 @@ def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
 
 def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
     raw_ours, raw_theirs = ours.read_bytes(), theirs.read_bytes()
-    if raw_ours == raw_theirs:  # as nearly always; parsing takes a tenth of a second each
+    if raw_ours == raw_theirs and raw_ours.lstrip().startswith(b"{"):  # parsing takes a tenth of a second each
         return TokenizerComparison(same=True, file=ours)
     try:
         whose = ours
@@ -67,8 +82,8 @@ def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
         whose = theirs
         second = json.loads(raw_theirs)
         ids_second = _token_ids(second)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
-        return TokenizerComparison(same=False, problem=f"{whose}: is no tokenizer file: download it again")
+    except _NO_TOKENIZER:
+        return TokenizerComparison(same=False, problem=_no_tokenizer(whose))
     if ids_first != ids_second:
         text = next(token for token in {**ids_first, **ids_second} if ids_first.get(token) != ids_second.get(token))
         return TokenizerComparison(
@@ -84,6 +99,14 @@ def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
             same=False, problem=f"its tokenizer has the seed's tokens but other merge rules: {SAME_SEED}"
         )
     return TokenizerComparison(same=True, file=ours)
+
+
+_NO_TOKENIZER = (ValueError, TypeError, AttributeError, KeyError, IndexError)
+"""What reading the parts of a tokenizer.json raises where it is something else."""
+
+
+def _no_tokenizer(file: Path) -> str:
+    return f"{file}: is no tokenizer file: download it again"
 
 
 def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:

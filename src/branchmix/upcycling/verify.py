@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from branchmix.checkpoint.expressions import Expression, Mean, Source
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
-from branchmix.checkpoint.numbers import to_float32
+from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
@@ -268,7 +268,8 @@ def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, num
     owned = expert.expert_tensors(attention, plan.config["ffn"] == "experts")
     dtype = DTYPES[plan.config["dtype"]]
     state = {}
-    for name, ref in expert.tensors.items():
+    floats = {name: ref for name, ref in expert.tensors.items() if ref.dtype in FLOAT_DTYPES}
+    for name, ref in floats.items():  # other numbers are buffers, which the class computes
         source = ref if name in owned else index.tensors.get(f"model.{name}", ref)
         state[name] = _tensor(cast(Source(source), dtype))  # the output's dtype may be narrower than the source's
     if expert.fold_norms:
@@ -331,13 +332,16 @@ def _tensor(source: Expression) -> Any:
 
 
 def sample_tokens(folder: Path, vocab_size: int) -> Any:
-    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none."""
+    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none that works."""
     import torch
 
-    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer
+    from branchmix.likelihood.loading import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(folder)(SAMPLE, return_tensors="pt").input_ids
+    if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
+        with suppress(Exception):  # a broken one: weights are compared here, and any ids will do
+            ids_T = load_tokenizer(folder)(SAMPLE).input_ids
+            if ids_T and max(ids_T) < vocab_size:
+                return torch.tensor([ids_T])
     return torch.randint(0, vocab_size, (1, 48), generator=torch.Generator().manual_seed(0))
 
 

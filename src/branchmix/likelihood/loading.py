@@ -1,0 +1,70 @@
+"""What transformers loads from a folder, without what it would let pass: strangers' code, pickles, missing weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from branchmix.errors import CheckpointError
+
+
+def load_language_model(
+    folder: Path, *, given: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> Any:
+    """The causal LM of a folder, every weight of it from safetensors.
+
+    Args:
+        folder: of the checkpoint.
+        given: what the user calls it, for errors; the folder itself if None.
+        trust_remote_code: run code that the checkpoint brings along.
+        **options: of ``from_pretrained``, such as ``dtype``.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, info = load(AutoModelForCausalLM, folder, given=given, trust_remote_code=trust_remote_code, **options)
+    refuse_missing(info, given or str(folder))
+    return model
+
+
+def load_tokenizer(folder: Path, *, given: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder; arguments and errors as for ``load_language_model``."""
+    from transformers import AutoTokenizer
+
+    return load(AutoTokenizer, folder, given=given, trust_remote_code=trust_remote_code)
+
+
+def load(kind: Any, folder: Path, *, given: str | None = None, trust_remote_code: bool = False, **options: Any) -> Any:
+    """``kind.from_pretrained``, for one of transformers' Auto classes; its errors become one line.
+
+    ``trust_remote_code`` is always given: left out, transformers asks on the terminal, and runs the code after a "y".
+    """
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # whatever transformers and the readers below it raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            reason = "it brings code of its own: read that code, then allow it with --trust-remote-code"
+        raise CheckpointError(f"{given or folder}: transformers cannot load it: {reason}") from error
+
+
+def refuse_missing(info: dict[str, Any], given: str) -> None:
+    """Refuse a model of which transformers had to draw weights at random.
+
+    Args:
+        info: what ``from_pretrained`` tells with ``output_loading_info``.
+        given: what the user calls the model.
+
+    Raises:
+        CheckpointError: weights are missing; names the first.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{given}: the weights lack {missing[0]}{more}, which would be random numbers: download or save the model "
+            "again"
+        )
