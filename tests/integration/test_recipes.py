@@ -138,6 +138,8 @@ def test_equal_whole_numbers_are_copied(siblings: Siblings, tmp_path: Path) -> N
         found = weights(out)
         name = "model.buffer" if options else "model.model.buffer"
         assert torch.equal(found[name], torch.arange(4))
+    branchmix.remove_expert(tmp_path / "out-0", "code", tmp_path / "smaller")
+    assert torch.equal(weights(tmp_path / "smaller")["model.model.buffer"], torch.arange(4))
 
 
 @pytest.mark.parametrize(

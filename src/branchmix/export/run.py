@@ -160,7 +160,9 @@ def _verify(
         if progress is not None:
             progress("comparing logits", number, 2)
         loader = BranchMixForCausalLM if name == "mixture" else AutoModelForCausalLM
-        model, info = loader.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
+        model, info = loader.from_pretrained(
+            where, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
         strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         if strangers:
             raise VerificationError(f"{where.name}: {strangers[0]} has no counterpart in {type(model).__name__}")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from branchmix.checkpoint.expressions import Cast, Columns, Expression, Mean, Rows, Source, Stack
+from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.upcycling.sources import ExpertSource, Kind, Role
 
 
@@ -85,8 +86,8 @@ def mean(parts: Sequence[Expression], weights: Sequence[float], dtype: str) -> E
 
 
 def cast(part: Expression, dtype: str) -> Expression:
-    """``part`` in ``dtype``; the same expression where it is that already."""
-    return part if part.dtype == dtype else Cast(part, dtype)
+    """``part`` in ``dtype``; the same expression where it is that already, or holds no floats."""
+    return part if part.dtype == dtype or part.dtype not in FLOAT_DTYPES else Cast(part, dtype)
 
 
 def _all(parts: Iterable[Expression | None]) -> list[Expression]:

@@ -12,9 +12,10 @@ from typing import Any
 
 from branchmix import __version__
 from branchmix.checkpoint.drawn import Constant, Normal, PartlyRedrawn
-from branchmix.checkpoint.expressions import Cast, Expression, Rows, Scaled, Source, Stack
+from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
@@ -83,8 +84,9 @@ def open_expert(name: str, index: CheckpointIndex, *, fold_norms: bool = False) 
         CheckpointError: it is no dense causal language model; the message names the expert.
     """
     try:
+        family = family_of(index.config)
         rope_of(index.config)
-        return DenseExpert(name, index, family_of(index.config), dimensions(index.config), fold_norms)
+        return DenseExpert(name, index, family, dimensions(index.config), fold_norms)
     except CheckpointError as error:
         who = "seed" if name == "seed" else f"expert {name!r}"
         raise CheckpointError(f"{who}: {error}") from None
@@ -303,7 +305,7 @@ class _Mixture:
         own = Source(self.seed.tensors[name])
         if self.recipe.attention == "seed" and below.startswith(f"{self.family.attention}."):
             return own
-        if not _is_float(own):  # the check has seen that it is the same in all models
+        if own.dtype not in FLOAT_DTYPES:  # the check has seen that it is the same in all models
             return own
         merged = mean([Source(model.tensors[name]) for model in self.models], self.weights, self.dtype)
         rows = merged.num_rows
@@ -340,7 +342,7 @@ class _Mixture:
         return int(found.group(1)) if found else None
 
     def _out(self, name: str, part: Expression) -> OutputTensor:
-        return OutputTensor(name, part if part.dtype == self.dtype or not _is_float(part) else Cast(part, self.dtype))
+        return OutputTensor(name, cast(part, self.dtype))
 
     def config(self) -> Config:
         """Content of config.json."""
@@ -452,7 +454,3 @@ def _main_dtype(model: DenseExpert) -> str:
     if best is None:
         raise CheckpointError(f"{model.name}: stored as {'+'.join(sizes)}: give dtype: bfloat16 in the recipe")
     return best
-
-
-def _is_float(part: Expression) -> bool:
-    return part.dtype in ("BF16", "F16", "F32", "F64")
