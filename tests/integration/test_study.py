@@ -211,6 +211,19 @@ def test_the_run_files_can_be_used_by_hand(done: Any) -> None:
     assert recipe["attention"] == "average" and recipe["routed_scaling_factor"] == "auto"
 
 
+def test_results_hold_no_path_of_this_machine(done: Any, tmp_path: Path) -> None:
+    """Also where the seed is a folder: runs need its place, results its name in the study's file."""
+    shutil.copytree(next(done.out.glob("steps/r1.train.seed-*")) / "model", tmp_path / "seed")
+    tokens = {"expert": STEP, "mixture": STEP}
+    file = write_study(tmp_path, seed="seed", tokens=tokens, methods=["btx"], inference=None)
+    found = study(file, tmp_path / "out", only=["code", "r1.upcycle.btx"], launcher="inline", progress=False)
+    assert not found.failed and not found.left
+    results = [file.read_text() for file in (tmp_path / "out" / "results").iterdir()]
+    assert len(results) == 4 and str(tmp_path) not in "".join(results)
+    record = json.loads((tmp_path / "out" / "results" / "r1.train.code.json").read_text())
+    assert record["run"]["model"] == "seed"
+
+
 def test_another_folder_is_not_touched(done: Any, tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("something")
     with pytest.raises(OutputError, match="no study's folder"):

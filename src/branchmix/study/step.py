@@ -130,9 +130,10 @@ class _Task:
         from branchmix.train.config import RunConfig
 
         run = dict(self.options["run"])
+        of_a_step = "model" in self.step["needs"]
+        is_given = "model" not in run and not of_a_step
         if "model" not in run:
-            model = self.model()
-            run["model"] = relative(model, self.folder) if "model" in self.step["needs"] else self._given()
+            run["model"] = relative(self.model(), self.folder) if of_a_step else self._given()
         if clock := run.pop("minutes_of", None):
             record = json.loads((self.needed(clock) / RESULT).read_text(encoding="utf-8"))
             run["budget"] = {"training_minutes": record["training"]["seconds"] / 60}
@@ -164,7 +165,10 @@ class _Task:
             "computing": record["computing"],
             "machine": {**record["machine"], "cpu": cpu_name()},
             "versions": record["versions"],
-            "run": {key: value for key, value in run.items() if key not in ("data", "out")},
+            "run": {
+                **{key: value for key, value in run.items() if key not in ("data", "out")},
+                **({"model": self.settings["seed"]} if is_given else {}),  # results travel: no path of this machine
+            },
         }
 
     def _given(self) -> str:
