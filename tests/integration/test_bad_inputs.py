@@ -261,6 +261,8 @@ RECIPES = [
     Case("a thousand brackets", "recipe.yaml: | not valid YAML: nested too deeply", text("seed: " + "[" * 3000 + "\n")),
     Case("a capital", "seed: | is missing\nSeed: | there is no such key (did you mean 'seed'?)",
          text("Seed: a\nexperts: [{name: a, model: b}]")),
+    Case("a key that is a type's name", "float: | there is no such key; known: seed",
+         text("seed: a\nfloat: 1\nexperts: [{name: a, model: b}]")),
     Case("a capital inside", "experts.0.name: | is missing\nexperts.0.Name: | no such key (did you mean 'name'?)",
          text("seed: a\nexperts: [{Name: a, model: b}]")),
     Case("a picture", "recipe.yaml: | is no UTF-8 text | give the recipe",

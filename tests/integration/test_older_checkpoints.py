@@ -95,6 +95,13 @@ def test_rotary_settings_are_those_that_transformers_5_makes_of_them(
         assert rope_of(saved).keys() | {"type", "partial_rotary_factor"} >= saved["rope_parameters"].keys()
 
 
+def test_the_older_name_of_a_rope_type_is_the_newer() -> None:
+    config = BY_NAME["llama"].config().to_dict()
+    del config["rope_parameters"]
+    named = [{**config, "rope_scaling": {key: "linear", "factor": 2.0}} for key in ("type", "rope_type")]
+    assert rope_of(named[0]) == rope_of(named[1]) and rope_of(named[0])["rope_type"] == "linear"
+
+
 @pytest.mark.parametrize("name", ["gemma3", "qwen2", "stablelm"])
 def test_a_sibling_saved_by_transformers_5_joins_an_older_seed(name: str, siblings: Siblings, tmp_path: Path) -> None:
     """Also where keys and values are shared, or the family cannot rotate each expert in its own way."""

@@ -32,6 +32,7 @@ LEVELS = {
     "bam-expert-kv-cm": 0.05,
     "bam-shared-kv-dm": -0.04,
     "bam-shared-kv-cm": 0.02,
+    "btx-top2-dm": -0.05,
 }
 """Log perplexity against BTX; everything else is 1 worse."""
 
@@ -144,6 +145,7 @@ def test_a_changed_method_is_compared_with_what_it_varies_at_equal_budgets(tmp_p
     row = rows["bam-soft-ffn-dm", "bam-expert-kv-dm"]
     assert math.log1p(row["relative"]) == pytest.approx(1.10) and row["verdict"] == "worse" and row["n"] == 3
     assert math.log1p(rows["bam-without-seed-cm", "bam-expert-kv-cm"]["relative"]) == pytest.approx(0.95)
+    assert (rows["btx-top2-dm", "btx"]["verdict"], rows["btx-top2-cm", "btx"]["verdict"]) == ("better", "worse")
     text = next(table for table in tables(found) if table.name == "variants").markdown()
     assert "| BAM CM without seed | Expert KV of the specialists only | BAM CM Expert KV |" in text
 
