@@ -1,19 +1,25 @@
-"""Checkpoints as they stand on the Hub today: configs of transformers 4, and weights saved from the base model."""
+"""Checkpoints of older software: transformers 4, weights saved from the base model, and branchmix itself."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import branchmix
+from branchmix.accounting import inspect
 from branchmix.checkpoint.rotary import rope_of
+from branchmix.models.configuration_branchmix import CODE_FILES
 from families import BY_NAME, NAMES
 from mixtures import close, load, recipe, tokens
 
@@ -132,3 +138,81 @@ def test_weights_saved_from_the_base_model(name: str, tmp_path: Path) -> None:
         identical = {"seed": str(models["seed"]), "seed_copies": 1, "routing": {"ffn": {"soft": True}}}
         branchmix.upcycle(identical, tmp_path / "identical")
         close(load(tmp_path / "identical")(tokens()).logits, family.model(0, **changes)(tokens()).logits)
+
+
+MIXTURES = Path(__file__).parents[1] / "data" / "mixtures_of_0.1"
+"""Mixtures as 0.1.0 saved them. Their code files, which both have, are kept once: they include a module for CUDA streams
+and one for packed weights that later versions do not have."""
+
+LOADS_ITS_OWN_CODE = """
+import sys
+from pathlib import Path
+
+class Absent:  # however it is installed
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "branchmix":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+for folder in map(Path, sys.argv[1:]):
+    expected = load_file(folder / "expected.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], rtol=0, atol=1e-5)
+    print(folder.name)
+"""
+
+
+@pytest.fixture(scope="module")
+def mixtures_of_0_1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("mixtures-of-0.1")
+    folders = {}
+    for name in ("plain", "one_router"):
+        folders[name] = Path(shutil.copytree(MIXTURES / name, root / name))
+        shutil.copytree(MIXTURES / "code", root / name, dirs_exist_ok=True)
+    return folders
+
+
+@pytest.mark.parametrize("name", ["plain", "one_router"])
+def test_a_mixture_of_0_1_loads_trains_and_changes(
+    name: str, mixtures_of_0_1: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = mixtures_of_0_1[name]
+    expected = load_file(folder / "expected.safetensors")
+    model = load(folder)
+    assert type(model).__module__.startswith("branchmix.models.")
+    assert model.config.shared_router == (name == "one_router")
+    ids = expected["ids"]
+    with torch.no_grad():
+        found = model(ids, labels=ids, output_router_logits=True)
+    close(found.logits, expected["logits"])
+    close(found.loss, expected["loss"])
+    model.train()(ids, labels=ids).loss.backward()
+    gates = [parameter.grad for key, parameter in model.named_parameters() if "gate.weight" in key]
+    assert len(gates) == (1 if name == "one_router" else 2) and all(grad.abs().max() > 0 for grad in gates)
+    counted = inspect(folder)
+    assert counted.total.total == counted.stored == sum(parameter.numel() for parameter in model.parameters())
+
+    model.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        close(load(tmp_path / "again")(ids).logits, expected["logits"])
+    branchmix.remove_expert(folder, "expert-1", tmp_path / "fewer")
+    load(tmp_path / "fewer")(ids)
+    for written in (tmp_path / "again", tmp_path / "fewer"):
+        assert {file.name for file in written.glob("*.py")} == set(CODE_FILES)
+
+
+def test_a_mixture_of_0_1_loads_where_branchmix_is_not_installed(
+    mixtures_of_0_1: dict[str, Path], tmp_path: Path
+) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", LOADS_ITS_OWN_CODE, *map(str, mixtures_of_0_1.values())]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == list(mixtures_of_0_1)

@@ -1,0 +1,352 @@
+"""Attention experts: all experts' heads in one call, gated and projected outside. Travels with every checkpoint.
+
+Shapes: B batch, T tokens, D model width, E experts, H query heads and K key/value heads of one expert, G = H / K,
+C head dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_branchmix import BranchMixConfig
+from .linear_branchmix import BranchMixLinear
+from .routing_branchmix import BranchMixAttentionRouter
+from .streams_branchmix import ParallelStreams
+
+
+@dataclass(frozen=True)
+class HeadOrder:
+    """Where each expert's query heads stand in the wide attention.
+
+    Expert KV: (expert, head). Shared KV: (kv head, expert, group), so that wide attention is plain grouped-query
+    attention over the dense model's K/V heads and nothing is repeated.
+    """
+
+    num_experts: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    kv_sharing: bool
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Factors of the wide head axis."""
+        if self.kv_sharing:
+            return (self.num_kv_heads, self.num_experts, self.num_heads // self.num_kv_heads)
+        return (self.num_experts, self.num_heads)
+
+    @property
+    def expert_axis(self) -> int:
+        """Which of ``sizes`` counts the experts."""
+        return 1 if self.kv_sharing else 0
+
+    @property
+    def wide_heads(self) -> int:
+        return self.num_experts * self.num_heads
+
+    @property
+    def wide_kv_heads(self) -> int:
+        return self.num_kv_heads if self.kv_sharing else self.num_experts * self.num_kv_heads
+
+    def of_keys(self) -> HeadOrder:
+        """The order of the K/V heads, for Expert KV."""
+        return HeadOrder(self.num_experts, self.num_kv_heads, self.num_kv_heads, self.head_dim, False)
+
+
+class BranchMixAttention(nn.Module):
+    """Mixture of Attention with soft routing (BAM section 4.1): ``sum_i g_i(x) Attn_i(x)``.
+
+    One wide attention: ``sum_i g_i O_i H_i = [O_1 .. O_N] [g_1 H_1; ..; g_N H_N]``. ``heads`` computes all experts'
+    heads, concatenated; they are gated and projected here, so that no value travels through a hidden attribute.
+    """
+
+    def __init__(self, heads: nn.Module, output: Any, order: HeadOrder, config: BranchMixConfig, dropout: float = 0.0):
+        super().__init__()
+        hidden_size = output.weight.shape[1] if is_conv1d(output) else output.weight.shape[0]
+        self.order = order
+        self.heads = heads
+        self.expert_gate = BranchMixAttentionRouter(
+            hidden_size,
+            config.num_experts,
+            config.attention_num_experts_per_tok or config.num_experts,
+            config.attention_norm_topk_prob,
+        )
+        self.o_proj = BranchMixLinear(order.wide_heads * order.head_dim, hidden_size, bias=False)
+        self.o_bias = nn.Parameter(torch.empty(config.num_experts, hidden_size)) if output.bias is not None else None
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.streams: ParallelStreams | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """Takes and returns what the family's attention does: output [B, T, D] and attention weights or None."""
+        if self.streams is None:
+            return self._attend(hidden_states, *args, **kwargs)
+        return self.streams.fork(hidden_states, lambda: self._attend(hidden_states, *args, **kwargs))
+
+    def _attend(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        heads_BTHC, attention_weights = self.heads(hidden_states, *args, **kwargs)[:2]
+        width = self.order.wide_heads * self.order.head_dim
+        if heads_BTHC.shape[-1] != width:
+            raise RuntimeError(
+                f"attention handed back {heads_BTHC.shape[-1]} values a token where the experts' heads have {width}: "
+                "this family cannot be widened, or its heads were sharded by a plan that does not gather them"
+            )
+        _, gate_BTE = self.expert_gate(hidden_states)
+        gate_BTE = gate_BTE.to(heads_BTHC.dtype)
+        sizes, axis = self.order.sizes, self.order.expert_axis
+        # Gate and heads meet as [B, T, *sizes with 1 for all but the experts] and [B, T, *sizes with C in the last].
+        gate = gate_BTE.view(
+            *gate_BTE.shape[:2], *(self.order.num_experts if i == axis else 1 for i in range(len(sizes)))
+        )
+        gated = heads_BTHC.reshape(*gate_BTE.shape[:2], *sizes[:-1], -1) * gate
+        out_BTD = self.o_proj(gated.reshape(*gate_BTE.shape[:2], width))
+        if self.o_bias is not None:
+            out_BTD = out_BTD + gate_BTE @ self.o_bias.to(gate_BTE.dtype)
+        return self.dropout(out_BTD), attention_weights
+
+
+class BranchMixExpertNorm(nn.ModuleList):
+    """Query or key norm with every expert's own gains: the family's own norm, once for each expert's heads."""
+
+    def __init__(self, norm: nn.Module, order: HeadOrder, norm_over: str, axis: int):
+        super().__init__(copy.deepcopy(norm) for _ in range(order.num_experts))
+        self.order = order
+        self.axis = -1 if norm_over == "all" else axis
+
+    def forward(self, wide: torch.Tensor) -> torch.Tensor:
+        """[B, T, H, C], [B, H, T, C] or [B, T, H * C], as the family calls its norm; H counts all experts' heads."""
+        sizes, expert_axis = self.order.sizes, self.order.expert_axis
+        axis = wide.dim() + self.axis
+        split = wide.unflatten(axis, (*sizes[:-1], -1)).unbind(axis + expert_axis)
+        kv_sharing = len(sizes) == 3
+        if kv_sharing:
+            split = [part.flatten(axis, axis + 1) for part in split]
+        split = [norm(part) for norm, part in zip(self, split, strict=True)]
+        if kv_sharing:
+            split = [part.unflatten(axis, (sizes[0], -1)) for part in split]
+        return torch.stack(split, axis + expert_axis).reshape(wide.shape)
+
+
+class BranchMixSplitAttention(nn.Module):
+    """Heads from separate q, k and v projections, for families whose own attention cannot be widened.
+
+    Their projections are one fused matrix (GPT-NeoX, Falcon, GPT-2, Phi-3), their code knows no grouped queries
+    (OPT, GPT-J), or the experts have rotary parameters of their own.
+    """
+
+    def __init__(self, dense: nn.Module, seed_config: Any, order: HeadOrder, layout: dict[str, Any], bias: bool):
+        super().__init__()
+        hidden_size = seed_config.hidden_size
+        self.config = seed_config
+        self.layer_idx = dense.layer_idx
+        self.head_dim = order.head_dim
+        self.num_key_value_groups = order.wide_heads // order.wide_kv_heads
+        self.num_experts = order.num_experts
+        self.scaling = getattr(dense, "scaling", order.head_dim**-0.5)
+        self.sliding_window = getattr(dense, "sliding_window", getattr(seed_config, "sliding_window", None))
+        self.is_causal = True
+        self.rotary = layout["rotary"]
+        self.rotary_dim = getattr(seed_config, "rotary_dim", None) or order.head_dim
+        dropout = getattr(dense, "attn_dropout", getattr(dense, "attention_dropout", getattr(dense, "dropout", 0.0)))
+        self.attention_dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+        self.q_proj = BranchMixLinear(hidden_size, order.wide_heads * order.head_dim, bias=bias)
+        self.k_proj = BranchMixLinear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
+        self.v_proj = BranchMixLinear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
+        for name in (layout["query_norm"], layout["key_norm"]):
+            if name is not None and getattr(dense, name, None) is not None:
+                setattr(self, name, getattr(dense, name))
+        self._norms = (layout["query_norm"], layout["key_norm"])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: Any = None,
+        position_embeddings: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, T, D] to concatenated heads [B, T, E * H * C] and attention weights or None."""
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query_norm, key_norm = (getattr(self, name) if name and hasattr(self, name) else None for name in self._norms)
+        q_BTHC, k_BTKC = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
+        q_BHTC = (query_norm(q_BTHC) if query_norm is not None else q_BTHC).transpose(1, 2)
+        k_BKTC = (key_norm(k_BTKC) if key_norm is not None else k_BTKC).transpose(1, 2)
+        v_BKTC = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+        if self.rotary == "interleaved":
+            cos, sin = _gptj_angles(position_ids, self.rotary_dim, q_BHTC)
+            q_BHTC, k_BKTC = _rotate_pairs(q_BHTC, cos, sin), _rotate_pairs(k_BKTC, cos, sin)
+        elif self.rotary == "half":
+            cos, sin = position_embeddings
+            q_BHTC, k_BKTC = _rotate_halves(q_BHTC, cos, sin), _rotate_halves(k_BKTC, cos, sin)
+
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            k_BKTC, v_BKTC = cache.update(k_BKTC, v_BKTC, self.layer_idx)
+
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        for name in ("use_cache", "output_attentions", "alibi"):
+            kwargs.pop(name, None)
+        heads, weights = attention(
+            self,
+            q_BHTC,
+            k_BKTC,
+            v_BKTC,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        return heads.reshape(*hidden_states.shape[:2], -1), weights
+
+
+def eager_attention_forward(
+    module: Any,
+    q_BHTC: torch.Tensor,
+    k_BKTC: torch.Tensor,
+    v_BKTC: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in plain torch, the ``eager`` implementation; returns [B, T, H, C] and the weights."""
+    k_BHTC = k_BKTC.repeat_interleave(module.num_key_value_groups, dim=1)
+    v_BHTC = v_BKTC.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = torch.matmul(q_BHTC, k_BHTC.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q_BHTC.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, v_BHTC).transpose(1, 2).contiguous(), weights
+
+
+class BranchMixExpertRotary(nn.ModuleList):
+    """The family's rotary embedding once for each expert, for experts whose rotary parameters differ."""
+
+    def __init__(self, rotary: nn.Module, seed_config: Any, rope_parameters: list[dict[str, Any]]):
+        modules = []
+        for parameters in rope_parameters:
+            config = copy.deepcopy(seed_config)
+            config.rope_parameters = dict(parameters)
+            modules.append(type(rotary)(config=config))
+        super().__init__(modules)
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, [B, E, T, C]."""
+        pairs = [rotary(x, position_ids) for rotary in self]
+        return torch.stack([cos for cos, _ in pairs], 1), torch.stack([sin for _, sin in pairs], 1)
+
+
+def _rotate_halves(x_BHTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of pairs (c, c + C/2). cos and sin are [B, T, R], or [B, E, T, R] for experts of their own;
+    only the first R channels are rotated."""
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    else:  # heads stand as (expert, head)
+        heads_per_expert = x_BHTC.shape[1] // cos.shape[1]
+        cos, sin = cos.repeat_interleave(heads_per_expert, 1), sin.repeat_interleave(heads_per_expert, 1)
+    rotated, rest = x_BHTC[..., : cos.shape[-1]], x_BHTC[..., cos.shape[-1] :]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, rest), dim=-1)
+
+
+def _gptj_angles(position_ids: torch.Tensor, rotary_dim: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of GPT-J's positions, [B, 1, T, R/2] each."""
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device=like.device) / rotary_dim
+    angles = position_ids[:, None, :, None].float() * (1.0 / (10000**exponents))
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def _rotate_pairs(x_BHTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of pairs (2c, 2c + 1), as in GPT-J."""
+    rotary_dim = 2 * cos.shape[-1]
+    even, odd = x_BHTC[..., 0:rotary_dim:2], x_BHTC[..., 1:rotary_dim:2]
+    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((rotated, x_BHTC[..., rotary_dim:]), dim=-1)
+
+
+def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAttention:
+    layout, seed_config = config.layout, config.seed_config
+    order = _head_order(dense, config)
+    output = getattr(dense, layout["output"])
+    dropout = take_output_dropout(dense, "resid_dropout", "residual_dropout")
+    if layout["attention_code"] == "split":
+        bias = getattr(dense, layout["fused_qkv"] or layout["query"]).bias is not None
+        heads: nn.Module = BranchMixSplitAttention(dense, seed_config, order, layout, bias)
+    else:
+        heads = dense
+        setattr(heads, layout["output"], nn.Identity())
+        for name, num_heads in (
+            (layout["query"], order.wide_heads),
+            (layout["key"], order.wide_kv_heads),
+            (layout["value"], order.wide_kv_heads),
+        ):
+            projection = getattr(dense, name)
+            wide = BranchMixLinear(projection.in_features, num_heads * order.head_dim, bias=projection.bias is not None)
+            setattr(heads, name, wide)
+        for name, value in (
+            ("num_heads", order.wide_heads),
+            ("num_attention_heads", order.wide_heads),
+            ("num_key_value_heads", order.wide_kv_heads),
+            ("num_key_value_groups", order.wide_heads // order.wide_kv_heads),
+        ):
+            if hasattr(heads, name):
+                setattr(heads, name, value)
+    _widen_norms(heads, order, layout)
+    return BranchMixAttention(heads, output, order, config, dropout)
+
+
+def _widen_norms(heads: nn.Module, order: HeadOrder, layout: dict[str, Any]) -> None:
+    axis = -2 if layout["attention_code"] == "split" else layout["norm_axis"]
+    for name, of_keys in ((layout["query_norm"], False), (layout["key_norm"], True)):
+        norm = getattr(heads, name, None) if name else None
+        if norm is None or (of_keys and order.kv_sharing):  # one K for all experts has one norm
+            continue
+        norm_order = order.of_keys() if of_keys else order
+        setattr(heads, name, BranchMixExpertNorm(norm, norm_order, layout["norm_over"], axis))
+
+
+def _head_order(dense: nn.Module, config: BranchMixConfig) -> HeadOrder:
+    layout, seed_config = config.layout, config.seed_config
+    num_heads = seed_config.num_attention_heads
+    head_dim = getattr(dense, "head_dim", None) or getattr(seed_config, "head_dim", None)
+    head_dim = head_dim or seed_config.hidden_size // num_heads
+    if layout["fused_qkv"] is None:
+        num_heads = getattr(dense, layout["query"]).out_features // head_dim
+        num_kv_heads = getattr(dense, layout["key"]).out_features // head_dim
+    else:
+        num_kv_heads = getattr(dense, "num_kv_heads", getattr(seed_config, "num_key_value_heads", None)) or num_heads
+    return HeadOrder(config.num_experts, num_heads, num_kv_heads, head_dim, config.attention == "kv_sharing")
+
+
+def take_output_dropout(module: nn.Module, *names: str) -> float:
+    """The dropout on a dense module's output, taken out of it: it belongs behind the sum over experts.
+
+    Families keep it as a module (GPT-2) or as a number (Starcoder2).
+    """
+    for name in names:
+        dropout = getattr(module, name, None)
+        if isinstance(dropout, nn.Dropout):
+            setattr(module, name, nn.Identity())
+            return dropout.p
+        if isinstance(dropout, float):
+            setattr(module, name, 0.0)
+            return dropout
+    return 0.0
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's layer, whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D"

@@ -1,0 +1,189 @@
+"""Configuration of a BranchMix mixture: the seed's own config, untouched, and what the mixture adds to it.
+
+Travels with every checkpoint, so it imports transformers only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+CODE_FILES = (
+    "attention_branchmix.py",
+    "chunked_branchmix.py",
+    "configuration_branchmix.py",
+    "experts_branchmix.py",
+    "linear_branchmix.py",
+    "losses_branchmix.py",
+    "modeling_branchmix.py",
+    "routing_branchmix.py",
+    "streams_branchmix.py",
+)
+"""The files that travel with every checkpoint."""
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_branchmix.BranchMixConfig",
+    "AutoModel": "modeling_branchmix.BranchMixModel",
+    "AutoModelForCausalLM": "modeling_branchmix.BranchMixForCausalLM",
+}
+"""Where ``trust_remote_code=True`` finds the classes."""
+
+
+class _OfSeed:
+    """An attribute of the seed's config under its own name; missing where the seed has none, unless given a default."""
+
+    def __init__(self, *default: Any):
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        if config is None:
+            return self
+        return getattr(config.seed_config, self.name, *self.default)
+
+    def __set__(self, config: Any, value: Any) -> None:
+        setattr(config.seed_config, self.name, value)
+
+
+class BranchMixConfig(PreTrainedConfig):
+    """What a mixture of attention and FFN experts adds to the dense model it grew from (BAM, arXiv 2408.08274).
+
+    Args:
+        seed_config: config of the seed's family, exactly as the seed has it. Its head counts stay the dense ones:
+            a family's own checks refuse widened counts, so the modules are widened after construction.
+        layout: where the family keeps its parts (``branchmix.checkpoint.families.layout_of``).
+        num_experts: experts N of each layer, the seed among them unless it was left out.
+        expert_names: their names, in the order of the routers' rows.
+        attention: ``kv_experts`` (every expert has its own q, k, v, o), ``kv_sharing`` (own q and o, one k and v),
+            ``average`` or ``seed`` (one dense attention, no attention router).
+        ffn: ``experts``, or ``average`` (one dense FFN, no FFN router).
+        num_experts_per_tok: k of the FFN router; N makes it soft.
+        norm_topk_prob: divide the k chosen FFN gates by their sum. The paper does not.
+        routed_scaling_factor: factor on the FFN experts' output (1.0 in the paper; N / k keeps the dense scale while
+            raw gates are near uniform).
+        attention_num_experts_per_tok: k of the attention gate; None is soft, the paper's choice.
+        attention_norm_topk_prob: divide the k chosen attention gates by their sum.
+        shared_router: one router a block for attention and FFN experts, ``mlp.gate``. The paper has two.
+        router_aux_loss_coef: weight of the load-balancing loss, summed over layers (eq. 2's alpha, not given there).
+        router_z_loss_coef: weight of the router z-loss, summed over layers (eq. 2's beta, not given there).
+        output_router_logits: return both routers' logits, and add the losses outside training too.
+        expert_rope_parameters: rotary parameters of each expert where they differ (``kv_experts`` only).
+        initializer_range: standard deviation of newly drawn routers.
+    """
+
+    model_type = "branchmix"
+    sub_configs: ClassVar[dict[str, Any]] = {"seed_config": AutoConfig}
+
+    seed_config: Any = None
+    layout: Any = None
+    num_experts: int = 4
+    expert_names: list[str] | None = None
+    attention: str = "kv_experts"
+    ffn: str = "experts"
+    num_experts_per_tok: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    attention_num_experts_per_tok: int | None = None
+    attention_norm_topk_prob: bool = False
+    shared_router: bool = False
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+    output_router_logits: bool = False
+    expert_rope_parameters: list[dict[str, Any]] | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.seed_config is None:  # transformers builds a default instance to shorten what it saves
+            self.seed_config = {"model_type": "llama"}
+        if isinstance(self.seed_config, dict):
+            fields = dict(self.seed_config)
+            self.seed_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.tie_word_embeddings = bool(getattr(self.seed_config, "tie_word_embeddings", False))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self.seed_config, name, None) is not None:
+                kwargs.setdefault(name, getattr(self.seed_config, name))
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError for values that no mixture can have."""
+        if self.attention not in ("kv_experts", "kv_sharing", "average", "seed"):
+            raise ValueError(f"attention is {self.attention!r}, not kv_experts, kv_sharing, average or seed")
+        if self.ffn not in ("experts", "average"):
+            raise ValueError(f"ffn is {self.ffn!r}, not experts or average")
+        for name in ("num_experts_per_tok", "attention_num_experts_per_tok"):
+            top_k = getattr(self, name)
+            if top_k is not None and not 1 <= top_k <= self.num_experts:
+                raise ValueError(f"{name} is {top_k}, but there are {self.num_experts} experts")
+        if self.shared_router and not (self.has_attention_experts and self.has_ffn_experts):
+            raise ValueError("shared_router needs attention experts and FFN experts")
+        if self.expert_rope_parameters is not None and self.attention != "kv_experts":
+            raise ValueError("experts with rotary parameters of their own need attention: kv_experts")
+
+    @property
+    def has_attention_experts(self) -> bool:
+        """Whether attention is a mixture, rather than one dense attention."""
+        return self.attention in ("kv_experts", "kv_sharing")
+
+    @property
+    def has_ffn_experts(self) -> bool:
+        """Whether the FFN is a mixture, rather than one dense FFN."""
+        return self.ffn == "experts"
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """This config: servers take the sizes of attention and experts from it, and those of its own layers are wide.
+
+        What else is asked of a text model's config (``_OfSeed`` below) is the seed's.
+        """
+        return self
+
+    # The base class hands these on to sub-configs; the seed's own classes know no experts and would refuse.
+    @property
+    def _experts_implementation(self) -> str | None:
+        return self._experts_implementation_internal
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict | None) -> None:
+        self._experts_implementation_internal = value.get("") if isinstance(value, dict) else value
+
+    # Sizes under the names that trainers, caches and servers look for: attention's as computed, the rest the seed's.
+    @property
+    def num_attention_heads(self) -> int:
+        return self._attention_width * self.seed_config.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        seed = self.seed_config
+        heads = getattr(seed, "num_key_value_heads", None) or seed.num_attention_heads
+        if hasattr(seed, "multi_query"):  # Falcon counts them elsewhere
+            heads = seed.num_kv_heads if seed.new_decoder_architecture or not seed.multi_query else 1
+        return heads if self.attention == "kv_sharing" else self._attention_width * heads
+
+    @property
+    def head_dim(self) -> int:
+        seed = self.seed_config
+        return getattr(seed, "head_dim", None) or seed.hidden_size // seed.num_attention_heads
+
+    @property
+    def _attention_width(self) -> int:
+        return self.num_experts if self.has_attention_experts else 1
+
+    vocab_size = _OfSeed()
+    hidden_size = _OfSeed()
+    intermediate_size = _OfSeed()
+    hidden_act = _OfSeed()
+    num_hidden_layers = _OfSeed()
+    max_position_embeddings = _OfSeed(None)
+    layer_types = _OfSeed()
+    sliding_window = _OfSeed()
+    attn_logit_softcapping = _OfSeed()
+    final_logit_softcapping = _OfSeed()
+    logit_scale = _OfSeed()
+
+
+__all__ = ["BranchMixConfig"]

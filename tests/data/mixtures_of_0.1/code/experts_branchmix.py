@@ -1,0 +1,308 @@
+"""FFN experts: the block of router and experts, their stacked weights, and the kernels that compute them.
+
+Travels with every checkpoint, so it imports torch, transformers and its neighbours only.
+Shapes: S = B * T tokens, D model width, E experts, I inner width of an FFN, k experts chosen for a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
+
+from .attention_branchmix import is_conv1d, take_output_dropout
+from .configuration_branchmix import BranchMixConfig
+from .linear_branchmix import FEW_ROWS, PackedWeight, fastest_on_cpu, linear
+from .routing_branchmix import BranchMixFFNRouter
+from .streams_branchmix import ParallelStreams
+
+
+def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
+    """Replace the FFN of a block by experts, in place."""
+    layout = config.layout
+    moe = BranchMixSparseMoeBlock(config, DenseFFN.of(block, layout))
+    setattr(block, layout["ffn"], moe)
+    if layout["up"] == layout["ffn"]:  # OPT keeps its FFN in the block itself: the experts do all three steps
+        setattr(block, layout["activation"], nn.Identity())
+        setattr(block, layout["down"], nn.Identity())
+
+
+class BranchMixSparseMoeBlock(nn.Module):
+    """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3)."""
+
+    def __init__(self, config: BranchMixConfig, dense: DenseFFN):
+        super().__init__()
+        self.scaling = config.routed_scaling_factor
+        self.gate = BranchMixFFNRouter(
+            dense.hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
+        )
+        self.experts = _EXPERTS[dense.gated, dense.bias](config, dense)
+        self.dropout = nn.Dropout(dense.dropout) if dense.dropout else nn.Identity()
+        self.streams: ParallelStreams | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., D] to [..., D]."""
+        hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, gates_Sk, index_Sk = self.gate(hidden_SD)
+        out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
+        out = self.dropout(out_SD.reshape(hidden_states.shape))
+        if self.streams is not None:
+            self.streams.join(hidden_states)
+        return out
+
+
+@dataclass
+class DenseFFN:
+    """What the experts need to know of the dense FFN whose place they take."""
+
+    hidden_size: int
+    intermediate_size: int
+    gated: bool
+    bias: bool
+    activation: nn.Module
+    dropout: float
+
+    @classmethod
+    def of(cls, block: nn.Module, layout: dict[str, Any]) -> DenseFFN:
+        down: Any = block.get_submodule(layout["down"])
+        intermediate_size, hidden_size = down.weight.shape if is_conv1d(down) else down.weight.shape[::-1]
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            gated=layout["gate"] is not None,
+            bias=down.bias is not None,
+            activation=block.get_submodule(layout["activation"]),
+            dropout=take_output_dropout(block.get_submodule(layout["ffn"]), "dropout", "residual_dropout"),
+        )
+
+
+class BranchMixExperts(nn.Module):
+    """All FFN experts of a layer as stacked 3-D weights; on disk they are 2-D, one tensor an expert."""
+
+    # Set by ``use_experts_implementation``.
+    has_gate: bool
+    has_bias: bool
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    # There is the first or the second, by ``has_gate``; biases by ``has_bias``.
+    gate_up_proj: torch.Tensor
+    up_proj: torch.Tensor
+    gate_up_proj_bias: torch.Tensor
+    up_proj_bias: torch.Tensor
+    packed: list[tuple[PackedWeight, PackedWeight]] | None = None
+    """Of each expert, if asked for: the first and the second matrix."""
+
+    def __init__(self, config: BranchMixConfig, dense: DenseFFN):
+        super().__init__()
+        num_experts, width, inner = config.num_experts, dense.hidden_size, dense.intermediate_size
+        self.num_experts = num_experts
+        self.act_fn = dense.activation
+        first = "gate_up_proj" if dense.gated else "up_proj"
+        first_width = 2 * inner if dense.gated else inner
+        self.register_parameter(first, nn.Parameter(torch.empty(num_experts, first_width, width)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
+        if dense.bias:
+            self.register_parameter(f"{first}_bias", nn.Parameter(torch.empty(num_experts, first_width)))
+            self.down_proj_bias = nn.Parameter(torch.empty(num_experts, width))
+
+    @property
+    def first_proj(self) -> torch.Tensor:
+        """Every expert's first matrix [E, O, D]: gate and up side by side, or up."""
+        return self.gate_up_proj if self.has_gate else self.up_proj
+
+    def packed_now(self) -> list[tuple[PackedWeight, PackedWeight]] | None:
+        """``packed``; None where the weights have changed since, and in a copy of the module, which has none."""
+        down = self.packed[0][1] if self.packed else None
+        return self.packed if down is not None and down.is_of(self.down_proj[0]) else None
+
+    def forward(self, hidden_SD: torch.Tensor, index_Sk: torch.Tensor, gates_Sk: torch.Tensor) -> torch.Tensor:
+        """The ``eager`` implementation: a loop over experts.
+
+        The stacks are unbound once: the backward of ``weight[e]`` would zero-fill the whole stack for every expert.
+        """
+        ups, downs = self.first_proj.unbind(0), self.down_proj.unbind(0)
+        up_biases: Sequence[torch.Tensor | None] = [None] * self.num_experts
+        down_biases: Sequence[torch.Tensor | None] = up_biases
+        if self.has_bias:
+            up_biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias).unbind(0)
+            down_biases = self.down_proj_bias.unbind(0)
+        # In fp32 with the gates: of bf16 there would be a rounding for each of the k experts.
+        out_SD = torch.zeros_like(hidden_SD, dtype=torch.promote_types(hidden_SD.dtype, gates_Sk.dtype))
+        for expert in range(self.num_experts):
+            token, slot = torch.where(index_Sk == expert)
+            inner = F.linear(hidden_SD[token], ups[expert], up_biases[expert])
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            expert_out = F.linear(inner, downs[expert], down_biases[expert]) * gates_Sk[token, slot, None]
+            out_SD.index_add_(0, token, expert_out)
+        return out_SD.to(hidden_SD.dtype)
+
+
+EXPERTS_AUTOMATIC = "branchmix"
+"""Experts' kernel where none was asked for: transformers' ``grouped_mm``, but a loop for the few tokens of a decoding
+step on a CPU where that is faster."""
+
+
+def automatic_experts_forward(
+    experts: Any, hidden_SD: torch.Tensor, index_Sk: torch.Tensor, gates_Sk: torch.Tensor
+) -> torch.Tensor:
+    """Few tokens on a CPU go through the experts they chose one by one; everything else through ``grouped_mm``.
+
+    A step of decoding reads each chosen expert once and computes next to nothing: what counts is how fast a product of
+    one row reads its matrix (see ``linear``), and grouping costs more than it saves. For several tokens that is timed,
+    as processors differ.
+    """
+    few = hidden_SD.shape[0] <= FEW_ROWS and hidden_SD.device.type == "cpu"
+    few = few and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    few = few and not getattr(experts, "_is_expert_parallel", False)
+    if few and len(hidden_SD) > 1:
+        few = _one_by_one_is_faster(hidden_SD.dtype, experts.packed_now() is not None)
+    if not few:
+        return grouped_mm_experts_forward(experts, hidden_SD, index_Sk, gates_Sk)
+    first = experts.first_proj
+    first_bias = down_bias = None
+    if experts.has_bias:
+        first_bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
+        down_bias = experts.down_proj_bias
+    down, copies = experts.down_proj, experts.packed_now()
+    slots: dict[int, list[int]] = {}
+    for slot, expert in enumerate(index_Sk.flatten().tolist()):
+        slots.setdefault(expert, []).append(slot)
+    top_k = index_Sk.shape[1]
+    gates_S1 = gates_Sk.reshape(-1, 1)
+    out_SD = torch.zeros_like(hidden_SD, dtype=torch.promote_types(hidden_SD.dtype, gates_Sk.dtype))
+    for expert, chosen in slots.items():
+        tokens = [slot // top_k for slot in chosen]
+        hidden = hidden_SD[tokens] if len(hidden_SD) > 1 else hidden_SD
+        first_copy, down_copy = copies[expert] if copies else (None, None)
+        inner = linear(hidden, first[expert], None if first_bias is None else first_bias[expert], first_copy)
+        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        down_bias_D = None if down_bias is None else down_bias[expert]
+        gated = linear(inner, down[expert], down_bias_D, down_copy) * gates_S1[chosen]
+        for row, token in enumerate(tokens):
+            out_SD[token] += gated[row]
+    return out_SD.to(hidden_SD.dtype)
+
+
+@cache
+def _one_by_one_is_faster(dtype: torch.dtype, has_packed: bool) -> bool:
+    """Whether experts that get one or two rows each are computed faster one after the other than grouped.
+
+    Timed once in a process, on 8 experts whose matrices take 16 MB in 16 bits.
+    """
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):  # what ``F.grouped_mm`` computes
+        return True
+    weights = torch.ones(8, 1024, 1024, dtype=dtype)
+    parts = torch.ones(12, 1024, dtype=dtype).split([1, 2] * 4)
+    packed = [PackedWeight(weight) if has_packed else None for weight in weights]
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0, dtype=torch.int32)
+    calls: dict[str, Callable[[], object]] = {
+        "one by one": lambda: [linear(*each) for each in zip(parts, weights, [None] * 8, packed, strict=True)],
+        "grouped": lambda: F.grouped_mm(torch.cat(parts), weights.transpose(1, 2), offs=ends),
+    }
+    return fastest_on_cpu(calls) == "one by one"
+
+
+ExpertsInterface.register(EXPERTS_AUTOMATIC, automatic_experts_forward)
+
+
+class _AutocastExperts(ExpertsInterface):
+    """transformers' kernels for experts, in autocast's dtype where autocast is on.
+
+    ``F.grouped_mm`` knows nothing of autocast: under bf16 autocast it would multiply fp32 weights in fp32, at half the
+    speed of the whole training step, and without a word.
+    """
+
+    def get_interface(self, experts_implementation: str, default: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        return partial(_run_in_autocast_dtype, ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default))
+
+
+def _run_in_autocast_dtype(
+    kernel: Callable[..., torch.Tensor],
+    experts: Any,
+    hidden_SD: torch.Tensor,
+    index_Sk: torch.Tensor,
+    gates_Sk: torch.Tensor,
+) -> torch.Tensor:
+    """Gates stay fp32, and so does the sum over a token's experts; the result has autocast's dtype, as a linear has."""
+    device = hidden_SD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        experts, hidden_SD = _CastExperts(experts, dtype), hidden_SD.to(dtype)
+    return kernel(experts, hidden_SD, index_Sk, gates_Sk)
+
+
+class _CastExperts:
+    """An experts module to its kernel, but for weights and biases, which are cast where the kernel takes them.
+
+    A kernel takes each once a forward pass, so there is nothing to cache; gradients reach the fp32 weights.
+    """
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype):
+        self._experts = experts
+        self._dtype = dtype
+
+    def packed_now(self) -> None:
+        """Copies are in the dtype of the weights, not in autocast's."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, torch.Tensor) else value
+
+
+_KERNELS = _AutocastExperts()
+
+
+@use_experts_implementation(experts_interface=_KERNELS)
+class BranchMixGatedExperts(BranchMixExperts):
+    """down(act(gate(x)) * up(x)), as in Llama."""
+
+
+@use_experts_implementation(experts_interface=_KERNELS, has_bias=True)
+class BranchMixGatedBiasExperts(BranchMixExperts):
+    """The same with biases."""
+
+
+@use_experts_implementation(experts_interface=_KERNELS, has_gate=False)
+class BranchMixPlainExperts(BranchMixExperts):
+    """down(act(up(x))), as in Nemotron."""
+
+
+@use_experts_implementation(experts_interface=_KERNELS, has_gate=False, has_bias=True)
+class BranchMixPlainBiasExperts(BranchMixExperts):
+    """The same with biases, as in GPT-2."""
+
+
+_EXPERTS = {
+    (True, False): BranchMixGatedExperts,
+    (True, True): BranchMixGatedBiasExperts,
+    (False, False): BranchMixPlainExperts,
+    (False, True): BranchMixPlainBiasExperts,
+}
+
+# On disk the ecosystem keeps experts as 2-D tensors. A plain FFN's first matrix is called in_proj there, since only one
+# converter may claim up_proj, and the mapping is one for all mixtures.
+register_checkpoint_conversion_mapping(
+    "branchmix",
+    [
+        WeightConverter(
+            [f".experts.*.gate_proj.{kind}", f".experts.*.up_proj.{kind}"],
+            f".experts.gate_up_proj{suffix}",
+            [MergeModulelist(dim=0), Concatenate(dim=1)],
+        )
+        for kind, suffix in (("weight", ""), ("bias", "_bias"))
+    ]
+    + [
+        WeightConverter([f".experts.*.{on_disk}.{kind}"], f".experts.{name}{suffix}", [MergeModulelist(dim=0)])
+        for on_disk, name in (("down_proj", "down_proj"), ("in_proj", "up_proj"))
+        for kind, suffix in (("weight", ""), ("bias", "_bias"))
+    ],
+    overwrite=True,
+)

@@ -1,0 +1,507 @@
+"""BranchMix: a dense family's own transformers model, widened into a mixture of attention and FFN experts.
+
+The model is the seed family's causal LM with two modules of every block replaced: attention by ``BranchMixAttention``
+(all experts' heads in one attention call, gated and projected outside) and the FFN by ``BranchMixSparseMoeBlock``.
+Rotary variants, masks, windows, norms, residuals, caches and generation stay the family's. BAM, arXiv 2408.08274.
+
+Travels with every checkpoint, so it imports torch, transformers and its neighbours only.
+Shapes: B batch, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import logging
+
+from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, widen_attention
+from .chunked_branchmix import AUTOMATIC, CHUNKED
+from .configuration_branchmix import CODE_FILES, BranchMixConfig
+from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
+from .linear_branchmix import BranchMixLinear, PackedWeight
+from .losses_branchmix import router_losses
+from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
+from .streams_branchmix import ParallelStreams
+
+logger = logging.get_logger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Widening a dense model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def widen(model: Any, config: BranchMixConfig) -> None:
+    """Replace attention and FFN of every block of a dense family model by experts, in place.
+
+    Args:
+        model: the family's causal LM, or its base model.
+    """
+    layout = config.layout
+    if not layout:
+        raise ValueError("config.layout is empty: build the config with branchmix.models.mixture_config(seed_config)")
+    path = layout["layers"]
+    if isinstance(model, _family_class(config.seed_config, causal_lm=False)):
+        path = path.removeprefix(f"{model.base_model_prefix}.")
+    blocks = model.get_submodule(path)
+    for block in blocks:
+        if config.has_attention_experts:
+            setattr(block, layout["attention"], widen_attention(getattr(block, layout["attention"]), config))
+        if config.has_ffn_experts:
+            widen_ffn(block, config)
+        if config.shared_router:
+            attention = getattr(block, layout["attention"])
+            own = attention.expert_gate
+            attention.expert_gate = BranchMixSharedRouter(getattr(block, layout["ffn"]).gate, own.top_k, own.normalize)
+    if config.expert_rope_parameters is not None:
+        base = getattr(model, model.base_model_prefix, model)
+        base.rotary_emb = BranchMixExpertRotary(base.rotary_emb, config.seed_config, config.expert_rope_parameters)
+
+
+def _family_class(seed_config: Any, *, causal_lm: bool) -> type[PreTrainedModel]:
+    """The family's own model class.
+
+    Imported here and not above: whoever imports transformers' auto classes may be registering this very module there.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    return (MODEL_FOR_CAUSAL_LM_MAPPING if causal_lm else MODEL_MAPPING)[type(seed_config)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sharding over devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parallel_plans(
+    model: nn.Module, layers: str, layout: dict[str, Any], inherited: dict[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Rules for tensor and for expert parallelism, by module name with ``*`` for the layer.
+
+    The family's rules stay but for what was replaced in its blocks. The experts' heads are sharded where they are
+    stored and gathered where they are computed, as transformers does for Phi-3: a rank's slice of heads would meet the
+    gates of other experts. FFN experts are cut along their inner width, but those with biases stay whole, since each
+    rank would add the bias of its own.
+
+    Args:
+        model: a mixture.
+        layers: path of its list of blocks.
+        layout: of its config.
+        inherited: the tensor-parallel rules that its family's model brings along.
+    """
+    first = model.get_submodule(layers)[0]  # type: ignore[index]
+    attention, ffn = getattr(first, layout["attention"]), getattr(first, layout["ffn"])
+    replaced, tensor_rules, expert_rules = [], {}, {}
+    if isinstance(attention, BranchMixAttention):
+        replaced.append(layout["attention"])
+        for name, module in attention.heads.named_children():
+            if isinstance(module, nn.Linear):
+                tensor_rules[f"{layout['attention']}.heads.{name}"] = "colwise_gather_output"
+        tensor_rules[f"{layout['attention']}.o_proj"] = "rowwise_split_input"
+    if isinstance(ffn, BranchMixSparseMoeBlock):
+        replaced += [layout["ffn"], layout["down"]]
+        path = f"{layout['ffn']}.experts"
+        names = [name for name, _ in ffn.experts.named_parameters()]
+        if not ffn.experts.has_bias:
+            styles = {"gate_up_proj": "packed_colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+            tensor_rules |= {f"{path}.{name}": styles[name] for name in names} | {path: "moe_tp_experts"}
+        expert_rules = {f"{path}.{name}": "grouped_gemm" for name in names} | {path: "ep_dispatch_experts"}
+    block = f"{layers}.*."
+    kept = {
+        rule: style
+        for rule, style in inherited.items()
+        if not any(f"{rule}.".startswith(f"{block}{module}.") for module in replaced)
+    }
+    tensor_rules = kept | {block + rule: style for rule, style in tensor_rules.items()}
+    return tensor_rules, {block + rule: style for rule, style in expert_rules.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class BranchMixModelOutputWithPast(MoeModelOutputWithPast):
+    """The usual outputs, and one [B * T, E] tensor a layer for each kind of router, if asked for."""
+
+    attention_router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class BranchMixCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """The usual outputs, both routers' logits if asked for, and the losses of the FFN router (``aux_loss``,
+    ``z_loss``, summed over layers and not weighted) when they were computed. ``loss`` contains them, weighted."""
+
+    z_loss: torch.Tensor | None = None
+    attention_router_logits: tuple[torch.Tensor, ...] | None = None
+
+
+class BranchMixPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation of mixtures. Tensor names are those of the seed's causal LM behind
+    ``model.``; inside a block, attention is ``heads`` (all experts' heads), ``o_proj`` and ``expert_gate``."""
+
+    config_class = BranchMixConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Routers N(0, initializer_range^2), experts like the family's other matrices, biases zero."""
+        seed_config = self.config.seed_config
+        std = getattr(seed_config, "initializer_range", None) or getattr(seed_config, "init_std", None) or 0.02
+        for module in self.modules():
+            if getattr(module, "_is_hf_initialized", False):
+                continue
+            if isinstance(module, BranchMixSharedRouter):
+                continue
+            if isinstance(module, BranchMixRouter):
+                init.normal_(module.weight, std=self.config.initializer_range)
+            elif isinstance(module, BranchMixExperts):
+                for name, parameter in module.named_parameters(recurse=False):
+                    init.zeros_(parameter) if name.endswith("_bias") else init.normal_(parameter, std=std)
+            elif isinstance(module, BranchMixAttention) and module.o_bias is not None:
+                init.zeros_(module.o_bias)
+        super().initialize_weights()
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As usual, with this code beside the weights, so that the folder loads where branchmix is not installed."""
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            for name in CODE_FILES:
+                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self._family.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._family.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As usual; families that keep the vocabulary's size in an attribute compute their loss by it."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if hasattr(self._family, "vocab_size"):
+            self._family.vocab_size = self.config.seed_config.vocab_size
+        return embeddings
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers would look for experts in this file's text; ours have a file of their own."""
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As transformers has it, with ours in the place of its default where that can run."""
+        found = super().get_correct_experts_implementation(requested_experts)
+        return EXPERTS_AUTOMATIC if requested_experts is None and found == "grouped_mm" else found
+
+    def _build_family(self, attention: str | None, *, causal_lm: bool) -> PreTrainedModel:
+        """The seed family's model, widened, with the attention that was asked for.
+
+        Where nothing was asked for and the family takes torch's fused attention, it is the one that chooses for each
+        call. Names of ours are set after construction, since Falcon and GPT-J look a class up by the name.
+
+        Raises:
+            ValueError: attention in chunks was asked for, of a dense attention that computes itself.
+        """
+        config, seed_config = self.config, self.config.seed_config
+        if attention in (AUTOMATIC, CHUNKED):
+            seed_config._attn_implementation_internal = None
+        model = _family_class(seed_config, causal_lm=causal_lm)(seed_config)
+        widen(model, config)
+        takes_any = config.has_attention_experts or model._can_set_attn_implementation()
+        if attention in (AUTOMATIC, CHUNKED) and not takes_any:
+            raise ValueError(
+                f'{seed_config.model_type} has no attn_implementation="{attention}": use "sdpa" or "eager"'
+            )
+        if attention is None and seed_config._attn_implementation == "sdpa" and takes_any:
+            attention = AUTOMATIC
+        if attention in (AUTOMATIC, CHUNKED):
+            config._attn_implementation_internal = seed_config._attn_implementation_internal = attention
+        return model
+
+    def set_parallel_streams(self, enabled: bool) -> None:
+        """Run attention and FFN experts of parallel blocks side by side on two CUDA streams (off by default).
+
+        Changes nothing on other devices, in sequential blocks and under ``torch.compile``. Not for CUDA graphs or
+        gradient checkpointing.
+
+        Raises:
+            ValueError: the mixture has no attention experts or no FFN experts.
+        """
+        if not (self.config.has_attention_experts and self.config.has_ffn_experts):
+            raise ValueError("parallel streams need attention experts and FFN experts")
+        for module in self.modules():
+            children = list(module.children())
+            attention = [child for child in children if isinstance(child, BranchMixAttention)]
+            ffn = [child for child in children if isinstance(child, BranchMixSparseMoeBlock)]
+            for first, second in zip(attention, ffn, strict=True):
+                first.streams = second.streams = ParallelStreams(module) if enabled else None
+
+    def set_packed_weights(self, enabled: bool) -> int:
+        """Decode faster on a CPU with a second copy of all linear maps' weights, in the order its kernels read.
+
+        In bf16 up to 16 tokens at once are computed 1.2 to 1.5 times as fast; in fp32 it is 4 to 16 that gain. Where a
+        short timing finds no gain, in training, under autocast and ``torch.compile``, the copies are not used. They are
+        not saved, and those of weights that change afterwards are ignored until this is called again; what is written
+        through ``.data`` goes unseen.
+
+        Returns:
+            Bytes that the copies take: as many as the weights themselves.
+
+        Raises:
+            ValueError: the weights are not on a CPU, or in another dtype than bfloat16 and float32.
+        """
+        linears = [module for module in self.modules() if type(module) in (nn.Linear, BranchMixLinear)]
+        stacks = [module for module in self.modules() if isinstance(module, BranchMixExperts)]
+        if enabled:
+            for weight in [module.weight for module in linears] + [module.down_proj for module in stacks]:
+                if reason := PackedWeight.reason(weight):
+                    raise ValueError(reason)
+        for experts in stacks:
+            pairs = zip(experts.first_proj, experts.down_proj, strict=True)
+            experts.packed = [(PackedWeight(up), PackedWeight(down)) for up, down in pairs] if enabled else None
+        for module in linears:
+            if enabled:
+                module.__class__ = BranchMixLinear  # the same parameters; only the forward pass differs
+            if isinstance(module, BranchMixLinear):
+                module.packed = PackedWeight(module.weight) if enabled else None
+        packed = [module.packed for module in linears if isinstance(module, BranchMixLinear) and module.packed]
+        packed += [one for experts in stacks for pair in experts.packed or () for one in pair]
+        return sum(one.num_bytes for one in packed)
+
+    @property
+    def _family(self) -> PreTrainedModel:
+        """The seed family's own model inside."""
+        raise AttributeError("only models with weights have a family model")
+
+    @contextmanager
+    def _recorded_routers(self, wanted: bool) -> Iterator[dict[str, list[torch.Tensor]]]:
+        """Logits of both kinds of routers, layer by layer, of the forward pass inside the block."""
+        logits: dict[str, list[torch.Tensor]] = {"ffn": [], "attention": []}
+        hooks = []
+        if wanted:
+            for module in self.modules():
+                if isinstance(module, BranchMixRouter):
+                    kind = "ffn" if isinstance(module, BranchMixFFNRouter) else "attention"
+                    hooks.append(module.register_forward_hook(_recorder(logits[kind])))
+        try:
+            yield logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hidden_states(
+        self, family: nn.Module, input_ids: torch.Tensor | None, output_router_logits: bool | None, **kwargs: Any
+    ) -> BranchMixModelOutputWithPast:
+        """The outputs of a family's base model, and both routers' logits if asked for."""
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        kwargs.pop("return_dict", None)
+        with self._recorded_routers(wanted) as logits:
+            outputs = family(input_ids=input_ids, return_dict=True, **kwargs)
+        return BranchMixModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=tuple(logits["ffn"]) or None,
+            attention_router_logits=tuple(logits["attention"]) or None,
+        )
+
+
+def _recorder(logits: list[torch.Tensor]) -> Callable[..., None]:
+    def record(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+        logits.append(output[0].flatten(0, -2))
+
+    return record
+
+
+class BranchMixModel(BranchMixPreTrainedModel):
+    """The mixture without its language-modelling head: the seed family's base model, widened."""
+
+    def __init__(self, config: BranchMixConfig):
+        asked_for = config._attn_implementation
+        super().__init__(config)
+        family_model = self._build_family(asked_for, causal_lm=False)
+        # Under the name that the family's causal LM gives it, so that both classes share one set of tensor names.
+        self._family_prefix = family_model.base_model_prefix
+        self.add_module(self._family_prefix, family_model)
+        self.post_init()
+        self._tp_plan, self._ep_plan = parallel_plans(self, config.layout["layers"], config.layout, dict(self.tp_plan))
+
+    @property
+    def _family(self) -> PreTrainedModel:
+        return getattr(self, self._family_prefix)
+
+    def forward(
+        self, input_ids: torch.Tensor | None = None, output_router_logits: bool | None = None, **kwargs: Any
+    ) -> BranchMixModelOutputWithPast:
+        """As the family's base model; ``output_router_logits`` adds both routers' logits."""
+        return self._hidden_states(self._family, input_ids, output_router_logits, **kwargs)
+
+
+class _Headless:
+    """The family's base model inside a causal LM, as whoever needs hidden states calls it: with router logits."""
+
+    def __init__(self, model: BranchMixForCausalLM):
+        self._model = model
+
+    def __call__(
+        self, input_ids: torch.Tensor | None = None, output_router_logits: bool | None = None, **kwargs: Any
+    ) -> BranchMixModelOutputWithPast:
+        return self._model._hidden_states(self._model.model.base_model, input_ids, output_router_logits, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.model.base_model, name)
+
+
+class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
+    """A language model of attention experts and FFN experts: the seed family's own causal LM, widened."""
+
+    def __init__(self, config: BranchMixConfig):
+        asked_for = config._attn_implementation
+        super().__init__(config)
+        self.model = self._build_family(asked_for, causal_lm=True)
+        self.post_init()
+        layers = f"model.{config.layout['layers']}"
+        self._tp_plan, self._ep_plan = parallel_plans(self, layers, config.layout, dict(self.tp_plan))
+
+    @property
+    def _family(self) -> PreTrainedModel:
+        return self.model
+
+    @property
+    def base_model(self) -> Any:
+        """What gives ``last_hidden_state``: trainers that compute the loss by themselves (TRL) ask for it."""
+        return _Headless(self)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.set_output_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The family's own: Phi-3 drops its cache there where its rotary factors change."""
+        return self.model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> BranchMixCausalLMOutputWithPast:
+        """As the family's causal LM, with BAM's losses (eq. 2) added to ``loss``.
+
+        The router losses are added while training, and whenever router logits are asked for; otherwise ``loss`` is
+        the plain negative log-likelihood, so that an evaluation measures what it says.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 0 for padding, which counts in no loss.
+            position_ids: as the family has it. ``generate`` looks for this name, ``inputs_embeds`` and
+                ``logits_to_keep`` in the signature: without it left padding shifts learned positions.
+            past_key_values, inputs_embeds, use_cache, logits_to_keep: as the family has them.
+            labels: [B, T], -100 where no loss is wanted.
+            output_router_logits: return ``router_logits`` and ``attention_router_logits``, [B * T, E] for each layer.
+            **kwargs: what the family takes. ``num_items_in_batch`` (from ``Trainer``) is the number of labels of the
+                whole accumulated batch; the router losses are then weighted by this micro-batch's share of it.
+        """
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        add_losses = labels is not None and (self.training or wanted)
+        if self.training and labels is None and kwargs.get("num_items_in_batch") is not None:
+            logger.warning_once(
+                "Trainer computes the loss itself (label smoothing or compute_loss_func) and passes no labels: the "
+                "mixture cannot add its router losses"
+            )
+        kwargs.pop("return_dict", None)
+        with self._recorded_routers(wanted or add_losses) as logits:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **kwargs,
+            )
+        loss, aux_loss, z_loss = outputs.loss, None, None
+        if wanted or add_losses:
+            extra, aux_loss, z_loss = self._router_losses(logits, attention_mask)
+            if labels is not None and add_losses and extra is not None:
+                share = _share_of_batch(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+                loss = loss + (extra * share).to(loss.device)
+        return BranchMixCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            logits=outputs.logits,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            router_logits=tuple(logits["ffn"]) or None if wanted else None,
+            attention_router_logits=tuple(logits["attention"]) or None if wanted else None,
+        )
+
+    def _router_losses(
+        self, logits: dict[str, list[torch.Tensor]], attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Weighted sum of all router losses, and the FFN router's balance and z-loss, each summed over layers.
+
+        The attention router has losses only when it is top-k: soft routing balances itself (section 4.1).
+        """
+        config = self.config
+        extra = aux_loss = z_loss = None
+        for kind, top_k in (("ffn", config.num_experts_per_tok), ("attention", config.attention_num_experts_per_tok)):
+            if not logits[kind] or top_k is None:
+                continue
+            balance, z = router_losses(logits[kind], top_k, attention_mask)
+            weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+            extra = weighted if extra is None else extra + weighted.to(extra.device)
+            if kind == "ffn":
+                aux_loss, z_loss = balance, z
+        return extra, aux_loss, z_loss
+
+
+def _share_of_batch(labels: torch.Tensor, shift_labels: torch.Tensor | None, num_items_in_batch: Any) -> float:
+    """This micro-batch's share of the accumulated batch: ``Trainer`` divides no term by the accumulation steps.
+
+    Counts what ``Trainer`` counts: labels that are predicted, so not each row's first.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    predicted = labels[:, 1:] if shift_labels is None else shift_labels
+    return (predicted != -100).sum() / num_items_in_batch
+
+
+__all__ = ["BranchMixForCausalLM", "BranchMixModel", "BranchMixPreTrainedModel"]
