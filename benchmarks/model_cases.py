@@ -235,8 +235,6 @@ DECODED = {
     for experts in ("eager", "grouped_mm", "batched_mm")
 }
 """Mixtures of attention experts with transformers' kernels for their FFN experts: what decoding is compared with."""
-PACKED = {"btx, packed": "average", "expert kv, packed": "kv_experts", "shared kv, packed": "kv_sharing"}
-"""Mixtures that keep a second copy of their weights for decoding (`set_packed_weights`)."""
 PEERS = {"mixturekit traditional": ("mixturekit-traditional", None), "mixturekit btx": ("mixturekit-btx", None)}
 
 
@@ -265,18 +263,6 @@ def _decode(models: steps.Models, batch: int, more: dict[str, Any] | None = None
                 return {"": min(seconds_of(lambda: _one(model, ids, cache)) for _ in range(3))}
 
         once[name] = step
-
-    for name, which in PACKED.items():
-
-        def packed(which: str = which, unpacked: str = name.removesuffix(", packed")) -> Seconds:
-            model = models.get(which)
-            model.set_packed_weights(True)
-            try:
-                return once[unpacked]()
-            finally:
-                model.set_packed_weights(False)
-
-        once[name] = packed
 
     def floor() -> Seconds:
         model = models.get("average").eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def recipe(models: dict[str, Path], **options: Any) -> dict[str, Any]:
         "router_init": {"std": 0.3},
         **options,
     }
+
+
+def mixtures_of_0_1(root: Path) -> dict[str, Path]:
+    """Folders in ``root`` as 0.1.0 saved them, one of them with one router a block, and ``expected.safetensors`` in each.
+
+    Their code files are the same and kept once; among them is a module for CUDA streams, which later versions lack.
+    """
+    data = Path(__file__).parent / "data" / "mixtures_of_0.1"
+    folders = {name: Path(shutil.copytree(data / name, root / f"0.1-{name}")) for name in ("plain", "one_router")}
+    for folder in folders.values():
+        shutil.copytree(data / "code", folder, dirs_exist_ok=True)
+    return folders
 
 
 def tokens(rows: int = 2, length: int = 11, seed: int = 0) -> torch.Tensor:

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import StaticCache
 
 from branchmix.models import experts_branchmix, linear_branchmix
-from branchmix.models.linear_branchmix import PackedWeight, linear
-from families import BY_NAME, FAMILIES
-from mixtures import BOTH, close, load, random_mixture, tokens
+from branchmix.models.linear_branchmix import linear
+from families import BY_NAME
+from mixtures import BOTH, close, random_mixture, tokens
 
 KINDS = {"llama": "gated", "llama-bias": "gated, biases", "nemotron": "plain", "gpt2": "plain, biases"}
 
 
 @pytest.fixture
 def prefer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """``prefer(name)``: of ways to compute few rows the fastest; experts go one by one but for ``grouped``."""
+    """``prefer(name)`` decides what is timed to be faster: ``mv`` or ``linear``; experts in groups for ``grouped``."""
 
     def choose(name: str) -> None:
         monkeypatch.setattr(linear_branchmix, "fastest_on_cpu", lambda calls: name if name in calls else "linear")
         monkeypatch.setattr(experts_branchmix, "fastest_on_cpu", lambda calls: list(calls)[name == "grouped"])
 
-    linear_branchmix._fastest.cache_clear()
+    linear_branchmix._mv_is_faster.cache_clear()
     experts_branchmix._one_by_one_is_faster.cache_clear()
     yield choose
-    linear_branchmix._fastest.cache_clear()
+    linear_branchmix._mv_is_faster.cache_clear()
     experts_branchmix._one_by_one_is_faster.cache_clear()
 
 
@@ -153,12 +149,10 @@ def test_shared_kv_caches_are_the_dense_models_to_the_byte(name: str) -> None:
 
 
 @pytest.mark.slow  # compiles
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("name", ["llama", "cohere"])
-def test_a_compiled_step_with_a_static_cache_is_the_same(name: str, attention: str, packed: bool) -> None:
+def test_a_compiled_step_with_a_static_cache_is_the_same(name: str, attention: str) -> None:
     model = random_mixture(name, attention)
-    model.set_packed_weights(packed)
     ids = tokens(2, 9)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits[:, 8]
@@ -211,141 +205,11 @@ def test_a_step_of_one_sequence_is_that_of_two(name: str, attention: str, prefer
 
 
 @pytest.mark.usefixtures("prefer")  # which forgets what was timed
-def test_what_is_timed_is_what_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_row_of_16_bits_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[list[str]] = []
     monkeypatch.setattr(linear_branchmix, "fastest_on_cpu", lambda calls: timed.append(list(calls)) or "linear")
-    weights = {dtype: torch.randn(8, 4, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
     with torch.no_grad():
-        for dtype, weight in weights.items():
-            for rows in (1, 4, 5):
-                for packed in (None, PackedWeight(weight)):
-                    linear(torch.randn(rows, 4, dtype=dtype), weight, None, packed)
-    assert timed == [
-        ["linear", "mv"],
-        ["linear", "mv", "packed"],
-        ["linear", "packed"],  # once for all of several rows
-        ["linear", "packed"],  # fp32, one row
-        ["linear", "packed"],
-    ]
-
-
-@pytest.fixture
-def packed_calls(monkeypatch: pytest.MonkeyPatch, prefer: Callable[[str], None]) -> list[int]:
-    """Rows of each product with a packed weight, which is taken wherever there is one."""
-    calls: list[int] = []
-    real = PackedWeight.linear
-
-    def counting(packed: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        calls.append(x.numel() // x.shape[-1])
-        return real(packed, x, bias)
-
-    monkeypatch.setattr(PackedWeight, "linear", counting)
-    prefer("packed")
-    return calls
-
-
-@pytest.mark.parametrize("attention", ["average", *BOTH])
-@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
-def test_packed_weights_compute_the_same(name: str, attention: str, packed_calls: list[int]) -> None:
-    model = random_mixture(name, attention)
-    keys = list(model.state_dict())
-    prompt, step = tokens(2, 9)[:, :8], tokens(2, 9)[:, 8:]
-    of_step: list[int] = []
-
-    def logits() -> list[torch.Tensor]:
-        cache = model(prompt[:1], use_cache=True).past_key_values
-        begin = len(packed_calls)
-        one = model(step[:1], past_key_values=cache).logits
-        of_step[:] = packed_calls[begin:]
-        return [one, model(prompt).logits, model(tokens(2, 17)).logits]  # 1, 16 and 34 rows
-
-    with torch.no_grad():
-        expected = logits()
-        assert not packed_calls
-        num_bytes = model.set_packed_weights(True)
-        for ours, theirs in zip(logits(), expected, strict=True):
-            close(ours, theirs)
-    assert max(packed_calls) == 16
-    linears = [
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and type(module).__name__ != "FalconLinear"  # computes in a way of its own
-    ]
-    stacks = [module for module in model.modules() if isinstance(module, experts_branchmix.BranchMixExperts)]
-    matrices = [*linears, *(matrix for experts in stacks for matrix in (experts.first_proj, experts.down_proj))]
-    assert num_bytes == sum(matrix.numel() * 4 for matrix in matrices)
-    assert of_step == [1] * (len(linears) + 2 * 2 * len(stacks)), "every map, two matrices of two experts"
-    assert list(model.state_dict()) == keys
-    assert model.set_packed_weights(False) == 0
-    packed_calls.clear()
-    with torch.no_grad():
-        model(prompt)
-    assert not packed_calls
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_packed_weights_are_as_near_to_the_truth(
-    dtype: torch.dtype, rows: int, bias: bool, packed_calls: list[int]
-) -> None:
-    torch.manual_seed(0)
-    x, weight = torch.randn(777, rows, dtype=dtype).T[None], torch.randn(333, 777, dtype=dtype)
-    shift = torch.randn(333, dtype=dtype) if bias else None
-    truth = F.linear(x.double(), weight.double(), None if shift is None else shift.double())
-    with torch.no_grad():
-        found, plain = linear(x, weight, shift, PackedWeight(weight)), F.linear(x, weight, shift)
-    assert packed_calls == [rows] and found.shape == plain.shape and found.dtype == dtype
-    assert (found.double() - truth).norm() < 1.1 * (plain.double() - truth).norm() + 1e-6 * truth.norm()
-
-
-def test_packed_weights_of_changed_weights_are_not_used(packed_calls: list[int]) -> None:
-    model, other = random_mixture("llama"), random_mixture("llama")
-    ids = tokens(1, 3)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-        model.set_packed_weights(True)
-        model.load_state_dict(other.state_dict())
-        close(model(ids).logits, other(ids).logits, 0)
-        assert not packed_calls
-        model.set_packed_weights(True)
-        close(model(ids).logits, other(ids).logits)
-        assert packed_calls
-        packed_calls.clear()
-        close(model.bfloat16()(ids).logits, other.bfloat16()(ids).logits, 0)
-    assert not packed_calls
-
-
-def test_packed_weights_stay_out_of_training_and_of_copies(packed_calls: list[int], tmp_path: Path) -> None:
-    model = random_mixture("llama")
-    model.set_packed_weights(True)
-    ids = tokens(1, 3)
-    model(ids).logits.sum().backward()
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.no_grad(), torch.autocast("cpu", dtype):
-            model(ids)
-    for name, again in {"copy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}.items():
-        with torch.no_grad():
-            assert torch.isfinite(again(ids).logits).all(), name
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        saved = load(tmp_path)(ids).logits
-    assert not packed_calls
-    with torch.inference_mode():
-        close(model(ids).logits, saved)
-    assert packed_calls
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda model: model.half(), "bfloat16 and float32 only"),
-        (lambda model: model.to("meta"), "for CPUs only"),
-    ],
-)
-def test_what_cannot_be_packed_is_refused(change: Callable[[Any], Any], reason: str) -> None:
-    model = change(random_mixture("llama"))
-    with pytest.raises(ValueError, match=reason):
-        model.set_packed_weights(True)
-    assert not any(getattr(module, "packed", None) for module in model.modules())
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in (1, 4, 1):
+                linear(torch.randn(rows, 4, dtype=dtype), torch.randn(8, 4, dtype=dtype))
+    assert timed == [["linear", "mv"]]

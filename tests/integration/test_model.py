@@ -206,3 +206,18 @@ def test_compiled_in_one_graph_is_the_same(name: str, attention: str) -> None:
         eager = model(ids, use_cache=False).logits
         torch._dynamo.reset()
         close(torch.compile(model, fullgraph=True)(ids, use_cache=False).logits, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", BOTH)
+def test_wide_attention_on_flash_attention(attention: str) -> None:
+    """torch's own FlashAttention kernel, forced, against the mathematical one."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = random_mixture("llama", attention, attn_implementation="sdpa").cuda().half()
+    with torch.no_grad():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            found = model(tokens().cuda(), use_cache=False).logits
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = model(tokens().cuda(), use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)

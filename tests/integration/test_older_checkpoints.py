@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from branchmix.accounting import inspect
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.models.configuration_branchmix import CODE_FILES
 from families import BY_NAME, NAMES
-from mixtures import close, load, recipe, tokens
+from mixtures import close, load, mixtures_of_0_1, recipe, tokens
 
 Siblings = Callable[..., dict[str, Path]]
 LLAMA_3 = {
@@ -140,49 +137,9 @@ def test_weights_saved_from_the_base_model(name: str, tmp_path: Path) -> None:
         close(load(tmp_path / "identical")(tokens()).logits, family.model(0, **changes)(tokens()).logits)
 
 
-MIXTURES = Path(__file__).parents[1] / "data" / "mixtures_of_0.1"
-"""Mixtures as 0.1.0 saved them. Their code files, which both have, are kept once: they include a module for CUDA streams
-and one for packed weights that later versions do not have."""
-
-LOADS_ITS_OWN_CODE = """
-import sys
-from pathlib import Path
-
-class Absent:  # however it is installed
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "branchmix":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-
-for folder in map(Path, sys.argv[1:]):
-    expected = load_file(folder / "expected.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    assert type(model).__module__.startswith("transformers_modules"), type(model)
-    with torch.no_grad():
-        torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], rtol=0, atol=1e-5)
-    print(folder.name)
-"""
-
-
-@pytest.fixture(scope="module")
-def mixtures_of_0_1(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("mixtures-of-0.1")
-    folders = {}
-    for name in ("plain", "one_router"):
-        folders[name] = Path(shutil.copytree(MIXTURES / name, root / name))
-        shutil.copytree(MIXTURES / "code", root / name, dirs_exist_ok=True)
-    return folders
-
-
 @pytest.mark.parametrize("name", ["plain", "one_router"])
-def test_a_mixture_of_0_1_loads_trains_and_changes(
-    name: str, mixtures_of_0_1: dict[str, Path], tmp_path: Path
-) -> None:
-    folder = mixtures_of_0_1[name]
+def test_a_mixture_of_0_1_loads_trains_and_changes(name: str, tmp_path: Path) -> None:
+    folder = mixtures_of_0_1(tmp_path)[name]
     expected = load_file(folder / "expected.safetensors")
     model = load(folder)
     assert type(model).__module__.startswith("branchmix.models.")
@@ -205,14 +162,3 @@ def test_a_mixture_of_0_1_loads_trains_and_changes(
     load(tmp_path / "fewer")(ids)
     for written in (tmp_path / "again", tmp_path / "fewer"):
         assert {file.name for file in written.glob("*.py")} == set(CODE_FILES)
-
-
-def test_a_mixture_of_0_1_loads_where_branchmix_is_not_installed(
-    mixtures_of_0_1: dict[str, Path], tmp_path: Path
-) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOADS_ITS_OWN_CODE, *map(str, mixtures_of_0_1.values())]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == list(mixtures_of_0_1)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import branchmix
-from mixtures import load, recipe, tokens
+from mixtures import load, mixtures_of_0_1, recipe, tokens
 
 Siblings = Callable[..., dict[str, Path]]
 FAMILIES = {
@@ -79,6 +79,14 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     with torch.no_grad():
         assert torch.equal(again(ids).logits, expected["logits"]), folder
         torch.testing.assert_close(eager(ids).logits, expected["logits"], rtol=0, atol=1e-4)
+    print(folder.name)
+
+for folder in map(Path, sys.argv[3:]):  # saved by an earlier version, with the code of that version
+    expected = load_file(folder / "expected.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, **trusted).eval()
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], rtol=0, atol=1e-5)
     print(folder.name)
 """
 
@@ -179,8 +187,9 @@ def mixtures(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_loads_by_remote_code_and_reproduces_everything(mixtures: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(mixtures, moved)
-    done = python(LOAD_ALL, moved, tmp_path / "copies", cache=tmp_path)
-    assert done.stdout.split() == sorted(FAMILIES)
+    older = mixtures_of_0_1(tmp_path)
+    done = python(LOAD_ALL, moved, tmp_path / "copies", *older.values(), cache=tmp_path)
+    assert done.stdout.split() == [*sorted(FAMILIES), "0.1-plain", "0.1-one_router"]
 
 
 def test_refuses_without_trust(mixtures: Path, tmp_path: Path) -> None:

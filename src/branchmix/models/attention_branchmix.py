@@ -18,7 +18,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_branchmix import BranchMixConfig
 from .linear_branchmix import BranchMixLinear
 from .routing_branchmix import BranchMixAttentionRouter
-from .streams_branchmix import ParallelStreams
 
 
 @dataclass(frozen=True)
@@ -81,15 +80,9 @@ class BranchMixAttention(nn.Module):
         self.o_proj = BranchMixLinear(order.wide_heads * order.head_dim, hidden_size, bias=False)
         self.o_bias = nn.Parameter(torch.empty(config.num_experts, hidden_size)) if output.bias is not None else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.streams: ParallelStreams | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """Takes and returns what the family's attention does: output [B, T, D] and attention weights or None."""
-        if self.streams is None:
-            return self._attend(hidden_states, *args, **kwargs)
-        return self.streams.fork(hidden_states, lambda: self._attend(hidden_states, *args, **kwargs))
-
-    def _attend(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         heads_BTHC, attention_weights = self.heads(hidden_states, *args, **kwargs)[:2]
         width = self.order.wide_heads * self.order.head_dim
         if heads_BTHC.shape[-1] != width:

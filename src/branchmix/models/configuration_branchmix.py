@@ -18,7 +18,6 @@ CODE_FILES = (
     "losses_branchmix.py",
     "modeling_branchmix.py",
     "routing_branchmix.py",
-    "streams_branchmix.py",
 )
 """The files that travel with every checkpoint."""
 

@@ -21,9 +21,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from .attention_branchmix import is_conv1d, take_output_dropout
 from .configuration_branchmix import BranchMixConfig
-from .linear_branchmix import FEW_ROWS, PackedWeight, fastest_on_cpu, linear
+from .linear_branchmix import fastest_on_cpu, linear
 from .routing_branchmix import BranchMixFFNRouter
-from .streams_branchmix import ParallelStreams
 
 
 def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
@@ -47,17 +46,13 @@ class BranchMixSparseMoeBlock(nn.Module):
         )
         self.experts = _EXPERTS[dense.gated, dense.bias](config, dense)
         self.dropout = nn.Dropout(dense.dropout) if dense.dropout else nn.Identity()
-        self.streams: ParallelStreams | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
-        out = self.dropout(out_SD.reshape(hidden_states.shape))
-        if self.streams is not None:
-            self.streams.join(hidden_states)
-        return out
+        return self.dropout(out_SD.reshape(hidden_states.shape))
 
 
 @dataclass
@@ -97,8 +92,6 @@ class BranchMixExperts(nn.Module):
     up_proj: torch.Tensor
     gate_up_proj_bias: torch.Tensor
     up_proj_bias: torch.Tensor
-    packed: list[tuple[PackedWeight, PackedWeight]] | None = None
-    """Of each expert, if asked for: the first and the second matrix."""
 
     def __init__(self, config: BranchMixConfig, dense: DenseFFN):
         super().__init__()
@@ -117,11 +110,6 @@ class BranchMixExperts(nn.Module):
     def first_proj(self) -> torch.Tensor:
         """Every expert's first matrix [E, O, D]: gate and up side by side, or up."""
         return self.gate_up_proj if self.has_gate else self.up_proj
-
-    def packed_now(self) -> list[tuple[PackedWeight, PackedWeight]] | None:
-        """``packed``; None where the weights have changed since, and in a copy of the module, which has none."""
-        down = self.packed[0][1] if self.packed else None
-        return self.packed if down is not None and down.is_of(self.down_proj[0]) else None
 
     def forward(self, hidden_SD: torch.Tensor, index_Sk: torch.Tensor, gates_Sk: torch.Tensor) -> torch.Tensor:
         """The ``eager`` implementation: a loop over experts.
@@ -145,6 +133,8 @@ class BranchMixExperts(nn.Module):
         return out_SD.to(hidden_SD.dtype)
 
 
+FEW_ROWS = 16
+"""Up to this number of rows a product costs about what reading its matrix costs."""
 EXPERTS_AUTOMATIC = "branchmix"
 """Experts' kernel where none was asked for: transformers' ``grouped_mm``, but a loop for the few tokens of a decoding
 step on a CPU where that is faster."""
@@ -163,7 +153,7 @@ def automatic_experts_forward(
     few = few and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     few = few and not getattr(experts, "_is_expert_parallel", False)
     if few and len(hidden_SD) > 1:
-        few = _one_by_one_is_faster(hidden_SD.dtype, experts.packed_now() is not None)
+        few = _one_by_one_is_faster(hidden_SD.dtype)
     if not few:
         return grouped_mm_experts_forward(experts, hidden_SD, index_Sk, gates_Sk)
     first = experts.first_proj
@@ -171,7 +161,7 @@ def automatic_experts_forward(
     if experts.has_bias:
         first_bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
         down_bias = experts.down_proj_bias
-    down, copies = experts.down_proj, experts.packed_now()
+    down = experts.down_proj
     slots: dict[int, list[int]] = {}
     for slot, expert in enumerate(index_Sk.flatten().tolist()):
         slots.setdefault(expert, []).append(slot)
@@ -181,18 +171,16 @@ def automatic_experts_forward(
     for expert, chosen in slots.items():
         tokens = [slot // top_k for slot in chosen]
         hidden = hidden_SD[tokens] if len(hidden_SD) > 1 else hidden_SD
-        first_copy, down_copy = copies[expert] if copies else (None, None)
-        inner = linear(hidden, first[expert], None if first_bias is None else first_bias[expert], first_copy)
+        inner = linear(hidden, first[expert], None if first_bias is None else first_bias[expert])
         inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        down_bias_D = None if down_bias is None else down_bias[expert]
-        gated = linear(inner, down[expert], down_bias_D, down_copy) * gates_S1[chosen]
+        gated = linear(inner, down[expert], None if down_bias is None else down_bias[expert]) * gates_S1[chosen]
         for row, token in enumerate(tokens):
             out_SD[token] += gated[row]
     return out_SD.to(hidden_SD.dtype)
 
 
 @cache
-def _one_by_one_is_faster(dtype: torch.dtype, has_packed: bool) -> bool:
+def _one_by_one_is_faster(dtype: torch.dtype) -> bool:
     """Whether experts that get one or two rows each are computed faster one after the other than grouped.
 
     Timed once in a process, on 8 experts whose matrices take 16 MB in 16 bits.
@@ -201,10 +189,9 @@ def _one_by_one_is_faster(dtype: torch.dtype, has_packed: bool) -> bool:
         return True
     weights = torch.ones(8, 1024, 1024, dtype=dtype)
     parts = torch.ones(12, 1024, dtype=dtype).split([1, 2] * 4)
-    packed = [PackedWeight(weight) if has_packed else None for weight in weights]
     ends = torch.tensor([len(part) for part in parts]).cumsum(0, dtype=torch.int32)
     calls: dict[str, Callable[[], object]] = {
-        "one by one": lambda: [linear(*each) for each in zip(parts, weights, [None] * 8, packed, strict=True)],
+        "one by one": lambda: [linear(part, weight) for part, weight in zip(parts, weights, strict=True)],
         "grouped": lambda: F.grouped_mm(torch.cat(parts), weights.transpose(1, 2), offs=ends),
     }
     return fastest_on_cpu(calls) == "one by one"
@@ -248,9 +235,6 @@ class _CastExperts:
     def __init__(self, experts: nn.Module, dtype: torch.dtype):
         self._experts = experts
         self._dtype = dtype
-
-    def packed_now(self) -> None:
-        """Copies are in the dtype of the weights, not in autocast's."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._experts, name)

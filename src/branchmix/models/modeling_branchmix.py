@@ -28,10 +28,8 @@ from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, wide
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import CODE_FILES, BranchMixConfig
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
-from .linear_branchmix import BranchMixLinear, PackedWeight
 from .losses_branchmix import router_losses
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
-from .streams_branchmix import ParallelStreams
 
 logger = logging.get_logger(__name__)
 
@@ -234,56 +232,6 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         if attention in (AUTOMATIC, CHUNKED):
             config._attn_implementation_internal = seed_config._attn_implementation_internal = attention
         return model
-
-    def set_parallel_streams(self, enabled: bool) -> None:
-        """Run attention and FFN experts of parallel blocks side by side on two CUDA streams (off by default).
-
-        Changes nothing on other devices, in sequential blocks and under ``torch.compile``. Not for CUDA graphs or
-        gradient checkpointing.
-
-        Raises:
-            ValueError: the mixture has no attention experts or no FFN experts.
-        """
-        if not (self.config.has_attention_experts and self.config.has_ffn_experts):
-            raise ValueError("parallel streams need attention experts and FFN experts")
-        for module in self.modules():
-            children = list(module.children())
-            attention = [child for child in children if isinstance(child, BranchMixAttention)]
-            ffn = [child for child in children if isinstance(child, BranchMixSparseMoeBlock)]
-            for first, second in zip(attention, ffn, strict=True):
-                first.streams = second.streams = ParallelStreams(module) if enabled else None
-
-    def set_packed_weights(self, enabled: bool) -> int:
-        """Decode faster on a CPU with a second copy of all linear maps' weights, in the order its kernels read.
-
-        In bf16 up to 16 tokens at once are computed 1.2 to 1.5 times as fast; in fp32 it is 4 to 16 that gain. Where a
-        short timing finds no gain, in training, under autocast and ``torch.compile``, the copies are not used. They are
-        not saved, and those of weights that change afterwards are ignored until this is called again; what is written
-        through ``.data`` goes unseen.
-
-        Returns:
-            Bytes that the copies take: as many as the weights themselves.
-
-        Raises:
-            ValueError: the weights are not on a CPU, or in another dtype than bfloat16 and float32.
-        """
-        linears = [module for module in self.modules() if type(module) in (nn.Linear, BranchMixLinear)]
-        stacks = [module for module in self.modules() if isinstance(module, BranchMixExperts)]
-        if enabled:
-            for weight in [module.weight for module in linears] + [module.down_proj for module in stacks]:
-                if reason := PackedWeight.reason(weight):
-                    raise ValueError(reason)
-        for experts in stacks:
-            pairs = zip(experts.first_proj, experts.down_proj, strict=True)
-            experts.packed = [(PackedWeight(up), PackedWeight(down)) for up, down in pairs] if enabled else None
-        for module in linears:
-            if enabled:
-                module.__class__ = BranchMixLinear  # the same parameters; only the forward pass differs
-            if isinstance(module, BranchMixLinear):
-                module.packed = PackedWeight(module.weight) if enabled else None
-        packed = [module.packed for module in linears if isinstance(module, BranchMixLinear) and module.packed]
-        packed += [one for experts in stacks for pair in experts.packed or () for one in pair]
-        return sum(one.num_bytes for one in packed)
 
     @property
     def _family(self) -> PreTrainedModel:

@@ -42,7 +42,6 @@ CODE_FILES = (
     "losses_branchmix.py",
     "modeling_branchmix.py",
     "routing_branchmix.py",
-    "streams_branchmix.py",
 )
 
 _COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
