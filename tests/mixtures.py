@@ -53,7 +53,7 @@ def recipe(models: dict[str, Path], **options: Any) -> dict[str, Any]:
 
 
 def mixtures_of_0_1(root: Path) -> dict[str, Path]:
-    """Folders in ``root`` as 0.1.0 saved them, one of them with one router a block, and ``expected.safetensors`` in each.
+    """Folders in ``root`` as 0.1.0 saved them, one with one router a block, and ``expected.safetensors`` in each.
 
     Their code files are the same and kept once; among them is a module for CUDA streams, which later versions lack.
     """

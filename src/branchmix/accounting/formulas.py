@@ -93,7 +93,7 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
         attention=s.num_layers * attention,
         ffn=s.num_layers * ffn,
         norms=s.num_layers * ((len(in_front) + facts.post_norms) * norm + qk_norm) + final_norm * norm,
-        routers=s.num_layers * shape.router_rows * d,
+        routers=s.num_layers * len(shape.routers) * shape.num_experts * d,
     )
 
 

@@ -101,7 +101,7 @@ class Accounting:
         if shape is None or flops is None or shape.ffn != "experts" or not shape.family.gate:
             return None
         extra = 3 * shape.sizes.intermediate_size * shape.num_experts_per_tok
-        second_router = shape.router_rows - shape.ffn_router
+        second_router = shape.num_experts if "attention" in shape.routers else 0
         omitted = shape.sizes.num_layers * second_router * shape.sizes.hidden_size
         notes = [f"Table 7 prints {extra:,} = 1.5 k d_ff more for the FFN than Table 10's formula gives, unexplained"]
         if second_router:

@@ -157,9 +157,11 @@ class Shape:
         return self.num_experts if self.ffn == "experts" else 0
 
     @property
-    def router_rows(self) -> int:
-        """Rows of all weights of routers in a layer."""
-        return self.ffn_router + (0 if self.shared_router else self.attention_router)
+    def routers(self) -> dict[str, str]:
+        """Names of the routers' weights in a block, below the block, by kind."""
+        return self.family.routers(
+            attention=self.attention_router > 0, ffn=self.ffn_router > 0, shared=self.shared_router
+        )
 
     @property
     def facts(self) -> Facts:

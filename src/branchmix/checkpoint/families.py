@@ -77,6 +77,17 @@ class Family:
     inferred: bool = False
     """True when no entry exists and the names were taken to be the standard ones."""
 
+    def routers(self, *, attention: bool, ffn: bool, shared: bool) -> dict[str, str]:
+        """Names of the routers' weights in a block of a mixture, below the block, by kind.
+
+        Args:
+            attention: whether there are attention experts.
+            ffn: whether there are FFN experts.
+            shared: whether attention experts are weighed by the FFN's router, which then is the only one.
+        """
+        names = {"attention": f"{self.attention}.expert_gate.weight"} if attention and not shared else {}
+        return names | ({"ffn": f"{self.ffn}.gate.weight"} if ffn else {})
+
 
 _GPT2_NAMES: dict[str, Any] = {
     "layers": "transformer.h",

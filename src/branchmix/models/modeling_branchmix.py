@@ -167,8 +167,6 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if getattr(module, "_is_hf_initialized", False):
                 continue
-            if isinstance(module, BranchMixSharedRouter):
-                continue
             if isinstance(module, BranchMixRouter):
                 init.normal_(module.weight, std=self.config.initializer_range)
             elif isinstance(module, BranchMixExperts):

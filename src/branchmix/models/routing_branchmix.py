@@ -53,10 +53,12 @@ class BranchMixAttentionRouter(BranchMixRouter):
 
 
 class BranchMixSharedRouter(BranchMixAttentionRouter):
-    """An attention router without weights of its own: those of the block's FFN router (``shared_router``).
+    """An attention router that uses the weights of the block's FFN router (``shared_router``).
 
     In a parallel block both see the same input, and so have the same logits. The paper has two routers.
     """
+
+    _is_hf_initialized = True  # together with the router whose weights these are
 
     def __init__(self, owner: BranchMixFFNRouter, top_k: int, normalize: bool):
         nn.Module.__init__(self)

@@ -93,16 +93,15 @@ class OpenedMixture:
         width, inner, count = dims.hidden_size, dims.intermediate_size, shape.num_experts
         query, shared = count * dims.num_heads * dims.head_dim, shape.kv_experts * dims.num_kv_heads * dims.head_dim
         for layer in range(dims.num_layers):
-            attention = f"model.{family.layers}.{layer}.{family.attention}"
-            ffn = f"model.{family.layers}.{layer}.{family.ffn}"
+            block = f"model.{family.layers}.{layer}"
+            attention, ffn = f"{block}.{family.attention}", f"{block}.{family.ffn}"
+            for router in shape.routers.values():
+                yield f"{block}.{router}", (count, width)
             if self.has_attention_experts:
                 for role, rows in (("q", query), ("k", shared), ("v", shared)):
                     yield f"{attention}.heads.{role}_proj.weight", (rows, width)
                 yield f"{attention}.o_proj.weight", (width, query)
-                if not shape.shared_router:
-                    yield f"{attention}.expert_gate.weight", (count, width)
             if self.has_ffn_experts:
-                yield f"{ffn}.gate.weight", (count, width)
                 for number in range(count):
                     for matrix in FFN_NAMES[family.gate is not None]:
                         down = matrix == "down_proj"

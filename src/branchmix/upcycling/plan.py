@@ -240,12 +240,14 @@ class _Mixture:
                 kv_weights=self._kv_weights(),
             ):
                 yield f"{family.attention}.{name}", part
-            if not self.recipe.routing.shared:
-                yield self._router(f"{family.attention}.expert_gate.weight", layer, width, attention=True)
         if self.has_ffn_experts:
             for name, part in ffn_tensors(experts, layer):
                 yield f"{family.ffn}.{name}", self._sparse(layer, name, part)
-            yield self._router(f"{family.ffn}.gate.weight", layer, width, attention=False)
+        routers = family.routers(
+            attention=self.has_attention_experts, ffn=self.has_ffn_experts, shared=self.recipe.routing.shared
+        )
+        for kind, name in routers.items():
+            yield self._router(name, layer, width, attention=kind == "attention")
 
     def _router(self, below: str, layer: int, width: int, *, attention: bool) -> tuple[str, Expression]:
         name = f"model.{self.family.layers}.{layer}.{below}"

@@ -113,16 +113,21 @@ def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, _Watche
     that norm has a gain of 1 in the mixture, and so it has here."""
     family = seed.family
     folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
-    parts = []
-    if recipe.attention in ("kv_experts", "kv_sharing") and not recipe.routing.shared:
-        parts.append((f"{family.attention}.expert_gate.weight", family.attention, family.attention_input_norm))
-    if recipe.ffn == "experts":
-        parts.append((f"{family.ffn}.gate.weight", family.ffn, family.ffn_input_norm))
+    readers = {
+        "attention": (family.attention, family.attention_input_norm),
+        "ffn": (family.ffn, family.ffn_input_norm),
+    }
+    routers = family.routers(
+        attention=recipe.attention in ("kv_experts", "kv_sharing"),
+        ffn=recipe.ffn == "experts",
+        shared=recipe.routing.shared,
+    )
     found = {}
     for layer in range(seed.dims.num_layers):
         path = f"{family.layers}.{layer}"
         block = model.get_submodule(path)
-        for router, reader, norm in parts:
+        for kind, router in routers.items():
+            reader, norm = readers[kind]
             if norm in folded:
                 place = _Watched(
                     block.get_submodule(norm), _without_gain(block.get_submodule(norm), family.gain_offset)

@@ -220,15 +220,14 @@ class _Opened(OpenedMixture):
                     kv_weights=[1.0],
                 ):
                     yield self._out(f"{module}.{name}", part)
-                if not self.config.get("shared_router"):
-                    yield self._router(f"{module}.expert_gate.weight", staying, router)
                 done.add(f"{module}.")
             if self.has_ffn_experts:
                 module = f"{block}.{family.ffn}"
                 for name, part in ffn_tensors(experts, layer):
                     yield self._out(f"{module}.{name}", part)
-                yield self._router(f"{module}.gate.weight", staying, router)
                 done.add(f"{module}.")
+            for name in self.shape.routers.values():
+                yield self._router(f"{block}.{name}", staying, router)
         owned = tuple(done)
         for name, ref in self.index.tensors.items():
             if not name.startswith(owned):
