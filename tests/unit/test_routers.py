@@ -74,11 +74,11 @@ def test_the_same_as_by_hand(name: str, top_k: tuple[int, int | None], masked: b
     ids, domain = tokens(4, 9), [2, 0, 2, 0]
     mask = (torch.arange(36).reshape(4, 9) % 3 > 0) if masked else None
     expected = by_hand(model, ids, domain, mask)
-    monitor = RouterMonitor(model, DOMAINS)
+    monitor = RouterMonitor(model.config, DOMAINS)
     for half in (slice(0, 2), slice(2, 4)):  # gradient accumulation
-        monitor.set_batch(torch.tensor(domain[half]), 9, mask_BT=None if mask is None else mask[half])
-        model.train()(ids[half], labels=ids[half]).loss.backward()
-    model.eval()(tokens(4, 5))  # no set_batch: an evaluation
+        output = model.train()(ids[half], labels=ids[half], **monitor.options)
+        monitor.add(output, torch.tensor(domain[half]), None if mask is None else mask[half])
+        output.loss.backward()
     check(monitor.read(), expected)
     assert monitor.read().routers == [] and monitor.read().scalars() == {}
 
@@ -88,7 +88,7 @@ def test_the_same_as_by_hand(name: str, top_k: tuple[int, int | None], masked: b
 def test_recomputed_layers_count_once(attention: str, reentrant: bool) -> None:
     model = random_mixture("llama", attention)
     ids, domain = tokens(2, 9), [1, 2]
-    monitor = RouterMonitor(model, DOMAINS)
+    monitor = RouterMonitor(model.config, DOMAINS)
     loads = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -98,8 +98,9 @@ def test_recomputed_layers_count_once(attention: str, reentrant: bool) -> None:
         router = next(module for module in model.modules() if isinstance(module, BranchMixRouter))
         hook = router.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         for _ in range(2):
-            monitor.set_batch(torch.tensor(domain), 9)
-            model.train()(ids, labels=ids, use_cache=False).loss.backward()
+            output = model.train()(ids, labels=ids, use_cache=False, **monitor.options)
+            monitor.add(output, torch.tensor(domain))
+            output.loss.backward()
         hook.remove()
         assert len(calls) == (4 if checkpointing else 2), "nothing was recomputed"
         loads.append(monitor.read())
@@ -111,9 +112,8 @@ def test_recomputed_layers_count_once(attention: str, reentrant: bool) -> None:
 
 def test_names_and_numbers_for_loggers() -> None:
     model = random_mixture("llama", expert_names=NAMES)
-    monitor = RouterMonitor(model, DOMAINS)
-    monitor.set_batch(torch.tensor([0, 1]), 11)
-    model(tokens())
+    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor.add(model(tokens(), **monitor.options), torch.tensor([0, 1]))
     reading = monitor.read()
     scalars, router = reading.scalars(), reading.routers[-1]
     assert router.kind == "ffn" and router.layer == 1
@@ -128,26 +128,22 @@ def test_names_and_numbers_for_loggers() -> None:
 
 def test_a_dense_model_has_nothing_to_watch() -> None:
     model = BY_NAME["llama"].model(0)
-    monitor = RouterMonitor(model, DOMAINS)
-    monitor.set_batch(torch.tensor([0, 1]), 11)
-    model(tokens())
-    reading = monitor.read()
-    assert reading.scalars() == {} and monitor.collapsed() == []
-    assert not any(module._forward_hooks for module in model.modules())
+    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor.add(model(tokens(), **monitor.options), torch.tensor([0, 1]))
+    assert monitor.read().scalars() == {} and monitor.collapsed() == [] and monitor.options == {}
 
 
 def test_a_collapse_is_told_once_until_it_recovers() -> None:
     model = random_mixture("llama", expert_names=NAMES, num_experts_per_tok=1)
-    monitor = RouterMonitor(model, DOMAINS)
+    monitor = RouterMonitor(model.config, DOMAINS)
     routers = {kind: [m for m in model.modules() if is_router(m, kind)] for kind in ("ffn", "attention")}
     healthy = {id(router): router.weight.clone() for both in routers.values() for router in both}
 
     def readings(number: int) -> list[str]:
         lines = []
         for _ in range(number):
-            monitor.set_batch(torch.tensor([0, 1, 2, 0]), 20)
             with torch.no_grad():
-                model(tokens(4, 20))
+                monitor.add(model(tokens(4, 20), **monitor.options), torch.tensor([0, 1, 2, 0]))
             monitor.read()
             lines += monitor.collapsed()
         return lines
@@ -190,16 +186,14 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = random_mixture("llama")
-monitor = RouterMonitor(model, ["code", "law", "math"])
+monitor = RouterMonitor(model.config, ["code", "law", "math"])
 readings = []
 for part in (slice(0, 3) if rank == 0 else slice(3, 4), slice(0, 4)):  # different tokens, then all on both
     domain = torch.tensor([2, 0, 2, 1])[part]
-    monitor.set_batch(domain, 9)
-    model(tokens(4, 9)[part])
+    monitor.add(model(tokens(4, 9)[part], **monitor.options), domain)
     readings.append(monitor.read().as_dict())
-monitor.set_batch(torch.tensor([0]), 9)
 if rank == 1:  # one of them has seen nothing
-    model(tokens(1, 9))
+    monitor.add(model(tokens(1, 9), **monitor.options), torch.tensor([0]))
 readings.append(monitor.read().as_dict())
 print(f"{rank} {json.dumps(readings)}\\n", end="")
 leave_group()
@@ -218,14 +212,13 @@ def test_two_processes_read_what_one_reads(tmp_path: Any) -> None:
     found = {line[0]: json.loads(line[2:]) for line in done.stdout.splitlines()}
     assert found["0"] == found["1"]
     model = random_mixture("llama")
-    monitor = RouterMonitor(model, DOMAINS)
+    monitor = RouterMonitor(model.config, DOMAINS)
     for number, ids, domain in (
         (0, tokens(4, 9), [2, 0, 2, 1]),
         (1, tokens(4, 9), [2, 0, 2, 1]),
         (2, tokens(1, 9), [0]),
     ):
-        monitor.set_batch(torch.tensor(domain), 9)
-        model(ids)
+        monitor.add(model(ids, **monitor.options), torch.tensor(domain))
         for kind, routers in monitor.read().as_dict().items():
             for ours, theirs in zip(found["0"][number][kind], routers, strict=True):
                 if kind == "experts":

@@ -43,7 +43,6 @@ def kept_bytes(config: dict[str, Any], rows: int, length: int, *, bf16: bool) ->
     """Of what autograd keeps of a micro-batch of packed documents, without parameters and logits."""
     computing = Computing(torch.device("cpu"), bf16)
     model = new_model(config, computing, length).train()
-    DomainLoss(["code"]).install(model)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
 
@@ -55,7 +54,8 @@ def kept_bytes(config: dict[str, Any], rows: int, length: int, *, bf16: bool) ->
 
     ids_BT = torch.randint(0, VOCABULARY, (rows, length))
     positions_BT = torch.cat([torch.arange(length // 4), torch.arange(length - length // 4)]).expand(rows, -1)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), computing.autocast():
+    counting = DomainLoss(["code"]).counting(model, torch.zeros(rows, dtype=torch.long))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), computing.autocast(), counting:
         model(input_ids=ids_BT, labels=ids_BT, position_ids=positions_BT, use_cache=False)
     return sum(storage.nbytes() for storage in storages.values())
 

@@ -45,9 +45,8 @@ def test_is_the_familys_own_loss(name: str, items: Any) -> None:
     options = {} if items is None else {"num_items_in_batch": items}
     theirs, their_gradients = loss_and_gradients(model, **options)
     domains = DomainLoss(["a", "b"])
-    domains.install(model)
-    domains.set_batch(torch.tensor([0, 1, 1, 0]))
-    ours, our_gradients = loss_and_gradients(model, **options)
+    with domains.counting(model, torch.tensor([0, 1, 1, 0])):
+        ours, our_gradients = loss_and_gradients(model, **options)
     close(ours, theirs, 1e-6)
     assert our_gradients.keys() == their_gradients.keys()
     for parameter, gradient in their_gradients.items():
@@ -63,12 +62,10 @@ def test_adds_up_each_domain_over_batches(name: str) -> None:
         logits_BTV = model(ids_BT).logits
     nll_BT = F.cross_entropy(logits_BTV[:, :-1].transpose(1, 2), labels_BT[:, 1:], reduction="none")
     domains = DomainLoss(["code", "law", "none"])
-    domains.install(model)
     with torch.no_grad():
         for rows, numbers in (((0, 1, 2), (0, 1, 1)), ((3,), (0,))):
-            domains.set_batch(torch.tensor(numbers))
-            model(input_ids=ids_BT[list(rows)], labels=labels_BT[list(rows)])
-        domains.set_batch(None)
+            with domains.counting(model, torch.tensor(numbers)):
+                model(input_ids=ids_BT[list(rows)], labels=labels_BT[list(rows)])
         model(input_ids=ids_BT, labels=labels_BT)  # counts nowhere
     found = domains.read()
     assert found.tokens == {"code": 10 + 3, "law": 9 + 10, "none": 0}
@@ -82,8 +79,7 @@ def test_adds_up_each_domain_over_batches(name: str) -> None:
 def test_names_the_domain_that_is_no_number() -> None:
     domains = DomainLoss(["code", "law"])
     assert domains.not_finite() == []
-    domains.set_batch(torch.tensor([0, 1]))
     logits_BTV = torch.zeros(2, 3, 5)
     logits_BTV[1, 1, 2] = torch.nan
-    domains(logits_BTV, torch.tensor([[1, 2, 3], [1, 2, 3]]), vocab_size=5)
+    domains(logits_BTV, torch.tensor([[1, 2, 3], [1, 2, 3]]), vocab_size=5, domain_B=torch.tensor([0, 1]))
     assert domains.not_finite() == ["law"]

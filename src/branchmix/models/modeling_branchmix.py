@@ -23,6 +23,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
+from transformers.utils.output_capturing import OutputRecorder
 
 from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, widen_attention
 from .chunked_branchmix import AUTOMATIC, CHUNKED
@@ -158,6 +159,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {"router_logits": OutputRecorder(BranchMixRouter, index=0)}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

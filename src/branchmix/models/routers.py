@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from branchmix.errors import CheckpointError
-from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixFFNRouter, BranchMixRouter
 
 KINDS = ("ffn", "attention")
 
@@ -156,21 +155,13 @@ def _spread(values_SX: torch.Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def mixture_routers(model: nn.Module) -> dict[str, list[BranchMixRouter]]:
-    """The routers of one of our mixtures by kind, layer after layer; kinds that it does not have are missing."""
-    classes = {"ffn": BranchMixFFNRouter, "attention": BranchMixAttentionRouter}
-    found = {kind: [m for m in model.modules() if isinstance(m, of_kind)] for kind, of_kind in classes.items()}
-    return {kind: routers for kind, routers in found.items() if routers}
-
-
 def find_routers(model: nn.Module) -> list[RouterPlace]:
     """All routers of a mixture, ours or one of transformers', by layer; none for a dense model.
 
     A router within attention (its module's name says so) is of kind ``attention``, any other one ``ffn``.
     """
-    ours = {id(module) for routers in mixture_routers(model).values() for module in routers}
     recorded = dict(_recorded(model))
-    chosen = [(name, module) for name, module in model.named_modules() if id(module) in ours or id(module) in recorded]
+    chosen = [(name, module) for name, module in model.named_modules() if id(module) in recorded]
     places = []
     for name, module in chosen:
         # Of a router within a recorded block, such as JetMoe's, only the inner one.
@@ -181,7 +172,7 @@ def find_routers(model: nn.Module) -> list[RouterPlace]:
         layer = int(number[1]) if number else 0
         top_k = getattr(module, "top_k", None)
         top_k = top_k if isinstance(top_k, int) else _configured_top_k(getattr(model, "config", None))
-        places.append(RouterPlace(kind, layer, name, module, recorded.get(id(module), 0), top_k))
+        places.append(RouterPlace(kind, layer, name, module, recorded[id(module)], top_k))
     return sorted(places, key=lambda place: (KINDS.index(place.kind), place.layer))
 
 

@@ -140,7 +140,7 @@ def _routing(model: Any, held_out: dict[str, Any]) -> dict[str, Any] | None:
     from branchmix.train.routers import RouterMonitor
 
     how = packing_method(model)
-    monitor = RouterMonitor(model, list(held_out))
+    monitor = RouterMonitor(model.config, list(held_out))
     with torch.inference_mode():
         for number, sequences in enumerate(held_out.values()):
             count = min(len(sequences), ROUTED_SEQUENCES)
@@ -149,8 +149,6 @@ def _routing(model: Any, held_out: dict[str, Any]) -> dict[str, Any] | None:
                 batch = {name: value.to(model.device) for name, value in batch.items()}
                 labels_BT = batch["labels"]
                 domain_B = torch.full((len(labels_BT),), number, device=model.device)
-                monitor.set_batch(domain_B, labels_BT.shape[1], mask_BT=(labels_BT != IGNORED).long())
-                model(**packed_inputs(batch, how))
+                monitor.add(model(**packed_inputs(batch, how), **monitor.options), domain_B, labels_BT != IGNORED)
     reading = monitor.read()
-    monitor.close()
     return reading.as_dict() if reading.routers else None

@@ -24,7 +24,6 @@ from branchmix.train.sharding import reshard
 def held_out_losses(
     model: nn.Module,
     held_out: dict[str, Any],
-    loss: DomainLoss,
     computing: Computing,
     *,
     batch_size: int,
@@ -39,9 +38,8 @@ def held_out_losses(
     sharded models can gather their weights: where a process has no sequence left, one that counts for nothing.
 
     Args:
-        model: with ``loss`` installed.
+        model: dense or a mixture.
         held_out: sequences by domain.
-        loss: nothing may have been added since its last reading.
         computing: device and autocast.
         batch_size: sequences of a forward pass.
         rank: of this process.
@@ -49,20 +47,18 @@ def held_out_losses(
         packing: how documents are kept apart in this model.
         between: called before each forward pass; may raise.
     """
-    training = model.training
+    loss, training = DomainLoss(list(held_out)), model.training
     model.eval()
     try:
-        for domain, sequences in held_out.items():
-            number = loss.domains.index(domain)
+        for number, sequences in enumerate(held_out.values()):
             for batch in _dealt(sequences, batch_size, rank, num_processes):
                 between()
                 rows = len(batch["input_ids"])
                 inputs = model_inputs(batch, packing, computing.device)
-                loss.set_batch(torch.full((rows,), number, device=computing.device))
-                with computing.autocast():
+                domain_B = torch.full((rows,), number, device=computing.device)
+                with loss.counting(model, domain_B), computing.autocast():
                     model(**inputs)
     finally:
-        loss.set_batch(None)
         model.train(training)
         reshard(model)
     return loss.read(computing.device).by_domain

@@ -6,15 +6,13 @@ Shapes: L layers, B sequences, T tokens of each, D domains, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from branchmix.models.routers import entropy_of, load_of, mixture_routers
-from branchmix.models.routing_branchmix import BranchMixRouter
+from branchmix.models.routers import entropy_of, load_of
 
 STARVED = 0.01
 """An expert with less than this part of its fair share 1 / E is not used any more."""
@@ -27,59 +25,57 @@ PATIENCE = 5
 
 
 class RouterMonitor:
-    """Follows all routers of a mixture, of both kinds, through forward hooks.
+    """Follows all routers of a mixture, of both kinds, through the logits that the model returns.
 
-    ``set_batch`` before each forward pass that is to count, ``read`` every so many steps. Between the two nothing waits
-    for the device. Passes without ``set_batch`` (evaluation, generation) count nothing, and each router counts once for
-    each ``set_batch``: with gradient checkpointing the backward pass computes it a second time.
-    A dense model has no routers; nothing then costs anything, and readings are empty.
+    ``add`` the output of each forward pass that is to count, and ``read`` every so many steps. Between the two nothing
+    waits for the device. A dense model has no routers: nothing then costs anything, and readings are empty.
 
     Args:
-        model: the mixture itself, not a wrapper around it.
-        domains: their names, by the numbers that ``set_batch`` gets.
+        config: of the model.
+        domains: their names, in the order of the numbers that batches hold.
+
+    Attributes:
+        options: keyword arguments of the model's forward pass that make it return what ``add`` needs.
     """
 
-    def __init__(self, model: nn.Module, domains: Sequence[str]):
-        config: Any = getattr(model, "config", None)
+    def __init__(self, config: Any, domains: Sequence[str]):
         self.domains = list(domains)
         self._kinds: list[_Kind] = []
-        self._hooks = []
-        self._batch: _Batch | None = None
         self._last = RouterReading([], [])
         self._streaks: dict[tuple[str, int, str], int] = {}
         self._told: set[tuple[str, int, str]] = set()
-        found = mixture_routers(model)
-        self._kinds += [_Kind(kind, found[kind], len(self.domains)) for kind in ("attention", "ffn") if kind in found]
-        if self._kinds:
-            num_experts = self._kinds[0].num_experts
-            self._experts = list(getattr(config, "expert_names", None) or map(str, range(num_experts)))
-            self._hooks = [
-                router.register_forward_hook(self._recorder(kind, layer))
-                for kind in self._kinds
-                for layer, router in enumerate(kind.routers)
-            ]
+        if config.model_type == "branchmix":
+            self._experts = list(config.expert_names or map(str, range(config.num_experts)))
+            size = (config.num_hidden_layers, len(self.domains), config.num_experts)
+            if config.has_attention_experts:
+                top_k = config.attention_num_experts_per_tok or config.num_experts
+                self._kinds.append(_Kind("attention", "attention_router_logits", top_k, *size))
+            if config.has_ffn_experts:
+                self._kinds.append(_Kind("ffn", "router_logits", config.num_experts_per_tok, *size))
+        self.options = {"output_router_logits": True} if self._kinds else {}
 
-    def set_batch(self, domain_B: torch.Tensor, sequence_length: int, *, mask_BT: torch.Tensor | None = None) -> None:
-        """Count the next forward pass.
+    def add(self, output: Any, domain_B: torch.Tensor, mask_BT: torch.Tensor | None = None) -> None:
+        """Count a forward pass.
 
         Args:
+            output: of the model, called with ``options``.
             domain_B: number of each sequence's domain.
-            sequence_length: T.
             mask_BT: 1 for tokens that count, 0 for padding; all of them if not given.
         """
-        if self._kinds:
-            self._batch = _Batch(domain_B, sequence_length, mask_BT)
-            for kind in self._kinds:
-                kind.logits = [None] * len(kind.routers)
+        for kind in self._kinds:
+            kind.add(output, domain_B, mask_BT)
 
-    def read(self) -> RouterReading:
-        """Everything counted since the last reading, of all processes; then starts from zero.
+    def read(self, device: torch.device | None = None) -> RouterReading:
+        """Return everything counted since the last reading, by all processes, and reset it.
 
         With more than one process all have to call it. Sums are added over all processes and divided afterwards. Where
         several processes see the same tokens (expert parallelism), these are counted several times in both, which
         changes no share and no mean.
+
+        Args:
+            device: of the process; needed if this process may not have counted anything yet.
         """
-        routers = [router for kind in self._kinds for router in kind.read(self.domains)]
+        routers = [router for kind in self._kinds for router in kind.read(self.domains, device)]
         reading = RouterReading(self._experts if self._kinds else [], routers)
         for key, load, fair in reading.loads():
             if fair < 1 and (load < STARVED * fair or load > DOMINANT):
@@ -109,23 +105,6 @@ class RouterMonitor:
             + "lower the learning rate"
             for (kind, layer), experts in found.items()
         ]
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _recorder(self, kind: _Kind, layer: int) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
-            if self._batch is None or kind.logits[layer] is not None:
-                return
-            kind.logits[layer] = output[0].detach()
-            if all(logits is not None for kind in self._kinds for logits in kind.logits):
-                for kind_ in self._kinds:
-                    kind_.count(self._batch)
-                self._batch = None
-
-        return record
 
 
 @dataclass(frozen=True)
@@ -199,28 +178,18 @@ class RouterShares:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Batch:
-    domains: torch.Tensor
-    """[B]"""
-    sequence_length: int
-    mask: torch.Tensor | None
-    """[B, T]"""
-
-
 class _Kind:
-    """All routers of one kind, whose sums stand in one tensor.
+    """All routers of one kind, with their sums in one tensor.
 
     Layers are counted together at the end of a forward pass: a handful of calls in all, rather than for each layer.
     """
 
-    def __init__(self, name: str, routers: list[BranchMixRouter], num_domains: int):
+    def __init__(self, name: str, output: str, top_k: int, num_layers: int, num_domains: int, num_experts: int):
         self.name = name
-        self.routers = routers
-        self.top_k = routers[0].top_k
-        self.num_experts = routers[0].weight.shape[0]
-        self.num_domains = num_domains
-        self.logits: list[torch.Tensor | None] = [None] * len(routers)
+        self.output = output
+        self.top_k = top_k
+        self.num_experts = num_experts
+        self.size = (num_layers, num_domains, num_experts + 2)
         self._sums_LDX: torch.Tensor | None = None
 
     @property
@@ -229,26 +198,24 @@ class _Kind:
         return self.top_k < self.num_experts
 
     @torch.no_grad()
-    def count(self, batch: _Batch) -> None:
-        """Add the recorded logits of one forward pass."""
-        size, experts = (len(batch.domains), batch.sequence_length), self.num_experts
-        logits_LBTE = torch.stack([logits.reshape(*size, experts) for logits in self.logits if logits is not None])
+    def add(self, output: Any, domain_B: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """Add the logits of one forward pass."""
+        logits_LSE = torch.stack([logits.detach() for logits in output[self.output]])
+        logits_LBTE = logits_LSE.unflatten(1, (len(domain_B), -1))
         gates_LBTE = logits_LBTE.softmax(-1)
         # By softmax and top-k anew rather than from the router's gates, which may be normalised.
         load_LBTE = load_of(gates_LBTE, gates_LBTE.topk(self.top_k, dim=-1).indices if self.balanced else None)
         # For each token: its load, its entropy, and a one that counts it.
         entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)
         values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)
-        if batch.mask is not None:
-            values_LBTX = values_LBTX * batch.mask.to(values_LBTX).unsqueeze(-1)
+        if mask_BT is not None:
+            values_LBTX = values_LBTX * mask_BT.to(values_LBTX).unsqueeze(-1)
         sums = self._sums(values_LBTX.device)
-        domain_B = batch.domains.to(sums.device, non_blocking=True)
-        sums.index_add_(1, domain_B, values_LBTX.sum(2).to(sums.dtype))
-        self.logits = [None] * len(self.routers)
+        sums.index_add_(1, domain_B.to(sums.device, non_blocking=True), values_LBTX.sum(2).to(sums.dtype))
 
-    def read(self, domains: list[str]) -> list[RouterShares]:
-        """Shares of all processes since the last time, by layer."""
-        sums = self._sums(self.routers[0].weight.device)
+    def read(self, domains: list[str], device: torch.device | None) -> list[RouterShares]:
+        """Return the shares of each layer over all processes since the last reading."""
+        sums = self._sums(device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         self._sums_LDX = None
@@ -266,10 +233,9 @@ class _Kind:
             routers.append(RouterShares(self.name, layer, mean_X[: self.num_experts], mean_X[-2], by_domain))
         return routers
 
-    def _sums(self, device: torch.device) -> torch.Tensor:
+    def _sums(self, device: torch.device | None) -> torch.Tensor:
         """[L, D, E loads + entropy + tokens]. fp64, as fp32 cannot count beyond 2^24, where the device has it."""
         if self._sums_LDX is None:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            size = (len(self.routers), self.num_domains, self.num_experts + 2)
-            self._sums_LDX = torch.zeros(size, dtype=dtype, device=device)
+            dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
+            self._sums_LDX = torch.zeros(self.size, dtype=dtype, device=device)
         return self._sums_LDX

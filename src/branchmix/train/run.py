@@ -284,7 +284,6 @@ class _Run:
         """Steps that fit into a budget of time, evaluations put aside."""
         import torch
 
-        from branchmix.train.losses import DomainLoss
         from branchmix.train.measure import held_out_losses, seconds_per_step
 
         config, batching = self.config, self.checked.batching
@@ -299,11 +298,7 @@ class _Run:
             packing=self.packing,
         )
         begin = time.perf_counter()
-        loss = DomainLoss(list(self.held_out))
-        loss.install(self.model)
-        held_out_losses(
-            self.model, self.held_out, loss, self.computing, batch_size=batching.micro, packing=self.packing
-        )
+        held_out_losses(self.model, self.held_out, self.computing, batch_size=batching.micro, packing=self.packing)
         evaluation = time.perf_counter() - begin
         if config.budget.training_minutes is not None:
             key, left = "training_minutes", MINUTE * config.budget.training_minutes
@@ -378,7 +373,7 @@ class _Run:
         peak = matmul_peak(self.computing.device, torch.bfloat16 if self.computing.bf16 else torch.float32)
         tools = Instruments(
             loss=DomainLoss(self.sequences.domains),
-            routers=RouterMonitor(self.model, self.sequences.domains),
+            routers=RouterMonitor(self.model.config, self.sequences.domains),
             metrics=metrics,
             display=self.display,
             clock=Clock(seconds),

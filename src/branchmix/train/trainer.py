@@ -108,7 +108,6 @@ class BranchTrainer(SafeTrainer):
         self.run = run
         self.computing = computing
         self.tools = instruments
-        self.tools.loss.install(model)
         self.ema: Ema | None = None
         self._logged_step = 0
         self.pop_callback(PrinterCallback)
@@ -132,13 +131,16 @@ class BranchTrainer(SafeTrainer):
         stack.enter_context(self.computing.autocast())
         return stack
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss; the sequences' domains go to the instruments instead of the model."""
-        domain_B, length = inputs["domain"], inputs["input_ids"].shape[1]
-        self.tools.loss.set_batch(domain_B)
-        self.tools.routers.set_batch(domain_B, length)
-        inputs = model_inputs(inputs, self.tools.packing, self.args.device)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's own loss; it and the routers' choices are counted for the domains of the sequences."""
+        tools, domain_B = self.tools, inputs["domain"]
+        inputs = {**model_inputs(inputs, tools.packing, self.args.device), **tools.routers.options}
+        with tools.loss.counting(model, domain_B):
+            loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+        tools.routers.add(output, domain_B)
+        return (loss, output) if return_outputs else loss
 
     def describe_batch(self) -> str:
         """For the message of a run whose loss is no number: the domains that it is none on, or all of the batch."""
@@ -209,7 +211,7 @@ class BranchTrainer(SafeTrainer):
             row["flops"] = step * tokens * tools.flops.training
             row["flops_per_second"] = tools.flops.training * row["tokens_per_second"]
             row["share_of_peak"] = row["flops_per_second"] / tools.peak if tools.peak else None
-        reading = tools.routers.read()
+        reading = tools.routers.read(self.args.device)
         row |= reading.scalars()
         tools.metrics.add({**row, **({"routers": reading.as_dict()} if reading.routers else {})})
         tools.display.row(row, self.state.max_steps)
@@ -225,27 +227,21 @@ class BranchTrainer(SafeTrainer):
         tools, step = self.tools, self.state.global_step
         if not tools.held_out:
             return {}
-        measured = DomainLoss(list(tools.held_out))
-        measured.install(self.model)
-        try:
-            found = tools.clock.paused(
-                lambda: held_out_losses(
-                    self.model_wrapped,
-                    tools.held_out,
-                    measured,
-                    self.computing,
-                    batch_size=tools.batching.micro,
-                    rank=self.args.process_index,
-                    num_processes=self.args.world_size,
-                    packing=tools.packing,
-                    between=self.may_stop_here,
-                )
+        losses = tools.clock.paused(
+            lambda: held_out_losses(
+                self.model_wrapped,
+                tools.held_out,
+                self.computing,
+                batch_size=tools.batching.micro,
+                rank=self.args.process_index,
+                num_processes=self.args.world_size,
+                packing=tools.packing,
+                between=self.may_stop_here,
             )
-        finally:
-            tools.loss.install(self.model)
-        row = {f"held_out/{name}": value for name, value in found.items()}
+        )
+        row = {f"held_out/{name}": value for name, value in losses.items()}
         tools.metrics.add({"step": step, **row})
-        words = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        words = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         tools.display.line(f"step {step}: held-out loss: {words}")
         self._tell_loggers(row)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
