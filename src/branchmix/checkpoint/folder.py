@@ -221,13 +221,18 @@ def writing(file: Path) -> Iterator[None]:
         raise OutputError(f"{file}: cannot be written: {error.strerror or error}") from error
 
 
-def write_json(file: Path, content: Any) -> None:
+def write_json(file: Path, content: Any, *, allow_nan: bool = False) -> None:
     """Writes a JSON file whole or not at all, in a folder that is made if need be.
+
+    Args:
+        file: to write.
+        content: as ``json`` takes it.
+        allow_nan: write NaN and infinities as JavaScript spells them, rather than raise ValueError.
 
     Raises:
         OutputError: it cannot be written.
     """
-    write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:

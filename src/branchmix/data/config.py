@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
 from pydantic import model_validator
 
 from branchmix.settings import Count, Settings, Share
@@ -35,6 +40,27 @@ class Source(Settings):
         if self.files is None and self.exclude:
             raise ValueError("exclude belongs to files")
         return self
+
+    def absolute(self, base: Path, *, out: Path) -> Source:
+        """The same text for a process in any folder.
+
+        Args:
+            base: folder that relative paths start from.
+            out: folder whose files are left out, even if a pattern covers them.
+        """
+        changes: dict[str, Any] = {}
+        if self.files is not None:
+            files = [self.files] if isinstance(self.files, str) else self.files
+            start = glob.escape(os.path.abspath(base))  # noqa: PTH100 (resolve() would follow links)
+            changes["files"] = [_absolute(file, start) for file in files]
+            changes["exclude"] = [*(_absolute(file, start) for file in self.exclude), f"{glob.escape(str(out))}/**"]
+        elif self.hub is not None and (base / self.hub).expanduser().exists():
+            changes["hub"] = _absolute(self.hub, str(base))
+        return self.model_copy(update=changes)
+
+
+def _absolute(path: str, base: str) -> str:
+    return os.path.abspath(Path(base) / Path(path).expanduser())  # noqa: PTH100
 
 
 class HeldOut(Settings):

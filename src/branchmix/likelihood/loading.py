@@ -47,7 +47,10 @@ def load(kind: Any, folder: Path, *, given: str | None = None, trust_remote_code
     except Exception as error:  # whatever transformers and the readers below it raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "trust_remote_code" in str(error) and not trust_remote_code:
-            reason = "it brings code of its own: read that code, then allow it with --trust-remote-code"
+            reason = (
+                "it brings code of its own: read that code, then allow it with --trust-remote-code (in a run's file: "
+                "trust_remote_code: true)"
+            )
         raise CheckpointError(f"{given or folder}: transformers cannot load it: {reason}") from error
 
 
@@ -55,7 +58,7 @@ def refuse_missing(info: dict[str, Any], given: str) -> None:
     """Refuse a model of which transformers had to draw weights at random.
 
     Args:
-        info: what ``from_pretrained`` tells with ``output_loading_info``.
+        info: what ``from_pretrained`` returns with ``output_loading_info``.
         given: what the user calls the model.
 
     Raises:

@@ -25,8 +25,8 @@ from branchmix.study.facts import facts_of
 from branchmix.study.graph import Graph, Step, chosen
 from branchmix.study.records import MODEL, PLAN, RESULT, RESULTS, STEPS, STUDY, write_record
 from branchmix.study.settings import StudyFile
+from branchmix.train import launch
 from branchmix.train.board import Board
-from branchmix.train.branch import gpus
 from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, run_processes, startable
 from branchmix.train.outputs import write_json
 
@@ -203,15 +203,8 @@ def _job(out: Path, chain: Sequence[Step], chains: Sequence[Sequence[Step]], thr
 
 def share_machine(config: StudyFile, num_steps: int) -> tuple[int, int, list[dict[str, str]]]:
     """Steps at a time, threads of each, and the environments of their places."""
-    devices = gpus()
-    if devices:
-        return (
-            config.at_once or len(devices),
-            config.threads or cores(),
-            [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in devices],
-        )
-    at_once = min(config.at_once or cores(), num_steps)
-    return at_once, config.threads or max(1, cores() // at_once), [{}]
+    at_once, threads, places = launch.share_machine(config.at_once, config.threads, num_steps)
+    return at_once, threads or cores(), places
 
 
 @contextmanager

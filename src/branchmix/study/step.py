@@ -6,7 +6,6 @@ and all that reports need. A step that was killed is started again; training goe
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
@@ -80,22 +79,11 @@ class _Task:
             text = self.needed("text") / TEXT
             files = {name: text / f"{name}.jsonl" for name in self.settings["data"]["domains"]}
             return {name: {"files": relative(file, self.folder)} for name, file in files.items()}
-        found = {}
-        for name, source in self.settings["data"].items():
-            content = {key: value for key, value in source.items() if value is not None}
-            for key in ("files", "exclude"):
-                if content.get(key):
-                    values = [content[key]] if isinstance(content[key], str) else content[key]
-                    start = glob.escape(os.path.abspath(self.base))  # noqa: PTH100 (its brackets are no pattern)
-                    content[key] = [os.path.join(start, Path(value).expanduser()) for value in values]  # noqa: PTH118
-                elif key == "exclude":
-                    content.pop(key, None)
-            if content.get("files"):
-                content["exclude"] = [*content.get("exclude", []), f"{glob.escape(str(self.out))}/**"]
-            if content.get("hub") and (self.base / content["hub"]).expanduser().exists():
-                content["hub"] = str((self.base / content["hub"]).expanduser().absolute())
-            found[name] = content
-        return found
+        sources = {name: Source(**source) for name, source in self.settings["data"].items()}
+        return {
+            name: source.absolute(self.base, out=self.out).model_dump(mode="json", exclude_none=True)
+            for name, source in sources.items()
+        }
 
     # ---- kinds ----
 

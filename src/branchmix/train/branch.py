@@ -7,11 +7,10 @@ that is done here can also be done by hand. Called again, it goes on where it wa
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from branchmix.errors import OutputError, RecipeError
 from branchmix.settings import parse_yaml
 from branchmix.train.board import Board
 from branchmix.train.config import BranchConfig, RunConfig
-from branchmix.train.launch import Job, JobState, Outcome, Status, cores, run_processes
+from branchmix.train.launch import Job, JobState, Outcome, Status, run_processes, share_machine
 from branchmix.train.outputs import DONE, RESULTS, RunFolder
 
 Launcher = Literal["local", "ray"]
@@ -132,7 +131,7 @@ def branch(
                 jobs, config.at_once, shared=out, num_cpus=num_cpus, retries=config.retries, watch=watch
             )
         else:
-            at_once, threads, places = _share_machine(config, len(left))
+            at_once, threads, places = share_machine(config.at_once, config.threads, len(left))
             jobs = [_job(runs[name], name, threads, force=force) for name in left]
             outcome = run_processes(jobs, at_once, retries=config.retries, places=places, watch=watch)
     states = {state.job.name: state for state in outcome.jobs}
@@ -161,23 +160,11 @@ def _run(config: BranchConfig, name: str) -> RunConfig:
     run = config.run_of(name)
     here = config.folder
     seed = resolve(config.seed, here)
-    written = glob.escape(str(_absolute(config.out, here)))
-    data = {}
-    for domain, source in run.data.items():
-        changes: dict[str, Any] = {}
-        if source.files is not None:
-            files = [source.files] if isinstance(source.files, str) else source.files
-            start = Path(glob.escape(os.path.abspath(here)))  # noqa: PTH100 (its brackets are no pattern)
-            changes["files"] = [str(_absolute(file, start)) for file in files]
-            # What the study writes is no data, even if a pattern covers its folder.
-            changes["exclude"] = [*(str(_absolute(file, start)) for file in source.exclude), f"{written}/**"]
-        elif source.hub is not None and (here / source.hub).expanduser().exists():
-            changes["hub"] = str(_absolute(source.hub, here))
-        data[domain] = source.model_copy(update=changes)
+    out = _absolute(config.out, here)
     changes = {
         "model": config.seed if seed.revision else str(_absolute(str(seed.folder), Path())),
         "out": str(_absolute(run.out, here)),
-        "data": data,
+        "data": {domain: source.absolute(here, out=out) for domain, source in run.data.items()},
     }
     run = run.model_copy(update=changes)
     run._folder = Path(run.out)  # where its file will be
@@ -226,30 +213,6 @@ def _report(run: RunConfig, name: str, status: Status, state: JobState | None = 
     reason = state.reason if state.status == "failed" else ""
     training = _training(out) if state.status == "done" else None
     return ExpertReport(name, out, run.mix, state.status, state.attempts, state.seconds, reason, training)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _share_machine(config: BranchConfig, num_runs: int) -> tuple[int, int | None, list[Mapping[str, str]]]:
-    """Runs at a time, threads of each (None: as torch likes), and the environments of their places."""
-    found = gpus()
-    if found:
-        return config.at_once or len(found), config.threads, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in found]
-    at_once = min(config.at_once or cores(), num_runs)
-    return at_once, config.threads or max(1, cores() // at_once), [{}]
-
-
-def gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES of the GPUs that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
-    import torch
-
-    return [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -170,6 +170,35 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def share_machine(
+    at_once: int | None, threads: int | None, num_jobs: int
+) -> tuple[int, int | None, list[dict[str, str]]]:
+    """How jobs share this machine: a GPU for each, or all CPU cores divided among them.
+
+    Args:
+        at_once: jobs side by side; chosen here if None.
+        threads: of each job; chosen here if None.
+        num_jobs: how many there are.
+
+    Returns:
+        jobs side by side, threads of each (None: as torch likes), and the environment of each place.
+    """
+    if devices := gpus():
+        return at_once or len(devices), threads, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in devices]
+    at_once = min(at_once or cores(), num_jobs)
+    return at_once, threads or max(1, cores() // at_once), [{}]
+
+
+def gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES of the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+    import torch
+
+    return [str(gpu) for gpu in range(torch.cuda.device_count())]
+
+
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from branchmix.checkpoint.folder import TOKENIZER_FILES, require_name, writing
+from branchmix.checkpoint.folder import TOKENIZER_FILES, require_name, write_json, writing
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.settings import parse
 from branchmix.train.config import RunConfig
@@ -29,7 +29,7 @@ COMPANIONS = {"run.yaml", "log.txt", LOCK}
 """The run's own file and output, where ``branchmix branch`` keeps them: no run by themselves, kept by a new start."""
 OURS = (
     *(RUN, DONE, CHECKPOINTS, AVERAGE, "metrics.jsonl", "metrics.tmp", "ema", ".model.part", "tensorboard", "wandb"),
-    *(f".{RUN}.part", f".{DONE}.part", "config.json", "generation_config.json", "adapter_config.json"),
+    *(f".{RUN}.*", f".{DONE}.*", ".metrics.jsonl.*", "config.json", "generation_config.json", "adapter_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
     *TOKENIZER_FILES,
 )
@@ -137,9 +137,7 @@ class RunFolder:
 
     def write_run(self, record: dict[str, Any]) -> None:
         """``run.json``."""
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / RUN, record)
+        write_json(self.path / RUN, record)
 
     def clean_up(self) -> None:
         """After the end: what only an unfinished run needs goes."""
@@ -165,13 +163,6 @@ class RunFolder:
                 f"{self.path}: checkpoints and result need {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
                 "free there: make room, lower checkpoints.keep, or choose a folder on another disk"
             )
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Atomically."""
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

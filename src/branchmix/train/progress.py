@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.folder import write_text
+
 METRICS = "metrics.jsonl"
 
 
@@ -39,9 +41,7 @@ class Metrics:
         """Keep the rows up to ``step``, and return them."""
         kept = [row for row in self.rows() if row["step"] <= step]
         if self.writes:
-            temporary = self.file.with_suffix(".tmp")
-            temporary.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.file)
+            write_text(self.file, "".join(f"{json.dumps(row)}\n" for row in kept))
         return kept
 
     def add(self, row: dict[str, Any]) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import write_json, writing
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import OutputError, RecipeError
 from branchmix.train.checks import Checked, Process, check
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.memory import keep_freed_memory
-from branchmix.train.outputs import AVERAGE, DONE, RunFolder, settings_of, write_json
+from branchmix.train.outputs import AVERAGE, DONE, RunFolder, settings_of
 from branchmix.train.progress import Clock, Display, Metrics, last_values
 from branchmix.train.record import machine, now, scores, trained_parts, versions
 from branchmix.train.schedule import steps_of, token_flops
@@ -432,7 +432,7 @@ class _Run:
         def also(part: Path) -> None:
             if trainer.ema is not None:
                 (self.folder.path / AVERAGE).rename(part / "ema")
-            write_json(part / DONE, record)
+            write_json(part / DONE, record, allow_nan=True)
 
         trainer.finish(self.folder.path, also=also)
         if self.process.is_main:

@@ -5,7 +5,6 @@ The output folder appears at the end, by a rename; until then nothing in it load
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder, require_name, require_replaceable
+from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder, require_name, require_replaceable, write_json
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
@@ -28,7 +27,7 @@ from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.recipe import Recipe
 from branchmix.upcycling.card import model_card
-from branchmix.upcycling.plan import Plan, check_fit, plan_upcycling
+from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
 
 if TYPE_CHECKING:
     from branchmix.upcycling.verify import Verification
@@ -115,18 +114,18 @@ def upcycle(
     recorded = recipe.model_dump(mode="json")
     folders = resolve_all(recipe)
     refuse_overlap(out, [model.folder for model in folders], recipe.files, force=force)
-    with open_sources(recipe, folders, out, dry_run=dry_run) as sources:
+    with open_sources(recipe, folders, out, dry_run=dry_run) as (sources, fit):
         seed, *experts = sources
         router_rows = None
         router_notes: list[str] = []
         if recipe.router_init.method == "hidden":
             from branchmix.upcycling.router_init import hidden_state_routers, router_texts
 
-            plan_upcycling(recipe, seed.index, [expert.index for expert in experts])  # refuse before a model is loaded
             texts = router_texts(recipe)
             if not dry_run:
                 router_rows, router_notes = hidden_state_routers(recipe, seed.index, texts)
-        plan = plan_upcycling(recipe, seed.index, [expert.index for expert in experts], router_rows=router_rows)
+        indexes = [expert.index for expert in experts]
+        plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
         plan = replace(plan, notes=(*plan.notes, *router_notes))
         written = verification = None
         if not dry_run:
@@ -202,9 +201,9 @@ def _write_companions(
             shutil.copyfile(Path(__file__).parent.parent / "models" / name, folder / name)
     versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
     record = {"versions": versions, **provenance, "notes": list(plan.notes)}
-    _write_json(folder / "branchmix.json", record)
+    write_json(folder / "branchmix.json", record)
     (folder / "README.md").write_text(card(plan, record), encoding="utf-8")
-    _write_json(folder / "config.json", without_places(plan.config))
+    write_json(folder / "config.json", without_places(plan.config))
 
 
 def _copy_companion(file: Path, to: Path) -> None:
@@ -236,8 +235,11 @@ def resolve_all(recipe: Recipe) -> list[ResolvedModel]:
 @contextmanager
 def open_sources(
     recipe: Recipe, folders: Sequence[ResolvedModel], out: Path, *, dry_run: bool
-) -> Iterator[list[Sourced]]:
-    """Headers of seed and experts, which fit together; LoRA adapters are merged into temporary folders beside ``out``.
+) -> Iterator[tuple[list[Sourced], Fit | None]]:
+    """Headers of seed and experts that fit together; LoRA adapters are merged into temporary folders beside ``out``.
+
+    Yields:
+        seed and experts, and what the check found; None if adapters were merged, whose new headers are to be checked.
 
     Raises:
         CompatibilityError: with the problems of all sources, those that cannot be read among them.
@@ -259,7 +261,7 @@ def open_sources(
         except BranchMixError as error:
             problems.append(f"{_who(name)}: {error}")
         indexes.append(index)
-    check_fit(recipe, indexes, problems)
+    fit: Fit | None = check_fit(recipe, indexes, problems)
 
     with ExitStack() as temporary:
         opened: list[Sourced] = []
@@ -268,9 +270,9 @@ def open_sources(
             if adapter and not dry_run:
                 folder = merged_adapter(model.folder, folders[0], out)
                 temporary.callback(shutil.rmtree, folder, ignore_errors=True)
-                index = CheckpointIndex.open(folder)
+                index, fit = CheckpointIndex.open(folder), None
             opened.append(Sourced(name, model, index, adapter=model.folder if adapter else None))
-        yield opened
+        yield opened, fit
 
 
 def _who(name: str) -> str:
@@ -357,7 +359,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

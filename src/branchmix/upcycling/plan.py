@@ -105,12 +105,17 @@ def with_folded_norms(model: DenseExpert, folded: Sequence[str]) -> DenseExpert:
     return replace(model, family=family, fold_norms=True)
 
 
+Fit = tuple[DenseExpert, list[DenseExpert], Findings]
+"""Seed and experts that fit together, and what the check found."""
+
+
 def plan_upcycling(
     recipe: Recipe,
     seed_index: CheckpointIndex,
     expert_indexes: Sequence[CheckpointIndex],
     *,
     router_rows: dict[str, Expression] | None = None,
+    fit: Fit | None = None,
 ) -> Plan:
     """Plan a mixture (or a soup) from dense checkpoints.
 
@@ -119,11 +124,12 @@ def plan_upcycling(
         seed_index: headers of the seed.
         expert_indexes: headers of the recipe's experts, in its order.
         router_rows: routers [E, D] by output name, where they are not drawn at random.
+        fit: what ``check_fit`` returned for the same checkpoints; they are checked here if it is not given.
 
     Raises:
         CompatibilityError: the checkpoints do not fit together; with all problems.
     """
-    seed, experts, found = check_fit(recipe, [seed_index, *expert_indexes])
+    seed, experts, found = fit or check_fit(recipe, [seed_index, *expert_indexes])
     mixture = _Mixture(recipe, seed, experts, found.expert_rope_parameters, router_rows or {})
     tensors = tuple(mixture.tensors())
     config = mixture.config()
@@ -137,10 +143,8 @@ def plan_upcycling(
     )
 
 
-def check_fit(
-    recipe: Recipe, indexes: Sequence[CheckpointIndex | None], unreadable: Sequence[str] = ()
-) -> tuple[DenseExpert, list[DenseExpert], Findings]:
-    """Seed and experts, once it is sure that they fit together.
+def check_fit(recipe: Recipe, indexes: Sequence[CheckpointIndex | None], unreadable: Sequence[str] = ()) -> Fit:
+    """Open seed and experts and make sure that they fit together.
 
     Args:
         recipe: what to do.
