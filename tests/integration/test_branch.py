@@ -18,6 +18,7 @@ from branchmix.data.sources import open_source, require_files
 from branchmix.errors import BranchMixError, OutputError, RecipeError
 from branchmix.recipe import Recipe
 from branchmix.train import branch as branch_module
+from branchmix.train import launch
 from branchmix.train.branch import BranchReport, branch
 from branchmix.train.config import BranchConfig, RunConfig
 from branchmix.train.launch import JobState
@@ -270,7 +271,7 @@ def test_threads_are_shared_and_settings_are_absolute(
     tmp_path: Path, pretend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend()
-    monkeypatch.setattr(branch_module, "cores", lambda: 6)
+    monkeypatch.setattr(launch, "cores", lambda: 6)
     report = branch(study(tmp_path), progress=False)
     assert "threads 3" in (report.out / "code" / "log.txt").read_text()
     run = yaml.safe_load((report.out / "code" / "run.yaml").read_text())
