@@ -267,14 +267,14 @@ def kv_bytes_per_layer(shape: Shape, dtype: str) -> int:
 def dtype_of(config: Config, dtype: str | None) -> str:
     """The dtype asked for, or the config's, or bfloat16, as torch spells it."""
     seed = config["seed_config"] if isinstance(config.get("seed_config"), dict) else {}
-    found = dtype or next((c[key] for c in (config, seed) for key in ("dtype", "torch_dtype") if c.get(key)), None)
-    if not isinstance(found, str):
+    given = dtype or next((c[key] for c in (config, seed) for key in ("dtype", "torch_dtype") if c.get(key)), None)
+    if not isinstance(given, str):
         return "bfloat16"
-    name = found.removeprefix("torch.").lower()
+    name = given.removeprefix("torch.").lower()
     name = _DTYPE_ALIASES.get(name, name)
     if name not in DTYPE_BYTES:
         known = [*DTYPE_BYTES, *_DTYPE_ALIASES]
-        raise CheckpointError(f"unknown dtype {found!r}{nearest(name, known)}: give one of {', '.join(DTYPE_BYTES)}")
+        raise CheckpointError(f"unknown dtype {given!r}{nearest(name, known)}: give one of {', '.join(DTYPE_BYTES)}")
     return name
 
 

@@ -75,10 +75,10 @@ def as_records(phases: Iterable[Phase]) -> list[dict[str, Any]]:
 
 def once(phases: Iterable[Phase]) -> list[Phase]:
     """Each training once, in the order of their first appearance."""
-    found: dict[str, Phase] = {}
+    by_key: dict[str, Phase] = {}
     for phase in phases:
-        found.setdefault(phase.key, phase)
-    return list(found.values())
+        by_key.setdefault(phase.key, phase)
+    return list(by_key.values())
 
 
 def total_tokens(phases: Sequence[Phase]) -> int | None:
@@ -97,9 +97,9 @@ def _sum(values: Sequence[Any]) -> Any:
 
 def _recorded(holder: dict[str, Any], key: str, model: str) -> list[Phase]:
     """The phases that a record holds; older records do not, so then those of the model it names, if that is there."""
-    found = holder.get(key)
-    if isinstance(found, list):
-        return once(Phase(**phase) for phase in found)
+    recorded = holder.get(key)
+    if isinstance(recorded, list):
+        return once(Phase(**phase) for phase in recorded)
     path = Path(model)
     if path.is_absolute() and path.is_dir():
         return lineage(path)
@@ -142,7 +142,7 @@ def _hash(content: Any) -> str:
 
 def _json(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None

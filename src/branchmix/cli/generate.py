@@ -51,13 +51,13 @@ def generate_command(
         )
     if not 0 <= seed <= GREATEST_SEED:
         raise RecipeError(f"--seed {seed}: give a whole number from 0 to {GREATEST_SEED}")
-    found = resolve(model)
+    resolved = resolve(model)
     if not prompt:
         raise RecipeError("PROMPT is empty: give some text to continue")
     quiet_libraries()
     from branchmix.likelihood.models import TextModel
 
-    text_model = TextModel(found, dtype, trust_remote_code)
+    text_model = TextModel(resolved, dtype, trust_remote_code)
     _generate(text_model, prompt, max_new_tokens, temperature, seed, chat, as_json)
 
 

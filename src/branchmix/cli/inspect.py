@@ -47,38 +47,39 @@ def inspect_command(
     """
     from branchmix.accounting import inspect
 
-    found = inspect(model, context=context, dtype=dtype)
-    for notice in found.notices:
+    accounting = inspect(model, context=context, dtype=dtype)
+    for notice in accounting.notices:
         typer.echo(f"note: {notice}", err=True)
     if as_json:
         import json
 
-        typer.echo(json.dumps(found.as_dict(), indent=2))
+        typer.echo(json.dumps(accounting.as_dict(), indent=2))
         return
     from branchmix.cli.console import result_console
 
-    _print(found, result_console())
+    _print(accounting, result_console())
 
 
-def _print(found: Accounting, console: Console) -> None:
+def _print(accounting: Accounting, console: Console) -> None:
     """The numbers of ``found`` as tables: parameters by part, FLOPs by part, memory."""
     from rich.table import Table
 
     from branchmix.cli.console import human_bytes
 
-    console.print(_headline(found), highlight=False, markup=False, soft_wrap=True)
+    console.print(_headline(accounting), highlight=False, markup=False, soft_wrap=True)
     table = Table("parameters", "total", "active per token")
-    active_by_part = asdict(found.active)
-    for part, total in asdict(found.total).items():
+    active_by_part = asdict(accounting.active)
+    for part, total in asdict(accounting.total).items():
         if total:
             table.add_row(part.replace("_", " "), f"{total:,}", f"{active_by_part[part]:,}")
     table.add_section()
-    table.add_row("total", f"{found.total.total:,}", f"{found.active.total:,}", style="bold")
+    table.add_row("total", f"{accounting.total.total:,}", f"{accounting.active.total:,}", style="bold")
     _right(table, console)
 
-    if found.flops is not None:
-        flops = found.flops
-        table = Table(f"FLOPs per token, context {found.context:,}", "one layer", f"all {len(flops.layers)} layers")
+    if accounting.flops is not None:
+        flops = accounting.flops
+        title = f"FLOPs per token, context {accounting.context:,}"
+        table = Table(title, "one layer", f"all {len(flops.layers)} layers")
         for part in ("attention", "ffn", "routers"):
             table.add_row(part, f"{getattr(flops.layer, part):,}", f"{flops.model(part):,}")
         table.add_row("lm head", "", f"{flops.lm_head:,}")
@@ -86,15 +87,15 @@ def _print(found: Accounting, console: Console) -> None:
         table.add_row("total", f"{flops.layer.total:,}", f"{flops.total:,}", style="bold")
         _right(table, console)
 
-    console.print(f"weights in {found.dtype}: {human_bytes(found.weight_bytes)}", highlight=False)
-    if found.kv_cache_bytes_per_token is not None and found.kv_cache_bytes is not None:
+    console.print(f"weights in {accounting.dtype}: {human_bytes(accounting.weight_bytes)}", highlight=False)
+    if accounting.kv_cache_bytes_per_token is not None and accounting.kv_cache_bytes is not None:
         console.print(
-            f"KV cache in {found.dtype}: {found.kv_cache_bytes_per_token:,} bytes per token, "
-            f"{human_bytes(found.kv_cache_bytes)} for {found.context:,} tokens",
+            f"KV cache in {accounting.dtype}: {accounting.kv_cache_bytes_per_token:,} bytes per token, "
+            f"{human_bytes(accounting.kv_cache_bytes)} for {accounting.context:,} tokens",
             highlight=False,
             soft_wrap=True,
         )
-    paper = found.paper()
+    paper = accounting.paper()
     if paper is not None:
         printed = paper["table_7_per_layer"]
         console.print(
@@ -106,20 +107,20 @@ def _print(found: Accounting, console: Console) -> None:
         )
 
 
-def _headline(found: Accounting) -> str:
+def _headline(accounting: Accounting) -> str:
     """One line on what the model is."""
-    shape = found.shape
+    shape = accounting.shape
     if shape is None:
-        return f"{found.model}: {found.model_type}"
+        return f"{accounting.model}: {accounting.model_type}"
     s = shape.sizes
     kind = f"{shape.family.model_type}, {shape.family.block} blocks"
-    if found.model_type == "branchmix":
+    if accounting.model_type == "branchmix":
         gate = "soft" if shape.attention_num_experts_per_tok is None else f"top-{shape.attention_num_experts_per_tok}"
         attention = f"{shape.attention} ({gate})" if shape.attention_router else shape.attention
         ffn = f"{shape.ffn} (top-{shape.num_experts_per_tok})" if shape.ffn_router else shape.ffn
         kind = f"mixture of {shape.num_experts} x {kind}; attention {attention}, ffn {ffn}"
     return (
-        f"{found.model}: {kind}; {s.num_layers} layers, width {s.hidden_size}, "
+        f"{accounting.model}: {kind}; {s.num_layers} layers, width {s.hidden_size}, "
         f"{s.num_heads} heads ({s.num_kv_heads} key/value) of {s.head_dim}, FFN {s.intermediate_size}"
     )
 

@@ -65,7 +65,7 @@ def routes_command(
     for file in (*numbers, *pictures, *([html] if html else [])):
         require_new_file(file, force=force)
     with progress_bar() as progress:
-        found = routes(
+        routed = routes(
             model,
             data=data,
             texts=read_texts(text or []),
@@ -77,21 +77,21 @@ def routes_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    for note in found.report.notes:
+    for note in routed.report.notes:
         notice(f"note: {note}")
     written: list[Path] = []
     if out is not None:
-        written += write_numbers(found.report, out)
+        written += write_numbers(routed.report, out)
     if plots is not None:
-        written += write_plots(found.report.as_dict(), plots)
+        written += write_plots(routed.report.as_dict(), plots)
     if html is not None:
         from branchmix.evaluate.routing.page import write
 
-        written.append(write(found, html))
+        written.append(write(routed, html))
     if as_json:
-        typer.echo(json.dumps(found.report.as_dict(), indent=2, allow_nan=False))
+        typer.echo(json.dumps(routed.report.as_dict(), indent=2, allow_nan=False))
     else:
-        _print(found.report)
+        _print(routed.report)
     for file in written:
         notice(f"written: {file}")
 

@@ -32,11 +32,11 @@ def serve_command(
     from branchmix.checkpoint.hub import resolve
     from branchmix.checkpoint.index import CheckpointIndex
 
-    found = resolve(model)
-    CheckpointIndex.open(found.folder)  # refuses pickles, and what is no checkpoint
+    resolved = resolve(model)
+    CheckpointIndex.open(resolved.folder)  # refuses pickles, and what is no checkpoint
     # By a Hub id the server finds the same revision; by its folder in the cache no client could name it.
-    name = model if found.revision else str(found.folder)
-    if not found.revision and "@" in name:
+    name = model if resolved.revision else str(resolved.folder)
+    if not resolved.revision and "@" in name:
         raise RecipeError(f"{name}: the server takes what follows @ for a revision: give the folder another name")
     from transformers.utils.import_utils import is_serve_available
 

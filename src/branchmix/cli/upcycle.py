@@ -187,9 +187,9 @@ def _print_verification(report: UpcycleReport) -> None:
 def _method(report: UpcycleReport) -> str:
     from branchmix.upcycling.card import method_of
 
-    found = method_of(report.plan.config, report.recipe)
-    assert found is not None, "a dense model is written by a recipe only"
-    return found
+    method = method_of(report.plan.config, report.recipe)
+    assert method is not None, "a dense model is written by a recipe only"
+    return method
 
 
 def _accounting(plan: Plan) -> Any:

@@ -20,7 +20,7 @@ from branchmix.demo import calibrate
 from branchmix.demo.measure import routes_page, routing_file, score_file
 from branchmix.demo.settings import EXPERTS, MIXTURES, RECIPES, ROUTED, Budgets, Scale, mixture_runs, write_files
 from branchmix.errors import BranchMixError, OutputError, RecipeError
-from branchmix.train.board import last_metrics
+from branchmix.train.job_display import last_metrics
 from branchmix.train.launch import Job, JobState, cores, run_processes
 from branchmix.train.progress import duration
 

@@ -117,16 +117,17 @@ def _training(folder: Path) -> list[str]:
 
 def _accounting(folder: Path) -> list[str]:
     try:
-        found = inspect(folder)
+        accounting = inspect(folder)
     except BranchMixError:
         return []
     lines = ["", "## Accounting", "", "| | |", "| --- | --- |"]
-    lines.append(f"| parameters | {found.total.total:,} |")
-    lines.append(f"| active for a token | {found.active.total:,} |")
-    if found.flops is not None:
-        lines.append(f"| FLOPs of a token, forward, at a context of {found.context:,} | {found.flops.total:.4g} |")
-    if found.kv_cache_bytes_per_token is not None:
-        lines.append(f"| KV cache, bytes a token ({found.dtype}) | {found.kv_cache_bytes_per_token:,} |")
+    lines.append(f"| parameters | {accounting.total.total:,} |")
+    lines.append(f"| active for a token | {accounting.active.total:,} |")
+    if accounting.flops is not None:
+        context, total = accounting.context, accounting.flops.total
+        lines.append(f"| FLOPs of a token, forward, at a context of {context:,} | {total:.4g} |")
+    if accounting.kv_cache_bytes_per_token is not None:
+        lines.append(f"| KV cache, bytes a token ({accounting.dtype}) | {accounting.kv_cache_bytes_per_token:,} |")
     return lines
 
 

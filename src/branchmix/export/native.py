@@ -162,17 +162,17 @@ def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list
         trunk: its tensors that are no expert's, under the seed family's names.
         native: the class.
     """
-    found: list[str] = []
+    reasons: list[str] = []
     if mixture.has_attention_experts:
-        found.append(
+        reasons.append(
             "attention experts have no native form, since no class sums whole attentions under a gate: "
             "--to dense --expert NAME gives one of its experts, and a mixture of averaged attention (BTX) can be native"
         )
     if not mixture.has_ffn_experts:
-        found.append("its FFN is one dense FFN, not experts: --to dense" + _of_one_expert(mixture))
+        reasons.append("its FFN is one dense FFN, not experts: --to dense" + _of_one_expert(mixture))
     else:
-        found += _gate_problems(mixture.config, native)
-    return found + list(_block_problems(mixture, trunk, native))
+        reasons += _gate_problems(mixture.config, native)
+    return reasons + list(_block_problems(mixture, trunk, native))
 
 
 def _of_one_expert(mixture: OpenedMixture) -> str:

@@ -45,11 +45,11 @@ def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> P
     if expert is not None:
         raise RecipeError(f"--expert {expert}: {to} takes all experts: it goes with --to dense")
     native, trunk = NATIVES[to], trunk_of(mixture)
-    found = problems(mixture, trunk, native)
-    if found:
+    reasons = problems(mixture, trunk, native)
+    if reasons:
         others = [name for name, other in NATIVES.items() if name != to and not problems(mixture, trunk, other)]
         hint = [f"--to {' or '.join(others)} computes the same"] if others else []
-        raise CompatibilityError([f"{mixture.resolved.given}: {problem}" for problem in [*found, *hint]])
+        raise CompatibilityError([f"{mixture.resolved.given}: {problem}" for problem in [*reasons, *hint]])
     tensors = tuple(_native_tensors(mixture, trunk, native))
     config = native_config(mixture, trunk, native, _dtype_name(mixture))
     return _plan(mixture, tensors, config, tuple(_native_notes(mixture, native)))
@@ -264,14 +264,14 @@ def _ffn(mixture: OpenedMixture, expert: MixtureExpert, layer: int, factor: floa
     family = mixture.family
     parts = expert.ffn(layer)
     for kind in KINDS:
-        found = {name.partition(".")[0]: part for name, part in parts.items() if name.endswith(f".{kind}")}
-        if factor != 1.0 and "down_proj" in found:
-            found["down_proj"] = Scaled(found["down_proj"], factor)
-        if family.fused_gate_up is not None and "gate_proj" in found:
-            fused = Stack((found.pop("gate_proj"), found.pop("up_proj")))
+        matrices = {name.partition(".")[0]: part for name, part in parts.items() if name.endswith(f".{kind}")}
+        if factor != 1.0 and "down_proj" in matrices:
+            matrices["down_proj"] = Scaled(matrices["down_proj"], factor)
+        if family.fused_gate_up is not None and "gate_proj" in matrices:
+            fused = Stack((matrices.pop("gate_proj"), matrices.pop("up_proj")))
             yield f"{family.fused_gate_up}.{kind}", _stored(mixture, fused, kind)
         names = {"gate_proj": family.gate, "up_proj": family.up, "in_proj": family.up, "down_proj": family.down}
-        for name, part in found.items():
+        for name, part in matrices.items():
             yield f"{names[name]}.{kind}", _stored(mixture, part, kind)
 
 

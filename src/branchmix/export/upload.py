@@ -126,11 +126,12 @@ def _whole(folder: Path) -> CheckpointIndex:
     index = CheckpointIndex.open(folder)
     if index.config.get("model_type") in ("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo"):
         return index  # an export, which the accounting does not know; it was compared when it was written
-    found = inspect(folder)
-    if found.stored is not None and found.stored != found.total.total:
+    accounting = inspect(folder)
+    described, stored = accounting.total.total, accounting.stored
+    if stored is not None and stored != described:
         raise CheckpointError(
-            f"{folder}: config.json describes {found.total.total:,} parameters, but the weights hold {found.stored:,}: "
-            "save the model again"
+            f"{folder}: config.json describes {described:,} parameters, but the weights hold {stored:,}: save the model "
+            "again"
         )
     return index
 
@@ -179,8 +180,8 @@ def _refuse_what_the_card_cannot_take(folder: Path, *, licence: str | None, resu
 
 
 def _licence_named_in(card: str) -> str | None:
-    found = metadata_of(card).get("license")
-    return found if isinstance(found, str) else None
+    licence = metadata_of(card).get("license")
+    return licence if isinstance(licence, str) else None
 
 
 def _common(licences: dict[str, str]) -> str | None:
@@ -191,7 +192,7 @@ def _common(licences: dict[str, str]) -> str | None:
 
 def _licence_notes(licence: str | None, licences: dict[str, str]) -> list[str]:
     """What a user should know of a card that branchmix writes."""
-    unknown = [name for name, found in licences.items() if found == UNKNOWN]
+    unknown = [name for name, licence in licences.items() if licence == UNKNOWN]
     notes = [f"the licence of {name} is unknown: the card says so" for name in unknown]
     return notes if licence else [*notes, "the card names no licence for the upload: --license ID sets it"]
 

@@ -205,8 +205,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As transformers has it, with ours in the place of its default where that can run."""
-        found = super().get_correct_experts_implementation(requested_experts)
-        return EXPERTS_AUTOMATIC if requested_experts is None and found == "grouped_mm" else found
+        implementation = super().get_correct_experts_implementation(requested_experts)
+        return EXPERTS_AUTOMATIC if requested_experts is None and implementation == "grouped_mm" else implementation
 
     def _build_family(self, attention: str | None, *, causal_lm: bool) -> PreTrainedModel:
         """The seed family's model, widened, with the attention that was asked for.

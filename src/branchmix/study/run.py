@@ -26,7 +26,7 @@ from branchmix.study.graph import Graph, Step, chosen
 from branchmix.study.records import MODEL, PLAN, RESULT, RESULTS, STEPS, STUDY, write_record
 from branchmix.study.settings import StudyFile
 from branchmix.train import launch
-from branchmix.train.board import Board
+from branchmix.train.job_display import JobDisplay
 from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, run_processes, startable
 from branchmix.train.outputs import write_json
 
@@ -88,7 +88,7 @@ def study(
         todo = place.todo(wanted)
         redone = {step.name for step in todo}
         statuses = {step.name: "kept" for step in wanted if step.name not in redone}
-        with Board(
+        with JobDisplay(
             total=len(_chains(wanted)),
             finished=len(_chains(wanted)) - len(_chains(todo)),
             enabled=progress,

@@ -21,8 +21,8 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.data.sources import require_files
 from branchmix.errors import OutputError, RecipeError
 from branchmix.settings import parse_yaml
-from branchmix.train.board import Board
 from branchmix.train.config import BranchConfig, RunConfig
+from branchmix.train.job_display import JobDisplay
 from branchmix.train.launch import Job, JobState, Outcome, Status, run_processes, share_machine
 from branchmix.train.outputs import DONE, RESULTS, RunFolder
 
@@ -119,7 +119,7 @@ def branch(
         return BranchReport(out, [_report(runs[name], name, statuses[name]) for name in names], dry_run=True)
 
     left = [name for name in names if name not in finished]
-    with Board(total=len(names), finished=len(finished), enabled=progress) as watch:
+    with JobDisplay(total=len(names), finished=len(finished), enabled=progress) as watch:
         if not left:
             outcome = Outcome([])
         elif launcher == "ray":

@@ -56,11 +56,11 @@ def damage(checkpoint: Path) -> str | None:
         return f"{FILES} is missing or unreadable"
     for name, size in sizes.items():
         try:
-            found = (checkpoint / name).stat().st_size
+            actual = (checkpoint / name).stat().st_size
         except OSError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
+        if actual != size:
+            return f"{name} has {actual:,} bytes instead of {size:,}"
     return None
 
 
@@ -148,8 +148,8 @@ def _files(folder: Path) -> list[Path]:
 def _by_step(folder: Path) -> list[tuple[int, Path]]:
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
-    return [(step_of(path), path) for path in found]
+    checkpoints = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return [(step_of(path), path) for path in checkpoints]
 
 
 def _remove(checkpoint: Path) -> None:

@@ -418,9 +418,9 @@ class _StoppedError(Exception):
 def _problem(error: Exception, place: Path, num_bytes: int) -> str:
     """One line; safetensors has the number of the system's error in its text only."""
     number = error.errno if isinstance(error, OSError) else None
-    found = re.search(r"os error (\d+)", str(error))
-    if found:
-        number = int(found.group(1))
+    number_in_text = re.search(r"os error (\d+)", str(error))
+    if number_in_text:
+        number = int(number_in_text.group(1))
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         there = next(folder for folder in (place, *place.parents) if folder.exists())
         free = shutil.disk_usage(there).free

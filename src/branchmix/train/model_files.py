@@ -36,8 +36,8 @@ def gather(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 def write(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None, folder: Path, *, to_go_on: bool) -> None:
     """Writes model and tokenizer into ``folder``, on the main process; ``to_go_on`` with all that ``read`` needs."""
-    if weights is not None and (found := _parametrized(model)):
-        weights, raw = _computed(model, weights, found)
+    if weights is not None and (parametrized := _parametrized(model)):
+        weights, raw = _computed(model, weights, parametrized)
         if to_go_on:
             save_file({name: tensor.contiguous() for name, tensor in raw.items()}, folder / RAW)
     # The base's embeddings, that is; those of the adapter always are. PEFT's "auto" may ask the Hub each time.
@@ -84,9 +84,9 @@ def to_write(model: nn.Module) -> list[torch.Tensor]:
 def _plain(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     """Read by the model's class: on the disk a mixture's experts are tensors of their own, in memory they are one."""
     kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    found = _parametrized(model)
-    if found:  # torch makes a class for each parametrized module, but the model itself keeps its own
-        assert not any(prefix.startswith("parametrizations.") for prefix, _ in found)
+    parametrized = _parametrized(model)
+    if parametrized:  # torch makes a class for each parametrized module, but the model itself keeps its own
+        assert not any(prefix.startswith("parametrizations.") for prefix, _ in parametrized)
     try:
         loaded, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (RuntimeError, ValueError) as error:
@@ -94,9 +94,9 @@ def _plain(model: Any, folder: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{folder}: is not of this run's model ({type(model).__name__}): {first}") from error
     refuse_missing(info, str(folder))
     weights: dict[str, torch.Tensor] = loaded.state_dict()
-    for prefix, _ in found:
+    for prefix, _ in parametrized:
         weights.pop(prefix.replace("parametrizations.", "").removesuffix("."))
-    return weights | (load_file(folder / RAW) if found else {})
+    return weights | (load_file(folder / RAW) if parametrized else {})
 
 
 def _adapter(model: Any, folder: Path) -> dict[str, torch.Tensor]:
@@ -133,12 +133,12 @@ def _parametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def _computed(
-    model: nn.Module, weights: dict[str, torch.Tensor], found: list[tuple[str, nn.Module]]
+    model: nn.Module, weights: dict[str, torch.Tensor], parametrized: list[tuple[str, nn.Module]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Plain weights, as an ordinary model has them; and what is trained behind them, once where several share it."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     plain, raw = dict(weights), dict[str, torch.Tensor]()
-    for prefix, parametrization in found:
+    for prefix, parametrization in parametrized:
         own = {name: plain.pop(name) for name in weights if name.startswith(prefix)}
         raw |= {name: tensor for name, tensor in own.items() if name in trained}
         parts = {name.removeprefix(prefix): tensor for name, tensor in own.items()}

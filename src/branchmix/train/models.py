@@ -85,7 +85,7 @@ def attention_options(model_type: str, computing: Computing, length: int, given:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_model(found: ResolvedModel, config: RunConfig, computing: Computing) -> tuple[Any, Any]:
+def load_model(resolved: ResolvedModel, config: RunConfig, computing: Computing) -> tuple[Any, Any]:
     """Model in fp32 and tokenizer of a folder.
 
     Raises:
@@ -93,31 +93,31 @@ def load_model(found: ResolvedModel, config: RunConfig, computing: Computing) ->
     """
     import torch
 
-    tokenizer = training_tokenizer(found, trust_remote_code=config.trust_remote_code)
-    source = require_model_type(found)
-    options: dict[str, Any] = {"given": found.given, "trust_remote_code": config.trust_remote_code}
+    tokenizer = training_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
+    source = require_model_type(resolved)
+    options: dict[str, Any] = {"given": resolved.given, "trust_remote_code": config.trust_remote_code}
     options |= attention_options(source["model_type"], computing, config.sequence_length, config.attn_implementation)
     if config.experts_implementation is not None:
         options["experts_implementation"] = config.experts_implementation
     options |= loading_options(config, source, int(os.environ.get("WORLD_SIZE", "1")))
-    model = load_language_model(found.folder, dtype=torch.float32, **options)
+    model = load_language_model(resolved.folder, dtype=torch.float32, **options)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise CheckpointError(
-            f"{found.given}: the tokenizer has {len(tokenizer):,} tokens, but the model only "
+            f"{resolved.given}: the tokenizer has {len(tokenizer):,} tokens, but the model only "
             f"{model.get_input_embeddings().num_embeddings:,} embeddings: give the folder its own tokenizer"
         )
     return model, tokenizer
 
 
-def training_tokenizer(found: ResolvedModel, *, trust_remote_code: bool) -> Any:
+def training_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool) -> Any:
     """The tokenizer of a folder, with an end-of-text token to put between documents.
 
     Raises:
         CheckpointError: there is none, or it has no such token.
     """
-    tokenizer = load_tokenizer(found.folder, given=found.given, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(resolved.folder, given=resolved.given, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"{found.given}: the tokenizer has no end-of-text token: set eos_token in its config")
+        raise CheckpointError(f"{resolved.given}: the tokenizer has no end-of-text token: set eos_token in its config")
     return tokenizer
 
 
@@ -241,7 +241,7 @@ def equal_text(documents: dict[str, Iterator[str]], characters: int = TOKENIZER_
         yield text
 
 
-def require_model_type(found: ResolvedModel) -> dict[str, Any]:
+def require_model_type(resolved: ResolvedModel) -> dict[str, Any]:
     """config.json of a folder, before anything heavy is loaded.
 
     Raises:
@@ -249,11 +249,11 @@ def require_model_type(found: ResolvedModel) -> dict[str, Any]:
     """
     import json
 
-    file = Path(found.folder) / "config.json"
+    file = Path(resolved.folder) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{found.given}: no config.json in {found.folder}: give a model's folder") from None
+        raise CheckpointError(f"{resolved.given}: no config.json in {resolved.folder}: give a model's folder") from None
     except (OSError, ValueError):
         raise CheckpointError(f"{file}: cannot be read as JSON: give a model's folder") from None
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):

@@ -87,12 +87,12 @@ class RunFolder:
         """``training.json`` or ``run.json``, if the folder is a run's."""
         for name in (DONE, RUN):
             try:
-                found = json.loads((self.path / name).read_text(encoding="utf-8"))
+                record = json.loads((self.path / name).read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
             # Other programs have files of these names too.
-            if isinstance(found, dict) and isinstance(found.get("config"), dict) and "data" in found["config"]:
-                return found
+            if isinstance(record, dict) and isinstance(record.get("config"), dict) and "data" in record["config"]:
+                return record
         return None
 
     def clear(self) -> None:
@@ -185,9 +185,9 @@ def _first_difference(theirs: Any, ours: Any, path: str) -> str | None:
             place = f"{path}.{key}" if path else key
             if place in FREE_TO_CHANGE:
                 continue
-            found = _first_difference(theirs.get(key), ours.get(key), place)
-            if found:
-                return found
+            difference = _first_difference(theirs.get(key), ours.get(key), place)
+            if difference:
+                return difference
         return None
     if theirs == ours:
         return None

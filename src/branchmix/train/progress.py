@@ -224,7 +224,7 @@ class Clock:
 
 def last_values(rows: Iterable[dict[str, Any]], prefix: str) -> dict[str, float]:
     """The newest value of each key that begins with ``prefix``, by what follows it."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for row in rows:
-        found |= _under(row, prefix)
-    return found
+        values |= _under(row, prefix)
+    return values

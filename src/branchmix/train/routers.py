@@ -91,19 +91,19 @@ class RouterMonitor:
 
         Each collapse is told once, and again only if the expert recovered in between.
         """
-        found: dict[tuple[str, int], list[str]] = {}
+        collapsed: dict[tuple[str, int], list[str]] = {}
         for key, load, _ in self._last.loads():
             if self._streaks.get(key, 0) >= PATIENCE and key not in self._told:
                 self._told.add(key)
                 kind, layer, expert = key
-                found.setdefault((kind, layer), []).append(f"expert {expert} gets {100 * load:.1f} %")
+                collapsed.setdefault((kind, layer), []).append(f"expert {expert} gets {100 * load:.1f} %")
         fair = f"fair: {100 / max(1, len(self._last.experts)):.0f} %"
         balanced = {kind.name for kind in self._kinds if kind.balanced}
         return [
             f"layer {layer} {kind} router: {', '.join(experts)} of the load ({fair}), for {PATIENCE} readings: "
             + ("raise router_aux_loss_coef or " if kind in balanced else "")
             + "lower the learning rate"
-            for (kind, layer), experts in found.items()
+            for (kind, layer), experts in collapsed.items()
         ]
 
 

@@ -221,8 +221,8 @@ class _Run:
         """Documents for a tokenizer, without those that are held out."""
         from branchmix.data.sources import documents, is_held_out
 
-        found = documents(source, folder=self.config.folder, leave_out=self.folder.path)
-        return (text for text in found if not is_held_out(text, self.config.held_out.share))
+        texts = documents(source, folder=self.config.folder, leave_out=self.folder.path)
+        return (text for text in texts if not is_held_out(text, self.config.held_out.share))
 
     def _choose_what_is_trained(self) -> None:
         from transformers import set_seed

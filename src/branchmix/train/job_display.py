@@ -23,7 +23,7 @@ _TAIL_BYTES = 1_000_000
 _SHOWN = ("step", "steps", "loss", "tokens_per_second", "eta_seconds")
 
 
-class Board:
+class JobDisplay:
     """Shows the states it is called with. A context manager, for the terminal's sake."""
 
     def __init__(self, *, total: int, finished: int, enabled: bool, noun: str = "experts"):
@@ -35,7 +35,7 @@ class Board:
         self.said_at = time.monotonic()
         self.live: Any = None
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> JobDisplay:
         if self.enabled and self.finished:
             print(f"{self.finished} of {self.total} {self.noun} are finished already", file=sys.stderr)
         if self.enabled and sys.stderr.isatty():
@@ -133,7 +133,7 @@ def _cells(state: JobState) -> dict[str, str]:
 
 def last_metrics(folder: Path) -> dict[str, Any]:
     """The newest value of each shown quantity in a run's ``metrics.jsonl``; empty before the first."""
-    found: dict[str, Any] = {}
+    newest: dict[str, Any] = {}
     with suppress(OSError), (folder / METRICS).open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         for line in reversed(file.read().splitlines()):
@@ -141,7 +141,7 @@ def last_metrics(folder: Path) -> dict[str, Any]:
                 row = json.loads(line)
                 for name in _SHOWN:
                     if isinstance(row, dict) and isinstance(row.get(name), int | float):
-                        found.setdefault(name, row[name])
-            if len(found) == len(_SHOWN):
+                        newest.setdefault(name, row[name])
+            if len(newest) == len(_SHOWN):
                 break
-    return found
+    return newest
