@@ -130,8 +130,8 @@ def _whole(folder: Path) -> CheckpointIndex:
     described, stored = accounting.total.total, accounting.stored
     if stored is not None and stored != described:
         raise CheckpointError(
-            f"{folder}: config.json describes {described:,} parameters, but the weights hold {stored:,}: save the model "
-            "again"
+            f"{folder}: config.json describes {described:,} parameters, but the weights hold {stored:,}: save the "
+            "model again"
         )
     return index
 
