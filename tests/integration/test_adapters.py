@@ -253,7 +253,7 @@ def test_checkpointing_and_autocast_change_nothing(name: str, experts: str, bf16
 
 def test_dense_models_are_refused() -> None:
     for model in (BY_NAME["llama"].model(0), random_mixture("llama", "average", ffn="average")):
-        with pytest.raises(RecipeError, match=r"^adapters: the .* has no experts to put them after: .*lora$"):
+        with pytest.raises(RecipeError, match=r"^adapters: the .* has no experts: .*lora$"):
             adapters.add(model)
 
 

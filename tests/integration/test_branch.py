@@ -99,7 +99,7 @@ def test_experts_are_trained_and_the_recipe_merges_them(tmp_path: Path) -> None:
     assert [source.name for source in mixture.plan.sources] == ["seed", *EXPERTS]
 
     again = command(file)  # a table now, and nothing is started
-    assert again.returncode == 0 and "2 of 2 experts are finished already" in again.stderr
+    assert again.returncode == 0 and "2 of 2 experts are already finished" in again.stderr
     assert "started" not in again.stderr and " > " in again.stdout and "1.536k" in again.stdout
 
 
@@ -198,12 +198,12 @@ def test_a_failure_for_good_is_told_and_the_next_call_does_that_one_only(
     assert statuses(report) == {"code": ("done", 1), "law": ("failed", 2)}
     assert [expert.reason for expert in report.failed] == ["the disk is full"] and report.recipe is None
     said = capsys.readouterr().err.splitlines()
-    assert "law: failed (the disk is full), and is started again" in said and "law: failed: the disk is full" in said
+    assert "law: failed (the disk is full); restarting" in said and "law: failed: the disk is full" in said
 
     pretend()
     report = branch(file)
     assert statuses(report) == {"code": ("done", 0), "law": ("done", 1)}
-    assert "1 of 2 experts are finished already" in capsys.readouterr().err
+    assert "1 of 2 experts are already finished" in capsys.readouterr().err
 
 
 def test_brackets_in_the_folders_name_are_no_pattern(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(
     running.send_signal(number)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 128 + number, said
-    assert said.splitlines()[-1] == "stopped; not finished: code, law. The same command goes on with them."
+    assert said.splitlines()[-1] == "stopped; not finished: code, law. Rerun the command to resume."
     report = branch(file, progress=False)
     assert statuses(report) == {"code": ("done", 1), "law": ("done", 1)}
     for name in EXPERTS:
@@ -258,7 +258,7 @@ def test_other_settings_are_refused_before_anything_is_touched(tmp_path: Path, p
     file = study(tmp_path)
     branch(file, progress=False)
     before = {path: path.read_bytes() for path in (tmp_path / "experts").rglob("*") if path.is_file()}
-    with pytest.raises(OutputError, match=r"is a run with budget.steps 6 instead of 7: .* start anew with --force"):
+    with pytest.raises(OutputError, match=r"holds a run with budget.steps 6 instead of 7: .* start over with --force"):
         branch(file, overrides=["budget.steps=7"], progress=False)
     assert before == {path: path.read_bytes() for path in (tmp_path / "experts").rglob("*") if path.is_file()}
     assert statuses(branch(file, overrides=["budget.steps=7"], progress=False, force=True)) == {
@@ -308,7 +308,7 @@ def test_a_recipe_that_was_changed_stays(tmp_path: Path, pretend: Any) -> None:
             assert Recipe.load(tmp_path / "other.yaml").attention == line.split()[2]
     path.write_text(f"{path.read_text()}dtype: bfloat16\n")
     report = branch(file, progress=False)
-    assert report.notes == (f"{path} was changed since it was written, so it stays as it is",)
+    assert report.notes == (f"{path} was changed since it was written, so it is kept",)
     assert path.read_text().endswith("dtype: bfloat16\n")
 
 

@@ -256,7 +256,9 @@ def test_full_disk_leaves_the_checkpoint_before(file: str, tmp_path: Path, monke
     real, write = checkpoints.save_file, Path.write_text
     monkeypatch.setattr(checkpoints, "save_file", save_file)
     monkeypatch.setattr(Path, "write_text", write_text)
-    with pytest.raises(OutputError, match=r"step-00000004: .*the disk is full.*goes on from .*step-00000002") as caught:
+    with pytest.raises(
+        OutputError, match=r"step-00000004: .*the disk is full.*rerun the command to resume from .*step-00000002"
+    ) as caught:
         trainer(tmp_path, dense(), num_steps=8, steps=2).train()
     assert "\n" not in str(caught.value)
     assert names(tmp_path / "checkpoints") == ["step-00000002"]

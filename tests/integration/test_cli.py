@@ -73,7 +73,7 @@ def test_upcycle_prints_the_plan_and_the_proof(home: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     for text in ("BAM with Expert KV", "seed, code, math", "averaged", "copied", "parameters:", "KV cache:", "wrote"):
         assert text in done.stdout, text
-    for text in ("tensors (", "byte-identical", "gates one-hot", "greatest difference"):
+    for text in ("tensors (", "byte-identical", "gates one-hot", "largest difference"):
         assert text in done.stdout, text
     assert "note: raw top-1 gates" in done.stderr and "note:" not in done.stdout
     assert "\x1b" not in done.stdout + done.stderr  # no colours, no bars where nobody watches

@@ -179,7 +179,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("branchmix.evaluate.run.evaluate", interrupted)
     with_records = CliRunner().invoke(app, ["eval", "seed", "--out", str(tmp_path)])
-    assert f"the same command goes on from what is on record in {tmp_path}" in with_records.stderr
+    assert f"rerun the command to resume from the records in {tmp_path}" in with_records.stderr
     without = CliRunner().invoke(app, ["eval", "seed"])
     assert with_records.exit_code == without.exit_code == 130 and "on record" not in without.stderr
 

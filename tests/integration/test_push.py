@@ -169,7 +169,7 @@ def test_what_is_no_whole_checkpoint_is_refused(mixture: Path, tmp_path: Path) -
         branchmix.push(mixture, "bam", dry_run=True)
     for content in ('{"models": []}', "[]", "x"):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(RecipeError, match=r"is no results.json"):
+        with pytest.raises(RecipeError, match=r"is not a results.json"):
             branchmix.push(mixture, "org/bam", results=tmp_path / "bad.json", dry_run=True)
     config = json.loads((mixture / "config.json").read_text())
     (mixture / "config.json").write_text(json.dumps({**config, "num_experts": 2, "expert_names": ["seed", "code"]}))
@@ -315,9 +315,11 @@ def test_somebodys_own_card_is_kept(mixture: Path, tmp_path: Path) -> None:
     (mixture / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     report = branchmix.push(mixture, "org/bam", dry_run=True)
     assert report.card.endswith("# Mine\n") and report.licence == "mit"
-    assert len(report.notes) == 1 and "uploaded as it is" in report.notes[0]
+    assert len(report.notes) == 1 and "is uploaded unchanged" in report.notes[0]
     for option, given in (("--license", {"licence": "gemma"}), ("--eval", {"results": results(tmp_path)})):
-        with pytest.raises(RecipeError, match=rf"^{option}: .*README.md is not branchmix's .* move the file away"):
+        with pytest.raises(
+            RecipeError, match=rf"^{option}: .*README.md was not written by branchmix .* move the file away"
+        ):
             branchmix.push(mixture, "org/bam", dry_run=True, **given)
 
 

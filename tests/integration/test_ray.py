@@ -121,7 +121,7 @@ def test_failures_for_good_and_what_only_one_machine_sees(tmp_path: Path) -> Non
     assert outcome.jobs[0].reason == "ValueError: invalid literal for int() with base 10: 'no number'"
 
     state = _attempt(JobState(broken), tmp_path / "elsewhere" / ".ray-1" / "sign")  # as on a machine without the folder
-    assert state.exit_code == 2 and "does not see it: choose a folder on a file system that all" in state.reason
+    assert state.exit_code == 2 and "cannot see it: choose a folder on a file system that all" in state.reason
 
 
 def test_a_signal_reaches_runs_and_keeps_others_from_starting(tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_ctrl_c_says_how_to_go_on(models: dict[str, Path], tmp_path: Path, monke
 
     monkeypatch.setattr(passes, "score_options", interrupted)
     found = invoke("run", family, "--tasks", task, "--out", out)
-    assert found.exit_code == 130 and f"the same command goes on from what is on record in {out}" in found.stderr
+    assert found.exit_code == 130 and f"rerun the command to resume from the records in {out}" in found.stderr
     assert sum("logprobs" in line for line in lines(out / "records.jsonl")) == 3
 
 

@@ -219,12 +219,12 @@ def test_a_stopped_run_goes_on_to_the_very_same_result(
         assert command(patch, "train", file) == code
     out = tmp_path / "stopped" / "run"
     said = capfd.readouterr().err
-    assert f"goes on from the last checkpoint: branchmix train {file}" in said and "left behind" not in said
+    assert f"to resume from the last checkpoint: branchmix train {file}" in said and "left behind" not in said
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000005"]
     assert not (out / "config.json").exists() and (out / "run.json").is_file()
 
     assert command(monkeypatch, "train", file) == 0
-    assert "going on from" in capfd.readouterr().err
+    assert "resuming from" in capfd.readouterr().err
     same_bytes(weights(out), weights(uninterrupted.out))
     if "ema" in changes:
         same_bytes(weights(out / "ema"), weights(uninterrupted.out / "ema"))
@@ -254,7 +254,7 @@ def test_a_finished_run_is_not_done_again(
     before = model.stat().st_mtime_ns
 
     assert command(monkeypatch, "train", file, "logging.steps=1") == 0, "how often it logs does not matter"
-    assert "done already" in capfd.readouterr().err and model.stat().st_mtime_ns == before
+    assert "already done" in capfd.readouterr().err and model.stat().st_mtime_ns == before
     assert not (tmp_path / "run" / ".lock").exists()
     assert command(monkeypatch, "train", file, "budget.steps=3") == 2
     said = capfd.readouterr().err
@@ -394,7 +394,7 @@ def test_minutes_of_training_are_counted_from_the_first_step(
     assert steps["minutes"] <= 4 and steps["training_minutes"] == 9
     file = run(tmp_path, text, models["seed"], budget={"minutes": 0.5}, out="late")
     with pytest.raises(
-        RecipeError, match=r"^budget.minutes: 0.0 s of it are left for training, and a step takes 6.0 s"
+        RecipeError, match=r"^budget.minutes: only 0.0 s of it are left for training, but a step takes 6.0 s"
     ):
         train(file, progress=False)
     assert not (tmp_path / "late").exists()

@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Edit, str]] = {
         "config.json: cannot be read as JSON",
     ),
     "larger tokenizer": (key(model="small"), "small: the tokenizer has 300 tokens, but the model only 97 embeddings"),
-    "no family": (new(model_type="coher"), "'coher' is no family of dense language models (did you mean 'cohere'?)"),
+    "no family": (new(model_type="coher"), "'coher' is not a family of dense language models (did you mean 'cohere'?)"),
     "a mixture": (new(model_type="branchmix"), "a mixture is made with branchmix upcycle"),
     "no config key": (new(hidden_sice=3), "cohere has no such config key (did you mean 'hidden_size'?)"),
     "vocabulary": (new(vocab_size=300), "model.vocab_size: comes from the tokenizer"),
@@ -106,13 +106,13 @@ CASES: dict[str, tuple[Edit, str]] = {
     "no earlier run": (key(learning_rate={"ratio": 0.5}), "learning_rate.ratio: no training.json"),
     "LoRA target": (key(lora={"targets": ["q_porj"]}), "no linear layer q_porj (did you mean 'q_proj'?)"),
     "adapters on a dense model": (key(adapters=True), "adapters: the llama model"),
-    "experts of a dense model": (key(freeze=["experts"]), "freeze: experts is for mixtures"),
+    "experts of a dense model": (key(freeze=["experts"]), "freeze: experts applies to mixtures"),
     "micro-batch": (key(micro_batch_size=3), "batch_size is 8, which micro_batch_size 3 does not divide"),
     "logger": (key(logging={"to": ["trackio"]}), "logging.to: trackio is not installed: pip install trackio"),
     "attention": (key(attn_implementation="fast"), "model: transformers cannot load it"),
-    "foreign folder": (foreign_folder, "exists, and is no folder of a run"),
+    "foreign folder": (foreign_folder, "exists, but is not the folder of a run"),
     "out is a file": (lambda place, run: (place / "run").write_text("mine"), "is a file"),
-    "out is the model": (key(out="model"), "exists, and is no folder of a run"),
+    "out is the model": (key(out="model"), "exists, but is not the folder of a run"),
     "no place": (key(out="/proc/run"), "/proc"),
 }
 
@@ -158,7 +158,7 @@ def test_overrides_are_checked_like_the_file(
 ) -> None:
     file = write_run(tmp_path, settings(text, model=str(text / "model")))
     for override, message in (
-        ("budget.steps", "is no key=value"),
+        ("budget.steps", "is not key=value"),
         ("budget.step=3", "budget.step: there is no such key (did you mean 'steps'?)"),
         ("batch_size=many", "batch_size"),
     ):

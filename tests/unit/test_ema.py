@@ -92,7 +92,9 @@ def test_another_models_average_is_refused() -> None:
         {**state, "2.weight": torch.zeros(3)},
         {**state, "0.bias": torch.zeros(7)},
     ):
-        with pytest.raises(CheckpointError, match=r"^the moving average in the checkpoint is of another model, [02]\."):
+        with pytest.raises(
+            CheckpointError, match=r"^the moving average in the checkpoint belongs to another model \([02]\."
+        ):
             ema.load_state(wrong)
     assert all(torch.equal(tensor, state[name]) for name, tensor in ema.state().items())
 

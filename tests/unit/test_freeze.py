@@ -83,7 +83,7 @@ def test_all_but_routers(attention: str) -> None:
 @pytest.mark.parametrize("part", ["experts", "all_but_routers"])
 def test_dense_models_have_no_experts(part: str) -> None:
     with pytest.raises(
-        RecipeError, match=f"freeze: {part} is for mixtures, and the llama model has no routers"
+        RecipeError, match=f"freeze: {part} applies to mixtures, but the llama model has no routers"
     ) as caught:
         freeze.apply(BY_NAME["llama"].model(0), [part])
     assert len(str(caught.value).splitlines()) == 1

@@ -93,7 +93,7 @@ def test_the_last_line_is_of_the_last_attempt(tmp_path: Path) -> None:
     log.parent.mkdir()
     log.write_text("error: from another day\n")
     (state,) = run(job(tmp_path, "silent", "raise SystemExit(1)"))
-    assert state.reason == "exit code 1, and no word in its log"
+    assert state.reason == "exit code 1, without any output in its log"
     assert log.read_text() == "error: from another day\n"
     (state,) = run(job(tmp_path, "bar", "print('10 %', end='\\r'); print('99 %', end='\\r'); print('  ')"))
     assert state.last_line == "99 %"

@@ -142,7 +142,7 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path) -> None
     run = config(out=str(tmp_path / "run"))
     with RunFolder(run).alone():
         assert RunFolder(run).look(run, force=False) == "new"
-        with pytest.raises(OutputError, match="another process is training in it"), RunFolder(run).alone():
+        with pytest.raises(OutputError, match="another process is training here"), RunFolder(run).alone():
             pass
     with RunFolder(run).alone():
         (tmp_path / "run" / "training.json").write_text("{}")

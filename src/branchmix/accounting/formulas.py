@@ -31,7 +31,7 @@ class ParameterCounts:
     """Block norms, final norm, query and key norms."""
     routers: int
     other: int = 0
-    """Only when counted from weights: tensors whose part their name does not tell."""
+    """Only when counted from weights: tensors whose part cannot be determined by name."""
 
     @property
     def total(self) -> int:
@@ -43,7 +43,7 @@ def parameters(config: Config) -> ParameterCounts:
     """Parameters of the whole model (Table 9's "total"), exact for every family of ``FAMILIES``.
 
     Raises:
-        CheckpointError: the config is no model's, or its family has no formula.
+        CheckpointError: the config does not describe a model, or its family has no formula.
     """
     shape = shape_of(config)
     return _count(shape, shape.attention_experts, shape.kv_experts, shape.ffn_experts)
@@ -62,7 +62,7 @@ def active_parameters(config: Config) -> ParameterCounts:
 
 
 def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: int) -> ParameterCounts:
-    """Parameters of a model of so many copies of q/o, of k/v and of the FFN in each layer."""
+    """Parameters of a model with the given numbers of copies of q/o, of k/v and of the FFN in each layer."""
     s, facts, has = shape.sizes, shape.facts, shape.has
     d, q_width, kv_width = s.hidden_size, s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
 
@@ -186,10 +186,10 @@ class Flops:
 def flops_per_token(config: Config, context: int) -> Flops:
     """Forward FLOPs of one token of a causal sequence of ``context`` tokens (Tables 7 and 10).
 
-    All N attention experts are counted whatever ``attention_num_experts_per_tok`` is, since all are computed.
+    All N attention experts are counted, since all are computed even if ``attention_num_experts_per_tok`` is less.
 
     Raises:
-        CheckpointError: ``context`` is not positive, or the config is no model's or has no formula.
+        CheckpointError: ``context`` is not positive, the config does not describe a model, or there is no formula.
     """
     check_context(context)
     shape = shape_of(config)
@@ -226,7 +226,7 @@ def flops_of(shape: Shape, context: int) -> Flops:
 
 
 def windows(shape: Shape) -> list[int | None]:
-    """Of each layer the keys its sliding window holds, or None for full attention (transformers' own rules)."""
+    """The size of each layer's sliding window, or None for full attention, by transformers' own rules."""
     seed, num_layers = shape.seed, shape.sizes.num_layers
     facts = FACTS.get(shape.family.model_type, Facts())
     window = seed.get("sliding_window", facts.window)
@@ -254,7 +254,7 @@ def kv_cache_bytes_per_token(config: Config, dtype: str | None = None) -> int:
     once its window is full.
 
     Raises:
-        CheckpointError: the config is no model's, or ``dtype`` is unknown.
+        CheckpointError: the config does not describe a model, or ``dtype`` is unknown.
     """
     shape = shape_of(config)
     return shape.sizes.num_layers * kv_bytes_per_layer(shape, dtype_of(config, dtype))

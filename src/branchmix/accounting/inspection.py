@@ -1,4 +1,4 @@
-"""``inspect``: all that is known of a model, from its config, or from its weights where its family is unknown."""
+"""``inspect``: count a model from its config, or from its weights if its family is unknown."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Accounting:
         return self.total.total * DTYPE_BYTES[self.dtype]
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON of ``branchmix inspect --json``: docs of each key stand with the fields and properties used here.
+        """The JSON of ``branchmix inspect --json``. Each key is documented at the field or property used here.
 
         ``flops_per_token`` has Table 7's convention at its top: one layer, no embeddings. ``per_layer`` repeats it
         with its components, ``whole_model`` is the sum over layers, with lm_head.

@@ -1,4 +1,4 @@
-"""What a model has cost since nothing was there: every training that it grew from, each counted once.
+"""The total training cost of a model: every training it is based on, each counted once.
 
 A run leaves ``training.json`` in its folder, with what its own start grew from; a merge leaves ``branchmix.json``, with
 the same of every source. So a trained mixture tells of its own run, those of all experts, and that of the seed, which
@@ -17,22 +17,22 @@ from branchmix.errors import BranchMixError
 
 RUN, MERGE = "training.json", "branchmix.json"
 _SAMPLE = 1 << 16
-"""Bytes of each end of a weights file that tell models apart."""
+"""Bytes at each end of a weights file that distinguish models."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One training, or a root of which none is on record."""
+    """One training, or a root model whose training is not on record."""
 
     key: str
-    """Equal for the same training, wherever its folder is."""
+    """Equal for the same training, independent of its folder."""
     name: str
     tokens: int | None
-    """Trained on; None if not on record."""
+    """Tokens trained on; None if not on record."""
     flops: float | None
-    """Of forward and backward passes; None if not on record."""
+    """FLOPs of forward and backward passes; None if not on record."""
     flops_per_token: float | None = None
-    """Of a root: what training it costs a token, at its whole context of at most 4096 tokens."""
+    """For a root: training FLOPs per token, at its whole context of at most 4096 tokens."""
 
     @property
     def is_known(self) -> bool:
@@ -82,12 +82,12 @@ def once(phases: Iterable[Phase]) -> list[Phase]:
 
 
 def total_tokens(phases: Sequence[Phase]) -> int | None:
-    """Of all trainings; None if one is not on record."""
+    """Sum of all trainings' tokens; None if one is not on record."""
     return _sum([phase.tokens for phase in phases])
 
 
 def total_flops(phases: Sequence[Phase]) -> float | None:
-    """Of all trainings; None if one is not on record."""
+    """Sum of all trainings' FLOPs; None if one is not on record."""
     return _sum([phase.flops for phase in phases])
 
 
@@ -107,12 +107,12 @@ def _recorded(holder: dict[str, Any], key: str, model: str) -> list[Phase]:
 
 
 def _called(given: str) -> str:
-    """A Hub id as it is, of a path its last part: records travel, and where a folder was is nobody's business."""
+    """A Hub id unchanged, or the last part of a path: records are shared, and should not reveal local paths."""
     return Path(given).name if Path(given).is_absolute() else given
 
 
 def _root_key(folder: Path) -> str:
-    """Of config and weights, by their ends: reading all of them would take as long as loading the model."""
+    """Hash of config and the ends of the weights; reading all of them would take as long as loading the model."""
     from xxhash import xxh3_128_hexdigest
 
     parts: dict[str, Any] = {}

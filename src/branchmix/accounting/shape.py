@@ -24,13 +24,13 @@ class Facts:
     norm_gain: Flag = True
     norm_bias: Flag = False
     post_norms: int = 0
-    """Norms of a block behind attention and FFN, beside those that ``Family`` names in front of them."""
+    """Norms of a block after attention and FFN, in addition to those before them that ``Family`` names."""
     qk_norm: Flag = False
     qk_norm_bias: bool = False
     final_norm_needs: tuple[tuple[str, bool], ...] = ()
     """Config keys that must have (or default to) these values for a final norm to exist."""
     positions_offset: int | None = None
-    """Learned position embeddings, with so many extra rows; None: there are none."""
+    """Number of extra rows of learned position embeddings; None: no learned positions."""
     window: int | None = None
     """Default of ``sliding_window``: keys that a query sees, itself included."""
     window_switch: str | None = None
@@ -234,7 +234,7 @@ def _check_experts(config: Config, num_experts: int) -> None:
         if value is None:
             continue
         if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
-            raise CheckpointError(f"config.json: {name} is no list of {things}")
+            raise CheckpointError(f"config.json: {name} is not a list of {things}")
         if len(value) != num_experts:
             raise CheckpointError(f"config.json: num_experts is {num_experts}, but {name} has {len(value)}")
     names = config["expert_names"] or []
@@ -251,6 +251,6 @@ def _checked_dimensions(config: Config) -> Dimensions:
         raise CheckpointError(f"config.json: {sizes.num_heads} heads do not fit a width of {sizes.hidden_size}")
     if sizes.num_heads % sizes.num_kv_heads:
         raise CheckpointError(
-            f"config.json: {sizes.num_heads} query heads are no multiple of {sizes.num_kv_heads} key/value heads"
+            f"config.json: {sizes.num_heads} query heads are not a multiple of {sizes.num_kv_heads} key/value heads"
         )
     return sizes

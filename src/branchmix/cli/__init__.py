@@ -1,6 +1,6 @@
 """The ``branchmix`` command: parse, call the library, print. Results go to stdout, everything else to stderr.
 
-Commands live in files of their own and import what they need when they run, so that ``--help`` answers at once.
+Each command has its own file and imports what it needs when it runs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Merge specialised language models of one seed into a mixture of attention and FFN experts (BAM).",
+    help="Merge models fine-tuned from the same base into one mixture of attention and FFN experts (BAM).",
 )
 app.command("train", epilog=TRAIN_EPILOG)(train_command)
 app.command("branch", epilog=BRANCH_EPILOG)(branch_command)
@@ -82,7 +82,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
+    """Run the command line. A user's mistake gives one line on stderr and exit code 2; Ctrl-C gives 130."""
     try:
         code = app(standalone_mode=False)
     except BranchMixError as error:
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _show_usage_error(error: Exception) -> None:
-    """A wrong option or argument as one line; typer raises click's classes, or newer ones its own copies."""
+    """Print a wrong option or argument as one line; newer versions of typer raise copies of click's classes."""
     context = getattr(error, "ctx", None)
     if not hasattr(error, "format_message"):
         raise error

@@ -1,4 +1,4 @@
-"""``branchmix branch``: all experts of a study."""
+"""``branchmix branch``: train all experts of a study."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  branchmix branch branch.yaml                               train all experts, or go on with them
-  branchmix branch branch.yaml --only code,law               these two
-  branchmix branch branch.yaml budget.tokens=2M out=./short  with other settings
+  branchmix branch branch.yaml                               train all experts, or resume
+  branchmix branch branch.yaml --only code,law               train only these two
+  branchmix branch branch.yaml budget.tokens=2M out=./short  with changed settings
   branchmix branch branch.yaml --launcher ray                on a Ray cluster
 
 \b
-The smallest file:
+A minimal file:
   seed: ./seed
   out: ./experts
   experts: {code: , law: }
@@ -33,7 +33,7 @@ The smallest file:
 
 
 class Launcher(str, Enum):
-    """Where the runs run."""
+    """Where the runs are started."""
 
     local = "local"
     ray = "ray"
@@ -43,19 +43,19 @@ def branch_command(
     config: Annotated[Path, typer.Argument(metavar="BRANCH", help="YAML file.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings instead of the file's.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.", show_default=False),
     ] = None,
     only: Annotated[
-        str, typer.Option(metavar="NAMES", help="Only these experts, with commas between.", show_default=False)
+        str, typer.Option(metavar="NAMES", help="Train only these experts (comma-separated).", show_default=False)
     ] = "",
     launcher: Annotated[
         Launcher, typer.Option(help="Processes on this machine, or tasks on a Ray cluster (RAY_ADDRESS).")
     ] = Launcher.local,
-    force: Annotated[bool, typer.Option("--force", help="Train them anew.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; start nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train every expert of a study, each in a run of its own, from one seed."""
+    """Train all experts of a study from one seed, each in its own run."""
     from branchmix.cli.console import notice
     from branchmix.train.branch import branch
 
@@ -77,8 +77,8 @@ def branch_command(
         notice(f"error: {expert.name}: {expert.reason} (its output: {expert.out / 'log.txt'})")
     if report.stopped_by is not None:
         left = ", ".join(expert.name for expert in report.experts if expert.status != "done")
-        again = "The same command without --force" if force else "The same command"
-        notice(f"stopped; not finished: {left}. {again} goes on with them.")
+        again = " without --force" if force else ""
+        notice(f"stopped; not finished: {left}. Rerun the command{again} to resume.")
         raise SystemExit(128 + report.stopped_by)  # not typer's: 130 would be taken for a Ctrl-C that left nothing
     if report.failed:
         raise typer.Exit(2)
@@ -115,7 +115,7 @@ def _print_table(report: BranchReport) -> None:
     from branchmix.cli.console import human_count, result_console
 
     domains = sorted({domain for expert in report.experts for domain in expert.held_out("end")})
-    title = "held-out loss, before and after, nats a token" if domains else None
+    title = "held-out loss, before and after, nats per token" if domains else None
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for name in ("expert", "", "mix"):
         table.add_column(name)

@@ -1,4 +1,4 @@
-"""What the commands share: a progress bar on stderr, what Ctrl-C leaves, sizes in words, and quiet libraries."""
+"""Shared by the commands: a progress bar on stderr, the message after Ctrl-C, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 def notice(text: str) -> None:
-    """A line on stderr, which never mixes with results."""
+    """Print a line on stderr, where it does not mix with results."""
     print(text, file=sys.stderr)
 
 
 def result_console() -> Console:
-    """For tables on stdout; wide where no terminal sets a width, so that files and pipes get whole lines."""
+    """Console for tables on stdout; wide if stdout is not a terminal, so that files and pipes get whole lines."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def quiet_libraries() -> None:
-    """transformers' progress bars and advice have no place between our lines."""
+    """Turn off transformers' progress bars and advice."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
@@ -39,19 +39,19 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def goes_on_from(out: Path | None) -> Iterator[None]:
-    """Ctrl-C inside ends with exit code 130 and how to go on from the records in ``out``; without any as ever."""
+    """On Ctrl-C inside the block, exit with 130 and say how to resume from the records in ``out``, if there are any."""
     try:
         yield
     except KeyboardInterrupt:
         if out is None:
             raise
-        notice(f"stopped; the same command goes on from what is on record in {out}")
-        raise SystemExit(130) from None  # not as a Ctrl-C that left nothing behind
+        notice(f"stopped; rerun the command to resume from the records in {out}")
+        raise SystemExit(130) from None  # unlike a Ctrl-C that left nothing behind
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback ``(step, done, total)`` that draws a bar for each step; drawn only where somebody watches."""
+    """A callback ``(step, done, total)`` that draws a bar for each step if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield lambda step, done, total: None
         return
@@ -67,9 +67,9 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
-        def tell(step: str, done: int, total: int) -> None:
+        def update(step: str, done: int, total: int) -> None:
             if step not in tasks:
                 tasks[step] = progress.add_task(step, total=total)
             progress.update(tasks[step], completed=done, total=total)
 
-        yield tell
+        yield update

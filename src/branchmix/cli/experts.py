@@ -28,16 +28,16 @@ def add_expert_command(
     router_std: Annotated[
         float | None,
         typer.Option(
-            help="Deviation of the routers' new rows, above 0 [default: as the mixture's]", show_default=False
+            help="Standard deviation of the routers' new rows, above 0 [default: the mixture's]", show_default=False
         ),
     ] = None,
-    router_seed: Annotated[int, typer.Option(help="Seed of their random numbers.")] = 0,
+    router_seed: Annotated[int, typer.Option(help="Random seed for the routers' new rows.")] = 0,
     dry_run: DryRun = False,
     force: Force = False,
     no_check: NoCheck = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add a dense model to a mixture as one more expert."""
+    """Add a dense model to a mixture as an expert."""
     from branchmix.cli.console import progress_bar
     from branchmix.cli.upcycle import show, warn_of_leftovers
     from branchmix.upcycling import add_expert
@@ -64,14 +64,14 @@ def add_expert_command(
 
 def remove_expert_command(
     model: Mixture,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The expert to leave out.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The expert to remove.", show_default=False)],
     out: Out,
     dry_run: DryRun = False,
     force: Force = False,
     no_check: NoCheck = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take an expert out of a mixture."""
+    """Remove an expert from a mixture."""
     from branchmix.cli.console import progress_bar
     from branchmix.cli.upcycle import show, warn_of_leftovers
     from branchmix.upcycling import remove_expert

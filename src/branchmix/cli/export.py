@@ -1,4 +1,4 @@
-"""``branchmix export``: a mixture as a checkpoint of a class that other tools know."""
+"""``branchmix export``: convert a mixture to a class that other tools know."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Examples:
   branchmix export bam code-alone --to dense --expert code
 
 \b
-Exact or refused, with all reasons; without --no-verify the logits of both are compared on text.
+Exports are exact, or refused with all reasons. Both models' logits are compared (unless --no-verify).
   mixtral    Llama, Mistral, Phi-3 seeds; normalised or soft gates
   qwen2_moe  Qwen2, Llama, Phi-3 seeds; any gates (adds an expert of zeros)
   qwen3_moe  Qwen3 seeds; any gates
   flex_olmo  OLMo 2 seeds; any gates
-  olmoe      no dense family has its blocks: tells what differs
-  dense      one expert of any mixture on what all share, or a mixture without experts
+  olmoe      none: no dense family has its blocks (explains the differences)
+  dense      one expert of any mixture with the shared weights, or a mixture without experts
 """
 
 
@@ -38,14 +38,14 @@ def export_command(
             metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe or dense.", show_default=False
         ),
     ],
-    expert: Annotated[str | None, typer.Option(metavar="NAME", help="Whose dense model, for --to dense.")] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare the logits of both on text.")] = False,
+    expert: Annotated[str | None, typer.Option(metavar="NAME", help="Expert to export, for --to dense.")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare both models' logits.")] = False,
     dry_run: DryRun = False,
     force: Force = False,
     no_check: NoCheck = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a mixture as a native or dense checkpoint."""
+    """Export a mixture to a native or dense checkpoint."""
     from branchmix.cli.console import progress_bar, quiet_libraries
     from branchmix.cli.upcycle import warn_of_leftovers
     from branchmix.export import export_model
@@ -84,7 +84,7 @@ def _show(report: ExportReport, *, as_json: bool) -> None:
         console.print(
             f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
             f"byte-identical to the mixture's; logits of {verification.tokens} tokens differ by at most "
-            f"{verification.difference:.2e} (greatest logit {verification.greatest_logit:.1f})",
+            f"{verification.difference:.2e} (largest logit {verification.greatest_logit:.1f})",
             highlight=False,
             soft_wrap=True,
         )

@@ -1,4 +1,4 @@
-"""``branchmix generate``: let a mixture (or any causal LM) continue a text."""
+"""``branchmix generate``: continue a text with a mixture (or any causal LM)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ Examples:
 """
 
 MIN_TEMPERATURE = 1e-6
-"""Below it logits divided by the temperature may be infinite; here already only the most likely token is drawn."""
+"""Below this, logits divided by the temperature may be infinite. At this value, sampling is already greedy."""
 GREATEST_SEED = 2**64 - 1
-"""Of torch's random numbers."""
+"""Largest seed of torch's random numbers."""
 
 
 def generate_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.", show_default=False)],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 40,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the most likely token.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling, for temperature > 0.")] = 0,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
+        bool, typer.Option("--trust-remote-code", help="Run code included in the checkpoint.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print prompt, text and tokens/s as JSON.")] = False,
 ) -> None:
@@ -44,7 +46,7 @@ def generate_command(
     from branchmix.cli.console import quiet_libraries
 
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise RecipeError(f"--dtype {dtype}: is none of auto, bfloat16, float16, float32")
+        raise RecipeError(f"--dtype {dtype}: give auto, bfloat16, float16 or float32")
     if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
         raise RecipeError(
             f"--temperature {temperature}: give {MIN_TEMPERATURE} or more, or 0 for the most likely token"
@@ -109,7 +111,7 @@ def _generate(
 
 
 def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:
-    """The prompt's tokens [1, T] and their mask; other things that a tokenizer makes (``token_type_ids``) are left out.
+    """The prompt's tokens [1, T] and their mask, without other tokenizer outputs (``token_type_ids``).
 
     Raises:
         RecipeError: a chat was asked for, but the tokenizer has no template.
@@ -117,7 +119,7 @@ def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:
     """
     tokenizer, folder = text_model.tokenizer, text_model.folder
     if chat and not tokenizer.chat_template:
-        raise RecipeError(f"--chat: the tokenizer of {folder} has no chat template: leave --chat out")
+        raise RecipeError(f"--chat: the tokenizer of {folder} has no chat template: omit --chat")
     if chat:
         messages = [{"role": "user", "content": prompt}]
         made = tokenizer.apply_chat_template(
@@ -138,10 +140,10 @@ def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:
 
 
 def _require_positions(text_model: TextModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse more tokens than a model with learned positions has any for; the last one is never read.
+    """Refuse more tokens than a model has learned positions for; the last token needs none.
 
     Raises:
-        RecipeError: says how many there are.
+        RecipeError: gives the number of positions.
     """
     from branchmix.accounting.formulas import learned_positions
 

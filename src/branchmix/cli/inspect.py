@@ -1,4 +1,4 @@
-"""``branchmix inspect``: parameters, FLOPs and memory of a model, from its config alone and without torch."""
+"""``branchmix inspect``: parameters, FLOPs and memory of a model, from its config, without torch."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def inspect_command(
     ],
     context: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens of context of the FLOPs and of the whole KV cache.", show_default="the model's, <= 4096"
-        ),
+        typer.Option(help="Tokens of context, for FLOPs and the KV cache.", show_default="the model's, <= 4096"),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Of weights and KV cache: bf16, fp16, fp32, fp8.", show_default="the config's, or bf16"),
+        typer.Option(
+            help="Dtype of the weights and cache: bf16, fp16, fp32, fp8.", show_default="the config's, or bf16"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Count parameters, active parameters, FLOPs and KV-cache bytes: exactly, and without loading a weight.
+    """Count parameters, active parameters, FLOPs and KV-cache bytes exactly, without loading weights.
 
-    In a folder with safetensors weights their headers are counted too, and a difference is reported.
+    If the folder has safetensors weights, their headers are counted too, and differences are reported.
 
     Examples:
 
@@ -61,7 +61,7 @@ def inspect_command(
 
 
 def _print(accounting: Accounting, console: Console) -> None:
-    """The numbers of ``found`` as tables: parameters by part, FLOPs by part, memory."""
+    """Print tables: parameters by part, FLOPs by part, memory."""
     from rich.table import Table
 
     from branchmix.cli.console import human_bytes
@@ -108,7 +108,7 @@ def _print(accounting: Accounting, console: Console) -> None:
 
 
 def _headline(accounting: Accounting) -> str:
-    """One line on what the model is."""
+    """One line that describes the model."""
     shape = accounting.shape
     if shape is None:
         return f"{accounting.model}: {accounting.model_type}"
@@ -126,7 +126,7 @@ def _headline(accounting: Accounting) -> str:
 
 
 def _right(table: Table, console: Console) -> None:
-    """Prints a table whose columns of numbers are aligned."""
+    """Print a table with its numbers right-aligned."""
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)

@@ -1,4 +1,4 @@
-"""``branchmix push``: a checkpoint to the Hub."""
+"""``branchmix push``: upload a checkpoint to the Hub."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  branchmix push mixture org/bam --dry-run                        what would be uploaded, and the card
+  branchmix push mixture org/bam --dry-run                        show files and model card
   branchmix push mixture org/bam --private --eval results/results.json
 
 \b
-Uploads config, weights, tokenizer, code and card; nothing else of the folder, and no path of this machine.
+Uploads config, weights, tokenizer, code and model card; no other files, and no paths of this machine.
 """
 
 
 def push_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint.", show_default=False)],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     results: Annotated[
         Path | None,
         typer.Option("--eval", metavar="FILE", help="results.json of `branchmix eval --out`, for the card."),
@@ -38,9 +38,9 @@ def push_command(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, and show what would be uploaded; ask no server.")
+        bool, typer.Option("--dry-run", help="Check, and show what would be uploaded, without network.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Commit over what the repository holds.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Commit to a repository that already holds files.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hugging Face Hub."""

@@ -19,10 +19,10 @@ Examples:
   branchmix routes Qwen/Qwen1.5-MoE-A2.7B --data data.yaml       any mixture that transformers knows
 
 \b
-The data file is that of `branchmix eval`, or a run's: the documents are those that training held out.
+The data file is the one of `branchmix eval` or of a run; the held-out documents are used.
 """
 _LINES = 12
-"""Layers, at most, that are printed one by one."""
+"""Maximum number of layers to print one by one."""
 
 
 def routes_command(
@@ -41,7 +41,7 @@ def routes_command(
         typer.Option("--out", metavar="PATH", help="Write the numbers: a folder (JSON and CSV), or a file *.json."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the window.", show_default="2048, or the model's positions")
+        int | None, typer.Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes no result.")] = 2048,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",

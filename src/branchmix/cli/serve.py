@@ -14,14 +14,14 @@ EPILOG = """\b
 Examples:
   branchmix serve mixture                                 http://localhost:8000/v1, for any OpenAI client
   branchmix serve mixture --host 0.0.0.0 --port 9000 --dtype bfloat16
-  branchmix serve mixture --continuous-batching           all that `transformers serve --help` lists
+  branchmix serve mixture --continuous-batching           any option of `transformers serve --help`
 
 \b
-Needs branchmix[serve]. Clients name the model as it is written here.
+Requires branchmix[serve]. Clients use MODEL, as written here, as the model's name.
 """
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Options are the server's."""
+"""All options are passed to the server."""
 
 
 def serve_command(
@@ -33,8 +33,8 @@ def serve_command(
     from branchmix.checkpoint.index import CheckpointIndex
 
     resolved = resolve(model)
-    CheckpointIndex.open(resolved.folder)  # refuses pickles, and what is no checkpoint
-    # By a Hub id the server finds the same revision; by its folder in the cache no client could name it.
+    CheckpointIndex.open(resolved.folder)  # refuses pickles, and folders without a checkpoint
+    # Given a Hub id, the server finds the same revision; clients could not name a folder in the cache.
     name = model if resolved.revision else str(resolved.folder)
     if not resolved.revision and "@" in name:
         raise RecipeError(f"{name}: the server takes what follows @ for a revision: give the folder another name")

@@ -1,4 +1,4 @@
-"""``branchmix train``: one run, from its file."""
+"""``branchmix train``: one training run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   branchmix train run.yaml --dry-run                    check everything, print data, model and cost
-  branchmix train run.yaml                              train; stopped, the same command goes on
-  branchmix train run.yaml budget.tokens=2M out=short   keys of the file, changed
+  branchmix train run.yaml                              train, or resume a stopped run
+  branchmix train run.yaml budget.tokens=2M out=short   with changed settings
   torchrun --nproc-per-node 8 -m branchmix train run.yaml
 
 \b
-The smallest run, of one expert:
+A minimal run file, for one expert:
   model: Qwen/Qwen2.5-0.5B
   out: experts/code
   data: {code: {files: "src/**/*.py"}}
@@ -28,7 +28,7 @@ The smallest run, of one expert:
   learning_rate: {peak: 1.0e-4}
 
 \b
-SIGTERM and Ctrl-C let the run finish its step and write a checkpoint; the exit code is then 143 or 130.
+On SIGTERM and Ctrl-C the run finishes its step and writes a checkpoint; the exit code is then 143 or 130.
 """
 
 
@@ -36,13 +36,13 @@ def train_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="YAML file.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE ...]", help="Keys of the file, with dots.", show_default=False),
+        typer.Argument(metavar="[KEY=VALUE ...]", help="Replace settings of the file.", show_default=False),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Start anew, over an earlier run in the same folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over, replacing an earlier run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; train nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print training.json, or the plan, on stdout.")] = False,
 ) -> None:
-    """Train a dense model, an expert or a mixture; the model in the file decides."""
+    """Train a dense model or a mixture with the settings of a run file."""
     from branchmix.cli.console import notice
     from branchmix.train.checks import Process
     from branchmix.train.run import train
@@ -55,12 +55,12 @@ def train_command(
         if dry_run:
             raise
         if Process().is_main:
-            notice(f"interrupted; the same command goes on from the last checkpoint, if there is one: {again}")
-        raise SystemExit(130) from None  # not as a Ctrl-C that left nothing behind
+            notice(f"interrupted; to resume from the last checkpoint, if there is one: {again}")
+        raise SystemExit(130) from None  # unlike a Ctrl-C that left nothing behind
     leave_group()
     if report.signal is not None:
         if report.is_main:
-            notice(f"stopped; the same command goes on from the last checkpoint: {again}")
+            notice(f"stopped; to resume from the last checkpoint: {again}")
         raise SystemExit(128 + report.signal)  # not typer's: 130 would be taken for a Ctrl-C that left nothing
     if not report.is_main:
         return
@@ -83,7 +83,7 @@ def _print_result(report: RunReport) -> None:
     console, record = result_console(), report.record
     start, end = record["held_out"]["start"], record["held_out"]["end"]
     if end:
-        table = Table(box=None, pad_edge=False, title="held-out loss, nats a token", title_justify="left")
+        table = Table(box=None, pad_edge=False, title="held-out loss, nats per token", title_justify="left")
         for name in ("domain", "before", "after", "perplexity"):
             table.add_column(name, justify="left" if name == "domain" else "right")
         for name, after in end.items():

@@ -1,4 +1,4 @@
-"""``branchmix upcycle``: a recipe and a folder."""
+"""``branchmix upcycle``: merge dense models into a mixture."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  branchmix upcycle recipe.yaml mixture --dry-run     what would be written, and how
-  branchmix upcycle recipe.yaml mixture --verify      write it and prove it on text
+  branchmix upcycle recipe.yaml mixture --dry-run     show what would be written, and how
+  branchmix upcycle recipe.yaml mixture --verify      write it and verify it on text
 
 \b
-The smallest recipe:
+A minimal recipe:
   seed: Qwen/Qwen2.5-0.5B
   experts:
     - {name: code, model: ./code}
@@ -28,7 +28,7 @@ The smallest recipe:
 """
 
 PEAK_MEMORY_BYTES = 150_000_000
-"""Anonymous memory of a merge, whatever the models' size and number (measured: benchmarks/upcycle.py memory)."""
+"""Anonymous memory of a merge, for any size and number of models (measured: benchmarks/upcycle.py memory)."""
 
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
@@ -42,14 +42,14 @@ def upcycle_command(
     out: Out,
     dry_run: DryRun = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Prove it: copies byte for byte, and every expert's logits on text.")
+        bool, typer.Option("--verify", help="Verify copied bytes, and every expert's logits on a text.")
     ] = False,
     force: Force = False,
     no_check: NoCheck = False,
     no_hashes: Annotated[bool, typer.Option("--no-hashes", help="Do not record hashes of the source files.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Turn dense checkpoints of one seed into one mixture of experts."""
+    """Merge dense models fine-tuned from one seed into a mixture of experts."""
     from branchmix.cli.console import progress_bar, quiet_libraries
     from branchmix.upcycling import upcycle
 
@@ -71,12 +71,12 @@ def upcycle_command(
 
 
 def warn_of_leftovers(out: Path) -> None:
-    """Tell what a killed run left behind."""
+    """Print a note for what a killed run left behind."""
     from branchmix.checkpoint.folder import stale_folders
     from branchmix.cli.console import notice
 
     for folder in stale_folders(out):
-        notice(f"note: {folder} was left by a run that was killed; no model is in it, remove it")
+        notice(f"note: {folder} was left behind by a killed run and holds no model: remove it")
 
 
 def show(report: UpcycleReport, *, as_json: bool) -> None:
@@ -98,7 +98,7 @@ def show(report: UpcycleReport, *, as_json: bool) -> None:
 
 
 def as_dict(report: UpcycleReport) -> dict[str, Any]:
-    """The report for programs."""
+    """The report as JSON."""
     from branchmix.upcycling.execute import free_bytes
 
     plan = report.plan
@@ -121,7 +121,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Tensors of one kind a line: how many, how large, and what becomes of them."""
+    """A row per kind of tensor: how many, how large, and how they are made."""
     from rich.table import Table
 
     from branchmix.cli.console import human_bytes
@@ -149,7 +149,7 @@ def _print_plan(report: UpcycleReport) -> None:
     accounting = _accounting(plan)
     console.print(
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
-        f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes a token; "
+        f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
         f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}",
         highlight=False,
@@ -176,7 +176,7 @@ def _print_verification(report: UpcycleReport) -> None:
     table = Table(
         box=None, pad_edge=False, title=f"gates one-hot, logits of {verification.tokens} tokens", title_justify="left"
     )
-    for name in ("expert", "greatest difference from the dense model", "greatest logit"):
+    for name in ("expert", "largest difference from the dense model", "largest logit"):
         table.add_column(name)
     for check in verification.experts:
         numbers = (check.skipped, "") if check.skipped else (f"{check.difference:.2e}", f"{check.greatest_logit:.1f}")

@@ -150,5 +150,5 @@ def _evaluation(results: Path) -> list[str]:
     except OSError as error:
         raise RecipeError(f"{results}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise RecipeError(f"{results}: is no results.json of `branchmix eval --out`") from error
+        raise RecipeError(f"{results}: is not a results.json of `branchmix eval --out`") from error
     return lines

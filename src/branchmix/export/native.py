@@ -86,7 +86,7 @@ class Native:
     windows: bool = False
     """It can have one sliding window for all layers."""
     always_normalises: bool = False
-    """The chosen gates are divided by their sum; otherwise ``norm_topk_prob`` says whether."""
+    """Whether the chosen gates are always divided by their sum; if not, ``norm_topk_prob`` decides."""
     num_experts: str = "num_experts"
     """Config key of the number of experts."""
     inner: tuple[str, ...] = ("intermediate_size",)
@@ -107,7 +107,8 @@ class Native:
 
 
 SHARED_EXPERT_WIDTH = 256
-"""Of the expert of zeros that Qwen2-MoE needs: the smallest that GGUF's quantisations and eight devices can split."""
+"""Width of the expert of zeros that Qwen2-MoE needs: the smallest that GGUF's quantisations and eight devices can
+split."""
 
 NATIVES: dict[str, Native] = {
     native.model_type: native
@@ -159,7 +160,7 @@ def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list
 
     Args:
         mixture: the mixture.
-        trunk: its tensors that are no expert's, under the seed family's names.
+        trunk: its tensors that do not belong to an expert, under the seed family's names.
         native: the class.
     """
     reasons: list[str] = []
@@ -265,7 +266,7 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dt
 
     Args:
         mixture: the mixture, which has no ``problems``.
-        trunk: its tensors that are no expert's.
+        trunk: its tensors that do not belong to an expert.
         native: the class.
         dtype: transformers' name of the output's dtype.
     """

@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LogitCheck:
-    """The export beside the mixture, both in fp32, on the sample text."""
+    """The export compared with the mixture, both in fp32, on the sample text."""
 
     tensors_compared: int
     """Tensors that are source bytes only, compared byte for byte."""

@@ -23,7 +23,7 @@ from branchmix.upcycling.mixture import provenance_of
 
 README = "README.md"
 OF_A_RUN = ("trainer_state.json", "optimizer.pt", "optimizer.safetensors", "scheduler.pt", "training")
-"""What checkpoints of runs hold beside a model: ours and those of transformers' Trainer."""
+"""Files that checkpoints of runs hold besides a model: ours and those of transformers' Trainer."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class PushReport:
     card: str
     licence: str | None
     licences: dict[str, str]
-    """Of the sources, experts that joined later included."""
+    """Licences of the sources, including experts that were added later."""
     url: str | None
-    """Of the commit; None after a dry run."""
+    """URL of the commit; None after a dry run."""
     notes: tuple[str, ...]
 
 
@@ -73,11 +73,11 @@ def push(
         private: make it a private one; a public one that exists is refused.
         results: ``results.json`` of ``branchmix eval --out``, for the card.
         licence: the Hub's name of the upload's licence; that of the sources if all have the same.
-        dry_run: check everything and tell what would be uploaded; asks no server.
+        dry_run: check everything and report what would be uploaded, without network.
         force: commit over what the repository holds; its history keeps the old files.
 
     Raises:
-        CheckpointError: the folder is no whole checkpoint, or belongs to a run.
+        CheckpointError: the folder is not a complete checkpoint, or belongs to an unfinished run.
         OutputError: no token, no right to write there, a repository that holds something or is public against
             ``private``, or no network.
         RecipeError: no such form of a name, results that are none, or a licence or results for a card that is the
@@ -87,7 +87,7 @@ def push(
         >>> branchmix.push("mixture", "org/bam", private=True, results="results/results.json")
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo):
-        raise RecipeError(f"{repo}: is no name of a Hub repository: write org/name")
+        raise RecipeError(f"{repo}: is not a valid name of a Hub repository: write org/name")
     folder = Path(model)
     index = _whole(folder)
     provenance = provenance_of(folder)
@@ -96,7 +96,7 @@ def push(
     if card is not None:
         _refuse_what_the_card_cannot_take(folder, licence=licence, results=results)
         licence = _licence_named_in(card)
-        notes = [f"{folder / README} is not branchmix's and is uploaded as it is"]
+        notes = [f"{folder / README} was not written by branchmix and is uploaded unchanged"]
     else:
         licence = licence or _common(licences)
         notes = _licence_notes(licence, licences)
@@ -157,7 +157,7 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
 
 
 def _own_card(folder: Path) -> str | None:
-    """The folder's README.md, if somebody wrote it: branchmix's own have its tag, and are written anew."""
+    """The folder's README.md if somebody wrote it; branchmix's own, which have its tag, are rewritten."""
     readme = folder / README
     if not readme.is_file():
         return None
@@ -166,7 +166,7 @@ def _own_card(folder: Path) -> str | None:
 
 
 def _refuse_what_the_card_cannot_take(folder: Path, *, licence: str | None, results: str | Path | None) -> None:
-    """A card that is uploaded as it is takes neither a licence nor a table of results.
+    """Refuse options that would change a card that is uploaded unchanged: a licence or results.
 
     Raises:
         RecipeError: one of them was given.
@@ -174,8 +174,8 @@ def _refuse_what_the_card_cannot_take(folder: Path, *, licence: str | None, resu
     for option, given in (("--license", licence), ("--eval", results)):
         if given is not None:
             raise RecipeError(
-                f"{option}: {folder / README} is not branchmix's and is uploaded as it is, so {option} would change "
-                "nothing: write it there, or move the file away for a new card"
+                f"{option}: {folder / README} was not written by branchmix and is uploaded unchanged, so {option} "
+                "changes nothing: write it there, or move the file away for a new card"
             )
 
 
@@ -212,7 +212,7 @@ def _licences(provenance: dict[str, Any] | None, *, ask: bool) -> dict[str, str]
 
 
 def _licence_unrecorded(source: dict[str, Any], *, ask: bool) -> str | None:
-    """Of a source without a record of it. A relative path started from a folder that is not on record either."""
+    """The licence of a source that has none on record. A relative path is unknown: its base folder is not on record."""
     model, revision = source["model"], source.get("revision")
     if revision:
         return _hub_licence(model.partition("@")[0], revision, ask=ask)
@@ -229,7 +229,7 @@ def _hub_licence(name: str, revision: str, *, ask: bool) -> str | None:
         return None
     try:
         card = model_info(name, revision=revision, timeout=10).card_data
-    except Exception:  # a licence that cannot be asked for is unknown; the upload itself tells what is wrong
+    except Exception:  # a licence that cannot be fetched is unknown; the upload itself reports what is wrong
         return None
     licence = card.get("license") if card is not None else None
     return licence if isinstance(licence, str) else None
@@ -259,7 +259,7 @@ def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool)
                 "over them"
             )
         new = {file.name for file in files}
-        # Shards of other numbers would be read beside the new ones.
+        # Remaining shards with other numbers would be read together with the new ones.
         stale = [name for name in there if name not in new and name.endswith((".safetensors", INDEX_FILE))]
         operations = [
             *(CommitOperationDelete(name) for name in stale),
@@ -271,10 +271,10 @@ def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool)
         done = api.create_commit(repo, operations, commit_message="Upload with branchmix")
         return str(done.commit_url), is_private
 
-    return _told(repo, commit)
+    return _reported(repo, commit)
 
 
-def _told(repo: str, act: Callable[[], tuple[str, bool]]) -> tuple[str, bool]:
+def _reported(repo: str, act: Callable[[], tuple[str, bool]]) -> tuple[str, bool]:
     """What the Hub answers, as the one line a user sees."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

@@ -1,11 +1,11 @@
-"""The model: the files that travel with a checkpoint (configuration, modeling, losses), and the way to build one."""
+"""The model: the code files that are saved with every checkpoint, and a function to configure a mixture."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# First, so that registration with the auto classes (see ``_registration``) never meets a half-imported configuration
-# below. Not ``modeling_auto``: this may run in the midst of transformers' own import of ``modeling_utils``.
+# First, so that registration with the auto classes (see ``_registration``) never sees a half-imported configuration
+# below. Not ``modeling_auto``: this may run during transformers' own import of ``modeling_utils``.
 import transformers.models.auto.configuration_auto  # noqa: F401
 
 from branchmix.checkpoint.families import family_of, layout_of

@@ -1,4 +1,4 @@
-"""Attention experts: all experts' heads in one call, gated and projected outside. Travels with every checkpoint.
+"""Attention experts: all experts' heads in one call, gated and projected outside. Saved with every checkpoint.
 
 Shapes: B batch, T tokens, D model width, E experts, H query heads and K key/value heads of one expert, G = H / K,
 C head dimension.
@@ -22,7 +22,7 @@ from .routing_branchmix import BranchMixAttentionRouter
 
 @dataclass(frozen=True)
 class HeadOrder:
-    """Where each expert's query heads stand in the wide attention.
+    """The order of the experts' query heads in the wide attention.
 
     Expert KV: (expert, head). Shared KV: (kv head, expert, group), so that wide attention is plain grouped-query
     attention over the dense model's K/V heads and nothing is repeated.
@@ -130,7 +130,7 @@ class BranchMixSplitAttention(nn.Module):
     """Heads from separate q, k and v projections, for families whose own attention cannot be widened.
 
     Their projections are one fused matrix (GPT-NeoX, Falcon, GPT-2, Phi-3), their code knows no grouped queries
-    (OPT, GPT-J), or the experts have rotary parameters of their own.
+    (OPT, GPT-J), or the experts have different rotary parameters.
     """
 
     def __init__(self, dense: nn.Module, seed_config: Any, order: HeadOrder, layout: dict[str, Any], bias: bool):
@@ -242,11 +242,11 @@ class BranchMixExpertRotary(nn.ModuleList):
 
 
 def _rotate_halves(x_BHTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of pairs (c, c + C/2). cos and sin are [B, T, R], or [B, E, T, R] for experts of their own;
-    only the first R channels are rotated."""
+    """Rotary embedding of pairs (c, c + C/2). cos and sin are [B, T, R], or [B, E, T, R] if experts differ; only the
+    first R channels are rotated."""
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    else:  # heads stand as (expert, head)
+    else:  # heads are ordered (expert, head)
         heads_per_expert = x_BHTC.shape[1] // cos.shape[1]
         cos, sin = cos.repeat_interleave(heads_per_expert, 1), sin.repeat_interleave(heads_per_expert, 1)
     rotated, rest = x_BHTC[..., : cos.shape[-1]], x_BHTC[..., cos.shape[-1] :]

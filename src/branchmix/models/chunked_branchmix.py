@@ -4,11 +4,10 @@ In bf16 torch's fused attention runs its products well below the rate of plain m
 below. Here a chunk of queries meets all its keys at once: the query heads that share a K/V head (for Shared KV all
 experts' heads of a group) are stacked as rows of one ``bmm``. Registered with transformers under two names:
 
-- ``branchmix``: chosen for each call by what was measured to be faster, and torch's fused attention otherwise. What
-  mixtures use when no ``attn_implementation`` was asked for.
+- ``branchmix``: chunks where they were measured to be faster, else torch's fused attention. The default of mixtures.
 - ``branchmix_chunked``: chunks for every call of more than one query, in any dtype; refuses what it cannot compute.
 
-Travels with every checkpoint, so it imports torch and transformers only.
+Saved with every checkpoint, so it imports only torch and transformers.
 Shapes: B batch, T queries, S keys, H query heads, K key/value heads, R = H / K, C head dimension; m queries of a chunk,
 w keys that they may see.
 """
@@ -86,7 +85,7 @@ def chunked_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Chunks, whatever the dtype, length and device; single queries and compiled graphs go to transformers' ``sdpa``.
+    """Chunks for any dtype, length and device; single queries and compiled graphs use transformers' ``sdpa``.
 
     Raises:
         ValueError: dropout, sinks, position biases or paged caches, which it does not compute.
@@ -227,7 +226,7 @@ class _Chunk(NamedTuple):
     blocked: torch.Tensor | None
     """True where a key may not be seen, broadcast to [rows, heads, m, R, blocked_keys]; or what is added to scores."""
     blocked_keys: slice
-    """Of ``keys``, those that ``blocked`` is about."""
+    """The part of ``keys`` that ``blocked`` covers."""
     blind: torch.Tensor | None
     """True for queries that may see no key at all, broadcast to [rows, heads, m, R, 1]."""
 

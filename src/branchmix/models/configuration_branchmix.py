@@ -1,6 +1,6 @@
 """Configuration of a BranchMix mixture: the seed's own config, untouched, and what the mixture adds to it.
 
-Travels with every checkpoint, so it imports transformers only.
+Saved with every checkpoint, so it imports only transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CODE_FILES = (
     "modeling_branchmix.py",
     "routing_branchmix.py",
 )
-"""The files that travel with every checkpoint."""
+"""The code files that are saved with every checkpoint."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_branchmix.BranchMixConfig",
@@ -122,7 +122,7 @@ class BranchMixConfig(PreTrainedConfig):
         if self.shared_router and not (self.has_attention_experts and self.has_ffn_experts):
             raise ValueError("shared_router needs attention experts and FFN experts")
         if self.expert_rope_parameters is not None and self.attention != "kv_experts":
-            raise ValueError("experts with rotary parameters of their own need attention: kv_experts")
+            raise ValueError("experts with different rotary parameters need attention: kv_experts")
 
     @property
     def has_attention_experts(self) -> bool:
@@ -135,13 +135,13 @@ class BranchMixConfig(PreTrainedConfig):
         return self.ffn == "experts"
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """This config: servers take the sizes of attention and experts from it, and those of its own layers are wide.
+        """This config, from which servers read the sizes of the wide attention and the experts.
 
-        What else is asked of a text model's config (``_OfSeed`` below) is the seed's.
+        Other attributes of a text model's config (``_OfSeed`` below) are the seed's.
         """
         return self
 
-    # The base class hands these on to sub-configs; the seed's own classes know no experts and would refuse.
+    # The base class passes these on to sub-configs, whose classes have no experts and would refuse.
     @property
     def _experts_implementation(self) -> str | None:
         return self._experts_implementation_internal

@@ -1,6 +1,6 @@
 """FFN experts: the block of router and experts, their stacked weights, and the kernels that compute them.
 
-Travels with every checkpoint, so it imports torch, transformers and its neighbours only.
+Saved with every checkpoint, so it imports only torch, transformers and its neighbours.
 Shapes: S = B * T tokens, D model width, E experts, I inner width of an FFN, k experts chosen for a token.
 """
 

@@ -1,6 +1,6 @@
 """Linear maps that are fast for the one row that a step of decoding has.
 
-Travels with every checkpoint, so it imports torch only.
+Saved with every checkpoint, so it imports only torch.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The model is the seed family's causal LM with two modules of every block replace
 (all experts' heads in one attention call, gated and projected outside) and the FFN by ``BranchMixSparseMoeBlock``.
 Rotary variants, masks, windows, norms, residuals, caches and generation stay the family's. BAM, arXiv 2408.08274.
 
-Travels with every checkpoint, so it imports torch, transformers and its neighbours only.
+Saved with every checkpoint, so it imports only torch, transformers and its neighbours.
 Shapes: B batch, T tokens, E experts.
 """
 
@@ -87,10 +87,10 @@ def parallel_plans(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Rules for tensor and for expert parallelism, by module name with ``*`` for the layer.
 
-    The family's rules stay but for what was replaced in its blocks. The experts' heads are sharded where they are
-    stored and gathered where they are computed, as transformers does for Phi-3: a rank's slice of heads would meet the
-    gates of other experts. FFN experts are cut along their inner width, but those with biases stay whole, since each
-    rank would add the bias of its own.
+    The family's rules are kept except for the modules that were replaced. The experts' heads are sharded in storage and
+    gathered for computation, as transformers does for Phi-3, because a rank's slice of heads would meet the gates of
+    other experts. FFN experts are sharded along their inner width, except those with biases, since each rank would add
+    the bias.
 
     Args:
         model: a mixture.
@@ -179,7 +179,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As usual, with this code beside the weights, so that the folder loads where branchmix is not installed."""
+        """As usual, and save this code next to the weights, so that the folder loads without branchmix installed."""
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             for name in CODE_FILES:
@@ -200,19 +200,19 @@ class BranchMixPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """transformers would look for experts in this file's text; ours have a file of their own."""
+        """transformers would look for experts in this file's source, but they are in another file."""
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As transformers has it, with ours in the place of its default where that can run."""
+        """Like transformers, but with branchmix's kernel as the default where it can run."""
         implementation = super().get_correct_experts_implementation(requested_experts)
         return EXPERTS_AUTOMATIC if requested_experts is None and implementation == "grouped_mm" else implementation
 
     def _build_family(self, attention: str | None, *, causal_lm: bool) -> PreTrainedModel:
         """The seed family's model, widened, with the attention that was asked for.
 
-        Where nothing was asked for and the family takes torch's fused attention, it is the one that chooses for each
-        call. Names of ours are set after construction, since Falcon and GPT-J look a class up by the name.
+        If none was asked for and the family supports torch's fused attention, use the one that chooses for each call.
+        branchmix's names are set after construction, since Falcon and GPT-J look up a class by the name.
 
         Raises:
             ValueError: attention in chunks was asked for, of a dense attention that computes itself.
@@ -335,7 +335,7 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
 
     @property
     def base_model(self) -> Any:
-        """What gives ``last_hidden_state``: trainers that compute the loss by themselves (TRL) ask for it."""
+        """Returns ``last_hidden_state``, for trainers that compute the loss themselves (TRL)."""
         return _Headless(self)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -368,8 +368,8 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     ) -> BranchMixCausalLMOutputWithPast:
         """As the family's causal LM, with BAM's losses (eq. 2) added to ``loss``.
 
-        The router losses are added while training, and whenever router logits are asked for; otherwise ``loss`` is
-        the plain negative log-likelihood, so that an evaluation measures what it says.
+        The router losses are added during training, and whenever router logits are requested. In all other cases
+        ``loss`` is the plain negative log-likelihood, so that evaluations measure just that.
 
         Args:
             input_ids: [B, T].

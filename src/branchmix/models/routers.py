@@ -1,9 +1,9 @@
-"""The routers of any mixture, ours and those that transformers knows, and what their outputs say.
+"""Finds the routers of any mixture, branchmix's or transformers' own, and interprets their outputs.
 
-transformers' classes name their routers for ``output_router_logits`` (``_can_record_outputs``). What such a router
-gives back differs: raw logits or probabilities, of a softmax or of sigmoids, chosen with a bias or within groups. So
-the choice is taken from the router's own output wherever it is there, and the function that made its weights of its
-logits is found by trying (``Rule.found_in``), not by the model's name.
+Model classes declare their routers in ``_can_record_outputs``. What a router returns differs: raw logits or
+probabilities, from a softmax or sigmoids, chosen with a bias or within groups. So the chosen experts are read from the
+router's output if it has them, and the function from logits to weights is found by trying (``Rule.found_in``), not by
+the model's name.
 Shapes: S tokens (batch times length), E experts, k experts chosen for a token.
 """
 
@@ -42,7 +42,7 @@ class RouterPlace:
     layer: int
     """Number of its block, from 0, as in the names of tensors."""
     name: str
-    """Of the module."""
+    """Name of the module."""
     module: nn.Module
     logits_index: int
     """Where in the module's output the logits are."""
@@ -104,9 +104,9 @@ class Rule:
     score: str
     """A key of ``_SCORES``."""
     weights: str
-    """Of the chosen: ``raw`` scores (times a constant), ``normalised`` to one sum, or ``unknown``."""
+    """How the chosen experts' scores become weights: ``raw`` (times a constant), ``normalised``, or ``unknown``."""
     found: bool
-    """Whether the router's own weights say so; otherwise softmax is assumed."""
+    """Whether the router's weights confirm it; if not, softmax is assumed."""
 
     def probabilities(self, logits_SE: torch.Tensor) -> torch.Tensor:
         """Scores before top-k, divided by their sum over all experts where they don't sum to 1: [S, E]."""

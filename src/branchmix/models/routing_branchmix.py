@@ -1,4 +1,4 @@
-"""The two routers of a BranchMix block. Travels with every checkpoint.
+"""The two routers of a BranchMix block. Saved with every checkpoint.
 
 Shapes: B batch, T tokens, S = B * T, D model width, E experts, k experts chosen for a token.
 """

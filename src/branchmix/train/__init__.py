@@ -1,6 +1,6 @@
-"""Training: dense models, experts and mixtures. ``train`` is one run; ``branch.branch`` trains all experts of a study.
+"""Training of dense models, experts and mixtures: ``train`` for one run, ``branch.branch`` for all experts of a study.
 
-The names here are imported when first used: settings are read without torch.
+These names are imported when first used, so that settings can be read without torch.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 ``y_e -> A_e y_e`` on what attention expert or FFN expert e computes, before the gated sum. As ``A_e (W_e x + b_e)`` is
 ``(A_e W_e) x + A_e b_e``, the adapters are parametrizations (``torch.nn.utils.parametrize``) of the experts' last
-weights and biases, so that every kernel stays as it is, and a folder written while they train holds the products: an
-ordinary mixture. ``model_files`` keeps the A_e themselves beside it, for a run that goes on.
-Shapes: D model width, E experts, I inner width of an FFN, X whatever an expert's last matrix is multiplied with.
+weights and biases. So every kernel works unchanged, and a folder written during training holds the products: an
+ordinary mixture. ``model_files`` saves the A_e themselves next to it, for a run that resumes.
+Shapes: D model width, E experts, I inner width of an FFN, X the input width of an expert's last matrix.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from branchmix.models.routing_branchmix import BranchMixRouter
 
 
 def add(model: Any) -> None:
-    """Put an adapter after each attention and FFN expert, and freeze everything else but the routers; in place.
+    """Put an adapter after each attention and FFN expert, and freeze everything else except the routers, in place.
 
-    They start as the identity, exactly. Costs E * D * D * X multiplications a matrix and forward pass, whatever the
-    number of tokens.
+    They start as the exact identity. They cost E * D * D * X multiplications per matrix and forward pass, independently
+    of the number of tokens.
 
     Raises:
         RecipeError: the model has no experts, or they are spread over processes.
@@ -35,9 +35,9 @@ def add(model: Any) -> None:
     places = list(_places(model))
     if not places:
         name = f"the {model.config.model_type} model {model.config.name_or_path}".rstrip()
-        raise RecipeError(f"adapters: {name} has no experts to put them after: give a mixture, or use lora")
+        raise RecipeError(f"adapters: {name} has no experts: give a mixture, or use lora")
     if any(isinstance(getattr(module, name), DTensor) for matrices in places for module, name, _ in matrices):
-        raise RecipeError("adapters: cannot be put on experts that are spread over processes: remove expert_parallel")
+        raise RecipeError("adapters: do not work with experts that are spread over processes: remove expert_parallel")
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, BranchMixRouter):
@@ -49,7 +49,7 @@ def add(model: Any) -> None:
 
 
 def fold(model: Any) -> None:
-    """Multiply the adapters into the experts: an ordinary mixture of the same function, all of it to be trained."""
+    """Multiply the adapters into the experts, which gives an ordinary mixture with the same function; unfreeze it."""
     for matrices in _places(model):
         for module, name, _ in matrices:
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
@@ -59,8 +59,8 @@ def fold(model: Any) -> None:
 class ExpertAdapter(nn.Module):
     """``A_e = 1 + delta_e`` for all experts of one attention or one FFN.
 
-    The difference is what is stored: zero gives the weights back bit for bit, bf16 rounds it and not the sum, and
-    weight decay pulls towards the identity, not towards an expert that says nothing.
+    Only the difference is stored: zero reproduces the weights bit for bit, bf16 rounds the difference and not the sum,
+    and weight decay pulls towards the identity, not towards zero output.
     """
 
     def __init__(self, num_experts: int, width: int, *, like: torch.Tensor):
@@ -73,11 +73,12 @@ class ExpertAdapter(nn.Module):
 
 
 class _AfterExpert(nn.Module):
-    """An adapter as parametrization of one tensor; that of a bias shares it with that of the weight.
+    """An adapter as the parametrization of one tensor; weight and bias share one adapter.
 
     Args:
         adapter: of these experts.
-        order: of the columns of a wide ``o_proj`` [D, X of all experts]; None for stacks [E, D, X] and biases [E, D].
+        order: order of the columns of a wide ``o_proj`` [D, X of all experts]; None for stacks [E, D, X] and biases
+            [E, D].
     """
 
     def __init__(self, adapter: ExpertAdapter, order: HeadOrder | None):
@@ -88,7 +89,7 @@ class _AfterExpert(nn.Module):
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.order is None:
             return self.adapter(tensor) if tensor.dim() == 3 else self.adapter(tensor.unsqueeze(-1)).squeeze(-1)
-        # Columns stand as (expert, head, C), or for Shared KV as (kv head, expert, group, C).
+        # Columns are ordered (expert, head, C), or for Shared KV (kv head, expert, group, C).
         axis = 1 + self.order.expert_axis
         by_expert = tensor.unflatten(1, (*self.order.sizes, self.order.head_dim)).movedim(axis, 0)
         adapted = self.adapter(by_expert.flatten(2)).view(by_expert.shape)
@@ -96,7 +97,7 @@ class _AfterExpert(nn.Module):
 
 
 def _places(model: nn.Module) -> Iterator[list[tuple[Any, str, HeadOrder | None]]]:
-    """For each attention and each FFN of experts: its last matrix, then its bias if there is one."""
+    """For each attention and each FFN with experts: the last matrix, then its bias if it has one."""
     for module in list(model.modules()):
         if isinstance(module, BranchMixAttention):
             weight: tuple[Any, str, HeadOrder | None] = (module.o_proj, "weight", module.order)

@@ -1,8 +1,8 @@
-"""The branch phase: each expert of a study is a training run of its own, from the same seed (BTX; BAM section 3.1).
+"""The branch phase: each expert of a study is trained in its own run, from the same seed (BTX; BAM section 3.1).
 
-``branch(config)`` writes ``OUT/<expert>/run.yaml`` for each, runs ``branchmix train`` on them side by side, here or on
-a Ray cluster, and leaves ``OUT/recipe.yaml`` for ``branchmix upcycle``. The runs know nothing of each other, so all
-that is done here can also be done by hand. Called again, it goes on where it was stopped.
+``branch(config)`` writes ``OUT/<expert>/run.yaml`` for each expert, runs ``branchmix train`` on these files side by
+side, here or on a Ray cluster, and writes ``OUT/recipe.yaml`` for ``branchmix upcycle``. The runs are independent, so
+you can also start them by hand. Called again, it resumes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from branchmix.train.outputs import DONE, RESULTS, RunFolder
 
 Launcher = Literal["local", "ray"]
 TRAIN = (sys.executable, "-m", "branchmix", "train")
-"""The command of a run, but for its file."""
+"""The command of a run, without its file."""
 
 
 @dataclass(frozen=True)
 class ExpertReport:
-    """What became of one expert."""
+    """The result of one expert's run."""
 
     name: str
     out: Path
     mix: dict[str, float] | str
     status: Status
-    """``waiting``: it was never started, since something stopped the command."""
+    """``waiting``: not started, because the command was stopped before."""
     attempts: int = 0
-    """Runs started by this call; 0 for an expert that was finished before."""
+    """Runs started by this call; 0 for an expert that was already finished."""
     seconds: float = 0.0
     reason: str = ""
     """Why it failed."""
@@ -50,7 +50,7 @@ class ExpertReport:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens that it was trained on."""
+        """Number of tokens it was trained on."""
         return self.training.get("tokens") if self.training else None
 
     def held_out(self, when: Literal["start", "end"]) -> dict[str, float]:
@@ -61,12 +61,12 @@ class ExpertReport:
 
 @dataclass(frozen=True)
 class BranchReport:
-    """What became of all experts."""
+    """The results of all experts."""
 
     out: Path
     experts: list[ExpertReport]
     recipe: Path | None = None
-    """The file for ``branchmix upcycle``, once all experts are there."""
+    """The file for ``branchmix upcycle``, once all experts are finished."""
     notes: tuple[str, ...] = ()
     stopped_by: int | None = None
     """The signal that ended it early."""
@@ -87,17 +87,17 @@ def branch(
     progress: bool = True,
     dry_run: bool = False,
 ) -> BranchReport:
-    """Train all experts; those that are finished stay, those that were stopped go on.
+    """Train all experts. Finished ones are skipped, stopped ones resume.
 
     A run that fails does not stop the others: see ``BranchReport.failed``. SIGINT and SIGTERM are passed on to the
-    runs, which write a checkpoint; the report then says what stopped it. Call it from the main thread.
+    runs, which write a checkpoint; the report then names the signal. Call this function from the main thread.
 
     Args:
         config: a ``BranchConfig`` or its YAML file.
         launcher: ``local`` for processes on this machine, ``ray`` for a Ray cluster with a shared file system.
-        overrides: ``key=value`` for the file's keys.
+        overrides: ``key=value`` settings that replace those of the file.
         only: names of experts to train; all if empty.
-        force: train them anew.
+        force: start over.
         progress: show the runs on stderr.
         dry_run: check and plan; write and start nothing.
 
@@ -107,12 +107,12 @@ def branch(
     if not isinstance(config, BranchConfig):
         config = BranchConfig.load(config, list(overrides))
     elif overrides:
-        raise RecipeError("overrides are for files: change the BranchConfig itself")
+        raise RecipeError("overrides apply to files: change the BranchConfig itself")
     names = _chosen(config, only)
     out = _absolute(config.out, config.folder)
-    require_files(config.data, folder=config.folder)  # once, and not by every run
+    require_files(config.data, folder=config.folder)  # once, rather than in every run
     runs = {name: _run(config, name) for name in names}
-    # Asked before anything is written: a run of other settings is refused here, and not by one process after another.
+    # Before anything is written: runs with other settings are refused here, rather than by one process after another.
     finished = {name for name in names if RunFolder(runs[name]).look(runs[name], force=force) == "finished"}
     if dry_run:
         statuses: dict[str, Status] = {name: "done" if name in finished else "waiting" for name in names}
@@ -156,7 +156,7 @@ def _chosen(config: BranchConfig, only: Sequence[str]) -> list[str]:
 
 
 def _run(config: BranchConfig, name: str) -> RunConfig:
-    """The expert's run with absolute paths, so that its file means the same wherever it is started."""
+    """The settings of the expert's run, with absolute paths, so that its file works from any folder."""
     run = config.run_of(name)
     here = config.folder
     seed = resolve(config.seed, here)
@@ -176,7 +176,7 @@ def _absolute(path: str, base: Path) -> Path:
 
 
 def _job(run: RunConfig, name: str, threads: int | None, *, force: bool) -> Job:
-    """Writes the run's file; its command."""
+    """Write the run's file, and return its job."""
     import yaml
 
     out = Path(run.out)
@@ -197,7 +197,7 @@ def _job(run: RunConfig, name: str, threads: int | None, *, force: bool) -> Job:
 
 
 def _training(out: Path) -> dict[str, Any] | None:
-    """What a finished run says of itself."""
+    """``training.json`` of a finished run; None otherwise."""
     if not any((out / name).is_file() for name in RESULTS):
         return None
     with suppress(OSError, ValueError):
@@ -239,7 +239,7 @@ routed_scaling_factor: auto # experts / top_k; the paper: 1.0
 
 
 def _write_recipe(config: BranchConfig, out: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """``OUT/recipe.yaml`` once all experts of the study are there; one that differs is the user's and stays."""
+    """Write ``OUT/recipe.yaml`` once all experts are finished; keep one that the user has changed."""
     if not all(_training(out / name) for name in config.experts):
         return None, ()
     seed = resolve(config.seed, config.folder)
@@ -250,11 +250,11 @@ def _write_recipe(config: BranchConfig, out: Path) -> tuple[Path | None, tuple[s
         experts="".join(f"  - {{name: {_word(name)}, model: ./{name}}}\n" for name in config.experts),
     )
     if path.is_file() and path.read_text(encoding="utf-8") != text:
-        return path, (f"{path} was changed since it was written, so it stays as it is",)
+        return path, (f"{path} was changed since it was written, so it is kept",)
     path.write_text(text, encoding="utf-8")
     return path, ()
 
 
 def _word(name: str) -> str:
-    """As YAML reads it back: `no` and `2024` are words only in quotes."""
+    """The name as YAML must have it: `no` and `2024` are strings only in quotes."""
     return name if parse_yaml(name, name) == name else json.dumps(name)

@@ -1,7 +1,8 @@
-"""Folders of checkpoints on the disk: written beside, renamed when complete, checked before use, the oldest removed.
+"""Checkpoint folders on disk: written under a temporary name, renamed when complete, and checked before use.
 
-``OUT/checkpoints/step-00000120/`` holds the model as ``save_pretrained`` writes it, and ``training/`` what a run needs
-to go on. ``training/files.json`` lists all files with their sizes. All processes of a run see the same file system.
+``OUT/checkpoints/step-00000120/`` holds the model as ``save_pretrained`` writes it, and in ``training/`` what a run
+needs to resume. ``training/files.json`` lists all files with their sizes. All processes of a run must see the same file
+system.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ TRAINING = "training"
 """Folder inside a checkpoint."""
 FILES = f"{TRAINING}/files.json"
 LAST = ("adapter_config.json", "config.json", "training.json")
-"""What says to others that a model is there, and at last that its run is done, so it appears after everything else."""
+"""Files by which others recognise a model and a finished run, so they are moved last."""
 
 
 def stderr(line: str) -> None:
-    """Where notices go."""
+    """Print a notice on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = stderr) -> Path | None:
     """The newest complete checkpoint in ``folder``, or None.
 
-    A checkpoint that lost a file or a part of one is passed over, with a notice; what killed writers left is ignored.
+    Damaged checkpoints are skipped with a notice; unfinished ones of killed writers are ignored.
 
     Args:
         folder: ``OUT/checkpoints``, which need not exist.
-        notice: gets one line for each checkpoint passed over.
+        notice: called with one line for each checkpoint skipped.
     """
     for _, checkpoint in sorted(_by_step(folder), reverse=True):
         problem = damage(checkpoint)
@@ -48,7 +49,7 @@ def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = stderr) -
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is missing in a checkpoint, by names and sizes, or None."""
+    """What is wrong with a checkpoint, by names and sizes of its files; None if it is complete."""
     try:
         sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
         assert isinstance(sizes, dict)
@@ -65,21 +66,21 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Path of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
 def part_of(target: Path) -> Path:
-    """Where it is written before it is complete: a name that all processes of a run can tell."""
+    """Temporary path of a checkpoint until it is complete; the same on all processes."""
     return target.with_name(f".{target.name}.part")
 
 
 def start(target: Path, *, num_bytes: int) -> None:
-    """Makes an empty folder for ``target``, after leftovers of killed runs are gone.
+    """Make an empty folder for ``target``, and remove the leftovers of killed runs.
 
     Raises:
         OutputError: less than ``num_bytes`` are free.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (*target.parent.glob(".step-*.part"), *target.parent.glob(".step-*.gone")):
@@ -92,19 +93,19 @@ def start(target: Path, *, num_bytes: int) -> None:
 
 
 def complete(target: Path) -> None:
-    """Lists and syncs the files written, and lets the checkpoint appear."""
+    """List and sync the files written, and move the checkpoint to its final name."""
     part = part_of(target)
     sizes = {str(file.relative_to(part)): file.stat().st_size for file in _files(part)}
     (part / FILES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     fsync(part)
-    if target.exists():  # damaged, and made anew by a run that had to start from the one before
+    if target.exists():  # damaged, and rewritten by a run that resumed from an earlier one
         _remove(target)
     part.rename(target)
     _fsync_folder(target.parent)
 
 
 def remove_others(target: Path, *, keep: int) -> None:
-    """Leaves the newest ``keep`` up to ``target``: a later one is of a run that was taken back to an earlier step."""
+    """Keep the newest ``keep`` checkpoints up to ``target``; later ones belong to a run that was set back."""
     steps = dict(_by_step(target.parent))
     earlier = sorted(step for step in steps if step <= step_of(target))
     for step in steps.keys() - set(earlier[-keep:]):
@@ -117,7 +118,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def publish(part: Path, out: Path) -> None:
-    """Moves what ``part`` holds into ``out``, file by file, the config last, and removes ``part``."""
+    """Move the content of ``part`` into ``out``, file by file, the config last, and remove ``part``."""
     fsync(part)
     entries = sorted(part.iterdir(), key=lambda entry: (LAST.index(entry.name) if entry.name in LAST else -1, entry))
     for entry in entries:
@@ -130,7 +131,7 @@ def publish(part: Path, out: Path) -> None:
 
 
 def fsync(folder: Path) -> None:
-    """Makes all files and names in ``folder`` survive a power cut."""
+    """Make all files and names in ``folder`` survive a power cut."""
     for file in _files(folder):
         fd = os.open(file, os.O_RDONLY)
         try:
@@ -153,7 +154,7 @@ def _by_step(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Renames first: a removal that is cut short leaves nothing that looks like a checkpoint."""
+    """Rename first, so that an interrupted removal leaves nothing that looks like a checkpoint."""
     gone = checkpoint.with_name(f".{checkpoint.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     with suppress(FileNotFoundError):

@@ -1,8 +1,8 @@
-"""A ``transformers.Trainer`` whose runs survive: atomic checkpoints, exact resume, clean stops, no NaN weights.
+"""A ``transformers.Trainer`` with atomic checkpoints, exact resume, clean stops, and no NaN weights.
 
-A run that was killed and resumed ends with the weights of the run that was not, bit for bit, on the same machine and
-with a data set whose items depend on their number alone. The loop stays transformers'; what is written, read and
-decided between two steps is here. Nothing is pickled.
+On the same machine, a run that was killed and resumed ends with the weights of an uninterrupted run, bit for bit, if
+the data set's items depend on their number alone. The training loop is transformers'; this module decides what is
+written and read between two steps. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ MEGABYTE = 1_000_000
 
 
 class SafeTrainer(Trainer):
-    """Saves into ``checkpoints/step-<8 digits>/``, and goes on from there: ``train(latest_checkpoint(...))``.
+    """Saves into ``checkpoints/step-<8 digits>/``, and resumes from there with ``train(latest_checkpoint(...))``.
 
-    The arguments' own saving (``save_strategy`` and what belongs to it) is switched off, and so is the filter that
-    hides a loss that is NaN. Evaluation leaves the random numbers of training alone.
+    transformers' own saving (``save_strategy``) is turned off, and so is the filter that hides a NaN loss. Evaluation
+    does not change the random numbers of training.
 
     Args:
         model, args, **kwargs: of ``transformers.Trainer``.
         checkpoints: folder of the checkpoints.
-        keep: the newest so many stay.
-        minutes: wall time between two, measured on the main process; none for this reason if None.
-        steps: optimizer steps between two; none for this reason if None.
-        signals: SIGTERM and Ctrl-C, entered by the caller.
+        keep: how many of the newest checkpoints to keep.
+        minutes: wall time between checkpoints, measured on the main process; None turns this off.
+        steps: optimizer steps between checkpoints; None turns this off.
+        signals: handler for SIGTERM and Ctrl-C, entered by the caller.
 
     Attributes:
-        stopped_by: the signal that ended training early, or None. A checkpoint of the last step is there then.
-        seconds: wall time of training, those of the runs before included.
+        stopped_by: the signal that ended training early, or None. There is a checkpoint of the last step then.
+        seconds: wall time of training, including the runs it resumed.
     """
 
     def __init__(
@@ -86,27 +86,27 @@ class SafeTrainer(Trainer):
         super().__init__(model, args, **kwargs)
         self.add_callback(_BetweenSteps(self))
 
-    # What a subclass may have to say.
+    # Hooks for subclasses.
 
     def extra_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """More that has to survive: tensors, and values for JSON. All processes call it; the main one's is kept."""
+        """More state to save: tensors, and values for JSON. All processes call it; the main one's is saved."""
         return {}, {}
 
     def load_extra_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-        """Puts ``extra_state`` back, on every process, when model and optimizer are in place."""
+        """Restore ``extra_state``, on every process, after model and optimizer."""
 
     def describe_batch(self) -> str:
-        """What the last batch was made of, such as its domains: for the message of a run whose loss is NaN."""
+        """What the last batch consisted of, such as its domains, for the message about a NaN loss."""
         return ""
 
     # Training.
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
-        """Trains; from a checkpoint on if one is given.
+        """Train, from a checkpoint if one is given.
 
         Raises:
-            TrainingError: a loss or gradient is NaN or infinite; the weights are those before that step.
-            OutputError: a checkpoint cannot be written; those before it are intact.
+            TrainingError: a loss or gradient is NaN or infinite; that step is not applied.
+            OutputError: a checkpoint cannot be written; earlier ones are intact.
             CheckpointError: the checkpoint does not fit the model or its optimizer.
             KeyboardInterrupt: the second Ctrl-C.
         """
@@ -158,7 +158,7 @@ class SafeTrainer(Trainer):
     # Stops.
 
     def may_stop_here(self) -> None:
-        """For every batch of an evaluation: a signal ends it here. All processes call it."""
+        """Stop an evaluation here if a signal came. All processes call it for every batch."""
         if self.is_in_train and (stop := self._stop_asked()):
             raise _StoppedError(stop)
 
@@ -181,7 +181,7 @@ class SafeTrainer(Trainer):
             saved.set_random_numbers(random_numbers)
 
     def _stop_asked(self) -> int | None:
-        """The signal that some process got, or None."""
+        """The signal that any process received, or None."""
         (stop,) = self._most((self.stop_signals.received if self.stop_signals else None) or 0)
         return int(stop) or None
 
@@ -191,7 +191,7 @@ class SafeTrainer(Trainer):
         control.should_save = self.state.global_step > self._saved_step
 
     def _step_ended(self, control: TrainerControl) -> None:
-        """All processes decide the same, by the main one's clock and by whoever got a signal."""
+        """Decide whether to save or stop: the same on all processes, by the main one's clock and anyone's signal."""
         main = self.is_world_process_zero()
         late = main and time.monotonic() - self._saved_at >= self._every_seconds
         due = self._every_steps is not None and self.state.global_step % self._every_steps == 0
@@ -204,7 +204,7 @@ class SafeTrainer(Trainer):
     # Writing.
 
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
-        """Every process calls it; the main one writes, but for the random numbers."""
+        """Called on every process; the main one writes, except that each writes its random numbers."""
         self.store_flos()
         target = files.checkpoint_of(self.checkpoints, self.state.global_step)
         part = files.part_of(target)
@@ -213,7 +213,7 @@ class SafeTrainer(Trainer):
         try:
             write(lambda: files.start(target, num_bytes=num_bytes))
             weights = model_files.gather(self.model)
-            write(partial(model_files.write, self.model, self.processing_class, weights, part, to_go_on=True))
+            write(partial(model_files.write, self.model, self.processing_class, weights, part, resumable=True))
             weights = None  # before the optimizer takes twice as much
             tensors, optimizer = saved.optimizer_state(self.model, self._optimizer)
             extra, values = self.extra_state()
@@ -260,14 +260,15 @@ class SafeTrainer(Trainer):
         self.state.save_to_json(str(folder / "trainer_state.json"))  # where transformers looks for it
 
     def finish(self, out: Path, *, also: Callable[[Path], None] | None = None) -> None:
-        """Writes the model as it is into ``out``, its config last, and removes the checkpoints. All processes call it.
+        """Write the model into ``out``, its config last, and remove the checkpoints. All processes call it.
 
         Args:
             out: folder, which may hold other files.
-            also: writes more into the folder it is given, to appear with the model; on the main process.
+            also: writes more files into the folder it is given, which appear together with the model; on the main
+                process.
 
         Raises:
-            OutputError: it cannot be written; ``out`` and the checkpoints are as before.
+            OutputError: it cannot be written; ``out`` and the checkpoints are unchanged.
         """
         part = out / ".model.part"
         weights = model_files.gather(self.model)
@@ -275,7 +276,7 @@ class SafeTrainer(Trainer):
         def write() -> None:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            model_files.write(self.model, self.processing_class, weights, part, to_go_on=False)
+            model_files.write(self.model, self.processing_class, weights, part, resumable=False)
             if also is not None:
                 also(part)
             files.publish(part, out)
@@ -289,7 +290,7 @@ class SafeTrainer(Trainer):
             raise
 
     def _write(self, place: Path, action: Callable[[], None], *, num_bytes: int, everywhere: bool = False) -> None:
-        """Runs ``action`` on the main process, or everywhere; what fails on one raises on all."""
+        """Run ``action`` on the main process, or everywhere; a failure on one process raises on all."""
         problem = ""
         if everywhere or self.is_world_process_zero():
             try:
@@ -301,11 +302,11 @@ class SafeTrainer(Trainer):
         problem = max(self._everywhere(problem))
         if problem:
             last = latest_checkpoint(self.checkpoints, notice=lambda _: None)
-            again = f"the same command goes on from {last}" if last else "then start again"
-            raise OutputError(f"{place}: cannot be written: {problem}: free space or mend it, {again}")
+            again = f"rerun the command to resume from {last}" if last else "then start again"
+            raise OutputError(f"{place}: cannot be written: {problem}: free space or fix this, {again}")
 
     def _num_bytes(self, *, optimizer: bool = True) -> int:
-        """What a checkpoint takes, about."""
+        """Approximate size of a checkpoint."""
         tensors: list[torch.Tensor] = model_files.to_write(self.model)
         if optimizer:
             states = self._optimizer.state.values()
@@ -335,20 +336,20 @@ class SafeTrainer(Trainer):
         self.load_extra_state(load_file(place) if place.is_file() else {}, state["extra"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """With the optimizer."""
+        """Loaded with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called when the loop has skipped the batches done, which may draw numbers too."""
+        """Called after the loop has skipped the finished batches, which may draw random numbers too."""
         if checkpoint is None:
             return
         rank = self.args.process_index
         if self._resumed["num_processes"] == self.args.world_size:
             saved.set_random_numbers(load_file(Path(checkpoint) / f"rng-{rank}.safetensors"))
-        else:  # no process is the one it was: numbers of their own for each, the same whenever this is done again
+        else:  # processes have no counterparts in the old run: seed each one reproducibly
             torch.manual_seed(self.args.seed + self.state.global_step * self.args.world_size + rank)
 
     def _training_begins(self) -> None:
-        """The loop has set its accumulators to zero by now."""
+        """Restore accumulators, which the loop has just reset."""
         state = self._resumed
         if not state:
             return
@@ -362,7 +363,7 @@ class SafeTrainer(Trainer):
             self._evaluate(None, None)
 
     def _loss_since_last_log(self, folder: Path, num_processes: int) -> float:
-        """What this process has summed; with another number of processes their mean, which is what is logged."""
+        """This process's sum; with a different number of processes the mean of all sums, since the mean is logged."""
         same = num_processes == self.args.world_size
         ranks = [self.args.process_index] if same else range(num_processes)
         losses = [float(load_file(folder / f"rng-{rank}.safetensors")["loss"]) for rank in ranks]
@@ -379,7 +380,7 @@ class SafeTrainer(Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _most(self, *values: float) -> tuple[float, ...]:
-        """The greatest of each value over all processes."""
+        """The maximum of each value over all processes."""
         if self.args.world_size == 1:
             return tuple(float(value) for value in values)
         numbers = torch.tensor([float(value) for value in values], device=self.args.device)
@@ -396,7 +397,7 @@ class SafeTrainer(Trainer):
 
 
 class _BetweenSteps(TrainerCallback):
-    """The loop's own calls, handed to the trainer."""
+    """Passes the loop's callbacks to the trainer."""
 
     def __init__(self, trainer: SafeTrainer) -> None:
         self.trainer = trainer
@@ -416,7 +417,7 @@ class _StoppedError(Exception):
 
 
 def _problem(error: Exception, place: Path, num_bytes: int) -> str:
-    """One line; safetensors has the number of the system's error in its text only."""
+    """The error in one line; safetensors gives the system's error number in its text only."""
     number = error.errno if isinstance(error, OSError) else None
     number_in_text = re.search(r"os error (\d+)", str(error))
     if number_in_text:

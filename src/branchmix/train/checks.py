@@ -1,4 +1,4 @@
-"""What can be refused about a run in seconds, before data are read and a model is loaded. No torch."""
+"""Checks that take seconds, before data is read or a model is loaded. Does not import torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from branchmix.train.sharding import require_possible
 
 @dataclass
 class Process:
-    """This process among those of the run."""
+    """Rank of this process, and number of processes in the run."""
 
     rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
     count: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
 
     @property
     def is_main(self) -> bool:
-        """Whether it speaks for the run."""
+        """Whether this process reports for the run."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """For all others."""
+        """Wait for all other processes."""
         if self.count > 1:
             from accelerate import PartialState
 
@@ -40,19 +40,19 @@ class Process:
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known before data and model are read."""
+    """What the checks found out."""
 
     state: str
     model: ResolvedModel | None
-    """None: a new one."""
+    """None for a new model."""
     tokenizer: ResolvedModel | None
-    """Of a new model, if it is not trained."""
+    """The tokenizer of a new model, unless it is to be trained."""
     peak_rate: float
     batching: Batching
 
 
 def check(config: RunConfig, folder: RunFolder, process: Process, *, force: bool) -> Checked:
-    """Everything that can be refused in seconds."""
+    """Check everything that can be checked in seconds."""
     state = folder.look(config, force=force)
     for logger in config.logging.to:
         if importlib.util.find_spec(logger) is None:
@@ -94,7 +94,7 @@ def _peak_of(model: ResolvedModel | None, config: RunConfig) -> float:
 
 
 def _bytes_needed(described: dict[str, Any], model: ResolvedModel | None, config: RunConfig) -> int:
-    """Checkpoints (weights and two moments in fp32; one more than are kept, while it is written) and the result."""
+    """Bytes of the checkpoints (weights and two moments in fp32, one more than are kept) and of the result."""
     try:
         count = parameters(described).total
     except CheckpointError:

@@ -1,7 +1,7 @@
-"""The jobs of ``launch.py`` as tasks of a Ray cluster: one task an attempt, wherever the cluster has room.
+"""Runs the jobs of ``launch.py`` on a Ray cluster: each attempt is a task, placed where the cluster has room.
 
-Ray is optional. A task starts the very process that would have been started here, so a run is the same everywhere. The
-machines share the file system that the runs' folders are on, and progress is read from there.
+Ray is optional. A task starts the same process that would be started on this machine. All machines must share the file
+system with the runs' folders, and progress is read from there.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class _Task:
     state: JobState
     reference: Any
     sign: Path
-    """File that it makes when it begins."""
+    """File that it creates when it starts."""
     passed_on: int = 0
-    """Signals that it got."""
+    """Number of signals sent to it."""
 
 
 def run_on_ray(
@@ -55,18 +55,18 @@ def run_on_ray(
     retries: int = 0,
     watch: Callable[[list[JobState]], None] | None = None,
 ) -> Outcome:
-    """As ``run_processes``, on the cluster of RAY_ADDRESS, one that runs on this machine, or one started for this call.
+    """Like ``run_processes``, on the cluster at RAY_ADDRESS, one running on this machine, or one started for this call.
 
-    A job whose worker or machine dies is retried like one that failed. Each gets a GPU if the cluster has any. Signals
+    A job whose worker or machine dies is retried like a failed one. Each job gets a GPU if the cluster has any. Signals
     reach the jobs as SIGINT.
 
     Args:
         jobs: what to run.
-        at_once: so many at a time; as many as the cluster has room for if None.
-        shared: the folder that the jobs write to, which every machine has to see.
-        num_cpus: cores that Ray sets aside for each.
-        retries: further attempts of each.
-        watch: called again and again with all states.
+        at_once: how many run at a time; as many as fit on the cluster if None.
+        shared: the folder that the jobs write to, which every machine must see.
+        num_cpus: cores that Ray reserves for each job.
+        retries: further attempts of each job.
+        watch: called repeatedly with all states.
 
     Raises:
         RecipeError: Ray is not installed, or the cluster cannot be reached.
@@ -101,9 +101,9 @@ def run_on_ray(
 
 
 def _attempt(state: JobState, sign: Path) -> JobState:
-    """On the cluster: runs the job once. If this worker dies, so does the job, for its next attempt may begin."""
+    """Run the job once, on the cluster. If this worker dies, the job is killed, because it may be retried elsewhere."""
     if not sign.parent.is_dir():
-        line = f"error: {sign.parent.parent}: {socket.gethostname()} does not see it: choose a folder on a file system"
+        line = f"error: {sign.parent.parent}: {socket.gethostname()} cannot see it: choose a folder on a file system"
         return replace(state, exit_code=USER_ERROR, last_line=f"{line} that all machines of the cluster share")
     sign.touch()
     job = state.job
@@ -120,7 +120,7 @@ def _begin(state: JobState) -> None:
 
 
 def _take_result(ray: Any, task: _Task) -> None:
-    """What the task says of its attempt, or what Ray says of a task that cannot say anything any more."""
+    """Record the result of the task's attempt, or Ray's error if the task is gone."""
     state = task.state
     begun = state.status == "running" or task.sign.exists()
     if begun and state.status == "waiting":
@@ -130,7 +130,7 @@ def _take_result(ray: Any, task: _Task) -> None:
     except ray.exceptions.TaskCancelledError:
         state.exit_code, state.last_line = None, ""
     except ray.exceptions.RayError as error:
-        if not begun:  # it counts all the same, for it could go on like this
+        if not begun:  # it counts as an attempt, or it could be retried forever
             _begin(state)
         reason = " ".join(str(error).split())
         state.exit_code, state.last_line = 1, f"Ray lost its worker: {type(error).__name__}: {reason[:200]}"
@@ -140,7 +140,7 @@ def _take_result(ray: Any, task: _Task) -> None:
 
 
 def _pass_on(ray: Any, task: _Task, received: list[int]) -> None:
-    """Cancelling raises SIGINT in the task, which passes it on to the run; a third kills."""
+    """Cancel the task, which raises SIGINT in it and is passed on to the run; a third signal kills."""
     for count in range(task.passed_on + 1, len(received) + 1):
         ray.cancel(task.reference, force=count > 2)
     task.passed_on = len(received)
@@ -157,7 +157,7 @@ def _cluster() -> Iterator[Any]:
         import ray
     except ImportError:
         raise RecipeError("--launcher ray: Ray is not installed: pip install 'branchmix[ray]'") from None
-    if ray.is_initialized():  # the caller's, who also ends it
+    if ray.is_initialized():  # by the caller, who also shuts it down
         yield ray
         return
     try:
@@ -173,7 +173,7 @@ def _cluster() -> Iterator[Any]:
 
 @contextmanager
 def _signs(shared: Path) -> Iterator[Path]:
-    """A folder in ``shared`` where tasks say that they begin; one that does not find it is on the wrong machine."""
+    """A folder in ``shared`` where tasks report that they started; a machine that cannot see it is the wrong one."""
     folder = shared / f".ray-{secrets.token_hex(4)}"
     with writing(folder):
         folder.mkdir(parents=True)
@@ -184,7 +184,7 @@ def _signs(shared: Path) -> Iterator[Path]:
 
 
 def _gpus_for_each(ray: Any, num_cpus: int) -> int:
-    """One if the cluster has GPUs. Says so if no machine is large enough yet: a cluster that grows may get one."""
+    """1 if the cluster has GPUs. Prints a note if no machine is large enough yet, since the cluster may grow."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     num_gpus = int(any(machine.get("GPU", 0) >= 1 for machine in machines))
     if not any(machine.get("CPU", 0) >= num_cpus and machine.get("GPU", 0) >= num_gpus for machine in machines):

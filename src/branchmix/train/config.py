@@ -32,7 +32,7 @@ class NewModel(Settings):
     tokenizer: str | None = None
     """Folder or Hub id of a tokenizer; or give ``train_tokenizer``."""
     train_tokenizer: Annotated[int, Field(ge=300)] | None = None
-    """Train a byte-level BPE of so many tokens on the run's own data."""
+    """Train a byte-level BPE tokenizer with this many tokens on the run's own data."""
 
     @model_validator(mode="after")
     def _one_tokenizer(self) -> NewModel:
@@ -47,19 +47,19 @@ class NewModel(Settings):
 
 
 class Budget(Settings):
-    """When the run is over: one of these."""
+    """When training ends: set exactly one of these."""
 
     tokens: Count | None = None
     """Tokens trained on."""
     steps: Count | None = None
     """Optimizer steps."""
     flops: Count | None = None
-    """Training FLOPs: three times those of the forward pass (``branchmix inspect``), less the gradients of weights that
-    are frozen."""
+    """Training FLOPs: three times those of the forward pass (``branchmix inspect``), minus the gradients of frozen
+    weights."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Wall time of the command; steps are measured at the start, and their number is fixed from then on."""
+    """Wall time of the command. The time of a step is measured at the start, which fixes the number of steps."""
     training_minutes: Annotated[float, Field(gt=0)] | None = None
-    """The same from the first step to the end: data and model are there already."""
+    """The same, but counted from the first step: without the time to prepare data and model."""
 
     @property
     def is_time(self) -> bool:
@@ -79,26 +79,27 @@ class Optimizer(Settings):
     """AdamW, fused where the device has it."""
 
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay of the two moments."""
+    """Decay rates of the two moments."""
     eps: float = Field(1e-8, gt=0)
     """Added to the denominator."""
     weight_decay: float = Field(0.1, ge=0)
-    """Of everything but norms and biases."""
+    """Applied to everything except norms and biases."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are clipped to this length; 0 never clips."""
+    """Gradients are clipped to this norm; 0 turns clipping off."""
 
 
 class LearningRate(Settings):
     """Linear warm-up to the peak, then cosine to a share of it (BAM section 5)."""
 
     peak: Annotated[float, Field(gt=0)] | None = None
-    """The highest rate."""
+    """Peak learning rate."""
     ratio: Annotated[float, Field(gt=0)] | None = None
-    """Instead of ``peak``: times the peak that the model's own run had. The paper: 0.5 for experts, 1 for mixtures."""
+    """Instead of ``peak``: the peak as a multiple of the peak in the run that made the model. The paper uses 0.5 for
+    experts and 1 for mixtures."""
     warmup: Annotated[float, Field(ge=0)] = 0.05
-    """Share of the steps below 1, else a number of steps."""
+    """Warm-up steps: a share of all steps if below 1, else a number of steps."""
     final: Share = 0.1
-    """The last rate as a share of the peak."""
+    """Final learning rate as a share of the peak."""
 
     @model_validator(mode="after")
     def _one(self) -> LearningRate:
@@ -111,73 +112,73 @@ class Lora(Settings):
     """PEFT LoRA on a dense model; the result is an adapter folder that ``branchmix upcycle`` takes as an expert."""
 
     rank: int = Field(16, ge=1)
-    """Inner width of the two matrices."""
+    """Rank of the update."""
     alpha: float = Field(32, gt=0)
-    """Their product counts alpha / rank times."""
+    """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """In front of them."""
+    """Dropout before the update."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
-    """Names of the modules."""
+    """Names of the modules to adapt."""
 
 
 class Checkpoints(Settings):
-    """Where a run can go on from after it was stopped."""
+    """When a run writes checkpoints, from which it can resume."""
 
     minutes: float = Field(15, gt=0)
-    """Time between two."""
+    """Minutes between checkpoints."""
     steps: Count | None = None
-    """Also every so many steps."""
+    """Also write one every this many steps."""
     keep: int = Field(2, ge=1)
-    """The newest so many."""
+    """How many of the newest checkpoints to keep."""
 
 
 class Evaluation(Settings):
     """Held-out loss by domain while training."""
 
     steps: Count | None = None
-    """Every so many steps. Always at the end."""
+    """Evaluate every this many steps, and always at the end."""
     at_start: bool = True
-    """Before the first step too: for a mixture, the merge itself."""
+    """Also evaluate before the first step; for a mixture, this measures the merge itself."""
 
 
 class Logging(Settings):
-    """Numbers while training; all of them also go to ``metrics.jsonl`` in the output folder."""
+    """Metrics during training; all of them are also written to ``metrics.jsonl`` in the output folder."""
 
     steps: Count = 10
-    """Every so many steps."""
+    """Log every this many steps."""
     to: Annotated[list[Literal["tensorboard", "trackio", "wandb"]], BeforeValidator(_listed)] = []
-    """Loggers, which have to be installed."""
+    """Loggers to use; they must be installed."""
     project: str = "branchmix"
-    """For Trackio and W&B."""
+    """Project name for Trackio and W&B."""
 
 
 class Parallel(Settings):
-    """How one run uses many processes (``torchrun`` or ``accelerate launch``); without these, each holds the model."""
+    """How one run uses many processes (``torchrun`` or ``accelerate launch``). By default, each holds the model."""
 
     fsdp: bool = False
-    """FSDP2: parameters, gradients and optimizer are sharded."""
+    """FSDP2: shard parameters, gradients and optimizer."""
     expert_parallel: bool = False
-    """FFN experts are spread over the processes."""
+    """Spread FFN experts over the processes."""
 
     @model_validator(mode="after")
     def _one(self) -> Parallel:
         if self.fsdp and self.expert_parallel:
-            raise ValueError("fsdp and expert_parallel exclude each other in one run: choose one")
+            raise ValueError("fsdp and expert_parallel cannot be combined: choose one")
         return self
 
 
 class _Training(Settings):
-    """What a run and the runs of a study have in common."""
+    """The settings that a run and the runs of a study share."""
 
     data: dict[str, Source] = Field(min_length=1)
-    """Domains by name."""
+    """The text of each domain, by the domain's name."""
     sequence_length: int = Field(1024, ge=8)
-    """Tokens of a packed sequence; documents in it do not see each other."""
+    """Tokens in a packed sequence. Documents packed together cannot attend to each other."""
     batch_size: int = Field(32, ge=1)
-    """Sequences of one optimizer step, all processes together."""
+    """Sequences in one optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Sequences that a process computes at once; all of its share if not given. The result does not depend on it, but
-    for the routers' own losses, which look at one micro-batch at a time."""
+    """Sequences that a process computes at once; its whole share of the batch if not set. This does not change the
+    result, except for the routers' own losses, which are computed for each micro-batch."""
     held_out: HeldOut = HeldOut()
     budget: Budget
     optimizer: Optimizer = Optimizer()
@@ -185,36 +186,36 @@ class _Training(Settings):
     freeze: Annotated[
         list[Literal["experts", "all_but_routers", "attention", "embeddings"]], BeforeValidator(_listed)
     ] = []
-    """Parts that are not trained: ``experts`` (attention and FFN), ``all_but_routers``, ``attention`` (all of it, but
-    routers), ``embeddings`` (both)."""
+    """Parts that are not trained: ``experts`` (attention and FFN), ``all_but_routers``, ``attention`` (without its
+    routers), ``embeddings`` (input and output)."""
     lora: Lora | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """``bf16`` is autocast over fp32 weights; ``auto`` takes it where matrix products are faster in it."""
+    """``bf16`` is autocast over fp32 weights; ``auto`` uses it where matrix products are faster in bf16."""
     gradient_checkpointing: bool = False
-    """Less memory for a third more compute."""
+    """Save memory at the cost of a third more compute."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Also keep an exponential moving average of the weights with this decay, and write it to ``ema/`` at the end."""
     attn_implementation: str | None = None
-    """transformers' name; chosen by device and length if not given."""
+    """As in transformers; chosen by device and sequence length if not set."""
     experts_implementation: str | None = None
-    """``branchmix``, ``grouped_mm``, ``batched_mm`` or ``eager``; the first if not given, which trains as
+    """``branchmix``, ``grouped_mm``, ``batched_mm`` or ``eager``. ``branchmix`` if not set, which trains like
     ``grouped_mm``."""
     random_seed: int = Field(0, ge=0, lt=2**32)
-    """Of new weights, of dropout, and of the order of the data."""
+    """Seed for new weights, dropout and the order of the data."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Of a CPU process."""
+    """CPU threads of a process."""
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
     parallel: Parallel = Parallel()
     trust_remote_code: bool = False
-    """Run code that a model or tokenizer brings along."""
+    """Run code that is included with a model or tokenizer."""
 
     _folder: Path = Path()
 
     @property
     def folder(self) -> Path:
-        """Folder that relative paths start from: that of the YAML file."""
+        """Folder that relative paths start from: the YAML file's."""
         return self._folder
 
     def _check_mix(self, where: str, mix: dict[str, float] | str | None) -> None:
@@ -240,24 +241,23 @@ class RunConfig(_Training):
     """One training run."""
 
     model: str | NewModel
-    """Folder or Hub id of a dense model or a mixture, or a new dense model."""
+    """Folder or Hub id of a dense model or mixture, or the settings of a new dense model."""
     out: str
-    """Folder of the result: the model, ``metrics.jsonl``, ``training.json``, and checkpoints until it is done."""
+    """Output folder: the model, ``metrics.jsonl``, ``training.json``, and checkpoints until the run is done."""
     mix: Mix = "equal"
-    """Share of each domain in the tokens (divided by their sum); ``equal``, or ``proportional`` to what there is."""
+    """Each domain's share of the tokens (normalised to sum to 1), ``equal``, or ``proportional`` to the text's size."""
     adapters: Annotated[bool, BeforeValidator(lambda value: True if value == {} else value)] = False
-    """BAM Adapters (BTS, arXiv 2502.00075): everything is frozen but the routers and a d x d linear after each
-    attention and FFN expert, which starts as the identity and is folded into the expert at the end.
-    ``{}`` is ``true``: there is nothing to choose."""
+    """BAM Adapters (BTS, arXiv 2502.00075): train only the routers and a d x d matrix after each attention and FFN
+    expert, which starts as the identity and is folded into the expert at the end. ``{}`` means ``true``."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> RunConfig:
         self._check_mix("mix", self.mix)
         self._check_batch()
         if self.adapters and (self.freeze or self.lora):
-            raise ValueError("adapters freezes everything itself: remove freeze and lora")
+            raise ValueError("adapters already freezes the rest of the model: remove freeze and lora")
         if isinstance(self.model, NewModel) and (self.freeze or self.lora or self.adapters):
-            raise ValueError("a new model has nothing worth freezing: remove freeze, lora and adapters")
+            raise ValueError("a new model must be trained as a whole: remove freeze, lora and adapters")
         if isinstance(self.model, NewModel) and self.learning_rate.ratio is not None:
             raise ValueError("learning_rate.ratio: a new model has no earlier run: give peak")
         return self
@@ -267,7 +267,7 @@ class RunConfig(_Training):
         """Read a run file; ``overrides`` are ``key=value`` with dots (``budget.tokens=2M``), values as YAML.
 
         Raises:
-            RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
+            RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
         """
         return _load(cls, Path(path), overrides or [])
 
@@ -276,42 +276,42 @@ class Branch(Settings):
     """One expert of a study."""
 
     domain: str | None = None
-    """The domain it is trained on; its own name if not given."""
+    """The domain it is trained on; the one with its own name if not set."""
     mix: Mix | None = None
-    """Instead of ``domain``: shares of several."""
+    """Instead of ``domain``: shares of several domains."""
 
 
 class BranchConfig(_Training):
-    """All experts of a study: each its own run from the same seed, independent of the others."""
+    """All experts of a study. Each is trained in its own run, from the same seed, independently of the others."""
 
     seed: str
     """Folder or Hub id of the dense model they all start from."""
     out: str
-    """Folder that gets one folder for each expert, and ``recipe.yaml`` for ``branchmix upcycle``."""
+    """Output folder: one folder per expert, and ``recipe.yaml`` for ``branchmix upcycle``."""
     experts: dict[str, Branch | None]
     """Experts by name. ``code:`` alone trains on the domain ``code``."""
     general: str | None = None
-    """The seed's own kind of data, mixed in everywhere."""
+    """Domain with text like the seed's own training data, mixed into every expert's data."""
     general_share: Share = 0.1
-    """Its share (the paper: 10 % Common Crawl), which keeps experts near the seed."""
+    """Its share, which keeps experts close to the seed (the paper: 10 % Common Crawl)."""
     at_once: Annotated[int, Field(ge=1)] | None = None
-    """Runs side by side on this machine; on CPUs as many as there are cores, each with its share of the threads, on
-    GPUs one for each."""
+    """How many runs are active at a time on this machine. By default one per GPU or, without GPUs, one per core; they
+    share the threads."""
     retries: int = Field(1, ge=0)
-    """How often a run that failed is started again, from its last checkpoint."""
+    """How often a failed run is restarted, from its last checkpoint."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> BranchConfig:
         self._check_batch()
         if not self.experts:
-            raise ValueError("experts: there is none")
+            raise ValueError("experts: give at least one")
         if self.general is not None and self.general not in self.data:
             raise ValueError(
                 f"general: no domain of data is called {self.general!r}{nearest(self.general, list(self.data))}"
             )
         for name in self.experts:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "seed":
-                raise ValueError(f"experts: {name!r} is no name for an expert: letters, digits, -, _ and ., not 'seed'")
+                raise ValueError(f"experts: {name!r} is not a valid name: use letters, digits, -, _ and ., not 'seed'")
             self._check_mix(f"experts.{name}", self.mix_of(name))
         return self
 
@@ -326,7 +326,7 @@ class BranchConfig(_Training):
         return {domain: 1.0 - self.general_share, self.general: self.general_share}
 
     def run_of(self, expert: str) -> RunConfig:
-        """The run of one expert, to be started with ``branchmix train``."""
+        """The settings of one expert's run, as ``branchmix train`` takes them."""
         shared = {name: getattr(self, name) for name in self.model_fields_set if name in RunConfig.model_fields}
         out = str(Path(self.out) / expert)
         run = RunConfig(**{**shared, "model": self.seed, "out": out, "mix": self.mix_of(expert)})
@@ -352,15 +352,15 @@ def apply_override(data: Any, words: str) -> None:
     """Change ``data``, what a YAML file says, by one ``key=value``; dots lead into mappings.
 
     Raises:
-        RecipeError: it is no such thing, or there is no place for it.
+        RecipeError: it is not ``key=value``, or the file has no such mapping.
     """
     keys, equals, value = words.partition("=")
     if not equals or not keys:
-        raise RecipeError(f"{words}: is no key=value, such as budget.tokens=2M")
+        raise RecipeError(f"{words}: is not key=value, such as budget.tokens=2M")
     *parents, last = keys.split(".")
     place = data
     for key in parents:
         place = place.setdefault(key, {}) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        raise RecipeError(f"{words}: there is no place for it in the file: {'.'.join(parents)} is no mapping")
+        raise RecipeError(f"{words}: cannot be set in this file: {'.'.join(parents)} is not a mapping")
     place[last] = parse_yaml(value, words)

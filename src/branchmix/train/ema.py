@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights beside a run: ``ema`` of a run file."""
+"""An exponential moving average of the weights: ``ema`` in a run file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ UPDATES = "num_updates"
 
 
 class Ema:
-    """``e <- d e + (1 - d) w`` after each step, for what is trained: frozen weights are their own average.
+    """``e <- d e + (1 - d) w`` after each step, for all trained weights.
 
-    The n-th update uses ``d = min(decay, n / (n + 9))``, so that a short run does not average in its start. The average
-    is fp32 whatever the weights are, sharded as they are, and costs their size once more.
+    The n-th update uses ``d = min(decay, n / (n + 9))``, so that the average of a short run does not include its start.
+    The average is in fp32, sharded like the weights, and takes as much memory as they do.
 
     Args:
         model: in its final form: frozen, with adapters, and sharded.
@@ -36,7 +36,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights; after each optimizer step."""
+        """Add the current weights to the average. Call it after each optimizer step."""
         self.num_updates += 1
         decay = min(self.decay, self.num_updates / (self.num_updates + 9))
         weights = [weight.detach().float() for _, weight in self._trained()]
@@ -44,7 +44,7 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the model has the average for weights; its own come back bit for bit, whatever happens."""
+        """Give the model the averaged weights inside the block, and restore its own afterwards, bit for bit."""
         own = {name: weight.detach().clone() for name, weight in self._trained()}
         try:
             self._set(self._average)
@@ -53,21 +53,22 @@ class Ema:
             self._set(own)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint: whole fp32 tensors by name, and the number of updates. All processes have to call."""
+        """Whole fp32 tensors by name, and the number of updates, for a checkpoint. All processes have to call it."""
         average = {name: _whole(tensor) for name, tensor in self._average.items()}
         return {UPDATES: torch.tensor(self.num_updates), **average}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on where ``state`` was made. All processes have to call, each with the same.
+        """Restore ``state``. All processes have to call it with the same state.
 
         Raises:
-            CheckpointError: it is not of this model.
+            CheckpointError: it belongs to another model.
         """
         differing = state.keys() ^ {UPDATES, *self._average}
         differing |= {name for name in state.keys() & self._average if state[name].shape != self._average[name].shape}
         if differing:
             raise CheckpointError(
-                f"the moving average in the checkpoint is of another model, {min(differing)} differs: start anew"
+                f"the moving average in the checkpoint belongs to another model ({min(differing)} differs): start over "
+                "with --force"
             )
         self.num_updates = int(state[UPDATES])
         for name, average in self._average.items():
@@ -90,7 +91,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _as(like: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """``whole``, spread over processes as ``like`` is."""
+    """``whole``, sharded like ``like``."""
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)

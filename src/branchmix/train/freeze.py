@@ -1,4 +1,4 @@
-"""Parts of a model that a run leaves as they are: ``freeze`` of a run file."""
+"""Parts of a model that a run does not train: ``freeze`` in a run file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from branchmix.models.routing_branchmix import BranchMixRouter
 
 @dataclass(frozen=True)
 class FreezeReport:
-    """Numbers of parameters; a matrix that stands in two places counts once."""
+    """Numbers of parameters; tied weights count once."""
 
     trained: int
     frozen: int
 
 
 def apply(model: Any, parts: Sequence[str]) -> FreezeReport:
-    """Take gradients from parts of a model, in place. Routers always keep theirs.
+    """Freeze parts of a model, in place, except for its routers.
 
-    ``Trainer`` gives its optimizer only what has gradients, so that weight decay does not touch the rest.
+    ``Trainer`` gives its optimizer only trained parameters, so weight decay does not change the others.
 
     Args:
-        model: a mixture, a dense causal LM, or one with LoRA on it.
-        parts: ``experts`` (of FFN and attention: all weights behind a router, with Shared KV's keys and values),
+        model: a mixture, a dense causal LM, or one with LoRA.
+        parts: ``experts`` (all weights of FFN and attention experts, including Shared KV's keys and values),
             ``all_but_routers``, ``attention`` (of a dense model or a mixture) and ``embeddings`` (input and output).
 
     Raises:
@@ -46,7 +46,7 @@ def apply(model: Any, parts: Sequence[str]) -> FreezeReport:
     for part in parts:
         modules = list(_PARTS[part](base))
         if part in ("experts", "all_but_routers") and not routers:
-            raise RecipeError(f"freeze: {part} is for mixtures, and {_name(base)} has no routers: remove it")
+            raise RecipeError(f"freeze: {part} applies to mixtures, but {_name(base)} has no routers: remove it")
         for module in modules:
             for parameter in module.parameters():
                 if id(parameter) not in routers:

@@ -1,6 +1,6 @@
-"""Several runs on one screen: step, loss, tokens/s and time left of each, read from its ``metrics.jsonl``.
+"""Shows several runs at once: step, loss, tokens/s and time left of each, read from its ``metrics.jsonl``.
 
-On a terminal a table that is redrawn; elsewhere a line when something happens and every half minute.
+On a terminal this is a live table; elsewhere a line is printed whenever a run changes, and every half minute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHOWN = ("step", "steps", "loss", "tokens_per_second", "eta_seconds")
 
 
 class JobDisplay:
-    """Shows the states it is called with. A context manager, for the terminal's sake."""
+    """Shows the states it is called with. A context manager, which restores the terminal at its end."""
 
     def __init__(self, *, total: int, finished: int, enabled: bool, noun: str = "experts"):
         self.noun = noun
@@ -37,7 +37,7 @@ class JobDisplay:
 
     def __enter__(self) -> JobDisplay:
         if self.enabled and self.finished:
-            print(f"{self.finished} of {self.total} {self.noun} are finished already", file=sys.stderr)
+            print(f"{self.finished} of {self.total} {self.noun} are already finished", file=sys.stderr)
         if self.enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.live import Live
@@ -69,7 +69,7 @@ class JobDisplay:
         return f"{done} of {self.total} {self.noun} are done"
 
     def _tell_changes(self, states: list[JobState]) -> None:
-        """A line for every run that began, was retried, or ended."""
+        """Print a line for every run that started, was restarted, or ended."""
         for state in states:
             now = (state.status, state.attempts)
             before = self.said.get(state.job.name, ("waiting", 0))
@@ -78,7 +78,7 @@ class JobDisplay:
                 continue
             name = state.job.name
             if before[0] == "running" and (state.status == "waiting" or state.attempts > before[1]):
-                self._say(f"{name}: failed ({state.reason}), and is started again")
+                self._say(f"{name}: failed ({state.reason}); restarting")
             elif state.status == "running":
                 self._say(f"{name}: started, its output is in {state.job.log}")
             elif state.status == "done":
@@ -96,7 +96,7 @@ class JobDisplay:
 
 
 def _table(states: list[JobState], noun: str) -> Any:
-    """All of few; of many those that run or failed, and how many are done."""
+    """A table of all runs if they are few; else of those that are running or failed, and the number done."""
     from rich.table import Table
 
     caption = None

@@ -1,7 +1,7 @@
-"""A small scheduler of subprocesses: so many side by side, each with a log of its own, retried, and stopped together.
+"""A small scheduler of subprocesses, which run side by side with a log each, are retried, and stop together.
 
-``branchmix branch`` runs the experts with it, the demo and the studies their steps. It knows nothing of training: a
-job is a command that can be started again, and that finishes what it has to finish when it gets a signal.
+``branchmix branch`` runs experts with it, and studies run their steps. It is not specific to training: a job is a
+command that can be restarted and that ends cleanly when it receives a signal.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from branchmix.errors import OutputError
 Status = Literal["waiting", "running", "done", "failed", "stopped"]
 
 USER_ERROR = 2
-"""Exit code of a command whose input is wrong: it would be as wrong the second time."""
+"""Exit code of a command whose input is wrong, so that a retry would fail too."""
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 10.0
-"""How long processes may take to end when the scheduler itself has failed."""
+"""How long processes may take to end if the scheduler itself fails."""
 
 
 @dataclass(frozen=True)
@@ -37,34 +37,34 @@ class Job:
     name: str
     command: Sequence[str]
     log: Path
-    """File that its output is added to; its folder is made."""
+    """File that its output is appended to; its folder is created."""
     again: Sequence[str] | None = None
-    """The command of later attempts, where it differs."""
+    """The command of later attempts, if it differs."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to this process's environment."""
     folder: Path | None = None
-    """Where it runs; here if not given."""
+    """Folder that it runs in; the current one if not given."""
     after: Sequence[str] = ()
-    """Names of jobs that have to be done before it; such as are not among the jobs of the call count as done."""
+    """Names of jobs that must be done before it starts. Names that are not among the call's jobs count as done."""
 
 
 @dataclass
 class JobState:
-    """How far a job is."""
+    """The progress of a job."""
 
     job: Job
     status: Status = "waiting"
     attempts: int = 0
     exit_code: int | None = None
-    """Of the last attempt; minus the signal's number if one killed it."""
+    """Exit code of the last attempt; minus the signal's number if a signal killed it."""
     started: float | None = None
     """Time of the first attempt, in seconds since the epoch."""
     seconds: float = 0.0
-    """Of all attempts together, without the time they waited."""
+    """Run time of all attempts together, without waiting."""
     last_line: str = ""
-    """What the last attempt said last, once it is over."""
+    """The last line in the log of the last attempt, once it has ended."""
     pid: int | None = None
-    """Of the running process."""
+    """Id of the running process."""
 
     @property
     def reason(self) -> str:
@@ -73,12 +73,12 @@ class JobState:
             return f"killed by {_signal_name(-self.exit_code)}" + (
                 f" after: {self.last_line}" if self.last_line else ""
             )
-        return self.last_line.removeprefix("error: ") or f"exit code {self.exit_code}, and no word in its log"
+        return self.last_line.removeprefix("error: ") or f"exit code {self.exit_code}, without any output in its log"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of all jobs, in the order they were given."""
+    """The final states of all jobs, in the order they were given."""
 
     jobs: list[JobState]
     stopped_by: int | None = None
@@ -97,19 +97,20 @@ def run_processes(
 ) -> Outcome:
     """Run all jobs, ``at_once`` of them at a time, in their order.
 
-    A job that fails is started again up to ``retries`` times, unless its exit code is 2 (the input is wrong); the
-    others go on either way, but for those that come after it, which stay ``waiting``. SIGINT and SIGTERM are passed on
-    to the running jobs, whose end is then waited for: nothing is started or retried any more. A further signal is
-    passed on as well, and the third kills. Call it from the main thread, where signals arrive.
+    A job that fails is restarted up to ``retries`` times, unless its exit code is 2 (the input is wrong). Other jobs
+    continue, except for those that depend on it, which stay ``waiting``. On SIGINT and SIGTERM, no more jobs are
+    started; the signal is passed on to the running jobs, and the call returns when they have ended. A second signal is
+    passed on too, and a third kills them. Call it from the main thread, where signals arrive.
 
     Args:
         jobs: what to run.
-        at_once: so many side by side.
+        at_once: how many run side by side.
         retries: further attempts of each job.
-        places: environments of the places where jobs run, such as one GPU each, taken in turn; a job's own comes first.
+        places: environments of the places where jobs run, such as one per GPU, used in turn. A job's own variables take
+            precedence.
         watch: called every ``poll_seconds`` with all states, to show them.
-        poll_seconds: how often processes are looked after.
-        orphans_get: the signal that running jobs get if this process is killed (Linux).
+        poll_seconds: how often processes are checked.
+        orphans_get: the signal that running jobs receive if this process is killed (Linux).
 
     Raises:
         OutputError: a log cannot be written, or a command cannot be started.
@@ -140,13 +141,13 @@ def run_processes(
 
 
 def startable(states: Sequence[JobState]) -> Iterator[JobState]:
-    """Waiting jobs with nothing left to wait for, in their order."""
+    """Waiting jobs whose dependencies are done, in their order."""
     left = {state.job.name for state in states if state.status != "done"}
     return (state for state in states if state.status == "waiting" and left.isdisjoint(state.job.after))
 
 
 def what_becomes_of(state: JobState, *, retries: int, stopping: bool) -> Status:
-    """The status of a job whose attempt is over, by its exit code."""
+    """The status of a job after an attempt, by its exit code."""
     if state.exit_code == 0:
         return "done"
     if stopping:
@@ -156,7 +157,7 @@ def what_becomes_of(state: JobState, *, retries: int, stopping: bool) -> Status:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Yields the list of the SIGINTs and SIGTERMs that came. In the main thread only."""
+    """Yield the list of SIGINTs and SIGTERMs received so far. In the main thread only."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
@@ -177,11 +178,11 @@ def share_machine(
 
     Args:
         at_once: jobs side by side; chosen here if None.
-        threads: of each job; chosen here if None.
+        threads: threads of each job; chosen here if None.
         num_jobs: how many there are.
 
     Returns:
-        jobs side by side, threads of each (None: as torch likes), and the environment of each place.
+        jobs side by side, threads of each (None: torch's default), and the environment of each place.
     """
     if devices := gpus():
         return at_once or len(devices), threads, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in devices]
@@ -210,7 +211,7 @@ def cores() -> int:
 
 
 class _Running:
-    """An attempt: its process, which leads a session of its own, so that a terminal's Ctrl-C reaches it only once."""
+    """An attempt: its process, in a new session, so that a terminal's Ctrl-C reaches it only once."""
 
     def __init__(self, state: JobState, place: Mapping[str, str], orphans_get: int):
         job = state.job
@@ -246,13 +247,13 @@ class _Running:
         return self.process.poll() is not None
 
     def pass_on(self, received: list[int]) -> None:
-        """Signals that it has not got yet; the third kills."""
+        """Send it the signals it has not received yet; the third kills."""
         for count in range(self.passed_on + 1, len(received) + 1):
             self.signal(signal.SIGKILL if count > 2 else received[count - 1])
         self.passed_on = len(received)
 
     def signal(self, number: int) -> None:
-        """To the process alone: what it started is its own business, but for a kill, which takes all of it."""
+        """Signal the process only, which handles its children itself; a kill goes to all of them."""
         if number == signal.SIGKILL:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, number)
@@ -260,7 +261,7 @@ class _Running:
             self.process.send_signal(number)
 
     def close(self) -> None:
-        """Note how it ended, and take away what it left running."""
+        """Record how it ended, and kill what it left running."""
         state = self.state
         self.signal(signal.SIGKILL)
         self.log.close()
@@ -270,7 +271,7 @@ class _Running:
 
 
 def _end(processes: list[_Running]) -> None:
-    """End what still runs when the scheduler itself has failed."""
+    """End what still runs after the scheduler itself failed."""
     for process in processes:
         process.signal(signal.SIGTERM)
     deadline = time.monotonic() + _GRACE_SECONDS
@@ -283,9 +284,9 @@ def _end(processes: list[_Running]) -> None:
 
 
 def _before_it_starts(orphans_get: int) -> Callable[[], None]:
-    """In the new process: signals arrive, and one of them comes (on Linux) when this process is gone, if killed too.
+    """Prepare a new process: unblock signals, and ask for one (on Linux) when this process dies, even if killed.
 
-    A worker of Ray has SIGINT blocked, and its children would inherit that.
+    Ray's workers block SIGINT, and their children would inherit that.
     """
     prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform.startswith("linux") else None
     parent = os.getpid()
@@ -302,7 +303,7 @@ def _before_it_starts(orphans_get: int) -> Callable[[], None]:
 
 
 def _last_line(log: Path, start: int) -> str:
-    """The last line with something in it that was written to ``log`` after byte ``start``."""
+    """The last non-empty line that was written to ``log`` after byte ``start``."""
     with suppress(OSError), log.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(start, size - 65536))

@@ -1,4 +1,4 @@
-"""PEFT LoRA on a dense model: the run's result is an adapter folder, which ``branchmix upcycle`` takes as an expert."""
+"""PEFT LoRA on a dense model. The run writes an adapter folder, which ``branchmix upcycle`` takes as an expert."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from branchmix.train.config import Lora
 
 
 def add(model: Any, lora: Lora) -> Any:
-    """The model with low-rank updates beside its linear layers, which alone are trained; they start at zero.
+    """Add low-rank updates to the model's linear layers, starting at zero, and train only these.
 
-    ``all-linear`` is every linear layer but the output embedding, whatever the family calls them. No module is trained
-    as a whole: everything an expert learns can be merged into the seed's matrices.
+    ``all-linear`` means every linear layer except the output embedding. No module is trained as a whole, so everything
+    an expert learns can be merged into the seed's matrices.
 
     Returns:
-        A ``peft.PeftModel`` around the very model; its ``save_pretrained`` writes the adapter alone.
+        A ``peft.PeftModel`` around the same model; its ``save_pretrained`` writes only the adapter.
 
     Raises:
         RecipeError: peft is not installed, the model is a mixture, or it has no linear layer of a name in ``targets``.
@@ -27,8 +27,8 @@ def add(model: Any, lora: Lora) -> Any:
     name = f"the {model.config.model_type} model {model.config.name_or_path}".rstrip()
     if model.config.model_type == "branchmix":
         raise RecipeError(
-            f"lora: {name} is a mixture, whose FFN experts are no linear layers that LoRA could be put on: remove lora "
-            "and give adapters: true, or freeze"
+            f"lora: {name} is a mixture, whose FFN experts are not linear layers, so LoRA cannot adapt them: remove "
+            "lora, and use adapters: true or freeze"
         )
     layers = {
         path: module

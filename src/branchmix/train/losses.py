@@ -1,4 +1,4 @@
-"""The language-modelling loss, and beside it the loss of each domain from the very same numbers.
+"""The language-modelling loss, and the loss of each domain from the same numbers.
 
 transformers lets a model's ``loss_function`` be set. This one computes what ``ForCausalLMLoss`` does, but keeps the
 negative log-likelihood of every token long enough to sum it by domain. There is no second pass over the logits, and no
@@ -68,7 +68,7 @@ class DomainLoss:
         """Compute the loss of ``model`` with this function inside the block, and count it for the batch's domains.
 
         Args:
-            model: dense or a mixture, which adds its router losses as ever; DDP and PEFT may be around it.
+            model: dense, or a mixture, which still adds its router losses; it may be wrapped by DDP or PEFT.
             domain_B: number of each sequence's domain.
         """
         models = (module for module in model.modules() if isinstance(module, PreTrainedModel))

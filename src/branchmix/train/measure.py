@@ -1,4 +1,4 @@
-"""Measurements of a model and a machine: held-out loss by domain, seconds of a step, the matmul peak, memory.
+"""Measurements of a model and a machine: held-out loss by domain, seconds per step, matmul peak, memory.
 
 Shapes: B sequences, T tokens.
 """
@@ -32,10 +32,10 @@ def held_out_losses(
     packing: Packing,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Mean loss of each domain's held-out sequences, in nats a token. A collective call.
+    """Mean loss of each domain's held-out sequences, in nats per token. A collective call.
 
-    Sequences are dealt to the processes in turn, and every process does the same number of forward passes, so that
-    sharded models can gather their weights: where a process has no sequence left, one that counts for nothing.
+    Sequences are distributed over the processes in turn. Every process does the same number of forward passes, so that
+    sharded models can gather their weights; a process with no sequence left computes one that is not counted.
 
     Args:
         model: dense or a mixture.
@@ -43,8 +43,8 @@ def held_out_losses(
         computing: device and autocast.
         batch_size: sequences of a forward pass.
         rank: of this process.
-        num_processes: how many there are.
-        packing: how documents are kept apart in this model.
+        num_processes: number of processes.
+        packing: how this model separates packed documents.
         between: called before each forward pass; may raise.
     """
     loss, training = DomainLoss(list(held_out)), model.training
@@ -84,9 +84,9 @@ def _dealt(sequences: Any, batch_size: int, rank: int, num_processes: int) -> It
 def seconds_per_step(
     model: nn.Module, sequences: Any, computing: Computing, *, micro: int, accumulation: int, packing: Packing
 ) -> float:
-    """Seconds of one optimizer step of this process, measured on the first batches; weights and RNG stay as they are.
+    """Seconds of one optimizer step on this process, measured on the first batches.
 
-    The steps have a learning rate of zero and an optimizer that is thrown away.
+    The steps use a learning rate of zero and a temporary optimizer, so weights and random numbers do not change.
 
     Args:
         model: ready to train.
@@ -94,7 +94,7 @@ def seconds_per_step(
         computing: device and autocast.
         micro: sequences of a forward pass.
         accumulation: forward passes of a step.
-        packing: how documents are kept apart in this model.
+        packing: how this model separates packed documents.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = [
@@ -121,7 +121,7 @@ def seconds_per_step(
                 break
         model.zero_grad()
     model.train(training)
-    # The first are slower than all others: memory is fetched, kernels are chosen.
+    # The first step is slower: memory is allocated and kernels are chosen.
     return accumulation * _median(backward[1:]) + _median(update[1:])
 
 
@@ -138,7 +138,7 @@ def _median(values: list[float]) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of plain square matrix products on this device now, in well under a second: the limit to compare with."""
+    """FLOP/s of plain square matrix products on this device, measured in well under a second."""
     size = 8192 if device.type == "cuda" else 1024
     with torch.random.fork_rng():
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -161,7 +161,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak of the device's memory, or of the process's on a CPU."""
+    """Peak memory of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "win32":

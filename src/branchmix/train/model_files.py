@@ -1,8 +1,8 @@
-"""A model in training to a folder that ``from_pretrained`` reads, and from there back into the model, exactly.
+"""Writes a model in training to a folder that ``from_pretrained`` reads, and reads it back exactly.
 
-Works for a model on one process, under DDP, sharded (FSDP2, expert parallelism), for a PEFT model (its adapter alone),
-and for parametrized modules (``torch.nn.utils.parametrize``): the folder gets the tensors they compute, and beside
-them, in ``training/parametrized.safetensors``, what of them is trained.
+This works for a model on one process, under DDP, sharded (FSDP2, expert parallelism), for a PEFT model (its adapter
+only), and for parametrized modules (``torch.nn.utils.parametrize``): the folder gets the tensors they compute, and
+``training/parametrized.safetensors`` the parameters that are trained.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ RAW = f"{TRAINING}/parametrized.safetensors"
 
 
 def gather(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """What ``write`` needs: the whole weights if the model cannot write itself. All processes have to call."""
+    """The weights that ``write`` needs, if the model cannot save itself; else None. All processes have to call it."""
     return whole_weights(model) if is_sharded(model) or _parametrized(model) else None
 
 
-def write(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None, folder: Path, *, to_go_on: bool) -> None:
-    """Writes model and tokenizer into ``folder``, on the main process; ``to_go_on`` with all that ``read`` needs."""
+def write(
+    model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None, folder: Path, *, resumable: bool
+) -> None:
+    """Write model and tokenizer into ``folder``, on the main process; ``resumable`` adds what ``read`` needs."""
     if weights is not None and (parametrized := _parametrized(model)):
         weights, raw = _computed(model, weights, parametrized)
-        if to_go_on:
+        if resumable:
             save_file({name: tensor.contiguous() for name, tensor in raw.items()}, folder / RAW)
-    # The base's embeddings, that is; those of the adapter always are. PEFT's "auto" may ask the Hub each time.
+    # The base model's embeddings; the adapter's are always saved. PEFT's "auto" may ask the Hub each time.
     options = {"save_embedding_layers": False} if _is_peft(model) else {}
-    if weights is not None:  # gathered one by one, tied weights are no longer the same memory, by which they are known
+    if weights is not None:  # gathered tensors no longer share memory, by which save_pretrained recognises tied weights
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         weights = {name: tensor for name, tensor in weights.items() if tied.get(name) not in weights}
     with _not_gathered_again(model):
@@ -53,7 +55,7 @@ def write(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor] | None, f
 
 @contextmanager
 def _not_gathered_again(model: Any) -> Iterator[None]:
-    """transformers gathers a model that it sharded while loading, in a call that all processes would have to make."""
+    """Keep transformers from gathering a model that it sharded while loading: all processes would have to call that."""
     settings = vars(model.config)
     distributed = settings.pop("distributed_config", None)
     try:
@@ -64,10 +66,10 @@ def _not_gathered_again(model: Any) -> Iterator[None]:
 
 
 def read(model: nn.Module, folder: Path) -> None:
-    """Copies the weights in ``folder`` into the model; all processes have to call.
+    """Copy the weights in ``folder`` into the model. All processes have to call it.
 
     Raises:
-        CheckpointError: they are not those of this model.
+        CheckpointError: they belong to another model.
     """
     weights: dict[str, torch.Tensor] = {}
     if not is_sharded(model) or dist.get_rank() == 0:
@@ -77,21 +79,21 @@ def read(model: nn.Module, folder: Path) -> None:
 
 
 def to_write(model: nn.Module) -> list[torch.Tensor]:
-    """The tensors that take the space, about."""
+    """The tensors that account for the size of what ``write`` writes, approximately."""
     return [tensor for tensor in model.parameters() if tensor.requires_grad or not _is_peft(model)]
 
 
 def _plain(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """Read by the model's class: on the disk a mixture's experts are tensors of their own, in memory they are one."""
+    """Load with the model's class, because a mixture's experts are separate tensors on disk and stacked in memory."""
     kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     parametrized = _parametrized(model)
-    if parametrized:  # torch makes a class for each parametrized module, but the model itself keeps its own
+    if parametrized:  # torch creates a class for each parametrized module, but the model itself must keep its own
         assert not any(prefix.startswith("parametrizations.") for prefix, _ in parametrized)
     try:
         loaded, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     except (RuntimeError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{folder}: is not of this run's model ({type(model).__name__}): {first}") from error
+        raise CheckpointError(f"{folder}: does not fit this run's model ({type(model).__name__}): {first}") from error
     refuse_missing(info, str(folder))
     weights: dict[str, torch.Tensor] = loaded.state_dict()
     for prefix, _ in parametrized:
@@ -100,7 +102,7 @@ def _plain(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _adapter(model: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """PEFT leaves the adapter's name out of the file."""
+    """Weights of an adapter; PEFT omits the adapter's name in the file."""
     read = load_file(folder / ADAPTER)
     names = "|".join(re.escape(name) for name in model.peft_config)
     inside = re.compile(rf"(\.modules_to_save)?\.({names})(?=\.|$)")
@@ -108,21 +110,23 @@ def _adapter(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _must_fit(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Everything trained is there and has its shape; frozen parts may come from elsewhere."""
+    """Require that everything trained is present and has the right shape; frozen parts may come from elsewhere."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     live = model.state_dict()
     for name in sorted(trained - weights.keys()):
-        raise CheckpointError(f"{folder}: has no {name}, which this run trains: it is of a run with other settings")
+        raise CheckpointError(
+            f"{folder}: has no {name}, which this run trains: it belongs to a run with other settings"
+        )
     for name, tensor in weights.items():
         if name in live and live[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{folder}: {name} has shape {list(tensor.shape)}, but {list(live[name].shape)} in the model: it is "
-                "of another model"
+                f"{folder}: {name} has shape {list(tensor.shape)}, but {list(live[name].shape)} in the model: it "
+                "belongs to another model"
             )
 
 
 def _parametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Each parametrized tensor: ``a.b.parametrizations.weight.``, and what computes it."""
+    """The prefix of each parametrized tensor, such as ``a.b.parametrizations.weight.``, and the module computing it."""
     return [
         (f"{name}.parametrizations.{tensor}.", parametrization)
         for name, module in model.named_modules()
@@ -135,7 +139,7 @@ def _parametrized(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _computed(
     model: nn.Module, weights: dict[str, torch.Tensor], parametrized: list[tuple[str, nn.Module]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Plain weights, as an ordinary model has them; and what is trained behind them, once where several share it."""
+    """Plain weights as an ordinary model has them, and the trained parameters they are computed from."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     plain, raw = dict(weights), dict[str, torch.Tensor]()
     for prefix, parametrization in parametrized:

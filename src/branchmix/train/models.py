@@ -1,6 +1,6 @@
-"""What a run trains: a dense model or a mixture from a folder or the Hub, or a new dense model; and how it computes.
+"""Loads or creates the model that a run trains, and chooses device, precision and kernels.
 
-Weights are fp32 whatever they are stored in; bf16 is autocast over them.
+Weights are fp32 in whatever dtype they are stored; bf16 is autocast over them.
 """
 
 from __future__ import annotations
@@ -24,33 +24,34 @@ if TYPE_CHECKING:
     import torch
 
 EAGER_LENGTH = 512
-"""Up to here a dense model's eager attention trains faster than sdpa in bf16 on CPUs: 2.6 times at 128 tokens with AMX.
+"""Up to this many tokens, a dense model's eager attention trains faster than sdpa in bf16 on CPUs: 2.6 times at 128
+tokens with AMX.
 
-A mixture chooses for itself (``chunked_branchmix``), 1.3 to 1.9 times faster than eager.
+A mixture chooses its own kernel (``chunked_branchmix``), which is 1.3 to 1.9 times faster than eager.
 """
 
 
 @dataclass(frozen=True)
 class Computing:
-    """Device, numbers and kernels of a run."""
+    """Device and precision of a run."""
 
     device: torch.device
     bf16: bool
 
     @property
     def dtype(self) -> str:
-        """Of the matrix products."""
+        """Dtype of the matrix products."""
         return "bfloat16" if self.bf16 else "float32"
 
     def autocast(self) -> Any:
-        """The context that a forward pass runs in."""
+        """The context to run a forward pass in."""
         import torch
 
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
 
 def computing_of(config: RunConfig, device: torch.device) -> Computing:
-    """Chooses what the run leaves open.
+    """Choose the precision if the run leaves it open.
 
     Raises:
         RecipeError: bf16 was asked for on a device that has none.
@@ -66,13 +67,13 @@ def computing_of(config: RunConfig, device: torch.device) -> Computing:
 
 
 def attention_options(model_type: str, computing: Computing, length: int, given: str | None = None) -> dict[str, str]:
-    """``attn_implementation`` of a model that is trained or measured, as a keyword, or none: the model chooses.
+    """``attn_implementation`` for loading a model to train, as a keyword argument; none if the model is to choose.
 
     Args:
         model_type: of the model's config.
-        computing: where and in which numbers.
+        computing: device and precision.
         length: tokens of a sequence.
-        given: what the user asked for, which is taken.
+        given: the user's choice, which takes precedence.
     """
     if given is not None:
         return {"attn_implementation": given}
@@ -86,10 +87,10 @@ def attention_options(model_type: str, computing: Computing, length: int, given:
 
 
 def load_model(resolved: ResolvedModel, config: RunConfig, computing: Computing) -> tuple[Any, Any]:
-    """Model in fp32 and tokenizer of a folder.
+    """Load the model of a folder in fp32, and its tokenizer.
 
     Raises:
-        CheckpointError: it is no causal LM, lacks weights, has no tokenizer, or needs code that was not allowed.
+        CheckpointError: it is not a causal LM, lacks weights or a tokenizer, or needs code that was not allowed.
     """
     import torch
 
@@ -122,7 +123,7 @@ def training_tokenizer(resolved: ResolvedModel, *, trust_remote_code: bool) -> A
 
 
 def save_memory(model: Any) -> None:
-    """Compute activations a second time in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     options = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -144,10 +145,10 @@ def new_config(new: NewModel, vocab_size: int, special: dict[str, int | None] | 
     Args:
         new: the family, and keys of its config.
         vocab_size: of the tokenizer.
-        special: the tokenizer's ids of special tokens; none of them if it is not known yet.
+        special: the tokenizer's ids of special tokens; None if it is not known yet.
 
     Raises:
-        RecipeError: no such family, a key that it does not have, or values that no model can have.
+        RecipeError: an unknown family or config key, or invalid values.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -156,7 +157,7 @@ def new_config(new: NewModel, vocab_size: int, special: dict[str, int | None] | 
     if new.model_type not in families or new.model_type not in CONFIG_MAPPING or new.model_type == "branchmix":
         advice = "a mixture is made with branchmix upcycle" if new.model_type == "branchmix" else "see transformers"
         raise RecipeError(
-            f"model.model_type: {new.model_type!r} is no family of dense language models"
+            f"model.model_type: {new.model_type!r} is not a family of dense language models"
             f"{nearest(new.model_type, families)}: {advice}"
         )
     kind = CONFIG_MAPPING[new.model_type]
@@ -173,7 +174,7 @@ def new_config(new: NewModel, vocab_size: int, special: dict[str, int | None] | 
 
 
 def _config_keys(kind: Any) -> set[str]:
-    """Config keys of a family, without those of every config that say nothing about a model."""
+    """Config keys of a family, without those that do not describe a model."""
     import inspect
 
     names = {name for cls in kind.__mro__ for name in inspect.signature(cls.__init__).parameters}
@@ -187,7 +188,7 @@ def _cause(error: BaseException) -> str:
 
 
 def make_model(new: NewModel, tokenizer: Any, config: RunConfig, computing: Computing) -> Any:
-    """Random weights by the family's own initialisation, drawn from ``random_seed``."""
+    """Create a model with the family's own random initialisation, seeded with ``random_seed``."""
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 
@@ -198,7 +199,7 @@ def make_model(new: NewModel, tokenizer: Any, config: RunConfig, computing: Comp
         model = AutoModelForCausalLM.from_config(fields, **options)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 2, dtype=torch.long))
-    except Exception as error:  # sizes that a family's modules refuse in their own ways, some of them when they compute
+    except Exception as error:  # families refuse wrong sizes in different ways, some only in the forward pass
         raise RecipeError(f"model: no {new.model_type} of these keys: {_cause(error)}") from error
     return shard_new(model.train().to(computing.device), config, int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -206,12 +207,12 @@ def make_model(new: NewModel, tokenizer: Any, config: RunConfig, computing: Comp
 def tokenizer_for(
     new: NewModel, resolved: ResolvedModel | None, documents: Callable[[], dict[str, Iterator[str]]], config: RunConfig
 ) -> Any:
-    """The tokenizer of a new model: loaded, or trained on equal amounts of text of every domain.
+    """The tokenizer of a new model: loaded, or trained on equal amounts of text from every domain.
 
     Args:
         new: the model.
-        resolved: where ``new.tokenizer`` is.
-        documents: texts by domain; called only to train.
+        resolved: the folder of ``new.tokenizer``.
+        documents: returns texts by domain; called only to train a tokenizer.
         config: of the run.
     """
     if resolved is not None:
@@ -223,11 +224,11 @@ def tokenizer_for(
 
 
 TOKENIZER_CHARACTERS = 20_000_000
-"""Text that a tokenizer is trained on, at most: more changes few merges."""
+"""Maximum amount of text to train a tokenizer on; more text changes few merges."""
 
 
 def equal_text(documents: dict[str, Iterator[str]], characters: int = TOKENIZER_CHARACTERS) -> Iterator[str]:
-    """Documents of all domains in turn, the domain with the least text so far first; one that ends is left out."""
+    """Documents of all domains, always from the domain with the least text so far; exhausted domains are skipped."""
     taken = dict.fromkeys(documents, 0)
     left = characters
     while taken and left > 0:
@@ -242,10 +243,10 @@ def equal_text(documents: dict[str, Iterator[str]], characters: int = TOKENIZER_
 
 
 def require_model_type(resolved: ResolvedModel) -> dict[str, Any]:
-    """config.json of a folder, before anything heavy is loaded.
+    """Content of a folder's config.json, read before anything large is loaded.
 
     Raises:
-        CheckpointError: it is missing or no model's.
+        CheckpointError: it is missing, or does not describe a model.
     """
     import json
 
@@ -262,10 +263,10 @@ def require_model_type(resolved: ResolvedModel) -> dict[str, Any]:
 
 
 class TokenizerFiles:
-    """The tokenizer as a companion of checkpoints: its files as they are, where there are some.
+    """The tokenizer's files, saved unchanged with checkpoints if there are any.
 
-    Not the tokenizer itself: ``Trainer`` would write the special tokens of one into the config of a model that may have
-    other ones, or several.
+    ``Trainer`` is not given the tokenizer itself, because it would write the tokenizer's special tokens into the config
+    of a model that may have different ones, or several.
     """
 
     def __init__(self, tokenizer: Any, source: ResolvedModel | None):

@@ -1,7 +1,7 @@
-"""The folder of a run: what is in it already, whether that is this run, and how the result appears in it.
+"""The folder of a run: whether it holds this run or another one, and what a run writes into it.
 
-While a run goes on: ``run.json`` (its settings, and what was fixed at its start), ``metrics.jsonl``, ``checkpoints/``.
-When it is done: the model, ``training.json`` and ``metrics.jsonl``. No torch in here.
+During a run it holds ``run.json`` (the settings, and what was fixed at the start), ``metrics.jsonl`` and
+``checkpoints/``; after it, the model, ``training.json`` and ``metrics.jsonl``. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from branchmix.train.config import RunConfig
 RUN, DONE, CHECKPOINTS = "run.json", "training.json", "checkpoints"
 RESULTS = ("config.json", "adapter_config.json")
 AVERAGE = ".ema"
-"""Where the moving average lies until the result is complete."""
+"""Folder of the moving average until the result is complete."""
 LOCK = ".lock"
 COMPANIONS = {"run.yaml", "log.txt", LOCK}
-"""The run's own file and output, where ``branchmix branch`` keeps them: no run by themselves, kept by a new start."""
+"""Files that ``branchmix branch`` writes here for a run. They do not make the folder a run's, and starting over keeps
+them."""
 OURS = (
     *(RUN, DONE, CHECKPOINTS, AVERAGE, "metrics.jsonl", "metrics.tmp", "ema", ".model.part", "tensorboard", "wandb"),
     *(f".{RUN}.*", f".{DONE}.*", ".metrics.jsonl.*", "config.json", "generation_config.json", "adapter_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
     *TOKENIZER_FILES,
 )
-"""What a run and its loggers write, by name: a new start removes these alone, so that whatever else somebody keeps in
-the folder stays."""
+"""Names of what a run and its loggers write. Starting over removes these only, and no other files in the folder."""
 
 FREE_TO_CHANGE = {
     *("out", "checkpoints", "evaluation", "logging", "parallel", "threads", "micro_batch_size"),
     *("gradient_checkpointing", "trust_remote_code"),
 }
-"""Keys that a resumed run may have otherwise: its result stays the same, up to rounding."""
+"""Settings that may change when resuming: they do not change the result, up to rounding."""
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -55,36 +55,36 @@ class RunFolder:
         self.checkpoints = self.path / CHECKPOINTS
 
     def look(self, config: RunConfig, *, force: bool) -> State:
-        """What is there. With ``force``, a run of any settings counts as nothing.
+        """Say whether the run is new, unfinished or finished. With ``force``, any run in the folder is ignored.
 
         Raises:
-            OutputError: it is no run's folder, or a run of other settings.
+            OutputError: it is not the folder of a run, or it holds a run with different settings.
         """
         require_name(self.path)
         if not self.path.exists():
             parent = next(folder for folder in self.path.absolute().parents if folder.exists())
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                raise OutputError(f"{self.path}: {parent} is no folder that can be written: choose another place")
+                raise OutputError(f"{self.path}: {parent} is not a writable folder: choose another place")
             return "new"
         if not self.path.is_dir():
             raise OutputError(f"{self.path}: is a file: choose a folder that does not exist yet")
         record = self.record()
         if record is None:
             if any(entry.name not in COMPANIONS for entry in self.path.iterdir()):
-                raise OutputError(f"{self.path}: exists, and is no folder of a run: choose another")
+                raise OutputError(f"{self.path}: exists, but is not the folder of a run: choose another")
             return "new"
         if force:
             return "new"
         difference = _difference(record, config)
         if difference:
             raise OutputError(
-                f"{self.path}: is a run with {difference}: choose another folder, or start anew with --force"
+                f"{self.path}: holds a run with {difference}: choose another folder, or start over with --force"
             )
         done = (self.path / DONE).is_file() and any((self.path / name).is_file() for name in RESULTS)
         return "finished" if done else "unfinished"
 
     def record(self) -> dict[str, Any] | None:
-        """``training.json`` or ``run.json``, if the folder is a run's."""
+        """Content of ``training.json`` or ``run.json``; None if the folder is not a run's."""
         for name in (DONE, RUN):
             try:
                 record = json.loads((self.path / name).read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ class RunFolder:
         return None
 
     def clear(self) -> None:
-        """Removes what a run wrote, if the folder is a run's; ``look`` has to have been asked."""
+        """Remove what a run wrote, if the folder is a run's. Call ``look`` first."""
         if self.path.exists() and self.record() is not None:
             with writing(self.path):
                 for entry in self._ours():
@@ -110,10 +110,10 @@ class RunFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While a run writes here: another one of the same folder is refused. The system ends it with the process.
+        """Lock the folder against other runs inside the block. The system releases the lock if the process dies.
 
         Raises:
-            OutputError: some process is writing here, or the folder cannot be written.
+            OutputError: another process holds the lock, or the folder cannot be written.
         """
         from filelock import FileLock, Timeout
 
@@ -125,8 +125,8 @@ class RunFolder:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise OutputError(
-                    f"{self.path}: another process is training in it: wait for its end, or choose another folder (if "
-                    f"there is none, remove {LOCK} there)"
+                    f"{self.path}: another process is training here: wait until it ends, or choose another folder (if "
+                    f"no process is running, remove {LOCK} there)"
                 ) from None
         try:
             yield
@@ -136,17 +136,17 @@ class RunFolder:
             lock.release()
 
     def write_run(self, record: dict[str, Any]) -> None:
-        """``run.json``."""
+        """Write ``run.json``."""
         write_json(self.path / RUN, record)
 
     def clean_up(self) -> None:
-        """After the end: what only an unfinished run needs goes."""
+        """Remove what only an unfinished run needs."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         shutil.rmtree(self.path / AVERAGE, ignore_errors=True)
         (self.path / RUN).unlink(missing_ok=True)
 
     def require_space(self, num_bytes: int) -> None:
-        """Refuse beforehand what cannot fit.
+        """Refuse, before writing, what does not fit on the disk.
 
         Raises:
             OutputError: with bytes needed and free.
@@ -171,7 +171,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def _difference(record: dict[str, Any], config: RunConfig) -> str | None:
-    """The first key in which a run on the disk and this one differ, with its value there."""
+    """The first setting in which a run on disk differs from this one, with both values."""
     try:
         theirs = settings_of(parse(RunConfig, record["config"], RUN))
     except BranchMixError:

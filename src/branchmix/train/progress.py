@@ -1,7 +1,7 @@
-"""What a run tells while it goes on: ``metrics.jsonl``, one live line on a terminal, and plain lines elsewhere.
+"""How a run reports progress: ``metrics.jsonl``, a live line on a terminal, and plain lines elsewhere.
 
-A row of ``metrics.jsonl`` is flat but for ``routers``: step, tokens, seconds, loss, ``loss/DOMAIN``, learning_rate and
-so on; rows of an evaluation have ``held_out/DOMAIN``. Units: nats a token, seconds, FLOP/s, bytes.
+A row of ``metrics.jsonl`` is flat except for ``routers``: step, tokens, seconds, loss, ``loss/DOMAIN``, learning_rate
+and so on; rows of an evaluation have ``held_out/DOMAIN``. Units: nats per token, seconds, FLOP/s, bytes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """``metrics.jsonl``: rows are appended, and those of steps that a resumed run does again are dropped first."""
+    """``metrics.jsonl``: rows are appended; a resumed run first drops the rows of steps that it repeats."""
 
     def __init__(self, folder: Path, *, writes: bool):
         self.file = folder / METRICS
         self.writes = writes
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, without a last one that a killed run wrote half."""
+        """All rows, except for an incomplete last row of a killed run."""
         if not self.file.is_file():
             return []
         rows = []
@@ -52,7 +52,7 @@ class Metrics:
 
 
 class Display:
-    """Lines on stderr: a bar that is redrawn on a terminal, a line every logging.steps elsewhere, or nothing."""
+    """Progress on stderr: a bar on a terminal, a line every logging.steps elsewhere, or nothing."""
 
     def __init__(self, *, shown: bool):
         self.shown = shown
@@ -101,7 +101,7 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     def work(self, step: str, done: int, total: int) -> None:
-        """Something long before training, such as tokenising: a line when it begins."""
+        """Report something long before training, such as tokenising, when it begins."""
         if step != self._working:
             self._working = step
             self.line(step)
@@ -114,14 +114,14 @@ class Display:
             print_plan(plan, Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=160))
 
     def stop(self) -> None:
-        """The bar, if there is one, stays as it is."""
+        """Stop updating the bar, if there is one."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def print_plan(plan: dict[str, Any], console: Any) -> None:
-    """What a run reads, trains and computes."""
+    """Print what a run reads, trains and computes."""
     from rich.table import Table
 
     data = Table(box=None, pad_edge=False)
@@ -152,7 +152,7 @@ def print_plan(plan: dict[str, Any], console: Any) -> None:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The numbers of a row in one line."""
+    """The numbers of a row, on one line."""
     losses = ", ".join(f"{name} {value:.3f}" for name, value in _under(row, "loss/").items())
     parts = [f"loss {row['loss']:.3f}" + (f" ({losses})" if losses else ""), f"lr {row['learning_rate']:.2e}"]
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
@@ -199,7 +199,7 @@ class Clock:
         self._paused = 0.0
 
     def waiting(self, iterate: Callable[[], Any]) -> Any:
-        """The result of ``iterate``, whose time counts as waiting for data."""
+        """Call ``iterate`` and count its time as waiting for data."""
         start = time.perf_counter()
         try:
             return iterate()
@@ -207,7 +207,7 @@ class Clock:
             self._waited += time.perf_counter() - start
 
     def paused(self, act: Callable[[], Any]) -> Any:
-        """The result of ``act``, whose time counts neither as training nor as waiting: evaluation, saving."""
+        """Call ``act``, such as an evaluation, and count its time neither as training nor as waiting."""
         start = time.perf_counter()
         try:
             return act()

@@ -1,4 +1,4 @@
-"""Parts of ``training.json``: scores, machine, versions; and which part of a model a parameter is."""
+"""Parts of ``training.json``: scores, machine and versions; and the part of a model that a parameter belongs to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from branchmix.train.progress import last_values
 
 
 def part_of(name: str) -> str:
-    """The part of a model that a parameter belongs to, by its name, as FLOPs are counted."""
+    """The part of a model that a parameter belongs to, by its name, for counting FLOPs."""
     if re.search(r"expert_gate|mlp\.gate\.weight$|router", name):
         return "routers"
     if "norm" in name or ".ln_" in name:
@@ -29,7 +29,7 @@ def part_of(name: str) -> str:
 
 
 def trained_parts(model: Any) -> tuple[dict[str, float], int]:
-    """Share of the parameters that are trained by part, for ``token_flops``, and the number of LoRA's own."""
+    """The trained share of each part's parameters, for ``token_flops``, and the number of LoRA's parameters."""
     counts = {part: [0, 0] for part in ("attention", "ffn", "routers", "lm_head")}
     lora = 0
     head = model.get_output_embeddings()
@@ -46,7 +46,7 @@ def trained_parts(model: Any) -> tuple[dict[str, float], int]:
 
 
 def scores(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Loss in nats a token and perplexity by domain, from the rows of one step."""
+    """Loss in nats per token and perplexity by domain, from the rows of one step."""
     return {name: {"loss": loss, "perplexity": math.exp(loss)} for name, loss in last_values(rows, "held_out/").items()}
 
 
@@ -56,7 +56,7 @@ def now() -> str:
 
 
 def machine(device: Any) -> dict[str, Any]:
-    """What the run was computed on."""
+    """The machine that the run was computed on."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -64,7 +64,7 @@ def machine(device: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides about the numbers."""
+    """Versions of the packages that affect the numbers."""
     names = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
     return {"branchmix": __version__, "python": platform.python_version()} | {
         name: metadata.version(name) for name in names

@@ -1,4 +1,4 @@
-"""What the routers of a mixture do while it trains: load, entropy, who serves which domain, and whether one collapsed.
+"""Router metrics during training: load, entropy, which expert serves which domain, and collapsed routers.
 
 Shapes: L layers, B sequences, T tokens of each, D domains, E experts.
 """
@@ -15,27 +15,27 @@ import torch
 from branchmix.models.routers import entropy_of, load_of
 
 STARVED = 0.01
-"""An expert with less than this part of its fair share 1 / E is not used any more."""
+"""An expert with less than this fraction of its fair share 1 / E counts as unused."""
 
 DOMINANT = 0.95
-"""With more than this share of the load, an expert leaves the others nothing to learn from."""
+"""An expert with more than this share of the load leaves the others almost no tokens."""
 
 PATIENCE = 5
-"""Readings in a row before a collapse is told: a single batch may well have nothing for an expert."""
+"""Consecutive readings before a collapse is reported, since a single batch may have no tokens for an expert."""
 
 
 class RouterMonitor:
-    """Follows all routers of a mixture, of both kinds, through the logits that the model returns.
+    """Accumulates the choices of all routers of a mixture, of both kinds, from the logits that the model returns.
 
-    ``add`` the output of each forward pass that is to count, and ``read`` every so many steps. Between the two nothing
-    waits for the device. A dense model has no routers: nothing then costs anything, and readings are empty.
+    Call ``add`` with the output of each forward pass, and ``read`` every few steps. ``add`` does not wait for the
+    device. A dense model has no routers: ``add`` does nothing then, and readings are empty.
 
     Args:
         config: of the model.
         domains: their names, in the order of the numbers that batches hold.
 
     Attributes:
-        options: keyword arguments of the model's forward pass that make it return what ``add`` needs.
+        options: keyword arguments for the model's forward pass, so that it returns what ``add`` needs.
     """
 
     def __init__(self, config: Any, domains: Sequence[str]):
@@ -43,7 +43,7 @@ class RouterMonitor:
         self._kinds: list[_Kind] = []
         self._last = RouterReading([], [])
         self._streaks: dict[tuple[str, int, str], int] = {}
-        self._told: set[tuple[str, int, str]] = set()
+        self._reported: set[tuple[str, int, str]] = set()
         if config.model_type == "branchmix":
             self._experts = list(config.expert_names or map(str, range(config.num_experts)))
             size = (config.num_hidden_layers, len(self.domains), config.num_experts)
@@ -68,9 +68,9 @@ class RouterMonitor:
     def read(self, device: torch.device | None = None) -> RouterReading:
         """Return everything counted since the last reading, by all processes, and reset it.
 
-        With more than one process all have to call it. Sums are added over all processes and divided afterwards. Where
-        several processes see the same tokens (expert parallelism), these are counted several times in both, which
-        changes no share and no mean.
+        With more than one process all have to call it. Sums are added over all processes and divided afterwards. If
+        several processes see the same tokens (expert parallelism), these are counted several times in numerator and
+        denominator, which does not change shares and means.
 
         Args:
             device: of the process; needed if this process may not have counted anything yet.
@@ -82,19 +82,19 @@ class RouterMonitor:
                 self._streaks[key] = self._streaks.get(key, 0) + 1
             else:
                 self._streaks.pop(key, None)
-                self._told.discard(key)
+                self._reported.discard(key)
         self._last = reading
         return reading
 
     def collapsed(self) -> list[str]:
-        """As of the last reading, one line for each router that collapsed and stayed so for some readings in a row.
+        """One line for each router that has been collapsed for ``PATIENCE`` consecutive readings.
 
-        Each collapse is told once, and again only if the expert recovered in between.
+        Each collapse is reported once, and again only if the expert recovered in between.
         """
         collapsed: dict[tuple[str, int], list[str]] = {}
         for key, load, _ in self._last.loads():
-            if self._streaks.get(key, 0) >= PATIENCE and key not in self._told:
-                self._told.add(key)
+            if self._streaks.get(key, 0) >= PATIENCE and key not in self._reported:
+                self._reported.add(key)
                 kind, layer, expert = key
                 collapsed.setdefault((kind, layer), []).append(f"expert {expert} gets {100 * load:.1f} %")
         fair = f"fair: {100 / max(1, len(self._last.experts)):.0f} %"
@@ -109,7 +109,7 @@ class RouterMonitor:
 
 @dataclass(frozen=True)
 class RouterReading:
-    """What all routers did since the last reading; without routers, or when nothing was counted, of none."""
+    """The choices of all routers since the last reading; empty if there are no routers or nothing was counted."""
 
     experts: list[str]
     routers: list[RouterShares]
@@ -150,7 +150,7 @@ class RouterReading:
 
 @dataclass(frozen=True)
 class RouterShares:
-    """One router."""
+    """The choices of one router."""
 
     kind: str
     """``attention`` or ``ffn``."""
@@ -158,18 +158,18 @@ class RouterShares:
     load: list[float]
     """Share of each expert, summing to 1: of the top-k choices, or of the gates where all experts are chosen."""
     entropy: float
-    """Of the gates before top-k, mean over tokens, in nats; log E is uniform, 0 is always one expert alone."""
+    """Entropy of the gates before top-k, averaged over tokens, in nats: log E if uniform, 0 for a single expert."""
     by_domain: dict[str, list[float]] = field(default_factory=dict)
     """``load`` within each domain that occurred."""
 
     @property
     def entropy_share(self) -> float:
-        """``entropy`` as a share of the greatest possible one, log E."""
+        """``entropy`` as a share of its maximum, log E."""
         return self.entropy / math.log(len(self.load)) if len(self.load) > 1 else 1.0
 
     @property
     def max_over_mean(self) -> float:
-        """The greatest load, times E: 1 is perfect balance, E is one expert alone."""
+        """The largest load, times E: 1 for perfect balance, E for a single expert."""
         return max(self.load) * len(self.load)
 
 
@@ -179,9 +179,9 @@ class RouterShares:
 
 
 class _Kind:
-    """All routers of one kind, with their sums in one tensor.
+    """The sums of all routers of one kind, in one tensor.
 
-    Layers are counted together at the end of a forward pass: a handful of calls in all, rather than for each layer.
+    All layers are counted together, in a few calls, rather than layer by layer.
     """
 
     def __init__(self, name: str, output: str, top_k: int, num_layers: int, num_domains: int, num_experts: int):
@@ -194,7 +194,7 @@ class _Kind:
 
     @property
     def balanced(self) -> bool:
-        """Whether a loss balances it: soft routers have none."""
+        """Whether a loss balances it, which soft routers do not have."""
         return self.top_k < self.num_experts
 
     @torch.no_grad()
@@ -203,7 +203,7 @@ class _Kind:
         logits_LSE = torch.stack([logits.detach() for logits in output[self.output]])
         logits_LBTE = logits_LSE.unflatten(1, (len(domain_B), -1))
         gates_LBTE = logits_LBTE.softmax(-1)
-        # By softmax and top-k anew rather than from the router's gates, which may be normalised.
+        # Computed from the logits rather than from the router's gates, which may be normalised.
         load_LBTE = load_of(gates_LBTE, gates_LBTE.topk(self.top_k, dim=-1).indices if self.balanced else None)
         # For each token: its load, its entropy, and a one that counts it.
         entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)

@@ -1,6 +1,6 @@
 """One training run from its settings to the folder of the result: what ``branchmix train`` does.
 
-The order is that of cost: everything that can be refused is, in seconds, before data are read and a model is loaded.
+Cheap checks come first: whatever can be refused is refused within seconds, before data is read or a model is loaded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RunReport:
     record: dict[str, Any]
     """``training.json``; after a dry run the plan."""
     signal: int | None = None
-    """The signal that stopped it; the same command goes on from its last checkpoint."""
+    """The signal that stopped it; the same command resumes from its last checkpoint."""
     is_main: bool = True
     """Whether this process speaks for the run."""
 
@@ -59,17 +59,17 @@ def train(
     dry_run: bool = False,
     progress: bool = True,
 ) -> RunReport:
-    """Train a dense model or a mixture; which of them, the settings' ``model`` decides.
+    """Train the dense model or mixture that the settings name as ``model``.
 
-    The same call goes on from the last checkpoint of a run that was stopped, and does nothing for one that is done.
-    Under ``torchrun`` or ``accelerate launch`` every process calls it.
+    The same call resumes a stopped run from its last checkpoint, and does nothing if the run is done. Under
+    ``torchrun`` or ``accelerate launch`` every process calls it.
 
     Args:
         config: settings, or the path of their YAML file.
-        overrides: ``key=value`` over those of the file.
-        force: start anew, over what an earlier run left in the folder.
-        dry_run: check everything, read the data and the model, and tell what would be done.
-        progress: tell on stderr what goes on.
+        overrides: ``key=value`` settings that replace those of the file.
+        force: start over, replacing an earlier run in the folder.
+        dry_run: check everything, read data and model, and return the plan.
+        progress: report progress on stderr.
 
     Raises:
         BranchMixError: one of its kinds; ``TrainingError`` if the loss is not finite.
@@ -83,16 +83,16 @@ def train(
     if not isinstance(config, RunConfig):
         config = RunConfig.load(config, overrides)
     elif overrides:
-        raise RecipeError("overrides are for settings from a file: change the object instead")
+        raise RecipeError("overrides apply to settings from a file: change the object instead")
     process = Process()
     display = Display(shown=progress and process.is_main)
     folder = RunFolder(config)
-    if folder.look(config, force=force) == "finished":  # whatever has become of its model, data and disk since
+    if folder.look(config, force=force) == "finished":  # even if its model or data no longer exist
         record = folder.record()
         assert record is not None
         if process.is_main:
             folder.clean_up()
-        display.line(f"{folder.path}: this run is done already; --force would start it anew")
+        display.line(f"{folder.path}: this run is already done; use --force to start over")
         return RunReport(folder.path, "finished before", record, is_main=process.is_main)
     checked = check(config, folder, process, force=force)
     run = _Run(config, checked, folder, process, display, clock, force)
@@ -155,14 +155,16 @@ class _Run:
             if folder.look(self.config, force=self.force) != self.checked.state or (
                 checkpoint is not None and not checkpoint.is_dir()
             ):
-                raise OutputError(f"{folder.path}: another process has trained in it since this one began: start again")
+                raise OutputError(
+                    f"{folder.path}: another process has trained here since this one started: rerun the command"
+                )
             if checkpoint is None:
                 folder.clear()
             folder.write_run(fixed)
         self.process.wait()
         trainer = self._trainer(fixed, checkpoint, signals)
         if checkpoint is not None:
-            display.line(f"going on from {checkpoint}")
+            display.line(f"resuming from {checkpoint}")
         try:
             trainer.train(checkpoint)
         finally:
@@ -218,7 +220,7 @@ class _Run:
         reshard(self.model)
 
     def _training_text(self, source: Source) -> Iterator[str]:
-        """Documents for a tokenizer, without those that are held out."""
+        """Documents to train a tokenizer on, without the held-out ones."""
         from branchmix.data.sources import documents, is_held_out
 
         texts = documents(source, folder=self.config.folder, leave_out=self.folder.path)
@@ -249,7 +251,7 @@ class _Run:
         self.flops = token_flops(described, config.sequence_length, *trained_parts(self.model))
 
     def _fix_steps(self, checkpoint: Path | None) -> dict[str, Any]:
-        """What stays as it is from the first start of the run on: ``run.json``."""
+        """The content of ``run.json``: what is fixed when the run first starts."""
         config = self.config
         if checkpoint is not None:
             record = self.folder.record()
@@ -270,18 +272,18 @@ class _Run:
         }
 
     def _changes(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Domains whose text is not what it was when the run began: said, since the sequences are others then."""
+        """Domains whose text has changed since the run started, for ``run.json``; prints a note for each."""
         before, after = record.get("text", {}), self.corpus.fingerprints()
         changed = [name for name in before if after.get(name) != before[name]]
         for name in changed:
             self.display.line(
-                f"note: data.{name}: its text has changed since this run began: from here on the sequences are not "
-                "those that it would have seen"
+                f"note: data.{name}: its text has changed since this run started: from now on, the run trains on other "
+                "sequences than an uninterrupted one"
             )
         return {"changed": changed} if changed else {}
 
     def _steps_in_time(self) -> int:
-        """Steps that fit into a budget of time, evaluations put aside."""
+        """Steps that fit into a budget of time, after subtracting the time for evaluations."""
         import torch
 
         from branchmix.train.measure import held_out_losses, seconds_per_step
@@ -312,13 +314,13 @@ class _Run:
             torch.distributed.broadcast(steps, 0)
         if not int(steps):
             raise RecipeError(
-                f"budget.{key}: {max(0.0, left):.1f} s of it are left for training, and a step takes {per_step:.1f} s: "
-                "raise it"
+                f"budget.{key}: only {max(0.0, left):.1f} s of it are left for training, but a step takes "
+                f"{per_step:.1f} s: raise it"
             )
         return int(steps)
 
     def _plan(self, fixed: dict[str, Any]) -> dict[str, Any]:
-        """What will be done, for people and for ``training.json``; prepares the sequences."""
+        """Prepare the sequences; returns the plan, for the user and for ``training.json``."""
         config, steps = self.config, fixed["steps"]
         self.sequences = self.corpus.train(
             config.mix,
@@ -402,7 +404,7 @@ class _Run:
         )
 
     def _finish(self, trainer: BranchTrainer, fixed: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
-        """The result in its folder, ``training.json`` with it; checkpoints go."""
+        """Write the result and ``training.json`` into the folder, and remove the checkpoints."""
         config = self.config
         rows = trainer.tools.metrics.rows() if self.process.is_main else []
         losses = last_values(rows, "loss/")
@@ -440,7 +442,7 @@ class _Run:
         return record
 
     def _write_average(self, trainer: BranchTrainer) -> None:
-        """The moving average beside the result, in a folder that moves there with it."""
+        """Write the moving average into a folder that will be moved next to the result."""
         from branchmix.train import model_files
 
         if trainer.ema is None:
@@ -451,4 +453,4 @@ class _Run:
             if self.process.is_main:
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir()
-                model_files.write(trainer.model, trainer.processing_class, weights, place, to_go_on=False)
+                model_files.write(trainer.model, trainer.processing_class, weights, place, resumable=False)

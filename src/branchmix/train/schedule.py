@@ -1,4 +1,4 @@
-"""How many steps a budget buys, what a step costs, and the learning rate of each step. Plain numbers, no torch."""
+"""The number of steps in a budget, the cost of a step, and the learning rate of each step. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from branchmix.train.config import Budget, LearningRate, RunConfig
 
 @dataclass(frozen=True)
 class Batching:
-    """A global batch, cut for the processes."""
+    """How a global batch is divided among processes and micro-batches."""
 
     sequences: int
-    """Of one optimizer step, all processes together."""
+    """Sequences in one optimizer step, over all processes."""
     micro: int
-    """That one process computes at once."""
+    """Sequences that a process computes at once."""
     accumulation: int
-    """Micro-batches that one process computes in a step."""
+    """Micro-batches that a process computes in a step."""
 
     @classmethod
     def of(cls, config: RunConfig, num_processes: int) -> Batching:
-        """Raises RecipeError for a batch that the processes cannot share equally."""
+        """Divide the batch of ``config``; raises RecipeError if the processes cannot share it equally."""
         if config.batch_size % num_processes:
             raise RecipeError(
                 f"batch_size is {config.batch_size}, which {num_processes} processes cannot share equally: make it a "
@@ -40,7 +40,7 @@ class Batching:
 
 
 def warmup_steps(warmup: float, num_steps: int) -> int:
-    """Steps below the peak: a share of all below 1, else a number; never all of them."""
+    """Number of steps below the peak, fewer than all; ``warmup`` is a share of all steps if below 1."""
     wanted = round(warmup * num_steps) if warmup < 1 else round(warmup)
     return min(wanted, num_steps - 1)
 
@@ -48,7 +48,7 @@ def warmup_steps(warmup: float, num_steps: int) -> int:
 def rate_at(step: int, num_steps: int, rate: LearningRate) -> float:
     """Share of the peak at a step, counted from 0: linear up to 1, then a cosine down to ``rate.final`` at the last.
 
-    The first step already learns: with n warm-up steps its rate is 1 / (n + 1) of the peak.
+    The first step's rate is not zero: with n warm-up steps it is 1 / (n + 1) of the peak.
     """
     warmup = warmup_steps(rate.warmup, num_steps)
     if step < warmup:
@@ -58,10 +58,10 @@ def rate_at(step: int, num_steps: int, rate: LearningRate) -> float:
 
 
 def steps_of(budget: Budget, tokens_per_step: int, flops_per_step: int | None) -> int | None:
-    """Steps that a budget buys, at least one and never more than it pays for; None for time: steps are measured.
+    """Number of whole steps in a budget, at least one; None for a budget of time, whose steps must be measured.
 
     Raises:
-        RecipeError: a budget of FLOPs for a model whose FLOPs are not known, or one that is too small for a step.
+        RecipeError: the budget is in FLOPs and the model's FLOPs are unknown, or it is too small for a step.
     """
     if budget.is_time:
         return None
@@ -83,13 +83,13 @@ def steps_of(budget: Budget, tokens_per_step: int, flops_per_step: int | None) -
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """What one token costs. A multiply-add is 2; the conventions are those of ``branchmix.accounting``."""
+    """FLOPs of one token, as ``branchmix.accounting`` counts them: a multiply-add is 2."""
 
     forward: int
     training: int
-    """Forward, the same again for the gradients of activations, and once more for the gradients of weights, of those
-    matrices only that are trained; and the products of LoRA's own matrices. What gradient checkpointing computes a
-    second time is not counted, nor are the weight products of adapters, which do not grow with the tokens."""
+    """Forward; as much again for the gradients of activations; as much for the gradients of the weights that are
+    trained; and the products with LoRA's matrices. Recomputation by gradient checkpointing is not counted, nor are the
+    weight products of adapters, which do not depend on the number of tokens."""
 
 
 def token_flops(
@@ -100,9 +100,8 @@ def token_flops(
     Args:
         config: of the model, as in config.json.
         context: tokens of a sequence. Documents packed into one are shorter, so this is an upper bound.
-        trained: share of the parameters of ``attention``, ``ffn``, ``routers`` and ``lm_head`` that is trained; all if
-            None.
-        lora_parameters: of LoRA's matrices.
+        trained: trained share of the parameters of ``attention``, ``ffn``, ``routers`` and ``lm_head``; all if None.
+        lora_parameters: number of parameters in LoRA's matrices.
     """
     try:
         flops = flops_per_token(config, context)
@@ -119,17 +118,17 @@ def token_flops(
 
 
 ADAMW_FLOPS = 14
-"""Of one parameter in one step: 1 for weight decay, 3 and 4 for the two moments, 3 for the root of the second with its
-correction and epsilon, 3 for the step."""
+"""FLOPs of one parameter in one step: 1 for weight decay, 3 and 4 for the two moments, 3 for the root of the second
+with its correction and epsilon, 3 for the step."""
 CLIPPING_FLOPS = 3
-"""Of one gradient: 2 for the length of all, 1 to shorten it."""
+"""FLOPs of one gradient: 2 for the norm, 1 to scale it."""
 
 
 def optimizer_flops(num_trained: int, *, clips: bool = True) -> int:
-    """FLOPs of one optimizer step (AdamW) on so many parameters.
+    """FLOPs of one optimizer step (AdamW).
 
     Args:
-        num_trained: parameters that are trained.
+        num_trained: number of trained parameters.
         clips: whether gradients are clipped (``max_grad_norm``).
     """
     return num_trained * (ADAMW_FLOPS + (CLIPPING_FLOPS if clips else 0))

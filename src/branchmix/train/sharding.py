@@ -1,10 +1,10 @@
-"""One run on many processes: what ``parallel`` means to transformers, and what it cannot mean.
+"""One run on many processes: how ``parallel`` translates to transformers, and what it cannot do.
 
-Without it every process holds the whole model (DDP). Both of its keys are transformers' own: ``fsdp`` is FSDP2, where a
-process reads and keeps its share of every weight; with ``expert_parallel`` it keeps a part of the FFN experts whole,
-tokens travel to their experts and back, and all other weights are sharded as in FSDP2. (accelerate's FSDP2 would do for
-the first, but on CPUs it becomes DDP without a word, so nothing of it could be tested without GPUs.) A single process
-does what it would do without, and may go on with the run. Refusals come before anything heavy: torch is imported late.
+By default, every process holds the whole model (DDP). With ``fsdp`` (FSDP2) a process reads and keeps its share of
+every weight. With ``expert_parallel`` it keeps some of the FFN experts whole, tokens travel to their experts and back,
+and all other weights are sharded as in FSDP2. Both are implemented by transformers. (accelerate's FSDP2 silently
+becomes DDP on CPUs, so it could not be tested without GPUs.) A single process ignores these settings, and can resume
+such a run. Checks come before anything slow, so torch is imported late.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from branchmix.train.outputs import RunFolder
 
 
 def require_possible(config: RunConfig, described: dict[str, Any], num_processes: int) -> None:
-    """Refuse what many processes cannot do.
+    """Refuse settings that cannot be combined with many processes.
 
     Args:
         config: of the run.
@@ -29,7 +29,7 @@ def require_possible(config: RunConfig, described: dict[str, Any], num_processes
         num_processes: of the run.
 
     Raises:
-        RecipeError: says which key.
+        RecipeError: names the setting.
     """
     parallel = config.parallel
     if parallel.expert_parallel and described.get("ffn") != "experts":
@@ -37,11 +37,13 @@ def require_possible(config: RunConfig, described: dict[str, Any], num_processes
     if num_processes == 1 or not (parallel.fsdp or parallel.expert_parallel):
         return
     if config.budget.is_time:
-        raise RecipeError("budget: steps of a sharded model are not measured beforehand: give tokens or steps")
+        raise RecipeError("budget: a sharded model's time per step is not measured: give tokens or steps")
     if parallel.expert_parallel:
         if config.lora or config.adapters:
             key = "lora" if config.lora else "adapters"
-            raise RecipeError(f"parallel.expert_parallel: {key} cannot be added to experts that are spread: use fsdp")
+            raise RecipeError(
+                f"parallel.expert_parallel: {key} does not work with experts that are spread over processes: use fsdp"
+            )
         if _processes_of_experts(described["num_experts"], num_processes) == 1:
             raise RecipeError(
                 f"parallel.expert_parallel: {described['num_experts']} experts cannot be spread equally over "
@@ -50,12 +52,12 @@ def require_possible(config: RunConfig, described: dict[str, Any], num_processes
 
 
 def _processes_of_experts(num_experts: int, num_processes: int) -> int:
-    """Over so many the experts are spread; each of these groups has all of them."""
+    """Number of processes in a group that together holds all experts."""
     return gcd(num_experts, num_processes)
 
 
 def loading_options(config: RunConfig, described: dict[str, Any], num_processes: int) -> dict[str, Any]:
-    """What ``from_pretrained`` has to know, so that a process reads nothing but its part."""
+    """Options for ``from_pretrained`` that make a process read only its part."""
     if num_processes == 1 or not (config.parallel.fsdp or config.parallel.expert_parallel):
         return {}
     from transformers.distributed import DistributedConfig
@@ -65,9 +67,9 @@ def loading_options(config: RunConfig, described: dict[str, Any], num_processes:
 
 
 def shard_new(model: Any, config: RunConfig, num_processes: int) -> Any:
-    """A new model, of the same weights on every process, as ``from_pretrained`` shards it: through a folder beside OUT.
+    """Shard a new model, whose weights are the same on every process, by saving it next to OUT and loading it sharded.
 
-    Sharding it in memory would take tied embeddings apart.
+    Sharding it in memory would untie tied embeddings.
     """
     options = loading_options(config, {}, num_processes)
     if not options:
@@ -90,10 +92,10 @@ def shard_new(model: Any, config: RunConfig, num_processes: int) -> Any:
 
 
 def reshard(model: Any) -> None:
-    """Give back what forward passes without a backward have left whole.
+    """Shard weights again that a forward pass without a backward pass left gathered.
 
-    FSDP2 keeps the root's weights gathered after a forward pass, as the backward needs them at once. An optimizer that
-    is made then, or asked for its state by the names of parameters, would meet other tensors than the sharded ones.
+    FSDP2 keeps the root's weights gathered after a forward pass, because the backward pass needs them first. An
+    optimizer that is created then, or whose state is read by parameter names, would see the gathered tensors.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -103,9 +105,9 @@ def reshard(model: Any) -> None:
 
 
 def leave_group() -> None:
-    """End this process's part in a run of many: when all have arrived, the process group is taken down.
+    """Wait for all processes of a run, then destroy the process group.
 
-    A model that outlives its group, or a process whose peers have gone, aborts now and then in gloo's threads.
+    A model that outlives its group, or a process whose peers are gone, sometimes aborts in gloo's threads.
     """
     from torch import distributed
 

@@ -14,14 +14,14 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 ECHO_SECONDS = 1.0
-"""A Ctrl-C that comes this soon after the first is the same one: torchrun forwards what the terminal sent already."""
+"""A Ctrl-C this soon after the first is the same one: torchrun forwards what the terminal has already sent."""
 
 
 class StopSignals:
-    """Holds the signals that ask a run to stop, from ``with`` to its end; handlers are put back afterwards.
+    """Handles the signals that ask a run to stop, inside a ``with`` block; afterwards, handlers are restored.
 
-    Outside of ``deferred`` there is nothing to save: the first signal raises ``KeyboardInterrupt`` at once, whatever
-    it was. Inside (``SafeTrainer.train``), it is only noted in ``received``, for the trainer to act on.
+    Outside of ``deferred`` there is nothing to save, so the first signal of either kind raises ``KeyboardInterrupt``.
+    Inside (``SafeTrainer.train``), it is only stored in ``received``, for the trainer to act on.
 
     Attributes:
         received: number of the first signal, or None. A shell expects the exit code 128 + this number.
@@ -45,7 +45,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals wait in ``received`` while this lasts."""
+        """Only store signals in ``received`` inside the block."""
         before, self._deferring = self._deferring, True
         try:
             yield
@@ -60,9 +60,9 @@ class StopSignals:
         if not self._deferring:
             raise KeyboardInterrupt
         if first:
-            # Not print(): the signal may have arrived inside one, and buffered streams refuse to be entered twice.
-            again = "; Ctrl-C again stops at once, without it" if number == signal.SIGINT else ""
-            line = f"\n{signal.Signals(number).name}: one more step, a checkpoint, then the end{again}\n"
+            # Not print(): the signal may have interrupted one, and buffered streams are not reentrant.
+            again = "; press Ctrl-C again to stop without one" if number == signal.SIGINT else ""
+            line = f"\n{signal.Signals(number).name}: finishing this step and writing a checkpoint{again}\n"
             with suppress(OSError):
                 os.write(2, line.encode())
         elif number == signal.SIGINT and now - self._since >= ECHO_SECONDS:

@@ -1,8 +1,8 @@
-"""transformers' ``Trainer`` for packed sequences of several domains: their order, losses by domain, routers, notices.
+"""transformers' ``Trainer`` for packed sequences of several domains, with losses by domain and router metrics.
 
-What it leaves to ``Trainer`` and accelerate: accumulation, clipping, AdamW, DDP and FSDP2, loggers. What differs:
-sequences come in the order of the data set, whatever the number of processes; the schedule's first step already learns;
-and autocast is entered here (accelerate's would copy all logits to fp32 once more).
+``Trainer`` and accelerate do accumulation, clipping, AdamW, DDP, FSDP2 and loggers. Three things differ: sequences come
+in the data set's order for any number of processes; the schedule's first step has a learning rate above zero; and
+autocast is entered here, since accelerate's would copy all logits to fp32 once more.
 Shapes: B sequences, T tokens.
 """
 
@@ -46,13 +46,13 @@ class Instruments:
     """Sequences by domain."""
     batching: Batching
     packing: Packing
-    """How documents are kept apart in this model."""
+    """How this model separates packed documents."""
 
 
 def training_arguments(
     config: RunConfig, out: str, batching: Batching, num_steps: int, peak_rate: float, computing: Computing
 ) -> TrainingArguments:
-    """A run as transformers' ``Trainer`` has it. Schedule, autocast, saving and evaluation are not its business."""
+    """``Trainer``'s arguments for a run. Schedule, autocast and saving are not among them."""
     optimizer = config.optimizer
     arguments = TrainingArguments(
         output_dir=out,
@@ -100,7 +100,7 @@ class BranchTrainer(SafeTrainer):
         model = options["model"]
         kept = model.config.__dict__.get("use_cache")
         super().__init__(data_collator=collate, eval_dataset=instruments.held_out, **options)
-        # Trainer writes its own wish into the config, which would be saved; passes here say it themselves.
+        # Trainer sets use_cache in the config, which would be saved; forward passes here set it themselves.
         if kept is None:
             model.config.__dict__.pop("use_cache", None)
         else:
@@ -121,7 +121,7 @@ class BranchTrainer(SafeTrainer):
     # -----------------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As usual; its time is what the run waits for data."""
+        """Unchanged, but its time counts as waiting for data."""
         parent = super().get_batch_samples
         return self.tools.clock.waiting(lambda: parent(*args, **kwargs))
 
@@ -143,11 +143,11 @@ class BranchTrainer(SafeTrainer):
         return (loss, output) if return_outputs else loss
 
     def describe_batch(self) -> str:
-        """For the message of a run whose loss is no number: the domains that it is none on, or all of the batch."""
+        """Domains whose loss is not finite, or all domains in the batch, for the error message."""
         return ", ".join(self.tools.loss.not_finite() or self.tools.loss.last_domains())
 
     def extra_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The moving average, if there is one."""
+        """State of the moving average, if there is one."""
         return ({}, {}) if self.ema is None else (self.ema.state(), {})
 
     def load_extra_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
@@ -155,12 +155,12 @@ class BranchTrainer(SafeTrainer):
             self.ema.load_state(tensors)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Counted by ``branchmix.accounting`` instead."""
+        """Zero, since ``branchmix.accounting`` counts FLOPs."""
         return 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Linear warm-up, cosine to a share of the peak (BAM section 5). The model has its final form by now, sharded
-        or not, and a checkpoint is not read yet: so the moving average begins here too."""
+        """Linear warm-up, cosine to a share of the peak (BAM section 5). Also starts the moving average, because here
+        the model is in its final form, sharded or not, and no checkpoint has been read yet."""
         if self.run.ema is not None:
             self.ema = Ema(self.model, self.run.ema)
         scheduler: Any = getattr(self, "lr_scheduler", None)
@@ -175,7 +175,7 @@ class BranchTrainer(SafeTrainer):
     # -----------------------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """A row is written with every checkpoint too, so that a resumed run has lost no numbers."""
+        """Also write a row with every checkpoint, so that a resumed run loses no metrics."""
         self.control.should_log |= self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -184,7 +184,7 @@ class BranchTrainer(SafeTrainer):
         self.tools.clock.paused(lambda: parent(*args, **kwargs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One row for the file, the display and the loggers. ``Trainer``'s summary at the end is left out."""
+        """Send a row to the file, the display and the loggers, but not ``Trainer``'s summary at the end."""
         if "learning_rate" not in logs:
             return
         tools, step = self.tools, self.state.global_step
@@ -223,7 +223,7 @@ class BranchTrainer(SafeTrainer):
         self.control: Any = self.callback_handler.on_log(self.args, self.state, self.control, values)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss by domain at this step, in nats a token, written as a row. A collective call."""
+        """Measure held-out loss by domain at this step, in nats per token, and write it as a row. A collective call."""
         tools, step = self.tools, self.state.global_step
         if not tools.held_out:
             return {}
@@ -249,7 +249,7 @@ class BranchTrainer(SafeTrainer):
 
 
 class _Moments(TrainerCallback):
-    """When a ``BranchTrainer`` starts, shows a step, and stops."""
+    """Updates display, clock and moving average when training starts, ends a step, and stops."""
 
     def __init__(self, trainer: BranchTrainer):
         self.trainer = trainer

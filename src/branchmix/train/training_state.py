@@ -1,7 +1,7 @@
-"""What a run needs besides its weights, as tensors (safetensors) and JSON: no pickle is written or read.
+"""What a run needs to resume besides its weights, as tensors (safetensors) and JSON; nothing is pickled.
 
-Random numbers of a process, and the state of an optimizer by the names of its parameters, whole on the main process,
-so that one format serves one process, DDP, FSDP2, expert parallelism and another number of processes.
+These are each process's random number generators, and the optimizer's state by parameter name. The state is gathered on
+the main process, so that one format works for one process, DDP, FSDP2, expert parallelism and any number of processes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch.distributed.tensor import DTensor
 from branchmix.errors import CheckpointError
 
 OF_THE_MACHINE = ("fused", "foreach", "capturable", "differentiable")
-"""Options of a parameter group that say how to compute, not what: those of the run that goes on are kept."""
+"""Options of a parameter group that say how to compute, not what; a resumed run uses its own."""
 
 
 def random_numbers() -> dict[str, torch.Tensor]:
-    """The states of all generators of this process: Python's, numpy's, torch's on the CPU and on its accelerator."""
+    """States of this process's random number generators: Python, numpy, torch on the CPU and on its accelerator."""
     version, words, gauss = random.getstate()
     legacy: Any = np.random.get_state()
     kind, keys, position, has_gauss, cached = legacy
@@ -48,7 +48,7 @@ def random_numbers() -> dict[str, torch.Tensor]:
 
 
 def set_random_numbers(state: dict[str, torch.Tensor]) -> None:
-    """Puts ``random_numbers`` back; those of devices that are not there are passed over."""
+    """Restore ``random_numbers``, except for devices that do not exist here."""
     random.setstate((3, tuple(state["python"].tolist()), *(state["python_gauss"].tolist() or [None])))
     *keys, position, has_gauss = state["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
@@ -61,12 +61,12 @@ def set_random_numbers(state: dict[str, torch.Tensor]) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some parameter is spread over processes."""
+    """Whether any parameter is sharded over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict, whole; of a sharded model on the main process only, and all processes have to call."""
+    """The whole state dict; for a sharded model on the main process only, and all processes have to call it."""
     if not is_sharded(model):
         return dict(model.state_dict())
     whole: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -74,7 +74,7 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Copies whole weights into the model; for a sharded model the main process gives them, and all have to call."""
+    """Copy whole weights into the model; for a sharded model the main process has them, and all have to call it."""
     if not is_sharded(model):
         model.load_state_dict(weights, strict=False)
         return
@@ -85,7 +85,7 @@ def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by ``KEY/PARAMETER``, and the rest for JSON; empty on all but the main process, and all have to call."""
+    """Tensors by ``KEY/PARAMETER``, and the rest for JSON, on the main process only. All processes have to call it."""
     if not optimizer.state:  # before the first step; get_optimizer_state_dict would make one of zeros
         return {}, {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -108,7 +108,7 @@ def optimizer_state(
 def set_optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], rest: dict[str, Any]
 ) -> None:
-    """Puts ``optimizer_state`` back; the main process gives it, all have to call.
+    """Restore ``optimizer_state``, which the main process has. All processes have to call it.
 
     Raises:
         CheckpointError: the optimizer has other parameters than the one that was saved.
@@ -122,7 +122,7 @@ def set_optimizer_state(
     if ours != theirs:
         raise CheckpointError(
             f"the checkpoint trained {len(theirs)} tensors and this run trains {len(ours)}, such as "
-            f"{sorted(ours ^ theirs)[0]} in one of them only: go on with the run's own settings, or start anew"
+            f"{sorted(ours ^ theirs)[0]} in one of them only: resume with the run's own settings, or start over"
         )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_world_size() > 1, strict=False)
     whole: dict[str, Any] = {}
@@ -133,13 +133,13 @@ def set_optimizer_state(
             state.setdefault(name, {})[key] = tensor
         whole = {"state": state, "param_groups": _groups(optimizer, names, rest["groups"])}
     set_optimizer_state_dict(model, optimizer, whole, options=options)
-    # The library makes a state for every parameter; one that never had a gradient has none, and starts at its first.
+    # The library creates a state for every parameter, but one that never had a gradient must not have any yet.
     for name in ours - set(rest["with_state"]):
         optimizer.state.pop(named[name], None)
 
 
 def set_scheduler_state(scheduler: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Puts a scheduler's state back, after the optimizer's, which knows the rates of its groups now."""
+    """Restore a scheduler's state, after the optimizer's, which by now has the rates of its groups."""
     groups = optimizer.param_groups
     if len(state.get("base_lrs", groups)) != len(groups):  # saved by another number of processes
         rates = {"base_lrs": [group["initial_lr"] for group in groups], "_last_lr": [group["lr"] for group in groups]}
@@ -150,9 +150,9 @@ def set_scheduler_state(scheduler: Any, optimizer: torch.optim.Optimizer, state:
 def _groups(
     optimizer: torch.optim.Optimizer, names: dict[int, str], theirs: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Groups as this optimizer has them (expert parallelism splits them), each with the options its first one had.
+    """This optimizer's groups (expert parallelism splits them), with the saved options of each group's first parameter.
 
-    JSON knows no tuples, and how to compute is this machine's business.
+    Lists from JSON become tuples again, and options on how to compute are this machine's.
     """
     options_of = {name: group for group in theirs for name in group["params"]}
     groups = []
