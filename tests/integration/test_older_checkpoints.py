@@ -16,7 +16,7 @@ from transformers import AutoConfig
 import branchmix
 from branchmix.accounting import inspect
 from branchmix.checkpoint.rotary import rope_of
-from branchmix.models.configuration_branchmix import CODE_FILES
+from branchmix.upcycling.execute import CODE_FILES
 from families import BY_NAME, NAMES
 from mixtures import close, load, mixtures_of_0_1, recipe, tokens
 
@@ -161,4 +161,4 @@ def test_a_mixture_of_0_1_loads_trains_and_changes(name: str, tmp_path: Path) ->
     branchmix.remove_expert(folder, "expert-1", tmp_path / "fewer")
     load(tmp_path / "fewer")(ids)
     for written in (tmp_path / "again", tmp_path / "fewer"):
-        assert {file.name for file in written.glob("*.py")} == set(CODE_FILES)
+        assert {file.name for file in written.glob("*.py")} == {file.name for file in CODE_FILES}

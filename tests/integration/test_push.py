@@ -19,7 +19,7 @@ from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.errors import CheckpointError, OutputError, RecipeError
 from hub_server import Hub, Repository, environment_for
-from mixtures import recipe
+from mixtures import mixtures_of_0_1, recipe
 from tokenizers_of_bytes import save_byte_tokenizer
 
 Siblings = Callable[..., dict[str, Path]]
@@ -50,6 +50,15 @@ def results(tmp_path: Path) -> Path:
 
 def front(card: str) -> dict[str, Any]:
     return dict(yaml.safe_load(card.split("---")[1]))
+
+
+@pytest.mark.parametrize("name", ["plain", "one_router"])
+def test_a_mixture_of_an_older_version_goes_up_with_its_own_code(name: str, tmp_path: Path) -> None:
+    """All of it: its modeling file imports a module that this version does not have."""
+    folder = mixtures_of_0_1(tmp_path)[name]
+    uploaded = {file.name: file.content for file in branchmix.push(folder, "org/bam", dry_run=True).files}
+    code = {file.name: file for file in folder.glob("*.py")}
+    assert "streams_branchmix.py" in code and code.items() <= uploaded.items()
 
 
 def test_a_dry_run_tells_everything_and_asks_nobody(

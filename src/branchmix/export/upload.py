@@ -146,9 +146,8 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
     files = [Upload(file.name, rewritten(file) or file) for file in present]
     files += [Upload(file.name, file) for file in index.files]
     if is_mixture:
-        code = Path(__file__).parent.parent / "models"
-        for name in CODE_FILES:
-            files.append(Upload(name, folder / name if (folder / name).is_file() else code / name))
+        own = sorted(folder.glob("*_branchmix.py"))  # an older version may have had other files
+        files += [Upload(file.name, file) for file in own or CODE_FILES]
     if provenance is not None:
         text = json.dumps(without_paths(provenance), indent=2, ensure_ascii=False) + "\n"
         files.append(Upload("branchmix.json", text.encode()))

@@ -9,18 +9,6 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-CODE_FILES = (
-    "attention_branchmix.py",
-    "chunked_branchmix.py",
-    "configuration_branchmix.py",
-    "experts_branchmix.py",
-    "linear_branchmix.py",
-    "losses_branchmix.py",
-    "modeling_branchmix.py",
-    "routing_branchmix.py",
-)
-"""The code files that are saved with every checkpoint."""
-
 AUTO_MAP = {
     "AutoConfig": "configuration_branchmix.BranchMixConfig",
     "AutoModel": "modeling_branchmix.BranchMixModel",

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, widen_attention
 from .chunked_branchmix import AUTOMATIC, CHUNKED
-from .configuration_branchmix import CODE_FILES, BranchMixConfig
+from .configuration_branchmix import BranchMixConfig
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .losses_branchmix import router_losses
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
@@ -182,8 +182,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         """As usual, and save this code next to the weights, so that the folder loads without branchmix installed."""
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
-            for name in CODE_FILES:
-                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
+            for file in Path(__file__).parent.glob("*_branchmix.py"):
+                shutil.copyfile(file, Path(save_directory) / file.name)
 
     def get_input_embeddings(self) -> nn.Module:
         return self._family.get_input_embeddings()

@@ -32,16 +32,8 @@ from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
 if TYPE_CHECKING:
     from branchmix.upcycling.verify import Verification
 
-CODE_FILES = (
-    "attention_branchmix.py",
-    "chunked_branchmix.py",
-    "configuration_branchmix.py",
-    "experts_branchmix.py",
-    "linear_branchmix.py",
-    "losses_branchmix.py",
-    "modeling_branchmix.py",
-    "routing_branchmix.py",
-)
+CODE_FILES = tuple(sorted((Path(__file__).parent.parent / "models").glob("*_branchmix.py")))
+"""The model's code, which is saved with every mixture."""
 
 _COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 """What comes along from the seed, if it is there."""
@@ -197,8 +189,8 @@ def _write_companions(
         if (companions / name).is_file():
             _copy_companion(companions / name, folder / name)
     if not plan.is_dense:
-        for name in CODE_FILES:
-            shutil.copyfile(Path(__file__).parent.parent / "models" / name, folder / name)
+        for file in CODE_FILES:
+            shutil.copyfile(file, folder / file.name)
     versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
     record = {"versions": versions, **provenance, "notes": list(plan.notes)}
     write_json(folder / "branchmix.json", record)
