@@ -125,7 +125,7 @@ def test_a_new_start_removes_what_a_run_left_and_nothing_else(tmp_path: Path) ->
     folder.clear()
     assert sorted(file.name for file in folder.path.iterdir()) == ["diary.txt", "experts", "log.txt", "run.yaml"]
     assert (folder.path / "experts" / "code" / "config.json").exists()
-    with pytest.raises(OutputError, match="no folder of a run"):
+    with pytest.raises(OutputError, match="not the folder of a run"):
         folder.look(run, force=True)
     folder.clear()
     assert (folder.path / "diary.txt").exists()
@@ -134,7 +134,7 @@ def test_a_new_start_removes_what_a_run_left_and_nothing_else(tmp_path: Path) ->
 def test_a_record_of_another_program_is_no_run(tmp_path: Path) -> None:
     run = config(out=str(tmp_path))
     write_json(tmp_path / "run.json", {"config": {"lr": 1}})
-    with pytest.raises(OutputError, match="no folder of a run"):
+    with pytest.raises(OutputError, match="not the folder of a run"):
         RunFolder(run).look(run, force=True)
 
 
