@@ -200,7 +200,7 @@ def test_a_checkpoint_is_a_mixture_and_goes_on_exactly(name: str, tmp_path: Path
                 module.weight.mul_(1.1)
         adapted = model(ids).logits
     (tmp_path / TRAINING).mkdir()
-    model_files.write(model, None, model_files.gather(model), tmp_path, to_go_on=True)
+    model_files.write(model, None, model_files.gather(model), tmp_path, resumable=True)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, adapted)
     resumed = copy.deepcopy(start)
@@ -292,7 +292,7 @@ for name, parameter in sharded.named_parameters():
 assert not grads
 weights, folder = model_files.gather(sharded), Path(sys.argv[2])
 if dist.get_rank() == 0:
-    model_files.write(sharded, None, weights, folder, to_go_on=True)
+    model_files.write(sharded, None, weights, folder, resumable=True)
     fresh = random_mixture("gpt2", "kv_sharing")
     adapters.add(fresh)
     model_files.read(fresh, folder)  # sharded before, by one process now

@@ -99,7 +99,7 @@ def test_layers_that_are_not_there(target: str, words: str) -> None:
 
 
 def test_mixtures_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"^lora: the branchmix model is a mixture, .* remove lora and give adapters"):
+    with pytest.raises(RecipeError, match=r"^lora: the branchmix model is a mixture, .* remove lora, and use adapters"):
         lora.add(random_mixture("llama"), Lora())
 
 
