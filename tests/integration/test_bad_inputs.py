@@ -380,7 +380,7 @@ COMMANDS = [
          args=lambda i: ["generate", "./none", "hi"]),
     Case("generate: no tokenizer", "models/seed: has no tokenizer files | copy",
          lambda i: (i.seed / "tokenizer.json").unlink(), args=lambda i: ["generate", str(i.seed), "hi"]),
-    Case("generate: bad dtype", "--dtype int3 | none of auto, bfloat16",
+    Case("generate: bad dtype", "--dtype int3 | give auto, bfloat16",
          args=lambda i: ["generate", str(i.seed), "hi", "--dtype", "int3"]),
     Case("generate: empty prompt", "PROMPT is empty | give some text", args=lambda i: ["generate", str(i.seed), ""]),
     Case("generate: broken tokenizer", "models/seed: transformers cannot load it",

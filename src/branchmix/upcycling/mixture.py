@@ -95,12 +95,12 @@ class OpenedMixture:
         for layer in range(dims.num_layers):
             block = f"model.{family.layers}.{layer}"
             attention, ffn = f"{block}.{family.attention}", f"{block}.{family.ffn}"
-            for router in shape.routers.values():
-                yield f"{block}.{router}", (count, width)
             if self.has_attention_experts:
                 for role, rows in (("q", query), ("k", shared), ("v", shared)):
                     yield f"{attention}.heads.{role}_proj.weight", (rows, width)
                 yield f"{attention}.o_proj.weight", (width, query)
+            for router in shape.routers.values():
+                yield f"{block}.{router}", (count, width)
             if self.has_ffn_experts:
                 for number in range(count):
                     for matrix in FFN_NAMES[family.gate is not None]:
