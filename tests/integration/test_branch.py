@@ -336,8 +336,8 @@ def test_nothing_is_written_when_it_cannot_work(tmp_path: Path) -> None:
     assert not (tmp_path / "experts").exists()
 
 
-def test_the_board_shows_what_runs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from branchmix.train import board
+def test_the_display_shows_what_runs_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from branchmix.train import job_display
     from branchmix.train.launch import Job
 
     out = tmp_path / "code"
@@ -346,7 +346,7 @@ def test_the_board_shows_what_runs_say(tmp_path: Path, monkeypatch: pytest.Monke
     rows = [row, {"step": 1000, "held_out/code": 1.0}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10')
     state = JobState(Job("code", ["true"], out / "log.txt"), status="running")
-    assert board._line(state) == "code: step 1,000 of 2,000, loss 2.500, tokens/s 12,346, left 1:01:40"
+    assert job_display._line(state) == "code: step 1,000 of 2,000, loss 2.500, tokens/s 12,346, left 1:01:40"
     assert (
-        board._line(JobState(Job("law", ["true"], tmp_path / "law" / "log.txt"), status="running")) == "law: starting"
+        job_display._line(JobState(Job("law", ["true"], tmp_path / "law" / "log.txt"), status="running")) == "law: starting"
     )

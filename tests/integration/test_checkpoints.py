@@ -117,7 +117,7 @@ def test_frozen_parameters_and_a_changed_choice(tmp_path: Path) -> None:
     assert same(resumed.model, whole.model) and history(resumed) == history(whole)
     with pytest.raises(CheckpointError, match=r"trained 2 tensors and this run trains 2\d, such as "):
         trainer(tmp_path, mixture()).train(latest_checkpoint(tmp_path / "checkpoints"))
-    with pytest.raises(CheckpointError, match="step-00000004: is not of this run's model"):
+    with pytest.raises(CheckpointError, match="step-00000004: does not fit this run's model"):
         trainer(tmp_path, dense()).train(latest_checkpoint(tmp_path / "checkpoints"))
 
 
