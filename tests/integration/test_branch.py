@@ -348,5 +348,6 @@ def test_the_display_shows_what_runs_report(tmp_path: Path, monkeypatch: pytest.
     state = JobState(Job("code", ["true"], out / "log.txt"), status="running")
     assert job_display._line(state) == "code: step 1,000 of 2,000, loss 2.500, tokens/s 12,346, left 1:01:40"
     assert (
-        job_display._line(JobState(Job("law", ["true"], tmp_path / "law" / "log.txt"), status="running")) == "law: starting"
+        job_display._line(JobState(Job("law", ["true"], tmp_path / "law" / "log.txt"), status="running"))
+        == "law: starting"
     )
