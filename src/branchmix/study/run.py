@@ -82,7 +82,7 @@ def study(
     out = Path(out)
     graph = build(config)
     wanted = chosen(graph, list(only))
-    with _alone(out):
+    with alone(out):
         if config.minutes is not None:
             config = fitted(config, out, say=_say if progress else None)
             graph = build(config)
@@ -219,7 +219,7 @@ def _job(out: Path, chain: Sequence[Step], chains: Sequence[Sequence[Step]], thr
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> Iterator[None]:
     """While a study runs in its folder: another one is refused. The system ends it with the process."""
     from filelock import FileLock, Timeout
 

@@ -18,7 +18,8 @@ from typing import Any
 from branchmix.checkpoint.folder import write_text
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import BranchMixError
-from branchmix.study.graph import CURVE_POINTS, relative
+from branchmix.study.graph import CURVE_POINTS, About, relative
+from branchmix.study.labels import label_of
 from branchmix.study.records import MODEL, PAGE, PLAN, RESULT, TEXT, cpu_name, curve, write_record
 
 
@@ -258,7 +259,7 @@ class _Work:
             max_length=self.options["max_length"],
             trust_remote_code=self.settings["trust_remote_code"],
         )
-        found = replace(found, report=replace(found.report, model=self.step["about"]["title"]))
+        found = replace(found, report=replace(found.report, model=label_of(About.of(self.step["about"]))))
         write(found, self.folder / PAGE)
         numbers = found.report.as_dict()
         for layer in (*numbers.get("attention", []), *numbers.get("ffn", [])):
