@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from branchmix.cli import app
 from branchmix.errors import RecipeError
 from branchmix.study import forecast
 from branchmix.study.build import build
@@ -68,15 +70,25 @@ def test_slower_machines_train_less() -> None:
 def test_a_demo_that_was_begun_keeps_its_budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(forecast, "_measured", lambda *_: speed())
-    begun = fitted(demo(), tmp_path, say=lines.append)
+    begun, _ = fitted(demo(), tmp_path, say=lines.append)
     assert f"seed {begun.tokens.seed:,}, expert {begun.tokens.expert:,}" in lines[-1] and len(lines) == 2
     write_plan(begun, build(begun), tmp_path)
     monkeypatch.setattr(forecast, "_measured", lambda *_: speed(3.0))
-    again = fitted(demo(), tmp_path)
+    again, _ = fitted(demo(), tmp_path)
     assert (again.tokens, again.data) == (begun.tokens, begun.data)
     assert {s.key for s in build(again).steps.values()} == {s.key for s in build(begun).steps.values()}
     with pytest.raises(RecipeError, match="holds a study of 15 minutes: choose another folder"):
         fitted(demo(3), tmp_path)
+
+
+def test_a_dry_run_fits_the_time_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Speed] = []
+    monkeypatch.setattr(forecast, "_measured", lambda *_: measured.append(speed()) or measured[-1])
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["study", str(DEMO), "--out", str(out), "--dry-run", "--json", "minutes=30"])
+    seconds = json.loads(done.stdout)["seconds"]
+    assert len(measured) == 1 and not out.exists()
+    assert 0.9 * MARGIN * 30 * 60 < seconds <= MARGIN * 30 * 60
 
 
 def test_the_command_says_how_to_resume(tmp_path: Path) -> None:

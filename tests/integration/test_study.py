@@ -16,19 +16,22 @@ import yaml
 from typer.testing import CliRunner
 
 from branchmix.cli import app
+from branchmix.data.config import HeldOut, Source
 from branchmix.data.sequences import Sequences
 from branchmix.errors import DataError, OutputError, RecipeError
 from branchmix.settings import parse
 from branchmix.study import step as steps
 from branchmix.study.build import build
 from branchmix.study.forecast import forecast
+from branchmix.study.measure import measure
 from branchmix.study.report import report
 from branchmix.study.results import collect
 from branchmix.study.run import StudyReport, study
 from branchmix.study.settings import StudyFile
 from branchmix.train import train
 from branchmix.train.config import RunConfig
-from corpora import write_jsonl
+from corpora import tokenizer, write_jsonl
+from mixtures import random_mixture
 from pages import checked
 
 STEP = 16 * 4
@@ -243,6 +246,21 @@ def test_routes_agree_with_the_routing_that_scores_measure(done: Any) -> None:
                 assert shares == pytest.approx(other["by_domain"][domain], abs=0.15) and sum(shares) == pytest.approx(
                     1, abs=1e-3
                 )
+
+
+def test_mixtures_are_measured_in_bf16(tmp_path: Path) -> None:
+    """How documents are kept apart is not judged by what bf16 rounds away."""
+    folder = write_study(tmp_path).parent
+    random_mixture("cohere", num_experts_per_tok=1, seed_changes={"vocab_size": 300}).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    found = {}
+    for bf16 in (False, True):
+        sources = {"general": Source(files="general.jsonl")}
+        held_out = HeldOut(share=0.2, tokens=300)
+        options = {"folder": folder, "held_out": held_out, "max_length": 64, "bf16": bf16}
+        found[bf16] = measure(folder / "model", sources, **options)
+    for layers in zip(found[True]["routing"]["attention"], found[False]["routing"]["attention"], strict=True):
+        assert layers[0]["by_domain"]["general"] == pytest.approx(layers[1]["by_domain"]["general"], abs=0.02)
 
 
 def test_a_step_by_hand_finds_the_same(done: Any, tmp_path: Path) -> None:

@@ -86,9 +86,10 @@ def study_command(
         from branchmix.study.forecast import fitted, forecast
 
         settings = StudyFile.load(config, overrides or [])
+        speed = None
         if settings.minutes is not None:
-            settings = fitted(settings, out, say=notice)
-        found = forecast(settings, out, only=names)
+            settings, speed = fitted(settings, out, say=notice)
+        found = forecast(settings, out, only=names, speed=speed)
         typer.echo(json.dumps(found.as_dict(), indent=2)) if as_json else _print_forecast(found)
         return
     from branchmix.study.run import study

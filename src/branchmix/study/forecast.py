@@ -101,7 +101,9 @@ class Forecast:
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
 
-def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), measured: bool = True) -> Forecast:
+def forecast(
+    study: StudyFile, out: Path, *, only: Sequence[str] = (), measured: bool = True, speed: Speed | None = None
+) -> Forecast:
     """Plan without running.
 
     Args:
@@ -109,6 +111,7 @@ def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), measured:
         out: folder of the study, to see what is done.
         only: as for ``run.study``.
         measured: calibrate, which takes some seconds for each kind of model; without, times are unknown.
+        speed: of this machine, if it has been measured.
     """
     graph = build(study)
     steps = chosen(graph, list(only))
@@ -118,7 +121,7 @@ def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), measured:
     seconds: dict[str, float] = {}
     if measured:
         needed = {step.name for step in left} | {n for s in left if s.kind == "inference" for n in s.needs.values()}
-        speed = _measured(study, (graph.steps[name] for name in sorted(needed)), at_once, threads)
+        speed = speed or _measured(study, (graph.steps[name] for name in sorted(needed)), at_once, threads)
         seconds = {step.name: _seconds(study, step, graph, speed) for step in left}
     rows: dict[str, list[Step]] = {}
     for step in steps:
@@ -221,8 +224,10 @@ def _budgets(graph: Graph) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = None) -> StudyFile:
+def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = None) -> tuple[StudyFile, Speed | None]:
     """A study with budgets that fit into its ``minutes``: as it was begun in ``out``, or by a forecast.
+
+    Returns the speed of this machine with it, if that was measured for the forecast.
 
     Args:
         study: with ``minutes``, so that ``tokens`` and ``data.installed`` are proportions.
@@ -239,7 +244,7 @@ def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = N
         raise RecipeError(f"{out}: holds {was}: choose another folder, or the minutes it was begun with")
     if begun is not None:
         installed = begun["data"].get("installed") if isinstance(study.data, InstalledText) else None
-        return _with_budgets(study, begun["tokens"], installed)
+        return _with_budgets(study, begun["tokens"], installed), None
     graph = build(study)
     at_once, threads, _ = share_machine(study, len(graph.steps))
     if say is not None:
@@ -249,7 +254,7 @@ def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = N
     if say is not None:
         tokens = ", ".join(f"{phase} {count:,}" for phase, count in study.tokens.model_dump().items() if count)
         say(f"tokens that fit into {study.minutes:g} minutes: {tokens}; about {duration(seconds)} in all")
-    return study
+    return study, speed
 
 
 def begun_with(out: Path) -> dict[str, Any] | None:

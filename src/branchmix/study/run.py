@@ -84,7 +84,7 @@ def study(
     wanted = chosen(graph, list(only))
     with alone(out):
         if config.minutes is not None:
-            config = fitted(config, out, say=_say if progress else None)
+            config, _ = fitted(config, out, say=_say if progress else None)
             graph = build(config)
             wanted = chosen(graph, list(only))
         write_plan(config, graph, out)

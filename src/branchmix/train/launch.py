@@ -1,6 +1,6 @@
 """A small scheduler of subprocesses: so many side by side, each with a log of its own, retried, and stopped together.
 
-``branchmix branch`` runs the experts with it, the demo and the studies their steps. It knows nothing of training: a
+``branchmix branch`` runs the experts with it, studies their steps. It knows nothing of training: a
 job is a command that can be started again, and that finishes what it has to finish when it gets a signal.
 """
 
