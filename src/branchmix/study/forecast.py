@@ -29,7 +29,7 @@ READING_SECONDS = 3.0
 """Of reading data and writing a model, for each step."""
 SHARED = 1.25
 """Times the work of one process, where several exchange gradients: two take 0.63 of the time of one."""
-EVALUATION = 0.5
+EVALUATION = 0.4
 """Of a training step's time for as many tokens: forward passes are a third, and documents fill no whole windows."""
 MARGIN = 0.9
 """Share of ``minutes`` that is planned: machines are not always as fast as in their first seconds."""
