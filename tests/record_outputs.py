@@ -45,11 +45,9 @@ def inputs(folder: Path) -> None:
     for number, name in enumerate(("seed", "code", "math")):
         plain = BY_NAME["llama"].save(folder / "plain" / name, number, **sizes)
         models[name] = with_tokenizer(plain, folder / name)
-    for name, options in {
-        "bam": {"attention": "kv_experts"},
-        "shared": {"attention": "kv_sharing"},
-        "btx": {"attention": "average", "routing": {"ffn": {"top_k": 2, "normalize": True}}},
-    }.items():
+    btx = {"attention": "average", "routing": {"ffn": {"top_k": 2, "normalize": True}}}
+    recipes = {"bam": {"attention": "kv_experts"}, "shared": {"attention": "kv_sharing"}, "btx": btx}
+    for name, options in recipes.items():
         of_two = {key: models[key] for key in ("seed", "code")}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe(of_two, **options)))
     for family in ("cohere", "gemma2", "qwen3"):

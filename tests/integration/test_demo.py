@@ -131,7 +131,7 @@ def test_the_whole_demo_stopped_once(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=900, cwd=tmp_path)
     assert written.stat().st_mtime_ns == before  # not trained again
     record = json.loads((written.parent / "training.json").read_text())
-    assert record["machine"]["processes"] == min(2, len(os.sched_getaffinity(0)))
+    assert record["computing"]["processes"] == min(2, len(os.sched_getaffinity(0)))
 
     made = report(out)
     models: dict[str, Any] = {model["title"]: model for model in made.numbers["models"]}

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from queue import Empty
 from typing import Any
 
 from branchmix.errors import BranchMixError
@@ -47,21 +48,34 @@ def measure_speed(study: StudyFile, configs: Iterable[Config], *, processes: int
         configs: of the models.
         processes: side by side.
         threads: of each.
+
+    Raises:
+        BranchMixError: a process failed.
     """
     kinds = sorted({kind_of(config) for config in configs})
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(processes), context.Queue()
     shared = (study.model_dump(mode="json"), kinds, threads, time.time(), barrier, queue)
     workers = [context.Process(target=_measure, args=shared, daemon=True) for _ in range(processes)]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C ends this process, and it ends them
     for worker in workers:
         worker.start()
-    measured: list[Speed | None] = [queue.get() for _ in workers]
-    for worker in workers:
-        worker.join()
-    found = [speed for speed in measured if speed is not None]
-    if len(found) < processes:
-        raise BranchMixError("the speed of this machine could not be measured: see the messages above")
-    return Speed(max(one.start for one in found), {kind: max(one.steps[kind] for one in found) for kind in kinds})
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    measured: list[Speed] = []
+    try:
+        while len(measured) < processes:
+            try:
+                measured.append(queue.get(timeout=0.5))
+            except Empty:
+                if any(worker.exitcode for worker in workers):
+                    raise BranchMixError(
+                        "the speed of this machine could not be measured: a process ended early, see above; a script "
+                        "that does this needs its calls below `if __name__ == '__main__':`"
+                    ) from None
+    finally:
+        for worker in workers:
+            worker.terminate()
+    return Speed(max(one.start for one in measured), {kind: max(one.steps[kind] for one in measured) for kind in kinds})
 
 
 def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: float, barrier: Any, queue: Any) -> None:
@@ -72,8 +86,6 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
     from branchmix.train.measure import seconds_per_step
     from branchmix.train.memory import keep_freed_memory
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, and that ends this one
-    speed = None
     try:
         torch.set_num_threads(threads)
         keep_freed_memory()  # as runs do: without it, half of a step can be page faults
@@ -97,11 +109,10 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
                 accumulation=study.batch_size // micro,
                 packing="position_ids",
             )
-        speed = Speed(start, steps)
-    finally:
-        if speed is None:
-            barrier.abort()  # the others would wait for ever
-        queue.put(speed)
+        queue.put(Speed(start, steps))
+    except BaseException:
+        barrier.abort()  # the others would wait for ever
+        raise
 
 
 def _random_sequences(config: Config, count: int, length: int) -> list[dict[str, Any]]:
