@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from queue import Queue
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -23,9 +25,13 @@ from branchmix.study.forecast import MARGIN, fit, fitted
 from branchmix.study.report import report
 from branchmix.study.run import alone, write_plan
 from branchmix.study.settings import DEMO, InstalledText, StudyFile
-from branchmix.study.speed import Speed, kind_of
+from branchmix.study.speed import Speed, _measure, kind_of
 from pages import checked
 
+TINY = ["minutes=0.5", "seed.hidden_size=32", "seed.intermediate_size=64", "seed.num_attention_heads=4"]
+TINY += ["seed.num_hidden_layers=2", "seed.train_tokenizer=512", "sequence_length=32", "batch_size=8"]
+TINY += ["data.installed=60000", "held_out.tokens=600", "micro_batch_size=null"]
+"""Settings of the same study at another size."""
 ROUTED = ("bam-expert-kv-dm", "bam-shared-kv-dm", "btx")
 
 
@@ -107,11 +113,25 @@ def test_the_command_says_how_to_resume(tmp_path: Path) -> None:
         pass
 
 
-# ---- all of it ----
+# ---- speed ----
 
-TINY = ["minutes=0.5", "seed.hidden_size=32", "seed.intermediate_size=64", "seed.num_attention_heads=4"]
-TINY += ["seed.num_hidden_layers=2", "seed.train_tokenizer=512", "sequence_length=32", "batch_size=8"]
-TINY += ["data.installed=60000", "held_out.tokens=600", "micro_batch_size=null"]
+
+def test_the_speed_of_every_kind_of_model_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the processes, here; where a model cannot be made, the others are not left waiting."""
+    monkeypatch.setattr("branchmix.train.memory.keep_freed_memory", lambda: None)
+    study = StudyFile.load(DEMO, [*TINY, "train.precision=fp32"])
+    kinds = sorted({kind_of(step.config) for step in build(study).steps.values() if step.config is not None})
+    barrier, queue = Barrier(1), Queue[Speed]()
+    _measure(study.model_dump(mode="json"), kinds, 1, time.time(), barrier, queue)
+    measured = queue.get_nowait()
+    assert list(measured.steps) == kinds and len(kinds) == 5
+    assert all(0 < seconds < 5 for seconds in measured.steps.values()) and measured.start > 0
+    with pytest.raises(ValueError, match="nothing"):
+        _measure(study.model_dump(mode="json"), ['{"model_type": "nothing"}'], 1, time.time(), barrier, queue)
+    assert barrier.broken and queue.empty()
+
+
+# ---- all of it ----
 
 
 @pytest.mark.slow

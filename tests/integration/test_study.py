@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +306,23 @@ def test_commands(done: Any, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tables.md"]
     found = runner.invoke(app, ["study", *common, "--only", "btxx"])
     assert isinstance(found.exception, RecipeError) and "\n" not in str(found.exception)
+
+
+def test_the_demo_prints_its_table_and_its_page(done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that is done, as ``branchmix demo`` shows one."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    shutil.copytree(done.out / "results", tmp_path / "results")
+    monkeypatch.setattr("branchmix.study.run.study", lambda config, out: StudyReport(out, {"r1.train.btx": "done"}))
+    monkeypatch.setattr("branchmix.study.report.report", partial(report, kinds=["html"]))  # no pictures as files
+    shown = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert "| BAM DM Expert KV | " in shown.stdout and f"{tmp_path / 'index.html'}\n" in shown.stdout
+    numbers = json.loads(CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"]).stdout)
+    assert numbers["reference"] == "btx" and "documents" not in json.dumps(numbers["models"])
+    left = StudyReport(tmp_path, {"r1.train.btx": "failed"}, {"r1.train.btx": "no memory"})
+    monkeypatch.setattr("branchmix.study.run.study", lambda config, out: left)
+    failed = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert failed.exit_code == 2 and "error: r1.train.btx: no memory" in failed.stderr
 
 
 # These two change the study, so they come last.
