@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,23 @@ import yaml
 from typer.testing import CliRunner
 
 from branchmix.cli import app
+from branchmix.data.config import HeldOut, Source
 from branchmix.data.sequences import Sequences
 from branchmix.errors import DataError, OutputError, RecipeError
+from branchmix.settings import parse
 from branchmix.study import step as steps
 from branchmix.study.build import build
 from branchmix.study.forecast import forecast
+from branchmix.study.measure import measure
 from branchmix.study.report import report
 from branchmix.study.results import collect
 from branchmix.study.run import StudyReport, study
 from branchmix.study.settings import StudyFile
-from corpora import write_jsonl
+from branchmix.train import train
+from branchmix.train.config import RunConfig
+from corpora import tokenizer, write_jsonl
+from mixtures import random_mixture
+from pages import checked
 
 STEP = 16 * 4
 MODEL = {
@@ -71,7 +80,7 @@ class Done:
 
     def __init__(self, folder: Path):
         self.folder, self.out = folder, folder / "out"
-        self.file = write_study(folder)
+        self.file = write_study(folder, routes=["bam-expert-kv"])
         self.batches: dict[str, list[str]] = {}
         self.ran: list[str] = []
 
@@ -154,7 +163,7 @@ def test_weights_of_mixtures_go_and_those_of_dense_models_stay(done: Any) -> Non
 
 def test_a_report_needs_only_the_small_results(done: Any, tmp_path: Path) -> None:
     shutil.copytree(done.out / "results", tmp_path / "results")
-    sizes = [file.stat().st_size for file in (tmp_path / "results").iterdir()]
+    sizes = [file.stat().st_size for file in (tmp_path / "results").glob("*.json")]
     assert max(sizes) < 40_000
     found = report(tmp_path)
     models = {model["title"]: model for model in found.numbers["models"]}
@@ -169,6 +178,11 @@ def test_a_report_needs_only_the_small_results(done: Any, tmp_path: Path) -> Non
     )
     html = (tmp_path / "index.html").read_text()
     assert html.count("<svg ") >= 4 and "http" not in html.replace("http://www.w3.org", "")
+    page = checked(html)
+    assert [link for link in page.links if not link.startswith("#")] == ["routes-bam-expert-kv-dm.html"]
+    routes = (tmp_path / "routes-bam-expert-kv-dm.html").read_text()
+    assert "Which expert each token uses: BAM DM Expert KV" in routes and '"domain":"general"' in routes
+    assert str(done.out) not in html + routes
     assert "too few to judge" in " ".join(found.headline)
     for name in (
         "tables.md",
@@ -224,6 +238,45 @@ def test_results_hold_no_path_of_this_machine(done: Any, tmp_path: Path) -> None
     assert record["run"]["model"] == "seed"
 
 
+def test_routes_agree_with_the_routing_that_scores_measure(done: Any) -> None:
+    """The same routers on the same documents, of which one takes whole windows and the other half of each."""
+    routes, scores = (result(done, f"r1.{kind}.bam-expert-kv-dm") for kind in ("routes", "scores"))
+    assert routes["routes"]["experts"] == scores["routing"]["experts"] == ["seed", "code"]
+    for kind in ("attention", "ffn"):
+        for layer, other in zip(routes["routes"][kind], scores["routing"][kind], strict=True):
+            for domain, shares in layer["by_domain"].items():
+                assert shares == pytest.approx(other["by_domain"][domain], abs=0.15) and sum(shares) == pytest.approx(
+                    1, abs=1e-3
+                )
+
+
+def test_mixtures_are_measured_in_bf16(tmp_path: Path) -> None:
+    """How documents are kept apart is not judged by what bf16 rounds away."""
+    folder = write_study(tmp_path).parent
+    random_mixture("cohere", num_experts_per_tok=1, seed_changes={"vocab_size": 300}).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    found = {}
+    for bf16 in (False, True):
+        sources = {"general": Source(files="general.jsonl")}
+        held_out = HeldOut(share=0.2, tokens=300)
+        options = {"folder": folder, "held_out": held_out, "max_length": 64, "bf16": bf16}
+        found[bf16] = measure(folder / "model", sources, **options)
+    for layers in zip(found[True]["routing"]["attention"], found[False]["routing"]["attention"], strict=True):
+        assert layers[0]["by_domain"]["general"] == pytest.approx(layers[1]["by_domain"]["general"], abs=0.02)
+
+
+def test_a_step_by_hand_finds_the_same(done: Any, tmp_path: Path) -> None:
+    """``branchmix train`` on a step's file: the same losses to the last digit."""
+    folder = next(done.out.glob("steps/r1.train.seed-*"))
+    run = yaml.safe_load((folder / "run.yaml").read_text())
+    train(parse(RunConfig, {**run, "out": str(tmp_path / "run")}, "run"), progress=False)
+    by_hand, by_study = (
+        [row["loss"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+        for out in (tmp_path / "run", folder / "model")
+    )
+    assert by_hand == by_study and len(by_hand) == 4
+
+
 def test_another_folder_is_not_touched(done: Any, tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("something")
     with pytest.raises(OutputError, match="no study's folder"):
@@ -255,13 +308,30 @@ def test_commands(done: Any, tmp_path: Path) -> None:
     assert isinstance(found.exception, RecipeError) and "\n" not in str(found.exception)
 
 
+def test_the_demo_prints_its_table_and_its_page(done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that is done, as ``branchmix demo`` shows one."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    shutil.copytree(done.out / "results", tmp_path / "results")
+    monkeypatch.setattr("branchmix.study.run.study", lambda config, out: StudyReport(out, {"r1.train.btx": "done"}))
+    monkeypatch.setattr("branchmix.study.report.report", partial(report, kinds=["html"]))  # no pictures as files
+    shown = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert "| BAM DM Expert KV | " in shown.stdout and f"{tmp_path / 'index.html'}\n" in shown.stdout
+    numbers = json.loads(CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"]).stdout)
+    assert numbers["reference"] == "btx" and "documents" not in json.dumps(numbers["models"])
+    left = StudyReport(tmp_path, {"r1.train.btx": "failed"}, {"r1.train.btx": "no memory"})
+    monkeypatch.setattr("branchmix.study.run.study", lambda config, out: left)
+    failed = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert failed.exit_code == 2 and "error: r1.train.btx: no memory" in failed.stderr
+
+
 # These two change the study, so they come last.
 
 
 def test_a_failing_step_leaves_the_others(done: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = [{"method": "btx", "name": "bad", "recipe": {"router_init": {"std": 0.5}}}]
     count = len(done.ran)
-    monkeypatch.setattr(steps._Task, "upcycle", _fail)
+    monkeypatch.setattr(steps._Work, "upcycle", _fail)
     found = done.run(methods=[*settings()["methods"], *bad], inference=None)
     assert "r1.upcycle.bad" in found.failed and "\n" not in found.failed["r1.upcycle.bad"]
     assert "r1.train.bad-dm" in found.left

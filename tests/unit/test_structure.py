@@ -24,10 +24,9 @@ LEVELS = {
     **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages", "likelihood"), 1),
     **dict.fromkeys(("upcycling", "train", "evaluate", "scaling"), 2),
     **dict.fromkeys(("study", "export"), 3),
-    "demo": 4,
-    "cli": 5,
+    "cli": 4,
 }
-"""cli -> demo -> {study, export} -> {upcycling, train, ...} -> {checkpoint, models, data, pages, ...} -> errors."""
+"""cli -> {study, export} -> {upcycling, train, ...} -> {checkpoint, models, data, pages, ...} -> errors."""
 ENTRANCES = {"__init__", "__main__", "_registration"}
 """The package's own doors: they name everything, lazily."""
 FILES = sorted(ROOT.rglob("*.py"))

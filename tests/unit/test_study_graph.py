@@ -11,10 +11,12 @@ import pytest
 from branchmix.accounting import active_parameters, flops_per_token, parameters
 from branchmix.errors import RecipeError
 from branchmix.settings import parse
+from branchmix.study import processes
 from branchmix.study.build import build
 from branchmix.study.graph import Graph, chosen
 from branchmix.study.methods import METHODS
-from branchmix.study.settings import StudyFile
+from branchmix.study.processes import processes_of
+from branchmix.study.settings import DEMO, StudyFile
 from branchmix.train.schedule import optimizer_flops
 
 MODEL = {
@@ -82,6 +84,7 @@ def new(before: Graph, after: Graph) -> set[str]:
         ({"train": {"learning_rate": {"peak": 9.0}}}, "train.learning_rate: a run here has no such key"),
         ({"methods": ["btx", {"method": "dense", "train": {"lora": {}}}]}, "train.lora: a run here has no such key"),
         ({"methods": ["btx", {"method": "dense", "train": {"freeze": ["x"]}}]}, "methods: dense: train: freeze.0: 'x'"),
+        ({"minutes": 0}, "minutes: input should be greater than 0"),
         ({"micro_batch_size": 3}, "batch_size is 4, which micro_batch_size 3 does not divide"),
         ({"held_out": {"share": 0}}, "held_out.share: 0 leaves no text to measure"),
         (
@@ -94,6 +97,13 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> 
     with pytest.raises(RecipeError) as error:
         study(**changes)
     assert words.replace(", did", " (did") in str(error.value) or words in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("method", ["dense", "soup", "bam-expert"])
+def test_routes_of_what_is_no_trained_mixture_are_refused(method: str) -> None:
+    with pytest.raises(RecipeError, match=f"routes: '{method}' is not a mixture that the study trains") as error:
+        graph(routes=[method])
+    assert ("did you mean 'bam-expert-kv'" in str(error.value)) == (method == "bam-expert")
 
 
 def test_what_no_recipe_can_be_and_two_methods_of_one_name_are_refused() -> None:
@@ -124,17 +134,17 @@ def test_a_budget_below_one_step_is_refused() -> None:
         graph(tokens={"seed": 20 * STEP, "expert": 1, "mixture": 100 * STEP})
 
 
-@pytest.mark.parametrize("name", ["study-a", "study-b", "study-tiny"])
-def test_recipes_can_be_loaded(name: str) -> None:
-    found = StudyFile.load(ROOT / "recipes" / f"{name}.yaml")
+@pytest.mark.parametrize("file", [*sorted((ROOT / "recipes").glob("study-*.yaml")), DEMO], ids=lambda file: file.stem)
+def test_recipes_can_be_loaded(file: Path) -> None:
+    found = StudyFile.load(file)
     if not isinstance(found.seed, str):
         assert len(build(found).steps) > 20
 
 
 def test_every_method_has_a_graph() -> None:
     found = graph(methods=list(METHODS))
-    titles = {step.about.get("method") for step in found.steps.values()}
-    assert titles - {None} == set(METHODS)
+    titles = {step.about.method for step in found.steps.values() if step.about}
+    assert titles - {""} == set(METHODS)
 
 
 # ---- budgets ----
@@ -161,7 +171,8 @@ def test_one_run_where_equal_data_is_equal_compute() -> None:
     found = graph(methods=["btx", "sparse-upcycling"])
     names = [name for name in found.steps if "train.sparse" in name]
     assert names == ["r1.train.sparse-upcycling-dm"]
-    assert found.steps[names[0]].about["match"] == ["dm", "cm"]
+    about = found.steps[names[0]].about
+    assert about is not None and about.match == ("dm", "cm")
 
 
 def test_frozen_experts_cost_less_to_train() -> None:
@@ -281,8 +292,8 @@ def test_data_order_is_paired_within_a_repetition() -> None:
     found = graph(random_seeds=[5, 6])
     by_repetition: dict[int, set[int]] = {0: set(), 1: set()}
     for step in found.steps.values():
-        if step.kind == "train" and step.about["group"] == "methods":
-            by_repetition[step.about["repetition"]].add(step.options["run"]["random_seed"])
+        if step.kind == "train" and step.about is not None and step.about.group == "methods":
+            by_repetition[step.about.repetition].add(step.options["run"]["random_seed"])
     assert len(by_repetition[0]) == len(by_repetition[1]) == 1 and by_repetition[0] != by_repetition[1]
     runs = [
         step.options["run"]["random_seed"]
@@ -293,6 +304,25 @@ def test_data_order_is_paired_within_a_repetition() -> None:
 
 
 # ---- order and choice ----
+
+
+def test_only_what_runs_alone_is_shared_by_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 6)
+    monkeypatch.setattr(processes, "gpus", list)
+
+    def shared(**changes: Any) -> dict[str, int]:
+        file = study(**changes)
+        found = build(file)
+        counts = {step.name: processes_of(file, found, step) for step in found.steps.values()}
+        return {name: count for name, count in counts.items() if count > 1}
+
+    assert shared() == {"text": 6, "r1.train.seed": 4}  # a batch of 4 sequences
+    assert shared(micro_batch_size=2) == {"text": 6, "r1.train.seed": 2}
+    assert shared(**TWICE) == {"text": 6}
+    assert shared(**TWICE, repeat="experts") == {"text": 6, "train.seed": 4}
+    assert shared(threads=1) == {}
+    monkeypatch.setattr(processes, "gpus", lambda: ["0"])
+    assert shared() == {}
 
 
 def test_methods_of_all_repetitions_come_before_ablations() -> None:

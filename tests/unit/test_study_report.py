@@ -14,6 +14,7 @@ import pytest
 from test_study_graph import settings
 
 from branchmix.errors import DataError, OutputError
+from branchmix.pages.table import Table
 from branchmix.settings import parse
 from branchmix.study.build import build
 from branchmix.study.figures import curves, dots
@@ -22,7 +23,6 @@ from branchmix.study.report import headline, report
 from branchmix.study.results import collect
 from branchmix.study.run import write_plan
 from branchmix.study.settings import StudyFile
-from branchmix.study.table import Table
 from branchmix.study.tables import percent, tables
 
 LEVELS = {
@@ -44,7 +44,12 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
     graph = build(study)
     write_plan(study, graph, folder)
     for name, step in graph.steps.items():
-        record: dict[str, Any] = {"step": name, "kind": step.kind, "key": step.key, "about": step.about}
+        record: dict[str, Any] = {
+            "step": name,
+            "kind": step.kind,
+            "key": step.key,
+            "about": step.about.as_dict() if step.about else {},
+        }
         if step.kind == "train":
             points = [{"step": n, "tokens": n * 64, "flops": n * 1e6, "loss": 5 - n / 10} for n in (1, 2, 3)]
             domains = {
@@ -65,7 +70,8 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
         elif step.kind == "upcycle":
             record["merge"] = {"recipe": {}}
         elif step.kind == "scores":
-            title, repetition = step.about["title"], step.about["repetition"]
+            assert step.about is not None
+            title, repetition = step.about.title, step.about.repetition
             level = 4.0 + repetition + LEVELS.get(title, 1.0) + (wobble * repetition if title != "btx" else 0.0)
             rows = [[round((level + number / 10) * 100, 6), 100, 300] for number in range(6)]
             record |= {"documents": dict.fromkeys(study.domains, rows), "routing": None}
@@ -315,7 +321,7 @@ def test_tables_say_the_same_everywhere(tmp_path: Path) -> None:
 
 
 def test_special_characters() -> None:
-    table = Table("t", "A & B_1", ["", "x"], [["<a|b>", "5 %"], ["group"]], "~")
+    table = Table(["", "x"], [["<a|b>", "5 %"], ["group"]], "t", "A & B_1", "~")
     assert r"\caption{A \& B\_1}" in table.latex() and r"$<$a|b$>$ & 5 \% \\" in table.latex()
     assert "&lt;a|b&gt;" in table.html() and "| <a/b> | 5 % |" in table.markdown()
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.hashes import key_of
 from branchmix.errors import BranchMixError
 
 RUN, MERGE = "training.json", "branchmix.json"
@@ -49,7 +50,7 @@ def lineage(folder: Path, name: str | None = None) -> list[Phase]:
     record = _json(folder / RUN)
     if record is not None and isinstance(record.get("config"), dict) and "tokens" in record:
         own = Phase(
-            _hash({key: record.get(key) for key in ("config", "started", "ended", "tokens")}),
+            key_of({key: record.get(key) for key in ("config", "started", "ended", "tokens")}),
             folder.name,
             record["tokens"],
             record.get("flops"),
@@ -103,7 +104,7 @@ def _recorded(holder: dict[str, Any], key: str, model: str) -> list[Phase]:
     path = Path(model)
     if path.is_absolute() and path.is_dir():
         return lineage(path)
-    return [Phase(_hash({"model": model}), _called(model), None, None)]
+    return [Phase(key_of({"model": model}), _called(model), None, None)]
 
 
 def _called(given: str) -> str:
@@ -121,7 +122,7 @@ def _root_key(folder: Path) -> str:
             first = opened.read(_SAMPLE)
             opened.seek(max(0, file.stat().st_size - _SAMPLE))
             parts[file.name] = [file.stat().st_size, xxh3_128_hexdigest(first + opened.read())]
-    return _hash(parts)
+    return key_of(parts)
 
 
 def _root_cost(folder: Path) -> float | None:
@@ -132,12 +133,6 @@ def _root_cost(folder: Path) -> float | None:
     except BranchMixError:
         return None
     return 3.0 * flops.total if flops is not None else None
-
-
-def _hash(content: Any) -> str:
-    from xxhash import xxh3_128_hexdigest
-
-    return str(xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
 
 def _json(file: Path) -> dict[str, Any] | None:

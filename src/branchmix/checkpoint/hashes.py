@@ -7,6 +7,7 @@ are not read.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -14,8 +15,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 _BLOCK = 1 << 18
+
+
+def key_of(content: Any) -> str:
+    """A short name for JSON that a result depends on."""
+    from xxhash import xxh3_128_hexdigest
+
+    return str(xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
 
 class FileHashes:

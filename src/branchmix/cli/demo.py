@@ -1,12 +1,14 @@
-"""``branchmix demo``: the whole story on text that is installed anyway."""
+"""``branchmix demo``: a study that travels with the package, on text that is installed anyway, and its report."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
-import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +16,7 @@ EPILOG = """\b
 Examples:
   branchmix demo                        15 minutes, into demo-output/
   branchmix demo --minutes 60           larger budgets of the same proportions
-  branchmix demo --out demo-output      go on with one that was stopped
+  branchmix demo --out demo-output      resume one that was stopped
 """
 
 
@@ -28,42 +30,35 @@ def demo_command(
 ) -> None:
     """Train a seed and three experts, mix them in four ways, train on, compare: one page of results.
 
-    Nothing is downloaded: the text is what is installed with Python packages. The commands are printed, their YAML
-    files stay in the folder, and what is done is not done again.
+    Nothing is downloaded: the text is installed with Python packages. It is a study like any other (see branchmix
+    study): every step leaves its YAML file in the folder, and finished steps are never repeated.
     """
+    # On the CPU everywhere: its speed is measured there, and models as small as these are slow on a GPU.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     from branchmix.cli.console import notice
-    from branchmix.demo.story import PAGE, DemoStoppedError, how_to_go_on, run
+    from branchmix.cli.study import exit_unless_done
+    from branchmix.study.forecast import begun_with
+    from branchmix.study.report import report
+    from branchmix.study.run import study
+    from branchmix.study.settings import DEMO, StudyFile
+    from branchmix.train.progress import duration
 
+    begun_at = time.monotonic()
+    again = f"branchmix demo --out {shlex.quote(os.fspath(out))}"
+    minutes = minutes or (begun_with(out) or {}).get("minutes")
+    config = StudyFile.load(DEMO, [f"minutes={minutes}"] if minutes else [])
     try:
-        found = run(out, minutes=minutes)
-    except (DemoStoppedError, KeyboardInterrupt) as stop:
-        notice(f"stopped; go on with: {how_to_go_on(out)}")
-        sys.exit(128 + getattr(stop, "signal", signal.SIGINT))
+        done = study(config, out)
+    except KeyboardInterrupt:
+        notice(f"stopped; to resume: {again}")
+        raise SystemExit(128 + signal.SIGINT) from None
+    exit_unless_done(done, again)
+    made = report(out)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(made.numbers, indent=2))
         return
-    _print_table(found)
-    for line in found["headline"]:
-        typer.echo(f"\n{line}")
-    typer.echo(f"\n{out / PAGE}")
-
-
-def _print_table(found: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import result_console
-    from branchmix.demo.settings import DOMAINS
-
-    table = Table(box=None, pad_edge=False, title="perplexity of held-out text", title_justify="left")
-    table.add_column("model")
-    for name in (*DOMAINS, "average", "geo. mean", "bits/byte"):
-        table.add_column(name, justify="right", no_wrap=True)
-    group = None
-    for model in found["models"]:
-        if group not in (None, model["group"]):
-            table.add_section()
-        group = model["group"]
-        values = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
-        label = model["label"] + (" (step 0)" if group == "merged" and model["label"] != "Soup" else "")
-        table.add_row(label, *(f"{value:,.1f}" for value in values), f"{model['mean_bits_per_byte']:.3f}")
-    result_console().print(table)
+    typer.echo(made.tables[0].markdown())
+    for line in made.headline:
+        typer.echo(f"{line}\n")
+    typer.echo(out / "index.html")
+    notice(f"took {duration(time.monotonic() - begun_at)}")

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from branchmix.study.forecast import Forecast
+    from branchmix.study.run import StudyReport
 
 
 class Launcher(str, Enum):
@@ -28,6 +29,7 @@ Examples:
   branchmix study study.yaml --out study --only r1      the first repetition
   branchmix study study.yaml --out study --only 'r*.train.btx*,scores.soup'
   branchmix study study.yaml --out study tokens.mixture=2M
+  branchmix study study.yaml --out study minutes=60     budgets of the file's proportions that fit into an hour
   branchmix report study                                tables, figures and the page of what is done
 
 \b
@@ -76,14 +78,18 @@ def study_command(
 
     What is done is never done again, and a changed setting redoes just what depends on it.
     """
-    from branchmix.cli.console import notice
     from branchmix.study.settings import StudyFile
 
     names = [name.strip() for name in only.split(",") if name.strip()]
     if dry_run:
-        from branchmix.study.forecast import forecast
+        from branchmix.cli.console import notice
+        from branchmix.study.forecast import fitted, forecast
 
-        found = forecast(StudyFile.load(config, overrides or []), out, only=names)
+        settings = StudyFile.load(config, overrides or [])
+        speed = None
+        if settings.minutes is not None:
+            settings, speed = fitted(settings, out, say=notice)
+        found = forecast(settings, out, only=names, speed=speed)
         typer.echo(json.dumps(found.as_dict(), indent=2)) if as_json else _print_forecast(found)
         return
     from branchmix.study.run import study
@@ -97,15 +103,27 @@ def study_command(
             "stopped_by": report.stopped_by,
         }
         typer.echo(json.dumps(content, indent=2))
+    exit_unless_done(report, "run the same command again")
+    if not as_json:
+        typer.echo(f"all {len(report.statuses)} steps are done; next: branchmix report {out}")
+
+
+def exit_unless_done(report: StudyReport, again: str) -> None:
+    """Tells why steps are left, if any, and ends the command.
+
+    Args:
+        report: of the study.
+        again: how to resume.
+    """
+    from branchmix.cli.console import notice
+
     for name, reason in report.failed.items():
         notice(f"error: {name}: {reason}")
     if report.stopped_by is not None:
-        notice(f"stopped with {len(report.left)} of {len(report.statuses)} steps left. The same command goes on.")
+        notice(f"stopped with {len(report.left)} of {len(report.statuses)} steps left; to resume: {again}")
         raise SystemExit(128 + report.stopped_by)  # not typer's: 130 would be taken for a Ctrl-C that left nothing
     if report.failed:
         raise typer.Exit(2)
-    if not as_json:
-        typer.echo(f"all {len(report.statuses)} steps are done; next: branchmix report {out}")
 
 
 def _print_forecast(found: Forecast) -> None:

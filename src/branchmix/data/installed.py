@@ -5,7 +5,7 @@
     math     docstrings of sympy and mpmath (torch brings both)
     general  English: the language reference in pydoc, and prose in the docstrings and descriptions of the packages
              that branchmix itself needs
-    cpp      the C++ headers that torch brings along (not among the four of the demo: `law` has little text, this much)
+    cpp      the C++ headers that torch brings along; not among the four defaults (`law` has little text, this much)
 
 The same environment gives the same text every time: documents come in the order of a hash of their name. What has
 been read before is left out, a document in `code` and a paragraph elsewhere, so that no licence and no boilerplate
@@ -40,7 +40,7 @@ COMMON_LICENSES = Path("/usr/share/common-licenses")
 DEBIAN = Path("/usr/share/doc")
 
 FOUR = ("general", "code", "law", "math")
-"""The domains of the demo."""
+"""The domains that are taken unless others are named."""
 
 # With torch, transformers and datasets come all of these: the text does not change with what else is installed.
 OWN_PACKAGES = (

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.evaluate.ratio import ratio
 from branchmix.likelihood.forward import evaluating, length_dependent, log_probs, logits_at, max_positions
 from branchmix.likelihood.models import encode, prefix_token
 
@@ -102,19 +103,14 @@ def bits_per_byte(
 def aggregate(scores: Iterable[DocumentScore]) -> TextScore:
     """One number for many documents: all their nats over all their bytes.
 
-    The standard error is that of a ratio of sums over independent documents (delta method):
-    ``sqrt(n / (n - 1) * sum_i (bits_i - R bytes_i)^2) / sum_i bytes_i``.
+    The standard error is over documents: see ``ratio``.
     """
     scores = [score for score in scores if score.tokens]
     num_bytes, tokens = sum(score.bytes for score in scores), sum(score.tokens for score in scores)
     if not num_bytes or not tokens:
         raise RecipeError("there is no text to evaluate: all documents are empty")
     nll = math.fsum(score.nll for score in scores)
-    rate = nll / math.log(2) / num_bytes
-    stderr = None
-    if (count := len(scores)) > 1:
-        squares = math.fsum((score.nll / math.log(2) - rate * score.bytes) ** 2 for score in scores)
-        stderr = math.sqrt(count / (count - 1) * squares) / num_bytes
+    rate, stderr = ratio((score.nll / math.log(2), score.bytes) for score in scores)
     return TextScore(rate, stderr, math.exp(min(nll / tokens, 700.0)), tokens, num_bytes, len(scores))
 
 

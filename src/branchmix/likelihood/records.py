@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from branchmix.checkpoint.folder import writing
-from branchmix.checkpoint.hashes import FileHashes
+from branchmix.checkpoint.hashes import FileHashes, key_of
 from branchmix.errors import OutputError
 
 FILE = "records.jsonl"
@@ -115,13 +115,6 @@ def _ends_within_a_line(file: BinaryIO) -> bool:
         return False
     file.seek(end - 1)
     return file.read(1) != b"\n"
-
-
-def key_of(facts: dict[str, Any]) -> str:
-    """A short name for what results depend on."""
-    from xxhash import xxh3_128_hexdigest
-
-    return str(xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode()))
 
 
 def model_hash(folder: Path) -> str:

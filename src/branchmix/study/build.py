@@ -6,13 +6,16 @@ Budgets are exact: the steps of every run follow from the settings and the model
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
+from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.hashes import key_of
 from branchmix.checkpoint.hub import resolve
 from branchmix.errors import RecipeError
 from branchmix.settings import overlaid
 from branchmix.study.facts import step_cost
-from branchmix.study.graph import FORMAT, NEGLIGIBLE, Cost, Graph, Kind, Step, key_of
+from branchmix.study.graph import FORMAT, NEGLIGIBLE, About, Cost, Graph, Group, Kind, Role, Step, has_routers
 from branchmix.study.identity import identity_of_recipe, identity_of_seed, identity_of_text
 from branchmix.study.methods import METHODS
 from branchmix.study.mixtures import Mixtures, seed_config
@@ -58,13 +61,14 @@ class _Builder:
                     if method.repetitions is None or repetition < method.repetitions:
                         order = (1 + group, repetition, place)
                         self._method(method, repetition, order, "ablations" if group else "methods")
+        self._routes()
         self._inference()
         return Graph(dict(sorted(self.found.items(), key=lambda item: item[1].order)))
 
     def _dense_models(self, repetition: int) -> None:
         study = self.study
         order = (1, repetition, -1)
-        about = {"group": "dense", "repetition": repetition}
+        about = About("dense", repetition, "seed", "Seed", title="seed")
         seed = self._seed_step(repetition)
         if seed is not None and seed not in self.found:
             assert study.tokens.seed is not None
@@ -77,19 +81,12 @@ class _Builder:
                 random_seed=self._random(repetition, 0),
                 order=order,
                 config=self.seed_config,
-                about={**about, "role": "seed", "label": "Seed"},
+                about=about,
             )
-        self._scores(
-            repetition,
-            "seed",
-            {"model": seed} if seed else {},
-            order,
-            self.seed_config,
-            {**about, "role": "seed", "label": "Seed"},
-        )
+        self._scores({"model": seed} if seed else {}, order, self.seed_config, about)
         for number, expert in enumerate(study.expert_names):
             step = self._expert_step(expert, repetition)
-            label = f"{expert.capitalize()} expert"
+            about = About("dense", repetition, "expert", f"{expert.capitalize()} expert", title=expert)
             if step not in self.found:
                 share = study.general_share if expert != study.general else 0.0
                 self._train(
@@ -103,30 +100,23 @@ class _Builder:
                     random_seed=self._random(repetition, 1),
                     order=(*order, 1 + number),
                     config=self.seed_config,
-                    about={**about, "role": "expert", "label": label},
+                    about=about,
                 )
-            self._scores(
-                repetition,
-                expert,
-                {"model": step},
-                (*order, 1 + number, 1),
-                self.seed_config,
-                {**about, "role": "expert", "label": label},
-            )
+            self._scores({"model": step}, (*order, 1 + number, 1), self.seed_config, about)
 
-    def _method(self, method: Method, repetition: int, order: tuple[int, ...], group: str) -> None:
+    def _method(self, method: Method, repetition: int, order: tuple[int, ...], group: Group) -> None:
         study, preset = self.study, METHODS[method.method]
-        label = method.label or preset.label
-        about = {
-            "group": group,
-            "repetition": repetition,
-            "method": method.title,
-            "preset": method.method,
-            "label": label,
-            "what": preset.what,
-        }
-        if preset.warning:
-            about["warning"] = preset.warning
+        about = About(
+            group,
+            repetition,
+            "upcycle",
+            method.label or preset.label,
+            title=method.title,
+            method=method.title,
+            preset=method.method,
+            what=preset.what,
+            warning=preset.warning,
+        )
         dense = {
             "seed": self._seed_step(repetition),
             **{name: self._expert_step(name, repetition) for name in study.expert_names},
@@ -135,12 +125,12 @@ class _Builder:
         if preset.kind == "ensemble":
             options = {"members": ["seed", *study.expert_names], **self._evaluation(), **self.given_identity}
             name = f"{self._prefix(repetition)}scores.{method.title}"
-            about = {**about, "role": "ensemble"}
+            about = replace(about, role="ensemble")
             needs |= self._text()
             self._add(name, "ensemble", options, needs, (*order, 9), config=self.seed_config, about=about)
             return
         if preset.kind == "dense":
-            self._runs(method, repetition, {}, needs.get("seed"), self.seed_config, order, about)
+            self._runs(method, {}, needs.get("seed"), self.seed_config, order, about)
             return
         recipe = self.mixtures.recipe(method, self._random(repetition, 2))
         config = self.mixtures.config(recipe)
@@ -149,30 +139,31 @@ class _Builder:
         needs = {role: name for role, name in needs.items() if role in ("seed", *names)}
         name = f"{self._prefix(repetition)}upcycle.{method.title}"
         options = {"recipe": content, "experts": names, **self.given_identity}
-        self._add(name, "upcycle", options, needs, (*order, 0), config=config, about={**about, "role": "upcycle"})
+        self._add(name, "upcycle", options, needs, (*order, 0), config=config, about=about)
         same = next((s.name for s in self.found.values() if s.key == self.found[name].key), name)
         if same != name:  # another method trains the same merge otherwise
             del self.found[name]
         else:
-            step_0 = {**about, "role": "merge" if preset.kind == "merge" else "step 0"}
-            title = method.title if preset.kind == "merge" else f"{method.title}-step0"
-            self._scores(repetition, title, {"model": name}, (*order, 1), config, step_0)
+            if preset.kind == "merge":
+                untrained = replace(about, role="merge")
+            else:
+                untrained = replace(about, role="step 0", title=f"{method.title}-step0")
+            self._scores({"model": name}, (*order, 1), config, untrained)
         name = same
         if preset.kind == "mixture":
-            self._runs(method, repetition, preset.train, name, config, (*order, 2), about)
+            self._runs(method, preset.train, name, config, (*order, 2), about)
 
     def _runs(
         self,
         method: Method,
-        repetition: int,
         train: dict[str, Any],
         model: str | None,
         config: dict[str, Any],
         order: tuple[int, ...],
-        about: dict[str, Any],
+        about: About,
     ) -> None:
         """Training at equal data, compute, time; where two of these are the same run, it is one."""
-        study = self.study
+        study, repetition = self.study, about.repetition
         train = overlaid(train, method.train)
         is_reference = method.title == study.reference
         reference_steps, total = self.reference
@@ -197,7 +188,8 @@ class _Builder:
             if steps == reference_steps and "dm" not in matched:  # equal data comes with equal compute
                 matched = ["dm", *matched]
             needs = {"model": model} if model else {}
-            run_about = {**about, "match": matched, "role": "reference" if is_reference else "trained", "title": title}
+            role: Role = "reference" if is_reference else "trained"
+            run_about = replace(about, role=role, title=title, match=tuple(matched))
             timed = {}
             if steps == "time":
                 needs["clock"] = f"{self._prefix(repetition)}train.{study.reference}"
@@ -214,7 +206,7 @@ class _Builder:
                 about=run_about,
                 per_step=per_step,
             )
-            self._scores(repetition, title, {"model": name}, (*order, 2 * number + 1), config, run_about)
+            self._scores({"model": name}, (*order, 2 * number + 1), config, run_about)
 
     # ---- kinds of steps ----
 
@@ -228,7 +220,7 @@ class _Builder:
         random_seed: int,
         order: tuple[int, ...],
         config: dict[str, Any],
-        about: dict[str, Any],
+        about: About,
         per_step: Cost | None = None,
     ) -> None:
         study = self.study
@@ -253,19 +245,25 @@ class _Builder:
         }
         self._add(name, "train", options, {**needs, **self._text()}, order, config=config, cost=cost, about=about)
 
-    def _scores(
-        self,
-        repetition: int,
-        title: str,
-        needs: dict[str, str],
-        order: tuple[int, ...],
-        config: dict[str, Any],
-        about: dict[str, Any],
-    ) -> None:
-        name = f"{self._prefix(repetition)}scores.{title}"
+    def _scores(self, needs: dict[str, str], order: tuple[int, ...], config: dict[str, Any], about: About) -> None:
+        name = f"{self._prefix(about.repetition)}scores.{about.title}"
         options = {**self._evaluation(), **(self.given_identity if "model" not in needs else {})}
-        about = {**about, "title": title}
         self._add(name, "scores", options, {**needs, **self._text()}, (*order, 99), config=config, about=about)
+
+    def _routes(self) -> None:
+        """Pages of the first repetition's routers, token by token: of a method's first trained run."""
+        for number, method in enumerate(self.study.routes):
+            run = next((step for step in self.found.values() if _trains(step, method)), None)
+            if run is None or run.about is None or not has_routers(run.config):
+                trained = [m.title for m in self.study.all_methods if METHODS[m.method].kind == "mixture"]
+                raise RecipeError(
+                    f"routes: {method!r} is not a mixture that the study trains{nearest(method, trained)}; there are "
+                    f"{', '.join(trained)}"
+                )
+            name = f"{self._prefix(0)}routes.{run.about.title}"
+            needs = {"model": run.name, **self._text()}
+            options = {name: value for name, value in self._evaluation().items() if name != "precision"}
+            self._add(name, "routes", options, needs, (8, number), config=run.config, about=run.about)
 
     def _inference(self) -> None:
         study = self.study
@@ -273,12 +271,12 @@ class _Builder:
             return
         needs = {"seed": seed} if (seed := self._seed_step(0)) else {}
         needs |= {
-            step.about["method"]: step.name
+            step.about.method: step.name
             for step in self.found.values()
-            if step.kind == "upcycle" and step.about["repetition"] == 0 and step.about["group"] == "methods"
+            if step.kind == "upcycle" and step.about and (step.about.repetition, step.about.group) == (0, "methods")
         }
         options = {**study.inference.model_dump(), **self.given_identity}
-        self._add("inference", "inference", options, needs, (9,), about={"role": "inference"})
+        self._add("inference", "inference", options, needs, (9,))
 
     def _add(
         self, name: str, kind: Kind, options: dict[str, Any], needs: dict[str, str], order: tuple[int, ...], **more: Any
@@ -288,7 +286,7 @@ class _Builder:
             raise RecipeError(f"methods: two of them make {name}: give one another name")
         counted = options
         if kind == "train":  # what does not change the result is no part of the key
-            free = FREE_TO_CHANGE - {"micro_batch_size"} if _has_routers(more["config"]) else FREE_TO_CHANGE
+            free = FREE_TO_CHANGE - {"micro_batch_size"} if has_routers(more["config"]) else FREE_TO_CHANGE
             counted = {**options, "run": {key: value for key, value in options["run"].items() if key not in free}}
         keys = {role: self.found[needed].key for role, needed in needs.items()}
         key = key_of({"format": FORMAT, "kind": kind, "options": counted, "needs": keys})
@@ -340,6 +338,6 @@ class _Builder:
         return steps, steps * step_cost(study, config, overlaid(preset.train, method.train)).total
 
 
-def _has_routers(config: dict[str, Any]) -> bool:
-    """Whether a model has losses of its own, which look at one micro-batch at a time."""
-    return bool(config["model_type"] == "branchmix")
+def _trains(step: Step, method: str) -> bool:
+    """Whether a step is a run of a method's first repetition."""
+    return step.kind == "train" and step.about is not None and (step.about.repetition, step.about.method) == (0, method)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from branchmix.study.graph import NEGLIGIBLE
+from branchmix.study.graph import NEGLIGIBLE, TRAINED
 from branchmix.study.methods import METHODS
 from branchmix.study.statistics import Comparison, compare, t_interval
 
@@ -23,7 +23,7 @@ def comparison(ours: dict[str, Any], theirs: dict[str, Any]) -> Comparison | Non
 
 def against_dense(models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By match, then by title: mixtures beside the dense model that was trained on as much data or compute."""
-    trained = [model for model in models if model["role"] in ("trained", "reference") and model["group"] == "methods"]
+    trained = [model for model in models if model["role"] in TRAINED and model["group"] == "methods"]
     found: dict[str, dict[str, Any]] = {}
     for match in ("dm", "cm"):
         of_match = [model for model in trained if match in model["match"]]
@@ -42,7 +42,7 @@ def budgets(models: list[dict[str, Any]], reference: dict[str, Any] | None) -> l
     rows = []
     total = reference["flops"] + reference["optimizer_flops"]
     for model in models:
-        if model["role"] not in ("trained", "reference") or not model["tokens"]:
+        if model["role"] not in TRAINED or not model["tokens"]:
             continue
         flops = model["flops"] + model["optimizer_flops"]
         step = flops / model["repetitions"][0]["training"]["steps"]
@@ -94,7 +94,7 @@ def claims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def find(preset: str, match: str) -> dict[str, Any] | None:
         if preset == "seed":
             return next((model for model in models if model["role"] == "seed"), None)
-        wanted = [m for m in models if m["preset"] == preset and m["role"] in ("trained", "reference")]
+        wanted = [m for m in models if m["preset"] == preset and m["role"] in TRAINED]
         return next((m for m in wanted if m["role"] == "reference" or match in m["match"]), None)
 
     rows: list[dict[str, Any]] = []
@@ -118,7 +118,7 @@ def claims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def variants(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each method that varies another in one thing, beside that one, for each budget that both kept."""
-    trained = [model for model in models if model["role"] in ("trained", "reference")]
+    trained = [model for model in models if model["role"] in TRAINED]
     rows: list[dict[str, Any]] = []
     for model in trained:
         preset = METHODS.get(model["preset"] or "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from branchmix.study.table import Numbers, Table, marked_label, millions
+from branchmix.pages.numbers import human_count
+from branchmix.pages.table import Table
+from branchmix.study.labels import Numbers, marked_label
 from branchmix.train.progress import duration
 
 
@@ -31,7 +33,7 @@ def inference_flops(found: Numbers) -> Table:
         f"Forward FLOPs of a token in one layer, context {context}, by the formulas of the paper's Table 10; whole "
         "model: all layers and the output layer."
     )
-    return Table("table-7", "FLOPs of a token (BAM, Table 7)", head, rows, note)
+    return Table(head, rows, "table-7", "FLOPs of a token (BAM, Table 7)", note)
 
 
 def components(found: Numbers) -> Table:
@@ -50,13 +52,8 @@ def components(found: Numbers) -> Table:
         label = model["label"].removesuffix(", step 0")
         rows.append([f"{label}, parameters", *(f"{sizes[part]:,}" if part in sizes else "" for part in parts)])
         rows.append([f"{label}, FLOPs", *(f"{flops[part]:,}" for part in parts)])
-    return Table(
-        "table-10",
-        "Parts of a layer (BAM, Table 10)",
-        ["", *parts.values()],
-        rows,
-        "Of one layer; FLOPs of one token, forward.",
-    )
+    note = "Of one layer; FLOPs of one token, forward."
+    return Table(["", *parts.values()], rows, "table-10", "Parts of a layer (BAM, Table 10)", note)
 
 
 def latency(found: Numbers) -> Table | None:
@@ -83,13 +80,8 @@ def latency(found: Numbers) -> Table | None:
         f"in turn; {measured['dtype']}, {measured['threads']} threads of {record['machine']['cpu']}. The merges before "
         "training."
     )
-    return Table(
-        "inference",
-        "Latency and memory of generation (BAM, section 7.3)",
-        ["", "seconds", "of the runs", "KV cache, bytes"],
-        rows,
-        note,
-    )
+    head = ["", "seconds", "of the runs", "KV cache, bytes"]
+    return Table(head, rows, "inference", "Latency and memory of generation (BAM, section 7.3)", note)
 
 
 def budgets(found: Numbers) -> Table:
@@ -126,7 +118,7 @@ def budgets(found: Numbers) -> Table:
         "as the reference's FLOPs pay for, or the same steps where that makes less than 0.5 %. Times are of wall, "
         "while other runs worked beside, and no measure of anything else."
     )
-    return Table("budgets", "Were budgets kept?", head, rows, note)
+    return Table(head, rows, "budgets", "Were budgets kept?", note)
 
 
 def costs(found: Numbers) -> Table:
@@ -141,8 +133,8 @@ def costs(found: Numbers) -> Table:
             [
                 marked_label(found, model),
                 *(
-                    millions(facts["parameters"]),
-                    millions(facts["active_parameters"]),
+                    human_count(facts["parameters"]),
+                    human_count(facts["active_parameters"]),
                     f"{facts['kv_cache_bytes_per_token']:,}",
                 ),
                 *(f"{model['tokens']:,}", f"{model['flops']:.4g}", f"{model['optimizer_flops']:.3g}"),
@@ -169,7 +161,7 @@ def costs(found: Numbers) -> Table:
         "FLOPs of one repetition. Sunk: the dense models that it was made from. Time: of wall, mean over repetitions, "
         "while other steps worked beside."
     )
-    return Table("costs", "Costs", head, rows, note)
+    return Table(head, rows, "costs", "Costs", note)
 
 
 def text(found: Numbers) -> Table:
@@ -190,4 +182,4 @@ def text(found: Numbers) -> Table:
         "Whole documents are held out, the same ones from every run. A domain that a run passed more than four times "
         "was too small for it."
     )
-    return Table("text", "The text", head, rows, note)
+    return Table(head, rows, "text", "The text", note)

@@ -1,4 +1,4 @@
-"""A study's pictures: loss against tokens and FLOPs, perplexity with intervals, compute against perplexity, routing.
+"""A study's pictures: loss against tokens and FLOPs, perplexity with intervals, compute against perplexity.
 
 Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg``, ``png`` and ``save`` of ``pages.pictures``.
 """
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.pages.pictures import COLOURS, Figure, figure_with, heat, take_ink
+from branchmix.pages.pictures import COLOURS, Figure, figure_with, take_ink
+from branchmix.study.labels import Numbers
 
-Numbers = dict[str, Any]
 TOLD = ("bam-expert-kv", "bam-shared-kv", "dense")
 """Methods that reports tell about first, where a study has them."""
 _DASHES = {"dm": "-", "cm": "--", "time": ":"}
@@ -174,27 +174,4 @@ def compute(found: Numbers, ink: str) -> Figure | None:
     lines, labels = panel.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
     panel.grid(alpha=0.2, which="both")
-    return figure
-
-
-def routing(found: Numbers, ink: str, *, title: str) -> Figure:
-    """Load of each expert by domain, first repetition: a row of panels for attention and one for FFN."""
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-    routed = next(model for model in found["models"] if model["title"] == title)["repetitions"][0]["routing"]
-    kinds = [kind for kind in ("attention", "ffn") if routed.get(kind)]
-    domains = found["domains"]
-    layers = max(len(routed[kind]) for kind in kinds)
-    figure = MatplotlibFigure(figsize=(2.25 * min(layers, 8) + 0.6, 2.1 * len(kinds) + 0.2), layout="constrained")
-    panels = figure.subplots(len(kinds), min(layers, 8), squeeze=False)
-    for row, kind in enumerate(kinds):
-        shown = routed[kind] if layers <= 8 else [routed[kind][round(n * (layers - 1) / 7)] for n in range(8)]
-        for column, layer in enumerate(shown):
-            panel = panels[row][column]
-            take_ink(panel, ink)
-            by_domain = [layer["by_domain"][domain] for domain in domains]
-            heat(panel, by_domain, domains, routed["experts"], ink, rows=column == 0, columns=row == len(kinds) - 1)
-            name = {"attention": "attention gates", "ffn": "FFN tokens"}[kind]
-            panel.set_title(f"{name}, layer {layer['layer'] + 1}", color=ink, fontsize=8.5)
-            panel.tick_params(axis="x", labelrotation=90 if len(routed["experts"]) > 5 else 0)
     return figure

@@ -1,36 +1,46 @@
-"""What a study will take, before it is started: ``branchmix study --dry-run``.
+"""What a study will take, before it is started (``branchmix study --dry-run``), and budgets that fit into a time.
 
-Tokens and FLOPs are exact. Time comes from a short calibration on this machine, one training step after another with a
-step's threads; memory is what weights, gradients, optimizer, activations and logits need; disk is what stays.
+Tokens and FLOPs are exact. Time comes from a short calibration on this machine, side by side as the steps will run;
+memory is what weights, gradients, optimizer, activations and logits need; disk is what stays.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from branchmix.accounting import parameters
+from branchmix.errors import RecipeError
 from branchmix.study.build import build
-from branchmix.study.graph import Graph, Step, chosen
+from branchmix.study.graph import Graph, Step, chosen, has_routers, may_go
 from branchmix.study.memory import training_bytes
-from branchmix.study.records import RESULT, STEPS
-from branchmix.study.run import share_machine
-from branchmix.study.settings import StudyFile
+from branchmix.study.processes import MOST_PROCESSES, processes_of, share_machine
+from branchmix.study.records import PLAN, RESULT, STEPS
+from branchmix.study.settings import InstalledText, StudyFile
+from branchmix.study.speed import Speed
 from branchmix.train.progress import duration
 
-START_SECONDS = 8.0
-"""Until a process has imported everything and read its data."""
-TEXT_SECONDS, MERGE_SECONDS = 60.0, 5.0
-CALIBRATED_ROWS = 8
-"""Sequences of a calibration's forward passes, at most."""
+TEXT_SECONDS = 60.0
+"""Of extracting what is installed."""
+READING_SECONDS = 3.0
+"""Of reading data and writing a model, for each step."""
+SHARED = 1.25
+"""Times the work of one process, where several exchange gradients: two take 0.63 of the time of one."""
+EVALUATION = 0.4
+"""Of a training step's time for as many tokens: forward passes are a third, and documents fill no whole windows."""
+MARGIN = 0.9
+"""Share of ``minutes`` that is planned: machines are not always as fast as in their first seconds."""
+LEAST_STEPS = 5
+LEAST_TEXT = 500_000
+"""Bytes of each domain, where the study allows as many."""
 _GROUPS = {"dense": "dense models", "methods": "methods", "ablations": "ablations"}
 
 
 @dataclass(frozen=True)
-class Row:
+class StepForecast:
     """Steps that differ in their repetition only."""
 
     name: str
@@ -45,13 +55,14 @@ class Row:
     memory: int
     disk: int
     seconds: float | None
+    """Of each that is not done."""
 
 
 @dataclass(frozen=True)
 class Forecast:
     """All steps, and sums."""
 
-    rows: list[Row]
+    rows: list[StepForecast]
     seconds: float | None
     """Of wall time, for what is not done."""
     disk: int
@@ -90,7 +101,9 @@ class Forecast:
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
 
-def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), measured: bool = True) -> Forecast:
+def forecast(
+    study: StudyFile, out: Path, *, only: Sequence[str] = (), measured: bool = True, speed: Speed | None = None
+) -> Forecast:
     """Plan without running.
 
     Args:
@@ -98,30 +111,34 @@ def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), measured:
         out: folder of the study, to see what is done.
         only: as for ``run.study``.
         measured: calibrate, which takes some seconds for each kind of model; without, times are unknown.
+        speed: of this machine, if it has been measured.
     """
     graph = build(study)
     steps = chosen(graph, list(only))
     done = {step.name for step in steps if (out / STEPS / step.folder / RESULT).is_file()}
     at_once, threads, _ = share_machine(study, len(steps))
-    speeds = _speeds(study, steps, threads) if measured else {}
-    seconds = {step.name: _seconds(study, step, graph, speeds) if measured else None for step in steps}
     left = [step for step in steps if step.name not in done]
+    seconds: dict[str, float] = {}
+    if measured:
+        needed = {step.name for step in left} | {n for s in left if s.kind == "inference" for n in s.needs.values()}
+        speed = speed or _measured(study, (graph.steps[name] for name in sorted(needed)), at_once, threads)
+        seconds = {step.name: _seconds(study, step, graph, speed) for step in left}
     rows: dict[str, list[Step]] = {}
     for step in steps:
         rows.setdefault(_without_repetition(step.name), []).append(step)
     trained = [step for step in steps if step.kind == "train"]
     return Forecast(
-        rows=[_row(study, name, group, done, seconds[group[0].name]) for name, group in rows.items()],
-        seconds=_makespan(left, {name: value or 0.0 for name, value in seconds.items()}, at_once) if measured else None,
+        rows=[_row(study, name, group, done, _longest(group, seconds)) for name, group in rows.items()],
+        seconds=_makespan(left, seconds, at_once) if measured else None,
         disk=sum(_disk(study, step) for step in steps),
         at_once=at_once,
         threads=threads,
         tokens=sum(step.cost.tokens for step in trained),
         flops=sum(step.cost.total for step in trained),
-        sunk_flops=sum(step.cost.total for step in trained if step.about["group"] == "dense"),
+        sunk_flops=sum(step.cost.total for step in trained if step.about and step.about.group == "dense"),
         budgets=_budgets(graph),
         warnings=sorted(
-            {f"{step.about['label']}: {step.about['warning']}" for step in steps if step.about.get("warning")}
+            {f"{step.about.label}: {step.about.warning}" for step in steps if step.about and step.about.warning}
         ),
     )
 
@@ -131,10 +148,15 @@ def _without_repetition(name: str) -> str:
     return rest if first[:1] == "r" and first[1:].isdigit() else name
 
 
-def _row(study: StudyFile, name: str, steps: list[Step], done: set[str], seconds: float | None) -> Row:
+def _longest(steps: list[Step], seconds: dict[str, float]) -> float | None:
+    """Of one of them that is not done; None if there is none, or nothing was measured."""
+    return max((seconds[step.name] for step in steps if step.name in seconds), default=None)
+
+
+def _row(study: StudyFile, name: str, steps: list[Step], done: set[str], seconds: float | None) -> StepForecast:
     step = steps[0]
     count = sum(step.name in done for step in steps)
-    return Row(
+    return StepForecast(
         name=name,
         status="" if not count else "done" if count == len(steps) else f"{count} done",
         times=len(steps),
@@ -172,28 +194,28 @@ def _disk(study: StudyFile, step: Step) -> int:
     """What stays of its weights."""
     if step.config is None or step.kind not in ("train", "upcycle"):
         return 0
-    if study.keep == "results" and step.about["role"] not in ("seed", "expert"):
+    if study.keep == "results" and may_go(step):
         return 0
     return 4 * parameters(step.config).total
 
 
 def _budgets(graph: Graph) -> list[dict[str, Any]]:
     trained = [
-        s
-        for s in graph.steps.values()
-        if s.kind == "train" and s.about["group"] != "dense" and s.about["repetition"] == 0
+        (step.about, step.cost)
+        for step in graph.steps.values()
+        if step.kind == "train" and step.about and step.about.group != "dense" and step.about.repetition == 0
     ]
-    reference = next(step.cost for step in trained if step.about["role"] == "reference")
+    reference = next(cost for about, cost in trained if about.role == "reference")
     return [
         {
-            "title": step.about["title"],
-            "match": step.about["match"],
-            "tokens": step.cost.tokens,
-            "tokens_share": step.cost.tokens / reference.tokens,
-            "flops": step.cost.total,
-            "flops_share": step.cost.total / reference.total,
+            "title": about.title,
+            "match": list(about.match),
+            "tokens": cost.tokens,
+            "tokens_share": cost.tokens / reference.tokens,
+            "flops": cost.total,
+            "flops_share": cost.total / reference.total,
         }
-        for step in trained
+        for about, cost in trained
     ]
 
 
@@ -202,57 +224,116 @@ def _budgets(graph: Graph) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _speeds(study: StudyFile, steps: Sequence[Step], threads: int) -> dict[str, float]:
-    """Seconds of a training step of each kind of model."""
-    import torch
+def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = None) -> tuple[StudyFile, Speed | None]:
+    """A study with budgets that fit into its ``minutes``: as it was begun in ``out``, or by a forecast.
 
-    from branchmix.study.speed import new_model, seconds_per_step
-    from branchmix.train.memory import keep_freed_memory
-    from branchmix.train.models import Computing
+    Returns the speed of this machine with it, if that was measured for the forecast.
 
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    computing = Computing(torch.device("cpu"), _in_bf16(study.train))
-    found: dict[str, float] = {}
-    for step in steps:
-        kind = json.dumps(step.config, sort_keys=True)
-        if step.config is None or kind in found:
-            continue
-        seed = step.config.get("seed_config", step.config)
-        found[kind] = seconds_per_step(
-            new_model(step.config, computing, study.sequence_length),
-            vocab_size=int(seed["vocab_size"]),
-            sequence_length=study.sequence_length,
-            batch_size=study.batch_size,
-            rows=min(CALIBRATED_ROWS, study.micro_batch_size or study.batch_size),
-            computing=computing,
-            steps=2,
-        )
-    return found
+    Args:
+        study: with ``minutes``, so that ``tokens`` and ``data.installed`` are proportions.
+        out: folder of the study.
+        say: gets lines about the machine and the budgets.
+
+    Raises:
+        RecipeError: the study in ``out`` was begun with other minutes.
+    """
+    begun = begun_with(out)
+    if begun is not None and begun.get("minutes") != study.minutes:
+        minutes = begun.get("minutes")
+        was = f"a study of {minutes:g} minutes" if minutes else "a study without minutes"
+        raise RecipeError(f"{out}: holds {was}: choose another folder, or the minutes it was begun with")
+    if begun is not None:
+        installed = begun["data"].get("installed") if isinstance(study.data, InstalledText) else None
+        return _with_budgets(study, begun["tokens"], installed), None
+    graph = build(study)
+    at_once, threads, _ = share_machine(study, len(graph.steps))
+    if say is not None:
+        say(f"measuring the speed of {at_once} processes side by side")
+    speed = _measured(study, graph.steps.values(), at_once, threads)
+    study, seconds = fit(study, speed, at_once)
+    if say is not None:
+        tokens = ", ".join(f"{phase} {count:,}" for phase, count in study.tokens.model_dump().items() if count)
+        say(f"tokens that fit into {study.minutes:g} minutes: {tokens}; about {duration(seconds)} in all")
+    return study, speed
 
 
-def _seconds(study: StudyFile, step: Step, graph: Graph, speeds: dict[str, float]) -> float:
-    """Of one step, alone on its threads."""
+def begun_with(out: Path) -> dict[str, Any] | None:
+    """Settings of the study that was begun in a folder; None if there is none."""
+    if not (out / PLAN).is_file():
+        return None
+    return dict(json.loads((out / PLAN).read_text(encoding="utf-8"))["settings"])
+
+
+def fit(study: StudyFile, speed: Speed, at_once: int) -> tuple[StudyFile, float]:
+    """The study with the largest budgets whose forecast is within ``MARGIN`` of its minutes, and that forecast.
+
+    Every phase has ``LEAST_STEPS`` however short the time is.
+    """
+    assert study.minutes is not None
+    goal = 60 * MARGIN * study.minutes
+
+    def scaled(factor: float) -> tuple[StudyFile, float]:
+        least = LEAST_STEPS * study.step_tokens
+        tokens = {
+            phase: max(least, round(factor * count / study.step_tokens) * study.step_tokens) if count else None
+            for phase, count in study.tokens.model_dump().items()
+        }
+        text = study.data.installed if isinstance(study.data, InstalledText) else None
+        candidate = _with_budgets(study, tokens, text and max(min(text, LEAST_TEXT), int(factor * text)))
+        graph = build(candidate)
+        seconds = {step.name: _seconds(candidate, step, graph, speed) for step in graph.steps.values()}
+        return candidate, _makespan(list(graph.steps.values()), seconds, at_once)
+
+    low, high = 0.0, 1.0
+    while scaled(high)[1] < goal and high < 1e4:
+        low, high = high, 2 * high
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if scaled(middle)[1] < goal else (low, middle)
+    return scaled(low)
+
+
+def _with_budgets(study: StudyFile, tokens: dict[str, int | None], installed: int | None) -> StudyFile:
+    update: dict[str, Any] = {"tokens": study.tokens.model_copy(update=tokens)}
+    if isinstance(study.data, InstalledText) and installed:
+        update["data"] = study.data.model_copy(update={"installed": installed})
+    return study.model_copy(update=update)
+
+
+def _measured(study: StudyFile, steps: Iterable[Step], at_once: int, threads: int) -> Speed:
+    from branchmix.study.speed import measure_speed
+
+    configs = [step.config for step in steps if step.config is not None]
+    if not configs:
+        return Speed(0.0, {})
+    return measure_speed(study, configs, processes=min(at_once, MOST_PROCESSES), threads=threads)
+
+
+def _seconds(study: StudyFile, step: Step, graph: Graph, speed: Speed) -> float:
+    """Of one step, while others work beside it where they can."""
+    start = speed.start + READING_SECONDS
     if step.kind == "text":
         return TEXT_SECONDS
     if step.kind == "upcycle":
-        return MERGE_SECONDS
+        return start
     if step.kind == "inference":
-        forward = [
-            speeds[json.dumps(graph.steps[name].config, sort_keys=True)] / study.step_tokens / 3
-            for name in step.needs.values()
-        ]
-        tokens = (
-            (study.inference.prompt + 10 * study.inference.new_tokens) * (study.inference.runs + 1)
-            if study.inference
-            else 0
-        )
-        return START_SECONDS + tokens * sum(forward)
-    one = speeds[json.dumps(step.config, sort_keys=True)]
-    evaluated = one / study.step_tokens / 3 * study.held_out.tokens * len(study.domains)
+        models = [graph.steps[name].config for name in step.needs.values()]
+        forward = sum(speed.step(config) for config in models if config is not None) / study.step_tokens / 3
+        tokens = 0
+        if study.inference:
+            tokens = (study.inference.prompt + 10 * study.inference.new_tokens) * (study.inference.runs + 1)
+        return start + tokens * forward
+    assert step.config is not None
+    one = speed.step(step.config)
     if step.kind == "train":
-        return START_SECONDS + one * step.cost.steps
-    return START_SECONDS + evaluated * (len(study.expert_names) + 1 if step.kind == "ensemble" else 1)
+        processes = processes_of(study, graph, step)
+        return start + step.cost.steps * one * (SHARED / processes if processes > 1 else 1.0)
+    evaluated = one / study.step_tokens * EVALUATION * study.held_out.tokens * len(study.domains)
+    if step.kind == "scores" and has_routers(step.config):
+        evaluated *= 2  # its routing is measured too
+    members = len(study.expert_names) + 1 if step.kind == "ensemble" else 1
+    own_process = step.kind == "ensemble" or "model" not in step.needs
+    return READING_SECONDS + (speed.start if own_process else 0.0) + members * evaluated
 
 
 def _makespan(steps: Sequence[Step], seconds: dict[str, float], at_once: int) -> float:

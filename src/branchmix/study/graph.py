@@ -6,10 +6,9 @@ steps that depend on it. ``build`` makes the graph of a study's settings.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +16,16 @@ from typing import Any, Literal
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import RecipeError
 
-Kind = Literal["text", "train", "upcycle", "scores", "ensemble", "inference"]
+Kind = Literal["text", "train", "upcycle", "scores", "ensemble", "routes", "inference"]
+Group = Literal["dense", "methods", "ablations"]
+Role = Literal["seed", "expert", "upcycle", "merge", "step 0", "ensemble", "reference", "trained"]
+TRAINED: tuple[Role, ...] = ("trained", "reference")
+UNTRAINED: tuple[Role, ...] = ("merge", "step 0", "ensemble")
+"""Roles of models that methods make."""
 FORMAT = 1
 """Of keys and results: another one makes every step a new one."""
+AFTER_A_MODEL = ("scores", "routes")
+"""Kinds of steps that the process which makes their model does too."""
 CURVE_POINTS = 60
 """Of a training run."""
 NEGLIGIBLE = 0.005
@@ -44,6 +50,43 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class About:
+    """What a step is about, for reports. It is not part of the step's key."""
+
+    group: Group
+    repetition: int
+    role: Role
+    label: str
+    """In tables and pictures."""
+    title: str = ""
+    """Name of the model, the same in all repetitions."""
+    method: str = ""
+    """Name of the method in the study's file; empty for the dense models."""
+    preset: str = ""
+    """The method that it is an instance of: a key of ``METHODS``."""
+    what: str = ""
+    """What the method is."""
+    warning: str = ""
+    match: tuple[str, ...] = ()
+    """Budgets of the reference that the run has: ``dm``, ``cm``, ``time``."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without what is empty."""
+        return {
+            key: list(value) if key == "match" else value
+            for key, value in asdict(self).items()
+            if value not in ("", ())
+        }
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> About:
+        """From JSON, also that of older versions."""
+        known = {field.name for field in fields(cls)}
+        given = {key: value for key, value in content.items() if key in known}
+        return cls(**{**given, "match": tuple(given.get("match", ()))})
+
+
+@dataclass(frozen=True)
 class Step:
     """A node of the graph."""
 
@@ -59,13 +102,23 @@ class Step:
     config: dict[str, Any] | None = None
     """Of the model that it makes or measures."""
     cost: Cost = Cost()
-    about: dict[str, Any] = field(default_factory=dict)
-    """For reports: method, label, match, repetition, group. No part of the key."""
+    about: About | None = None
+    """Of steps that make or measure a model."""
 
     @property
     def folder(self) -> str:
         """Below ``OUT/steps``."""
         return f"{self.name}-{self.key[:10]}"
+
+
+def has_routers(config: dict[str, Any] | None) -> bool:
+    """Whether a model has losses of its own, which look at one micro-batch at a time."""
+    return config is not None and bool(config["model_type"] == "branchmix")
+
+
+def may_go(step: Step) -> bool:
+    """Whether ``keep: results`` removes the weights that a step makes."""
+    return step.kind in ("train", "upcycle") and step.about is not None and step.about.role not in ("seed", "expert")
 
 
 @dataclass(frozen=True)
@@ -91,13 +144,6 @@ class Graph:
         for name in names:
             take(name)
         return [step for step in self.steps.values() if step.name in wanted]
-
-
-def key_of(content: Any) -> str:
-    """A short name for what a result depends on."""
-    from xxhash import xxh3_128_hexdigest
-
-    return str(xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
 
 def chosen(graph: Graph, only: list[str]) -> list[Step]:

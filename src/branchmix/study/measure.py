@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from branchmix.data.config import HeldOut, Source
+
+if TYPE_CHECKING:
+    from branchmix.data.packing import Packing
+    from branchmix.train.routers import RouterMonitor
 
 ROUTED_SEQUENCES = 64
 """Of a domain, for the routing by domain."""
@@ -31,9 +35,8 @@ def measure(
     max_length: int,
     bf16: bool | None = None,
     trust_remote_code: bool = False,
-    routing: bool = True,
 ) -> dict[str, Any]:
-    """Scores of one model: ``{"domains": Documents, "routing": ...}``.
+    """Scores of one model: ``{"domains": Documents, "routing": ...}``; no routing of a dense model.
 
     Args:
         model: its folder.
@@ -43,16 +46,22 @@ def measure(
         max_length: tokens of the window, those of a training sequence.
         bf16: autocast over fp32 weights, as runs compute; where the device is faster in it if None.
         trust_remote_code: run code that the model brings along.
-        routing: follow the routers too; None in the result without.
     """
+    from branchmix.data.packing import packing_method
+    from branchmix.train.routers import RouterMonitor
+
     loaded = _Loaded(model, bf16, max_length, trust_remote_code)
     corpus = _corpus(sources, loaded.tokenizer, folder, held_out)
+    # Found out without autocast, as runs do: what bf16 rounds away would be taken for other documents.
+    monitor = RouterMonitor(loaded.model.config, list(sources))
+    packing = packing_method(loaded.model) if monitor.options else None
     with loaded.computing.autocast():
         domains: Documents = {}
         for domain in sources:
             texts = corpus.held_out_texts(domain)
             domains[domain] = [list(score) for score, _ in loaded.documents(texts, max_length)]
-        routed = _routing(loaded.model, corpus.held_out(sequence_length=max_length)) if routing else None
+        sequences = corpus.held_out(sequence_length=max_length)
+        routed = _routing(loaded.model, sequences, monitor, packing) if packing else None
     return {"domains": domains, "routing": routed}
 
 
@@ -131,16 +140,13 @@ def _corpus(sources: Mapping[str, Source], tokenizer: Any, folder: Path, held_ou
     return open_corpus(dict(sources), tokenizer, folder=folder, cache=None, held_out=held_out)
 
 
-def _routing(model: Any, held_out: dict[str, Any]) -> dict[str, Any] | None:
-    """Load of each expert by domain, of each layer's routers; None for a dense model."""
+def _routing(model: Any, held_out: dict[str, Any], monitor: RouterMonitor, packing: Packing) -> dict[str, Any]:
+    """Load of each expert by domain, of each layer's routers."""
     import torch
 
-    from branchmix.data.packing import collate, packed_inputs, packing_method
+    from branchmix.data.packing import collate, packed_inputs
     from branchmix.train.losses import IGNORED
-    from branchmix.train.routers import RouterMonitor
 
-    how = packing_method(model)
-    monitor = RouterMonitor(model.config, list(held_out))
     with torch.inference_mode():
         for number, sequences in enumerate(held_out.values()):
             count = min(len(sequences), ROUTED_SEQUENCES)
@@ -149,6 +155,6 @@ def _routing(model: Any, held_out: dict[str, Any]) -> dict[str, Any] | None:
                 batch = {name: value.to(model.device) for name, value in batch.items()}
                 labels_BT = batch["labels"]
                 domain_B = torch.full((len(labels_BT),), number, device=model.device)
-                monitor.add(model(**packed_inputs(batch, how), **monitor.options), domain_B, labels_BT != IGNORED)
-    reading = monitor.read()
-    return reading.as_dict() if reading.routers else None
+                output = model(**packed_inputs(batch, packing), **monitor.options)
+                monitor.add(output, domain_B, labels_BT != IGNORED)
+    return monitor.read().as_dict()

@@ -7,7 +7,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-PLAN, RESULT, MODEL, TEXT, STEPS = "plan.json", "result.json", "model", "text", "steps"
+PLAN, RESULT, PAGE = "plan.json", "result.json", "routes.html"
+MODEL, TEXT, STEPS = "model", "text", "steps"
 RESULTS, STUDY = "results", "study.json"
 SMOOTHED = 8
 """Points of a loss curve that are averaged, those before it: no point knows what comes after it."""

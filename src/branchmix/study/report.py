@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.folder import require_new_file
+from branchmix.evaluate.routing.plots import shares
 from branchmix.pages import page
 from branchmix.pages.pictures import Figure, png, save, svg
+from branchmix.pages.table import Table
 from branchmix.study import figures
-from branchmix.study.results import collect
+from branchmix.study.graph import TRAINED, UNTRAINED
+from branchmix.study.labels import intervals_are
+from branchmix.study.results import collect, results_folder
 from branchmix.study.statistics import SEED_NOISE
-from branchmix.study.table import Table, intervals_are
 from branchmix.study.tables import percent, tables
 
-KINDS = ("html", "markdown", "latex")
+TITLE = "Methods compared at equal data and equal compute"
+ROUTING = "routing-"
+"""How the names of heat maps begin; the title of a model follows."""
 FEW_STEPS = 100
 """Of a mixture: below, models have hardly learned anything."""
 Draw = Callable[[str], Figure]
 
 
 @dataclass(frozen=True)
-class Report:
+class WrittenReport:
     """What was written."""
 
     numbers: dict[str, Any]
     headline: list[str]
+    tables: list[Table]
     files: list[Path]
 
 
 def report(
     folder: str | Path, out: str | Path | None = None, *, kinds: Sequence[str] = (), force: bool = False
-) -> Report:
+) -> WrittenReport:
     """Write the report of what is done.
 
     Args:
@@ -54,16 +59,22 @@ def report(
     out = Path(out) if out is not None else folder
     found = collect(folder)
     lines = headline(found)
-    writers = _writers(found, lines, kinds)
+    made = tables(found)
+    writers = _writers(found, lines, made, kinds)
+    if "index.html" in writers:
+        pages = {title: results_folder(folder) / f"{step}.html" for title, step in found["routes"].items()}
+        writers |= {routes_page(title): partial(_copy, file) for title, file in pages.items() if file.is_file()}
     for name in writers if not _is_ours(out, folder) else ():
         require_new_file(out / name, force=force)
     files = [write(out / name) for name, write in writers.items()]
-    return Report({**found, "models": [_without_documents(model) for model in found["models"]]}, lines, files)
+    numbers = {**found, "models": [_without_documents(model) for model in found["models"]]}
+    return WrittenReport(numbers, lines, made, files)
 
 
-def _writers(found: dict[str, Any], lines: list[str], kinds: Sequence[str]) -> dict[str, Callable[[Path], Path]]:
+def _writers(
+    found: dict[str, Any], lines: list[str], made: list[Table], kinds: Sequence[str]
+) -> dict[str, Callable[[Path], Path]]:
     """What writes each file, by its place in the report's folder."""
-    made = tables(found)
     pictures = _pictures(found)
     texts: dict[str, Callable[[], str]] = {
         "index.html": lambda: _html(found, lines, made, pictures),
@@ -81,6 +92,15 @@ def _writers(found: dict[str, Any], lines: list[str], kinds: Sequence[str]) -> d
     for name, (draw, _) in pictures.items() if not kinds else ():
         writers |= {f"figures/{name}.png": partial(png, draw), f"figures/{name}.pdf": partial(save, draw)}
     return writers
+
+
+def routes_page(title: str) -> str:
+    """Name of the page that shows a model's routers token by token, beside the report's."""
+    return f"routes-{title}.html"
+
+
+def _copy(source: Path, file: Path) -> Path:
+    return page.write(file, source.read_text(encoding="utf-8"))
 
 
 def _write(text: Callable[[], str], file: Path) -> Path:
@@ -107,9 +127,9 @@ def _pictures(found: dict[str, Any]) -> dict[str, tuple[Draw, str]]:
         made["curves"] = (partial(figures.curves, found), "Training loss against tokens and against FLOPs")
         made["compute"] = (partial(figures.compute, found), "Held-out perplexity against training FLOPs")
     for model in found["models"]:
-        if model["repetitions"][0]["routing"] and model["role"] in ("trained", "reference"):
-            draw = partial(figures.routing, found, title=model["title"])
-            made[f"routing-{model['title']}"] = (
+        if model["repetitions"][0]["routing"] and model["role"] in TRAINED:
+            draw = partial(shares, model["repetitions"][0]["routing"], domains=found["domains"])
+            made[f"{ROUTING}{model['title']}"] = (
                 draw,
                 f"{model['label']}: share of each expert by domain, layer by layer",
             )
@@ -222,72 +242,63 @@ def _trust(found: dict[str, Any]) -> str:
 
 
 def _html(found: dict[str, Any], lines: list[str], made: list[Table], pictures: dict[str, tuple[Draw, str]]) -> str:
-    by_name = {table.name: table for table in made}
-
-    def shown(*names: str) -> str:
-        parts = [f"<h3>{escape(by_name[name].title)}</h3>{by_name[name].html()}" for name in names if name in by_name]
-        return "".join(parts)
-
-    def drawn(names: Iterable[str]) -> str:
-        parts = []
-        for name in names:
-            if name in pictures:
-                draw, label = pictures[name]
-                parts.append(
-                    f'<figure class="wide">{svg(draw, name, label)}</figure><p class="note">{escape(label)}.</p>'
-                )
-        return "".join(parts)
-
-    warnings = sorted({f"{model['label']}: {model['warning']}" for model in found["models"] if model["warning"]})
-    sections = [
-        page.section("Perplexity on held-out text", shown("table-1") + drawn(["perplexity"]) + shown("bits-per-byte")),
-        page.section(
-            "The paper's findings, tried again",
-            shown("directions", "table-4", "table-5", "table-6")
-            + "".join(f'<p class="note">{escape(w)}</p>' for w in warnings),
-        ),
-        page.section("Training", drawn(["curves", "compute"])),
-        page.section("What it costs", shown("budgets", "costs", "table-7", "table-10", "inference")),
-        page.section("Who serves which domain", drawn(name for name in pictures if name.startswith("routing-"))),
-        page.section("The text", shown("text")),
-        page.section("Everything that is needed to repeat it", _making(found)),
-    ]
-    return page.document("Methods compared at equal data and equal compute", "branchmix study", lines, sections)
-
-
-def _making(found: dict[str, Any]) -> str:
     import yaml
 
-    machines = "".join(
-        f"<p>{escape(m['cpu'])}, {m['cores']} cores, {m['threads']} threads a run, {escape(m['precision'])}; "
-        f"{escape(', '.join(f'{name} {version}' for name, version in m['versions'].items()))}</p>"
-        for m in found["machines"]
+    by_name = {table.name: table for table in made}
+
+    def shown(*names: str) -> list[Table]:
+        return [by_name[name] for name in names if name in by_name]
+
+    def drawn(*names: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "svg": page.safe(svg(draw, name, label)),
+                "label": label,
+                "link": _link(found, name),
+            }
+            for name, (draw, label) in pictures.items()
+            if name.startswith(names)
+        ]
+
+    recipes = {name: recipe for name, recipe in found["recipes"].items() if name.startswith(("r1.", "upcycle"))}
+    return page.render(
+        Path(__file__).parent / "templates" / "report.html",
+        title=TITLE,
+        kicker="branchmix study",
+        lead=lines,
+        perplexity=shown("table-1"),
+        bits=shown("bits-per-byte"),
+        dots=drawn("perplexity"),
+        findings=shown("directions", "variants", "table-4", "table-5", "table-6"),
+        warnings=sorted({f"{model['label']}: {model['warning']}" for model in found["models"] if model["warning"]}),
+        training=drawn("curves", "compute"),
+        costs=shown("budgets", "costs", "table-7", "table-10", "inference"),
+        routing=drawn(ROUTING),
+        text=shown("text"),
+        machines=found["machines"],
+        methods=_methods(found),
+        settings=yaml.safe_dump(found["settings"], sort_keys=False, allow_unicode=True),
+        recipes=yaml.safe_dump(recipes, sort_keys=False),
+        keys=found["keys"],
     )
-    settings = yaml.safe_dump(found["settings"], sort_keys=False, allow_unicode=True)
-    methods = "".join(f"<li>{escape(label)}: {escape(what)}</li>" for label, what in _methods(found).items())
-    keys = "\n".join(f"{name}  {key}" for name, key in found["keys"].items())
-    recipes = yaml.safe_dump(
-        {name: recipe for name, recipe in found["recipes"].items() if name.startswith(("r1.", "upcycle"))},
-        sort_keys=False,
-    )
-    return f"""{machines}
-<ul>{methods}</ul>
-<h3>The study's file, with defaults</h3>
-<pre>{escape(settings)}</pre>
-<details><summary>Recipes of the merges</summary><pre>{escape(recipes)}</pre></details>
-<details><summary>Content keys of all steps</summary><pre>{escape(keys)}</pre></details>"""
+
+
+def _link(found: dict[str, Any], picture: str) -> str | None:
+    """From a heat map to the page of the same routers, where there is one."""
+    title = picture.removeprefix(ROUTING)
+    return routes_page(title) if title in found["routes"] else None
 
 
 def _methods(found: dict[str, Any]) -> dict[str, str]:
     return {
         model["label"].removesuffix(", step 0"): model["what"]
         for model in found["models"]
-        if (model["what"] and model["role"] in ("step 0", "merge", "ensemble")) or model["preset"] == "dense"
+        if (model["what"] and model["role"] in UNTRAINED) or model["preset"] == "dense"
     }
 
 
 def _markdown(found: dict[str, Any], lines: list[str], made: list[Table]) -> str:
-    parts = ["# Methods compared at equal data and equal compute", "", *(f"- {line}" for line in lines), ""]
+    parts = [f"# {TITLE}", "", *(f"- {line}" for line in lines), ""]
     machines = [
         f"{m['cpu']}, {m['cores']} cores, {m['precision']}, {', '.join(f'{n} {v}' for n, v in m['versions'].items())}"
         for m in found["machines"]

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.errors import DataError
+from branchmix.evaluate.ratio import ratio
 from branchmix.study.comparisons import against_dense, budgets, claims, comparison, slopes, variants
+from branchmix.study.graph import TRAINED, UNTRAINED, About
+from branchmix.study.labels import label_of
 from branchmix.study.records import RESULTS, STUDY
 from branchmix.study.statistics import log_perplexity
 
@@ -22,7 +25,6 @@ GROUPS = {
     "methods": "Trained on all domains",
     "ablations": "Ablations",
 }
-MATCHES = {"dm": "DM", "cm": "CM", "time": "equal time"}
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def collect(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: there are no results.
     """
-    place = folder / RESULTS if (folder / RESULTS / STUDY).is_file() else folder
+    place = results_folder(folder)
     if not (place / STUDY).is_file():
         raise DataError(f"{folder}: has no {RESULTS}/{STUDY}: give the folder of a study, or of its results")
     study = _read(place / STUDY)
@@ -68,6 +70,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "claims": claims(models),
         "variants": variants(models),
         "slopes": slopes(models, reference, comparisons),
+        "routes": {record["about"]["title"]: name for name, record in records.items() if "routes" in record},
         "inference": records.get("inference"),
         "text": _text(records, runs),
         "held_out_documents": {d: len(rows) for d, rows in next(iter(scored.values()))["documents"].items()},
@@ -76,6 +79,11 @@ def collect(folder: Path) -> dict[str, Any]:
         "runs": {name: record["run"] for name, record in runs.items()},
         "keys": {name: record["key"] for name, record in records.items()},
     }
+
+
+def results_folder(folder: Path) -> Path:
+    """Where the results of a study are: in its folder, or that folder itself."""
+    return folder / RESULTS if (folder / RESULTS / STUDY).is_file() else folder
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -94,6 +102,7 @@ _PARTS = {
     "upcycle": ("merge",),
     "scores": ("documents", "routing"),
     "ensemble": ("documents", "routing"),
+    "routes": ("routes",),
     "inference": ("inference",),
 }
 """Of records, by the kind of step."""
@@ -120,7 +129,7 @@ def _scored(place: Path, records: dict[str, Any], steps: dict[str, Any]) -> dict
     sizes: dict[str, int] = {}
     for name, record in records.items():
         made = steps[name]["needs"].get("model")
-        is_trained = record["about"].get("role") in ("trained", "reference")
+        is_trained = record["about"].get("role") in TRAINED
         if "documents" not in record or (is_trained and made not in records):
             continue
         counts = {domain: len(rows) for domain, rows in record["documents"].items()}
@@ -148,7 +157,7 @@ def _models(
     """One entry for each model, with its repetitions."""
     by_title: dict[str, list[str]] = {}
     for name in order:
-        by_title.setdefault(scored[name]["about"].get("title") or name.partition(".scores.")[2], []).append(name)
+        by_title.setdefault(_about(scored, name).title or name.partition(".scores.")[2], []).append(name)
     found = [_model(title, names, scored, records, steps) for title, names in by_title.items()]
     places = list(GROUPS)
     return sorted(found, key=lambda model: (places.index(model["group"]), model["role"] != "seed"))
@@ -157,10 +166,8 @@ def _models(
 def _model(
     title: str, names: list[str], scored: dict[str, Any], records: dict[str, Any], steps: dict[str, Any]
 ) -> dict[str, Any]:
-    first = scored[names[0]]
-    about = first["about"]
-    role = about["role"]
-    group = "merged" if role in ("merge", "step 0", "ensemble") else about["group"]
+    about = _about(scored, names[0])
+    group = "merged" if about.role in UNTRAINED else about.group
     repetitions = []
     for name in names:
         logs = log_perplexity(scored[name]["documents"])
@@ -168,10 +175,10 @@ def _model(
         record = records.get(made, {}) if made else {}
         repetitions.append(
             {
-                "repetition": scored[name]["about"]["repetition"],
+                "repetition": _about(scored, name).repetition,
                 "perplexity": {domain: math.exp(value) for domain, value in logs.items()},
                 "geometric_mean": math.exp(math.fsum(logs.values()) / len(logs)),
-                "bits_per_byte": {d: _bits(rows) for d, rows in scored[name]["documents"].items()},
+                "bits_per_byte": {d: _bits(rows)[0] for d, rows in scored[name]["documents"].items()},
                 "documents": scored[name]["documents"],
                 "routing": scored[name]["routing"],
                 "training": record.get("training"),
@@ -184,20 +191,20 @@ def _model(
     trained = repetitions[0]["training"]
     return {
         "title": title,
-        "method": about.get("method"),
-        "preset": about.get("preset"),
-        "label": label_of(about, role),
-        "what": about.get("what", ""),
-        "warning": about.get("warning", ""),
+        "method": about.method or None,
+        "preset": about.preset or None,
+        "label": label_of(about),
+        "what": about.what,
+        "warning": about.warning,
         "group": group,
-        "role": role,
-        "match": about.get("match", []),
+        "role": about.role,
+        "match": list(about.match),
         "perplexity": perplexity,
         "average": _mean(list(perplexity.values())),
         "geometric_mean": math.exp(_mean([math.log(r["geometric_mean"]) for r in repetitions])),
         "deviation": _deviation([math.log(r["geometric_mean"]) for r in repetitions]),
         "bits_per_byte": {d: _mean([r["bits_per_byte"][d] for r in repetitions]) for d in perplexity},
-        "stderr": {d: _stderr(repetitions[0]["documents"][d]) for d in perplexity},
+        "stderr": {d: _bits(repetitions[0]["documents"][d])[1] for d in perplexity},
         "facts": steps[names[0]]["facts"],
         "tokens": trained["tokens"] if trained else 0,
         "flops": trained["flops"] if trained else 0,
@@ -208,16 +215,8 @@ def _model(
     }
 
 
-def label_of(about: dict[str, Any], role: str) -> str:
-    """As the paper's rows are called: BAM DM Expert KV."""
-    label = str(about["label"])
-    if role == "step 0":
-        return f"{label}, step 0"
-    if role != "trained":
-        return label
-    words = "/".join(MATCHES[match] for match in about["match"])
-    family, _, rest = label.partition(" ")
-    return f"{family} {words} {rest}" if family == "BAM" else f"{label} ({words})"
+def _about(scored: dict[str, Any], name: str) -> About:
+    return About.of(scored[name]["about"])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -232,17 +231,9 @@ def _deviation(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def _bits(rows: Sequence[Sequence[float]]) -> float:
-    return math.fsum(row[0] for row in rows) / math.log(2) / sum(row[2] for row in rows)
-
-
-def _stderr(rows: Sequence[Sequence[float]]) -> float | None:
-    """Of bits per byte, over documents (delta method), as ``branchmix.evaluate.perplexity.aggregate``."""
-    if len(rows) < 2:
-        return None
-    rate, size = _bits(rows), sum(row[2] for row in rows)
-    squares = math.fsum((row[0] / math.log(2) - rate * row[2]) ** 2 for row in rows)
-    return math.sqrt(len(rows) / (len(rows) - 1) * squares) / size
+def _bits(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """Bits per byte of a domain's documents, and their standard error."""
+    return ratio((row[0] / math.log(2), row[2]) for row in rows)
 
 
 def _sunk(name: str, steps: dict[str, Any], records: dict[str, Any]) -> int:

@@ -18,17 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import write_json, writing
 from branchmix.errors import BranchMixError, OutputError, RecipeError
 from branchmix.study.build import build
 from branchmix.study.facts import facts_of
-from branchmix.study.graph import Graph, Step, chosen
-from branchmix.study.records import MODEL, PLAN, RESULT, RESULTS, STEPS, STUDY, write_record
+from branchmix.study.forecast import fitted
+from branchmix.study.graph import AFTER_A_MODEL, Graph, Step, chosen, may_go
+from branchmix.study.processes import processes_of, share_machine
+from branchmix.study.records import MODEL, PAGE, PLAN, RESULT, RESULTS, STEPS, STUDY, write_record
 from branchmix.study.settings import StudyFile
-from branchmix.train import launch
 from branchmix.train.job_display import JobDisplay
 from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, run_processes, startable
-from branchmix.train.outputs import write_json
 
 Launcher = Literal["local", "ray", "inline"]
 _LOCK = ".lock"
@@ -81,7 +81,11 @@ def study(
     out = Path(out)
     graph = build(config)
     wanted = chosen(graph, list(only))
-    with _alone(out):
+    with alone(out):
+        if config.minutes is not None:
+            config, _ = fitted(config, out, say=_say if progress else None)
+            graph = build(config)
+            wanted = chosen(graph, list(only))
         write_plan(config, graph, out)
         place = _Place(out, graph, config)
         place.collect()
@@ -100,7 +104,7 @@ def study(
                 place.note(states)
 
             run = _run_inline if launcher == "inline" else partial(_run, launcher=launcher)
-            states, stopped_by = run(config, out, todo, watch=watch)
+            states, stopped_by = run(config, graph, out, todo, watch=watch)
         place.collect()
         for step in todo:
             statuses[step.name] = "done" if place.is_done(step) else "waiting"
@@ -116,8 +120,12 @@ def study(
 Watch = Callable[[list[JobState]], None]
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _run(
-    config: StudyFile, out: Path, todo: list[Step], *, launcher: Launcher, watch: Watch
+    config: StudyFile, graph: Graph, out: Path, todo: list[Step], *, launcher: Launcher, watch: Watch
 ) -> tuple[list[JobState], int | None]:
     """All steps but the timed one, and that alone at the end."""
     timed = [step for step in todo if step.kind == "inference"]
@@ -137,7 +145,7 @@ def _run(
             )
         else:
             at_once, threads, places = share_machine(config, len(jobs))
-            commands = [_job(out, chain, jobs, threads) for chain in jobs]
+            commands = [_job(out, chain, jobs, threads, processes_of(config, graph, chain[0])) for chain in jobs]
             outcome = run_processes(commands, at_once, retries=config.retries, places=places, watch=watch)
         states += outcome.jobs
         if outcome.stopped_by is not None:
@@ -145,7 +153,9 @@ def _run(
     return states, None
 
 
-def _run_inline(config: StudyFile, out: Path, todo: list[Step], *, watch: Watch) -> tuple[list[JobState], int | None]:
+def _run_inline(
+    config: StudyFile, graph: Graph, out: Path, todo: list[Step], *, watch: Watch
+) -> tuple[list[JobState], int | None]:
     """The same in this process, without retries."""
     from branchmix.study.step import StepStoppedError, do
 
@@ -180,39 +190,39 @@ def _run_inline(config: StudyFile, out: Path, todo: list[Step], *, watch: Watch)
 
 
 def _chains(steps: Sequence[Step]) -> list[list[Step]]:
-    """Steps that one process does one after the other: a model, and its scores. Starting one takes seconds."""
-    chains = {step.name: [step] for step in steps if step.kind != "scores"}
+    """Steps that one process does one after the other: a model, its scores and routes. Starting one takes seconds."""
+    chains = {step.name: [step] for step in steps if step.kind not in AFTER_A_MODEL}
     for step in steps:
-        if step.kind == "scores":
+        if step.kind in AFTER_A_MODEL:
             chains.setdefault(step.needs.get("model", step.name), []).append(step)
     return list(chains.values())
 
 
-def _job(out: Path, chain: Sequence[Step], chains: Sequence[Sequence[Step]], threads: int) -> Job:
-    """Named after the first of its steps."""
+def _job(out: Path, chain: Sequence[Step], chains: Sequence[Sequence[Step]], threads: int, processes: int = 1) -> Job:
+    """Named after the first of its steps; several processes share it if it is a training run."""
     first = chain[0]
     folder = out.absolute() / STEPS / first.folder
     log = folder / MODEL / "log.txt" if first.kind == "train" else folder / "log.txt"
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     env["BRANCHMIX_CACHE"] = os.environ.get("BRANCHMIX_CACHE", str(out.absolute() / "cache"))
-    command = [sys.executable, "-m", "branchmix.study.step", str(out.absolute()), *(step.name for step in chain)]
+    step = ["-m", "branchmix.study.step", str(out.absolute()), *(step.name for step in chain)]
+    command = again = [sys.executable, *step]
+    if processes > 1 and first.kind == "text":
+        env["OMP_NUM_THREADS"] = str(processes)
+    elif processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += step
     needed = {name for step in chain for name in step.needs.values()}
     after = [other[0].name for other in chains if other is not chain and needed & {step.name for step in other}]
-    return Job(first.name, command, log, env=env, after=after)
-
-
-def share_machine(config: StudyFile, num_steps: int) -> tuple[int, int, list[dict[str, str]]]:
-    """Steps at a time, threads of each, and the environments of their places."""
-    at_once, threads, places = launch.share_machine(config.at_once, config.threads, num_steps)
-    return at_once, threads or cores(), places
+    return Job(first.name, command, log, again=again, env=env, after=after)
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def alone(out: Path) -> Iterator[None]:
     """While a study runs in its folder: another one is refused. The system ends it with the process."""
     from filelock import FileLock, Timeout
 
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / PLAN).is_file())):
+    if out.exists() and (not out.is_dir() or (_has_files(out) and not (out / PLAN).is_file())):
         raise OutputError(f"{out}: exists, and is no study's folder: choose another")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -229,10 +239,17 @@ def _alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def _has_files(out: Path) -> bool:
+    return any(file.name != _LOCK for file in out.iterdir())
+
+
 def write_plan(config: StudyFile, graph: Graph, out: Path) -> None:
     """``plan.json``, which steps read, and ``results/study.json``, which reports read."""
     settings = config.model_dump(mode="json")
-    steps = {name: {**asdict(step), "folder": step.folder} for name, step in graph.steps.items()}
+    steps = {
+        name: {**asdict(step), "about": step.about.as_dict() if step.about else {}, "folder": step.folder}
+        for name, step in graph.steps.items()
+    }
     with writing(out):
         (out / RESULTS).mkdir(parents=True, exist_ok=True)
         write_json(out / PLAN, {"settings": settings, "base": str(config.folder.absolute()), "steps": steps})
@@ -284,8 +301,8 @@ class _Place:
         """``results/``: those of the graph as it is now, and no others."""
         results = self.out / RESULTS
         with writing(results):
-            for file in results.glob("*.json"):
-                if file.name != STUDY and file.stem not in self.graph.steps:
+            for file in results.iterdir():
+                if file.name != STUDY and file.suffix in (".json", ".html") and file.stem not in self.graph.steps:
                     file.unlink()
             for step in self.graph.steps.values():
                 target = results / f"{step.name}.json"
@@ -296,12 +313,15 @@ class _Place:
                     continue
                 else:
                     target.unlink(missing_ok=True)
+                    target.with_suffix(".html").unlink(missing_ok=True)
         self.make_room()
 
     def _copy(self, step: Step) -> None:
         part = self.out / RESULTS / f".{step.name}.part"
-        shutil.copyfile(self.folder(step) / RESULT, part)
-        part.replace(self.out / RESULTS / f"{step.name}.json")
+        for made in (PAGE, RESULT):
+            if (self.folder(step) / made).is_file():
+                shutil.copyfile(self.folder(step) / made, part)
+                part.replace(self.out / RESULTS / f"{step.name}{Path(made).suffix}")
 
     def note(self, states: list[JobState]) -> None:
         """Take what was finished since the last call."""
@@ -315,8 +335,7 @@ class _Place:
         if self.config.keep != "results":
             return
         for step in self.graph.steps.values():
-            about = step.about.get("role")
-            if step.kind not in ("train", "upcycle") or about in ("seed", "expert") or not self.is_done(step):
+            if not may_go(step) or not self.is_done(step):
                 continue
             if all(self.is_done(later) for later in self.graph.dependents(step.name)):
                 for entry in (self.folder(step) / MODEL).glob("*"):

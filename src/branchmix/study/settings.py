@@ -21,6 +21,8 @@ from branchmix.study.methods import METHODS, Match
 from branchmix.train.config import Mix, NewModel, Optimizer, RunConfig, apply_override
 
 SEED = "seed"
+DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
+"""The study of ``branchmix demo``."""
 
 
 class InstalledText(Settings):
@@ -36,7 +38,7 @@ class InstalledText(Settings):
     """Longer documents are cut, so that what is held out is of many documents."""
 
 
-class Budgets(Settings):
+class TokenBudgets(Settings):
     """Tokens of each phase."""
 
     seed: Count | None = None
@@ -149,7 +151,10 @@ class StudyFile(Settings):
     mix: Mix = "equal"
     """Shares of the domains in the mixtures' training (the paper: equal)."""
     held_out: HeldOut = HeldOut()
-    tokens: Budgets
+    tokens: TokenBudgets
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """How long the whole study may take on this machine's CPUs, about. ``tokens`` and ``data.installed`` are then
+    proportions: they are scaled by a forecast when the study begins, and kept after that."""
     learning_rate: Rates
     optimizer: Optimizer = Optimizer()
     sequence_length: int = Field(1024, ge=8)
@@ -173,6 +178,8 @@ class StudyFile(Settings):
     repeat: Literal["all", "experts", "mixtures"] = "all"
     """From where on repetitions differ: seed, experts and mixtures; or with one seed for all; or with one set of
     experts for all."""
+    routes: list[str] = []
+    """Methods whose first trained mixture gets a page that shows the expert of each held-out token."""
     inference: Inference | None = Inference()
     """``null`` leaves it out."""
     keep: Literal["weights", "results"] = "weights"

@@ -1,16 +1,132 @@
-"""How long a training step takes on this machine: some seconds of forward and backward passes on random tokens."""
+"""How fast this machine trains: some seconds of forward and backward passes on random tokens.
+
+As many processes measure as steps will run side by side: a core is slower when its neighbours work too.
+"""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import signal
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from queue import Empty
 from typing import Any
 
+from branchmix.errors import BranchMixError
+from branchmix.study.settings import StudyFile
 from branchmix.train.models import Computing, attention_options
 
-MEASURED_STEPS = 5
+Config = dict[str, Any]
 
 
-def new_model(config: dict[str, Any], computing: Computing | None = None, length: int = 0) -> Any:
+@dataclass(frozen=True)
+class Speed:
+    """What was measured, with all processes at work; the slowest of them counts."""
+
+    start: float
+    """Seconds until a process has imported everything."""
+    steps: dict[str, float]
+    """Seconds of a training step, by the model's config as JSON."""
+
+    def step(self, config: Config) -> float:
+        """Seconds of a training step of a model."""
+        return self.steps[kind_of(config)]
+
+
+def kind_of(config: Config) -> str:
+    """Models of one kind are equally fast."""
+    return json.dumps(config, sort_keys=True)
+
+
+def measure_speed(study: StudyFile, configs: Iterable[Config], *, processes: int, threads: int) -> Speed:
+    """Trains a model of each kind for some steps, in ``processes`` at once.
+
+    Args:
+        study: for the batch and the precision.
+        configs: of the models.
+        processes: side by side.
+        threads: of each.
+
+    Raises:
+        BranchMixError: a process failed.
+    """
+    kinds = sorted({kind_of(config) for config in configs})
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(processes), context.Queue()
+    shared = (study.model_dump(mode="json"), kinds, threads, time.time(), barrier, queue)
+    workers = [context.Process(target=_measure, args=shared, daemon=True) for _ in range(processes)]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C ends this process, and it ends them
+    for worker in workers:
+        worker.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    measured: list[Speed] = []
+    try:
+        while len(measured) < processes:
+            try:
+                measured.append(queue.get(timeout=0.5))
+            except Empty:
+                if any(worker.exitcode for worker in workers):
+                    raise BranchMixError(
+                        "the speed of this machine could not be measured: a process ended early, see above; a script "
+                        "that does this needs its calls below `if __name__ == '__main__':`"
+                    ) from None
+    finally:
+        for worker in workers:
+            worker.terminate()
+    return Speed(max(one.start for one in measured), {kind: max(one.steps[kind] for one in measured) for kind in kinds})
+
+
+def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: float, barrier: Any, queue: Any) -> None:
+    """One of the processes; each kind is begun together with the others."""
+    import torch
+
+    from branchmix.models.chunked_branchmix import faster_in_bf16
+    from branchmix.train.measure import seconds_per_step
+    from branchmix.train.memory import keep_freed_memory
+
+    try:
+        torch.set_num_threads(threads)
+        keep_freed_memory()  # as runs do: without it, half of a step can be page faults
+        study = StudyFile.model_validate(settings)
+        precision = study.train.get("precision", "auto")
+        device = torch.device("cpu")
+        computing = Computing(device, faster_in_bf16(device) if precision == "auto" else precision == "bf16")
+        first = new_model(json.loads(kinds[0]), computing, study.sequence_length)  # imports the rest
+        start, steps = time.time() - begun, {}
+        micro = study.micro_batch_size or study.batch_size
+        for number, kind in enumerate(kinds):
+            config = json.loads(kind)
+            model = new_model(config, computing, study.sequence_length) if number else first
+            texts = _random_sequences(config, micro, study.sequence_length)
+            barrier.wait()
+            steps[kind] = seconds_per_step(
+                model,
+                texts,
+                computing,
+                micro=micro,
+                accumulation=study.batch_size // micro,
+                packing="position_ids",
+            )
+        queue.put(Speed(start, steps))
+    except BaseException:
+        barrier.abort()  # the others would wait for ever
+        raise
+
+
+def _random_sequences(config: Config, count: int, length: int) -> list[dict[str, Any]]:
+    """Sequences of two documents each."""
+    import numpy as np
+
+    from branchmix.data.sequences import packed
+
+    vocabulary = int(config.get("seed_config", config)["vocab_size"])
+    ids_BT = np.random.default_rng(0).integers(0, vocabulary, (count, length))
+    return [packed(np.split(ids_T, [length // 2]), length) for ids_T in ids_BT]
+
+
+def new_model(config: Config, computing: Computing | None = None, length: int = 0) -> Any:
     """A model of random weights from a config dictionary, of a dense model or a mixture.
 
     Args:
@@ -31,35 +147,3 @@ def new_model(config: dict[str, Any], computing: Computing | None = None, length
         made = AutoConfig.for_model(config["model_type"], **fields)
     options = {} if computing is None else attention_options(made.model_type, computing, length)
     return AutoModelForCausalLM.from_config(made, **options)
-
-
-def seconds_per_step(
-    model: Any,
-    *,
-    vocab_size: int,
-    sequence_length: int,
-    batch_size: int,
-    rows: int,
-    computing: Computing,
-    steps: int = MEASURED_STEPS,
-) -> float:
-    """Of an optimizer step on a whole batch, from forward and backward passes of ``rows`` sequences.
-
-    The fastest of some, after a first one.
-    """
-    import torch
-
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    ids_BT = torch.randint(0, vocab_size, (rows, sequence_length))
-    passes, updates = [], []
-    for _ in range(1 + steps):
-        start = time.perf_counter()
-        with computing.autocast():
-            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        loss.backward()
-        middle = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
-        passes.append(middle - start)
-        updates.append(time.perf_counter() - middle)
-    return min(passes[1:]) * batch_size / rows + min(updates[1:])

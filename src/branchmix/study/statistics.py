@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from branchmix.evaluate.ratio import ratio
+
 Documents = Mapping[str, Sequence[Sequence[float]]]
 """By domain, ``[nats, predicted tokens, bytes]`` of each document."""
 LEVEL = 0.95
@@ -29,16 +31,11 @@ class Difference:
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Difference:
     """Mean difference of two models' loss on a domain, and its standard error over documents.
 
-    Paired: what makes a document hard for both takes no part in it. The error is that of a ratio of sums (delta
-    method), as in ``branchmix.evaluate.perplexity.aggregate``; infinite for a single document.
+    Paired: what makes a document hard for both takes no part in it. The error is infinite for a single document.
     """
     pairs = [(a[0] - b[0], a[1]) for a, b in zip(ours, theirs, strict=True) if a[1]]
-    tokens = sum(count for _, count in pairs)
-    value = math.fsum(nats for nats, _ in pairs) / tokens
-    if len(pairs) < 2:
-        return Difference(value, math.inf)
-    squares = math.fsum((nats - value * count) ** 2 for nats, count in pairs)
-    return Difference(value, math.sqrt(len(pairs) / (len(pairs) - 1) * squares) / tokens)
+    value, stderr = ratio(pairs)
+    return Difference(value, math.inf if stderr is None else stderr)
 
 
 def log_perplexity(documents: Documents) -> dict[str, float]:

@@ -10,13 +10,16 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.folder import write_text
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import BranchMixError
-from branchmix.study.graph import CURVE_POINTS, relative
-from branchmix.study.records import MODEL, PLAN, RESULT, TEXT, cpu_name, curve, write_record
+from branchmix.study.graph import CURVE_POINTS, About, relative
+from branchmix.study.labels import label_of
+from branchmix.study.records import MODEL, PAGE, PLAN, RESULT, TEXT, cpu_name, curve, write_record
 
 
 class StepStoppedError(Exception):
@@ -39,16 +42,20 @@ def do(out: Path, name: str) -> None:
         StepStoppedError: it was stopped on the way.
     """
     plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
-    task = _Task(out.absolute(), plan, name)
-    task.folder.mkdir(parents=True, exist_ok=True)
-    result = getattr(task, task.step["kind"])()
-    write_record(
-        task.folder / RESULT,
-        {"step": name, "kind": task.step["kind"], "key": task.step["key"], "about": task.step["about"], **result},
-    )
+    work = _Work(out.absolute(), plan, name)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    result = getattr(work, work.step["kind"])()
+    if _is_main():
+        of_plan = {part: work.step[part] for part in ("kind", "key", "about")}
+        write_record(work.folder / RESULT, {"step": name, **of_plan, **result})
 
 
-class _Task:
+def _is_main() -> bool:
+    """Whether this process is the first of those that share a training run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Work:
     """A step with what it needs."""
 
     def __init__(self, out: Path, plan: dict[str, Any], name: str):
@@ -107,7 +114,7 @@ class _Task:
             name: {"documents": e.documents, "characters": e.chars, "bytes": e.bytes} for name, e in extracts.items()
         }
         for name, size in sizes.items():
-            print(f"{name:8} {size['documents']:6,} documents {size['characters']:12,} characters")
+            print(f"{name:8} {size['documents']:6,} documents {size['characters']:12,} characters", file=sys.stderr)
         return {"text": sizes}
 
     def train(self) -> dict[str, Any]:
@@ -133,10 +140,12 @@ class _Task:
         }
         file = self.folder / "run.yaml"
         text = f"# A step of a study. By hand: branchmix train {file.name}\n\n{yaml.safe_dump(run, sort_keys=False)}"
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
         report = train(RunConfig.load(file))
         if report.status == "stopped":
             raise StepStoppedError(report.signal or 2)
+        if not report.is_main:
+            return {}
         record = report.record
         return {
             "training": {
@@ -197,7 +206,7 @@ class _Task:
         text = f"# A step of a study. By hand: branchmix upcycle {file.name} MIXTURE\n\n"
         file.write_text(text + yaml.safe_dump(_without_none(recipe), sort_keys=False), encoding="utf-8")
         report = upcycle(file, out, force=out.exists())
-        print(f"merged in {report.seconds:.1f} s")
+        print(f"merged in {report.seconds:.1f} s", file=sys.stderr)
         return {
             "merge": {
                 "seconds": round(report.seconds, 3),
@@ -219,6 +228,31 @@ class _Task:
 
         models = [self.model(name) for name in self.options["members"]]
         return self._scored(measure_ensemble(models, self._sources(), **self._evaluation()))
+
+    def routes(self) -> dict[str, Any]:
+        """Which expert each held-out token of a mixture uses: numbers, and a page beside them."""
+        import yaml
+
+        from branchmix.evaluate.config import EvalData
+        from branchmix.evaluate.routing.page import write
+        from branchmix.evaluate.routing.run import routes
+
+        file = self.folder / "data.yaml"
+        content = {"data": self.sources(), "held_out": self.options["held_out"]}
+        text = f"# A step of a study. By hand: branchmix routes MIXTURE --data {file.name}\n\n"
+        write_text(file, text + yaml.safe_dump(content, sort_keys=False))
+        found = routes(
+            str(self.model()),
+            data=EvalData.load(file),
+            max_length=self.options["max_length"],
+            trust_remote_code=self.settings["trust_remote_code"],
+        )
+        found = replace(found, report=replace(found.report, model=label_of(About.of(self.step["about"]))))
+        write(found, self.folder / PAGE)
+        numbers = found.report.as_dict()
+        for layer in (*numbers.get("attention", []), *numbers.get("ffn", [])):
+            layer.pop("typical")  # it is on the page
+        return {"routes": _rounded(numbers)}
 
     def inference(self) -> dict[str, Any]:
         """Latency and memory of all merges, and of the seed."""
@@ -285,7 +319,7 @@ def main(out: Path, names: list[str]) -> int:
         torch.set_num_threads(int(threads))
         keep_freed_memory()
     try:
-        for name in names:
+        for name in names if _is_main() else names[:1]:
             do(out, name)
     except BranchMixError as error:
         for line in str(error).splitlines():

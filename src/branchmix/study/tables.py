@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from branchmix.pages.numbers import human_count
+from branchmix.pages.table import Table
 from branchmix.study.cost_tables import budgets, components, costs, inference_flops, latency, text
+from branchmix.study.labels import Numbers, intervals_are, marked_label
 from branchmix.study.results import GROUPS
-from branchmix.study.table import Numbers, Table, intervals_are, marked_label, millions
 
 
 def tables(found: Numbers) -> list[Table]:
@@ -80,7 +82,7 @@ def _grouped(
     for column in range(1, 1 + columns):
         if trained:
             bold.add((min(trained, key=lambda row: float(rows[row][column].split(" ")[0].replace(",", ""))), column))
-    return Table(name, title, head, rows, note, bold)
+    return Table(head, rows, name, title, note, bold)
 
 
 def _perplexity(value: float) -> str:
@@ -119,13 +121,8 @@ def directions(found: Numbers) -> Table:
         "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks what the "
         "interval tells apart. Table 6 is compute-matched."
     )
-    return Table(
-        "directions",
-        "Was the paper's order reproduced?",
-        ["claim", "from", "difference", "repetitions", "here"],
-        rows,
-        note,
-    )
+    head = ["claim", "from", "difference", "repetitions", "here"]
+    return Table(head, rows, "directions", "Was the paper's order reproduced?", note)
 
 
 def variants(found: Numbers) -> Table:
@@ -142,14 +139,12 @@ def variants(found: Numbers) -> Table:
         ]
         for row in found["variants"]
     ]
-    return Table(
-        "variants",
-        "What does one change do?",
-        ["method", "what it is", "beside", "difference", "repetitions", "here"],
-        rows,
+    note = (
         "Difference of perplexity, geometric mean over domains: negative is better than the method beside it, at the "
-        "same budget. * marks what the interval tells apart.",
+        "same budget. * marks what the interval tells apart."
     )
+    head = ["method", "what it is", "beside", "difference", "repetitions", "here"]
+    return Table(head, rows, "variants", "What does one change do?", note)
 
 
 def _percent_of(row: Numbers) -> str:
@@ -200,8 +195,8 @@ def _selected(
         sizes = [
             f"{facts['experts']}",
             f"{facts['top_k']}",
-            millions(facts["parameters"]),
-            millions(facts["active_parameters"]),
+            human_count(facts["parameters"]),
+            human_count(facts["active_parameters"]),
         ]
         rows.append([marked_label(found, model), *sizes, *map(_perplexity, numbers), _difference(found, model)])
     head = [
@@ -215,4 +210,4 @@ def _selected(
         "Geo. mean",
         "against the reference",
     ]
-    return Table(name, title, head, rows, note)
+    return Table(head, rows, name, title, note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from branchmix.pages.page import table
+from branchmix.pages.table import Table
 from branchmix.scaling.examples import Example
 from branchmix.scaling.trends import words
 from branchmix.scaling.trends.charts import Panel, chart, sketch
@@ -134,9 +134,9 @@ def _example(example: Example) -> str:
 def _numbers(overview: Overview, entry: Entry) -> str:
     return f"""<details><summary>Numbers</summary>
 <h4>Results</h4>
-<div class="table" tabindex="0" aria-label="Results of {escape(entry.name)}">{_results(overview, entry)}</div>
+{_results(overview, entry)}
 <h4>Verdicts along every axis and by every metric</h4>
-<div class="table" tabindex="0" aria-label="Verdicts on {escape(entry.name)}">{_verdicts(overview, entry)}</div>
+{_verdicts(overview, entry)}
 </details>"""
 
 
@@ -160,10 +160,8 @@ def _results(overview: Overview, entry: Entry) -> str:
                 f"{words.shown(metric, row.value)} ± {words.shown(metric, float(stderr)).removesuffix(' %')}"
             )
     head = ["model", *(name for name in has if has[name]), *map(words.axis_name, axes), "number of questions"]
-    return table(
-        [*head, *map(words.metric_name, entry.metrics)],
-        [[*key, *(found.get(metric, "") for metric in entry.metrics)] for key, found in cells.items()],
-    )
+    rows = [[*key, *(found.get(metric, "") for metric in entry.metrics)] for key, found in cells.items()]
+    return Table([*head, *map(words.metric_name, entry.metrics)], rows, title=f"Results of {entry.name}").html()
 
 
 def _verdicts(overview: Overview, entry: Entry) -> str:
@@ -179,7 +177,7 @@ def _verdicts(overview: Overview, entry: Entry) -> str:
                     ]
                 )
     head = ["", "verdict", "change", "interval", "p", "p corrected", "sizes", "runs", "scatter of models"]
-    return table(head, rows)
+    return Table(head, rows, title=f"Verdicts on {entry.name}").html()
 
 
 def _verdict_cells(one: Judged) -> Sequence[str]:

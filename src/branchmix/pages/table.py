@@ -1,4 +1,4 @@
-"""A table as HTML, Markdown, LaTeX and CSV from one description, and what cells of several tables have in common."""
+"""A table as HTML, Markdown, LaTeX and CSV from one description."""
 
 from __future__ import annotations
 
@@ -6,40 +6,26 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
-from typing import Any
 
-Numbers = dict[str, Any]
+from branchmix.pages.page import TEMPLATES, render
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells; a row of one cell is a heading over those below it."""
+    """Text cells; a row of one cell is a heading over those below it. The first column names the rows."""
 
-    name: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    name: str = ""
     """Of its file."""
-    title: str
-    head: list[str]
-    rows: list[list[str]]
+    title: str = ""
     note: str = ""
     bold: set[tuple[int, int]] = field(default_factory=set)
     """Row and column of cells that stand out."""
 
     def html(self) -> str:
         """For a page, without its title."""
-        lines = []
-        for number, row in enumerate(self.rows):
-            if len(row) == 1:
-                lines.append(
-                    f'<tr class="group"><th colspan="{len(self.head)}" scope="rowgroup">{escape(row[0])}</th></tr>'
-                )
-                continue
-            cells = [f"<b>{escape(c)}</b>" if (number, n) in self.bold else escape(c) for n, c in enumerate(row)]
-            lines.append(f'<tr><th scope="row">{cells[0]}</th>{"".join(f"<td>{cell}</td>" for cell in cells[1:])}</tr>')
-        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in self.head)
-        note = f'<p class="note">{escape(self.note)}</p>' if self.note else ""
-        body = "".join(lines)
-        return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
+        return render(TEMPLATES / "table.html", table=self)
 
     def markdown(self) -> str:
         """With its title."""
@@ -85,7 +71,7 @@ class Table:
         writer.writerows(self.rows)
         return file.getvalue()
 
-    def _marked(self, number: int, row: list[str], mark: str) -> list[str]:
+    def _marked(self, number: int, row: Sequence[str], mark: str) -> list[str]:
         return [mark.format(cell) if (number, n) in self.bold and cell else cell for n, cell in enumerate(row)]
 
 
@@ -99,24 +85,3 @@ _TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">":
 
 def _tex(text: str) -> str:
     return "".join(_TEX.get(char, char) for char in text)
-
-
-def marked_label(found: Numbers, model: Numbers) -> str:
-    """A model's label, and how many repetitions of it are done if not all."""
-    done = len(model["repetitions"])
-    return model["label"] + (f" ({done} of {found['repetitions']} repetitions)" if done < found["repetitions"] else "")
-
-
-def millions(count: float) -> str:
-    """Of parameters."""
-    return f"{count / 1e6:.4g}M"
-
-
-def intervals_are(found: Numbers) -> str:
-    """What the ± of comparisons with the reference is: repetitions' where there are several."""
-    kinds = {row["over"] for row in found["comparisons"].values()}
-    students = "Student's 95 % interval over repetitions with other random seeds, paired by the order of the data"
-    documents = "twice the standard error over held-out documents"
-    if kinds == {"documents"}:
-        return f"{documents}, of one repetition"
-    return f"{students}; for rows of one repetition, {documents}" if "documents" in kinds else students
