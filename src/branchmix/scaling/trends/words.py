@@ -12,7 +12,7 @@ from typing import Any
 from branchmix.pages.numbers import human_count
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.report import Caution, Judged, Report
-from branchmix.scaling.trends.table import DATA
+from branchmix.scaling.trends.table import DATA, SHARES, is_any_of
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, WORDS, Interval, Limits
 
 AXIS_NAMES = {
@@ -42,7 +42,6 @@ MEANINGS = {
 }
 MINUS, TIMES, SPACE = "\u2212", "\u00d7", "\u00a0"
 PERCENT = f"{SPACE}%"
-_ACCURACIES = ("accuracy", "acc", "acc_norm", "exact_match", "f1", "mc1", "mc2")
 _METRICS = {
     "accuracy": ("accuracy", "the share of questions that a model answers right"),
     "loss": (
@@ -93,7 +92,7 @@ def axis_words(axis: str) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether values are shares of 1, which read better as percent."""
-    return metric in _ACCURACIES
+    return is_any_of(metric, SHARES)
 
 
 def shown(metric: str, value: float) -> str:

@@ -1,0 +1,347 @@
+"""Order-restricted tests: does a curve rise or fall, does it turn, and what does the change look like?
+
+Letters: K sizes, B bootstrap draws, N curves at once. Every fit here is a weighted isotonic regression: it knows only the
+order of the sizes, so a plateau, a floor or a jump fits as well as a straight line. A parabola does not, and bends.
+
+- Trend: the best monotone fit against a constant (the E-bar-squared test of Barlow, Bartholomew, Bremner and Brunk
+  1972). The statistic is a ratio of sums of squares, so an unknown jitter cancels.
+- Turn: the best unimodal fit against the best monotone one by likelihood ratio, with a parametric bootstrap under the
+  monotone fit. Each draw searches its own turning point, which is how the choice of the turning point is paid for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from branchmix.scaling.trends.fit import Curve, percentiles, quadratic_squares
+
+Interval = tuple[float, float]
+_ROUNDING = 1e-9
+"""Relative difference of sums of squares that is rounding and nothing else."""
+_LEVEL_SHARE = 0.1
+"""A plateau holds at most this share of the whole change in the fit."""
+_LEVEL_LENGTH = 0.25
+"""Share of the axis that a plateau covers at least; it has three sizes or more."""
+
+
+# ---- isotonic regression of many curves at once ----
+
+
+@dataclass(frozen=True)
+class Climb:
+    """Nondecreasing weighted fits to the first 1, 2, ..., K sizes of each curve."""
+
+    squares_NK: np.ndarray
+    """Weighted sum of the squared fit to the first k sizes."""
+    first_NK: np.ndarray
+    """The fit's value at the first size."""
+    last_NK: np.ndarray
+    """The fit's value at size k."""
+    fit_NK: np.ndarray
+    """The fit to all sizes."""
+
+
+def climb(y_NK: np.ndarray, weight_NK: np.ndarray) -> Climb:
+    """Pool adjacent violators, from the left, for all curves in step; blocks so far are the fit to the sizes so far."""
+    num_curves, num_sizes = y_NK.shape
+    weight_NK = np.broadcast_to(weight_NK, y_NK.shape)
+    sums, weights = np.zeros(y_NK.shape), np.zeros(y_NK.shape)
+    counts = np.zeros(y_NK.shape, dtype=int)
+    top_N, every = np.full(num_curves, -1), np.arange(num_curves)
+    squares_N = np.zeros(num_curves)
+    squares_NK, first_NK, last_NK = (np.zeros(y_NK.shape) for _ in range(3))
+    for size in range(num_sizes):
+        top_N += 1
+        new_N = weight_NK[:, size] * y_NK[:, size]
+        sums[every, top_N], weights[every, top_N], counts[every, top_N] = new_N, weight_NK[:, size], 1
+        squares_N += new_N * y_NK[:, size]
+        rows = every[top_N > 0]
+        while len(rows):
+            top = top_N[rows]
+            low, low_weight = sums[rows, top - 1], weights[rows, top - 1]
+            high, high_weight = sums[rows, top], weights[rows, top]
+            wrong = low * high_weight >= high * low_weight
+            rows, top = rows[wrong], top[wrong]
+            low, low_weight, high, high_weight = (each[wrong] for each in (low, low_weight, high, high_weight))
+            both, both_weight = low + high, low_weight + high_weight
+            squares_N[rows] += both**2 / both_weight - low**2 / low_weight - high**2 / high_weight
+            sums[rows, top - 1], weights[rows, top - 1] = both, both_weight
+            counts[rows, top - 1] += counts[rows, top]
+            top_N[rows] = top - 1
+            rows = rows[top > 1]
+        squares_NK[:, size] = squares_N
+        first_NK[:, size] = sums[:, 0] / weights[:, 0]
+        last_NK[:, size] = sums[every, top_N] / weights[every, top_N]
+    is_block = np.arange(num_sizes) <= top_N[:, None]
+    fit_NK = np.repeat(sums[is_block] / weights[is_block], counts[is_block]).reshape(y_NK.shape)
+    return Climb(squares_NK, first_NK, last_NK, fit_NK)
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """The best fits that turn once. A split after size k leaves both of its neighbours free to be the turning point."""
+
+    squares_NS: np.ndarray
+    """Weighted sum of the squared fit, for each split."""
+    first_NS: np.ndarray
+    peak_NS: np.ndarray
+    last_NS: np.ndarray
+    """The fit's value at the smallest size, at its maximum, and at the largest size."""
+
+
+def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> tuple[_Turns, Climb]:
+    """Up, then down; and the nondecreasing fits to the sizes before a turn."""
+    num_curves = len(y_NK)
+    weight_NK = np.concatenate(
+        [np.broadcast_to(weight, y_NK.shape) for weight in (weight_K, weight_K[::-1])],
+    )
+    both = climb(np.concatenate([y_NK, y_NK[:, ::-1]]), weight_NK)
+    up, down = slice(0, num_curves), slice(num_curves, None)
+
+    def before(values_NK: np.ndarray) -> np.ndarray:
+        return values_NK[up, :-1]
+
+    def after(values_NK: np.ndarray) -> np.ndarray:
+        return values_NK[down, -2::-1]
+
+    turns = _Turns(
+        squares_NS=before(both.squares_NK) + after(both.squares_NK),
+        first_NS=before(both.first_NK),
+        peak_NS=np.maximum(before(both.last_NK), after(both.last_NK)),
+        last_NS=after(both.first_NK),
+    )
+    return turns, Climb(both.squares_NK[up], both.first_NK[up], both.last_NK[up], both.fit_NK[up])
+
+
+# ---- monotone or not ----
+
+
+def weights(curve: Curve) -> np.ndarray:
+    """[K], one over the variance of each average. Errors that all sizes share cancel in the bootstrap."""
+    return 1 / (np.diag(curve.sampling_KK) + curve.jitter_K)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Whether the curve goes up or down, and by how much over the whole axis."""
+
+    p: float
+    change: float
+    """From end to end: the rise of the best nondecreasing fit and the fall of the best nonincreasing one."""
+    interval: Interval
+    largest_move: float
+    """Below this, for sure, lies every change between two sizes: the rise and the fall alike."""
+
+
+def trend(curve: Curve, *, alpha: float) -> Trend:
+    """The best monotone fit, up or down, against a constant.
+
+    The share of the squares about the mean that the fit explains is compared with that of curves that are flat but for
+    the same errors. Where several runs of a size tell how much models differ, their squares join the denominator.
+    """
+    weight_K = weights(curve)
+    noise_BK = curve.draws_BK - curve.y_K
+    count = len(noise_BK)
+    y_NK = np.vstack([curve.y_K, curve.draws_BK, noise_BK])
+    y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
+    fits = climb(np.concatenate([y_NK, -y_NK]), weight_K)
+    explained_N = fits.squares_NK[:, -1].reshape(2, -1).max(0)
+    total_N = (y_NK**2) @ weight_K
+    spread_N = np.concatenate([np.full(1 + count, curve.within), _chi_squares(curve, count)])
+    share_N = np.divide(explained_N, total_N + spread_N, out=np.zeros_like(total_N), where=total_N > 0)
+    p = _share_at_least(share_N[0] * (1 - _ROUNDING), share_N[1 + count :])
+
+    climbed_N = fits.last_NK[:, -1] - fits.first_NK[:, -1]
+    rise_N, fall_N = climbed_N[: 1 + count], -climbed_N[len(y_NK) : len(y_NK) + 1 + count]
+    change_N = rise_N + fall_N
+    return Trend(
+        p=p,
+        change=float(change_N[0]),
+        interval=percentiles(change_N[1:], alpha),
+        largest_move=float(np.quantile(np.maximum(rise_N, -fall_N)[1:], 1 - alpha)),
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The best unimodal fit, and whether each of its legs is more than chance."""
+
+    p: float
+    """Of the curve under the best monotone fit, up or down, whichever explains it better; 1 if a leg is missing."""
+    is_u: bool
+    """Down, then up."""
+    turning: float
+    """log10 of the size at which the fit turns."""
+    legs: Interval
+    """Change from the smallest size to the turning point, and from there to the largest."""
+    leg_intervals: tuple[Interval, Interval]
+    change: float
+    change_interval: Interval
+
+
+def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
+    """Unimodal against monotone regression; a turn with a leg of no more than ``least`` is not tested (p = 1).
+
+    The statistic is the smaller of what the turn explains beyond a nondecreasing and beyond a nonincreasing fit, over
+    the variance about a quadratic. A curve that bends without turning has neither a rise that a fall is missing from
+    nor the reverse, so no power of the data can make it significant. p is the larger of two parametric bootstraps,
+    under either monotone fit.
+    """
+    weight_K = weights(curve)
+    noise_BK = curve.draws_BK - curve.y_K
+    (turns, up), (dips, down) = (_turns(sign * curve.y_K[None], weight_K) for sign in (1, -1))
+    is_u = bool(dips.squares_NS.max() > turns.squares_NS.max())
+    sign, best = (-1, dips) if is_u else (1, turns)
+    split = int(best.squares_NS[0].argmax())
+    fit_K = _unimodal(sign * curve.y_K, weight_K, split)
+    place = int(fit_K.argmax())
+    legs = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
+    p = 1.0
+    if min(map(abs, legs)) > least:
+        p = _turn_p(curve, weight_K, (up.fit_NK[0], -down.fit_NK[0]), noise_BK)
+    drawn, _ = _turns(fit_K + noise_BK * sign, weight_K)
+    first_B, peak_B, last_B = (sign * values[:, split] for values in (drawn.first_NS, drawn.peak_NS, drawn.last_NS))
+    return Turn(
+        p=p,
+        is_u=is_u,
+        turning=float(curve.x_K[place]),
+        legs=legs,
+        leg_intervals=(percentiles(peak_B - first_B, alpha), percentiles(last_B - peak_B, alpha)),
+        change=legs[0] + legs[1],
+        change_interval=percentiles(last_B - first_B, alpha),
+    )
+
+
+def _unimodal(y_K: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
+    """Up to the split nondecreasing, beyond it nonincreasing."""
+    before = climb(y_K[None, : split + 1], weight_K[: split + 1]).fit_NK[0]
+    after = climb(y_K[None, :split:-1], weight_K[:split:-1]).fit_NK[0, ::-1]
+    return np.concatenate([before, after])
+
+
+def _turn_p(
+    curve: Curve, weight_K: np.ndarray, monotone: tuple[np.ndarray, np.ndarray], noise_BK: np.ndarray
+) -> float:
+    count = len(noise_BK)
+    y_NK = np.vstack([curve.y_K, *(fit_K + noise_BK for fit_K in monotone)])
+    y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
+    (turns, up), (dips, down) = (_turns(sign * y_NK, weight_K) for sign in (1, -1))
+    turned_N = np.maximum(turns.squares_NS.max(1), dips.squares_NS.max(1))
+    gain_N = turned_N - np.maximum(up.squares_NK[:, -1], down.squares_NK[:, -1])
+    if gain_N[0] <= _ROUNDING * turned_N[0]:
+        return 1.0
+    # The jitter was chosen such that the curve's own squares equal their degrees of freedom, or are fewer.
+    squares_B = quadratic_squares(curve, y_NK[1:]) + np.tile(_chi_squares(curve, count), 2)
+    free = curve.sizes - 3 + curve.within
+    ratio_B = gain_N[1:] / squares_B
+    return max(_share_at_least(gain_N[0] / free, ratio_B[part]) for part in (slice(0, count), slice(count, None)))
+
+
+def _chi_squares(curve: Curve, count: int) -> np.ndarray:
+    """Squares within sizes, drawn anew; the same for every curve, so that results can be repeated bit for bit."""
+    return np.random.default_rng(1).chisquare(curve.within, count) if curve.within else np.zeros(count)
+
+
+def _share_at_least(value: float, draws_B: np.ndarray) -> float:
+    return float((1 + np.sum(draws_B >= value)) / (1 + len(draws_B)))
+
+
+# ---- the form of a monotone change ----
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change between two neighbouring sizes."""
+
+    start: float
+    end: float
+    """log10 of the axis."""
+    change: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Level:
+    """Sizes from one end of the axis on which the curve hardly moves."""
+
+    edge: float
+    """log10 of the axis where it ends or begins."""
+    value: float
+    interval: Interval
+    """Of the mean over these sizes."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a curve that only rises or only falls looks like. Each part is there only if draws agree on it."""
+
+    change: float
+    interval: Interval
+    """From end to end of the best monotone fit."""
+    jump: Step | None
+    """More than half of the change between two neighbouring sizes."""
+    level_until: Level | None
+    """A plateau at the small end."""
+    level_from: Level | None
+    """A plateau at the large end."""
+
+
+def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
+    """Jump and plateaus of the best monotone fit, each claimed only if all but ``alpha`` of the draws have it.
+
+    A jump holds more than half of the change, and more than twice what a straight line would have there. A plateau
+    holds at most a tenth of the change in the fit, and in the draws less than half of what a straight line would.
+    Jitter is here what scatters about the monotone fit, where that is less: a jump is far off every quadratic.
+    """
+    sign, weight_K = (1 if rises else -1), weights(curve)
+    jitter_BK = curve.draws_BK - curve.y_K - curve.sampling_BK
+    noise_BK = curve.sampling_BK + jitter_BK * _calmer(curve, climb(sign * curve.y_K[None], weight_K).fit_NK[0] * sign)
+    y_NK = np.vstack([curve.y_K, curve.y_K + noise_BK])
+    fit_NK = sign * climb(sign * y_NK, weight_K).fit_NK
+    range_N = fit_NK[:, -1] - fit_NK[:, 0]
+    share_NK = (fit_NK - fit_NK[:, :1]) / np.where(range_N == 0, 1, range_N)[:, None]
+    along_K = (curve.x_K - curve.x_K[0]) / curve.span
+    steps_NK = np.diff(share_NK, axis=1)
+    step = int(steps_NK[0].argmax())
+    jump = None
+    if np.quantile(steps_NK[1:, step], alpha) > max(0.5, 2 * (along_K[step + 1] - along_K[step])):
+        change_N = fit_NK[:, step + 1] - fit_NK[:, step]
+        jump = Step(
+            float(curve.x_K[step]), float(curve.x_K[step + 1]), float(change_N[0]), percentiles(change_N[1:], alpha)
+        )
+    return Form(
+        change=float(range_N[0]),
+        interval=percentiles(range_N[1:], alpha),
+        jump=jump,
+        level_until=_level(curve, y_NK, share_NK, along_K, alpha=alpha),
+        level_from=_level(curve, y_NK, 1 - share_NK, 1 - along_K, alpha=alpha),
+    )
+
+
+def _calmer(curve: Curve, fit_K: np.ndarray) -> float:
+    """How much smaller the jitter about a monotone fit is than about a quadratic, at most 1.
+
+    A monotone fit of so many blocks uses up about 1.5 degrees of freedom for each (Meyer and Woodroofe 2000).
+    """
+    free = curve.sizes - 1.5 * len(np.unique(fit_K))
+    jitter = float(np.mean(curve.jitter_K))
+    if free < 1 or jitter == 0:
+        return 1.0
+    excess = float(np.sum((curve.y_K - fit_K) ** 2)) / free - float(np.mean(np.diag(curve.sampling_KK)))
+    return float(np.sqrt(np.clip(excess / jitter, 0, 1)))
+
+
+def _level(
+    curve: Curve, y_NK: np.ndarray, share_NK: np.ndarray, along_K: np.ndarray, *, alpha: float
+) -> Level | None:
+    """The plateau at the end at which ``along_K`` is 0, if there is one; ``share_NK`` is the change since that end."""
+    members = np.flatnonzero(share_NK[0] <= _LEVEL_SHARE)
+    edge = members[along_K[members].argmax()]
+    length = along_K[edge]
+    if len(members) < 3 or length < _LEVEL_LENGTH or np.quantile(share_NK[1:, edge], 1 - alpha) > length / 2:
+        return None
+    weight_K = weights(curve)[members]
+    mean_N = y_NK[:, members] @ weight_K / weight_K.sum()
+    return Level(float(curve.x_K[edge]), float(mean_N[0]), percentiles(mean_N[1:], alpha))
