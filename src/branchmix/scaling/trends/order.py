@@ -20,6 +20,8 @@ from branchmix.scaling.trends.fit import Curve, percentiles, quadratic_squares
 Interval = tuple[float, float]
 _ROUNDING = 1e-9
 """Relative difference of sums of squares that is rounding and nothing else."""
+_STEP_COST = 2.0
+"""What a step of a monotone fit must explain to be kept, in variances: what it costs by Akaike's criterion."""
 _LEVEL_SHARE = 0.1
 """A plateau holds at most this share of the whole change in the fit."""
 _LEVEL_LENGTH = 0.25
@@ -81,38 +83,63 @@ def climb(y_NK: np.ndarray, weight_NK: np.ndarray) -> Climb:
 
 @dataclass(frozen=True)
 class _Turns:
-    """The best fits that turn once. A split after size k leaves both of its neighbours free to be the turning point."""
+    """The best fits to curves that rise and then fall, with the turn before or after each split.
+
+    A split behind a size leaves both of its neighbours free to be the turning point.
+    """
 
     squares_NS: np.ndarray
     """Weighted sum of the squared fit, for each split."""
+    monotone_N: np.ndarray
+    """The same of the best nondecreasing fit."""
     first_NS: np.ndarray
     peak_NS: np.ndarray
     last_NS: np.ndarray
     """The fit's value at the smallest size, at its maximum, and at the largest size."""
 
 
-def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> tuple[_Turns, Climb]:
-    """Up, then down; and the nondecreasing fits to the sizes before a turn."""
-    num_curves = len(y_NK)
-    weight_NK = np.concatenate(
-        [np.broadcast_to(weight, y_NK.shape) for weight in (weight_K, weight_K[::-1])],
+def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> tuple[_Turns, _Turns]:
+    """Of the curves, and of the curves upside down."""
+    weight_2K = np.stack([weight_K, weight_K[::-1]]).repeat(2 * len(y_NK), axis=0)
+    found = climb(np.concatenate([y_NK, -y_NK, y_NK[:, ::-1], -y_NK[:, ::-1]]), weight_2K)
+    num_sizes = y_NK.shape[1]
+
+    def both(first: int) -> _Turns:
+        squares, starts, ends = (
+            values.reshape(4, -1, num_sizes)[first::2] for values in (found.squares_NK, found.first_NK, found.last_NK)
+        )
+        return _Turns(
+            squares_NS=squares[0, :, :-1] + squares[1, :, -2::-1],
+            monotone_N=squares[0, :, -1],
+            first_NS=starts[0, :, :-1],
+            peak_NS=np.maximum(ends[0, :, :-1], ends[1, :, -2::-1]),
+            last_NS=starts[1, :, -2::-1],
+        )
+
+    return both(0), both(1)
+
+
+def flattest(y_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
+    """The nondecreasing fit with as few steps as the data allow.
+
+    The best fit follows the noise of a plateau upwards; a bootstrap under it would find too few falls by chance. So
+    neighbouring blocks are merged while that costs less than ``_STEP_COST``, the cheapest first.
+    """
+    fit_K = climb(y_K[None], weight_K).fit_NK[0]
+    ends = [*(np.flatnonzero(np.diff(fit_K)) + 1), len(fit_K)]
+    while len(ends) > 1:
+        starts = np.array([0, *ends[:-1]])
+        weight = np.add.reduceat(weight_K, starts)
+        mean = np.add.reduceat(weight_K * y_K, starts) / weight
+        costs = np.diff(mean) ** 2 * weight[:-1] * weight[1:] / (weight[:-1] + weight[1:])
+        cheapest = int(costs.argmin())
+        if costs[cheapest] >= _STEP_COST:
+            break
+        del ends[cheapest]
+    starts = np.array([0, *ends[:-1]])
+    return np.repeat(
+        np.add.reduceat(weight_K * y_K, starts) / np.add.reduceat(weight_K, starts), np.diff([0, *ends])
     )
-    both = climb(np.concatenate([y_NK, y_NK[:, ::-1]]), weight_NK)
-    up, down = slice(0, num_curves), slice(num_curves, None)
-
-    def before(values_NK: np.ndarray) -> np.ndarray:
-        return values_NK[up, :-1]
-
-    def after(values_NK: np.ndarray) -> np.ndarray:
-        return values_NK[down, -2::-1]
-
-    turns = _Turns(
-        squares_NS=before(both.squares_NK) + after(both.squares_NK),
-        first_NS=before(both.first_NK),
-        peak_NS=np.maximum(before(both.last_NK), after(both.last_NK)),
-        last_NS=after(both.first_NK),
-    )
-    return turns, Climb(both.squares_NK[up], both.first_NK[up], both.last_NK[up], both.fit_NK[up])
 
 
 # ---- monotone or not ----
@@ -144,7 +171,7 @@ def trend(curve: Curve, *, alpha: float) -> Trend:
     weight_K = weights(curve)
     noise_BK = curve.draws_BK - curve.y_K
     count = len(noise_BK)
-    y_NK = np.vstack([curve.y_K, curve.draws_BK, noise_BK])
+    y_NK = np.vstack([curve.y_K, curve.y_K + _wide_noise(curve), noise_BK])
     y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
     fits = climb(np.concatenate([y_NK, -y_NK]), weight_K)
     explained_N = fits.squares_NK[:, -1].reshape(2, -1).max(0)
@@ -190,27 +217,28 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     under either monotone fit.
     """
     weight_K = weights(curve)
-    noise_BK = curve.draws_BK - curve.y_K
-    (turns, up), (dips, down) = (_turns(sign * curve.y_K[None], weight_K) for sign in (1, -1))
+    turns, dips = _turns(curve.y_K[None], weight_K)
     is_u = bool(dips.squares_NS.max() > turns.squares_NS.max())
     sign, best = (-1, dips) if is_u else (1, turns)
     split = int(best.squares_NS[0].argmax())
     fit_K = _unimodal(sign * curve.y_K, weight_K, split)
     place = int(fit_K.argmax())
     legs = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
-    p = 1.0
-    if min(map(abs, legs)) > least:
-        p = _turn_p(curve, weight_K, (up.fit_NK[0], -down.fit_NK[0]), noise_BK)
-    drawn, _ = _turns(fit_K + noise_BK * sign, weight_K)
-    first_B, peak_B, last_B = (sign * values[:, split] for values in (drawn.first_NS, drawn.peak_NS, drawn.last_NS))
+    p = _turn_p(curve, weight_K) if min(map(abs, legs)) > least else 1.0
+    leg_intervals, change_interval = ((legs[0], legs[0]), (legs[1], legs[1])), (sum(legs), sum(legs))
+    if p < 1:
+        drawn, _ = _turns(fit_K + sign * _wide_noise(curve), weight_K)
+        first_B, peak_B, last_B = (sign * v[:, split] for v in (drawn.first_NS, drawn.peak_NS, drawn.last_NS))
+        leg_intervals = (percentiles(peak_B - first_B, alpha), percentiles(last_B - peak_B, alpha))
+        change_interval = percentiles(last_B - first_B, alpha)
     return Turn(
         p=p,
         is_u=is_u,
         turning=float(curve.x_K[place]),
         legs=legs,
-        leg_intervals=(percentiles(peak_B - first_B, alpha), percentiles(last_B - peak_B, alpha)),
-        change=legs[0] + legs[1],
-        change_interval=percentiles(last_B - first_B, alpha),
+        leg_intervals=leg_intervals,
+        change=sum(legs),
+        change_interval=change_interval,
     )
 
 
@@ -221,15 +249,15 @@ def _unimodal(y_K: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
     return np.concatenate([before, after])
 
 
-def _turn_p(
-    curve: Curve, weight_K: np.ndarray, monotone: tuple[np.ndarray, np.ndarray], noise_BK: np.ndarray
-) -> float:
+def _turn_p(curve: Curve, weight_K: np.ndarray) -> float:
+    noise_BK = curve.draws_BK - curve.y_K
     count = len(noise_BK)
+    monotone = [sign * flattest(sign * curve.y_K, weight_K) for sign in (1, -1)]
     y_NK = np.vstack([curve.y_K, *(fit_K + noise_BK for fit_K in monotone)])
     y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
-    (turns, up), (dips, down) = (_turns(sign * y_NK, weight_K) for sign in (1, -1))
+    turns, dips = _turns(y_NK, weight_K)
     turned_N = np.maximum(turns.squares_NS.max(1), dips.squares_NS.max(1))
-    gain_N = turned_N - np.maximum(up.squares_NK[:, -1], down.squares_NK[:, -1])
+    gain_N = turned_N - np.maximum(turns.monotone_N, dips.monotone_N)
     if gain_N[0] <= _ROUNDING * turned_N[0]:
         return 1.0
     # The jitter was chosen such that the curve's own squares equal their degrees of freedom, or are fewer.
@@ -237,6 +265,15 @@ def _turn_p(
     free = curve.sizes - 3 + curve.within
     ratio_B = gain_N[1:] / squares_B
     return max(_share_at_least(gain_N[0] / free, ratio_B[part]) for part in (slice(0, count), slice(count, None)))
+
+
+def _wide_noise(curve: Curve, calmer: float = 1.0) -> np.ndarray:
+    """[B, K], noise for intervals: the jitter too is drawn anew, as it is known with few degrees of freedom."""
+    jitter_BK = curve.draws_BK - curve.y_K - curve.sampling_BK
+    if curve.degrees:
+        squares_B = np.random.default_rng(2).chisquare(curve.degrees, len(jitter_BK))
+        jitter_BK = jitter_BK * np.sqrt(curve.degrees / squares_B)[:, None]
+    return curve.sampling_BK + calmer * jitter_BK
 
 
 def _chi_squares(curve: Curve, count: int) -> np.ndarray:
@@ -296,9 +333,8 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
     Jitter is here what scatters about the monotone fit, where that is less: a jump is far off every quadratic.
     """
     sign, weight_K = (1 if rises else -1), weights(curve)
-    jitter_BK = curve.draws_BK - curve.y_K - curve.sampling_BK
-    noise_BK = curve.sampling_BK + jitter_BK * _calmer(curve, climb(sign * curve.y_K[None], weight_K).fit_NK[0] * sign)
-    y_NK = np.vstack([curve.y_K, curve.y_K + noise_BK])
+    calmer = _calmer(curve, sign * flattest(sign * curve.y_K, weight_K))
+    y_NK = np.vstack([curve.y_K, curve.y_K + _wide_noise(curve, calmer)])
     fit_NK = sign * climb(sign * y_NK, weight_K).fit_NK
     range_N = fit_NK[:, -1] - fit_NK[:, 0]
     share_NK = (fit_NK - fit_NK[:, :1]) / np.where(range_N == 0, 1, range_N)[:, None]
