@@ -1,6 +1,6 @@
 """Benchmark: how often `branchmix scaling trends` gives a right or a wrong verdict, on curves whose shape is known.
 
-    python benchmarks/verdicts.py                  # the whole grid, 200 families of each kind, about 30 minutes on one core
+    python benchmarks/verdicts.py                  # the whole grid, 150 families of each kind, about 30 minutes on one core
     python benchmarks/verdicts.py --runs 20        # a look at it, 3 minutes
     python benchmarks/verdicts.py --minutes 8      # a slice: run it again to resume, cells that are there are kept
 
@@ -82,16 +82,15 @@ SHAPES: dict[str, Shape] = {
 }
 SIZES = (5, 6, 8, 10, 12)
 JITTERS = (0.0, 0.01, 0.03, 0.08)
-EXAMPLES = (100, 1000, 20_000)
-SEEDS = {1: SIZES, 3: (5, 8)}
-"""Runs of a size, and how many sizes they are looked at with."""
+GRID: dict[int, dict[int, tuple[int, ...]]] = {1000: {1: SIZES, 3: (5, 8)}, 100: {1: (5, 8, 12)}, 20_000: {1: (5, 8, 12)}}
+"""By number of examples: runs of a size, and with how many sizes they are looked at."""
 SHEET = 11
 """Tasks of a sheet, corrected together by Benjamini and Hochberg."""
 SHEET_SIZES, SHEET_EXAMPLES = (5, 8), 500
 SHAPED = (0, 4, 8)
 """Tasks of a sheet that have a shape, each the next of SHAPED_KINDS; the others are flat."""
 SHAPED_KINDS = ("linear", "U", "saturating", "inverted-U", "flat, then rise", "collapse", "linear", "U")
-NUM_DRAWS = 400
+NUM_DRAWS = 300
 """Of the bootstraps, to save time; the command has 2,000."""
 MOST_TURNED, MOST_WRONG = 0.05, 0.10
 """Targets: turns that monotone shapes do not have, and wrong verdicts of any kind on flat ones."""
@@ -101,7 +100,7 @@ Cell = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=int, default=200, help="families of each kind")
+    parser.add_argument("--runs", type=int, default=150, help="families of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; run again to resume")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -132,16 +131,10 @@ def main() -> int:
 
 def cells(runs: int) -> Iterator[tuple[str, Callable[[np.random.Generator], Cell]]]:
     """Everything that is measured, by name."""
-    for seeds, all_sizes in SEEDS.items():
-        for sizes in all_sizes:
-            for jitter in JITTERS:
-                for n in EXAMPLES:
-                    for shape in SHAPES:
-                        setting = {"shape": shape, "sizes": sizes, "jitter": jitter, "examples": n, "seeds": seeds}
-                        yield (
-                            f"{runs} of {setting}",
-                            lambda random, setting=setting: simulate(random, runs=runs, **setting),
-                        )
+    for sizes, seeds, n, jitter in settings():
+        for shape in SHAPES:
+            setting = {"shape": shape, "sizes": sizes, "jitter": jitter, "examples": n, "seeds": seeds}
+            yield f"{runs} of {setting}", lambda random, setting=setting: simulate(random, runs=runs, **setting)
     for sizes in SHEET_SIZES:
         for jitter in JITTERS:
             for shaped in SHAPED:
@@ -150,6 +143,15 @@ def cells(runs: int) -> Iterator[tuple[str, Callable[[np.random.Generator], Cell
                     f"{runs} sheets of {setting}",
                     lambda random, setting=setting: simulate_sheet(random, runs=max(1, runs // 2), **setting),
                 )
+
+
+def settings() -> Iterator[tuple[int, int, int, float]]:
+    """Sizes, runs of a size, examples and jitter."""
+    for n, by_seeds in GRID.items():
+        for seeds, all_sizes in by_seeds.items():
+            for sizes in all_sizes:
+                for jitter in JITTERS:
+                    yield sizes, seeds, n, jitter
 
 
 def simulate(
@@ -250,27 +252,27 @@ def report(found: list[Cell], args: argparse.Namespace) -> None:
     lines = [
         f"# Verdicts on curves of known shape, {datetime.date.today().isoformat()}",
         "",
-        f"Shares of {args.runs} families of each kind. Means over {', '.join(f'{n:,}' for n in EXAMPLES)} examples and, "
-        "where a column holds several shapes, over shapes; in brackets the worst single cell. One task, alpha 0.05, "
-        "smallest effect 0.02. Jitter is the standard deviation between models of one size.",
+        f"Shares of {args.runs} families of each kind, mean over shapes; in brackets the worst shape. One task, alpha "
+        "0.05, smallest effect 0.02. Jitter is the standard deviation between models of one size; `coverage` is how often "
+        "the 95 % interval of the change holds the true one.",
         "",
-        "| sizes | runs of a size | jitter | flat: wrong | monotone: right | monotone: wrong turn | turns: right | "
-        "winds: a turn | interval of the change holds it |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| sizes | runs of a size | examples | jitter | flat: wrong | monotone: right | monotone: wrong turn | U, "
+        "inverted-U: right | lopsided U: right | cubic, W: a turn | coverage |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for seeds, all_sizes in SEEDS.items():
-        for sizes in all_sizes:
-            for jitter in JITTERS:
-                here = {"sizes": sizes, "seeds": seeds, "jitter": jitter}
-                columns = [
-                    _share(flat, here, "wrong", max),
-                    _share(monotone, here, "right", min),
-                    _share(monotone, here, "wrong_turn", max),
-                    _share(turns, here, "right", min),
-                    _share(winds, here, "wrong_turn", max),
-                    _share([*flat, *monotone], here, "coverage", min),
-                ]
-                lines.append(f"| {sizes} | {seeds} | {jitter:g} | {' | '.join(columns)} |")
+    even, lopsided = ([c for c in turns if (c["shape"] == "lopsided U") == wanted] for wanted in (False, True))
+    for sizes, seeds, n, jitter in settings():
+        here = {"sizes": sizes, "seeds": seeds, "jitter": jitter, "examples": n}
+        columns = [
+            _share(flat, here, "wrong", max),
+            _share(monotone, here, "right", min),
+            _share(monotone, here, "wrong_turn", max),
+            _share(even, here, "right", min),
+            _share(lopsided, here, "right", min),
+            _share(winds, here, "wrong_turn", max),
+            _share([*flat, *monotone], here, "coverage", min),
+        ]
+        lines.append(f"| {sizes} | {seeds} | {n:,} | {jitter:g} | {' | '.join(columns)} |")
     lines += [
         "",
         _target("wrong turns on monotone shapes", monotone, "wrong_turn", MOST_TURNED, args.runs),
@@ -303,7 +305,7 @@ def report(found: list[Cell], args: argparse.Namespace) -> None:
 
 def _share(found: list[Cell], here: Cell, name: str, worst: Callable[[list[float]], float]) -> str:
     values = [cell[name] for cell in found if here.items() <= cell.items()]
-    return f"{np.mean(values):.3f} ({worst(values):.2f})"
+    return f"{np.mean(values):.3f}" + (f" ({worst(values):.2f})" if len(values) > 1 else "")
 
 
 def _target(what: str, found: list[Cell], name: str, most: float, runs: int) -> str:
