@@ -29,9 +29,11 @@ of each size it rejected 6 to 7 % of some simulated monotone curves at a nominal
 _MUCH_CALMER = 0.25
 """Jitter variance about a monotone fit over that about a quadratic: below this the quadratic fits badly, not by luck."""
 _LEVEL_SHARE = 0.1
-"""A plateau holds at most this share of the whole change in the fit."""
-_LEVEL_LENGTH = 0.25
-"""Share of the axis that a plateau covers at least; it has three sizes or more."""
+"""The most that a plateau may hold of the whole change in the fit."""
+_LEVEL_LENGTH, _LEVEL_SIZES = 0.25, 3
+"""The least that a plateau covers, in shares of the axis and in sizes."""
+_LEVEL_SLOPE = 2 / 3
+"""How steep a plateau may be in draws, where a straight line from end to end has 1."""
 
 
 # ---- isotonic regression of many curves at once ----
@@ -106,8 +108,8 @@ class _Turns:
 
 def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> tuple[_Turns, _Turns]:
     """Of the curves, and of the curves upside down."""
-    weight_2K = np.stack([weight_K, weight_K[::-1]]).repeat(2 * len(y_NK), axis=0)
-    found = climb(np.concatenate([y_NK, -y_NK, y_NK[:, ::-1], -y_NK[:, ::-1]]), weight_2K)
+    weight_NK = np.stack([weight_K, weight_K[::-1]]).repeat(2 * len(y_NK), axis=0)
+    found = climb(np.concatenate([y_NK, -y_NK, y_NK[:, ::-1], -y_NK[:, ::-1]]), weight_NK)
     num_sizes = y_NK.shape[1]
 
     def both(first: int) -> _Turns:
@@ -202,7 +204,7 @@ class Turn:
     """The best unimodal fit, and whether each of its legs is more than chance."""
 
     p: float
-    """Of the curve under the best monotone fit, up or down, whichever explains it better; 1 if a leg is missing."""
+    """Of the curve under the monotone fits, up and down: the larger of the two; 1 if a leg is too short to be tested."""
     is_u: bool
     """Down, then up."""
     turning: float
@@ -217,10 +219,11 @@ class Turn:
 def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     """Unimodal against monotone regression; a turn with a leg of no more than ``least`` is not tested (p = 1).
 
-    The statistic is the smaller of what the turn explains beyond a nondecreasing and beyond a nonincreasing fit, over
-    the variance about a quadratic. A curve that bends without turning has neither a rise that a fall is missing from
-    nor the reverse, so no power of the data can make it significant. p is the larger of two parametric bootstraps,
-    under either monotone fit.
+    The statistic is what the turn explains beyond a nondecreasing and beyond a nonincreasing fit, the smaller of the
+    two, over the variance about a quadratic. Without the fall a nondecreasing fit is as good, without the rise a
+    nonincreasing one; so a curve that bends without turning has a statistic of 0, however precise its values are. p is
+    the larger of two parametric bootstraps, one under each monotone fit. Two lines with Simonsohn's Robin Hood break
+    were tried as well: a line is as wrong about a curve that bends as a parabola (docs/verdicts.md has the numbers).
     """
     weight_K = weights(curve)
     turns, dips = _turns(curve.y_K[None], weight_K)
@@ -275,7 +278,7 @@ def _turn_p(curve: Curve, weight_K: np.ndarray) -> float:
 
 
 def _about(value: float, draws_B: np.ndarray, alpha: float) -> Interval:
-    """The basic bootstrap interval from draws about a fit: it takes back that the ends of an isotonic fit lie too far out."""
+    """The basic bootstrap interval from draws about a fit, which corrects for isotonic fits that end too far out."""
     low, high = percentiles(draws_B, alpha)
     return 2 * value - high, 2 * value - low
 
@@ -342,7 +345,7 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
     """Jump and plateaus of the best monotone fit, each claimed only if all but ``alpha`` of the draws have it.
 
     A jump holds more than half of the change, and more than twice what a straight line would have there. A plateau
-    holds at most a tenth of the change in the fit, and in the draws less than half of what a straight line would.
+    holds at most a tenth of the change in the fit, and in the draws at most two thirds of what a straight line would.
     Jitter is here what scatters about the monotone fit, where that is less: a jump is far off every quadratic.
     """
     sign, weight_K = (1 if rises else -1), weights(curve)
@@ -359,14 +362,21 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
     if np.quantile(steps_NK[1:, step], alpha) > max(0.5, 2 * (along_K[step + 1] - along_K[step])):
         change_N = fit_NK[:, step + 1] - fit_NK[:, step]
         change = float(change_N[0])
-        jump = Step(float(curve.x_K[step]), float(curve.x_K[step + 1]), change, _about(change, change_N[1:], alpha))
+        interval = _one_way(_about(change, change_N[1:], alpha), rises=rises)
+        jump = Step(float(curve.x_K[step]), float(curve.x_K[step + 1]), change, interval)
     return Form(
         change=float(range_N[0]),
-        interval=_about(float(range_N[0]), range_N[1:], alpha),
+        interval=_one_way(_about(float(range_N[0]), range_N[1:], alpha), rises=rises),
         jump=jump,
         level_until=_level(curve, y_NK, share_NK, along_K, alpha=alpha),
         level_from=_level(curve, y_NK, 1 - share_NK, 1 - along_K, alpha=alpha),
     )
+
+
+def _one_way(interval: Interval, *, rises: bool) -> Interval:
+    """The direction is what the trend's test has established; the interval is about the size."""
+    low, high = interval
+    return (max(low, 0.0), high) if rises else (low, min(high, 0.0))
 
 
 def _calmer(curve: Curve, fit_K: np.ndarray) -> float:
@@ -390,7 +400,7 @@ def _level(
     members = np.flatnonzero(share_NK[0] <= _LEVEL_SHARE)
     edge = members[along_K[members].argmax()]
     length = along_K[edge]
-    if len(members) < 3 or length < _LEVEL_LENGTH or np.quantile(share_NK[1:, edge], 1 - alpha) > length / 2:
+    if len(members) < _LEVEL_SIZES or length < _LEVEL_LENGTH or np.quantile(share_NK[1:, edge], 1 - alpha) > _LEVEL_SLOPE * length:
         return None
     weight_K = weights(curve)[members]
     mean_N = y_NK[:, members] @ weight_K / weight_K.sum()

@@ -12,6 +12,7 @@ the metric's own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -145,7 +146,7 @@ class Evidence:
             return ("u-shaped" if is_u else "inverted-u"), f"no monotone curve explains both legs ({_p(p)})"
         change, sure = self.trend.change, p_adjusted < limits.alpha
         if not as_shape and sure and abs(change) > limits.minimum_effect:
-            return ("standard" if change * self.sign > 0 else "inverse"), f"a monotone trend ({_p(p)})"
+            return ("standard" if change * self.sign > 0 else "inverse"), f"a trend over all sizes ({_p(p)})"
         if self.trend.largest_move < limits.minimum_effect:
             return "flat", f"every change between two sizes lies within ±{limits.minimum_effect:g} for sure"
         if not as_shape and sure:
@@ -196,7 +197,19 @@ class Evidence:
         elif label in DIRECTED:
             found.form = form(self.curve, rises=self.trend.change > 0, alpha=self.limits.alpha)
             found.effect, found.interval = found.form.change, self._possible(found.form.interval)
+            found.reason = "; ".join([reason, *_form_in_words(found.form)])
         return found
+
+
+def _form_in_words(found: Form) -> Iterator[str]:
+    """What a curve looks like, in the units of its axis and metric."""
+    if found.jump is not None:
+        jump = found.jump
+        yield f"a jump of {jump.change:+.3g} between {10**jump.start:.2g} and {10**jump.end:.2g}"
+    if found.level_until is not None:
+        yield f"level up to {10**found.level_until.edge:.2g}, at {found.level_until.value:.3g}"
+    if found.level_from is not None:
+        yield f"level from {10**found.level_from.edge:.2g} on, at {found.level_from.value:.3g}"
 
 
 def _form_as_dict(found: Form) -> dict[str, Any]:
