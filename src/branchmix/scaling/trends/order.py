@@ -163,9 +163,12 @@ class Trend:
     """Whether the curve goes up or down, and by how much over the whole axis."""
 
     p: float
+    move: float
+    """From end to end of the best monotone fit."""
     change: float
-    """From end to end: the rise of the best nondecreasing fit and the fall of the best nonincreasing one."""
+    """From the smallest size to the largest, as in the data."""
     interval: Interval
+    """Of ``change``."""
     largest_move: float
     """Below this, for sure, lies every change between two sizes: the rise and the fall alike."""
 
@@ -182,20 +185,22 @@ def trend(curve: Curve, *, alpha: float) -> Trend:
     y_NK = np.vstack([curve.y_K, curve.y_K + _wide_noise(curve), noise_BK])
     y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
     fits = climb(np.concatenate([y_NK, -y_NK]), weight_K)
-    explained_N = fits.squares_NK[:, -1].reshape(2, -1).max(0)
+    explained_2N = fits.squares_NK[:, -1].reshape(2, -1)
+    explained_N = explained_2N.max(0)
     total_N = (y_NK**2) @ weight_K
     spread_N = np.concatenate([np.full(1 + count, curve.within), _chi_squares(curve, count)])
     share_N = np.divide(explained_N, total_N + spread_N, out=np.zeros_like(total_N), where=total_N > 0)
     p = _share_at_least(share_N[0] * (1 - _ROUNDING), share_N[1 + count :])
 
-    climbed_N = fits.last_NK[:, -1] - fits.first_NK[:, -1]
-    rise_N, fall_N = climbed_N[: 1 + count], -climbed_N[len(y_NK) : len(y_NK) + 1 + count]
-    change_N = rise_N + fall_N
+    climbed_2N = (fits.last_NK[:, -1] - fits.first_NK[:, -1]).reshape(2, -1)
+    rises = bool(explained_2N[0, 0] >= explained_2N[1, 0])
+    change_N = y_NK[:, -1] - y_NK[:, 0]
     return Trend(
         p=p,
+        move=float(climbed_2N[0, 0] if rises else -climbed_2N[1, 0]),
         change=float(change_N[0]),
-        interval=percentiles(change_N[1:], alpha),
-        largest_move=float(np.quantile(np.maximum(rise_N, -fall_N)[1:], 1 - alpha)),
+        interval=percentiles(change_N[1 : 1 + count], alpha),
+        largest_move=float(np.quantile(climbed_2N.max(0)[1 : 1 + count], 1 - alpha)),
     )
 
 

@@ -57,8 +57,8 @@ class Verdict:
     p_adjusted: float | None
     """After the correction for the number of tasks."""
     effect: float
-    """Change of the metric from the smallest to the largest size, of the best monotone fits, or of the fit that turns
-    for a U or inverted-U."""
+    """Change of the metric from the smallest to the largest size: that of the best monotone fit for `standard` and
+    `inverse`, that of the fit which turns for a U or inverted-U, else that of the data."""
     interval: Interval
     sizes: int
     runs: int
@@ -144,9 +144,9 @@ class Evidence:
         if as_shape and p_adjusted < limits.alpha:
             is_u = found.is_u == (self.sign > 0)
             return ("u-shaped" if is_u else "inverted-u"), f"no monotone curve explains both legs ({_p(p)})"
-        change, sure = self.trend.change, p_adjusted < limits.alpha
-        if not as_shape and sure and abs(change) > limits.minimum_effect:
-            return ("standard" if change * self.sign > 0 else "inverse"), f"a trend over all sizes ({_p(p)})"
+        move, sure = self.trend.move, p_adjusted < limits.alpha
+        if not as_shape and sure and abs(move) > limits.minimum_effect:
+            return ("standard" if move * self.sign > 0 else "inverse"), f"a trend over all sizes ({_p(p)})"
         if self.trend.largest_move < limits.minimum_effect:
             return "flat", f"every change between two sizes lies within ±{limits.minimum_effect:g} for sure"
         if not as_shape and sure:
@@ -195,7 +195,7 @@ class Evidence:
                     "interval": list(self._possible(interval)),
                 }
         elif label in DIRECTED:
-            found.form = form(self.curve, rises=self.trend.change > 0, alpha=self.limits.alpha)
+            found.form = form(self.curve, rises=self.trend.move > 0, alpha=self.limits.alpha)
             found.effect, found.interval = found.form.change, self._possible(found.form.interval)
             found.reason = "; ".join([reason, *_form_in_words(found.form)])
         return found
