@@ -1,14 +1,14 @@
 """Benchmark: how often `branchmix scaling trends` gives a right or a wrong verdict, on curves whose shape is known.
 
-    python benchmarks/verdicts.py                  # the whole grid, 150 families of each kind, about 30 minutes on one core
-    python benchmarks/verdicts.py --runs 20        # a look at it, 3 minutes
-    python benchmarks/verdicts.py --minutes 8      # a slice: run it again to resume, cells that are there are kept
+    python benchmarks/verdicts.py                  # the whole grid, 150 families of each kind, 30 minutes on one core
+    python benchmarks/verdicts.py --runs 20        # a look at it, 4 minutes
+    python benchmarks/verdicts.py --minutes 8      # a slice: run it again to resume; finished cells are kept
 
-A family is 5 to 12 sizes. Each model's true value is the shape plus jitter, a normal deviate of its own; what is seen of
-it is the share of right answers out of n, or for a loss a mean with its standard error. A verdict is wrong if it claims a
-trend or a shape that the family does not have; `inconclusive` is neither right nor wrong. The same is asked of sheets of
-11 tasks judged together, as `trends` does it. Every cell has random numbers of its own, so the order does not matter.
-With another version of branchmix first on PYTHONPATH, its verdicts are measured. Results go to benchmarks/results/.
+A family is 5 to 12 sizes. Each model's true value is the shape plus jitter, a normal deviate of its own. What is seen
+of it is the share of right answers out of n, or for a loss a mean with its standard error. A verdict is wrong if it
+claims a trend or a shape that the family does not have; `inconclusive` is neither right nor wrong. The same is asked of
+sheets of 11 tasks judged together, as `trends` does it. Every cell has its own random numbers, so the order of cells
+does not matter. With another version of branchmix first on PYTHONPATH, its verdicts are measured.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Shape:
 
     @property
     def kind(self) -> str:
-        return "turns" if self.right in TURNED else {"flat": "flat", "inconclusive": "winds"}.get(self.right, "monotone")
+        if self.right in TURNED:
+            return "turns"
+        return {"flat": "flat", "inconclusive": "winds"}.get(self.right, "monotone")
 
 
 def _power_law(exponent: float) -> Shape:
@@ -82,7 +84,11 @@ SHAPES: dict[str, Shape] = {
 }
 SIZES = (5, 6, 8, 10, 12)
 JITTERS = (0.0, 0.01, 0.03, 0.08)
-GRID: dict[int, dict[int, tuple[int, ...]]] = {1000: {1: SIZES, 3: (5, 8)}, 100: {1: (5, 8, 12)}, 20_000: {1: (5, 8, 12)}}
+GRID: dict[int, dict[int, tuple[int, ...]]] = {
+    1000: {1: SIZES, 3: (5, 8)},
+    100: {1: (5, 8, 12)},
+    20_000: {1: (5, 8, 12)},
+}
 """By number of examples: runs of a size, and with how many sizes they are looked at."""
 SHEET = 11
 """Tasks of a sheet, corrected together by Benjamini and Hochberg."""
@@ -193,9 +199,7 @@ def simulate_sheet(random: np.random.Generator, shaped: int, *, sizes: int, jitt
             for number, kind in enumerate(kinds)
         }
         labels = [v.label for v in judge_together(evidence, correction="bh", limits=Limits()).values()]
-        wrong = [
-            label in {*DIRECTED, "flat"} - {SHAPES[kind].right} for label, kind in zip(labels, kinds, strict=True)
-        ]
+        wrong = [label in {*DIRECTED, "flat"} - {SHAPES[kind].right} for label, kind in zip(labels, kinds, strict=True)]
         wrong_shaped += sum(wrong[:shaped])
         wrong_flat += sum(wrong[shaped:])
         any_wrong += any(wrong)
@@ -244,7 +248,8 @@ def report(found: list[Cell], args: argparse.Namespace) -> None:
     for cell in found:
         cell.pop("key")
     flat, monotone, turns, winds = (
-        [cell for cell in single if SHAPES[cell["shape"]].kind == kind] for kind in ("flat", "monotone", "turns", "winds")
+        [cell for cell in single if SHAPES[cell["shape"]].kind == kind]
+        for kind in ("flat", "monotone", "turns", "winds")
     )
     per_verdict = seconds / (args.runs * len(single) + sum(SHEET * cell["sheets"] for cell in sheets))
     facts = {"runs": args.runs, "seed": args.seed, "seconds": round(seconds), "versions": versions}
@@ -253,8 +258,8 @@ def report(found: list[Cell], args: argparse.Namespace) -> None:
         f"# Verdicts on curves of known shape, {datetime.date.today().isoformat()}",
         "",
         f"Shares of {args.runs} families of each kind, mean over shapes; in brackets the worst shape. One task, alpha "
-        "0.05, smallest effect 0.02. Jitter is the standard deviation between models of one size; `coverage` is how often "
-        "the 95 % interval of the change holds the true one.",
+        "0.05, smallest effect 0.02. Jitter is the standard deviation between models of one size; `coverage` is how "
+        "often the 95 % interval of the change holds the true one.",
         "",
         "| sizes | runs of a size | examples | jitter | flat: wrong | monotone: right | monotone: wrong turn | U, "
         "inverted-U: right | lopsided U: right | cubic, W: a turn | coverage |",
@@ -279,23 +284,25 @@ def report(found: list[Cell], args: argparse.Namespace) -> None:
         "",
         _target("wrong verdicts of any kind on flat ones", flat, "wrong", MOST_WRONG, args.runs),
         "",
-        f"Shape by shape, mean over all settings with one run of a size, by sizes: right / wrong turn / any wrong "
-        "verdict. `cubic` and `W` turn more than once; right is `inconclusive`, and every trend or turn counts as wrong.",
+        "Shape by shape, mean over all settings with one run of a size, by sizes: right / wrong turn / any wrong "
+        "verdict. `cubic` and `W` turn more than once; right is `inconclusive`, and every trend or turn counts as "
+        "wrong.",
         "",
         "| shape | " + " | ".join(f"{sizes} sizes" for sizes in SIZES) + " | named a jump | named a plateau |",
         "|---" * (len(SIZES) + 3) + "|",
         *(_shape_line(single, shape) for shape in SHAPES),
         "",
         f"Sheets of {SHEET} tasks judged together with {SHEET_EXAMPLES} examples, some of them with a shape "
-        f"({', '.join(dict.fromkeys(SHAPED_KINDS))}), the others flat; Benjamini-Hochberg over the sheet. `any wrong` is "
-        "the share of sheets with a wrong verdict.",
+        f"({', '.join(dict.fromkeys(SHAPED_KINDS))}), the others flat; Benjamini-Hochberg over the sheet. `any wrong` "
+        "is the share of sheets with a wrong verdict.",
         "",
-        "| sizes | jitter | tasks with a shape | flat: wrong | shape: right / wrong | monotone: wrong turn | any wrong |",
+        "| sizes | jitter | tasks with a shape | flat: wrong | shape: right / wrong | monotone: wrong turn | "
+        "any wrong |",
         "|--:|--:|--:|--:|--:|--:|--:|",
         *(_sheet_line(sheet) for sheet in sheets),
         "",
-        f"Made in {seconds / 60:.0f} min ({1000 * per_verdict:.1f} ms for each verdict, with {NUM_DRAWS} draws) with seed "
-        f"{args.seed}; " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        f"Made in {seconds / 60:.0f} min ({1000 * per_verdict:.1f} ms for each verdict, with {NUM_DRAWS} draws) with "
+        f"seed {args.seed}; " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
     stem = args.out / args.name
     stem.with_suffix(".json").write_text(json.dumps(facts) + "\n")
@@ -329,7 +336,8 @@ def _shape_line(found: list[Cell], shape: str) -> str:
     columns = []
     for sizes in SIZES:
         here = [cell for cell in mine if cell["sizes"] == sizes]
-        columns.append(" / ".join(f"{np.mean([cell[k] for cell in here]):.2f}" for k in ("right", "wrong_turn", "wrong")))
+        means = (np.mean([cell[name] for cell in here]) for name in ("right", "wrong_turn", "wrong"))
+        columns.append(" / ".join(f"{mean:.2f}" for mean in means))
     named = [f"{np.mean([cell[k] for cell in mine]):.2f}" for k in ("jumps", "levels")]
     return f"| {shape} | {' | '.join([*columns, *named])} |"
 
@@ -338,8 +346,8 @@ def _sheet_line(sheet: Cell) -> str:
     shaped = f"{sheet['shaped_right']:.2f} / {sheet['shaped_wrong']:.3f}" if sheet["shaped"] else ""
     turned = f"{sheet['wrong_turn']:.3f}" if sheet["wrong_turn"] is not None else ""
     return (
-        f"| {sheet['sizes']} | {sheet['jitter']:g} | {sheet['shaped']} of {SHEET} | {sheet['flat_wrong']:.3f} | {shaped} | "
-        f"{turned} | {sheet['any_wrong']:.2f} |"
+        f"| {sheet['sizes']} | {sheet['jitter']:g} | {sheet['shaped']} of {SHEET} | {sheet['flat_wrong']:.3f} | "
+        f"{shaped} | {turned} | {sheet['any_wrong']:.2f} |"
     )
 
 

@@ -12,7 +12,8 @@ from scipy import stats
 from scipy.optimize import isotonic_regression
 
 from branchmix.scaling.trends.fit import Curve, curve
-from branchmix.scaling.trends.order import climb, flattest, form, trend, turn
+from branchmix.scaling.trends.forms import form
+from branchmix.scaling.trends.order import climb, flattest, trend, turn
 from branchmix.scaling.trends.verdict import Evidence, Limits, Verdict
 
 
@@ -152,9 +153,9 @@ def test_the_trends_p_is_the_e_bar_squared_distribution(sizes: int) -> None:
         fits = [sign * isotonic_regression(sign * y).x for sign in (1, -1)]
         share = max(np.var(fit) for fit in fits) / np.var(y)
         exact = sum(
-            p * (1.0 if l == sizes else stats.beta.sf(share, (l - 1) / 2, (sizes - l) / 2))
-            for l, p in enumerate(blocks, 1)
-            if l > 1
+            p * (1.0 if count == sizes else stats.beta.sf(share, (count - 1) / 2, (sizes - count) / 2))
+            for count, p in enumerate(blocks, 1)
+            if count > 1
         )
         # Two-sided: both directions are never this good at once, unless p is large.
         found = trend(seen(y, 1e-6, num_draws=20_000), alpha=0.05).p

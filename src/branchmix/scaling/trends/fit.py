@@ -1,8 +1,8 @@
 """A curve and its errors: jitter between models, what quadratics leave unexplained, Theil-Sen slopes, intervals.
 
-Letters: N runs or curves, K sizes (distinct places on the axis), B bootstrap draws, P coefficients of a fit. x is log10 of the
-axis. A curve has two sources of error: examples are a sample, and models of one size differ (jitter). The first alone
-takes flat curves for U-shapes in more than half of all cases, so every test and interval here has both.
+Letters: N runs or curves, K sizes (distinct places on the axis), B bootstrap draws, P coefficients of a fit. x is log10
+of the axis. A curve has two sources of error: examples are a sample, and models of one size differ (jitter). The first
+alone takes flat curves for U-shapes in more than half of all cases, so every test and interval here has both.
 """
 
 from __future__ import annotations

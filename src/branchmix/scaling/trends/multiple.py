@@ -40,10 +40,7 @@ def judge_together(found: Mapping[str, Evidence], *, correction: Correction, lim
     Each task brings one p: that of the shape if the curve turns significantly by itself, else that of the trend. A
     shape that does not survive the correction leaves its place to the trend, and all are corrected again.
     """
-    alone = {
-        task: evidence.has_shape()
-        for task, evidence in found.items()
-    }
+    alone = {task: evidence.has_shape() for task, evidence in found.items()}
     as_shape = dict(alone)
     testable = [task for task, evidence in found.items() if evidence.is_testable]
     while True:

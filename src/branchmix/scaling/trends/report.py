@@ -172,7 +172,7 @@ def trends_by_axis(
         if not is_lower_better(metric, named) and not is_any_of(metric, SHARES):
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
             if max(abs(row.value) for row in table.rows if row.metric == metric) > 1:
-                notes.append(f"{metric} is no share of 1: set --minimum-effect to the smallest change of it that counts")
+                notes.append(f"{metric} is not a share of 1: set --minimum-effect to the smallest change that counts")
     series = all_series(table, metrics=wanted, lower_is_better=named, notes=notes)
     notes += _mixed_axes(series, axis, table.axes)
     axes = [axis, *(name for name in table.axes if name in AXES and name != axis)]

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from branchmix.scaling.trends.fit import Curve, theil_sen
-from branchmix.scaling.trends.order import Form, Level, Trend, Turn, form, trend, turn
+from branchmix.scaling.trends.forms import Form, Level, form
+from branchmix.scaling.trends.order import Interval, Trend, Turn, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
@@ -35,7 +36,6 @@ WORDS: dict[str, str] = {
     "inconclusive": "cannot be told",
     "not-testable": "too few sizes to judge",
 }
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)

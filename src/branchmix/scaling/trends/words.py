@@ -11,7 +11,7 @@ from typing import Any
 
 from branchmix.pages.numbers import human_count
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
-from branchmix.scaling.trends.order import Level
+from branchmix.scaling.trends.forms import Level
 from branchmix.scaling.trends.report import Caution, Judged, Report
 from branchmix.scaling.trends.table import DATA, SHARES, is_any_of
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, WORDS, Interval, Limits
@@ -258,7 +258,8 @@ def _inconclusive(one: Judged, report: Report, ends: str, least: str) -> str:
             "questions alone explain; that hides smaller trends."
         )
     return (
-        f"{change}. A trend as clear as this comes about by chance in {_share(found.p)} of cases ({_p(found.p)}).{scatter}"
+        f"{change}. A trend as clear as this comes about by chance in {_share(found.p)} of cases ({_p(found.p)})."
+        f"{scatter}"
     )
 
 
