@@ -96,7 +96,7 @@ SHEET_SIZES, SHEET_EXAMPLES = (5, 8), 500
 SHAPED = (0, 4, 8)
 """Tasks of a sheet that have a shape, each the next of SHAPED_KINDS; the others are flat."""
 SHAPED_KINDS = ("linear", "U", "saturating", "inverted-U", "flat, then rise", "collapse", "linear", "U")
-NUM_DRAWS = 300
+NUM_DRAWS = 500
 """Of the bootstraps, to save time; the command has 2,000."""
 MOST_TURNED, MOST_WRONG = 0.05, 0.10
 """Targets: turns that monotone shapes do not have, and wrong verdicts of any kind on flat ones."""

@@ -169,7 +169,7 @@ def test_sentences_carry_the_numbers_of_the_verdict(pythias: Overview, tmp_path:
         f"(95 % interval: {high:.1f} to {low:.1f})."
     ) in text
     assert "A trend as clear as this would come about by chance in less than 1 in 1,000 of cases" in text
-    assert "(p < 0.001; p = 0.002 after the correction for 12 tasks)" in text
+    assert "(p < 0.001; p = 0.0015 after the correction for 12 tasks)" in text
     text = words.sentences(only(report, "resisting-correction"), report).replace(NBSP, " ")
     assert (
         "Accuracy first rises by about 28.3 points (95 % interval: " in text and "and then falls by about 23.2" in text

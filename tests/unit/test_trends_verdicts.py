@@ -47,9 +47,10 @@ def test_pythia_task_by_task(tmp_path: Path) -> None:
     assert {task for task, verdict in found.items() if verdict.label == "inverted-u"} == INVERTED
     assert {verdict.label for task, verdict in found.items() if task not in INVERSE | INVERTED} == {"inconclusive"}
     p = {task: verdict.p for task, verdict in found.items()}
-    assert p["hindsight-neglect"] == pytest.approx(0.057, abs=5e-4)
-    assert p["pattern-matching-suppression"] == pytest.approx(0.0155, abs=5e-5)
-    assert p["memo-trap"] == p["truthfulqa-mc2"] == pytest.approx(1 / 2001)  # none of 2,000 flat curves does as much
+    assert p["hindsight-neglect"] == pytest.approx(0.0534, abs=5e-5)
+    assert p["pattern-matching-suppression"] == pytest.approx(0.0148, abs=5e-5)
+    assert p["memo-trap"] == pytest.approx(0.00025, abs=5e-6)
+    assert p["truthfulqa-mc2"] == pytest.approx(2 / math.factorial(8))
     assert found["modus-tollens"].jitter > 0.3  # no trend, wild
     assert found["modus-tollens"].interval == (-1, 1)  # anything that an accuracy can do
     assert found["resisting-correction"].turning_point == pytest.approx(410e6)  # the size with the highest value, .903
@@ -70,7 +71,7 @@ def test_pythia_as_twelve_tasks_at_once(tmp_path: Path) -> None:
 def test_a_plateau_of_pythia_that_a_parabola_took_for_a_turn(tmp_path: Path) -> None:
     """Resisting-correction at step 16,000 rises to .899, then .872 and .878."""
     found = verdicts(judge(tmp_path, pythia(step=16000), correction="none"))["resisting-correction"]
-    assert (found.label, found.p) == ("standard", pytest.approx(1 / 2001))
+    assert (found.label, found.p) == ("standard", pytest.approx(0.0009, abs=5e-5))
     plateau = found.form and found.form.level_from
     assert (
         plateau and plateau.edge == pytest.approx(math.log10(1.4e9)) and plateau.value == pytest.approx(0.885, abs=1e-3)
@@ -107,7 +108,7 @@ def test_every_shape(shape: str, sizes: int, tmp_path: Path) -> None:
     assert found.interval[0] <= found.effect <= found.interval[1]
     if shape in ("standard", "inverse"):
         assert found.effect == pytest.approx(0.3 if shape == "standard" else -0.3, abs=0.02)
-        assert found.p == pytest.approx(max(2 / math.factorial(sizes), 1 / 2001), abs=0.003) and not found.legs
+        assert found.p == pytest.approx(2 / math.factorial(sizes)) and not found.legs
     if shape in ("u-shaped", "inverted-u"):
         assert list(found.legs) == (["drop", "rise"] if shape == "u-shaped" else ["rise", "drop"])
         assert found.legs["rise"]["effect"] == pytest.approx(0.3, abs=0.03)
@@ -330,7 +331,7 @@ def test_the_command_prints_a_table_and_json(
     assert shown.err == "note: the axis is params: the table has no training FLOPs (column flops)\n"
     trap = found["tasks"]["memo-trap"]["accuracy"]
     assert (trap["verdict"], trap["sizes"]) == ("inverse", 8)
-    assert trap["p"] == pytest.approx(1 / 2001) and trap["interval"][0] < trap["effect"] < trap["interval"][1]
+    assert trap["p"] == pytest.approx(0.00025, abs=5e-6) and trap["interval"][0] < trap["effect"] < trap["interval"][1]
     monkeypatch.setattr("sys.argv", ["branchmix", "scaling", "trends", str(file)])
     with pytest.raises(SystemExit):
         main()

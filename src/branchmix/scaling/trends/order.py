@@ -5,7 +5,7 @@ isotonic regression: it uses only the order of the sizes, so it follows a platea
 straight line. A parabola cannot, and bends.
 
 - Trend: the best monotone fit against a constant (the E-bar-squared test of Barlow, Bartholomew, Bremner and Brunk
-  1972). The statistic is a ratio of sums of squares, so an unknown jitter cancels.
+  1972). The statistic is a ratio of sums of squares, so an unknown jitter cancels, and p has a closed form.
 - Turn: the best unimodal fit against the best monotone one by likelihood ratio, with a parametric bootstrap under the
   monotone fit. Each draw searches its own turning point, which is how the choice of the turning point is paid for.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from branchmix.scaling.trends.fit import Curve, percentiles, quadratic_squares
 
@@ -166,32 +167,44 @@ class Trend:
 def trend(curve: Curve, *, alpha: float) -> Trend:
     """The best monotone fit, up or down, against a constant.
 
-    The share of the squares about the mean that the fit explains is compared with that of curves that are flat but for
-    the same errors. Where several runs of a size tell how much models differ, their squares join the denominator.
+    The share of the squares about the mean that the fit explains has a closed form on curves that are flat but for
+    their errors. Where several runs of a size tell how much models differ, their squares join the denominator.
     """
     weight_K = weights(curve)
-    noise_BK = curve.draws_BK - curve.y_K
-    count = len(noise_BK)
-    y_NK = np.vstack([curve.y_K, curve.y_K + wide_noise(curve), noise_BK])
+    y_NK = np.vstack([curve.y_K, curve.y_K + wide_noise(curve)])
     y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
     fits = climb(np.concatenate([y_NK, -y_NK]), weight_K)
     explained_2N = fits.squares_NK[:, -1].reshape(2, -1)
-    explained_N = explained_2N.max(0)
-    total_N = (y_NK**2) @ weight_K
-    spread_N = np.concatenate([np.full(1 + count, curve.within), _chi_squares(curve, count)])
-    share_N = np.divide(explained_N, total_N + spread_N, out=np.zeros_like(total_N), where=total_N > 0)
-    p = _share_at_least(share_N[0] * (1 - _ROUNDING), share_N[1 + count :])
+    total = float(y_NK[0] ** 2 @ weight_K) + curve.within
+    share = float(explained_2N[:, 0].max()) / total if total > 0 else 0.0
 
     climbed_2N = (fits.last_NK[:, -1] - fits.first_NK[:, -1]).reshape(2, -1)
     rises = bool(explained_2N[0, 0] >= explained_2N[1, 0])
     change_N = y_NK[:, -1] - y_NK[:, 0]
     return Trend(
-        p=p,
+        p=min(1.0, 2 * e_bar_squared_tail(share, curve.sizes, curve.within)),
         move=float(climbed_2N[0, 0] if rises else -climbed_2N[1, 0]),
         change=float(change_N[0]),
-        interval=percentiles(change_N[1 : 1 + count], alpha),
-        largest_move=float(np.quantile(climbed_2N.max(0)[1 : 1 + count], 1 - alpha)),
+        interval=percentiles(change_N[1:], alpha),
+        largest_move=float(np.quantile(climbed_2N.max(0)[1:], 1 - alpha)),
     )
+
+
+def e_bar_squared_tail(share: float, sizes: int, within: int = 0) -> float:
+    """How often a nondecreasing fit explains that share of the squares of a flat curve, or more.
+
+    A mixture of beta distributions over the number of blocks in the fit (Barlow and others 1972, section 3.2). The
+    chances of each number are those for equal weights, Stirling numbers over K!; unequal ones change p little
+    (Robertson, Wright and Dykstra 1988, section 3.3), and flat curves have nearly equal ones.
+    """
+    chances = np.ones(1)
+    for size in range(2, sizes + 1):
+        chances = np.convolve(chances, [size - 1, 1]) / size
+    tail = 0.0
+    for blocks, chance in enumerate(chances[1:], 2):
+        left = sizes - blocks + within
+        tail += float(chance * (stats.beta.sf(share, (blocks - 1) / 2, left / 2) if left else 1.0))
+    return tail if share > _ROUNDING else 1.0
 
 
 @dataclass(frozen=True)
