@@ -251,12 +251,27 @@ def readme() -> str:
     return text
 
 
+_VERDICTS = re.compile(r"(<!-- Results of benchmarks/verdicts.py -->\n).*(<!-- End of results -->)", re.DOTALL)
+
+
+def verdicts_page() -> str:
+    """The page on verdicts, with the newest results of their benchmark between two comments."""
+    path = FOLDER / "verdicts.md"
+    results = max((FOLDER.parent / "benchmarks" / "results").glob("verdicts-*.md")).read_text(encoding="utf-8")
+    table = results.replace("# ", "### ", 1)
+    text, count = _VERDICTS.subn(lambda marks: f"{marks[1]}\n{table}\n{marks[2]}", path.read_text(encoding="utf-8"))
+    if count != 1:
+        raise SystemExit(f"{path}: the comments around its results are not there once")
+    return text
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "recipe.md": recipe_page,
     "training.md": training_page,
     "studies.md": studies_page,
     "families.md": families_page,
+    "verdicts.md": verdicts_page,
     "../README.md": readme,
     **{
         f"studies/{about.parent.name}.md": partial(study_page, about.parent.name)

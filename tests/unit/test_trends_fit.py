@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from math import factorial
 
 import numpy as np
 import pytest
@@ -11,48 +10,19 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from branchmix.errors import DataError
 from branchmix.scaling.trends.examples import Scores, resampled_deviations
-from branchmix.scaling.trends.fit import bend, between_variance, curve, kendall, rank_interval, theil_sen, trend
+from branchmix.scaling.trends.fit import between_variance, curve, quadratic_squares, theil_sen
 from branchmix.scaling.trends.multiple import adjusted
-from branchmix.scaling.trends.regression import regression_on_size_and_tokens
+from branchmix.scaling.trends.order import trend
+from size_and_tokens import regression_on_size_and_tokens
 from trend_tables import PYTHIA, pythia
 
 X = np.arange(8.0)
 
 
-@pytest.mark.parametrize(
-    ("values", "p"),
-    [
-        ([1, 2, 3], 2 / factorial(3)),
-        ([1, 2, 3, 4], 2 / factorial(4)),
-        ([5, 4, 3, 2, 1], 2 / factorial(5)),
-        ([1, 2, 3, 4, 5, 6, 7, 8], 2 / factorial(8)),
-        ([2, 1, 3, 4, 5], 2 * (1 + 4) / 120),  # one inversion: 1 order has none, 4 have one
-        ([1, 3, 2, 5, 4], 2 * (1 + 4 + 9) / 120),  # two inversions: 9 orders
-        ([2, 1, 4, 3, 6, 5], 2 * (1 + 5 + 14 + 29) / 720),
-        ([1, 1, 2], 2 / 3),  # 3 distinct orders, S = 2, 0, -2
-        ([1, 1, 2, 2], 2 / 6),  # 6 distinct orders, of which two have |S| = 4
-        ([3, 3, 3, 3, 3], 1.0),
-    ],
-)
-def test_kendall_by_hand(values: list[float], p: float) -> None:
-    found = kendall(np.arange(len(values)), np.array(values, dtype=float))[1]
-    assert found == pytest.approx(p, rel=1e-9)
-
-
-def test_theil_sen_and_its_rank_interval() -> None:
+def test_theil_sen() -> None:
     y = np.array([0.1, 0.4, 0.2, 0.7, 0.9, 0.8, 1.4, 1.2])
-    slope, _, _, _ = stats.theilslopes(y, X)
-    assert theil_sen(X, y[None])[0] == pytest.approx(slope)
-    # Kendall's exact test rejects exactly the slopes outside of the interval.
-    low, high = rank_interval(X, y, alpha=0.05) or (0, 0)
-    for slope, inside in ((low + 1e-9, True), (high - 1e-9, True), (low - 1e-9, False), (high + 1e-9, False)):
-        assert (stats.kendalltau(X, y - slope * X, method="exact").pvalue > 0.05) == inside
-    assert rank_interval(X[:4], y[:4], alpha=0.05) is None  # 2/4! > 0.05
-    five = rank_interval(X[:5], y[:5], alpha=0.05)
-    slopes = [(y[j] - y[i]) / (j - i) for i in range(5) for j in range(i + 1, 5)]
-    assert five == pytest.approx((min(slopes), max(slopes)))  # 2/5! = 0.017 and nothing between that and 0.083
+    assert theil_sen(X, y[None])[0] == pytest.approx(stats.theilslopes(y, X)[0])
 
 
 def test_the_variance_between_models() -> None:
@@ -63,32 +33,13 @@ def test_the_variance_between_models() -> None:
     assert between_variance(y, np.ones((4, 1)), np.eye(4)) == 0
 
 
-def test_the_quadratic_is_the_weighted_one_of_statsmodels() -> None:
+def test_squares_about_the_quadratic_are_those_of_statsmodels() -> None:
     random = np.random.default_rng(3)
     y = 0.5 - 0.02 * (X - 3) ** 2 + 0.01 * random.standard_normal(8)
     stderr = np.linspace(0.02, 0.04, 8)  # so large that there is no room for jitter
-    found = bend(curve(X, y, stderr), alpha=0.05)
-    u = (X - 3.5) / 3.5
-    design = np.column_stack([np.ones(8), u, u**2])
-    theirs = sm.WLS(y, design, weights=1 / stderr**2).fit(cov_type="fixed scale")
-    for end, p in zip((-1, 1), found.ends, strict=True):
-        test = theirs.t_test([0, 1, 2 * end])
-        assert p == pytest.approx(stats.t.sf(abs(float(test.tvalue.item())), 5), rel=1e-6)
-    assert found.p == pytest.approx(max(2 * min(found.ends), *found.ends))
-    fitted = theirs.predict(design)
-    assert found.change == pytest.approx(fitted[-1] - fitted[0])
-    assert found.turning == pytest.approx(3.5 - 3.5 * theirs.params[1] / theirs.params[2] / 2)
-    top = theirs.params[0] - theirs.params[1] ** 2 / theirs.params[2] / 4
-    assert found.legs == pytest.approx((top - fitted[0], fitted[-1] - top))
-    assert found.legs[0] > 0 > found.legs[1] and found.is_inner
-    for effect, (low, high) in zip(found.legs, found.leg_intervals, strict=True):
-        assert low < effect < high
-
-
-def test_a_turn_at_the_edge_is_no_inner_one() -> None:
-    stderr = np.full(8, 0.002)
-    assert bend(curve(X, 0.5 - 0.01 * (X - 5.8) ** 2, stderr), alpha=0.05).is_inner
-    assert not bend(curve(X, 0.5 - 0.01 * (X - 6.4) ** 2, stderr), alpha=0.05).is_inner
+    theirs = sm.WLS(y, np.vander(X, 3), weights=1 / stderr**2).fit()
+    found = quadratic_squares(curve(X, y, stderr), np.stack([y, 2 * y]))
+    assert found == pytest.approx([theirs.ssr, 4 * theirs.ssr])
 
 
 def test_jitter_is_found_and_widens_everything() -> None:
@@ -108,11 +59,11 @@ def test_several_runs_of_a_size_tell_the_jitter() -> None:
     x = np.repeat(X[:5], 4)
     smooth = 0.5 - 0.01 * (x - 2) ** 2
     found = curve(x, smooth + 0.05 * random.standard_normal(20), np.full(20, 0.002))
-    assert found.sizes == 5 and found.degrees == 17 and found.repeated is not None
+    assert found.sizes == 5 and (found.degrees, found.within) == (17, 15)
     assert found.jitter == pytest.approx(0.05, rel=0.35)
     # Sizes that are off the curve by far more than runs of a size differ: runs are no longer exchangeable.
     zigzag = curve(x, 0.2 * (x % 2) + 0.002 * random.standard_normal(20), np.full(20, 0.002))
-    assert zigzag.degrees == 2 and zigzag.repeated is None
+    assert (zigzag.degrees, zigzag.within) == (2, 0)
     assert zigzag.jitter_K.min() > 0.05**2
 
 
@@ -182,18 +133,3 @@ def test_the_regression_by_hand() -> None:
     expected = (0.4 / error, 0.4 / error, 0.2 / error)
     assert [one.t for one in effect.values()] == pytest.approx(expected)
     assert all(one.degrees == 4 for one in effect.values())
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        (([0.1, 0.2, 0.3], [1, 2, 3], [1, 2, 1]), "3 points"),
-        (([0.5] * 6, range(1, 7), [1, 2, 1, 2, 1, 2]), "value is the same everywhere"),
-        ((range(6), [1e6] * 6, range(1, 7)), "params is the same everywhere"),
-        (([1, 5, 2, 8, 3, 9], [1, 1, 1, 4, 4, 4], [2, 2, 2, 8, 8, 8]), "move together"),
-    ],
-)
-def test_regressions_that_cannot_be(columns: tuple, message: str) -> None:
-    value, params, tokens = (np.array(list(column), dtype=float) for column in columns)
-    with pytest.raises(DataError, match=message):
-        regression_on_size_and_tokens({"task": (value, params, tokens)})

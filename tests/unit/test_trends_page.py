@@ -159,7 +159,7 @@ def test_the_example_is_pythia_and_says_who_only_guessed(tmp_path: Path) -> None
 # ---- sentences ----
 
 
-def test_sentences_carry_the_numbers_of_the_verdict(pythias: Overview) -> None:
+def test_sentences_carry_the_numbers_of_the_verdict(pythias: Overview, tmp_path: Path) -> None:
     report = pythias.reports[0]
     text = words.sentences(only(report, "memo-trap"), report).replace(NBSP, " ")
     found = only(report, "memo-trap").verdict
@@ -168,14 +168,16 @@ def test_sentences_carry_the_numbers_of_the_verdict(pythias: Overview) -> None:
         f"From the smallest to the largest of 8 sizes, accuracy falls by about {-100 * found.effect:.1f} points "
         f"(95 % interval: {high:.1f} to {low:.1f})."
     ) in text
-    assert "by chance in 0.17 % of cases (p = 0.0017; p = 0.0052 after the correction for 12 tasks)" in text
+    assert "A trend as clear as this would come about by chance in less than 1 in 1,000 of cases" in text
+    assert "(p < 0.001; p = 0.0015 after the correction for 12 tasks)" in text
     text = words.sentences(only(report, "resisting-correction"), report).replace(NBSP, " ")
     assert (
-        "Accuracy first rises by about 27.7 points (95 % interval: " in text and "and then falls by about 20.7" in text
+        "Accuracy first rises by about 28.3 points (95 % interval: " in text and "and then falls by about 23.2" in text
     )
-    assert "it turns at about 1.11B parameters" in text
+    assert "it turns at about 410M parameters" in text
+    report = overview(tmp_path, pythia(step=FINAL), limits=Limits(alpha=0.06)).reports[0]
     text = words.sentences(only(report, "redefine"), report).replace(NBSP, " ")
-    assert "By itself one would say that it gets better, then worse again (p = 0.036). But with 12 tasks" in text
+    assert "By itself one would say that it gets better, then worse again (p = 0.058). But with 12 tasks" in text
     text = words.sentences(only(report, "modus-tollens"), report).replace(NBSP, " ")
     assert "may change by anything between \u2212100.0 and +100.0 points" in text
     assert "Models scatter by about 41.7 points" in text
@@ -190,6 +192,47 @@ def test_flat_and_small_trends_in_words(tmp_path: Path) -> None:
     report = overview(tmp_path, rows, limits=Limits(minimum_effect=0.05)).reports[0]
     assert only(report, "memo-trap").verdict.label == "inconclusive"
     assert "There is a trend" in words.sentences(only(report, "memo-trap"), report)
+
+
+@pytest.mark.parametrize(
+    ("values", "metric", "expected"),
+    [
+        (
+            [0.30, 0.51, 0.73, 0.96, 0.97, 0.965, 0.97, 0.97],
+            "accuracy",
+            "From 640M parameters on it saturates, on a ceiling of 96.7 % (95 % interval: ",
+        ),
+        (
+            [0.30, 0.51, 0.73, 0.88, 0.89, 0.90, 0.905, 0.91],
+            "accuracy",
+            "From 640M parameters on it saturates, on a plateau of 89.7 % (95 % interval: ",
+        ),
+        (
+            [0.60, 0.45, 0.30, 0.255, 0.254, 0.253, 0.252, 0.251],
+            "accuracy",
+            "From 640M parameters on it stays on a floor of 25.3 % (95 % interval: ",
+        ),
+        (
+            [0.25, 0.26, 0.24, 0.25, 0.26, 0.25, 0.74, 0.75],
+            "accuracy",
+            "Most of that is a jump between two neighbouring sizes, 10.2B parameters and 41B parameters: 48.5 points",
+        ),
+        (
+            [0.9, 0.9, 0.9, 0.9, 0.9, 0.6, 0.3, 0.1],
+            "accuracy",
+            "Up to 2.56B parameters it stays on a plateau of 90.0 % (95 % interval: ",
+        ),
+        (
+            [2.0, 2.01, 2.0, 1.99, 2.0, 1.5, 1.0, 0.5],
+            "loss",
+            "Up to 2.56B parameters it stays on a floor of 2 (95 % interval: ",
+        ),
+    ],
+)
+def test_a_trend_is_named_as_it_looks(values: list[float], metric: str, expected: str, tmp_path: Path) -> None:
+    report = overview(tmp_path, rows_of(values, metric=metric, stderr=0.01)).reports[0]
+    text = words.sentences(only(report, "memo-trap", metric), report).replace(NBSP, " ")
+    assert expected in text
 
 
 def test_families_fresh_data_and_flags_in_words(studied: Overview) -> None:

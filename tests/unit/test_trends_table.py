@@ -63,7 +63,12 @@ MISTAKES = {
     "NaN": ([HEADER, "t,a,1e7,loss,nan,0.01,900"], "line 2: value is 'nan', which is no number"),
     "no value": ([HEADER, "t,a,1e7,loss,,0.01,900"], "line 2: the value is empty"),
     "no task": ([HEADER, ",a,1e7,loss,1,0.01,900"], "line 2: the task is empty"),
-    "percent": ([HEADER, "t,a,1e7,accuracy,53,0.01,900"], "line 2: an accuracy of 53: write shares of 1"),
+    "percent": ([HEADER, "t,a,1e7,accuracy,53,0.01,900"], "line 2: accuracy is 53: write a share of 1"),
+    "acc_norm in percent": ([HEADER, "t,a,1e7,acc_norm,50,0.01,900"], "line 2: acc_norm is 50: write a share of 1"),
+    "lm-eval's names": ([HEADER.replace(",", ";"), "t;a;1e7;acc,none;50.05;0.01;900"], "line 2: acc,none is 50.05"),
+    "exact_match in percent": ([HEADER, "t,a,1e7,exact_match,1.5,0.01,900"], "line 2: exact_match is 1.5"),
+    "f1 in percent": ([HEADER, "t,a,1e7,f1,80,1,900"], "line 2: f1 is 80: write a share of 1, such as 0.53"),
+    "an ending": ([HEADER, "t,a,1e7,mmlu_acc,60,1,900"], "line 2: mmlu_acc is 60: write a share of 1"),
     "a negative stderr": ([HEADER, "t,a,1e7,accuracy,0.5,-0.01,900"], "line 2: the stderr is -0.01"),
     "a stderr in words": ([HEADER, "t,a,1e7,accuracy,0.5,small,900"], "line 2: stderr is 'small'"),
     "half an example": ([HEADER, "t,a,1e7,accuracy,0.5,0.01,9.5"], "line 2: n is 9.5: write the number of examples"),
@@ -141,6 +146,14 @@ def test_the_axis_is_flops_where_all_models_have_them(tmp_path: Path) -> None:
     with_flops[2]["flops"] = ""
     found = trends(write(tmp_path / "b.csv", with_flops))
     assert found.axis == "params" and found.notes == ["the axis is params: m2 has no flops (line 4)"]
+
+
+def test_a_metric_that_is_no_share_needs_its_own_smallest_effect(tmp_path: Path) -> None:
+    rows = rows_of([50, 50.01, 50.03, 50.04, 50.05], metric="score", stderr=0.001)
+    notes = trends(write(tmp_path / "a.csv", rows)).notes
+    assert "score is not a share of 1: set --minimum-effect to the smallest change that counts" in notes
+    rows = rows_of([0.5, 0.6, 0.7, 0.8, 0.9], metric="score")
+    assert not any("not a share" in note for note in trends(write(tmp_path / "b.csv", rows)).notes)
 
 
 # ---- scores of single examples ----

@@ -40,10 +40,7 @@ def judge_together(found: Mapping[str, Evidence], *, correction: Correction, lim
     Each task brings one p: that of the shape if the curve turns significantly by itself, else that of the trend. A
     shape that does not survive the correction leaves its place to the trend, and all are corrected again.
     """
-    alone = {
-        task: evidence.has_shape() and evidence.bend is not None and evidence.bend.p < limits.alpha
-        for task, evidence in found.items()
-    }
+    alone = {task: evidence.has_shape() for task, evidence in found.items()}
     as_shape = dict(alone)
     testable = [task for task, evidence in found.items() if evidence.is_testable]
     while True:
@@ -76,13 +73,13 @@ def compare_families(
     one, other = evidence[first], evidence[second]
     if min(one.curve.sizes, other.curve.sizes) < _MIN_TO_COMPARE:
         return None
-    draws_B = other.trend.slope_draws_B[::-1] - one.trend.slope_draws_B
+    draws_B = other.slope_draws_B[::-1] - one.slope_draws_B
     interval = percentiles(draws_B, limits.alpha)
     is_testable = one.is_testable and other.is_testable
     return {
         "families": [first.family, second.family],
-        "slopes_per_decade": [one.trend.slope, other.trend.slope],
-        "difference": other.trend.slope - one.trend.slope,
+        "slopes_per_decade": [one.slope, other.slope],
+        "difference": other.slope - one.slope,
         "interval": list(interval),
         "testable": is_testable,
         "differs": is_testable and not interval[0] <= 0 <= interval[1],

@@ -202,8 +202,9 @@ answer to every question.</li>
 <h3>How sure one can be</h3>
 <p>A few models of a few sizes are easily misread: points that only scatter look like a U more often than not. So a
 verdict here needs a test that counts both questions and models as chance, and a change of more than
-{limits.minimum_effect:g} ({100 * limits.minimum_effect:g} points of an accuracy). Getting better or worse must show in
-the order of at least {MIN_SIZES} sizes; a turn needs a slope on both sides of it. The more tasks one looks at, the
+{limits.minimum_effect:g} ({100 * limits.minimum_effect:g} points of an accuracy). Getting better or worse must show
+over at least {MIN_SIZES} sizes; a turn needs a rise and a fall that no curve without a turn would show by chance,
+however much it bends: one that saturates or sits on a floor does not turn. The more tasks one looks at, the
 more of them show something by chance. {correction} <b>p</b> is how often chance alone would do as much as was seen;
 below {limits.alpha:g} counts as sure enough. The <b>interval</b> holds the true change in {sure} of cases.</p>
 <p>No verdict does not mean no change: it means that these results cannot tell.</p>"""
@@ -230,9 +231,9 @@ def _making(overview: Overview, command: str) -> str:
     )
     return f"""<p>The tasks are those of “Inverse Scaling: When Bigger Isn't Better” (arXiv 2306.09479), as far as
 they bear its names, and the table's own. Examples shown are made by branchmix, not taken from the official data.
-{drawn} Each verdict follows a fixed order: a turn (a weighted quadratic, both end slopes significant by Holm, the
-turning point inside the axis), else a trend (Kendall's exact test, Theil and Sen's slope), else flat (the whole
-interval within the smallest change), else none.</p>
+{drawn} Each verdict follows a fixed order: a turn (the best curve with one turn against the best
+without, by likelihood ratio and parametric bootstrap, and both legs longer than the smallest change), else a trend
+(the best monotone curve against a constant), else flat (every change within the smallest that counts), else none.</p>
 {notes}
 <p>This page is made by:</p>
 <pre tabindex="0" aria-label="Command">{escape(command)}</pre>

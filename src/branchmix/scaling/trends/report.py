@@ -21,14 +21,13 @@ from branchmix.scaling.trends.multiple import (
     judge_together,
 )
 from branchmix.scaling.trends.series import (
-    HIGHER_IS_BETTER,
     NOT_JUDGED,
     Series,
     all_series,
     flags_of,
     is_lower_better,
 )
-from branchmix.scaling.trends.table import AXES, DATA, Table, read_table
+from branchmix.scaling.trends.table import AXES, DATA, SHARES, Table, is_any_of, read_table
 from branchmix.scaling.trends.verdict import Evidence, Label, Limits, Verdict
 
 
@@ -170,8 +169,10 @@ def trends_by_axis(
     named = tuple(metric.lower() for metric in lower_is_better)
     _check_metrics(table, named)
     for metric in wanted:
-        if not is_lower_better(metric, named) and metric not in HIGHER_IS_BETTER:
+        if not is_lower_better(metric, named) and not is_any_of(metric, SHARES):
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
+            if max(abs(row.value) for row in table.rows if row.metric == metric) > 1:
+                notes.append(f"{metric} is not a share of 1: set --minimum-effect to the smallest change that counts")
     series = all_series(table, metrics=wanted, lower_is_better=named, notes=notes)
     notes += _mixed_axes(series, axis, table.axes)
     axes = [axis, *(name for name in table.axes if name in AXES and name != axis)]
@@ -238,7 +239,7 @@ def _evidence(series: Series, found: Curve, limits: Limits) -> Evidence:
         lower_is_better=series.lower_is_better,
         paired=series.deviations_BN is not None,
         limits=limits,
-        largest=1.0 if series.metric == "accuracy" else math.inf,
+        largest=1.0 if is_any_of(series.metric, SHARES) else math.inf,
     )
 
 

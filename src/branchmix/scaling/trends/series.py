@@ -11,12 +11,11 @@ from branchmix.errors import DataError
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.examples import read_scores, resampled_deviations
 from branchmix.scaling.trends.fit import NUM_DRAWS
-from branchmix.scaling.trends.table import Row, Table
+from branchmix.scaling.trends.table import Row, Table, is_any_of
 
 LOWER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "error", "brier", "logodds", "absolute_logodds")
 """Metrics, and endings of metrics after `_`, of which less is better. The log-odds metrics say how far a model is
 swayed from the right answer."""
-HIGHER_IS_BETTER = ("accuracy", "acc", "acc_norm", "exact_match", "f1", "mc1", "mc2")
 NOT_JUDGED = ("coverage", "label_coverage")
 """Metrics that are no performance."""
 _MANY_AT_CHANCE = 2.0
@@ -71,7 +70,7 @@ def all_series(table: Table, *, metrics: list[str], lower_is_better: tuple[str, 
 
 
 def is_lower_better(metric: str, named: tuple[str, ...] = ()) -> bool:
-    return metric in named or any(metric == word or metric.endswith(f"_{word}") for word in LOWER_IS_BETTER)
+    return metric in named or is_any_of(metric, LOWER_IS_BETTER)
 
 
 def _series(

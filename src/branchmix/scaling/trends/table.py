@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,8 +28,16 @@ AXES = ("flops", "params", "active_params", "tokens")
 """Axes known by name, the default first."""
 DATA = ("official", "fresh")
 FILE = "results.csv"
-SHARES = ("accuracy", "acc", "acc_norm", "exact_match")
-"""Metrics that are shares of examples; the last three are lm-eval's names."""
+COUNTED = ("accuracy", "acc", "acc_norm", "exact_match")
+"""Shares of examples, each right or wrong; the last three are lm-eval's names. Their error follows from ``n``."""
+SHARES = (*COUNTED, "f1", "mc1", "mc2")
+"""Metrics between 0 and 1, of which more is better."""
+
+
+def is_any_of(metric: str, words: Sequence[str]) -> bool:
+    """Whether a metric has one of these names: by itself, after `_`, or with a filter of lm-eval (`acc,none`)."""
+    name = metric.partition(",")[0]
+    return any(name == word or name.endswith(f"_{word}") for word in words)
 
 
 @dataclass(frozen=True)
@@ -193,8 +201,8 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
     assert value is not None or not cell["value"]
     if value is None:
         raise DataError(f"{where}: the value is empty: leave the row out if there is no result")
-    if metric == "accuracy" and not 0 <= value <= 1:
-        raise DataError(f"{where}: an accuracy of {cell['value']}: write shares of 1, such as 0.53")
+    if is_any_of(metric, SHARES) and not 0 <= value <= 1:
+        raise DataError(f"{where}: {metric} is {cell['value']}: write a share of 1, such as 0.53, not percent")
     size = _wanted(where, cell, "n")
     if size is not None and (size < 1 or size != int(size)):
         raise DataError(f"{where}: n is {cell['n']}: write the number of examples")
@@ -202,7 +210,7 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
     stderr = _wanted(where, cell, "stderr")
     if stderr is not None and stderr < 0:
         raise DataError(f"{where}: the stderr is {cell['stderr']}: a standard error is never negative")
-    if metric in SHARES and 0 <= value <= 1:
+    if is_any_of(metric, COUNTED):
         stderr = _share_stderr(value, stderr, n)
         if not stderr and value in (0, 1):
             raise DataError(

@@ -1,9 +1,9 @@
 """Verdicts: what a curve does with scale, in a word, with p, effect and interval.
 
-In this order: a U or inverted-U needs both end slopes significant with opposite signs, a turning point inside the
-axis, and a drop and a rise of some size; standard or inverse scaling needs Kendall's exact test and a change of some
-size; flat needs the whole interval of the change inside the smallest effect of interest; the rest is inconclusive.
-Fewer than five sizes are described, never judged: with four, no rank test can reach p < 0.05.
+In this order: a U or inverted-U needs a curve that no monotone one explains, with a drop and a rise of some size;
+standard or inverse scaling needs a monotone curve that explains more than a constant, and a change of some size; flat
+needs every change between two sizes to be smaller for sure than the smallest effect of interest; the rest is
+inconclusive. Fewer than five sizes are described, never judged: even a perfect order of four has p = 0.083.
 
 Words are about performance: `inverse` means worse with scale, be it a falling accuracy or a rising loss. Numbers are
 the metric's own.
@@ -12,13 +12,16 @@ the metric's own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
-from branchmix.scaling.trends.fit import Bend, Curve, Trend, bend, trend
+from branchmix.scaling.trends.fit import Curve, theil_sen
+from branchmix.scaling.trends.forms import Form, Level, form
+from branchmix.scaling.trends.order import Interval, Trend, Turn, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
@@ -33,7 +36,6 @@ WORDS: dict[str, str] = {
     "inconclusive": "cannot be told",
     "not-testable": "too few sizes to judge",
 }
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Verdict:
     p_adjusted: float | None
     """After the correction for the number of tasks."""
     effect: float
-    """Change of the metric over the whole axis: Theil-Sen, or the fit's for a U or inverted-U."""
+    """Change of the metric from the smallest to the largest size: that of the best monotone fit for `standard` and
+    `inverse`, that of the fit which turns for a U or inverted-U, else that of the data."""
     interval: Interval
     sizes: int
     runs: int
@@ -67,6 +70,8 @@ class Verdict:
     turning_point: float | None = None
     legs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`drop` and `rise` of the metric for a U or inverted-U, each with effect and interval."""
+    form: Form | None = None
+    """What the change looks like, for `standard` and `inverse`."""
     jitter: float = 0.0
     paired: bool = False
     """Whether the bootstrap drew the same examples for all models."""
@@ -86,6 +91,7 @@ class Verdict:
             "reason": self.reason,
             "turning_point": self.turning_point,
             **self.legs,
+            **({} if self.form is None else _form_as_dict(self.form)),
             "jitter": self.jitter,
             "paired": self.paired,
             "flags": self.flags,
@@ -113,56 +119,49 @@ class Evidence:
         self.largest = largest
         self.limits = limits
         self.trend: Trend = trend(curve, alpha=limits.alpha)
-        self.bend: Bend | None = bend(curve, alpha=limits.alpha) if curve.sizes >= MIN_SIZES else None
+        self.turn: Turn | None = None
+        if curve.sizes >= MIN_SIZES:
+            self.turn = turn(curve, alpha=limits.alpha, least=limits.minimum_effect)
+        slopes = theil_sen(curve.x_K, np.vstack([curve.y_K, curve.draws_BK]))
+        self.slope, self.slope_draws_B = float(slopes[0]), slopes[1:]
+        """Theil-Sen, for each decade of the axis."""
 
     @property
     def is_testable(self) -> bool:
-        return self.bend is not None
+        return self.turn is not None
 
     def has_shape(self) -> bool:
-        """Whether the fit turns inside the axis, with a drop and a rise of some size."""
-        found = self.bend
-        return (
-            found is not None
-            and found.p < 1
-            and found.is_inner
-            and min(map(abs, found.legs)) > self.limits.minimum_effect
-        )
+        """Whether the curve turns for sure, were it the only one."""
+        return self.turn is not None and self.turn.p < self.limits.alpha
 
     def judge(self, p: float | None, p_adjusted: float | None, *, as_shape: bool) -> tuple[Label, str]:
         """The label for a test's p after correction, and why, in a sentence."""
-        limits, found = self.limits, self.bend
+        limits, found = self.limits, self.turn
         if found is None:
             sizes = f"{self.curve.sizes} size" + "s" * (self.curve.sizes != 1)
             return "not-testable", f"{sizes}, and no test can say anything below {MIN_SIZES}"
         assert p is not None and p_adjusted is not None
         if as_shape and p_adjusted < limits.alpha:
-            is_u = found.legs[0] * self.sign < 0
-            return ("u-shaped" if is_u else "inverted-u"), f"both end slopes are significant ({_p(p)})"
-        change, sure = self.trend.change, p_adjusted < limits.alpha
-        if not as_shape and sure and abs(change) > limits.minimum_effect:
-            return ("standard" if change * self.sign > 0 else "inverse"), f"Kendall's test: {_p(p)}"
-        if self._is_flat():
-            return "flat", f"the whole interval of the change lies within ±{limits.minimum_effect:g}"
+            is_u = found.is_u == (self.sign > 0)
+            return ("u-shaped" if is_u else "inverted-u"), f"no monotone curve explains both legs ({_p(p)})"
+        move, sure = self.trend.move, p_adjusted < limits.alpha
+        if not as_shape and sure and abs(move) > limits.minimum_effect:
+            return ("standard" if move * self.sign > 0 else "inverse"), f"a trend over all sizes ({_p(p)})"
+        if self.trend.largest_move < limits.minimum_effect:
+            return "flat", f"every change between two sizes lies within ±{limits.minimum_effect:g} for sure"
         if not as_shape and sure:
             return "inconclusive", f"a trend ({_p(p)}) of less than {limits.minimum_effect:g}"
         if p < limits.alpha:
-            what = "the end slopes are" if as_shape else "the trend is"
+            what = "the turn is" if as_shape else "the trend is"
             after = f"{_p(p_adjusted)} after correction"
             return "inconclusive", f"{what} significant alone ({_p(p)}), but not as one of several tasks ({after})"
         possible = f"more than ±{limits.minimum_effect:g} remains possible"
         return "inconclusive", f"no significant trend ({_p(p)}); {possible}"
 
-    def _is_flat(self) -> bool:
-        """Both the change from end to end and the bend in the middle are small for sure."""
-        assert self.bend is not None
-        edges = (*self.trend.interval, *self.bend.middle_interval)
-        return max(map(abs, edges)) < self.limits.minimum_effect
-
     def p_of(self, *, as_shape: bool) -> float | None:
-        if self.bend is None:
+        if self.turn is None:
             return None
-        return self.bend.p if as_shape else self.trend.p
+        return self.turn.p if as_shape else self.trend.p
 
     def _possible(self, interval: Interval) -> Interval:
         return max(interval[0], -self.largest), min(interval[1], self.largest)
@@ -187,15 +186,41 @@ class Evidence:
             paired=self.paired,
         )
         if label in SHAPES:
-            assert self.bend is not None
-            found.effect, found.interval = self.bend.change, self._possible(self.bend.change_interval)
-            found.turning_point = 10**self.bend.turning
-            for effect, interval in zip(self.bend.legs, self.bend.leg_intervals, strict=True):
+            assert self.turn is not None
+            found.effect, found.interval = self.turn.change, self._possible(self.turn.change_interval)
+            found.turning_point = 10**self.turn.turning
+            for effect, interval in zip(self.turn.legs, self.turn.leg_intervals, strict=True):
                 found.legs["rise" if effect > 0 else "drop"] = {
                     "effect": effect,
                     "interval": list(self._possible(interval)),
                 }
+        elif label in DIRECTED:
+            found.form = form(self.curve, rises=self.trend.move > 0, alpha=self.limits.alpha)
+            found.effect, found.interval = found.form.change, self._possible(found.form.interval)
+            found.reason = "; ".join([reason, *_form_in_words(found.form)])
         return found
+
+
+def _form_in_words(found: Form) -> Iterator[str]:
+    """What a curve looks like, in the units of its axis and metric."""
+    if found.jump is not None:
+        jump = found.jump
+        yield f"a jump of {jump.change:+.3g} between {10**jump.start:.2g} and {10**jump.end:.2g}"
+    if found.level_until is not None:
+        yield f"level up to {10**found.level_until.edge:.2g}, at {found.level_until.value:.3g}"
+    if found.level_from is not None:
+        yield f"level from {10**found.level_from.edge:.2g} on, at {found.level_from.value:.3g}"
+
+
+def _form_as_dict(found: Form) -> dict[str, Any]:
+    def level(name: str, one: Level | None) -> dict[str, Any]:
+        return {} if one is None else {name: {"axis": 10**one.edge, "value": one.value, "interval": list(one.interval)}}
+
+    told = level("level_until", found.level_until) | level("level_from", found.level_from)
+    if found.jump is not None:
+        ends = {"from": 10**found.jump.start, "to": 10**found.jump.end}
+        told["jump"] = {**ends, "effect": found.jump.change, "interval": list(found.jump.interval)}
+    return told
 
 
 def describe(y_K: np.ndarray) -> str:

@@ -6,13 +6,14 @@ For readers who have never heard of inverse scaling, or of p.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from branchmix.pages.numbers import human_count
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
+from branchmix.scaling.trends.forms import Level
 from branchmix.scaling.trends.report import Caution, Judged, Report
-from branchmix.scaling.trends.table import DATA
+from branchmix.scaling.trends.table import DATA, SHARES, is_any_of
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, WORDS, Interval, Limits
 
 AXIS_NAMES = {
@@ -42,7 +43,8 @@ MEANINGS = {
 }
 MINUS, TIMES, SPACE = "\u2212", "\u00d7", "\u00a0"
 PERCENT = f"{SPACE}%"
-_ACCURACIES = ("accuracy", "acc", "acc_norm", "exact_match", "f1", "mc1", "mc2")
+_CEILING = 0.95
+"""A plateau of a share from here on is a ceiling."""
 _METRICS = {
     "accuracy": ("accuracy", "the share of questions that a model answers right"),
     "loss": (
@@ -93,7 +95,7 @@ def axis_words(axis: str) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether values are shares of 1, which read better as percent."""
-    return metric in _ACCURACIES
+    return is_any_of(metric, SHARES)
 
 
 def shown(metric: str, value: float) -> str:
@@ -166,16 +168,16 @@ def sentences(one: Judged, report: Report) -> str:
         turn = place(report.axis, found.turning_point or math.nan)
         return (
             f"{metric_name(metric).capitalize()} first {first} and then {second}; it turns at about {turn}. "
-            f"{_chance(one, report, 'Two such slopes, before and after,')}"
+            f"{_chance(one, report, 'A rise and a fall as clear as these')}"
         )
     if found.label in DIRECTED:
         told = moves(metric, found.effect, found.interval, report.limits)
-        chance = _chance(one, report, "An order of sizes as consistent as this")
-        return f"From {ends}, {metric_name(metric)} {told}. {chance}"
+        chance = _chance(one, report, "A trend as clear as this")
+        return " ".join([f"From {ends}, {metric_name(metric)} {told}.", *form_sentences(one, report), chance])
     if found.label == "flat":
         return (
             f"From {ends}, {metric_name(metric)} changes by something {between(metric, found.interval)}, for "
-            f"{sure} sure: less than the {least} that count as a change, and there is no bend in between either."
+            f"{sure} sure: less than the {least} that count as a change, and no sizes in between differ by more either."
         )
     return _inconclusive(one, report, ends, least)
 
@@ -191,6 +193,40 @@ def brief(one: Judged, report: Report) -> str:
         return f"{told}; turns at {place(report.axis, found.turning_point or math.nan)}; {_p(found.p_adjusted)}"
     low, high = (difference(metric, value).removesuffix(" points") for value in found.interval)
     return f"{difference(metric, found.effect)} ({low} to {high}) over {sizes}; {_p(found.p_adjusted)}"
+
+
+def form_sentences(one: Judged, report: Report) -> Iterator[str]:
+    """Where a trend jumps, saturates, or sits on a floor or a ceiling, with the interval of each."""
+    found, metric = one.verdict.form, one.series.metric
+    if found is None:
+        return
+    is_better = one.verdict.label == "standard"
+
+    def interval(texts: Iterable[str]) -> str:
+        low, high = texts
+        return f"({percent_of(report.limits)} interval: {low} to {high})"
+
+    def level(at: Level, *, is_best: bool) -> str:
+        name = "floor" if not is_best else "ceiling" if is_share(metric) and at.value >= _CEILING else "plateau"
+        ends = interval(shown(metric, value).removesuffix(PERCENT) for value in at.interval)
+        return f"a {name} of {shown(metric, at.value)} {ends}"
+
+    if found.jump is not None:
+        start, end = (place(report.axis, 10**x) for x in (found.jump.start, found.jump.end))
+        sign = -1 if found.jump.change < 0 else 1
+        ends = interval(
+            difference(metric, value, plus=False).removesuffix(" points")
+            for value in sorted(sign * value for value in found.jump.interval)
+        )
+        size = difference(metric, abs(found.jump.change), plus=False)
+        yield f"Most of that is a jump between two neighbouring sizes, {start} and {end}: {size} {ends}."
+    if found.level_until is not None:
+        edge = place(report.axis, 10**found.level_until.edge)
+        yield f"Up to {edge} it stays on {level(found.level_until, is_best=not is_better)}."
+    if found.level_from is not None:
+        edge = place(report.axis, 10**found.level_from.edge)
+        verb = "saturates, on" if is_better else "stays on"
+        yield f"From {edge} on it {verb} {level(found.level_from, is_best=is_better)}."
 
 
 def _chance(one: Judged, report: Report, what: str) -> str:
@@ -222,7 +258,8 @@ def _inconclusive(one: Judged, report: Report, ends: str, least: str) -> str:
             "questions alone explain; that hides smaller trends."
         )
     return (
-        f"{change}. Sizes are in an order that chance gives in {_share(found.p)} of cases (p = {_p(found.p)}).{scatter}"
+        f"{change}. A trend as clear as this comes about by chance in {_share(found.p)} of cases ({_p(found.p)})."
+        f"{scatter}"
     )
 
 

@@ -1,0 +1,125 @@
+"""What a curve that only rises or only falls looks like: does it jump, saturate, or sit on a floor or a ceiling?
+
+Letters as in ``order``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from branchmix.scaling.trends.fit import Curve, percentiles
+from branchmix.scaling.trends.order import Interval, about, climb, flattest, weights, wide_noise
+
+_MUCH_CALMER = 0.25
+"""Jitter variance about a monotone fit over that about a quadratic: below this it is no luck, the quadratic misfits."""
+_LEVEL_SHARE = 0.1
+"""The most that a plateau may hold of the whole change in the fit."""
+_LEVEL_LENGTH, _LEVEL_SIZES = 0.25, 3
+"""The least that a plateau covers, in shares of the axis and in sizes."""
+_LEVEL_SLOPE = 2 / 3
+"""How steep a plateau may be in draws, where a straight line from end to end has 1."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change between two neighbouring sizes."""
+
+    start: float
+    end: float
+    """log10 of the axis."""
+    change: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Level:
+    """Sizes from one end of the axis on which the curve hardly moves."""
+
+    edge: float
+    """log10 of the axis where it ends or begins."""
+    value: float
+    interval: Interval
+    """Of the mean over these sizes."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a curve that only rises or only falls looks like. Each part is there only if draws agree on it."""
+
+    change: float
+    interval: Interval
+    """From end to end of the best monotone fit."""
+    jump: Step | None
+    """More than half of the change between two neighbouring sizes."""
+    level_until: Level | None
+    """A plateau at the small end."""
+    level_from: Level | None
+    """A plateau at the large end."""
+
+
+def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
+    """Jump and plateaus of the best monotone fit, each claimed only if all but ``alpha`` of the draws have it.
+
+    A jump holds more than half of the change, and more than twice what a straight line would have there. A plateau
+    holds at most a tenth of the change in the fit, and in the draws at most two thirds of what a straight line would.
+    Jitter is here what scatters about the monotone fit, where that is less: a jump is far off every quadratic.
+    """
+    sign, weight_K = (1 if rises else -1), weights(curve)
+    calmer = _calmer(curve, sign * flattest(sign * curve.y_K, weight_K))
+    best_K = sign * climb(sign * curve.y_K[None], weight_K).fit_NK[0]
+    y_NK = np.vstack([best_K, best_K + wide_noise(curve, calmer)])
+    fit_NK = sign * climb(sign * y_NK, weight_K).fit_NK
+    range_N = fit_NK[:, -1] - fit_NK[:, 0]
+    share_NK = (fit_NK - fit_NK[:, :1]) / np.where(range_N == 0, 1, range_N)[:, None]
+    along_K = (curve.x_K - curve.x_K[0]) / curve.span
+    steps_NK = np.diff(share_NK, axis=1)
+    step = int(steps_NK[0].argmax())
+    jump = None
+    if np.quantile(steps_NK[1:, step], alpha) > max(0.5, 2 * (along_K[step + 1] - along_K[step])):
+        change_N = fit_NK[:, step + 1] - fit_NK[:, step]
+        change = float(change_N[0])
+        interval = _one_way(about(change, change_N[1:], alpha), rises=rises)
+        jump = Step(float(curve.x_K[step]), float(curve.x_K[step + 1]), change, interval)
+    return Form(
+        change=float(range_N[0]),
+        interval=_one_way(about(float(range_N[0]), range_N[1:], alpha), rises=rises),
+        jump=jump,
+        level_until=_level(curve, y_NK, share_NK, along_K, alpha=alpha),
+        level_from=_level(curve, y_NK, 1 - share_NK, 1 - along_K, alpha=alpha),
+    )
+
+
+def _one_way(interval: Interval, *, rises: bool) -> Interval:
+    """The direction is what the trend's test has established; the interval is about the size."""
+    low, high = interval
+    return (max(low, 0.0), high) if rises else (low, min(high, 0.0))
+
+
+def _calmer(curve: Curve, fit_K: np.ndarray) -> float:
+    """How much smaller the jitter about a monotone fit is than about a quadratic; 1 unless it is much smaller.
+
+    A monotone fit of so many blocks uses up about 1.5 degrees of freedom for each (Meyer and Woodroofe 2000).
+    """
+    free = curve.sizes - 1.5 * len(np.unique(fit_K))
+    jitter = float(np.mean(curve.jitter_K))
+    if free < 1 or jitter == 0:
+        return 1.0
+    excess = float(np.sum((curve.y_K - fit_K) ** 2)) / free - float(np.mean(np.diag(curve.sampling_KK)))
+    ratio = max(excess / jitter, 0.0)
+    return float(np.sqrt(ratio)) if ratio < _MUCH_CALMER else 1.0
+
+
+def _level(curve: Curve, y_NK: np.ndarray, share_NK: np.ndarray, along_K: np.ndarray, *, alpha: float) -> Level | None:
+    """The plateau at the end at which ``along_K`` is 0, if there is one; ``share_NK`` is the change since that end."""
+    members = np.flatnonzero(share_NK[0] <= _LEVEL_SHARE)
+    edge = members[along_K[members].argmax()]
+    length = along_K[edge]
+    if len(members) < _LEVEL_SIZES or length < _LEVEL_LENGTH:
+        return None
+    if np.quantile(share_NK[1:, edge], 1 - alpha) > _LEVEL_SLOPE * length:
+        return None
+    weight_K = weights(curve)[members]
+    mean_N = y_NK[:, members] @ weight_K / weight_K.sum()
+    return Level(float(curve.x_K[edge]), float(mean_N[0]), percentiles(mean_N[1:], alpha))
