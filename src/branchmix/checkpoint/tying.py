@@ -1,0 +1,68 @@
+"""Do a model's token embeddings and its output layer share their values? The weights decide, not config.json alone.
+
+As transformers 5 does it: a config that ties them is followed where one of the two is missing or both are equal. Where
+both are stored and differ, as in a merged adapter that trained the output layer, they are two matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef
+from branchmix.checkpoint.numbers import FLOAT_DTYPES, Array, storage, to_float32
+
+_CHUNK = 1 << 22
+"""Elements compared at once: a few MB of memory, however large the embeddings are."""
+
+
+def as_stored(index: CheckpointIndex) -> CheckpointIndex:
+    """The checkpoint with ``tie_word_embeddings: false`` in its config where the weights contradict it.
+
+    Args:
+        index: headers of a dense model or of a mixture, whose ``seed_config`` is what counts then.
+
+    Returns:
+        ``index`` itself, where config and weights agree.
+    """
+    seed = index.config.get("seed_config")
+    config = seed if isinstance(seed, dict) else index.config
+    if not is_tied(config):
+        return index
+    family = FAMILIES.get(str(config.get("model_type")), Family(""))
+    below = "model." if config is seed else ""
+    heads = [
+        ref for name, ref in index.tensors.items() if is_head(name.removeprefix(below)) and name.endswith("weight")
+    ]
+    embeddings = [f"{below}{family.embeddings}.weight", f"{family.embeddings.partition('.')[2]}.weight"]
+    stored = [index.tensors[name] for name in embeddings if name in index.tensors]
+    if not heads or not stored or same_values(heads[0], stored[0]):
+        return index
+    untied = {"tie_word_embeddings": False}
+    if config is seed:
+        untied["seed_config"] = {**config, **untied}  # type: ignore[assignment]
+    return replace(index, config={**index.config, **untied})
+
+
+def same_values(one: TensorRef, other: TensorRef) -> bool:
+    """Whether two tensors hold the same numbers, whatever the dtypes that they are stored in."""
+    if one.shape != other.shape:
+        return False
+    count = math.prod(one.shape)
+    for start in range(0, count, _CHUNK):
+        mine, theirs = (_elements(ref, start, min(_CHUNK, count - start)) for ref in (one, other))
+        if one.dtype == other.dtype and np.array_equal(mine.view(np.uint8), theirs.view(np.uint8)):
+            continue
+        if not {one.dtype, other.dtype} <= {*FLOAT_DTYPES}:
+            return False
+        if not np.array_equal(to_float32(mine, one.dtype), to_float32(theirs, other.dtype)):
+            return False
+    return True
+
+
+def _elements(ref: TensorRef, start: int, count: int) -> Array:
+    dtype = storage(ref.dtype)
+    return np.memmap(ref.file, dtype, "r", ref.offset + start * dtype.itemsize, (count,))
