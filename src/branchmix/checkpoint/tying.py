@@ -34,17 +34,19 @@ def as_stored(index: CheckpointIndex) -> CheckpointIndex:
         return index
     family = FAMILIES.get(str(config.get("model_type")), Family(""))
     below = "model." if config is seed else ""
-    heads = [
-        ref for name, ref in index.tensors.items() if is_head(name.removeprefix(below)) and name.endswith("weight")
-    ]
-    embeddings = [f"{below}{family.embeddings}.weight", f"{family.embeddings.partition('.')[2]}.weight"]
-    stored = [index.tensors[name] for name in embeddings if name in index.tensors]
-    if not heads or not stored or same_values(heads[0], stored[0]):
+    head = next((ref for name, ref in index.tensors.items() if _is_head_weight(name.removeprefix(below))), None)
+    embeddings = (f"{below}{family.embeddings}.weight", f"{family.embeddings.partition('.')[2]}.weight")
+    stored = next((index.tensors[name] for name in embeddings if name in index.tensors), None)
+    if head is None or stored is None or same_values(head, stored):
         return index
     untied = {"tie_word_embeddings": False}
     if config is seed:
         untied["seed_config"] = {**config, **untied}  # type: ignore[assignment]
     return replace(index, config={**index.config, **untied})
+
+
+def _is_head_weight(name: str) -> bool:
+    return is_head(name) and name.endswith(".weight")
 
 
 def same_values(one: TensorRef, other: TensorRef) -> bool:

@@ -179,8 +179,8 @@ def _tying_problem(who: str, seed: DenseExpert, expert: DenseExpert) -> str:
         for model in (expert, seed)
     ]
     return (
-        f"{who}: input and output embeddings are {words[0]}, but the seed's are {words[1]}: untie the tied one (load it "
-        "with tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
+        f"{who}: input and output embeddings are {words[0]}, but the seed's are {words[1]}: untie the tied one (load "
+        "it with tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
     )
 
 

@@ -150,7 +150,7 @@ def serve() -> None:
 
 
 def as_transformers_reads(config: Config) -> dict[str, Any]:
-    """``values`` of all keys that transformers' code reads, and which of them are ``stated`` in ``config``; or ``error``.
+    """``values`` of all keys that transformers' code reads, which of them are ``stated`` in ``config``; or ``error``.
 
     A key that the family's class does not declare counts only where the family's code, or what all families share,
     names it: trainers leave many keys in config.json that nothing reads.

@@ -352,7 +352,7 @@ def sample_length(configs: Sequence[Any], affordable: int) -> tuple[int, int | N
     """Tokens that show what configs do differently late in a text: the least number of them, and the greatest allowed.
 
     Args:
-        configs: transformers' configs. Their windows, and the lengths at which their rotary scaling changes, are passed.
+        configs: transformers' configs. Windows, and lengths at which a rotary scaling changes, are passed.
         affordable: greatest number of tokens that can be computed; what comes later is not looked at.
     """
     passed, positions = [0], []
