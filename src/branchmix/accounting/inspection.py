@@ -308,12 +308,15 @@ def _count_tensors(
     index: CheckpointIndex, *, tied: bool, active_experts: tuple[int, int] | None
 ) -> tuple[ParameterCounts, ParameterCounts, dict[str, int]]:
     """Stored parameters by part: all; those active when k of N ``active_experts`` are; and those in matrices."""
+    from branchmix.checkpoint.tying import head_and_embeddings
+
     total, active, matrices = (dict.fromkeys(_PART_PATTERNS, 0) for _ in range(3))
     chosen, experts = active_experts or (1, 1)
-    has_embeddings = any(re.search(_PART_PATTERNS["embeddings"], name) for name in index.tensors)
+    head, embeddings = head_and_embeddings(index)
+    twin = head.name if tied and head is not None and embeddings is not None else None
     for name, ref in index.tensors.items():
         part = next(part for part, pattern in _PART_PATTERNS.items() if re.search(pattern, name))
-        if _BUFFERS.search(name) or (part == "lm_head" and tied and has_embeddings and name.endswith("weight")):
+        if _BUFFERS.search(name) or name == twin:
             continue
         elements = math.prod(ref.shape)
         total[part] += elements

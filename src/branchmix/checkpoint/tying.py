@@ -32,12 +32,8 @@ def as_stored(index: CheckpointIndex) -> CheckpointIndex:
     config = seed if isinstance(seed, dict) else index.config
     if not is_tied(config):
         return index
-    family = FAMILIES.get(str(config.get("model_type")), Family(""))
-    below = "model." if config is seed else ""
-    head = next((ref for name, ref in index.tensors.items() if _is_head_weight(name.removeprefix(below))), None)
-    embeddings = (f"{below}{family.embeddings}.weight", f"{family.embeddings.partition('.')[2]}.weight")
-    stored = next((index.tensors[name] for name in embeddings if name in index.tensors), None)
-    if head is None or stored is None or same_values(head, stored):
+    head, embeddings = head_and_embeddings(index)
+    if head is None or embeddings is None or same_values(head, embeddings):
         return index
     untied = {"tie_word_embeddings": False}
     if config is seed:
@@ -45,8 +41,16 @@ def as_stored(index: CheckpointIndex) -> CheckpointIndex:
     return replace(index, config={**index.config, **untied})
 
 
-def _is_head_weight(name: str) -> bool:
-    return is_head(name) and name.endswith(".weight")
+def head_and_embeddings(index: CheckpointIndex) -> tuple[TensorRef | None, TensorRef | None]:
+    """Weights of the output layer and of the token embeddings, each None where a model or a mixture stores none."""
+    seed = index.config.get("seed_config")
+    config, below = (seed, "model.") if isinstance(seed, dict) else (index.config, "")
+    family = FAMILIES.get(str(config.get("model_type")), Family(""))
+    heads = (name for name in index.tensors if is_head(name.removeprefix(below)) and name.endswith(".weight"))
+    # Base models, saved without their output layer, lack the first part of their names.
+    embeddings = (f"{below}{family.embeddings}.weight", f"{family.embeddings.partition('.')[2]}.weight")
+    stored = (name for name in embeddings if name in index.tensors)
+    return index.tensors.get(next(heads, "")), index.tensors.get(next(stored, ""))
 
 
 def same_values(one: TensorRef, other: TensorRef) -> bool:

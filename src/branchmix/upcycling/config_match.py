@@ -100,8 +100,8 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], *, lists: bool) -
     if not any(config["values"].get("use_sliding_window", True) for config in (ours, theirs)):
         ignored.add("sliding_window")
     for key in sorted({*ours["values"], *theirs["values"]} - ignored):
-        mine, other = (_plain(config["values"].get(key)) for config in (ours, theirs))
-        if mine == other or (not lists and isinstance(mine, list)):
+        mine, other = (config["values"].get(key) for config in (ours, theirs))
+        if _plain(mine) == _plain(other) or (not lists and isinstance(mine, list)):
             continue
         words = [
             _short(value) + ("" if key in config["stated"] else " (filled in by transformers)")
