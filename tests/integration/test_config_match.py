@@ -47,6 +47,12 @@ DIFFERENT: list[tuple[str, Keys, Keys, str]] = [
     ("gpt2", {"scale_attn_weights": LEFT_OUT}, {"scale_attn_weights": False}, "scale_attn_weights is false"),
     ("gpt2", {"activation_function": LEFT_OUT}, {"activation_function": "relu"}, 'activation_function is "relu"'),
     ("granite", {"residual_multiplier": LEFT_OUT}, {}, "residual_multiplier is 0.7"),
+    (
+        "opt",
+        {"_remove_final_layer_norm": False},
+        {"_remove_final_layer_norm": True},
+        "_remove_final_layer_norm is true",
+    ),
     ("olmo", {"clip_qkv": LEFT_OUT}, {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
     ("llama", {}, {"rms_norm_eps": "tiny"}, "transformers cannot read config.json: .*rms_norm_eps"),
 ]
@@ -190,6 +196,8 @@ def test_fewer_positions_than_the_sample_has_tokens(siblings: Siblings, tmp_path
     models = siblings("gpt2", n_positions=16)
     report = branchmix.upcycle(recipe(models), tmp_path / "out", verify=True)
     assert report.verification is not None and report.verification.tokens == 16
+    exported = branchmix.export_model(tmp_path / "out", tmp_path / "dense", to="dense", expert="code")
+    assert exported.verification is not None and exported.verification.tokens == 16
 
 
 def test_configs_are_read_without_loading_torch() -> None:

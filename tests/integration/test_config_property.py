@@ -46,8 +46,10 @@ UNKNOWN = {"sliding_window": 4, "hidden_activation": "gelu", "mlp_bias": True, "
 def alternatives(key: str, value: Any) -> list[Any]:
     """Other things that a config may say of a key."""
     if key == "rope_parameters":
-        linear = {**value, "rope_type": "linear", "factor": 2.0}
-        return [LEFT_OUT, {"rope_theta": 500.0, "rope_type": "default"}, linear]
+        if "rope_theta" not in value:
+            return [LEFT_OUT]
+        others = [{**value, "rope_theta": 500.0}, {**value, "rope_type": "linear", "factor": 2.0}]
+        return others if "partial_rotary_factor" in value else [LEFT_OUT, *others]
     if isinstance(value, bool):
         return [LEFT_OUT, not value, None]
     if isinstance(value, str):
@@ -63,7 +65,7 @@ def alternatives(key: str, value: Any) -> list[Any]:
 def changed(draw: st.DrawFn, config: dict[str, Any]) -> dict[str, Any]:
     """A config with up to two keys changed, left out, or spelt as transformers 4 did."""
     config = dict(config)
-    if "rope_theta" in config.get("rope_parameters", {}) and draw(st.integers(0, 3)) == 0:
+    if {*config.get("rope_parameters", {})} == {"rope_theta", "rope_type"} and draw(st.integers(0, 3)) == 0:
         config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     for _ in range(draw(st.integers(0, 2))):
         key = draw(st.sampled_from(sorted({*config, *UNKNOWN} - KEPT - {"rope_theta"})))
@@ -112,7 +114,8 @@ def holds(data: st.DataObject, folders: dict[str, Path]) -> None:
             branchmix.upcycle({"seed": str(models["seed"]), "experts": experts}, out)
         except BranchMixError as error:
             note(f"refused: {error}")
-            return event("refused")
+            event("refused")
+            return
         if logits(models["seed"]) is None:
             reject()
         theirs = logits(models["code"])

@@ -105,6 +105,8 @@ def test_mixtures_and_their_children_keep_the_output_layer(attention: str, tmp_p
     child = branchmix.add_expert(tmp_path / "mixture", "c", models["a"], tmp_path / "more")
     assert child.plan.config["tie_word_embeddings"] is False
     close(load(tmp_path / "more").get_output_embeddings().weight, mean.float())
+    branchmix.export_model(tmp_path / "mixture", tmp_path / "dense", to="dense", expert="a")
+    close(load(tmp_path / "dense").get_output_embeddings().weight, mean.float())
 
 
 def test_a_mixture_whose_own_output_layer_was_trained(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, Array, storage, to_float32
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Elements compared at once: a few MB of memory, however large the embeddings are."""
 
 

@@ -1,6 +1,6 @@
 """Do these dense checkpoints fit together? Every problem is found before a byte is written, and all are told at once.
 
-Reads configs, safetensors headers and tokenizer files, no weights but buffers of whole numbers.
+Reads configs, safetensors headers and tokenizer files, no weights but buffers of whole numbers and tied embeddings.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from branchmix.checkpoint.families import Config, Dimensions, dimensions
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
+from branchmix.checkpoint.tying import same_values
 from branchmix.recipe import Recipe
 from branchmix.upcycling.config_match import config_differences
 from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role
@@ -256,10 +255,7 @@ def _averaged_or_equal(ours: TensorRef, theirs: TensorRef) -> bool:
     """Whether two tensors of one name are both of floats, or small buffers of other numbers with the same bytes."""
     if ours.dtype in FLOAT_DTYPES and theirs.dtype in FLOAT_DTYPES:
         return True
-    if ours.dtype != theirs.dtype or ours.nbytes != theirs.nbytes:
-        return False
-    mine, other = (np.memmap(ref.file, np.uint8, "r", ref.offset, (ref.nbytes,)) for ref in (ours, theirs))
-    return bool(np.array_equal(mine, other))
+    return ours.dtype == theirs.dtype and same_values(ours, theirs)
 
 
 def _check_vocabulary(

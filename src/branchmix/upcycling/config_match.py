@@ -35,7 +35,7 @@ _IGNORED = frozenset(
     intermediate_size n_inner ffn_dim ffn_hidden_size head_dim n_positions n_ctx
     temperature top_p top_k do_sample max_length min_length repetition_penalty num_beams
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    _remove_final_layer_norm _attn_implementation_autoset attn_implementation unsloth_version unsloth_fixed
+    _attn_implementation_autoset attn_implementation unsloth_version unsloth_fixed
     """.split()
 )
 
@@ -90,7 +90,8 @@ def config_differences(seed: Config, experts: dict[str, Config]) -> dict[str, li
 
 
 def _relevant(config: Config) -> Config:
-    return {key: value for key, value in config.items() if key not in _IGNORED}
+    """Equal for configs that make one function; of other keys the type, which may be one that their class refuses."""
+    return {key: type(value).__name__ if key in _IGNORED else value for key, value in config.items()}
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], *, lists: bool) -> list[str]:
