@@ -31,7 +31,12 @@ DIFFERENT: list[tuple[str, Keys, Keys, str]] = [
     ("llama", {"hidden_act": "gelu"}, {"hidden_act": LEFT_OUT}, '"silu" .filled in .* "gelu"'),
     ("llama", {"hidden_act": "gelu"}, {"hidden_act": "quick_gelu"}, "hidden_act"),
     ("llama", {"rms_norm_eps": 0.1}, {"rms_norm_eps": LEFT_OUT}, "rms_norm_eps is 1e-06"),
-    ("llama", {}, {"sliding_window": 4}, "sliding_window is 4"),  # not in Llama's class, but its cache reads it
+    (
+        "llama",
+        {},
+        {"sliding_window": 4},
+        "sliding_window is 4, .* not set",
+    ),  # Llama's cache reads it
     ("mistral", {"sliding_window": None}, {"sliding_window": LEFT_OUT}, "sliding_window is 4096"),
     ("mistral", {"sliding_window": LEFT_OUT}, {"sliding_window": 8}, "sliding_window is 8"),
     ("qwen2", {"layer_types": LEFT_OUT}, {"layer_types": LEFT_OUT, "use_sliding_window": True}, "use_sliding_window"),

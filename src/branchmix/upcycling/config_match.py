@@ -104,10 +104,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], *, lists: bool) -
         mine, other = (config["values"].get(key) for config in (ours, theirs))
         if _plain(mine) == _plain(other) or (not lists and isinstance(mine, list)):
             continue
-        words = [
-            _short(value) + ("" if key in config["stated"] else " (filled in by transformers)")
-            for value, config in ((other, theirs), (mine, ours))
-        ]
+        words = [_words(key, config) for config in (theirs, ours)]
         found.append(
             f"{key} is {words[0]}, but the seed's is {words[1]}: the two compute different functions of their weights, "
             f"{SAME_SEED}"
@@ -115,14 +112,17 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], *, lists: bool) -
     return found
 
 
+def _words(key: str, config: dict[str, Any]) -> str:
+    if key not in config["values"]:
+        return "not set"
+    text = json.dumps(config["values"][key], default=str)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return text if key in config["stated"] else f"{text} (filled in by transformers)"
+
+
 def _plain(value: Any) -> Any:
     """One value for what is the same: no value and false, and the names of an activation."""
     return _SAME_ACTIVATION.get(value, value) if isinstance(value, str) else None if value is False else value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @cache
