@@ -59,6 +59,7 @@ DIFFERENT: list[tuple[str, Keys, Keys, str]] = [
         "_remove_final_layer_norm is true",
     ),
     ("olmo", {"clip_qkv": LEFT_OUT}, {"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+    ("phi3", {}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "got linear"),
     ("llama", {}, {"rms_norm_eps": "tiny"}, "transformers cannot read config.json: .*rms_norm_eps"),
 ]
 """Family, keys of the seed's config, keys of the expert's, and the refusal."""

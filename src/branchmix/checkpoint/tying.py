@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
-
 from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
-from branchmix.checkpoint.numbers import FLOAT_DTYPES, Array, storage, to_float32
 
 _CHUNK = 1 << 20
 """Elements compared at once: a few MB of memory, however large the embeddings are."""
@@ -55,11 +52,19 @@ def head_and_embeddings(index: CheckpointIndex) -> tuple[TensorRef | None, Tenso
 
 def same_values(one: TensorRef, other: TensorRef) -> bool:
     """Whether two tensors hold the same numbers, whatever the dtypes that they are stored in."""
+    import numpy as np  # here, since `branchmix inspect` seldom needs it
+
+    from branchmix.checkpoint.numbers import FLOAT_DTYPES, storage, to_float32
+
     if one.shape != other.shape:
         return False
-    count = math.prod(one.shape)
+    count, dtypes = math.prod(one.shape), [storage(ref.dtype) for ref in (one, other)]
     for start in range(0, count, _CHUNK):
-        mine, theirs = (_elements(ref, start, min(_CHUNK, count - start)) for ref in (one, other))
+        length = min(_CHUNK, count - start)
+        mine, theirs = (
+            np.memmap(ref.file, dtype, "r", ref.offset + start * dtype.itemsize, (length,))
+            for ref, dtype in zip((one, other), dtypes, strict=True)
+        )
         if one.dtype == other.dtype and np.array_equal(mine.view(np.uint8), theirs.view(np.uint8)):
             continue
         if not {one.dtype, other.dtype} <= {*FLOAT_DTYPES}:
@@ -67,8 +72,3 @@ def same_values(one: TensorRef, other: TensorRef) -> bool:
         if not np.array_equal(to_float32(mine, one.dtype), to_float32(theirs, other.dtype)):
             return False
     return True
-
-
-def _elements(ref: TensorRef, start: int, count: int) -> Array:
-    dtype = storage(ref.dtype)
-    return np.memmap(ref.file, dtype, "r", ref.offset + start * dtype.itemsize, (count,))

@@ -90,8 +90,11 @@ def config_differences(seed: Config, experts: dict[str, Config]) -> dict[str, li
 
 
 def _relevant(config: Config) -> Config:
-    """Equal for configs that make one function; of other keys the type, which may be one that their class refuses."""
-    return {key: type(value).__name__ if key in _IGNORED else value for key, value in config.items()}
+    """What makes the function; of other numbers and words only the type, which the config's class may refuse."""
+    return {
+        key: type(value).__name__ if key in _IGNORED and not isinstance(value, dict | list) else value
+        for key, value in config.items()
+    }
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], *, lists: bool) -> list[str]:
