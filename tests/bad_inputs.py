@@ -113,6 +113,12 @@ def without(folder: Path, name: str) -> None:
     weights(folder, lambda tensors: tensors.pop(name))
 
 
+def own_head(folder: Path) -> None:
+    """An output layer of its own in the weights of a tied Llama, whose config stays."""
+    embeddings = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    with_extra(folder, "lm_head.weight", embeddings + 0.1)
+
+
 def with_extra(folder: Path, name: str, value: torch.Tensor | None = None) -> None:
     weights(folder, lambda tensors: tensors.update({name: torch.ones(4) if value is None else value}))
 

@@ -23,7 +23,7 @@ from branchmix.accounting.formulas import (
     windows,
 )
 from branchmix.accounting.shape import FACTS, Shape, shape_of
-from branchmix.checkpoint.families import FAMILIES, Config, nearest
+from branchmix.checkpoint.families import FAMILIES, Config, is_tied, nearest
 from branchmix.errors import BranchMixError, CheckpointError
 
 if TYPE_CHECKING:
@@ -197,20 +197,22 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
 
 
 def _by_formula(name: str, config: Config, folder: Path | None, context: int, dtype: str) -> Accounting:
-    shape, total = shape_of(config), parameters(config)
-    stored, notices = None, []
+    index, stored, notices = None, None, []
     if folder is not None and any(folder.glob("*.safetensors")):
         try:
             index = _open_index(folder)
         except BranchMixError as error:
             notices.append(f"weights not counted: {error}")
         else:
-            stored = _count_tensors(index, tied=shape.sizes.tied_embeddings, active_experts=None)[0].total
-            if stored != total.total:
-                notices.append(
-                    f"config.json describes {total.total:,} parameters, but the weights hold {stored:,}: "
-                    "the numbers are the config's"
-                )
+            config = index.config
+    shape, total = shape_of(config), parameters(config)
+    if index is not None:
+        stored = _count_tensors(index, tied=shape.sizes.tied_embeddings, active_experts=None)[0].total
+        if stored != total.total:
+            notices.append(
+                f"config.json describes {total.total:,} parameters, but the weights hold {stored:,}: "
+                "the numbers are the config's"
+            )
     positions = max_positions(shape.seed)
     if positions is not None and context > positions:
         notices.append(f"a context of {context:,} exceeds the model's {positions:,} positions")
@@ -244,14 +246,13 @@ def _by_weights(name: str, config: Config, folder: Path | None, context: int, dt
             "give the checkpoint folder, whose weights can be counted instead"
         )
     index = _open_index(folder)
+    config = index.config
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((config[key] for key in names if isinstance(config.get(key), int) and config[key] > 0), 1)
     chosen = config.get("num_experts_per_tok", 1)
     fraction = (chosen, experts) if isinstance(chosen, int) and 0 < chosen <= experts else (1, 1)
     seed = config.get("seed_config") or config
-    total, active, matrices = _count_tensors(
-        index, tied=bool(seed.get("tie_word_embeddings", False)), active_experts=fraction
-    )
+    total, active, matrices = _count_tensors(index, tied=is_tied(seed), active_experts=fraction)
     notices = [f"no formula for the family {family!r}: counted from the weights, stored buffers included"]
     try:
         shape: Shape | None = shape_of(config)
@@ -307,12 +308,15 @@ def _count_tensors(
     index: CheckpointIndex, *, tied: bool, active_experts: tuple[int, int] | None
 ) -> tuple[ParameterCounts, ParameterCounts, dict[str, int]]:
     """Stored parameters by part: all; those active when k of N ``active_experts`` are; and those in matrices."""
+    from branchmix.checkpoint.tying import head_and_embeddings
+
     total, active, matrices = (dict.fromkeys(_PART_PATTERNS, 0) for _ in range(3))
     chosen, experts = active_experts or (1, 1)
-    has_embeddings = any(re.search(_PART_PATTERNS["embeddings"], name) for name in index.tensors)
+    head, embeddings = head_and_embeddings(index)
+    twin = head.name if tied and head is not None and embeddings is not None else None
     for name, ref in index.tensors.items():
         part = next(part for part, pattern in _PART_PATTERNS.items() if re.search(pattern, name))
-        if _BUFFERS.search(name) or (part == "lm_head" and tied and has_embeddings and name.endswith("weight")):
+        if _BUFFERS.search(name) or name == twin:
             continue
         elements = math.prod(ref.shape)
         total[part] += elements
@@ -339,8 +343,9 @@ def too_few_parameters(index: CheckpointIndex) -> str | None:
 
 def _open_index(folder: Path) -> CheckpointIndex:
     from branchmix.checkpoint.index import CheckpointIndex
+    from branchmix.checkpoint.tying import as_stored
 
-    return CheckpointIndex.open(folder)
+    return as_stored(CheckpointIndex.open(folder))
 
 
 def _locate(model: str | Path) -> Path:

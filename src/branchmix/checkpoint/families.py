@@ -30,6 +30,8 @@ class Family:
     """Attention module of a block."""
     ffn: str = "mlp"
     """Module of a block that the mixture of FFN experts replaces."""
+    embeddings: str = "model.embed_tokens"
+    """Token embeddings, which the output layer may share."""
 
     # Attention projections, below ``attention``. Either query/key/value or one fused matrix.
     query: str = "q_proj"
@@ -91,6 +93,7 @@ class Family:
 
 _GPT2_NAMES: dict[str, Any] = {
     "layers": "transformer.h",
+    "embeddings": "transformer.wte",
     "attention": "attn",
     "attention_input_norm": "ln_1",
     "ffn_input_norm": "ln_2",
@@ -164,6 +167,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gpt_neox",
             layers="gpt_neox.layers",
+            embeddings="gpt_neox.embed_in",
             attention="attention",
             fused_qkv="query_key_value",
             qkv_layout="heads",
@@ -204,6 +208,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "opt",
             layers="model.decoder.layers",
+            embeddings="model.decoder.embed_tokens",
             output="out_proj",
             attention_code="split",
             rotary="none",
@@ -218,6 +223,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "falcon",
             layers="transformer.h",
+            embeddings="transformer.word_embeddings",
             attention="self_attention",
             fused_qkv="query_key_value",
             qkv_layout="groups",
@@ -373,6 +379,9 @@ _TIED_BY_DEFAULT = {
     "cohere2",
     "starcoder2",
     "smollm3",
+    "ernie4_5",
+    "granite_swa",
+    "vaultgemma",
 }
 
 
@@ -420,8 +429,18 @@ def dimensions(config: Config) -> Dimensions:
             default=4 * hidden_size if model_type in _FOUR_TIMES_WIDE else None,
         ),
         vocab_size=size("vocab_size"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
+        tied_embeddings=is_tied(config),
     )
+
+
+def is_tied(config: Config) -> bool:
+    """Whether ``config`` of a dense model says that the output layer is the token embeddings."""
+    return bool(config.get("tie_word_embeddings", str(config.get("model_type")) in _TIED_BY_DEFAULT))
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor or module is (in) the output layer, from its name in a dense model."""
+    return name.split(".")[0] in ("lm_head", "embed_out")
 
 
 def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:

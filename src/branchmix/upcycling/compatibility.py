@@ -1,6 +1,6 @@
 """Do these dense checkpoints fit together? Every problem is found before a byte is written, and all are told at once.
 
-Reads configs, safetensors headers and tokenizer files, no weights but buffers of whole numbers.
+Reads configs, safetensors headers and tokenizer files, no weights but buffers of whole numbers and tied embeddings.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from branchmix.checkpoint.families import Config, Dimensions, dimensions
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
+from branchmix.checkpoint.tying import same_values
 from branchmix.recipe import Recipe
+from branchmix.upcycling.config_match import config_differences
 from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role
 from branchmix.upcycling.structure import (
     contradictions,
@@ -27,25 +27,6 @@ from branchmix.upcycling.structure import (
     unplaced_tensors,
 )
 from branchmix.upcycling.tokenizer_match import TokenizerComparison, compare_tokenizers
-
-# Keys that do not change what a model computes from its weights, or that have a check of their own below.
-_IGNORED = frozenset(
-    """
-    _name_or_path name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
-    attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout layerdrop activation_dropout
-    residual_dropout embedding_dropout classifier_dropout resid_dropout attn_dropout
-    id2label label2id num_labels auto_map output_attentions output_hidden_states return_dict problem_type
-    chunk_size_feed_forward task_specific_params pretraining_tp gradient_checkpointing
-    tie_word_embeddings vocab_size rope_theta rope_scaling rope_parameters rotary_emb_base partial_rotary_factor
-    rotary_pct rope_local_base_freq max_position_embeddings model_type model_max_length
-    hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head num_key_value_heads num_kv_heads
-    intermediate_size n_inner ffn_dim ffn_hidden_size head_dim n_positions n_ctx
-    temperature top_p top_k do_sample max_length min_length repetition_penalty num_beams
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    _remove_final_layer_norm _attn_implementation_autoset attn_implementation unsloth_version unsloth_fixed
-    """.split()
-)
 
 
 @dataclass
@@ -69,9 +50,17 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
     found = Findings()
     seeds_own = [*contradictions(seed), *structure_problems(seed)] or list(incompleteness(seed))
     found.problems += [f"seed: {problem}" for problem in seeds_own]
-    for expert in experts:
-        _compare(seed, expert, recipe, found, told=seeds_own)
     related = [expert for expert in experts if expert.family.model_type == seed.family.model_type]
+    different = _config_problems(seed.index.config, related) if not seeds_own else {}
+    found.problems += different.pop("seed", [])
+    for model in (seed, *experts):
+        if model.own_head:
+            found.notes.append(
+                f"{_who(model)}: config.json ties the output layer to the embeddings, but the weights of the two "
+                "differ: taken as untied"
+            )
+    for expert in experts:
+        _compare(seed, expert, recipe, found, told=seeds_own, different=different.get(expert.name, []))
     _check_rotary(recipe, seed, related, found)
     if recipe.merge.fold_norms:
         found.problems += _fold_problems(recipe, seed)
@@ -101,7 +90,7 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
     found.problems += [f"{who}: {problem}" for problem in structure]
     sizes = [] if contradicting else list(_size_problems(who, dims, newcomer.dims))
     found.problems += sizes
-    found.problems += _config_problems(who, seed_config, theirs)
+    found.problems += [problem for told in _config_problems(seed_config, [newcomer]).values() for problem in told]
     if not structure and not sizes:
         found.problems += _part_problems(who, MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer)
     tokenizer = compare_tokenizers(mixture.folder, newcomer.index.folder)
@@ -121,8 +110,10 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
     return found
 
 
-def _compare(seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Findings, told: list[str]) -> None:
-    who = f"expert {expert.name!r}"
+def _compare(
+    seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Findings, *, told: list[str], different: list[str]
+) -> None:
+    who = _who(expert)
     ours, theirs = seed.index.config, expert.index.config
     if ours.get("model_type") != theirs.get("model_type"):
         found.problems.append(
@@ -133,8 +124,10 @@ def _compare(seed: DenseExpert, expert: DenseExpert, recipe: Recipe, found: Find
     structure = [problem for problem in (*contradicting, *structure_problems(expert)) if problem not in told]
     found.problems += [f"{who}: {problem}" for problem in structure]
     sizes = [] if contradicting else list(_size_problems(who, seed.dims, expert.dims))
+    if not contradicting and seed.dims.tied_embeddings != expert.dims.tied_embeddings:
+        sizes.append(_tying_problem(who, seed, expert))
     found.problems += sizes
-    found.problems += _config_problems(who, ours, theirs)
+    found.problems += different
     if not sizes and not contradicting:
         found.problems += _tensor_problems(who, seed, expert)
     if ours.get("max_position_embeddings") != theirs.get("max_position_embeddings"):
@@ -175,26 +168,33 @@ def _size_problems(who: str, ours: Dimensions, theirs: Dimensions) -> Iterator[s
         mine, other = getattr(ours, attribute), getattr(theirs, attribute)
         if mine != other:
             yield f"{who}: {name} is {other}, but the seed's is {mine}: {SAME_SEED}"
-    if ours.tied_embeddings != theirs.tied_embeddings:
-        word = {True: "tied", False: "untied"}
-        yield (
-            f"{who}: input and output embeddings are {word[theirs.tied_embeddings]}, but the seed's are "
-            f"{word[ours.tied_embeddings]}: untie the tied one (load it, set config.tie_word_embeddings = False, save)"
-        )
 
 
-def _config_problems(who: str, ours: Config, theirs: Config) -> Iterator[str]:
-    ignored = set(_IGNORED)
-    if not ours.get("use_sliding_window", True) and not theirs.get("use_sliding_window", True):
-        ignored |= {"sliding_window", "max_window_layers", "layer_types"}
-    if dimensions(ours).num_layers != dimensions(theirs).num_layers:  # told already; lists of one entry a layer follow
-        ignored |= {key for key, value in ours.items() if isinstance(value, list)}
-    for key in sorted((ours.keys() & theirs.keys()) - ignored):
-        if ours[key] != theirs[key]:
-            yield (
-                f"{who}: {key} is {_short(theirs[key])}, but the seed's is {_short(ours[key])}: the two compute "
-                f"different functions of their weights, {SAME_SEED}"
-            )
+def _tying_problem(who: str, seed: DenseExpert, expert: DenseExpert) -> str:
+    words = [
+        "tied"
+        if model.dims.tied_embeddings
+        else "untied" + (" (its config.json ties them, but the weights of the two differ)" if model.own_head else "")
+        for model in (expert, seed)
+    ]
+    return (
+        f"{who}: input and output embeddings are {words[0]}, but the seed's are {words[1]}: untie the tied one (load "
+        "it with tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
+    )
+
+
+def _config_problems(seed_config: Config, experts: list[DenseExpert]) -> dict[str, list[str]]:
+    """By expert, what its config computes otherwise; only for those whose config and weights belong together."""
+    sound = {e.name: e.index.config for e in experts if not any(contradictions(e)) and not any(structure_problems(e))}
+    found = config_differences(seed_config, sound)
+    return {
+        name: [f"seed: {text}" if name == "seed" else f"expert {name!r}: {text}" for text in texts]
+        for name, texts in found.items()
+    }
+
+
+def _who(model: DenseExpert) -> str:
+    return "seed" if model.name == "seed" else f"expert {model.name!r}"
 
 
 def _part_problems(who: str, member: MixtureExpert, newcomer: DenseExpert) -> Iterator[str]:
@@ -255,10 +255,7 @@ def _averaged_or_equal(ours: TensorRef, theirs: TensorRef) -> bool:
     """Whether two tensors of one name are both of floats, or small buffers of other numbers with the same bytes."""
     if ours.dtype in FLOAT_DTYPES and theirs.dtype in FLOAT_DTYPES:
         return True
-    if ours.dtype != theirs.dtype or ours.nbytes != theirs.nbytes:
-        return False
-    mine, other = (np.memmap(ref.file, np.uint8, "r", ref.offset, (ref.nbytes,)) for ref in (ours, theirs))
-    return bool(np.array_equal(mine, other))
+    return ours.dtype == theirs.dtype and same_values(ours, theirs)
 
 
 def _check_vocabulary(
@@ -350,8 +347,3 @@ def _is_vocabulary(name: str, shape: tuple[int, ...], seed: DenseExpert) -> bool
 
 def _dtypes(model: DenseExpert) -> set[str]:
     return {ref.dtype for ref in model.tensors.values()}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

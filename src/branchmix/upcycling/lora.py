@@ -7,11 +7,13 @@ import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
+from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.checkpoint.index import CheckpointIndex, read_header
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header
+from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
-from branchmix.upcycling.sources import is_head
 
 
 def is_adapter(folder: Path) -> bool:
@@ -23,7 +25,8 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     """Refuse, from headers alone, an adapter that cannot be merged into the seed.
 
     Raises:
-        CheckpointError: no LoRA, pickled weights, or trained on a model of other modules or sizes.
+        CheckpointError: no LoRA, pickled weights, trained on a model of other modules or sizes, or it changes one of
+            two matrices that the seed ties.
     """
     file = adapter / "adapter_config.json"
     try:
@@ -37,7 +40,13 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     weights = adapter / "adapter_model.safetensors"
     if not weights.is_file():
         raise CheckpointError(f"{adapter}: has no {weights.name} (pickles are never loaded): save it as such")
-    for ref in read_header(weights):
+    refs = read_header(weights)
+    if is_tied(as_stored(seed).config) and (unties := _unties(settings, refs, seed)):
+        raise CheckpointError(
+            f"{weights}: trains {unties} apart, but the seed's input and output embeddings are one matrix: untie the "
+            "seed first (load it with tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
+        )
+    for ref in refs:
         module, lora, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
         # Of a checkpoint of the base model alone, names lack the first part.
         target = seed.tensors.get(f"{module}.weight") or seed.tensors.get(f"{module.partition('.')[2]}.weight")
@@ -51,6 +60,26 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
                 f"{weights}: {ref.name} has shape {list(ref.shape)}, but the seed's {target.name} has "
                 f"{list(target.shape)}: give the seed it was trained on"
             )
+
+
+def _unties(settings: dict[str, Any], refs: list[TensorRef], seed: CheckpointIndex) -> str | None:
+    """Name of the module, if an adapter changes a tied seed's two embeddings in different ways, or only one of them.
+
+    Tokens trained one by one (``trainable_token_indices``) change both, unless each lists tokens of its own.
+    """
+    family = FAMILIES.get(str(seed.config.get("model_type")), Family(""))
+    ends = (family.embeddings.rpartition(".")[2], "lm_head", "embed_out")
+    trained = {ref.name.partition(".lora_")[0].rpartition(".")[2] for ref in refs if ".lora_" in ref.name}
+    trained |= {str(name).rpartition(".")[2] for name in settings.get("modules_to_save") or ()}
+    if settings.get("ensure_weight_tying") and trained & {"embed_tokens", "lm_head"}:  # peft knows no other names
+        return None
+    tokens = settings.get("trainable_token_indices")
+    if isinstance(tokens, dict):
+        of_ends = {str(name).rpartition(".")[2]: rows for name, rows in tokens.items()}
+        told = [of_ends[end] for end in ends if end in of_ends]
+        if ends[0] not in of_ends or any(rows != told[0] for rows in told):
+            trained |= of_ends.keys()
+    return next((end for end in ends if end in trained), None)
 
 
 def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
@@ -79,7 +108,11 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
         base = load_language_model(seed.folder, given=seed.given, dtype=torch.float32)
-        merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+        tuned = peft.PeftModel.from_pretrained(base, adapter)
+        tied = _given_own_head(base)
+        merged = tuned.merge_and_unload(safe_merge=True)
+        if tied:
+            _tied_again(merged)
         merged.save_pretrained(target)
     except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
@@ -88,3 +121,37 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{adapter}: cannot be merged into the seed: {reason}") from error
     return target
+
+
+def _given_own_head(model: Any) -> bool:
+    """Whether peft wrapped one of two tied matrices; then the output layer gets a copy, which peft merges apart.
+
+    As one matrix it would get the changes of both, and each change would show in both places.
+    """
+    import torch
+
+    wrapped = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings, head = (_base_layer(module) for module in wrapped)
+    if embeddings.weight is not head.weight or (embeddings, head) == wrapped:
+        return False
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    return True
+
+
+def _base_layer(module: Any) -> Any:
+    """The module of the base model below peft's wrappers."""
+    for inner in ("base_layer", "original_module"):
+        if hasattr(module, inner):
+            return _base_layer(getattr(module, inner))
+    return module
+
+
+def _tied_again(model: Any) -> None:
+    """One matrix again where both got the same change, as peft computes it; else a config that says untied."""
+    import torch
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    noise = 1e-6 * float(embeddings.weight.abs().max())
+    model.config.tie_word_embeddings = torch.allclose(embeddings.weight, head.weight, rtol=0, atol=noise)
+    if model.config.tie_word_embeddings:
+        head.weight = embeddings.weight

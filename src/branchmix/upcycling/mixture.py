@@ -15,6 +15,7 @@ from branchmix.checkpoint.families import Config, Dimensions, Family
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder
+from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.sources import FFN_NAMES, MixtureExpert
@@ -36,7 +37,7 @@ class OpenedMixture:
     def __init__(self, given: str, *, otherwise: str):
         self.resolved: ResolvedModel = resolve(given)
         folder = self.resolved.folder
-        opened = CheckpointIndex.open(folder)
+        opened = as_stored(CheckpointIndex.open(folder))
         if opened.config.get("model_type") != "branchmix":
             raise CheckpointError(f"{given}: is a {opened.config.get('model_type')} model, not a mixture: {otherwise}")
         lacking = [key for key in ("seed_config", "num_experts", "num_experts_per_tok") if not opened.config.get(key)]

@@ -17,6 +17,7 @@ from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
+from branchmix.checkpoint.tying import as_stored
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.recipe import DTYPES, Recipe
@@ -86,7 +87,9 @@ def open_expert(name: str, index: CheckpointIndex, *, fold_norms: bool = False) 
     try:
         family = family_of(index.config)
         rope_of(index.config)
-        return DenseExpert(name, index, family, dimensions(index.config), fold_norms)
+        stored = as_stored(index)
+        own_head = stored is not index
+        return DenseExpert(name, stored, family, dimensions(stored.config), fold_norms, own_head)
     except CheckpointError as error:
         who = "seed" if name == "seed" else f"expert {name!r}"
         raise CheckpointError(f"{who}: {error}") from None

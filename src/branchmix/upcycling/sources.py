@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Source, Transposed
-from branchmix.checkpoint.families import Dimensions, Family
+from branchmix.checkpoint.families import Dimensions, Family, is_head
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 
 Role = Literal["q", "k", "v", "o"]
@@ -61,17 +61,25 @@ class DenseExpert(ExpertSource):
     family: Family
     dims: Dimensions
     fold_norms: bool = False
+    own_head: bool = False
+    """Its config ties the embeddings, but its weights don't: see ``checkpoint.tying``."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
-        """Tensors under the names of the family's causal LM: base-model checkpoints get their prefix, buffers go."""
+        """Tensors under the names of the family's causal LM: base-model checkpoints get their prefix, buffers go.
+
+        Of tied embeddings the output layer's copy goes."""
         names = self.index.tensors
         prefix = self.family.layers.split(".")[0] + "."
         if not any(name.startswith(self.family.layers + ".") for name in names):
             names = {name if is_head(name) else prefix + name: ref for name, ref in names.items()}
         kept = {name: ref for name, ref in names.items() if not _BUFFERS.search(name)}
-        if self.dims.tied_embeddings:
-            kept = {name: ref for name, ref in kept.items() if not is_head(name)}
+        if self.dims.tied_embeddings:  # one matrix, under whichever of its names it is stored; a bias is another tensor
+            embeddings = f"{self.family.embeddings}.weight"
+            twin = next((name for name in kept if is_head(name) and name.endswith(".weight")), None)
+            if twin is not None:
+                head = kept.pop(twin)
+                kept.setdefault(embeddings, head)
         return kept
 
     def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
@@ -244,8 +252,3 @@ def _row(ref: TensorRef, number: int) -> Source:
     """Row ``number`` of a stored [N, D] tensor, as 1-D."""
     nbytes = ref.nbytes // ref.shape[0]
     return Source(replace(ref, shape=ref.shape[1:], offset=ref.offset + number * nbytes, nbytes=nbytes))
-
-
-def is_head(name: str) -> bool:
-    """Whether a tensor or module is (in) the output embeddings."""
-    return name.split(".")[0] in ("lm_head", "embed_out")

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from branchmix.accounting.inspection import too_few_parameters
+from branchmix.checkpoint.families import is_head
 from branchmix.errors import CheckpointError
-from branchmix.upcycling.sources import DenseExpert, Role, is_head
+from branchmix.upcycling.sources import DenseExpert, Role
 
 
 def contradictions(model: DenseExpert) -> Iterator[str]:

@@ -1,14 +1,14 @@
 """Proof that a mixture is what its recipe says: bytes against the sources, and logits against the dense experts.
 
 With both gates one-hot on expert i, a mixture must compute what dense model i computes on the shared trunk (the
-mixture's embeddings, norms and head). The dense side runs in the family's own transformers class on tensors read
-straight from the expert's checkpoint, so it shares no code with the upcycler or the widened model.
+mixture's embeddings, norms and head). The dense side runs in the family's own transformers class, with the expert's own
+config, on tensors read straight from its checkpoint, so it shares no code with the upcycler or the widened model.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from branchmix.errors import VerificationError
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
-from branchmix.upcycling.sources import DenseExpert, fused_rows
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, fused_rows
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,15 @@ TOLERANCE = 1e-4
 
 FOLDED_TOLERANCE = 2e-2
 """The same where norm gains were folded into 16-bit matrices, which rounds every weight once more."""
+
+_WORK = 4e12
+"""Bytes of weights times tokens: a minute on a few cores. A longer text is left out, whatever it would show."""
+
+_LOGITS = 1 << 27
+"""Greatest number of logits of a text, 512 MB."""
+
+_BEYOND = 8
+"""Tokens behind a boundary that the text passes."""
 
 SAMPLE = (
     "The court held that the licence was valid, and the defendant appealed. def area(radius): return math.pi * radius "
@@ -173,7 +182,10 @@ def _compare_logits(
     # fp32 copies of the mixture and of one dense model have to fit.
     need = sum(float32_bytes(tensor.expression.nbytes, tensor.expression.dtype) for tensor in plan.tensors)
     require_memory(need + need // max(1, len(plan.sources)), "--verify", "leave it out")
-    tokens = sample_tokens(folder, plan.config["seed_config"]["vocab_size"])
+    vocab_size = plan.config["seed_config"]["vocab_size"]
+    affordable = int(min(_WORK // max(1, plan.nbytes), _LOGITS // vocab_size))
+    least, most = sample_length([_dense_config(plan, expert) for expert in plan.sources], affordable)
+    tokens = sample_tokens(folder, vocab_size, least=least, most=most)
     mixture = BranchMixForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     checks = []
     for number, expert in enumerate(plan.sources):
@@ -251,19 +263,24 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
             hook.remove()
 
 
+def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
+    """The expert's own config, in its class; of the seed's only what belongs to the trunk."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert isinstance(expert, DenseExpert), "only an upcycling is verified"
+    of_trunk = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
+    not_computed = ("torch_dtype", "dtype", "auto_map", "attn_implementation")
+    config = {key: value for key, value in expert.index.config.items() if key not in (*of_trunk, *not_computed)}
+    config |= {key: value for key, value in plan.config["seed_config"].items() if key in of_trunk}
+    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+
+
 def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> Any:
     """Dense model i in its family's own class: its experts' tensors from its checkpoint, the rest from the mixture."""
     import torch
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = dict(plan.config["seed_config"])
-    if plan.config.get("expert_rope_parameters"):
-        config["rope_parameters"] = plan.config["expert_rope_parameters"][number]
-        config.pop("rope_theta", None)
-        config.pop("rope_scaling", None)
-    dense_config = AutoConfig.for_model(config.pop("model_type"), **config)
-
+    dense_config = _dense_config(plan, expert)
     attention = plan.config["attention"] in ("kv_experts", "kv_sharing")
     owned = expert.expert_tensors(attention, plan.config["ffn"] == "experts")
     dtype = DTYPES[plan.config["dtype"]]
@@ -331,8 +348,50 @@ def _tensor(source: Expression) -> Any:
     return torch.from_numpy(np.ascontiguousarray(to_float32(source.rows(0, source.num_rows), source.dtype)))
 
 
-def sample_tokens(folder: Path, vocab_size: int) -> Any:
-    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none that works."""
+def sample_length(configs: Sequence[Any], affordable: int) -> tuple[int, int | None]:
+    """Tokens that show what configs do differently late in a text: the least number of them, and the greatest allowed.
+
+    Args:
+        configs: transformers' configs. Windows, and lengths at which a rotary scaling changes, are passed.
+        affordable: greatest number of tokens that can be computed; what comes later is not looked at.
+    """
+    passed, positions = [0], []
+    for config in configs:
+        own = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        ropes = [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]
+        boundaries = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+        boundaries += [rope.get("original_max_position_embeddings") for rope in ropes]
+        if any(rope.get("rope_type") in ("dynamic", "longrope") for rope in ropes):
+            boundaries.append(own)
+        elif own:
+            positions.append(own)
+        passed += [length + _BEYOND for length in boundaries if length and length + _BEYOND <= affordable]
+    return max(passed), min(positions, default=None)
+
+
+def sample_tokens(folder: Path, vocab_size: int, *, least: int = 0, most: int | None = None) -> Any:
+    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none that works.
+
+    Args:
+        folder: of the model.
+        vocab_size: rows of its embeddings.
+        least: random ids are appended until T is this.
+        most: T is cut to this.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(length: int) -> Any:
+        return torch.randint(0, vocab_size, (1, length), generator=generator)
+
+    tokens = _sample_text(folder, vocab_size)
+    tokens = random(48) if tokens is None else tokens
+    return torch.cat([tokens, random(max(0, least - tokens.shape[1]))], dim=1)[:, :most]
+
+
+def _sample_text(folder: Path, vocab_size: int) -> Any:
     import torch
 
     from branchmix.likelihood.loading import load_tokenizer
@@ -342,7 +401,7 @@ def sample_tokens(folder: Path, vocab_size: int) -> Any:
             ids_T = load_tokenizer(folder)(SAMPLE).input_ids
             if ids_T and max(ids_T) < vocab_size:
                 return torch.tensor([ids_T])
-    return torch.randint(0, vocab_size, (1, 48), generator=torch.Generator().manual_seed(0))
+    return None
 
 
 def require_memory(need: int, what: str, otherwise: str) -> None:

@@ -1,0 +1,74 @@
+"""Do a model's token embeddings and its output layer share their values? The weights decide, not config.json alone.
+
+As transformers 5 does it: a config that ties them is followed where one of the two is missing or both are equal. Where
+both are stored and differ, as in a merged adapter that trained the output layer, they are two matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef
+
+_CHUNK = 1 << 20
+"""Elements compared at once: a few MB of memory, however large the embeddings are."""
+
+
+def as_stored(index: CheckpointIndex) -> CheckpointIndex:
+    """The checkpoint with ``tie_word_embeddings: false`` in its config where the weights contradict it.
+
+    Args:
+        index: headers of a dense model or of a mixture, whose ``seed_config`` is what counts then.
+
+    Returns:
+        ``index`` itself, where config and weights agree.
+    """
+    seed = index.config.get("seed_config")
+    config = seed if isinstance(seed, dict) else index.config
+    if not is_tied(config):
+        return index
+    head, embeddings = head_and_embeddings(index)
+    if head is None or embeddings is None or same_values(head, embeddings):
+        return index
+    untied = {"tie_word_embeddings": False}
+    if config is seed:
+        untied["seed_config"] = {**config, **untied}  # type: ignore[assignment]
+    return replace(index, config={**index.config, **untied})
+
+
+def head_and_embeddings(index: CheckpointIndex) -> tuple[TensorRef | None, TensorRef | None]:
+    """Weights of the output layer and of the token embeddings, each None where a model or a mixture stores none."""
+    seed = index.config.get("seed_config")
+    config, below = (seed, "model.") if isinstance(seed, dict) else (index.config, "")
+    family = FAMILIES.get(str(config.get("model_type")), Family(""))
+    heads = (name for name in index.tensors if is_head(name.removeprefix(below)) and name.endswith(".weight"))
+    # Base models, saved without their output layer, lack the first part of their names.
+    embeddings = (f"{below}{family.embeddings}.weight", f"{family.embeddings.partition('.')[2]}.weight")
+    stored = (name for name in embeddings if name in index.tensors)
+    return index.tensors.get(next(heads, "")), index.tensors.get(next(stored, ""))
+
+
+def same_values(one: TensorRef, other: TensorRef) -> bool:
+    """Whether two tensors hold the same numbers, whatever the dtypes that they are stored in."""
+    import numpy as np  # here, since `branchmix inspect` seldom needs it
+
+    from branchmix.checkpoint.numbers import FLOAT_DTYPES, storage, to_float32
+
+    if one.shape != other.shape:
+        return False
+    count, dtypes = math.prod(one.shape), [storage(ref.dtype) for ref in (one, other)]
+    for start in range(0, count, _CHUNK):
+        length = min(_CHUNK, count - start)
+        mine, theirs = (
+            np.memmap(ref.file, dtype, "r", ref.offset + start * dtype.itemsize, (length,))
+            for ref, dtype in zip((one, other), dtypes, strict=True)
+        )
+        if one.dtype == other.dtype and np.array_equal(mine.view(np.uint8), theirs.view(np.uint8)):
+            continue
+        if not {one.dtype, other.dtype} <= {*FLOAT_DTYPES}:
+            return False
+        if not np.array_equal(to_float32(mine, one.dtype), to_float32(theirs, other.dtype)):
+            return False
+    return True
