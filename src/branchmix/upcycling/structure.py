@@ -82,9 +82,13 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
         )
         return
     missing = missing_tensors(model)
+    if missing and any(".experts." in name for name in model.tensors):
+        yield f"{family.model_type} is a mixture of experts already: seed and experts must be dense models"
+        return
     if missing:
         reason = (
-            f"{family.model_type} is no known family and its tensors are not named as Llama's, so it cannot be widened"
+            f"{family.model_type} is not in the table of families, and its tensors are not named as Llama's, so it "
+            "cannot be widened"
             if family.inferred
             else "the checkpoint is incomplete, download or save it again"
         )
@@ -92,9 +96,15 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
         return
     unplaced = sorted(unplaced_tensors(model))
     if unplaced:
+        reason = (
+            f"{family.model_type} is not in the table of families, and its layers have parts that Llama's lack, so it "
+            "cannot be widened"
+            if family.inferred
+            else "this variant of the family cannot be widened"
+        )
         yield (
             f"{count_tensors(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
-            f"{unplaced[0]}: this variant of the family cannot be widened"
+            f"{unplaced[0]}: {reason}"
         )
 
 

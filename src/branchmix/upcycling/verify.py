@@ -254,10 +254,11 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
 def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> Any:
     """Dense model i in its family's own class: its experts' tensors from its checkpoint, the rest from the mixture."""
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = dict(plan.config["seed_config"])
+    # config.json spells infinity as a mapping, as Granite's hybrids have it.
+    config = dict(PreTrainedConfig._decode_special_floats(plan.config["seed_config"]))
     if plan.config.get("expert_rope_parameters"):
         config["rope_parameters"] = plan.config["expert_rope_parameters"][number]
         config.pop("rope_theta", None)
@@ -328,7 +329,8 @@ def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: Ch
 def _tensor(source: Expression) -> Any:
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(to_float32(source.rows(0, source.num_rows), source.dtype)))
+    rows = to_float32(source.rows(0, source.num_rows), source.dtype)
+    return torch.from_numpy(np.ascontiguousarray(rows).reshape(source.shape))  # a scalar is one row
 
 
 def sample_tokens(folder: Path, vocab_size: int) -> Any:
