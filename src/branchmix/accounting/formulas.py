@@ -235,7 +235,8 @@ def windows(shape: Shape) -> list[int | None]:
     kinds = seed.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == num_layers:
         return [window if kind == "sliding_attention" else None for kind in kinds]
-    every = seed.get("sliding_window_pattern", facts.full_every)
+    every = seed.get("sliding_window_pattern")
+    every = every if isinstance(every, int) and every > 0 else facts.full_every
     interval = seed.get("no_rope_layer_interval", 4)
     rotary = seed.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(num_layers)]
     slides = {

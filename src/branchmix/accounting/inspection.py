@@ -304,7 +304,7 @@ def _cache(shape: Shape, context: int, dtype: str) -> dict[str, Any]:
 _PART_PATTERNS = {
     "routers": r"expert_gate|router|\.gate\.weight$",
     "norms": r"norm|\.ln_",
-    "lm_head": r"lm_head|embed_out",
+    "lm_head": r"lm_head|embed_out|output_projection",
     "embeddings": r"embed|\.wte|\.wpe",
     "ffn": r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts)\.|\.(fc1|fc2)\.",
     "attention": r"attn|attention",

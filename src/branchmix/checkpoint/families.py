@@ -63,7 +63,9 @@ class Family:
     fused_gate_up: str | None = None
     """Name of a matrix with the gate's rows first, then those of ``up``."""
     activation: str = "mlp.act_fn"
-    """The activation module, a path below the block. All experts of a mixture share its tensors, where it has any."""
+    """The activation module, a path below the block."""
+    learned_activation: bool = False
+    """The activation has tensors. All experts of a mixture share them: they are merged as norms are."""
     transposed: bool = False
     """Linear layers are GPT-2's Conv1D: weights of [in, out]."""
 
@@ -287,6 +289,7 @@ FAMILIES: dict[str, Family] = {
             key_norm="k_norm",
             norm_axis=-3,
             gate=None,
+            learned_activation=True,
             attention_input_norm="attention_layernorm",
             ffn_input_norm="feedforward_layernorm",
         ),

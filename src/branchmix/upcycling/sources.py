@@ -242,9 +242,10 @@ def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int,
 
 
 def inside(family: Family, modules: Sequence[str], *, prefix: str = "") -> re.Pattern[str]:
-    """Matches names of tensors in these modules of a block, but for those of the activation, which experts share."""
+    """Matches names of tensors in these modules of a block, but for those of an activation that experts share."""
     names = "|".join(map(re.escape, modules)) or r"\0"
-    return re.compile(rf"{prefix}{re.escape(family.layers)}\.\d+\.(?!{re.escape(family.activation)}\.)({names})\.")
+    shared = rf"(?!{re.escape(family.activation)}\.)" if family.learned_activation else ""
+    return re.compile(rf"{prefix}{re.escape(family.layers)}\.\d+\.{shared}({names})\.")
 
 
 def _row(ref: TensorRef, number: int) -> Source:

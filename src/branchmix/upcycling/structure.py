@@ -6,11 +6,9 @@ Reads configs and safetensors headers, no weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 from branchmix.accounting.inspection import too_few_parameters
+from branchmix.checkpoint.unfit import transformers_knows
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import DenseExpert, Role, is_head
 
@@ -19,6 +17,13 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
     """Sizes in config.json that the weights do not have: no other size of this config is to be believed."""
     together = "config and weights do not belong together, download or save both again"
     stored, said = len(_stored_layers(model)), model.dims.num_layers
+    extra = model.index.config.get("num_nextn_predict_layers")
+    if extra and stored == said + extra:
+        yield (
+            f"the last {extra} of its {stored} layers predict further tokens (num_nextn_predict_layers), which no "
+            "mixture takes over: load it with AutoModelForCausalLM and save it again, which leaves them out"
+        )
+        return
     if stored and stored != said:
         yield f"config.json says num_hidden_layers is {said}, but the weights have {stored} layers: {together}"
         return
@@ -75,7 +80,7 @@ def _misshapen(role: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
 def structure_problems(model: DenseExpert) -> Iterator[str]:
     """A family that cannot be widened, projections that are not there, tensors without a place in the layout."""
     family = model.family
-    if family.inferred and not _transformers_knows(family.model_type):
+    if family.inferred and not transformers_knows(family.model_type):
         yield (
             f"transformers has no causal language model of model_type {family.model_type!r}, and code that a "
             "checkpoint brings along is never run: convert it to a family that transformers has"
@@ -106,17 +111,6 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
             f"{count_tensors(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
             f"{unplaced[0]}: {reason}"
         )
-
-
-@cache
-def _transformers_knows(model_type: str) -> bool:
-    """Looked up in the text of transformers' own table: importing it would take seconds."""
-    spec = find_spec("transformers")
-    places = spec.submodule_search_locations if spec is not None else None
-    table = Path(next(iter(places or ()), "")) / "models" / "auto" / "modeling_auto.py"
-    text = table.read_text(encoding="utf-8") if table.is_file() else ""
-    start = text.find("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")
-    return start < 0 or f'("{model_type}", ' in text[start : text.find("\n)", start)]
 
 
 def missing_tensors(model: DenseExpert) -> list[str]:
