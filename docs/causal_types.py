@@ -32,16 +32,23 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
-    **{"head_dim": 8, "rotary_dim": 4, "mamba_n_heads": 8},
+    "head_dim": 8,
+    "rotary_dim": 4,
+    "mamba_n_heads": 8,
 }
 """What the sizes of a default config become, wherever they are larger."""
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LACKING: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+}
+"""What the default config of a type leaves out, so that not even transformers can build it."""
 
 DENSE_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "granitemoehybrid": (
         {"num_local_experts": 0, "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2},
         "no experts, attention in every layer",
     ),
-    "mpt": ({"attn_config": {"alibi": False}}, "without ALiBi"),
     "jamba": ({"num_experts": 1}, "one expert"),
 }
 """Settings beside the default that many models of a type have, and words for them."""
@@ -63,8 +70,8 @@ def survey() -> dict[str, Any]:
     return {"transformers": transformers.__version__, "types": rows}
 
 
-def attempt(model_type: str, changes: dict[str, Any] | None = None) -> str:
-    """``works``, ``works, by inference``, or the reason why not.
+def refusal(model_type: str, changes: dict[str, Any] | None = None) -> str | None:
+    """Why a type's default config rules it out, before anything is built; None: it does not.
 
     Args:
         model_type: of a causal language model.
@@ -72,15 +79,26 @@ def attempt(model_type: str, changes: dict[str, Any] | None = None) -> str:
     """
     from transformers import CONFIG_MAPPING
 
-    from branchmix.checkpoint.families import FAMILIES
     from branchmix.checkpoint.unfit import why_unfit
-    from branchmix.errors import CompatibilityError
 
     try:
-        default = json.loads(CONFIG_MAPPING[model_type](**(changes or {})).to_json_string(use_diff=False))
+        config = CONFIG_MAPPING[model_type](**LACKING.get(model_type, {}), **(changes or {}))
+        return why_unfit(json.loads(config.to_json_string(use_diff=False)))
     except Exception as error:  # whatever a class says of its own default config
         return why_unfit({"model_type": model_type}) or _not_tried(error)
-    reason = why_unfit(default)
+
+
+def attempt(model_type: str, changes: dict[str, Any] | None = None) -> str:
+    """``works``, ``works, by inference``, or the reason why not.
+
+    Args:
+        model_type: of a causal language model.
+        changes: settings beside its default config.
+    """
+    from branchmix.checkpoint.families import FAMILIES
+    from branchmix.errors import CompatibilityError
+
+    reason = refusal(model_type, changes)
     if reason is not None:
         return reason
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
@@ -88,7 +106,8 @@ def attempt(model_type: str, changes: dict[str, Any] | None = None) -> str:
         folder = Path(scratch)
         try:
             for seed, name in enumerate(("seed", "expert")):
-                _build(model_type, changes or {}, seed).save_pretrained(folder / name)
+                model = build(model_type, seed, changes)
+                model.save_pretrained(folder / name)
         except Exception as error:  # whatever its class says of a config it was not made for
             return _not_tried(error)
         finally:
@@ -99,7 +118,7 @@ def attempt(model_type: str, changes: dict[str, Any] | None = None) -> str:
             return str(error).split("\n")[0].removeprefix("seed: ").strip()
     if not greatest <= TOLERANCE:
         return f"fails: logits differ by {greatest:.1g}"
-    return "works" if default["model_type"] in FAMILIES else "works, by inference"
+    return "works" if model.config.model_type in FAMILIES else "works, by inference"
 
 
 def _not_tried(error: Exception) -> str:
@@ -120,19 +139,28 @@ def _differences(folder: Path) -> Iterator[float]:
             yield check.difference / max(1.0, check.greatest_logit)
 
 
-def _build(model_type: str, changes: dict[str, Any], seed: int) -> Any:
-    """A tiny random model, first without memory, whose norms, biases and matrices all matter."""
+def build(model_type: str, seed: int, changes: dict[str, Any] | None = None) -> Any:
+    """A tiny random model in fp32, tried without memory first, whose norms, biases and matrices all matter.
+
+    Args:
+        model_type: of a causal language model.
+        seed: of its random numbers.
+        changes: settings beside its default config.
+
+    Raises:
+        Exception: whatever the type's classes say of such a config; ValueError if it is larger than MOST_PARAMETERS.
+    """
     import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = _tiny_config(model_type, changes)
-    build = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config = _tiny_config(model_type, {**LACKING.get(model_type, {}), **(changes or {})})
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in build(config).parameters())
+        size = sum(parameter.numel() for parameter in model_class(config).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"its smallest model has {size:,} parameters")
     torch.manual_seed(seed)
-    model = build(config).float().eval()
+    model = model_class(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.08)

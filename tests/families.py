@@ -49,6 +49,8 @@ class TinyFamily:
     """sequential, parallel (one norm) or parallel-2 (two norms)."""
     gains_only: bool = True
     """Norms right before attention and FFN have a gain and no bias."""
+    rare: bool = False
+    """Most of its tests are slow ones (see ``conftest.py``)."""
 
     def config(self, **changes: Any) -> Any:
         sizes = _GPT if self.model_type in ("gpt2", "gptj", "codegen", "gpt_bigcode") else SIZES
@@ -134,12 +136,12 @@ FAMILIES = [
     TinyFamily("glm", "glm", {"head_dim": 8}),
     TinyFamily("glm4", "glm4", {"head_dim": 8}),
     TinyFamily("nemotron", "nemotron", gains_only=False),
-    TinyFamily("arcee", "arcee"),
-    TinyFamily("jais2", "jais2", gains_only=False),
-    TinyFamily("nanochat", "nanochat", gains_only=False),
+    TinyFamily("arcee", "arcee", rare=True),
+    TinyFamily("jais2", "jais2", gains_only=False, rare=True),
+    TinyFamily("nanochat", "nanochat", gains_only=False, rare=True),
     TinyFamily("apertus", "apertus"),
     TinyFamily("exaone4", "exaone4", {"sliding_window": 4, "sliding_window_pattern": 2}, gains_only=False),
-    TinyFamily("hunyuan", "hunyuan_v1_dense", {"head_dim": 8}),
+    TinyFamily("hunyuan", "hunyuan_v1_dense", {"head_dim": 8}, rare=True),
     TinyFamily(
         "granite-hybrid",
         "granitemoehybrid",
@@ -152,15 +154,18 @@ FAMILIES = [
             "residual_multiplier": 0.7,
         },
     ),
-    TinyFamily("persimmon", "persimmon", _MHA, gains_only=False),
-    TinyFamily("codegen", "codegen", {**_NO_DROPOUT, "rotary_dim": 4}, block="parallel", gains_only=False),
-    TinyFamily("gpt-bigcode", "gpt_bigcode", _NO_DROPOUT, gains_only=False),
-    TinyFamily("gpt-bigcode-multi-head", "gpt_bigcode", {**_NO_DROPOUT, "multi_query": False}, gains_only=False),
+    TinyFamily("persimmon", "persimmon", _MHA, gains_only=False, rare=True),
+    TinyFamily("codegen", "codegen", {**_NO_DROPOUT, "rotary_dim": 4}, block="parallel", gains_only=False, rare=True),
+    TinyFamily("gpt-bigcode", "gpt_bigcode", _NO_DROPOUT, gains_only=False, rare=True),
+    TinyFamily(
+        "gpt-bigcode-multi-head", "gpt_bigcode", {**_NO_DROPOUT, "multi_query": False}, gains_only=False, rare=True
+    ),
     TinyFamily(
         "biogpt",
         "biogpt",
         {**_MHA, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         gains_only=False,
+        rare=True,
     ),
     TinyFamily(
         "xglm",
@@ -179,6 +184,7 @@ FAMILIES = [
             "attention_dropout": 0.0,
         },
         gains_only=False,
+        rare=True,
     ),
     # No table entry: names inferred.
     TinyFamily("seed-oss", "seed_oss", {"head_dim": 8, "residual_dropout": 0.0}),
@@ -186,3 +192,4 @@ FAMILIES = [
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 NAMES = list(BY_NAME)
+RARE = {family.name for family in FAMILIES if family.rare}

@@ -244,7 +244,9 @@ def _tiny(model_type: str, **fields: Any) -> dict[str, Any]:
     names = renamed["gpt2"] if model_type in gpt2 else renamed.get(model_type, {})
     no_groups = (*gpt2, "opt", "gpt_neox", "persimmon", "biogpt", "xglm")
     dropped = {"num_key_value_heads", "head_dim"} if model_type in no_groups else set()
-    dropped |= {"head_dim"} if model_type in ("falcon", "stablelm", "nanochat", "apertus", "granitemoehybrid") else set()
+    dropped |= (
+        {"head_dim"} if model_type in ("falcon", "stablelm", "nanochat", "apertus", "granitemoehybrid") else set()
+    )
     config = {names.get(name, name): size for name, size in sizes.items() if name not in dropped}
     if model_type in ("gptj", "codegen"):
         config["rotary_dim"] = 8

@@ -126,8 +126,8 @@ def _multimodal(model_type: str, text: Config) -> str:
             "transformers: convert the text part to a family that has one"
         )
     return (
-        f"{model_type} is a multimodal model, whose text part is {inner}: save the text part alone, as docs/families.md "
-        "shows, and give that"
+        f"{model_type} is a multimodal model, whose text part is {inner}: save the text part alone, as "
+        "docs/families.md shows, and give that"
     )
 
 
