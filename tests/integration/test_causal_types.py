@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -111,8 +112,6 @@ def test_buffers_are_not_counted(model_type: str, tmp_path: Path) -> None:
 
 
 def test_layers_that_predict_further_tokens_are_named(siblings: Siblings, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     models = {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in siblings("llama").items()}
     for path in models.values():
         found = load_file(path / "model.safetensors")
@@ -123,6 +122,19 @@ def test_layers_that_predict_further_tokens_are_named(siblings: Siblings, tmp_pa
     with pytest.raises(CompatibilityError, match=r"seed: the last 1 of its 3 layers predict further tokens") as error:
         branchmix.upcycle(recipe(models), tmp_path / "mixture")
     assert "config and weights do not belong together" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vision_tower.blocks.0.attn.weight", "mtp.fc.weight", "v_head.summary.weight"])
+def test_parts_that_the_config_does_not_describe_are_refused(name: str, siblings: Siblings, tmp_path: Path) -> None:
+    models = {expert: Path(shutil.copytree(path, tmp_path / expert)) for expert, path in siblings("llama").items()}
+    for path in models.values():
+        found = load_file(path / "model.safetensors")
+        save_file({**found, name: torch.ones(2, 3)}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CompatibilityError, match=f"seed: 1 tensor that llama does not have, first {name}"):
+        branchmix.upcycle(recipe(models), tmp_path / "mixture")
+    for path in models.values():  # as the message says
+        AutoModelForCausalLM.from_pretrained(path).save_pretrained(path)
+    branchmix.upcycle(recipe(models), tmp_path / "mixture")
 
 
 def test_the_text_part_of_a_multimodal_model_can_be_saved_and_merged(tmp_path: Path) -> None:

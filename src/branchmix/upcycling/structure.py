@@ -5,6 +5,7 @@ Reads configs and safetensors headers, no weights.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from branchmix.accounting.inspection import too_few_parameters
@@ -99,6 +100,13 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
         )
         yield f"{count_tensors(missing)} missing, first {missing[0]}: {reason}"
         return
+    undescribed = [] if family.inferred else undescribed_tensors(model)
+    if undescribed:
+        yield (
+            f"{count_tensors(undescribed)} that {family.model_type} does not have, first {undescribed[0]} (a vision "
+            "part, heads for further tokens or the like): load it with AutoModelForCausalLM and save it again, which "
+            "leaves them out"
+        )
     unplaced = sorted(unplaced_tensors(model))
     if unplaced:
         reason = (
@@ -142,6 +150,18 @@ def unplaced_tensors(model: DenseExpert) -> set[str]:
         if not inner.startswith(norms or ("\0",)) and not (module in known and kind in ("weight", "bias")):
             unplaced.add(name)
     return unplaced
+
+
+def undescribed_tensors(model: DenseExpert) -> list[str]:
+    """Tensors that are no part of a family's model: of a vision part, of heads for further tokens, of a value head.
+
+    What a family has beside attention and FFN is no deeper than a module of a block, or one beside the blocks.
+    """
+    family = model.family
+    beside, layers = (re.escape(path) for path in (family.layers.rpartition(".")[0], family.layers))
+    own = re.compile(rf"({beside}|{layers}\.\d+)(\.\w+)?\.\w+$|{layers}\.\d+\.{re.escape(family.activation)}\.")
+    of_experts = model.expert_tensors(attention=True, ffn=True)
+    return [name for name in model.tensors if name not in of_experts and not is_head(name) and not own.match(name)]
 
 
 def count_tensors(names: list[str]) -> str:
