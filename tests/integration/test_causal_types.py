@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,9 +102,13 @@ def test_an_activations_tensors_are_shared_by_all_experts(siblings: Siblings, tm
     )
 
 
-@pytest.mark.parametrize("model_type", ["apertus", "glm4_moe", "helium"])
-def test_buffers_are_not_counted(model_type: str, tmp_path: Path) -> None:
-    model = causal_types.build(model_type, 0)
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [("apertus", {}), ("glm4_moe", {"n_routed_experts": 4, "moe_intermediate_size": 16}), ("helium", {})],
+)
+def test_buffers_are_not_counted(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Of a family of the table, of a mixture of experts, and of a family without a formula."""
+    model = causal_types.build(model_type, 0, changes)
     model.save_pretrained(tmp_path)
     found = inspect(tmp_path)
     assert found.total.total == found.stored == sum(p.numel() for p in model.parameters())
@@ -137,7 +140,9 @@ def test_parts_that_the_config_does_not_describe_are_refused(name: str, siblings
     branchmix.upcycle(recipe(models), tmp_path / "mixture")
 
 
-def test_the_text_part_of_a_multimodal_model_can_be_saved_and_merged(tmp_path: Path) -> None:
+def test_the_text_part_of_a_multimodal_model_can_be_saved_and_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the example of the docs, as it is printed there."""
     example = (DOCS / "text_part.py").read_text()
     assert example.strip() in (DOCS / "families.md").read_text()
@@ -153,7 +158,8 @@ def test_the_text_part_of_a_multimodal_model_can_be_saved_and_merged(tmp_path: P
     whole.save_pretrained(folder / "multimodal")
     with pytest.raises(CompatibilityError, match="seed: gemma3 is a multimodal model, whose text part is gemma3_text"):
         branchmix.upcycle({"seed": str(folder / "multimodal"), "seed_copies": 2}, tmp_path / "mixture")
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=folder, check=True, capture_output=True)
+    monkeypatch.chdir(folder)
+    exec("\n".join(lines), {})
     alone = AutoModelForCausalLM.from_pretrained(folder / "text-only").eval()
     with torch.no_grad():
         close(alone(tokens()).logits, whole(input_ids=tokens()).logits)

@@ -22,7 +22,7 @@ _ALIBI = "has ALiBi positions, whose slopes depend on the number of heads, so it
 _STATE_SPACE = "has state-space or recurrent layers: every layer of seed and experts must have softmax attention"
 _MULTIMODAL = "has parts for images or sound inside its language model: seed and experts must read text only"
 
-_DRAFTS = "drafts tokens from the hidden states and keys of another model, so it is no language model by itself"
+_DRAFTS = "drafts tokens from another model's hidden states and keys, so it is not a language model on its own"
 
 _BY_TYPE: dict[str, str] = {
     "bert-generation": _ENCODER,
@@ -41,7 +41,7 @@ _BY_TYPE: dict[str, str] = {
     "git": _MULTIMODAL,
     "gpt_neo": "masks the keys of its local layers inside its attention, which therefore cannot be replaced",
     "gpt_neox_japanese": "adds the bias of its attention outside of it, in its last layer only",
-    "granite_swa": "has a learned attention sink for each head, which experts could not keep for themselves",
+    "granite_swa": "has a learned attention sink for each head, which is not among the parts that experts keep",
     "hrm_text": "runs its layers several times, in two loops",
     "lfm2": "has short convolutions in the place of attention in most of its layers",
     "modernbert-decoder": "has more than one matrix and a norm between its last layer and the logits",
