@@ -153,6 +153,7 @@ FAMILIES = [
             "mamba_n_heads": 8,
             "residual_multiplier": 0.7,
         },
+        rare=True,
     ),
     TinyFamily("persimmon", "persimmon", _MHA, gains_only=False, rare=True),
     TinyFamily("codegen", "codegen", {**_NO_DROPOUT, "rotary_dim": 4}, block="parallel", gains_only=False, rare=True),
