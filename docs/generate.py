@@ -1,6 +1,7 @@
 """Writes the pages that come from the code and from results: commands, keys, families, studies.
 
 ``make docs`` runs it; ``python docs/generate.py --check`` fails if a page is out of date (a test runs that).
+``python docs/generate.py families`` first tries all causal types of transformers again (``causal_types.py``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
+import causal_types
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
@@ -216,7 +218,49 @@ def families_page() -> str:
         rotary = "yes" if family.plain_attention else "-"
         fold = "where its norms have gains only" if family.attention_input_norm else "-"
         lines.append(f"| {name} | {block} | {fused}; {code} | {norms} | {ffn} | {rotary} | {fold} |")
+    learned = ", ".join(name for name, family in FAMILIES.items() if family.learned_activation)
+    lines += [
+        "",
+        f"Activations with learned parameters ({learned}) are shared by all experts of a mixture and merged as norms",
+        "are. Where a config asks for attention that is not causal (`use_bidirectional_attention`,",
+        "`is_causal: false`), the mixture computes what the seed does, and a note says that cached and uncached",
+        "generation differ.",
+        "",
+        "## The text part of a multimodal model",
+        "",
+        "Seed and experts must be causal language models of text. If the text part of a multimodal model is one of the",
+        "families above, save it alone, for the seed and every expert:",
+        "",
+        "```python",
+        *TEXT_PART.read_text(encoding="utf-8").rstrip().splitlines(),
+        "```",
+        "",
+        *_causal_types(),
+    ]
     return HEADER + "\n".join(lines) + "\n"
+
+
+TEXT_PART = FOLDER / "text_part.py"
+"""The example of that section; a test runs it."""
+
+
+def _causal_types() -> list[str]:
+    """Every causal language model type of transformers, with what came of it."""
+    found = causal_types.read()
+    works = sum(result.startswith("works") for result in found["types"].values())
+    return [
+        f"## All causal types of transformers {found['transformers']}",
+        "",
+        "What happened when each type was tried: a tiny random model of its default config and a sibling were merged",
+        "into two mixtures. *Works* means that a mixture computes what each dense model does when both gates are",
+        f"forced on it, to {causal_types.TOLERANCE:g}; *by inference* means without an entry in the table above.",
+        f"Otherwise the reason is the one that `upcycle` gives. {works} of {len(found['types'])} work.",
+        "`python docs/generate.py families` tries them again.",
+        "",
+        "| type | result |",
+        "| --- | --- |",
+        *(f"| {name} | {result.replace('|', ' ')} |" for name, result in found["types"].items()),
+    ]
 
 
 def study_page(name: str) -> str:
@@ -281,7 +325,9 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Write all pages, or with ``--check`` say which differ."""
+    """Write all pages, or with ``--check`` say which differ; ``families`` tries all types before."""
+    if arguments == ["families"]:
+        causal_types.write()
     stale = []
     for name, page in PAGES.items():
         path, text = FOLDER / name, page()

@@ -29,6 +29,19 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of rare families are slow, but for those marked ``of_every_family``."""
+    from families import RARE
+
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if parameters.get("name") in RARE:
+            always = item.get_closest_marker("of_every_family")
+            if always is None or any(parameters[key] != value for key, value in always.kwargs.items()):
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def siblings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Path]]:
     """``siblings(family)`` saves three random dense models of a tiny family once: seed, code and math."""

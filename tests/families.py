@@ -49,9 +49,11 @@ class TinyFamily:
     """sequential, parallel (one norm) or parallel-2 (two norms)."""
     gains_only: bool = True
     """Norms right before attention and FFN have a gain and no bias."""
+    rare: bool = False
+    """Most of its tests are slow ones (see ``conftest.py``)."""
 
     def config(self, **changes: Any) -> Any:
-        sizes = _GPT if self.model_type in ("gpt2", "gptj") else SIZES
+        sizes = _GPT if self.model_type in ("gpt2", "gptj", "codegen", "gpt_bigcode") else SIZES
         options = {**sizes, **self.options, **changes}
         return AutoConfig.for_model(self.model_type, **{k: v for k, v in options.items() if v is not None})
 
@@ -134,9 +136,61 @@ FAMILIES = [
     TinyFamily("glm", "glm", {"head_dim": 8}),
     TinyFamily("glm4", "glm4", {"head_dim": 8}),
     TinyFamily("nemotron", "nemotron", gains_only=False),
+    TinyFamily("arcee", "arcee", rare=True),
+    TinyFamily("jais2", "jais2", gains_only=False, rare=True),
+    TinyFamily("nanochat", "nanochat", gains_only=False, rare=True),
+    TinyFamily("apertus", "apertus"),
+    TinyFamily("exaone4", "exaone4", {"sliding_window": 4, "sliding_window_pattern": 2}, gains_only=False),
+    TinyFamily("hunyuan", "hunyuan_v1_dense", {"head_dim": 8}, rare=True),
+    TinyFamily(
+        "granite-hybrid",
+        "granitemoehybrid",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+            "residual_multiplier": 0.7,
+        },
+        rare=True,
+    ),
+    TinyFamily("persimmon", "persimmon", _MHA, gains_only=False, rare=True),
+    TinyFamily("codegen", "codegen", {**_NO_DROPOUT, "rotary_dim": 4}, block="parallel", gains_only=False, rare=True),
+    TinyFamily("gpt-bigcode", "gpt_bigcode", _NO_DROPOUT, gains_only=False, rare=True),
+    TinyFamily(
+        "gpt-bigcode-multi-head", "gpt_bigcode", {**_NO_DROPOUT, "multi_query": False}, gains_only=False, rare=True
+    ),
+    TinyFamily(
+        "biogpt",
+        "biogpt",
+        {**_MHA, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        gains_only=False,
+        rare=True,
+    ),
+    TinyFamily(
+        "xglm",
+        "xglm",
+        {
+            **_MHA,
+            "hidden_size": None,
+            "intermediate_size": None,
+            "num_attention_heads": None,
+            "num_hidden_layers": None,
+            "d_model": 32,
+            "ffn_dim": 48,
+            "attention_heads": 4,
+            "num_layers": 2,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+        gains_only=False,
+        rare=True,
+    ),
     # No table entry: names inferred.
     TinyFamily("seed-oss", "seed_oss", {"head_dim": 8, "residual_dropout": 0.0}),
     TinyFamily("helium", "helium", {"head_dim": 8}),
 ]
 BY_NAME = {family.name: family for family in FAMILIES}
 NAMES = list(BY_NAME)
+RARE = {family.name for family in FAMILIES if family.rare}

@@ -88,6 +88,7 @@ def _compare_gradients(mixture: Any, naive: Any) -> None:
         close(first, output)
 
 
+@pytest.mark.of_every_family(attention="kv_experts")
 @pytest.mark.parametrize("attention", (*BOTH, "average", "seed"))
 @pytest.mark.parametrize("name", NAMES)
 def test_gates_on_one_expert_give_that_dense_model(

@@ -15,9 +15,9 @@ from branchmix.errors import CompatibilityError
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture, tokens
 
-BY_MASK = {"opt", "falcon", "falcon-multi-head", "falcon-new"}
+BY_MASK = {"opt", "falcon", "falcon-multi-head", "falcon-new", "granite-hybrid", "biogpt", "xglm"}
 """Their code makes the causal mask without looking at position ids."""
-NO_SDPA = {"gemma2", "gptj"}
+NO_SDPA = {"gemma2", "gptj", "codegen", "xglm"}
 LENGTHS = (5, 9, 6)
 
 

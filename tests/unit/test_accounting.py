@@ -236,13 +236,22 @@ def _tiny(model_type: str, **fields: Any) -> dict[str, Any]:
         | {"intermediate_size": "n_inner", "max_position_embeddings": "n_positions"},
         "opt": {"intermediate_size": "ffn_dim"},
         "falcon": {"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"},
+        "granitemoehybrid": {"intermediate_size": "shared_intermediate_size"},
+        "xglm": {"hidden_size": "d_model", "intermediate_size": "ffn_dim", "num_attention_heads": "attention_heads"}
+        | {"num_hidden_layers": "num_layers"},
     }
-    names = renamed["gpt2"] if model_type == "gptj" else renamed.get(model_type, {})
-    dropped = {"num_key_value_heads", "head_dim"} if model_type in ("gpt2", "gptj", "opt", "gpt_neox") else set()
-    dropped |= {"head_dim"} if model_type in ("falcon", "stablelm") else set()
+    gpt2 = ("gpt2", "gptj", "codegen", "gpt_bigcode")
+    names = renamed["gpt2"] if model_type in gpt2 else renamed.get(model_type, {})
+    no_groups = (*gpt2, "opt", "gpt_neox", "persimmon", "biogpt", "xglm")
+    dropped = {"num_key_value_heads", "head_dim"} if model_type in no_groups else set()
+    dropped |= (
+        {"head_dim"} if model_type in ("falcon", "stablelm", "nanochat", "apertus", "granitemoehybrid") else set()
+    )
     config = {names.get(name, name): size for name, size in sizes.items() if name not in dropped}
-    if model_type == "gptj":
+    if model_type in ("gptj", "codegen"):
         config["rotary_dim"] = 8
+    if model_type == "granitemoehybrid":
+        config |= {"num_local_experts": 0, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 8}
     return {"model_type": model_type, **config, "pad_token_id": 0, **fields}
 
 
@@ -289,6 +298,18 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "glm": [{"attention_bias": False}, _WIDE_HEADS],
     "glm4": [{"attention_bias": False}, _WIDE_HEADS],
     "nemotron": [_BIASED, {"mlp_bias": True}, _WIDE_HEADS],
+    "arcee": [_BIASED, {"mlp_bias": True}, _WIDE_HEADS],
+    "jais2": [{"attention_bias": False}, {"mlp_bias": False}],
+    "nanochat": [_BIASED],
+    "apertus": [_BIASED, {"num_key_value_heads": None}],
+    "exaone4": [_WIDE_HEADS],
+    "hunyuan_v1_dense": [_BIASED, _WIDE_HEADS],
+    "granitemoehybrid": [_BIASED],
+    "persimmon": [{"qk_layernorm": False}],
+    "codegen": [{"n_inner": None}],
+    "gpt_bigcode": [{"n_inner": None}, {"multi_query": False}],
+    "biogpt": [{"num_attention_heads": 8}],
+    "xglm": [{"attention_heads": 8}],
 }
 CASES = [
     pytest.param(_tiny(family, **variant), id=f"{family}-{'-'.join(f'{k}={v}' for k, v in variant.items())}")
@@ -320,7 +341,7 @@ def test_counts_equal_those_of_transformers(config: dict[str, Any]) -> None:
 
 def _defaulted(model_type: str) -> dict[str, Any]:
     """The family's config with only the sizes that no default fits: the rest is transformers' own default."""
-    kept = ("model_type", "num_hidden_layers", "n_layer")
+    kept = ("model_type", "num_hidden_layers", "n_layer", "num_layers", "num_local_experts", "layer_types")
     return {name: value for name, value in _tiny(model_type).items() if name in kept}
 
 
@@ -329,7 +350,8 @@ def test_saved_configs_and_keys_left_out_mean_the_same(model_type: str) -> None:
     """What transformers would assume for key/value heads, head size, biases, tying and windows, we assume too."""
     from transformers import AutoConfig
 
-    sizes = ("hidden_size", "n_embd", "intermediate_size", "ffn_dim", "num_attention_heads", "n_head", "vocab_size")
+    sizes = ("hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "shared_intermediate_size")
+    sizes = (*sizes, "num_attention_heads", "n_head", "attention_heads", "vocab_size")
     bare = _defaulted(model_type)
     fields = {name: value for name, value in bare.items() if name != "model_type"}
     saved = json.loads(AutoConfig.for_model(model_type, **fields).to_json_string(use_diff=False))

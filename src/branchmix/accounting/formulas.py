@@ -91,7 +91,7 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
         embeddings=s.vocab_size * token_width + positions + projections,
         lm_head=(0 if s.tied_embeddings else s.vocab_size * token_width) + facts.head_bias * s.vocab_size,
         attention=s.num_layers * attention,
-        ffn=s.num_layers * ffn,
+        ffn=s.num_layers * (ffn + facts.activation),
         norms=s.num_layers * ((len(in_front) + facts.post_norms) * norm + qk_norm) + final_norm * norm,
         routers=s.num_layers * len(shape.routers) * shape.num_experts * d,
     )
@@ -105,8 +105,8 @@ def _embedding_widths(shape: Shape) -> tuple[int, int]:
 
 
 def max_positions(config: Config) -> int | None:
-    """Positions the model was made for; the defaults are those of GPT-2 and OPT, whose tables depend on them."""
-    default = {"gpt2": 1024, "opt": 2048}.get(config.get("model_type", ""))
+    """Positions the model was made for; the defaults are those of families whose tables depend on them."""
+    default = {"gpt2": 1024, "opt": 2048, "gpt_bigcode": 1024, "biogpt": 1024}.get(config.get("model_type", ""))
     value = config.get("max_position_embeddings", config.get("n_positions", default))
     return value if isinstance(value, int) and value > 0 else None
 
@@ -235,7 +235,8 @@ def windows(shape: Shape) -> list[int | None]:
     kinds = seed.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == num_layers:
         return [window if kind == "sliding_attention" else None for kind in kinds]
-    every = seed.get("sliding_window_pattern", facts.full_every)
+    every = seed.get("sliding_window_pattern")
+    every = every if isinstance(every, int) and every > 0 else facts.full_every
     interval = seed.get("no_rope_layer_interval", 4)
     rotary = seed.get("no_rope_layers") or [(layer + 1) % interval != 0 for layer in range(num_layers)]
     slides = {

@@ -23,7 +23,8 @@ from branchmix.accounting.formulas import (
     windows,
 )
 from branchmix.accounting.shape import FACTS, Shape, shape_of
-from branchmix.checkpoint.families import FAMILIES, Config, is_tied, nearest
+from branchmix.checkpoint.families import FAMILIES, is_tied, nearest
+from branchmix.checkpoint.unfit import Config, why_unfit
 from branchmix.errors import BranchMixError, CheckpointError
 
 if TYPE_CHECKING:
@@ -191,9 +192,10 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
         context = min(max_positions(seed) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     check_context(context)
     dtype = dtype_of(config, dtype)
-    if seed.get("model_type") in FAMILIES:
+    reason = why_unfit(seed)
+    if seed.get("model_type") in FACTS and (reason is None or folder is None):
         return _by_formula(name, config, folder, context, dtype)
-    return _by_weights(name, config, folder, context, dtype)
+    return _by_weights(name, config, folder, context, dtype, reason)
 
 
 def _by_formula(name: str, config: Config, folder: Path | None, context: int, dtype: str) -> Accounting:
@@ -237,12 +239,20 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
     )
 
 
-def _by_weights(name: str, config: Config, folder: Path | None, context: int, dtype: str) -> Accounting:
-    """For families without a formula: counts from the headers, FLOPs where sizes and weights agree."""
+def _by_weights(
+    name: str, config: Config, folder: Path | None, context: int, dtype: str, reason: str | None
+) -> Accounting:
+    """For models without a formula: counts from the headers, FLOPs where sizes and weights agree.
+
+    Args:
+        name, config, folder, context, dtype: as ``inspect`` has them.
+        reason: why a family's formula does not hold for this config; None: the family has none.
+    """
     family = str((config.get("seed_config") or config).get("model_type"))
+    lacking = reason or f"no formula for the family {family!r}"
     if folder is None:
         raise CheckpointError(
-            f"{name}: no formula for the family {family!r}{nearest(family, [*FACTS])}: "
+            f"{name}: {lacking}{'' if reason else nearest(family, [*FACTS])}: "
             "give the checkpoint folder, whose weights can be counted instead"
         )
     index = _open_index(folder)
@@ -253,7 +263,7 @@ def _by_weights(name: str, config: Config, folder: Path | None, context: int, dt
     fraction = (chosen, experts) if isinstance(chosen, int) and 0 < chosen <= experts else (1, 1)
     seed = config.get("seed_config") or config
     total, active, matrices = _count_tensors(index, tied=is_tied(seed), active_experts=fraction)
-    notices = [f"no formula for the family {family!r}: counted from the weights, stored buffers included"]
+    notices = [f"{lacking}: counted from the weights, without the buffers that are known by name"]
     try:
         shape: Shape | None = shape_of(config)
     except CheckpointError:
@@ -295,13 +305,16 @@ def _cache(shape: Shape, context: int, dtype: str) -> dict[str, Any]:
 _PART_PATTERNS = {
     "routers": r"expert_gate|router|\.gate\.weight$",
     "norms": r"norm|\.ln_",
-    "lm_head": r"lm_head|embed_out",
+    "lm_head": r"lm_head|embed_out|output_projection",
     "embeddings": r"embed|\.wte|\.wpe",
     "ffn": r"\.(mlp|feed_forward|ffn|block_sparse_moe|experts)\.|\.(fc1|fc2)\.",
     "attention": r"attn|attention",
     "other": r"",
 }
-_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias))$")
+_BUFFERS = re.compile(
+    r"(rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias)|act_fn\.(beta|eps)|layer_scalar|slope_rate|_decay"
+    r"|e_score_correction_bias|balancing_biases|tid2eid|global_(mean|invstd))$"
+)
 
 
 def _count_tensors(

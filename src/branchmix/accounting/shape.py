@@ -21,6 +21,8 @@ class Facts:
     ffn_bias: Flag = False
     head_bias: bool = False
     """lm_head has a bias."""
+    activation: int = 0
+    """Parameters of a layer's activation, which all experts share."""
     norm_gain: Flag = True
     norm_bias: Flag = False
     post_norms: int = 0
@@ -90,6 +92,24 @@ FACTS: dict[str, Facts] = {
     "glm": Facts(qkv_bias=("attention_bias", True)),
     "glm4": Facts(qkv_bias=("attention_bias", True), post_norms=2),
     "nemotron": Facts(**_ATTENTION_BIAS, **_MLP_BIAS, norm_bias=True),
+    "arcee": Facts(**_ATTENTION_BIAS, **_MLP_BIAS),
+    "jais2": Facts(
+        **_biases("attention_bias", True, "qkv_bias", "out_bias"),
+        **_biases("mlp_bias", True, "ffn_bias"),
+        norm_bias=True,
+    ),
+    "nanochat": Facts(**_ATTENTION_BIAS, norm_gain=False),
+    "apertus": Facts(**_ATTENTION_BIAS, qk_norm=True, activation=2),
+    "exaone4": Facts(post_norms=2, qk_norm=True, window=4096, windowed="most", full_every=4),
+    "hunyuan_v1_dense": Facts(**_ATTENTION_BIAS, qk_norm=True),
+    "granitemoehybrid": Facts(**_ATTENTION_BIAS),
+    "persimmon": Facts(
+        qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True, qk_norm=("qk_layernorm", True), qk_norm_bias=True
+    ),
+    "codegen": Facts(ffn_bias=True, head_bias=True, norm_bias=True),
+    "gpt_bigcode": Facts(qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True, positions_offset=0),
+    "biogpt": Facts(qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True, positions_offset=2),
+    "xglm": Facts(qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True),
 }
 
 

@@ -7,13 +7,13 @@ never compares model types. Imports nothing but the standard library.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from branchmix.checkpoint.unfit import Config, why_unfit
 from branchmix.errors import CheckpointError
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Family:
     output: str = "o_proj"
     fused_qkv: str | None = None
     """Name of the fused projection; ``query``, ``key`` and ``value`` are then not used."""
-    qkv_layout: Literal["blocks", "heads", "groups"] = "blocks"
-    """Rows of ``fused_qkv``: all q, then k, then v; [H, 3, head_dim]; or [K, H/K + 2, head_dim] (Falcon)."""
+    qkv_layout: Literal["blocks", "heads", "groups", "shards"] = "blocks"
+    """Rows of ``fused_qkv``: all q, then k, then v; [H, 3, head_dim]; [K, H/K + 2, head_dim] (Falcon); or four parts
+    of a quarter of q, v and k each (CodeGen)."""
     query_norm: str | None = None
     key_norm: str | None = None
     norm_over: Literal["head", "heads", "all"] = "head"
@@ -65,6 +66,8 @@ class Family:
     """Name of a matrix with the gate's rows first, then those of ``up``."""
     activation: str = "mlp.act_fn"
     """The activation module, a path below the block."""
+    learned_activation: bool = False
+    """The activation has tensors. All experts of a mixture share them: they are merged as norms are."""
     transposed: bool = False
     """Linear layers are GPT-2's Conv1D: weights of [in, out]."""
 
@@ -74,8 +77,17 @@ class Family:
     gain_offset: float = 0.0
     """Added to the stored gain (Gemma stores gain - 1)."""
 
-    block: Literal["sequential", "parallel", "config"] = "sequential"
-    """``config``: a flag of the config decides (see ``block_kind``)."""
+    block: Literal["sequential", "parallel"] = "sequential"
+    """How attention and FFN are joined, unless ``variant`` says otherwise."""
+
+    # What the config decides.
+    inner_size: str = "intermediate_size"
+    """Config key of the FFN's inner width."""
+    kv_heads: str | int | None = "num_key_value_heads"
+    """Config key of the number of key/value heads, or that number. None: as many as query heads."""
+    variant: Callable[[Family, Config], Family] | None = None
+    """From this entry and a config to the entry of that config's variant."""
+
     inferred: bool = False
     """True when no entry exists and the names were taken to be the standard ones."""
 
@@ -98,6 +110,48 @@ _GPT2_NAMES: dict[str, Any] = {
     "attention_input_norm": "ln_1",
     "ffn_input_norm": "ln_2",
 }
+_OPT_NAMES: dict[str, Any] = {
+    "output": "out_proj",
+    "attention_code": "split",
+    "rotary": "none",
+    "ffn": "fc1",
+    "gate": None,
+    "up": "fc1",
+    "down": "fc2",
+    "activation": "activation_fn",
+    "attention_input_norm": "self_attn_layer_norm",
+    "ffn_input_norm": "final_layer_norm",
+}
+
+
+def _falcon(family: Family, config: Config) -> Family:
+    """Falcon's three generations: 40B and 11B (grouped), 7B (one KV head), and the multi-head variant."""
+    if config.get("new_decoder_architecture"):
+        two_norms = config.get("num_ln_in_parallel_attn") in (None, 2)
+        norms = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "input_layernorm")
+        family = replace(family, attention_input_norm=norms[0], ffn_input_norm=norms[1], block="parallel")
+        return replace(family, qkv_layout="groups", kv_heads="num_kv_heads")
+    if config.get("parallel_attn", True):
+        family = replace(family, ffn_input_norm="input_layernorm", block="parallel")
+    return _multi_query(family, config)
+
+
+def _multi_query(family: Family, config: Config) -> Family:
+    """One key/value head, or as many as query heads and all three of a head side by side."""
+    if config.get("multi_query", True):
+        return replace(family, qkv_layout="blocks", kv_heads=1)
+    return replace(family, qkv_layout="heads", kv_heads=None)
+
+
+def _gpt_neox(family: Family, config: Config) -> Family:
+    return family if config.get("use_parallel_residual", True) else replace(family, block="sequential")
+
+
+def _stablelm(family: Family, config: Config) -> Family:
+    if not config.get("use_parallel_residual"):
+        return family
+    return replace(family, ffn_input_norm="input_layernorm", block="parallel")
+
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -178,7 +232,8 @@ FAMILIES: dict[str, Family] = {
             up="mlp.dense_h_to_4h",
             down="mlp.dense_4h_to_h",
             activation="mlp.act",
-            block="config",
+            block="parallel",
+            variant=_gpt_neox,
         ),
         Family(
             "gptj",
@@ -205,35 +260,20 @@ FAMILIES: dict[str, Family] = {
             transposed=True,
             **_GPT2_NAMES,
         ),
-        Family(
-            "opt",
-            layers="model.decoder.layers",
-            embeddings="model.decoder.embed_tokens",
-            output="out_proj",
-            attention_code="split",
-            rotary="none",
-            ffn="fc1",
-            gate=None,
-            up="fc1",
-            down="fc2",
-            activation="activation_fn",
-            attention_input_norm="self_attn_layer_norm",
-            ffn_input_norm="final_layer_norm",
-        ),
+        Family("opt", layers="model.decoder.layers", embeddings="model.decoder.embed_tokens", **_OPT_NAMES),
         Family(
             "falcon",
             layers="transformer.h",
             embeddings="transformer.word_embeddings",
             attention="self_attention",
             fused_qkv="query_key_value",
-            qkv_layout="groups",
             output="dense",
             attention_code="split",
             gate=None,
             up="mlp.dense_h_to_4h",
             down="mlp.dense_4h_to_h",
             activation="mlp.act",
-            block="config",
+            variant=_falcon,
         ),
         Family(
             "stablelm",
@@ -241,7 +281,7 @@ FAMILIES: dict[str, Family] = {
             key_norm="k_layernorm",
             norm_over="heads",
             norm_axis=-3,
-            block="config",
+            variant=_stablelm,
         ),
         Family(
             "starcoder2",
@@ -256,6 +296,78 @@ FAMILIES: dict[str, Family] = {
         Family("glm", fused_gate_up="mlp.gate_up_proj", activation="mlp.activation_fn"),
         Family("glm4", fused_gate_up="mlp.gate_up_proj", activation="mlp.activation_fn"),
         Family("nemotron", gate=None),
+        Family("arcee", gate=None, plain_attention=True),
+        Family("jais2", gate=None, plain_attention=True),
+        Family("nanochat", gate=None, up="mlp.fc1", down="mlp.fc2", activation="mlp.activation_fn"),
+        Family(
+            "apertus",
+            query_norm="q_norm",
+            key_norm="k_norm",
+            norm_axis=-3,
+            gate=None,
+            learned_activation=True,
+            attention_input_norm="attention_layernorm",
+            ffn_input_norm="feedforward_layernorm",
+        ),
+        Family(
+            "exaone4",
+            query_norm="q_norm",
+            key_norm="k_norm",
+            norm_axis=-3,
+            attention_input_norm=None,
+            ffn_input_norm=None,
+        ),
+        Family("hunyuan_v1_dense", query_norm="query_layernorm", key_norm="key_layernorm", norm_axis=-3),
+        Family(
+            "granitemoehybrid",  # without experts and state-space layers
+            ffn="shared_mlp",
+            fused_gate_up="shared_mlp.input_linear",
+            down="shared_mlp.output_linear",
+            activation="shared_mlp.activation",
+            inner_size="shared_intermediate_size",
+        ),
+        Family(
+            "persimmon",
+            fused_qkv="query_key_value",
+            qkv_layout="heads",
+            output="dense",
+            query_norm="q_layernorm",
+            key_norm="k_layernorm",
+            attention_code="split",
+            gate=None,
+            up="mlp.dense_h_to_4h",
+            down="mlp.dense_4h_to_h",
+            activation="mlp.act",
+        ),
+        Family(
+            "codegen",
+            fused_qkv="qkv_proj",
+            qkv_layout="shards",
+            output="out_proj",
+            attention_code="split",
+            rotary="interleaved",
+            gate=None,
+            up="mlp.fc_in",
+            down="mlp.fc_out",
+            activation="mlp.act",
+            block="parallel",
+            **{**_GPT2_NAMES, "ffn_input_norm": "ln_1"},
+        ),
+        Family(
+            "gpt_bigcode",
+            fused_qkv="c_attn",
+            output="c_proj",
+            attention_code="split",
+            rotary="none",
+            gate=None,
+            up="mlp.c_fc",
+            down="mlp.c_proj",
+            activation="mlp.act",
+            variant=_multi_query,
+            **_GPT2_NAMES,
+        ),
+        Family("biogpt", layers="biogpt.layers", embeddings="biogpt.embed_tokens", **_OPT_NAMES),
+        Family("xglm", **_OPT_NAMES),
     )
 }
 
@@ -272,47 +384,13 @@ def family_of(config: Config) -> Family:
         raise CheckpointError(f"config.json has {lacks}: give a transformers checkpoint of a causal language model")
     if model_type == "branchmix":
         raise CheckpointError("the model is a mixture already: use add-expert or remove-expert to change its experts")
-    if has_experts(config):
-        raise CheckpointError(f"{model_type} is a mixture of experts already: seed and experts must be dense models")
-    if config.get("is_encoder_decoder"):
-        raise CheckpointError(f"{model_type} is an encoder-decoder: seed and experts must be causal language models")
-    if model_type == "falcon" and config.get("alibi"):
-        raise CheckpointError("this Falcon uses ALiBi positions, whose slopes depend on the head count: no recipe fits")
+    reason = why_unfit(config)
+    if reason is not None:
+        raise CheckpointError(reason)
     family = FAMILIES.get(model_type)
     if family is None:
         return Family(model_type, attention_input_norm=None, ffn_input_norm=None, inferred=True)
-    if model_type == "falcon":
-        family = _falcon(family, config)
-    if model_type == "gpt_neox" and config.get("use_parallel_residual", True) is False:
-        family = replace(family, block="sequential")
-    if model_type == "stablelm" and config.get("use_parallel_residual"):
-        family = replace(family, ffn_input_norm="input_layernorm", block="parallel")
-    return replace(family, block=block_kind(family))
-
-
-def has_experts(config: Config) -> bool:
-    """Whether it is the config of a mixture of experts, ours or another."""
-    counts = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
-    return any(config.get(key) for key in counts)
-
-
-def _falcon(family: Family, config: Config) -> Family:
-    """Falcon's three generations: 40B and 11B (grouped), 7B (one KV head), and the multi-head variant."""
-    if config.get("new_decoder_architecture"):
-        two_norms = config.get("num_ln_in_parallel_attn") in (None, 2)
-        norms = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "input_layernorm")
-        return replace(family, attention_input_norm=norms[0], ffn_input_norm=norms[1], block="parallel")
-    layout: Literal["blocks", "heads"] = "blocks" if config.get("multi_query", True) else "heads"
-    if config.get("parallel_attn", True):
-        return replace(family, qkv_layout=layout, ffn_input_norm="input_layernorm", block="parallel")
-    return replace(family, qkv_layout=layout, block="sequential")
-
-
-def block_kind(family: Family) -> Literal["sequential", "parallel"]:
-    """How attention and FFN of a block are joined, once the config's flags have been looked at."""
-    if family.block == "config":
-        return "parallel" if family.model_type == "gpt_neox" else "sequential"
-    return family.block
+    return family if family.variant is None else family.variant(family, config)
 
 
 def layout_of(family: Family, *, per_expert_rotary: bool = False) -> dict[str, Any]:
@@ -367,7 +445,8 @@ class Dimensions:
 _HEAD_DIM_DEFAULTS = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "glm": 128, "glm4": 128}
 _KV_HEADS_DEFAULTS = {"mistral": 8, "ministral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4}
 _KV_HEADS_DEFAULTS |= {"gemma3_text": 4, "stablelm": 32, "starcoder2": 2, "smollm3": 4, "glm": 2, "glm4": 2}
-_FOUR_TIMES_WIDE = {"gpt2", "gptj", "falcon", "opt"}
+_KV_HEADS_DEFAULTS |= {"exaone4": 32}
+_FOUR_TIMES_WIDE = {"gpt2", "gptj", "falcon", "opt", "codegen", "gpt_bigcode"}
 _TIED_BY_DEFAULT = {
     "gemma",
     "gemma2",
@@ -382,6 +461,9 @@ _TIED_BY_DEFAULT = {
     "ernie4_5",
     "granite_swa",
     "vaultgemma",
+    "biogpt",
+    "gpt_bigcode",
+    "xglm",
 }
 
 
@@ -399,21 +481,25 @@ def dimensions(config: Config) -> Dimensions:
                 if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
                     raise CheckpointError(f"config.json: {name} is {found!r}, not a positive whole number")
                 return found
+        if default is None and family.inferred:
+            raise CheckpointError(
+                f"{family.model_type} is not in the table of families, and its config has no {names[0]} as Llama's "
+                "has, so it cannot be widened"
+            )
         if default is None:
             raise CheckpointError(f"config.json has no {names[0]}: is it the config of a causal language model?")
         return default
 
-    model_type = config.get("model_type", "")
+    family = family_of(config)
+    model_type = family.model_type
     hidden_size = size("hidden_size", "n_embd", "d_model")
-    num_heads = size("num_attention_heads", "n_head", "num_heads")
-    if model_type == "falcon":
-        grouped = config.get("new_decoder_architecture")
-        shared = 1 if config.get("multi_query", True) else num_heads
-        num_kv_heads = size("num_kv_heads", default=num_heads) if grouped else shared
-    else:
-        missing = "num_key_value_heads" not in config  # null means "as many as query heads"
+    num_heads = size("num_attention_heads", "n_head", "num_heads", "attention_heads")
+    if isinstance(family.kv_heads, str):
+        missing = family.kv_heads not in config  # null means "as many as query heads"
         default_kv_heads = _KV_HEADS_DEFAULTS.get(model_type, num_heads) if missing else num_heads
-        num_kv_heads = size("num_key_value_heads", default=default_kv_heads)
+        num_kv_heads = size(family.kv_heads, default=default_kv_heads)
+    else:
+        num_kv_heads = family.kv_heads or num_heads
     default_head_dim = _HEAD_DIM_DEFAULTS.get(model_type, hidden_size // num_heads)
     return Dimensions(
         num_layers=size("num_hidden_layers", "n_layer", "num_layers"),
@@ -422,7 +508,7 @@ def dimensions(config: Config) -> Dimensions:
         num_kv_heads=num_kv_heads,
         head_dim=size("head_dim", default=default_head_dim),
         intermediate_size=size(
-            "intermediate_size",
+            family.inner_size,
             "ffn_hidden_size",
             "n_inner",
             "ffn_dim",
@@ -440,7 +526,7 @@ def is_tied(config: Config) -> bool:
 
 def is_head(name: str) -> bool:
     """Whether a tensor or module is (in) the output layer, from its name in a dense model."""
-    return name.split(".")[0] in ("lm_head", "embed_out")
+    return name.split(".")[0] in ("lm_head", "embed_out", "output_projection")
 
 
 def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:

@@ -13,6 +13,17 @@ _THETA_DEFAULTS |= {"bitnet": 5e5, "cwm": 1e6, "ernie4_5": 5e5}
 _PARTIAL_DEFAULTS = {"gpt_neox": 0.25, "stablelm": 0.25, "phi": 0.5, "glm": 0.5, "glm4": 0.5, "nemotron": 0.5}
 _PARTIAL_DEFAULTS |= {"persimmon": 0.5}
 _ORIGINAL_LENGTH_DEFAULTS = {"phi3": 4096}
+_SCALED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "apertus": {
+        "rope_type": "llama3",
+        "rope_theta": 1.2e7,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+}
+"""What families take for rotary parameters that are left out, where it is more than a base and a part."""
 
 _OLD_NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
 """Keys of the base and of the rotated part of a head, where transformers 4 did not call them as other families'."""
@@ -37,6 +48,8 @@ def rope_of(config: Config) -> dict[str, Any]:
         CheckpointError: the config's rotary keys are no mappings.
     """
     rope, scaling = (_mapping(config.get(key), key) for key in ("rope_parameters", "rope_scaling"))
+    if config.get("rope_parameters") is None:
+        rope = dict(_SCALED_DEFAULTS.get(str(config.get("model_type")), {}))
     theta, part = _beside(config)
     if config.get("model_type") in _BY_LAYER_TYPE:
         whole, windowed = (_mapping(rope.get(kind), f"{kind} of rope_parameters") for kind in _LAYER_TYPES)

@@ -6,7 +6,6 @@ Pure: reads configs and headers, writes nothing, imports neither torch nor trans
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.mixture import OpenedMixture
 from branchmix.upcycling.plan import Plan, group_tensors
-from branchmix.upcycling.sources import DenseExpert, Kind, MixtureExpert, Role, fused_rows
+from branchmix.upcycling.sources import DenseExpert, Kind, MixtureExpert, Role, fused_rows, inside
 
 ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
 KINDS: tuple[Kind, ...] = ("weight", "bias")
@@ -90,10 +89,9 @@ def trunk_of(mixture: OpenedMixture) -> DenseExpert:
 
 def _shared(mixture: OpenedMixture, trunk: DenseExpert, modules: Sequence[str]) -> Iterator[tuple[str, Source]]:
     """What is in none of these modules of a block: embeddings, norms, head, and dense attention or FFN."""
-    family = mixture.family
-    inside = re.compile(rf"^{re.escape(family.layers)}\.\d+\.({'|'.join(map(re.escape, modules))})\.")
+    of_experts = inside(mixture.family, modules)
     for name, ref in trunk.tensors.items():
-        if not (modules and inside.match(name)):
+        if not of_experts.match(name):
             yield name, Source(ref)
 
 

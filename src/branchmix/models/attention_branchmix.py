@@ -320,7 +320,8 @@ def _head_order(dense: nn.Module, config: BranchMixConfig) -> HeadOrder:
         num_heads = getattr(dense, layout["query"]).out_features // head_dim
         num_kv_heads = getattr(dense, layout["key"]).out_features // head_dim
     else:
-        num_kv_heads = getattr(dense, "num_kv_heads", getattr(seed_config, "num_key_value_heads", None)) or num_heads
+        fused = getattr(dense, layout["fused_qkv"])
+        num_kv_heads = (fused.weight.shape[1 if is_conv1d(fused) else 0] // head_dim - num_heads) // 2
     return HeadOrder(config.num_experts, num_heads, num_kv_heads, head_dim, config.attention == "kv_sharing")
 
 

@@ -147,8 +147,9 @@ class BranchMixConfig(PreTrainedConfig):
     def num_key_value_heads(self) -> int:
         seed = self.seed_config
         heads = getattr(seed, "num_key_value_heads", None) or seed.num_attention_heads
-        if hasattr(seed, "multi_query"):  # Falcon counts them elsewhere
-            heads = seed.num_kv_heads if seed.new_decoder_architecture or not seed.multi_query else 1
+        if hasattr(seed, "multi_query"):  # Falcon and GPT-BigCode count them elsewhere
+            grouped = getattr(seed, "new_decoder_architecture", False)
+            heads = seed.num_kv_heads if grouped else 1 if seed.multi_query else seed.num_attention_heads
         return heads if self.attention == "kv_sharing" else self._attention_width * heads
 
     @property

@@ -28,7 +28,10 @@ from .routing_branchmix import BranchMixFFNRouter
 def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
     """Replace the FFN of a block by experts, in place."""
     layout = config.layout
-    moe = BranchMixSparseMoeBlock(config, DenseFFN.of(block, layout))
+    dense = DenseFFN.of(block, layout)
+    moe = BranchMixSparseMoeBlock(config, dense)
+    if dense.learned_activation:  # one for all experts, under its dense name
+        setattr(moe, layout["activation"].split(".")[-1], dense.activation)
     setattr(block, layout["ffn"], moe)
     if layout["up"] == layout["ffn"]:  # OPT keeps its FFN in the block itself: the experts do all three steps
         setattr(block, layout["activation"], nn.Identity())
@@ -66,6 +69,11 @@ class DenseFFN:
     activation: nn.Module
     dropout: float
 
+    @property
+    def learned_activation(self) -> bool:
+        """The activation has parameters, as Apertus's has."""
+        return any(True for _ in self.activation.parameters())
+
     @classmethod
     def of(cls, block: nn.Module, layout: dict[str, Any]) -> DenseFFN:
         down: Any = block.get_submodule(layout["down"])
@@ -97,7 +105,10 @@ class BranchMixExperts(nn.Module):
         super().__init__()
         num_experts, width, inner = config.num_experts, dense.hidden_size, dense.intermediate_size
         self.num_experts = num_experts
-        self.act_fn = dense.activation
+        if dense.learned_activation:
+            self.__dict__["act_fn"] = dense.activation  # not registered: its tensors are the block's
+        else:
+            self.act_fn = dense.activation
         first = "gate_up_proj" if dense.gated else "up_proj"
         first_width = 2 * inner if dense.gated else inner
         self.register_parameter(first, nn.Parameter(torch.empty(num_experts, first_width, width)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from branchmix.checkpoint.families import Config, has_experts
+from branchmix.checkpoint.unfit import Config, has_experts
 from branchmix.upcycling.plan import Plan
 
 _METHODS = {

@@ -15,6 +15,7 @@ from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.tying import same_values
+from branchmix.checkpoint.unfit import why_bidirectional
 from branchmix.recipe import Recipe
 from branchmix.upcycling.config_match import config_differences
 from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role
@@ -50,6 +51,11 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
     found = Findings()
     seeds_own = [*contradictions(seed), *structure_problems(seed)] or list(incompleteness(seed))
     found.problems += [f"seed: {problem}" for problem in seeds_own]
+    if (key := why_bidirectional(seed.index.config)) is not None:
+        found.notes.append(
+            f"attention is not causal ({key}): tokens see later ones, so generating with a cache and without differ in "
+            "the mixture as they do in the seed"
+        )
     related = [expert for expert in experts if expert.family.model_type == seed.family.model_type]
     different = _config_problems(seed.index.config, related) if not seeds_own else {}
     found.problems += different.pop("seed", [])

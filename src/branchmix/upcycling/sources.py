@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -136,10 +136,8 @@ class DenseExpert(ExpertSource):
             below.append(family.attention)
         if ffn:
             below += [path for path in (family.ffn, family.up, family.down) if path]
-        pattern = (
-            re.compile(rf"^{re.escape(family.layers)}\.\d+\.({'|'.join(map(re.escape, below))})\.") if below else None
-        )
-        return {name for name in self.tensors if pattern is not None and pattern.match(name)}
+        pattern = inside(family, below)
+        return {name for name in self.tensors if pattern.match(name)}
 
     def expected_tensors(self, layer: int) -> Iterator[str]:
         """Names of the projections that must be there, for the compatibility check."""
@@ -239,6 +237,9 @@ def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int,
     if family.qkv_layout == "heads":
         starts = [(3 * head + part) * size for head in range(num_heads)]
         return tuple((start, start + size) for start in starts)
+    if family.qkv_layout == "shards":  # of q, v and k, in this order
+        shard, place = num_heads // 4 * size, (0, 2, 1)[part]
+        return tuple(((3 * i + place) * shard, (3 * i + place + 1) * shard) for i in range(4))
     if family.qkv_layout == "groups":
         group = num_heads // num_kv_heads
         base = [kv * (group + 2) * size for kv in range(num_kv_heads)]
@@ -246,6 +247,13 @@ def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int,
         return tuple((start + low * size, start + high * size) for start in base)
     edges = [0, num_heads * size, (num_heads + num_kv_heads) * size, (num_heads + 2 * num_kv_heads) * size]
     return ((edges[part], edges[part + 1]),)
+
+
+def inside(family: Family, modules: Sequence[str], *, prefix: str = "") -> re.Pattern[str]:
+    """Matches names of tensors in these modules of a block, but for those of an activation that experts share."""
+    names = "|".join(map(re.escape, modules)) or r"\0"
+    shared = rf"(?!{re.escape(family.activation)}\.)" if family.learned_activation else ""
+    return re.compile(rf"{prefix}{re.escape(family.layers)}\.\d+\.{shared}({names})\.")
 
 
 def _row(ref: TensorRef, number: int) -> Source:

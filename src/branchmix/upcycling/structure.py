@@ -5,13 +5,12 @@ Reads configs and safetensors headers, no weights.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 from branchmix.accounting.inspection import too_few_parameters
 from branchmix.checkpoint.families import is_head
+from branchmix.checkpoint.unfit import transformers_knows
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import DenseExpert, Role
 
@@ -20,6 +19,13 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
     """Sizes in config.json that the weights do not have: no other size of this config is to be believed."""
     together = "config and weights do not belong together, download or save both again"
     stored, said = len(_stored_layers(model)), model.dims.num_layers
+    extra = model.index.config.get("num_nextn_predict_layers")
+    if extra and stored == said + extra:
+        yield (
+            f"the last {extra} of its {stored} layers predict further tokens (num_nextn_predict_layers), which no "
+            "mixture takes over: load it with AutoModelForCausalLM and save it again, which leaves them out"
+        )
+        return
     if stored and stored != said:
         yield f"config.json says num_hidden_layers is {said}, but the weights have {stored} layers: {together}"
         return
@@ -76,38 +82,44 @@ def _misshapen(role: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
 def structure_problems(model: DenseExpert) -> Iterator[str]:
     """A family that cannot be widened, projections that are not there, tensors without a place in the layout."""
     family = model.family
-    if family.inferred and not _transformers_knows(family.model_type):
+    if family.inferred and not transformers_knows(family.model_type):
         yield (
             f"transformers has no causal language model of model_type {family.model_type!r}, and code that a "
             "checkpoint brings along is never run: convert it to a family that transformers has"
         )
         return
     missing = missing_tensors(model)
+    if missing and any(".experts." in name for name in model.tensors):
+        yield f"{family.model_type} is a mixture of experts already: seed and experts must be dense models"
+        return
     if missing:
         reason = (
-            f"{family.model_type} is no known family and its tensors are not named as Llama's, so it cannot be widened"
+            f"{family.model_type} is not in the table of families, and its tensors are not named as Llama's, so it "
+            "cannot be widened"
             if family.inferred
             else "the checkpoint is incomplete, download or save it again"
         )
         yield f"{count_tensors(missing)} missing, first {missing[0]}: {reason}"
         return
+    undescribed = [] if family.inferred else undescribed_tensors(model)
+    if undescribed:
+        yield (
+            f"{count_tensors(undescribed)} that {family.model_type} does not have, first {undescribed[0]} (a vision "
+            "part, heads for further tokens or the like): load it with AutoModelForCausalLM and save it again, which "
+            "leaves them out"
+        )
     unplaced = sorted(unplaced_tensors(model))
     if unplaced:
+        reason = (
+            f"{family.model_type} is not in the table of families, and its layers have parts that Llama's lack, so it "
+            "cannot be widened"
+            if family.inferred
+            else "this variant of the family cannot be widened"
+        )
         yield (
             f"{count_tensors(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
-            f"{unplaced[0]}: this variant of the family cannot be widened"
+            f"{unplaced[0]}: {reason}"
         )
-
-
-@cache
-def _transformers_knows(model_type: str) -> bool:
-    """Looked up in the text of transformers' own table: importing it would take seconds."""
-    spec = find_spec("transformers")
-    places = spec.submodule_search_locations if spec is not None else None
-    table = Path(next(iter(places or ()), "")) / "models" / "auto" / "modeling_auto.py"
-    text = table.read_text(encoding="utf-8") if table.is_file() else ""
-    start = text.find("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")
-    return start < 0 or f'("{model_type}", ' in text[start : text.find("\n)", start)]
 
 
 def missing_tensors(model: DenseExpert) -> list[str]:
@@ -139,6 +151,18 @@ def unplaced_tensors(model: DenseExpert) -> set[str]:
         if not inner.startswith(norms or ("\0",)) and not (module in known and kind in ("weight", "bias")):
             unplaced.add(name)
     return unplaced
+
+
+def undescribed_tensors(model: DenseExpert) -> list[str]:
+    """Tensors that are no part of a family's model: of a vision part, of heads for further tokens, of a value head.
+
+    What a family has beside attention and FFN is no deeper than a module of a block, or one beside the blocks.
+    """
+    family = model.family
+    beside, layers = (re.escape(path) for path in (family.layers.rpartition(".")[0], family.layers))
+    own = re.compile(rf"({beside}|{layers}\.\d+)(\.\w+)?\.\w+$|{layers}\.\d+\.{re.escape(family.activation)}\.")
+    of_experts = model.expert_tensors(attention=True, ffn=True)
+    return [name for name in model.tensors if name not in of_experts and not is_head(name) and not own.match(name)]
 
 
 def count_tensors(names: list[str]) -> str:

@@ -32,7 +32,7 @@ from branchmix.upcycling.execute import (
 from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert, inside
 
 Progress = Callable[[str, int, int], None]
 
@@ -205,7 +205,6 @@ class _Opened(OpenedMixture):
     ) -> Iterator[OutputTensor]:
         family = self.family
         staying = [expert for expert in experts if isinstance(expert, MixtureExpert)]
-        done: set[str] = set()
         for layer in range(self.dims.num_layers):
             block = f"model.{family.layers}.{layer}"
             if self.has_attention_experts:
@@ -220,17 +219,16 @@ class _Opened(OpenedMixture):
                     kv_weights=[1.0],
                 ):
                     yield self._out(f"{module}.{name}", part)
-                done.add(f"{module}.")
             if self.has_ffn_experts:
                 module = f"{block}.{family.ffn}"
                 for name, part in ffn_tensors(experts, layer):
                     yield self._out(f"{module}.{name}", part)
-                done.add(f"{module}.")
             for name in self.shape.routers.values():
                 yield self._router(f"{block}.{name}", staying, router)
-        owned = tuple(done)
+        modules = [family.attention] * self.has_attention_experts + [family.ffn] * self.has_ffn_experts
+        of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
-            if not name.startswith(owned):
+            if not of_experts.match(name):
                 yield self._out(name, Source(ref))
 
     def _router(

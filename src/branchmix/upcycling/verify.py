@@ -265,6 +265,7 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
     """The expert's own config, in its class; of the seed's only what belongs to the trunk."""
+    from transformers import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     assert isinstance(expert, DenseExpert), "only an upcycling is verified"
@@ -272,7 +273,8 @@ def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
     not_computed = ("torch_dtype", "dtype", "auto_map", "attn_implementation")
     config = {key: value for key, value in expert.index.config.items() if key not in (*of_trunk, *not_computed)}
     config |= {key: value for key, value in plan.config["seed_config"].items() if key in of_trunk}
-    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    # config.json spells infinity as a mapping, as Granite's hybrids have it.
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(PreTrainedConfig._decode_special_floats(config)))
 
 
 def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> Any:
@@ -345,7 +347,8 @@ def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: Ch
 def _tensor(source: Expression) -> Any:
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(to_float32(source.rows(0, source.num_rows), source.dtype)))
+    rows = to_float32(source.rows(0, source.num_rows), source.dtype)
+    return torch.from_numpy(np.ascontiguousarray(rows).reshape(source.shape))  # a scalar is one row
 
 
 def sample_length(configs: Sequence[Any], affordable: int) -> tuple[int, int | None]:
