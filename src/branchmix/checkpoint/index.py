@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.hub import is_there
+from branchmix.checkpoint.rotary import with_current_names
 from branchmix.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -276,7 +277,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = _read_json_object(file)
     if not config:
         raise CheckpointError(f"{file}: is empty: copy the model's config.json here")
-    return config
+    return with_current_names(config)
 
 
 def _read_json_object(file: Path) -> dict[str, Any]:

@@ -6,13 +6,13 @@ Reads configs, safetensors headers and tokenizer files, no weights but buffers o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.families import Config, Dimensions, dimensions
+from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
@@ -38,7 +38,7 @@ _IGNORED = frozenset(
     id2label label2id num_labels auto_map output_attentions output_hidden_states return_dict problem_type
     chunk_size_feed_forward task_specific_params pretraining_tp gradient_checkpointing
     tie_word_embeddings vocab_size rope_theta rope_scaling rope_parameters rotary_emb_base partial_rotary_factor
-    rotary_pct rope_local_base_freq max_position_embeddings model_type model_max_length
+    rotary_pct rope_local_base_freq max_position_embeddings original_max_position_embeddings model_type model_max_length
     hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head num_key_value_heads num_kv_heads
     intermediate_size n_inner ffn_dim ffn_hidden_size head_dim n_positions n_ctx
     temperature top_p top_k do_sample max_length min_length repetition_penalty num_beams
@@ -109,8 +109,10 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
         found.problems.append(f"{who}: {tokenizer.problem}")
     if tokenizer.note:
         found.notes.append(f"{who}: {tokenizer.note}")
-    if not config.get("expert_rope_parameters") and rope_of(theirs) != rope_of(seed_config):
-        if config["attention"] == "kv_experts" and newcomer.family.plain_attention:
+    if _rotated_part(theirs) != _rotated_part(seed_config):
+        found.problems.append(_other_part(who, theirs, seed_config))
+    elif rope_of(theirs) != rope_of(seed_config):
+        if config["attention"] == "kv_experts" and _may_rotate_apart(newcomer.family, (newcomer,)):
             found.notes.append(f"{who}: keeps its own rotary settings, {_rope_words(newcomer)}")
         else:
             found.problems.append(
@@ -291,8 +293,13 @@ def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert],
     different = [expert for expert in experts if rope_of(expert.index.config) != ours]
     if not different:
         return
-    flat = all("rope_theta" in rope_of(model.index.config) for model in (seed, *experts))
-    if recipe.attention == "kv_experts" and seed.family.plain_attention and flat:
+    for expert in list(different):
+        if _rotated_part(expert.index.config) != _rotated_part(seed.index.config):
+            different.remove(expert)
+            found.problems.append(_other_part(f"expert {expert.name!r}", expert.index.config, seed.index.config))
+    if not different:
+        return
+    if recipe.attention == "kv_experts" and _may_rotate_apart(seed.family, (seed, *experts)):
         models = [seed, *experts] if recipe.include_seed else list(experts)
         copies = [seed] * recipe.seed_copies
         found.expert_rope_parameters = [rope_of(model.index.config) for model in (*models, *copies)]
@@ -309,6 +316,26 @@ def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert],
             f"expert {expert.name!r}: rotary settings are {_rope_words(expert)}, but the seed's are "
             f"{_rope_words(seed)}: {reason}"
         )
+
+
+def _may_rotate_apart(family: Family, models: Iterable[DenseExpert]) -> bool:
+    """Whether a family's attention can rotate each expert's heads in their own way: one way for all layers."""
+    return family.plain_attention and all("rope_theta" in rope_of(model.index.config) for model in models)
+
+
+def _rotated_part(config: Config) -> Any:
+    """The share of a head that is rotated; of layer types that differ, each one's."""
+    rope = rope_of(config)
+    if "rope_theta" in rope:
+        return rope.get("partial_rotary_factor", 1.0)
+    return {kind: given.get("partial_rotary_factor", 1.0) for kind, given in rope.items()}
+
+
+def _other_part(who: str, theirs: Config, ours: Config) -> str:
+    return (
+        f"{who}: partial_rotary_factor is {json.dumps(_rotated_part(theirs))}, but the seed's is "
+        f"{json.dumps(_rotated_part(ours))}: the rotated parts of all experts' heads must be equal, {SAME_SEED}"
+    )
 
 
 def _rope_words(model: DenseExpert) -> str:

@@ -186,7 +186,7 @@ def _compare_logits(
             continue
         with torch.no_grad(), one_hot_gates(mixture, number):
             ours = mixture(tokens).logits
-        dense = _dense_on_trunk(plan, index, expert, number)
+        dense = _dense_on_trunk(plan, index, expert)
         with torch.no_grad():
             theirs = dense(tokens).logits
         del dense
@@ -251,17 +251,14 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
             hook.remove()
 
 
-def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> Any:
+def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
     """Dense model i in its family's own class: its experts' tensors from its checkpoint, the rest from the mixture."""
     import torch
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = dict(plan.config["seed_config"])
-    if plan.config.get("expert_rope_parameters"):
-        config["rope_parameters"] = plan.config["expert_rope_parameters"][number]
-        config.pop("rope_theta", None)
-        config.pop("rope_scaling", None)
+    # The expert's own config, as transformers reads it from its folder, but with the mixture's rows of embeddings.
+    config = {**expert.index.config, "vocab_size": plan.config["seed_config"]["vocab_size"]}
     dense_config = AutoConfig.for_model(config.pop("model_type"), **config)
 
     attention = plan.config["attention"] in ("kv_experts", "kv_sharing")
