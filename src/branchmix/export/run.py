@@ -154,7 +154,7 @@ def _verify(
     theirs = float32_bytes(plan.nbytes, mixture.dtype)
     require_memory(ours + theirs, "comparing logits", "--no-verify leaves it out")
     compared, nbytes = compare_bytes(plan, CheckpointIndex.open(folder), progress)
-    tokens = sample_tokens(mixture.resolved.folder, mixture.dims.vocab_size)
+    tokens = sample_tokens(mixture.resolved.folder, mixture.seed_config)
     logits = []
     for number, (name, where) in enumerate((("mixture", mixture.resolved.folder), ("export", folder))):
         if progress is not None:

@@ -17,8 +17,9 @@ from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.recipe import Recipe
-from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role
+from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role, is_head
 from branchmix.upcycling.structure import (
+    TOKEN_TABLES,
     contradictions,
     count_tensors,
     incompleteness,
@@ -244,7 +245,7 @@ def _tensor_problems(who: str, seed: DenseExpert, expert: DenseExpert) -> Iterat
         yield f"{who}: has {count_tensors(extra)} that the seed lacks, first {extra[0]}: {SAME_SEED}"
     for name in ours.keys() & theirs.keys():
         mine, other = ours[name].shape, theirs[name].shape
-        if mine != other and not (_is_vocabulary(name, mine, seed) and mine[1:] == other[1:]):
+        if mine != other and not (_is_vocabulary(name, seed) and mine[1:] == other[1:]):
             yield f"{who}: {name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
         elif not _averaged_or_equal(ours[name], theirs[name]):
             yield (
@@ -371,8 +372,10 @@ def foldable_norms(recipe: Recipe, seed: DenseExpert) -> list[str]:
     return [norm for norm, experts in readers.items() if all(experts)]
 
 
-def _is_vocabulary(name: str, shape: tuple[int, ...], seed: DenseExpert) -> bool:
-    return not name.startswith(f"{seed.family.layers}.") and len(shape) >= 1 and shape[0] == seed.dims.vocab_size
+def _is_vocabulary(name: str, seed: DenseExpert) -> bool:
+    return not name.startswith(f"{seed.family.layers}.") and (
+        is_head(name) or name.rpartition(".")[0].endswith(TOKEN_TABLES)
+    )
 
 
 def _dtypes(model: DenseExpert) -> set[str]:

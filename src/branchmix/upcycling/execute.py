@@ -27,6 +27,7 @@ from branchmix.checkpoint.places import rewritten, without_places
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.recipe import Recipe
+from branchmix.upcycling.buildable import unbuildable
 from branchmix.upcycling.card import model_card
 from branchmix.upcycling.plan import Plan, check_fit, plan_upcycling
 
@@ -261,6 +262,7 @@ def open_sources(
             problems.append(f"{_who(name)}: {error}")
         indexes.append(index)
     check_fit(recipe, indexes, problems)
+    require_buildable(zip(names, indexes, strict=True))
 
     with ExitStack() as temporary:
         opened: list[Sourced] = []
@@ -272,6 +274,17 @@ def open_sources(
                 index = CheckpointIndex.open(folder)
             opened.append(Sourced(name, model, index, adapter=model.folder if adapter else None))
         yield opened
+
+
+def require_buildable(models: Iterable[tuple[str, CheckpointIndex | None]]) -> None:
+    """Refuse, before anything is written, models of which transformers could not load a mixture.
+
+    Raises:
+        CompatibilityError: with transformers' reasons.
+    """
+    problems = list(unbuildable((_who(name), index.config) for name, index in models if index is not None))
+    if problems:
+        raise CompatibilityError(problems)
 
 
 def _who(name: str) -> str:

@@ -10,9 +10,16 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from branchmix.accounting.formulas import learned_positions
 from branchmix.accounting.inspection import too_few_parameters
+from branchmix.accounting.shape import FACTS
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import DenseExpert, Role, is_head
+
+TOKEN_TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+"""Last parts of the names of the modules that hold a row for each token..."""
+POSITION_TABLES = ("wpe", "embed_positions")
+"""...and a row for each position."""
 
 
 def contradictions(model: DenseExpert) -> Iterator[str]:
@@ -23,6 +30,7 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
         yield f"config.json says num_hidden_layers is {said}, but the weights have {stored} layers: {together}"
         return
     dims = model.dims
+    yield from _rows_unlike_config(model)
     wanted: dict[Role, tuple[int, int]] = {
         "q": (dims.num_heads * dims.head_dim, dims.hidden_size),
         "k": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
@@ -39,6 +47,28 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
     down = model.ffn(0).get("down_proj.weight")
     if down is not None and tuple(down.shape) != (dims.hidden_size, dims.intermediate_size):
         yield _misshapen("down", down.shape, (dims.hidden_size, dims.intermediate_size)) + together
+
+
+def _rows_unlike_config(model: DenseExpert) -> Iterator[str]:
+    """Embeddings, output embeddings or learned positions with other rows than config.json asks for."""
+    positions, facts = learned_positions(model.index.config), FACTS.get(model.family.model_type)
+    for name, ref in model.tensors.items():
+        if name.startswith(f"{model.family.layers}.") or not ref.shape:
+            continue
+        module = name.rpartition(".")[0]
+        if module.endswith(POSITION_TABLES) and positions is not None and facts is not None:
+            key, said, extra = "positions", positions, facts.positions_offset or 0
+        elif is_head(name) or module.endswith(TOKEN_TABLES):
+            key, said, extra = "vocab_size", model.dims.vocab_size, 0
+        else:
+            continue
+        if ref.shape[0] != said + extra:
+            size = f"vocab_size is {said}" if key == "vocab_size" else f"there are {said} positions"
+            yield (
+                f"{name} has {ref.shape[0]} rows, but config.json says {size}: resize the embeddings to the config, or "
+                f"write {ref.shape[0] - extra} there if that is what the model was trained with"
+            )
+            return
 
 
 def incompleteness(model: DenseExpert) -> Iterator[str]:

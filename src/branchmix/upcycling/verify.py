@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from branchmix.accounting.formulas import max_positions
 from branchmix.checkpoint.expressions import Expression, Mean, Source
+from branchmix.checkpoint.families import Config, dimensions, family_of
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
@@ -173,7 +175,7 @@ def _compare_logits(
     # fp32 copies of the mixture and of one dense model have to fit.
     need = sum(float32_bytes(tensor.expression.nbytes, tensor.expression.dtype) for tensor in plan.tensors)
     require_memory(need + need // max(1, len(plan.sources)), "--verify", "leave it out")
-    tokens = sample_tokens(folder, plan.config["seed_config"]["vocab_size"])
+    tokens = sample_tokens(folder, plan.config["seed_config"])
     mixture = BranchMixForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     checks = []
     for number, expert in enumerate(plan.sources):
@@ -328,18 +330,26 @@ def _tensor(source: Expression) -> Any:
     return torch.from_numpy(np.ascontiguousarray(to_float32(source.rows(0, source.num_rows), source.dtype)))
 
 
-def sample_tokens(folder: Path, vocab_size: int) -> Any:
-    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none that works."""
+def sample_tokens(folder: Path, config: Config) -> Any:
+    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none that works.
+
+    Args:
+        folder: of the model.
+        config: of the dense model. Where positions are looked up in a table, T is at most the table's length.
+    """
     import torch
 
     from branchmix.likelihood.loading import load_tokenizer
 
+    vocab_size = dimensions(config).vocab_size
+    longest = max_positions(config) if family_of(config).rotary != "half" else None
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
         with suppress(Exception):  # a broken one: weights are compared here, and any ids will do
-            ids_T = load_tokenizer(folder)(SAMPLE).input_ids
+            ids_T = load_tokenizer(folder)(SAMPLE).input_ids[:longest]
             if ids_T and max(ids_T) < vocab_size:
                 return torch.tensor([ids_T])
-    return torch.randint(0, vocab_size, (1, 48), generator=torch.Generator().manual_seed(0))
+    length = min(48, longest or 48)
+    return torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
 def require_memory(need: int, what: str, otherwise: str) -> None:
