@@ -199,7 +199,7 @@ CHECKPOINTS = [
          lambda i: rows(i.code, 90)),
     Case("an output layer of other rows", "expert 'code': | lm_head.weight has 104 rows | vocab_size is 97 | resize",
          lambda i: rows(i.code, 104, "lm_head.weight")),
-    Case("more rows of positions", "seed: | wpe.weight has 104 rows | there are 64 positions | write 104 there",
+    Case("more rows of positions", "seed: | wpe.weight has 104 rows | the positions are 64 | write 104 there",
          all_three(lambda f: rows(f, 104, "transformer.wpe.weight")), family="gpt2"),
     Case("positions as many as tokens", "expert 'code': transformer.wpe.weight has shape [97, 32] | seed's is [64, 32]",
          lambda i: resave(i, i.code, n_positions=97), family="gpt2"),

@@ -143,9 +143,9 @@ def _require_positions(text_model: TextModel, prompt_tokens: int, max_new_tokens
     Raises:
         RecipeError: says how many there are.
     """
-    from branchmix.accounting.formulas import learned_positions
+    from branchmix.accounting.formulas import table_positions
 
-    positions = learned_positions(text_model.config.to_dict())
+    positions = table_positions(text_model.config.to_dict())
     if positions is not None and prompt_tokens + max_new_tokens - 1 > positions:
         raise RecipeError(
             f"--max-new-tokens {max_new_tokens}: PROMPT has {prompt_tokens} tokens, and {text_model.folder} has only "

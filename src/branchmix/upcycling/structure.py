@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from branchmix.accounting.formulas import learned_positions
+from branchmix.accounting.formulas import max_positions
 from branchmix.accounting.inspection import too_few_parameters
 from branchmix.accounting.shape import FACTS
 from branchmix.errors import CheckpointError
@@ -51,22 +51,21 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
 
 def _rows_unlike_config(model: DenseExpert) -> Iterator[str]:
     """Embeddings, output embeddings or learned positions with other rows than config.json asks for."""
-    positions, facts = learned_positions(model.index.config), FACTS.get(model.family.model_type)
+    facts = FACTS.get(model.family.model_type)
+    extra = None if facts is None else facts.positions_offset
     for name, ref in model.tensors.items():
         if name.startswith(f"{model.family.layers}.") or not ref.shape:
             continue
         module = name.rpartition(".")[0]
-        if module.endswith(POSITION_TABLES) and positions is not None and facts is not None:
-            key, said, extra = "positions", positions, facts.positions_offset or 0
+        rows, said, what = ref.shape[0], None, "vocab_size is"
+        if module.endswith(POSITION_TABLES) and extra is not None:
+            rows, said, what = rows - extra, max_positions(model.index.config), "the positions are"
         elif is_head(name) or module.endswith(TOKEN_TABLES):
-            key, said, extra = "vocab_size", model.dims.vocab_size, 0
-        else:
-            continue
-        if ref.shape[0] != said + extra:
-            size = f"vocab_size is {said}" if key == "vocab_size" else f"there are {said} positions"
+            said = model.dims.vocab_size
+        if said is not None and rows != said:
             yield (
-                f"{name} has {ref.shape[0]} rows, but config.json says {size}: resize the embeddings to the config, or "
-                f"write {ref.shape[0] - extra} there if that is what the model was trained with"
+                f"{name} has {ref.shape[0]} rows, but config.json says that {what} {said}: resize the embeddings to "
+                f"the config, or write {rows} there if that is what the model was trained with"
             )
             return
 

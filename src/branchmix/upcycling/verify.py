@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from branchmix.accounting.formulas import max_positions
+from branchmix.accounting.formulas import table_positions
 from branchmix.checkpoint.expressions import Expression, Mean, Source
-from branchmix.checkpoint.families import Config, dimensions, family_of
+from branchmix.checkpoint.families import Config, dimensions
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
@@ -342,7 +342,7 @@ def sample_tokens(folder: Path, config: Config) -> Any:
     from branchmix.likelihood.loading import load_tokenizer
 
     vocab_size = dimensions(config).vocab_size
-    longest = max_positions(config) if family_of(config).rotary != "half" else None
+    longest = table_positions(config)
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
         with suppress(Exception):  # a broken one: weights are compared here, and any ids will do
             ids_T = load_tokenizer(folder)(SAMPLE).input_ids[:longest]
