@@ -273,8 +273,8 @@ def _check_vocabulary(
     size = tokenizer.size
     if not tokenizer.same or size is None:
         found.problems.append(
-            f"{who}: vocab_size is {theirs}, but the seed's is {ours}, and without both tokenizer.json files nobody "
-            "can tell whether the rest is padding: put the tokenizers beside the weights"
+            f"{who}: vocab_size is {theirs}, but the seed's is {ours}, and without both tokenizers nobody can tell "
+            "whether the rest is padding: put the tokenizers beside the weights"
         )
     elif size > min(ours, theirs):
         found.problems.append(
