@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from bad_inputs import (
@@ -108,6 +108,12 @@ CHECKPOINTS = [
          lambda i: tokenizer(i.code, swap=True)),
     Case("other merges", "expert 'code': | other merge rules | grown from one seed",
          lambda i: tokenizer(i.code, merges="t2 0")),
+    Case("another added token", "expert 'code': | token '<a>' is id 97 | in the seed's it is absent | mix different",
+         lambda i: (i.code / "added_tokens.json").write_text('{"<a>": 97}')),
+    Case("broken added tokens", "expert 'code': | code/added_tokens.json: is no tokenizer file | download it again",
+         lambda i: (i.code / "added_tokens.json").write_text("[1]")),
+    Case("added tokens that are none", "expert 'code': | models/code: the added tokens of its tokenizer cannot be read",
+         lambda i: (i.code / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"x": {}}}')),
     Case("broken tokenizer", "expert 'code': | code/tokenizer.json: is no tokenizer file | download it again",
          lambda i: (i.code / "tokenizer.json").write_text("[]")),
     Case("Git LFS pointers as tokenizers", "expert 'code': | code/tokenizer.json: is a Git LFS pointer | git lfs pull\n"
@@ -233,8 +239,10 @@ CHECKPOINTS = [
     Case("other whole numbers", "expert 'code': model.buffer is stored as I64 | not equal to the seed's | no mean",
          lambda i: (all_three(lambda f: with_extra(f, "model.buffer", torch.arange(4)))(i),
                     with_extra(i.code, "model.buffer", torch.arange(1, 5)))),
-    Case("quantised config", "expert 'code': | is quantised (gptq, says config.json) | dequantise it first",
-         setting(quantization_config={"quant_method": "gptq"})),
+    Case("quantised as it computes", "expert 'code': | is quantised (bitnet, says config.json) | dequantise it first",
+         setting(quantization_config={"quant_method": "bitnet"})),
+    Case("quantised, nobody knows how", "expert 'code': | is quantised (unnamed method, says config.json)",
+         setting(quantization_config=True)),
     Case("quantised tensors", "expert 'code': | is quantised | q_proj.weight is I8 | dequantise it first",
          lambda i: weights(i.code, lambda t: t.update({Q: t[Q].to(torch.int8)}))),
     # Files and folders
@@ -272,6 +280,12 @@ CHECKPOINTS = [
          lambda i: adapter(i, {"peft_type": "LORA"}, **{"model.layers.5.mlp.up_proj": (2, 32)})),
     Case("adapter of a wider model", "expert 'code': | has shape [2, 40] | the seed's | has [48, 32] | trained on",
          lambda i: adapter(i, {"peft_type": "LORA"}, **{"model.layers.0.mlp.up_proj": (2, 40)})),
+    Case("adapter of a resized vocabulary", "code/adapter_model.safetensors: its vocabulary was resized | 99 rows | 97",
+         lambda i: (adapter(i, {"peft_type": "LORA"}),
+                    save_file({"base_model.model.model.embed_tokens.weight": torch.ones(99, 32)},
+                              i.code / "adapter_model.safetensors"))),
+    Case("adapter as the seed", "seed: | models/seed: is a LoRA adapter folder | merge it into its base model first",
+         lambda i: ((i.seed / WEIGHTS).unlink(), (i.seed / "adapter_config.json").write_text("{}"))),
     # Several at once
     Case("two bad experts", """expert 'code': | num_hidden_layers is 3\nexpert 'math': | hidden_act is "gelu" """,
          lambda i: (resave(i, i.code, num_hidden_layers=3), config(i.math, hidden_act="gelu"))),
@@ -422,6 +436,12 @@ COMMANDS = [
          args=lambda i: ["generate", "./none", "hi"]),
     Case("generate: no tokenizer", "models/seed: has no tokenizer files | copy",
          lambda i: (i.seed / "tokenizer.json").unlink(), args=lambda i: ["generate", str(i.seed), "hi"]),
+    Case("generate: an adapter with a config", "models/seed: is a LoRA adapter folder, not a full checkpoint | merge it",
+         lambda i: ((i.seed / WEIGHTS).unlink(), (i.seed / "adapter_config.json").write_text("{}")),
+         args=lambda i: ["generate", str(i.seed), "hi"]),
+    Case("inspect: an adapter with a config", "models/seed: is a LoRA adapter folder, not a full checkpoint | merge it",
+         lambda i: ((i.seed / WEIGHTS).unlink(), (i.seed / "adapter_config.json").write_text("{}")),
+         args=lambda i: ["inspect", str(i.seed)]),
     Case("generate: bad dtype", "--dtype int3 | none of auto, bfloat16",
          args=lambda i: ["generate", str(i.seed), "hi", "--dtype", "int3"]),
     Case("generate: empty prompt", "PROMPT is empty | give some text", args=lambda i: ["generate", str(i.seed), ""]),

@@ -55,7 +55,10 @@ POSITIONS = {
         [32, 60],
     ),
     "dynamic beside default": Beside(
-        "qwen2", {"max_position_embeddings": 32}, {"max_position_embeddings": 60, "rope_parameters": DYNAMIC}, [None, 60]
+        "qwen2",
+        {"max_position_embeddings": 32},
+        {"max_position_embeddings": 60, "rope_parameters": DYNAMIC},
+        [None, 60],
     ),
     "longrope without factor": Beside(
         "phi3",
@@ -142,7 +145,7 @@ def test_a_mixture_saved_before_experts_kept_their_positions_still_loads(tmp_pat
 def test_positions_that_differ_need_keys_of_their_own(attention: str, tmp_path: Path) -> None:
     case = POSITIONS["dynamic, more positions"]
     models = case.save(tmp_path)
-    with pytest.raises(BranchMixError, match='"max_position_embeddings": 60.*seed\'s are.*": 32'):
+    with pytest.raises(BranchMixError, match=r'"max_position_embeddings": 60.*the seed.s are.*": 32'):
         branchmix.upcycle(recipe(models, attention=attention), tmp_path / "mixture")
 
 
@@ -151,10 +154,10 @@ def test_another_rotated_part_is_refused(tmp_path: Path) -> None:
         name: BY_NAME["phi3"].save(tmp_path / name, 5, partial_rotary_factor=part)
         for name, part in (("seed", 1.0), ("expert", 0.5))
     }
-    with pytest.raises(BranchMixError, match="'expert': partial_rotary_factor is 0.5, but the seed's is 1.0"):
+    with pytest.raises(BranchMixError, match=r"'expert': partial_rotary_factor is 0\.5, but the seed's is 1\.0"):
         branchmix.upcycle(recipe(models), tmp_path / "mixture")
     branchmix.upcycle(recipe({"seed": models["seed"], "twin": models["seed"]}), tmp_path / "mixture")
-    with pytest.raises(BranchMixError, match="'expert': partial_rotary_factor is 0.5, but the seed's is 1.0"):
+    with pytest.raises(BranchMixError, match=r"'expert': partial_rotary_factor is 0\.5, but the seed's is 1\.0"):
         branchmix.add_expert(tmp_path / "mixture", "expert", models["expert"], tmp_path / "more")
 
 

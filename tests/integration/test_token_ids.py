@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
-from transformers.convert_slow_tokenizer import import_protobuf
 
 import branchmix
 from branchmix.checkpoint.token_ids import sentencepieces, token_ids
@@ -18,7 +17,7 @@ from branchmix.errors import BranchMixError
 from branchmix.upcycling.tokenizer_match import compare_tokenizers
 from families import BY_NAME
 from mixtures import recipe
-from tokenizers_of_bytes import save_byte_tokenizer
+from tokenizers_of_bytes import PIECES, save_byte_tokenizer, sentencepiece_model
 
 Edit = Callable[[Path], object]
 
@@ -57,7 +56,10 @@ FORMS: dict[str, tuple[Edit, bool]] = {
     "added_tokens.json": (lambda f: edit(f, "added_tokens.json", **{"<a>": 259, "<b>": 260}), True),
     "added_tokens.json, swapped": (lambda f: edit(f, "added_tokens.json", **{"<a>": 260, "<b>": 259}), True),
     "added_tokens.json with a gap": (lambda f: edit(f, "added_tokens.json", **{"<a>": 259, "<b>": 300}), False),
-    "added_tokens_decoder": (lambda f: edit(f, "tokenizer_config.json", added_tokens_decoder=noted(a=259, b=260)), True),
+    "added_tokens_decoder": (
+        lambda f: edit(f, "tokenizer_config.json", added_tokens_decoder=noted(a=259, b=260)),
+        True,
+    ),
     "added_tokens_decoder, swapped": (
         lambda f: edit(f, "tokenizer_config.json", added_tokens_decoder=noted(b=259, a=260)),
         True,
@@ -93,18 +95,6 @@ def test_ids_are_those_of_the_loaded_tokenizer(form: Edit, agreed: bool, tmp_pat
     shutil.copytree(tmp_path, twin, ignore=shutil.ignore_patterns("twin"))
     compared = compare_tokenizers(tmp_path, twin)
     assert compared.same and compared.size == max(ids.values()) + 1
-
-
-PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(8)), "▁the", "é", "▁"]
-
-
-def sentencepiece_model(*more: str) -> bytes:
-    proto = import_protobuf().ModelProto()
-    for number, piece in enumerate((*PIECES, *more)):
-        proto.pieces.add(piece=piece, score=-number, type=3 if number < 3 else 1)
-    proto.trainer_spec.model_type = 2
-    proto.normalizer_spec.name = "identity"
-    return bytes(proto.SerializeToString())
 
 
 def test_pieces_of_a_sentencepiece_model(tmp_path: Path) -> None:

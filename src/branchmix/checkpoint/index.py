@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.rotary import with_current_names
 from branchmix.errors import CheckpointError
@@ -61,6 +62,8 @@ _QUANTISED_SUFFIXES = {
     ".weight_blocks": "MXFP4",
     ".weight_scales": "MXFP4",
 }
+_STORED_QUANTISED = frozenset("bitsandbytes gptq awq compressed-tensors fp8 fbgemm_fp8 mxfp4".split())
+"""Methods whose tensors show that they were quantised; others quantise 16-bit weights as they compute."""
 _QUANTISED_DTYPES = {"I8", "U8"} | {code for code in DTYPE_BITS if code.startswith(("F8_", "F6_", "F4"))}
 
 
@@ -95,6 +98,8 @@ class CheckpointIndex:
     """The tensors of all shards, in file order."""
     files: tuple[Path, ...]
     """The weight files."""
+    notes: tuple[str, ...] = ()
+    """What of the folder does not count, for the user."""
 
     @property
     def nbytes(self) -> int:
@@ -110,8 +115,8 @@ class CheckpointIndex:
         """
         folder = Path(folder)
         _require_folder(folder)
+        refuse_adapter(folder)
         config = _read_config(folder)
-        _refuse_quantised_config(folder, config)
         shards = _find_shards(folder)
         tensors: dict[str, TensorRef] = {}
         for file in shards:
@@ -133,7 +138,9 @@ class CheckpointIndex:
                     "download or save the checkpoint again"
                 )
         _refuse_quantised_tensors(folder, tensors)
-        return cls(folder=folder, config=config, tensors=tensors, files=tuple(shards))
+        notes = [left_over_adapter(folder), _drop_quantisation(folder, config)]
+        told = tuple(note for note in notes if note is not None)
+        return cls(folder=folder, config=config, tensors=tensors, files=tuple(shards), notes=told)
 
 
 def read_header(file: Path) -> list[TensorRef]:
@@ -271,8 +278,6 @@ def _require_folder(folder: Path) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(_adapter_message(folder))
         raise CheckpointError(f"{folder}: no config.json: not a transformers checkpoint, or an unfinished download")
     config = _read_json_object(file)
     if not config:
@@ -319,8 +324,6 @@ def _why_no_weights(folder: Path) -> str:
         f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
     )
     safetensors = ending(".safetensors")
-    if "adapter_config.json" in names or safetensors == ["adapter_model.safetensors"]:
-        return _adapter_message(folder)
     if any(name.startswith("model-") for name in safetensors):
         return (
             f"{folder}: {INDEX_FILE} is missing beside {len(safetensors)} shards ({safetensors[0]} ...): "
@@ -338,19 +341,27 @@ def _why_no_weights(folder: Path) -> str:
     return f"{folder}: no weights (no {SINGLE_FILE}, no {INDEX_FILE}): finish the download, or check the path"
 
 
-def _adapter_message(folder: Path) -> str:
-    return f"{folder}: is a LoRA adapter folder, not a full checkpoint: merge it into its base model first"
-
-
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _refuse_quantised_config(folder: Path, config: dict[str, Any]) -> None:
+def _drop_quantisation(folder: Path, config: dict[str, Any]) -> str | None:
+    """Takes quantisation out of a config whose weights are not quantised, as merged QLoRA models have it; and a note.
+
+    Raises:
+        CheckpointError: the method is not one of those that leave other tensors or other numbers behind.
+    """
     found = config.get("quantization_config") or config.get("compression_config")
-    if found:
-        method = found.get("quant_method") if isinstance(found, dict) else None
+    for key in ("quantization_config", "compression_config"):
+        config.pop(key, None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method not in _STORED_QUANTISED:
         raise CheckpointError(_quantised(folder, f"{method or 'unnamed method'}, says config.json"))
+    return (
+        f"{folder}: config.json says {method}, but the weights are not quantised: its quantization_config is left out"
+    )
 
 
 def _refuse_quantised_tensors(folder: Path, tensors: dict[str, TensorRef]) -> None:

@@ -92,7 +92,9 @@ def added_tokens(folder: Path) -> list[tuple[str, int | None]]:
             noted = {int(number): str(token) for token, number in _read(folder / "added_tokens.json").items()}
             named += _named(_read(folder / "special_tokens_map.json"))
     except _NO_TOKENIZER:
-        raise CheckpointError(f"{folder}: the added tokens of its tokenizer cannot be read: download it again") from None
+        raise CheckpointError(
+            f"{folder}: the added tokens of its tokenizer cannot be read: download it again"
+        ) from None
     return [*((noted[number], number) for number in sorted(noted)), *((token, None) for token in named)]
 
 

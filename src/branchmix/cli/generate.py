@@ -41,7 +41,7 @@ def generate_command(
 ) -> None:
     """Continue a text."""
     from branchmix.checkpoint.hub import resolve
-    from branchmix.cli.console import quiet_libraries
+    from branchmix.cli.console import notice, quiet_libraries
 
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise RecipeError(f"--dtype {dtype}: is none of auto, bfloat16, float16, float32")
@@ -58,6 +58,8 @@ def generate_command(
     from branchmix.likelihood.models import TextModel
 
     text_model = TextModel(found, dtype, trust_remote_code)
+    for note in text_model.notes:
+        notice(f"note: {note}")
     _generate(text_model, prompt, max_new_tokens, temperature, seed, chat, as_json)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from branchmix.errors import RecipeError
+from branchmix.errors import CheckpointError, RecipeError
 
 EPILOG = """\b
 Examples:
@@ -29,11 +29,17 @@ def serve_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.", show_default=False)],
 ) -> None:
     """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
+    from branchmix.checkpoint.adapters import ADAPTER_CONFIG, left_over_adapter
     from branchmix.checkpoint.hub import resolve
     from branchmix.checkpoint.index import CheckpointIndex
 
     found = resolve(model)
     CheckpointIndex.open(found.folder)  # refuses pickles, and what is no checkpoint
+    if left_over_adapter(found.folder):
+        raise CheckpointError(
+            f"{found.folder}: an adapter's files lie beside the model's weights, and the server would apply it: "
+            f"move {ADAPTER_CONFIG} away"
+        )
     # By a Hub id the server finds the same revision; by its folder in the cache no client could name it.
     name = model if found.revision else str(found.folder)
     if not found.revision and "@" in name:

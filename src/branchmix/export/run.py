@@ -148,6 +148,7 @@ def _verify(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from branchmix.likelihood.loading import without_adapter
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
     ours = sum(float32_bytes(ref.nbytes, ref.dtype) for ref in mixture.index.tensors.values())
@@ -161,7 +162,7 @@ def _verify(
             progress("comparing logits", number, 2)
         loader = BranchMixForCausalLM if name == "mixture" else AutoModelForCausalLM
         model, info = loader.from_pretrained(
-            where, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            where, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **without_adapter(where)
         )
         strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         if strangers:

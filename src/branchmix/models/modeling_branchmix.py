@@ -402,7 +402,7 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The family's own: Phi-3 drops its cache where its rotary factors change, and so where those of an expert do."""
+        """The family's own: Phi-3 drops its cache where its rotary factors change, be it an expert's own."""
         past = kwargs.get("past_key_values")
         if past is not None and hasattr(self.config.seed_config, "original_max_position_embeddings"):
             for rope in self.config.expert_rope_parameters or ():

@@ -28,9 +28,9 @@ def seed_config(study: StudyFile, given: ResolvedModel | None) -> dict[str, Any]
     assert isinstance(new, NewModel)
     vocabulary = new.train_tokenizer
     if vocabulary is None:
-        from branchmix.train.models import load_tokenizer
+        from branchmix.train.models import training_tokenizer
 
-        tokenizer = load_tokenizer(
+        tokenizer = training_tokenizer(
             resolve(new.tokenizer or "", study.folder), trust_remote_code=study.trust_remote_code
         )
         vocabulary = len(tokenizer)

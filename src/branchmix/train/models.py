@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from branchmix.checkpoint.adapters import refuse_adapter
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.folder import TOKENIZER_FILES
+from branchmix.checkpoint.folder import tokenizer_files
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.likelihood.loading import refuse_missing
+from branchmix.likelihood.loading import load_language_model, load_tokenizer
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.sharding import loading_options, shard_new
 
@@ -92,23 +93,15 @@ def load_model(found: ResolvedModel, config: RunConfig, computing: Computing) ->
         CheckpointError: it is no causal LM, lacks weights, has no tokenizer, or needs code that was not allowed.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(found, trust_remote_code=config.trust_remote_code)
-    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    options["use_safetensors"] = True  # transformers would go back to pickles
+    tokenizer = training_tokenizer(found, trust_remote_code=config.trust_remote_code)
     source = require_model_type(found)
+    options: dict[str, Any] = {"given": found.given, "trust_remote_code": config.trust_remote_code}
     options |= attention_options(source["model_type"], computing, config.sequence_length, config.attn_implementation)
     if config.experts_implementation is not None:
         options["experts_implementation"] = config.experts_implementation
     options |= loading_options(config, source, int(os.environ.get("WORLD_SIZE", "1")))
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            found.folder, trust_remote_code=config.trust_remote_code, **options
-        )
-    except (ValueError, OSError, ImportError, KeyError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{found.given}: cannot be loaded as a language model: {_one_line(error)}") from error
-    refuse_missing(info, found.given)
+    model = load_language_model(found.folder, dtype=torch.float32, **options)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise CheckpointError(
             f"{found.given}: the tokenizer has {len(tokenizer):,} tokens, but the model only "
@@ -117,26 +110,16 @@ def load_model(found: ResolvedModel, config: RunConfig, computing: Computing) ->
     return model, tokenizer
 
 
-def load_tokenizer(found: ResolvedModel, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a folder.
+def training_tokenizer(found: ResolvedModel, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder, with an end-of-text token to put between documents.
 
     Raises:
-        CheckpointError: there is none, or it has no end-of-text token to put between documents.
+        CheckpointError: there is none, or it has no such token.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, ImportError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{found.given}: there is no tokenizer that can be loaded: {_one_line(error)}") from error
+    tokenizer = load_tokenizer(found.folder, given=found.given, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{found.given}: the tokenizer has no end-of-text token: set eos_token in its config")
     return tokenizer
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip()
-    return " ".join(text.splitlines()[0].split()) if text else type(error).__name__
 
 
 def save_memory(model: Any) -> None:
@@ -233,7 +216,7 @@ def tokenizer_for(
         config: of the run.
     """
     if resolved is not None:
-        return load_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
+        return training_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
     from branchmix.data.tokenizer import train_tokenizer
 
     assert new.train_tokenizer is not None
@@ -267,6 +250,7 @@ def require_model_type(found: ResolvedModel) -> dict[str, Any]:
     """
     import json
 
+    refuse_adapter(found.folder)
     file = Path(found.folder) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -288,13 +272,14 @@ class TokenizerFiles:
 
     def __init__(self, tokenizer: Any, source: ResolvedModel | None):
         self.tokenizer = tokenizer
-        self.files = []
-        if source is not None:
-            self.files = [file for name in TOKENIZER_FILES if (file := Path(source.folder) / name).is_file()]
+        self.folder = None if source is None else Path(source.folder)
+        self.files = [] if self.folder is None else tokenizer_files(self.folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files into ``folder``."""
         if not self.files:
             self.tokenizer.save_pretrained(folder)
-        for file in self.files:
-            shutil.copyfile(file, Path(folder) / file.name)
+        for name in self.files:
+            assert self.folder is not None
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.folder / name, Path(folder) / name)

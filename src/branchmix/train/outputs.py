@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from branchmix.checkpoint.folder import TOKENIZER_FILES, require_name, writing
+from branchmix.checkpoint.folder import TEMPLATES, TOKENIZER_FILES, require_name, writing
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.settings import parse
 from branchmix.train.config import RunConfig
@@ -32,6 +32,7 @@ OURS = (
     *(f".{RUN}.part", f".{DONE}.part", "config.json", "generation_config.json", "adapter_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
     *TOKENIZER_FILES,
+    TEMPLATES,
 )
 """What a run and its loggers write, by name: a new start removes these alone, so that whatever else somebody keeps in
 the folder stays."""

@@ -68,6 +68,8 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
         experts: the specialised models.
     """
     found = Findings()
+    for who, model in (("seed", seed), *((f"expert {expert.name!r}", expert) for expert in experts)):
+        found.notes += [f"{who}: {note}" for note in model.index.notes]
     seeds_own = [*contradictions(seed), *structure_problems(seed)] or list(incompleteness(seed))
     found.problems += [f"seed: {problem}" for problem in seeds_own]
     for expert in experts:
@@ -96,6 +98,7 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
             f"{seed_config.get('model_type')}: {SAME_SEED}"
         )
         return found
+    found.notes += [f"{who}: {note}" for note in newcomer.index.notes]
     dims = dimensions(seed_config)
     contradicting = list(contradictions(newcomer))
     structure = [*contradicting, *structure_problems(newcomer)]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder, require_name, require_replaceable
+from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, is_adapter
+from branchmix.checkpoint.folder import atomic_folder, require_name, require_replaceable, tokenizer_files
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
@@ -46,9 +47,6 @@ CODE_FILES = (
     "streams_branchmix.py",
 )
 
-_COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
-"""What comes along from the seed, if it is there."""
-
 
 @dataclass(frozen=True)
 class Sourced:
@@ -63,7 +61,7 @@ class Sourced:
     @property
     def files(self) -> tuple[Path, ...]:
         """The weights that the user has: an adapter's own, not those of the temporary merge."""
-        return self.index.files if self.adapter is None else (self.adapter / "adapter_model.safetensors",)
+        return self.index.files if self.adapter is None else (self.adapter / ADAPTER_WEIGHTS,)
 
 
 @dataclass(frozen=True)
@@ -196,8 +194,9 @@ def _write_companions(
     card: Callable[[Plan, dict[str, Any]], str],
 ) -> None:
     """Everything but the weights, config.json last."""
-    for name in _COMPANIONS:
+    for name in (*tokenizer_files(companions), "generation_config.json"):
         if (companions / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             _copy_companion(companions / name, folder / name)
     if not plan.is_dense:
         for name in CODE_FILES:
@@ -244,7 +243,7 @@ def open_sources(
     Raises:
         CompatibilityError: with the problems of all sources, those that cannot be read among them.
     """
-    from branchmix.upcycling.lora import check_adapter, is_adapter, merged_adapter
+    from branchmix.upcycling.lora import check_adapter, merged_adapter
 
     names = ["seed", *(expert.name for expert in recipe.experts)]
     problems: list[str] = []

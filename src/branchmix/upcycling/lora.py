@@ -8,15 +8,12 @@ import secrets
 import shutil
 from pathlib import Path
 
+from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.checkpoint.index import CheckpointIndex, read_header
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import is_head
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter instead of a model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+from branchmix.upcycling.structure import TOKEN_TABLES
 
 
 def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
@@ -25,7 +22,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     Raises:
         CheckpointError: no LoRA, pickled weights, or trained on a model of other modules or sizes.
     """
-    file = adapter / "adapter_config.json"
+    file = adapter / ADAPTER_CONFIG
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings.get("peft_type")
@@ -34,12 +31,14 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     if kind != "LORA":
         what = f"peft_type {kind}" if kind else "no peft_type"
         raise CheckpointError(f"{file}: has {what}, only LORA can be merged: merge the adapter yourself first")
-    weights = adapter / "adapter_model.safetensors"
+    weights = adapter / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{adapter}: has no {weights.name} (pickles are never loaded): save it as such")
     for ref in read_header(weights):
         module, lora, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
         # Of a checkpoint of the base model alone, names lack the first part.
+        if not lora and ref.name.endswith((*(f"{table}.weight" for table in TOKEN_TABLES), "lm_head.weight")):
+            _require_rows(weights, ref, seed)
         target = seed.tensors.get(f"{module}.weight") or seed.tensors.get(f"{module.partition('.')[2]}.weight")
         if not lora or is_head(module):
             continue
@@ -51,6 +50,22 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
                 f"{weights}: {ref.name} has shape {list(ref.shape)}, but the seed's {target.name} has "
                 f"{list(target.shape)}: give the seed it was trained on"
             )
+
+
+def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> None:
+    """An adapter trained after the vocabulary was resized carries whole embeddings of other rows than the seed's.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    last = table.name.split(".")[-2]
+    ours = next((ref for name, ref in seed.tensors.items() if name.endswith(f"{last}.weight")), None)
+    if ours is not None and ours.shape[0] != table.shape[0]:
+        raise CheckpointError(
+            f"{weights}: its vocabulary was resized: {table.name} has {table.shape[0]} rows, the seed's {ours.name} "
+            f"has {ours.shape[0]}: resize the seed to {table.shape[0]} tokens (resize_token_embeddings, with the adapter's "
+            "tokenizer) and use that as the seed, or merge the adapter yourself"
+        )
 
 
 def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
