@@ -34,9 +34,12 @@ def refuse_adapter(folder: Path) -> None:
         CheckpointError: the folder is an adapter.
     """
     if is_adapter(folder):
-        raise CheckpointError(
-            f"{folder}: is a LoRA adapter folder, not a full checkpoint: merge it into its base model first"
-        )
+        raise CheckpointError(adapter_message(folder))
+
+
+def adapter_message(folder: Path) -> str:
+    """Why an adapter is refused where a whole model is wanted."""
+    return f"{folder}: is a LoRA adapter folder, not a full checkpoint: merge it into its base model first"
 
 
 def _has_weights(folder: Path) -> bool:

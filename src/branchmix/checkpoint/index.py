@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
+from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, adapter_message, left_over_adapter, refuse_adapter
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.rotary import with_current_names
 from branchmix.errors import CheckpointError
@@ -117,6 +118,8 @@ class CheckpointIndex:
         _require_folder(folder)
         refuse_adapter(folder)
         config = _read_config(folder)
+        if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+            _refuse_quantised_config(folder, config, but=())  # whose weights have names of their own
         shards = _find_shards(folder)
         tensors: dict[str, TensorRef] = {}
         for file in shards:
@@ -138,7 +141,7 @@ class CheckpointIndex:
                     "download or save the checkpoint again"
                 )
         _refuse_quantised_tensors(folder, tensors)
-        notes = [left_over_adapter(folder), _drop_quantisation(folder, config)]
+        notes = [left_over_adapter(folder), _refuse_quantised_config(folder, config, but=_STORED_QUANTISED)]
         told = tuple(note for note in notes if note is not None)
         return cls(folder=folder, config=config, tensors=tensors, files=tuple(shards), notes=told)
 
@@ -324,6 +327,8 @@ def _why_no_weights(folder: Path) -> str:
         f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
     )
     safetensors = ending(".safetensors")
+    if safetensors == [ADAPTER_WEIGHTS]:
+        return adapter_message(folder)
     if any(name.startswith("model-") for name in safetensors):
         return (
             f"{folder}: {INDEX_FILE} is missing beside {len(safetensors)} shards ({safetensors[0]} ...): "
@@ -345,20 +350,25 @@ def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _drop_quantisation(folder: Path, config: dict[str, Any]) -> str | None:
-    """Takes quantisation out of a config whose weights are not quantised, as merged QLoRA models have it; and a note.
+def _refuse_quantised_config(folder: Path, config: dict[str, Any], *, but: Collection[str]) -> str | None:
+    """Takes the entry of a quantisation out of a config, as merged QLoRA models have it, and returns a note on it.
+
+    Args:
+        folder: for messages.
+        config: content of config.json.
+        but: methods that are not refused, since the weights have shown that they are not quantised.
 
     Raises:
-        CheckpointError: the method is not one of those that leave other tensors or other numbers behind.
+        CheckpointError: it is another method.
     """
     found = config.get("quantization_config") or config.get("compression_config")
-    for key in ("quantization_config", "compression_config"):
-        config.pop(key, None)
     if not found:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else None
-    if method not in _STORED_QUANTISED:
+    if method not in but:
         raise CheckpointError(_quantised(folder, f"{method or 'unnamed method'}, says config.json"))
+    for key in ("quantization_config", "compression_config"):
+        config.pop(key, None)
     return (
         f"{folder}: config.json says {method}, but the weights are not quantised: its quantization_config is left out"
     )

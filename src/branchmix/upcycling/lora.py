@@ -63,8 +63,8 @@ def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> Non
     if ours is not None and ours.shape[0] != table.shape[0]:
         raise CheckpointError(
             f"{weights}: its vocabulary was resized: {table.name} has {table.shape[0]} rows, the seed's {ours.name} "
-            f"has {ours.shape[0]}: resize the seed to {table.shape[0]} tokens (resize_token_embeddings, with the adapter's "
-            "tokenizer) and use that as the seed, or merge the adapter yourself"
+            f"has {ours.shape[0]}: resize the seed to {table.shape[0]} tokens (resize_token_embeddings, with the "
+            "adapter's tokenizer) and use that as the seed, or merge the adapter yourself"
         )
 
 
