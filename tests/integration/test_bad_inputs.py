@@ -459,6 +459,8 @@ COMMANDS = [
                     (i.seed / WEIGHTS).unlink()), args=lambda i: ["generate", str(i.seed), "0"]),
     Case("generate: beyond the positions", "--max-new-tokens 65: PROMPT has 1 tokens | only 64 positions | fewer",
          family="gpt2", args=lambda i: ["generate", str(i.seed), "0", "--max-new-tokens", "65"]),
+    Case("generate: beyond computed positions", "--max-new-tokens 65: PROMPT has 1 tokens | only 64 positions | fewer",
+         family="gptj", args=lambda i: ["generate", str(i.seed), "0", "--max-new-tokens", "65"]),
     Case("generate: no tokens in the prompt", "models/seed: its tokenizer makes no tokens of PROMPT | its own",
          args=lambda i: ["generate", str(i.seed), "hi"]),
     Case("generate: another model's tokenizer", "models/seed: | makes token 105 of PROMPT | has only 97 tokens",

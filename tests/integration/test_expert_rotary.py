@@ -102,6 +102,11 @@ def test_each_expert_scales_by_its_own_positions(case: Beside, tmp_path: Path) -
     kept = report.plan.config["expert_rope_parameters"]
     assert [rope.get("max_position_embeddings") for rope in kept] == case.kept
     load(tmp_path / "mixture").save_pretrained(tmp_path / "again")
+    branchmix.export_model(tmp_path / "mixture", tmp_path / "dense", to="dense", expert="expert")
+    alone, dense = load(tmp_path / "dense"), load(models["expert"])
+    for length in (17, 33, 61):
+        with torch.no_grad():
+            close(alone(tokens(length=length)).logits, dense(tokens(length=length)).logits)
     for folder in ("mixture", "again"):
         mixture = load(tmp_path / folder)
         for number, path in enumerate(models.values()):

@@ -120,6 +120,17 @@ def _scales_by_positions(rope: dict[str, Any]) -> bool:
     return rope["rope_type"] == "dynamic" or (rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None)
 
 
+def with_rope(config: Config, rope: dict[str, Any]) -> Config:
+    """The config with other rotary parameters, one of the results of ``rope_of``."""
+    length = "original_max_position_embeddings"
+    kept = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    beside = [POSITIONS]
+    if length in config or config.get("model_type") in _ORIGINAL_LENGTH_DEFAULTS:  # there it counts more
+        beside.append(length)
+    own = {key: value for key, value in rope.items() if key != POSITIONS}
+    return {**kept, **{key: rope[key] for key in beside if key in rope}, "rope_parameters": own}
+
+
 def with_current_names(config: Config) -> Config:
     """The config with rope types under the names that transformers 5 has for them: ``su`` became ``longrope``."""
     renamed = dict(config)
