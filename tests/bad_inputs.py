@@ -123,6 +123,11 @@ def with_extra(folder: Path, name: str, value: torch.Tensor | None = None) -> No
     weights(folder, lambda tensors: tensors.update({name: torch.ones(4) if value is None else value}))
 
 
+def rows(folder: Path, number: int, name: str = "model.embed_tokens.weight") -> None:
+    """Another number of rows of a table, which config.json does not know of."""
+    weights(folder, lambda tensors: tensors.update({name: torch.ones(number, tensors[name].shape[1])}))
+
+
 def cut(folder: Path, nbytes: int = 100) -> None:
     file = folder / WEIGHTS
     os.truncate(file, file.stat().st_size - nbytes)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import import_protobuf
 
 
 def save_byte_tokenizer(folder: Path) -> None:
@@ -20,3 +21,16 @@ def save_byte_tokenizer(folder: Path) -> None:
     )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     fast.save_pretrained(folder)
+
+
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(8)), "▁the", "é", "▁"]
+
+
+def sentencepiece_model(*more: str) -> bytes:
+    """A tokenizer.model of ``PIECES`` and more, of which no text is made tokens."""
+    proto = import_protobuf().ModelProto()
+    for number, piece in enumerate((*PIECES, *more)):
+        proto.pieces.add(piece=piece, score=-number, type=3 if number < 3 else 1)
+    proto.trainer_spec.model_type = 2
+    proto.normalizer_spec.name = "identity"
+    return bytes(proto.SerializeToString())

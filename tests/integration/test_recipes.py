@@ -156,7 +156,25 @@ def test_the_proof_does_without_a_tokenizer_that_works(
     """One without a vocabulary makes no tokens, and one that is broken cannot be loaded: random ids do as well."""
     shutil.copy(siblings("llama")["seed"] / "config.json", tmp_path)
     (tmp_path / file).write_text(content)
-    assert sample_tokens(tmp_path, 97).shape == (1, 48)
+    assert sample_tokens(tmp_path, {**BY_NAME["llama"].config().to_dict()}).shape == (1, 48)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj"])
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_the_proof_takes_no_more_tokens_than_there_are_positions(
+    name: str, with_tokenizer: bool, siblings: Siblings, tmp_path: Path
+) -> None:
+    """Nor do prompts for the routers."""
+    key = "max_position_embeddings" if name == "opt" else "n_positions"
+    models = dict(siblings(name, vocab_size=259, **{key: 12}))
+    options: dict[str, Any] = {}
+    if with_tokenizer:
+        models["seed"] = Path(shutil.copytree(models["seed"], tmp_path / "seed"))
+        save_byte_tokenizer(models["seed"])
+        options["router_init"] = {"prompts": {expert: [expert * 9] for expert in models}}
+    report = branchmix.upcycle(recipe(models, **options), tmp_path / "out", verify=True)
+    assert report.verification is not None and report.verification.tokens == 12
+    assert all(check.passed and check.skipped is None for check in report.verification.experts)
 
 
 def test_what_does_not_fit_float16_is_refused(siblings: Siblings, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from branchmix.accounting.shape import FACTS, Facts, Shape, shape_of
-from branchmix.checkpoint.families import Config, nearest
+from branchmix.checkpoint.families import FAMILIES, Config, nearest
 from branchmix.errors import CheckpointError
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
@@ -105,17 +105,20 @@ def _embedding_widths(shape: Shape) -> tuple[int, int]:
 
 
 def max_positions(config: Config) -> int | None:
-    """Positions the model was made for; the defaults are those of families whose tables depend on them."""
-    default = {"gpt2": 1024, "opt": 2048, "gpt_bigcode": 1024, "biogpt": 1024}.get(config.get("model_type", ""))
+    """Positions the model was made for; the defaults are those of families that have tables of them."""
+    default = {"gpt2": 1024, "opt": 2048, "gpt_bigcode": 1024, "biogpt": 1024, "gptj": 2048}.get(
+        config.get("model_type", "")
+    )
     value = config.get("max_position_embeddings", config.get("n_positions", default))
     return value if isinstance(value, int) and value > 0 else None
 
 
-def learned_positions(config: Config) -> int | None:
-    """Positions that a dense model or a mixture has embeddings for, its longest sequence; None: it computes them."""
+def table_positions(config: Config) -> int | None:
+    """Positions that a dense model or a mixture looks up in a table, learned (GPT-2, OPT) or computed once (GPT-J): its
+    longest sequence. None: it computes them as they come."""
     seed = config.get("seed_config") or config
-    facts = FACTS.get(str(seed.get("model_type")))
-    return max_positions(seed) if facts is not None and facts.positions_offset is not None else None
+    family = FAMILIES.get(str(seed.get("model_type")))
+    return max_positions(seed) if family is not None and family.rotary != "half" else None
 
 
 @dataclass(frozen=True)

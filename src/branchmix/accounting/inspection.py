@@ -23,6 +23,7 @@ from branchmix.accounting.formulas import (
     windows,
 )
 from branchmix.accounting.shape import FACTS, Shape, shape_of
+from branchmix.checkpoint.adapters import refuse_adapter
 from branchmix.checkpoint.families import FAMILIES, is_tied, nearest
 from branchmix.checkpoint.unfit import Config, why_unfit
 from branchmix.errors import BranchMixError, CheckpointError
@@ -374,6 +375,7 @@ def _locate(model: str | Path) -> Path:
 
 
 def _read_config(path: Path) -> Config:
+    refuse_adapter(path)
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -30,11 +30,21 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """What a tokenizer may be made of, in the Hugging Face layout."""
+TEMPLATES = "additional_chat_templates"
+"""The folder of further chat templates (``*.jinja``), which belongs to a tokenizer too."""
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Files of a folder's tokenizer, as paths below the folder."""
+    templates = sorted(file.name for file in (folder / TEMPLATES).glob("*.jinja") if file.is_file())
+    present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [*present, *(f"{TEMPLATES}/{name}" for name in templates)]
+
 
 _OF_A_CHECKPOINT = (
     *TOKENIZER_FILES,
     *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "adapter_config.json"),
-    *("tokenizer*", "preprocessor_config.json", "processor_config.json", "chat_templates", "params.json"),
+    *("tokenizer*", "preprocessor_config.json", "processor_config.json", "chat_templates", TEMPLATES, "params.json"),
     *("configuration_*.py", "modeling_*.py", "modular_*.py", "tokenization_*.py", "*_branchmix.py", "__pycache__"),
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY.md", "original", "onnx", "*.gguf"),
     *(".gitattributes", ".cache", ".huggingface", ".DS_Store"),

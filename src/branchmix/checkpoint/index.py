@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, adapter_message, left_over_adapter, refuse_adapter
 from branchmix.checkpoint.hub import is_there
+from branchmix.checkpoint.rotary import with_current_names
 from branchmix.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -60,6 +63,8 @@ _QUANTISED_SUFFIXES = {
     ".weight_blocks": "MXFP4",
     ".weight_scales": "MXFP4",
 }
+_STORED_QUANTISED = frozenset("bitsandbytes gptq awq compressed-tensors fp8 fbgemm_fp8 mxfp4".split())
+"""Methods whose tensors show that they were quantised; others quantise 16-bit weights as they compute."""
 _QUANTISED_DTYPES = {"I8", "U8"} | {code for code in DTYPE_BITS if code.startswith(("F8_", "F6_", "F4"))}
 
 
@@ -94,6 +99,8 @@ class CheckpointIndex:
     """The tensors of all shards, in file order."""
     files: tuple[Path, ...]
     """The weight files."""
+    notes: tuple[str, ...] = ()
+    """What of the folder does not count, for the user."""
 
     @property
     def nbytes(self) -> int:
@@ -109,8 +116,10 @@ class CheckpointIndex:
         """
         folder = Path(folder)
         _require_folder(folder)
+        refuse_adapter(folder)
         config = _read_config(folder)
-        _refuse_quantised_config(folder, config)
+        if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+            _refuse_quantised_config(folder, config, but=())  # whose weights have names of their own
         shards = _find_shards(folder)
         tensors: dict[str, TensorRef] = {}
         for file in shards:
@@ -132,7 +141,9 @@ class CheckpointIndex:
                     "download or save the checkpoint again"
                 )
         _refuse_quantised_tensors(folder, tensors)
-        return cls(folder=folder, config=config, tensors=tensors, files=tuple(shards))
+        notes = [left_over_adapter(folder), _refuse_quantised_config(folder, config, but=_STORED_QUANTISED)]
+        told = tuple(note for note in notes if note is not None)
+        return cls(folder=folder, config=config, tensors=tensors, files=tuple(shards), notes=told)
 
 
 def read_header(file: Path) -> list[TensorRef]:
@@ -270,13 +281,11 @@ def _require_folder(folder: Path) -> None:
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise CheckpointError(_adapter_message(folder))
         raise CheckpointError(f"{folder}: no config.json: not a transformers checkpoint, or an unfinished download")
     config = _read_json_object(file)
     if not config:
         raise CheckpointError(f"{file}: is empty: copy the model's config.json here")
-    return config
+    return with_current_names(config)
 
 
 def _read_json_object(file: Path) -> dict[str, Any]:
@@ -318,8 +327,8 @@ def _why_no_weights(folder: Path) -> str:
         f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
     )
     safetensors = ending(".safetensors")
-    if "adapter_config.json" in names or safetensors == ["adapter_model.safetensors"]:
-        return _adapter_message(folder)
+    if safetensors == [ADAPTER_WEIGHTS]:
+        return adapter_message(folder)
     if any(name.startswith("model-") for name in safetensors):
         return (
             f"{folder}: {INDEX_FILE} is missing beside {len(safetensors)} shards ({safetensors[0]} ...): "
@@ -337,19 +346,32 @@ def _why_no_weights(folder: Path) -> str:
     return f"{folder}: no weights (no {SINGLE_FILE}, no {INDEX_FILE}): finish the download, or check the path"
 
 
-def _adapter_message(folder: Path) -> str:
-    return f"{folder}: is a LoRA adapter folder, not a full checkpoint: merge it into its base model first"
-
-
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _refuse_quantised_config(folder: Path, config: dict[str, Any]) -> None:
+def _refuse_quantised_config(folder: Path, config: dict[str, Any], *, but: Collection[str]) -> str | None:
+    """Takes the entry of a quantisation out of a config, as merged QLoRA models have it, and returns a note on it.
+
+    Args:
+        folder: for messages.
+        config: content of config.json.
+        but: methods that are not refused, since the weights have shown that they are not quantised.
+
+    Raises:
+        CheckpointError: it is another method.
+    """
     found = config.get("quantization_config") or config.get("compression_config")
-    if found:
-        method = found.get("quant_method") if isinstance(found, dict) else None
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method not in but:
         raise CheckpointError(_quantised(folder, f"{method or 'unnamed method'}, says config.json"))
+    for key in ("quantization_config", "compression_config"):
+        config.pop(key, None)
+    return (
+        f"{folder}: config.json says {method}, but the weights are not quantised: its quantization_config is left out"
+    )
 
 
 def _refuse_quantised_tensors(folder: Path, tensors: dict[str, TensorRef]) -> None:

@@ -24,6 +24,15 @@ _SCALED_DEFAULTS: dict[str, dict[str, Any]] = {
     }
 }
 """What families take for rotary parameters that are left out, where it is more than a base and a part."""
+_POSITIONS_DEFAULTS = {
+    **dict.fromkeys(("llama", "olmo", "olmo2", "olmo3", "phi", "gpt_neox", "falcon", "granite"), 2048),
+    **dict.fromkeys(("phi3", "stablelm", "starcoder2", "nemotron"), 4096),
+    **dict.fromkeys(("gemma", "gemma2", "cohere", "cohere2"), 8192),
+    **dict.fromkeys(("qwen2", "qwen3", "smollm3"), 32768),
+    **dict.fromkeys(("mistral", "ministral", "gemma3_text", "glm", "glm4"), 131072),
+}
+_RENAMED_TYPES = {"phi3": {"su": "longrope", "yarn": "longrope"}}
+"""Rope types that a family's config class takes for another one."""
 
 _OLD_NAMES = {"gpt_neox": ("rotary_emb_base", "rotary_pct")}
 """Keys of the base and of the rotated part of a head, where transformers 4 did not call them as other families'."""
@@ -36,6 +45,9 @@ _LOCAL_THETA = 10000.0
 
 _NEEDS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 """Values of ``rope_type`` that scale from the length of pretraining."""
+
+POSITIONS = "max_position_embeddings"
+"""Key of the config that some types scale by; in ``rope_of`` only where it counts."""
 
 
 def rope_of(config: Config) -> dict[str, Any]:
@@ -97,13 +109,47 @@ def _filled(given: dict[str, Any], theta: Any, part: Any, config: Config) -> dic
     family = config.get("model_type", "")
     rope = {"rope_type": given.get("type", "default"), "rope_theta": theta, "partial_rotary_factor": part, **given}
     rope.pop("type", None)  # transformers 5 keeps the older name of rope_type beside it
+    rope["rope_type"] = _RENAMED_TYPES.get(family, {}).get(str(rope["rope_type"]), rope["rope_type"])
     if isinstance(rope["rope_theta"], int):
         rope["rope_theta"] = float(rope["rope_theta"])
     if rope["rope_type"] in _NEEDS_ORIGINAL_LENGTH:
-        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-        if family in _ORIGINAL_LENGTH_DEFAULTS:  # this family's stands beside the parameters, and counts more
-            beside = config.get("original_max_position_embeddings", _ORIGINAL_LENGTH_DEFAULTS[family])
+        rope.setdefault("original_max_position_embeddings", _positions(config))
+        # One beside the parameters, as Phi-3's, counts more.
+        beside = config.get("original_max_position_embeddings", _ORIGINAL_LENGTH_DEFAULTS.get(family))
+        if beside is not None:
             rope["original_max_position_embeddings"] = beside
     if rope["partial_rotary_factor"] in (None, 1.0) and family not in _PARTIAL_DEFAULTS:
         del rope["partial_rotary_factor"]  # the same as none
-    return rope
+    positions = _positions(config) if _scales_by_positions(rope) else None
+    return rope if positions is None else {**rope, POSITIONS: positions}
+
+
+def _positions(config: Config) -> Any:
+    return config.get(POSITIONS, _POSITIONS_DEFAULTS.get(config.get("model_type", "")))
+
+
+def _scales_by_positions(rope: dict[str, Any]) -> bool:
+    """Whether a type takes its factor from the number of positions, or begins to scale beyond them."""
+    return rope["rope_type"] == "dynamic" or (rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None)
+
+
+def with_rope(config: Config, rope: dict[str, Any]) -> Config:
+    """The config with other rotary parameters, one of the results of ``rope_of``."""
+    length = "original_max_position_embeddings"
+    kept = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    beside = [POSITIONS]
+    if length in config or config.get("model_type") in _ORIGINAL_LENGTH_DEFAULTS:  # there it counts more
+        beside.append(length)
+    own = {key: value for key, value in rope.items() if key != POSITIONS}
+    return {**kept, **{key: rope[key] for key in beside if key in rope}, "rope_parameters": own}
+
+
+def with_current_names(config: Config) -> Config:
+    """The config with rope types under the names that transformers 5 has for them: ``su`` became ``longrope``."""
+    renamed = dict(config)
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = config.get(key)
+        if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "su":
+            rest = {name: value for name, value in scaling.items() if name != "type"}
+            renamed[key] = {**rest, "rope_type": "longrope"}
+    return renamed

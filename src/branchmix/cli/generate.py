@@ -43,7 +43,7 @@ def generate_command(
 ) -> None:
     """Continue a text."""
     from branchmix.checkpoint.hub import resolve
-    from branchmix.cli.console import quiet_libraries
+    from branchmix.cli.console import notice, quiet_libraries
 
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise RecipeError(f"--dtype {dtype}: give auto, bfloat16, float16 or float32")
@@ -60,6 +60,8 @@ def generate_command(
     from branchmix.likelihood.models import TextModel
 
     text_model = TextModel(resolved, dtype, trust_remote_code)
+    for note in text_model.notes:
+        notice(f"note: {note}")
     _generate(text_model, prompt, max_new_tokens, temperature, seed, chat, as_json)
 
 
@@ -145,9 +147,9 @@ def _require_positions(text_model: TextModel, prompt_tokens: int, max_new_tokens
     Raises:
         RecipeError: gives the number of positions.
     """
-    from branchmix.accounting.formulas import learned_positions
+    from branchmix.accounting.formulas import table_positions
 
-    positions = learned_positions(text_model.config.to_dict())
+    positions = table_positions(text_model.config.to_dict())
     if positions is not None and prompt_tokens + max_new_tokens - 1 > positions:
         raise RecipeError(
             f"--max-new-tokens {max_new_tokens}: PROMPT has {prompt_tokens} tokens, and {text_model.folder} has only "

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from branchmix.errors import RecipeError
+from branchmix.errors import CheckpointError, RecipeError
 
 EPILOG = """\b
 Examples:
@@ -29,11 +29,17 @@ def serve_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.", show_default=False)],
 ) -> None:
     """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
+    from branchmix.checkpoint.adapters import ADAPTER_CONFIG, left_over_adapter
     from branchmix.checkpoint.hub import resolve
     from branchmix.checkpoint.index import CheckpointIndex
 
     resolved = resolve(model)
     CheckpointIndex.open(resolved.folder)  # refuses pickles, and folders without a checkpoint
+    if left_over_adapter(resolved.folder):
+        raise CheckpointError(
+            f"{resolved.folder}: an adapter's files lie beside the model's weights, and the server would apply it: "
+            f"move {ADAPTER_CONFIG} away"
+        )
     # Given a Hub id, the server finds the same revision; clients could not name a folder in the cache.
     name = model if resolved.revision else str(resolved.folder)
     if not resolved.revision and "@" in name:

@@ -88,6 +88,7 @@ def evaluate(
         window = _window(candidates, max_length, stride)
         folder = Path(out) if out is not None else None
         report = EvalReport([ModelReport(candidate.given, dtype) for candidate in candidates])
+        report.notes += [note for candidate in candidates for note in candidate.notes]
         if options is not None:
             from branchmix.evaluate.tasks.run import Tasks
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from branchmix.checkpoint.families import Config
-from branchmix.checkpoint.rotary import rope_of
+from branchmix.checkpoint.rotary import POSITIONS, rope_of
 from branchmix.upcycling.mixture import OpenedMixture
 from branchmix.upcycling.sources import DenseExpert
 
@@ -315,6 +315,8 @@ _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def _rope_keys(rope: dict[str, Any]) -> Config:
     """``rope_theta`` and ``rope_scaling``: transformers 4's keys, which 5 and other tools read as well."""
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    keys: Config = {"rope_theta": rope.get("rope_theta", 10000.0)}
+    beside = {POSITIONS: rope[POSITIONS]} if POSITIONS in rope else {}
+    apart = ("rope_theta", "partial_rotary_factor", *beside)
+    scaling = {key: value for key, value in rope.items() if key not in apart}
+    keys: Config = {"rope_theta": rope.get("rope_theta", 10000.0), **beside}
     return keys if scaling.get("rope_type", "default") == "default" else {**keys, "rope_scaling": scaling}

@@ -12,6 +12,7 @@ from dataclasses import replace
 from branchmix.checkpoint.drawn import Constant
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack, Transposed
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.rotary import with_rope
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError
 from branchmix.export.native import NATIVES, SHARED_EXPERT_WIDTH, TARGETS, Native, native_config, problems
@@ -191,8 +192,7 @@ def _plan_dense(mixture: OpenedMixture, name: str | None) -> Plan:
     config["dtype"] = _dtype_name(mixture)
     ropes = mixture.config.get("expert_rope_parameters")
     if ropes and expert is not None:
-        config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
-        config["rope_parameters"] = ropes[expert.number]
+        config = with_rope(config, ropes[expert.number])
     factor = 1.0
     if name is None and mixture.has_ffn_experts:  # the only one: its gate is 1
         factor = float(mixture.config.get("routed_scaling_factor", 1.0))

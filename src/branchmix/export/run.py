@@ -149,21 +149,21 @@ def _verify(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from branchmix.likelihood.loading import without_adapter
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
     ours = sum(float32_bytes(ref.nbytes, ref.dtype) for ref in mixture.index.tensors.values())
     theirs = float32_bytes(plan.nbytes, mixture.dtype)
     require_memory(ours + theirs, "comparing logits", "--no-verify leaves it out")
     compared, nbytes = compare_bytes(plan, CheckpointIndex.open(folder), progress)
-    positions = max_positions(mixture.seed_config)
-    tokens = sample_tokens(mixture.resolved.folder, mixture.dims.vocab_size, most=positions)
+    tokens = sample_tokens(mixture.resolved.folder, mixture.dims.vocab_size, most=max_positions(mixture.seed_config))
     logits = []
     for number, (name, where) in enumerate((("mixture", mixture.resolved.folder), ("export", folder))):
         if progress is not None:
             progress("comparing logits", number, 2)
         loader = BranchMixForCausalLM if name == "mixture" else AutoModelForCausalLM
         model, info = loader.from_pretrained(
-            where, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            where, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **without_adapter(where)
         )
         strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         if strangers:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.accounting import inspect
-from branchmix.checkpoint.folder import TOKENIZER_FILES
+from branchmix.checkpoint.folder import tokenizer_files
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.index import INDEX_FILE, CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder, metadata_of
@@ -139,11 +139,11 @@ def _whole(folder: Path) -> CheckpointIndex:
 def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | None, card: str) -> list[Upload]:
     """Model, tokenizer, code and card: what a checkpoint is made of, by name, and nothing else of the folder."""
     is_mixture = index.config.get("model_type") == "branchmix"
-    names = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+    names = ["config.json", "generation_config.json", *tokenizer_files(folder)]
     if len(index.files) > 1:
         names.append(INDEX_FILE)
-    present = [folder / name for name in names if (folder / name).is_file()]
-    files = [Upload(file.name, rewritten(file) or file) for file in present]
+    present = [(name, folder / name) for name in names if (folder / name).is_file()]
+    files = [Upload(name, rewritten(file) or file) for name, file in present]
     files += [Upload(file.name, file) for file in index.files]
     if is_mixture:
         own = sorted(folder.glob("*_branchmix.py"))  # an older version may have had other files

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
+from branchmix.checkpoint.token_ids import sentencepieces, vocabulary_of
 from branchmix.errors import CheckpointError
 
 
@@ -24,10 +27,18 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM
 
+    refuse_adapter(folder)
+    options |= without_adapter(folder)
     options |= {"use_safetensors": True, "output_loading_info": True}
     model, info = load(AutoModelForCausalLM, folder, given=given, trust_remote_code=trust_remote_code, **options)
     refuse_missing(info, given or str(folder))
     return model
+
+
+def without_adapter(folder: Path) -> dict[str, Any]:
+    """Options of ``from_pretrained`` for a model in whose folder an adapter was left, which it would apply on top: told
+    to look for adapters in a folder that is not there, it finds none."""
+    return {"adapter_kwargs": {"subfolder": "no adapter"}} if left_over_adapter(folder) else {}
 
 
 def load_tokenizer(folder: Path, *, given: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -46,12 +57,23 @@ def load(kind: Any, folder: Path, *, given: str | None = None, trust_remote_code
         return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # whatever transformers and the readers below it raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "tiktoken" in str(error) and _lacks_sentencepiece(folder):
+            reason = "its tokenizer.model needs sentencepiece: pip install sentencepiece protobuf"
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason = (
                 "it brings code of its own: read that code, then allow it with --trust-remote-code (in a run's file: "
                 "trust_remote_code: true)"
             )
         raise CheckpointError(f"{given or folder}: transformers cannot load it: {reason}") from error
+
+
+def _lacks_sentencepiece(folder: Path) -> bool:
+    """Whether a folder's tokenizer is a sentencepiece model, and the library is not there: transformers then takes the
+    file for another library's."""
+    file = vocabulary_of(folder)
+    if file is None or file.name != "tokenizer.model" or find_spec("sentencepiece") is not None:
+        return False
+    return sentencepieces(file.read_bytes()) is not None
 
 
 def refuse_missing(info: dict[str, Any], given: str) -> None:

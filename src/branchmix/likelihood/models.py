@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
@@ -23,13 +24,19 @@ def check_dtype(dtype: str) -> None:
 
 
 class TextModel:
-    """A model's config and tokenizer; its weights are loaded when they are asked for."""
+    """A model's config and tokenizer; its weights are loaded when they are asked for.
+
+    ``notes`` say what of its folder does not count.
+    """
 
     def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool):
         from transformers import AutoConfig
 
         self.given, self.folder, self.revision = found.given, found.folder, found.revision
         self.dtype = dtype
+        refuse_adapter(self.folder)
+        note = left_over_adapter(self.folder)
+        self.notes = [] if note is None else [note]
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: has no config.json: give the folder of a model")
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):

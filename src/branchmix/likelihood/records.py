@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS
 from branchmix.checkpoint.folder import writing
 from branchmix.checkpoint.hashes import FileHashes, key_of
 from branchmix.errors import OutputError
@@ -119,8 +120,8 @@ def _ends_within_a_line(file: BinaryIO) -> bool:
 
 def model_hash(folder: Path) -> str:
     """Of the content of a model's config, code and weights; reading them costs about what loading them does."""
-    patterns = ("*.safetensors", "config.json", "adapter_config.json", "*.py")
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    patterns = ("*.safetensors", "config.json", "*.py")
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.name != ADAPTER_WEIGHTS)
     with FileHashes(files) as hashes:
         return key_of({file.name: hashes.of(file) for file in files})
 

@@ -225,13 +225,21 @@ def eager_attention_forward(
 
 
 class BranchMixExpertRotary(nn.ModuleList):
-    """The family's rotary embedding once for each expert, for experts whose rotary parameters differ."""
+    """The family's rotary embedding once for each expert, for experts whose rotary parameters differ.
+
+    Among an expert's parameters may be keys that its config has beside them: some types scale by the number of
+    positions. Without them the seed's count, as in mixtures that were saved before these keys were.
+    """
 
     def __init__(self, rotary: nn.Module, seed_config: Any, rope_parameters: list[dict[str, Any]]):
         modules = []
         for parameters in rope_parameters:
-            config = copy.deepcopy(seed_config)
-            config.rope_parameters = dict(parameters)
+            config, own = copy.deepcopy(seed_config), dict(parameters)
+            if "max_position_embeddings" in own:
+                config.max_position_embeddings = own.pop("max_position_embeddings")
+            if hasattr(config, "original_max_position_embeddings") and "original_max_position_embeddings" in own:
+                config.original_max_position_embeddings = own["original_max_position_embeddings"]  # Phi-3: counts more
+            config.rope_parameters = own
             modules.append(type(rotary)(config=config))
         super().__init__(modules)
 

@@ -57,7 +57,8 @@ class BranchMixConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the load-balancing loss, summed over layers (eq. 2's alpha, not given there).
         router_z_loss_coef: weight of the router z-loss, summed over layers (eq. 2's beta, not given there).
         output_router_logits: return both routers' logits, and add the losses outside training too.
-        expert_rope_parameters: rotary parameters of each expert where they differ (``kv_experts`` only).
+        expert_rope_parameters: rotary parameters of each expert where they differ (``kv_experts`` only), with its
+            ``max_position_embeddings`` among them where the type scales by it.
         initializer_range: standard deviation of newly drawn routers.
     """
 

@@ -350,7 +350,13 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The family's own: Phi-3 drops its cache there where its rotary factors change."""
+        """The family's own: Phi-3 drops its cache where its rotary factors change, be it an expert's own."""
+        past = kwargs.get("past_key_values")
+        if past is not None and hasattr(self.config.seed_config, "original_max_position_embeddings"):
+            for rope in self.config.expert_rope_parameters or ():
+                boundary = rope.get("original_max_position_embeddings", input_ids.shape[1])
+                if past.get_seq_length() <= boundary < input_ids.shape[1]:
+                    kwargs |= {"past_key_values": None, "next_sequence_length": None}
         return self.model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def forward(

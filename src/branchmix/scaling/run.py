@@ -128,6 +128,7 @@ def run(
     found = ScalingRun([], chosen, notes, _versions())
     for subject in chosen:
         model = _Model(subject, dtype, bos, trust_remote_code)
+        notes += model.text.notes
         for one in selected:
             found.results.append(model.result(one, records, batch_tokens, progress))
         if model.known:

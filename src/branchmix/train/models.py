@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from branchmix.checkpoint.adapters import refuse_adapter
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.folder import TOKENIZER_FILES
+from branchmix.checkpoint.folder import tokenizer_files
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.loading import load_language_model, load_tokenizer
@@ -250,6 +251,7 @@ def require_model_type(resolved: ResolvedModel) -> dict[str, Any]:
     """
     import json
 
+    refuse_adapter(resolved.folder)
     file = Path(resolved.folder) / "config.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -271,13 +273,14 @@ class TokenizerFiles:
 
     def __init__(self, tokenizer: Any, source: ResolvedModel | None):
         self.tokenizer = tokenizer
-        self.files = []
-        if source is not None:
-            self.files = [file for name in TOKENIZER_FILES if (file := Path(source.folder) / name).is_file()]
+        self.folder = None if source is None else Path(source.folder)
+        self.files = [] if self.folder is None else tokenizer_files(self.folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files into ``folder``."""
         if not self.files:
             self.tokenizer.save_pretrained(folder)
-        for file in self.files:
-            shutil.copyfile(file, Path(folder) / file.name)
+        for name in self.files:
+            assert self.folder is not None
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.folder / name, Path(folder) / name)

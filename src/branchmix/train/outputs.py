@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from branchmix.checkpoint.folder import TOKENIZER_FILES, require_name, write_json, writing
+from branchmix.checkpoint.folder import TEMPLATES, TOKENIZER_FILES, require_name, write_json, writing
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.settings import parse
 from branchmix.train.config import RunConfig
@@ -33,6 +33,7 @@ OURS = (
     *(f".{RUN}.*", f".{DONE}.*", ".metrics.jsonl.*", "config.json", "generation_config.json", "adapter_config.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
     *TOKENIZER_FILES,
+    TEMPLATES,
 )
 """Names of what a run and its loggers write. Starting over removes these only, and no other files in the folder."""
 

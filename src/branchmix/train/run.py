@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchmix.accounting.lineage import as_records, lineage
+from branchmix.checkpoint.adapters import left_over_adapter
 from branchmix.checkpoint.folder import write_json, writing
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import OutputError, RecipeError
@@ -198,6 +199,8 @@ class _Run:
 
         config, checked = self.config, self.checked
         if checked.model is not None:
+            if note := left_over_adapter(checked.model.folder):
+                self.display.line(f"note: {note}")
             self.model, self.tokenizer = load_model(checked.model, config, self.computing)
         else:
             assert isinstance(config.model, NewModel)

@@ -6,11 +6,11 @@ Reads configs, safetensors headers and tokenizer files, no weights but buffers o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchmix.checkpoint.families import Config, Dimensions, dimensions
+from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, is_head
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
@@ -20,6 +20,7 @@ from branchmix.recipe import Recipe
 from branchmix.upcycling.config_match import config_differences
 from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role
 from branchmix.upcycling.structure import (
+    TOKEN_TABLES,
     contradictions,
     count_tensors,
     incompleteness,
@@ -49,6 +50,8 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
         experts: the specialised models.
     """
     found = Findings()
+    for who, model in (("seed", seed), *((f"expert {expert.name!r}", expert) for expert in experts)):
+        found.notes += [f"{who}: {note}" for note in model.index.notes]
     seeds_own = [*contradictions(seed), *structure_problems(seed)] or list(incompleteness(seed))
     found.problems += [f"seed: {problem}" for problem in seeds_own]
     if (key := why_bidirectional(seed.index.config)) is not None:
@@ -90,6 +93,7 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
             f"{seed_config.get('model_type')}: {SAME_SEED}"
         )
         return found
+    found.notes += [f"{who}: {note}" for note in newcomer.index.notes]
     dims = dimensions(seed_config)
     contradicting = list(contradictions(newcomer))
     structure = [*contradicting, *structure_problems(newcomer)]
@@ -104,8 +108,10 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
         found.problems.append(f"{who}: {tokenizer.problem}")
     if tokenizer.note:
         found.notes.append(f"{who}: {tokenizer.note}")
-    if not config.get("expert_rope_parameters") and rope_of(theirs) != rope_of(seed_config):
-        if config["attention"] == "kv_experts" and newcomer.family.plain_attention:
+    if _rotated_part(theirs) != _rotated_part(seed_config):
+        found.problems.append(_other_part(who, theirs, seed_config))
+    elif rope_of(theirs) != rope_of(seed_config):
+        if config["attention"] == "kv_experts" and _may_rotate_apart(newcomer.family, (newcomer,)):
             found.notes.append(f"{who}: keeps its own rotary settings, {_rope_words(newcomer)}")
         else:
             found.problems.append(
@@ -248,7 +254,7 @@ def _tensor_problems(who: str, seed: DenseExpert, expert: DenseExpert) -> Iterat
         yield f"{who}: has {count_tensors(extra)} that the seed lacks, first {extra[0]}: {SAME_SEED}"
     for name in ours.keys() & theirs.keys():
         mine, other = ours[name].shape, theirs[name].shape
-        if mine != other and not (_is_vocabulary(name, mine, seed) and mine[1:] == other[1:]):
+        if mine != other and not (_is_vocabulary(name, seed) and mine[1:] == other[1:]):
             yield f"{who}: {name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
         elif not _averaged_or_equal(ours[name], theirs[name]):
             yield (
@@ -273,8 +279,8 @@ def _check_vocabulary(
     size = tokenizer.size
     if not tokenizer.same or size is None:
         found.problems.append(
-            f"{who}: vocab_size is {theirs}, but the seed's is {ours}, and without both tokenizer.json files nobody "
-            "can tell whether the rest is padding: put the tokenizers beside the weights"
+            f"{who}: vocab_size is {theirs}, but the seed's is {ours}, and without both tokenizers nobody can tell "
+            "whether the rest is padding: put the tokenizers beside the weights"
         )
     elif size > min(ours, theirs):
         found.problems.append(
@@ -294,8 +300,13 @@ def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert],
     different = [expert for expert in experts if rope_of(expert.index.config) != ours]
     if not different:
         return
-    flat = all("rope_theta" in rope_of(model.index.config) for model in (seed, *experts))
-    if recipe.attention == "kv_experts" and seed.family.plain_attention and flat:
+    for expert in list(different):
+        if _rotated_part(expert.index.config) != _rotated_part(seed.index.config):
+            different.remove(expert)
+            found.problems.append(_other_part(f"expert {expert.name!r}", expert.index.config, seed.index.config))
+    if not different:
+        return
+    if recipe.attention == "kv_experts" and _may_rotate_apart(seed.family, (seed, *experts)):
         models = [seed, *experts] if recipe.include_seed else list(experts)
         copies = [seed] * recipe.seed_copies
         found.expert_rope_parameters = [rope_of(model.index.config) for model in (*models, *copies)]
@@ -312,6 +323,26 @@ def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert],
             f"expert {expert.name!r}: rotary settings are {_rope_words(expert)}, but the seed's are "
             f"{_rope_words(seed)}: {reason}"
         )
+
+
+def _may_rotate_apart(family: Family, models: Iterable[DenseExpert]) -> bool:
+    """Whether a family's attention can rotate each expert's heads in their own way: one way for all layers."""
+    return family.plain_attention and all("rope_theta" in rope_of(model.index.config) for model in models)
+
+
+def _rotated_part(config: Config) -> Any:
+    """The share of a head that is rotated; of layer types that differ, each one's."""
+    rope = rope_of(config)
+    if "rope_theta" in rope:
+        return rope.get("partial_rotary_factor", 1.0)
+    return {kind: given.get("partial_rotary_factor", 1.0) for kind, given in rope.items()}
+
+
+def _other_part(who: str, theirs: Config, ours: Config) -> str:
+    return (
+        f"{who}: partial_rotary_factor is {json.dumps(_rotated_part(theirs))}, but the seed's is "
+        f"{json.dumps(_rotated_part(ours))}: the rotated parts of all experts' heads must be equal, {SAME_SEED}"
+    )
 
 
 def _rope_words(model: DenseExpert) -> str:
@@ -347,8 +378,10 @@ def foldable_norms(recipe: Recipe, seed: DenseExpert) -> list[str]:
     return [norm for norm, experts in readers.items() if all(experts)]
 
 
-def _is_vocabulary(name: str, shape: tuple[int, ...], seed: DenseExpert) -> bool:
-    return not name.startswith(f"{seed.family.layers}.") and len(shape) >= 1 and shape[0] == seed.dims.vocab_size
+def _is_vocabulary(name: str, seed: DenseExpert) -> bool:
+    return not name.startswith(f"{seed.family.layers}.") and (
+        is_head(name) or name.rpartition(".")[0].endswith(TOKEN_TABLES)
+    )
 
 
 def _dtypes(model: DenseExpert) -> set[str]:

@@ -30,7 +30,7 @@ _IGNORED = frozenset(
     id2label label2id num_labels auto_map output_attentions output_hidden_states return_dict problem_type
     chunk_size_feed_forward task_specific_params pretraining_tp gradient_checkpointing
     tie_word_embeddings vocab_size rope_theta rope_scaling rope_parameters rotary_emb_base partial_rotary_factor
-    rotary_pct rope_local_base_freq max_position_embeddings model_type model_max_length
+    rotary_pct rope_local_base_freq max_position_embeddings original_max_position_embeddings model_type model_max_length
     hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head num_key_value_heads num_kv_heads
     intermediate_size n_inner ffn_dim ffn_hidden_size head_dim n_positions n_ctx
     temperature top_p top_k do_sample max_length min_length repetition_penalty num_beams

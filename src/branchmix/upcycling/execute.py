@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.folder import TOKENIZER_FILES, atomic_folder, require_name, require_replaceable, write_json
+from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, is_adapter
+from branchmix.checkpoint.folder import atomic_folder, require_name, require_replaceable, tokenizer_files, write_json
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
@@ -26,6 +27,7 @@ from branchmix.checkpoint.places import rewritten, without_places
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.recipe import Recipe
+from branchmix.upcycling.buildable import unbuildable
 from branchmix.upcycling.card import model_card
 from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
 
@@ -34,9 +36,6 @@ if TYPE_CHECKING:
 
 CODE_FILES = tuple(sorted((Path(__file__).parent.parent / "models").glob("*_branchmix.py")))
 """The model's code, which is saved with every mixture."""
-
-_COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
-"""What comes along from the seed, if it is there."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Sourced:
     @property
     def files(self) -> tuple[Path, ...]:
         """The weights that the user has: an adapter's own, not those of the temporary merge."""
-        return self.index.files if self.adapter is None else (self.adapter / "adapter_model.safetensors",)
+        return self.index.files if self.adapter is None else (self.adapter / ADAPTER_WEIGHTS,)
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,9 @@ def _write_companions(
     card: Callable[[Plan, dict[str, Any]], str],
 ) -> None:
     """Everything but the weights, config.json last."""
-    for name in _COMPANIONS:
+    for name in (*tokenizer_files(companions), "generation_config.json"):
         if (companions / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             _copy_companion(companions / name, folder / name)
     if not plan.is_dense:
         for file in CODE_FILES:
@@ -236,7 +236,7 @@ def open_sources(
     Raises:
         CompatibilityError: with the problems of all sources, those that cannot be read among them.
     """
-    from branchmix.upcycling.lora import check_adapter, is_adapter, merged_adapter
+    from branchmix.upcycling.lora import check_adapter, merged_adapter
 
     names = ["seed", *(expert.name for expert in recipe.experts)]
     problems: list[str] = []
@@ -254,6 +254,7 @@ def open_sources(
             problems.append(f"{_who(name)}: {error}")
         indexes.append(index)
     fit: Fit | None = check_fit(recipe, indexes, problems)
+    require_buildable(zip(names, indexes, strict=True))
 
     with ExitStack() as temporary:
         opened: list[Sourced] = []
@@ -265,6 +266,17 @@ def open_sources(
                 index, fit = CheckpointIndex.open(folder), None
             opened.append(Sourced(name, model, index, adapter=model.folder if adapter else None))
         yield opened, fit
+
+
+def require_buildable(models: Iterable[tuple[str, CheckpointIndex | None]]) -> None:
+    """Refuse, before anything is written, models of which transformers could not load a mixture.
+
+    Raises:
+        CompatibilityError: with transformers' reasons.
+    """
+    problems = list(unbuildable((_who(name), index.config) for name, index in models if index is not None))
+    if problems:
+        raise CompatibilityError(problems)
 
 
 def _who(name: str) -> str:

@@ -9,16 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter instead of a model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+from branchmix.upcycling.structure import TOKEN_TABLES
 
 
 def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
@@ -28,7 +25,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
         CheckpointError: no LoRA, pickled weights, trained on a model of other modules or sizes, or it changes one of
             two matrices that the seed ties.
     """
-    file = adapter / "adapter_config.json"
+    file = adapter / ADAPTER_CONFIG
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind = settings.get("peft_type")
@@ -37,7 +34,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     if kind != "LORA":
         what = f"peft_type {kind}" if kind else "no peft_type"
         raise CheckpointError(f"{file}: has {what}, only LORA can be merged: merge the adapter yourself first")
-    weights = adapter / "adapter_model.safetensors"
+    weights = adapter / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise CheckpointError(f"{adapter}: has no {weights.name} (pickles are never loaded): save it as such")
     refs = read_header(weights)
@@ -49,6 +46,8 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     for ref in refs:
         module, lora, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
         # Of a checkpoint of the base model alone, names lack the first part.
+        if not lora and ref.name.endswith((*(f"{table}.weight" for table in TOKEN_TABLES), "lm_head.weight")):
+            _require_rows(weights, ref, seed)
         target = seed.tensors.get(f"{module}.weight") or seed.tensors.get(f"{module.partition('.')[2]}.weight")
         if not lora or is_head(module):
             continue
@@ -80,6 +79,22 @@ def _unties(settings: dict[str, Any], refs: list[TensorRef], seed: CheckpointInd
         if ends[0] not in of_ends or any(rows != told[0] for rows in told):
             trained |= of_ends.keys()
     return next((end for end in ends if end in trained), None)
+
+
+def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> None:
+    """An adapter trained after the vocabulary was resized carries whole embeddings of other rows than the seed's.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    last = table.name.split(".")[-2]
+    ours = next((ref for name, ref in seed.tensors.items() if name.endswith(f"{last}.weight")), None)
+    if ours is not None and ours.shape[0] != table.shape[0]:
+        raise CheckpointError(
+            f"{weights}: its vocabulary was resized: {table.name} has {table.shape[0]} rows, the seed's {ours.name} "
+            f"has {ours.shape[0]}: resize the seed to {table.shape[0]} tokens (resize_token_embeddings, with the "
+            "adapter's tokenizer) and use that as the seed, or merge the adapter yourself"
+        )
 
 
 def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from branchmix.accounting.formulas import table_positions
 from branchmix.checkpoint.drawn import Held
 from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.index import CheckpointIndex
@@ -66,11 +67,12 @@ def hidden_state_routers(
     dtype = output_dtype(recipe, seed)
     watched = _watched(recipe, seed, model)
 
+    length = min(MAX_TOKENS, table_positions(seed_index.config) or MAX_TOKENS)
     states: dict[str, list[np.ndarray]] = {name: [] for name in watched}
     for name in recipe.expert_names:
         with torch.no_grad(), _mean_inputs(watched) as means:
             for text in texts[name]:
-                ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=MAX_TOKENS).input_ids
+                ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=length).input_ids
                 model(ids, use_cache=False)
         for router, (total, count) in means.items():
             states[router].append((total / count).numpy())

@@ -8,11 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from branchmix.accounting.formulas import max_positions
 from branchmix.accounting.inspection import too_few_parameters
+from branchmix.accounting.shape import FACTS
 from branchmix.checkpoint.families import is_head
 from branchmix.checkpoint.unfit import transformers_knows
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import DenseExpert, Role
+
+TOKEN_TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+"""Last parts of the names of the modules that hold a row for each token..."""
+POSITION_TABLES = ("wpe", "embed_positions")
+"""...and a row for each position."""
 
 
 def contradictions(model: DenseExpert) -> Iterator[str]:
@@ -30,6 +37,7 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
         yield f"config.json says num_hidden_layers is {said}, but the weights have {stored} layers: {together}"
         return
     dims = model.dims
+    yield from _rows_unlike_config(model)
     wanted: dict[Role, tuple[int, int]] = {
         "q": (dims.num_heads * dims.head_dim, dims.hidden_size),
         "k": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
@@ -46,6 +54,27 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
     down = model.ffn(0).get("down_proj.weight")
     if down is not None and tuple(down.shape) != (dims.hidden_size, dims.intermediate_size):
         yield _misshapen("down", down.shape, (dims.hidden_size, dims.intermediate_size)) + together
+
+
+def _rows_unlike_config(model: DenseExpert) -> Iterator[str]:
+    """Embeddings, output embeddings or learned positions with other rows than config.json asks for."""
+    facts = FACTS.get(model.family.model_type)
+    extra = None if facts is None else facts.positions_offset
+    for name, ref in model.tensors.items():
+        if name.startswith(f"{model.family.layers}.") or not ref.shape:
+            continue
+        module = name.rpartition(".")[0]
+        rows, said, what = ref.shape[0], None, "vocab_size is"
+        if module.endswith(POSITION_TABLES) and extra is not None:
+            rows, said, what = rows - extra, max_positions(model.index.config), "the positions are"
+        elif is_head(name) or module.endswith(TOKEN_TABLES):
+            said = model.dims.vocab_size
+        if said is not None and rows != said:
+            yield (
+                f"{name} has {ref.shape[0]} rows, but config.json says that {what} {said}: resize the embeddings to "
+                f"the config, or write {rows} there if that is what the model was trained with"
+            )
+            return
 
 
 def incompleteness(model: DenseExpert) -> Iterator[str]:

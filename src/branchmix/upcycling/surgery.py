@@ -26,6 +26,7 @@ from branchmix.upcycling.execute import (
     describe,
     naming_sources,
     refuse_overlap,
+    require_buildable,
     require_space,
     write_output,
 )
@@ -81,6 +82,7 @@ def add_expert(
     check_result = check_newcomer(mixture.index, mixture.config, newcomer)
     if check_result.problems:
         raise CompatibilityError(check_result.problems)
+    require_buildable([(name, newcomer.index)])
     newcomer = with_folded_norms(newcomer, mixture.config.get("folded_norms") or ())
     config, notes = mixture.resized([*mixture.names, name])
     rope, ours = rope_of(newcomer.index.config), mixture.config.get("expert_rope_parameters")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from branchmix.checkpoint.index import refuse_lfs_pointer
+from branchmix.checkpoint.token_ids import FILES, VOCABULARIES, TokenIds, added_tokens, token_ids, vocabulary_of
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import SAME_SEED
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -21,104 +19,101 @@ class TokenizerComparison:
     same: bool
     problem: str | None = None
     note: str | None = None
-    file: Path | None = None
-    """The seed's tokenizer.json, if both have one and they are the same."""
+    folder: Path | None = None
+    """The seed's, if both have a vocabulary that can be read and they are the same."""
 
     @property
     def size(self) -> int | None:
-        """Highest token id + 1, where there is a tokenizer.json.
+        """Highest token id + 1, where the vocabulary can be read.
 
         Raises:
-            CheckpointError: it is none.
+            CheckpointError: it is damaged.
         """
-        if self.file is None:
+        found = None if self.folder is None else token_ids(self.folder)
+        if self.folder is None or found is None:
             return None
-        try:
-            return max(_token_ids(json.loads(self.file.read_bytes())).values(), default=-1) + 1
-        except _NO_TOKENIZER:
-            raise CheckpointError(_no_tokenizer(self.file)) from None
+        return max(_as_loaded(self.folder, found).ids.values(), default=-1) + 1
 
 
 def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
-    """Compare what text becomes which token ids; chat templates and padding options do not count."""
-    mine = {name for name in _TOKENIZER_FILES if (ours / name).is_file()}
-    other = {name for name in _TOKENIZER_FILES if (theirs / name).is_file()}
-    if not mine or not other:
-        whose = "the seed has" if not mine else "it has"
+    """Compare what text becomes which token ids, as the loaded tokenizers have them.
+
+    Chat templates, padding options and which of the tokens are special do not count.
+    """
+    mine, other = vocabulary_of(ours), vocabulary_of(theirs)
+    if mine is None or other is None:
+        whose = "the seed has" if mine is None else "it has"
         return TokenizerComparison(same=False, note=f"{whose} no tokenizer files: that token ids agree is not checked")
     try:
-        for file in (*(theirs / name for name in sorted(other)), *(ours / name for name in sorted(mine))):
+        for file in _present((theirs, ours), FILES):
             with file.open("rb") as opened:
                 refuse_lfs_pointer(file, opened.read(64))
+        if added_tokens(ours) == added_tokens(theirs) and _same_vocabulary(ours, theirs):
+            return TokenizerComparison(same=True, folder=ours)  # parsing takes a tenth of a second each
+        first, second = token_ids(ours), token_ids(theirs)
     except CheckpointError as error:
         return TokenizerComparison(same=False, problem=str(error))
-    if "tokenizer.json" in mine & other:
-        return _compare_tokenizer_json(ours / "tokenizer.json", theirs / "tokenizer.json")
-    common = sorted(mine & other)
-    for name in common:
-        if (ours / name).read_bytes() != (theirs / name).read_bytes():
-            return TokenizerComparison(
-                same=False, problem=f"{name} is not the seed's: token ids mean different text, {SAME_SEED}"
-            )
-    if common:
-        return TokenizerComparison(same=True)
-    return TokenizerComparison(
-        same=False,
-        note=(
-            f"tokenizers are stored differently ({', '.join(sorted(other))} beside {', '.join(sorted(mine))}): not "
-            "compared"
-        ),
-    )
+    if first is None or second is None:
+        return _compare_bytes(mine, other)
+    return _compare_ids(ours, theirs, first, second, stored_alike=mine.name == other.name)
 
 
-def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
-    raw_ours, raw_theirs = ours.read_bytes(), theirs.read_bytes()
-    if raw_ours == raw_theirs and raw_ours.lstrip().startswith(b"{"):  # parsing takes a tenth of a second each
-        return TokenizerComparison(same=True, file=ours)
-    try:
-        whose = ours
-        first = json.loads(raw_ours)
-        ids_first = _token_ids(first)
-        whose = theirs
-        second = json.loads(raw_theirs)
-        ids_second = _token_ids(second)
-    except _NO_TOKENIZER:
-        return TokenizerComparison(same=False, problem=_no_tokenizer(whose))
-    if ids_first != ids_second:
-        text = next(token for token in {**ids_first, **ids_second} if ids_first.get(token) != ids_second.get(token))
+def _present(folders: Iterable[Path], names: Iterable[str]) -> list[Path]:
+    return [folder / name for folder in folders for name in names if (folder / name).is_file()]
+
+
+def _same_vocabulary(ours: Path, theirs: Path) -> bool:
+    """Whether two vocabularies are one byte for byte, and at a first look a vocabulary at all."""
+    files = (*VOCABULARIES, "merges.txt")
+    mine, other = ([(file.name, file.read_bytes()) for file in _present([f], files)] for f in (ours, theirs))
+    return mine == other and all(raw.lstrip().startswith(b"{") for name, raw in mine if name.endswith(".json"))
+
+
+def _compare_bytes(mine: Path, other: Path) -> TokenizerComparison:
+    if mine.name != other.name:
+        return TokenizerComparison(
+            same=False, note=f"tokenizers are stored differently ({other.name} beside {mine.name}): not compared"
+        )
+    if mine.read_bytes() != other.read_bytes():
+        problem = f"{mine.name} is not the seed's: token ids mean different text, {SAME_SEED}"
+        return TokenizerComparison(same=False, problem=problem)
+    return TokenizerComparison(same=True)
+
+
+def _compare_ids(
+    ours: Path, theirs: Path, first: TokenIds, second: TokenIds, *, stored_alike: bool
+) -> TokenizerComparison:
+    if first.ids != second.ids or not (first.agreed and second.agreed):
+        first, second = _as_loaded(ours, first), _as_loaded(theirs, second)
+    if first.ids != second.ids:
+        text = next(token for token in {**first.ids, **second.ids} if first.ids.get(token) != second.ids.get(token))
         return TokenizerComparison(
             same=False,
             problem=(
-                f"its tokenizer is not the seed's: token {text!r} is {_id(ids_second, text)}, in the seed's it is "
-                f"{_id(ids_first, text)}: averaged embeddings would mix different tokens, {SAME_SEED}"
+                f"its tokenizer is not the seed's: token {text!r} is {_id(second.ids, text)}, in the seed's it is "
+                f"{_id(first.ids, text)}: averaged embeddings would mix different tokens, {SAME_SEED}"
             ),
         )
-    merges = [_merges(tokenizer) for tokenizer in (first, second)]
-    if merges[0] != merges[1]:
+    if stored_alike and first.merges != second.merges:
         return TokenizerComparison(
             same=False, problem=f"its tokenizer has the seed's tokens but other merge rules: {SAME_SEED}"
         )
-    return TokenizerComparison(same=True, file=ours)
+    return TokenizerComparison(same=True, folder=ours)
 
 
-_NO_TOKENIZER = (ValueError, TypeError, AttributeError, KeyError, IndexError)
-"""What reading the parts of a tokenizer.json raises where it is something else."""
+def _as_loaded(folder: Path, found: TokenIds) -> TokenIds:
+    """The ids of the loaded tokenizer, where those in its files contradict one another.
 
+    Loading costs seconds, and is not possible for every tokenizer; then the files count.
+    """
+    if found.agreed:
+        return found
+    from branchmix.likelihood.loading import load_tokenizer
 
-def _no_tokenizer(file: Path) -> str:
-    return f"{file}: is no tokenizer file: download it again"
-
-
-def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: [token, score] by id
-        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
-
-
-def _merges(tokenizer: dict[str, Any]) -> list[str]:
-    merges = tokenizer.get("model", {}).get("merges") or []
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    try:
+        return replace(found, ids=dict(load_tokenizer(folder).get_vocab()))
+    except CheckpointError:
+        return found
 
 
 def _id(ids: dict[str, int], token: str) -> str:

@@ -198,7 +198,7 @@ def _compare_logits(
             continue
         with torch.no_grad(), one_hot_gates(mixture, number):
             ours = mixture(tokens).logits
-        dense = _dense_on_trunk(plan, index, expert, number)
+        dense = _dense_on_trunk(plan, index, expert)
         with torch.no_grad():
             theirs = dense(tokens).logits
         del dense
@@ -270,14 +270,14 @@ def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
 
     assert isinstance(expert, DenseExpert), "only an upcycling is verified"
     of_trunk = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
-    not_computed = ("torch_dtype", "dtype", "auto_map", "attn_implementation")
+    not_computed = ("torch_dtype", "dtype", "auto_map", "attn_implementation", "quantization_config")
     config = {key: value for key, value in expert.index.config.items() if key not in (*of_trunk, *not_computed)}
     config |= {key: value for key, value in plan.config["seed_config"].items() if key in of_trunk}
     # config.json spells infinity as a mapping, as Granite's hybrids have it.
     return CONFIG_MAPPING[config["model_type"]].from_dict(dict(PreTrainedConfig._decode_special_floats(config)))
 
 
-def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> Any:
+def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
     """Dense model i in its family's own class: its experts' tensors from its checkpoint, the rest from the mixture."""
     import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -293,8 +293,11 @@ def test_order_of_the_header_does_not_matter(tmp_path):
 
 
 def test_quantised_config(tmp_path):
+    single(tmp_path, quantization_config={"quant_method": "bitnet"})
+    refused(tmp_path, "quantised", "bitnet", "dequantise")
     single(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(tmp_path, "quantised", "gptq", "dequantise")
+    index = CheckpointIndex.open(tmp_path)
+    assert "quantization_config" not in index.config and "gptq, but the weights are not quantised" in index.notes[0]
     single(tmp_path, quantization_config=None)
     CheckpointIndex.open(tmp_path)
 

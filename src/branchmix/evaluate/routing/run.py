@@ -130,6 +130,7 @@ def routes(
         max_length=window,
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
+    result.notes[:0] = candidate.notes
     texts_shown = [
         ShownText(
             domain,

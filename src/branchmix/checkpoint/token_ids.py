@@ -1,0 +1,188 @@
+"""The id of every token, from a tokenizer's files: what its loader makes of them, without the loader.
+
+A vocabulary (tokenizer.json, vocab.json or a sentencepiece tokenizer.model), then tokens added to it, which may be
+noted in tokenizer.json itself, in tokenizer_config.json (``added_tokens_decoder``), in added_tokens.json, or only as a
+special token's name. A token that the vocabulary lacks gets the next free id, whatever id its note says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from branchmix.errors import CheckpointError
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+"""Where the vocabulary is, the first that is there."""
+FILES = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+"""All that ids depend on."""
+
+_NO_TOKENIZER = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError)
+"""What reading the parts of a tokenizer's file raises where it is something else."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A tokenizer's tokens."""
+
+    ids: dict[str, int]
+    merges: list[str] | None
+    """Rules of a BPE, if the files list them."""
+    agreed: bool
+    """All notes give a token the same id, so that this is the id by any loader's rules."""
+
+
+def vocabulary_of(folder: Path) -> Path | None:
+    """The file with a tokenizer's vocabulary."""
+    return next((folder / name for name in VOCABULARIES if (folder / name).is_file()), None)
+
+
+def token_ids(folder: Path) -> TokenIds | None:
+    """All tokens of a folder's tokenizer; None where its vocabulary is in none of the known forms.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    file = vocabulary_of(folder)
+    if file is None:
+        return None
+    own: dict[str, int] = {}
+    merges: list[str] | None = None
+    try:
+        if file.name == "tokenizer.json":
+            content = json.loads(file.read_bytes())
+            vocabulary, merges = _vocabulary(content["model"]), _merges(content["model"])
+            own = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens", [])}
+        elif file.name == "vocab.json":
+            vocabulary = {str(token): int(number) for token, number in json.loads(file.read_bytes()).items()}
+            rules = folder / "merges.txt"
+            lines = rules.read_text(encoding="utf-8").splitlines() if rules.is_file() else []
+            merges = [line for line in lines if line and not line.startswith("#version")]
+        else:
+            pieces = sentencepieces(file.read_bytes())
+            if pieces is None:
+                return None
+            vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    except _NO_TOKENIZER:
+        raise CheckpointError(f"{file}: is no tokenizer file: download it again") from None
+    ids, agreed = {**vocabulary, **own}, True
+    free = max(len(vocabulary), *(number + 1 for number in own.values()), 0)
+    for token, noted in added_tokens(folder):
+        if token not in ids:
+            ids[token], free = free, free + 1
+            agreed &= noted is not None  # by its name alone: some loaders add it, some do not
+        agreed &= noted in (None, ids[token])
+    return TokenIds(ids, merges, agreed)
+
+
+def added_tokens(folder: Path) -> list[tuple[str, int | None]]:
+    """Tokens noted outside the vocabulary's file, in the order in which they are added, with the ids noted.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    settings = _read(folder / "tokenizer_config.json")
+    try:
+        noted = {int(number): _text(token) for number, token in (settings.get("added_tokens_decoder") or {}).items()}
+        named = list(_named(settings))
+        if "added_tokens_decoder" not in settings:  # else these two files are not read
+            noted = {int(number): str(token) for token, number in _read(folder / "added_tokens.json").items()}
+            named += _named(_read(folder / "special_tokens_map.json"))
+    except _NO_TOKENIZER:
+        raise CheckpointError(
+            f"{folder}: the added tokens of its tokenizer cannot be read: download it again"
+        ) from None
+    return [*((noted[number], number) for number in sorted(noted)), *((token, None) for token in named)]
+
+
+def _named(settings: dict[str, Any]) -> Iterator[str]:
+    """Special tokens, by their names in a tokenizer's settings."""
+    for key, value in settings.items():
+        if key.endswith("_token") and value is not None and not isinstance(value, bool):
+            yield _text(value)
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        listed = settings.get(key) or []
+        yield from map(_text, listed.values() if isinstance(listed, dict) else listed)
+
+
+def _text(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except _NO_TOKENIZER:
+        raise CheckpointError(f"{file}: is no tokenizer file: download it again") from None
+
+
+def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
+    vocabulary = model.get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram: [token, score] by id
+        return {str(entry[0]): number for number, entry in enumerate(vocabulary)}
+    return {str(token): int(number) for token, number in vocabulary.items()}
+
+
+def _merges(model: dict[str, Any]) -> list[str]:
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+
+
+def sentencepieces(model: bytes) -> list[str] | None:
+    """The pieces of a sentencepiece model, in the order of their ids; None if it is something else.
+
+    Args:
+        model: a serialised ``ModelProto``: its field 1 is a piece, whose field 1 is the text.
+    """
+    try:
+        texts = [
+            next(text for field, text in _fields(value) if field == 1 and isinstance(text, bytes))
+            for number, value in _fields(model)
+            if number == 1 and isinstance(value, bytes)
+        ]
+        return [text.decode("utf-8") for text in texts] or None
+    except (ValueError, IndexError, StopIteration):
+        return None
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Number and value of each field of a protocol buffer message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(message, at)
+        elif kind in (1, 5):
+            size = {1: 8, 5: 4}[kind]
+        else:
+            raise ValueError(f"wire type {kind}")
+        if at + size > len(message):
+            raise ValueError("cut off")
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("no varint")
