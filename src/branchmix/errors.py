@@ -8,6 +8,10 @@ from collections.abc import Iterable
 class BranchMixError(Exception):
     """Base of every error that is the input's fault: says what is wrong, where, and what to do."""
 
+    def rename(self, place: str, to: str) -> None:
+        """Makes the message say ``to`` where it said ``place``, a path that only we know."""
+        self.args = tuple(part.replace(place, to) if isinstance(part, str) else part for part in self.args)
+
 
 class RecipeError(BranchMixError):
     """A recipe, option or command-line argument that cannot be meant as written."""

@@ -71,12 +71,18 @@ def upcycle_command(
 
 
 def warn_of_leftovers(out: Path) -> None:
-    """Tell what a killed run left behind."""
-    from branchmix.checkpoint.folder import stale_folders
+    """Put back what a killed run moved aside, and report what it left behind."""
+    from branchmix.checkpoint.folder import holds_model, put_back, stale_folders
     from branchmix.cli.console import notice
 
+    if put_back(out):
+        notice(f"note: {out}: a run that was killed while it replaced the model had moved it aside; it is back in place")
     for folder in stale_folders(out):
-        notice(f"note: {folder} was left by a run that was killed; no model is in it, remove it")
+        if holds_model(folder):
+            what = f"it holds a complete model, which {out} had before or would have had next: keep it or remove it"
+        else:
+            what = "no model is in it, remove it"
+        notice(f"note: {folder} was left by a run that was killed; {what}")
 
 
 def show(report: UpcycleReport, *, as_json: bool) -> None:

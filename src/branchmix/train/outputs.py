@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.folder import TOKENIZER_FILES, require_name, writing
+from branchmix.checkpoint.moves import in_order_of_removal
 from branchmix.errors import BranchMixError, OutputError
+from branchmix.pages.numbers import too_little_space
 from branchmix.settings import parse
 from branchmix.train.config import RunConfig
 
@@ -99,7 +101,7 @@ class RunFolder:
         """Removes what a run wrote, if the folder is a run's; ``look`` has to have been asked."""
         if self.path.exists() and self.record() is not None:
             with writing(self.path):
-                for entry in self._ours():
+                for entry in in_order_of_removal(self._ours(), last=(RUN, DONE)):
                     if entry.is_dir() and not entry.is_symlink():
                         shutil.rmtree(entry)
                     else:
@@ -162,8 +164,8 @@ class RunFolder:
             free += sum(file.stat().st_size for file in files if file.is_file())
         if num_bytes > free:
             raise OutputError(
-                f"{self.path}: checkpoints and result need {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
-                "free there: make room, lower checkpoints.keep, or choose a folder on another disk"
+                f"{self.path}: this run {too_little_space(num_bytes, free)} for its checkpoints and its result: make "
+                "room, lower checkpoints.keep, or choose a folder on another disk"
             )
 
 

@@ -26,6 +26,7 @@ from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.checkpoint.places import rewritten, without_places
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
+from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
 from branchmix.upcycling.card import model_card
 from branchmix.upcycling.plan import Plan, check_fit, plan_upcycling
@@ -340,8 +341,7 @@ def require_space(out: Path, plan: Plan) -> None:
     free = free_bytes(out)
     if plan.nbytes > free:
         raise OutputError(
-            f"{out}: the output needs {plan.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there: make "
-            "room, or choose a folder on another disk"
+            f"{out}: the output {too_little_space(plan.nbytes, free)}: make room, or choose a folder on another disk"
         )
 
 

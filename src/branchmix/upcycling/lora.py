@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from pathlib import Path
 
+from branchmix.checkpoint.folder import ADAPTER, beside
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, read_header
 from branchmix.errors import CheckpointError
@@ -72,10 +72,8 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
 
     from branchmix.likelihood.loading import load_language_model
 
-    place = out.absolute().parent
-    place.mkdir(parents=True, exist_ok=True)
-    # Named as a run's unfinished output is, so that the next start tells what a killed run left.
-    target = place / f".{out.name}.incomplete-{os.getpid()}-{secrets.token_hex(4)}"
+    target = beside(Path(os.path.realpath(out)), ADAPTER)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
         base = load_language_model(seed.folder, given=seed.given, dtype=torch.float32)
