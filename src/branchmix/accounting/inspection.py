@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from branchmix.accounting.formulas import (
 )
 from branchmix.accounting.shape import FACTS, Shape, shape_of
 from branchmix.checkpoint.families import FAMILIES, Config, nearest
+from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import BranchMixError, CheckpointError
 
 if TYPE_CHECKING:
@@ -358,12 +358,12 @@ def _locate(model: str | Path) -> Path:
 def _read_config(path: Path) -> Config:
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no config.json in it: give a transformers checkpoint folder") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError):
+    except ValueError:
         raise CheckpointError(f"{file}: not JSON: give a checkpoint folder or its config.json") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: not a config: expected a JSON object") from None

@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.moves import discard, fsync_folder, replace_folder
 from branchmix.errors import BranchMixError, OutputError
 
@@ -139,7 +140,7 @@ def _require_nothing_else(out: Path, target: Path) -> None:
 
 def _names_a_model(config: Path) -> bool:
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
+        found = read_json(config)
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and "model_type" in found

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.json_text import read_json
+
 _KEYS = frozenset({"_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file"})
 _NOTED_IN = ("config.json", "tokenizer_config.json")
 
@@ -32,7 +34,7 @@ def rewritten(file: Path) -> bytes | None:
     if file.name not in _NOTED_IN:
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError:  # no JSON: whoever reads it for its content tells that
         return None
     kept = without_places(content)

@@ -76,7 +76,7 @@ def warn_of_leftovers(out: Path) -> None:
     from branchmix.cli.console import notice
 
     if put_back(out):
-        notice(f"note: {out}: a run that was killed while it replaced the model had moved it aside; it is back in place")
+        notice(f"note: {out}: put back; a run that was killed while it replaced this model had moved it aside")
     for folder in stale_folders(out):
         if holds_model(folder):
             what = f"it holds a complete model, which {out} had before or would have had next: keep it or remove it"

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from branchmix.checkpoint.folder import writing
 from branchmix.checkpoint.hashes import FileHashes
+from branchmix.checkpoint.json_text import parse_json
 from branchmix.errors import OutputError
 
 FILE = "records.jsonl"
@@ -58,7 +59,7 @@ class Lines:
             with self.file.open("rb") as lines:
                 for line in lines:
                     try:
-                        record = json.loads(line)
+                        record = parse_json(line)
                     except ValueError:
                         continue
                     if isinstance(record, dict):

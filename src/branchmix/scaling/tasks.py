@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.names import is_file_name
 from branchmix.errors import DataError, RecipeError
 from branchmix.scaling.examples import Example, Metric, load_examples
 from branchmix.settings import Settings, parse, read_yaml
@@ -212,7 +213,7 @@ class UserTask(Settings):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        if not (re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and is_file_name(name)):
             raise ValueError(f"may have small letters, digits and hyphens only, got {name!r}")
         if name in TASKS:
             raise ValueError(f"{name!r} is one of the 11 official tasks: choose another name")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.moves import fsync_folder
 from branchmix.errors import OutputError
 from branchmix.pages.numbers import too_little_space
@@ -51,7 +52,7 @@ def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = stderr) -
 def damage(checkpoint: Path) -> str | None:
     """What is missing in a checkpoint, by names and sizes, or None."""
     try:
-        sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+        sizes = read_json(checkpoint / FILES)
         assert isinstance(sizes, dict)
     except (OSError, ValueError, AssertionError):
         return f"{FILES} is missing or unreadable"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import TOKENIZER_FILES
 from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.loading import refuse_missing
 from branchmix.train.config import NewModel, RunConfig
@@ -265,11 +266,9 @@ def require_model_type(found: ResolvedModel) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or no model's.
     """
-    import json
-
     file = Path(found.folder) / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except FileNotFoundError:
         raise CheckpointError(f"{found.given}: no config.json in {found.folder}: give a model's folder") from None
     except (OSError, ValueError):

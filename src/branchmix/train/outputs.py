@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.folder import TOKENIZER_FILES, require_name, writing
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.moves import in_order_of_removal
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.pages.numbers import too_little_space
@@ -89,7 +90,7 @@ class RunFolder:
         """``training.json`` or ``run.json``, if the folder is a run's."""
         for name in (DONE, RUN):
             try:
-                found = json.loads((self.path / name).read_text(encoding="utf-8"))
+                found = read_json(self.path / name)
             except (OSError, ValueError):
                 continue
             # Other programs have files of these names too.

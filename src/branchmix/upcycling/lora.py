@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from branchmix.checkpoint.folder import ADAPTER, beside
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, read_header
+from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import is_head
 
@@ -27,7 +27,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     """
     file = adapter / "adapter_config.json"
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         kind = settings.get("peft_type")
     except (ValueError, AttributeError):
         raise CheckpointError(f"{file}: not valid JSON: download the adapter again") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from branchmix.accounting.shape import MIXTURE_DEFAULTS, Shape, shape_of
 from branchmix.checkpoint.families import Config, Dimensions, Family
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.errors import CheckpointError
 from branchmix.recipe import DTYPES
@@ -160,7 +160,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

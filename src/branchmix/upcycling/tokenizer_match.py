@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.index import refuse_lfs_pointer
+from branchmix.checkpoint.json_text import parse_json, read_json
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import SAME_SEED
 
@@ -34,7 +34,7 @@ class TokenizerComparison:
         if self.file is None:
             return None
         try:
-            return max(_token_ids(json.loads(self.file.read_bytes())).values(), default=-1) + 1
+            return max(_token_ids(read_json(self.file)).values(), default=-1) + 1
         except _NO_TOKENIZER:
             raise CheckpointError(_no_tokenizer(self.file)) from None
 
@@ -77,11 +77,12 @@ def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
         return TokenizerComparison(same=True, file=ours)
     try:
         whose = ours
-        first = json.loads(raw_ours)
+        first = parse_json(raw_ours)
         ids_first = _token_ids(first)
         whose = theirs
-        second = json.loads(raw_theirs)
+        second = parse_json(raw_theirs)
         ids_second = _token_ids(second)
+        merges = [_merges(tokenizer) for tokenizer in (first, second)]
     except _NO_TOKENIZER:
         return TokenizerComparison(same=False, problem=_no_tokenizer(whose))
     if ids_first != ids_second:
@@ -93,7 +94,6 @@ def _compare_tokenizer_json(ours: Path, theirs: Path) -> TokenizerComparison:
                 f"{_id(ids_first, text)}: averaged embeddings would mix different tokens, {SAME_SEED}"
             ),
         )
-    merges = [_merges(tokenizer) for tokenizer in (first, second)]
     if merges[0] != merges[1]:
         return TokenizerComparison(
             same=False, problem=f"its tokenizer has the seed's tokens but other merge rules: {SAME_SEED}"
