@@ -200,7 +200,7 @@ def targets() -> list[Target]:
     from branchmix.accounting.lineage import lineage
     from branchmix.checkpoint.index import CheckpointIndex
     from branchmix.checkpoint.licence import licence_of_folder
-    from branchmix.likelihood.records import Lines
+    from branchmix.likelihood.records import Journal
     from branchmix.recipe import Recipe
     from branchmix.scaling.family import FamilyFile, subjects
     from branchmix.scaling.tasks import UserTask
@@ -279,7 +279,7 @@ def targets() -> list[Target]:
         ),
         Target("task", ("task.yaml",), lambda root: UserTask.load(root / "task.yaml")),
         Target("table", ("scores/results.csv", "scores/examples/m/neqa.jsonl"), of_tables, 3),
-        Target("requests", ("requests.jsonl",), lambda root: list(Lines(root, "requests.jsonl").read())),
+        Target("requests", ("requests.jsonl",), lambda root: Journal(root, "requests.jsonl", "request")),
     ]
 
 
@@ -442,7 +442,8 @@ def make_inputs(root: Path) -> Path:
     (root / "branch.yaml").write_text(yaml.safe_dump(branch, sort_keys=False))
     study = {
         "seed": "seed", "data": {"installed": "10M"}, "tokens": {"expert": "1M", "mixture": "1M"},
-        "sequence_length": 64, "batch_size": 8, "methods": ["bam-expert-kv", {"method": "btx", "name": "other", "match": ["dm"]}],
+        "sequence_length": 64, "batch_size": 8,
+        "methods": ["bam-expert-kv", {"method": "btx", "name": "b", "match": ["dm"]}],
         "reference": "bam-expert-kv", "learning_rate": {"peak": 1e-3, "mixture": 1e-4}, "random_seeds": [0, 1],
     }  # fmt: skip
     (root / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
@@ -459,7 +460,7 @@ def make_inputs(root: Path) -> Path:
         "neqa,n,2e6,accuracy,0.6,0.1,9,1,fresh\n"
     )
     (root / "scores/examples/m/neqa.jsonl").write_text('{"key": "1", "correct": 1, "template": "a"}\n' * 1)
-    (root / "requests.jsonl").write_text('{"request": "a", "value": [1.0, true]}\n{"request": "b", "value": 2}\n')
+    (root / "requests.jsonl").write_text('{"model": "m", "request": "a", "value": 2}\n{"model": "m", "facts": 1}\n')
     scores = {"bits_per_byte": 1.0, "stderr": 0.1}
     results = {"models": [{"model": "mixture", "domains": {"text": scores}, "max_length": 64}]}
     (root / "results.json").write_text(json.dumps(results))

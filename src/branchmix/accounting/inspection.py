@@ -24,7 +24,7 @@ from branchmix.accounting.formulas import (
 from branchmix.accounting.shape import FACTS, Shape, shape_of
 from branchmix.checkpoint.families import FAMILIES, Config, nearest
 from branchmix.checkpoint.json_text import read_json
-from branchmix.errors import BranchMixError, CheckpointError
+from branchmix.errors import BranchMixError, CheckpointError, short
 
 if TYPE_CHECKING:
     from branchmix.checkpoint.index import CheckpointIndex
@@ -185,6 +185,8 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
         config = _read_config(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{name}: no model_type: give a transformers model's folder or config.json")
+    if not isinstance(config.get("seed_config") or {}, dict):
+        raise CheckpointError(f"{name}: seed_config is {short(config['seed_config'])}, not the config of a model")
 
     seed = shape_of(config).seed if config["model_type"] == "branchmix" else config
     if context is None:

@@ -365,8 +365,8 @@ _TIED_BY_DEFAULT = {
 }
 
 
-LARGEST_SIZE, MOST_LAYERS = 2**31 - 1, 10_000
-"""What a config may say: more would cost time and memory before anything can be compared with the weights."""
+LARGEST_SIZE = 2**31 - 1
+"""What a config may say of any size of a model."""
 
 
 def dimensions(config: Config) -> Dimensions:
@@ -376,14 +376,14 @@ def dimensions(config: Config) -> Dimensions:
         CheckpointError: a size is missing, no positive integer, or larger than any model's.
     """
 
-    def size(*names: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
+    def size(*names: str, default: int | None = None) -> int:
         for name in names:
             found = config.get(name)
             if found is not None:
                 if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
                     raise CheckpointError(f"config.json: {name} is {short(found)}, not a positive whole number")
-                if found > most:
-                    raise CheckpointError(f"config.json: {name} is {short(found)}, more than any model has ({most:,})")
+                if found > LARGEST_SIZE:
+                    raise CheckpointError(f"config.json: {name} is {short(found)}, more than {LARGEST_SIZE:,}")
                 return found
         if default is None:
             raise CheckpointError(f"config.json has no {names[0]}: is it the config of a causal language model?")
@@ -402,7 +402,7 @@ def dimensions(config: Config) -> Dimensions:
         num_kv_heads = size("num_key_value_heads", default=default_kv_heads)
     default_head_dim = _HEAD_DIM_DEFAULTS.get(model_type, hidden_size // num_heads)
     return Dimensions(
-        num_layers=size("num_hidden_layers", "n_layer", "num_layers", most=MOST_LAYERS),
+        num_layers=size("num_hidden_layers", "n_layer", "num_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,

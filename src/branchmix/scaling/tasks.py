@@ -5,6 +5,7 @@ The files are not part of the package: ``official.py`` fetches and verifies them
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,7 +230,7 @@ class UserTask(Settings):
         """
         found: UserTask = parse(cls, read_yaml(path), str(path))
         data = path.parent / found.data
-        if data.suffix not in (".jsonl", ".csv") or not data.is_file():
+        if data.suffix not in (".jsonl", ".csv") or not os.path.isfile(data):  # noqa: PTH113 (that of pathlib raises for long names)
             raise DataError(f"{path}: data: {data} is no .jsonl or .csv file that is there")
         return Task(found.name, found.metric, found.description, found.cause), data
 

@@ -23,7 +23,7 @@ from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder
-from branchmix.checkpoint.places import rewritten, without_places
+from branchmix.checkpoint.places import rewritten, with_own_code, without_places
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
@@ -129,7 +129,7 @@ def upcycle(
             if not dry_run:
                 router_rows, router_notes = hidden_state_routers(recipe, seed.index, texts)
         plan = plan_upcycling(recipe, seed.index, [expert.index for expert in experts], router_rows=router_rows)
-        plan = replace(plan, notes=(*plan.notes, *router_notes))
+        plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
         written = verification = None
         if not dry_run:
             require_space(out, plan)
@@ -206,7 +206,7 @@ def _write_companions(
     record = {"versions": versions, **provenance, "notes": list(plan.notes)}
     _write_json(folder / "branchmix.json", record)
     (folder / "README.md").write_text(card(plan, record), encoding="utf-8")
-    _write_json(folder / "config.json", without_places(plan.config))
+    _write_json(folder / "config.json", with_own_code(without_places(plan.config)))
 
 
 def _copy_companion(file: Path, to: Path) -> None:
@@ -273,6 +273,19 @@ def open_sources(
                 index = CheckpointIndex.open(folder)
             opened.append(Sourced(name, model, index, adapter=model.folder if adapter else None))
         yield opened
+
+
+def _notes_on_same_models(sources: Sequence[Sourced]) -> list[str]:
+    """Experts whose weights are the very files of the seed or of an expert before them, by whatever path."""
+    notes: list[str] = []
+    first: dict[tuple[tuple[int, int], ...], str] = {}
+    for source in sources:
+        files = tuple((found.st_dev, found.st_ino) for found in (file.stat() for file in source.files))
+        same = first.setdefault(files, source.name)
+        if same != source.name:
+            advice = "seed_copies makes copies of the seed" if same == "seed" else "is another folder meant?"
+            notes.append(f"{_who(source.name)} is the same model as {_who(same)} ({source.model.given}): {advice}")
+    return notes
 
 
 def _who(name: str) -> str:
