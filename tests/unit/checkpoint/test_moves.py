@@ -182,3 +182,36 @@ def test_a_link_to_itself_is_not_an_output(tmp_path: Path) -> None:
         for act in (require_replaceable, put_back):
             with pytest.raises(OutputError, match="symbolic links: choose another name"):
                 act(out, force=False) if act is require_replaceable else act(out)
+
+
+def test_a_run_that_is_started_anew_is_removed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short anywhere: no model is left, and the folder is still known as a run's, so the same command works."""
+    from branchmix.train.config import RunConfig
+    from branchmix.train.outputs import RunFolder
+    from branchmix.train.outputs import shutil as removal
+
+    settings = {"model": "m", "out": str(tmp_path / "run"), "data": {"text": {"files": "x"}}, "budget": {"steps": 1}}
+    folder = RunFolder(RunConfig.model_validate({**settings, "learning_rate": {"peak": 1e-3}}))
+    names = ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
+    (tmp_path / "run" / "ema").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "run" / name).touch()
+    (tmp_path / "run" / "training.json").write_text('{"config": {"data": {}}}')
+    real, left = Path.unlink, [0]
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setattr(removal, "rmtree", lambda path: path.rmdir())
+    for _ in names:
+        left[0] = 1
+        with pytest.raises(KeyboardInterrupt):
+            folder.clear()
+        assert not (tmp_path / "run" / "config.json").exists() and folder.record() is not None
+    left[0] = 1
+    folder.clear()
+    assert not list((tmp_path / "run").iterdir())
