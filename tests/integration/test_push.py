@@ -17,9 +17,9 @@ import yaml
 import branchmix
 from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.licence import licence_of_folder
-from branchmix.checkpoint.places import AUTO_MAP
 from branchmix.errors import CheckpointError, OutputError, RecipeError
 from branchmix.upcycling.execute import CODE_FILES
+from branchmix.upcycling.plan import AUTO_MAP
 from hub_server import Hub, Repository, environment_for
 from mixtures import recipe
 from tokenizers_of_bytes import save_byte_tokenizer
