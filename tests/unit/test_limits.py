@@ -150,8 +150,8 @@ def test_messages_of_settings_are_short() -> None:
 
 
 def test_space_is_told_in_units_that_fit() -> None:
-    assert too_little_space(211_000, 1000) == "needs 211 kB, but only 1 kB are free (210 kB too few)"
-    assert too_little_space(5_010_000_000, 5_000_000_000) == "needs 5.01 GB, but only 5 GB are free (10 MB too few)"
+    assert too_little_space(211_000, 1000) == "211 kB, but only 1 kB are free (210 kB too few)"
+    assert too_little_space(5_010_000_000, 5_000_000_000) == "5.01 GB, but only 5 GB are free (10 MB too few)"
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ def human_bytes(count: float) -> str:
 
 
 def too_little_space(needed: float, free: float) -> str:
-    """How a disk or a memory is too small, in units that show the difference: ``needs 5 GB, but only 3 GB are free``.
+    """What is needed, and how a disk is too small, in units that show the difference: ``5 GB, but only 3 GB are free``.
 
     Args:
         needed: bytes.
         free: bytes, fewer.
     """
-    return f"needs {human_bytes(needed)}, but only {human_bytes(free)} are free ({human_bytes(needed - free)} too few)"
+    return f"{human_bytes(needed)}, but only {human_bytes(free)} are free ({human_bytes(needed - free)} too few)"
 
 
 def human_count(count: float) -> str:

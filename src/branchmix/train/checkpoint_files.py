@@ -88,7 +88,7 @@ def start(target: Path, *, num_bytes: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(target.parent).free
     if num_bytes > free:
-        raise OutputError(f"a checkpoint {too_little_space(num_bytes, free)}")
+        raise OutputError(f"a checkpoint needs {too_little_space(num_bytes, free)}")
     part_of(target).mkdir()
     (part_of(target) / TRAINING).mkdir()
 

@@ -165,8 +165,8 @@ class RunFolder:
             free += sum(file.stat().st_size for file in files if file.is_file())
         if num_bytes > free:
             raise OutputError(
-                f"{self.path}: this run {too_little_space(num_bytes, free)} for its checkpoints and its result: make "
-                "room, lower checkpoints.keep, or choose a folder on another disk"
+                f"{self.path}: checkpoints and result need {too_little_space(num_bytes, free)}: make room, "
+                "lower checkpoints.keep, or choose a folder on another disk"
             )
 
 
