@@ -354,7 +354,8 @@ def require_space(out: Path, plan: Plan) -> None:
     free = free_bytes(out)
     if plan.nbytes > free:
         raise OutputError(
-            f"{out}: the output needs {too_little_space(plan.nbytes, free)}: make room, or choose a folder on another disk"
+            f"{out}: the output needs {too_little_space(plan.nbytes, free)}: make room, or choose a folder on another "
+            "disk"
         )
 
 
