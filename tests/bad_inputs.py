@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,3 +178,35 @@ def setting(**changes: Any) -> Edit:
 
 def text(content: str) -> Edit:
     return lambda inputs: setattr(inputs, "text", content)
+
+
+def family(inputs: Inputs, member: dict[str, Any]) -> None:
+    """A family file of one model."""
+    models = [{"model": str(inputs.seed), **member}]
+    (inputs.root / "family.yaml").write_text(yaml.safe_dump({"models": models}))
+
+
+def score(inputs: Inputs) -> list[str]:
+    """The command that scores the family; three folders below the test's, from where a name could lead out."""
+    out = inputs.root / "outputs" / "scores"
+    return ["scaling", "run", str(inputs.root / "family.yaml"), "--tasks", "neqa", "--out", str(out)]
+
+
+def sharded(folder: Path, shard: str) -> None:
+    """An index file that names one shard for everything."""
+    names = dict.fromkeys(load_file(folder / WEIGHTS), shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / WEIGHTS).unlink()
+
+
+def header(text: str) -> bytes:
+    """A safetensors file with this header and nothing behind it."""
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def record(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Edit branchmix.json."""
+    file = folder / "branchmix.json"
+    found = json.loads(file.read_text())
+    edit(found)
+    file.write_text(json.dumps(found))

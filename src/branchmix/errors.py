@@ -4,9 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+MOST = 1000
+"""Characters of a line: a path and some words. More is a value of a file, of which nobody wants to read all."""
+
+
+def short(value: object, most: int = 100) -> str:
+    """A value for a message as Python writes it, its middle left out if that is long."""
+    return _without_middle(value if isinstance(value, str) else repr(value), most, quoted=isinstance(value, str))
+
+
+def _without_middle(text: str, most: int, *, quoted: bool = False) -> str:
+    if len(text) > most:
+        left_out = len(text) - most
+        text = f"{text[: most * 2 // 3]}... ({left_out:,} characters left out) ...{text[-(most - most * 2 // 3) :]}"
+    return repr(text) if quoted else text
+
 
 class BranchMixError(Exception):
-    """Base of every error that is the input's fault: says what is wrong, where, and what to do."""
+    """Base of every error that is the input's fault: says what is wrong, where, and what to do.
+
+    Its lines are shortened, whatever a file made them of.
+    """
+
+    def __init__(self, message: str = ""):
+        super().__init__("\n".join(_without_middle(line, MOST) for line in message.split("\n")))
+
+    def rename(self, place: str, to: str) -> None:
+        """Makes the message say ``to`` where it said ``place``, a path that only we know."""
+        self.args = tuple(part.replace(place, to) if isinstance(part, str) else part for part in self.args)
 
 
 class RecipeError(BranchMixError):
@@ -29,8 +54,8 @@ class CompatibilityError(BranchMixError):
     """
 
     def __init__(self, problems: Iterable[str]):
-        self.problems = list(problems)
-        super().__init__("\n".join(self.problems))
+        super().__init__("\n".join(problems))
+        self.problems = str(self).split("\n")
 
 
 class VerificationError(BranchMixError):

@@ -12,13 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.names import EXPERT, is_expert_name
 from branchmix.settings import Settings, parse, read_yaml
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Names of output dtypes, and their codes in safetensors."""
-
-_ExpertName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
 
 _SEED_COPY = "seed-copy-"
 """How the names of the seed's copies begin."""
@@ -29,14 +27,16 @@ _ALWAYS_1 = "normalize with top_k 1 makes every gate 1, so the router never lear
 class Expert(Settings):
     """One specialised dense model."""
 
-    name: _ExpertName
+    name: str
     """Letters, digits, ``-``, ``_`` and ``.``; unique in the recipe, and neither ``seed`` nor ``seed-copy-...``."""
     model: str
     """Local folder, Hub id, or folder of a PEFT LoRA adapter, which is merged first. ``@revision`` after a Hub id."""
 
     @field_validator("name")
     @classmethod
-    def _is_no_copy(cls, name: str) -> str:
+    def _is_a_name(cls, name: str) -> str:
+        if not is_expert_name(name):
+            raise ValueError(f"must be {EXPERT}, got {name!r}")
         if name.startswith(_SEED_COPY):
             raise ValueError(f"{name!r} is a name of seed_copies ({_SEED_COPY}...): call the expert something else")
         return name

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from branchmix.checkpoint.families import nearest
-from branchmix.errors import RecipeError
+from branchmix.checkpoint.json_text import MAX_DIGITS
+from branchmix.checkpoint.names import PLAIN, is_file_name
+from branchmix.errors import RecipeError, short
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
 
@@ -25,14 +27,24 @@ def _count(value: Any) -> Any:
     if isinstance(value, str):
         match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMBGTPE]?)", value.strip(), re.IGNORECASE)
         if not match:
-            raise ValueError(f"should be a number, such as 5000 or 100M, got {value!r}")
+            raise ValueError(f"should be a number, such as 5000 or 100M, got {short(value)}")
         value = float(match[1]) * _UNITS[match[2].upper()]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+Count = Annotated[int, BeforeValidator(_count), Field(gt=0, le=10**30)]
 """A whole number, with K, M, B, T, P or E for powers of ten."""
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _file_name(name: str) -> str:
+    if not is_file_name(name):
+        raise ValueError(f"may have {PLAIN}, got {short(name)}")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+"""A name that becomes one of a file or folder."""
 
 
 class Settings(BaseModel):
@@ -79,11 +91,16 @@ def _strict_loader() -> Any:
     class Loader(yaml.SafeLoader):
         def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
             try:
-                return super().construct_object(node, deep)
-            except (ValueError, TypeError, AttributeError, OverflowError) as error:  # 2024-13-45 looks like a date
+                found = super().construct_object(node, deep)
+                if isinstance(found, int) and abs(found) >= 10**MAX_DIGITS:
+                    raise OverflowError("no number needs so many digits")
+            except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
+                # 2024-13-45 looks like a date, and `!!int ''` says that it is a number
+                reason = "this is not a value of its kind" if isinstance(error, LookupError) else str(error)
                 raise yaml.MarkedYAMLError(
-                    problem=f"{error}: in quotes it would be text", problem_mark=node.start_mark
+                    problem=f"{reason}: in quotes it would be text", problem_mark=node.start_mark
                 ) from None
+            return found
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             if not isinstance(node, yaml.MappingNode):  # a word with the tag of a mapping
@@ -129,7 +146,8 @@ def _place(detail: Any) -> tuple[Any, ...]:
     *parents, last = detail["loc"] or ("",)
     if detail["type"] != "extra_forbidden" and _is_label(last):  # else it is what somebody wrote
         return tuple(part for part in parents if not _is_label(part))
-    return (*(part for part in parents if not _is_label(part)), *([last] if last != "" else []))
+    whole = last != "" or detail["type"] == "extra_forbidden"
+    return (*(part for part in parents if not _is_label(part)), *([last] if whole else []))
 
 
 def _is_label(part: Any) -> bool:
@@ -158,7 +176,7 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
             words.replace("a valid string", "text").replace("a valid dictionary", "a mapping").split(" or ")[0]
             for words in wanted
         ]
-        return f"{path}: should be {' or '.join(wanted)}, got {detail['input']!r}"
+        return f"{path}: should be {' or '.join(wanted)}, got {short(detail['input'])}"
     kind = detail["type"]
     if kind == "extra_forbidden":
         known = _fields_at(model, location[:-1])
@@ -167,15 +185,17 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
         return f"{path}: is missing, it must be given"
     if kind == "literal_error":
         choices = [word.strip().strip("'") for word in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return f"{path}: {detail['input']!r} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
+        return (
+            f"{path}: {short(detail['input'])} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
+        )
     if kind == "string_pattern_mismatch":
         words = {"name": "letters, digits, -, _ and . only", "max_shard_size": "a number and a unit, such as 5GB"}
-        return f"{path}: must be {words[str(location[-1])]}, got {detail['input']!r}"
+        return f"{path}: must be {words[str(location[-1])]}, got {short(detail['input'])}"
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     message = message.replace("valid dictionary or instance of", "mapping, as of").replace("valid string", "text")
-    return f"{path}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}, got {short(detail['input'])}"
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:

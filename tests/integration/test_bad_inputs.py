@@ -37,14 +37,19 @@ from bad_inputs import (
     config,
     cut,
     experts,
+    family,
     ffn,
+    header,
     of_mixture,
     own_head,
     poison,
+    record,
     resave,
     rows,
+    score,
     setting,
     shard,
+    sharded,
     source,
     text,
     theta,
@@ -81,6 +86,7 @@ class Case:
 
 LONG = "a" * 300
 """No disk takes a name like this."""
+TABLE = "task,model,params,metric,value,n\n" + "".join(f"t,m{n},1e{n},accuracy,0.{n},99\n" for n in (6, 7, 8, 9))
 
 
 # fmt: off
@@ -503,6 +509,80 @@ COMMANDS = [
          args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
     Case("generate: no tokens", "Invalid value for '--max-new-tokens' | --help",
          args=lambda i: ["generate", str(i.seed), "hi", "--max-new-tokens", "0"]),
+    # Places and names
+    Case("OUT is a link to itself", "loop: Too many levels of symbolic links: choose another name",
+         lambda i: (i.root / "loop").symlink_to(i.root / "loop"), args=lambda i: upcycle(i, i.root / "loop")),
+    Case("OUT is below a link to itself", "loop/out: Too many levels of symbolic links: choose another name",
+         lambda i: (i.root / "loop").symlink_to(i.root / "loop"),
+         args=lambda i: [*upcycle(i, i.root / "loop" / "out"), "--force"]),
+    Case("trends: --html is a link to itself", "loop: Too many levels of symbolic links: choose another name",
+         lambda i: ((i.root / "loop").symlink_to(i.root / "loop"), (i.root / "t.csv").write_text("task")),
+         args=lambda i: ["scaling", "trends", str(i.root / "t.csv"), "--html", str(i.root / "loop")]),
+    Case("trends: --plots of 300 letters", "aaa: File name too long: choose another name",
+         lambda i: (i.root / "t.csv").write_text(TABLE),
+         args=lambda i: ["scaling", "trends", str(i.root / "t.csv"), "--plots", LONG]),
+    Case("trends: table of 300 letters", "characters left out | File name too long: choose another name",
+         args=lambda i: ["scaling", "trends", LONG]),
+    Case("report: 300 letters", "characters left out | File name too long: choose another name",
+         args=lambda i: ["report", LONG]),
+    Case("demo: 300 letters", "characters left out | File name too long: choose another name",
+         args=lambda i: ["demo", "--out", LONG]),
+    Case("family: seed leads out of OUT", "models.0.seed: may have letters, digits | got 'x/../../../escaped'",
+         lambda i: family(i, {"seed": "x/../../../escaped"}), args=lambda i: score(i)),
+    Case("family: name leads out of OUT", "family.yaml: models.0.name: may have letters, digits | got '..'",
+         lambda i: family(i, {"name": ".."}), args=lambda i: score(i)),
+    Case("family: seed of 300 letters", "family.yaml: models.0.seed: may have letters, digits | characters left out",
+         lambda i: family(i, {"seed": LONG}), args=lambda i: score(i)),
+    Case("shard outside the folder", "code/model.safetensors.index.json: names the shard '../seed/model.safetensors'",
+         lambda i: sharded(i.code, "../seed/model.safetensors")),
+    Case("shard is the folder above", "model.safetensors.index.json: names the shard '..', which is not a file name",
+         lambda i: sharded(i.code, "..")),
+    Case("shard of 300 letters", "code/model.safetensors.index.json: names the shard 'aaa | characters left out",
+         lambda i: sharded(i.code, LONG)),
+    Case("shard with a zero byte", "code/model.safetensors.index.json: names the shard 'a\\x00b', which is not a file",
+         lambda i: sharded(i.code, "a\0b")),
+    # Numbers and nesting that no honest file has
+    Case("layers: 10**400", "code/config.json: is not valid JSON (there is a whole number of 401 digits)",
+         setting(num_hidden_layers=10**400)),
+    Case("layers: 10**12", "expert 'code': config.json: num_hidden_layers is 1000000000000, more than 2,147,483,647",
+         setting(num_hidden_layers=10**12)),
+    Case("head_dim: 10**400", "code/config.json: is not valid JSON (there is a whole number of 401 digits)",
+         setting(head_dim=10**400)),
+    Case("rope_theta: 10**400", "code/config.json: is not valid JSON (there is a whole number of 401 digits)",
+         setting(rope_theta=10**400)),
+    Case("model_type: half a surrogate", "expert 'code': | config.json: is not valid JSON | surrogates not allowed",
+         setting(model_type="\ud800")),
+    Case("model_type of 100,000 characters", "expert 'code': model_type is bbb | characters left out | one seed",
+         setting(model_type="b" * 100_000)),
+    Case("shape: [10**400]", "code/model.safetensors: not a safetensors file (its header is not JSON)",
+         lambda i: (i.code / WEIGHTS).write_bytes(header('{"x": {"dtype": "F32", "shape": [1' + "0" * 400 + "]}}"))),
+    Case("header nested deeply", "code/model.safetensors: not a safetensors file (its header is not JSON)",
+         lambda i: (i.code / WEIGHTS).write_bytes(header("[" * 200_000))),
+    Case("tokenizer nested deeply", "expert 'code': | code/tokenizer.json: is no tokenizer file | download it again",
+         lambda i: (i.code / "tokenizer.json").write_text("[" * 200_000 + "]" * 200_000)),
+    Case("tokenizer with a number as merges", "expert 'code': | code/tokenizer.json: is no tokenizer file",
+         lambda i: (i.code / "tokenizer.json").write_text('{"model": {"vocab": {}, "merges": [1.5]}}')),
+    Case("inspect: 2**31 layers", "config.json: num_hidden_layers is 2147483648, more than 2,147,483,647",
+         setting(num_hidden_layers=2**31), args=lambda i: ["inspect", str(i.code)]),
+    Case("inspect: a million layers", "config.json: num_hidden_layers is 1,000,000, more than any model has",
+         setting(num_hidden_layers=10**6), args=lambda i: ["inspect", str(i.code)]),
+    Case("inspect: seed_config is a list", "seed_config is [1], not the config of a model",
+         setting(model_type="x", seed_config=[1]), args=lambda i: ["inspect", str(i.code)]),
+    Case("recipe: empty whole number", "recipe.yaml, line 2: not valid YAML: | in quotes it would be text",
+         text("seed: models/seed\ninclude_seed: !!int ''\n")),
+    Case("recipe: value of 100,000 characters", "recipe.yaml: attention: 'yyy | characters left out | is none of",
+         lambda i: None, {"attention": "y" * 100_000}),
+    Case("recipe: empty key", "recipe.yaml: : there is no such key; known: seed", lambda i: None, {"": 1}),
+    # Records that were edited
+    Case("mixture: licence is a list", "mixture/branchmix.json: sources.1.license is ['mit'], not text: copy",
+         broken_mixture(lambda f: record(f, lambda r: r["sources"][1].update(license=["mit"]))),
+         args=of_mixture("push", "org/name", "--dry-run")),
+    Case("mixture: changes are words", "mixture/branchmix.json: changes.0 names no expert that joined or left: copy",
+         broken_mixture(lambda f: record(f, lambda r: r.update(changes=["x"]))),
+         args=of_mixture("push", "org/name", "--dry-run")),
+    Case("push: a licence that is a link", "mixture/LICENSE: is a link to | outside the folder: put the file itself",
+         broken_mixture(lambda f: (f / "LICENSE").symlink_to("/etc/hostname")),
+         args=of_mixture("push", "org/name", "--dry-run")),
     # Mixtures that are none
     Case("mixture: attention", "mixture: config.json: attention is 'nonsense', not one of kv_experts | mixture's own",
          broken_mixture(lambda f: config(f, attention="nonsense")), args=of_mixture("remove-expert", "code", "OUT")),
@@ -593,7 +673,7 @@ def test_disk_too_small_is_seen_beforehand(make: Any, monkeypatch: Any, capsys: 
     inputs = make()
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     lines = refused(upcycle(inputs, inputs.out), inputs.root, monkeypatch, capsys)
-    check_lines(lines, "outputs/mixture: the output needs | GB, but only 0.00 GB are free | make room")
+    check_lines(lines, "outputs/mixture: the output needs | kB, but only 1 kB are free ( | kB too few): make room")
 
 
 @pytest.mark.parametrize("after", [0, 3])
@@ -608,7 +688,7 @@ def test_disk_full_while_weights_are_written(after: int, make: Any, monkeypatch:
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     lines = refused(upcycle(inputs, inputs.out), inputs.root, monkeypatch, capsys)
-    check_lines(lines, "model.safetensors: the disk is full | free space, or write elsewhere")
+    check_lines(lines, f"{inputs.out / WEIGHTS}: the disk is full | free space, or write elsewhere")
 
 
 def test_disk_full_while_the_tokenizer_is_copied(make: Any, monkeypatch: Any, capsys: Any) -> None:
@@ -619,7 +699,7 @@ def test_disk_full_while_the_tokenizer_is_copied(make: Any, monkeypatch: Any, ca
 
     monkeypatch.setattr(shutil, "copyfile", copyfile)
     lines = refused(upcycle(inputs, inputs.out), inputs.root, monkeypatch, capsys)
-    check_lines(lines, "No space left on device | free space")
+    check_lines(lines, f"{inputs.out}: cannot be written: No space left on device | free space")
 
 
 @pytest.mark.parametrize(

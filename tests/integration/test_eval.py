@@ -167,6 +167,17 @@ def test_a_killed_evaluation_goes_on(
     assert computed[2:] == [40, 20]  # another window is another result
 
 
+def test_documents_of_two_domains_are_not_on_record_in_a_fresh_folder(models: dict[str, Path], tmp_path: Path) -> None:
+    """Nor is a model that is given twice; what an earlier run wrote is, in every domain that has it."""
+    corpora.write_jsonl(tmp_path / "a.jsonl", range(6))
+    corpora.write_jsonl(tmp_path / "b.jsonl", range(3, 8))
+    names, data = [str(models["seed"])] * 2, data_file(tmp_path, "all")
+    first = evaluate(names, data, out=tmp_path / "out", max_length=MAX_LENGTH)
+    assert not [note for note in first.notes if "on record" in note]
+    second = evaluate(names[:1], data, out=tmp_path / "out", max_length=MAX_LENGTH)
+    assert f"{names[0]}: 11 of 11 documents were on record" in second.notes
+
+
 def assert_same(ours: Any, theirs: Any) -> None:
     for a, b in zip(ours.models, theirs.models, strict=True):
         for name, score in b.domains.items():

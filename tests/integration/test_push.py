@@ -18,6 +18,8 @@ import branchmix
 from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.errors import CheckpointError, OutputError, RecipeError
+from branchmix.upcycling.execute import CODE_FILES
+from branchmix.upcycling.plan import AUTO_MAP
 from hub_server import Hub, Repository, environment_for
 from mixtures import mixtures_of_0_1, recipe
 from tokenizers_of_bytes import save_byte_tokenizer
@@ -53,12 +55,13 @@ def front(card: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["plain", "one_router"])
-def test_a_mixture_of_an_older_version_goes_up_with_its_own_code(name: str, tmp_path: Path) -> None:
-    """All of it: its modeling file imports a module that this version does not have."""
+def test_a_mixture_of_an_older_version_goes_up_with_todays_code(name: str, tmp_path: Path) -> None:
+    """All of it, and nothing of the older version's."""
     folder = mixtures_of_0_1(tmp_path)[name]
-    uploaded = {file.name: file.content for file in branchmix.push(folder, "org/bam", dry_run=True).files}
-    code = {file.name: file for file in folder.glob("*.py")}
-    assert "streams_branchmix.py" in code and code.items() <= uploaded.items()
+    report = branchmix.push(folder, "org/bam", dry_run=True)
+    uploaded = {file.name: file.content for file in report.files if file.name.endswith(".py")}
+    assert uploaded == {file.name: file for file in CODE_FILES}
+    assert any("streams_branchmix.py" in note for note in report.notes)
 
 
 def test_a_dry_run_tells_everything_and_asks_nobody(
@@ -378,3 +381,100 @@ def test_exports_and_trained_models(siblings: Siblings, tmp_path: Path) -> None:
     assert "| law | 600 | 9.50 | 8.25 |" in report.card and "attention: average" in report.card
     assert "modeling_branchmix.py" in {file.name for file in report.files}
     assert "training.json" not in {file.name for file in report.files}
+
+
+def test_code_of_strangers_is_not_uploaded(mixture: Path, tmp_path: Path) -> None:
+    """Neither what differs from the package's, nor other files, nor what configs name on the Hub; each is reported."""
+    own = (mixture / "modeling_branchmix.py").read_bytes()
+    (mixture / "modeling_branchmix.py").write_bytes(own + b"\nimport os; os.system('evil')\n")
+    (mixture / "routing_branchmix.py").unlink()
+    (mixture / "attention_branchmix.py").unlink()
+    (tmp_path / "evil.py").write_text("evil = 1")
+    (mixture / "attention_branchmix.py").symlink_to(tmp_path / "evil.py")
+    (mixture / "tokenization_evil.py").write_text("evil = 1")
+    (mixture / "custom_generate").mkdir()
+    (mixture / "custom_generate" / "generate.py").write_text("evil = 1")
+    for name, named in (
+        ("config.json", {"AutoConfig": "evil/repo--configuration.Evil", "AutoModelForCausalLM": "evil.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["tokenization_evil.Evil", None]}),
+    ):
+        content = json.loads((mixture / name).read_text())
+        (mixture / name).write_text(json.dumps({**content, "auto_map": named}))
+    report = branchmix.push(mixture, "org/bam", dry_run=True)
+    uploaded = {
+        file.name: file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+        for file in report.files
+    }
+    assert not [name for name, content in uploaded.items() if b"evil" in content.lower()]
+    assert {name for name in uploaded if name.endswith(".py")} == set(CODE_FILES)
+    assert uploaded["modeling_branchmix.py"] == own
+    assert json.loads(uploaded["config.json"])["auto_map"] == AUTO_MAP
+    assert "auto_map" not in json.loads(uploaded["tokenizer_config.json"])
+    notes = "\n".join(report.notes)
+    assert "attention_branchmix.py, modeling_branchmix.py differ from branchmix" in notes
+    assert "custom_generate/generate.py, tokenization_evil.py: Python code is not uploaded" in notes
+    assert "/config.json: auto_map names" in notes and "tokenizer_config.json: auto_map names" in notes
+
+
+def test_a_mixture_as_it_was_written_has_no_note_on_code(mixture: Path) -> None:
+    assert not [note for note in branchmix.push(mixture, "org/bam", dry_run=True).notes if "licence" not in note]
+
+
+def test_code_of_a_dense_model_is_not_uploaded(siblings: Siblings, tmp_path: Path) -> None:
+    folder = shutil.copytree(siblings("llama")["code"], tmp_path / "dense")
+    (folder / "modeling_own.py").write_text("own = 1")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "else/where--modeling.Own"}}))
+    report = branchmix.push(folder, "org/dense", dry_run=True)
+    assert not [file.name for file in report.files if file.name.endswith(".py")]
+    (uploaded,) = [file.content for file in report.files if file.name == "config.json"]
+    assert isinstance(uploaded, bytes) and json.loads(uploaded) == config
+    assert "'else/where--modeling.Own'" in "\n".join(report.notes)
+
+
+@pytest.mark.parametrize("name", ["LICENSE.txt", "tokenizer_config.json", "README.md"])
+def test_links_out_of_the_folder_are_not_published(name: str, mixture: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text('{"key": "of somebody"}')
+    (mixture / name).unlink(missing_ok=True)
+    (mixture / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=rf"{name}: is a link to .*secret, outside the folder: put the file"):
+        branchmix.push(mixture, "org/bam", dry_run=True)
+
+
+def test_links_into_the_hubs_cache_are_published(mixture: Path, tmp_path: Path) -> None:
+    """As snapshots are made of them; weights may lie on any disk."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(mixture.iterdir())):
+        shutil.move(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    weights = (snapshot / "model.safetensors").resolve()
+    shutil.move(weights, tmp_path / "elsewhere")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    names = {file.name for file in branchmix.push(snapshot, "org/bam", dry_run=True).files}
+    assert names >= {"config.json", "model.safetensors", "tokenizer_config.json", *CODE_FILES}
+
+
+def test_names_of_code_do_not_come_along(siblings: Siblings, tmp_path: Path) -> None:
+    """Into mixtures, soups, grown mixtures and exports: their sources' Python files do not either."""
+    models = {name: shutil.copytree(folder, tmp_path / name) for name, folder in siblings("llama").items()}
+    for folder in models.values():
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+        (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Words", null]}}')
+        (folder / "evil.py").write_text("evil = 1")
+    branchmix.upcycle(recipe(models), tmp_path / "mixture")
+    branchmix.upcycle(recipe(models, attention="average", ffn="average"), tmp_path / "soup")
+    config = json.loads((tmp_path / "mixture/config.json").read_text())
+    config["seed_config"]["auto_map"] = config["auto_map"] = {"AutoConfig": "evil/repo--evil.Config"}
+    (tmp_path / "mixture/config.json").write_text(json.dumps(config))
+    branchmix.add_expert(tmp_path / "mixture", "law", models["math"], tmp_path / "grown")
+    branchmix.export_model(tmp_path / "grown", tmp_path / "dense", to="dense", expert="law", verify=False)
+    for name in ("soup", "grown", "dense"):
+        files = {file.name: file.read_text() for file in (tmp_path / name).glob("*.json")}
+        evil = [file for file, text in files.items() if "evil" in text and file != "branchmix.json"]
+        assert not evil, name
+        assert ("auto_map" in files["config.json"]) == (name == "grown")
+        assert not (tmp_path / name / "evil.py").exists()

@@ -34,6 +34,23 @@ def upcycled(models: dict[str, Path], out: Path, **options: Any) -> Tensors:
     return weights(out)
 
 
+def test_the_same_model_given_twice_is_said(siblings: Siblings, tmp_path: Path) -> None:
+    """By whatever path; experts of their own, or copies that the recipe asks for, need no note."""
+    models = siblings("llama")
+    (tmp_path / "link").symlink_to(models["seed"])
+    experts = [("code", models["seed"]), ("law", tmp_path / "link"), ("math", models["math"]), ("sums", models["math"])]
+    given = {"seed": str(models["seed"]), "experts": [{"name": name, "model": str(path)} for name, path in experts]}
+    notes = [note for note in branchmix.upcycle(given, tmp_path / "out", dry_run=True).plan.notes if "same" in note]
+    assert [note.partition(" (")[0] for note in notes] == [
+        "expert 'code' is the same model as seed",
+        "expert 'law' is the same model as seed",
+        "expert 'sums' is the same model as expert 'math'",
+    ]
+    assert notes[0].endswith(": seed_copies makes copies of the seed") and str(models["seed"]) in notes[0]
+    fine = branchmix.upcycle(recipe(models, seed_copies=2), tmp_path / "out", dry_run=True)
+    assert not [note for note in fine.plan.notes if "same model" in note]
+
+
 # --- what is averaged, and what is the seed's
 
 

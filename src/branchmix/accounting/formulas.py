@@ -8,6 +8,7 @@ from branchmix.accounting.shape import FACTS, Facts, Shape, shape_of
 from branchmix.checkpoint.families import FAMILIES, Config, nearest
 from branchmix.errors import CheckpointError
 
+MOST_LAYERS = 10_000
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"} | {
     "fp64": "float64",
@@ -229,8 +230,14 @@ def flops_of(shape: Shape, context: int) -> Flops:
 
 
 def windows(shape: Shape) -> list[int | None]:
-    """The size of each layer's sliding window, or None for full attention, by transformers' own rules."""
+    """The size of each layer's sliding window, or None for full attention, by transformers' own rules.
+
+    Raises:
+        CheckpointError: the config has more layers than any model, which would take gigabytes to list.
+    """
     seed, num_layers = shape.seed, shape.sizes.num_layers
+    if num_layers > MOST_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers is {num_layers:,}, more than any model has")
     facts = FACTS.get(shape.family.model_type, Facts())
     window = seed.get("sliding_window", facts.window)
     if not isinstance(window, int) or (facts.window_switch and not seed.get(facts.window_switch)):

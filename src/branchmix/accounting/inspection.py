@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +24,9 @@ from branchmix.accounting.formulas import (
 from branchmix.accounting.shape import FACTS, Shape, shape_of
 from branchmix.checkpoint.adapters import refuse_adapter
 from branchmix.checkpoint.families import FAMILIES, is_tied, nearest
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.unfit import Config, why_unfit
-from branchmix.errors import BranchMixError, CheckpointError
+from branchmix.errors import BranchMixError, CheckpointError, short
 
 if TYPE_CHECKING:
     from branchmix.checkpoint.index import CheckpointIndex
@@ -187,6 +187,8 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
         config = _read_config(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{name}: no model_type: give a transformers model's folder or config.json")
+    if not isinstance(config.get("seed_config") or {}, dict):
+        raise CheckpointError(f"{name}: seed_config is {short(config['seed_config'])}, not the config of a model")
 
     seed = shape_of(config).seed if config["model_type"] == "branchmix" else config
     if context is None:
@@ -378,12 +380,12 @@ def _read_config(path: Path) -> Config:
     refuse_adapter(path)
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no config.json in it: give a transformers checkpoint folder") from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError):
+    except ValueError:
         raise CheckpointError(f"{file}: not JSON: give a checkpoint folder or its config.json") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: not a config: expected a JSON object") from None

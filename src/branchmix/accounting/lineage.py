@@ -7,13 +7,14 @@ all of them share and which counts once. A model that neither of them made is a 
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from branchmix.checkpoint.hashes import key_of
+from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import BranchMixError
 
 RUN, MERGE = "training.json", "branchmix.json"
@@ -40,32 +41,34 @@ class Phase:
         return self.tokens is not None
 
 
-def lineage(folder: Path, name: str | None = None) -> list[Phase]:
+def lineage(folder: Path, name: str | None = None, *, within: tuple[Path, ...] = ()) -> list[Phase]:
     """All trainings behind the model in ``folder``, the oldest first.
 
     Args:
         folder: of a model.
         name: what to call it if it is a root.
+        within: folders whose records name this one; a record that names itself is not followed.
     """
+    within = (*within, folder.resolve())
     record = _json(folder / RUN)
-    if record is not None and isinstance(record.get("config"), dict) and "tokens" in record:
+    if record is not None and isinstance(record.get("config"), dict) and _is_count(record.get("tokens", "")):
         own = Phase(
             key_of({key: record.get(key) for key in ("config", "started", "ended", "tokens")}),
             folder.name,
             record["tokens"],
-            record.get("flops"),
+            record.get("flops") if _is_cost(record.get("flops")) else None,
         )
         start = record["config"].get("model")
         if isinstance(start, dict):  # made from nothing
             return [own]
-        return [*_recorded(record, "ancestors", str(start)), own]
+        return [*_recorded(record, "ancestors", str(start), within), own]
     merge = _json(folder / MERGE)
     if merge is not None and isinstance(merge.get("sources"), list):
-        changes = [change.get("added") for change in merge.get("changes") or [] if isinstance(change, dict)]
-        added = [change["expert"] for change in changes if isinstance(change, dict) and "expert" in change]
-        sources = [*merge["sources"], *added]
-        phases = [phase for one in sources for phase in _recorded(one, "training", str(one.get("model")))]
-        return once(phases)
+        changes = merge.get("changes")
+        steps = [change.get("added") for change in (changes if isinstance(changes, list) else []) if _is_object(change)]
+        added = [step.get("expert") for step in steps if _is_object(step)]
+        sources = [one for one in (*merge["sources"], *added) if _is_object(one)]
+        return once(phase for one in sources for phase in _recorded(one, "training", str(one.get("model")), within))
     return [Phase(_root_key(folder), _called(name or folder.name), None, None, _root_cost(folder))]
 
 
@@ -96,15 +99,39 @@ def _sum(values: Sequence[Any]) -> Any:
     return None if any(value is None for value in values) else sum(values)
 
 
-def _recorded(holder: dict[str, Any], key: str, model: str) -> list[Phase]:
+def _recorded(holder: dict[str, Any], key: str, model: str, within: tuple[Path, ...]) -> list[Phase]:
     """The phases that a record holds; older records do not, so then those of the model it names, if that is there."""
     recorded = holder.get(key)
-    if isinstance(recorded, list):
-        return once(Phase(**phase) for phase in recorded)
+    if isinstance(recorded, list) and all(map(_is_phase, recorded)):
+        return once(Phase(**{field.name: phase.get(field.name) for field in fields(Phase)}) for phase in recorded)
     path = Path(model)
-    if path.is_absolute() and path.is_dir():
-        return lineage(path)
+    if path.is_absolute() and os.path.isdir(path) and path.resolve() not in within:  # noqa: PTH112 (any name will do)
+        return lineage(path, within=within)
     return [Phase(key_of({"model": model}), _called(model), None, None)]
+
+
+def _is_phase(found: Any) -> bool:
+    """Whether a record holds what ``as_records`` wrote; others may have edited it."""
+    return (
+        _is_object(found)
+        and isinstance(found.get("key"), str)
+        and isinstance(found.get("name"), str)
+        and _is_count(found.get("tokens"))
+        and _is_cost(found.get("flops"))
+        and _is_cost(found.get("flops_per_token"))
+    )
+
+
+def _is_object(found: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(found, dict)
+
+
+def _is_count(found: Any) -> bool:
+    return found is None or (isinstance(found, int) and not isinstance(found, bool))
+
+
+def _is_cost(found: Any) -> bool:
+    return _is_count(found) or isinstance(found, float)
 
 
 def _called(given: str) -> str:
@@ -137,7 +164,7 @@ def _root_cost(folder: Path) -> float | None:
 
 def _json(file: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from branchmix.checkpoint.unfit import Config, why_unfit
-from branchmix.errors import CheckpointError
+from branchmix.errors import CheckpointError, short
 
 
 @dataclass(frozen=True)
@@ -467,11 +467,15 @@ _TIED_BY_DEFAULT = {
 }
 
 
+LARGEST_SIZE = 2**31 - 1
+"""What a config may say of any size of a model."""
+
+
 def dimensions(config: Config) -> Dimensions:
     """Sizes of the dense model that ``config`` describes, under whatever names its family uses.
 
     Raises:
-        CheckpointError: a size is missing or no positive integer.
+        CheckpointError: a size is missing, no positive integer, or larger than any model's.
     """
 
     def size(*names: str, default: int | None = None) -> int:
@@ -479,7 +483,9 @@ def dimensions(config: Config) -> Dimensions:
             found = config.get(name)
             if found is not None:
                 if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
-                    raise CheckpointError(f"config.json: {name} is {found!r}, not a positive whole number")
+                    raise CheckpointError(f"config.json: {name} is {short(found)}, not a positive whole number")
+                if found > LARGEST_SIZE:
+                    raise CheckpointError(f"config.json: {name} is {short(found)}, more than {LARGEST_SIZE:,}")
                 return found
         if default is None and family.inferred:
             raise CheckpointError(

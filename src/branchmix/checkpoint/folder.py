@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from branchmix.errors import OutputError
+from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.moves import discard, fsync_folder, replace_folder
+from branchmix.errors import BranchMixError, OutputError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,32 +58,57 @@ _OF_A_CHECKPOINT = (
 """Names in a folder that is a checkpoint and nothing else, as patterns: only such a folder is ever replaced."""
 
 
+UNFINISHED, ADAPTER, REPLACED = "incomplete", "adapter", "replaced"
+"""Kinds of folders beside an output while it is made: its content, a LoRA expert merged for it, what it replaces."""
+_EXISTS = "exists already: choose another folder, or --force to replace it"
+
+
+def beside(target: Path, kind: str) -> Path:
+    """A new name beside an output, which tells a later start who made it: see ``stale_folders``."""
+    return target.parent / f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @contextmanager
 def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """Yields a temporary folder beside ``out``, which becomes ``out`` if the block succeeds and vanishes if not.
 
     A killed process leaves ``.NAME.incomplete-PID-RANDOM`` (see ``stale_folders``) and never touches ``out``. With
-    ``force`` an existing checkpoint is replaced once the new one is complete.
+    ``force`` an existing checkpoint is replaced once the new one is complete. Errors name ``out`` where they would name
+    the temporary folder.
 
     Raises:
         OutputError: ``out`` exists (or, with force, is or holds something that is no checkpoint), or cannot be written.
     """
     require_replaceable(out, force=force)
     target = Path(os.path.realpath(out))
-    suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = beside(target, UNFINISHED)
     with writing(out):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.incomplete-{suffix}"
         temporary.mkdir()
     try:
         yield temporary
+        require_replaceable(out, force=force)  # again, as others may have written there meanwhile
         with writing(out):
-            _fsync_folder(temporary)
-            _move_into_place(temporary, target, aside=target.parent / f".{target.name}.replaced-{suffix}", force=force)
-            _fsync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+            fsync_folder(temporary)
+            if target.exists():
+                replace_folder(temporary, target, aside=beside(target, REPLACED))
+            else:
+                _appear(temporary, target, out)
+            fsync_folder(target.parent)
+    except BaseException as error:
+        discard(temporary)
+        if isinstance(error, BranchMixError):
+            error.rename(str(temporary), str(out))
         raise
+
+
+def _appear(temporary: Path, target: Path, out: Path) -> None:
+    try:
+        temporary.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        raise OutputError(f"{out}: {_EXISTS}") from None  # another process was faster
 
 
 def require_replaceable(out: Path, *, force: bool) -> None:
@@ -91,11 +117,11 @@ def require_replaceable(out: Path, *, force: bool) -> None:
     Raises:
         OutputError: as for ``atomic_folder``.
     """
-    require_name(out)
+    put_back(out)
     target = Path(os.path.realpath(out))
     if target.is_dir():
         if not force:
-            raise OutputError(f"{out}: exists already: choose another folder, or --force to replace it")
+            raise OutputError(f"{out}: {_EXISTS}")
         _require_nothing_else(out, target)
     elif target.exists():
         raise OutputError(f"{out}: is a file: choose a folder that does not exist yet")
@@ -124,24 +150,26 @@ def _require_nothing_else(out: Path, target: Path) -> None:
 
 def _names_a_model(config: Path) -> bool:
     try:
-        found = json.loads(config.read_text(encoding="utf-8"))
+        found = read_json(config)
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and "model_type" in found
 
 
 def require_name(out: Path) -> None:
-    """Refuses a name that the disk takes for none, such as one of 300 letters, before anything asks what is there.
+    """Refuses a name that the disk does not accept, such as one of 300 letters or a link to itself.
 
     Raises:
         OutputError: it is one.
     """
     try:
-        out.lstat()
+        out.stat()
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise OutputError(f"{out}: {error.strerror}: choose another name") from None
+    except ValueError:  # a zero byte, or half a surrogate
+        raise OutputError(f"{str(out)!r}: is not a file name: choose another name") from None
 
 
 def require_new_file(file: Path, *, force: bool) -> None:
@@ -167,44 +195,45 @@ def _require_writable_parent(out: Path, target: Path) -> None:
         raise OutputError(f"{out}: {parent} is not writable: choose another place")
 
 
-def _move_into_place(temporary: Path, target: Path, *, aside: Path, force: bool) -> None:
-    if not (force and target.exists()):
-        temporary.rename(target)
-        return
-    target.rename(aside)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Makes new names in ``folder`` survive a power cut, where the platform opens folders."""
-    with suppress(PermissionError, IsADirectoryError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 def stale_folders(out: Path) -> list[Path]:
-    """Temporary folders of runs on ``out`` that were killed: safe to remove, for nothing in them is complete.
+    """Folders that killed runs on ``out`` left beside it; ``holds_model`` says which of them are more than scraps."""
+    require_name(out)
+    target = Path(os.path.realpath(out))
+    return [folder for kind in (UNFINISHED, ADAPTER, REPLACED) for folder in _left_of(target, kind)]
 
-    Also the replaced checkpoint of a run that was killed while it removed it, if ``out`` itself is in place.
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder that was left is a whole model: ``config.json`` is written last, and removed first."""
+    return f".{ADAPTER}-" not in folder.name and (folder / "config.json").is_file()
+
+
+def put_back(out: Path) -> bool:
+    """Gives ``out`` back the model that a run moved aside and was killed before it put the new one there.
+
+    Returns:
+        Whether there was such a model.
+
+    Raises:
+        OutputError: ``out`` cannot be a name, or the model cannot be moved.
     """
     require_name(out)
     target = Path(os.path.realpath(out))
-    kinds = ("incomplete", "replaced") if target.exists() else ("incomplete",)
+    aside = [] if os.path.lexists(target) else [folder for folder in _left_of(target, REPLACED) if holds_model(folder)]
+    if not aside:
+        return False
+    with writing(out), suppress(FileNotFoundError):  # another start was faster
+        max(aside, key=lambda folder: folder.stat().st_ctime_ns).rename(target)
+    return True
+
+
+def _left_of(target: Path, kind: str) -> list[Path]:
+    """Folders of one kind beside ``target`` whose processes are gone."""
+    prefix = f".{target.name}.{kind}-"
     found = []
     for folder in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
-        for kind in kinds:
-            prefix = f".{target.name}.{kind}-"
-            pid, _, random = folder.name.removeprefix(prefix).partition("-")
-            if folder.name.startswith(prefix) and pid.isdecimal() and random and not _alive(int(pid)):
-                found.append(folder)
+        pid, _, random = folder.name.removeprefix(prefix).partition("-")
+        if folder.name.startswith(prefix) and pid.isdecimal() and random and not _alive(int(pid)):
+            found.append(folder)
     return found
 
 

@@ -18,12 +18,14 @@ from typing import Any
 
 from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, adapter_message, left_over_adapter, refuse_adapter
 from branchmix.checkpoint.hub import is_there
+from branchmix.checkpoint.json_text import MAX_BYTES, parse_json
+from branchmix.checkpoint.names import is_entry
 from branchmix.checkpoint.rotary import with_current_names
-from branchmix.errors import CheckpointError
+from branchmix.errors import CheckpointError, short
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = MAX_BYTES
 """The reference implementation's limit."""
 
 DTYPE_BITS = {
@@ -172,10 +174,10 @@ def read_header(file: Path) -> list[TensorRef]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        header = parse_json(raw, object_pairs_hook=_unique_keys)
     except _DuplicateKeyError as error:
         raise CheckpointError(f"{file}: its header names {error} twice: {again}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: not a safetensors file (its header is not JSON): {again}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: not a safetensors file (its header is not a JSON object): {again}")
@@ -254,9 +256,12 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
     weight_map = _read_json_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{file}: has no weight_map of tensor names to files: download or save it again")
-    outside = next((shard for shard in weight_map.values() if Path(shard).name != shard), None)
+    outside = next((shard for shard in weight_map.values() if not is_entry(shard)), None)
     if outside is not None:
-        raise CheckpointError(f"{file}: names the shard {outside!r}, which is not a file name in this folder")
+        raise CheckpointError(
+            f"{file}: names the shard {short(outside)}, which is not a file name in this folder: download or save the "
+            "checkpoint again"
+        )
     return weight_map
 
 
@@ -290,16 +295,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
-        raw = file.read_bytes()
+        with file.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     refuse_lfs_pointer(file, raw)
+    if len(raw) > MAX_BYTES:
+        raise CheckpointError(f"{file}: has more than {MAX_BYTES:,} bytes: download or save it again")
     if not raw.strip():
         raise CheckpointError(f"{file}: is empty: download or save it again")
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        value = parse_json(raw)
+    except ValueError as error:
+        where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f" ({error})"
         raise CheckpointError(f"{file}: is not valid JSON{where}: download or save it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: is not a JSON object: download or save it again")

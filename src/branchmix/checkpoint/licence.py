@@ -44,8 +44,8 @@ def metadata_of(readme: str) -> dict[str, Any]:
     front = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
     try:
         found = yaml.safe_load(front.group(1)) if front else None
-    except yaml.YAMLError:
-        return {}
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
+        return {}  # PyYAML raises all of these for text that is not what its tags or its form say
     return found if isinstance(found, dict) else {}
 
 

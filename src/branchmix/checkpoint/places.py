@@ -1,4 +1,4 @@
-"""Where the files once lay: transformers notes it in what it saves, and nobody who gets a model needs to know."""
+"""What model files note and what does not travel with them: where they lay, and whose code they run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.json_text import read_json
+
 _KEYS = frozenset({"_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file"})
 _NOTED_IN = ("config.json", "tokenizer_config.json")
+CODE = "auto_map"
+"""Key of configs that names the Python classes to load a model or its tokenizer with."""
+AUTO_MAP = {
+    "AutoConfig": "configuration_branchmix.BranchMixConfig",
+    "AutoModel": "modeling_branchmix.BranchMixModel",
+    "AutoModelForCausalLM": "modeling_branchmix.BranchMixForCausalLM",
+}
+"""Of mixtures, as in ``configuration_branchmix``, which only torch users import."""
 
 
 def without_places(config: Any) -> Any:
@@ -16,24 +26,43 @@ def without_places(config: Any) -> Any:
     Args:
         config: content of a config.json or a tokenizer_config.json.
     """
-    if isinstance(config, dict):
-        return {key: without_places(value) for key, value in config.items() if key not in _KEYS}
-    if isinstance(config, list):
-        return [without_places(value) for value in config]
-    return config
+    return _without(_KEYS, config)
+
+
+def _without(keys: frozenset[str], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without(keys, inner) for key, inner in value.items() if key not in keys}
+    if isinstance(value, list):
+        return [_without(keys, inner) for inner in value]
+    return value
+
+
+def with_own_code(config: Any) -> Any:
+    """A config that names no Python code but ours, which comes along with mixtures.
+
+    Python files of a source are never copied, so that nobody spreads code of others under a name of their own; a name
+    of such code, in the folder or on the Hub, stays behind with it.
+
+    Args:
+        config: content of a config.json or a tokenizer_config.json.
+    """
+    kept = _without(frozenset({CODE}), config)
+    is_mixture = isinstance(kept, dict) and kept.get("model_type") == "branchmix"
+    return {**kept, CODE: AUTO_MAP} if is_mixture else kept
 
 
 def rewritten(file: Path) -> bytes | None:
-    """The file without those paths; None where it holds none, so that it may be copied as it is.
+    """The file without those paths and without names of code; None where it holds none: then it may be copied.
+
 
     Args:
         file: any file of a checkpoint.
     """
-    if file.name not in _NOTED_IN:
+    if file.name not in _NOTED_IN or not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except ValueError:  # no JSON: whoever reads it for its content tells that
         return None
-    kept = without_places(content)
+    kept = with_own_code(without_places(content))
     return None if kept == content else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()

@@ -7,12 +7,12 @@ special token's name. A token that the vocabulary lacks gets the next free id, w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import CheckpointError
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -53,11 +53,11 @@ def token_ids(folder: Path) -> TokenIds | None:
     merges: list[str] | None = None
     try:
         if file.name == "tokenizer.json":
-            content = json.loads(file.read_bytes())
+            content = read_json(file)
             vocabulary, merges = _vocabulary(content["model"]), _merges(content["model"])
             own = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens", [])}
         elif file.name == "vocab.json":
-            vocabulary = {str(token): int(number) for token, number in json.loads(file.read_bytes()).items()}
+            vocabulary = {str(token): int(number) for token, number in read_json(file).items()}
             rules = folder / "merges.txt"
             lines = rules.read_text(encoding="utf-8").splitlines() if rules.is_file() else []
             merges = [line for line in lines if line and not line.startswith("#version")]
@@ -116,7 +116,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_bytes()))
+        return dict(read_json(file))
     except _NO_TOKENIZER:
         raise CheckpointError(f"{file}: is no tokenizer file: download it again") from None
 

@@ -12,13 +12,11 @@ import ctypes
 import errno
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +32,7 @@ from branchmix.checkpoint.expressions import (
 )
 from branchmix.checkpoint.folder import writing
 from branchmix.checkpoint.index import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorRef
+from branchmix.checkpoint.moves import libc as _libc
 from branchmix.checkpoint.numbers import Array, storage
 from branchmix.errors import CheckpointError
 
@@ -382,16 +381,6 @@ def _write_at(fd: int, offset: int, data: memoryview) -> None:
             os.lseek(fd, offset, os.SEEK_SET)
             done = os.write(fd, data)
         data, offset = data[done:], offset + done
-
-
-@cache
-def _libc(name: str) -> Any:
-    """A function of the C library that Python does not offer, on Linux; None elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return None
-    with suppress(OSError, AttributeError):
-        return getattr(ctypes.CDLL(None, use_errno=True), name)
-    return None
 
 
 def _allocate(fd: int, nbytes: int) -> None:

@@ -5,6 +5,7 @@ Each command has its own file and imports what it needs when it runs, so that ``
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -34,7 +35,7 @@ from branchmix.cli.train import EPILOG as TRAIN_EPILOG
 from branchmix.cli.train import train_command
 from branchmix.cli.upcycle import EPILOG as UPCYCLE_EPILOG
 from branchmix.cli.upcycle import upcycle_command
-from branchmix.errors import BranchMixError
+from branchmix.errors import BranchMixError, short
 
 app = typer.Typer(
     name="branchmix",
@@ -94,6 +95,11 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP) or error.filename is None:
+            raise
+        print(f"error: {short(str(error.filename))}: {error.strerror}: choose another name", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         _show_usage_error(error)
         sys.exit(2)

@@ -97,6 +97,7 @@ def trends_command(
 ) -> None:
     """Say for each task whether performance gets better, worse, or turns with scale, and how sure that is."""
     from branchmix.checkpoint.families import nearest
+    from branchmix.checkpoint.folder import require_new_file
     from branchmix.cli.console import notice, progress_bar
     from branchmix.errors import RecipeError
 
@@ -114,7 +115,7 @@ def trends_command(
             f"--correction {correction}: is none of {', '.join(CORRECTIONS)}{nearest(correction, CORRECTIONS)}"
         )
     if html is not None:
-        _require_new(html, force=force)
+        require_new_file(html, force=force)
     with progress_bar() as tell:
         reports = trends_by_axis(
             results,
@@ -145,19 +146,11 @@ def trends_command(
             notice(f"written: {written}")
 
 
-def _require_new(path: Path, *, force: bool) -> None:
-    from branchmix.errors import OutputError
-
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder: give a file")
-    if path.exists() and not force:
-        raise OutputError(f"{path}: exists already: choose another name, or --force to replace it")
-
-
 def _write(
     reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Tell
 ) -> None:
     """The page and the pictures that were asked for; nothing of either if something is in the way."""
+    from branchmix.checkpoint.folder import require_name, require_new_file
     from branchmix.errors import OutputError
     from branchmix.pages import page as pages
     from branchmix.scaling.trends import page
@@ -166,10 +159,11 @@ def _write(
 
     overview = Overview(reports)
     if plots is not None:
+        require_name(plots)
         if plots.exists() and not plots.is_dir():
             raise OutputError(f"{plots}: is a file: choose a folder")
         for name in pictures.names(overview):
-            _require_new(plots / name, force=force)
+            require_new_file(plots / name, force=force)
     if html is not None:
         pages.write(html, page.html(overview, command=command))
     if plots is not None:

@@ -71,12 +71,18 @@ def upcycle_command(
 
 
 def warn_of_leftovers(out: Path) -> None:
-    """Print a note for what a killed run left behind."""
-    from branchmix.checkpoint.folder import stale_folders
+    """Put back what a killed run moved aside, and report what it left behind."""
+    from branchmix.checkpoint.folder import holds_model, put_back, stale_folders
     from branchmix.cli.console import notice
 
+    if put_back(out):
+        notice(f"note: {out}: put back; a run that was killed while it replaced this model had moved it aside")
     for folder in stale_folders(out):
-        notice(f"note: {folder} was left behind by a killed run and holds no model: remove it")
+        if holds_model(folder):
+            what = f"it holds a complete model, which {out} had before or would have had next: keep it or remove it"
+        else:
+            what = "it holds no model: remove it"
+        notice(f"note: {folder} was left behind by a killed run; {what}")
 
 
 def show(report: UpcycleReport, *, as_json: bool) -> None:

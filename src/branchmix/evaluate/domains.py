@@ -21,6 +21,10 @@ class Reader:
         self._facts = {**candidate.facts, "max_length": max_length, "stride": stride}
         self.key = key_of(self._facts)
 
+    def on_record(self, documents: dict[str, list[Document]], records: Records) -> int:
+        """How many documents have results of an earlier run; those that several domains share count once in each."""
+        return sum(records.was_there(self.key, one.hash) for chosen in documents.values() for one in chosen)
+
     def read(
         self, documents: dict[str, list[Document]], records: Records, batch_tokens: int, progress: Progress | None
     ) -> int:

@@ -102,8 +102,8 @@ def evaluate(
         for number, candidate in enumerate(candidates):
             if data is not None:
                 readers[candidate] = reader = Reader(candidate, *window)
-                known = reader.read(documents, records, batch_tokens, progress)
-                if known:
+                reader.read(documents, records, batch_tokens, progress)
+                if known := reader.on_record(documents, records):
                     count = sum(map(len, documents.values()))
                     report.notes.append(f"{candidate.given}: {known} of {count} documents were on record")
                 report.models[number] = reader.report(reader.scores(documents, records))

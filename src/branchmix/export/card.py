@@ -5,12 +5,12 @@ Paths of this machine stay here: a local source is called by its folder's name.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from branchmix import __version__
 from branchmix.accounting import inspect
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.unfit import has_experts
 from branchmix.errors import BranchMixError, RecipeError
 from branchmix.upcycling.card import front_matter, history, method_of, source_table, sources_of, usage
@@ -101,7 +101,7 @@ def _title(config: dict[str, Any], provenance: dict[str, Any]) -> str:
 def _training(folder: Path) -> list[str]:
     """From ``training.json``: tokens, FLOPs, and the held-out perplexities at both ends."""
     try:
-        record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        record = read_json(folder / "training.json")
         tokens, domains = record["tokens"], record["domains"]
         start, end = record["held_out"]["start"], record["held_out"]["end"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -134,7 +134,7 @@ def _accounting(folder: Path) -> list[str]:
 def _evaluation(results: Path) -> list[str]:
     """Bits per byte of every model and domain in a ``results.json``."""
     try:
-        models = json.loads(results.read_text(encoding="utf-8"))["models"]
+        models = read_json(results)["models"]
         rows = [
             (Path(model["model"]).name or model["model"], model["domains"], model["max_length"]) for model in models
         ]

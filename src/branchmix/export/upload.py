@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchmix import __version__
 from branchmix.accounting import inspect
 from branchmix.checkpoint.folder import tokenizer_files
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.index import INDEX_FILE, CheckpointIndex
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.licence import licence_of_folder, metadata_of
-from branchmix.checkpoint.places import rewritten
-from branchmix.errors import CheckpointError, OutputError, RecipeError
+from branchmix.checkpoint.places import rewritten, with_own_code
+from branchmix.errors import CheckpointError, OutputError, RecipeError, short
 from branchmix.export.card import UNKNOWN, hub_card, without_paths
 from branchmix.upcycling.card import sources_of
 from branchmix.upcycling.execute import CODE_FILES
@@ -103,6 +106,7 @@ def push(
         of_eval = Path(results) if results else None
         card = hub_card(folder, repo, index.config, provenance, licence=licence, licences=licences, results=of_eval)
     files = tuple(_files(folder, index, provenance, card))
+    notes += _notes_on_code(folder, files)
     url = None
     if not dry_run:
         url, private = _upload(repo, files, private=private, force=force)
@@ -137,7 +141,13 @@ def _whole(folder: Path) -> CheckpointIndex:
 
 
 def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | None, card: str) -> list[Upload]:
-    """Model, tokenizer, code and card: what a checkpoint is made of, by name, and nothing else of the folder."""
+    """Model, tokenizer, code and card: what a checkpoint is made of, by name, and nothing else of the folder.
+
+    The code is the package's, whatever the folder holds.
+
+    Raises:
+        CheckpointError: a file is a link to another place, whose content nobody may want to publish.
+    """
     is_mixture = index.config.get("model_type") == "branchmix"
     names = ["config.json", "generation_config.json", *tokenizer_files(folder)]
     if len(index.files) > 1:
@@ -146,13 +156,49 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
     files = [Upload(name, rewritten(file) or file) for name, file in present]
     files += [Upload(file.name, file) for file in index.files]
     if is_mixture:
-        own = sorted(folder.glob("*_branchmix.py"))  # an older version may have had other files
-        files += [Upload(file.name, file) for file in own or CODE_FILES]
+        files += [Upload(file.name, file) for file in CODE_FILES]
     if provenance is not None:
         text = json.dumps(without_paths(provenance), indent=2, ensure_ascii=False) + "\n"
         files.append(Upload("branchmix.json", text.encode()))
-    files += [Upload(file.name, file) for file in sorted(folder.glob("LICENSE*")) if file.is_file()]
+    licences = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()]
+    files += [Upload(file.name, file) for file in licences]
+    for file in (*(file for _, file in present), *licences, folder / README):
+        _refuse_link_out_of(folder, file)
     return [*files, Upload(README, card.encode())]
+
+
+def _refuse_link_out_of(folder: Path, file: Path) -> None:
+    """Weights may lie elsewhere, as they are read as such; of the Hub's cache, snapshots link to their blobs."""
+    target, home = file.resolve(), folder.resolve()
+    if home not in target.parents and home.parent.parent / "blobs" != target.parent:
+        raise CheckpointError(
+            f"{file}: is a link to {target}, outside the folder: put the file itself here, if it is to be published"
+        )
+
+
+def _notes_on_code(folder: Path, files: tuple[Upload, ...]) -> list[str]:
+    """Code that the folder brings along or names, and that is not uploaded."""
+    notes = []
+    there = {str(file.relative_to(folder)): file for file in folder.rglob("*.py") if file.is_file()}
+    code = {file.name: file for file in CODE_FILES}
+    own = {file.name for file in files} & code.keys()
+    other = sorted(name for name in own & there.keys() if there[name].read_bytes() != code[name].read_bytes())
+    if other:
+        notes.append(
+            f"{folder}: {', '.join(other)} differ from branchmix {__version__}'s own, which are uploaded instead"
+        )
+    if left := sorted(there.keys() - own):
+        notes.append(f"{folder}: {', '.join(left[:5])}{' ...' if left[5:] else ''}: Python code is not uploaded")
+    for name in ("config.json", "tokenizer_config.json"):
+        if is_there(folder / name):
+            with suppress(ValueError):  # not JSON: uploaded as it is
+                found = read_json(folder / name)
+                named = found.get("auto_map") if isinstance(found, dict) else None
+                if named and named != with_own_code(found).get("auto_map"):
+                    notes.append(
+                        f"{folder / name}: auto_map names code that is not uploaded: {short(named)} is left out"
+                    )
+    return notes
 
 
 def _own_card(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS
 from branchmix.checkpoint.folder import writing
 from branchmix.checkpoint.hashes import FileHashes, key_of
+from branchmix.checkpoint.json_text import parse_json
 from branchmix.errors import OutputError
 
 FILE = "records.jsonl"
@@ -59,7 +60,7 @@ class Lines:
             with self.file.open("rb") as lines:
                 for line in lines:
                     try:
-                        record = json.loads(line)
+                        record = parse_json(line)
                     except ValueError:
                         continue
                     if isinstance(record, dict):
@@ -88,7 +89,13 @@ class Journal:
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
         self._described: set[str] = set()
         for line in self._lines.read():
-            self._keep(line)
+            if isinstance(line.get("model"), str) and isinstance(line.get(item, ""), str):  # else somebody else's line
+                self._keep(line)
+        self._earlier = set(self._known)
+
+    def was_there(self, model: str, item: str) -> bool:
+        """Whether the line about an item was on the disk before this process began to write."""
+        return (model, item) in self._earlier
 
     def find(self, model: str, item: str) -> dict[str, Any] | None:
         """The line about an item, if there is one."""

@@ -12,6 +12,16 @@ def human_bytes(count: float) -> str:
     return f"{count:.4g} TB"
 
 
+def too_little_space(needed: float, free: float) -> str:
+    """What is needed, and how a disk is too small, in units that show the difference: ``5 GB, but only 3 GB are free``.
+
+    Args:
+        needed: bytes.
+        free: bytes, fewer.
+    """
+    return f"{human_bytes(needed)}, but only {human_bytes(free)} are free ({human_bytes(needed - free)} too few)"
+
+
 def human_count(count: float) -> str:
     """Parameters or tokens in thousands, millions, billions, trillions: ``134.5M``."""
     for unit in ("", "k", "M", "B"):

@@ -7,7 +7,6 @@ file says the tokens, and FLOPs follow by the exact accounting.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +17,10 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from branchmix.accounting import inspect
 from branchmix.accounting.lineage import lineage, total_flops, total_tokens
 from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.names import is_file_name
 from branchmix.errors import BranchMixError, RecipeError
 from branchmix.scaling.trends.table import AXES, KNOWN
-from branchmix.settings import Count, Settings, parse, read_yaml
-
-_NAME = re.compile(r"[\w][\w.+-]*")
+from branchmix.settings import Count, FileName, Settings, parse, read_yaml
 
 
 class Member(Settings):
@@ -30,15 +28,15 @@ class Member(Settings):
 
     model: str
     """Folder, from the YAML file's folder, or Hub id."""
-    name: str | None = None
+    name: FileName | None = None
     """What tables and files call it: letters, digits, ``-``, ``_``, ``.`` and ``+``; the folder's name if not given.
     Runs of one name differ in their ``seed``."""
     family: str | None = None
     """Curves are drawn by family; the file's own if not given, such as ``dense`` beside ``mixture``."""
     revision: str | None = None
     """Of a Hub model."""
-    seed: str | int | None = None
-    """Of the training run, where there are several of one size."""
+    seed: FileName | int | None = None
+    """Of the training run, where there are several of one size; as text, of the letters that a ``name`` may have."""
     params: Count | None = None
     """Parameters; from the config if not given."""
     active_params: Count | None = None
@@ -58,13 +56,6 @@ class Member(Settings):
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
         return {"model": value} if isinstance(value, str) else value
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, name: str | None) -> str | None:
-        if name is not None and not _NAME.fullmatch(name):
-            raise ValueError(f"may have letters, digits, -, _, . and + only, got {name!r}")
-        return name
 
     @field_validator("axes")
     @classmethod
@@ -151,7 +142,7 @@ def subjects(file: FamilyFile) -> list[Subject]:
 
 def _subject(file: FamilyFile, member: Member, found: ResolvedModel) -> Subject:
     name = member.name or (member.model.split("/")[-1] if found.revision else found.folder.resolve().name)
-    if not _NAME.fullmatch(name):
+    if not is_file_name(name):
         raise RecipeError(
             f"models: {member.model}: {name!r} cannot name a file: give it a `name` of letters and digits"
         )

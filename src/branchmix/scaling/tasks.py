@@ -5,6 +5,7 @@ The files are not part of the package: ``official.py`` fetches and verifies them
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.names import is_file_name
 from branchmix.errors import DataError, RecipeError
 from branchmix.scaling.examples import Example, Metric, load_examples
 from branchmix.settings import Settings, parse, read_yaml
@@ -212,7 +214,7 @@ class UserTask(Settings):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        if not (re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) and is_file_name(name)):
             raise ValueError(f"may have small letters, digits and hyphens only, got {name!r}")
         if name in TASKS:
             raise ValueError(f"{name!r} is one of the 11 official tasks: choose another name")
@@ -228,7 +230,7 @@ class UserTask(Settings):
         """
         found: UserTask = parse(cls, read_yaml(path), str(path))
         data = path.parent / found.data
-        if data.suffix not in (".jsonl", ".csv") or not data.is_file():
+        if data.suffix not in (".jsonl", ".csv") or not os.path.isfile(data):  # noqa: PTH113 (that of pathlib raises for long names)
             raise DataError(f"{path}: data: {data} is no .jsonl or .csv file that is there")
         return Task(found.name, found.metric, found.description, found.cause), data
 

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import DataError
 from branchmix.evaluate.ratio import ratio
 from branchmix.study.comparisons import against_dense, budgets, claims, comparison, slopes, variants
@@ -88,7 +88,7 @@ def results_folder(folder: Path) -> Path:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from branchmix.checkpoint.folder import write_json, writing
+from branchmix.checkpoint.moves import in_order_of_removal
 from branchmix.errors import BranchMixError, OutputError, RecipeError
 from branchmix.study.build import build
 from branchmix.study.facts import facts_of
@@ -338,6 +339,6 @@ class _Place:
             if not may_go(step) or not self.is_done(step):
                 continue
             if all(self.is_done(later) for later in self.graph.dependents(step.name)):
-                for entry in (self.folder(step) / MODEL).glob("*"):
+                for entry in in_order_of_removal((self.folder(step) / MODEL).glob("*")):
                     if entry.name != "log.txt":
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,10 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.names import is_expert_name
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe
-from branchmix.settings import Count, Settings, Share, overlaid, parse, read_yaml
+from branchmix.settings import Count, FileName, Settings, Share, overlaid, parse, read_yaml
 from branchmix.study.methods import METHODS, Match
 from branchmix.train.config import Mix, NewModel, Optimizer, RunConfig, apply_override
 
@@ -69,7 +69,7 @@ class Method(Settings):
 
     method: str
     """One of the fixed list."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    name: Annotated[FileName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
     """Needed where a method stands twice, with other options."""
     label: str | None = None
     """In tables and pictures."""
@@ -205,7 +205,7 @@ class StudyFile(Settings):
         if not self.expert_names:
             raise ValueError("experts: there is none: data has no domain but general's")
         for name in self.expert_names:
-            if name == SEED or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            if name == SEED or not is_expert_name(name) or "." in name:
                 raise ValueError(f"experts: {name!r} is no name for an expert: letters, digits, - and _, not 'seed'")
         titles = [method.title for method in self.all_methods]
         for title in titles:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hub import resolve
+from branchmix.checkpoint.json_text import read_json
 from branchmix.data.sources import require_files
 from branchmix.errors import OutputError, RecipeError
 from branchmix.settings import parse_yaml
@@ -201,7 +202,7 @@ def _training(out: Path) -> dict[str, Any] | None:
     if not any((out / name).is_file() for name in RESULTS):
         return None
     with suppress(OSError, ValueError):
-        training = json.loads((out / DONE).read_text(encoding="utf-8"))
+        training = read_json(out / DONE)
         return training if isinstance(training, dict) else None
     return None
 

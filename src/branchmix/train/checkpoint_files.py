@@ -16,8 +16,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from branchmix.checkpoint.folder import _fsync_folder
+from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.moves import fsync_folder
 from branchmix.errors import OutputError
+from branchmix.pages.numbers import too_little_space
 
 TRAINING = "training"
 """Folder inside a checkpoint."""
@@ -51,7 +53,7 @@ def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = stderr) -
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, by names and sizes of its files; None if it is complete."""
     try:
-        sizes = json.loads((checkpoint / FILES).read_text(encoding="utf-8"))
+        sizes = read_json(checkpoint / FILES)
         assert isinstance(sizes, dict)
     except (OSError, ValueError, AssertionError):
         return f"{FILES} is missing or unreadable"
@@ -87,7 +89,7 @@ def start(target: Path, *, num_bytes: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(target.parent).free
     if num_bytes > free:
-        raise OutputError(f"{num_bytes / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free")
+        raise OutputError(f"a checkpoint needs {too_little_space(num_bytes, free)}")
     part_of(target).mkdir()
     (part_of(target) / TRAINING).mkdir()
 
@@ -101,7 +103,7 @@ def complete(target: Path) -> None:
     if target.exists():  # damaged, and rewritten by a run that resumed from an earlier one
         _remove(target)
     part.rename(target)
-    _fsync_folder(target.parent)
+    fsync_folder(target.parent)
 
 
 def remove_others(target: Path, *, keep: int) -> None:
@@ -126,7 +128,7 @@ def publish(part: Path, out: Path) -> None:
         if entry.is_dir() and place.is_dir():
             shutil.rmtree(place)
         entry.replace(place)
-    _fsync_folder(out)
+    fsync_folder(out)
     part.rmdir()
 
 
@@ -139,7 +141,7 @@ def fsync(folder: Path) -> None:
         finally:
             os.close(fd)
     for inner in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _fsync_folder(inner)
+        fsync_folder(inner)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SaveStrategy
 
 from branchmix.errors import OutputError, TrainingError
+from branchmix.pages.numbers import human_bytes
 from branchmix.train import checkpoint_files as files
 from branchmix.train import model_files
 from branchmix.train import training_state as saved
@@ -425,5 +426,5 @@ def _problem(error: Exception, place: Path, num_bytes: int) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         there = next(folder for folder in (place, *place.parents) if folder.exists())
         free = shutil.disk_usage(there).free
-        return f"the disk is full: {num_bytes / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free"
+        return f"the disk is full: a checkpoint needs {human_bytes(num_bytes)}, and {human_bytes(free)} are free"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from branchmix.accounting import inspect, parameters
 from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.json_text import read_json
 from branchmix.data.sources import require_files
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.train.config import NewModel, RunConfig
@@ -85,7 +85,7 @@ def _peak_of(model: ResolvedModel | None, config: RunConfig) -> float:
     """``learning_rate.ratio`` times the peak of the model's own run."""
     assert model is not None and config.learning_rate.ratio is not None
     try:
-        peak = json.loads((model.folder / DONE).read_text(encoding="utf-8"))["peak_learning_rate"]
+        peak = read_json(model.folder / DONE)["peak_learning_rate"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(
             f"learning_rate.ratio: no {DONE} with a peak_learning_rate in {model.folder}: give peak instead"

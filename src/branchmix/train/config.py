@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.names import EXPERT, is_expert_name
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import RecipeError
 from branchmix.settings import Count, Settings, Share, parse, parse_yaml, read_yaml
@@ -310,8 +310,8 @@ class BranchConfig(_Training):
                 f"general: no domain of data is called {self.general!r}{nearest(self.general, list(self.data))}"
             )
         for name in self.experts:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name == "seed":
-                raise ValueError(f"experts: {name!r} is not a valid name: use letters, digits, -, _ and ., not 'seed'")
+            if not is_expert_name(name) or name == "seed":
+                raise ValueError(f"experts: {name!r} is not a valid name: {EXPERT}, and not 'seed'")
             self._check_mix(f"experts.{name}", self.mix_of(name))
         return self
 

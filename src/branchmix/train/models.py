@@ -16,6 +16,7 @@ from branchmix.checkpoint.adapters import refuse_adapter
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import tokenizer_files
 from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.loading import load_language_model, load_tokenizer
 from branchmix.train.config import NewModel, RunConfig
@@ -249,12 +250,10 @@ def require_model_type(resolved: ResolvedModel) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, or does not describe a model.
     """
-    import json
-
     refuse_adapter(resolved.folder)
     file = Path(resolved.folder) / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except FileNotFoundError:
         raise CheckpointError(f"{resolved.given}: no config.json in {resolved.folder}: give a model's folder") from None
     except (OSError, ValueError):

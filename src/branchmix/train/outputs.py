@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.folder import TEMPLATES, TOKENIZER_FILES, require_name, write_json, writing
+from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.moves import in_order_of_removal
 from branchmix.errors import BranchMixError, OutputError
+from branchmix.pages.numbers import too_little_space
 from branchmix.settings import parse
 from branchmix.train.config import RunConfig
 
@@ -88,7 +91,7 @@ class RunFolder:
         """Content of ``training.json`` or ``run.json``; None if the folder is not a run's."""
         for name in (DONE, RUN):
             try:
-                record = json.loads((self.path / name).read_text(encoding="utf-8"))
+                record = read_json(self.path / name)
             except (OSError, ValueError):
                 continue
             # Other programs have files of these names too.
@@ -100,7 +103,7 @@ class RunFolder:
         """Remove what a run wrote, if the folder is a run's. Call ``look`` first."""
         if self.path.exists() and self.record() is not None:
             with writing(self.path):
-                for entry in self._ours():
+                for entry in in_order_of_removal(self._ours(), last=(RUN, DONE)):
                     if entry.is_dir() and not entry.is_symlink():
                         shutil.rmtree(entry)
                     else:
@@ -161,8 +164,8 @@ class RunFolder:
             free += sum(file.stat().st_size for file in files if file.is_file())
         if num_bytes > free:
             raise OutputError(
-                f"{self.path}: checkpoints and result need {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
-                "free there: make room, lower checkpoints.keep, or choose a folder on another disk"
+                f"{self.path}: checkpoints and result need {too_little_space(num_bytes, free)}: make room, "
+                "lower checkpoints.keep, or choose a folder on another disk"
             )
 
 

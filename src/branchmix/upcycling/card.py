@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from branchmix.accounting.shape import MIXTURE_DEFAULTS
 from branchmix.checkpoint.unfit import Config, has_experts
 from branchmix.upcycling.plan import Plan
 
@@ -30,8 +31,8 @@ def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
     Returns:
         None for a dense model that no recipe made.
     """
-    made = config if config.get("model_type") == "branchmix" else recipe
-    return _METHODS[(made["attention"], made["ffn"])] if made else None
+    made = {**MIXTURE_DEFAULTS, **config} if config.get("model_type") == "branchmix" else recipe
+    return _METHODS.get((str(made.get("attention")), str(made.get("ffn"))))
 
 
 def sources_of(provenance: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -152,7 +153,7 @@ def _change(step: dict[str, Any]) -> str:
         return f"expert `{step['removed']}` left"
     added = step["added"]
     expert = added["expert"]
-    revision = f" at {expert['revision']}" if expert["revision"] else ""
+    revision = f" at {expert['revision']}" if expert.get("revision") else ""
     return (
         f"expert `{expert['name']}` joined from {expert['model']}{revision}; its router rows were drawn with deviation "
         f"{added['router_std']} and seed {added['router_seed']}"

@@ -23,9 +23,10 @@ from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder
-from branchmix.checkpoint.places import rewritten, without_places
+from branchmix.checkpoint.places import rewritten, with_own_code, without_places
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
+from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
 from branchmix.upcycling.buildable import unbuildable
 from branchmix.upcycling.card import model_card
@@ -117,7 +118,7 @@ def upcycle(
                 router_rows, router_notes = hidden_state_routers(recipe, seed.index, texts)
         indexes = [expert.index for expert in experts]
         plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
-        plan = replace(plan, notes=(*plan.notes, *router_notes))
+        plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
         written = verification = None
         if not dry_run:
             require_space(out, plan)
@@ -195,7 +196,7 @@ def _write_companions(
     record = {"versions": versions, **provenance, "notes": list(plan.notes)}
     write_json(folder / "branchmix.json", record)
     (folder / "README.md").write_text(card(plan, record), encoding="utf-8")
-    write_json(folder / "config.json", without_places(plan.config))
+    write_json(folder / "config.json", with_own_code(without_places(plan.config)))
 
 
 def _copy_companion(file: Path, to: Path) -> None:
@@ -279,6 +280,19 @@ def require_buildable(models: Iterable[tuple[str, CheckpointIndex | None]]) -> N
         raise CompatibilityError(problems)
 
 
+def _notes_on_same_models(sources: Sequence[Sourced]) -> list[str]:
+    """Experts whose weights are the very files of the seed or of an expert before them, by whatever path."""
+    notes: list[str] = []
+    first: dict[tuple[tuple[int, int], ...], str] = {}
+    for source in sources:
+        files = tuple((found.st_dev, found.st_ino) for found in (file.stat() for file in source.files))
+        same = first.setdefault(files, source.name)
+        if same != source.name:
+            advice = "seed_copies makes copies of the seed" if same == "seed" else "is another folder meant?"
+            notes.append(f"{_who(source.name)} is the same model as {_who(same)} ({source.model.given}): {advice}")
+    return notes
+
+
 def _who(name: str) -> str:
     return "seed" if name == "seed" else f"expert {name!r}"
 
@@ -345,8 +359,8 @@ def require_space(out: Path, plan: Plan) -> None:
     free = free_bytes(out)
     if plan.nbytes > free:
         raise OutputError(
-            f"{out}: the output needs {plan.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there: make "
-            "room, or choose a folder on another disk"
+            f"{out}: the output needs {too_little_space(plan.nbytes, free)}: make room, or choose a folder on another "
+            "disk"
         )
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
+from branchmix.checkpoint.folder import ADAPTER, beside
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.structure import TOKEN_TABLES
@@ -27,7 +27,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     """
     file = adapter / ADAPTER_CONFIG
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         kind = settings.get("peft_type")
     except (ValueError, AttributeError):
         raise CheckpointError(f"{file}: not valid JSON: download the adapter again") from None
@@ -116,10 +116,8 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
 
     from branchmix.likelihood.loading import load_language_model
 
-    place = out.absolute().parent
-    place.mkdir(parents=True, exist_ok=True)
-    # Named as a run's unfinished output is, so that the next start tells what a killed run left.
-    target = place / f".{out.name}.incomplete-{os.getpid()}-{secrets.token_hex(4)}"
+    target = beside(Path(os.path.realpath(out)), ADAPTER)
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
         base = load_language_model(seed.folder, given=seed.given, dtype=torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,10 @@ from branchmix.accounting.shape import MIXTURE_DEFAULTS, Shape, shape_of
 from branchmix.checkpoint.families import Config, Dimensions, Family
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.checkpoint.tying import as_stored
-from branchmix.errors import CheckpointError
+from branchmix.errors import CheckpointError, short
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.sources import FFN_NAMES, MixtureExpert
 
@@ -144,23 +144,43 @@ def _record(folder: Path) -> dict[str, Any] | None:
     """Content of ``branchmix.json``; None if there is none.
 
     Raises:
-        CheckpointError: a source in it has no name or no model.
+        CheckpointError: it was edited, so that it is not what we write any more.
     """
     file = folder / "branchmix.json"
     found = _read(file)
     if found is None or not isinstance(found.get("sources"), list):
         return None
-    for number, source in enumerate(found["sources"]):
-        for key in ("name", "model"):
-            if not isinstance(source, dict) or not isinstance(source.get(key), str):
-                raise CheckpointError(f"{file}: sources.{number} has no {key}: copy the model's own here, or remove it")
+    if problem := _problem_of(found):
+        raise CheckpointError(f"{file}: {problem}: copy the model's own here, or remove it")
     kept = {key: value for key, value in found.items() if key not in ("versions", "notes")}
     return {"recipe": {}, **kept, "sources": [{"revision": None, **source} for source in found["sources"]]}
 
 
+def _problem_of(record: dict[str, Any]) -> str | None:
+    """The first part of a ``branchmix.json`` that is not what whoever reads it relies on."""
+    for key, kind in (("recipe", dict), ("exported", dict), ("changes", list)):
+        if not isinstance(record.get(key, kind()), kind):
+            return f"{key} is {short(record[key])}, not a {'list' if kind is list else 'mapping'}"
+    models: dict[str, Any] = {f"sources.{number}": source for number, source in enumerate(record["sources"])}
+    for number, step in enumerate(record.get("changes", [])):
+        added = step.get("added") if isinstance(step, dict) else None
+        if isinstance(added, dict) and {"expert", "router_std", "router_seed"} <= added.keys():
+            models[f"changes.{number}"] = added["expert"]
+        elif not (isinstance(step, dict) and isinstance(step.get("removed"), str)):
+            return f"changes.{number} names no expert that joined or left"
+    for place, source in models.items():
+        for key in ("name", "model"):
+            if not isinstance(source, dict) or not isinstance(source.get(key), str):
+                return f"{place} has no {key}"
+        for key in ("revision", "license"):
+            if not isinstance(source.get(key, ""), str | None):
+                return f"{place}.{key} is {short(source[key])}, not text"
+    return None
+
+
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

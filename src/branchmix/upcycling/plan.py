@@ -16,6 +16,7 @@ from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, S
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
+from branchmix.checkpoint.places import AUTO_MAP
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.tying import as_stored
 from branchmix.checkpoint.writer import OutputTensor
@@ -24,13 +25,6 @@ from branchmix.recipe import DTYPES, Recipe
 from branchmix.upcycling.compatibility import Findings, check, foldable_norms
 from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors, mean
 from branchmix.upcycling.sources import DenseExpert, ExpertSource
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_branchmix.BranchMixConfig",
-    "AutoModel": "modeling_branchmix.BranchMixModel",
-    "AutoModelForCausalLM": "modeling_branchmix.BranchMixForCausalLM",
-}
-"""As in ``configuration_branchmix``, which only torch users import."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from branchmix.checkpoint.expressions import Expression, Mean, Source
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
+from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
@@ -422,6 +423,6 @@ def require_memory(need: int, what: str, otherwise: str) -> None:
         return
     if need > free:
         raise VerificationError(
-            f"{what} needs about {need / 1e9:.1f} GB of memory (fp32), but {free / 1e9:.1f} GB are free: use a larger "
+            f"{what} needs about {human_bytes(need)} of memory (fp32), but {human_bytes(free)} are free: use a larger "
             f"machine, or {otherwise}"
         )

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from branchmix.checkpoint.json_text import parse_json
+from branchmix.checkpoint.names import is_entry
 from branchmix.errors import DataError
 from branchmix.scaling.trends.table import DATA, Row
 
@@ -40,6 +41,8 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
         DataError: a line without a key, a key that stands twice, or a score that is no number.
     """
     name = f"{row.task}.jsonl" if row.data == DATA[0] else f"{row.task}.{row.data}.jsonl"
+    if not all(map(is_entry, (*row.model.split("/"), f"seed-{row.seed}", name))):
+        return None  # nobody's files are called so
     file = folder / row.model / (f"seed-{row.seed}" if row.seed else "") / name
     field = FIELDS.get(row.metric, row.metric)
     values: dict[str, float] = {}
@@ -55,7 +58,7 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             raise DataError(f"{where}: is no JSON") from None
         if not isinstance(record, dict) or "key" not in record:

@@ -1,0 +1,76 @@
+"""The one reader of JSON that others wrote: what no honest file has is refused as text that is not JSON is.
+
+Python's own reader takes numbers of 4,300 digits, half surrogates and lists a thousand deep, all of which fail later
+and elsewhere: in a conversion to float, in writing, in whatever walks through the value.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 100_000_000
+"""Of a file; the largest tokenizers have a third of it, and safetensors headers may not have more."""
+MAX_DEPTH = 100
+MAX_DIGITS = 100
+"""Of a whole number: it can still be converted to a float."""
+
+_LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_json(raw: bytes | str, **options: Any) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        raw: text, or bytes in UTF-8, UTF-16 or UTF-32.
+        options: of ``json.loads``.
+
+    Raises:
+        ValueError: it is not JSON, is nested deeper than ``MAX_DEPTH``, or has a number or character of no use.
+    """
+    if isinstance(raw, bytes):
+        raw = raw.decode(json.detect_encoding(raw))
+    if _LONG_NUMBER.search(raw):
+        options["parse_int"] = _whole_number
+    try:
+        value = json.loads(raw, **options)
+    except RecursionError:
+        raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep") from None
+    if raw.count("[") + raw.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    if _SURROGATE.search(raw):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_json(file: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as for ``parse_json``, or it is larger than ``MAX_BYTES``.
+    """
+    with file.open("rb") as stream:
+        raw = stream.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+    return parse_json(raw)
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"there is a whole number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for held in inner for one in held if isinstance(one, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep")
