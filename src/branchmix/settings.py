@@ -15,6 +15,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.text import whole_characters
 from branchmix.errors import RecipeError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
@@ -84,6 +85,15 @@ def _strict_loader() -> Any:
                 raise yaml.MarkedYAMLError(
                     problem=f"{error}: in quotes it would be text", problem_mark=node.start_mark
                 ) from None
+
+        def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+            given = super().construct_scalar(node)
+            text = whole_characters(given) if isinstance(given, str) else given  # JSON's pairs become characters
+            if text is not given and text.count("\ufffd") > given.count("\ufffd"):  # names must not change
+                raise yaml.MarkedYAMLError(
+                    problem="half of a surrogate pair is not a character: remove it", problem_mark=node.start_mark
+                )
+            return text
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             if not isinstance(node, yaml.MappingNode):  # a word with the tag of a mapping

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.text import replaced_note
 from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Encoder, Plan, Progress
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.domain import Domain
@@ -244,6 +245,8 @@ class Corpus:
         notes = []
         for name, domain in self.domains.items():
             domains[name] = {**asdict(domain.counts), "complete": domain.complete}
+            if count := domain.counts.replaced:
+                notes.append(f"{name}: {replaced_note(count)}")
         if self.trained is not None:
             for name, epochs in self.trained.epochs().items():
                 domains[name]["epochs"] = epochs
