@@ -4,8 +4,8 @@ A tokenizer needs about 112 bytes of memory for each character, all at once. So 
 is tokenised in windows of about that length, each with ``CONTEXT`` characters of its neighbours on both sides. Where
 two windows agree on the tokens around a cut, one goes on where the other ends, and the result is that of the whole
 text: what a tokenizer does at one place depends on the text near it. Where they disagree (the same letter a million
-times), the text is cut there: after the last line, else before the last space, else anywhere, and both sides are
-tokenised as texts of their own.
+times), the text is cut there, after a line or a word if there is one (``_cut``), and both sides are tokenised as texts of
+their own.
 """
 
 from __future__ import annotations
@@ -95,14 +95,17 @@ def _agree(left: Window, left_begin: int, right: Window, right_begin: int, cut: 
 
 
 def _cut(text: str, start: int) -> int:
-    """Where the piece from ``start`` on ends: after a line, if one ends in its second half, or else after a word."""
+    """Where the piece from ``start`` on ends. If there is such a place in its second half: between two lines, or else
+    before white space; but not within or after white space, which tokenizers take together with what follows."""
     limit = start + LONG
     if limit >= len(text):
         return len(text)
-    half = start + LONG // 2
-    if (line := text.rfind("\n", half, limit)) >= 0:
-        return line + 1
-    return space if (space := text.rfind(" ", half, limit)) >= 0 else limit
+    for letter, after in (("\n", 1), (" ", 0), ("\n", 0)):
+        place = limit
+        while (place := text.rfind(letter, start + LONG // 2, place)) >= 0:
+            if not text[place - 1].isspace() and not (after and text[place + 1].isspace()):
+                return place + after
+    return limit
 
 
 def parts_of(text: str) -> Iterator[str]:
