@@ -142,7 +142,7 @@ def test_parts_of_a_text(short_windows: tuple[int, int]) -> None:
         assert "".join(parts) == text and max(map(len, parts)) <= short_windows[0]
     assert list(parts_of("short")) == ["short"] and not list(parts_of(""))
     for before, part in itertools.pairwise(parts_of(CODE)):
-        assert not before[-1].isspace() or (before[-1] == "\n" and not (before[-2] + part[0]).isspace())
+        assert not before[-1].isspace() or (before[-1] == "\n" and not before[-2].isspace() and not part[0].isspace())
 
 
 def test_a_tokenizer_is_trained_on_parts(short_windows: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
