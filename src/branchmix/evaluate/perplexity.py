@@ -67,7 +67,7 @@ def bits_per_byte(
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> TextScore:
-    """Score documents with a causal LM, dense or a mixture. Neither the batch size nor the order changes the result.
+    """Score documents with a causal LM, dense or a mixture. Batch size and order change it by rounding only.
 
     Args:
         model: any causal LM of transformers; its mode (training or not) is left as it was.

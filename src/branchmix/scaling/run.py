@@ -112,7 +112,7 @@ def run(
         shots: other examples, with answers, before each prompt.
         bos: ``default`` as the tokenizer does it, ``on`` or ``off``.
         dtype: of the weights; ``auto`` as stored. Logits become fp32 before the softmax.
-        batch_tokens: of a forward pass; changes no result in fp32.
+        batch_tokens: of a forward pass; results differ by rounding only.
         trust_remote_code: run code that checkpoints bring along.
         progress: called with step, done, total.
 

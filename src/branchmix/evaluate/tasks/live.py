@@ -1,6 +1,6 @@
 """A model that is in memory, as lm-eval asks it: tokens, prompts and stops are lm-eval's, forward passes ours.
 
-Neither the batch size nor the order changes a result: inputs are padded on the right without a mask where causal
+Batch size and order change a result by rounding only: inputs are padded on the right without a mask where causal
 attention never sees it, prompts of generation on the left with one, and sampled text draws from a seed of its own.
 Shapes: N predicted tokens of a batch.
 """

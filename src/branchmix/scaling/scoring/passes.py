@@ -1,4 +1,4 @@
-"""Summed log-probabilities of options: exact, in fp32 from the logits on, whatever the batch size and the order.
+"""Summed log-probabilities of options, in fp32 from the logits on; batch size and order change them by rounding only.
 
 Shapes: B rows, T tokens of the longest, N wanted positions, V vocabulary.
 """
