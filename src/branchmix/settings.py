@@ -86,7 +86,7 @@ def _strict_loader() -> Any:
                     problem=f"{error}: in quotes it would be text", problem_mark=node.start_mark
                 ) from None
 
-        def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
             given = super().construct_scalar(node)
             text = whole_characters(given) if isinstance(given, str) else given  # JSON's pairs become characters
             if text is not given and text.count("\ufffd") > given.count("\ufffd"):  # names must not change

@@ -196,7 +196,10 @@ def test_an_answer_without_a_token_of_its_own_does_not_win(model: str, tmp_path:
 
 
 def test_an_answer_that_merges_is_scored_as_by_scaling_and_counted(model: str, tmp_path: Path) -> None:
-    rows = [{**MERGES, "choices": ["e of even number", " of"]}, {"question": "  ", "choices": ["one", " two"], "answer": 0}]
+    rows = [
+        {**MERGES, "choices": ["e of even number", " of"]},
+        {"question": "  ", "choices": ["one", " two"], "answer": 0},
+    ]
     report = evaluate([model], tasks=choosing(tmp_path, rows), out=tmp_path / "out", dtype="float32")
     (note,) = [note for note in report.notes if "merges" in note]
     assert note.startswith(f"{model}: in 1 requests the answer merges with the prompt's last token")
@@ -229,8 +232,8 @@ def test_texts_and_prompts_without_tokens(model: str, tmp_path: Path) -> None:
     wanted = []
     for start in ([tokenizer.eos_token_id], tokenizer.encode("one two")):
         ids = torch.tensor([start])
-        new = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, len(start) :]
-        wanted.append(tokenizer.decode(new, skip_special_tokens=True).split(".")[0])
+        new = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0]
+        wanted.append(tokenizer.decode(new[len(start) :], skip_special_tokens=True).split(".")[0])
     assert sorted(answers_in(out)) == sorted(wanted)
 
 

@@ -390,7 +390,7 @@ def test_halves_of_surrogate_pairs_are_replaced_and_counted(models: dict[str, Pa
         entry[3].logprobs for entry in theirs.results[0].scored
     ]
     assert sum("t.jsonl: 1 examples had half of a surrogate pair" in note for note in ours.notes) == 1
-    with pytest.raises(DataError, match="t.jsonl, line 1: classes must be two texts or more, all different"):
+    with pytest.raises(DataError, match=r"t\.jsonl, line 1: classes must be two texts or more, all different"):
         run(family, tasks=str(write_task(tmp_path, "t", [Example("x", ("\ud83d", "\ud83e"), 0)])))
 
 

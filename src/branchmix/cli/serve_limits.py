@@ -27,7 +27,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is answered with ``status`` and what is wrong with it, as OpenAI's servers put it."""
 
     def __init__(self, reason: str, status: int = 400):
@@ -56,13 +56,15 @@ def limited_server() -> Iterator[None]:
         generation_state.get_manager = lambda *args, **options: _limited(get_manager(*args, **options), positions)
         app.add_middleware(RequestLimits, positions=positions)
 
-        async def refuse(_: Any, error: Refused) -> Any:
+        async def refuse(_: Any, error: RequestError) -> Any:
             return JSONResponse(error.content, error.status)
 
         async def refuse_messages(_: Any, error: TemplateError) -> Any:
-            return JSONResponse(Refused(f"the model's chat template does not take the messages: {error}").content, 400)
+            return JSONResponse(
+                RequestError(f"the model's chat template does not take the messages: {error}").content, 400
+            )
 
-        app.add_exception_handler(Refused, refuse)
+        app.add_exception_handler(RequestError, refuse)
         app.add_exception_handler(TemplateError, refuse_messages)
         return app
 
@@ -79,7 +81,7 @@ def _limited(manager: Any, positions: int) -> Any:
             length = len(ids) if isinstance(ids, list) else ids.shape[-1]
             room = positions - length
             if room < 1:
-                raise Refused(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
+                raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
             gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
             return method(model, processor, inputs, gen_config, *args, **options)
 
@@ -105,7 +107,7 @@ class RequestLimits:
             return
         try:
             body = self._checked(await self._body(receive))
-        except Refused as error:
+        except RequestError as error:
             await _answer(send, error)
             return
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
@@ -128,7 +130,7 @@ class RequestLimits:
             else:
                 body.clear()
         if size > self.max_bytes:
-            raise Refused(
+            raise RequestError(
                 f"the request has {size:,} bytes, and at most {self.max_bytes:,} are taken, for the model has "
                 f"{self.positions:,} positions: shorten the prompt",
                 413,
@@ -140,7 +142,7 @@ class RequestLimits:
             found = json.loads(body)
             whole = _whole(found)
         except RecursionError:
-            raise Refused("the request's JSON is nested too deeply") from None
+            raise RequestError("the request's JSON is nested too deeply") from None
         except ValueError:
             return body  # not JSON: the server says so itself
         for key in _LENGTHS if isinstance(found, dict) else ():
@@ -148,9 +150,9 @@ class RequestLimits:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value % 1:
-                raise Refused(f"{key}: should be a whole number from 1 on, got {str(value)[:40]!r}")
+                raise RequestError(f"{key}: should be a whole number from 1 on, got {str(value)[:40]!r}")
             if value > self.positions:
-                raise Refused(f"{key}: {str(value)[:40]} is more than the model's {self.positions:,} positions")
+                raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {self.positions:,} positions")
         return body if whole == found else json.dumps(whole).encode()
 
 
@@ -163,7 +165,7 @@ def _whole(value: Any) -> Any:
     return {_whole(key): _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-async def _answer(send: Send, error: Refused) -> None:
+async def _answer(send: Send, error: RequestError) -> None:
     content = json.dumps(error.content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

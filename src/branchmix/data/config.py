@@ -8,14 +8,7 @@ from branchmix.settings import Count, Settings, Share
 
 
 class Source(Settings):
-    """Where the text of one domain comes from: ``files``, or ``hub``.
-
-    A document may be of any length. One of more than 262,144 characters is tokenised in windows of that length that
-    overlap by 2,048 characters: its tokens are those of the whole document wherever two windows agree on the tokens
-    around a cut (512 characters on each side), and where they do not (one letter a million times) it is cut there,
-    after a line or a word if there is one. Half of a surrogate pair (``"\\ud83d"`` in JSON), which is not a character,
-    becomes U+FFFD; a note counts the documents.
-    """
+    """Where the text of one domain comes from: ``files``, or ``hub``."""
 
     files: str | list[str] | None = None
     """Paths or globs (``**`` for folders at any depth), from the YAML file's folder. ``.jsonl``, ``.json``, ``.csv``,
