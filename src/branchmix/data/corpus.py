@@ -26,7 +26,7 @@ from branchmix.data.sequences import HeldOutSequences, Sequences
 from branchmix.data.sources import open_source
 from branchmix.errors import DataError, OutputError
 
-FORMAT = 1
+FORMAT = 2
 """Of the cache; another one is another key."""
 MANY_EPOCHS = 4
 """Beyond so many passes over the same text, more of it is worth little (arXiv 2305.16264)."""
