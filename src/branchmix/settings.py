@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.json_text import MAX_DIGITS
 from branchmix.checkpoint.names import PLAIN, is_file_name
+from branchmix.checkpoint.text import whole_characters
 from branchmix.errors import RecipeError, short
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
@@ -101,6 +102,15 @@ def _strict_loader() -> Any:
                     problem=f"{reason}: in quotes it would be text", problem_mark=node.start_mark
                 ) from None
             return found
+
+        def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+            given = super().construct_scalar(node)
+            text = whole_characters(given) if isinstance(given, str) else given  # JSON's pairs become characters
+            if text is not given and text.count("\ufffd") > given.count("\ufffd"):  # names must not change
+                raise yaml.MarkedYAMLError(
+                    problem="half of a surrogate pair is not a character: remove it", problem_mark=node.start_mark
+                )
+            return text
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             if not isinstance(node, yaml.MappingNode):  # a word with the tag of a mapping

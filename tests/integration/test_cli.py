@@ -16,9 +16,11 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.errors import CheckpointError
+from branchmix.cli import app
+from branchmix.errors import BranchMixError, CheckpointError
 from checkpoints import same_bytes, weights
 from families import BY_NAME
 
@@ -114,6 +116,46 @@ def test_generate_leaves_out_what_the_model_does_not_read(home: Path, tmp_path: 
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_input_names": inputs}))
     done = run(tmp_path, "generate", "seed", "the mixture", "--max-new-tokens", 2)
     assert done.returncode == 0, done.stderr
+
+
+TEMPLATES = {
+    "{{ raise_exception('roles must alternate') }}": "roles must alternate",
+    "{% for m in messages %}{{ m.content": "unexpected end of template",
+    "{{ messages[0].author.name }}": "has no attribute 'author'",
+    "{{ messages[7]['content'] }}": "list object has no element 7",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ messages[0].content + 1 }}": "can only concatenate str",
+    "{{ nothing() }}": "'nothing' is undefined",
+    "{{ ''.__class__.__mro__ }}": "unsafe",
+    "{% include 'other' %}": "no loader for this environment",
+    "{{ '' }}": "makes no tokens of PROMPT",
+    "": "is missing: leave --chat out",
+}
+
+
+def test_what_is_wrong_with_a_chat_template_is_one_line(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "seed", tmp_path / "seed")
+    for template, words in TEMPLATES.items():
+        (tmp_path / "seed" / "chat_template.jinja").write_text(template)
+        done = invoked("generate", tmp_path / "seed", "the mixture", "--chat")
+        assert isinstance(done.exception, BranchMixError), (template, done.exception)
+        assert words in str(done.exception) and "\n" not in str(done.exception), (template, done.exception)
+    (tmp_path / "seed" / "chat_template.jinja").write_text('user: {{ messages[0].content }} {{ "\\ud83d" }}')
+    assert invoked("generate", tmp_path / "seed", "the mixture", "--chat", "--max-new-tokens", 2).exit_code == 0
+
+
+def invoked(*arguments: object) -> Any:
+    """The command in this process."""
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_a_prompt_that_is_not_utf_8(home: Path) -> None:
+    """As Python hands on a command line's bytes."""
+    found = [
+        json.loads(invoked("generate", home / "seed", f"the {text}", "--max-new-tokens", 4, "--json").stdout)["text"]
+        for text in ("\udcff", "\ufffd")
+    ]
+    assert found[0] == found[1]
 
 
 def test_experts_join_and_leave(home: Path, tmp_path: Path) -> None:

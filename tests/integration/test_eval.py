@@ -178,6 +178,50 @@ def test_documents_of_two_domains_are_not_on_record_in_a_fresh_folder(models: di
     assert f"{names[0]}: 11 of 11 documents were on record" in second.notes
 
 
+def test_a_resumed_evaluation_has_the_numbers_of_one_that_was_not_stopped(
+    models: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, wherever it was stopped; and further documents are computed alone."""
+    given: Any = {"max_length": MAX_LENGTH, "batch_tokens": 100, "dtype": "float32"}
+    evaluate([str(models["mixture"])], data, out=tmp_path / "whole", **given)
+    whole = log_probs_in(tmp_path / "whole")
+    for share in (0.2, 0.5, 0.9):
+        out = tmp_path / str(share)
+
+        def stop(step: str, done: int, total: int, share: float = share) -> None:
+            if done > share * total:
+                raise KeyboardInterrupt
+
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                evaluate([str(models["mixture"])], data, out=out, progress=stop, **given)
+        lines = (out / "records.jsonl").read_bytes().splitlines(keepends=True)
+        (out / "records.jsonl").write_bytes(b"".join(lines[:-2]))  # a batch of which some documents are on record
+        assert 0 < len(log_probs_in(out)) < 60
+        resumed = evaluate([str(models["mixture"])], data, out=out, **given)
+        assert log_probs_in(out) == whole
+        assert resumed.as_dict() == json.loads((tmp_path / "whole" / "results.json").read_text())
+
+
+def log_probs_in(folder: Path) -> dict[str, str]:
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    return {line["document"]: line["log_probs"] for line in lines if "document" in line}
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(models: dict[str, Path], tmp_path: Path) -> None:
+    texts = ["half \ud83d of a pair", *(corpora.text(n) for n in range(5))]
+    scores = []
+    for replaced in (False, True):
+        rows = [text.replace("\ud83d", "\ufffd") if replaced else text for text in texts]
+        for name in "ab":
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        report = evaluate([str(models["seed"])], data_file(tmp_path, "all"), max_length=MAX_LENGTH)
+        notes = [note for note in report.notes if "half of a surrogate pair" in note]
+        assert len(notes) == (0 if replaced else 2)
+        scores.append(report.as_dict())
+    assert scores[0] == scores[1]
+
+
 def assert_same(ours: Any, theirs: Any) -> None:
     for a, b in zip(ours.models, theirs.models, strict=True):
         for name, score in b.domains.items():

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,31 @@ def test_a_killed_evaluation_goes_on(models: dict[str, Path], tasks: Path, tmp_p
     whole = evaluate([model], tasks=options(tasks), dtype="float32", limit=10)
     assert numbers(resumed.as_dict()) == pytest.approx(numbers(whole.as_dict()), rel=1e-5)
     assert json.loads((out / "results.json").read_text()) == resumed.as_dict()
+
+
+def test_a_resumed_evaluation_has_the_numbers_of_one_that_was_not_stopped(
+    models: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, wherever it was stopped: within batches too."""
+    names = ("choice", "words", "text", "answer")
+    given: Any = {"tasks": options(tasks, *names), "dtype": "float32", "batch_tokens": 200, "limit": 8}
+    evaluate([str(models["mixture"])], out=tmp_path / "whole", **given)
+    whole = results_in(tmp_path / "whole")
+    assert len(whole) > 53
+    for stops in (3, 25, 51):
+        out = tmp_path / str(stops)
+        left = iter(range(stops))
+
+        def stop(step: str, done: int, total: int, left: Iterator[int] = left) -> None:
+            if step.startswith("mixture: ") and next(left, None) is None:
+                raise KeyboardInterrupt
+
+        for _ in range(2):  # the second call goes on one request, and is stopped again
+            with pytest.raises(KeyboardInterrupt):
+                evaluate([str(models["mixture"])], out=out, progress=stop, **given)
+        assert len(results_in(out)) == stops + 2
+        evaluate([str(models["mixture"])], out=out, **given)
+        assert results_in(out) == whole
 
 
 def numbers(found: dict[str, Any]) -> dict[str, float]:

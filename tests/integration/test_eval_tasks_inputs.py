@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import corpora
 import downstream
+from branchmix.checkpoint.hub import resolve
 from branchmix.cli import app, main
 from branchmix.errors import BranchMixError, DataError, RecipeError
 from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.run import evaluate
 from branchmix.evaluate.tasks import options as options_module
 from branchmix.evaluate.tasks.options import TaskOptions
+from mixtures import load
+from scaling_runs import naive
 
 pytest.importorskip("lm_eval")
 
@@ -152,7 +156,117 @@ def test_exit_code_and_stderr(
     assert line.startswith("error: the data set some/where cannot be loaded")
 
 
+# ---- answers, texts and prompts without tokens of their own ----
+
+
+def with_rows(folder: Path, name: str, rows: list[dict[str, Any]], **task: Any) -> TaskOptions:
+    """A task of one's own on these rows."""
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
+    downstream.write_lines(folder / f"{name}.jsonl", rows)
+    downstream.write_task(folder, name, {**data, **task})
+    return TaskOptions((name,), include_path=(folder,))
+
+
+def choosing(folder: Path, rows: list[dict[str, Any]]) -> TaskOptions:
+    keys = ("output_type", "doc_to_text", "doc_to_choice", "doc_to_target")
+    task = {key: downstream.TASKS["choice"][key] for key in keys}
+    return with_rows(folder, "own", rows, **task, target_delimiter="", metric_list=[{"metric": "acc"}])
+
+
+def answers_in(folder: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
+    return [line["result"] for line in lines if "request" in line]
+
+
+MERGES = {"question": "one two thre", "choices": ["e", " of"], "answer": 1}
+"""The tokenizer has one token for " three", and so "e" none of its own."""
+
+
+def test_an_answer_without_a_token_of_its_own_does_not_win(model: str, tmp_path: Path) -> None:
+    good = {"question": "one two", "choices": [" of", " three"], "answer": 0}
+    tokens = [corpora.tokenizer().encode(text) for text in ("one two three", "one two thre")]
+    assert len(tokens[0]) <= len(tokens[1])
+    for choices in (["e", " of"], ["", " of"], ["", ""]):
+        rows = [good, good, {**MERGES, "choices": choices}]
+        with pytest.raises(RecipeError, match=f"tasks: own, document 2: the answer '{choices[0]}' has no token of it"):
+            evaluate([model], tasks=choosing(tmp_path, rows), out=tmp_path / "out")
+    nothing = {"question": "", "choices": ["", ""], "answer": 0}
+    with pytest.raises(RecipeError, match="tasks: own, document 1: the answer '' has no token of its own"):
+        evaluate([model], tasks=choosing(tmp_path, [good, nothing]))
+
+
+def test_an_answer_that_merges_is_scored_as_by_scaling_and_counted(model: str, tmp_path: Path) -> None:
+    rows = [
+        {**MERGES, "choices": ["e of even number", " of"]},
+        {"question": "  ", "choices": ["one", " two"], "answer": 0},
+    ]
+    report = evaluate([model], tasks=choosing(tmp_path, rows), out=tmp_path / "out", dtype="float32")
+    (note,) = [note for note in report.notes if "merges" in note]
+    assert note.startswith(f"{model}: in 1 requests the answer merges with the prompt's last token")
+    loaded, tokenizer = load(Path(model)), corpora.tokenizer()
+    wanted = [naive(loaded, tokenizer, rows[0]["question"], choice) for choice in rows[0]["choices"]]
+    bos = (tokenizer.eos_token_id,)  # nothing but spaces, which move to the answer, is as no prompt at all
+    wanted += [naive(loaded, tokenizer, "", f"  {choice}", bos) for choice in rows[1]["choices"]]
+    found = [logp for logp, _ in answers_in(tmp_path / "out")]
+    assert sorted(found) == pytest.approx(sorted(wanted), abs=1e-5)
+    again = evaluate([model], tasks=choosing(tmp_path, rows), out=tmp_path / "out", dtype="float32")
+    assert note in again.notes
+
+
+def test_texts_and_prompts_without_tokens(model: str, tmp_path: Path) -> None:
+    """An empty text counts for nothing, as in lm-eval; to an empty prompt the model writes what it writes after EOS."""
+    task = {key: value for key, value in downstream.TASKS["text"].items() if key != "dataset_kwargs"}
+    bits = []
+    for rows in (["", corpora.text(3), ""], [corpora.text(3)]):
+        given = with_rows(tmp_path, "texts", [{"text": row} for row in rows], **task)
+        tasks = evaluate([model], tasks=given, dtype="float32").models[0].tasks
+        assert tasks is not None
+        bits.append(tasks["texts"].metrics["bits_per_byte"].value)
+    assert bits[0] == pytest.approx(bits[1], rel=1e-6)
+    with pytest.raises(RecipeError, match="tasks: texts: all its texts are empty: there is nothing to evaluate"):
+        evaluate([model], tasks=with_rows(tmp_path, "texts", [{"text": ""}] * 2, **task))
+    rows = [{"question": "", "written": "x"}, {"question": "one two", "written": "x"}]
+    out = tmp_path / "out"
+    evaluate([model], tasks=with_rows(tmp_path, "writes", rows, **downstream.TASKS["answer"]), out=out, dtype="float32")
+    loaded, tokenizer = load(Path(model)), corpora.tokenizer()
+    wanted = []
+    for start in ([tokenizer.eos_token_id], tokenizer.encode("one two")):
+        ids = torch.tensor([start])
+        new = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0]
+        wanted.append(tokenizer.decode(new[len(start) :], skip_special_tokens=True).split(".")[0])
+    assert sorted(answers_in(out)) == sorted(wanted)
+
+
+def test_halves_of_surrogate_pairs_in_task_data(model: str, tmp_path: Path) -> None:
+    """`datasets` reads none; what a task's own code makes is replaced and counted."""
+    from lm_eval.api.instance import Instance
+
+    from branchmix.evaluate.tasks.answers import Answers, RecordedModel
+
+    with pytest.raises(BranchMixError) as caught:
+        evaluate([model], tasks=choosing(tmp_path, [MERGES, {**MERGES, "question": "half \ud83d"}]))
+    assert "\n" not in str(caught.value)
+    candidate = Candidate(resolve(model), "float32", False)
+    asked = RecordedModel(candidate, Answers(None), max_length=64, batch_tokens=100)
+    found = []
+    for texts in (("half \ud83d", " a"), ("half \ufffd", " a")):
+        found += asked.loglikelihood([Instance("loglikelihood", {}, texts, 0, metadata=("t", 0, 1))])
+    written = [
+        asked.generate_until([Instance("generate_until", {}, (text, {"until": ["."], "max_gen_toks": 4}), 0)])
+        for text in ("half \ud83d", "half \ufffd")
+    ]
+    assert found[0] == found[1] and written[0] == written[1] and asked.replaced == 2
+
+
 # ---- data sets and metrics in local folders ----
+
+
+def test_a_git_lfs_pointer_is_not_data(model: str, tasks: Path, tmp_path: Path) -> None:
+    file = tmp_path / "data" / "some/where" / "test.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(DataError, match=r"test.jsonl: is a Git LFS pointer, not the file itself: run `git lfs pull`"):
+        evaluate([model], tasks=TaskOptions(("far",), include_path=(tasks,), task_data=tmp_path / "data"))
 
 
 def test_a_local_folder_goes_before_the_hub(model: str, tasks: Path, tmp_path: Path) -> None:

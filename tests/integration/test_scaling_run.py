@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import corpora
 from branchmix.cli import app, main
+from branchmix.errors import DataError
 from branchmix.scaling import run as scaling_run
 from branchmix.scaling.examples import Example, jsonl
 from branchmix.scaling.generate import make_examples
@@ -348,6 +349,49 @@ def test_a_killed_run_goes_on_and_computes_only_what_is_missing(
         write_family(tmp_path, [{"model": str(moved), "name": "other"}]), tasks=str(task), out=out, dtype="float32"
     )
     assert computed == [] and "40 of 40 answers were on record" in " ".join(again.notes)
+
+
+def test_a_resumed_run_has_the_numbers_of_one_that_was_not_stopped(models: dict[str, Path], tmp_path: Path) -> None:
+    """Bit for bit, wherever it was stopped."""
+    shared = " ".join(corpora.WORDS * 4)  # so that keys and values are shared, too
+    prompts = [f"{shared if n % 3 else ''} {corpora.text(n)}" for n in range(40)]
+    classes = (" two", " of even", " prime number is")
+    task = write_task(tmp_path, "many", [Example(prompt, classes, n % 2) for n, prompt in enumerate(prompts)])
+    family = write_family(tmp_path, [str(models["mixture"])])
+    given: dict[str, Any] = {"tasks": str(task), "dtype": "float32", "batch_tokens": 300}
+
+    def answers(out: Path) -> dict[str, Any]:
+        found = lines(out / "records.jsonl")
+        return {line["question"]: line["logprobs"] for line in found if "question" in line}
+
+    run(family, out=tmp_path / "whole", **given)
+    whole = answers(tmp_path / "whole")
+    assert len(whole) == 40
+    for stops in (3, 17, 30):
+        out = tmp_path / str(stops)
+
+        def stop(step: str, done: int, total: int, stops: int = stops) -> None:
+            if done == stops:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(family, out=out, progress=stop, **given)
+        assert len(answers(out)) == stops
+        run(family, out=out, **given)
+        assert answers(out) == whole
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(models: dict[str, Path], tmp_path: Path) -> None:
+    examples = [Example("half \ud83d", (" a\udc00", " b"), 0), Example("one two", (" a", " b"), 1)]
+    whole = [Example("half \ufffd", (" a\ufffd", " b"), 0), examples[1]]
+    family = write_family(tmp_path, [str(models["seed"])])
+    ours, theirs = (run(family, tasks=str(write_task(tmp_path, "t", given))) for given in (examples, whole))
+    assert [entry[3].logprobs for entry in ours.results[0].scored] == [
+        entry[3].logprobs for entry in theirs.results[0].scored
+    ]
+    assert sum("t.jsonl: 1 examples had half of a surrogate pair" in note for note in ours.notes) == 1
+    with pytest.raises(DataError, match=r"t\.jsonl, line 1: classes must be two texts or more, all different"):
+        run(family, tasks=str(write_task(tmp_path, "t", [Example("x", ("\ud83d", "\ud83e"), 0)])))
 
 
 def test_ctrl_c_says_how_to_go_on(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

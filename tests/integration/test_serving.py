@@ -7,7 +7,9 @@ through an implementation registered under a name, which gets its state as an ar
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -147,6 +149,65 @@ def test_the_server_gets_what_was_found(siblings: Siblings, tmp_path: Path, monk
     monkeypatch.undo()
     with pytest.raises(RecipeError, match="code@v1: the server takes what follows @ for a revision"):
         serve_command(None, str(tmp_path / "code@v1"))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def client(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of transformers' server in this process, as `branchmix serve` starts it with a model of 64 positions."""
+    from starlette.testclient import TestClient
+
+    folder = Path(shutil.copytree(siblings("llama", vocab_size=300)["code"], tmp_path_factory.mktemp("served") / "m"))
+    save_byte_tokenizer(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        apps: list[Any] = []
+        patch.setattr("uvicorn.Server.run", lambda self: apps.append(self.config.app))
+        left = CliRunner().invoke(app, ["serve", str(folder), "--device", "cpu", "--dtype", "float32"])
+    assert left.exit_code == 0 and apps, left.output
+    return TestClient(apps[0], raise_server_exceptions=False)
+
+
+def chat(client: Any, content: str = "The court", **more: Any) -> tuple[int, dict[str, Any]]:
+    messages = [{"role": "user", "content": content}]
+    body = json.dumps({"messages": messages, "temperature": 0.0, **more})  # in ASCII: so half a pair can be sent
+    answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    return answer.status_code, answer.json()
+
+
+def test_serve_refuses_what_the_model_has_no_positions_for(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("tokenised")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedTokenizerFast.__call__", never)
+        for key in ("max_tokens", "max_completion_tokens"):
+            status, found = chat(client, **{key: 10**9})
+            assert status == 400 and f"{key}: 1000000000 is more than the model's 64" in found["error"]["message"]
+        for value in (0, -1, 1.5, "many", True):
+            assert chat(client, max_tokens=value)[0] == 400
+        status, found = chat(client, "x" * 200_000)
+        assert status == 413 and "at most 65,536 are taken" in found["error"]["message"]
+        answer = client.post("/v1/completions", content=(b"x" * 9000 for _ in range(20)))  # without its length
+        assert answer.status_code == 413 and "180,000 bytes" in answer.json()["error"]["message"]
+        assert client.post("/v1/completions", content=b"[" * 60_000).status_code in (400, 422)
+    for ask in ({}, {"stream": True}):
+        status, found = chat(client, "y" * 64, **ask)
+        assert status == 400 and "the prompt has 64 tokens, and the model 64 positions" in found["error"]["message"]
+        answer = client.post("/v1/completions", json={"prompt": "y" * 300, **ask})
+        assert answer.status_code == 400 and "300 tokens" in answer.json()["error"]["message"]
+
+
+def test_serve_gives_the_room_that_the_prompt_leaves(client: Any) -> None:
+    """The server's own default is 1,024 tokens."""
+    for more, wanted in (({}, 14), ({"max_tokens": 5}, 5), ({"max_tokens": 64}, 14)):
+        status, found = chat(client, "z" * 50, generation_config=json.dumps({"max_new_tokens": 10**9, **EOS}), **more)
+        assert status == 200 and found["usage"]["completion_tokens"] == wanted
+    status, found = chat(client, "a half \ud83d", max_tokens=3)
+    assert status == 200 and found["usage"]["prompt_tokens"] == len("a half \ufffd".encode())
+    assert chat(client, "a half \ufffd", max_tokens=3)[1]["choices"] == found["choices"]
+
+
+EOS = {"eos_token_id": 299, "do_sample": False}
+"""An EOS that these models never say, so that they write as much as they may."""
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -46,6 +46,16 @@ def files(pattern: str) -> Edit:
     return lambda place, run: run["data"].update(code={"files": pattern})
 
 
+def written(name: str, content: str) -> Edit:
+    """A domain whose text is this file."""
+
+    def edit(place: Path, run: dict[str, Any]) -> None:
+        (place / name).write_text(content)
+        run["data"].update(code={"files": name})
+
+    return edit
+
+
 def foreign_folder(place: Path, run: dict[str, Any]) -> None:
     (place / "run").mkdir()
     (place / "run" / "thesis.txt").write_text("mine")
@@ -102,6 +112,16 @@ CASES: dict[str, tuple[Edit, str]] = {
         lambda place, run: run["data"]["code"].update(column="txet"),
         "no column 'txet'",
     ),
+    "a Git LFS pointer": (
+        written("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+        "a.txt: is a Git LFS pointer, not the file itself: run `git lfs pull`",
+    ),
+    "a table without the column": (
+        written("train.csv", "id,body\n1,one\n"),
+        "train.csv: there is no column 'text'; there are id, body",
+    ),
+    "a spreadsheet": (written("a.xlsx", "x"), "a .xlsx file cannot be read: convert it to .jsonl, .csv or .parquet"),
+    "half a character as a name": (written("a.txt", "x"), "half of a surrogate pair is not a character: remove it"),
     "little text": (key(sequence_length=100_000), "less than one sequence of 100000"),
     "no earlier run": (key(learning_rate={"ratio": 0.5}), "learning_rate.ratio: no training.json"),
     "LoRA target": (key(lora={"targets": ["q_porj"]}), "no linear layer q_porj (did you mean 'q_proj'?)"),
@@ -128,6 +148,8 @@ def test_is_one_line_and_leaves_nothing(
     run = settings(text, model="model")
     edit(tmp_path, run)
     file = write_run(tmp_path, run)
+    if case == "half a character as a name":
+        file.write_text(file.read_text() + '"\\ud83d": 1\n')
     if case == "logger":
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     before = snapshot(tmp_path)

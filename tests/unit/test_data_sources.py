@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from branchmix.data.config import Source
-from branchmix.data.sources import documents, find_files, frozen, is_held_out, open_source
+from branchmix.data.sources import documents, find_files, frozen, hash_of, is_held_out, open_source
 from branchmix.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "two", "meta": {"a": 1}}, {"text": "drei ü", "meta": {"b": "x"}, "late": True}]
@@ -42,6 +42,11 @@ FORMATS = {
     "list.json": json.dumps(ROWS, indent=1).encode(),
     "list.json.gz": gzip.compress(json.dumps(ROWS).encode()),
     "a.parquet": parquet(text=TEXTS, other=[1, 2, 3]),
+    "A.JSONL.GZ": gzip.compress(LINES),
+    "a.Json.Zst": zstd(LINES),
+    "a.csv": 'id,text\r\n1,one\r\n2,"two"\r\n,"drei ü"\r\n'.encode(),
+    "bom.CSV": b"\xef\xbb\xbf" + "text;id\none;1\ntwo;2\ndrei ü;3\n".encode(),
+    "a.tsv.gz": gzip.compress("id\ttext\n1\tone\n2\ttwo\n3\tdrei ü\n".encode()),
     "a.parquet.gz": gzip.compress(parquet(text=TEXTS)),
 }
 
@@ -54,6 +59,29 @@ def read(folder: Path, **source: object) -> list[str]:
 def test_formats(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FORMATS[name])
     assert read(tmp_path, files=name) == ["one", "two", "drei ü"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz", "a.csv"])
+def test_a_line_ends_where_n_stands(tmp_path: Path, name: str) -> None:
+    """And not at the other characters that Python takes for ends of lines, which JSON and csv may have in text."""
+    texts = ["one\u2028two", "three\x85four", "five\u2029six"]
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    content = content if "json" in name else "\n".join(["text", *texts, ""])
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    assert read(tmp_path, files=name) == texts
+
+
+def test_a_field_of_a_table_may_be_a_document(tmp_path: Path) -> None:
+    text = 'A "long" text, with\nlines.\n' * 10_000
+    (tmp_path / "a.csv").write_text('id,text\n1,"' + text.replace('"', '""') + '"\n2,\n', newline="")
+    assert read(tmp_path, files="a.csv") == [text]
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d"}\n{"text": "\\ud83d\\ude00"}\n')
+    replaced: set[int] = set()
+    found = list(documents(Source(files="a.jsonl"), folder=tmp_path, replaced=replaced))
+    assert found == ["a \ufffd", "😀"] and replaced == {hash_of("a \ufffd")}
 
 
 def test_other_suffixes_are_one_document_a_file(tmp_path: Path) -> None:
@@ -140,7 +168,19 @@ def test_identity_follows_the_content(tmp_path: Path) -> None:
     assert all(a != b for a, b in zip(before, after, strict=True))
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+LFS = r"is a Git LFS pointer, not the file itself: run `git lfs pull`"
 BAD: dict[str, tuple[bytes, str]] = {
+    **{f"pointer{suffix}": (POINTER, LFS) for suffix in (".txt", ".py", ".jsonl", ".csv", ".parquet", ".jsonl.gz")},
+    "column.csv": (b"id,body\n1,a\n", r"column\.csv: there is no column 'text'; there are id, body"),
+    "empty.csv": (b"", r"empty\.csv: there is no column 'text'; there are none"),
+    "wide.csv": (b"id,text\n1,a,b\n", r"wide\.csv, line 2: has more values than the header has columns"),
+    "cut.csv": (b'id,text\n1,"a', r"cut\.csv, line \d: not valid csv"),
+    "latin.csv": ("id,text\n1,naïve\n".encode("latin-1"), r"latin\.csv: is no UTF-8 text"),
+    "a.XLSX": (b"plain", r"a\.XLSX: a \.xlsx file cannot be read: convert it to \.jsonl, \.csv or \.parquet"),
+    "a.tar.gz": (gzip.compress(b"text"), r"a\.tar\.gz: a \.tar file cannot be read: unpack it"),
+    "a.jsonl.xz": (b"x", r"a\.jsonl\.xz: a \.xz file cannot be read: unpack it"),
+    "a.pdf": (b"%PDF-1.7", r"a\.pdf: a \.pdf file cannot be read: convert it to plain text, or leave it out with"),
     "cut.jsonl": (LINES[:-8], r"cut\.jsonl, line 3: is no JSON"),
     "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', r"line 2: column 'text' holds a int, not text"),
     "list.jsonl": (b"[1]\n", r"line 1: is a list, not a JSON object with a key 'text'"),
@@ -195,6 +235,14 @@ def test_what_is_not_there(tmp_path: Path, what: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         read(tmp_path, **source(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_pointer_in_the_hubs_layout(tmp_path: Path) -> None:
+    name = hub(tmp_path)
+    (tmp_path / name / "train.jsonl").write_bytes(POINTER)
+    with pytest.raises(DataError, match=LFS) as error:
+        read(tmp_path, hub=name)
+    assert "train.jsonl" in str(error.value)
 
 
 def test_a_truncated_hub_file(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from branchmix.cli import main
 from branchmix.errors import DataError
+from branchmix.scaling.trends.examples import read_scores
 from branchmix.scaling.trends.report import trends
 from branchmix.scaling.trends.table import read_table
 from trend_tables import HEADER, rows_of, write, write_examples
@@ -45,6 +46,17 @@ def test_other_delimiters_and_a_byte_order_mark(tmp_path: Path, delimiter: str) 
     file = tmp_path / "table.csv"
     file.write_text(f"{HEADER}\n{ROW}\n".replace(",", delimiter), encoding="utf-8-sig")
     assert read_table(file).rows[0].value == 0.8
+
+
+def test_a_line_ends_where_n_stands(tmp_path: Path) -> None:
+    """Not at U+2028 or U+0085, which a model's name or a template may have."""
+    found = read_table(table(tmp_path, HEADER, ROW.replace("m0", "m\u2028\x850")))
+    assert [row.model for row in found.rows] == ["m\u2028\x850"]
+    row = found.rows[0]
+    write_examples(tmp_path, row.model, row.task, [])
+    file = tmp_path / "examples" / row.model / f"{row.task}.jsonl"
+    file.write_text('{"key": "a", "correct": 1, "template": "x\u2028\x85y"}\n', encoding="utf-8")
+    assert read_scores(tmp_path / "examples", row) is not None
 
 
 def test_no_accuracy_is_known_exactly(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.json_text import MAX_BYTES, parse_json
 from branchmix.checkpoint.names import is_entry
 from branchmix.checkpoint.rotary import with_current_names
-from branchmix.errors import CheckpointError, short
+from branchmix.errors import BranchMixError, CheckpointError, short
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -314,10 +314,10 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_lfs_pointer(file: Path, start: bytes) -> None:
-    """Raises CheckpointError for a file that Git put there in another's place, by its first bytes."""
+def refuse_lfs_pointer(file: Path, start: bytes, kind: type[BranchMixError] = CheckpointError) -> None:
+    """Raises ``kind`` for a file that Git put there in another's place, by its first bytes."""
     if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file}: is a Git LFS pointer, not the file itself: run `git lfs pull` in that folder")
+        raise kind(f"{file}: is a Git LFS pointer, not the file itself: run `git lfs pull` in that folder")
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -62,7 +62,7 @@ def eval_command(
         int | None,
         typer.Option(min=1, help="Tokens that the window moves on in longer documents.", show_default="half of it"),
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes no result.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Documents of a domain, and examples of a task, at most.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from branchmix.checkpoint.text import whole_characters
 from branchmix.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
@@ -116,19 +117,12 @@ def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:
     """The prompt's tokens [1, T] and their mask, without other tokenizer outputs (``token_type_ids``).
 
     Raises:
-        RecipeError: a chat was asked for, but the tokenizer has no template.
+        RecipeError: see ``_in_template``.
         CheckpointError: the tokenizer makes no tokens, or some that the model does not have.
     """
     tokenizer, folder = text_model.tokenizer, text_model.folder
-    if chat and not tokenizer.chat_template:
-        raise RecipeError(f"--chat: the tokenizer of {folder} has no chat template: omit --chat")
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        made = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        made = tokenizer(prompt, return_tensors="pt")
+    text = whole_characters(_in_template(text_model, prompt) if chat else prompt)
+    made = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
     ids_BT = made["input_ids"]
     if not ids_BT.numel():
         raise CheckpointError(f"{folder}: its tokenizer makes no tokens of PROMPT: give the folder its own tokenizer")
@@ -139,6 +133,25 @@ def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:
             "give the folder its own tokenizer"
         )
     return {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
+
+
+def _in_template(text_model: TextModel, prompt: str) -> str:
+    """The prompt as the model's chat template puts it, as one message of a user.
+
+    Raises:
+        RecipeError: there is no template, or it does not take such a message.
+    """
+    where = f"--chat: the chat template of {text_model.folder}"
+    if not text_model.tokenizer.chat_template:
+        raise RecipeError(f"{where} is missing: leave --chat out")
+    try:
+        text = text_model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program: it may raise whatever Python does
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RecipeError(f"{where} does not take PROMPT: {reason}: mend the template, or leave --chat out") from error
+    return str(text)
 
 
 def _require_positions(text_model: TextModel, prompt_tokens: int, max_new_tokens: int) -> None:

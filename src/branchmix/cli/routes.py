@@ -43,7 +43,7 @@ def routes_command(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes no result.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of a domain at most.")] = None,
     page_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the page, in all.")] = 4000,

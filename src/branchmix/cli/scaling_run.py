@@ -54,7 +54,7 @@ def run_command(
         "default"
     ),
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes no result.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
     ] = False,

@@ -17,6 +17,10 @@ Examples:
   branchmix serve mixture --continuous-batching           any option of `transformers serve --help`
 
 \b
+Prompt and answer together have at most as many tokens as the model has positions: a longer prompt, or a greater
+max_tokens, is refused (400), and so is a request of more than 32 bytes a position (64 KiB at least; 413), unread.
+
+\b
 Requires branchmix[serve]. Clients use MODEL, as written here, as the model's name.
 """
 
@@ -51,9 +55,12 @@ def serve_command(
     _show_classes()
     from transformers.cli.serve import Serve
 
+    from branchmix.cli.serve_limits import limited_server
+
     server = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     server.command()(Serve)
-    server([name, *context.args], prog_name="branchmix serve")
+    with limited_server():
+        server([name, *context.args], prog_name="branchmix serve")
 
 
 def _show_classes() -> None:

@@ -14,13 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
+from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.data.config import Source
 from branchmix.data.sources import Reader, frozen, hash_of, open_source
 from branchmix.data.tokens import (
@@ -57,13 +58,21 @@ class Encoder:
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         with _parallel_tokenizers():
-            encodings = self.tokenizer.encode_batch_fast(texts)
-        return [self._finished(encoding.ids) for encoding in encodings]
+            short = iter(self.tokenizer.encode_batch_fast([text for text in texts if len(text) <= LONG]))
+            return [
+                self._finished([next(short).ids] if len(text) <= LONG else tokens_in_pieces(text, self._window))
+                for text in texts
+            ]
 
-    def _finished(self, ids: list[int]) -> np.ndarray:
-        if self.eos_token_id is not None and (not ids or ids[-1] != self.eos_token_id):
-            ids.append(self.eos_token_id)
-        return np.array(ids, dtype=self.dtype)
+    def _window(self, text: str) -> Window:
+        encoding = self.tokenizer.encode(text)
+        return Window(encoding.ids, [start for start, _ in encoding.offsets], encoding.special_tokens_mask)
+
+    def _finished(self, pieces: Iterable[list[int]]) -> np.ndarray:
+        tokens = np.concatenate([np.array(ids, dtype=self.dtype) for ids in pieces])
+        if self.eos_token_id is not None and (not len(tokens) or tokens[-1] != self.eos_token_id):
+            tokens = np.append(tokens, np.array(self.eos_token_id, dtype=self.dtype))
+        return tokens
 
 
 @contextmanager
@@ -134,7 +143,9 @@ def _tokenise(
         content = _Content(plan["held_out_share"], hold_one=number == 0)
         last, state = True, None
         for texts, state in batches:
-            hashed = {hash_of(text): text for text in texts}
+            whole = [whole_characters(text) for text in texts]
+            content.replaced += sum(text is not given for text, given in zip(whole, texts, strict=True))
+            hashed = {hash_of(text): text for text in whole}
             new = {text_hash: text for text_hash, text in hashed.items() if text_hash not in seen}
             seen.update(new)
             content.duplicates += len(texts) - len(new)
@@ -165,13 +176,13 @@ class _Content:
         self.hold_one = hold_one and held_out_share > 0
         self.train, self.held_out = Documents(), Documents()
         self.texts: list[str] = []
-        self.duplicates = 0
+        self.duplicates = self.replaced = 0
         self.forced: int | None = None
         """Hash of a document that is held out though its hash does not say so."""
         self._lowest: tuple[int, str, int] | None = None
 
     def add(self, text: str, text_hash: int, ids: np.ndarray) -> None:
-        num_bytes = len(text.encode("utf-8", "surrogatepass"))
+        num_bytes = len(text.encode())
         if text_hash < self.limit:
             self.held_out.add(ids, text_hash, num_bytes)
             self.texts.append(text)
@@ -184,7 +195,7 @@ class _Content:
         """Arrays as ``write_chunk`` takes them; the first chunk has a document to evaluate on, if it has two."""
         if self.hold_one and not self.texts and self._lowest is not None and len(self.train.tokens) > 1:
             text_hash, text, place = self._lowest
-            num_bytes = len(text.encode("utf-8", "surrogatepass"))
+            num_bytes = len(text.encode())
             self.held_out.add(self.train.remove(place, num_bytes), text_hash, num_bytes)
             self.texts.append(text)
             self.forced = text_hash
@@ -204,6 +215,7 @@ class _Content:
             held_out_tokens=held_out.num_tokens,
             held_out_bytes=held_out.bytes,
             duplicates=self.duplicates,
+            replaced=self.replaced,
         )
         return arrays, counts
 

@@ -16,8 +16,9 @@ class Source(Settings):
     """Where the text of one domain comes from: ``files``, or ``hub``."""
 
     files: str | list[str] | None = None
-    """Paths or globs (``**`` for folders at any depth), from the YAML file's folder. ``.jsonl``, ``.json`` and
-    ``.parquet`` (also compressed: ``.gz``, ``.zst``) hold a document a row; any other file is one document of text."""
+    """Paths or globs (``**`` for folders at any depth), from the YAML file's folder. ``.jsonl``, ``.json``, ``.csv``,
+    ``.tsv`` and ``.parquet`` (also compressed: ``.gz``, ``.zst``) hold a document a row; any other file of text is one
+    document. Archives, binary tables, PDF and the like are refused."""
     exclude: list[str] = []
     """Paths or globs of files that are no data, though ``files`` matches them."""
     hub: str | None = None

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.text import replaced_note
 from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Encoder, Plan, Progress
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.domain import Domain
@@ -25,7 +26,7 @@ from branchmix.data.sequences import HeldOutSequences, Sequences
 from branchmix.data.sources import open_source
 from branchmix.errors import DataError, OutputError
 
-FORMAT = 1
+FORMAT = 2
 """Of the cache; another one is another key."""
 MANY_EPOCHS = 4
 """Beyond so many passes over the same text, more of it is worth little (arXiv 2305.16264)."""
@@ -244,6 +245,8 @@ class Corpus:
         notes = []
         for name, domain in self.domains.items():
             domains[name] = {**asdict(domain.counts), "complete": domain.complete}
+            if count := domain.counts.replaced:
+                notes.append(f"{name}: {replaced_note(count)}")
         if self.trained is not None:
             for name, epochs in self.trained.epochs().items():
                 domains[name]["epochs"] = epochs

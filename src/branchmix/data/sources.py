@@ -7,9 +7,11 @@ files in which a later row has a column more.
 
 from __future__ import annotations
 
+import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
 import zlib
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.index import refuse_lfs_pointer
+from branchmix.checkpoint.text import whole_characters
 from branchmix.data.config import Source
 from branchmix.errors import DataError
 
@@ -26,6 +30,14 @@ State = dict[str, Any]
 """Where a reader stands, as JSON."""
 
 _COMPRESSED = (".gz", ".zst")
+_TABLES = (
+    *(".arrow", ".avro", ".db", ".feather", ".h5", ".hdf5", ".mdb", ".msgpack", ".npy", ".npz", ".ods", ".orc"),
+    *(".pickle", ".pkl", ".pt", ".rda", ".rds", ".sas7bdat", ".sqlite", ".tfrecord", ".xls", ".xlsx"),
+)
+_ARCHIVES = (".7z", ".br", ".bz2", ".lz4", ".lzma", ".rar", ".snappy", ".tar", ".tgz", ".xz", ".z", ".zip")
+_WRITTEN = (".doc", ".docx", ".epub", ".odt", ".pdf", ".ps", ".rtf")
+_POINTER_BYTES = 1024
+"""More than a Git LFS pointer has."""
 
 
 class Reader(Protocol):
@@ -38,7 +50,8 @@ class Reader(Protocol):
         """What the text depends on, as JSON: if it changes, so may the text."""
 
     def read(self, state: State | None) -> Iterator[tuple[str, State]]:
-        """Documents that are not empty, each with the state to go on from after it.
+        """Documents that are not empty, each with the state to go on from after it, as they are in the source: what
+        uses them asks for ``whole_characters``.
 
         Args:
             state: None for the start.
@@ -48,19 +61,25 @@ class Reader(Protocol):
         """How far ``state`` is, about, and of how much; (0, 0) if that is unknown."""
 
 
-def documents(source: Source, *, folder: Path, leave_out: Path | None = None) -> Iterator[str]:
-    """All documents of a source that are not empty.
+def documents(
+    source: Source, *, folder: Path, leave_out: Path | None = None, replaced: set[int] | None = None
+) -> Iterator[str]:
+    """All documents of a source that are not empty, each in whole characters.
 
     Args:
         source: where they are.
         folder: where relative paths start from.
         leave_out: as for ``find_files``.
+        replaced: takes the hashes of the documents in which something had to be replaced.
 
     Raises:
         DataError: nothing is found, or something cannot be read.
     """
     reader = open_source(source, folder=folder, leave_out=leave_out)
-    for text, _ in reader.read(None):
+    for given, _ in reader.read(None):
+        text = whole_characters(given)
+        if replaced is not None and text is not given:
+            replaced.add(hash_of(text))
         yield text
 
 
@@ -89,7 +108,7 @@ def hash_of(text: str) -> int:
     """64 bits that stand for a document."""
     from xxhash import xxh3_64_intdigest
 
-    return int(xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")))
+    return int(xxh3_64_intdigest(text.encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,11 +211,17 @@ def _rows(file: Path, column: str) -> Iterator[str | None]:
     suffix = _suffix(file)
     if suffix == ".parquet":
         yield from _parquet_rows(file, column)
-    elif suffix in (".jsonl", ".ndjson"):
+    elif suffix in (".csv", ".tsv"):
+        yield from _csv_rows(file, column, suffix)
+    elif suffix in (".jsonl", ".jsonlines", ".ndjson"):
         with _opened(file) as stream:
             yield from _json_lines(file, stream, column)
     elif suffix == ".json":
         yield from _json_rows(file, column)
+    elif suffix in (*_TABLES, *_ARCHIVES, *_WRITTEN):
+        words = "convert it to plain text" if suffix in _WRITTEN else "convert it to .jsonl, .csv or .parquet"
+        words = "unpack it" if suffix in _ARCHIVES else words
+        raise DataError(f"{file}: a {suffix} file cannot be read: {words}, or leave it out with exclude")
     else:
         with _opened(file) as stream:
             yield _decoded(stream.read()).replace("\r\n", "\n")
@@ -217,7 +242,7 @@ def _json_rows(file: Path, column: str) -> Iterator[str | None]:
     with _opened(file) as stream:
         content = _decoded(stream.read())
     if not content.lstrip().startswith("["):
-        yield from _json_lines(file, (line.encode() for line in content.splitlines()), column)
+        yield from _json_lines(file, (line.encode() for line in content.split("\n")), column)
         return
     try:
         rows = json.loads(content)
@@ -245,11 +270,34 @@ def _checked(value: Any, column: str, where: str) -> str | None:
     raise DataError(f"{where}: column {column!r} holds a {type(value).__name__}, not text: name the column of the text")
 
 
+def _csv_rows(file: Path, column: str, suffix: str) -> Iterator[str | None]:
+    """A row for each record; ``.csv`` may also be separated by tabs or semicolons, as its header says."""
+    csv.field_size_limit(2**31 - 1)  # a field may be a whole document
+    with _opened(file) as stream:
+        lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        header = next(lines, "")
+        delimiter = "\t" if suffix == ".tsv" else max(",\t;", key=header.count)
+        rows = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+        try:
+            names = list(rows.fieldnames or ())
+            if column not in names:
+                raise DataError(f"{file}: {_no_column(column, names)}")
+            for row in rows:
+                if None in row:
+                    raise DataError(
+                        f"{file}, line {rows.line_num}: has more values than the header has columns: put quotes around "
+                        "text that has the separator in it"
+                    )
+                yield row[column]
+        except csv.Error as error:
+            raise DataError(f"{file}, line {rows.line_num}: not valid csv ({error}): mend that line") from None
+
+
 def _parquet_rows(file: Path, column: str) -> Iterator[str | None]:
     import pyarrow.parquet as pq
 
     with _opened(file) as stream:
-        table = pq.ParquetFile(io.BytesIO(stream.read()) if file.suffix in _COMPRESSED else stream)
+        table = pq.ParquetFile(io.BytesIO(stream.read()) if _packing(file) else stream)
         if column not in table.schema_arrow.names:
             raise DataError(f"{file}: {_no_column(column, table.schema_arrow.names)}")
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
@@ -259,7 +307,12 @@ def _parquet_rows(file: Path, column: str) -> Iterator[str | None]:
 
 def _suffix(file: Path) -> str:
     """The suffix that says the format: ``.jsonl`` of ``a.jsonl.gz``."""
-    return (Path(file.stem) if file.suffix in _COMPRESSED else file).suffix.lower()
+    return (Path(file.stem) if _packing(file) else file).suffix.lower()
+
+
+def _packing(file: Path) -> str | None:
+    """How the file is compressed, by its suffix."""
+    return suffix if (suffix := file.suffix.lower()) in _COMPRESSED else None
 
 
 @contextmanager
@@ -267,15 +320,34 @@ def _opened(file: Path) -> Iterator[Any]:
     """The file's bytes, decompressed if its suffix says so."""
     import pyarrow as pa
 
-    if file.suffix == ".gz":
+    refuse_pointer(file)
+    if _packing(file) == ".gz":
         with gzip.open(file) as unpacked:
             yield unpacked
         return
     with file.open("rb") as stream:
-        if file.suffix == ".zst":
+        if _packing(file) == ".zst":
             yield io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), 1 << 20)
         else:
             yield stream
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse a file that is only Git's note of where the data is.
+
+    Raises:
+        DataError: says how to get the data.
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        refuse_lfs_pointer(file, stream.read(64), DataError)
+
+
+def refuse_pointers(folder: Path) -> None:
+    """The same for all files of a folder that others read."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.stat().st_size < _POINTER_BYTES:
+            refuse_pointer(file)
 
 
 def _decoded(content: bytes) -> str:
@@ -316,6 +388,8 @@ class HubReader:
         local = folder / Path(name).expanduser()
         self._quiet(datasets)
         with _naming_data_set(source.hub):
+            if local.is_dir():
+                refuse_pointers(local)
             self._builder = datasets.load_dataset_builder(
                 str(local) if local.is_dir() else name, source.name, revision=revision or None
             )

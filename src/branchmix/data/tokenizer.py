@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from branchmix.checkpoint.text import LONG, parts_of, whole_characters
 from branchmix.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -48,10 +49,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
+    characters = 0
     for text in texts:
-        batch.append(text)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
+        for part in parts_of(whole_characters(text)):
+            batch.append(part)
+            characters += len(part)
+            if len(batch) == _BATCH or characters >= LONG:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch

@@ -39,6 +39,8 @@ class Counts:
     held_out_bytes: int = 0
     duplicates: int = 0
     """Documents that were there already, and dropped."""
+    replaced: int = 0
+    """Documents in which half of a surrogate pair, which is not a character, became U+FFFD."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
@@ -133,7 +135,7 @@ class Chunk:
         return self.arrays[values][start : int(self.arrays[ends][place])]
 
     def held_out_text(self, place: int) -> str:
-        return self.piece("held_out_text", "held_out_text_ends", place).tobytes().decode("utf-8", "surrogatepass")
+        return self.piece("held_out_text", "held_out_text_ends", place).tobytes().decode()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file}
@@ -162,6 +164,6 @@ def dtype_for(vocab_size: int) -> Any:
 
 def utf8(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Texts end to end as bytes, and the end of each."""
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    encoded = [text.encode() for text in texts]
     ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
     return np.frombuffer(b"".join(encoded), dtype=np.uint8), ends

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from branchmix.checkpoint.text import whole_characters
 from branchmix.data.sources import documents as documents_of
 from branchmix.data.sources import hash_of, is_held_out
 from branchmix.errors import DataError
 from branchmix.evaluate.config import EvalData, Selection
+from branchmix.likelihood.models import encode
 
 
 @dataclass(frozen=True)
@@ -19,14 +21,15 @@ class Document:
     text: str
     hash: str
     """XXH3 of 128 bits."""
+    replaced: bool = False
+    """Whether something in it was not a character (see ``whole_characters``)."""
 
     @classmethod
-    def of(cls, text: str) -> Document:
+    def of(cls, given: str, *, replaced: bool = False) -> Document:
         from xxhash import xxh3_128_hexdigest
 
-        # Half a surrogate pair, as JSON can have it, is no text for a tokenizer.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return cls(text, xxh3_128_hexdigest(text.encode()))
+        text = whole_characters(given)
+        return cls(text, xxh3_128_hexdigest(text.encode()), replaced or text is not given)
 
 
 def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dict[str, list[Document]]:
@@ -46,7 +49,8 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
     """
     found: dict[str, list[Document]] = {}
     for name, source in config.data.items():
-        texts = documents_of(source, folder=config.folder)
+        replaced: set[int] = set()
+        texts = documents_of(source, folder=config.folder, replaced=replaced)
         if config.held_out == "all":
             chosen = _distinct(texts)
         else:
@@ -56,7 +60,7 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
         for text in chosen:
             if limit is not None and len(found[name]) >= limit:
                 break
-            found[name].append(Document.of(text))
+            found[name].append(Document.of(text, replaced=bool(replaced) and hash_of(text) in replaced))
         if not found[name]:
             raise DataError(
                 f"data.{name}: has no document to evaluate on: is there any text, or held_out.share too small?"
@@ -111,6 +115,6 @@ def _by_hash(texts: Iterable[str], share: float) -> list[str]:
 
 def _training_tokens(tokenizer: Any, text: str) -> int:
     """Tokens of a document in training: with the tokenizer's special ones, and EOS at the end."""
-    tokens = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+    (tokens,) = encode(tokenizer, [text], special=True)
     eos = tokenizer.eos_token_id
-    return len(tokens) + (eos is not None and tokens[-1:] != [eos])
+    return len(tokens) + (eos is not None and tokens[-1:].tolist() != [eos])

@@ -37,30 +37,38 @@ class Reader:
         candidate = self.candidate
         known = 0
         for domain, chosen in documents.items():
-            todo = [document for document in chosen if records.get(self.key, document.hash) is None]
-            known += len(chosen) - len(todo)
-            if not todo:
-                continue
-            model = candidate.model()
-            records.describe(self.key, {**candidate.source, **self._facts})
-            tokens = encode(candidate.tokenizer, [document.text for document in todo])
-            found = token_log_probs(
-                model,
-                tokens,
-                prefix=candidate.prefix,
-                max_length=self.max_length,
-                stride=self.stride,
-                batch_tokens=batch_tokens,
-                progress=candidate.named(progress, domain),
-            )
-            try:
-                for number, logp_T in found:
-                    text = todo[number].text
-                    score = document_score(text, logp_T, candidate.tokenizer, tokens[number], candidate.prefix)
-                    records.add(self.key, todo[number].hash, domain, Scored(score, logp_T))
-            except CheckpointError as error:
-                raise CheckpointError(f"{candidate.given}: {error}") from error
+            by_hash = {document.hash: document for document in chosen}
+            on_record = {key for key in by_hash if records.find(self.key, key) is not None}
+            known += len(on_record)
+            if len(on_record) < len(by_hash):
+                records.describe(self.key, {**candidate.source, **self._facts})
+            for keys in records.rounds.of(self.key, batch_tokens, by_hash, on_record):
+                self._read(domain, [by_hash[key] for key in keys], records, batch_tokens, progress)
         return known
+
+    def _read(
+        self, domain: str, together: list[Document], records: Records, batch_tokens: int, progress: Progress | None
+    ) -> None:
+        candidate = self.candidate
+        model = candidate.model()
+        tokens = encode(candidate.tokenizer, [document.text for document in together])
+        found = token_log_probs(
+            model,
+            tokens,
+            prefix=candidate.prefix,
+            max_length=self.max_length,
+            stride=self.stride,
+            batch_tokens=batch_tokens,
+            known={n for n, document in enumerate(together) if records.find(self.key, document.hash) is not None},
+            progress=candidate.named(progress, domain),
+        )
+        try:
+            for number, logp_T in found:
+                text = together[number].text
+                score = document_score(text, logp_T, candidate.tokenizer, tokens[number], candidate.prefix)
+                records.add(self.key, together[number].hash, domain, Scored(score, logp_T))
+        except CheckpointError as error:
+            raise CheckpointError(f"{candidate.given}: {error}") from error
 
     def recorded(self, records: Records, document: Document) -> Scored:
         """A document's result."""

@@ -9,7 +9,7 @@ Shapes: B windows, T tokens of the longest, N predicted tokens of a batch, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def bits_per_byte(
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> TextScore:
-    """Score documents with a causal LM, dense or a mixture. Neither the batch size nor the order changes the result.
+    """Score documents with a causal LM, dense or a mixture. Batch size and order change it by rounding only.
 
     Args:
         model: any causal LM of transformers; its mode (training or not) is left as it was.
@@ -132,11 +132,14 @@ def token_log_probs(
     max_length: int,
     stride: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    known: Collection[int] = (),
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Log-probabilities (nats, fp32) of each document's tokens, as (number of the document, array), when it is done.
 
-    With a prefix the array is as long as the document, without one its first token is not predicted.
+    With a prefix the array is as long as the document, without one its first token is not predicted. Documents that are
+    ``known`` are not computed, but batches are made of all: a document has the same batches, and so the same bits,
+    whatever is known of the others.
     """
     stride = max(1, max_length // 2) if stride is None else stride
     check_window(model, documents, max_length, stride)
@@ -152,10 +155,12 @@ def token_log_probs(
     left = [0] * len(documents)
     for window in windows:
         left[window.document] += 1
-    yield from ((number, results[number]) for number, count in enumerate(left) if not count)
-    done, total = 0, sum(len(result) for result in results)
+    yield from ((number, results[number]) for number, count in enumerate(left) if not count and number not in known)
+    every = batches(windows, batch_tokens, equal_lengths=length_dependent(model.config))
+    wanted = [batch for batch in every if any(window.document not in known for window in batch)]
+    done, total = 0, sum(window.end - window.first for batch in wanted for window in batch)
     with evaluating(model):
-        for batch in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
+        for batch in wanted:
             logp_N = _predict(model, batch, tokens)
             at = 0
             for window in batch:
@@ -163,7 +168,7 @@ def token_log_probs(
                 results[window.document][window.first : window.end] = logp_N[at : at + count]
                 at += count
                 left[window.document] -= 1
-                if not left[window.document]:
+                if not left[window.document] and window.document not in known:
                     yield window.document, results[window.document]
             done += at
             if progress is not None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from branchmix.checkpoint.folder import write_json
 from branchmix.checkpoint.hub import resolve
+from branchmix.checkpoint.text import replaced_note
 from branchmix.errors import RecipeError
 from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.config import EvalData
@@ -133,6 +134,9 @@ def _window(candidates: Sequence[Candidate], max_length: int | None, stride: int
 
 def _notes(data: EvalData, documents: dict[str, list[Document]], candidates: Sequence[Candidate]) -> list[str]:
     notes = []
+    for name, chosen in documents.items():
+        if count := sum(document.replaced for document in chosen):
+            notes.append(f"{name}: {replaced_note(count)}")
     if "held_out" not in data.model_fields_set:
         counts = ", ".join(f"{len(chosen)} of {name}" for name, chosen in documents.items())
         notes.append(f"held-out documents only, as in training: {counts}; `held_out: all` takes every document")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
 from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
 from branchmix.likelihood.records import tokenizer_hash
@@ -67,11 +68,39 @@ def prefix_token(tokenizer: Any, config: Any) -> int | None:
     return None
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """The tokens of each text, with no special tokens around them."""
+def encode(tokenizer: Any, texts: Sequence[str], *, special: bool = False) -> list[np.ndarray]:
+    """The tokens of each text: alone, or with the ``special`` ones that the tokenizer puts around it.
+
+    Half of a surrogate pair counts as U+FFFD. Longer texts than ``LONG`` are tokenised in pieces if the tokenizer has a
+    Rust core, so that memory stays small.
+    """
+    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
     documents: list[np.ndarray] = []
-    for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-        part = list(texts[start : start + _TOKENIZED_AT_ONCE])
-        encoded = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        documents += [np.asarray(tokens, dtype=np.int64) for tokens in encoded["input_ids"]]
+    for part in _portions([whole_characters(text) for text in texts]):
+        if len(part[0]) > LONG and getattr(tokenizer, "is_fast", False):
+            pieces = tokens_in_pieces(part[0], lambda text: _window(tokenizer, text, options))
+            documents.append(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in pieces]))
+        else:
+            encoded = tokenizer(part, **options)
+            documents += [np.asarray(tokens, dtype=np.int64) for tokens in encoded["input_ids"]]
     return documents
+
+
+def _portions(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts that are tokenised at once: some, of at most ``LONG`` characters together, or a longer one alone."""
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        if part and (len(part) == _TOKENIZED_AT_ONCE or characters + len(text) > LONG):
+            yield part
+            part, characters = [], 0
+        part.append(text)
+        characters += len(text)
+    if part:
+        yield part
+
+
+def _window(tokenizer: Any, text: str, options: dict[str, Any]) -> Window:
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    return Window(encoded["input_ids"], starts, encoded["special_tokens_mask"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,6 +71,44 @@ class Lines:
             raise OutputError(f"{self.file}: cannot be read: {error.strerror}: choose another folder") from error
 
 
+class Rounds:
+    """Which items a process set out to compute together, in which order.
+
+    Numbers depend on the batch in their last bits. So what a killed process left of its items is computed in the
+    batches of all of them, and a resumed run has the numbers of one that was not stopped, bit for bit. Items that are
+    new, or whose batches have another size now, are a round of their own, for which nothing is computed again.
+    """
+
+    def __init__(self, lines: Lines):
+        self._lines = lines
+        self._last: dict[tuple[str, int, str], list[str]] = {}
+
+    def keep(self, line: dict[str, Any]) -> bool:
+        """Take in a line if it is about a round."""
+        if not isinstance(items := line.get("round"), list):
+            return False
+        self._last |= dict.fromkeys(((line["model"], line["batch_tokens"], item) for item in items), items)
+        return True
+
+    def of(self, model: str, batch_tokens: int, items: Iterable[str], known: Container[str]) -> list[list[str]]:
+        """The rounds of all items that are not ``known``, each with its known ones too."""
+        there = dict.fromkeys(items)
+        todo = dict.fromkeys(item for item in there if item not in known)
+        rounds = []
+        for item in list(todo):
+            whole = self._last.get((model, batch_tokens, item))
+            if item in todo and whole is not None and there.keys() >= set(whole):
+                rounds.append(whole)
+                for one in whole:
+                    todo.pop(one, None)
+        if todo:
+            line = {"model": model, "batch_tokens": batch_tokens, "round": list(todo)}
+            self.keep(line)
+            self._lines.add(line)
+            rounds.append(list(todo))
+        return rounds
+
+
 class Journal:
     """Lines about a model and an item each, found again by both; in memory only if there is no folder."""
 
@@ -88,6 +126,7 @@ class Journal:
         self._item = item
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
         self._described: set[str] = set()
+        self.rounds = Rounds(self._lines)
         for line in self._lines.read():
             if isinstance(line.get("model"), str) and isinstance(line.get(item, ""), str):  # else somebody else's line
                 self._keep(line)
@@ -112,6 +151,8 @@ class Journal:
         self._lines.add(line)
 
     def _keep(self, line: dict[str, Any]) -> None:
+        if self.rounds.keep(line):
+            return
         if self._item in line:
             self._known[line["model"], line[self._item]] = line
         else:

@@ -174,7 +174,6 @@ def _draw(panel: Any, mark: Line | Dot | Words, ink: str, order: int) -> None:
             rotation=90 if mark.turned else 0,
             rotation_mode="anchor",
             zorder=order,
-            parse_math=False,
         )
     elif isinstance(mark, Dot):
         fill = colour if mark.filled else colours["back"]

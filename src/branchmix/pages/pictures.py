@@ -31,6 +31,7 @@ _RC = {
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "text.parse_math": False,  # names of domains, experts and methods may have a $
 }
 _BRIGHTEST = 0.8
 """Share that has the palette's last colour."""

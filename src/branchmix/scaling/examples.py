@@ -11,10 +11,12 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from branchmix.checkpoint.index import refuse_lfs_pointer
+from branchmix.checkpoint.text import whole_characters
 from branchmix.errors import DataError
 
 Metric = Literal["classification", "sequence_prob", "logodds", "absolute_logodds"]
@@ -38,6 +40,8 @@ class Example:
     """What examples have in common that were made from one template: they are no independent evidence."""
     other_prompt: str | None = None
     """Logodds: the prompt to compare with."""
+    replaced: bool = False
+    """Whether the file has something in these texts that is not a character (see ``whole_characters``)."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -64,9 +68,8 @@ def load_examples(path: Path, metric: Metric) -> list[Example]:
         raise DataError(f"{path}: is no UTF-8 text") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if text.startswith("version https://git-lfs"):
-        raise DataError(f"{path}: is a pointer of git-lfs, not the file itself: run `git lfs pull`")
-    rows = _csv_rows(path, text) if path.suffix == ".csv" else _jsonl_rows(path, text)
+    refuse_lfs_pointer(path, text[:64].encode("utf-8", "replace"), DataError)
+    rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path, text)
     examples = [_example(row, metric, where) for where, row in rows]
     if not examples:
         raise DataError(f"{path}: has no example")
@@ -109,6 +112,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for number, row in enumerate(rows, start=1):
@@ -137,7 +141,15 @@ def _example(row: dict[str, Any], metric: Metric, where: str) -> Example:
                 raise DataError(f"{where}: has {len(classes)} classes, and {metric} compares exactly 2")
     found |= {key: _number(row, key, where) for key in ("round", "part")}
     template = row.get("template")
-    return Example(**found, template=None if template is None else str(template))
+    given = Example(**found, template=None if template is None else str(template))
+    whole = replace(
+        given,
+        prompt=whole_characters(given.prompt),
+        classes=tuple(map(whole_characters, given.classes)),
+        completion=whole_characters(given.completion),
+        other_prompt=None if given.other_prompt is None else whole_characters(given.other_prompt),
+    )
+    return given if whole == given else replace(whole, replaced=True)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -158,7 +170,7 @@ def _classes(row: dict[str, Any], where: str) -> tuple[str, ...]:
             raise DataError(f"{where}: classes is no Python list of texts such as [' A', ' B']: {value[:60]}") from None
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
         raise DataError(f"{where}: classes is no list of texts such as [' A', ' B']")
-    if len(value) < 2 or len(set(value)) < len(value):
+    if len(value) < 2 or len(set(map(whole_characters, value))) < len(value):
         raise DataError(f"{where}: classes must be two texts or more, all different, got {list(value)}")
     return tuple(value)
 

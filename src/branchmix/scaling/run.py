@@ -19,7 +19,7 @@ from typing import Any
 from branchmix import __version__
 from branchmix.errors import CheckpointError, DataError
 from branchmix.likelihood.models import TextModel, check_dtype
-from branchmix.likelihood.records import Lines, key_of, model_hash
+from branchmix.likelihood.records import Lines, Rounds, key_of, model_hash
 from branchmix.scaling.examples import Example
 from branchmix.scaling.family import FamilyFile, Subject, subjects
 from branchmix.scaling.metrics import Score, Summary, score, summarise
@@ -112,7 +112,7 @@ def run(
         shots: other examples, with answers, before each prompt.
         bos: ``default`` as the tokenizer does it, ``on`` or ``off``.
         dtype: of the weights; ``auto`` as stored. Logits become fp32 before the softmax.
-        batch_tokens: of a forward pass; changes no result in fp32.
+        batch_tokens: of a forward pass; results differ by rounding only.
         trust_remote_code: run code that checkpoints bring along.
         progress: called with step, done, total.
 
@@ -187,13 +187,16 @@ class _Model:
             for example in selected.examples
         ]
         asked = list(dict.fromkeys([*prompts, *(question for question in others if question is not None)]))
-        todo = [question for question in asked if records.get(self.key, question) is None]
-        self.known += len(asked) - len(todo)
-        self.computed += len(todo)
-        if todo:
+        by_hash = {_hash(question): question for question in asked}
+        on_record = {key for key, question in by_hash.items() if records.get(self.key, question) is not None}
+        self.known += len(on_record)
+        self.computed += len(by_hash) - len(on_record)
+        if len(on_record) < len(by_hash):
             records.describe(self.key, {"path": self.subject.found.given, **self.facts})
-            step = f"{self.subject.label}: {selected.label}"
-            self._answer(todo, records, batch_tokens, (lambda d, t: progress(step, d, t)) if progress else None)
+        step = f"{self.subject.label}: {selected.label}"
+        told = (lambda done, total: progress(step, done, total)) if progress else None
+        for keys in records.rounds.of(self.key, batch_tokens, by_hash, on_record):
+            self._answer([by_hash[key] for key in keys], records, batch_tokens, told)
         metric = selected.task.metric
         scored: list[tuple[int, Example, Score, Answer]] = []
         refused: list[tuple[int, str]] = []
@@ -234,11 +237,13 @@ class _Model:
         limit = max_positions(self.text.config)
         encoded = encode_questions(self.text.tokenizer, questions, self.bos, limit)
         with records.writing():
-            for question, tokens in zip(questions, encoded, strict=True):
-                if tokens.refused is not None:
+            known = {n for n, question in enumerate(questions) if records.get(self.key, question) is not None}
+            for number, (question, tokens) in enumerate(zip(questions, encoded, strict=True)):
+                if tokens.refused is not None and number not in known:
                     records.add(self.key, question, Answer((), (), tokens.merged, tokens.refused))
             left = [n for n, tokens in enumerate(encoded) if tokens.refused is None]
-            if not left:
+            total = len(set(left) - known)
+            if not total:
                 return
             if self._weights is None:
                 self._weights = self.text.load()
@@ -248,7 +253,8 @@ class _Model:
             done = 0
             for start in range(0, len(left), _AT_ONCE):
                 part = left[start : start + _AT_ONCE]
-                found = self._scored(score_options, [encoded[n] for n in part], batch_tokens, share)
+                on_record = {place for place, n in enumerate(part) if n in known}
+                found = self._scored(score_options, [encoded[n] for n in part], batch_tokens, share, on_record)
                 last = time.perf_counter()
                 for place, logprobs in found:
                     now = time.perf_counter()
@@ -258,11 +264,13 @@ class _Model:
                     records.add(self.key, questions[part[place]], answer)
                     done += 1
                     if progress is not None:
-                        progress(done, len(left))
+                        progress(done, total)
 
-    def _scored(self, score_options: Any, tokens: list[Encoded], batch_tokens: int, share: bool) -> Any:
+    def _scored(
+        self, score_options: Any, tokens: list[Encoded], batch_tokens: int, share: bool, known: set[int]
+    ) -> Any:
         try:
-            yield from score_options(self._weights, tokens, batch_tokens=batch_tokens, share=share)
+            yield from score_options(self._weights, tokens, batch_tokens=batch_tokens, share=share, known=known)
         except CheckpointError as error:
             raise CheckpointError(f"{self.subject.found.given}: {error}") from error
 
@@ -281,12 +289,15 @@ class _Answers:
         self._lines = Lines(folder)
         self._known: dict[tuple[str, str], Answer] = {}
         self._described: set[str] = set()
+        self.rounds = Rounds(self._lines)
         self._waiting: list[dict[str, Any]] = []
         self._flushed = 0.0
         for record in self._lines.read():
             self._keep(record)
 
     def _keep(self, record: dict[str, Any]) -> None:
+        if self.rounds.keep(record):
+            return
         if "question" not in record:
             self._described.add(str(record.get("model")))
             return

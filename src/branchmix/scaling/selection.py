@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from branchmix.checkpoint.text import replaced_note
 from branchmix.errors import BranchMixError, DataError, RecipeError
 from branchmix.scaling.examples import Example, load_examples
 from branchmix.scaling.fewshot import fewshot
@@ -61,7 +62,7 @@ def select(
     if shots < 0:
         raise RecipeError(f"--shots {shots}: must not be negative")
     words = [word.strip() for word in tasks.split(",") if word.strip()]
-    own = [word for word in words if word.endswith((".yaml", ".yml"))]
+    own = [word for word in words if word.lower().endswith((".yaml", ".yml"))]
     named = [word for word in words if word not in own]
     everything = "all" in named
     official = choose("all" if everything else ",".join(named)) if named or not own else []
@@ -97,6 +98,8 @@ def select(
 
 def _selected(task: Task, file: Path, must_be_fresh: bool, shots: int, limit: int | None, notes: list[str]) -> Selected:
     examples = load_examples(file, task.metric)
+    if count := sum(example.replaced for example in examples):
+        notes.append(f"{file}: {replaced_note(count, 'examples')}")
     generated = sum(example.round == GENERATED_ROUND for example in examples)
     if 0 < generated < len(examples):
         raise DataError(

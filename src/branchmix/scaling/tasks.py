@@ -230,7 +230,7 @@ class UserTask(Settings):
         """
         found: UserTask = parse(cls, read_yaml(path), str(path))
         data = path.parent / found.data
-        if data.suffix not in (".jsonl", ".csv") or not os.path.isfile(data):  # noqa: PTH113 (that of pathlib raises for long names)
+        if data.suffix.lower() not in (".jsonl", ".csv") or not os.path.isfile(data):  # noqa: PTH113 (that of pathlib raises for long names)
             raise DataError(f"{path}: data: {data} is no .jsonl or .csv file that is there")
         return Task(found.name, found.metric, found.description, found.cause), data
 

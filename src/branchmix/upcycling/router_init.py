@@ -18,6 +18,7 @@ from branchmix.accounting.formulas import table_positions
 from branchmix.checkpoint.drawn import Held
 from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.text import LONG
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.recipe import Recipe
 from branchmix.upcycling.compatibility import foldable_norms
@@ -189,4 +190,4 @@ def _texts(recipe: Recipe, name: str) -> Iterator[str]:
             ) from None
         if not text.strip():
             raise RecipeError(f"router_init.text: {file} is empty: put text typical of {name!r} there")
-        yield text
+        yield text[:LONG]  # MAX_TOKENS are far fewer; a tokenizer would take all of a large file into memory

@@ -12,6 +12,7 @@ import numpy as np
 
 from branchmix.checkpoint.folder import write_json, write_text
 from branchmix.checkpoint.hub import resolve
+from branchmix.checkpoint.text import LONG, replaced_note
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import Document, select
@@ -29,6 +30,8 @@ SHOWN_TOKENS = 4000
 TEXTS = "text"
 """Name of the domain of texts that are given by themselves."""
 JSON, CSV = "routes.json", "shares.csv"
+_LONGEST_TOKEN = 128
+"""Characters of a token, about: runs of spaces."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,13 @@ def routes(
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
     result.notes[:0] = candidate.notes
+    for domain, chosen in found.items():
+        if replaced := sum(document.replaced for document in chosen):
+            result.notes.append(f"{domain}: {replaced_note(replaced)}")
     texts_shown = [
         ShownText(
             domain,
-            _pieces(candidate.tokenizer, text, tokens[number])[: shown[number]],
+            _pieces(candidate.tokenizer, text, tokens[number][: shown[number]]),
             shown[number] < len(tokens[number]),
         )
         for number, (domain, text) in enumerate(documents)
@@ -212,12 +218,13 @@ def _shown_of(documents: Sequence[tuple[str, str]], tokens: Sequence[np.ndarray]
 
 
 def _pieces(tokenizer: Any, text: str, tokens: np.ndarray) -> list[str]:
-    """What each token stands for in the text: from the end of the one before it to its own end."""
+    """What each of the text's first tokens stands for in it: from the end of the one before it to its own end."""
     if not getattr(tokenizer, "is_fast", False):
         return [str(tokenizer.decode([int(token)])) for token in tokens]
+    text = text[: max(LONG, _LONGEST_TOKEN * len(tokens))]  # of a long document, what these tokens may come from
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     pieces, end = [], 0
-    for _, stop in offsets:
+    for _, stop in offsets[: len(tokens)]:
         pieces.append(text[end : max(end, stop)])
         end = max(end, stop)
     return pieces

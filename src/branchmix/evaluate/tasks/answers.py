@@ -12,7 +12,8 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from branchmix.errors import CheckpointError
+from branchmix.checkpoint.text import whole_characters
+from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.perplexity import Progress
 from branchmix.evaluate.tasks.live import LiveModel
@@ -27,10 +28,10 @@ class Answers(Journal):
     def __init__(self, folder: Path | None):
         super().__init__(folder, FILE, "request")
 
-    def add(self, model: str, request: str, kind: str, task: str | None, result: Any, *, shortened: bool) -> None:
-        """Keep an answer, on disk at once, with whether the request lost its beginning."""
-        facts = {"shortened": True} if shortened else {}
-        self.add_line({"model": model, "request": request, "kind": kind, "task": task, "result": result, **facts})
+    def add(self, model: str, request: str, kind: str, task: str | None, result: Any, **facts: bool) -> None:
+        """Keep an answer, on disk at once, with what is true of the request: ``shortened``, ``merged``."""
+        true = {name: True for name, value in facts.items() if value}
+        self.add_line({"model": model, "request": request, "kind": kind, "task": task, "result": result, **true})
 
 
 class RecordedModel(LM):
@@ -55,6 +56,10 @@ class RecordedModel(LM):
         """Requests that were on record, and all of them."""
         self.shortened = 0
         """Requests that lost their beginning because the window is shorter, now or when they went on record."""
+        self.merged = 0
+        """Requests whose continuation merges with the last token of the context."""
+        self.replaced = 0
+        """Requests in which something was not a character (see ``whole_characters``)."""
 
     @property
     def name(self) -> str:
@@ -67,6 +72,9 @@ class RecordedModel(LM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each text in nats."""
+        texts = {(request.task_name, request.args[0]) for request in requests}
+        for task in {name for name, _ in texts} - {name for name, text in texts if text}:
+            raise RecipeError(f"tasks: {task}: all its texts are empty: there is nothing to evaluate")
         return [float(logp) for logp in self._results("loglikelihood_rolling", requests)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -74,31 +82,36 @@ class RecordedModel(LM):
         return [str(text) for text in self._results("generate_until", requests)]
 
     def _results(self, kind: str, requests: list[Any]) -> list[Any]:
-        keys = _keys(kind, requests)
+        arguments = [_whole(request.args) for request in requests]
+        self.replaced += sum(given != request.args for given, request in zip(arguments, requests, strict=True))
+        keys = _keys(kind, arguments)
         self.asked += len(requests)
-        todo: dict[str, Any] = {}
-        for key, request in zip(keys, requests, strict=True):
-            if self._answers.find(self._key, key) is None:
-                todo.setdefault(key, request)
-            else:
-                self.known += 1
-        if todo:
-            self._ask(kind, todo)
+        self.known += sum(self._answers.find(self._key, key) is not None for key in keys)
+        first = {key: number for number, key in reversed(list(enumerate(keys)))}
+        known = {key for key in first if self._answers.find(self._key, key) is not None}
+        for together in self._answers.rounds.of(self._key, self._batch_tokens, keys, known):
+            chosen = [first[key] for key in together]
+            self._ask(kind, together, [arguments[n] for n in chosen], [requests[n] for n in chosen])
         found = [line for key in keys if (line := self._answers.find(self._key, key)) is not None]
         self.shortened += sum(line.get("shortened", False) for line in found)
+        self.merged += sum(line.get("merged", False) for line in found)
         return [line["result"] for line in found]
 
-    def _ask(self, kind: str, todo: dict[str, Any]) -> None:
-        keys, requests = list(todo), list(todo.values())
+    def _ask(self, kind: str, keys: list[str], arguments: list[Any], requests: list[Any]) -> None:
         progress = self._candidate.named(self._progress, {"generate_until": "writing"}.get(kind, "reading"))
         try:
             live = self._loaded()
-            seeds = [int(key[:15], 16) for key in keys]
-            for number, result in live.answers(kind, [request.args for request in requests], seeds, progress):
-                shortened = number in live.shortened
-                self._answers.add(
-                    self._key, keys[number], kind, requests[number].task_name, result, shortened=shortened
-                )
+            answers = live.answers(
+                kind,
+                arguments,
+                [int(key[:15], 16) for key in keys],
+                progress,
+                names=[f"tasks: {request.task_name}, document {request.doc_id}" for request in requests],
+                known={n for n, key in enumerate(keys) if self._answers.find(self._key, key) is not None},
+            )
+            for number, result in answers:
+                facts = {"shortened": number in live.shortened, "merged": number in live.merged}
+                self._answers.add(self._key, keys[number], kind, requests[number].task_name, result, **facts)
         except CheckpointError as error:
             if str(error).startswith(self._candidate.given):
                 raise
@@ -118,14 +131,18 @@ class RecordedModel(LM):
         return self._live
 
 
-def _keys(kind: str, requests: list[Any]) -> list[str]:
+def _whole(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(whole_characters(value) if isinstance(value, str) else value for value in arguments)
+
+
+def _keys(kind: str, requests: list[tuple[Any, ...]]) -> list[str]:
     """A key for each request: its content, and for one that samples the how manieth of its kind it is."""
     counts: dict[str, int] = {}
     keys = []
-    for request in requests:
-        facts: dict[str, Any] = {"kind": kind, "arguments": list(request.args)}
+    for arguments in requests:
+        facts: dict[str, Any] = {"kind": kind, "arguments": list(arguments)}
         key = key_of(facts)
-        if kind == "generate_until" and request.args[1].get("do_sample"):
+        if kind == "generate_until" and arguments[1].get("do_sample"):
             counts[key] = counts.get(key, -1) + 1
             key = key_of({**facts, "sample": counts[key]})
         keys.append(key)

@@ -1,6 +1,6 @@
 """A model that is in memory, as lm-eval asks it: tokens, prompts and stops are lm-eval's, forward passes ours.
 
-Neither the batch size nor the order changes a result: inputs are padded on the right without a mask where causal
+Batch size and order change a result by rounding only: inputs are padded on the right without a mask where causal
 attention never sees it, prompts of generation on the left with one, and sampled text draws from a seed of its own.
 Shapes: N predicted tokens of a batch.
 """
@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from branchmix.checkpoint.text import LONG
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.perplexity import Progress, Window, batches, check_tokens
 from branchmix.likelihood.forward import evaluating, length_dependent, log_probs, logits_at
+from branchmix.likelihood.models import encode
 
-Pair = tuple[Any, list[int], list[int]]
-"""lm-eval's encoded request: its texts, the tokens of the context and of the continuation."""
+Pair = tuple[list[int], list[int]]
+"""The tokens of a request's context and of its continuation."""
 
 
 class LiveModel(HFLM):
@@ -54,17 +56,32 @@ class LiveModel(HFLM):
         self._equal_lengths = length_dependent(model.config)
         self.shortened: set[int] = set()
         """Numbers of the last call's requests that were longer than ``max_length`` and lost their beginning."""
+        self.merged: set[int] = set()
+        """Numbers of the last call's requests whose continuation merges with the last token of the context."""
 
     def answers(
-        self, kind: str, arguments: Sequence[tuple[Any, ...]], seeds: Sequence[int], progress: Progress | None
+        self,
+        kind: str,
+        arguments: Sequence[tuple[Any, ...]],
+        seeds: Sequence[int],
+        progress: Progress | None,
+        *,
+        names: Sequence[str],
+        known: Collection[int] = (),
     ) -> Iterator[tuple[int, Any]]:
-        """The result of each request, as (its number, result), as soon as it is known.
+        """The result of each request that is not known, as (its number, result), as soon as there is one.
 
         Args:
             kind: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``.
             arguments: of the requests, as lm-eval has them.
             seeds: for each request that samples.
             progress: called with (kind, done, total).
+            names: of the requests, for errors: task and document.
+            known: numbers of requests that are not asked again; batches are made of all of them all the same.
+
+        Raises:
+            RecipeError: a request leaves nothing to predict, or is longer than the window.
+            CheckpointError: the tokenizer is not the model's, or the logits are not finite.
         """
         ways = {
             "loglikelihood": self._continuations,
@@ -72,34 +89,68 @@ class LiveModel(HFLM):
             "generate_until": self._generations,
         }
         self.shortened.clear()
+        self.merged.clear()
+        self._names, self._known = names, known
+        done, total = 0, len(arguments) - len(known)
         with evaluating(self.model):
-            for done, found in enumerate(ways[kind](arguments, seeds), start=1):
-                yield found
+            for number, result in ways[kind](arguments, seeds):
+                if number in known:
+                    continue
+                yield number, result
+                done += 1
                 if progress is not None:
-                    progress(kind, done, len(arguments))
+                    progress(kind, done, total)
 
     # ---- log-likelihoods ----
 
     def _continuations(self, arguments: Sequence[Any], _: Any) -> Iterator[tuple[int, tuple[float, bool]]]:
-        requests = [Instance("loglikelihood", {}, tuple(pair), number) for number, pair in enumerate(arguments)]
-        pairs: list[Pair] = self.loglikelihood(requests, disable_tqdm=True)
-        yield from self._scored(pairs)
+        pairs = [self._pair(number, *texts) for number, texts in enumerate(arguments)]
+        yield from self._scored(pairs, range(len(pairs)))
 
-    def _loglikelihood_tokens(self, requests: list[Pair], **_: Any) -> list[Pair]:
-        """Hands back what lm-eval has encoded."""
-        return requests
+    def _pair(self, number: int, context: str, continuation: str) -> Pair:
+        """A request's tokens, split as lm-eval and ``scaling`` split them: spaces at the context's end move to the
+        continuation, whose tokens are those that both texts have beyond as many as the context has."""
+        if context == "":
+            start, after = [], self.tok_encode(continuation, add_special_tokens=False)
+            if after[:1] == [self.prefix_token_id] and len(after) > 1:  # the text begins with BOS already
+                start, after = after[:1], after[1:]
+        else:
+            start, whole = self.tok_encode(context.rstrip()), self.tok_encode(context + continuation)
+            after = whole[len(start) :]
+            if whole[: len(start)] != start:
+                self.merged.add(number)
+        if not after:
+            raise RecipeError(
+                f"{self._names[number]}: the answer {continuation[:40]!r} has no token of its own after the prompt: it "
+                "is empty, or the tokenizer merges it with the prompt's end: change target_delimiter or the answers"
+            )
+        return start or [self.prefix_token_id], after
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any
+    ) -> list[int]:
+        """lm-eval's tokens of a text; of a long one in pieces."""
+        if len(string) <= LONG:
+            return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **options))
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        tokens: list[int] = encode(self.tokenizer, [string], special=add_special_tokens)[0].tolist()
+        return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
     def _texts(self, arguments: Sequence[Any], _: Any) -> Iterator[tuple[int, float]]:
         pairs: list[Pair] = []
         owners: list[int] = []
         for number, (text,) in enumerate(arguments):
+            tokens = self.tok_encode(text)
+            if text and not tokens:
+                raise RecipeError(f"{self._names[number]}: the tokenizer makes no tokens of its text: leave it out")
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=tokens,
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            windows = [(None, *make_disjoint_window(window)) for window in windows]
+            windows = [make_disjoint_window(window) for window in windows]
             if not windows:
                 yield number, 0.0
             pairs += windows
@@ -107,41 +158,44 @@ class LiveModel(HFLM):
         left, parts = Counter(owners), [0.0] * len(pairs)
         firsts = {owner: place for place, owner in reversed(list(enumerate(owners)))}
         counts = dict(left)
-        for place, (logp, _greedy) in self._scored(pairs):
+        for place, (logp, _greedy) in self._scored(pairs, owners):
             owner = owners[place]
             parts[place] = logp
             left[owner] -= 1
             if not left[owner]:
                 yield owner, sum(parts[firsts[owner] : firsts[owner] + counts[owner]])
 
-    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Log-probability of each continuation, and whether it is what the model would write.
+    def _scored(self, pairs: Sequence[Pair], owners: Sequence[int]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Log-probability of each continuation, and whether it is what the model would write; ``owners`` are the
+        requests that they belong to.
 
         Requests with the same inputs, such as the one-letter answers of one question, share a row of the forward pass.
         """
         inputs: list[np.ndarray] = []
         rows: dict[bytes, int] = {}
         users: list[list[int]] = []
-        for number, (_, context, continuation) in enumerate(pairs):
+        for number, (context, continuation) in enumerate(pairs):
             if len(continuation) > self.max_length:
                 raise RecipeError(
                     f"max_length: {self.max_length} is less than the {len(continuation)} tokens of a continuation"
                 )
             whole = np.asarray(context + continuation, dtype=np.int64)
             if len(whole) > self.max_length + 1:
-                self.shortened.add(number)
+                self.shortened.add(owners[number])
             tokens = whole[-(self.max_length + 1) :][:-1]
             row = rows.setdefault(tokens.tobytes(), len(inputs))
             if row == len(inputs):
                 inputs.append(tokens)
                 users.append([])
             users[row].append(number)
-        check_tokens(self.model, [np.asarray(continuation) for _, _, continuation in pairs] + inputs)
+        check_tokens(self.model, [np.asarray(continuation) for _, continuation in pairs] + inputs)
         windows = [Window(row, 0, 0, len(tokens)) for row, tokens in enumerate(inputs)]
         windows.sort(key=lambda window: (-window.end, window.document))
         for batch in batches(windows, self._budget, equal_lengths=self._equal_lengths):
             numbers = [(place, number) for place, window in enumerate(batch) for number in users[window.document]]
-            targets = [np.asarray(pairs[number][2], dtype=np.int64) for _, number in numbers]
+            if all(owners[number] in self._known for _, number in numbers):
+                continue
+            targets = [np.asarray(pairs[number][1], dtype=np.int64) for _, number in numbers]
             ends = [batch[place].end for place, _ in numbers]
             logits_NV, targets_N = self._logits(batch, inputs, numbers, targets, ends)
             logp_N = log_probs(logits_NV, targets_N)
@@ -174,6 +228,10 @@ class LiveModel(HFLM):
                     f"{self.max_length - room} tokens"
                 )
             length = len(self.tok_encode(prompt))
+            if not length:  # as for a text: BOS or EOS is what the first token is predicted from
+                prompt = self.tokenizer.decode([self.prefix_token_id])
+                if not (length := len(self.tok_encode(prompt))):
+                    raise RecipeError(f"{self._names[number]}: the tokenizer makes no tokens of its prompt")
             if length > room:
                 self.shortened.add(number)
             starts = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
@@ -186,8 +244,7 @@ class LiveModel(HFLM):
                 yield from self._written(batch, arguments, seeds)
                 batch = []
             batch.append(entry)
-        if batch:
-            yield from self._written(batch, arguments, seeds)
+        yield from self._written(batch, arguments, seeds)
 
     def _fits(self, batch: Sequence[Any], entry: Any, arguments: Sequence[Any]) -> bool:
         group, length = batch[0][0], batch[0][1]
@@ -199,7 +256,10 @@ class LiveModel(HFLM):
         self, batch: Sequence[Any], arguments: Sequence[Any], seeds: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
         numbers = [entry[3] for entry in batch]
-        requests = [Instance("generate_until", {}, tuple(arguments[number]), number) for number in numbers]
+        if all(number in self._known for number in numbers):
+            return
+        asked = [(prompt, arguments[number][1], number) for _, _, prompt, number in batch]
+        requests = [Instance("generate_until", {}, (prompt, more), number) for prompt, more, number in asked]
         self.batch_size_per_gpu = len(requests)
         with torch.random.fork_rng():
             torch.random.manual_seed(seeds[numbers[0]])

@@ -132,7 +132,7 @@ def _children(entry: Any) -> list[str]:
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
+    return Path(name).suffix.lower() in (".yaml", ".yml") and Path(name).is_file()
 
 
 def _matching(given: str, index: dict[str, Any]) -> list[str]:

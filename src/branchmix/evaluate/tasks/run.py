@@ -15,6 +15,7 @@ from lm_eval.evaluator import evaluate as lm_evaluate
 from lm_eval.models.utils import DEFAULT_MAX_LENGTH
 
 from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.text import replaced_note
 from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.perplexity import Progress
 from branchmix.evaluate.report import Measured, SuiteScore, TaskScore
@@ -97,6 +98,13 @@ class Tasks:
             found.notes.append(
                 f"{candidate.given}: {model.shortened} requests were longer than the window and lost their beginning"
             )
+        if model.merged:
+            found.notes.append(
+                f"{candidate.given}: in {model.merged} requests the answer merges with the prompt's last token: it is "
+                "scored by what it has beyond as many tokens as the prompt has, as in lm-eval"
+            )
+        if model.replaced:
+            found.notes.append(f"{candidate.given}: {replaced_note(model.replaced, 'requests')}")
         if self._folder is not None:
             folder = self._folder / EXAMPLES / f"{candidate.folder.name}-{model.name}"
             for name, samples in results["samples"].items():

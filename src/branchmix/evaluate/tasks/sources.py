@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from branchmix.data.sources import refuse_pointers
 from branchmix.errors import DataError
 
 _CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
@@ -35,6 +36,8 @@ def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[l
 
     def local(path: str, name: str | None = None, *args: Any, **options: Any) -> Any:
         where, config = _local_dataset(task_data, path, name)
+        if where != path:
+            refuse_pointers(Path(where))
         try:
             return load_dataset(where, config, *args, **options)
         except Exception as error:  # of the network, of pyarrow, of the Hub's client

@@ -1,4 +1,4 @@
-"""Summed log-probabilities of options: exact, in fp32 from the logits on, whatever the batch size and the order.
+"""Summed log-probabilities of options, in fp32 from the logits on; batch size and order change them by rounding only.
 
 Shapes: B rows, T tokens of the longest, N wanted positions, V vocabulary.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def score_options(
     *,
     batch_tokens: int = BATCH_TOKENS,
     share: bool | None = None,
+    known: Collection[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
     """Summed log-probabilities (nats) of every option of a question, as (number of the question, list), when done.
@@ -36,6 +37,8 @@ def score_options(
         questions: tokens; refused ones are passed over.
         batch_tokens: of a forward pass.
         share: compute what questions and options have in common once; None: where the model's cache allows it.
+        known: numbers of questions that are not asked again. Batches are made of all questions all the same, so that
+            the others have the same bits whatever is known.
         progress: called with questions done and their number.
 
     Raises:
@@ -44,17 +47,24 @@ def score_options(
     _check(model, questions)
     share = can_share(model) if share is None else share
     equal = length_dependent(model.config)
-    total, done = sum(question.refused is None for question in questions), 0
+    asked = [n for n, question in enumerate(questions) if question.refused is None and n not in known]
+    total, done = len(asked), 0
     sums: dict[int, list[list[float]]] = {}
     with evaluating(model):
         for trunk in plan(questions, share=share):
-            cache = _run(model, [Branch(trunk.tokens, ())], None, keep=True)[1] if trunk.tokens else None
-            for batch in batches(trunk, batch_tokens, equal_lengths=equal):
+            wanted = [
+                batch
+                for batch in batches(trunk, batch_tokens, equal_lengths=equal)
+                if any(row.question not in known for row in batch)
+            ]
+            with_trunk = bool(wanted and trunk.tokens)
+            cache = _run(model, [Branch(trunk.tokens, ())], None, keep=True)[1] if with_trunk else None
+            for batch in wanted:
                 for number, option, value in _score(model, batch, cache, batch_tokens):
                     parts = sums.setdefault(number, [[] for _ in questions[number].options])
                     parts[option].append(value)
                 for number in dict.fromkeys(row.question for row in batch):
-                    if _is_complete(sums[number], questions[number]):
+                    if number not in known and _is_complete(sums[number], questions[number]):
                         done += 1
                         yield number, [math.fsum(parts) for parts in sums.pop(number)]
                 if progress is not None:

@@ -48,7 +48,7 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
     values: dict[str, float] = {}
     clusters: dict[str, str] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would cut at U+2028 too
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

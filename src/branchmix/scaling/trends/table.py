@@ -11,6 +11,7 @@ what `FLAG_COLUMNS` lists. Every further column of numbers is an axis.
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def _lines(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and fields, the header first; every line has as many fields as the header."""
     first = text.lstrip().split("\n", 1)[0]
     delimiter = max(",\t;", key=first.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     width = 0
     try:
         for fields in reader:

@@ -1,0 +1,172 @@
+"""What ``branchmix serve`` refuses: requests that the model has no positions for, before anything is tokenised.
+
+A request of more bytes than any prompt that fits is answered with 413, and is never in memory. One that asks for more
+tokens than there are positions, or whose prompt has as many, gets 400. What is left is cut to the room that there is:
+prompt and answer together have at most as many tokens as the model has positions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from branchmix.checkpoint.text import whole_characters
+
+BYTES_PER_POSITION = 32
+"""Of a request. Text has about 4 a token, in JSON's escapes (``\\u4e2d``) up to 12."""
+LEAST_BYTES = 1 << 16
+"""That a request may have in any case: for the names of its fields, and for tools."""
+UNKNOWN_POSITIONS = 1 << 17
+"""Counts for a model whose config does not say."""
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class RequestError(Exception):
+    """A request that is answered with ``status`` and what is wrong with it, as OpenAI's servers put it."""
+
+    def __init__(self, reason: str, status: int = 400):
+        super().__init__(reason)
+        self.status = status
+        self.content = {"error": {"message": reason, "type": "invalid_request_error", "param": None, "code": None}}
+
+
+@contextmanager
+def limited_server() -> Iterator[None]:
+    """Inside the block, transformers' server keeps to the limits of the model that it is started with."""
+    from transformers.cli.serving import server
+
+    build = server.build_server
+
+    def build_limited(model_manager: Any, *handlers: Any, generation_state: Any, **more: Any) -> Any:
+        from fastapi.responses import JSONResponse
+        from jinja2 import TemplateError
+
+        from branchmix.likelihood.forward import max_positions
+
+        app = build(model_manager, *handlers, generation_state=generation_state, **more)
+        (loaded,) = model_manager.loaded_models.values()  # serve_command names one, which the server keeps
+        positions = max_positions(loaded.model.config) or UNKNOWN_POSITIONS
+        get_manager = generation_state.get_manager
+        generation_state.get_manager = lambda *args, **options: _limited(get_manager(*args, **options), positions)
+        app.add_middleware(RequestLimits, positions=positions)
+
+        async def refuse(_: Any, error: RequestError) -> Any:
+            return JSONResponse(error.content, error.status)
+
+        async def refuse_messages(_: Any, error: TemplateError) -> Any:
+            return JSONResponse(
+                RequestError(f"the model's chat template does not take the messages: {error}").content, 400
+            )
+
+        app.add_exception_handler(RequestError, refuse)
+        app.add_exception_handler(TemplateError, refuse_messages)
+        return app
+
+    with mock.patch.object(server, "build_server", build_limited):
+        yield
+
+
+def _limited(manager: Any, positions: int) -> Any:
+    """A manager of generations that gives each request the room that its prompt leaves."""
+
+    def within(method: Any) -> Any:
+        def generate(model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any) -> Any:
+            ids = inputs["input_ids"]
+            length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+            room = positions - length
+            if room < 1:
+                raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
+            gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
+            return method(model, processor, inputs, gen_config, *args, **options)
+
+        return generate
+
+    for name in ("generate_streaming", "generate_non_streaming"):
+        if name not in vars(manager):  # the server keeps its managers
+            setattr(manager, name, within(getattr(manager, name)))
+    return manager
+
+
+class RequestLimits:
+    """ASGI middleware: refuses by size and by the tokens asked for, and passes on whole characters."""
+
+    def __init__(self, app: Any, positions: int):
+        self.app = app
+        self.positions = positions
+        self.max_bytes = max(LEAST_BYTES, BYTES_PER_POSITION * positions)
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = self._checked(await self._body(receive))
+        except RequestError as error:
+            await _answer(send, error)
+            return
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> dict[str, Any]:
+            return next(messages, None) or await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _body(self, receive: Receive) -> bytes:
+        """The body; one that is too large is read to its end, so that the client hears why, but not kept."""
+        body, size, more = bytearray(), 0, True
+        while more:
+            message = await receive()
+            part = message.get("body", b"")
+            size += len(part)
+            more = message["type"] == "http.request" and message.get("more_body", False)
+            if size <= self.max_bytes:
+                body += part
+            else:
+                body.clear()
+        if size > self.max_bytes:
+            raise RequestError(
+                f"the request has {size:,} bytes, and at most {self.max_bytes:,} are taken, for the model has "
+                f"{self.positions:,} positions: shorten the prompt",
+                413,
+            )
+        return bytes(body)
+
+    def _checked(self, body: bytes) -> bytes:
+        try:
+            found = json.loads(body)
+            whole = _whole(found)
+        except RecursionError:
+            raise RequestError("the request's JSON is nested too deeply") from None
+        except ValueError:
+            return body  # not JSON: the server says so itself
+        for key in _LENGTHS if isinstance(found, dict) else ():
+            value = found.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value % 1:
+                raise RequestError(f"{key}: should be a whole number from 1 on, got {str(value)[:40]!r}")
+            if value > self.positions:
+                raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {self.positions:,} positions")
+        return body if whole == found else json.dumps(whole).encode()
+
+
+def _whole(value: Any) -> Any:
+    """The same JSON in whole characters."""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {_whole(key): _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+async def _answer(send: Send, error: RequestError) -> None:
+    content = json.dumps(error.content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
