@@ -87,40 +87,52 @@ def studies_page() -> str:
     lines = [
         "# Studies",
         "",
-        "`branchmix study` compares methods at equal data and equal compute: it trains the seed (or takes yours)",
-        "and the experts, merges them in every way that is asked for, trains the mixtures, measures all of them,",
-        "and repeats that with other random seeds. `branchmix report` makes tables in the form of the BAM",
-        "paper's, figures and one page of it. Examples: `recipes/study-tiny.yaml` (minutes),",
-        "`recipes/study-a.yaml` (from scratch, hours: [results](studies/study-a.md)), `recipes/study-b.yaml`",
-        "(SmolLM2-135M, an hour and a half: [results](studies/study-b.md)). `branchmix demo` is a study too:",
-        "`src/branchmix/study/recipes/demo.yaml`, and its page is that of `branchmix report`.",
+        "`branchmix study` compares methods at equal data and equal compute. It trains the seed (or uses yours) and",
+        "the experts, merges them with every method you list, trains the mixtures, evaluates everything, and repeats",
+        "that with other random seeds. `branchmix report` writes tables in the form of the BAM paper's, figures, and",
+        "one page with both. Examples: `recipes/study-tiny.yaml` (minutes), `recipes/study-a.yaml` (from scratch,",
+        "hours: [results](studies/study-a.md)), `recipes/study-b.yaml` (SmolLM2-135M, an hour and a half:",
+        "[results](studies/study-b.md)).",
         "",
-        "- **Equal data (DM)**: the reference's tokens, in the same order, within each repetition.",
-        "- **Equal compute (CM)**: as many whole steps as the reference's training FLOPs pay for: forward,",
-        "  backward (only the gradients of what is trained) and AdamW, counted exactly. Each run has a whole",
-        "  learning-rate schedule of its own. Where equal data costs as much to within 0.5 %, it is one run. The",
-        "  report checks both from what the runs recorded; what the dense models cost before is shown beside it.",
-        "- **Steps** have a key of their options and of the keys of what they need. What is done is never done",
-        "  again, a changed option makes new just what depends on it, and a study that was stopped or killed goes",
-        "  on; its runs do from their checkpoints. Labels, threads, checkpoints and the like change no key.",
-        "  `--only` takes names or parts of them (`r1`, `btx`, `'r*.train.*'`). Results of earlier settings stay",
-        "  in `steps/` until you delete them.",
-        "- **Intervals** are Student's 95 % over repetitions, paired by the order of the data. With one",
-        "  repetition there is only the error over held-out documents, and differences up to 2 % are called none.",
-        "- **Results** are small text files in `results/`, from which alone `branchmix report` works: commit",
-        "  those.",
+        "- **Equal data (DM)**: within a repetition, a run sees the reference's tokens in the same order.",
+        "- **Equal compute (CM)**: a run takes as many whole steps as the reference's training FLOPs pay for: forward,",
+        "  backward (only the gradients of what is trained) and AdamW, counted exactly. Each run has its own complete",
+        "  learning-rate schedule. If equal data costs the same to within 0.5 %, one run serves both. The report",
+        "  checks both budgets against what the runs recorded, and shows what the dense models cost before.",
+        "- **Steps**: each step is cached under a hash of its options and its inputs' hashes. Finished steps are",
+        "  skipped, and a changed option repeats only the steps that depend on it. Rerun the command to resume a",
+        "  study that was stopped or killed; its runs resume from their checkpoints. Labels, threads, checkpoint",
+        "  intervals and the like are not part of the hash. `--only` takes names of steps or parts of them (`r1`,",
+        "  `btx`, `'r*.train.*'`). Results of earlier settings stay in `steps/` until you delete them.",
+        "- **Intervals** are Student's 95 % over repetitions, paired by the order of the data. With a single",
+        "  repetition, only the error over held-out documents is known, and differences up to 2 % do not count.",
+        "- **Results** are small text files in `results/`. `branchmix report` needs nothing else, so commit those.",
         "- **Time**: with `minutes`, `tokens` and `data.installed` are proportions. When the study begins, it",
         "  measures the speed of this machine, with as many processes side by side as the steps will have, and",
         "  takes the largest budgets whose forecast fits. They are kept when the study is resumed.",
-        "- **Cores**: on CPUs, steps run side by side with a thread each. The training of a dense model that no",
-        "  other step can run beside is shared by as many processes as there are cores.",
-        "- **Routing**: `routes` names methods whose mixture gets a page of its own, on which each token of the",
-        "  held-out text shows its expert. The report links to it.",
-        "- **Room**: `keep: results` removes weights of merges and mixtures once nothing waits for them; they are",
-        "  made again if something new needs them.",
+        "- **Cores**: on CPUs, steps run side by side, each with one thread. If no other step can run beside the",
+        "  training of a dense model, as many processes as there are cores share it.",
+        "- **Routing**: `routes` names methods whose mixture gets its own page, on which each token of the held-out",
+        "  text shows its expert. The report links to it.",
+        "- **Disk space**: `keep: results` deletes the weights of merges and mixtures once no step needs them; if a",
+        "  new step needs them, they are made again.",
+        "",
+        "## The demo",
+        "",
+        "`branchmix demo` (`make demo`) is a study too: `src/branchmix/study/recipes/demo.yaml`, on text that Python",
+        "packages contain. It writes the page of `branchmix report`, `demo-output/index.html`. This is what an",
+        "earlier version of the demo gave with one random seed and half of Study A's tokens (run of 2026-11-22, AMD",
+        "EPYC, 2 cores, bf16):",
+        "",
+        "- At equal data, Expert KV was 3.6 % ± 0.4 and Shared KV 2.2 % ± 0.4 better than BTX in perplexity; at equal",
+        "  compute they were 8 % and 7 % worse.",
+        "- On code, law and mathematics, the attention gates gave 0.50, 0.59 and 0.44 of their weight to the domain's",
+        "  own expert, although no loss asks for it (0.25 would be chance).",
+        "",
+        "![Perplexity of all models, loss over compute, and attention gates by domain](images/demo.png)",
         "",
         *_table(StudyFile, "", title="A study's file"),
-        *_table(InstalledText, "data of what is installed."),
+        *_table(InstalledText, "installed text."),
         "## Methods",
         "",
         "| name | what | trained | runs |",
@@ -132,9 +144,9 @@ def studies_page() -> str:
         lines.append(f"| `{name}` | {preset.what} | {kinds[preset.kind]} | {runs} |")
     lines += [
         "",
-        "Seed and experts are always measured. A method may stand twice with other options:",
+        "Seed and experts are always evaluated. You can list a method more than once with different options:",
         "`{method: btx, name: btx-z, recipe: {router_z_loss_coef: 0.01}, match: [dm]}`. `match: [time]` gives a run",
-        "the wall time that the reference took; it measures the machine's other work as well.",
+        "the wall time that the reference took, which depends on what else the machine is doing.",
         "",
     ]
     return HEADER + "\n".join(lines)
@@ -282,12 +294,15 @@ _RESULTS = re.compile(r"(<!-- Results of studies/[^>]*-->\n).*(<!-- End of resul
 
 
 def readme() -> str:
-    """The project's first page, with the perplexities of its study between two comments; without ablations."""
+    """The project's first page, with its study's trained mixtures and ensemble between two comments.
+
+    The page of the study has the same table with all models.
+    """
     folder, path = FOLDER / "studies" / README_STUDY, FOLDER.parent / "README.md"
     with tempfile.TemporaryDirectory() as out:
         found = report(folder, out, kinds=["markdown"]).numbers
-    core = {None, *(method.title for method in StudyFile.model_validate(found["settings"]).methods)}
-    table = perplexities({**found, "models": [model for model in found["models"] if model["method"] in core]})
+    shown = [model for model in found["models"] if model["method"] == "ensemble" or model["group"] == "methods"]
+    table = perplexities({**found, "models": shown})
     lines = table.markdown().partition("\n\n")[2]
     text, count = _RESULTS.subn(lambda marks: f"{marks[1]}\n{lines}\n{marks[2]}", path.read_text(encoding="utf-8"))
     if count != 1:

@@ -39,8 +39,8 @@ YAML files. Suites are the columns of the BAM paper's Table 3 (examples in the p
 lm-eval has no QuAC; that task is ours, in lm-eval's format, judged by the F1 of words.
 
 \b
-With --out a stopped evaluation goes on where it was, and what is on record there is never computed
-again: name earlier models with new ones to have all in one table.
+With --out, rerun the command to resume a stopped evaluation; recorded results are never computed again. Name
+earlier models together with new ones to get one table of all.
 """
 
 
@@ -73,7 +73,7 @@ def eval_command(
     ] = None,
     include_path: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder of your own task files; may stand several times.", show_default=False),
+        typer.Option(metavar="DIR", help="Folder of your own task files; may be repeated.", show_default=False),
     ] = None,
     task_data: Annotated[
         Path | None,

@@ -29,8 +29,8 @@ Examples:
   branchmix scaling data fetch official --from ./mirror      a folder with the same files
 
 \b
-What is there already is kept, so a stopped download goes on. The files are under CC BY 4.0; their authors ask to keep
-them out of training data.
+Rerun the command to resume a stopped download; finished files are kept. The files are under CC BY 4.0; their authors
+ask to keep them out of training data.
 """
 MAKE_EPILOG = """\b
 Examples:
@@ -90,7 +90,9 @@ def fetch_command(
 @data_app.command("make", epilog=MAKE_EPILOG)
 def make_command(
     folder: DIR,
-    seed: Annotated[int, typer.Option(help="Which examples: another seed gives others.", show_default=False)],
+    seed: Annotated[
+        int, typer.Option(help="Random seed; different seeds give different examples.", show_default=False)
+    ],
     num: Annotated[int, typer.Option("--num", metavar="N", min=1, help="Examples of each task.")] = 1000,
     tasks: Annotated[str, typer.Option(metavar="A,B,...", help="Names of tasks, or all.")] = "all",
     shots: Annotated[

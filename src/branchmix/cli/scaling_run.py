@@ -26,7 +26,7 @@ A model may also be a mapping such as
   {model: ./mixture, name: mix-8x, family: mixture, tokens: 300B, seed: 1}
 
 \b
-With --out a stopped run goes on where it was, and more models, tasks or examples compute only what is new.
+With --out, rerun the command to resume a stopped run; if you add models, tasks or examples, only those are computed.
 """
 
 

@@ -16,9 +16,9 @@ from unittest import mock
 from branchmix.checkpoint.text import whole_characters
 
 BYTES_PER_POSITION = 32
-"""Of a request. Text has about 4 a token, in JSON's escapes (``\\u4e2d``) up to 12."""
+"""Largest request, in bytes a position. Text has about 4 a token, in JSON's escapes (``\\u4e2d``) up to 12."""
 LEAST_BYTES = 1 << 16
-"""That a request may have in any case: for the names of its fields, and for tools."""
+"""Bytes that every request may have: for the names of its fields, and for tools."""
 UNKNOWN_POSITIONS = 1 << 17
 """Counts for a model whose config does not say."""
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")

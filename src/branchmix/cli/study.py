@@ -25,12 +25,12 @@ class Launcher(str, Enum):
 STUDY_EPILOG = """\b
 Examples:
   branchmix study study.yaml --out study --dry-run      steps, tokens, FLOPs, memory, disk, time
-  branchmix study study.yaml --out study                run it, or go on with it
+  branchmix study study.yaml --out study                run it, or resume it
   branchmix study study.yaml --out study --only r1      the first repetition
   branchmix study study.yaml --out study --only 'r*.train.btx*,scores.soup'
   branchmix study study.yaml --out study tokens.mixture=2M
   branchmix study study.yaml --out study minutes=60     budgets of the file's proportions that fit into an hour
-  branchmix report study                                tables, figures and the page of what is done
+  branchmix report study                                tables, figures and the page of the finished steps
 
 \b
 The smallest file:
@@ -48,7 +48,7 @@ REPORT_EPILOG = """\b
 Examples:
   branchmix report study                 index.html, tables.md, tables.tex, tables/*.csv, figures/*.png and .pdf
   branchmix report study --markdown      only tables.md
-  branchmix report docs/studies/a        from results/ alone, which a study's folder has
+  branchmix report docs/studies/a        a study's results/ folder is enough
 """
 
 
@@ -56,13 +56,13 @@ def study_command(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings instead of the file's.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the study.", show_default=False)] = ...,  # type: ignore[assignment]
     only: Annotated[
         str,
         typer.Option(
-            metavar="STEPS", help="Only these steps, with commas between, and what they need.", show_default=False
+            metavar="STEPS", help="Only these steps (comma-separated) and the steps they need.", show_default=False
         ),
     ] = "",
     launcher: Annotated[
@@ -70,13 +70,13 @@ def study_command(
         typer.Option(help="Processes side by side, tasks of a Ray cluster (RAY_ADDRESS), or all in this process."),
     ] = Launcher.local,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print all steps with what they cost; measures the speed, starts nothing.")
+        bool, typer.Option("--dry-run", help="Print all steps and their costs; measures speed, runs nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Compare methods at equal data and equal compute: seed, experts, merges, mixtures, scores, with repetitions.
 
-    What is done is never done again, and a changed setting redoes just what depends on it.
+    Rerun the command to resume; finished steps are skipped, and a changed setting repeats only what depends on it.
     """
     from branchmix.study.settings import StudyFile
 
@@ -160,17 +160,18 @@ def report_command(
         Path, typer.Argument(metavar="DIR", help="Folder of a study, or of its results.", show_default=False)
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; into the same folder.", show_default=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder to write; the same folder if not given.", show_default=False),
     ] = None,
     html: Annotated[bool, typer.Option("--html", help="The page, with its figures inside.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="tables.md.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="tables.tex.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace files in --out; those of an earlier report always are.")
+        bool, typer.Option("--force", help="Replace files in --out; an earlier report's are always replaced.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
 ) -> None:
-    """Tables, figures and a page of a study's results, as far as they are there. Without options, all of them."""
+    """Write tables, figures and a page of the results that a study has so far. Without options, all of them."""
     from branchmix.study.report import report
 
     kinds = [name for name, wanted in (("html", html), ("markdown", markdown), ("latex", latex)) if wanted]

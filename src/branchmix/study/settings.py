@@ -26,34 +26,34 @@ DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
 class InstalledText(Settings):
-    """Text that is installed with Python packages anyway, so that nothing has to be fetched."""
+    """Text from installed Python packages, so that nothing has to be downloaded."""
 
     installed: Count
-    """Bytes of each domain, at most; there is less of some."""
+    """Maximum bytes of each domain; some domains have less."""
     domains: list[Literal["general", "code", "law", "math", "cpp"]] = Field(
         ["general", "code", "law", "math"], min_length=2
     )
     """English, Python, licences, docstrings of mathematics, C++ headers. There is little of ``law``."""
     max_chars: Count = 8000
-    """Longer documents are cut, so that what is held out is of many documents."""
+    """Longer documents are cut, so that the held-out text comes from many documents."""
 
 
 class TokenBudgets(Settings):
     """Tokens of each phase."""
 
     seed: Count | None = None
-    """Of the seed, where the study trains one."""
+    """Tokens for the seed, if the study trains one."""
     expert: Count
-    """Of each expert."""
+    """Tokens for each expert."""
     mixture: Count
-    """Of the reference method and everything that is data-matched to it; compute-matched runs get its FLOPs."""
+    """Tokens for the reference method and the runs matched to its data; compute-matched runs get its FLOPs."""
 
 
 class Rates(Settings):
     """Learning rates of the phases: linear warm-up, cosine."""
 
     peak: Annotated[float, Field(gt=0)]
-    """Of the seed's own training."""
+    """Peak rate of the seed's own training."""
     expert: Annotated[float, Field(gt=0)] = 0.5
     """Peak of the experts, times the seed's. The paper: half."""
     mixture: Annotated[float, Field(gt=0)] = 1.0
@@ -68,19 +68,19 @@ class Method(Settings):
     """One method. Its name alone is short for ``{method: NAME}``."""
 
     method: str
-    """One of the fixed list."""
+    """One of the methods listed below."""
     name: Annotated[FileName, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
-    """Needed where a method stands twice, with other options."""
+    """Required if a method is listed more than once, with different options."""
     label: str | None = None
-    """In tables and pictures."""
+    """Name in tables and figures."""
     match: list[Match] | None = None
     """``dm``: the reference's tokens in the same order. ``cm``: its training FLOPs. ``time``: its measured time."""
     repetitions: Annotated[int, Field(ge=1)] | None = None
-    """Only the first so many; all if not given."""
+    """Run only the first N repetitions; all if not given."""
     recipe: dict[str, Any] = {}
-    """Keys of the merge's recipe instead of the method's own."""
+    """Keys of the merge's recipe; they replace the method's own."""
     train: dict[str, Any] = {}
-    """Keys of the run that trains it, such as ``freeze``, over the study's."""
+    """Keys of the run that trains it, such as ``freeze``; they replace the study's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -124,13 +124,14 @@ def _check_train(train: dict[str, Any], *, without: Sequence[str]) -> None:
 
 
 class Inference(Settings):
-    """What each model costs while it generates, as in the paper's section 7.3."""
+    """What each model costs during generation, as in the paper's section 7.3."""
 
     prompt: Count = 256
-    """Tokens."""
+    """Tokens of the prompt."""
     new_tokens: Count = 16
+    """Tokens to generate."""
     runs: Count = 10
-    """Whose mean is taken."""
+    """Number of runs; the report gives their mean."""
 
 
 class StudyFile(Settings):
@@ -158,40 +159,39 @@ class StudyFile(Settings):
     learning_rate: Rates
     optimizer: Optimizer = Optimizer()
     sequence_length: int = Field(1024, ge=8)
-    """Tokens of a packed sequence, and of the window that documents are evaluated in."""
+    """Tokens of a packed sequence, and of the evaluation window."""
     batch_size: int = Field(32, ge=1)
     """Sequences of one optimizer step."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Sequences that are computed at once; all if not given."""
+    """Sequences computed at once; all if not given."""
     recipe: dict[str, Any] = {}
-    """Keys of every mixture's recipe, under those of its method."""
+    """Keys of every mixture's recipe; the method's own keys take precedence."""
     train: dict[str, Any] = {}
     """Keys of every run, such as ``precision``."""
     methods: list[Method] = Field(min_length=1)
-    """What is compared. All repetitions of these come first."""
+    """Methods to compare. All their repetitions run first."""
     ablations: list[Method] = []
-    """What comes after them."""
+    """Methods that run after those."""
     reference: str = "btx"
-    """The method whose tokens and FLOPs the others are matched to, and that they are compared with."""
+    """The method that the others are compared with, and whose tokens and FLOPs they match."""
     random_seeds: list[Annotated[int, Field(ge=0, lt=2**30)]] = Field([0], min_length=1)
     """One repetition for each. Within a repetition all methods see the same data in the same order."""
     repeat: Literal["all", "experts", "mixtures"] = "all"
-    """From where on repetitions differ: seed, experts and mixtures; or with one seed for all; or with one set of
-    experts for all."""
+    """What differs between repetitions: seed, experts and mixtures; experts and mixtures; or mixtures only."""
     routes: list[str] = []
     """Methods whose first trained mixture gets a page that shows the expert of each held-out token."""
     inference: Inference | None = Inference()
-    """``null`` leaves it out."""
+    """``null`` skips this measurement."""
     keep: Literal["weights", "results"] = "weights"
-    """Of merges and mixtures that nothing depends on any more: all, or just results. Seeds and experts always stay."""
+    """What to keep of merges and mixtures that no step needs any more. Seeds and experts always stay."""
     at_once: Annotated[int, Field(ge=1)] | None = None
-    """Steps side by side; as many as there are cores or GPUs."""
+    """Steps to run side by side; as many as there are cores or GPUs if not given."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Of a step on CPUs; if not given, its share of this machine's cores, and one on a Ray cluster."""
+    """Threads of a step on CPUs; if not given, its share of this machine's cores, and one on a Ray cluster."""
     retries: int = Field(1, ge=0)
-    """How often a step that failed is started again."""
+    """How often to restart a failed step."""
     trust_remote_code: bool = False
-    """Run code that the seed brings along."""
+    """Run code from the seed's checkpoint."""
 
     _folder: Path = PrivateAttr(default=Path())
 

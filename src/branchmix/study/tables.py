@@ -38,8 +38,8 @@ def perplexities(found: Numbers) -> Table:
 
     note = (
         "Perplexity of held-out documents. DM: equal data, CM: equal compute. Avg is the paper's, the mean over "
-        f"domains; the last column compares geometric means; ±: {intervals_are(found)}. * marks what the interval "
-        f"tells apart. {_repetitions(found)}Bold: the best of a column among the trained."
+        f"domains; the last column compares geometric means; ±: {intervals_are(found)}. * marks significant "
+        f"differences. {_repetitions(found)}Bold: the best of a column among the trained."
     )
     return _grouped("table-1", "Perplexity (BAM, Table 1)", found, head, cells, note, 1 + len(domains) + 1)
 
@@ -118,8 +118,8 @@ def directions(found: Numbers) -> Table:
         for claim in found["claims"]
     ]
     note = (
-        "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks what the "
-        "interval tells apart. Table 6 is compute-matched."
+        "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks significant "
+        "differences. Table 6 is compute-matched."
     )
     head = ["claim", "from", "difference", "repetitions", "here"]
     return Table(head, rows, "directions", "Was the paper's order reproduced?", note)
@@ -141,7 +141,7 @@ def variants(found: Numbers) -> Table:
     ]
     note = (
         "Difference of perplexity, geometric mean over domains: negative is better than the method beside it, at the "
-        "same budget. * marks what the interval tells apart."
+        "same budget. * marks significant differences."
     )
     head = ["method", "what it is", "beside", "difference", "repetitions", "here"]
     return Table(head, rows, "variants", "What does one change do?", note)
