@@ -1,6 +1,6 @@
 """Benchmark: how often `branchmix scaling trends` gives a right or a wrong verdict, on curves whose shape is known.
 
-    python benchmarks/verdicts.py                  # the whole grid, 150 families of each kind, 30 minutes on one core
+    python benchmarks/verdicts.py                  # the whole grid, 100 families of each kind, 20 minutes on one core
     python benchmarks/verdicts.py --runs 20        # a look at it, 4 minutes
     python benchmarks/verdicts.py --minutes 8      # a slice: run it again to resume; finished cells are kept
 
@@ -96,7 +96,7 @@ SHEET_SIZES, SHEET_EXAMPLES = (5, 8), 500
 SHAPED = (0, 4, 8)
 """Tasks of a sheet that have a shape, each the next of SHAPED_KINDS; the others are flat."""
 SHAPED_KINDS = ("linear", "U", "saturating", "inverted-U", "flat, then rise", "collapse", "linear", "U")
-NUM_DRAWS = 500
+NUM_DRAWS = 400
 """Of the bootstraps, to save time; the command has 2,000."""
 MOST_TURNED, MOST_WRONG = 0.05, 0.10
 """Targets: turns that monotone shapes do not have, and wrong verdicts of any kind on flat ones."""
@@ -106,7 +106,7 @@ Cell = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=int, default=150, help="families of each kind")
+    parser.add_argument("--runs", type=int, default=100, help="families of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; run again to resume")
     parser.add_argument("--out", type=Path, default=RESULTS)
