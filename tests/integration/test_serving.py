@@ -200,8 +200,12 @@ def test_serve_limits_what_is_written_at_once(client: Any) -> None:
     for key in ("num_beams", "num_return_sequences"):
         for value in (17, 10**9):
             status, found = chat(client, generation_config=json.dumps({"do_sample": True, key: value}))
-            assert status == 400 and f"{key}: {value} is more than 16" in found["error"]["message"]
+            assert status == 400 and f"{key}: should be a whole number up to 16, got" in found["error"]["message"]
+        assert chat(client, generation_config=json.dumps({key: "many"}))[0] == 400
     assert chat(client, generation_config=json.dumps({"max_new_tokens": 2, "num_beams": 2, **EOS}))[0] == 200
+    for asked in ("no JSON", "[1]", "[" * 5000, '{"num_return_sequences": 2}'):
+        status, found = chat(client, generation_config=asked)
+        assert status == 400 and found["error"]["message"].startswith("generation_config: "), asked
 
 
 def test_serve_gives_the_room_that_the_prompt_leaves(client: Any) -> None:

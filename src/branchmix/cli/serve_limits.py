@@ -87,8 +87,8 @@ def _limited(manager: Any, positions: int) -> Any:
                 raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
             for key in _AT_ONCE:
                 value = getattr(gen_config, key) or 1
-                if value > MOST_AT_ONCE:
-                    raise RequestError(f"{key}: {str(value)[:40]} is more than {MOST_AT_ONCE}")
+                if not isinstance(value, int) or value > MOST_AT_ONCE:
+                    raise RequestError(f"{key}: should be a whole number up to {MOST_AT_ONCE}, got {str(value)[:40]!r}")
             gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
             return method(model, processor, inputs, gen_config, *args, **options)
 
@@ -152,6 +152,8 @@ class RequestLimits:
             raise RequestError("the request's JSON is nested too deeply") from None
         except ValueError:
             return body  # not JSON: the server says so itself
+        if isinstance(found, dict) and (asked := found.get("generation_config")) is not None:
+            _check_generation(asked)
         for key in _LENGTHS if isinstance(found, dict) else ():
             value = found.get(key)
             if value is None:
@@ -161,6 +163,17 @@ class RequestLimits:
             if value > self.positions:
                 raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {self.positions:,} positions")
         return body if whole == found else json.dumps(whole).encode()
+
+
+def _check_generation(asked: Any) -> None:
+    """Refuse what the server could not read as the JSON of a generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig(**json.loads(asked))
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RequestError(f"generation_config: {reason[:200]}") from None
 
 
 def _whole(value: Any) -> Any:
