@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.moves import discard, fsync_folder, replace_folder
 from branchmix.errors import BranchMixError, OutputError
 
@@ -150,11 +150,7 @@ def _require_nothing_else(out: Path, target: Path) -> None:
 
 
 def _names_a_model(config: Path) -> bool:
-    try:
-        found = read_json(config)
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and "model_type" in found
+    return "model_type" in (read_object(config) or {})
 
 
 def require_name(out: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.folder import TEMPLATES, TOKENIZER_FILES, require_name, write_json, writing
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.moves import in_order_of_removal
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.pages.numbers import too_little_space
@@ -91,12 +91,9 @@ class RunFolder:
     def record(self) -> dict[str, Any] | None:
         """Content of ``training.json`` or ``run.json``; None if the folder is not a run's."""
         for name in (DONE, RUN):
-            try:
-                record = read_json(self.path / name)
-            except (OSError, ValueError):
-                continue
+            record = read_object(self.path / name)
             # Other programs have files of these names too.
-            if isinstance(record, dict) and isinstance(record.get("config"), dict) and "data" in record["config"]:
+            if record is not None and isinstance(record.get("config"), dict) and "data" in record["config"]:
                 return record
         return None
 
