@@ -169,7 +169,7 @@ class SparseUpcycling(Settings):
 
     weight_scaling: bool | Annotated[float, Field(gt=0)] = False
     """Scale the matrices so that top-k raw gates keep the dense output's size (NVIDIA, arXiv 2410.07524): true takes
-    the cube root of N / k for matrices of gated FFNs and of those with a squared ReLU, the square root for others."""
+    the cube root of N / k for gated FFNs, the square root for plain ones, and one root more for a squared ReLU."""
     redraw_fraction: float = Field(0.0, ge=0, le=1)
     """Share of the inner width that is drawn anew from its own mean and deviation (Drop-Upcycling, arXiv
     2502.19261, which uses 0.5)."""

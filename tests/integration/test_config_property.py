@@ -42,14 +42,25 @@ ACTIVATIONS = "silu swish gelu gelu_new gelu_fast gelu_pytorch_tanh gelu_python 
 UNKNOWN = {"sliding_window": 4, "hidden_activation": "gelu", "mlp_bias": True, "use_mrope": True, "layer_types": None}
 """Keys that a config may have though its class does not know them."""
 
+ROTARY = [
+    {"rope_theta": 500.0},
+    {"partial_rotary_factor": 0.25},
+    {"partial_rotary_factor": 0.5},
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    *(
+        {"rope_type": "longrope", "original_max_position_embeddings": length, **factors}
+        for length in (32, 64)
+        for factors in ({"short_factor": [1.0] * n, "long_factor": [2.0] * n} for n in (2, 4, 8))
+    ),
+]
+"""Rotary parameters that a config may have instead. Heads have as many pairs as one of the lists of factors."""
+
 
 def alternatives(key: str, value: Any) -> list[Any]:
     """Other things that a config may say of a key."""
     if key == "rope_parameters":
-        if "rope_theta" not in value:
-            return [LEFT_OUT]
-        others = [{**value, "rope_theta": 500.0}, {**value, "rope_type": "linear", "factor": 2.0}]
-        return others if "partial_rotary_factor" in value else [LEFT_OUT, *others]
+        return [LEFT_OUT] if "rope_theta" not in value else [LEFT_OUT, *({**value, **other} for other in ROTARY)]
     if isinstance(value, bool):
         return [LEFT_OUT, not value, None]
     if isinstance(value, str):
@@ -73,6 +84,9 @@ def changed(draw: st.DrawFn, config: dict[str, Any]) -> dict[str, Any]:
         config[key] = value
         if value == LEFT_OUT:
             del config[key]
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "dynamic":  # scales beyond the positions: text that is longer than they shows it
+        config["max_position_embeddings"] = draw(st.sampled_from([32, 64]))
     return config
 
 

@@ -124,6 +124,14 @@ def evaluate_slowly(model: str, tasks: str, out: str) -> None:
     evaluate([model], tasks=options(Path(tasks)), out=out, dtype="float32", batch_tokens=1, limit=10)
 
 
+def test_answers_of_this_run_are_not_on_record(models: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+    names = [str(models["seed"])] * 2
+    first = evaluate(names, tasks=options(tasks), out=tmp_path / "out", limit=2)
+    assert not [note for note in first.notes if "on record" in note]
+    again = evaluate(names[:1], tasks=options(tasks), out=tmp_path / "out", limit=2)
+    assert any(re.search(r"(\d+) of \1 requests were on record", note) for note in again.notes)
+
+
 def test_a_killed_evaluation_goes_on(models: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
     out, model = tmp_path / "out", str(models["mixture"])
     file = out / "requests.jsonl"

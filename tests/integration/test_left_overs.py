@@ -137,6 +137,26 @@ def test_quantisation_that_is_gone(siblings: Siblings, tmp_path: Path) -> None:
         assert load(tmp_path / name).dtype == torch.float32
 
 
+def test_every_command_leaves_out_a_quantisation_that_is_gone(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = Path(shutil.copytree(models["seed"], tmp_path / "left"))
+    edit_config(left, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    note = "the weights are not quantised: its quantization_config is left out"
+    corpora.write_jsonl(tmp_path / "a.jsonl", range(8))
+    (tmp_path / "data.yaml").write_text(json.dumps({"data": {"prose": {"files": "a.jsonl"}}, "held_out": "all"}))
+    found = evaluate([str(models["seed"]), str(left)], tmp_path / "data.yaml", max_length=16)
+    perplexities = [model.domains["prose"].perplexity for model in found.models]
+    assert perplexities[0] == perplexities[1] and sum(note in told for told in found.notes) == 1
+    assert command(monkeypatch, "generate", left, "the", "--max-new-tokens", 8) == 0
+    assert note in capsys.readouterr().err
+    run = settings(write_text(tmp_path), model=str(left), budget={"steps": 2})
+    assert command(monkeypatch, "train", write_run(tmp_path, run)) == 0
+    assert note in capsys.readouterr().err
+    assert command(monkeypatch, "serve", left) == 2
+    assert "remove quantization_config from config.json" in capsys.readouterr().err
+
+
 def test_an_adapter_of_a_resized_vocabulary_is_refused_with_the_reason(models: dict[str, Path], tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(models["seed"])
     base.resize_token_embeddings(302)

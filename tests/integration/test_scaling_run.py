@@ -351,6 +351,17 @@ def test_a_killed_run_goes_on_and_computes_only_what_is_missing(
     assert computed == [] and "40 of 40 answers were on record" in " ".join(again.notes)
 
 
+def test_answers_of_this_run_are_not_on_record(models: dict[str, Path], tmp_path: Path) -> None:
+    """Neither for a copy of the model nor for another task with the same questions; those of an earlier run are."""
+    copy = str(shutil.copytree(models["seed"], tmp_path / "copy"))
+    family = write_family(tmp_path, [str(models["seed"]), copy])
+    tasks = ",".join(str(write_task(tmp_path, name, PLAIN)) for name in ("first", "second"))
+    first = run(family, tasks=tasks, out=tmp_path / "out", limit=2)
+    assert not [note for note in first.notes if "answers were on record" in note]
+    again = run(family, tasks=tasks, out=tmp_path / "out", limit=2)
+    assert len([note for note in again.notes if "4 of 4 answers were on record" in note]) == 2
+
+
 def test_a_resumed_run_has_the_numbers_of_one_that_was_not_stopped(models: dict[str, Path], tmp_path: Path) -> None:
     """Bit for bit, wherever it was stopped."""
     shared = " ".join(corpora.WORDS * 4)  # so that keys and values are shared, too

@@ -196,6 +196,18 @@ def test_serve_refuses_what_the_model_has_no_positions_for(client: Any, monkeypa
         assert answer.status_code == 400 and "300 tokens" in answer.json()["error"]["message"]
 
 
+def test_serve_limits_what_is_written_at_once(client: Any) -> None:
+    for key in ("num_beams", "num_return_sequences"):
+        for value in (17, 10**9):
+            status, found = chat(client, generation_config=json.dumps({"do_sample": True, key: value}))
+            assert status == 400 and f"{key}: should be a whole number up to 16, got" in found["error"]["message"]
+        assert chat(client, generation_config=json.dumps({key: "many"}))[0] == 400
+    assert chat(client, generation_config=json.dumps({"max_new_tokens": 2, "num_beams": 2, **EOS}))[0] == 200
+    for asked in ("no JSON", "[1]", "[" * 5000, '{"num_return_sequences": 2}'):
+        status, found = chat(client, generation_config=asked)
+        assert status == 400 and found["error"]["message"].startswith("generation_config: "), asked
+
+
 def test_serve_gives_the_room_that_the_prompt_leaves(client: Any) -> None:
     """The server's own default is 1,024 tokens."""
     for more, wanted in (({}, 14), ({"max_tokens": 5}, 5), ({"max_tokens": 64}, 14)):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import branchmix
+from branchmix.checkpoint.families import FAMILIES, squares_activation
 from checkpoints import Tensors, config, ffn_expert, weights
 from families import BY_NAME
 from mixtures import load, recipe, tokens
@@ -50,10 +53,24 @@ def test_weight_scaling_is_the_root_of_n_over_k(name: str, root: int, siblings: 
     torch.testing.assert_close(ffn_expert(given, 1)["down_proj.weight"], ffn_expert(plain, 1)["down_proj.weight"] * 2)
 
 
-@pytest.mark.parametrize(("name", "changes"), [("opt", {}), ("nemotron", {}), ("llama", {"hidden_act": "relu"})])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("opt", {}),
+        ("nemotron", {}),
+        ("nemotron", {"hidden_act": "left out"}),
+        ("llama", {"hidden_act": "relu"}),
+        ("llama", {"hidden_act": "relu2"}),
+    ],
+)
 def test_weight_scaling_with_raw_uniform_gates_is_the_seed(name: str, changes: dict[str, str], tmp_path: Path) -> None:
     """Activations without a curve scale exactly: raw top-k gates of 1/N then give the seed's own logits."""
-    seed = BY_NAME[name].save(tmp_path / "seed", 0, **changes)
+    left_out = "left out" in changes.values()
+    seed = BY_NAME[name].save(tmp_path / "seed", 0, **({} if left_out else changes))
+    if left_out:
+        content = config(seed)
+        del content["hidden_act"]
+        (seed / "config.json").write_text(json.dumps(content))
     options = {"attention": "seed", "sparse_upcycling": {"weight_scaling": True}, "routing": {"ffn": {"top_k": 2}}}
     branchmix.upcycle({"seed": str(seed), "seed_copies": 4, **options}, tmp_path / "out")
     mixture, dense = load(tmp_path / "out"), load(seed)
@@ -63,6 +80,12 @@ def test_weight_scaling_with_raw_uniform_gates_is_the_seed(name: str, changes: d
                 parameter.zero_()
         wanted = dense(tokens()).logits
         torch.testing.assert_close(mixture(tokens()).logits, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+def test_families_that_square_by_default() -> None:
+    for name in FAMILIES.keys() & CONFIG_MAPPING.keys():
+        default = getattr(CONFIG_MAPPING[name](), "hidden_act", None)
+        assert squares_activation({"model_type": name}) == (default == "relu2"), name
 
 
 @pytest.mark.parametrize("name", ("llama", "phi3", "gpt2"))

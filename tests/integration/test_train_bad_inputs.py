@@ -61,6 +61,11 @@ def foreign_folder(place: Path, run: dict[str, Any]) -> None:
     (place / "run" / "thesis.txt").write_text("mine")
 
 
+def earlier_run(place: Path, run: dict[str, Any]) -> None:
+    (place / "model" / "training.json").write_text('{"peak_learning_rate": "fast"}')
+    run["learning_rate"] = {"ratio": 0.5}
+
+
 def pickled(place: Path, run: dict[str, Any]) -> None:
     import torch
     from safetensors.torch import load_file
@@ -124,6 +129,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     "half a character as a name": (written("a.txt", "x"), "half of a surrogate pair is not a character: remove it"),
     "little text": (key(sequence_length=100_000), "less than one sequence of 100000"),
     "no earlier run": (key(learning_rate={"ratio": 0.5}), "learning_rate.ratio: no training.json"),
+    "an edited earlier run": (earlier_run, "learning_rate.ratio: no training.json with a peak_learning_rate"),
     "LoRA target": (key(lora={"targets": ["q_porj"]}), "no linear layer q_porj (did you mean 'q_proj'?)"),
     "adapters on a dense model": (key(adapters=True), "adapters: the llama model"),
     "experts of a dense model": (key(freeze=["experts"]), "freeze: experts applies to mixtures"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from branchmix.checkpoint.hashes import key_of
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.errors import BranchMixError
 
 RUN, MERGE = "training.json", "branchmix.json"
@@ -50,7 +50,7 @@ def lineage(folder: Path, name: str | None = None, *, within: tuple[Path, ...] =
         within: folders whose records name this one; a record that names itself is not followed.
     """
     within = (*within, folder.resolve())
-    record = _json(folder / RUN)
+    record = read_object(folder / RUN)
     if record is not None and isinstance(record.get("config"), dict) and _is_count(record.get("tokens", "")):
         own = Phase(
             key_of({key: record.get(key) for key in ("config", "started", "ended", "tokens")}),
@@ -62,7 +62,7 @@ def lineage(folder: Path, name: str | None = None, *, within: tuple[Path, ...] =
         if isinstance(start, dict):  # made from nothing
             return [own]
         return [*_recorded(record, "ancestors", str(start), within), own]
-    merge = _json(folder / MERGE)
+    merge = read_object(folder / MERGE)
     if merge is not None and isinstance(merge.get("sources"), list):
         changes = merge.get("changes")
         steps = [change.get("added") for change in (changes if isinstance(changes, list) else []) if _is_object(change)]
@@ -160,11 +160,3 @@ def _root_cost(folder: Path) -> float | None:
     except BranchMixError:
         return None
     return 3.0 * flops.total if flops is not None else None
-
-
-def _json(file: Path) -> dict[str, Any] | None:
-    try:
-        content = read_json(file)
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

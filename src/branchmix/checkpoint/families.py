@@ -447,6 +447,7 @@ _KV_HEADS_DEFAULTS = {"mistral": 8, "ministral": 8, "qwen2": 32, "qwen3": 32, "g
 _KV_HEADS_DEFAULTS |= {"gemma3_text": 4, "stablelm": 32, "starcoder2": 2, "smollm3": 4, "glm": 2, "glm4": 2}
 _KV_HEADS_DEFAULTS |= {"exaone4": 32}
 _FOUR_TIMES_WIDE = {"gpt2", "gptj", "falcon", "opt", "codegen", "gpt_bigcode"}
+_SQUARED_BY_DEFAULT = {"nemotron", "arcee", "jais2", "nanochat", "persimmon", "bitnet"}
 _TIED_BY_DEFAULT = {
     "gemma",
     "gemma2",
@@ -528,6 +529,12 @@ def dimensions(config: Config) -> Dimensions:
 def is_tied(config: Config) -> bool:
     """Whether ``config`` of a dense model says that the output layer is the token embeddings."""
     return bool(config.get("tie_word_embeddings", str(config.get("model_type")) in _TIED_BY_DEFAULT))
+
+
+def squares_activation(config: Config) -> bool:
+    """Whether a dense model's FFN has the square of a ReLU, by its config or its family's default."""
+    default = "relu2" if config.get("model_type") in _SQUARED_BY_DEFAULT else None
+    return bool(config.get("hidden_act", default) == "relu2")
 
 
 def is_head(name: str) -> bool:

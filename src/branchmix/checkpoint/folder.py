@@ -13,7 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.adapters import ADAPTER_CONFIG
+from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.moves import discard, fsync_folder, replace_folder
 from branchmix.errors import BranchMixError, OutputError
 
@@ -44,7 +45,7 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 _OF_A_CHECKPOINT = (
     *TOKENIZER_FILES,
-    *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", ADAPTER_CONFIG),
     *("tokenizer*", "preprocessor_config.json", "processor_config.json", "chat_templates", TEMPLATES, "params.json"),
     *("configuration_*.py", "modeling_*.py", "modular_*.py", "tokenization_*.py", "*_branchmix.py", "__pycache__"),
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY.md", "original", "onnx", "*.gguf"),
@@ -58,7 +59,7 @@ _OF_A_CHECKPOINT = (
 """Names in a folder that is a checkpoint and nothing else, as patterns: only such a folder is ever replaced."""
 
 
-UNFINISHED, ADAPTER, REPLACED = "incomplete", "adapter", "replaced"
+UNFINISHED, MERGED, REPLACED = "incomplete", "adapter", "replaced"
 """Kinds of folders beside an output while it is made: its content, a LoRA expert merged for it, what it replaces."""
 _EXISTS = "exists already: choose another folder, or --force to replace it"
 
@@ -149,11 +150,7 @@ def _require_nothing_else(out: Path, target: Path) -> None:
 
 
 def _names_a_model(config: Path) -> bool:
-    try:
-        found = read_json(config)
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and "model_type" in found
+    return "model_type" in (read_object(config) or {})
 
 
 def require_name(out: Path) -> None:
@@ -199,12 +196,12 @@ def stale_folders(out: Path) -> list[Path]:
     """Folders that killed runs on ``out`` left beside it; ``holds_model`` says which of them are more than scraps."""
     require_name(out)
     target = Path(os.path.realpath(out))
-    return [folder for kind in (UNFINISHED, ADAPTER, REPLACED) for folder in _left_of(target, kind)]
+    return [folder for kind in (UNFINISHED, MERGED, REPLACED) for folder in _left_of(target, kind)]
 
 
 def holds_model(folder: Path) -> bool:
     """Whether a folder that was left is a whole model: ``config.json`` is written last, and removed first."""
-    return f".{ADAPTER}-" not in folder.name and (folder / "config.json").is_file()
+    return f".{MERGED}-" not in folder.name and (folder / "config.json").is_file()
 
 
 def put_back(out: Path) -> bool:

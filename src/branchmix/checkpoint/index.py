@@ -67,6 +67,8 @@ _QUANTISED_SUFFIXES = {
 }
 _STORED_QUANTISED = frozenset("bitsandbytes gptq awq compressed-tensors fp8 fbgemm_fp8 mxfp4".split())
 """Methods whose tensors show that they were quantised; others quantise 16-bit weights as they compute."""
+_QUANTISATION = ("quantization_config", "compression_config")
+"""Keys of config.json that name one."""
 _QUANTISED_DTYPES = {"I8", "U8"} | {code for code in DTYPE_BITS if code.startswith(("F8_", "F6_", "F4"))}
 
 
@@ -369,17 +371,41 @@ def _refuse_quantised_config(folder: Path, config: dict[str, Any], *, but: Colle
     Raises:
         CheckpointError: it is another method.
     """
-    found = config.get("quantization_config") or config.get("compression_config")
+    found = _quantisation(config)
     if not found:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else None
     if method not in but:
         raise CheckpointError(_quantised(folder, f"{method or 'unnamed method'}, says config.json"))
-    for key in ("quantization_config", "compression_config"):
-        config.pop(key, None)
+    without_quantisation(config)
     return (
         f"{folder}: config.json says {method}, but the weights are not quantised: its quantization_config is left out"
     )
+
+
+def left_over_quantisation(folder: Path) -> str | None:
+    """A note on a folder whose config names a quantisation that its weights do not have."""
+    try:
+        if not _quantisation(_read_config(folder)):
+            return None
+        notes = CheckpointIndex.open(folder).notes
+    except CheckpointError:  # quantised indeed, or damaged: whoever loads the weights tells that
+        return None
+    return next((note for note in notes if note != left_over_adapter(folder)), None)
+
+
+def without_quantisation(config: Any) -> None:
+    """Take the entry of a quantisation out of a config.
+
+    Args:
+        config: the attributes of transformers' config, or the content of a config.json.
+    """
+    for key in _QUANTISATION:
+        config.pop(key, None)
+
+
+def _quantisation(config: dict[str, Any]) -> Any:
+    return next((config[key] for key in _QUANTISATION if config.get(key)), None)
 
 
 def _refuse_quantised_tensors(folder: Path, tensors: dict[str, TensorRef]) -> None:

@@ -60,6 +60,15 @@ def read_json(file: Path) -> Any:
     return parse_json(raw)
 
 
+def read_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file, or something else in it."""
+    try:
+        found = read_json(file)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _whole_number(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"there is a whole number of {len(digits):,} digits")

@@ -16,11 +16,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from branchmix.checkpoint.adapters import ADAPTER_CONFIG
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE, _RENAME_SWAP = 2, 2
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 """What kernels, sandboxes and file systems without an exchange answer."""
-MAKES_A_MODEL = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+MAKES_A_MODEL = ("config.json", ADAPTER_CONFIG, "model.safetensors.index.json")
 """Files without which no program takes a folder for a model."""
 
 

@@ -54,7 +54,6 @@ def with_own_code(config: Any) -> Any:
 def rewritten(file: Path) -> bytes | None:
     """The file without those paths and without names of code; None where it holds none: then it may be copied.
 
-
     Args:
         file: any file of a checkpoint.
     """

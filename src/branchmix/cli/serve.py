@@ -35,7 +35,7 @@ def serve_command(
     """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
     from branchmix.checkpoint.adapters import ADAPTER_CONFIG, left_over_adapter
     from branchmix.checkpoint.hub import resolve
-    from branchmix.checkpoint.index import CheckpointIndex
+    from branchmix.checkpoint.index import CheckpointIndex, left_over_quantisation
 
     resolved = resolve(model)
     CheckpointIndex.open(resolved.folder)  # refuses pickles, and folders without a checkpoint
@@ -43,6 +43,11 @@ def serve_command(
         raise CheckpointError(
             f"{resolved.folder}: an adapter's files lie beside the model's weights, and the server would apply it: "
             f"move {ADAPTER_CONFIG} away"
+        )
+    if left_over_quantisation(resolved.folder):
+        raise CheckpointError(
+            f"{resolved.folder}: config.json names a quantisation that the weights do not have, and the server would "
+            "apply it: remove quantization_config from config.json"
         )
     # Given a Hub id, the server finds the same revision; clients could not name a folder in the cache.
     name = model if resolved.revision else str(resolved.folder)

@@ -2,7 +2,7 @@
 
 A request of more bytes than any prompt that fits is answered with 413, and is never in memory. One that asks for more
 tokens than there are positions, or whose prompt has as many, gets 400. What is left is cut to the room that there is:
-prompt and answer together have at most as many tokens as the model has positions.
+prompt and answer together have at most as many tokens as the model has positions. Many beams for one request get 400.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ LEAST_BYTES = 1 << 16
 """Bytes that every request may have: for the names of its fields, and for tools."""
 UNKNOWN_POSITIONS = 1 << 17
 """Counts for a model whose config does not say."""
+MOST_AT_ONCE = 16
+"""Texts that are written at once for a request; each takes the memory of a whole one."""
+_AT_ONCE = ("num_beams", "num_return_sequences")
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -82,6 +85,10 @@ def _limited(manager: Any, positions: int) -> Any:
             room = positions - length
             if room < 1:
                 raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
+            for key in _AT_ONCE:
+                value = getattr(gen_config, key) or 1
+                if not isinstance(value, int) or value > MOST_AT_ONCE:
+                    raise RequestError(f"{key}: should be a whole number up to {MOST_AT_ONCE}, got {str(value)[:40]!r}")
             gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
             return method(model, processor, inputs, gen_config, *args, **options)
 
@@ -145,6 +152,8 @@ class RequestLimits:
             raise RequestError("the request's JSON is nested too deeply") from None
         except ValueError:
             return body  # not JSON: the server says so itself
+        if isinstance(found, dict) and (asked := found.get("generation_config")) is not None:
+            _check_generation(asked)
         for key in _LENGTHS if isinstance(found, dict) else ():
             value = found.get(key)
             if value is None:
@@ -154,6 +163,17 @@ class RequestLimits:
             if value > self.positions:
                 raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {self.positions:,} positions")
         return body if whole == found else json.dumps(whole).encode()
+
+
+def _check_generation(asked: Any) -> None:
+    """Refuse what the server could not read as the JSON of a generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig(**json.loads(asked))
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RequestError(f"generation_config: {reason[:200]}") from None
 
 
 def _whole(value: Any) -> Any:

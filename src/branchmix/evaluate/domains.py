@@ -27,24 +27,21 @@ class Reader:
 
     def read(
         self, documents: dict[str, list[Document]], records: Records, batch_tokens: int, progress: Progress | None
-    ) -> int:
-        """Computes what is not on record; returns how many documents were.
+    ) -> None:
+        """Computes what is not on record.
 
         Raises:
             RecipeError: the window does not fit the model.
             CheckpointError: the model cannot be loaded, or computes no numbers.
         """
         candidate = self.candidate
-        known = 0
         for domain, chosen in documents.items():
             by_hash = {document.hash: document for document in chosen}
             on_record = {key for key in by_hash if records.find(self.key, key) is not None}
-            known += len(on_record)
             if len(on_record) < len(by_hash):
                 records.describe(self.key, {**candidate.source, **self._facts})
             for keys in records.rounds.of(self.key, batch_tokens, by_hash, on_record):
                 self._read(domain, [by_hash[key] for key in keys], records, batch_tokens, progress)
-        return known
 
     def _read(
         self, domain: str, together: list[Document], records: Records, batch_tokens: int, progress: Progress | None

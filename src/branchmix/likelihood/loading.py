@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
+from branchmix.checkpoint.index import left_over_quantisation, without_quantisation
 from branchmix.checkpoint.token_ids import sentencepieces, vocabulary_of
 from branchmix.errors import CheckpointError
 
@@ -25,9 +26,12 @@ def load_language_model(
     Raises:
         CheckpointError: it cannot be loaded, or lacks weights.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     refuse_adapter(folder)
+    if left_over_quantisation(folder):  # transformers would quantise the weights
+        options["config"] = load(AutoConfig, folder, given=given, trust_remote_code=trust_remote_code)
+        without_quantisation(vars(options["config"]))
     options |= without_adapter(folder)
     options |= {"use_safetensors": True, "output_loading_info": True}
     model, info = load(AutoModelForCausalLM, folder, given=given, trust_remote_code=trust_remote_code, **options)

@@ -9,6 +9,7 @@ import numpy as np
 
 from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
 from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.checkpoint.index import left_over_quantisation
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
@@ -36,8 +37,8 @@ class TextModel:
         self.given, self.folder, self.revision = found.given, found.folder, found.revision
         self.dtype = dtype
         refuse_adapter(self.folder)
-        note = left_over_adapter(self.folder)
-        self.notes = [] if note is None else [note]
+        notes = (left_over_adapter(self.folder), left_over_quantisation(self.folder))
+        self.notes = [note for note in notes if note is not None]
         if not (self.folder / "config.json").is_file():
             raise CheckpointError(f"{self.folder}: has no config.json: give the folder of a model")
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):

@@ -132,7 +132,7 @@ def run(
         for one in selected:
             found.results.append(model.result(one, records, batch_tokens, progress))
         if model.known:
-            notes.append(f"{subject.label}: {model.known} of {model.known + model.computed} answers were on record")
+            notes.append(f"{subject.label}: {model.known} of {model.asked} answers were on record")
         model.release()
         if out is not None:
             write_results(Path(out), found)
@@ -176,7 +176,8 @@ class _Model:
             "bos_tokens": list(self.bos.tokens),
         }
         self.key = key_of(self.facts)
-        self.known = self.computed = 0
+        self.known = self.asked = 0
+        """Answers that were on record before this run, and all of them."""
         self._weights: Any = None
 
     def result(self, selected: Selected, records: _Answers, batch_tokens: int, progress: Progress | None) -> TaskResult:
@@ -189,8 +190,8 @@ class _Model:
         asked = list(dict.fromkeys([*prompts, *(question for question in others if question is not None)]))
         by_hash = {_hash(question): question for question in asked}
         on_record = {key for key, question in by_hash.items() if records.get(self.key, question) is not None}
-        self.known += len(on_record)
-        self.computed += len(by_hash) - len(on_record)
+        self.known += sum(records.was_there(self.key, question) for question in asked)
+        self.asked += len(asked)
         if len(on_record) < len(by_hash):
             records.describe(self.key, {"path": self.subject.found.given, **self.facts})
         step = f"{self.subject.label}: {selected.label}"
@@ -294,6 +295,7 @@ class _Answers:
         self._flushed = 0.0
         for record in self._lines.read():
             self._keep(record)
+        self._earlier = set(self._known)
 
     def _keep(self, record: dict[str, Any]) -> None:
         if self.rounds.keep(record):
@@ -311,6 +313,10 @@ class _Answers:
             )
         except (KeyError, TypeError, ValueError):
             raise DataError(f"{self._lines.file}: has a line that is no answer: choose another --out") from None
+
+    def was_there(self, model: str, question: Question) -> bool:
+        """Whether an answer was on the disk before this process began to write."""
+        return (model, _hash(question)) in self._earlier
 
     def get(self, model: str, question: Question) -> Answer | None:
         """What is on record."""

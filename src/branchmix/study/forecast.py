@@ -36,7 +36,6 @@ MARGIN = 0.9
 LEAST_STEPS = 5
 LEAST_TEXT = 500_000
 """Bytes of each domain, where the study allows as many."""
-_GROUPS = {"dense": "dense models", "methods": "methods", "ablations": "ablations"}
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hub import resolve
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.data.sources import require_files
 from branchmix.errors import OutputError, RecipeError
 from branchmix.settings import parse_yaml
@@ -199,12 +198,7 @@ def _job(run: RunConfig, name: str, threads: int | None, *, force: bool) -> Job:
 
 def _training(out: Path) -> dict[str, Any] | None:
     """``training.json`` of a finished run; None otherwise."""
-    if not any((out / name).is_file() for name in RESULTS):
-        return None
-    with suppress(OSError, ValueError):
-        training = read_json(out / DONE)
-        return training if isinstance(training, dict) else None
-    return None
+    return read_object(out / DONE) if any((out / name).is_file() for name in RESULTS) else None
 
 
 def _report(run: RunConfig, name: str, status: Status, state: JobState | None = None) -> ExpertReport:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from branchmix.checkpoint.adapters import ADAPTER_CONFIG
 from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.moves import fsync_folder
 from branchmix.errors import OutputError
@@ -24,7 +25,7 @@ from branchmix.pages.numbers import too_little_space
 TRAINING = "training"
 """Folder inside a checkpoint."""
 FILES = f"{TRAINING}/files.json"
-LAST = ("adapter_config.json", "config.json", "training.json")
+LAST = (ADAPTER_CONFIG, "config.json", "training.json")
 """Files by which others recognise a model and a finished run, so they are moved last."""
 
 

@@ -85,12 +85,11 @@ def _peak_of(model: ResolvedModel | None, config: RunConfig) -> float:
     """``learning_rate.ratio`` times the peak of the model's own run."""
     assert model is not None and config.learning_rate.ratio is not None
     try:
-        peak = read_json(model.folder / DONE)["peak_learning_rate"]
+        return float(config.learning_rate.ratio * read_json(model.folder / DONE)["peak_learning_rate"])
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(
             f"learning_rate.ratio: no {DONE} with a peak_learning_rate in {model.folder}: give peak instead"
         ) from None
-    return float(config.learning_rate.ratio * peak)
 
 
 def _bytes_needed(described: dict[str, Any], model: ResolvedModel | None, config: RunConfig) -> int:

@@ -20,12 +20,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
+from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS
 from branchmix.errors import CheckpointError
 from branchmix.likelihood.loading import refuse_missing
 from branchmix.train.checkpoint_files import TRAINING
 from branchmix.train.training_state import is_sharded, set_weights, whole_weights
 
-ADAPTER = "adapter_model.safetensors"
 RAW = f"{TRAINING}/parametrized.safetensors"
 
 
@@ -103,7 +103,7 @@ def _plain(model: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 def _adapter(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     """Weights of an adapter; PEFT omits the adapter's name in the file."""
-    read = load_file(folder / ADAPTER)
+    read = load_file(folder / ADAPTER_WEIGHTS)
     names = "|".join(re.escape(name) for name in model.peft_config)
     inside = re.compile(rf"(\.modules_to_save)?\.({names})(?=\.|$)")
     return {name: read[key] for name in model.state_dict() if (key := inside.sub("", name)) in read}

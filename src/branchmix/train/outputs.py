@@ -15,8 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.folder import TEMPLATES, TOKENIZER_FILES, require_name, write_json, writing
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.moves import in_order_of_removal
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.pages.numbers import too_little_space
@@ -24,7 +25,7 @@ from branchmix.settings import parse
 from branchmix.train.config import RunConfig
 
 RUN, DONE, CHECKPOINTS = "run.json", "training.json", "checkpoints"
-RESULTS = ("config.json", "adapter_config.json")
+RESULTS = ("config.json", ADAPTER_CONFIG)
 AVERAGE = ".ema"
 """Folder of the moving average until the result is complete."""
 LOCK = ".lock"
@@ -33,8 +34,8 @@ COMPANIONS = {"run.yaml", "log.txt", LOCK}
 them."""
 OURS = (
     *(RUN, DONE, CHECKPOINTS, AVERAGE, "metrics.jsonl", "metrics.tmp", "ema", ".model.part", "tensorboard", "wandb"),
-    *(f".{RUN}.*", f".{DONE}.*", ".metrics.jsonl.*", "config.json", "generation_config.json", "adapter_config.json"),
-    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+    *(f".{RUN}.*", f".{DONE}.*", ".metrics.jsonl.*", "config.json", "generation_config.json", ADAPTER_CONFIG),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", ADAPTER_WEIGHTS),
     *TOKENIZER_FILES,
     TEMPLATES,
 )
@@ -90,12 +91,9 @@ class RunFolder:
     def record(self) -> dict[str, Any] | None:
         """Content of ``training.json`` or ``run.json``; None if the folder is not a run's."""
         for name in (DONE, RUN):
-            try:
-                record = read_json(self.path / name)
-            except (OSError, ValueError):
-                continue
+            record = read_object(self.path / name)
             # Other programs have files of these names too.
-            if isinstance(record, dict) and isinstance(record.get("config"), dict) and "data" in record["config"]:
+            if record is not None and isinstance(record.get("config"), dict) and "data" in record["config"]:
                 return record
         return None
 

@@ -19,6 +19,7 @@ from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.adapters import left_over_adapter
 from branchmix.checkpoint.folder import write_json, writing
 from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.checkpoint.index import left_over_quantisation
 from branchmix.errors import OutputError, RecipeError
 from branchmix.train.checks import Checked, Process, check
 from branchmix.train.config import NewModel, RunConfig
@@ -199,8 +200,9 @@ class _Run:
 
         config, checked = self.config, self.checked
         if checked.model is not None:
-            if note := left_over_adapter(checked.model.folder):
-                self.display.line(f"note: {note}")
+            for left_over in (left_over_adapter, left_over_quantisation):
+                if note := left_over(checked.model.folder):
+                    self.display.line(f"note: {note}")
             self.model, self.tokenizer = load_model(checked.model, config, self.computing)
         else:
             assert isinstance(config.model, NewModel)

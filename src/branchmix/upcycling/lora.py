@@ -9,7 +9,7 @@ from typing import Any
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
-from branchmix.checkpoint.folder import ADAPTER, beside
+from branchmix.checkpoint.folder import MERGED, beside
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header
 from branchmix.checkpoint.json_text import read_json
@@ -116,7 +116,7 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
 
     from branchmix.likelihood.loading import load_language_model
 
-    target = beside(Path(os.path.realpath(out)), ADAPTER)
+    target = beside(Path(os.path.realpath(out)), MERGED)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         # fp32, so that the low-rank update is added before anything is rounded.

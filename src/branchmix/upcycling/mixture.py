@@ -13,7 +13,7 @@ from branchmix.accounting.shape import MIXTURE_DEFAULTS, Shape, shape_of
 from branchmix.checkpoint.families import Config, Dimensions, Family
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError, short
@@ -126,7 +126,7 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
     """
     if (folder / "branchmix.json").is_file():
         return _record(folder)
-    training = _read(folder / "training.json") or {}
+    training = read_object(folder / "training.json") or {}
     trained_from = (training.get("config") or {}).get("model")
     if not isinstance(trained_from, str):
         return None
@@ -147,7 +147,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
         CheckpointError: it was edited, so that it is not what we write any more.
     """
     file = folder / "branchmix.json"
-    found = _read(file)
+    found = read_object(file)
     if found is None or not isinstance(found.get("sources"), list):
         return None
     if problem := _problem_of(found):
@@ -176,11 +176,3 @@ def _problem_of(record: dict[str, Any]) -> str | None:
             if not isinstance(source.get(key, ""), str | None):
                 return f"{place}.{key} is {short(source[key])}, not text"
     return None
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found = read_json(file)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -13,7 +13,15 @@ from typing import Any
 from branchmix import __version__
 from branchmix.checkpoint.drawn import Constant, Normal, PartlyRedrawn
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack
-from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, layout_of
+from branchmix.checkpoint.families import (
+    Config,
+    Dimensions,
+    Family,
+    dimensions,
+    family_of,
+    layout_of,
+    squares_activation,
+)
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.places import AUTO_MAP
@@ -295,10 +303,9 @@ class _Mixture:
         return float((len(self.experts) / self.recipe.num_experts_per_tok) ** (1 / self._scaled_matrices()))
 
     def _scaled_matrices(self) -> int:
-        """How often a factor on every matrix shows in the output: gate, up and down; or up and down, up's square where
-        the activation squares it (Nemotron)."""
-        squared = self.seed.index.config.get("hidden_act") == "relu2"
-        return 3 if self.family.gate is not None or squared else 2
+        """How often a factor on every matrix shows in the output: gate, up and down, or up and down; once more where
+        the activation squares (Nemotron's)."""
+        return (2 if self.family.gate is None else 3) + squares_activation(self.seed.index.config)
 
     def _shared(self, name: str, shape: tuple[int, ...]) -> Expression:
         """A tensor that is no expert's: merged, the seed's, or ones where its gain was folded."""

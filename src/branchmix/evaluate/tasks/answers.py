@@ -53,7 +53,7 @@ class RecordedModel(LM):
         self._key = key_of(self._facts)
         self._live: LiveModel | None = None
         self.known = self.asked = 0
-        """Requests that were on record, and all of them."""
+        """Requests that were on record before this run, and all of them."""
         self.shortened = 0
         """Requests that lost their beginning because the window is shorter, now or when they went on record."""
         self.merged = 0
@@ -86,7 +86,7 @@ class RecordedModel(LM):
         self.replaced += sum(given != request.args for given, request in zip(arguments, requests, strict=True))
         keys = _keys(kind, arguments)
         self.asked += len(requests)
-        self.known += sum(self._answers.find(self._key, key) is not None for key in keys)
+        self.known += sum(self._answers.was_there(self._key, key) for key in keys)
         first = {key: number for number, key in reversed(list(enumerate(keys)))}
         known = {key for key in first if self._answers.find(self._key, key) is not None}
         for together in self._answers.rounds.of(self._key, self._batch_tokens, keys, known):

@@ -106,7 +106,7 @@ def chart(panel: Panel, *, width: float = 510, height: float = 310) -> Canvas:
     scales = _scales(panel, left, right, top, bottom, whole=False)
     for number, row in enumerate(legend):
         _legend(canvas, panel, row, left, 14 + 20 * number)
-    _frame(canvas, panel, scales, left, right, top, bottom, size=12)
+    _frame(canvas, panel, scales, left, right, bottom, size=12)
     canvas.words(
         ((left + right) / 2, height - 6),
         f"{words.axis_name(panel.axis)} (logarithmic)",
@@ -135,7 +135,7 @@ def small(panel: Panel, *, width: float = 230, height: float = 104) -> Canvas:
     canvas = Canvas(width, height)
     left, right, top, bottom = 36, width - 6, 8, height - 20
     scales = _scales(panel, left, right, top, bottom, whole=True)
-    _frame(canvas, panel, scales, left, right, top, bottom, size=10)
+    _frame(canvas, panel, scales, left, right, bottom, size=10)
     _references(canvas, panel, scales, left, right)
     for number, one in enumerate(panel.curves):
         colour = panel.colour(one) if len(panel.curves) > 1 else LABEL_COLOURS[one.verdict.label]
@@ -242,7 +242,6 @@ def _frame(
     scales: _Scales,
     left: float,
     right: float,
-    top: float,
     bottom: float,
     *,
     size: float,

@@ -162,7 +162,7 @@ def sentences(one: Judged, report: Report) -> str:
     least = difference(metric, report.limits.minimum_effect, plus=False)
     ends = f"the smallest to the largest of {found.sizes} sizes"
     if found.label == "not-testable":
-        return _not_testable(one, report)
+        return _not_testable(one)
     if found.label in SHAPES:
         first, second = (moves(metric, leg["effect"], leg["interval"], report.limits) for leg in found.legs.values())
         turn = place(report.axis, found.turning_point or math.nan)
@@ -263,7 +263,7 @@ def _inconclusive(one: Judged, report: Report, ends: str, least: str) -> str:
     )
 
 
-def _not_testable(one: Judged, report: Report) -> str:
+def _not_testable(one: Judged) -> str:
     found = one.verdict
     if found.sizes < 2:
         return "There is one size only, and nothing to compare it with."
