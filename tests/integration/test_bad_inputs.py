@@ -257,7 +257,7 @@ CHECKPOINTS = [
          all_three(lambda f: config(f, hidden_act="silu2"))),
     Case("a number as text", "seed: transformers cannot build | 'rms_norm_eps' expected float, got str | mend",
          all_three(lambda f: config(f, rms_norm_eps="1e-6"))),
-    Case("a key of one family", "seed: transformers cannot build | layer_types | mend",
+    Case("a key of one family", "seed: qwen2 has strange layers: every layer of seed and experts must have softmax",
          all_three(lambda f: config(f, layer_types=["full_attention", "strange"])), family="qwen2"),
     Case("Git LFS pointer", "expert 'code': | code/model.safetensors: is a Git LFS pointer | git lfs pull",
          lambda i: (i.code / WEIGHTS).write_text(LFS_POINTER)),

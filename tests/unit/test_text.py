@@ -36,6 +36,7 @@ TEXTS = {
     "prose": PROSE,
     "no spaces": CODE[:40_000].replace(" ", "").replace("\n", ""),
     "characters": DRAWN,
+    "a space at the end": f"{PROSE[:7000]} ",
 }
 ALIKE = {"one letter": "a" * 20_001, "spaces": " " * 20_001 + "x", "lines": "\n" * 20_001}
 

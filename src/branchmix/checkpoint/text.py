@@ -81,7 +81,8 @@ def tokens_in_pieces(text: str, encode: Callable[[str], Window]) -> Iterator[lis
             right = encode(text[after : following + CONTEXT])
         yield window.between(first - begin, cut - begin)[0]
         window, begin, first, cut = right, after, cut, following
-    yield window.between(first - begin, cut - begin)[0]
+    # To the end and beyond: where offsets leave out spaces, a space at the end of the text starts behind it.
+    yield window.between(first - begin, cut - begin + 1)[0]
     yield window.added(end=True)
 
 

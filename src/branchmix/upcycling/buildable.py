@@ -38,10 +38,10 @@ def _problem(config: Config) -> str | None:
         if "/" in str(config.get(key)):
             return f"{key} is {config[key]}, code on the Hub, which is never run: remove the key from config.json"
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-    fields = {key: value for key, value in config.items() if key != "auto_map"}
     try:
+        fields = PreTrainedConfig._decode_special_floats({k: v for k, v in config.items() if k != "auto_map"})
         built = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(built, trust_remote_code=False)

@@ -166,7 +166,8 @@ def as_transformers_reads(config: Config) -> dict[str, Any]:
 
     kind = CONFIG_MAPPING[config["model_type"]]
     try:
-        made = json.loads(json.dumps(kind.from_dict(config).to_dict(), default=str))
+        decoded = transformers.PreTrainedConfig._decode_special_floats(config)
+        made = json.loads(json.dumps(kind.from_dict(decoded).to_dict(), default=str))
     except Exception as error:  # whatever its checks raise
         lines = [line.strip() for line in str(error).strip().splitlines()]
         return {"error": (lines or [type(error).__name__])[-1][:300]}
