@@ -197,9 +197,9 @@ def trend(curve: Curve, *, alpha: float) -> Trend:
 def e_bar_squared_tail(share: float, sizes: int, within: int = 0) -> float:
     """How often a nondecreasing fit explains that share of the squares of a flat curve, or more.
 
-    A mixture of beta distributions over the number of blocks in the fit (Barlow and others 1972, section 3.2). The
+    A mixture of beta distributions over the number of blocks in the fit (Barlow and others 1972). The
     chances of each number are those for equal weights, Stirling numbers over K!; unequal ones change p little
-    (Robertson, Wright and Dykstra 1988, section 3.3), and flat curves have nearly equal ones.
+    (Robertson, Wright and Dykstra 1988), and flat curves have nearly equal ones.
     """
     chances = np.ones(1)
     for size in range(2, sizes + 1):
