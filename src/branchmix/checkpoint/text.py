@@ -2,7 +2,7 @@
 
 A tokenizer needs about 112 bytes of memory for each character, all at once. So a text of more than ``LONG`` characters
 is tokenised in windows of about that length, each with ``CONTEXT`` characters of its neighbours on both sides. Where
-two windows agree on the tokens around a cut, one goes on where the other ends, and the result is that of the whole
+two windows agree on the tokens around a cut, one continues where the other ends, and the result is that of the whole
 text: what a tokenizer does at one place depends on the text near it. Where they disagree (the same letter a million
 times), the text is cut there, after a line or a word if there is one (``_cut``), and both sides are tokenised as texts
 of their own.

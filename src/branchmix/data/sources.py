@@ -50,7 +50,7 @@ class Reader(Protocol):
         """What the text depends on, as JSON: if it changes, so may the text."""
 
     def read(self, state: State | None) -> Iterator[tuple[str, State]]:
-        """Documents that are not empty, each with the state to go on from after it, as they are in the source: what
+        """Documents that are not empty, each with the state to resume from after it, as they are in the source: what
         uses them asks for ``whole_characters``.
 
         Args:
