@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 import branchmix
 from branchmix.errors import CompatibilityError, VerificationError
-from branchmix.upcycling.config_match import _SAME_ACTIVATION, config_differences
+from branchmix.upcycling.config_match import _SAME_ACTIVATION, as_transformers_reads, config_differences
 from branchmix.upcycling.verify import sample_length
 from families import BY_NAME
 from mixtures import recipe
@@ -225,3 +225,10 @@ def test_configs_are_read_without_loading_torch() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [config_differences(seed, experts), []]
     assert not config_differences(seed, experts)["b"]
+
+
+def test_infinity_as_config_json_spells_it_is_read() -> None:
+    """Granite's hybrids have it; a config that its class refused would be reported as one that cannot be read."""
+    config = json.loads(BY_NAME["granite-hybrid"].config().to_json_string(use_diff=False))
+    assert "Infinity" in json.dumps(config["time_step_limit"])
+    assert "error" not in as_transformers_reads(config)
