@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import RecipeError
 from branchmix.models.routing_branchmix import BranchMixRouter
 from branchmix.train import config, freeze
+from branchmix.upcycling.plan import open_expert
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture, tokens
 
@@ -71,6 +73,20 @@ def test_attention_and_embeddings_of_every_family(name: str, dense: bool) -> Non
     freeze.apply(model, ["embeddings"])
     tables = [*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()]
     assert before - trained(model) == names_of(model, lambda parameter: any(parameter is table for table in tables))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trunk_is_what_the_experts_of_every_family_share(name: str, tmp_path: Path) -> None:
+    """What is trained with a frozen trunk is exactly what an expert brings into a mixture."""
+    dense, model = BY_NAME[name].model(0), random_mixture(name)
+    dense.save_pretrained(tmp_path)
+    owned = open_expert(name, CheckpointIndex.open(tmp_path)).expert_tensors(attention=True, ffn=True)
+    everything = trained(dense)
+    freeze.apply(dense, ["trunk"])
+    assert trained(dense) == everything & owned
+    layers = f"{model.config.layout['layers']}."
+    freeze.apply(model, ["trunk"])
+    assert trained(model) >= routers(model) and all(layers in path for path in trained(model))
 
 
 @pytest.mark.parametrize("attention", (*BOTH, "average"))

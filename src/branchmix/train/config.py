@@ -184,10 +184,11 @@ class _Training(Settings):
     optimizer: Optimizer = Optimizer()
     learning_rate: LearningRate
     freeze: Annotated[
-        list[Literal["experts", "all_but_routers", "attention", "embeddings"]], BeforeValidator(_listed)
+        list[Literal["experts", "all_but_routers", "attention", "embeddings", "trunk"]], BeforeValidator(_listed)
     ] = []
     """Parts that are not trained: ``experts`` (attention and FFN), ``all_but_routers``, ``attention`` (without its
-    routers), ``embeddings`` (input and output)."""
+    routers), ``embeddings`` (input and output), ``trunk`` (everything outside attention and FFNs). Experts trained with
+    ``freeze: [trunk]`` share their trunk with the seed, so a mixture with forced gates computes exactly what they do."""
     lora: Lora | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``bf16`` is autocast over fp32 weights; ``auto`` uses it where matrix products are faster in bf16."""

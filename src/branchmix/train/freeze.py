@@ -31,7 +31,8 @@ def apply(model: Any, parts: Sequence[str]) -> FreezeReport:
     Args:
         model: a mixture, a dense causal LM, or one with LoRA.
         parts: ``experts`` (all weights of FFN and attention experts, including Shared KV's keys and values),
-            ``all_but_routers``, ``attention`` (of a dense model or a mixture) and ``embeddings`` (input and output).
+            ``all_but_routers``, ``attention`` (of a dense model or a mixture), ``embeddings`` (input and output) and
+            ``trunk`` (everything outside attention and FFNs: embeddings, head, the norms between them).
 
     Raises:
         RecipeError: the model has no such part, or nothing would be left to train.
@@ -44,13 +45,12 @@ def apply(model: Any, parts: Sequence[str]) -> FreezeReport:
         for parameter in module.parameters()
     }
     for part in parts:
-        modules = list(_PARTS[part](base))
+        parameters = list(_PARTS[part](base))
         if part in ("experts", "all_but_routers") and not routers:
             raise RecipeError(f"freeze: {part} applies to mixtures, but {_name(base)} has no routers: remove it")
-        for module in modules:
-            for parameter in module.parameters():
-                if id(parameter) not in routers:
-                    parameter.requires_grad_(False)
+        for parameter in parameters:
+            if id(parameter) not in routers:
+                parameter.requires_grad_(False)
     report = FreezeReport(
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         frozen=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
@@ -60,33 +60,48 @@ def apply(model: Any, parts: Sequence[str]) -> FreezeReport:
     return report
 
 
-def _experts(model: Any) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, (BranchMixAttention, BranchMixSparseMoeBlock)))
+def _experts(model: Any) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        if isinstance(module, (BranchMixAttention, BranchMixSparseMoeBlock)):
+            yield from module.parameters()
 
 
-def _everything(model: Any) -> Iterator[nn.Module]:
-    yield model
+def _everything(model: Any) -> Iterator[nn.Parameter]:
+    return model.parameters()  # type: ignore[no-any-return]
 
 
-def _attention(model: Any) -> Iterator[nn.Module]:
+def _attention(model: Any) -> Iterator[nn.Parameter]:
+    return _in_blocks(model, "attention")
+
+
+def _trunk(model: Any) -> Iterator[nn.Parameter]:
+    experts = {id(parameter) for parameter in _in_blocks(model, "attention", "ffn", "up", "down")}
+    return (parameter for parameter in model.parameters() if id(parameter) not in experts)
+
+
+def _in_blocks(model: Any, *kinds: str) -> Iterator[nn.Parameter]:
+    """Parameters of every block's modules of these kinds, as the layout names them.
+
+    A learned activation belongs to none: all experts of a mixture share it.
+    """
     config = model.config
     if config.model_type == "branchmix":
         frame, layout = model.model, config.layout
     else:
         frame, layout = model, layout_of(family_of(config.to_dict()))
-    try:
-        yield from [block.get_submodule(layout["attention"]) for block in frame.get_submodule(layout["layers"])]
-    except AttributeError:  # a family without a table entry
-        place = f"{layout['layers']}.*.{layout['attention']}"
-        raise RecipeError(
-            f"freeze: {_name(model)} keeps its attention elsewhere than in {place}: remove attention"
-        ) from None
+    modules = tuple(f"{layout[kind]}." for kind in kinds)
+    for block in frame.get_submodule(layout["layers"]):
+        named = [(name, parameter) for name, parameter in block.named_parameters() if name.startswith(modules)]
+        if not named:  # a family without a table entry
+            place = f"{layout['layers']}.*.{layout[kinds[0]]}"
+            raise RecipeError(f"freeze: {_name(model)} has no {kinds[0]} at {place}: freeze other parts")
+        yield from (parameter for name, parameter in named if not name.startswith(f"{layout['activation']}."))
 
 
-def _embeddings(model: Any) -> Iterator[nn.Module]:
+def _embeddings(model: Any) -> Iterator[nn.Parameter]:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         if module is not None:
-            yield module
+            yield from module.parameters()
 
 
 _PARTS = {
@@ -94,6 +109,7 @@ _PARTS = {
     "all_but_routers": _everything,
     "attention": _attention,
     "embeddings": _embeddings,
+    "trunk": _trunk,
 }
 
 
