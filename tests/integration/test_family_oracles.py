@@ -13,7 +13,7 @@ import branchmix
 from branchmix.checkpoint.families import FAMILIES as TABLE
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import VerificationError
-from branchmix.upcycling.verify import _dense_on_trunk, verify_plan
+from branchmix.upcycling.verify import _dense, verify_plan
 from families import BY_NAME, NAMES
 from mixtures import BOTH, close, load, recipe, tokens
 from naive import build_naive
@@ -54,7 +54,7 @@ def test_wide_equals_the_naive_sum_and_so_do_gradients(
     report = branchmix.upcycle(given, out)
     mixture = load(out)
     index = CheckpointIndex.open(out)
-    dense = [_dense_on_trunk(report.plan, index, expert) for expert in report.plan.sources]
+    dense = [_dense(report.plan, index, expert) for expert in report.plan.sources]
     naive = build_naive(mixture, dense)
     ids = tokens()
     ours = mixture(ids, labels=ids, use_cache=False)

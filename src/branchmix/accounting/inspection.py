@@ -24,7 +24,7 @@ from branchmix.accounting.formulas import (
 from branchmix.accounting.shape import FACTS, Shape, shape_of
 from branchmix.checkpoint.adapters import refuse_adapter
 from branchmix.checkpoint.families import FAMILIES, is_tied, nearest
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_json, read_object
 from branchmix.checkpoint.unfit import Config, why_unfit
 from branchmix.errors import BranchMixError, CheckpointError, short
 
@@ -58,6 +58,9 @@ class Accounting:
     """Parameters in the folder's safetensors headers, buffers and tied copies left out; None: no weights were read."""
     notices: tuple[str, ...]
     """One line each, for people; the command prints them on stderr."""
+    lossless: bool | None = None
+    """With its gates forced to one expert, the mixture computes exactly what that dense model does: as ``upcycle``
+    found when it wrote the folder. None: not a mixture, or trained since."""
 
     @property
     def weight_bytes(self) -> int:
@@ -90,6 +93,7 @@ class Accounting:
             "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
             "kv_cache_bytes": self.kv_cache_bytes,
             "paper": self.paper(),
+            "lossless": self.lossless,
             "notices": list(self.notices),
         }
 
@@ -238,6 +242,7 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
         flops=flops_of(shape, context),
         stored=stored,
         notices=tuple(notices),
+        lossless=(read_object(folder / "branchmix.json") or {}).get("lossless") if folder is not None else None,
         **_cache(shape, context, dtype),
     )
 

@@ -447,6 +447,17 @@ class Cast(Expression):
         return values if self.part.dtype == self.dtype else from_float32(widened(values, self.part.dtype), self.dtype)
 
 
+def same_values(first: Expression, other: Expression) -> bool:
+    """Whether two expressions have the same dtype, shape and values; reads no further than to the first difference."""
+    if first == other:
+        return True
+    if (first.dtype, first.shape) != (other.dtype, other.shape):
+        return False
+    step = max(1, _CHUNK_BYTES // max(1, first.row_nbytes))
+    spans = ((start, min(start + step, first.num_rows)) for start in range(0, first.num_rows, step))
+    return all(np.array_equal(first.rows(*span), other.rows(*span)) for span in spans)
+
+
 def merge_ranges(ranges: list[ByteRange]) -> list[ByteRange]:
     """Joins ranges that follow each other in one file."""
     merged: list[ByteRange] = []

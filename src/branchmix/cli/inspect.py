@@ -65,8 +65,11 @@ def _print(accounting: Accounting, console: Console) -> None:
     from rich.table import Table
 
     from branchmix.cli.console import human_bytes
+    from branchmix.upcycling.card import lossless_line
 
     console.print(_headline(accounting), highlight=False, markup=False, soft_wrap=True)
+    if accounting.lossless is not None:
+        console.print(lossless_line(accounting.lossless), highlight=False, soft_wrap=True)
     table = Table("parameters", "total", "active per token")
     active_by_part = asdict(accounting.active)
     for part, total in asdict(accounting.total).items():

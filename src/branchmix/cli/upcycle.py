@@ -117,6 +117,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "free_bytes": free_bytes(report.out),
         "peak_memory_bytes": PEAK_MEMORY_BYTES,
         "groups": [group.as_dict() for group in plan.groups],
+        "lossless": plan.lossless,
         "notes": list(plan.notes),
         "seconds": round(report.seconds, 3),
         "accounting": _accounting(plan).as_dict(),
@@ -146,12 +147,15 @@ def plan_table(plan: Plan) -> Table:
 
 def _print_plan(report: UpcycleReport) -> None:
     from branchmix.cli.console import human_bytes, human_count, result_console
+    from branchmix.upcycling.card import lossless_line
     from branchmix.upcycling.execute import free_bytes
 
     plan = report.plan
     console = result_console()
     console.print(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
     console.print(plan_table(plan))
+    if plan.lossless is not None and not plan.is_dense:
+        console.print(lossless_line(plan.lossless), highlight=False, soft_wrap=True)
     accounting = _accounting(plan)
     console.print(
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
@@ -179,9 +183,9 @@ def _print_verification(report: UpcycleReport) -> None:
     )
     if not verification.experts:
         return
-    table = Table(
-        box=None, pad_edge=False, title=f"gates one-hot, logits of {verification.tokens} tokens", title_justify="left"
-    )
+    title = f"gates one-hot, logits of {verification.tokens} tokens against the "
+    title += "whole dense models" if verification.lossless else "dense models on the mixture's trunk"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for name in ("expert", "largest difference from the dense model", "largest logit"):
         table.add_column(name)
     for check in verification.experts:

@@ -35,6 +35,13 @@ def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
     return _METHODS.get((str(made.get("attention")), str(made.get("ffn"))))
 
 
+def lossless_line(lossless: bool) -> str:
+    """One line on what ``Plan.lossless`` found."""
+    if lossless:
+        return "lossless: what the experts share is the same in all of them, so forced gates give exactly each expert"
+    return "not lossless: the tensors that the mixture averages differ between the experts"
+
+
 def sources_of(provenance: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every model that went in, by name: those of the recipe, and experts that joined later.
 
@@ -56,6 +63,7 @@ def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
         f"# {method_of(plan.config, provenance['recipe'])}",
         "",
         f"Merged with {_branchmix(provenance)}. " + ("" if plan.is_dense else untrained),
+        *([] if plan.is_dense or plan.lossless is None else ["", f"{lossless_line(plan.lossless).capitalize()}."]),
         "",
         *source_table(provenance),
         "",

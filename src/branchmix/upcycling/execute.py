@@ -119,6 +119,8 @@ def upcycle(
         indexes = [expert.index for expert in experts]
         plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
         plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
+        if dry_run and any(source.adapter for source in sources):
+            plan = replace(plan, lossless=None)  # their headers are the seed's
         written = verification = None
         if not dry_run:
             require_space(out, plan)
@@ -193,7 +195,7 @@ def _write_companions(
         for file in CODE_FILES:
             shutil.copyfile(file, folder / file.name)
     versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
-    record = {"versions": versions, **provenance, "notes": list(plan.notes)}
+    record = {"versions": versions, **provenance, "lossless": plan.lossless, "notes": list(plan.notes)}
     write_json(folder / "branchmix.json", record)
     (folder / "README.md").write_text(card(plan, record), encoding="utf-8")
     write_json(folder / "config.json", with_own_code(without_places(plan.config)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from branchmix.checkpoint.expressions import Cast, Columns, Expression, Mean, Rows, Source, Stack
+from branchmix.checkpoint.expressions import Cast, Columns, Expression, Mean, Rows, Source, Stack, same_values
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.upcycling.sources import ExpertSource, Kind, Role
 
@@ -83,6 +83,22 @@ def mean(parts: Sequence[Expression], weights: Sequence[float], dtype: str) -> E
         return used[0][0]
     uniform = len({weight for _, weight in used}) == 1
     return Mean(tuple(part for part, _ in used), None if uniform else tuple(weight for _, weight in used), dtype)
+
+
+def all_same(parts: Sequence[Expression], dtype: str) -> bool:
+    """Whether parts have the same values in ``dtype``."""
+    first, *others = (cast(part, dtype) for part in parts)
+    return all(same_values(first, other) for other in others)
+
+
+def same_keys_and_values(models: Sequence[ExpertSource], layer: int, dtype: str) -> bool:
+    """Whether models compute the same keys and values in a layer, which is when sharing them changes nothing."""
+    roles: tuple[Role, ...] = ("k", "v")
+    kinds: tuple[Kind, ...] = ("weight", "bias")
+    wanted = [_all(model.attention(layer, role, kind) for model in models) for role in roles for kind in kinds]
+    norms = [model.attention_norm(layer, "k") for model in models]
+    wanted += [[norm[name] for norm in norms] for name in norms[0]]
+    return all(all_same(parts, dtype) for parts in wanted if parts)
 
 
 def cast(part: Expression, dtype: str) -> Expression:

@@ -1,6 +1,7 @@
-"""What becomes of every tensor, from headers alone: the plan that ``--dry-run`` prints and ``execute`` carries out.
+"""What becomes of every tensor: the plan that ``--dry-run`` prints and ``execute`` carries out.
 
-Pure: reads configs and headers, writes nothing, imports neither torch nor transformers.
+Reads configs and headers, and of the trunk as many weights as show whether the experts share it. Writes nothing,
+imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.recipe import DTYPES, Recipe
 from branchmix.upcycling.compatibility import Findings, check, foldable_norms
-from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors, mean
+from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_tensors, mean, same_keys_and_values
 from branchmix.upcycling.sources import DenseExpert, ExpertSource
 
 
@@ -47,6 +48,9 @@ class Plan:
     sources: tuple[ExpertSource, ...]
     """Experts in the order of the routers' rows; of a soup, the models averaged."""
     groups: tuple[Group, ...] = field(default=())
+    lossless: bool | None = False
+    """Everything that is not an expert's is the same in all experts, so that the mixture with its gates forced to one
+    expert computes what that dense model does. None: not known before adapters are merged."""
 
     @property
     def nbytes(self) -> int:
@@ -145,6 +149,7 @@ def plan_upcycling(
         notes=(*found.notes, *_warnings(recipe)),
         sources=tuple(members),
         groups=tuple(group_tensors(tensors, seed.family)),
+        lossless=mixture.lossless and config["model_type"] == "branchmix",
     )
 
 
@@ -206,6 +211,8 @@ class _Mixture:
         ]
         self.kv_models = list(by_name.values())
         self.copies_of_seed = {"seed", *recipe.seed_copy_names}
+        self.lossless = self.has_attention_experts or self.has_ffn_experts
+        """Whether the tensors that experts share are the same in all of them, as far as ``tensors`` has come."""
 
     @property
     def seed_is_expert(self) -> bool:
@@ -249,6 +256,8 @@ class _Mixture:
                 kv_weights=self._kv_weights(),
             ):
                 yield f"{family.attention}.{name}", part
+            if kv_sharing and self.lossless:
+                self.lossless = same_keys_and_values(experts, layer, self.dtype)
         if self.has_ffn_experts:
             for name, part in ffn_tensors(experts, layer):
                 yield f"{family.ffn}.{name}", self._sparse(layer, name, part)
@@ -274,6 +283,7 @@ class _Mixture:
         number, matrix = int(name.split(".")[1]), name.split(".")[2]
         if self.experts[number].name not in self.copies_of_seed:
             return part
+        self.lossless &= not (options.redraw_fraction or options.weight_scaling)
         if options.redraw_fraction and name.endswith(".weight"):
             # Gate, up and down of one expert lose the same inner units; each expert others (Drop-Upcycling, section 3).
             key = f"{self.family.layers}.{layer}.experts.{number}"
@@ -313,9 +323,16 @@ class _Mixture:
         if below.removesuffix(".weight") in self.folded:
             return Constant(shape, 1.0 - self.family.gain_offset, self.dtype)
         own = Source(self.seed.tensors[name])
-        if self.recipe.attention == "seed" and below.startswith(f"{self.family.attention}."):
-            return own
         if own.dtype not in FLOAT_DTYPES:  # the check has seen that it is the same in all models
+            return own
+        of_seed = self.recipe.attention == "seed" and below.startswith(f"{self.family.attention}.")
+        if self.lossless:
+            first = 0 if of_seed or self.seed_is_expert or self.weights[0] else 1
+            parts = [Source(model.tensors[name]) for model in self.models[first:]]
+            if all_same(parts, self.dtype):
+                return parts[0]
+            self.lossless = False
+        if of_seed:
             return own
         merged = mean([Source(model.tensors[name]) for model in self.models], self.weights, self.dtype)
         rows = merged.num_rows

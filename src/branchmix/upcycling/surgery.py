@@ -30,7 +30,7 @@ from branchmix.upcycling.execute import (
     require_space,
     write_output,
 )
-from branchmix.upcycling.layers import attention_tensors, cast, ffn_tensors
+from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_tensors, same_keys_and_values
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert, inside
@@ -94,7 +94,8 @@ def add_expert(
         width = rows[0].shape[1]
         return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", rows[0].dtype)))
 
-    plan = mixture.plan([*mixture.experts, newcomer], config, router, [*check_result.notes, *notes])
+    lossless = mixture.lossless and mixture.shares_trunk_with(newcomer)
+    plan = mixture.plan([*mixture.experts, newcomer], config, router, [*check_result.notes, *notes], lossless)
     added = Sourced(name, found, newcomer.index)
 
     def step(hashes: FileHashes) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def remove_expert(
         as_the_seed = all(rope == rope_of(mixture.seed_config) for rope in ropes)
         config["expert_rope_parameters"] = None if as_the_seed else ropes
         config["layout"] = layout_of(mixture.family, per_expert_rotary=not as_the_seed)
-    plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), notes)
+    plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), notes, mixture.lossless)
     return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, [], start, dry_run, force, check, progress)
 
 
@@ -151,6 +152,25 @@ class _Opened(OpenedMixture):
 
     def __init__(self, given: str):
         super().__init__(given, otherwise="use upcycle")
+        self.lossless: bool = self.provenance().get("lossless") is True
+
+    def shares_trunk_with(self, newcomer: DenseExpert) -> bool:
+        """Whether everything that is not an expert's is the same in the mixture and in a dense model."""
+        kv_sharing = self.config["attention"] == "kv_sharing"
+        if kv_sharing and not all(
+            same_keys_and_values([self.experts[0], newcomer], layer, self.dtype)
+            for layer in range(self.dims.num_layers)
+        ):
+            return False
+        folded = tuple(f".{norm}.weight" for norm in self.config.get("folded_norms") or ())
+        owned = newcomer.expert_tensors(self.has_attention_experts, self.has_ffn_experts)
+        for name, ref in newcomer.tensors.items():
+            ours = self.index.tensors.get(f"model.{name}")
+            if name in owned or name.endswith(folded):
+                continue
+            if ours is None or not all_same([Source(ours), Source(ref)], self.dtype):
+                return False
+        return True
 
     def resized(self, names: list[str]) -> tuple[Config, list[str]]:
         """The config for other experts, and notes: soft routing stays soft, ``auto`` scaling stays N / k.
@@ -189,6 +209,7 @@ class _Opened(OpenedMixture):
         config: Config,
         router: Callable[[str, list[Expression]], Expression],
         notes: Sequence[str],
+        lossless: bool,
     ) -> Plan:
         """All tensors again, with these experts.
 
@@ -197,10 +218,11 @@ class _Opened(OpenedMixture):
             config: of the output.
             router: from a router's name and the staying experts' rows to the new router.
             notes: for the user.
+            lossless: as in ``Plan``.
         """
         tensors = tuple(self._tensors(experts, router))
         groups = tuple(group_tensors(tensors, self.family))
-        return Plan(tensors, config, tuple(notes), tuple(experts), groups)
+        return Plan(tensors, config, tuple(notes), tuple(experts), groups, lossless)
 
     def _tensors(
         self, experts: Sequence[ExpertSource], router: Callable[[str, list[Expression]], Expression]

@@ -1,8 +1,9 @@
 """Proof that a mixture is what its recipe says: bytes against the sources, and logits against the dense experts.
 
-With both gates one-hot on expert i, a mixture must compute what dense model i computes on the shared trunk (the
-mixture's embeddings, norms and head). The dense side runs in the family's own transformers class, with the expert's own
-config, on tensors read straight from its checkpoint, so it shares no code with the upcycler or the widened model.
+With both gates one-hot on expert i, a mixture must compute what dense model i computes: the whole dense model, if the
+plan is lossless, else dense model i on the mixture's trunk (embeddings, norms and head). The dense side runs in the
+family's own transformers class, with the expert's own config, on tensors read straight from its checkpoint, so it shares
+no code with the upcycler or the widened model.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class Verification:
     experts: tuple[ExpertCheck, ...]
     tokens: int
     """Length of the text."""
+    lossless: bool = False
+    """The logits were compared with those of the whole dense models, their own embeddings, norms and head included."""
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -89,6 +92,7 @@ class Verification:
             "bytes_compared": self.bytes_compared,
             "averages_checked": self.averages_checked,
             "tokens": self.tokens,
+            "whole_experts": self.lossless,
             "experts": [
                 {"name": check.name, "max_difference": check.difference, "max_logit": check.greatest_logit}
                 | ({"skipped": check.skipped} if check.skipped else {})
@@ -121,7 +125,7 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
             f"{folder.name}: with the gates on expert {worst.name!r} its logits differ from the dense model's by "
             f"{worst.difference:.3g} (greatest logit {worst.greatest_logit:.3g}): the mixture is not its experts"
         )
-    return Verification(compared, nbytes, averages, tuple(checks), tokens)
+    return Verification(compared, nbytes, averages, tuple(checks), tokens, bool(plan.lossless))
 
 
 def compare_bytes(
@@ -199,7 +203,7 @@ def _compare_logits(
             continue
         with torch.no_grad(), one_hot_gates(mixture, number):
             ours = mixture(tokens).logits
-        dense = _dense_on_trunk(plan, index, expert)
+        dense = _dense(plan, index, expert)
         with torch.no_grad():
             theirs = dense(tokens).logits
         del dense
@@ -265,7 +269,7 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
 
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
-    """The expert's own config, in its class; of the seed's only what belongs to the trunk."""
+    """The expert's own config, in its class; of the seed's only what belongs to an averaged trunk."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -273,13 +277,15 @@ def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
     of_trunk = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
     not_computed = ("torch_dtype", "dtype", "auto_map", "attn_implementation", "quantization_config")
     config = {key: value for key, value in expert.index.config.items() if key not in (*of_trunk, *not_computed)}
-    config |= {key: value for key, value in plan.config["seed_config"].items() if key in of_trunk}
+    trunk = expert.index.config if plan.lossless else plan.config["seed_config"]
+    config |= {key: value for key, value in trunk.items() if key in of_trunk}
     # config.json spells infinity as a mapping, as Granite's hybrids have it.
     return CONFIG_MAPPING[config["model_type"]].from_dict(dict(PreTrainedConfig._decode_special_floats(config)))
 
 
-def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
-    """Dense model i in its family's own class: its experts' tensors from its checkpoint, the rest from the mixture."""
+def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
+    """Dense model i in its family's own class: its experts' tensors from its checkpoint; the rest, unless the trunk is
+    lossless, from the mixture."""
     import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -290,11 +296,11 @@ def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> 
     state = {}
     floats = {name: ref for name, ref in expert.tensors.items() if ref.dtype in FLOAT_DTYPES}
     for name, ref in floats.items():  # other numbers are buffers, which the class computes
-        source = ref if name in owned else index.tensors.get(f"model.{name}", ref)
+        source = ref if plan.lossless or name in owned else index.tensors.get(f"model.{name}", ref)
         state[name] = _tensor(cast(Source(source), dtype))  # the output's dtype may be narrower than the source's
     if expert.fold_norms:
         _unfold(state, expert)
-    if plan.config["attention"] == "kv_sharing":
+    if plan.config["attention"] == "kv_sharing" and not plan.lossless:
         _share_keys_and_values(state, expert, index)
     # As from a checkpoint, so that transformers' own renamings (GPT-NeoX's embed_out) apply.
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].from_pretrained(
