@@ -191,7 +191,7 @@ def _print_verification(report: UpcycleReport) -> None:
 
 
 def _method(report: UpcycleReport) -> str:
-    from branchmix.upcycling.card import method_of
+    from branchmix.upcycling.model_card import method_of
 
     method = method_of(report.plan.config, report.recipe)
     assert method is not None, "a dense model is written by a recipe only"

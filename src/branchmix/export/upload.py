@@ -17,12 +17,12 @@ from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.index import INDEX_FILE, CheckpointIndex
 from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.licence import licence_of_folder, metadata_of
-from branchmix.checkpoint.places import rewritten, with_own_code
+from branchmix.checkpoint.portable_configs import rewritten, with_own_code
 from branchmix.errors import CheckpointError, OutputError, RecipeError, short
-from branchmix.export.card import UNKNOWN, hub_card, without_paths
-from branchmix.upcycling.card import sources_of
+from branchmix.export.hub_card import UNKNOWN, hub_card, without_paths
 from branchmix.upcycling.execute import CODE_FILES
 from branchmix.upcycling.mixture import provenance_of
+from branchmix.upcycling.model_card import sources_of
 
 README = "README.md"
 OF_A_RUN = ("trainer_state.json", "optimizer.pt", "optimizer.safetensors", "scheduler.pt", "training")

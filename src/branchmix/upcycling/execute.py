@@ -23,13 +23,13 @@ from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder
-from branchmix.checkpoint.places import rewritten, with_own_code, without_places
+from branchmix.checkpoint.portable_configs import rewritten, with_own_code, without_places
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
 from branchmix.upcycling.buildable import unbuildable
-from branchmix.upcycling.card import model_card
+from branchmix.upcycling.model_card import model_card
 from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
 
 if TYPE_CHECKING:

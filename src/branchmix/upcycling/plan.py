@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from branchmix import __version__
-from branchmix.checkpoint.drawn import Constant, Normal, PartlyRedrawn
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack
 from branchmix.checkpoint.families import (
     Config,
@@ -22,9 +21,10 @@ from branchmix.checkpoint.families import (
     layout_of,
     squares_activation,
 )
+from branchmix.checkpoint.generated_tensors import Constant, Normal, PartlyRedrawn
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
-from branchmix.checkpoint.places import AUTO_MAP
+from branchmix.checkpoint.portable_configs import AUTO_MAP
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.tying import as_stored
 from branchmix.checkpoint.writer import OutputTensor

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from branchmix.accounting.formulas import table_positions
-from branchmix.checkpoint.drawn import Held
 from branchmix.checkpoint.expressions import Expression
+from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.text import LONG
 from branchmix.errors import CheckpointError, RecipeError

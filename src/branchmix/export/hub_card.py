@@ -13,7 +13,7 @@ from branchmix.accounting import inspect
 from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.unfit import has_experts
 from branchmix.errors import BranchMixError, RecipeError
-from branchmix.upcycling.card import front_matter, history, method_of, source_table, sources_of, usage
+from branchmix.upcycling.model_card import front_matter, history, method_of, source_table, sources_of, usage
 
 UNKNOWN = "unknown"
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.drawn import Normal
 from branchmix.checkpoint.expressions import Expression, Source, Stack
 from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
+from branchmix.checkpoint.generated_tensors import Normal
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.index import CheckpointIndex

@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from branchmix.checkpoint.drawn import Constant
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack, Transposed
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.generated_tensors import Constant
 from branchmix.checkpoint.rotary import with_rope
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError

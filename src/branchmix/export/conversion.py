@@ -13,10 +13,10 @@ from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.writer import WriteReport
 from branchmix.errors import VerificationError
-from branchmix.export.plan import chosen_expert, plan_export, rounds_nothing
-from branchmix.upcycling.card import exported_card
+from branchmix.export.conversion_plan import chosen_expert, plan_export, rounds_nothing
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
+from branchmix.upcycling.model_card import exported_card
 from branchmix.upcycling.plan import Plan
 from branchmix.upcycling.verify import (
     FOLDED_TOLERANCE,
