@@ -1,7 +1,7 @@
-"""Mixtures leave home: checkpoints of classes that other tools know (``export_model``), and the Hub (``push``).
+"""Export mixtures: as checkpoints of classes that other tools know (``export_model``), and to the Hub (``push``).
 
-``native`` (which class computes the same), ``conversion_plan`` (what becomes of every tensor), ``conversion`` (write and
-prove it), ``upload`` and ``hub_card`` (the Hub).
+``native`` (which class computes the same), ``conversion_plan`` (what becomes of every tensor), ``conversion``
+(write and verify), ``upload`` and ``hub_card`` (the Hub).
 """
 
 from __future__ import annotations

@@ -31,6 +31,11 @@ FFN_NAMES = {True: ("gate_proj", "up_proj", "down_proj"), False: ("in_proj", "do
 """On-disk names of an expert's matrices, for gated and for plain FFNs."""
 
 
+def who(name: str) -> str:
+    """What messages call the seed, or an expert of this name."""
+    return "seed" if name == "seed" else f"expert {name!r}"
+
+
 class ExpertSource(ABC):
     """One expert's share of every layer."""
 
