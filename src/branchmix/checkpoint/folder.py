@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG
-from branchmix.checkpoint.json_text import read_object
+from branchmix.checkpoint.json_text import json_document, read_object
 from branchmix.checkpoint.moves import discard, fsync_folder, replace_folder
 from branchmix.errors import BranchMixError, OutputError
 
@@ -94,22 +93,18 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
             if target.exists():
                 replace_folder(temporary, target, aside=beside(target, REPLACED))
             else:
-                _appear(temporary, target, out)
+                try:
+                    temporary.rename(target)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+                    raise OutputError(f"{out}: {_EXISTS}") from None  # another process was faster
             fsync_folder(target.parent)
     except BaseException as error:
         discard(temporary)
         if isinstance(error, BranchMixError):
             error.rename(str(temporary), str(out))
         raise
-
-
-def _appear(temporary: Path, target: Path, out: Path) -> None:
-    try:
-        temporary.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        raise OutputError(f"{out}: {_EXISTS}") from None  # another process was faster
 
 
 def require_replaceable(out: Path, *, force: bool) -> None:
@@ -137,7 +132,9 @@ def _require_nothing_else(out: Path, target: Path) -> None:
     lacks = ""
     if "config.json" not in names:
         lacks = "no config.json"
-    elif not (_names_a_model(target / "config.json") or any(name.endswith((".safetensors", ".bin")) for name in names)):
+    elif "model_type" not in (read_object(target / "config.json") or {}) and not any(
+        name.endswith((".safetensors", ".bin")) for name in names
+    ):
         lacks = "no model_type in its config.json, and no weights"
     if lacks:
         raise OutputError(f"{out}: is no checkpoint folder ({lacks}), so it is not replaced: choose another")
@@ -147,10 +144,6 @@ def _require_nothing_else(out: Path, target: Path) -> None:
             f"{out}: holds {others[0]}, which is no part of a checkpoint, so it is not replaced: choose another "
             "folder, or move that away"
         )
-
-
-def _names_a_model(config: Path) -> bool:
-    return "model_type" in (read_object(config) or {})
 
 
 def require_name(out: Path) -> None:
@@ -226,12 +219,12 @@ def put_back(out: Path) -> bool:
 def _left_of(target: Path, kind: str) -> list[Path]:
     """Folders of one kind beside ``target`` whose processes are gone."""
     prefix = f".{target.name}.{kind}-"
-    found = []
+    left = []
     for folder in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
         pid, _, random = folder.name.removeprefix(prefix).partition("-")
         if folder.name.startswith(prefix) and pid.isdecimal() and random and not _alive(int(pid)):
-            found.append(folder)
-    return found
+            left.append(folder)
+    return left
 
 
 def _alive(pid: int) -> bool:
@@ -239,10 +232,8 @@ def _alive(pid: int) -> bool:
         return False  # os.kill would end the process there
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -258,21 +249,16 @@ def writing(file: Path) -> Iterator[None]:
 
 
 def write_json(file: Path, content: Any, *, allow_nan: bool = False) -> None:
-    """Writes a JSON file whole or not at all, in a folder that is made if need be.
+    """``write_text`` for JSON; ``allow_nan`` writes NaN and infinities as JavaScript spells them, else ValueError."""
+    write_text(file, json_document(content, allow_nan=allow_nan))
 
-    Args:
-        file: to write.
-        content: as ``json`` takes it.
-        allow_nan: write NaN and infinities as JavaScript spells them, rather than raise ValueError.
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a text file whole or not at all, in a folder that is made if need be.
 
     Raises:
         OutputError: it cannot be written.
     """
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """The same for a text."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -40,35 +40,24 @@ DTYPE_BITS = {
 
 
 def float32_bytes(nbytes: int, dtype: str) -> int:
-    """Bytes of a tensor once it is read as fp32.
-
-    Args:
-        nbytes: as stored.
-        dtype: of the stored one, a safetensors code.
-    """
+    """Bytes in fp32 of a tensor that is stored in ``nbytes`` bytes of ``dtype``, a safetensors code."""
     return nbytes * DTYPE_BITS["F32"] // DTYPE_BITS[dtype]
 
 
 _QUANTISED_SUFFIXES = {
-    ".qweight": "GPTQ or AWQ",
-    ".qzeros": "GPTQ or AWQ",
-    ".scales": "GPTQ or AWQ",
-    ".SCB": "bitsandbytes int8",
-    ".weight_format": "bitsandbytes int8",
-    ".absmax": "bitsandbytes 4-bit",
-    ".quant_map": "bitsandbytes 4-bit",
-    ".weight_scale": "compressed-tensors or FP8",
-    ".weight_scale_inv": "FP8",
-    ".weight_packed": "compressed-tensors",
-    ".weight_zero_point": "compressed-tensors",
-    ".input_scale": "FP8",
-    ".weight_blocks": "MXFP4",
-    ".weight_scales": "MXFP4",
+    "GPTQ or AWQ": (".qweight", ".qzeros", ".scales"),
+    "bitsandbytes int8": (".SCB", ".weight_format"),
+    "bitsandbytes 4-bit": (".absmax", ".quant_map"),
+    "compressed-tensors or FP8": (".weight_scale",),
+    "FP8": (".weight_scale_inv", ".input_scale"),
+    "compressed-tensors": (".weight_packed", ".weight_zero_point"),
+    "MXFP4": (".weight_blocks", ".weight_scales"),
 }
 _STORED_QUANTISED = frozenset("bitsandbytes gptq awq compressed-tensors fp8 fbgemm_fp8 mxfp4".split())
 """Methods whose tensors show that they were quantised; others quantise 16-bit weights as they compute."""
 _QUANTISATION = ("quantization_config", "compression_config")
 """Keys of config.json that name one."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _QUANTISED_DTYPES = {"I8", "U8"} | {code for code in DTYPE_BITS if code.startswith(("F8_", "F6_", "F4"))}
 
 
@@ -104,7 +93,7 @@ class CheckpointIndex:
     files: tuple[Path, ...]
     """The weight files."""
     notes: tuple[str, ...] = ()
-    """What of the folder does not count, for the user."""
+    """For the user: what is ignored in the folder."""
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +113,7 @@ class CheckpointIndex:
         config = _read_config(folder)
         if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
             _refuse_quantised_config(folder, config, but=())  # whose weights have names of their own
-        shards = _find_shards(folder)
+        shards, shard_of = _find_shards(folder)
         tensors: dict[str, TensorRef] = {}
         for file in shards:
             for ref in read_header(file):
@@ -137,17 +126,15 @@ class CheckpointIndex:
                 tensors[ref.name] = ref
         if not tensors:
             raise CheckpointError(f"{folder}: the weights hold no tensors: save or download the checkpoint again")
-        for name, expected in _shards_of_names(folder, shards).items():
-            held = tensors.get(name)
-            if held is None or held.file != expected:
+        for name, shard in shard_of.items():
+            if name not in tensors or tensors[name].file.name != shard:
                 raise CheckpointError(
-                    f"{folder / INDEX_FILE}: says that tensor {name} is in {expected.name}, which lacks it: "
+                    f"{folder / INDEX_FILE}: says that tensor {name} is in {shard}, which lacks it: "
                     "download or save the checkpoint again"
                 )
         _refuse_quantised_tensors(folder, tensors)
         notes = [left_over_adapter(folder), _refuse_quantised_config(folder, config, but=_STORED_QUANTISED)]
-        told = tuple(note for note in notes if note is not None)
-        return cls(folder=folder, config=config, tensors=tensors, files=tuple(shards), notes=told)
+        return cls(folder, config, tensors, tuple(shards), tuple(note for note in notes if note is not None))
 
 
 def read_header(file: Path) -> list[TensorRef]:
@@ -203,17 +190,10 @@ def _tensor_ref(file: Path, name: str, entry: Any, *, data_start: int) -> Tensor
     def natural(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
-    dtype, shape, offsets = (
-        (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None,) * 3
-    )
-    if (
-        not isinstance(dtype, str)
-        or not isinstance(shape, list)
-        or not all(map(natural, shape))
-        or not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(map(natural, offsets))
-    ):
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    lists = isinstance(shape, list) and isinstance(offsets, list) and all(map(natural, [*shape, *offsets]))
+    if not (isinstance(dtype, str) and lists and len(offsets) == 2):
         raise CheckpointError(f"{file}: the header's entry for tensor {name} is malformed: download or save it again")
     bits = DTYPE_BITS.get(dtype)
     if bits is None:
@@ -229,20 +209,17 @@ def _tensor_ref(file: Path, name: str, entry: Any, *, data_start: int) -> Tensor
     return TensorRef(name, dtype, tuple(shape), file, data_start + begin, end - begin)
 
 
-def _shards_of_names(folder: Path, shards: list[Path]) -> dict[str, Path]:
-    """Tensor name to shard as the index file says; empty when the weights are one file."""
-    if [file.name for file in shards] == [SINGLE_FILE]:
-        return {}
-    return {name: folder / shard for name, shard in _read_weight_map(folder).items()}
+def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and the file name of each tensor according to the index, if there is one.
 
-
-def _find_shards(folder: Path) -> list[Path]:
-    """The weight files; of a single file and an index, the single file counts, as in transformers."""
+    A single file takes precedence over an index, as in transformers.
+    """
     if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
+        return [folder / SINGLE_FILE], {}
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(_why_no_weights(folder))
-    shards = [folder / name for name in sorted(set(_read_weight_map(folder).values()))]
+    weight_map = _read_weight_map(folder)
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in shards if not file.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -250,7 +227,7 @@ def _find_shards(folder: Path) -> list[Path]:
             f"{folder}: shard {missing[0]}{more} is missing ({len(shards)} are named in {INDEX_FILE}): "
             "finish the download, or copy it here"
         )
-    return shards
+    return shards, weight_map
 
 
 def _read_weight_map(folder: Path) -> dict[str, str]:
@@ -271,12 +248,12 @@ def _require_folder(folder: Path) -> None:
     if is_there(folder) and folder.is_dir():
         return
     if is_there(folder):
-        kinds: dict[str, str] = {
+        pickle = "a pickle, which is never loaded: give a folder with safetensors weights"
+        kinds = {
             ".gguf": "a GGUF file: give the folder of the original transformers checkpoint",
             ".safetensors": "a single weight file: give the folder that holds it and its config.json",
+            **dict.fromkeys(_PICKLES, pickle),
         }
-        pickle = "a pickle, which is never loaded: give a folder with safetensors weights"
-        kinds.update(dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), pickle))
         kind = kinds.get(folder.suffix, "a file: give a checkpoint folder (config.json and safetensors weights)")
         raise CheckpointError(f"{folder}: is {kind}")
     hint = "check the path"
@@ -346,12 +323,10 @@ def _why_no_weights(folder: Path) -> str:
         )
     if safetensors:
         return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; found {_some(safetensors)}: {convert}"
-    pickles = ending(".bin", ".pt", ".pth", ".ckpt")
-    pickles = [name for name in pickles if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
-    if pickles:
+    of_a_trainer = ("training_args.bin", "optimizer.pt", "scheduler.pt")
+    if pickles := [name for name in ending(*_PICKLES) if name not in of_a_trainer]:
         return f"{folder}: only pickled weights ({_some(pickles)}); pickles are never loaded: {convert}"
-    gguf = ending(".gguf")
-    if gguf:
+    if gguf := ending(".gguf"):
         return f"{folder}: only GGUF weights ({_some(gguf)}): give the folder of the original transformers checkpoint"
     return f"{folder}: no weights (no {SINGLE_FILE}, no {INDEX_FILE}): finish the download, or check the path"
 
@@ -364,17 +339,15 @@ def _refuse_quantised_config(folder: Path, config: dict[str, Any], *, but: Colle
     """Takes the entry of a quantisation out of a config, as merged QLoRA models have it, and returns a note on it.
 
     Args:
-        folder: for messages.
-        config: content of config.json.
         but: methods that are not refused, since the weights have shown that they are not quantised.
 
     Raises:
         CheckpointError: it is another method.
     """
-    found = _quantisation(config)
-    if not found:
+    quantisation = _quantisation(config)
+    if not quantisation:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     if method not in but:
         raise CheckpointError(_quantised(folder, f"{method or 'unnamed method'}, says config.json"))
     without_quantisation(config)
@@ -389,17 +362,13 @@ def left_over_quantisation(folder: Path) -> str | None:
         if not _quantisation(_read_config(folder)):
             return None
         notes = CheckpointIndex.open(folder).notes
-    except CheckpointError:  # quantised indeed, or damaged: whoever loads the weights tells that
+    except CheckpointError:  # quantised indeed, or damaged, which loading the weights will report
         return None
     return next((note for note in notes if note != left_over_adapter(folder)), None)
 
 
 def without_quantisation(config: Any) -> None:
-    """Take the entry of a quantisation out of a config.
-
-    Args:
-        config: the attributes of transformers' config, or the content of a config.json.
-    """
+    """Take the entry of a quantisation out of a config.json, or out of the attributes of transformers' config."""
     for key in _QUANTISATION:
         config.pop(key, None)
 
@@ -410,7 +379,7 @@ def _quantisation(config: dict[str, Any]) -> Any:
 
 def _refuse_quantised_tensors(folder: Path, tensors: dict[str, TensorRef]) -> None:
     for ref in tensors.values():
-        method = next((method for suffix, method in _QUANTISED_SUFFIXES.items() if ref.name.endswith(suffix)), None)
+        method = next((method for method, ends in _QUANTISED_SUFFIXES.items() if ref.name.endswith(ends)), None)
         if method is not None:
             raise CheckpointError(_quantised(folder, f"{method}, tensor {ref.name}"))
         # GPT-NeoX checkpoints carry their causal mask as a U8 buffer called bias.
@@ -427,9 +396,9 @@ class _DuplicateKeyError(Exception):
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in content:
             raise _DuplicateKeyError(key)
-        found[key] = value
-    return found
+        content[key] = value
+    return content

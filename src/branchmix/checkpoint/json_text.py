@@ -1,7 +1,7 @@
-"""The one reader of JSON that others wrote: what no honest file has is refused as text that is not JSON is.
+"""The one reader of JSON that others wrote, and the one form of JSON that we write.
 
-Python's own reader takes numbers of 4,300 digits, half surrogates and lists a thousand deep, all of which fail later
-and elsewhere: in a conversion to float, in writing, in whatever walks through the value.
+Python's own reader accepts numbers of 4,300 digits, half surrogates and lists a thousand deep, all of which fail later
+and elsewhere: in a conversion to float, in writing, in whatever walks through the value. Here they are not JSON.
 """
 
 from __future__ import annotations
@@ -63,10 +63,15 @@ def read_json(file: Path) -> Any:
 def read_object(file: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no such file, or something else in it."""
     try:
-        found = read_json(file)
+        content = read_json(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
+
+
+def json_document(content: Any, *, allow_nan: bool = False) -> str:
+    """The text of a JSON file, for programs and people."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
 
 
 def _whole_number(digits: str) -> int:

@@ -1,14 +1,13 @@
-"""What model files note and what does not travel with them: where they lay, and whose code they run."""
+"""Configs that can be shared: without local paths, and without names of other people's code."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import json_document, read_json
 
-_KEYS = frozenset({"_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file"})
+_PATH_KEYS = frozenset({"_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file"})
 _NOTED_IN = ("config.json", "tokenizer_config.json")
 CODE = "auto_map"
 """Key of configs that names the Python classes to load a model or its tokenizer with."""
@@ -17,16 +16,12 @@ AUTO_MAP = {
     "AutoModel": "modeling_branchmix.BranchMixModel",
     "AutoModelForCausalLM": "modeling_branchmix.BranchMixForCausalLM",
 }
-"""Of mixtures, as in ``configuration_branchmix``, which only torch users import."""
+"""The ``auto_map`` of mixtures, as in ``configuration_branchmix``, which needs torch."""
 
 
-def without_places(config: Any) -> Any:
-    """A config without the paths it was loaded from; nested ones lose theirs too.
-
-    Args:
-        config: content of a config.json or a tokenizer_config.json.
-    """
-    return _without(_KEYS, config)
+def without_local_paths(config: Any) -> Any:
+    """The content of a config.json or tokenizer_config.json without the paths it was loaded from, nested ones too."""
+    return _without(_PATH_KEYS, config)
 
 
 def _without(keys: frozenset[str], value: Any) -> Any:
@@ -38,13 +33,10 @@ def _without(keys: frozenset[str], value: Any) -> Any:
 
 
 def with_own_code(config: Any) -> Any:
-    """A config that names no Python code but ours, which comes along with mixtures.
+    """The content of a config.json or tokenizer_config.json that names only our own Python code, saved with mixtures.
 
-    Python files of a source are never copied, so that nobody spreads code of others under a name of their own; a name
-    of such code, in the folder or on the Hub, stays behind with it.
-
-    Args:
-        config: content of a config.json or a tokenizer_config.json.
+    Python files of a source are never copied, so that nobody publishes other people's code under their own name; names
+    of such code, in the folder or on the Hub, are removed too.
     """
     kept = _without(frozenset({CODE}), config)
     is_mixture = isinstance(kept, dict) and kept.get("model_type") == "branchmix"
@@ -52,16 +44,12 @@ def with_own_code(config: Any) -> Any:
 
 
 def rewritten(file: Path) -> bytes | None:
-    """The file without those paths and without names of code; None where it holds none: then it may be copied.
-
-    Args:
-        file: any file of a checkpoint.
-    """
+    """The content of a checkpoint's file without paths and names of code; None if it has none and may be copied."""
     if file.name not in _NOTED_IN or not file.is_file():
         return None
     try:
         content = read_json(file)
-    except ValueError:  # no JSON: whoever reads it for its content tells that
+    except ValueError:  # not JSON, which its readers will report
         return None
-    kept = with_own_code(without_places(content))
-    return None if kept == content else (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    kept = with_own_code(without_local_paths(content))
+    return None if kept == content else json_document(kept, allow_nan=True).encode()

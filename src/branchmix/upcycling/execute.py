@@ -31,7 +31,7 @@ from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder
-from branchmix.checkpoint.portable_configs import rewritten, with_own_code, without_places
+from branchmix.checkpoint.portable_configs import rewritten, with_own_code, without_local_paths
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
@@ -190,7 +190,7 @@ def write_output(
             shutil.copyfile(file, folder / file.name)
     write_json(folder / "branchmix.json", record)
     write_text(folder / "README.md", card(plan, record))
-    write_json(folder / "config.json", with_own_code(without_places(plan.config)))
+    write_json(folder / "config.json", with_own_code(without_local_paths(plan.config)))
     return written
 
 
