@@ -59,7 +59,7 @@ def expanded(given: str | Path) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file or folder has this name. No name is too long for this question: then none has it."""
+    """Whether a file or folder has this name; False, not an error, for a name that is too long for the disk."""
     return os.path.exists(path)  # noqa: PTH110 (that of pathlib raises for such names)
 
 

@@ -90,11 +90,7 @@ def discard(folder: Path) -> None:
 
 
 def in_order_of_removal(entries: Iterable[Path], *, last: Iterable[str] = ()) -> list[Path]:
-    """Entries of a folder so ordered that a removal which is cut short leaves no folder that looks like a model.
-
-    Args:
-        last: names that are to stay longest.
-    """
+    """Entries so ordered that an interrupted removal leaves no folder that looks like a model; ``last`` go last."""
     late = tuple(last)
     return sorted(entries, key=lambda entry: (entry.name in late, entry.name not in MAKES_A_MODEL, entry.name))
 

@@ -41,7 +41,7 @@ _BY_LAYER_TYPE = ("gemma3_text", "olmo3")
 """Families whose layers with a sliding window rotate differently from the others."""
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _LOCAL_THETA = 10000.0
-"""Of Gemma 3's layers with a sliding window."""
+"""Base of Gemma 3's layers with a sliding window."""
 
 _NEEDS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 """Values of ``rope_type`` that scale from the length of pretraining."""
@@ -91,7 +91,7 @@ def _beside(config: Config) -> tuple[Any, Any]:
 
 
 def _window_theta(config: Config) -> Any:
-    """Of layers with a sliding window; transformers 5 gives OLMo 3's the default, whatever ``rope_theta`` says."""
+    """Base of layers with a sliding window; for OLMo 3 transformers 5 takes the default, whatever ``rope_theta`` is."""
     if config.get("model_type") == "gemma3_text":
         return config.get("rope_local_base_freq", _LOCAL_THETA)
     return _THETA_DEFAULTS["olmo3"]
@@ -100,11 +100,7 @@ def _window_theta(config: Config) -> Any:
 def _filled(given: dict[str, Any], theta: Any, part: Any, config: Config) -> dict[str, Any]:
     """Parameters of one kind of layer, with all that transformers adds to them when it loads the config.
 
-    Args:
-        given: as they stand in the config.
-        theta: base, where they have none.
-        part: rotated part of a head, where they have none.
-        config: for the length of pretraining.
+    ``theta`` (base) and ``part`` (rotated part of a head) are used where ``given`` has none.
     """
     family = config.get("model_type", "")
     rope = {"rope_type": given.get("type", "default"), "rope_theta": theta, "partial_rotary_factor": part, **given}

@@ -1,4 +1,4 @@
-"""The id of every token, from a tokenizer's files: what its loader makes of them, without the loader.
+"""The id of every token, read from a tokenizer's files without loading the tokenizer.
 
 A vocabulary (tokenizer.json, vocab.json or a sentencepiece tokenizer.model), then tokens added to it, which may be
 noted in tokenizer.json itself, in tokenizer_config.json (``added_tokens_decoder``), in added_tokens.json, or only as a
@@ -22,6 +22,7 @@ FILES = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "added_tokens.jso
 
 _NO_TOKENIZER = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError)
 """What reading the parts of a tokenizer's file raises where it is something else."""
+_BROKEN = "is no tokenizer file: download it again"
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,16 @@ def token_ids(folder: Path) -> TokenIds | None:
     try:
         if file.name == "tokenizer.json":
             content = read_json(file)
-            vocabulary, merges = _vocabulary(content["model"]), _merges(content["model"])
+            entries, rules = content["model"].get("vocab", {}), content["model"].get("merges") or []
+            if isinstance(entries, list):  # unigram: [token, score] by id
+                entries = {entry[0]: number for number, entry in enumerate(entries)}
+            vocabulary = {str(token): int(number) for token, number in entries.items()}
+            merges = [rule if isinstance(rule, str) else " ".join(rule) for rule in rules]
             own = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens", [])}
         elif file.name == "vocab.json":
             vocabulary = {str(token): int(number) for token, number in read_json(file).items()}
-            rules = folder / "merges.txt"
-            lines = rules.read_text(encoding="utf-8").splitlines() if rules.is_file() else []
+            text = folder / "merges.txt"
+            lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
             merges = [line for line in lines if line and not line.startswith("#version")]
         else:
             pieces = sentencepieces(file.read_bytes())
@@ -67,7 +72,7 @@ def token_ids(folder: Path) -> TokenIds | None:
                 return None
             vocabulary = {piece: number for number, piece in enumerate(pieces)}
     except _NO_TOKENIZER:
-        raise CheckpointError(f"{file}: is no tokenizer file: download it again") from None
+        raise CheckpointError(f"{file}: {_BROKEN}") from None
     ids, agreed = {**vocabulary, **own}, True
     free = max(len(vocabulary), *(number + 1 for number in own.values()), 0)
     for token, noted in added_tokens(folder):
@@ -118,18 +123,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(read_json(file))
     except _NO_TOKENIZER:
-        raise CheckpointError(f"{file}: is no tokenizer file: download it again") from None
-
-
-def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
-    vocabulary = model.get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: [token, score] by id
-        return {str(entry[0]): number for number, entry in enumerate(vocabulary)}
-    return {str(token): int(number) for token, number in vocabulary.items()}
-
-
-def _merges(model: dict[str, Any]) -> list[str]:
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+        raise CheckpointError(f"{file}: {_BROKEN}") from None
 
 
 def sentencepieces(model: bytes) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from branchmix.errors import VerificationError
 from branchmix.export.conversion_plan import chosen_expert, plan_export, rounds_nothing
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
-from branchmix.upcycling.model_card import exported_card
+from branchmix.upcycling.model_card import model_card
 from branchmix.upcycling.plan import Plan
 from branchmix.upcycling.verify import (
     FOLDED_TOLERANCE,
@@ -128,7 +129,7 @@ def export_model(
                 DEFAULT_SHARD_BYTES,
                 check=check,
                 progress=progress,
-                card=lambda plan, record: exported_card(plan, record, mixture.config),
+                card=partial(model_card, exported_from=mixture.config),
             )
             if verify:
                 one_hot = chosen.number if chosen is not None and expert is not None else None
