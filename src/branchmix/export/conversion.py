@@ -1,9 +1,10 @@
-"""Carries out an export: tensors streamed, companions copied, logits compared, all or nothing."""
+"""Writes an export: tensors streamed, companions copied, logits compared, all or nothing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,9 @@ from branchmix.upcycling.verify import (
     FOLDED_TOLERANCE,
     TOLERANCE,
     compare_bytes,
+    difference_of,
     one_hot_gates,
+    refuse_strangers,
     require_memory,
     sample_tokens,
 )
@@ -166,16 +169,11 @@ def _verify(
         model, info = loader.from_pretrained(
             where, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **without_adapter(where)
         )
-        strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
-        if strangers:
-            raise VerificationError(f"{where.name}: {strangers[0]} has no counterpart in {type(model).__name__}")
-        with torch.no_grad():
-            if name == "mixture" and one_hot is not None:
-                with one_hot_gates(model.eval(), one_hot):
-                    logits.append(model(tokens).logits)
-            else:
-                logits.append(model.eval()(tokens).logits)
-    difference, greatest = float((logits[1] - logits[0]).abs().max()), float(logits[0].abs().max())
+        refuse_strangers(model, info, where.name)
+        gates = one_hot_gates(model, one_hot) if name == "mixture" and one_hot is not None else nullcontext()
+        with torch.no_grad(), gates:
+            logits.append(model.eval()(tokens).logits)
+    difference, greatest = difference_of(logits[1], logits[0])
     scaled = any("scaled" in group.how for group in plan.groups)
     tolerance = FOLDED_TOLERANCE if scaled and not rounds_nothing(mixture) else TOLERANCE
     if not difference <= tolerance * max(greatest, 1.0):

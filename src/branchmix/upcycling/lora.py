@@ -22,8 +22,8 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     """Refuse, from headers alone, an adapter that cannot be merged into the seed.
 
     Raises:
-        CheckpointError: no LoRA, pickled weights, trained on a model of other modules or sizes, or it changes one of
-            two matrices that the seed ties.
+        CheckpointError: it is not a LoRA adapter, its weights are pickled, it was trained on a model of other modules
+            or sizes, or it changes one of two matrices that the seed ties.
     """
     file = adapter / ADAPTER_CONFIG
     try:
@@ -75,18 +75,13 @@ def _unties(settings: dict[str, Any], refs: list[TensorRef], seed: CheckpointInd
     tokens = settings.get("trainable_token_indices")
     if isinstance(tokens, dict):
         of_ends = {str(name).rpartition(".")[2]: rows for name, rows in tokens.items()}
-        told = [of_ends[end] for end in ends if end in of_ends]
-        if ends[0] not in of_ends or any(rows != told[0] for rows in told):
+        if ends[0] not in of_ends or any(of_ends[end] != of_ends[ends[0]] for end in ends if end in of_ends):
             trained |= of_ends.keys()
     return next((end for end in ends if end in trained), None)
 
 
 def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> None:
-    """An adapter trained after the vocabulary was resized carries whole embeddings of other rows than the seed's.
-
-    Raises:
-        CheckpointError: it does.
-    """
+    """Raises CheckpointError for an adapter with whole embeddings of other rows: its vocabulary was resized."""
     last = table.name.split(".")[-2]
     ours = next((ref for name, ref in seed.tensors.items() if name.endswith(f"{last}.weight")), None)
     if ours is not None and ours.shape[0] != table.shape[0]:
@@ -98,12 +93,7 @@ def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> Non
 
 
 def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
-    """Merge an adapter into the seed and save the result beside ``out``; the caller removes it.
-
-    Args:
-        adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        seed: the model it was trained on.
-        out: the output of the whole merge; the temporary folder lies on the same disk.
+    """Merge an adapter's folder into the seed and save the result beside ``out``; the caller removes it.
 
     Raises:
         CheckpointError: peft is not installed, or cannot merge it.

@@ -128,9 +128,11 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
         return None
     start = Path(trained_from)
     # A relative path started from a folder that is not on record: here another model may have that name.
-    ancestors = [phase["key"] for phase in training.get("ancestors") or []]
-    is_it = start.is_absolute() or [phase.key for phase in lineage(start)] == ancestors
-    return _record(start) if is_it else None
+    if not start.is_absolute():
+        ancestors = [phase["key"] for phase in training.get("ancestors") or []]
+        if [phase.key for phase in lineage(start)] != ancestors:
+            return None
+    return _record(start)
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
