@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from branchmix.accounting.formulas import max_positions
+from branchmix.accounting.formulas import configured_positions
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.writer import WriteReport
@@ -160,7 +160,9 @@ def _verify(
     theirs = float32_bytes(plan.nbytes, mixture.dtype)
     require_memory(ours + theirs, "comparing logits", "--no-verify leaves it out")
     compared, nbytes = compare_bytes(plan, CheckpointIndex.open(folder), progress)
-    tokens = sample_tokens(mixture.resolved.folder, mixture.dims.vocab_size, most=max_positions(mixture.seed_config))
+    tokens = sample_tokens(
+        mixture.resolved.folder, mixture.dims.vocab_size, most=configured_positions(mixture.seed_config)
+    )
     logits = []
     for number, (name, where) in enumerate((("mixture", mixture.resolved.folder), ("export", folder))):
         if progress is not None:

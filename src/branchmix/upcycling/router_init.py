@@ -148,7 +148,7 @@ def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, _Watche
                 bare = copy.deepcopy(block.get_submodule(norm))
                 with torch.no_grad():
                     bare.weight.fill_(1.0 - family.gain_offset)  # a gain of 1
-            watched[f"model.{path}.{router}"] = _Watched(block.get_submodule(norm if bare else reader), bare)
+            watched[f"model.{path}.{router}"] = _Watched(block.get_submodule(reader if bare is None else norm), bare)
     return watched
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from branchmix.accounting.formulas import max_positions
+from branchmix.accounting.formulas import configured_positions
 from branchmix.accounting.inspection import too_few_parameters
 from branchmix.accounting.shape import FACTS
 from branchmix.checkpoint.expressions import Expression
@@ -70,7 +70,7 @@ def _rows_unlike_config(model: DenseExpert) -> Iterator[str]:
         module = name.rpartition(".")[0]
         rows, said, what = ref.shape[0], None, "vocab_size is"
         if module.endswith(POSITION_TABLES) and extra is not None:
-            rows, said, what = rows - extra, max_positions(model.index.config), "the positions are"
+            rows, said, what = rows - extra, configured_positions(model.index.config), "the positions are"
         elif is_head(name) or module.endswith(TOKEN_TABLES):
             said = model.dims.vocab_size
         if said is not None and rows != said:
