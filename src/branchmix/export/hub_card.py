@@ -1,6 +1,6 @@
 """The model card of an upload: sources with their licences, recipe, training, accounting, evaluation.
 
-Paths of this machine stay here: a local source is called by its folder's name.
+Local paths are not published: a local source is called by its folder's name.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ UNKNOWN = "unknown"
 
 
 def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The provenance with local folders by their last name; Hub ids stay.
-
-    Args:
-        provenance: of ``branchmix.json``.
-    """
+    """The content of ``branchmix.json`` with local folders by their last name; Hub ids stay."""
     kept = {source["model"] for source in sources_of(provenance).values() if source.get("revision")}
 
     def clean(value: Any, above: str = "", key: str = "") -> Any:
@@ -55,35 +51,26 @@ def hub_card(
     licences: dict[str, str],
     results: Path | None,
 ) -> str:
-    """Markdown with the Hub's front matter.
-
-    Args:
-        folder: of the checkpoint.
-        repo: ``org/name``.
-        config: its config.json.
-        provenance: from ``branchmix.json``; None where nothing is known.
-        licence: of the upload, for the front matter.
-        licences: of the sources, by name.
-        results: ``results.json`` of ``branchmix eval``.
+    """Markdown with the Hub's front matter; ``licence`` is the upload's, ``licences`` those of the sources, by name.
 
     Raises:
-        RecipeError: the results are none.
+        RecipeError: ``results`` is not a ``results.json`` of ``branchmix eval``.
     """
-    told = without_paths(provenance) if provenance else {"recipe": {}, "sources": []}
-    told = {**told, "versions": {"branchmix": __version__}}
+    record = without_paths(provenance) if provenance else {"recipe": {}, "sources": []}
+    record = {**record, "versions": {"branchmix": __version__}}
     more: dict[str, Any] = {"pipeline_tag": "text-generation", **({"license": licence} if licence else {})}
-    if any(source.get("revision") for source in sources_of(told).values()):
+    if any(source.get("revision") for source in sources_of(record).values()):
         more["base_model_relation"] = "merge"
-    title = _title(config, told)
-    front = front_matter(config, told, **more)
+    title = _title(config, record)
+    front = front_matter(config, record, **more)
     lines = [*front, f"# {repo.partition('/')[2]}", "", f"{title[0].upper()}{title[1:]}.", ""]
-    if told["sources"]:
-        lines += ["## Sources", "", *source_table(told, licences), ""]
+    if record["sources"]:
+        lines += ["## Sources", "", *source_table(record, licences), ""]
     lines += usage(repo, own_code=config.get("model_type") == "branchmix")
     training = _training(folder)
     lines += training + _accounting(folder) + (_evaluation(results) if results else [])
-    lines += history(told, ())
-    made = "Made" if told["sources"] or training else "Uploaded"
+    lines += history(record, ())
+    made = "Made" if record["sources"] or training else "Uploaded"
     return "\n".join([*lines, "", f"{made} with [branchmix](https://arxiv.org/abs/2408.08274) {__version__}."]) + "\n"
 
 
