@@ -42,18 +42,17 @@ class Source(Settings):
             raise ValueError("exclude belongs to files")
         return self
 
-    def absolute(self, base: Path, *, out: Path) -> Source:
-        """The same text for a process in any folder.
+    @property
+    def patterns(self) -> list[str]:
+        """``files`` as a list."""
+        return [self.files] if isinstance(self.files, str) else list(self.files or ())
 
-        Args:
-            base: folder that relative paths start from.
-            out: folder whose files are left out, even if a pattern covers them.
-        """
+    def absolute(self, base: Path, *, out: Path) -> Source:
+        """The same text for a process in any folder: paths start from ``base``, files in ``out`` are left out."""
         changes: dict[str, Any] = {}
         if self.files is not None:
-            files = [self.files] if isinstance(self.files, str) else self.files
             start = glob.escape(os.path.abspath(base))  # noqa: PTH100 (resolve() would follow links)
-            changes["files"] = [_absolute(file, start) for file in files]
+            changes["files"] = [_absolute(file, start) for file in self.patterns]
             changes["exclude"] = [*(_absolute(file, start) for file in self.exclude), f"{glob.escape(str(out))}/**"]
         elif self.hub is not None and (base / self.hub).expanduser().exists():
             changes["hub"] = _absolute(self.hub, str(base))

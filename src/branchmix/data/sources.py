@@ -24,18 +24,21 @@ from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.index import refuse_lfs_pointer
 from branchmix.checkpoint.text import whole_characters
 from branchmix.data.config import Source
-from branchmix.errors import DataError
+from branchmix.errors import BranchMixError, DataError
 
 State = dict[str, Any]
 """Where a reader stands, as JSON."""
 
 _COMPRESSED = (".gz", ".zst")
-_TABLES = (
-    *(".arrow", ".avro", ".db", ".feather", ".h5", ".hdf5", ".mdb", ".msgpack", ".npy", ".npz", ".ods", ".orc"),
-    *(".pickle", ".pkl", ".pt", ".rda", ".rds", ".sas7bdat", ".sqlite", ".tfrecord", ".xls", ".xlsx"),
-)
-_ARCHIVES = (".7z", ".br", ".bz2", ".lz4", ".lzma", ".rar", ".snappy", ".tar", ".tgz", ".xz", ".z", ".zip")
-_WRITTEN = (".doc", ".docx", ".epub", ".odt", ".pdf", ".ps", ".rtf")
+_UNREADABLE = {
+    "convert it to .jsonl, .csv or .parquet": (
+        ".arrow .avro .db .feather .h5 .hdf5 .mdb .msgpack .npy .npz .ods .orc .pickle .pkl .pt .rda .rds .sas7bdat "
+        ".sqlite .tfrecord .xls .xlsx"
+    ).split(),
+    "unpack it": ".7z .br .bz2 .lz4 .lzma .rar .snappy .tar .tgz .xz .z .zip".split(),
+    "convert it to plain text": ".doc .docx .epub .odt .pdf .ps .rtf".split(),
+}
+"""What to do with files that hold no plain text, and their suffixes."""
 _POINTER_BYTES = 1024
 """More than a Git LFS pointer has."""
 
@@ -67,13 +70,12 @@ def documents(
     """All documents of a source that are not empty, each in whole characters.
 
     Args:
-        source: where they are.
         folder: where relative paths start from.
         leave_out: as for ``find_files``.
-        replaced: takes the hashes of the documents in which something had to be replaced.
+        replaced: a set for the hashes of documents in which something had to be replaced.
 
     Raises:
-        DataError: nothing is found, or something cannot be read.
+        DataError: there is no such source, or it cannot be read.
     """
     reader = open_source(source, folder=folder, leave_out=leave_out)
     for given, _ in reader.read(None):
@@ -95,12 +97,7 @@ def open_source(source: Source, *, folder: Path, leave_out: Path | None = None) 
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is never trained on; the same text always gets the same answer.
-
-    Args:
-        text: the whole document.
-        share: of all documents, about this many are held out.
-    """
+    """Whether a document is never trained on, as about this share of all documents, by its text alone."""
     return hash_of(text) < share * 2**64
 
 
@@ -122,9 +119,8 @@ class FileReader:
     streamed = False
 
     def __init__(self, source: Source, folder: Path, leave_out: Path | None = None):
-        patterns = [source.files] if isinstance(source.files, str) else list(source.files or ())
         self.column = source.column
-        self.files = find_files(patterns, folder, exclude=source.exclude, leave_out=leave_out)
+        self.files = find_files(source.patterns, folder, exclude=source.exclude, leave_out=leave_out)
         self.sizes = [file.stat().st_size for file in self.files]
 
     def identity(self) -> dict[str, Any]:
@@ -148,18 +144,24 @@ class FileReader:
 
 
 def require_files(sources: Mapping[str, Source], *, folder: Path, leave_out: Path | None = None) -> None:
-    """That the files of all domains exist, before anything is read. The arguments are those of ``find_files``.
+    """Makes sure that the files of all domains exist, before anything is read; arguments as for ``find_files``.
 
     Raises:
         DataError: with the domain.
     """
     for name, source in sources.items():
         if source.files is not None:
-            patterns = [source.files] if isinstance(source.files, str) else source.files
-            try:
-                find_files(patterns, folder, exclude=source.exclude, leave_out=leave_out)
-            except DataError as error:
-                raise DataError(f"data.{name}: {error}") from None
+            with naming_domain(name):
+                find_files(source.patterns, folder, exclude=source.exclude, leave_out=leave_out)
+
+
+@contextmanager
+def naming_domain(name: str) -> Iterator[None]:
+    """Problems with a domain's text get its name."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"data.{name}: {error}") from error
 
 
 def find_files(
@@ -170,13 +172,13 @@ def find_files(
     Args:
         patterns: paths or globs; ``**`` stands for folders at any depth, ``~`` for the home folder.
         folder: where relative ones start from.
-        exclude: patterns of files that do not count.
-        leave_out: folder whose files do not count: a run's own, which would otherwise read other text when it goes on.
+        exclude: patterns of files to leave out.
+        leave_out: folder whose files to leave out: the run's own, whose files would change the text on resuming.
 
     Raises:
         DataError: a pattern matches no file.
     """
-    found: set[str] = set()
+    files: set[str] = set()
     excluded = {name for pattern in exclude for name in _matches(pattern, folder)}
     for pattern in patterns:
         absolute = folder.absolute() / Path(pattern).expanduser()
@@ -190,8 +192,8 @@ def find_files(
             what = "is a folder: name its files, as in" if absolute.is_dir() else "no file matches; looked for"
             where = f"{pattern.rstrip('/')}/**/*" if absolute.is_dir() else str(absolute)
             raise DataError(f"files {pattern!r}: {what} {where}")
-        found.update(matches)
-    return [Path(name) for name in sorted(found)]
+        files.update(matches)
+    return [Path(name) for name in sorted(files)]
 
 
 def _matches(pattern: str, folder: Path) -> list[str]:
@@ -218,10 +220,8 @@ def _rows(file: Path, column: str) -> Iterator[str | None]:
             yield from _json_lines(file, stream, column)
     elif suffix == ".json":
         yield from _json_rows(file, column)
-    elif suffix in (*_TABLES, *_ARCHIVES, *_WRITTEN):
-        words = "convert it to plain text" if suffix in _WRITTEN else "convert it to .jsonl, .csv or .parquet"
-        words = "unpack it" if suffix in _ARCHIVES else words
-        raise DataError(f"{file}: a {suffix} file cannot be read: {words}, or leave it out with exclude")
+    elif advice := next((advice for advice, suffixes in _UNREADABLE.items() if suffix in suffixes), None):
+        raise DataError(f"{file}: a {suffix} file cannot be read: {advice}, or leave it out with exclude")
     else:
         with _opened(file) as stream:
             yield _decoded(stream.read()).replace("\r\n", "\n")
@@ -333,18 +333,13 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse a file that is only Git's note of where the data is.
-
-    Raises:
-        DataError: says how to get the data.
-        OSError: it cannot be read.
-    """
+    """Raises DataError for a Git LFS pointer instead of the data, OSError for a file that cannot be read."""
     with file.open("rb") as stream:
         refuse_lfs_pointer(file, stream.read(64), DataError)
 
 
 def refuse_pointers(folder: Path) -> None:
-    """The same for all files of a folder that others read."""
+    """``refuse_pointer`` for all files of a folder that ``datasets`` reads."""
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.stat().st_size < _POINTER_BYTES:
             refuse_pointer(file)
@@ -386,28 +381,21 @@ class HubReader:
         self.source = source
         name, _, revision = source.hub.partition("@")
         local = folder / Path(name).expanduser()
-        self._quiet(datasets)
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         with _naming_data_set(source.hub):
             if local.is_dir():
                 refuse_pointers(local)
             self._builder = datasets.load_dataset_builder(
                 str(local) if local.is_dir() else name, source.name, revision=revision or None
             )
-        splits = self._splits()
+        data_files = getattr(self._builder.config, "data_files", None)
+        splits = [str(split) for split in self._builder.info.splits or data_files or ()]
         if splits and source.split.partition("[")[0] not in splits:
             raise DataError(
                 f"{source.hub}: there is no split {source.split!r}{nearest(source.split, splits)}; there are "
                 f"{', '.join(splits)}"
             )
-
-    @staticmethod
-    def _quiet(datasets: Any) -> None:
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-
-    def _splits(self) -> list[str]:
-        data_files = getattr(self._builder.config, "data_files", None)
-        return [str(split) for split in self._builder.info.splits or data_files or ()]
 
     def identity(self) -> dict[str, Any]:
         builder = self._builder
@@ -420,7 +408,11 @@ class HubReader:
     def read(self, state: State | None) -> Iterator[tuple[str, State]]:
         source = self.source
         with _naming_data_set(source.hub or ""):
-            rows = self._open()
+            if self.streamed and "[" not in source.split:
+                rows: Any = self._builder.as_streaming_dataset(split=source.split)
+            else:
+                self._builder.download_and_prepare()
+                rows = self._builder.as_dataset(split=source.split).to_iterable_dataset()
             column_names = rows.column_names
             if column_names is not None and source.column not in column_names:
                 raise DataError(f"{source.hub}: {_no_column(source.column, column_names)}")
@@ -435,13 +427,6 @@ class HubReader:
                 text = _checked(row[source.column], source.column, f"{source.hub}, row {number}")
                 if text:
                     yield text, _HubState(row=number, iterable=rows)
-
-    def _open(self) -> Any:
-        split = self.source.split
-        if self.streamed and "[" not in split:
-            return self._builder.as_streaming_dataset(split=split)
-        self._builder.download_and_prepare()
-        return self._builder.as_dataset(split=split).to_iterable_dataset()
 
     def bytes_read(self, state: State) -> tuple[int, int]:
         split = (self._builder.info.splits or {}).get(self.source.split)
@@ -465,7 +450,7 @@ class _HubState(dict[str, Any]):
 
 
 def frozen(state: State) -> State:
-    """``state`` as plain JSON; to be called before the reader goes on."""
+    """``state`` as plain JSON, of the document read last."""
     return state.frozen() if isinstance(state, _HubState) else dict(state)
 
 
@@ -474,11 +459,9 @@ def _naming_data_set(hub: str) -> Iterator[None]:
     """Errors of ``datasets`` in one line."""
     try:
         yield
-    except DataError:
+    except BranchMixError:
         raise
     except Exception as error:
-        if type(error).__module__.split(".")[0] == "branchmix":
-            raise
         kind = type(error).__name__
         reason = " ".join(str(error).split())[:300]
         if kind in ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "FileNotFoundError"):
