@@ -1,4 +1,4 @@
-"""The order of domains in a run: the mix is met at every point of it, and still nothing about the order is regular."""
+"""The order of domains in a run: the mix holds at every point of the run, without any regularity in the order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 _BLOCK = 1024
 """Sequences that are ordered at once."""
 _SWEEPS = 64
-"""Of swaps; a sequence moves by about the square root of that, if the mix lets it."""
+"""Rounds of swaps; a sequence moves by about the square root of that, if the mix allows it."""
 
 
 class MixOrder:
