@@ -207,10 +207,8 @@ class _Content:
             "held_out_text": content,
             "held_out_text_ends": ends,
         }
-        sizes = [
-            size for part in (self.train, self.held_out) for size in (len(part.tokens), part.num_tokens, part.bytes)
-        ]
-        return arrays, Counts(*sizes, duplicates=self.duplicates, replaced=self.replaced)
+        train, held_out = ((len(part.tokens), part.num_tokens, part.bytes) for part in (self.train, self.held_out))
+        return arrays, Counts(*train, *held_out, self.duplicates, self.replaced)
 
 
 def _batches(documents: Iterator[tuple[str, Any]], size: int) -> Iterator[tuple[list[str], Any]]:

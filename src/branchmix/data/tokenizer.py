@@ -37,8 +37,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     num_tokens = core.get_vocab_size()
     if num_tokens < vocab_size:
         raise DataError(
-            f"train_tokenizer: the text is enough for {num_tokens} tokens, not for {vocab_size}: give more text, or ask "
-            "for fewer"
+            f"train_tokenizer: the text is enough for {num_tokens} tokens, not for {vocab_size}: give more text, or "
+            "ask for fewer"
         )
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
