@@ -43,11 +43,6 @@ class Domain:
         """How much there is so far."""
         return sum((chunk.counts for chunk in self.chunks), Counts())
 
-    def __getattr__(self, name: str) -> Any:
-        if name in Counts.__dataclass_fields__:
-            return getattr(self.counts, name)
-        raise AttributeError(name)
-
     def fingerprint(self) -> str:
         """A hash of the documents to train on and their tokens; of a stream's first chunk, which is there at the start.
 
