@@ -228,8 +228,7 @@ def flops_of(shape: Shape, context: int) -> Flops:
 def windows(shape: Shape) -> list[int | None]:
     """The size of each layer's sliding window, or None for full attention, by transformers' own rules.
 
-    Raises:
-        CheckpointError: the config has more layers than any model, which would take gigabytes to list.
+    Raises CheckpointError for more layers than any model has, which would take gigabytes to list.
     """
     seed, num_layers = shape.seed, shape.sizes.num_layers
     if num_layers > MOST_LAYERS:

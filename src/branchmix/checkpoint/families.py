@@ -92,13 +92,7 @@ class Family:
     """True when no entry exists and the names were taken to be the standard ones."""
 
     def routers(self, *, attention: bool, ffn: bool, shared: bool) -> dict[str, str]:
-        """Names of the routers' weights in a block of a mixture, below the block, by kind.
-
-        Args:
-            attention: whether there are attention experts.
-            ffn: whether there are FFN experts.
-            shared: whether attention experts are weighed by the FFN's router, which then is the only one.
-        """
+        """Names of a mixture's routers, below the block, by kind; ``shared``: one router weighs both kinds of experts."""
         names = {"attention": f"{self.attention}.expert_gate.weight"} if attention and not shared else {}
         return names | ({"ffn": f"{self.ffn}.gate.weight"} if ffn else {})
 
@@ -240,8 +234,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Config) -> Family:
     """The table entry of a seed's ``config.json``, or Llama's names for a family that has none.
 
-    Raises:
-        CheckpointError: the config names no family, or one that cannot be a seed.
+    Raises CheckpointError if the config names no family, or one that cannot be a seed.
     """
     model_type = config.get("model_type")
     if not model_type or not isinstance(model_type, str):
@@ -318,8 +311,7 @@ LARGEST_SIZE = 2**31 - 1
 def dimensions(config: Config) -> Dimensions:
     """Sizes of the dense model that ``config`` describes, under whatever names its family uses.
 
-    Raises:
-        CheckpointError: a size is missing, no positive integer, or larger than any model's.
+    Raises CheckpointError for a size that is missing, not a positive integer, or larger than that of any model.
     """
 
     def size(*names: str, default: int | None = None) -> int:

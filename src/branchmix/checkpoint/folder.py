@@ -108,11 +108,7 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
 
 
 def require_replaceable(out: Path, *, force: bool) -> None:
-    """Refuses a place where no checkpoint may be written, before the work that makes it.
-
-    Raises:
-        OutputError: as for ``atomic_folder``.
-    """
+    """Refuses a place where no checkpoint may be written, before the work; raises as ``atomic_folder``."""
     put_back(out)
     target = Path(os.path.realpath(out))
     if target.is_dir():
@@ -147,11 +143,7 @@ def _require_nothing_else(out: Path, target: Path) -> None:
 
 
 def require_name(out: Path) -> None:
-    """Refuses a name that the disk does not accept, such as one of 300 letters or a link to itself.
-
-    Raises:
-        OutputError: it is one.
-    """
+    """Raises OutputError for a name that the disk does not accept: one of 300 letters, or a link to itself."""
     try:
         out.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -163,11 +155,7 @@ def require_name(out: Path) -> None:
 
 
 def require_new_file(file: Path, *, force: bool) -> None:
-    """Refuses a place where a file cannot be written later, before the work whose result it is to hold.
-
-    Raises:
-        OutputError: it is a folder, cannot be written, or exists and is not to be replaced.
-    """
+    """Raises OutputError for a file that cannot be written later, or exists and is not to be replaced."""
     require_name(file)
     target = Path(os.path.realpath(file))
     if target.is_dir():
@@ -198,13 +186,9 @@ def holds_model(folder: Path) -> bool:
 
 
 def put_back(out: Path) -> bool:
-    """Gives ``out`` back the model that a run moved aside and was killed before it put the new one there.
+    """Restores the model that an interrupted run moved aside before the new one was in place; whether it did.
 
-    Returns:
-        Whether there was such a model.
-
-    Raises:
-        OutputError: ``out`` cannot be a name, or the model cannot be moved.
+    Raises OutputError if ``out`` cannot be a name, or the model cannot be moved.
     """
     require_name(out)
     target = Path(os.path.realpath(out))
@@ -254,11 +238,7 @@ def write_json(file: Path, content: Any, *, allow_nan: bool = False) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a text file whole or not at all, in a folder that is made if need be.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Writes a text file whole or not at all, and its folder if needed; raises OutputError if it cannot."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)

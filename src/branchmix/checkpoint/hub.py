@@ -46,11 +46,7 @@ def resolve(given: str, base: Path | None = None) -> ResolvedModel:
 
 
 def expanded(given: str | Path) -> Path:
-    """A path of a model, with the folder of a user for its ``~``.
-
-    Raises:
-        CheckpointError: no user has that name.
-    """
+    """A path of a model, with the folder of a user for its ``~``; raises CheckpointError if there is no such user."""
     try:
         return Path(given).expanduser()
     except RuntimeError:

@@ -102,11 +102,7 @@ class CheckpointIndex:
 
     @classmethod
     def open(cls, folder: str | Path) -> CheckpointIndex:
-        """Reads the config and all headers of ``folder``.
-
-        Raises:
-            CheckpointError: one line with the file, what is wrong with it and what to do.
-        """
+        """Reads the config and all headers of ``folder``; raises CheckpointError with what to do about a problem."""
         folder = Path(folder)
         _require_folder(folder)
         refuse_adapter(folder)
@@ -140,8 +136,7 @@ class CheckpointIndex:
 def read_header(file: Path) -> list[TensorRef]:
     """The tensors of one safetensors file, in the order of their data.
 
-    Raises:
-        CheckpointError: the file is truncated, no safetensors file, or its header contradicts itself.
+    Raises CheckpointError if the file is truncated or not a safetensors file, or its header contradicts itself.
     """
     again = "download or save it again"
     try:
@@ -336,13 +331,9 @@ def _some(names: list[str]) -> str:
 
 
 def _refuse_quantised_config(folder: Path, config: dict[str, Any], *, but: Collection[str]) -> str | None:
-    """Takes the entry of a quantisation out of a config, as merged QLoRA models have it, and returns a note on it.
+    """Removes the quantisation that merged QLoRA models have in their config, and returns a note on it.
 
-    Args:
-        but: methods that are not refused, since the weights have shown that they are not quantised.
-
-    Raises:
-        CheckpointError: it is another method.
+    Raises CheckpointError for a method not in ``but``, those whose weights would show that they are quantised.
     """
     quantisation = _quantisation(config)
     if not quantisation:

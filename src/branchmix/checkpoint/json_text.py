@@ -22,14 +22,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(raw: bytes | str, **options: Any) -> Any:
-    """The value of a JSON text.
+    """The value of a JSON text, or of bytes in UTF-8, UTF-16 or UTF-32; ``options`` are those of ``json.loads``.
 
-    Args:
-        raw: text, or bytes in UTF-8, UTF-16 or UTF-32.
-        options: of ``json.loads``.
-
-    Raises:
-        ValueError: it is not JSON, is nested deeper than ``MAX_DEPTH``, or has a number or character of no use.
+    Raises ValueError if it is not JSON, is nested deeper than ``MAX_DEPTH``, or has a number or character of no use.
     """
     if isinstance(raw, bytes):
         raw = raw.decode(json.detect_encoding(raw))
@@ -49,9 +44,7 @@ def parse_json(raw: bytes | str, **options: Any) -> Any:
 def read_json(file: Path) -> Any:
     """The value of a JSON file.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: as for ``parse_json``, or it is larger than ``MAX_BYTES``.
+    Raises OSError if it cannot be read, and ValueError as ``parse_json`` or if it is larger than ``MAX_BYTES``.
     """
     with file.open("rb") as stream:
         raw = stream.read(MAX_BYTES + 1)

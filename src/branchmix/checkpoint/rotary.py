@@ -54,10 +54,7 @@ def rope_of(config: Config) -> dict[str, Any]:
     """Rotary parameters in transformers 5's form, from its config or an older one, the family's defaults filled in.
 
     Two configs rotate in the same way where their results are equal. Where layer types differ (Gemma 3, OLMo 3), the
-    result maps each to its parameters.
-
-    Raises:
-        CheckpointError: the config's rotary keys are no mappings.
+    result maps each to its parameters. Raises CheckpointError if the config's rotary keys are not mappings.
     """
     rope, scaling = (_mapping(config.get(key), key) for key in ("rope_parameters", "rope_scaling"))
     if config.get("rope_parameters") is None:

@@ -42,11 +42,7 @@ def vocabulary_of(folder: Path) -> Path | None:
 
 
 def token_ids(folder: Path) -> TokenIds | None:
-    """All tokens of a folder's tokenizer; None where its vocabulary is in none of the known forms.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
+    """All tokens of a folder's tokenizer; None for a vocabulary of unknown form, CheckpointError for a damaged file."""
     file = vocabulary_of(folder)
     if file is None:
         return None
@@ -86,8 +82,7 @@ def token_ids(folder: Path) -> TokenIds | None:
 def added_tokens(folder: Path) -> list[tuple[str, int | None]]:
     """Tokens noted outside the vocabulary's file, in the order in which they are added, with the ids noted.
 
-    Raises:
-        CheckpointError: a file is damaged.
+    Raises CheckpointError for a damaged file.
     """
     settings = _read(folder / "tokenizer_config.json")
     try:
@@ -127,10 +122,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def sentencepieces(model: bytes) -> list[str] | None:
-    """The pieces of a sentencepiece model, in the order of their ids; None if it is something else.
+    """The pieces of a sentencepiece model in the order of their ids; None if it is something else.
 
-    Args:
-        model: a serialised ``ModelProto``: its field 1 is a piece, whose field 1 is the text.
+    The model is a serialised ``ModelProto``: its field 1 is a piece, whose field 1 is the text.
     """
     try:
         texts = [
@@ -144,11 +138,7 @@ def sentencepieces(model: bytes) -> list[str] | None:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Number and value of each field of a protocol buffer message.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Number and value of each field of a protocol buffer message; raises ValueError if it is not one."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)

@@ -107,10 +107,7 @@ def build(
 ) -> None:
     """Continues a domain's folder until it is complete, or holds ``wanted()`` tokens if it is streamed.
 
-    The caller holds the folder's lock.
-
-    Raises:
-        DataError: the source cannot be read, or has no text.
+    The caller holds the folder's lock. Raises DataError if the source cannot be read, or has no text.
     """
     if reader.streamed:
         _tokenise(folder, plan, reader, encoder, wanted, progress)

@@ -104,8 +104,7 @@ class Domain:
     def chunk(self, number: int) -> Chunk | None:
         """A chunk, waited for if it is still being read; None beyond the end of the source.
 
-        Raises:
-            DataError: no process reads the source any more, or reading has failed.
+        Raises DataError if no process reads the source any more, or reading has failed.
         """
         if number >= len(self.chunks) and not self.complete:
             started = time.monotonic()

@@ -17,13 +17,10 @@ _SWEEPS = 64
 class MixOrder:
     """Which domain sequence n is of, and how many of that domain came before it.
 
-    After any n sequences, every domain has had its share of n to within less than one. Earliest deadline first keeps
-    to that (jobs whose windows are given by that very bound); in blocks, its order is then shuffled as far as the bound
-    allows, since it would otherwise be periodic, and in step with batches or processes.
-
-    Args:
-        shares: sum to 1.
-        random_seed: of the shuffling.
+    After any n sequences, every domain has had its share of n to within less than one (``shares`` sum to 1).
+    Earliest deadline first keeps to that (jobs whose windows are given by that very bound); in blocks, its order is
+    then shuffled as far as the bound allows, since it would otherwise be periodic, and in step with batches or
+    processes.
     """
 
     def __init__(self, shares: Sequence[float], random_seed: int):

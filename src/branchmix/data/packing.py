@@ -57,11 +57,7 @@ def block_mask(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def packing_method(model: Any) -> Packing:
-    """How documents are kept apart in this model, found by trying.
-
-    Raises:
-        CompatibilityError: neither way works, as for recurrent models.
-    """
+    """How documents are kept apart in this model, found by trying; raises CompatibilityError if neither way works."""
     if isolates_documents(model):
         return "position_ids"
     if isolates_documents(model, "mask"):

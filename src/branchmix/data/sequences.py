@@ -141,11 +141,7 @@ class DomainOrder:
         return DomainOrder, (self.domain, self.sequence_length, self.random_seed)  # what is cached stays behind
 
     def per_epoch(self) -> int:
-        """Sequences of an epoch of a domain that is complete.
-
-        Raises:
-            DataError: there is not one.
-        """
+        """Sequences of an epoch of a domain that is complete; raises DataError if there is not one."""
         _, ends = self._epoch(0, len(self.domain.chunks))
         count = int(ends[-1]) // self.sequence_length
         if not count:

@@ -67,15 +67,10 @@ class Reader(Protocol):
 def documents(
     source: Source, *, folder: Path, leave_out: Path | None = None, replaced: set[int] | None = None
 ) -> Iterator[str]:
-    """All documents of a source that are not empty, each in whole characters.
+    """All documents of a source that are not empty, each in whole characters; arguments as for ``find_files``.
 
-    Args:
-        folder: where relative paths start from.
-        leave_out: as for ``find_files``.
-        replaced: a set for the hashes of documents in which something had to be replaced.
-
-    Raises:
-        DataError: there is no such source, or it cannot be read.
+    ``replaced`` gets the hashes of documents in which something had to be replaced. Raises DataError if there is no
+    such source, or it cannot be read.
     """
     reader = open_source(source, folder=folder, leave_out=leave_out)
     for given, _ in reader.read(None):
@@ -88,8 +83,7 @@ def documents(
 def open_source(source: Source, *, folder: Path, leave_out: Path | None = None) -> Reader:
     """A reader for ``source``; nothing but names and sizes is read yet.
 
-    Raises:
-        DataError: no file matches, or the data set or its split is not there.
+    Raises DataError if no file matches, or the data set or its split does not exist.
     """
     if source.files is not None:
         return FileReader(source, folder, leave_out)
@@ -144,11 +138,7 @@ class FileReader:
 
 
 def require_files(sources: Mapping[str, Source], *, folder: Path, leave_out: Path | None = None) -> None:
-    """Makes sure that the files of all domains exist, before anything is read; arguments as for ``find_files``.
-
-    Raises:
-        DataError: with the domain.
-    """
+    """Raises DataError, with the domain, if files of a domain do not exist; arguments as for ``find_files``."""
     for name, source in sources.items():
         if source.files is not None:
             with naming_domain(name):

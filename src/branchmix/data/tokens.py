@@ -78,14 +78,10 @@ class Documents:
 
 
 def write_chunk(file: Path, arrays: dict[str, np.ndarray], counts: Counts, **facts: Any) -> None:
-    """Writes a chunk, all or nothing.
+    """Writes a chunk, all or nothing; ``facts`` go into its header, as JSON.
 
-    Args:
-        arrays: ``tokens``, ``ends``, ``hashes``, the same with ``held_out_``, and ``held_out_text`` with its ``_ends``.
-        facts: more for its header, as JSON.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written.
+    The arrays are ``tokens``, ``ends``, ``hashes``, the same with ``held_out_``, and ``held_out_text`` with its
+    ``_ends``. Raises OutputError if the disk is full, or the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file

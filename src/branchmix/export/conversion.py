@@ -147,8 +147,7 @@ def _verify(
 ) -> LogitCheck:
     """Copies byte for byte, and the logits of both models in fp32; with ``one_hot`` the gates on that expert.
 
-    Raises:
-        VerificationError: they differ, or there is not enough memory.
+    Raises VerificationError if they differ, or there is not enough memory.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -27,16 +27,10 @@ KINDS: tuple[Kind, ...] = ("weight", "bias")
 
 
 def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> Plan:
-    """Plan a checkpoint of another class that computes what the mixture does.
+    """Plan a checkpoint of another class (one of ``TARGETS``) that computes what the mixture does.
 
-    Args:
-        mixture: the mixture.
-        to: one of ``TARGETS``.
-        expert: for ``dense``, whose dense model; needed where there are several.
-
-    Raises:
-        RecipeError: no such target or expert, or an expert for a target that takes all.
-        CompatibilityError: the mixture has no exact form there; with all reasons.
+    For ``dense``, ``expert`` says whose dense model. Raises RecipeError for a target or expert that does not exist
+    or fit, CompatibilityError with all reasons if the mixture has no exact form there.
     """
     if to not in TARGETS:
         raise RecipeError(f"--to {to}: not one of {', '.join(TARGETS)}{nearest(to, TARGETS)}")
@@ -58,8 +52,7 @@ def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> P
 def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert | None:
     """The expert that a dense export is of; None for a mixture without experts, a soup.
 
-    Raises:
-        RecipeError: no such expert, or none named where there are several.
+    Raises RecipeError if there is no such expert, or none was named and there are several.
     """
     names = ", ".join(mixture.names)
     if not (mixture.has_attention_experts or mixture.has_ffn_experts):

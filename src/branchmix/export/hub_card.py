@@ -53,8 +53,7 @@ def hub_card(
 ) -> str:
     """Markdown with the Hub's front matter; ``licence`` is the upload's, ``licences`` those of the sources, by name.
 
-    Raises:
-        RecipeError: ``results`` is not a ``results.json`` of ``branchmix eval``.
+    Raises RecipeError if ``results`` is not a ``results.json`` of ``branchmix eval``.
     """
     record = without_paths(provenance) if provenance else {"recipe": {}, "sources": []}
     record = {**record, "versions": {"branchmix": __version__}}

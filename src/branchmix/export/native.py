@@ -156,13 +156,7 @@ TARGETS = (*NATIVES, "dense")
 
 
 def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list[str]:
-    """Every reason why a mixture is not what ``native`` computes; empty if it is.
-
-    Args:
-        mixture: the mixture.
-        trunk: its tensors that do not belong to an expert, under the seed family's names.
-        native: the class.
-    """
+    """Every reason why a mixture, of this ``trunk_of``, is not what ``native`` computes; empty if it is."""
     reasons: list[str] = []
     if mixture.has_attention_experts:
         reasons.append(
@@ -238,13 +232,7 @@ def attention_biases(trunk: DenseExpert) -> str:
 
 
 def window_of(config: Config, block: SeedBlock, num_layers: int) -> int | Literal["some"] | None:
-    """The sliding window of all layers, ``some`` if layers differ, or None.
-
-    Args:
-        config: of the seed.
-        block: of its family.
-        num_layers: of the model.
-    """
+    """The sliding window of all layers, from the seed's config; ``some`` if layers differ; None if there is none."""
     size = config.get("sliding_window", block.sliding_window)
     if block.window == "never" or not size:
         return None
@@ -262,13 +250,9 @@ def window_of(config: Config, block: SeedBlock, num_layers: int) -> int | Litera
 
 
 def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dtype: str) -> Config:
-    """config.json of the native checkpoint; rotary parameters in the form that every version of every tool reads.
+    """config.json of the native checkpoint of a mixture that has no ``problems``.
 
-    Args:
-        mixture: the mixture, which has no ``problems``.
-        trunk: its tensors that do not belong to an expert.
-        native: the class.
-        dtype: transformers' name of the output's dtype.
+    Rotary parameters are in the form that every version of every tool reads; ``dtype`` is transformers' name.
     """
     seed, dims, block = mixture.seed_config, mixture.dims, SEED_BLOCKS[mixture.family.model_type]
     config: Config = {

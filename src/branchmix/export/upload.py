@@ -147,8 +147,7 @@ def _whole(folder: Path) -> CheckpointIndex:
 def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | None, card: str) -> list[Upload]:
     """Model, tokenizer, code and card, and nothing else of the folder; the code is the package's own.
 
-    Raises:
-        CheckpointError: a file is a link to another place, whose content might not be meant for publication.
+    Raises CheckpointError for a link to another place, whose content might not be meant for publication.
     """
     is_mixture = index.config.get("model_type") == "branchmix"
     names = ["config.json", "generation_config.json", *tokenizer_files(folder)]

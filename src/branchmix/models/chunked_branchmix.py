@@ -52,15 +52,10 @@ def automatic_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' ``sdpa`` with what is faster in chunks computed in chunks: see ``_faster_in_chunks``.
+    """transformers' ``sdpa``, but in chunks where that is faster: see ``_faster_in_chunks``.
 
-    Args as transformers' attention functions have them: query [B, H, T, C], key and value [B, K, S, C].
-
-    Returns:
-        [B, T, H, C] and None.
-
-    Raises:
-        ValueError: attention sinks, which neither of the two computes.
+    Arguments as for transformers' attention functions: query [B, H, T, C], key and value [B, K, S, C]. Returns [B,
+    T, H, C] and None. Raises ValueError for attention sinks, which neither of the two computes.
     """
     if kwargs.get("s_aux") is not None:  # transformers' sdpa would leave them out without a word
         raise ValueError(f'attn_implementation="{AUTOMATIC}" has no sinks: use "eager"')
@@ -87,8 +82,7 @@ def chunked_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Chunks for any dtype, length and device; single queries and compiled graphs use transformers' ``sdpa``.
 
-    Raises:
-        ValueError: dropout, sinks, position biases or paged caches, which it does not compute.
+    Raises ValueError for dropout, sinks, position biases or paged caches, which it does not compute.
     """
     reason = _unsupported(dropout, attention_mask, kwargs)
     if reason:

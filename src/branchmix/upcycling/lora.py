@@ -95,8 +95,7 @@ def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> Non
 def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
     """Merge an adapter's folder into the seed and save the result beside ``out``; the caller removes it.
 
-    Raises:
-        CheckpointError: peft is not installed, or cannot merge it.
+    Raises CheckpointError if peft is not installed, or cannot merge it.
     """
     try:
         import peft

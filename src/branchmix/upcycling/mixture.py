@@ -136,11 +136,7 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """Content of ``branchmix.json``; None if there is none.
-
-    Raises:
-        CheckpointError: it was edited and lacks what its readers rely on.
-    """
+    """Content of ``branchmix.json``, or None; raises CheckpointError if its readers cannot rely on it."""
     file = folder / "branchmix.json"
     record = read_object(file)
     if record is None or not isinstance(record.get("sources"), list):

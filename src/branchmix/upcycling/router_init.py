@@ -32,10 +32,9 @@ ILL_CONDITIONED = 100.0
 
 
 def router_texts(recipe: Recipe) -> dict[str, list[str]]:
-    """The texts typical of each expert, by its name: ``router_init.prompts``, and the content of ``router_init.text``.
+    """Texts typical of each expert, by its name: ``router_init.prompts``, and the content of ``router_init.text``.
 
-    Raises:
-        RecipeError: a text file is missing or empty.
+    Raises RecipeError for a text file that is missing or empty.
     """
     init = recipe.router_init
     texts = {name: list((init.prompts or {}).get(name, [])) for name in recipe.expert_names}
@@ -59,11 +58,8 @@ def hidden_state_routers(
 ) -> tuple[dict[str, Expression], list[str]]:
     """Routers [E, D] of every layer, by output name, and notes for the user.
 
-    The seed is loaded in fp32 and run on the texts, one or more of every expert.
-
-    Raises:
-        RecipeError: the seed has no tokenizer without code of its own.
-        CheckpointError: the seed cannot be loaded.
+    The seed is loaded in fp32 and run on the texts, one or more of every expert. Raises RecipeError if it has no
+    tokenizer that loads without code of its own, CheckpointError if it cannot be loaded.
     """
     import torch
 

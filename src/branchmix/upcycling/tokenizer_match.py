@@ -24,11 +24,7 @@ class TokenizerComparison:
 
     @property
     def size(self) -> int | None:
-        """Highest token id + 1, where the vocabulary can be read.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
+        """Highest token id + 1, where the vocabulary can be read; raises CheckpointError if it is damaged."""
         stored = None if self.folder is None else token_ids(self.folder)
         if self.folder is None or stored is None:
             return None
