@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,15 +50,11 @@ class Accounting:
     dtype: str
     total: ParameterCounts
     active: ParameterCounts
+    flops: Flops | None
     stored: int | None
     """Parameters in the folder's safetensors headers, buffers and tied copies left out; None: no weights were read."""
     notices: tuple[str, ...]
     """One line each, for people; the command prints them on stderr."""
-
-    @cached_property
-    def flops(self) -> Flops | None:
-        """Forward FLOPs of one token."""
-        return flops_of(self.shape, self.context) if self.shape else None
 
     @property
     def kv_cache_bytes_per_token(self) -> int | None:
@@ -235,8 +230,8 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
             f"active counts the {shape.attention_num_experts_per_tok} chosen attention experts; all "
             f"{shape.num_experts} are computed and cached, and the FLOPs and KV bytes say so"
         )
-    active, model_type = active_parameters(config), config["model_type"]
-    return Accounting(name, model_type, "config", shape, context, dtype, total, active, stored, tuple(notices))
+    active, flops, model_type = active_parameters(config), flops_of(shape, context), config["model_type"]
+    return Accounting(name, model_type, "config", shape, context, dtype, total, active, flops, stored, tuple(notices))
 
 
 def _by_weights(
@@ -265,8 +260,8 @@ def _by_weights(
     shape = _plain_shape(index, context, matrices)
     if shape is None:
         notices.append("FLOPs and KV cache unknown: the weights are not those of plain attention and FFN layers")
-    model_type, stored = config["model_type"], total.total
-    return Accounting(name, model_type, "weights", shape, context, dtype, total, active, stored, tuple(notices))
+    model_type, flops, stored = config["model_type"], flops_of(shape, context) if shape else None, total.total
+    return Accounting(name, model_type, "weights", shape, context, dtype, total, active, flops, stored, tuple(notices))
 
 
 def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int]) -> Shape | None:

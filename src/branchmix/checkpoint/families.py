@@ -92,7 +92,7 @@ class Family:
     """True when no entry exists and the names were taken to be the standard ones."""
 
     def routers(self, *, attention: bool, ffn: bool, shared: bool) -> dict[str, str]:
-        """Names of a mixture's routers, below the block, by kind; ``shared``: one router weighs both kinds of experts."""
+        """Names of a mixture's routers, below the block, by kind; ``shared``: one router weighs both kinds."""
         names = {"attention": f"{self.attention}.expert_gate.weight"} if attention and not shared else {}
         return names | ({"ffn": f"{self.ffn}.gate.weight"} if ffn else {})
 

@@ -25,7 +25,6 @@ from branchmix.checkpoint.folder import (
     tokenizer_files,
     write_json,
     write_text,
-    writing,
 )
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
@@ -177,7 +176,7 @@ def write_output(
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
     versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
     record = {"versions": versions, **provenance(), "notes": list(plan.notes)}
-    with writing(folder):
+    try:
         for name in (*tokenizer_files(companions), "generation_config.json"):
             if (companions / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -188,6 +187,8 @@ def write_output(
                     (folder / name).write_bytes(content)
         for file in () if plan.is_dense else CODE_FILES:
             shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}: free space, or mend it") from error
     write_json(folder / "branchmix.json", record)
     write_text(folder / "README.md", card(plan, record))
     write_json(folder / "config.json", with_own_code(without_local_paths(plan.config)))

@@ -38,8 +38,8 @@ def router_texts(recipe: Recipe) -> dict[str, list[str]]:
     """
     init = recipe.router_init
     texts = {name: list((init.prompts or {}).get(name, [])) for name in recipe.expert_names}
-    for name, path in (init.text or {}).items():
-        if path is None or name not in texts:
+    for name in texts:
+        if (path := (init.text or {}).get(name)) is None:
             continue
         file = recipe.folder / path
         try:
