@@ -146,9 +146,7 @@ def _gpt_neox(family: Family, config: Config) -> Family:
 
 
 def _stablelm(family: Family, config: Config) -> Family:
-    if not config.get("use_parallel_residual"):
-        return family
-    return replace(family, ffn_input_norm="input_layernorm", block="parallel")
+    return replace(family, **_ONE_NORM) if config.get("use_parallel_residual") else family
 
 
 FAMILIES: dict[str, Family] = {

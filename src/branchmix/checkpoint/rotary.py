@@ -63,7 +63,11 @@ def rope_of(config: Config) -> dict[str, Any]:
     if config.get("model_type") in _BY_LAYER_TYPE:
         whole, windowed = (_mapping(rope.get(kind), f"{kind} of rope_parameters") for kind in _LAYER_TYPES)
         whole = {"rope_type": "default", **whole, **scaling}  # transformers 5 overlooks the older name "type" here
-        both = ((whole, theta), (windowed, _window_theta(config)))
+        if config.get("model_type") == "gemma3_text":
+            window_theta = config.get("rope_local_base_freq", _LOCAL_THETA)
+        else:  # transformers 5 gives OLMo 3's layers with a window the default, whatever ``rope_theta`` is
+            window_theta = _THETA_DEFAULTS["olmo3"]
+        both = ((whole, theta), (windowed, window_theta))
         return {kind: _filled(*given, part, config) for kind, given in zip(_LAYER_TYPES, both, strict=True)}
     nested = {kind: given for kind, given in rope.items() if isinstance(given, dict)}
     if nested and not scaling:
@@ -87,13 +91,6 @@ def _beside(config: Config) -> tuple[Any, Any]:
     )
 
 
-def _window_theta(config: Config) -> Any:
-    """Base of layers with a sliding window; for OLMo 3 transformers 5 takes the default, whatever ``rope_theta`` is."""
-    if config.get("model_type") == "gemma3_text":
-        return config.get("rope_local_base_freq", _LOCAL_THETA)
-    return _THETA_DEFAULTS["olmo3"]
-
-
 def _filled(given: dict[str, Any], theta: Any, part: Any, config: Config) -> dict[str, Any]:
     """Parameters of one kind of layer, with all that transformers adds to them when it loads the config.
 
@@ -113,17 +110,14 @@ def _filled(given: dict[str, Any], theta: Any, part: Any, config: Config) -> dic
             rope["original_max_position_embeddings"] = beside
     if rope["partial_rotary_factor"] in (None, 1.0) and family not in _PARTIAL_DEFAULTS:
         del rope["partial_rotary_factor"]  # the same as none
-    positions = _positions(config) if _scales_by_positions(rope) else None
+    # Some types take their factor from the number of positions, or begin to scale beyond them.
+    scales_by_positions = rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None
+    positions = _positions(config) if scales_by_positions or rope["rope_type"] == "dynamic" else None
     return rope if positions is None else {**rope, POSITIONS: positions}
 
 
 def _positions(config: Config) -> Any:
     return config.get(POSITIONS, _POSITIONS_DEFAULTS.get(config.get("model_type", "")))
-
-
-def _scales_by_positions(rope: dict[str, Any]) -> bool:
-    """Whether a type takes its factor from the number of positions, or begins to scale beyond them."""
-    return rope["rope_type"] == "dynamic" or (rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None)
 
 
 def with_rope(config: Config, rope: dict[str, Any]) -> Config:

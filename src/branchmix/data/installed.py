@@ -181,10 +181,8 @@ def _is_new(part: str, seen: set[object], *, by_paragraph: bool) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _code_files() -> list[tuple[str, Path]]:
-    # encodings are tables of characters; pydoc_data is English, and in `general`.
-    skip = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data")
-    return _files(STDLIB, "**/*.py", skip=skip)
+# encodings are tables of characters; pydoc_data is English, and in `general`.
+NO_CODE = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data")
 
 
 def _law_files() -> list[tuple[str, Path]]:
@@ -192,14 +190,6 @@ def _law_files() -> list[tuple[str, Path]]:
     for pattern in ("**/LICEN[CS]E*", "**/COPYING*", "**/NOTICE*", "**/EULA*"):
         files += [item for item in _files(PACKAGES, pattern) if item[1].suffix not in (".py", ".pyc")]
     return _ranked(files + (_files(DEBIAN, "*/copyright") if DEBIAN.is_dir() else []))
-
-
-def _cpp_files() -> list[tuple[str, Path]]:
-    return _files(PACKAGES / "torch" / "include", "**/*.h", "**/*.hpp", "**/*.cuh")
-
-
-def _math_files() -> list[tuple[str, Path]]:
-    return _files(PACKAGES, "sympy/**/*.py", "mpmath/**/*.py", skip=("tests", "benchmarks"))
 
 
 def _general_files() -> list[tuple[str, Path]]:
@@ -245,12 +235,13 @@ def _prose(name: str, path: Path) -> list[Document]:
     return [Document(name, "\n\n".join(filter(_is_prose, text.split("\n\n")))) for name, text in texts.items()]
 
 
+_MATH, _HEADERS = ("sympy/**/*.py", "mpmath/**/*.py"), ("**/*.h", "**/*.hpp", "**/*.cuh")
 DOMAINS: dict[str, Domain] = {
     "general": Domain(_general_files, _prose),
-    "code": Domain(_code_files, _whole, by_paragraph=False),
+    "code": Domain(lambda: _files(STDLIB, "**/*.py", skip=NO_CODE), _whole, by_paragraph=False),
     "law": Domain(_law_files, _licence),
-    "math": Domain(_math_files, _all_docstrings),
-    "cpp": Domain(_cpp_files, _whole, by_paragraph=False),
+    "math": Domain(lambda: _files(PACKAGES, *_MATH, skip=("tests", "benchmarks")), _all_docstrings),
+    "cpp": Domain(lambda: _files(PACKAGES / "torch" / "include", *_HEADERS), _whole, by_paragraph=False),
 }
 
 

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.index import refuse_lfs_pointer
@@ -41,27 +41,6 @@ _UNREADABLE = {
 """What to do with files that hold no plain text, and their suffixes."""
 _POINTER_BYTES = 1024
 """More than a Git LFS pointer has."""
-
-
-class Reader(Protocol):
-    """The documents of one source, in a fixed order."""
-
-    streamed: bool
-    """Read only as far as needed."""
-
-    def identity(self) -> dict[str, Any]:
-        """What the text depends on, as JSON: if it changes, so may the text."""
-
-    def read(self, state: State | None) -> Iterator[tuple[str, State]]:
-        """Documents that are not empty, each with the state to resume from after it, as they are in the source: what
-        uses them asks for ``whole_characters``.
-
-        Args:
-            state: None for the start.
-        """
-
-    def bytes_read(self, state: State) -> tuple[int, int]:
-        """How far ``state`` is, about, and of how much; (0, 0) if that is unknown."""
 
 
 def documents(
@@ -108,9 +87,10 @@ def hash_of(text: str) -> int:
 
 
 class FileReader:
-    """Files by name; a document a row, or a document a file."""
+    """Files by name, always in the same order; a document a row, or a document a file."""
 
     streamed = False
+    """Whether documents are read only as far as needed."""
 
     def __init__(self, source: Source, folder: Path, leave_out: Path | None = None):
         self.column = source.column
@@ -118,10 +98,15 @@ class FileReader:
         self.sizes = [file.stat().st_size for file in self.files]
 
     def identity(self) -> dict[str, Any]:
+        """What the text depends on, as JSON: if it changes, so may the text."""
         stats = [(str(file), file.stat()) for file in self.files]
         return {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], "column": self.column}
 
     def read(self, state: State | None) -> Iterator[tuple[str, State]]:
+        """Documents that are not empty, unchanged (see ``whole_characters``), each with the state after it.
+
+        Reading resumes from ``state``; None is the start.
+        """
         first, skip = (state["file"], state["row"]) if state else (0, 0)
         for number in range(first, len(self.files)):
             file = self.files[number]
@@ -134,6 +119,7 @@ class FileReader:
             skip = 0
 
     def bytes_read(self, state: State) -> tuple[int, int]:
+        """How far ``state`` is, about, and of how much; (0, 0) if that is unknown."""
         return sum(self.sizes[: state["file"]]) + min(state["characters"], self.sizes[state["file"]]), sum(self.sizes)
 
 
@@ -361,7 +347,7 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 class HubReader:
-    """A data set of the Hub, or a local folder in the Hub's layout, through ``datasets``."""
+    """A data set of the Hub, or a local folder in the Hub's layout, through ``datasets``; methods as ``FileReader``."""
 
     def __init__(self, source: Source, folder: Path):
         import datasets
@@ -421,6 +407,9 @@ class HubReader:
     def bytes_read(self, state: State) -> tuple[int, int]:
         split = (self._builder.info.splits or {}).get(self.source.split)
         return (state["row"], split.num_examples) if split and split.num_examples else (0, 0)
+
+
+Reader = FileReader | HubReader
 
 
 class _HubState(dict[str, Any]):

@@ -106,7 +106,7 @@ def test_one_file(experts, out, threads, check, monkeypatch):
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
     assert [file.name for file in report.files] == ["model.safetensors"] == names(out)
-    assert report.nbytes == (out / "model.safetensors").stat().st_size
+    assert report.files == (out / "model.safetensors",)
     assert report.copied_nbytes == sum(found[n].nbytes for n in found if n[:3] in ("ste", "exp", "sta", "nor"))
     assert report.copied_nbytes + report.computed_nbytes == sum(tensor.nbytes for tensor in found.values())
     assert done == sorted(done)
@@ -124,7 +124,7 @@ def test_shards(experts, out):
     shard_names = [f"model-{n:05d}-of-{len(planned):05d}.safetensors" for n in range(1, len(planned) + 1)]
     assert [file.name for file in report.files] == [*shard_names, "model.safetensors.index.json"]
     for shard, file in zip(planned, report.files, strict=False):
-        assert (out / shard.name).stat().st_size == shard.nbytes == file.nbytes
+        assert file == out / shard.name and file.stat().st_size == shard.nbytes
         assert shard.nbytes - len(shard.header) <= 3_000_000 or len(shard.tensors) == 1
     found = load_all(out)
     for name, tensor in expected(tensors).items():
@@ -133,7 +133,7 @@ def test_shards(experts, out):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
     for name, file in index["weight_map"].items():
         assert name in load_file(out / file)
-    assert report.nbytes == sum(file.stat().st_size for file in out.iterdir())
+    assert set(report.files) == set(out.iterdir())
     (out / "config.json").write_text('{"model_type": "x"}')
     assert set(CheckpointIndex.open(out).tensors) == set(found)
 
@@ -173,7 +173,7 @@ def test_without_linux_calls(experts, out, monkeypatch):
     plan = mixture(experts[1])
     write_checkpoint(plan, out)
     first = (out / "model.safetensors").read_bytes()
-    monkeypatch.setattr(writer, "_libc", lambda name: None)
+    monkeypatch.setattr(writer, "libc", lambda name: None)
     write_checkpoint(plan, out)
     assert (out / "model.safetensors").read_bytes() == first
     monkeypatch.delattr(os, "pwrite")
