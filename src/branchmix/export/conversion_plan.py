@@ -20,10 +20,7 @@ from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.mixture import OpenedMixture
 from branchmix.upcycling.plan import Plan, group_tensors
-from branchmix.upcycling.sources import DenseExpert, Kind, MixtureExpert, Role, fused_rows, inside
-
-ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
-KINDS: tuple[Kind, ...] = ("weight", "bias")
+from branchmix.upcycling.sources import KINDS, ROLES, DenseExpert, Kind, MixtureExpert, Role, fused_rows, inside
 
 
 def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> Plan:
@@ -134,11 +131,8 @@ def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) ->
             yield OutputTensor(f"{module}.experts.{number}.{names[name]}.weight", cast(scaled, dtype))
     if native.shared_expert:
         hidden = mixture.dims.hidden_size
-        for name, shape in (
-            ("gate_proj", (SHARED_EXPERT_WIDTH, hidden)),
-            ("up_proj", (SHARED_EXPERT_WIDTH, hidden)),
-            ("down_proj", (hidden, SHARED_EXPERT_WIDTH)),
-        ):
+        wide, tall = (SHARED_EXPERT_WIDTH, hidden), (hidden, SHARED_EXPERT_WIDTH)
+        for name, shape in {"gate_proj": wide, "up_proj": wide, "down_proj": tall}.items():
             yield OutputTensor(f"{module}.shared_expert.{name}.weight", Constant(shape, 0.0, dtype))
         yield OutputTensor(f"{module}.shared_expert_gate.weight", Constant((1, hidden), 0.0, dtype))
 
@@ -190,32 +184,26 @@ def _plan_dense(mixture: OpenedMixture, name: str | None) -> Plan:
     if name is None and mixture.has_ffn_experts:  # the only one: its gate is 1
         factor = float(mixture.config.get("routed_scaling_factor", 1.0))
     tensors = tuple(_dense_tensors(mixture, expert, factor))
-    notes = []
+    notes: tuple[str, ...] = ()
     if expert is not None and len(mixture.experts) > 1:
-        others = [other for other in mixture.names if other != expert.name]
-        notes.append(
-            f"{expert.name} alone, on what all experts share; the routers and {', '.join(others)} are left out"
-        )
-    return _plan(mixture, tensors, config, tuple(notes))
+        others = ", ".join(other for other in mixture.names if other != expert.name)
+        notes = (f"{expert.name} alone, on what all experts share; the routers and {others} are left out",)
+    return _plan(mixture, tensors, config, notes)
 
 
 def _dense_tensors(mixture: OpenedMixture, expert: MixtureExpert | None, factor: float) -> Iterator[OutputTensor]:
     """One expert's tensors under the seed family's names, and what all share."""
     dtype, family = mixture.dtype, mixture.family
-    of_expert: list[str] = []
-    if expert is not None and mixture.has_attention_experts:
-        of_expert.append(family.attention)
-    if expert is not None and mixture.has_ffn_experts:
-        of_expert.append(family.ffn)
-    for layer in range(mixture.dims.num_layers):
-        block = f"{family.layers}.{layer}"
-        if expert is not None and family.attention in of_expert:
+    of_expert = [family.attention] * mixture.has_attention_experts + [family.ffn] * mixture.has_ffn_experts
+    for layer in range(mixture.dims.num_layers if expert is not None else 0):
+        assert expert is not None
+        if mixture.has_attention_experts:
             for name, part in _attention(mixture, expert, layer):
-                yield OutputTensor(f"{block}.{family.attention}.{name}", cast(part, dtype))
-        if expert is not None and family.ffn in of_expert:
+                yield OutputTensor(f"{family.layers}.{layer}.{family.attention}.{name}", cast(part, dtype))
+        if mixture.has_ffn_experts:
             for name, part in _ffn(mixture, expert, layer, factor):
-                yield OutputTensor(f"{block}.{name}", cast(part, dtype))
-    for name, part in _shared(mixture, trunk_of(mixture), of_expert):
+                yield OutputTensor(f"{family.layers}.{layer}.{name}", cast(part, dtype))
+    for name, part in _shared(mixture, trunk_of(mixture), of_expert if expert is not None else []):
         yield OutputTensor(name, cast(part, dtype) if part.dtype in DTYPES.values() else part)
 
 

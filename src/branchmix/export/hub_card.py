@@ -27,18 +27,12 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
             return {name: clean(inner, key, name) for name, inner in value.items()}
         if isinstance(value, list):
             return [clean(inner, above, key) for inner in value]
-        if isinstance(value, str) and _is_place(above, key) and value not in kept:
-            return Path(value).name or value
-        return value
+        is_place = key in ("model", "seed") or (above, key) == ("training", "name")
+        if above in ("text", "prompts"):  # the keys are names of experts, which may be any word
+            is_place = above == "text"
+        return Path(value).name or value if isinstance(value, str) and is_place and value not in kept else value
 
     return dict(clean(provenance))
-
-
-def _is_place(above: str, key: str) -> bool:
-    """Whether a provenance holds a path, or a Hub id, under this key of the mapping ``above``."""
-    if above in ("text", "prompts"):  # the keys are names of experts, which may be any word
-        return above == "text"
-    return key in ("model", "seed") or (above, key) == ("training", "name")
 
 
 def hub_card(
@@ -106,8 +100,7 @@ def _accounting(folder: Path) -> list[str]:
         accounting = inspect(folder)
     except BranchMixError:
         return []
-    lines = ["", "## Accounting", "", "| | |", "| --- | --- |"]
-    lines.append(f"| parameters | {accounting.total.total:,} |")
+    lines = ["", "## Accounting", "", "| | |", "| --- | --- |", f"| parameters | {accounting.total.total:,} |"]
     lines.append(f"| active for a token | {accounting.active.total:,} |")
     if accounting.flops is not None:
         context, total = accounting.context, accounting.flops.total
@@ -121,18 +114,15 @@ def _evaluation(results: Path) -> list[str]:
     """Bits per byte of every model and domain in a ``results.json``."""
     try:
         models = read_json(results)["models"]
-        rows = [
-            (Path(model["model"]).name or model["model"], model["domains"], model["max_length"]) for model in models
-        ]
-        domains = list(rows[0][1])
-        lines = ["", "## Evaluation", "", f"Bits per byte, window of {rows[0][2]:,} tokens (standard error).", ""]
+        domains, window = list(models[0]["domains"]), models[0]["max_length"]
+        lines = ["", "## Evaluation", "", f"Bits per byte, window of {window:,} tokens (standard error).", ""]
         lines += [f"| | {' | '.join(domains)} |", "| --- " * (len(domains) + 1) + "|"]
-        for name, scores, _ in rows:
+        for model in models:
             cells = []
-            for domain in domains:
-                score, error = scores[domain]["bits_per_byte"], scores[domain].get("stderr")
+            for domain in (model["domains"][name] for name in domains):
+                score, error = domain["bits_per_byte"], domain.get("stderr")
                 cells.append(f"{score:.4f}" + (f" ({error:.4f})" if error is not None else ""))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines.append(f"| {Path(model['model']).name or model['model']} | {' | '.join(cells)} |")
     except OSError as error:
         raise RecipeError(f"{results}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:

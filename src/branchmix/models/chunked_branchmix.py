@@ -232,15 +232,21 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx.save_for_backward(q_BHTC, k_BKSC, v_BKSC, mask)
         if forward_in_chunks:
             return _forward(q_BHTC, k_BKSC, v_BKSC, mask, settings)
-        # transformers' ``sdpa``, so that a forward pass is the same with and without gradients
-        like: Any = SimpleNamespace(num_key_value_groups=q_BHTC.shape[1] // k_BKSC.shape[1])
-        return sdpa_attention_forward(like, q_BHTC, k_BKSC, v_BKSC, mask, 0.0, settings.scale, settings.causal)[0]
+        return _fused(q_BHTC, k_BKSC, v_BKSC, mask, settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_BHTC, k_BKSC, v_BKSC, mask = ctx.saved_tensors
         return (*_backward(grad_BTHC, q_BHTC, k_BKSC, v_BKSC, mask, ctx.settings), None, None, None)
+
+
+def _fused(
+    q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, v_BKSC: torch.Tensor, mask: torch.Tensor | None, settings: _Settings
+) -> torch.Tensor:
+    """transformers' ``sdpa``, so that a forward pass is the same with and without gradients."""
+    like: Any = SimpleNamespace(num_key_value_groups=q_BHTC.shape[1] // k_BKSC.shape[1])
+    return sdpa_attention_forward(like, q_BHTC, k_BKSC, v_BKSC, mask, 0.0, settings.scale, settings.causal)[0]
 
 
 def _forward(

@@ -18,7 +18,7 @@ from branchmix.checkpoint.tying import same_values
 from branchmix.checkpoint.unfit import why_bidirectional
 from branchmix.recipe import Recipe
 from branchmix.upcycling.config_match import config_differences
-from branchmix.upcycling.sources import SAME_SEED, DenseExpert, ExpertSource, Kind, MixtureExpert, Role, who
+from branchmix.upcycling.sources import KINDS, SAME_SEED, DenseExpert, ExpertSource, MixtureExpert, Role, who
 from branchmix.upcycling.structure import (
     TOKEN_TABLES,
     contradictions,
@@ -212,10 +212,9 @@ def _part_problems(label: str, member: MixtureExpert, newcomer: DenseExpert) -> 
 def _parts(model: ExpertSource, layer: int, config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of an expert's share of a layer, as far as a mixture of this config keeps it for each expert."""
     shapes: dict[str, tuple[int, ...]] = {}
-    kinds: tuple[Kind, ...] = ("weight", "bias")
     roles: dict[str, tuple[Role, ...]] = {"kv_experts": ("q", "k", "v", "o"), "kv_sharing": ("q", "o")}
     for role in roles.get(config["attention"], ()):
-        for kind in kinds:
+        for kind in KINDS:
             part = model.attention(layer, role, kind)
             if part is not None:
                 shapes[f"attention's {role} {kind}"] = tuple(part.shape)

@@ -20,6 +20,8 @@ from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 
 Role = Literal["q", "k", "v", "o"]
 Kind = Literal["weight", "bias"]
+ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
+KINDS: tuple[Kind, ...] = ("weight", "bias")
 
 # Buffers that old checkpoints store and today's classes compute.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|embed_positions)$")
@@ -110,8 +112,7 @@ class DenseExpert(ExpertSource):
         family, block = self.family, self._block(layer)
         gain = self._gain(layer, family.ffn_input_norm)
         tensors: dict[str, Expression] = {}
-        kinds: tuple[Kind, ...] = ("weight", "bias")
-        for kind in kinds:
+        for kind in KINDS:
             firsts: dict[str, Expression | None] = {}
             if family.fused_gate_up is not None:
                 fused = self._matrix(f"{block}.{family.fused_gate_up}", kind)
