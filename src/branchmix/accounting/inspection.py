@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from branchmix.accounting.formulas import (
     DTYPE_BYTES,
@@ -24,12 +24,11 @@ from branchmix.accounting.formulas import (
 from branchmix.accounting.shape import FACTS, Shape, shape_of
 from branchmix.checkpoint.adapters import refuse_adapter
 from branchmix.checkpoint.families import FAMILIES, is_tied, nearest
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.hub import expanded, is_there, resolve
+from branchmix.checkpoint.index import CheckpointIndex, read_json_object
+from branchmix.checkpoint.tying import as_stored, head_and_embeddings
 from branchmix.checkpoint.unfit import Config, why_unfit
 from branchmix.errors import BranchMixError, CheckpointError, short
-
-if TYPE_CHECKING:
-    from branchmix.checkpoint.index import CheckpointIndex
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context when none is asked for; a model of fewer positions gets its own number."""
@@ -210,7 +209,7 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
     index, stored, notices = None, None, []
     if folder is not None and any(folder.glob("*.safetensors")):
         try:
-            index = _open_index(folder)
+            index = as_stored(CheckpointIndex.open(folder))
             config = index.config
         except BranchMixError as error:
             notices.append(f"weights not counted: {error}")
@@ -248,7 +247,7 @@ def _by_weights(
             f"{name}: {lacking}{'' if reason else nearest(family, [*FACTS])}: "
             "give the checkpoint folder, whose weights can be counted instead"
         )
-    index = _open_index(folder)
+    index = as_stored(CheckpointIndex.open(folder))
     config = index.config
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((config[key] for key in names if isinstance(config.get(key), int) and config[key] > 0), 1)
@@ -298,8 +297,6 @@ def _count_tensors(
     index: CheckpointIndex, *, tied: bool, active_experts: tuple[int, int] = (1, 1)
 ) -> tuple[ParameterCounts, ParameterCounts, dict[str, int]]:
     """Stored parameters by part: all; those active when k of N ``active_experts`` are; and those in matrices."""
-    from branchmix.checkpoint.tying import head_and_embeddings
-
     total, active, matrices = (dict.fromkeys(_PART_PATTERNS, 0) for _ in range(3))
     chosen, experts = active_experts
     head, embeddings = head_and_embeddings(index)
@@ -327,17 +324,8 @@ def too_few_parameters(index: CheckpointIndex) -> str | None:
     return f"config.json describes {described:,} parameters, but the weights hold only {stored:,}"
 
 
-def _open_index(folder: Path) -> CheckpointIndex:
-    from branchmix.checkpoint.index import CheckpointIndex
-    from branchmix.checkpoint.tying import as_stored
-
-    return as_stored(CheckpointIndex.open(folder))
-
-
 def _locate(model: str | Path) -> Path:
     """The folder or file meant by a path or a Hub id."""
-    from branchmix.checkpoint.hub import expanded, is_there, resolve
-
     path = expanded(model)
     if is_there(path):
         return path
@@ -349,14 +337,6 @@ def _locate(model: str | Path) -> Path:
 def _read_config(path: Path) -> Config:
     refuse_adapter(path)
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = read_json(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no config.json in it: give a transformers checkpoint folder") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError:
-        raise CheckpointError(f"{file}: not JSON: give a checkpoint folder or its config.json") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: not a config: expected a JSON object") from None
-    return config
+    if path.is_dir() and not file.is_file():
+        raise CheckpointError(f"{path}: no config.json in it: give a transformers checkpoint folder")
+    return read_json_object(file)

@@ -227,7 +227,7 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _read_weight_map(folder: Path) -> dict[str, str]:
     file = folder / INDEX_FILE
-    weight_map = _read_json_object(file).get("weight_map")
+    weight_map = read_json_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{file}: has no weight_map of tensor names to files: download or save it again")
     outside = next((shard for shard in weight_map.values() if not is_entry(shard)), None)
@@ -261,13 +261,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: no config.json: not a transformers checkpoint, or an unfinished download")
-    config = _read_json_object(file)
+    config = read_json_object(file)
     if not config:
         raise CheckpointError(f"{file}: is empty: copy the model's config.json here")
     return with_current_names(config)
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a checkpoint's file holds; raises CheckpointError with what is wrong and what to do."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)

@@ -149,6 +149,14 @@ def serve() -> None:
     json.dump([as_transformers_reads(config) for config in configs], answers, default=str)
 
 
+def transformers_config(config: Config) -> Any:
+    """transformers' config of a config.json, in which infinity is spelt as a mapping (as Granite's hybrids have it)."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(PreTrainedConfig._decode_special_floats(config)))
+
+
 def as_transformers_reads(config: Config) -> dict[str, Any]:
     """``values`` of all keys that transformers' code reads, which of them are ``stated`` in ``config``; or ``error``.
 
@@ -158,17 +166,15 @@ def as_transformers_reads(config: Config) -> dict[str, Any]:
     import dataclasses
 
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[config["model_type"]]
     try:
-        decoded = transformers.PreTrainedConfig._decode_special_floats(config)
-        made = json.loads(json.dumps(kind.from_dict(decoded).to_dict(), default=str))
+        read = transformers_config(config)
+        made = json.loads(json.dumps(read.to_dict(), default=str))
     except Exception as error:  # whatever its checks raise
         lines = [line.strip() for line in str(error).strip().splitlines()]
         return {"error": (lines or [type(error).__name__])[-1][:300]}
-    declared = {field.name for field in dataclasses.fields(kind)}
-    own = Path(sys.modules[kind.__module__].__file__ or "")
+    declared = {field.name for field in dataclasses.fields(read)}
+    own = Path(sys.modules[type(read).__module__].__file__ or "")
     shared = [Path(transformers.__file__).parent / name for name in _READERS]
     code = "\n".join(
         file.read_text(encoding="utf-8")
@@ -180,5 +186,5 @@ def as_transformers_reads(config: Config) -> dict[str, Any]:
         for key, value in made.items()
         if key in declared or re.search(rf"""\bconfig\.{re.escape(key)}\b|["']{re.escape(key)}["']""", code)
     }
-    stated = sorted({kind.attribute_map.get(key, key) for key in config} & values.keys())
+    stated = sorted({read.attribute_map.get(key, key) for key in config} & values.keys())
     return {"values": values, "stated": stated}

@@ -11,8 +11,7 @@ from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
 from branchmix.checkpoint.folder import MERGED, beside
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header, read_json_object
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.structure import TOKEN_TABLES
@@ -26,11 +25,8 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
             or sizes, or it changes one of two matrices that the seed ties.
     """
     file = adapter / ADAPTER_CONFIG
-    try:
-        settings = read_json(file)
-        kind = settings.get("peft_type")
-    except (ValueError, AttributeError):
-        raise CheckpointError(f"{file}: not valid JSON: download the adapter again") from None
+    settings = read_json_object(file)
+    kind = settings.get("peft_type")
     if kind != "LORA":
         what = f"peft_type {kind}" if kind else "no peft_type"
         raise CheckpointError(f"{file}: has {what}, only LORA can be merged: merge the adapter yourself first")

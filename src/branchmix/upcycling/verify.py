@@ -22,6 +22,7 @@ from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
 from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
+from branchmix.upcycling.config_match import transformers_config
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, fused_rows
@@ -259,16 +260,12 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
     """The expert's own config, in its class; of the seed's only what belongs to the trunk."""
-    from transformers import PreTrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     assert isinstance(expert, DenseExpert), "only an upcycling is verified"
     of_trunk = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
     not_computed = ("torch_dtype", "dtype", "auto_map", "attn_implementation", "quantization_config")
     config = {key: value for key, value in expert.index.config.items() if key not in (*of_trunk, *not_computed)}
     config |= {key: value for key, value in plan.config["seed_config"].items() if key in of_trunk}
-    # config.json spells infinity as a mapping, as Granite's hybrids have it.
-    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(PreTrainedConfig._decode_special_floats(config)))
+    return transformers_config(config)
 
 
 def _dense_on_trunk(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
