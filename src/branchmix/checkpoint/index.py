@@ -157,10 +157,16 @@ def read_header(file: Path) -> list[TensorRef]:
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):  # Python would silently keep the last
+            twice = next(name for place, name in enumerate(names) if name in names[:place])
+            raise CheckpointError(f"{file}: its header names {twice} twice: {again}")
+        return dict(pairs)
+
     try:
-        header = parse_json(raw, object_pairs_hook=_unique_keys)
-    except _DuplicateKeyError as error:
-        raise CheckpointError(f"{file}: its header names {error} twice: {again}") from error
+        header = parse_json(raw, object_pairs_hook=unique)
     except ValueError as error:
         raise CheckpointError(f"{file}: not a safetensors file (its header is not JSON): {again}") from error
     if not isinstance(header, dict):
@@ -381,16 +387,3 @@ def _refuse_quantised_tensors(folder: Path, tensors: dict[str, TensorRef]) -> No
 
 def _quantised(folder: Path, what: str) -> str:
     return f"{folder}: is quantised ({what}): dequantise it first, or give the original bfloat16/float16 checkpoint"
-
-
-class _DuplicateKeyError(Exception):
-    """A JSON object that has a key twice, of which Python would silently keep the last."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise _DuplicateKeyError(key)
-        content[key] = value
-    return content

@@ -261,9 +261,7 @@ def permutation(length: int, *seed: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In a process of its own
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- In a process of its own ----
 
 
 def folder_lock(folder: Path) -> Any:

@@ -176,9 +176,7 @@ def _is_new(part: str, seen: set[object], *, by_paragraph: bool) -> bool:
     return new
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The domains
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The domains ----
 
 
 # encodings are tables of characters; pydoc_data is English, and in `general`.

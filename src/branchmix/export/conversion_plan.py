@@ -95,9 +95,7 @@ def _dtype_name(mixture: OpenedMixture) -> str:
     return next(name for name, code in DTYPES.items() if code == mixture.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Native
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Native ----
 
 
 def _native_tensors(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[OutputTensor]:
@@ -168,9 +166,7 @@ def rounds_nothing(mixture: OpenedMixture) -> bool:
     return mixture.dtype == "F32" or math.frexp(factor)[0] == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dense
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Dense ----
 
 
 def _plan_dense(mixture: OpenedMixture, name: str | None) -> Plan:

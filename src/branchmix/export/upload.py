@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,8 +253,7 @@ def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool)
     if get_token() is None:
         raise OutputError(f"{repo}: there is no Hub token: `hf auth login`, or set HF_TOKEN to one that may write")
     api = HfApi()
-
-    def commit() -> tuple[str, bool]:
+    with _in_one_line(repo):
         if not api.repo_exists(repo):
             api.create_repo(repo, private=private)
         is_private = bool(api.repo_info(repo).private)
@@ -280,20 +279,18 @@ def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool)
         done = api.create_commit(repo, operations, commit_message="Upload with branchmix")
         return str(done.commit_url), is_private
 
-    return _reported(repo, commit)
 
-
-def _reported(repo: str, act: Callable[[], tuple[str, bool]]) -> tuple[str, bool]:
-    """What the Hub answers, as the one line a user sees."""
+@contextmanager
+def _in_one_line(repo: str) -> Iterator[None]:
+    """Turns the Hub's errors into the one line a user sees."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        return act()
+        yield
     except OfflineModeIsEnabled:
         raise OutputError(f"{repo}: HF_HUB_OFFLINE is set: unset it to upload") from None
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
+        if getattr(error.response, "status_code", None) in (401, 403):
             raise OutputError(
                 f"{repo}: the token may not write there: use one of that account with write access"
             ) from None

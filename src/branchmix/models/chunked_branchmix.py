@@ -101,9 +101,7 @@ AttentionMaskInterface.register(AUTOMATIC, sdpa_mask)
 AttentionMaskInterface.register(CHUNKED, sdpa_mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is computed how
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is computed how ----
 
 
 @dataclass(frozen=True)
@@ -195,9 +193,7 @@ def _run(
         return _ChunkedAttention.apply(query, key, value, mask, settings, forward_in_chunks)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The chunks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The chunks ----
 
 
 class _Chunk(NamedTuple):

@@ -53,9 +53,7 @@ def _problem(config: Config) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is ordinary. The values are those of JSON, whose whole numbers are never of type bool.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is ordinary. The values are those of JSON, whose whole numbers are never of type bool. ----
 
 Kind = Callable[[Any], bool]
 
