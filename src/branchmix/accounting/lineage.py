@@ -1,7 +1,7 @@
 """The total training cost of a model: every training it is based on, each counted once.
 
 A run leaves ``training.json`` in its folder, with what its own start grew from; a merge leaves ``branchmix.json``, with
-the same of every source. So a trained mixture tells of its own run, those of all experts, and that of the seed, which
+the same of every source. So a trained mixture has its own run, those of all experts, and that of the seed, which
 all of them share and which counts once. A model that neither of them made is a root without a record.
 """
 

@@ -236,7 +236,7 @@ def family_of(config: Config) -> Family:
     """
     model_type = config.get("model_type")
     if not model_type or not isinstance(model_type, str):
-        lacks = f"model_type {json.dumps(model_type)}, which is no name" if model_type else "no model_type"
+        lacks = f"model_type {json.dumps(model_type)}, which is not a name" if model_type else "no model_type"
         raise CheckpointError(f"config.json has {lacks}: give a transformers checkpoint of a causal language model")
     if model_type == "branchmix":
         raise CheckpointError("the model is a mixture already: use add-expert or remove-expert to change its experts")

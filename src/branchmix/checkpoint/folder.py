@@ -64,7 +64,7 @@ _EXISTS = "exists already: choose another folder, or --force to replace it"
 
 
 def beside(target: Path, kind: str) -> Path:
-    """A new name beside an output, which tells a later start who made it: see ``stale_folders``."""
+    """A new name beside an output that names the process which made it: see ``stale_folders``."""
     return target.parent / f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -77,7 +77,7 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
     the temporary folder.
 
     Raises:
-        OutputError: ``out`` exists (or, with force, is or holds something that is no checkpoint), or cannot be written.
+        OutputError: ``out`` exists (or, with force, is or holds something that is not a checkpoint), or cannot be written.
     """
     require_replaceable(out, force=force)
     target = Path(os.path.realpath(out))
@@ -133,11 +133,11 @@ def _require_nothing_else(out: Path, target: Path) -> None:
     ):
         lacks = "no model_type in its config.json, and no weights"
     if lacks:
-        raise OutputError(f"{out}: is no checkpoint folder ({lacks}), so it is not replaced: choose another")
+        raise OutputError(f"{out}: is not a checkpoint folder ({lacks}), so it is not replaced: choose another")
     others = [name for name in names if not any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT)]
     if others:
         raise OutputError(
-            f"{out}: holds {others[0]}, which is no part of a checkpoint, so it is not replaced: choose another "
+            f"{out}: holds {others[0]}, which is not part of a checkpoint, so it is not replaced: choose another "
             "folder, or move that away"
         )
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 100_000_000
-"""Of a file; the largest tokenizers have a third of it, and safetensors headers may not have more."""
+"""Largest file; the largest tokenizers have a third of it, and safetensors headers may not have more."""
 MAX_DEPTH = 100
 MAX_DIGITS = 100
-"""Of a whole number: it can still be converted to a float."""
+"""Digits of the longest whole number: it can still be converted to a float."""
 
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")

@@ -22,7 +22,7 @@ FILES = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "added_tokens.jso
 
 _NO_TOKENIZER = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError)
 """What reading the parts of a tokenizer's file raises where it is something else."""
-_BROKEN = "is no tokenizer file: download it again"
+_BROKEN = "is not a tokenizer file: download it again"
 
 
 @dataclass(frozen=True)
@@ -169,4 +169,4 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
         if shift > 63:
-            raise ValueError("no varint")
+            raise ValueError("not a varint")

@@ -1,4 +1,4 @@
-"""What users say about their text: where each domain comes from, and how much of it is held out."""
+"""Settings of the text: where each domain comes from, and how much of it is held out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Source(Settings):
     ``.tsv`` and ``.parquet`` (also compressed: ``.gz``, ``.zst``) hold a document a row; any other file of text is one
     document. Archives, binary tables, PDF and the like are refused."""
     exclude: list[str] = []
-    """Paths or globs of files that are no data, though ``files`` matches them."""
+    """Paths or globs of files to leave out, though ``files`` matches them."""
     hub: str | None = None
     """Data set on the Hub, or a local folder in the Hub's layout; ``@revision`` after the id."""
     name: str | None = None
@@ -67,6 +67,6 @@ class HeldOut(Settings):
     """Documents that are never trained on, by the hash of their text, so that the same ones are held out everywhere."""
 
     share: Share = 0.02
-    """Of a domain's documents."""
+    """Share of a domain's documents."""
     tokens: Count = 65536
-    """How much of them an evaluation reads, of each domain."""
+    """Tokens of them that an evaluation reads, of each domain."""

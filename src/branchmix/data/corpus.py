@@ -28,7 +28,7 @@ from branchmix.data.sources import naming_domain, open_source
 from branchmix.errors import DataError, OutputError
 
 FORMAT = 2
-"""Of the cache; another one is another key."""
+"""Version of the cache's format, which is part of its keys."""
 MANY_EPOCHS = 4
 """Beyond so many passes over the same text, more of it is worth little (arXiv 2305.16264)."""
 
@@ -163,7 +163,7 @@ class Corpus:
             for name, domain in self.domains.items():
                 if not domain.complete:
                     raise DataError(
-                        f"mix: nobody knows yet how much there is of {name!r}, which is streamed, so nothing can be "
+                        f"mix: the size of {name!r}, which is streamed, is not known yet, so nothing can be "
                         "proportional to it: give shares, or streaming: false"
                     )
             weights = {name: float(domain.counts.tokens) for name, domain in self.domains.items()}

@@ -2,7 +2,7 @@
 
 Two steps lead from n to tokens. ``MixOrder`` says which domain sequence n is of, and the how-manieth of it, so that the
 shares of the mix are met at every n. ``DomainOrder`` finds the k-th sequence of a domain: its documents end to end, in
-another order each epoch. A document that does not fit goes on in the next sequence.
+another order each epoch. A document that does not fit continues in the next sequence.
 """
 
 from __future__ import annotations

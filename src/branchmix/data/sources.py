@@ -27,7 +27,7 @@ from branchmix.data.config import Source
 from branchmix.errors import BranchMixError, DataError
 
 State = dict[str, Any]
-"""Where a reader stands, as JSON."""
+"""How far a reader has come, as JSON."""
 
 _COMPRESSED = (".gz", ".zst")
 _UNREADABLE = {
@@ -207,7 +207,7 @@ def _json_lines(file: Path, lines: Any, column: str) -> Iterator[str | None]:
             try:
                 row = json.loads(_decoded(line))
             except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number}: is no JSON ({error.msg}): mend or remove that line") from None
+                raise DataError(f"{file}, line {number}: is not JSON ({error.msg}): mend or remove that line") from None
             yield _text_of(row, column, f"{file}, line {number}")
 
 
@@ -221,7 +221,7 @@ def _json_rows(file: Path, column: str) -> Iterator[str | None]:
     try:
         rows = json.loads(content)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: is no JSON ({error.msg}): mend the file") from None
+        raise DataError(f"{file}, line {error.lineno}: is not JSON ({error.msg}): mend the file") from None
     for number, row in enumerate(rows, 1):
         yield _text_of(row, column, f"{file}, row {number}")
 
@@ -332,7 +332,7 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file}: is no UTF-8 text (byte {error.object[error.start]:#04x}): convert it, or leave it out of files"
+            f"{file}: is not UTF-8 text (byte {error.object[error.start]:#04x}): convert it, or leave it out of files"
         ) from None
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
@@ -440,6 +440,6 @@ def _naming_data_set(hub: str) -> Iterator[None]:
         kind = type(error).__name__
         reason = " ".join(str(error).split())[:300]
         if kind in ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "FileNotFoundError"):
-            hint = "it is no data set of the Hub and no folder, or the Hub cannot be reached (HF_HUB_OFFLINE?)"
+            hint = "it is neither a data set of the Hub nor a folder, or the Hub cannot be reached (HF_HUB_OFFLINE?)"
             raise DataError(f"{hub}: {hint}: {reason}") from error
         raise DataError(f"{hub}: cannot be read: {kind}: {reason}") from error

@@ -256,7 +256,7 @@ def _check_vocabulary(
     size = tokenizer.size
     if not tokenizer.same or size is None:
         findings.problems.append(
-            f"{label}: vocab_size is {theirs}, but the seed's is {ours}, and without both tokenizers nobody can tell "
+            f"{label}: vocab_size is {theirs}, but the seed's is {ours}, and without both tokenizers it is unknown "
             "whether the rest is padding: put the tokenizers beside the weights"
         )
     elif size > min(ours, theirs):

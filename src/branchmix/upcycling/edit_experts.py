@@ -174,12 +174,12 @@ class _EditedMixture(OpenedMixture):
         if self.has_ffn_experts and not recipe:
             if old_k == old and top_k != new:
                 notes.append(
-                    f"each token still goes to {top_k} FFN experts, now of {new}: no recipe tells whether routing was "
+                    f"each token still goes to {top_k} FFN experts, now of {new}: no recipe says whether routing was "
                     f"soft; if so, set num_experts_per_tok to {new} in config.json"
                 )
             if is_n_over_k and scaling != 1.0:
                 notes.append(
-                    f"routed_scaling_factor stays {scaling:g}: no recipe tells whether it was auto (N / k); if so, set "
+                    f"routed_scaling_factor stays {scaling:g}: no recipe says whether it was auto (N / k); if so, set "
                     f"it to {new / top_k:g} in config.json"
                 )
         return config, notes
