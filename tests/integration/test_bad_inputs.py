@@ -131,7 +131,8 @@ CHECKPOINTS = [
     Case("Git LFS pointers as tokenizers", "expert 'code': | code/tokenizer.json: is a Git LFS pointer | git lfs pull\n"
          "expert 'math': | math/tokenizer.json: is a Git LFS pointer | git lfs pull",
          all_three(lambda f: (f / "tokenizer.json").write_text(LFS_POINTER))),
-    Case("the same broken tokenizer", "expert 'code': | seed/tokenizer.json: is not a tokenizer file | download it again\n"
+    Case("the same broken tokenizer",
+         "expert 'code': | seed/tokenizer.json: is not a tokenizer file | download it again\n"
          "expert 'math': | seed/tokenizer.json: is not a tokenizer file | download it again",
          all_three(lambda f: (f / "tokenizer.json").write_text("[]"))),
     Case("the same half tokenizer", "seed/tokenizer.json: is not a tokenizer file | download it again",

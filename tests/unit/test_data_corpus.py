@@ -245,7 +245,7 @@ def test_a_stream_is_read_only_as_far_as_wanted(tmp_path: Path, encoded: list[st
     longer[699]
     assert [longer[n]["input_ids"].tolist() for n in range(200)] == first
     assert again.held_out_texts("a") == held_out == opened.held_out_texts("a") != []
-    with pytest.raises(DataError, match="nobody knows yet how much there is of 'a', which is streamed"):
+    with pytest.raises(DataError, match="the size of 'a', which is streamed, is not known yet"):
         again.train("proportional", sequence_length=32, num_sequences=1, random_seed=0)
     close(opened, again)
 
