@@ -77,7 +77,7 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
     the temporary folder.
 
     Raises:
-        OutputError: ``out`` exists (or, with force, is or holds something else than a checkpoint), or cannot be written.
+        OutputError: ``out`` exists (or, with force, is or holds something else), or cannot be written.
     """
     require_replaceable(out, force=force)
     target = Path(os.path.realpath(out))
