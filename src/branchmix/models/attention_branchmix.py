@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_branchmix import BranchMixConfig
 from .linear_branchmix import BranchMixLinear
@@ -201,6 +201,27 @@ class BranchMixSplitAttention(nn.Module):
             **kwargs,
         )
         return heads.reshape(*hidden_states.shape[:2], -1), weights
+
+
+def eager_attention_forward(
+    module: Any,
+    q_BHTC: torch.Tensor,
+    k_BKTC: torch.Tensor,
+    v_BKTC: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in plain torch, the ``eager`` implementation; returns [B, T, H, C] and the weights."""
+    k_BHTC = k_BKTC.repeat_interleave(module.num_key_value_groups, dim=1)
+    v_BHTC = v_BKTC.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = torch.matmul(q_BHTC, k_BHTC.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q_BHTC.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, v_BHTC).transpose(1, 2).contiguous(), weights
 
 
 class BranchMixExpertRotary(nn.ModuleList):
