@@ -17,7 +17,7 @@ from transformers import AutoConfig
 import branchmix
 from branchmix.cli import main
 from branchmix.errors import CheckpointError, CompatibilityError, OutputError, RecipeError, VerificationError
-from branchmix.export import run as export_run
+from branchmix.export import conversion
 from branchmix.export.native import NATIVES, SEED_BLOCKS
 from branchmix.upcycling.verify import one_hot_gates
 from checkpoints import config, in_dtype, weights
@@ -245,14 +245,14 @@ def test_wrong_words(siblings: Siblings, tmp_path: Path) -> None:
 def test_other_logits_leave_nothing_behind(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof is not for show: a wrong export is caught by it."""
     mixture = mixed(siblings("llama"), tmp_path / "mixture", NORMAL_TOP_2, routed_scaling_factor=2.0)
-    plan = export_run.plan_export
+    plan = conversion.plan_export
 
     def wrong(*args: Any) -> Any:
         found = plan(*args)
         found.config["rms_norm_eps"] = 0.1
         return found
 
-    monkeypatch.setattr(export_run, "plan_export", wrong)
+    monkeypatch.setattr(conversion, "plan_export", wrong)
     with pytest.raises(VerificationError, match="differ from the mixture's by"):
         branchmix.export_model(mixture, tmp_path / "out", to="mixtral")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 1

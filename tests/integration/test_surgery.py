@@ -164,7 +164,7 @@ def test_top_k_of_all_experts_is_not_soft(siblings: Siblings, tmp_path: Path) ->
         report = branchmix.add_expert(mixture, "math", models["math"], tmp_path / f"{mixture.name}-added")
         found = config(tmp_path / f"{mixture.name}-added")
         assert (found["num_experts_per_tok"], found["routed_scaling_factor"]) == (2, 1.5)
-        assert "no recipe tells" not in str(report.plan.notes)
+        assert "no recipe says" not in str(report.plan.notes)
 
 
 def test_a_factor_that_happens_to_be_n_over_k_stays(siblings: Siblings, tmp_path: Path) -> None:

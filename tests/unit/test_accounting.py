@@ -530,9 +530,9 @@ def test_bad_dtype() -> None:
 
 def test_bad_paths(tmp_path: Path) -> None:
     for name, content, message in (
-        ("text.json", "no json", "not JSON"),
-        ("list.json", "[1]", "expected a JSON object"),
-        ("binary.json", b"\xff\xfe\x00", "not JSON"),
+        ("text.json", "no json", "not valid JSON"),
+        ("list.json", "[1]", "not a JSON object"),
+        ("binary.json", b"\xff\xfe\x00", "not valid JSON"),
         ("empty.json", "{}", "no model_type"),
     ):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -56,9 +56,9 @@ def test_counts(tmp_path: Path) -> None:
     held_out = [t for t in texts if is_held_out(t, 0.1)]
     kept = [t for t in texts if not is_held_out(t, 0.1)]
     num_tokens = lambda some: sum(len(tokenizer()(t)["input_ids"]) + 1 for t in some)  # noqa: E731
-    assert (domain.documents, domain.held_out_documents) == (len(kept), len(held_out))
-    assert (domain.tokens, domain.held_out_tokens) == (num_tokens(kept), num_tokens(held_out))
-    assert (domain.bytes, domain.held_out_bytes) == (len("".join(kept)), len("".join(held_out)))
+    assert (domain.counts.documents, domain.counts.held_out_documents) == (len(kept), len(held_out))
+    assert (domain.counts.tokens, domain.counts.held_out_tokens) == (num_tokens(kept), num_tokens(held_out))
+    assert (domain.counts.bytes, domain.counts.held_out_bytes) == (len("".join(kept)), len("".join(held_out)))
     assert domain.counts.duplicates == 3 and domain.complete
     assert steps[-1][0] == "tokenising a" and 0 < steps[0][1] <= steps[-1][1] <= steps[-1][2]
 
@@ -92,20 +92,20 @@ def test_nothing_held_out_is_trained_on(tmp_path: Path) -> None:
     assert not any(is_held_out(text(n), 0.1) for n in (298, 299))
     opened = corpus(tmp_path, sources)
     held_out = {t for name in sources for t in opened.held_out_texts(name)}
-    assert opened.domains["tiny"].documents == opened.domains["tiny"].held_out_documents == 1
+    assert opened.domains["tiny"].counts.documents == opened.domains["tiny"].counts.held_out_documents == 1
     for name, length in {"a": 32, "b": 32, "tiny": 8}.items():
         domain = opened.domains[name]
         sequences = opened.train(
-            {name: 1}, sequence_length=length, num_sequences=domain.tokens // length, random_seed=0
+            {name: 1}, sequence_length=length, num_sequences=domain.counts.tokens // length, random_seed=0
         )
         documents = texts_in(sequences).split("<|endoftext|>")
-        assert len(documents) > domain.documents / 2 and not set(documents) & held_out
+        assert len(documents) > domain.counts.documents / 2 and not set(documents) & held_out
 
 
 def test_a_domain_of_one_document_is_trained_on(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", range(1))
     opened = corpus(tmp_path, FILES)
-    assert opened.domains["a"].documents == 1 and opened.held_out(sequence_length=8) == {}
+    assert opened.domains["a"].counts.documents == 1 and opened.held_out(sequence_length=8) == {}
 
 
 def test_the_cache_is_used_again(tmp_path: Path, encoded: list[str]) -> None:
@@ -117,12 +117,12 @@ def test_the_cache_is_used_again(tmp_path: Path, encoded: list[str]) -> None:
     first = sequences(corpus(tmp_path, FILES))
     assert len(encoded) == 300
     again = corpus(tmp_path, {"other": Source(files=["a.jsonl", "a*"])}, held_out=HeldOut(share=0.1, tokens=50))
-    assert len(encoded) == 300 and again.domains["other"].tokens == corpus(tmp_path, FILES).domains["a"].tokens
+    assert len(encoded) == 300 and again.domains["other"].tokens == corpus(tmp_path, FILES).domains["a"].counts.tokens
     assert sequences(corpus(tmp_path, FILES)) == first
     corpus(tmp_path, FILES, held_out=HeldOut(share=0.2))
     assert len(encoded) == 600
     write_jsonl(tmp_path / "a.jsonl", range(301))
-    assert corpus(tmp_path, FILES).domains["a"].tokens > again.domains["other"].tokens
+    assert corpus(tmp_path, FILES).domains["a"].counts.tokens > again.domains["other"].tokens
     assert len(encoded) == 901
 
 
@@ -135,13 +135,13 @@ def test_another_tokenizer_is_another_cache(tmp_path: Path) -> None:
     options: Any = {"folder": tmp_path, "cache": tmp_path / "cache", "held_out": HeldOut(share=0.1)}
     assert open_corpus(FILES, other, **options).domains["a"].folder != ours.folder
     other.eos_token = None
-    assert open_corpus(FILES, other, **options).domains["a"].tokens < ours.tokens + 10_000
+    assert open_corpus(FILES, other, **options).domains["a"].counts.tokens < ours.tokens + 10_000
 
 
 def test_a_damaged_chunk_is_made_again(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", range(300))
     domain = corpus(tmp_path, FILES).domains["a"]
-    tokens, file = domain.tokens, domain.chunks[1].file
+    tokens, file = domain.counts.tokens, domain.chunks[1].file
     good = file.read_bytes()
     file.write_bytes(good[:-100])
     again = corpus(tmp_path, FILES).domains["a"]
@@ -198,7 +198,7 @@ build.Encoder.__call__ = slowly
 print("ready", flush=True)
 sys.stdin.readline()
 opened = corpus(Path(sys.argv[1]), {"a": Source(files="a.jsonl")})
-print(count, opened.domains["a"].tokens)
+print(count, opened.domains["a"].counts.tokens)
 """
 
 
@@ -222,7 +222,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
         process.stdin.flush()
     counts, tokens = zip(*(map(int, process.communicate(timeout=60)[0].split()) for process in others), strict=True)
     assert 0 in counts and 150 < sum(counts) < 300, "one did all that was left, and that was not everything"
-    assert len(set(tokens)) == 1 and tokens[0] == corpus(tmp_path, FILES).domains["a"].tokens
+    assert len(set(tokens)) == 1 and tokens[0] == corpus(tmp_path, FILES).domains["a"].counts.tokens
 
 
 def test_a_stream_is_read_only_as_far_as_wanted(tmp_path: Path, encoded: list[str]) -> None:
@@ -234,7 +234,7 @@ def test_a_stream_is_read_only_as_far_as_wanted(tmp_path: Path, encoded: list[st
     sequences = opened.train("equal", sequence_length=32, num_sequences=200, random_seed=0)
     first = [sequences[n]["input_ids"].tolist() for n in range(200)]
     assert sequences.seconds_waited > 0 and len(encoded) < 400, "the rest was read by another process"
-    assert 200 * 32 <= domain.tokens < 200 * 32 + 3 * 2000 and not domain.complete
+    assert 200 * 32 <= domain.counts.tokens < 200 * 32 + 3 * 2000 and not domain.complete
     assert sequences.epochs() == {"a": None}
     # More is wanted later, by this process or by another; what was seen stays the same, and so does what is held out.
     more = opened.train("equal", sequence_length=32, num_sequences=400, random_seed=0)
@@ -245,7 +245,7 @@ def test_a_stream_is_read_only_as_far_as_wanted(tmp_path: Path, encoded: list[st
     longer[699]
     assert [longer[n]["input_ids"].tolist() for n in range(200)] == first
     assert again.held_out_texts("a") == held_out == opened.held_out_texts("a") != []
-    with pytest.raises(DataError, match="nobody knows yet how much there is of 'a', which is streamed"):
+    with pytest.raises(DataError, match="the size of 'a', which is streamed, is not known yet"):
         again.train("proportional", sequence_length=32, num_sequences=1, random_seed=0)
     close(opened, again)
 
@@ -257,7 +257,7 @@ def test_a_stream_that_ends_begins_again(tmp_path: Path) -> None:
     documents = texts_in(sequences).split("<|endoftext|>")
     domain = opened.domains["a"]
     held_out = [t for t in map(text, range(200)) if is_held_out(t, 0.1)]
-    assert domain.complete and domain.held_out_documents == len(held_out)
+    assert domain.complete and domain.counts.held_out_documents == len(held_out)
     assert set(documents[1:-1]).isdisjoint(held_out) and (sequences.epochs()["a"] or 0) > 2
     assert {hash_of(text(n)) for n in range(200)} == {
         int(value) for chunk in domain.chunks for key in ("hashes", "held_out_hashes") for value in chunk.arrays[key]

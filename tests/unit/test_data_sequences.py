@@ -107,12 +107,12 @@ def test_an_epoch_is_every_document_once_in_an_order_of_its_own(tmp_path: Path, 
     opened = two_domains(tmp_path)
     domain = opened.domains["a"]
     assert len(domain.chunks) > 3
-    per_epoch = domain.tokens // 32
+    per_epoch = domain.counts.tokens // 32
     sequences = train(opened, num_sequences=3 * per_epoch)
     epochs = [spelled(sequences, range(e * per_epoch, (e + 1) * per_epoch)).split("<|endoftext|>") for e in range(3)]
     held_out = set(opened.held_out_texts("a"))
     wanted = {text(n) for n in range(400)} - held_out
-    assert len(held_out) == domain.held_out_documents > 0 and len(wanted) == domain.documents
+    assert len(held_out) == domain.counts.held_out_documents > 0 and len(wanted) == domain.counts.documents
     for documents in epochs:
         *whole, rest = documents
         assert len(whole) == len(set(whole)) and set(whole) <= wanted
@@ -128,9 +128,9 @@ def test_an_epoch_is_every_document_once_in_an_order_of_its_own(tmp_path: Path, 
 
 def test_many_epochs_give_a_note(tmp_path: Path) -> None:
     opened = two_domains(tmp_path)
-    train(opened, num_sequences=4 * (opened.domains["a"].tokens // 32))
+    train(opened, num_sequences=4 * (opened.domains["a"].counts.tokens // 32))
     assert opened.as_dict()["notes"] == []
-    train(opened, num_sequences=5 * (opened.domains["a"].tokens // 32))
+    train(opened, num_sequences=5 * (opened.domains["a"].counts.tokens // 32))
     assert opened.as_dict()["notes"] == ["a: is gone through 5.0 times; more than 4 add little"]
 
 
@@ -187,7 +187,7 @@ PINNED_DOCUMENTS = [206, 150, 227, 175, 67, 398, 255, 240]
 
 def test_proportional_and_equal(tmp_path: Path) -> None:
     opened = two_domains(tmp_path)
-    tokens = {name: domain.tokens for name, domain in opened.domains.items()}
+    tokens = {name: domain.counts.tokens for name, domain in opened.domains.items()}
     counts = train(opened, mix="proportional", num_sequences=1000).counts()
     assert abs(counts["a"] / 1000 - tokens["a"] / sum(tokens.values())) < 2e-3
     assert train(opened, mix="equal", num_sequences=1000).counts() == {"a": 500, "b": 500}
@@ -225,4 +225,4 @@ def test_held_out_sequences(tmp_path: Path, small_chunks: None) -> None:
     assert chosen == texts["b"][: len(chosen)] and 0 < len(chosen) < len(texts["b"])
     assert sum(len(tokenizer()(t)["input_ids"]) + 1 for t in chosen) <= 100
     none = corpus(tmp_path, {"b": Source(files="b.jsonl")}, held_out=HeldOut(share=0.0))
-    assert none.held_out(sequence_length=32) == {} and none.domains["b"].documents == 200
+    assert none.held_out(sequence_length=32) == {} and none.domains["b"].counts.documents == 200

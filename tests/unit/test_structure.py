@@ -94,7 +94,7 @@ def modules_after(code: str) -> set[str]:
 LIGHT = [
     *(f"branchmix.checkpoint.{file.stem}" for file in (ROOT / "checkpoint").glob("*.py") if file.stem != "__init__"),
     "branchmix.upcycling.plan",
-    "branchmix.upcycling.surgery",
+    "branchmix.upcycling.edit_experts",
     "branchmix.export",
     "branchmix.accounting",
     "branchmix.recipe",

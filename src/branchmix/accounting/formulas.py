@@ -10,11 +10,8 @@ from branchmix.errors import CheckpointError
 
 MOST_LAYERS = 10_000
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"} | {
-    "fp64": "float64",
-    "double": "float64",
-    "fp8": "float8_e4m3fn",
-}
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+_DTYPE_ALIASES |= {"fp64": "float64", "double": "float64", "fp8": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
     token_width, projections = _embedding_widths(shape)
     positions = 0
     if facts.positions_offset is not None:
-        positions = ((max_positions(shape.seed) or 0) + facts.positions_offset) * d
+        positions = ((configured_positions(shape.seed) or 0) + facts.positions_offset) * d
     return ParameterCounts(
         embeddings=s.vocab_size * token_width + positions + projections,
         lm_head=(0 if s.tied_embeddings else s.vocab_size * token_width) + facts.head_bias * s.vocab_size,
@@ -105,11 +102,10 @@ def _embedding_widths(shape: Shape) -> tuple[int, int]:
     return token_width, 2 * token_width * width if token_width != width else 0
 
 
-def max_positions(config: Config) -> int | None:
-    """Positions the model was made for; the defaults are those of families that have tables of them."""
-    default = {"gpt2": 1024, "opt": 2048, "gpt_bigcode": 1024, "biogpt": 1024, "gptj": 2048}.get(
-        config.get("model_type", "")
-    )
+def configured_positions(config: Config) -> int | None:
+    """Positions that a config.json says the model was made for, with the defaults of families that have tables."""
+    defaults = {"gpt2": 1024, "opt": 2048, "gpt_bigcode": 1024, "biogpt": 1024, "gptj": 2048}
+    default = defaults.get(config.get("model_type", ""))
     value = config.get("max_position_embeddings", config.get("n_positions", default))
     return value if isinstance(value, int) and value > 0 else None
 
@@ -119,7 +115,7 @@ def table_positions(config: Config) -> int | None:
     longest sequence. None: it computes them as they come."""
     seed = config.get("seed_config") or config
     family = FAMILIES.get(str(seed.get("model_type")))
-    return max_positions(seed) if family is not None and family.rotary != "half" else None
+    return configured_positions(seed) if family is not None and family.rotary != "half" else None
 
 
 @dataclass(frozen=True)
@@ -232,8 +228,7 @@ def flops_of(shape: Shape, context: int) -> Flops:
 def windows(shape: Shape) -> list[int | None]:
     """The size of each layer's sliding window, or None for full attention, by transformers' own rules.
 
-    Raises:
-        CheckpointError: the config has more layers than any model, which would take gigabytes to list.
+    Raises CheckpointError for more layers than any model has, which would take gigabytes to list.
     """
     seed, num_layers = shape.seed, shape.sizes.num_layers
     if num_layers > MOST_LAYERS:

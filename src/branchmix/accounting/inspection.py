@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from branchmix.accounting.formulas import (
     DTYPE_BYTES,
@@ -14,22 +14,22 @@ from branchmix.accounting.formulas import (
     ParameterCounts,
     active_parameters,
     check_context,
+    configured_positions,
     dtype_of,
     flops_of,
     kv_bytes_per_layer,
-    max_positions,
     parameters,
     windows,
 )
 from branchmix.accounting.shape import FACTS, Shape, shape_of
 from branchmix.checkpoint.adapters import refuse_adapter
 from branchmix.checkpoint.families import FAMILIES, is_tied, nearest
-from branchmix.checkpoint.json_text import read_json, read_object
+from branchmix.checkpoint.hub import expanded, is_there, resolve
+from branchmix.checkpoint.index import CheckpointIndex, read_json_object
+from branchmix.checkpoint.json_text import read_object
+from branchmix.checkpoint.tying import as_stored, head_and_embeddings
 from branchmix.checkpoint.unfit import Config, why_unfit
 from branchmix.errors import BranchMixError, CheckpointError, short
-
-if TYPE_CHECKING:
-    from branchmix.checkpoint.index import CheckpointIndex
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context when none is asked for; a model of fewer positions gets its own number."""
@@ -37,7 +37,7 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class Accounting:
-    """What ``inspect`` found out about a model."""
+    """Size and cost of a model, the result of ``inspect``."""
 
     model: str
     """The argument: a path, a Hub id, or ``config`` for a dict."""
@@ -51,9 +51,6 @@ class Accounting:
     total: ParameterCounts
     active: ParameterCounts
     flops: Flops | None
-    kv_cache_bytes_per_token: int | None
-    kv_cache_bytes: int | None
-    """KV cache of one sequence of ``context`` tokens; layers with a sliding window hold no more than the window."""
     stored: int | None
     """Parameters in the folder's safetensors headers, buffers and tied copies left out; None: no weights were read."""
     notices: tuple[str, ...]
@@ -61,6 +58,19 @@ class Accounting:
     lossless: bool | None = None
     """With its gates forced to one expert, the mixture computes exactly what that dense model does: as ``upcycle``
     found when it wrote the folder. None: not a mixture, or trained since."""
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int | None:
+        """What one token adds to the KV cache."""
+        return self.shape.sizes.num_layers * kv_bytes_per_layer(self.shape, self.dtype) if self.shape else None
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """KV cache of one sequence of ``context`` tokens; layers with a sliding window hold no more than the window."""
+        if self.shape is None:
+            return None
+        tokens = sum(self.context if size is None else min(self.context, size) for size in windows(self.shape))
+        return tokens * kv_bytes_per_layer(self.shape, self.dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -73,19 +83,18 @@ class Accounting:
         ``flops_per_token`` has Table 7's convention at its top: one layer, no embeddings. ``per_layer`` repeats it
         with its components, ``whole_model`` is the sum over layers, with lm_head.
         """
-        shape, total, active = self.shape, asdict(self.total), asdict(self.active)
         return {
             "model": self.model,
             "model_type": self.model_type,
             "source": self.source,
-            **(_describe(shape) if shape else {}),
+            **(_describe(self.shape) if self.shape else {}),
             "context": self.context,
             "dtype": self.dtype,
             "parameters": {
                 "total": self.total.total,
                 "active": self.active.total,
-                **total,
-                "active_by_part": active,
+                **asdict(self.total),
+                "active_by_part": asdict(self.active),
                 "stored": self.stored,
             },
             "weight_bytes": self.weight_bytes,
@@ -113,7 +122,8 @@ class Accounting:
         if second_router:
             notes.append("Table 9's active parameters leave out one of the two routers")
         if shape.attention == "kv_sharing":
-            omitted += shape.sizes.num_layers * flops.layer.qkv // 2 - self._query_elements()
+            queries = shape.attention_experts * shape.sizes.hidden_size * shape.sizes.num_heads * shape.sizes.head_dim
+            omitted += shape.sizes.num_layers * (flops.layer.qkv // 2 - queries)
             notes.append("Table 9's active parameters leave out the shared keys and values")
         return {
             "table_7_per_layer": {
@@ -124,11 +134,6 @@ class Accounting:
             "table_9": {"total": self.total.total, "active": self.active.total - omitted},
             "differences": notes,
         }
-
-    def _query_elements(self) -> int:
-        assert self.shape is not None
-        s = self.shape.sizes
-        return s.num_layers * self.shape.attention_experts * s.hidden_size * s.num_heads * s.head_dim
 
 
 def _describe(shape: Shape) -> dict[str, Any]:
@@ -196,7 +201,7 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
 
     seed = shape_of(config).seed if config["model_type"] == "branchmix" else config
     if context is None:
-        context = min(max_positions(seed) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        context = min(configured_positions(seed) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     check_context(context)
     dtype = dtype_of(config, dtype)
     reason = why_unfit(seed)
@@ -209,20 +214,19 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
     index, stored, notices = None, None, []
     if folder is not None and any(folder.glob("*.safetensors")):
         try:
-            index = _open_index(folder)
+            index = as_stored(CheckpointIndex.open(folder))
+            config = index.config
         except BranchMixError as error:
             notices.append(f"weights not counted: {error}")
-        else:
-            config = index.config
     shape, total = shape_of(config), parameters(config)
     if index is not None:
-        stored = _count_tensors(index, tied=shape.sizes.tied_embeddings, active_experts=None)[0].total
+        stored = _count_tensors(index, tied=shape.sizes.tied_embeddings)[0].total
         if stored != total.total:
             notices.append(
                 f"config.json describes {total.total:,} parameters, but the weights hold {stored:,}: "
                 "the numbers are the config's"
             )
-    positions = max_positions(shape.seed)
+    positions = configured_positions(shape.seed)
     if positions is not None and context > positions:
         notices.append(f"a context of {context:,} exceeds the model's {positions:,} positions")
     if shape.attention_num_experts_per_tok and shape.attention_router:
@@ -230,21 +234,10 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
             f"active counts the {shape.attention_num_experts_per_tok} chosen attention experts; all "
             f"{shape.num_experts} are computed and cached, and the FLOPs and KV bytes say so"
         )
-    return Accounting(
-        model=name,
-        model_type=config["model_type"],
-        source="config",
-        shape=shape,
-        context=context,
-        dtype=dtype,
-        total=total,
-        active=active_parameters(config),
-        flops=flops_of(shape, context),
-        stored=stored,
-        notices=tuple(notices),
-        lossless=(read_object(folder / "branchmix.json") or {}).get("lossless") if folder is not None else None,
-        **_cache(shape, context, dtype),
-    )
+    active, flops, model_type = active_parameters(config), flops_of(shape, context), config["model_type"]
+    lossless = (read_object(folder / "branchmix.json") or {}).get("lossless") if folder is not None else None
+    counts = (shape, context, dtype, total, active, flops, stored)
+    return Accounting(name, model_type, "config", *counts, tuple(notices), lossless)
 
 
 def _by_weights(
@@ -252,9 +245,7 @@ def _by_weights(
 ) -> Accounting:
     """For models without a formula: counts from the headers, FLOPs where sizes and weights agree.
 
-    Args:
-        name, config, folder, context, dtype: as ``inspect`` has them.
-        reason: why a family's formula does not hold for this config; None: the family has none.
+    ``reason`` says why a family's formula does not hold for this config; None: the family has no formula.
     """
     family = str((config.get("seed_config") or config).get("model_type"))
     lacking = reason or f"no formula for the family {family!r}"
@@ -263,50 +254,34 @@ def _by_weights(
             f"{name}: {lacking}{'' if reason else nearest(family, [*FACTS])}: "
             "give the checkpoint folder, whose weights can be counted instead"
         )
-    index = _open_index(folder)
+    index = as_stored(CheckpointIndex.open(folder))
     config = index.config
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((config[key] for key in names if isinstance(config.get(key), int) and config[key] > 0), 1)
     chosen = config.get("num_experts_per_tok", 1)
     fraction = (chosen, experts) if isinstance(chosen, int) and 0 < chosen <= experts else (1, 1)
-    seed = config.get("seed_config") or config
-    total, active, matrices = _count_tensors(index, tied=is_tied(seed), active_experts=fraction)
+    tied = is_tied(config.get("seed_config") or config)
+    total, active, matrices = _count_tensors(index, tied=tied, active_experts=fraction)
     notices = [f"{lacking}: counted from the weights, without the buffers that are known by name"]
-    try:
-        shape: Shape | None = shape_of(config)
-    except CheckpointError:
-        shape = None
-    flops = None
-    if shape is not None:
-        if not any(".gate_proj" in tensor or "gate_up" in tensor for tensor in index.tensors):
-            shape = replace(shape, family=replace(shape.family, gate=None))
-        flops = flops_of(shape, context)
-        ffn = flops.model("ffn") // min(shape.num_experts_per_tok, shape.ffn_experts) * shape.ffn_experts
-        expected = (flops.model("qkv") + flops.model("output"), ffn)
-        if expected != (2 * matrices["attention"], 2 * matrices["ffn"]):
-            shape = flops = None
-    if flops is None:
+    shape = _plain_shape(index, context, matrices)
+    if shape is None:
         notices.append("FLOPs and KV cache unknown: the weights are not those of plain attention and FFN layers")
-    return Accounting(
-        model=name,
-        model_type=config["model_type"],
-        source="weights",
-        shape=shape,
-        context=context,
-        dtype=dtype,
-        total=total,
-        active=active,
-        flops=flops,
-        stored=total.total,
-        notices=tuple(notices),
-        **(_cache(shape, context, dtype) if shape else {"kv_cache_bytes_per_token": None, "kv_cache_bytes": None}),
-    )
+    model_type, flops, stored = config["model_type"], flops_of(shape, context) if shape else None, total.total
+    return Accounting(name, model_type, "weights", shape, context, dtype, total, active, flops, stored, tuple(notices))
 
 
-def _cache(shape: Shape, context: int, dtype: str) -> dict[str, Any]:
-    layer = kv_bytes_per_layer(shape, dtype)
-    held = sum(context if window is None else min(context, window) for window in windows(shape))
-    return {"kv_cache_bytes_per_token": shape.sizes.num_layers * layer, "kv_cache_bytes": held * layer}
+def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int]) -> Shape | None:
+    """The shape of a model without a formula, if its matrices are those of plain attention and FFN layers."""
+    try:
+        shape = shape_of(index.config)
+    except CheckpointError:
+        return None
+    if not any(".gate_proj" in tensor or "gate_up" in tensor for tensor in index.tensors):
+        shape = replace(shape, family=replace(shape.family, gate=None))
+    flops = flops_of(shape, context)
+    ffn = flops.model("ffn") // min(shape.num_experts_per_tok, shape.ffn_experts) * shape.ffn_experts
+    expected = (flops.model("qkv") + flops.model("output"), ffn)
+    return shape if expected == (2 * matrices["attention"], 2 * matrices["ffn"]) else None
 
 
 # A tensor's part of the model by its name, first match; and buffers that some checkpoints store.
@@ -326,13 +301,11 @@ _BUFFERS = re.compile(
 
 
 def _count_tensors(
-    index: CheckpointIndex, *, tied: bool, active_experts: tuple[int, int] | None
+    index: CheckpointIndex, *, tied: bool, active_experts: tuple[int, int] = (1, 1)
 ) -> tuple[ParameterCounts, ParameterCounts, dict[str, int]]:
     """Stored parameters by part: all; those active when k of N ``active_experts`` are; and those in matrices."""
-    from branchmix.checkpoint.tying import head_and_embeddings
-
     total, active, matrices = (dict.fromkeys(_PART_PATTERNS, 0) for _ in range(3))
-    chosen, experts = active_experts or (1, 1)
+    chosen, experts = active_experts
     head, embeddings = head_and_embeddings(index)
     twin = head.name if tied and head is not None and embeddings is not None else None
     for name, ref in index.tensors.items():
@@ -347,32 +320,19 @@ def _count_tensors(
 
 
 def too_few_parameters(index: CheckpointIndex) -> str | None:
-    """Says that weights hold fewer parameters than their config describes; None if not, or for unknown families.
-
-    Args:
-        index: headers of a dense model or a mixture.
-    """
+    """Says that weights hold fewer parameters than their config describes; None if not, or for unknown families."""
     config = index.config
     if (config.get("seed_config") or config).get("model_type") not in FAMILIES:
         return None
     described, tied = parameters(config).total, shape_of(config).sizes.tied_embeddings
-    stored = _count_tensors(index, tied=tied, active_experts=None)[0].total
+    stored = _count_tensors(index, tied=tied)[0].total
     if stored >= described:
         return None
     return f"config.json describes {described:,} parameters, but the weights hold only {stored:,}"
 
 
-def _open_index(folder: Path) -> CheckpointIndex:
-    from branchmix.checkpoint.index import CheckpointIndex
-    from branchmix.checkpoint.tying import as_stored
-
-    return as_stored(CheckpointIndex.open(folder))
-
-
 def _locate(model: str | Path) -> Path:
     """The folder or file meant by a path or a Hub id."""
-    from branchmix.checkpoint.hub import expanded, is_there, resolve
-
     path = expanded(model)
     if is_there(path):
         return path
@@ -384,14 +344,6 @@ def _locate(model: str | Path) -> Path:
 def _read_config(path: Path) -> Config:
     refuse_adapter(path)
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = read_json(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no config.json in it: give a transformers checkpoint folder") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError:
-        raise CheckpointError(f"{file}: not JSON: give a checkpoint folder or its config.json") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: not a config: expected a JSON object") from None
-    return config
+    if path.is_dir() and not file.is_file():
+        raise CheckpointError(f"{path}: no config.json in it: give a transformers checkpoint folder")
+    return read_json_object(file)

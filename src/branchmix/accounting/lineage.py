@@ -1,7 +1,7 @@
 """The total training cost of a model: every training it is based on, each counted once.
 
 A run leaves ``training.json`` in its folder, with what its own start grew from; a merge leaves ``branchmix.json``, with
-the same of every source. So a trained mixture tells of its own run, those of all experts, and that of the seed, which
+the same of every source. So a trained mixture has its own run, those of all experts, and that of the seed, which
 all of them share and which counts once. A model that neither of them made is a root without a record.
 """
 
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from branchmix.checkpoint.hashes import key_of
 from branchmix.checkpoint.json_text import read_object
@@ -45,8 +45,7 @@ def lineage(folder: Path, name: str | None = None, *, within: tuple[Path, ...] =
     """All trainings behind the model in ``folder``, the oldest first.
 
     Args:
-        folder: of a model.
-        name: what to call it if it is a root.
+        name: of the model, if no training of it is on record.
         within: folders whose records name this one; a record that names itself is not followed.
     """
     within = (*within, folder.resolve())
@@ -64,10 +63,10 @@ def lineage(folder: Path, name: str | None = None, *, within: tuple[Path, ...] =
         return [*_recorded(record, "ancestors", str(start), within), own]
     merge = read_object(folder / MERGE)
     if merge is not None and isinstance(merge.get("sources"), list):
-        changes = merge.get("changes")
-        steps = [change.get("added") for change in (changes if isinstance(changes, list) else []) if _is_object(change)]
-        added = [step.get("expert") for step in steps if _is_object(step)]
-        sources = [one for one in (*merge["sources"], *added) if _is_object(one)]
+        added = [
+            step.get("expert") for step in _objects(change.get("added") for change in _objects(merge.get("changes")))
+        ]
+        sources = _objects([*merge["sources"], *added])
         return once(phase for one in sources for phase in _recorded(one, "training", str(one.get("model")), within))
     return [Phase(_root_key(folder), _called(name or folder.name), None, None, _root_cost(folder))]
 
@@ -110,28 +109,24 @@ def _recorded(holder: dict[str, Any], key: str, model: str, within: tuple[Path, 
     return [Phase(key_of({"model": model}), _called(model), None, None)]
 
 
-def _is_phase(found: Any) -> bool:
+def _is_phase(value: Any) -> bool:
     """Whether a record holds what ``as_records`` wrote; others may have edited it."""
-    return (
-        _is_object(found)
-        and isinstance(found.get("key"), str)
-        and isinstance(found.get("name"), str)
-        and _is_count(found.get("tokens"))
-        and _is_cost(found.get("flops"))
-        and _is_cost(found.get("flops_per_token"))
-    )
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("key", "name")):
+        return False
+    return _is_count(value.get("tokens")) and all(map(_is_cost, (value.get("flops"), value.get("flops_per_token"))))
 
 
-def _is_object(found: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(found, dict)
+def _is_count(value: Any) -> bool:
+    return value is None or type(value) is int
 
 
-def _is_count(found: Any) -> bool:
-    return found is None or (isinstance(found, int) and not isinstance(found, bool))
+def _is_cost(value: Any) -> bool:
+    return _is_count(value) or isinstance(value, float)
 
 
-def _is_cost(found: Any) -> bool:
-    return _is_count(found) or isinstance(found, float)
+def _objects(values: Any) -> list[dict[str, Any]]:
+    """The JSON objects in what should be a list of them."""
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, Iterable) else []
 
 
 def _called(given: str) -> str:

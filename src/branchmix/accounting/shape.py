@@ -50,6 +50,7 @@ def _biases(key: str, default: bool, *which: str) -> dict[str, Any]:
 
 _ATTENTION_BIAS = _biases("attention_bias", False, "qkv_bias", "out_bias")
 _MLP_BIAS = _biases("mlp_bias", False, "ffn_bias")
+_ALL_BIASES: dict[str, Any] = dict.fromkeys(("qkv_bias", "out_bias", "ffn_bias", "norm_bias"), True)
 
 FACTS: dict[str, Facts] = {
     "llama": Facts(**_ATTENTION_BIAS, **_MLP_BIAS),
@@ -65,19 +66,11 @@ FACTS: dict[str, Facts] = {
     "olmo3": Facts(**_ATTENTION_BIAS, post_norms=2, qk_norm=True, window=4096, windowed="most", full_every=4),
     "cohere": Facts(**_ATTENTION_BIAS, qk_norm=("use_qk_norm", False)),
     "cohere2": Facts(**_ATTENTION_BIAS, window=4096, windowed="most", full_every=4),
-    "phi": Facts(
-        qkv_bias=True,
-        out_bias=True,
-        ffn_bias=True,
-        head_bias=True,
-        norm_bias=True,
-        qk_norm=("qk_layernorm", False),
-        qk_norm_bias=True,
-    ),
+    "phi": Facts(**_ALL_BIASES, head_bias=True, qk_norm=("qk_layernorm", False), qk_norm_bias=True),
     "phi3": Facts(),
     "gpt_neox": Facts(**_biases("attention_bias", True, "qkv_bias", "out_bias"), ffn_bias=True, norm_bias=True),
     "gptj": Facts(ffn_bias=True, head_bias=True, norm_bias=True),
-    "gpt2": Facts(qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True, positions_offset=0),
+    "gpt2": Facts(**_ALL_BIASES, positions_offset=0),
     "opt": Facts(
         **_biases("enable_bias", True),
         **_biases("layer_norm_elementwise_affine", True, "norm_gain", "norm_bias"),
@@ -103,13 +96,11 @@ FACTS: dict[str, Facts] = {
     "exaone4": Facts(post_norms=2, qk_norm=True, window=4096, windowed="most", full_every=4),
     "hunyuan_v1_dense": Facts(**_ATTENTION_BIAS, qk_norm=True),
     "granitemoehybrid": Facts(**_ATTENTION_BIAS),
-    "persimmon": Facts(
-        qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True, qk_norm=("qk_layernorm", True), qk_norm_bias=True
-    ),
+    "persimmon": Facts(**_ALL_BIASES, qk_norm=("qk_layernorm", True), qk_norm_bias=True),
     "codegen": Facts(ffn_bias=True, head_bias=True, norm_bias=True),
-    "gpt_bigcode": Facts(qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True, positions_offset=0),
-    "biogpt": Facts(qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True, positions_offset=2),
-    "xglm": Facts(qkv_bias=True, out_bias=True, ffn_bias=True, norm_bias=True),
+    "gpt_bigcode": Facts(**_ALL_BIASES, positions_offset=0),
+    "biogpt": Facts(**_ALL_BIASES, positions_offset=2),
+    "xglm": Facts(**_ALL_BIASES),
 }
 
 

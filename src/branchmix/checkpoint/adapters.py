@@ -28,11 +28,7 @@ def left_over_adapter(folder: Path) -> str | None:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """For commands that take whole models only.
-
-    Raises:
-        CheckpointError: the folder is an adapter.
-    """
+    """For commands that take whole models only: raises CheckpointError if the folder is an adapter."""
     if is_adapter(folder):
         raise CheckpointError(adapter_message(folder))
 

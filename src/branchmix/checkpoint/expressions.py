@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -41,9 +41,9 @@ class Expression(ABC):
     """safetensors code."""
     shape: Shape
 
-    @abstractmethod
     def parts_read(self) -> tuple[Expression, ...]:
         """The expressions this one is made of."""
+        return ()
 
     @abstractmethod
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
@@ -82,24 +82,29 @@ class Expression(ABC):
         return max((part.block_nbytes for part in self.parts_read()), default=1 << 20)
 
     def _become(self, dtype: str, shape: Shape) -> None:
-        """Sets the two derived fields of a frozen dataclass."""
+        """Sets dtype and shape, which follow from the fields of a frozen dataclass."""
         object.__setattr__(self, "dtype", dtype)
         object.__setattr__(self, "shape", shape)
 
 
 @dataclass(frozen=True)
+class Derived(Expression):
+    """A value computed from, or cut out of, another."""
+
+    part: Expression
+
+    def parts_read(self) -> tuple[Expression, ...]:
+        return (self.part,)
+
+
+@dataclass(frozen=True)
 class Source(Expression):
-    """A stored tensor as it is."""
+    """A stored tensor, unchanged."""
 
     ref: TensorRef
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         self._become(self.ref.dtype, self.ref.shape)
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return ()
 
     def sources(self) -> Iterator[TensorRef]:
         yield self.ref
@@ -164,16 +169,13 @@ def read_into(fd: int, file: Path, offset: int, block: Array) -> None:
 
 
 @dataclass(frozen=True)
-class Rows(Expression):
+class Rows(Derived):
     """Ranges of rows of a part, in this order; adjacent ranges are merged.
 
     Example: Rows(Source(qkv), ((0, 64), (128, 192))) has 128 rows.
     """
 
-    part: Expression
     spans: tuple[Span, ...]
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         merged: list[Span] = []
@@ -185,9 +187,6 @@ class Rows(Expression):
                 merged.append((start, stop))
         object.__setattr__(self, "spans", tuple(merged))
         self._become(self.part.dtype, (sum(b - a for a, b in merged), *self.part.shape[1:]))
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return (self.part,)
 
     def ranges(self) -> list[ByteRange] | None:
         whole = self.part.ranges()
@@ -206,8 +205,6 @@ class Stack(Expression):
     """Parts below each other (dim 0), of one dtype and one row shape."""
 
     parts: tuple[Expression, ...]
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         first = self.parts[0]
@@ -219,13 +216,13 @@ class Stack(Expression):
         return self.parts
 
     def ranges(self) -> list[ByteRange] | None:
-        found: list[ByteRange] = []
+        ranges: list[ByteRange] = []
         for part in self.parts:
             piece = part.ranges()
             if piece is None:
                 return None
-            found += piece
-        return merge_ranges(found)
+            ranges += piece
+        return merge_ranges(ranges)
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         pieces, top = [], 0
@@ -246,8 +243,6 @@ class Columns(Expression):
     """
 
     segments: tuple[tuple[Expression, int, int], ...]
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         first = self.segments[0][0]
@@ -284,28 +279,21 @@ class Columns(Expression):
     @cached_property
     def _moves(self) -> dict[Expression, list[tuple[int, int, int]]]:
         """For each part, (column here, column there, width) of its segments."""
-        found: dict[Expression, list[tuple[int, int, int]]] = {}
+        moves: dict[Expression, list[tuple[int, int, int]]] = {}
         left = 0
         for part, start, stop in self.segments:
-            found.setdefault(part, []).append((left, start, stop - start))
+            moves.setdefault(part, []).append((left, start, stop - start))
             left += stop - start
-        return found
+        return moves
 
 
 @dataclass(frozen=True)
-class Transposed(Expression):
+class Transposed(Derived):
     """A 2-D part with rows and columns exchanged (GPT-2's Conv1D)."""
-
-    part: Expression
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         assert len(self.part.shape) == 2, "only matrices are transposed"
         self._become(self.part.dtype, self.part.shape[::-1])
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return (self.part,)
 
     def ranges(self) -> list[ByteRange] | None:
         return self.part.part.ranges() if isinstance(self.part, Transposed) else None
@@ -331,7 +319,6 @@ class Mean(Expression):
     weights: tuple[float, ...] | None = None
     """Positive; they need not sum to 1. None: all equal."""
     dtype: str = ""
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         first = self.parts[0]
@@ -371,20 +358,14 @@ class Mean(Expression):
 
 
 @dataclass(frozen=True)
-class Scaled(Expression):
+class Scaled(Derived):
     """A part times a constant."""
 
-    part: Expression
     factor: float
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.part.dtype in FLOAT_DTYPES, f"{self.part.dtype} is not scaled"
         self._become(self.part.dtype, self.part.shape)
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return (self.part,)
 
     def ranges(self) -> list[ByteRange] | None:
         return self.part.ranges() if self.factor == 1.0 else None
@@ -396,15 +377,12 @@ class Scaled(Expression):
 
 
 @dataclass(frozen=True)
-class Gained(Expression):
+class Gained(Derived):
     """Column j of a matrix [out, in] times (gain[j] + offset): a norm's gain folded into the projection behind it."""
 
-    part: Expression
     gain: Expression
     offset: float = 0.0
     """What the family adds to the stored gain (Gemma: 1)."""
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         assert len(self.part.shape) == 2 and self.gain.shape == self.part.shape[1:], "one gain for each column"
@@ -423,21 +401,16 @@ class Gained(Expression):
 
 
 @dataclass(frozen=True)
-class Cast(Expression):
+class Cast(Derived):
     """A part in another float dtype."""
 
-    part: Expression
     dtype: str
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         assert {self.part.dtype, self.dtype} <= set(FLOAT_DTYPES) or self.part.dtype == self.dtype, (
             "only floats are cast"
         )
         self._become(self.dtype, self.part.shape)
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return (self.part,)
 
     def ranges(self) -> list[ByteRange] | None:
         return self.part.ranges() if self.part.dtype == self.dtype else None

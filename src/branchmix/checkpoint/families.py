@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -92,36 +92,34 @@ class Family:
     """True when no entry exists and the names were taken to be the standard ones."""
 
     def routers(self, *, attention: bool, ffn: bool, shared: bool) -> dict[str, str]:
-        """Names of the routers' weights in a block of a mixture, below the block, by kind.
-
-        Args:
-            attention: whether there are attention experts.
-            ffn: whether there are FFN experts.
-            shared: whether attention experts are weighed by the FFN's router, which then is the only one.
-        """
+        """Names of a mixture's routers, below the block, by kind; ``shared``: one router weighs both kinds."""
         names = {"attention": f"{self.attention}.expert_gate.weight"} if attention and not shared else {}
         return names | ({"ffn": f"{self.ffn}.gate.weight"} if ffn else {})
 
 
-_GPT2_NAMES: dict[str, Any] = {
-    "layers": "transformer.h",
-    "embeddings": "transformer.wte",
-    "attention": "attn",
-    "attention_input_norm": "ln_1",
-    "ffn_input_norm": "ln_2",
-}
-_OPT_NAMES: dict[str, Any] = {
-    "output": "out_proj",
-    "attention_code": "split",
-    "rotary": "none",
-    "ffn": "fc1",
-    "gate": None,
-    "up": "fc1",
-    "down": "fc2",
-    "activation": "activation_fn",
-    "attention_input_norm": "self_attn_layer_norm",
-    "ffn_input_norm": "final_layer_norm",
-}
+Names = dict[str, Any]
+"""Fields of ``Family`` that several families share."""
+_QK_NORM: Names = {"query_norm": "q_norm", "key_norm": "k_norm"}
+_QK_LAYERNORM: Names = {"query_norm": "q_layernorm", "key_norm": "k_layernorm"}
+_POST_NORM: Names = {"attention_input_norm": None, "ffn_input_norm": None}
+_ONE_NORM: Names = {"ffn_input_norm": "input_layernorm", "block": "parallel"}
+"""Attention and FFN side by side, behind the same norm."""
+_FUSED_GATE: Names = {"fused_gate_up": "mlp.gate_up_proj", "activation": "mlp.activation_fn"}
+_FC1: Names = {"gate": None, "up": "mlp.fc1", "down": "mlp.fc2", "activation": "mlp.activation_fn"}
+_C_FC: Names = {"gate": None, "up": "mlp.c_fc", "down": "mlp.c_proj", "activation": "mlp.act"}
+_4H: Names = {"gate": None, "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h", "activation": "mlp.act"}
+_FC_IN: Names = {"gate": None, "up": "mlp.fc_in", "down": "mlp.fc_out", "activation": "mlp.act"}
+_FUSED_QKV: Names = {"fused_qkv": "query_key_value", "output": "dense", "attention_code": "split"}
+_LEARNED_POSITIONS: Names = {"attention_code": "split", "rotary": "none"}
+_GPT2_PATHS: Names = {"layers": "transformer.h", "embeddings": "transformer.wte", "attention": "attn"}
+_GPT2_NORMS: Names = {"attention_input_norm": "ln_1", "ffn_input_norm": "ln_2"}
+_GPT2: Names = {**_GPT2_PATHS, "fused_qkv": "c_attn", "output": "c_proj", **_LEARNED_POSITIONS, **_C_FC, **_GPT2_NORMS}
+_GPTJ_NORMS: Names = {"attention_input_norm": "ln_1", "ffn_input_norm": "ln_1", "block": "parallel"}
+_GPTJ_ATTENTION: Names = {"output": "out_proj", "attention_code": "split", "rotary": "interleaved"}
+_GPTJ: Names = {**_GPT2_PATHS, **_GPTJ_ATTENTION, **_FC_IN, **_GPTJ_NORMS}
+_OPT_FFN: Names = {"ffn": "fc1", "gate": None, "up": "fc1", "down": "fc2", "activation": "activation_fn"}
+_OPT_NORMS: Names = {"attention_input_norm": "self_attn_layer_norm", "ffn_input_norm": "final_layer_norm"}
+_OPT: Names = {"output": "out_proj", **_LEARNED_POSITIONS, **_OPT_FFN, **_OPT_NORMS}
 
 
 def _falcon(family: Family, config: Config) -> Family:
@@ -148,9 +146,7 @@ def _gpt_neox(family: Family, config: Config) -> Family:
 
 
 def _stablelm(family: Family, config: Config) -> Family:
-    if not config.get("use_parallel_residual"):
-        return family
-    return replace(family, ffn_input_norm="input_layernorm", block="parallel")
+    return replace(family, **_ONE_NORM) if config.get("use_parallel_residual") else family
 
 
 FAMILIES: dict[str, Family] = {
@@ -160,163 +156,61 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", plain_attention=True),
         Family("ministral"),
         Family("qwen2", plain_attention=True),
-        Family("qwen3", query_norm="q_norm", key_norm="k_norm", plain_attention=True),
+        Family("qwen3", **_QK_NORM, plain_attention=True),
         Family("gemma", gain_offset=1.0),
         Family("gemma2", ffn_input_norm="pre_feedforward_layernorm", gain_offset=1.0),
-        Family(
-            "gemma3_text",
-            query_norm="q_norm",
-            key_norm="k_norm",
-            norm_axis=-3,
-            ffn_input_norm="pre_feedforward_layernorm",
-            gain_offset=1.0,
-        ),
+        Family("gemma3_text", **_QK_NORM, norm_axis=-3, ffn_input_norm="pre_feedforward_layernorm", gain_offset=1.0),
         Family("olmo"),
-        Family(
-            "olmo2",
-            query_norm="q_norm",
-            key_norm="k_norm",
-            norm_over="all",
-            attention_input_norm=None,
-            ffn_input_norm=None,
-        ),
-        Family(
-            "olmo3",
-            query_norm="q_norm",
-            key_norm="k_norm",
-            norm_over="all",
-            attention_input_norm=None,
-            ffn_input_norm=None,
-        ),
-        Family(
-            "cohere",
-            query_norm="q_norm",
-            key_norm="k_norm",
-            norm_over="heads",
-            ffn_input_norm="input_layernorm",
-            block="parallel",
-        ),
-        Family("cohere2", ffn_input_norm="input_layernorm", block="parallel"),
-        Family(
-            "phi",
-            output="dense",
-            query_norm="q_layernorm",
-            key_norm="k_layernorm",
-            norm_axis=-3,
-            gate=None,
-            up="mlp.fc1",
-            down="mlp.fc2",
-            activation="mlp.activation_fn",
-            ffn_input_norm="input_layernorm",
-            block="parallel",
-        ),
-        Family(
-            "phi3",
-            fused_qkv="qkv_proj",
-            attention_code="split",
-            plain_attention=True,
-            fused_gate_up="mlp.gate_up_proj",
-            activation="mlp.activation_fn",
-        ),
+        Family("olmo2", **_QK_NORM, norm_over="all", **_POST_NORM),
+        Family("olmo3", **_QK_NORM, norm_over="all", **_POST_NORM),
+        Family("cohere", **_QK_NORM, norm_over="heads", **_ONE_NORM),
+        Family("cohere2", **_ONE_NORM),
+        Family("phi", output="dense", **_QK_LAYERNORM, norm_axis=-3, **_FC1, **_ONE_NORM),
+        Family("phi3", fused_qkv="qkv_proj", attention_code="split", plain_attention=True, **_FUSED_GATE),
         Family(
             "gpt_neox",
             layers="gpt_neox.layers",
             embeddings="gpt_neox.embed_in",
             attention="attention",
-            fused_qkv="query_key_value",
+            **_FUSED_QKV,
             qkv_layout="heads",
-            output="dense",
-            attention_code="split",
             plain_attention=True,
-            gate=None,
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
-            activation="mlp.act",
+            **_4H,
             block="parallel",
             variant=_gpt_neox,
         ),
-        Family(
-            "gptj",
-            output="out_proj",
-            attention_code="split",
-            rotary="interleaved",
-            gate=None,
-            up="mlp.fc_in",
-            down="mlp.fc_out",
-            activation="mlp.act",
-            block="parallel",
-            **{**_GPT2_NAMES, "ffn_input_norm": "ln_1"},
-        ),
-        Family(
-            "gpt2",
-            fused_qkv="c_attn",
-            output="c_proj",
-            attention_code="split",
-            rotary="none",
-            gate=None,
-            up="mlp.c_fc",
-            down="mlp.c_proj",
-            activation="mlp.act",
-            transposed=True,
-            **_GPT2_NAMES,
-        ),
-        Family("opt", layers="model.decoder.layers", embeddings="model.decoder.embed_tokens", **_OPT_NAMES),
+        Family("gptj", **_GPTJ),
+        Family("gpt2", **_GPT2, transposed=True),
+        Family("opt", layers="model.decoder.layers", embeddings="model.decoder.embed_tokens", **_OPT),
         Family(
             "falcon",
             layers="transformer.h",
             embeddings="transformer.word_embeddings",
             attention="self_attention",
-            fused_qkv="query_key_value",
-            output="dense",
-            attention_code="split",
-            gate=None,
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
-            activation="mlp.act",
+            **_FUSED_QKV,
+            **_4H,
             variant=_falcon,
         ),
-        Family(
-            "stablelm",
-            query_norm="q_layernorm",
-            key_norm="k_layernorm",
-            norm_over="heads",
-            norm_axis=-3,
-            variant=_stablelm,
-        ),
-        Family(
-            "starcoder2",
-            gate=None,
-            up="mlp.c_fc",
-            down="mlp.c_proj",
-            activation="mlp.act",
-            plain_attention=True,
-        ),
+        Family("stablelm", **_QK_LAYERNORM, norm_over="heads", norm_axis=-3, variant=_stablelm),
+        Family("starcoder2", **_C_FC, plain_attention=True),
         Family("granite", plain_attention=True),
         Family("smollm3"),
-        Family("glm", fused_gate_up="mlp.gate_up_proj", activation="mlp.activation_fn"),
-        Family("glm4", fused_gate_up="mlp.gate_up_proj", activation="mlp.activation_fn"),
+        Family("glm", **_FUSED_GATE),
+        Family("glm4", **_FUSED_GATE),
         Family("nemotron", gate=None),
         Family("arcee", gate=None, plain_attention=True),
         Family("jais2", gate=None, plain_attention=True),
-        Family("nanochat", gate=None, up="mlp.fc1", down="mlp.fc2", activation="mlp.activation_fn"),
+        Family("nanochat", **_FC1),
         Family(
             "apertus",
-            query_norm="q_norm",
-            key_norm="k_norm",
+            **_QK_NORM,
             norm_axis=-3,
             gate=None,
             learned_activation=True,
             attention_input_norm="attention_layernorm",
             ffn_input_norm="feedforward_layernorm",
         ),
-        Family(
-            "exaone4",
-            query_norm="q_norm",
-            key_norm="k_norm",
-            norm_axis=-3,
-            attention_input_norm=None,
-            ffn_input_norm=None,
-        ),
+        Family("exaone4", **_QK_NORM, norm_axis=-3, **_POST_NORM),
         Family("hunyuan_v1_dense", query_norm="query_layernorm", key_norm="key_layernorm", norm_axis=-3),
         Family(
             "granitemoehybrid",  # without experts and state-space layers
@@ -326,48 +220,11 @@ FAMILIES: dict[str, Family] = {
             activation="shared_mlp.activation",
             inner_size="shared_intermediate_size",
         ),
-        Family(
-            "persimmon",
-            fused_qkv="query_key_value",
-            qkv_layout="heads",
-            output="dense",
-            query_norm="q_layernorm",
-            key_norm="k_layernorm",
-            attention_code="split",
-            gate=None,
-            up="mlp.dense_h_to_4h",
-            down="mlp.dense_4h_to_h",
-            activation="mlp.act",
-        ),
-        Family(
-            "codegen",
-            fused_qkv="qkv_proj",
-            qkv_layout="shards",
-            output="out_proj",
-            attention_code="split",
-            rotary="interleaved",
-            gate=None,
-            up="mlp.fc_in",
-            down="mlp.fc_out",
-            activation="mlp.act",
-            block="parallel",
-            **{**_GPT2_NAMES, "ffn_input_norm": "ln_1"},
-        ),
-        Family(
-            "gpt_bigcode",
-            fused_qkv="c_attn",
-            output="c_proj",
-            attention_code="split",
-            rotary="none",
-            gate=None,
-            up="mlp.c_fc",
-            down="mlp.c_proj",
-            activation="mlp.act",
-            variant=_multi_query,
-            **_GPT2_NAMES,
-        ),
-        Family("biogpt", layers="biogpt.layers", embeddings="biogpt.embed_tokens", **_OPT_NAMES),
-        Family("xglm", **_OPT_NAMES),
+        Family("persimmon", **_FUSED_QKV, qkv_layout="heads", **_QK_LAYERNORM, **_4H),
+        Family("codegen", fused_qkv="qkv_proj", qkv_layout="shards", **_GPTJ),
+        Family("gpt_bigcode", **_GPT2, variant=_multi_query),
+        Family("biogpt", layers="biogpt.layers", embeddings="biogpt.embed_tokens", **_OPT),
+        Family("xglm", **_OPT),
     )
 }
 
@@ -375,12 +232,11 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Config) -> Family:
     """The table entry of a seed's ``config.json``, or Llama's names for a family that has none.
 
-    Raises:
-        CheckpointError: the config names no family, or one that cannot be a seed.
+    Raises CheckpointError if the config names no family, or one that cannot be a seed.
     """
     model_type = config.get("model_type")
     if not model_type or not isinstance(model_type, str):
-        lacks = f"model_type {json.dumps(model_type)}, which is no name" if model_type else "no model_type"
+        lacks = f"model_type {json.dumps(model_type)}, which is not a name" if model_type else "no model_type"
         raise CheckpointError(f"config.json has {lacks}: give a transformers checkpoint of a causal language model")
     if model_type == "branchmix":
         raise CheckpointError("the model is a mixture already: use add-expert or remove-expert to change its experts")
@@ -398,33 +254,14 @@ def layout_of(family: Family, *, per_expert_rotary: bool = False) -> dict[str, A
 
     They travel in the checkpoint's own config, so that the code beside it stays free of tables.
     """
-    names = {field.name: getattr(family, field.name) for field in fields(family) if field.name in _LAYOUT_FIELDS}
-    if per_expert_rotary:
-        names["attention_code"] = "split"
-    return names
+    layout = {name: getattr(family, name) for name in _LAYOUT}
+    return {**layout, "attention_code": "split"} if per_expert_rotary else layout
 
 
-_LAYOUT_FIELDS = {
-    "layers",
-    "attention",
-    "ffn",
-    "query",
-    "key",
-    "value",
-    "output",
-    "fused_qkv",
-    "query_norm",
-    "key_norm",
-    "norm_over",
-    "norm_axis",
-    "attention_code",
-    "rotary",
-    "gate",
-    "up",
-    "down",
-    "fused_gate_up",
-    "activation",
-}
+_LAYOUT = (
+    "layers attention ffn query key value output fused_qkv query_norm key_norm norm_over norm_axis attention_code "
+    "rotary gate up down fused_gate_up activation"
+).split()
 
 
 @dataclass(frozen=True)
@@ -441,31 +278,28 @@ class Dimensions:
     tied_embeddings: bool
 
 
-# transformers' defaults for keys that old config.json files leave out.
-_HEAD_DIM_DEFAULTS = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "glm": 128, "glm4": 128}
-_KV_HEADS_DEFAULTS = {"mistral": 8, "ministral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4}
-_KV_HEADS_DEFAULTS |= {"gemma3_text": 4, "stablelm": 32, "starcoder2": 2, "smollm3": 4, "glm": 2, "glm4": 2}
-_KV_HEADS_DEFAULTS |= {"exaone4": 32}
-_FOUR_TIMES_WIDE = {"gpt2", "gptj", "falcon", "opt", "codegen", "gpt_bigcode"}
-_SQUARED_BY_DEFAULT = {"nemotron", "arcee", "jais2", "nanochat", "persimmon", "bitnet"}
-_TIED_BY_DEFAULT = {
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "opt",
-    "falcon",
-    "cohere",
-    "cohere2",
-    "starcoder2",
-    "smollm3",
-    "ernie4_5",
-    "granite_swa",
-    "vaultgemma",
-    "biogpt",
-    "gpt_bigcode",
-    "xglm",
+_TIED = (
+    "gemma gemma2 gemma3_text gpt2 opt falcon cohere cohere2 starcoder2 smollm3 ernie4_5 granite_swa vaultgemma biogpt "
+    "gpt_bigcode xglm"
+).split()
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "head_dim": dict.fromkeys(("gemma", "gemma2", "gemma3_text"), 256) | dict.fromkeys(("qwen3", "glm", "glm4"), 128),
+    "num_key_value_heads": {
+        **dict.fromkeys(("starcoder2", "glm", "glm4"), 2),
+        **dict.fromkeys(("gemma2", "gemma3_text", "smollm3"), 4),
+        **dict.fromkeys(("mistral", "ministral"), 8),
+        "gemma": 16,
+        **dict.fromkeys(("qwen2", "qwen3", "stablelm", "exaone4"), 32),
+    },
+    "hidden_act": dict.fromkeys(("nemotron", "arcee", "jais2", "nanochat", "persimmon", "bitnet"), "relu2"),
+    "tie_word_embeddings": dict.fromkeys(_TIED, True),
 }
+"""transformers' defaults for keys that old config.json files leave out, by key and family."""
+_FOUR_TIMES_WIDE = {"gpt2", "gptj", "falcon", "opt", "codegen", "gpt_bigcode"}
+
+
+def _default(config: Config, key: str, otherwise: Any) -> Any:
+    return _DEFAULTS[key].get(str(config.get("model_type")), otherwise)
 
 
 LARGEST_SIZE = 2**31 - 1
@@ -475,19 +309,18 @@ LARGEST_SIZE = 2**31 - 1
 def dimensions(config: Config) -> Dimensions:
     """Sizes of the dense model that ``config`` describes, under whatever names its family uses.
 
-    Raises:
-        CheckpointError: a size is missing, no positive integer, or larger than any model's.
+    Raises CheckpointError for a size that is missing, not a positive integer, or larger than that of any model.
     """
 
     def size(*names: str, default: int | None = None) -> int:
         for name in names:
-            found = config.get(name)
-            if found is not None:
-                if isinstance(found, bool) or not isinstance(found, int) or found <= 0:
-                    raise CheckpointError(f"config.json: {name} is {short(found)}, not a positive whole number")
-                if found > LARGEST_SIZE:
-                    raise CheckpointError(f"config.json: {name} is {short(found)}, more than {LARGEST_SIZE:,}")
-                return found
+            value = config.get(name)
+            if value is not None:
+                if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                    raise CheckpointError(f"config.json: {name} is {short(value)}, not a positive whole number")
+                if value > LARGEST_SIZE:
+                    raise CheckpointError(f"config.json: {name} is {short(value)}, more than {LARGEST_SIZE:,}")
+                return value
         if default is None and family.inferred:
             raise CheckpointError(
                 f"{family.model_type} is not in the table of families, and its config has no {names[0]} as Llama's "
@@ -498,29 +331,22 @@ def dimensions(config: Config) -> Dimensions:
         return default
 
     family = family_of(config)
-    model_type = family.model_type
     hidden_size = size("hidden_size", "n_embd", "d_model")
     num_heads = size("num_attention_heads", "n_head", "num_heads", "attention_heads")
     if isinstance(family.kv_heads, str):
         missing = family.kv_heads not in config  # null means "as many as query heads"
-        default_kv_heads = _KV_HEADS_DEFAULTS.get(model_type, num_heads) if missing else num_heads
+        default_kv_heads = _default(config, "num_key_value_heads", num_heads) if missing else num_heads
         num_kv_heads = size(family.kv_heads, default=default_kv_heads)
     else:
         num_kv_heads = family.kv_heads or num_heads
-    default_head_dim = _HEAD_DIM_DEFAULTS.get(model_type, hidden_size // num_heads)
+    four_times = 4 * hidden_size if family.model_type in _FOUR_TIMES_WIDE else None
     return Dimensions(
         num_layers=size("num_hidden_layers", "n_layer", "num_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=size("head_dim", default=default_head_dim),
-        intermediate_size=size(
-            family.inner_size,
-            "ffn_hidden_size",
-            "n_inner",
-            "ffn_dim",
-            default=4 * hidden_size if model_type in _FOUR_TIMES_WIDE else None,
-        ),
+        head_dim=size("head_dim", default=_default(config, "head_dim", hidden_size // num_heads)),
+        intermediate_size=size(family.inner_size, "ffn_hidden_size", "n_inner", "ffn_dim", default=four_times),
         vocab_size=size("vocab_size"),
         tied_embeddings=is_tied(config),
     )
@@ -528,13 +354,12 @@ def dimensions(config: Config) -> Dimensions:
 
 def is_tied(config: Config) -> bool:
     """Whether ``config`` of a dense model says that the output layer is the token embeddings."""
-    return bool(config.get("tie_word_embeddings", str(config.get("model_type")) in _TIED_BY_DEFAULT))
+    return bool(config.get("tie_word_embeddings", _default(config, "tie_word_embeddings", False)))
 
 
 def squares_activation(config: Config) -> bool:
     """Whether a dense model's FFN has the square of a ReLU, by its config or its family's default."""
-    default = "relu2" if config.get("model_type") in _SQUARED_BY_DEFAULT else None
-    return bool(config.get("hidden_act", default) == "relu2")
+    return bool(config.get("hidden_act", _default(config, "hidden_act", None)) == "relu2")
 
 
 def is_head(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG
-from branchmix.checkpoint.json_text import read_object
+from branchmix.checkpoint.json_text import json_document, read_object
 from branchmix.checkpoint.moves import discard, fsync_folder, replace_folder
 from branchmix.errors import BranchMixError, OutputError
 
@@ -65,7 +64,7 @@ _EXISTS = "exists already: choose another folder, or --force to replace it"
 
 
 def beside(target: Path, kind: str) -> Path:
-    """A new name beside an output, which tells a later start who made it: see ``stale_folders``."""
+    """A new name beside an output that names the process which made it: see ``stale_folders``."""
     return target.parent / f".{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -78,7 +77,7 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
     the temporary folder.
 
     Raises:
-        OutputError: ``out`` exists (or, with force, is or holds something that is no checkpoint), or cannot be written.
+        OutputError: ``out`` exists (or, with force, is or holds something else), or cannot be written.
     """
     require_replaceable(out, force=force)
     target = Path(os.path.realpath(out))
@@ -94,7 +93,12 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
             if target.exists():
                 replace_folder(temporary, target, aside=beside(target, REPLACED))
             else:
-                _appear(temporary, target, out)
+                try:
+                    temporary.rename(target)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise
+                    raise OutputError(f"{out}: {_EXISTS}") from None  # another process was faster
             fsync_folder(target.parent)
     except BaseException as error:
         discard(temporary)
@@ -103,21 +107,8 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
         raise
 
 
-def _appear(temporary: Path, target: Path, out: Path) -> None:
-    try:
-        temporary.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        raise OutputError(f"{out}: {_EXISTS}") from None  # another process was faster
-
-
 def require_replaceable(out: Path, *, force: bool) -> None:
-    """Refuses a place where no checkpoint may be written, before the work that makes it.
-
-    Raises:
-        OutputError: as for ``atomic_folder``.
-    """
+    """Refuses a place where no checkpoint may be written, before the work; raises as ``atomic_folder``."""
     put_back(out)
     target = Path(os.path.realpath(out))
     if target.is_dir():
@@ -137,28 +128,22 @@ def _require_nothing_else(out: Path, target: Path) -> None:
     lacks = ""
     if "config.json" not in names:
         lacks = "no config.json"
-    elif not (_names_a_model(target / "config.json") or any(name.endswith((".safetensors", ".bin")) for name in names)):
+    elif "model_type" not in (read_object(target / "config.json") or {}) and not any(
+        name.endswith((".safetensors", ".bin")) for name in names
+    ):
         lacks = "no model_type in its config.json, and no weights"
     if lacks:
-        raise OutputError(f"{out}: is no checkpoint folder ({lacks}), so it is not replaced: choose another")
+        raise OutputError(f"{out}: is not a checkpoint folder ({lacks}), so it is not replaced: choose another")
     others = [name for name in names if not any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT)]
     if others:
         raise OutputError(
-            f"{out}: holds {others[0]}, which is no part of a checkpoint, so it is not replaced: choose another "
+            f"{out}: holds {others[0]}, which is not part of a checkpoint, so it is not replaced: choose another "
             "folder, or move that away"
         )
 
 
-def _names_a_model(config: Path) -> bool:
-    return "model_type" in (read_object(config) or {})
-
-
 def require_name(out: Path) -> None:
-    """Refuses a name that the disk does not accept, such as one of 300 letters or a link to itself.
-
-    Raises:
-        OutputError: it is one.
-    """
+    """Raises OutputError for a name that the disk does not accept: one of 300 letters, or a link to itself."""
     try:
         out.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -170,11 +155,7 @@ def require_name(out: Path) -> None:
 
 
 def require_new_file(file: Path, *, force: bool) -> None:
-    """Refuses a place where a file cannot be written later, before the work whose result it is to hold.
-
-    Raises:
-        OutputError: it is a folder, cannot be written, or exists and is not to be replaced.
-    """
+    """Raises OutputError for a file that cannot be written later, or exists and is not to be replaced."""
     require_name(file)
     target = Path(os.path.realpath(file))
     if target.is_dir():
@@ -205,13 +186,9 @@ def holds_model(folder: Path) -> bool:
 
 
 def put_back(out: Path) -> bool:
-    """Gives ``out`` back the model that a run moved aside and was killed before it put the new one there.
+    """Restores the model that an interrupted run moved aside before the new one was in place; whether it did.
 
-    Returns:
-        Whether there was such a model.
-
-    Raises:
-        OutputError: ``out`` cannot be a name, or the model cannot be moved.
+    Raises OutputError if ``out`` cannot be a name, or the model cannot be moved.
     """
     require_name(out)
     target = Path(os.path.realpath(out))
@@ -226,12 +203,12 @@ def put_back(out: Path) -> bool:
 def _left_of(target: Path, kind: str) -> list[Path]:
     """Folders of one kind beside ``target`` whose processes are gone."""
     prefix = f".{target.name}.{kind}-"
-    found = []
+    left = []
     for folder in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
         pid, _, random = folder.name.removeprefix(prefix).partition("-")
         if folder.name.startswith(prefix) and pid.isdecimal() and random and not _alive(int(pid)):
-            found.append(folder)
-    return found
+            left.append(folder)
+    return left
 
 
 def _alive(pid: int) -> bool:
@@ -239,10 +216,8 @@ def _alive(pid: int) -> bool:
         return False  # os.kill would end the process there
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -258,21 +233,12 @@ def writing(file: Path) -> Iterator[None]:
 
 
 def write_json(file: Path, content: Any, *, allow_nan: bool = False) -> None:
-    """Writes a JSON file whole or not at all, in a folder that is made if need be.
-
-    Args:
-        file: to write.
-        content: as ``json`` takes it.
-        allow_nan: write NaN and infinities as JavaScript spells them, rather than raise ValueError.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    write_text(file, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
+    """``write_text`` for JSON; ``allow_nan`` writes NaN and infinities as JavaScript spells them, else ValueError."""
+    write_text(file, json_document(content, allow_nan=allow_nan))
 
 
 def write_text(file: Path, text: str) -> None:
-    """The same for a text."""
+    """Writes a text file whole or not at all, and its folder if needed; raises OutputError if it cannot."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)

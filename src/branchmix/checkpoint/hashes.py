@@ -1,8 +1,8 @@
-"""Hashes of the source files, computed in a thread beside the writing: what a mixture is made of.
+"""Hashes of the source files of a mixture, computed in a thread while the mixture is written.
 
-XXH3 of 128 bits, which `xxh128sum` prints: it tells files apart and is no proof against forgery. BLAKE3 took a quarter
-of the merge's CPU time, SHA-256 more than twice that. Files of the Hub's cache are named by their SHA-256 already and
-are not read.
+XXH3 of 128 bits, which `xxh128sum` prints: it identifies files and does not protect against forgery. BLAKE3 took a
+quarter of the merge's CPU time, SHA-256 more than twice that. Files of the Hub's cache are named by their SHA-256
+already and are not read.
 """
 
 from __future__ import annotations

@@ -46,11 +46,7 @@ def resolve(given: str, base: Path | None = None) -> ResolvedModel:
 
 
 def expanded(given: str | Path) -> Path:
-    """A path of a model, with the folder of a user for its ``~``.
-
-    Raises:
-        CheckpointError: no user has that name.
-    """
+    """A path of a model, with the folder of a user for its ``~``; raises CheckpointError if there is no such user."""
     try:
         return Path(given).expanduser()
     except RuntimeError:
@@ -59,7 +55,7 @@ def expanded(given: str | Path) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file or folder has this name. No name is too long for this question: then none has it."""
+    """Whether a file or folder has this name; False, not an error, for a name that is too long for the disk."""
     return os.path.exists(path)  # noqa: PTH110 (that of pathlib raises for such names)
 
 

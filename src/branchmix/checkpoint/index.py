@@ -40,35 +40,24 @@ DTYPE_BITS = {
 
 
 def float32_bytes(nbytes: int, dtype: str) -> int:
-    """Bytes of a tensor once it is read as fp32.
-
-    Args:
-        nbytes: as stored.
-        dtype: of the stored one, a safetensors code.
-    """
+    """Bytes in fp32 of a tensor that is stored in ``nbytes`` bytes of ``dtype``, a safetensors code."""
     return nbytes * DTYPE_BITS["F32"] // DTYPE_BITS[dtype]
 
 
 _QUANTISED_SUFFIXES = {
-    ".qweight": "GPTQ or AWQ",
-    ".qzeros": "GPTQ or AWQ",
-    ".scales": "GPTQ or AWQ",
-    ".SCB": "bitsandbytes int8",
-    ".weight_format": "bitsandbytes int8",
-    ".absmax": "bitsandbytes 4-bit",
-    ".quant_map": "bitsandbytes 4-bit",
-    ".weight_scale": "compressed-tensors or FP8",
-    ".weight_scale_inv": "FP8",
-    ".weight_packed": "compressed-tensors",
-    ".weight_zero_point": "compressed-tensors",
-    ".input_scale": "FP8",
-    ".weight_blocks": "MXFP4",
-    ".weight_scales": "MXFP4",
+    "GPTQ or AWQ": (".qweight", ".qzeros", ".scales"),
+    "bitsandbytes int8": (".SCB", ".weight_format"),
+    "bitsandbytes 4-bit": (".absmax", ".quant_map"),
+    "compressed-tensors or FP8": (".weight_scale",),
+    "FP8": (".weight_scale_inv", ".input_scale"),
+    "compressed-tensors": (".weight_packed", ".weight_zero_point"),
+    "MXFP4": (".weight_blocks", ".weight_scales"),
 }
 _STORED_QUANTISED = frozenset("bitsandbytes gptq awq compressed-tensors fp8 fbgemm_fp8 mxfp4".split())
 """Methods whose tensors show that they were quantised; others quantise 16-bit weights as they compute."""
 _QUANTISATION = ("quantization_config", "compression_config")
 """Keys of config.json that name one."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _QUANTISED_DTYPES = {"I8", "U8"} | {code for code in DTYPE_BITS if code.startswith(("F8_", "F6_", "F4"))}
 
 
@@ -104,7 +93,7 @@ class CheckpointIndex:
     files: tuple[Path, ...]
     """The weight files."""
     notes: tuple[str, ...] = ()
-    """What of the folder does not count, for the user."""
+    """For the user: what is ignored in the folder."""
 
     @property
     def nbytes(self) -> int:
@@ -113,18 +102,14 @@ class CheckpointIndex:
 
     @classmethod
     def open(cls, folder: str | Path) -> CheckpointIndex:
-        """Reads the config and all headers of ``folder``.
-
-        Raises:
-            CheckpointError: one line with the file, what is wrong with it and what to do.
-        """
+        """Reads the config and all headers of ``folder``; raises CheckpointError with what to do about a problem."""
         folder = Path(folder)
         _require_folder(folder)
         refuse_adapter(folder)
         config = _read_config(folder)
         if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
             _refuse_quantised_config(folder, config, but=())  # whose weights have names of their own
-        shards = _find_shards(folder)
+        shards, shard_of = _find_shards(folder)
         tensors: dict[str, TensorRef] = {}
         for file in shards:
             for ref in read_header(file):
@@ -137,24 +122,21 @@ class CheckpointIndex:
                 tensors[ref.name] = ref
         if not tensors:
             raise CheckpointError(f"{folder}: the weights hold no tensors: save or download the checkpoint again")
-        for name, expected in _shards_of_names(folder, shards).items():
-            held = tensors.get(name)
-            if held is None or held.file != expected:
+        for name, shard in shard_of.items():
+            if name not in tensors or tensors[name].file.name != shard:
                 raise CheckpointError(
-                    f"{folder / INDEX_FILE}: says that tensor {name} is in {expected.name}, which lacks it: "
+                    f"{folder / INDEX_FILE}: says that tensor {name} is in {shard}, which lacks it: "
                     "download or save the checkpoint again"
                 )
         _refuse_quantised_tensors(folder, tensors)
         notes = [left_over_adapter(folder), _refuse_quantised_config(folder, config, but=_STORED_QUANTISED)]
-        told = tuple(note for note in notes if note is not None)
-        return cls(folder=folder, config=config, tensors=tensors, files=tuple(shards), notes=told)
+        return cls(folder, config, tensors, tuple(shards), tuple(note for note in notes if note is not None))
 
 
 def read_header(file: Path) -> list[TensorRef]:
     """The tensors of one safetensors file, in the order of their data.
 
-    Raises:
-        CheckpointError: the file is truncated, no safetensors file, or its header contradicts itself.
+    Raises CheckpointError if the file is truncated or not a safetensors file, or its header contradicts itself.
     """
     again = "download or save it again"
     try:
@@ -175,10 +157,16 @@ def read_header(file: Path) -> list[TensorRef]:
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):  # Python would silently keep the last
+            twice = next(name for place, name in enumerate(names) if name in names[:place])
+            raise CheckpointError(f"{file}: its header names {twice} twice: {again}")
+        return dict(pairs)
+
     try:
-        header = parse_json(raw, object_pairs_hook=_unique_keys)
-    except _DuplicateKeyError as error:
-        raise CheckpointError(f"{file}: its header names {error} twice: {again}") from error
+        header = parse_json(raw, object_pairs_hook=unique)
     except ValueError as error:
         raise CheckpointError(f"{file}: not a safetensors file (its header is not JSON): {again}") from error
     if not isinstance(header, dict):
@@ -203,17 +191,10 @@ def _tensor_ref(file: Path, name: str, entry: Any, *, data_start: int) -> Tensor
     def natural(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
-    dtype, shape, offsets = (
-        (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None,) * 3
-    )
-    if (
-        not isinstance(dtype, str)
-        or not isinstance(shape, list)
-        or not all(map(natural, shape))
-        or not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(map(natural, offsets))
-    ):
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    lists = isinstance(shape, list) and isinstance(offsets, list) and all(map(natural, [*shape, *offsets]))
+    if not (isinstance(dtype, str) and lists and len(offsets) == 2):
         raise CheckpointError(f"{file}: the header's entry for tensor {name} is malformed: download or save it again")
     bits = DTYPE_BITS.get(dtype)
     if bits is None:
@@ -229,20 +210,17 @@ def _tensor_ref(file: Path, name: str, entry: Any, *, data_start: int) -> Tensor
     return TensorRef(name, dtype, tuple(shape), file, data_start + begin, end - begin)
 
 
-def _shards_of_names(folder: Path, shards: list[Path]) -> dict[str, Path]:
-    """Tensor name to shard as the index file says; empty when the weights are one file."""
-    if [file.name for file in shards] == [SINGLE_FILE]:
-        return {}
-    return {name: folder / shard for name, shard in _read_weight_map(folder).items()}
+def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and the file name of each tensor according to the index, if there is one.
 
-
-def _find_shards(folder: Path) -> list[Path]:
-    """The weight files; of a single file and an index, the single file counts, as in transformers."""
+    A single file takes precedence over an index, as in transformers.
+    """
     if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
+        return [folder / SINGLE_FILE], {}
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(_why_no_weights(folder))
-    shards = [folder / name for name in sorted(set(_read_weight_map(folder).values()))]
+    weight_map = _read_weight_map(folder)
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in shards if not file.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -250,12 +228,12 @@ def _find_shards(folder: Path) -> list[Path]:
             f"{folder}: shard {missing[0]}{more} is missing ({len(shards)} are named in {INDEX_FILE}): "
             "finish the download, or copy it here"
         )
-    return shards
+    return shards, weight_map
 
 
 def _read_weight_map(folder: Path) -> dict[str, str]:
     file = folder / INDEX_FILE
-    weight_map = _read_json_object(file).get("weight_map")
+    weight_map = read_json_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{file}: has no weight_map of tensor names to files: download or save it again")
     outside = next((shard for shard in weight_map.values() if not is_entry(shard)), None)
@@ -271,12 +249,12 @@ def _require_folder(folder: Path) -> None:
     if is_there(folder) and folder.is_dir():
         return
     if is_there(folder):
-        kinds: dict[str, str] = {
+        pickle = "a pickle, which is never loaded: give a folder with safetensors weights"
+        kinds = {
             ".gguf": "a GGUF file: give the folder of the original transformers checkpoint",
             ".safetensors": "a single weight file: give the folder that holds it and its config.json",
+            **dict.fromkeys(_PICKLES, pickle),
         }
-        pickle = "a pickle, which is never loaded: give a folder with safetensors weights"
-        kinds.update(dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), pickle))
         kind = kinds.get(folder.suffix, "a file: give a checkpoint folder (config.json and safetensors weights)")
         raise CheckpointError(f"{folder}: is {kind}")
     hint = "check the path"
@@ -289,13 +267,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: no config.json: not a transformers checkpoint, or an unfinished download")
-    config = _read_json_object(file)
+    config = read_json_object(file)
     if not config:
         raise CheckpointError(f"{file}: is empty: copy the model's config.json here")
     return with_current_names(config)
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The JSON object that a checkpoint's file holds; raises CheckpointError with what is wrong and what to do."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
@@ -346,12 +325,10 @@ def _why_no_weights(folder: Path) -> str:
         )
     if safetensors:
         return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; found {_some(safetensors)}: {convert}"
-    pickles = ending(".bin", ".pt", ".pth", ".ckpt")
-    pickles = [name for name in pickles if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
-    if pickles:
+    of_a_trainer = ("training_args.bin", "optimizer.pt", "scheduler.pt")
+    if pickles := [name for name in ending(*_PICKLES) if name not in of_a_trainer]:
         return f"{folder}: only pickled weights ({_some(pickles)}); pickles are never loaded: {convert}"
-    gguf = ending(".gguf")
-    if gguf:
+    if gguf := ending(".gguf"):
         return f"{folder}: only GGUF weights ({_some(gguf)}): give the folder of the original transformers checkpoint"
     return f"{folder}: no weights (no {SINGLE_FILE}, no {INDEX_FILE}): finish the download, or check the path"
 
@@ -361,20 +338,14 @@ def _some(names: list[str]) -> str:
 
 
 def _refuse_quantised_config(folder: Path, config: dict[str, Any], *, but: Collection[str]) -> str | None:
-    """Takes the entry of a quantisation out of a config, as merged QLoRA models have it, and returns a note on it.
+    """Removes the quantisation that merged QLoRA models have in their config, and returns a note on it.
 
-    Args:
-        folder: for messages.
-        config: content of config.json.
-        but: methods that are not refused, since the weights have shown that they are not quantised.
-
-    Raises:
-        CheckpointError: it is another method.
+    Raises CheckpointError for a method not in ``but``, those whose weights would show that they are quantised.
     """
-    found = _quantisation(config)
-    if not found:
+    quantisation = _quantisation(config)
+    if not quantisation:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
     if method not in but:
         raise CheckpointError(_quantised(folder, f"{method or 'unnamed method'}, says config.json"))
     without_quantisation(config)
@@ -389,17 +360,13 @@ def left_over_quantisation(folder: Path) -> str | None:
         if not _quantisation(_read_config(folder)):
             return None
         notes = CheckpointIndex.open(folder).notes
-    except CheckpointError:  # quantised indeed, or damaged: whoever loads the weights tells that
+    except CheckpointError:  # quantised indeed, or damaged, which loading the weights will report
         return None
     return next((note for note in notes if note != left_over_adapter(folder)), None)
 
 
 def without_quantisation(config: Any) -> None:
-    """Take the entry of a quantisation out of a config.
-
-    Args:
-        config: the attributes of transformers' config, or the content of a config.json.
-    """
+    """Take the entry of a quantisation out of a config.json, or out of the attributes of transformers' config."""
     for key in _QUANTISATION:
         config.pop(key, None)
 
@@ -410,7 +377,7 @@ def _quantisation(config: dict[str, Any]) -> Any:
 
 def _refuse_quantised_tensors(folder: Path, tensors: dict[str, TensorRef]) -> None:
     for ref in tensors.values():
-        method = next((method for suffix, method in _QUANTISED_SUFFIXES.items() if ref.name.endswith(suffix)), None)
+        method = next((method for method, ends in _QUANTISED_SUFFIXES.items() if ref.name.endswith(ends)), None)
         if method is not None:
             raise CheckpointError(_quantised(folder, f"{method}, tensor {ref.name}"))
         # GPT-NeoX checkpoints carry their causal mask as a U8 buffer called bias.
@@ -420,16 +387,3 @@ def _refuse_quantised_tensors(folder: Path, tensors: dict[str, TensorRef]) -> No
 
 def _quantised(folder: Path, what: str) -> str:
     return f"{folder}: is quantised ({what}): dequantise it first, or give the original bfloat16/float16 checkpoint"
-
-
-class _DuplicateKeyError(Exception):
-    """A JSON object that has a key twice, of which Python would silently keep the last."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _DuplicateKeyError(key)
-        found[key] = value
-    return found

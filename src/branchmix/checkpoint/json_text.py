@@ -1,7 +1,7 @@
-"""The one reader of JSON that others wrote: what no honest file has is refused as text that is not JSON is.
+"""The one reader of JSON that others wrote, and the one form of JSON that we write.
 
-Python's own reader takes numbers of 4,300 digits, half surrogates and lists a thousand deep, all of which fail later
-and elsewhere: in a conversion to float, in writing, in whatever walks through the value.
+Python's own reader accepts numbers of 4,300 digits, half surrogates and lists a thousand deep, all of which fail later
+and elsewhere: in a conversion to float, in writing, in whatever walks through the value. Here they are not JSON.
 """
 
 from __future__ import annotations
@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 100_000_000
-"""Of a file; the largest tokenizers have a third of it, and safetensors headers may not have more."""
+"""Largest file; the largest tokenizers have a third of it, and safetensors headers may not have more."""
 MAX_DEPTH = 100
 MAX_DIGITS = 100
-"""Of a whole number: it can still be converted to a float."""
+"""Digits of the longest whole number: it can still be converted to a float."""
 
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(raw: bytes | str, **options: Any) -> Any:
-    """The value of a JSON text.
+    """The value of a JSON text, or of bytes in UTF-8, UTF-16 or UTF-32; ``options`` are those of ``json.loads``.
 
-    Args:
-        raw: text, or bytes in UTF-8, UTF-16 or UTF-32.
-        options: of ``json.loads``.
-
-    Raises:
-        ValueError: it is not JSON, is nested deeper than ``MAX_DEPTH``, or has a number or character of no use.
+    Raises ValueError if it is not JSON, is nested deeper than ``MAX_DEPTH``, or has a number or character of no use.
     """
     if isinstance(raw, bytes):
         raw = raw.decode(json.detect_encoding(raw))
@@ -49,9 +44,7 @@ def parse_json(raw: bytes | str, **options: Any) -> Any:
 def read_json(file: Path) -> Any:
     """The value of a JSON file.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: as for ``parse_json``, or it is larger than ``MAX_BYTES``.
+    Raises OSError if it cannot be read, and ValueError as ``parse_json`` or if it is larger than ``MAX_BYTES``.
     """
     with file.open("rb") as stream:
         raw = stream.read(MAX_BYTES + 1)
@@ -63,10 +56,15 @@ def read_json(file: Path) -> Any:
 def read_object(file: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no such file, or something else in it."""
     try:
-        found = read_json(file)
+        content = read_json(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
+
+
+def json_document(content: Any, *, allow_nan: bool = False) -> str:
+    """The text of a JSON file, for programs and people."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
 
 
 def _whole_number(digits: str) -> int:

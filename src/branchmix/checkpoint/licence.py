@@ -1,4 +1,4 @@
-"""A checkpoint's licence, as its own files tell it: the model card's metadata, or else a LICENSE file."""
+"""A checkpoint's licence according to its own files: the model card's metadata, or else a LICENSE file."""
 
 from __future__ import annotations
 
@@ -19,17 +19,10 @@ _FIRST_LINES = {
 
 
 def licence_of_folder(folder: Path) -> str | None:
-    """The Hub's name of a checkpoint's licence, or ``see its FILE`` for a text that is none of the known ones.
-
-    Args:
-        folder: of a checkpoint.
-
-    Returns:
-        None where neither card nor file tells one, or where they cannot be read.
-    """
-    found = metadata_of(_text(folder / "README.md")).get("license")
-    if isinstance(found, str):
-        return found
+    """The Hub's name of a checkpoint's licence; ``see its FILE`` for an unknown text; None if no file names one."""
+    licence = metadata_of(_text(folder / "README.md")).get("license")
+    if isinstance(licence, str):
+        return licence
     for file in sorted(folder.glob("LICENSE*")):
         if file.is_file():  # LICENSES may be a folder of texts, none of which is said to be the model's
             start = _text(file)[:2000].lower()
@@ -43,10 +36,10 @@ def metadata_of(readme: str) -> dict[str, Any]:
 
     front = re.match(r"---\s*\n(.*?)\n---", readme, re.DOTALL)
     try:
-        found = yaml.safe_load(front.group(1)) if front else None
+        metadata = yaml.safe_load(front.group(1)) if front else None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
         return {}  # PyYAML raises all of these for text that is not what its tags or its form say
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _text(file: Path) -> str:

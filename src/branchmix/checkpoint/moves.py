@@ -35,13 +35,9 @@ def libc(name: str) -> Any:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Gives each of two folders the other's name, in one step that no kill can cut in two.
+    """Swaps the names of two folders in one step that no kill can interrupt; False where the system cannot do that.
 
-    Returns:
-        Whether it was done; False where this system or file system cannot.
-
-    Raises:
-        OSError: it can, but not with these two.
+    Raises OSError if it can, but not with these two.
     """
     names = os.fsencode(first), os.fsencode(second)
     if sys.platform.startswith("linux") and (rename := libc("renameat2")) is not None:
@@ -59,13 +55,10 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def replace_folder(new: Path, target: Path, *, aside: Path) -> None:
-    """Puts ``new`` in place of ``target``, which is removed.
+    """Puts ``new`` in place of ``target``, which is called ``aside`` while it is removed.
 
     A kill leaves the old or the new folder as ``target``. Only where the system cannot exchange folders, a kill between
     two renames leaves the old one as ``aside`` and none as ``target``: see ``put_back`` in ``folder.py``.
-
-    Args:
-        aside: what the old folder is called while it is removed.
     """
     if exchange(new, target):
         new.rename(aside)
@@ -90,11 +83,7 @@ def discard(folder: Path) -> None:
 
 
 def in_order_of_removal(entries: Iterable[Path], *, last: Iterable[str] = ()) -> list[Path]:
-    """Entries of a folder so ordered that a removal which is cut short leaves no folder that looks like a model.
-
-    Args:
-        last: names that are to stay longest.
-    """
+    """Entries so ordered that an interrupted removal leaves no folder that looks like a model; ``last`` go last."""
     late = tuple(last)
     return sorted(entries, key=lambda entry: (entry.name in late, entry.name not in MAKES_A_MODEL, entry.name))
 

@@ -19,7 +19,7 @@ _STORAGE |= {code: "|u1" for code in DTYPE_BITS if code.startswith("F8_")}
 
 def storage(dtype: str) -> np.dtype[Any]:
     """The numpy dtype that holds ``dtype``: bfloat16 and the 8-bit floats as their bits."""
-    assert dtype in _STORAGE, f"{dtype} elements are no whole bytes"
+    assert dtype in _STORAGE, f"{dtype} elements are not whole bytes"
     return np.dtype(_STORAGE[dtype])
 
 

@@ -41,7 +41,7 @@ _BY_LAYER_TYPE = ("gemma3_text", "olmo3")
 """Families whose layers with a sliding window rotate differently from the others."""
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _LOCAL_THETA = 10000.0
-"""Of Gemma 3's layers with a sliding window."""
+"""Base of Gemma 3's layers with a sliding window."""
 
 _NEEDS_ORIGINAL_LENGTH = ("llama3", "yarn", "longrope")
 """Values of ``rope_type`` that scale from the length of pretraining."""
@@ -54,10 +54,7 @@ def rope_of(config: Config) -> dict[str, Any]:
     """Rotary parameters in transformers 5's form, from its config or an older one, the family's defaults filled in.
 
     Two configs rotate in the same way where their results are equal. Where layer types differ (Gemma 3, OLMo 3), the
-    result maps each to its parameters.
-
-    Raises:
-        CheckpointError: the config's rotary keys are no mappings.
+    result maps each to its parameters. Raises CheckpointError if the config's rotary keys are not mappings.
     """
     rope, scaling = (_mapping(config.get(key), key) for key in ("rope_parameters", "rope_scaling"))
     if config.get("rope_parameters") is None:
@@ -66,7 +63,11 @@ def rope_of(config: Config) -> dict[str, Any]:
     if config.get("model_type") in _BY_LAYER_TYPE:
         whole, windowed = (_mapping(rope.get(kind), f"{kind} of rope_parameters") for kind in _LAYER_TYPES)
         whole = {"rope_type": "default", **whole, **scaling}  # transformers 5 overlooks the older name "type" here
-        both = ((whole, theta), (windowed, _window_theta(config)))
+        if config.get("model_type") == "gemma3_text":
+            window_theta = config.get("rope_local_base_freq", _LOCAL_THETA)
+        else:  # transformers 5 gives OLMo 3's layers with a window the default, whatever ``rope_theta`` is
+            window_theta = _THETA_DEFAULTS["olmo3"]
+        both = ((whole, theta), (windowed, window_theta))
         return {kind: _filled(*given, part, config) for kind, given in zip(_LAYER_TYPES, both, strict=True)}
     nested = {kind: given for kind, given in rope.items() if isinstance(given, dict)}
     if nested and not scaling:
@@ -90,21 +91,10 @@ def _beside(config: Config) -> tuple[Any, Any]:
     )
 
 
-def _window_theta(config: Config) -> Any:
-    """Of layers with a sliding window; transformers 5 gives OLMo 3's the default, whatever ``rope_theta`` says."""
-    if config.get("model_type") == "gemma3_text":
-        return config.get("rope_local_base_freq", _LOCAL_THETA)
-    return _THETA_DEFAULTS["olmo3"]
-
-
 def _filled(given: dict[str, Any], theta: Any, part: Any, config: Config) -> dict[str, Any]:
     """Parameters of one kind of layer, with all that transformers adds to them when it loads the config.
 
-    Args:
-        given: as they stand in the config.
-        theta: base, where they have none.
-        part: rotated part of a head, where they have none.
-        config: for the length of pretraining.
+    ``theta`` (base) and ``part`` (rotated part of a head) are used where ``given`` has none.
     """
     family = config.get("model_type", "")
     rope = {"rope_type": given.get("type", "default"), "rope_theta": theta, "partial_rotary_factor": part, **given}
@@ -120,17 +110,14 @@ def _filled(given: dict[str, Any], theta: Any, part: Any, config: Config) -> dic
             rope["original_max_position_embeddings"] = beside
     if rope["partial_rotary_factor"] in (None, 1.0) and family not in _PARTIAL_DEFAULTS:
         del rope["partial_rotary_factor"]  # the same as none
-    positions = _positions(config) if _scales_by_positions(rope) else None
+    # Some types take their factor from the number of positions, or begin to scale beyond them.
+    scales_by_positions = rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None
+    positions = _positions(config) if scales_by_positions or rope["rope_type"] == "dynamic" else None
     return rope if positions is None else {**rope, POSITIONS: positions}
 
 
 def _positions(config: Config) -> Any:
     return config.get(POSITIONS, _POSITIONS_DEFAULTS.get(config.get("model_type", "")))
-
-
-def _scales_by_positions(rope: dict[str, Any]) -> bool:
-    """Whether a type takes its factor from the number of positions, or begins to scale beyond them."""
-    return rope["rope_type"] == "dynamic" or (rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is None)
 
 
 def with_rope(config: Config, rope: dict[str, Any]) -> Config:

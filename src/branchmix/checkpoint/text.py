@@ -61,12 +61,7 @@ class Window:
 
 
 def tokens_in_pieces(text: str, encode: Callable[[str], Window]) -> Iterator[list[int]]:
-    """The tokens of a text, piece by piece.
-
-    Args:
-        text: of any length.
-        encode: tokenises a part of it.
-    """
+    """The tokens of a text of any length, piece by piece; ``encode`` tokenises a part of it."""
     begin = first = 0  # of the window, and of the tokens that are taken from it
     cut = _cut(text, 0)
     window = encode(text[: cut + CONTEXT])
@@ -88,11 +83,11 @@ def tokens_in_pieces(text: str, encode: Callable[[str], Window]) -> Iterator[lis
 
 def _agree(left: Window, left_begin: int, right: Window, right_begin: int, cut: int) -> bool:
     """Whether two windows have the same tokens at the same places around ``cut``."""
-    found = []
+    around_cut = []
     for window, begin in ((left, left_begin), (right, right_begin)):
         ids, starts = window.between(cut - CONTEXT // 2 - begin, cut + CONTEXT // 2 - begin)
-        found.append((ids, [begin + start for start in starts]))
-    return found[0] == found[1] and bool(found[0][0])
+        around_cut.append((ids, [begin + start for start in starts]))
+    return around_cut[0] == around_cut[1] and bool(around_cut[0][0])
 
 
 def _cut(text: str, start: int) -> int:

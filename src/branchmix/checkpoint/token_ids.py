@@ -1,4 +1,4 @@
-"""The id of every token, from a tokenizer's files: what its loader makes of them, without the loader.
+"""The id of every token, read from a tokenizer's files without loading the tokenizer.
 
 A vocabulary (tokenizer.json, vocab.json or a sentencepiece tokenizer.model), then tokens added to it, which may be
 noted in tokenizer.json itself, in tokenizer_config.json (``added_tokens_decoder``), in added_tokens.json, or only as a
@@ -22,6 +22,7 @@ FILES = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "added_tokens.jso
 
 _NO_TOKENIZER = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError)
 """What reading the parts of a tokenizer's file raises where it is something else."""
+_BROKEN = "is not a tokenizer file: download it again"
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,7 @@ def vocabulary_of(folder: Path) -> Path | None:
 
 
 def token_ids(folder: Path) -> TokenIds | None:
-    """All tokens of a folder's tokenizer; None where its vocabulary is in none of the known forms.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
+    """All tokens of a folder's tokenizer; None for a vocabulary of unknown form, CheckpointError for a damaged file."""
     file = vocabulary_of(folder)
     if file is None:
         return None
@@ -54,12 +51,16 @@ def token_ids(folder: Path) -> TokenIds | None:
     try:
         if file.name == "tokenizer.json":
             content = read_json(file)
-            vocabulary, merges = _vocabulary(content["model"]), _merges(content["model"])
+            entries, rules = content["model"].get("vocab", {}), content["model"].get("merges") or []
+            if isinstance(entries, list):  # unigram: [token, score] by id
+                entries = {entry[0]: number for number, entry in enumerate(entries)}
+            vocabulary = {str(token): int(number) for token, number in entries.items()}
+            merges = [rule if isinstance(rule, str) else " ".join(rule) for rule in rules]
             own = {str(token["content"]): int(token["id"]) for token in content.get("added_tokens", [])}
         elif file.name == "vocab.json":
             vocabulary = {str(token): int(number) for token, number in read_json(file).items()}
-            rules = folder / "merges.txt"
-            lines = rules.read_text(encoding="utf-8").splitlines() if rules.is_file() else []
+            text = folder / "merges.txt"
+            lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
             merges = [line for line in lines if line and not line.startswith("#version")]
         else:
             pieces = sentencepieces(file.read_bytes())
@@ -67,7 +68,7 @@ def token_ids(folder: Path) -> TokenIds | None:
                 return None
             vocabulary = {piece: number for number, piece in enumerate(pieces)}
     except _NO_TOKENIZER:
-        raise CheckpointError(f"{file}: is no tokenizer file: download it again") from None
+        raise CheckpointError(f"{file}: {_BROKEN}") from None
     ids, agreed = {**vocabulary, **own}, True
     free = max(len(vocabulary), *(number + 1 for number in own.values()), 0)
     for token, noted in added_tokens(folder):
@@ -81,8 +82,7 @@ def token_ids(folder: Path) -> TokenIds | None:
 def added_tokens(folder: Path) -> list[tuple[str, int | None]]:
     """Tokens noted outside the vocabulary's file, in the order in which they are added, with the ids noted.
 
-    Raises:
-        CheckpointError: a file is damaged.
+    Raises CheckpointError for a damaged file.
     """
     settings = _read(folder / "tokenizer_config.json")
     try:
@@ -118,25 +118,13 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(read_json(file))
     except _NO_TOKENIZER:
-        raise CheckpointError(f"{file}: is no tokenizer file: download it again") from None
-
-
-def _vocabulary(model: dict[str, Any]) -> dict[str, int]:
-    vocabulary = model.get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: [token, score] by id
-        return {str(entry[0]): number for number, entry in enumerate(vocabulary)}
-    return {str(token): int(number) for token, number in vocabulary.items()}
-
-
-def _merges(model: dict[str, Any]) -> list[str]:
-    return [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+        raise CheckpointError(f"{file}: {_BROKEN}") from None
 
 
 def sentencepieces(model: bytes) -> list[str] | None:
-    """The pieces of a sentencepiece model, in the order of their ids; None if it is something else.
+    """The pieces of a sentencepiece model in the order of their ids; None if it is something else.
 
-    Args:
-        model: a serialised ``ModelProto``: its field 1 is a piece, whose field 1 is the text.
+    The model is a serialised ``ModelProto``: its field 1 is a piece, whose field 1 is the text.
     """
     try:
         texts = [
@@ -150,11 +138,7 @@ def sentencepieces(model: bytes) -> list[str] | None:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Number and value of each field of a protocol buffer message.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Number and value of each field of a protocol buffer message; raises ValueError if it is not one."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -185,4 +169,4 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
             return value, at
         shift += 7
         if shift > 63:
-            raise ValueError("no varint")
+            raise ValueError("not a varint")

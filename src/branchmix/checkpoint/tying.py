@@ -17,13 +17,9 @@ _CHUNK = 1 << 20
 
 
 def as_stored(index: CheckpointIndex) -> CheckpointIndex:
-    """The checkpoint with ``tie_word_embeddings: false`` in its config where the weights contradict it.
+    """The checkpoint (dense or mixture), with ``tie_word_embeddings: false`` where its weights contradict its config.
 
-    Args:
-        index: headers of a dense model or of a mixture, whose ``seed_config`` is what counts then.
-
-    Returns:
-        ``index`` itself, where config and weights agree.
+    Returns ``index`` itself where config and weights agree. A mixture's ``seed_config`` is what counts.
     """
     seed = index.config.get("seed_config")
     config = seed if isinstance(seed, dict) else index.config

@@ -1,7 +1,7 @@
-"""Why a config's model cannot be a seed or an expert, where the config tells: one line for each kind of model.
+"""Why a config's model cannot be a seed or an expert: one line for each kind of model.
 
 Kinds are recognised by keys of the config, so that families which appear later get the right reason too;
-``_BY_TYPE`` holds those that no key gives away. Imports nothing but the standard library.
+``_BY_TYPE`` holds those that no key reveals. Imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import Any
 Config = dict[str, Any]
 
 _SOFTMAX_LAYERS = {"full_attention", "sliding_attention", "attention"}
-
 _CAUSAL = "seed and experts must be causal language models without an encoder"
 _LATENT = "compresses keys and values in its attention (latent attention), which has no heads to put side by side"
 _ENCODER = f"is an encoder, whose tokens see later ones: {_CAUSAL}"
 _ALIBI = "has ALiBi positions, whose slopes depend on the number of heads, so its heads cannot be put side by side"
 _STATE_SPACE = "has state-space or recurrent layers: every layer of seed and experts must have softmax attention"
 _MULTIMODAL = "has parts for images or sound inside its language model: seed and experts must read text only"
-
 _DRAFTS = "drafts tokens from another model's hidden states and keys, so it is not a language model on its own"
-
+_UNLIKE_HEADS = "has layers of unlike head sizes, or layers that share keys and values"
 _BY_TYPE: dict[str, str] = {
     "bert-generation": _ENCODER,
     "bitnet": "has a norm between the heads and their output projection, which would mix the experts' heads",
@@ -35,9 +33,9 @@ _BY_TYPE: dict[str, str] = {
     "doge": "computes its attention mask from its values, for each head (dynamic mask attention)",
     "gemma3n_text": "feeds every layer embeddings of its own and shares keys and values between layers",
     "gemma4_assistant": _DRAFTS,
-    "gemma4_text": "has layers of unlike head sizes, or layers that share keys and values",
+    "gemma4_text": _UNLIKE_HEADS,
     "gemma4_unified_assistant": _DRAFTS,
-    "gemma4_unified_text": "has layers of unlike head sizes, or layers that share keys and values",
+    "gemma4_unified_text": _UNLIKE_HEADS,
     "git": _MULTIMODAL,
     "gpt_neo": "masks the keys of its local layers inside its attention, which therefore cannot be replaced",
     "gpt_neox_japanese": "adds the bias of its attention outside of it, in its last layer only",
@@ -57,11 +55,7 @@ _BY_TYPE: dict[str, str] = {
 
 
 def why_unfit(config: Config) -> str | None:
-    """What in a config rules out that its model is a seed or an expert, in one line; None: nothing does.
-
-    Args:
-        config: content of a dense model's ``config.json``.
-    """
+    """Why the model of a ``config.json`` can be neither seed nor expert, in one line; None if nothing rules it out."""
     model_type = str(config.get("model_type"))
     if model_type in _BY_TYPE:
         return f"{model_type} {_BY_TYPE[model_type]}"
@@ -143,5 +137,5 @@ def transformers_knows(model_type: str) -> bool:
 
 
 def _mapping(config: Config, key: str) -> Config:
-    found = config.get(key)
-    return found if isinstance(found, dict) else {}
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}

@@ -23,23 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import (
-    ByteRange,
-    Expression,
-    cut_ranges,
-    opened,
-    read_into,
-)
+from branchmix.checkpoint.expressions import ByteRange, Expression, cut_ranges, opened, read_into
 from branchmix.checkpoint.folder import writing
 from branchmix.checkpoint.index import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorRef
-from branchmix.checkpoint.moves import libc as _libc
+from branchmix.checkpoint.moves import libc
 from branchmix.checkpoint.numbers import Array, storage
 from branchmix.errors import CheckpointError
 
 BUFFER_BYTES = 1 << 18
 """Fits the second-level cache beside everything else; 1 MiB was half as fast."""
 TASK_BYTES = 1 << 24
-"""What a thread takes at a time, and what is handed to write-back at once."""
+"""The work of a thread at a time, and the bytes handed to write-back at once."""
 PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 _SYNC_FILE_RANGE_WRITE = 2
 _FINITE_BELOW = {
@@ -59,11 +53,9 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
-class PlacedTensor:
+class PlacedTensor(OutputTensor):
     """An output tensor and its absolute byte offset in its file."""
 
-    name: str
-    expression: Expression
     offset: int
 
 
@@ -76,26 +68,15 @@ class Shard:
     """Everything before the data: length and padded JSON."""
     tensors: tuple[PlacedTensor, ...]
     nbytes: int
-    """Of the whole file."""
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """One written file."""
-
-    name: str
-    nbytes: int
-    num_tensors: int
+    """Size of the whole file."""
 
 
 @dataclass(frozen=True)
 class WriteReport:
     """What ``write_checkpoint`` has written."""
 
-    files: tuple[FileReport, ...]
+    files: tuple[Path, ...]
     """The weight files and, if there are several, their index."""
-    nbytes: int
-    """Of all files."""
     copied_nbytes: int
     """Tensor bytes that are verbatim source bytes."""
     computed_nbytes: int
@@ -156,15 +137,11 @@ def write_checkpoint(
         for fd, file, _ in targets:
             with writing(file):
                 os.fsync(fd)
-    files = [FileReport(shard.name, shard.nbytes, len(shard.tensors)) for shard in shards]
+    files = [file for _, file, _ in targets]
     if len(shards) > 1:
-        files.append(_write_index(folder / INDEX_FILE, shards))
-    return WriteReport(
-        files=tuple(files),
-        nbytes=sum(file.nbytes for file in files),
-        copied_nbytes=state.copied,
-        computed_nbytes=state.computed,
-    )
+        files.append(folder / INDEX_FILE)
+        _write_index(files[-1], shards)
+    return WriteReport(tuple(files), state.copied, state.computed)
 
 
 def shard_plan(
@@ -187,13 +164,9 @@ def shard_plan(
             used = 0
         groups[-1].append(tensor)
         used += tensor.expression.nbytes
-    if len(groups) == 1:
-        return (_laid_out(SINGLE_FILE, groups[0], metadata),)
-    total = len(groups)
-    return tuple(
-        _laid_out(f"model-{number:05d}-of-{total:05d}.safetensors", group, metadata)
-        for number, group in enumerate(groups, start=1)
-    )
+    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    names = names if len(groups) > 1 else [SINGLE_FILE]
+    return tuple(_laid_out(name, group, metadata) for name, group in zip(names, groups, strict=True))
 
 
 def _laid_out(name: str, tensors: list[OutputTensor], metadata: Mapping[str, str]) -> Shard:
@@ -215,7 +188,7 @@ def _laid_out(name: str, tensors: list[OutputTensor], metadata: Mapping[str, str
     return Shard(name, len(text).to_bytes(8, "little") + text, placed, start + end)
 
 
-def _write_index(file: Path, shards: Sequence[Shard]) -> FileReport:
+def _write_index(file: Path, shards: Sequence[Shard]) -> None:
     weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     total = sum(tensor.expression.nbytes for shard in shards for tensor in shard.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -224,7 +197,6 @@ def _write_index(file: Path, shards: Sequence[Shard]) -> FileReport:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    return FileReport(file.name, len(text), 0)
 
 
 @dataclass(frozen=True)
@@ -321,11 +293,8 @@ class _Run:
             if self.check and value.dtype in _FINITE_BELOW and not all_finite(block, value.dtype):
                 _blame(task.tensor)
             with writing(task.file):
-                _write_at(
-                    task.fd,
-                    task.offset + (row - task.start) * value.row_nbytes,
-                    block.reshape(-1).view(np.uint8).data,
-                )
+                offset = task.offset + (row - task.start) * value.row_nbytes
+                _write_at(task.fd, offset, block.reshape(-1).view(np.uint8).data)
 
 
 def all_finite(block: Array, dtype: str) -> bool:
@@ -345,8 +314,8 @@ def all_finite(block: Array, dtype: str) -> bool:
 def _blame(tensor: PlacedTensor) -> None:
     """Raises for the first NaN or Inf among the tensor's sources; if there is none, the result has overflowed."""
     for ref in dict.fromkeys(tensor.expression.sources()):
-        if ref.dtype in _FINITE_BELOW and (found := _first_non_finite(ref)):
-            kind, index = found
+        if ref.dtype in _FINITE_BELOW and (first := _first_non_finite(ref)):
+            kind, index = first
             raise CheckpointError(
                 f"{ref.file}: tensor {ref.name} has {kind} at {list(index)}: "
                 "the checkpoint is damaged, or its training diverged"
@@ -388,7 +357,7 @@ def _allocate(fd: int, nbytes: int) -> None:
 
     Not ``os.posix_fallocate``, which writes into every block where the file system cannot reserve.
     """
-    fallocate = _libc("fallocate64") or _libc("fallocate")
+    fallocate = libc("fallocate64") or libc("fallocate")
     if fallocate is not None:
         if fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) == 0:
             return
@@ -400,6 +369,6 @@ def _allocate(fd: int, nbytes: int) -> None:
 
 def _start_write_back(task: _Task) -> None:
     """Asks the kernel to begin writing what the task left in the page cache; only a hint, so errors don't matter."""
-    sync = _libc("sync_file_range")
+    sync = libc("sync_file_range")
     if sync is not None:
         sync(task.fd, ctypes.c_int64(task.offset), ctypes.c_int64(task.nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

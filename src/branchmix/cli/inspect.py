@@ -65,7 +65,7 @@ def _print(accounting: Accounting, console: Console) -> None:
     from rich.table import Table
 
     from branchmix.cli.console import human_bytes
-    from branchmix.upcycling.card import lossless_line
+    from branchmix.upcycling.model_card import lossless_line
 
     console.print(_headline(accounting), highlight=False, markup=False, soft_wrap=True)
     if accounting.lossless is not None:

@@ -147,8 +147,8 @@ def plan_table(plan: Plan) -> Table:
 
 def _print_plan(report: UpcycleReport) -> None:
     from branchmix.cli.console import human_bytes, human_count, result_console
-    from branchmix.upcycling.card import lossless_line
     from branchmix.upcycling.execute import free_bytes
+    from branchmix.upcycling.model_card import lossless_line
 
     plan = report.plan
     console = result_console()
@@ -195,7 +195,7 @@ def _print_verification(report: UpcycleReport) -> None:
 
 
 def _method(report: UpcycleReport) -> str:
-    from branchmix.upcycling.card import method_of
+    from branchmix.upcycling.model_card import method_of
 
     method = method_of(report.plan.config, report.recipe)
     assert method is not None, "a dense model is written by a recipe only"

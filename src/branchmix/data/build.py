@@ -1,8 +1,8 @@
 """Tokenises a source into chunks, in this process or in one of its own: ``python -m branchmix.data.build FOLDER``.
 
 Local files are read once, split into documents to train on and documents held out, and then shuffled as a whole. A
-streamed source becomes chunks in the order it is read, as far as somebody wants it; the rest is done in the background.
-Whoever writes into a domain's folder holds its lock, which the system frees when a process dies.
+streamed source becomes chunks in the order it is read, as far as it is needed; the rest is done in the background.
+A process that writes into a domain's folder holds its lock, which the system frees when the process dies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from branchmix.checkpoint.folder import write_json
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.data.config import Source
 from branchmix.data.sources import Reader, frozen, hash_of, open_source
@@ -37,7 +38,7 @@ from branchmix.data.tokens import (
 from branchmix.errors import BranchMixError, DataError
 
 CHUNK_TOKENS = 4_000_000
-"""Tokens of a chunk, about: 8 MB on disk, and what is lost when a process is killed."""
+"""Tokens of a chunk, approximately: 8 MB on disk, and what is lost when a process is killed."""
 SHUFFLE_SEED = 20240815
 
 Progress = Callable[[str, int, int], None]
@@ -104,12 +105,9 @@ class Plan(TypedDict):
 def build(
     folder: Path, plan: Plan, reader: Reader, encoder: Encoder, *, wanted: Callable[[], int], progress: Progress
 ) -> None:
-    """Goes on with a domain's folder until it is complete, or holds ``wanted()`` tokens if it is streamed.
+    """Continues a domain's folder until it is complete, or holds ``wanted()`` tokens if it is streamed.
 
-    The caller holds the folder's lock.
-
-    Raises:
-        DataError: the source cannot be read, or has no text.
+    The caller holds the folder's lock. Raises DataError if the source cannot be read, or has no text.
     """
     if reader.streamed:
         _tokenise(folder, plan, reader, encoder, wanted, progress)
@@ -132,7 +130,7 @@ def _tokenise(
 ) -> None:
     """Chunks in reading order, from where the last one ended."""
     chunks = chunks_in(folder)
-    if chunks and chunks[-1].header["last"]:
+    if is_complete(folder):
         return
     seen = {int(value) for chunk in chunks for kind in ("", "held_out_") for value in chunk.arrays[f"{kind}hashes"]}
     tokens = sum(chunk.counts.tokens for chunk in chunks)
@@ -206,18 +204,8 @@ class _Content:
             "held_out_text": content,
             "held_out_text_ends": ends,
         }
-        train, held_out = self.train, self.held_out
-        counts = Counts(
-            documents=len(train.tokens),
-            tokens=train.num_tokens,
-            bytes=train.bytes,
-            held_out_documents=len(held_out.tokens),
-            held_out_tokens=held_out.num_tokens,
-            held_out_bytes=held_out.bytes,
-            duplicates=self.duplicates,
-            replaced=self.replaced,
-        )
-        return arrays, counts
+        train, held_out = ((len(part.tokens), part.num_tokens, part.bytes) for part in (self.train, self.held_out))
+        return arrays, Counts(*train, *held_out, self.duplicates, self.replaced)
 
 
 def _batches(documents: Iterator[tuple[str, Any]], size: int) -> Iterator[tuple[list[str], Any]]:
@@ -251,7 +239,7 @@ def _shuffle(chunks: list[Chunk], folder: Path, dtype: Any, chunk_tokens: int) -
             train.add(
                 arrays["tokens"][end - int(sizes[chunk_index][document]) : end], int(arrays["hashes"][document]), 0
             )
-        # What is held out stays in its order, beside whatever chunk.
+        # Held-out documents stay in their order, in any chunk.
         beside = chunks[number:] if last else chunks[number : number + 1]
         counts = sum((chunk.counts for chunk in beside), Counts())
         held_out: dict[str, np.ndarray] = {}
@@ -273,42 +261,39 @@ def permutation(length: int, *seed: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In a process of its own
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- In a process of its own ----
 
 
 def folder_lock(folder: Path) -> Any:
-    """Held by whoever writes into ``folder``; the system frees it when its holder dies."""
+    """Held by the process that writes into ``folder``; the system frees it when that process dies."""
     from filelock import FileLock
 
     return FileLock(folder / "lock")
 
 
 def main(folder: Path) -> int:
-    """Goes on with ``folder`` as stdin says: a plan, then a number of tokens, again and again. It ends with the process
-    at the other end."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a whole job gets; the run may need text for its last step
+    """Continues ``folder`` as stdin says: a plan, then numbers of tokens. It ends with the process at the other end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to whole jobs; the run may need text for its last step
     plan: Plan = json.loads(sys.stdin.readline())
     wanted = [int(sys.stdin.readline())]
 
     def listen() -> None:
         for line in sys.stdin:
             wanted[0] = max(wanted[0], int(line))
-        os._exit(0)  # what is not a whole chunk is lost, and read again next time
+        os._exit(0)  # an unfinished chunk is lost, and read again next time
 
     threading.Thread(target=listen, daemon=True).start()
     try:
         reader = open_source(Source(**plan["source"]), folder=Path(plan["folder"]))
         encoder = Encoder((folder / TOKENIZER_FILE).read_text(encoding="utf-8"), plan["eos_token_id"])
         while not is_complete(folder):
-            with folder_lock(folder):  # not for longer than the work takes: other runs may want more than this one
+            with folder_lock(folder):  # released after each round: other runs may want more than this one
                 build(folder, plan, reader, encoder, wanted=lambda: wanted[0], progress=lambda *_: None)
             time.sleep(0.2)
     except Exception as error:
         known = isinstance(error, BranchMixError)
         message = str(error) if known else f"reading in the background failed: {type(error).__name__}: {error}"
-        (folder / FAILURE_FILE).write_text(json.dumps({"error": message}), encoding="utf-8")
+        write_json(folder / FAILURE_FILE, {"error": message})
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""What users say about their text: where each domain comes from, and how much of it is held out."""
+"""Settings of the text: where each domain comes from, and how much of it is held out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Source(Settings):
     ``.tsv`` and ``.parquet`` (also compressed: ``.gz``, ``.zst``) hold a document a row; any other file of text is one
     document. Archives, binary tables, PDF and the like are refused."""
     exclude: list[str] = []
-    """Paths or globs of files that are no data, though ``files`` matches them."""
+    """Paths or globs of files to leave out, though ``files`` matches them."""
     hub: str | None = None
     """Data set on the Hub, or a local folder in the Hub's layout; ``@revision`` after the id."""
     name: str | None = None
@@ -42,18 +42,17 @@ class Source(Settings):
             raise ValueError("exclude belongs to files")
         return self
 
-    def absolute(self, base: Path, *, out: Path) -> Source:
-        """The same text for a process in any folder.
+    @property
+    def patterns(self) -> list[str]:
+        """``files`` as a list."""
+        return [self.files] if isinstance(self.files, str) else list(self.files or ())
 
-        Args:
-            base: folder that relative paths start from.
-            out: folder whose files are left out, even if a pattern covers them.
-        """
+    def absolute(self, base: Path, *, out: Path) -> Source:
+        """The same text for a process in any folder: paths start from ``base``, files in ``out`` are left out."""
         changes: dict[str, Any] = {}
         if self.files is not None:
-            files = [self.files] if isinstance(self.files, str) else self.files
             start = glob.escape(os.path.abspath(base))  # noqa: PTH100 (resolve() would follow links)
-            changes["files"] = [_absolute(file, start) for file in files]
+            changes["files"] = [_absolute(file, start) for file in self.patterns]
             changes["exclude"] = [*(_absolute(file, start) for file in self.exclude), f"{glob.escape(str(out))}/**"]
         elif self.hub is not None and (base / self.hub).expanduser().exists():
             changes["hub"] = _absolute(self.hub, str(base))
@@ -68,6 +67,6 @@ class HeldOut(Settings):
     """Documents that are never trained on, by the hash of their text, so that the same ones are held out everywhere."""
 
     share: Share = 0.02
-    """Of a domain's documents."""
+    """Share of a domain's documents."""
     tokens: Count = 65536
-    """How much of them an evaluation reads, of each domain."""
+    """Tokens of them that an evaluation reads, of each domain."""

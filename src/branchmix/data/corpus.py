@@ -6,7 +6,6 @@ and the share held out. ``Corpus.train`` and ``Corpus.held_out`` cut it into seq
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,17 +16,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import write_text, writing
+from branchmix.checkpoint.hashes import key_of
+from branchmix.checkpoint.json_text import json_document
 from branchmix.checkpoint.text import replaced_note
 from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Encoder, Plan, Progress
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.domain import Domain
 from branchmix.data.sequences import HeldOutSequences, Sequences
-from branchmix.data.sources import open_source
+from branchmix.data.sources import naming_domain, open_source
 from branchmix.errors import DataError, OutputError
 
 FORMAT = 2
-"""Of the cache; another one is another key."""
+"""Version of the cache's format, which is part of its keys."""
 MANY_EPOCHS = 4
 """Beyond so many passes over the same text, more of it is worth little (arXiv 2305.16264)."""
 
@@ -62,16 +63,17 @@ def open_corpus(
 
     Args:
         sources: domains by name.
-        tokenizer: transformers', with a Rust core.
+        tokenizer: of transformers, with a Rust core.
         folder: where relative paths start from.
-        leave_out: folder whose files are no data: the run's own.
+        leave_out: folder whose files are not data: the run's own.
         cache: folder for tokens; ``default_cache()`` if None.
-        held_out: how much is never trained on, and how much of that an evaluation reads.
         progress: called with step, done, total.
 
     Raises:
         DataError: a source cannot be found or read, or has no text.
     """
+    from xxhash import xxh3_128_hexdigest
+
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{tokenizer.name_or_path}: the tokenizer has no Rust core: convert it to a tokenizer.json first "
@@ -81,7 +83,7 @@ def open_corpus(
     encoder = Encoder(tokenizer_json, tokenizer.eos_token_id)
     readers = {}
     for name, source in sources.items():  # all of them before the first is tokenised
-        with _naming(name):
+        with naming_domain(name):
             readers[name] = open_source(source, folder=folder, leave_out=leave_out)
     domains = {}
     for name, source in sources.items():
@@ -95,19 +97,20 @@ def open_corpus(
         }
         key = {
             "text": readers[name].identity(),
-            "tokenizer": _hash(tokenizer_json),
+            "tokenizer": xxh3_128_hexdigest(tokenizer_json.encode()),
             "held_out_share": held_out.share,
             "eos_token_id": tokenizer.eos_token_id,
             "chunk_tokens": CHUNK_TOKENS,
             "format": FORMAT,
         }
-        place = (cache or default_cache()) / "tokens" / _hash(json.dumps(key, sort_keys=True))
+        place = (cache or default_cache()) / "tokens" / key_of(key)
         with _writing_cache(place):
-            place.mkdir(parents=True, exist_ok=True)
-            _write(place / TOKENIZER_FILE, tokenizer_json)
-            _write(place / PLAN_FILE, json.dumps({**plan, "key": key}, indent=1))
+            texts = {TOKENIZER_FILE: tokenizer_json, PLAN_FILE: json_document({**plan, "key": key}, allow_nan=True)}
+            for file, text in texts.items():
+                if not (place / file).exists():
+                    write_text(place / file, text)
         domains[name] = Domain(place, plan, streamed=readers[name].streamed)
-        with _naming(name):
+        with naming_domain(name):
             domains[name].make_ready(readers[name], encoder, progress or (lambda step, done, total: None))
     forced = {domain.chunks[0].header["forced"] for domain in domains.values()} - {None}
     for domain in domains.values():
@@ -124,27 +127,6 @@ def _writing_cache(place: Path) -> Iterator[None]:
         raise OutputError(f"{error}; BRANCHMIX_CACHE chooses another folder for tokens") from error
 
 
-@contextmanager
-def _naming(domain: str) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"data.{domain}: {error}") from error
-
-
-def _hash(text: str) -> str:
-    from xxhash import xxh3_128_hexdigest
-
-    return str(xxh3_128_hexdigest(text.encode()))
-
-
-def _write(file: Path, content: str) -> None:
-    if not file.exists():
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(file)
-
-
 @dataclass
 class Corpus:
     """All domains of a run."""
@@ -153,16 +135,12 @@ class Corpus:
     settings: HeldOut
     pad_token_id: int | None
     trained: Sequences | None = None
-    """What ``train`` gave last."""
+    """Result of the last ``train``."""
 
     def train(self, mix: Mix, *, sequence_length: int, num_sequences: int, random_seed: int) -> Sequences:
-        """Sequences to train on: item n is a function of this corpus, these arguments, and n.
+        """Sequences to train on: item n depends only on this corpus, these arguments, and n.
 
-        Args:
-            mix: share of each domain, ``equal``, or ``proportional`` to their tokens.
-            sequence_length: T, tokens of a sequence.
-            num_sequences: how many there are to be.
-            random_seed: of the order of domains and documents.
+        ``mix`` is the share of each domain, ``equal``, or ``proportional`` to their tokens.
 
         Raises:
             DataError: a domain is unknown or has less than one sequence, or shares by size are asked for of a domain
@@ -185,7 +163,7 @@ class Corpus:
             for name, domain in self.domains.items():
                 if not domain.complete:
                     raise DataError(
-                        f"mix: nobody knows yet how much there is of {name!r}, which is streamed, so nothing can be "
+                        f"mix: the size of {name!r}, which is streamed, is not known yet, so nothing can be "
                         "proportional to it: give shares, or streaming: false"
                     )
             weights = {name: float(domain.counts.tokens) for name, domain in self.domains.items()}
@@ -236,7 +214,7 @@ class Corpus:
             yield tokens, partial(chunk.held_out_text, place)
 
     def fingerprints(self) -> dict[str, str]:
-        """Of each domain's text, to notice that it has changed."""
+        """A hash of each domain's text, which shows whether the text has changed."""
         return {name: domain.fingerprint() for name, domain in self.domains.items()}
 
     def as_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from branchmix.data.tokens import Chunk, Counts, chunks_in
 from branchmix.errors import DataError
 
 _PATIENCE = 30.0
-"""Seconds in which a folder that nobody writes into may stay without the chunk that is waited for."""
+"""Seconds to wait for a chunk in a folder that no process writes into."""
 
 
 class Domain:
@@ -43,21 +43,18 @@ class Domain:
         """How much there is so far."""
         return sum((chunk.counts for chunk in self.chunks), Counts())
 
-    def __getattr__(self, name: str) -> Any:
-        if name in Counts.__dataclass_fields__:
-            return getattr(self.counts, name)
-        raise AttributeError(name)
-
     def fingerprint(self) -> str:
-        """Of the documents to train on and their tokens: the same sequences come of the same one. Of a stream, of its
-        first chunk, which is there from the start."""
+        """A hash of the documents to train on and their tokens; of a stream's first chunk, which is there at the start.
+
+        Equal fingerprints give equal sequences.
+        """
         from xxhash import xxh3_128
 
-        found = xxh3_128()
+        digest = xxh3_128()
         for chunk in self.chunks[:1] if self.streamed else self.chunks:
             for name in ("hashes", "ends"):
-                found.update(chunk.arrays[name].tobytes())
-        return found.hexdigest()
+                digest.update(chunk.arrays[name].tobytes())
+        return digest.hexdigest()
 
     def make_ready(self, reader: Reader, encoder: Encoder, progress: Progress) -> None:
         """Tokenise in this process, or wait for another that does: all of it, or the first chunk if it is streamed."""
@@ -77,7 +74,7 @@ class Domain:
         return bool(chunks_in(self.folder)) if self.streamed else is_complete(self.folder)
 
     def refresh(self) -> None:
-        """Take in what has been written since."""
+        """Open chunks that have been written since."""
         if not self.complete:
             self.chunks = [*self.chunks, *chunks_in(self.folder, len(self.chunks))]
             self.complete = bool(self.chunks) and bool(self.chunks[-1].header["last"])
@@ -107,8 +104,7 @@ class Domain:
     def chunk(self, number: int) -> Chunk | None:
         """A chunk, waited for if it is still being read; None beyond the end of the source.
 
-        Raises:
-            DataError: nobody reads any more, or reading has failed.
+        Raises DataError if no process reads the source any more, or reading has failed.
         """
         if number >= len(self.chunks) and not self.complete:
             started = time.monotonic()

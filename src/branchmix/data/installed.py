@@ -30,6 +30,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from branchmix.checkpoint.folder import write_json
+
 HELD_OUT_SHARE = 0.2  # much, because `law` has few documents
 MIN_CHARS = 400  # documents shorter than this, after de-duplication, are left out
 MAX_CHARS = 8_000  # longer ones are cut: what is held out should be of many documents, not of two
@@ -97,11 +99,10 @@ def write(
     """Write `{domain}.jsonl` for every domain: a document a line, with its `text` and its `name`.
 
     Args:
-        folder: where to; it is made.
-        enough_bytes: of UTF-8 text in a domain; the last document that is begun is written whole.
-        processes: that read side by side.
-        domains: which of ``DOMAINS``.
-        max_chars: where longer documents are cut.
+        enough_bytes: bytes of UTF-8 text in a domain; the last document is written whole.
+        processes: number of processes that read.
+        domains: names from ``DOMAINS``.
+        max_chars: length at which longer documents are cut.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
@@ -127,12 +128,10 @@ def documents(domain: str, *, held_out: bool) -> Iterator[Document]:
 
     Both parts are read in one order and de-duplicated together, so they share no text, however far either is read.
     """
-    found = (document for name, path in DOMAINS[domain].files() for document in DOMAINS[domain].read(name, path))
-    return (
-        document
-        for document in _deduplicated(found, by_paragraph=DOMAINS[domain].by_paragraph)
-        if document.held_out == held_out
-    )
+    source = DOMAINS[domain]
+    texts = (document for name, path in source.files() for document in source.read(name, path))
+    distinct = _deduplicated(texts, by_paragraph=source.by_paragraph)
+    return (document for document in distinct if document.held_out == held_out)
 
 
 @contextmanager
@@ -146,15 +145,15 @@ def _pool(processes: int) -> Iterator[Callable[[Domain], Iterator[Document]]]:
             # By and by: `map` would read everything, also when little is enough.
             for start in range(0, len(files), size):
                 names, paths = zip(*files[start : start + size], strict=True)
-                for found in pool.map(domain.read, names, paths, chunksize=8):
-                    yield from found
+                for documents in pool.map(domain.read, names, paths, chunksize=8):
+                    yield from documents
 
         yield mapped
 
 
-def _deduplicated(found: Iterable[Document], *, by_paragraph: bool, max_chars: int = MAX_CHARS) -> Iterator[Document]:
+def _deduplicated(texts: Iterable[Document], *, by_paragraph: bool, max_chars: int = MAX_CHARS) -> Iterator[Document]:
     seen: set[object] = set()
-    for document in found:
+    for document in texts:
         parts = re.split(r"\n\s*\n", document.text) if by_paragraph else [document.text]
         kept = [part.strip("\n") for part in parts if part.strip() and _is_new(part, seen, by_paragraph=by_paragraph)]
         text = "\n\n".join(kept)[:max_chars]
@@ -177,32 +176,18 @@ def _is_new(part: str, seen: set[object], *, by_paragraph: bool) -> bool:
     return new
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The domains
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The domains ----
 
 
-def _code_files() -> list[tuple[str, Path]]:
-    # encodings are tables of characters; pydoc_data is English, and in `general`.
-    skip = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data")
-    return _files(STDLIB, "**/*.py", skip=skip)
+# encodings are tables of characters; pydoc_data is English, and in `general`.
+NO_CODE = ("site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data")
 
 
 def _law_files() -> list[tuple[str, Path]]:
-    found = _files(COMMON_LICENSES, "*") if COMMON_LICENSES.is_dir() else []
+    files = _files(COMMON_LICENSES, "*") if COMMON_LICENSES.is_dir() else []
     for pattern in ("**/LICEN[CS]E*", "**/COPYING*", "**/NOTICE*", "**/EULA*"):
-        found += [item for item in _files(PACKAGES, pattern) if item[1].suffix not in (".py", ".pyc")]
-    if DEBIAN.is_dir():
-        found += _files(DEBIAN, "*/copyright")
-    return _ranked(found)
-
-
-def _cpp_files() -> list[tuple[str, Path]]:
-    return _files(PACKAGES / "torch" / "include", "**/*.h", "**/*.hpp", "**/*.cuh")
-
-
-def _math_files() -> list[tuple[str, Path]]:
-    return _files(PACKAGES, "sympy/**/*.py", "mpmath/**/*.py", skip=("tests", "benchmarks"))
+        files += [item for item in _files(PACKAGES, pattern) if item[1].suffix not in (".py", ".pyc")]
+    return _ranked(files + (_files(DEBIAN, "*/copyright") if DEBIAN.is_dir() else []))
 
 
 def _general_files() -> list[tuple[str, Path]]:
@@ -248,20 +233,21 @@ def _prose(name: str, path: Path) -> list[Document]:
     return [Document(name, "\n\n".join(filter(_is_prose, text.split("\n\n")))) for name, text in texts.items()]
 
 
+_MATH, _HEADERS = ("sympy/**/*.py", "mpmath/**/*.py"), ("**/*.h", "**/*.hpp", "**/*.cuh")
 DOMAINS: dict[str, Domain] = {
     "general": Domain(_general_files, _prose),
-    "code": Domain(_code_files, _whole, by_paragraph=False),
+    "code": Domain(lambda: _files(STDLIB, "**/*.py", skip=NO_CODE), _whole, by_paragraph=False),
     "law": Domain(_law_files, _licence),
-    "math": Domain(_math_files, _all_docstrings),
-    "cpp": Domain(_cpp_files, _whole, by_paragraph=False),
+    "math": Domain(lambda: _files(PACKAGES, *_MATH, skip=("tests", "benchmarks")), _all_docstrings),
+    "cpp": Domain(lambda: _files(PACKAGES / "torch" / "include", *_HEADERS), _whole, by_paragraph=False),
 }
 
 
 def _files(root: Path, *patterns: str, skip: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
     """(name, path) of the files below `root`, in the order of their names' hashes; `skip` names folders."""
-    found = {path.relative_to(root).as_posix(): path for pattern in patterns for path in root.glob(pattern)}
+    files = {path.relative_to(root).as_posix(): path for pattern in patterns for path in root.glob(pattern)}
     return _ranked(
-        [(name, path) for name, path in found.items() if path.is_file() and not set(skip) & set(name.split("/")[:-1])]
+        [(name, path) for name, path in files.items() if path.is_file() and not set(skip) & set(name.split("/")[:-1])]
     )
 
 
@@ -299,7 +285,7 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def _share_of_letters(text: str) -> float:
-    """Letters, and what stands between words."""
+    """Share of letters and of what separates words."""
     return sum(char.isalpha() or char in " \n,." for char in text) / len(text)
 
 
@@ -308,7 +294,7 @@ def main(folder: Path, enough_bytes: int, processes: int) -> None:
     for name, extract in written.items():
         print(f"{name:8} {extract.documents:6,} documents {extract.chars:12,} characters")
     rows = {name: {**asdict(extract), "path": extract.path.name} for name, extract in written.items()}
-    (folder / "extract.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "extract.json", rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The order of domains in a run: the mix is met at every point of it, and still nothing about the order is regular."""
+"""The order of domains in a run: the mix holds at every point of the run, without any regularity in the order."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ import numpy as np
 _BLOCK = 1024
 """Sequences that are ordered at once."""
 _SWEEPS = 64
-"""Of swaps; a sequence moves by about the square root of that, if the mix lets it."""
+"""Rounds of swaps; a sequence moves by about the square root of that, if the mix allows it."""
 
 
 class MixOrder:
     """Which domain sequence n is of, and how many of that domain came before it.
 
-    After any n sequences, every domain has had its share of n to within less than one. Earliest deadline first keeps
-    to that (jobs whose windows are given by that very bound); in blocks, its order is then shuffled as far as the bound
-    allows, since it would otherwise be periodic, and in step with batches or processes.
-
-    Args:
-        shares: sum to 1.
-        random_seed: of the shuffling.
+    After any n sequences, every domain has had its share of n to within less than one (``shares`` sum to 1).
+    Earliest deadline first keeps to that (jobs whose windows are given by that very bound); in blocks, its order is
+    then shuffled as far as the bound allows, since it would otherwise be periodic, and in step with batches or
+    processes.
     """
 
     def __init__(self, shares: Sequence[float], random_seed: int):

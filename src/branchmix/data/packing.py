@@ -31,11 +31,9 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def packed_inputs(batch: dict[str, torch.Tensor], how: Packing) -> dict[str, Any]:
-    """Keyword arguments for the model's forward pass: ids, positions, mask, and no cache, without the labels.
+    """Keyword arguments for the model's forward pass, without labels, from ``input_ids`` and ``position_ids`` [B, T].
 
-    Args:
-        batch: ``input_ids`` and ``position_ids``, [B, T].
-        how: what ``packing_method`` found for the model.
+    ``how`` is the model's ``packing_method``.
     """
     inputs: dict[str, Any] = {
         "input_ids": batch["input_ids"],
@@ -59,11 +57,7 @@ def block_mask(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def packing_method(model: Any) -> Packing:
-    """How documents are kept apart in this model, found by trying.
-
-    Raises:
-        CompatibilityError: neither way works, as for recurrent models.
-    """
+    """How documents are kept apart in this model, found by trying; raises CompatibilityError if neither way works."""
     if isolates_documents(model):
         return "position_ids"
     if isolates_documents(model, "mask"):
@@ -80,11 +74,7 @@ def packing_method(model: Any) -> Packing:
 def isolates_documents(model: Any, how: Packing = "position_ids") -> bool:
     """Whether a document among others in a sequence gives the logits that it gives alone, whatever its neighbours are.
 
-    The model is left as it was, and so are the random numbers.
-
-    Args:
-        model: a causal LM, on any device, in any floating-point type.
-        how: what the documents are marked with.
+    Works for causal LMs on any device, in any floating-point type; leaves model and random numbers unchanged.
     """
     if how == "mask" and _has_windows(model.config):
         return False  # one mask for all layers would open the windows
@@ -121,7 +111,7 @@ def _has_windows(config: Any) -> bool:
 
 @contextmanager
 def _undisturbed(model: Any) -> Any:
-    """In evaluation mode, and afterwards as it was; random numbers go on as if nothing had happened."""
+    """Evaluation mode within the block; the modules' modes and the random numbers are restored after it."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
     try:

@@ -2,12 +2,12 @@
 
 Two steps lead from n to tokens. ``MixOrder`` says which domain sequence n is of, and the how-manieth of it, so that the
 shares of the mix are met at every n. ``DomainOrder`` finds the k-th sequence of a domain: its documents end to end, in
-another order each epoch. A document that does not fit goes on in the next sequence.
+another order each epoch. A document that does not fit continues in the next sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from branchmix.data.sources import hash_of
 from branchmix.errors import DataError
 
 IGNORED = -100
-"""Label of what is not predicted."""
+"""Label of tokens that are not predicted."""
 
 
 class Sequences(Dataset[dict[str, Any]]):
@@ -57,7 +57,7 @@ class Sequences(Dataset[dict[str, Any]]):
         return {**packed(self._orders[domain].pieces(k), self.sequence_length), "domain": domain}
 
     def counts(self) -> dict[str, int]:
-        """How many of all sequences are of each domain."""
+        """Number of sequences of each domain."""
         return dict(zip(self.domains, self._mix.counts(self.num_sequences), strict=True))
 
     @property
@@ -141,11 +141,7 @@ class DomainOrder:
         return DomainOrder, (self.domain, self.sequence_length, self.random_seed)  # what is cached stays behind
 
     def per_epoch(self) -> int:
-        """Sequences of an epoch of a domain that is complete.
-
-        Raises:
-            DataError: there is not one.
-        """
+        """Sequences of an epoch of a domain that is complete; raises DataError if there is not one."""
         _, ends = self._epoch(0, len(self.domain.chunks))
         count = int(ends[-1]) // self.sequence_length
         if not count:
@@ -159,14 +155,14 @@ class DomainOrder:
         epoch, k = self._locate(k)
         chunks, ends = self._epoch(epoch, len(self.domain.chunks))
         place, stop = k * self.sequence_length, (k + 1) * self.sequence_length
-        found: list[np.ndarray] = []
+        pieces: list[np.ndarray] = []
         index = int(np.searchsorted(ends, place, side="right"))
         while place < stop:
             chunk_start = int(ends[index - 1]) if index else 0
-            self._take(found, int(chunks[index]), epoch, place - chunk_start, stop - chunk_start)
+            pieces += self._pieces_of(int(chunks[index]), epoch, place - chunk_start, stop - chunk_start)
             place = min(stop, int(ends[index]))
             index += 1
-        return found
+        return pieces
 
     def _locate(self, k: int) -> tuple[int, int]:
         """Epoch, and number in it, waiting for as much of a stream as that takes."""
@@ -186,16 +182,15 @@ class DomainOrder:
         return order, np.cumsum([self.domain.num_tokens(int(number)) for number in order])
 
     def _lay_out(self, number: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a chunk in an epoch: where its documents begin, in the epoch's order, their lengths, and the tokens up to
-        the end of each."""
+        """Starts and lengths of a chunk's documents in the order of an epoch, and the tokens up to the end of each."""
         lengths = self.domain.lengths(number)
         order = permutation(len(lengths), *self.seed, epoch, number)
         ends = self.domain.chunks[number].arrays["ends"]
         starts = ends - np.diff(ends, prepend=0)
         return starts[order], lengths[order], np.cumsum(lengths[order])
 
-    def _take(self, found: list[np.ndarray], number: int, epoch: int, start: int, stop: int) -> None:
-        """Add the pieces of a chunk between two places of its epoch's order, as far as it reaches."""
+    def _pieces_of(self, number: int, epoch: int, start: int, stop: int) -> Iterator[np.ndarray]:
+        """The pieces of a chunk between two places of its epoch's order, as far as it reaches."""
         starts, lengths, ends = self._layout(number, epoch)
         tokens = self.domain.chunks[number].arrays["tokens"]
         stop = min(stop, int(ends[-1]))
@@ -204,6 +199,6 @@ class DomainOrder:
             end = int(ends[document])
             offset = int(starts[document]) + int(lengths[document]) - end
             if end > start:  # not a document of length 0
-                found.append(tokens[offset + start : offset + min(end, stop)])
+                yield tokens[offset + start : offset + min(end, stop)]
                 start = min(end, stop)
             document += 1

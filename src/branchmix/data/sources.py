@@ -18,62 +18,38 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.index import refuse_lfs_pointer
 from branchmix.checkpoint.text import whole_characters
 from branchmix.data.config import Source
-from branchmix.errors import DataError
+from branchmix.errors import BranchMixError, DataError
 
 State = dict[str, Any]
-"""Where a reader stands, as JSON."""
+"""How far a reader has come, as JSON."""
 
 _COMPRESSED = (".gz", ".zst")
-_TABLES = (
-    *(".arrow", ".avro", ".db", ".feather", ".h5", ".hdf5", ".mdb", ".msgpack", ".npy", ".npz", ".ods", ".orc"),
-    *(".pickle", ".pkl", ".pt", ".rda", ".rds", ".sas7bdat", ".sqlite", ".tfrecord", ".xls", ".xlsx"),
-)
-_ARCHIVES = (".7z", ".br", ".bz2", ".lz4", ".lzma", ".rar", ".snappy", ".tar", ".tgz", ".xz", ".z", ".zip")
-_WRITTEN = (".doc", ".docx", ".epub", ".odt", ".pdf", ".ps", ".rtf")
+_UNREADABLE = {
+    "convert it to .jsonl, .csv or .parquet": (
+        ".arrow .avro .db .feather .h5 .hdf5 .mdb .msgpack .npy .npz .ods .orc .pickle .pkl .pt .rda .rds .sas7bdat "
+        ".sqlite .tfrecord .xls .xlsx"
+    ).split(),
+    "unpack it": ".7z .br .bz2 .lz4 .lzma .rar .snappy .tar .tgz .xz .z .zip".split(),
+    "convert it to plain text": ".doc .docx .epub .odt .pdf .ps .rtf".split(),
+}
+"""What to do with files that hold no plain text, and their suffixes."""
 _POINTER_BYTES = 1024
 """More than a Git LFS pointer has."""
-
-
-class Reader(Protocol):
-    """The documents of one source, in a fixed order."""
-
-    streamed: bool
-    """Read only as far as needed."""
-
-    def identity(self) -> dict[str, Any]:
-        """What the text depends on, as JSON: if it changes, so may the text."""
-
-    def read(self, state: State | None) -> Iterator[tuple[str, State]]:
-        """Documents that are not empty, each with the state to resume from after it, as they are in the source: what
-        uses them asks for ``whole_characters``.
-
-        Args:
-            state: None for the start.
-        """
-
-    def bytes_read(self, state: State) -> tuple[int, int]:
-        """How far ``state`` is, about, and of how much; (0, 0) if that is unknown."""
 
 
 def documents(
     source: Source, *, folder: Path, leave_out: Path | None = None, replaced: set[int] | None = None
 ) -> Iterator[str]:
-    """All documents of a source that are not empty, each in whole characters.
+    """All documents of a source that are not empty, each in whole characters; arguments as for ``find_files``.
 
-    Args:
-        source: where they are.
-        folder: where relative paths start from.
-        leave_out: as for ``find_files``.
-        replaced: takes the hashes of the documents in which something had to be replaced.
-
-    Raises:
-        DataError: nothing is found, or something cannot be read.
+    ``replaced`` gets the hashes of documents in which something had to be replaced. Raises DataError if there is no
+    such source, or it cannot be read.
     """
     reader = open_source(source, folder=folder, leave_out=leave_out)
     for given, _ in reader.read(None):
@@ -86,8 +62,7 @@ def documents(
 def open_source(source: Source, *, folder: Path, leave_out: Path | None = None) -> Reader:
     """A reader for ``source``; nothing but names and sizes is read yet.
 
-    Raises:
-        DataError: no file matches, or the data set or its split is not there.
+    Raises DataError if no file matches, or the data set or its split does not exist.
     """
     if source.files is not None:
         return FileReader(source, folder, leave_out)
@@ -95,12 +70,7 @@ def open_source(source: Source, *, folder: Path, leave_out: Path | None = None) 
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is never trained on; the same text always gets the same answer.
-
-    Args:
-        text: the whole document.
-        share: of all documents, about this many are held out.
-    """
+    """Whether a document is never trained on, as about this share of all documents, by its text alone."""
     return hash_of(text) < share * 2**64
 
 
@@ -111,27 +81,30 @@ def hash_of(text: str) -> int:
     return int(xxh3_64_intdigest(text.encode()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Local files
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Local files ----
 
 
 class FileReader:
-    """Files by name; a document a row, or a document a file."""
+    """Files by name, always in the same order; a document a row, or a document a file."""
 
     streamed = False
+    """Whether documents are read only as far as needed."""
 
     def __init__(self, source: Source, folder: Path, leave_out: Path | None = None):
-        patterns = [source.files] if isinstance(source.files, str) else list(source.files or ())
         self.column = source.column
-        self.files = find_files(patterns, folder, exclude=source.exclude, leave_out=leave_out)
+        self.files = find_files(source.patterns, folder, exclude=source.exclude, leave_out=leave_out)
         self.sizes = [file.stat().st_size for file in self.files]
 
     def identity(self) -> dict[str, Any]:
+        """What the text depends on, as JSON: if it changes, so may the text."""
         stats = [(str(file), file.stat()) for file in self.files]
         return {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], "column": self.column}
 
     def read(self, state: State | None) -> Iterator[tuple[str, State]]:
+        """Documents that are not empty, unchanged (see ``whole_characters``), each with the state after it.
+
+        Reading resumes from ``state``; None is the start.
+        """
         first, skip = (state["file"], state["row"]) if state else (0, 0)
         for number in range(first, len(self.files)):
             file = self.files[number]
@@ -144,22 +117,25 @@ class FileReader:
             skip = 0
 
     def bytes_read(self, state: State) -> tuple[int, int]:
+        """How far ``state`` is, about, and of how much; (0, 0) if that is unknown."""
         return sum(self.sizes[: state["file"]]) + min(state["characters"], self.sizes[state["file"]]), sum(self.sizes)
 
 
 def require_files(sources: Mapping[str, Source], *, folder: Path, leave_out: Path | None = None) -> None:
-    """That the files of all domains exist, before anything is read. The arguments are those of ``find_files``.
-
-    Raises:
-        DataError: with the domain.
-    """
+    """Raises DataError, with the domain, if files of a domain do not exist; arguments as for ``find_files``."""
     for name, source in sources.items():
         if source.files is not None:
-            patterns = [source.files] if isinstance(source.files, str) else source.files
-            try:
-                find_files(patterns, folder, exclude=source.exclude, leave_out=leave_out)
-            except DataError as error:
-                raise DataError(f"data.{name}: {error}") from None
+            with naming_domain(name):
+                find_files(source.patterns, folder, exclude=source.exclude, leave_out=leave_out)
+
+
+@contextmanager
+def naming_domain(name: str) -> Iterator[None]:
+    """Problems with a domain's text get its name."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"data.{name}: {error}") from error
 
 
 def find_files(
@@ -170,13 +146,13 @@ def find_files(
     Args:
         patterns: paths or globs; ``**`` stands for folders at any depth, ``~`` for the home folder.
         folder: where relative ones start from.
-        exclude: patterns of files that do not count.
-        leave_out: folder whose files do not count: a run's own, which would otherwise read other text when it goes on.
+        exclude: patterns of files to leave out.
+        leave_out: folder whose files to leave out: the run's own, whose files would change the text on resuming.
 
     Raises:
         DataError: a pattern matches no file.
     """
-    found: set[str] = set()
+    files: set[str] = set()
     excluded = {name for pattern in exclude for name in _matches(pattern, folder)}
     for pattern in patterns:
         absolute = folder.absolute() / Path(pattern).expanduser()
@@ -190,8 +166,8 @@ def find_files(
             what = "is a folder: name its files, as in" if absolute.is_dir() else "no file matches; looked for"
             where = f"{pattern.rstrip('/')}/**/*" if absolute.is_dir() else str(absolute)
             raise DataError(f"files {pattern!r}: {what} {where}")
-        found.update(matches)
-    return [Path(name) for name in sorted(found)]
+        files.update(matches)
+    return [Path(name) for name in sorted(files)]
 
 
 def _matches(pattern: str, folder: Path) -> list[str]:
@@ -218,10 +194,8 @@ def _rows(file: Path, column: str) -> Iterator[str | None]:
             yield from _json_lines(file, stream, column)
     elif suffix == ".json":
         yield from _json_rows(file, column)
-    elif suffix in (*_TABLES, *_ARCHIVES, *_WRITTEN):
-        words = "convert it to plain text" if suffix in _WRITTEN else "convert it to .jsonl, .csv or .parquet"
-        words = "unpack it" if suffix in _ARCHIVES else words
-        raise DataError(f"{file}: a {suffix} file cannot be read: {words}, or leave it out with exclude")
+    elif advice := next((advice for advice, suffixes in _UNREADABLE.items() if suffix in suffixes), None):
+        raise DataError(f"{file}: a {suffix} file cannot be read: {advice}, or leave it out with exclude")
     else:
         with _opened(file) as stream:
             yield _decoded(stream.read()).replace("\r\n", "\n")
@@ -233,7 +207,7 @@ def _json_lines(file: Path, lines: Any, column: str) -> Iterator[str | None]:
             try:
                 row = json.loads(_decoded(line))
             except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number}: is no JSON ({error.msg}): mend or remove that line") from None
+                raise DataError(f"{file}, line {number}: is not JSON ({error.msg}): mend or remove that line") from None
             yield _text_of(row, column, f"{file}, line {number}")
 
 
@@ -247,7 +221,7 @@ def _json_rows(file: Path, column: str) -> Iterator[str | None]:
     try:
         rows = json.loads(content)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: is no JSON ({error.msg}): mend the file") from None
+        raise DataError(f"{file}, line {error.lineno}: is not JSON ({error.msg}): mend the file") from None
     for number, row in enumerate(rows, 1):
         yield _text_of(row, column, f"{file}, row {number}")
 
@@ -333,18 +307,13 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def refuse_pointer(file: Path) -> None:
-    """Refuse a file that is only Git's note of where the data is.
-
-    Raises:
-        DataError: says how to get the data.
-        OSError: it cannot be read.
-    """
+    """Raises DataError for a Git LFS pointer instead of the data, OSError for a file that cannot be read."""
     with file.open("rb") as stream:
         refuse_lfs_pointer(file, stream.read(64), DataError)
 
 
 def refuse_pointers(folder: Path) -> None:
-    """The same for all files of a folder that others read."""
+    """``refuse_pointer`` for all files of a folder that ``datasets`` reads."""
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.stat().st_size < _POINTER_BYTES:
             refuse_pointer(file)
@@ -363,20 +332,18 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file}: is no UTF-8 text (byte {error.object[error.start]:#04x}): convert it, or leave it out of files"
+            f"{file}: is not UTF-8 text (byte {error.object[error.start]:#04x}): convert it, or leave it out of files"
         ) from None
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise DataError(f"{file}: cannot be read, or is cut short: {reason}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Hub
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The Hub ----
 
 
 class HubReader:
-    """A data set of the Hub, or a local folder in the Hub's layout, through ``datasets``."""
+    """A data set of the Hub, or a local folder in the Hub's layout, through ``datasets``; methods as ``FileReader``."""
 
     def __init__(self, source: Source, folder: Path):
         import datasets
@@ -386,28 +353,21 @@ class HubReader:
         self.source = source
         name, _, revision = source.hub.partition("@")
         local = folder / Path(name).expanduser()
-        self._quiet(datasets)
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         with _naming_data_set(source.hub):
             if local.is_dir():
                 refuse_pointers(local)
             self._builder = datasets.load_dataset_builder(
                 str(local) if local.is_dir() else name, source.name, revision=revision or None
             )
-        splits = self._splits()
+        data_files = getattr(self._builder.config, "data_files", None)
+        splits = [str(split) for split in self._builder.info.splits or data_files or ()]
         if splits and source.split.partition("[")[0] not in splits:
             raise DataError(
                 f"{source.hub}: there is no split {source.split!r}{nearest(source.split, splits)}; there are "
                 f"{', '.join(splits)}"
             )
-
-    @staticmethod
-    def _quiet(datasets: Any) -> None:
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-
-    def _splits(self) -> list[str]:
-        data_files = getattr(self._builder.config, "data_files", None)
-        return [str(split) for split in self._builder.info.splits or data_files or ()]
 
     def identity(self) -> dict[str, Any]:
         builder = self._builder
@@ -420,7 +380,11 @@ class HubReader:
     def read(self, state: State | None) -> Iterator[tuple[str, State]]:
         source = self.source
         with _naming_data_set(source.hub or ""):
-            rows = self._open()
+            if self.streamed and "[" not in source.split:
+                rows: Any = self._builder.as_streaming_dataset(split=source.split)
+            else:
+                self._builder.download_and_prepare()
+                rows = self._builder.as_dataset(split=source.split).to_iterable_dataset()
             column_names = rows.column_names
             if column_names is not None and source.column not in column_names:
                 raise DataError(f"{source.hub}: {_no_column(source.column, column_names)}")
@@ -436,16 +400,12 @@ class HubReader:
                 if text:
                     yield text, _HubState(row=number, iterable=rows)
 
-    def _open(self) -> Any:
-        split = self.source.split
-        if self.streamed and "[" not in split:
-            return self._builder.as_streaming_dataset(split=split)
-        self._builder.download_and_prepare()
-        return self._builder.as_dataset(split=split).to_iterable_dataset()
-
     def bytes_read(self, state: State) -> tuple[int, int]:
         split = (self._builder.info.splits or {}).get(self.source.split)
         return (state["row"], split.num_examples) if split and split.num_examples else (0, 0)
+
+
+Reader = FileReader | HubReader
 
 
 class _HubState(dict[str, Any]):
@@ -465,7 +425,7 @@ class _HubState(dict[str, Any]):
 
 
 def frozen(state: State) -> State:
-    """``state`` as plain JSON; to be called before the reader goes on."""
+    """``state`` as plain JSON, of the document read last."""
     return state.frozen() if isinstance(state, _HubState) else dict(state)
 
 
@@ -474,14 +434,12 @@ def _naming_data_set(hub: str) -> Iterator[None]:
     """Errors of ``datasets`` in one line."""
     try:
         yield
-    except DataError:
+    except BranchMixError:
         raise
     except Exception as error:
-        if type(error).__module__.split(".")[0] == "branchmix":
-            raise
         kind = type(error).__name__
         reason = " ".join(str(error).split())[:300]
         if kind in ("DatasetNotFoundError", "ConnectionError", "OfflineModeIsEnabled", "FileNotFoundError"):
-            hint = "it is no data set of the Hub and no folder, or the Hub cannot be reached (HF_HUB_OFFLINE?)"
+            hint = "it is neither a data set of the Hub nor a folder, or the Hub cannot be reached (HF_HUB_OFFLINE?)"
             raise DataError(f"{hub}: {hint}: {reason}") from error
         raise DataError(f"{hub}: cannot be read: {kind}: {reason}") from error

@@ -15,12 +15,8 @@ _BATCH = 1000
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A ``PreTrainedTokenizerFast`` of exactly ``vocab_size`` tokens; the same text gives the same tokenizer.
 
-    It is a byte-level BPE, so every text can be encoded and comes back as it was. Its one special token,
-    ``<|endoftext|>``, ends documents and pads.
-
-    Args:
-        texts: documents.
-        vocab_size: at least 257, the bytes and the special token.
+    It is a byte-level BPE, so every text can be encoded and decoded without loss. Its one special token,
+    ``<|endoftext|>``, ends documents and pads. The smallest vocabulary has 257 tokens: the bytes and the special token.
 
     Raises:
         DataError: the text has too few different pieces for so many tokens.
@@ -38,11 +34,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     core.train_from_iterator(_batches(texts), trainer)
-    found = core.get_vocab_size()
-    if found < vocab_size:
+    num_tokens = core.get_vocab_size()
+    if num_tokens < vocab_size:
         raise DataError(
-            f"train_tokenizer: the text is enough for {found} tokens, not for {vocab_size}: give more text, or ask for "
-            "fewer"
+            f"train_tokenizer: the text is enough for {num_tokens} tokens, not for {vocab_size}: give more text, or "
+            "ask for fewer"
         )
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 

@@ -1,8 +1,8 @@
 """Tokenised documents on disk: one safetensors file a chunk, mapped into memory when read.
 
 A chunk holds whole documents end to end (``tokens``, and ``ends`` of each), the hashes of their texts, and the
-documents held out, with their text. It appears complete or not at all, by a rename; its header says how many of what it
-holds and where the source goes on after it.
+documents held out, with their text. It appears complete or not at all, by a rename; its header has the counts of what
+it holds and the place in the source after it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Counts:
     """How much text there is: of a chunk, or of a domain."""
 
     documents: int = 0
-    """Trained on."""
+    """Documents to train on."""
     tokens: int = 0
     bytes: int = 0
-    """Of their text in UTF-8."""
+    """Size of their text in UTF-8."""
     held_out_documents: int = 0
     held_out_tokens: int = 0
     held_out_bytes: int = 0
     duplicates: int = 0
-    """Documents that were there already, and dropped."""
+    """Documents that repeated an earlier one, and were dropped."""
     replaced: int = 0
     """Documents in which half of a surrogate pair, which is not a character, became U+FFFD."""
 
@@ -78,14 +78,10 @@ class Documents:
 
 
 def write_chunk(file: Path, arrays: dict[str, np.ndarray], counts: Counts, **facts: Any) -> None:
-    """Writes a chunk, all or nothing.
+    """Writes a chunk, all or nothing; ``facts`` go into its header, as JSON.
 
-    Args:
-        arrays: ``tokens``, ``ends``, ``hashes``, the same with ``held_out_``, and ``held_out_text`` with its ``_ends``.
-        facts: more for its header, as JSON.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written.
+    The arrays are ``tokens``, ``ends``, ``hashes``, the same with ``held_out_``, and ``held_out_text`` with its
+    ``_ends``. Raises OutputError if the disk is full, or the folder cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -146,15 +142,15 @@ def chunk_file(folder: Path, number: int) -> Path:
 
 
 def chunks_in(folder: Path, first: int = 0) -> list[Chunk]:
-    """The chunks from ``first`` on without a gap; what is damaged counts as missing."""
-    found: list[Chunk] = []
-    while (file := chunk_file(folder, first + len(found))).exists():
+    """The chunks from ``first`` on without a gap; a damaged one counts as missing."""
+    chunks: list[Chunk] = []
+    while (file := chunk_file(folder, first + len(chunks))).exists():
         try:
             read_header(file)
         except CheckpointError:
             break
-        found.append(Chunk(file))
-    return found
+        chunks.append(Chunk(file))
+    return chunks
 
 
 def dtype_for(vocab_size: int) -> Any:

@@ -1,12 +1,12 @@
-"""Mixtures leave home: checkpoints of classes that other tools know (``export_model``), and the Hub (``push``).
+"""Export mixtures: as checkpoints of classes that other tools know (``export_model``), and to the Hub (``push``).
 
-``native`` (which class computes the same), ``plan`` (what becomes of every tensor), ``run`` (write and prove it),
-``upload`` and ``card`` (the Hub).
+``native`` (which class computes the same), ``conversion_plan`` (what becomes of every tensor), ``conversion``
+(write and verify), ``upload`` and ``hub_card`` (the Hub).
 """
 
 from __future__ import annotations
 
-from branchmix.export.run import ExportReport, export_model
+from branchmix.export.conversion import ExportReport, export_model
 from branchmix.export.upload import PushReport, push
 
 __all__ = ["ExportReport", "PushReport", "export_model", "push"]

@@ -39,6 +39,7 @@ class SeedBlock:
     sliding_window: int | None = None
 
 
+_LAYER_NORMS = SeedBlock(norms=LAYER_NORM)
 SEED_BLOCKS: dict[str, SeedBlock] = {
     "llama": SeedBlock(),
     "mistral": SeedBlock(window="all", sliding_window=4096),
@@ -58,17 +59,8 @@ SEED_BLOCKS: dict[str, SeedBlock] = {
     "smollm3": SeedBlock(special="layers without rotary embeddings"),
     "glm": SeedBlock(special="rotary embeddings of interleaved halves"),
     "glm4": SeedBlock(special="rotary embeddings of interleaved halves and norms behind attention and FFN"),
-    "stablelm": SeedBlock(norms=LAYER_NORM),
-    "starcoder2": SeedBlock(norms=LAYER_NORM),
-    "nemotron": SeedBlock(norms=LAYER_NORM),
-    "cohere": SeedBlock(norms=LAYER_NORM),
-    "cohere2": SeedBlock(norms=LAYER_NORM),
-    "phi": SeedBlock(norms=LAYER_NORM),
-    "gpt_neox": SeedBlock(norms=LAYER_NORM),
-    "gptj": SeedBlock(norms=LAYER_NORM),
-    "gpt2": SeedBlock(norms=LAYER_NORM, special="learned positions"),
-    "opt": SeedBlock(norms=LAYER_NORM, special="learned positions"),
-    "falcon": SeedBlock(norms=LAYER_NORM),
+    **dict.fromkeys("stablelm starcoder2 nemotron cohere cohere2 phi gpt_neox gptj falcon".split(), _LAYER_NORMS),
+    **dict.fromkeys(("gpt2", "opt"), SeedBlock(norms=LAYER_NORM, special="learned positions")),
 }
 
 
@@ -140,14 +132,7 @@ NATIVES: dict[str, Native] = {
             inner=("moe_intermediate_size", "intermediate_size"),
         ),
         Native("olmoe", "OlmoeForCausalLM", qk_norms=WIDE_QK_NORM, biases="qkvo", bias_key="attention_bias"),
-        Native(
-            "flex_olmo",
-            "FlexOlmoForCausalLM",
-            norms=POST_NORM,
-            qk_norms=WIDE_QK_NORM,
-            biases="qkvo",
-            bias_key="attention_bias",
-        ),
+        Native("flex_olmo", "FlexOlmoForCausalLM", POST_NORM, WIDE_QK_NORM, biases="qkvo", bias_key="attention_bias"),
     )
 }
 
@@ -156,13 +141,7 @@ TARGETS = (*NATIVES, "dense")
 
 
 def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list[str]:
-    """Every reason why a mixture is not what ``native`` computes; empty if it is.
-
-    Args:
-        mixture: the mixture.
-        trunk: its tensors that do not belong to an expert, under the seed family's names.
-        native: the class.
-    """
+    """Every reason why a mixture, of this ``trunk_of``, is not what ``native`` computes; empty if it is."""
     reasons: list[str] = []
     if mixture.has_attention_experts:
         reasons.append(
@@ -170,14 +149,11 @@ def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list
             "--to dense --expert NAME gives one of its experts, and a mixture of averaged attention (BTX) can be native"
         )
     if not mixture.has_ffn_experts:
-        reasons.append("its FFN is one dense FFN, not experts: --to dense" + _of_one_expert(mixture))
+        one = " --expert NAME" if mixture.has_attention_experts else ""
+        reasons.append(f"its FFN is one dense FFN, not experts: --to dense{one}")
     else:
         reasons += _gate_problems(mixture.config, native)
     return reasons + list(_block_problems(mixture, trunk, native))
-
-
-def _of_one_expert(mixture: OpenedMixture) -> str:
-    return " --expert NAME" if mixture.has_attention_experts else ""
 
 
 def _gate_problems(config: Config, native: Native) -> Iterator[str]:
@@ -238,13 +214,7 @@ def attention_biases(trunk: DenseExpert) -> str:
 
 
 def window_of(config: Config, block: SeedBlock, num_layers: int) -> int | Literal["some"] | None:
-    """The sliding window of all layers, ``some`` if layers differ, or None.
-
-    Args:
-        config: of the seed.
-        block: of its family.
-        num_layers: of the model.
-    """
+    """The sliding window of all layers, from the seed's config; ``some`` if layers differ; None if there is none."""
     size = config.get("sliding_window", block.sliding_window)
     if block.window == "never" or not size:
         return None
@@ -261,14 +231,13 @@ def window_of(config: Config, block: SeedBlock, num_layers: int) -> int | Litera
     return int(size) if set(kinds) == {"sliding_attention"} else "some"
 
 
-def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dtype: str) -> Config:
-    """config.json of the native checkpoint; rotary parameters in the form that every version of every tool reads.
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-    Args:
-        mixture: the mixture, which has no ``problems``.
-        trunk: its tensors that do not belong to an expert.
-        native: the class.
-        dtype: transformers' name of the output's dtype.
+
+def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dtype: str) -> Config:
+    """config.json of the native checkpoint of a mixture that has no ``problems``.
+
+    Rotary parameters are in the form that every version of every tool reads; ``dtype`` is transformers' name.
     """
     seed, dims, block = mixture.seed_config, mixture.dims, SEED_BLOCKS[mixture.family.model_type]
     config: Config = {
@@ -308,9 +277,6 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dt
     for key in _SPECIAL_TOKENS:
         config.setdefault(key, None)  # not the class's own default, which is another tokenizer's
     return config
-
-
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _rope_keys(rope: dict[str, Any]) -> Config:

@@ -1,11 +1,10 @@
-"""``push``: a checkpoint to the Hub, with a model card, once it is sure that it is a whole one."""
+"""``push``: upload a checkpoint to the Hub, with a model card, after checking that it is complete."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,17 @@ from branchmix.accounting import inspect
 from branchmix.checkpoint.folder import tokenizer_files
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.index import INDEX_FILE, CheckpointIndex
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import json_document, read_json
 from branchmix.checkpoint.licence import licence_of_folder, metadata_of
-from branchmix.checkpoint.places import rewritten, with_own_code
+from branchmix.checkpoint.portable_configs import rewritten, with_own_code
 from branchmix.errors import CheckpointError, OutputError, RecipeError, short
-from branchmix.export.card import UNKNOWN, hub_card, without_paths
-from branchmix.upcycling.card import sources_of
+from branchmix.export.hub_card import UNKNOWN, hub_card, without_paths
 from branchmix.upcycling.execute import CODE_FILES
 from branchmix.upcycling.mixture import provenance_of
+from branchmix.upcycling.model_card import sources_of
 
 README = "README.md"
-OF_A_RUN = ("trainer_state.json", "optimizer.pt", "optimizer.safetensors", "scheduler.pt", "training")
+_RUN_FILES = ("trainer_state.json", "optimizer.pt", "optimizer.safetensors", "scheduler.pt", "training")
 """Files that checkpoints of runs hold besides a model: ours and those of transformers' Trainer."""
 
 
@@ -83,8 +82,8 @@ def push(
         CheckpointError: the folder is not a complete checkpoint, or belongs to an unfinished run.
         OutputError: no token, no right to write there, a repository that holds something or is public against
             ``private``, or no network.
-        RecipeError: no such form of a name, results that are none, or a licence or results for a card that is the
-            user's own.
+        RecipeError: an invalid name, results that are not a results.json, or a licence or results although the user
+            wrote the card.
 
     Example:
         >>> branchmix.push("mixture", "org/bam", private=True, results="results/results.json")
@@ -97,12 +96,21 @@ def push(
     licences = _licences(provenance, ask=not dry_run)
     card = _own_card(folder)
     if card is not None:
-        _refuse_what_the_card_cannot_take(folder, licence=licence, results=results)
-        licence = _licence_named_in(card)
-        notes = [f"{folder / README} was not written by branchmix and is uploaded unchanged"]
+        unchanged = f"{folder / README} was not written by branchmix and is uploaded unchanged"
+        for option, given in (("--license", licence), ("--eval", results)):
+            if given is not None:
+                raise RecipeError(
+                    f"{option}: {unchanged}, so {option} changes nothing: write it there, or move the file away for a "
+                    "new card"
+                )
+        named = metadata_of(card).get("license")
+        licence, notes = named if isinstance(named, str) else None, [unchanged]
     else:
         licence = licence or _common(licences)
-        notes = _licence_notes(licence, licences)
+        unknown = [name for name, known in licences.items() if known == UNKNOWN]
+        notes = [f"the licence of {name} is unknown: the card says so" for name in unknown]
+        if not licence:
+            notes.append("the card names no licence for the upload: --license ID sets it")
         of_eval = Path(results) if results else None
         card = hub_card(folder, repo, index.config, provenance, licence=licence, licences=licences, results=of_eval)
     files = tuple(_files(folder, index, provenance, card))
@@ -114,12 +122,8 @@ def push(
 
 
 def _whole(folder: Path) -> CheckpointIndex:
-    """Headers of a folder that is a whole checkpoint and nothing else.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    for name in OF_A_RUN:
+    """Headers of a folder; CheckpointError if it is not a complete checkpoint, or belongs to an unfinished run."""
+    for name in _RUN_FILES:
         if is_there(folder / name):
             raise CheckpointError(
                 f"{folder}: holds {name}, so it is a checkpoint of a run and not its result: push the run's folder "
@@ -141,12 +145,9 @@ def _whole(folder: Path) -> CheckpointIndex:
 
 
 def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | None, card: str) -> list[Upload]:
-    """Model, tokenizer, code and card: what a checkpoint is made of, by name, and nothing else of the folder.
+    """Model, tokenizer, code and card, and nothing else of the folder; the code is the package's own.
 
-    The code is the package's, whatever the folder holds.
-
-    Raises:
-        CheckpointError: a file is a link to another place, whose content nobody may want to publish.
+    Raises CheckpointError for a link to another place, whose content might not be meant for publication.
     """
     is_mixture = index.config.get("model_type") == "branchmix"
     names = ["config.json", "generation_config.json", *tokenizer_files(folder)]
@@ -158,7 +159,7 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
     if is_mixture:
         files += [Upload(file.name, file) for file in CODE_FILES]
     if provenance is not None:
-        text = json.dumps(without_paths(provenance), indent=2, ensure_ascii=False) + "\n"
+        text = json_document(without_paths(provenance), allow_nan=True)
         files.append(Upload("branchmix.json", text.encode()))
     licences = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()]
     files += [Upload(file.name, file) for file in licences]
@@ -168,7 +169,7 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
 
 
 def _refuse_link_out_of(folder: Path, file: Path) -> None:
-    """Weights may lie elsewhere, as they are read as such; of the Hub's cache, snapshots link to their blobs."""
+    """Only weights may be elsewhere; snapshots in the Hub's cache link to their blobs."""
     target, home = file.resolve(), folder.resolve()
     if home not in target.parents and home.parent.parent / "blobs" != target.parent:
         raise CheckpointError(
@@ -177,7 +178,7 @@ def _refuse_link_out_of(folder: Path, file: Path) -> None:
 
 
 def _notes_on_code(folder: Path, files: tuple[Upload, ...]) -> list[str]:
-    """Code that the folder brings along or names, and that is not uploaded."""
+    """Code that the folder holds or names, and that is not uploaded."""
     notes = []
     there = {str(file.relative_to(folder)): file for file in folder.rglob("*.py") if file.is_file()}
     code = {file.name: file for file in CODE_FILES}
@@ -191,10 +192,10 @@ def _notes_on_code(folder: Path, files: tuple[Upload, ...]) -> list[str]:
         notes.append(f"{folder}: {', '.join(left[:5])}{' ...' if left[5:] else ''}: Python code is not uploaded")
     for name in ("config.json", "tokenizer_config.json"):
         if is_there(folder / name):
-            with suppress(ValueError):  # not JSON: uploaded as it is
-                found = read_json(folder / name)
-                named = found.get("auto_map") if isinstance(found, dict) else None
-                if named and named != with_own_code(found).get("auto_map"):
+            with suppress(ValueError):  # not JSON: uploaded unchanged
+                config = read_json(folder / name)
+                named = config.get("auto_map") if isinstance(config, dict) else None
+                if named and named != with_own_code(config).get("auto_map"):
                     notes.append(
                         f"{folder / name}: auto_map names code that is not uploaded: {short(named)} is left out"
                     )
@@ -210,58 +211,23 @@ def _own_card(folder: Path) -> str | None:
     return None if "branchmix" in (metadata_of(text).get("tags") or []) else text
 
 
-def _refuse_what_the_card_cannot_take(folder: Path, *, licence: str | None, results: str | Path | None) -> None:
-    """Refuse options that would change a card that is uploaded unchanged: a licence or results.
-
-    Raises:
-        RecipeError: one of them was given.
-    """
-    for option, given in (("--license", licence), ("--eval", results)):
-        if given is not None:
-            raise RecipeError(
-                f"{option}: {folder / README} was not written by branchmix and is uploaded unchanged, so {option} "
-                "changes nothing: write it there, or move the file away for a new card"
-            )
-
-
-def _licence_named_in(card: str) -> str | None:
-    licence = metadata_of(card).get("license")
-    return licence if isinstance(licence, str) else None
-
-
 def _common(licences: dict[str, str]) -> str | None:
     """The one licence that all sources have, if each names the same; else none is claimed."""
     first, *others = set(licences.values()) or {UNKNOWN}
     return None if others or first == UNKNOWN or first.startswith("see its") else first
 
 
-def _licence_notes(licence: str | None, licences: dict[str, str]) -> list[str]:
-    """What a user should know of a card that branchmix writes."""
-    unknown = [name for name, licence in licences.items() if licence == UNKNOWN]
-    notes = [f"the licence of {name} is unknown: the card says so" for name in unknown]
-    return notes if licence else [*notes, "the card names no licence for the upload: --license ID sets it"]
-
-
 def _licences(provenance: dict[str, Any] | None, *, ask: bool) -> dict[str, str]:
-    """Licence of every source that went in: that on record, or else from its folder, the Hub's cache, or the Hub.
-
-    Args:
-        provenance: of the model; None where nothing is known.
-        ask: ask the Hub for what its cache does not hold.
-    """
-    sources = sources_of(provenance) if provenance else {}
-    return {
-        name: source.get("license") or _licence_unrecorded(source, ask=ask) or UNKNOWN
-        for name, source in sources.items()
-    }
-
-
-def _licence_unrecorded(source: dict[str, Any], *, ask: bool) -> str | None:
-    """The licence of a source that has none on record. A relative path is unknown: its base folder is not on record."""
-    model, revision = source["model"], source.get("revision")
-    if revision:
-        return _hub_licence(model.partition("@")[0], revision, ask=ask)
-    return licence_of_folder(Path(model)) if Path(model).is_absolute() else None
+    """Licence of every source: on record, or from its folder, from the Hub's cache, or (if ``ask``) from the Hub."""
+    licences = {}
+    for name, source in (sources_of(provenance) if provenance else {}).items():
+        licence, model, revision = source.get("license"), source["model"], source.get("revision")
+        if not licence and revision:
+            licence = _hub_licence(model.partition("@")[0], revision, ask=ask)
+        elif not licence and Path(model).is_absolute():  # where a relative path started from is not on record
+            licence = licence_of_folder(Path(model))
+        licences[name] = licence or UNKNOWN
+    return licences
 
 
 def _hub_licence(name: str, revision: str, *, ask: bool) -> str | None:
@@ -281,14 +247,13 @@ def _hub_licence(name: str, revision: str, *, ask: bool) -> str | None:
 
 
 def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool) -> tuple[str, bool]:
-    """Address of the commit, and whether the repository is a private one."""
+    """URL of the commit, and whether the repository is private."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     if get_token() is None:
         raise OutputError(f"{repo}: there is no Hub token: `hf auth login`, or set HF_TOKEN to one that may write")
     api = HfApi()
-
-    def commit() -> tuple[str, bool]:
+    with _in_one_line(repo):
         if not api.repo_exists(repo):
             api.create_repo(repo, private=private)
         is_private = bool(api.repo_info(repo).private)
@@ -306,30 +271,26 @@ def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool)
         new = {file.name for file in files}
         # Remaining shards with other numbers would be read together with the new ones.
         stale = [name for name in there if name not in new and name.endswith((".safetensors", INDEX_FILE))]
-        operations = [
-            *(CommitOperationDelete(name) for name in stale),
-            *(
-                CommitOperationAdd(file.name, file.content if isinstance(file.content, bytes) else str(file.content))
-                for file in files
-            ),
+        contents = ((file.name, file.content) for file in files)
+        operations = [CommitOperationDelete(name) for name in stale] + [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in contents
         ]
         done = api.create_commit(repo, operations, commit_message="Upload with branchmix")
         return str(done.commit_url), is_private
 
-    return _reported(repo, commit)
 
-
-def _reported(repo: str, act: Callable[[], tuple[str, bool]]) -> tuple[str, bool]:
-    """What the Hub answers, as the one line a user sees."""
+@contextmanager
+def _in_one_line(repo: str) -> Iterator[None]:
+    """Turns the Hub's errors into the one line a user sees."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        return act()
+        yield
     except OfflineModeIsEnabled:
         raise OutputError(f"{repo}: HF_HUB_OFFLINE is set: unset it to upload") from None
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
+        if getattr(error.response, "status_code", None) in (401, 403):
             raise OutputError(
                 f"{repo}: the token may not write there: use one of that account with write access"
             ) from None

@@ -52,15 +52,10 @@ def automatic_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' ``sdpa`` with what is faster in chunks computed in chunks: see ``_faster_in_chunks``.
+    """transformers' ``sdpa``, but in chunks where that is faster: see ``_faster_in_chunks``.
 
-    Args as transformers' attention functions have them: query [B, H, T, C], key and value [B, K, S, C].
-
-    Returns:
-        [B, T, H, C] and None.
-
-    Raises:
-        ValueError: attention sinks, which neither of the two computes.
+    Arguments as for transformers' attention functions: query [B, H, T, C], key and value [B, K, S, C]. Returns [B,
+    T, H, C] and None. Raises ValueError for attention sinks, which neither of the two computes.
     """
     if kwargs.get("s_aux") is not None:  # transformers' sdpa would leave them out without a word
         raise ValueError(f'attn_implementation="{AUTOMATIC}" has no sinks: use "eager"')
@@ -68,9 +63,9 @@ def automatic_attention_forward(
     if not (_unsupported(dropout, attention_mask, kwargs) or torch.compiler.is_compiling()):
         q, k, v = _in_autocast_dtype(query, key, value)
         forward, backward = _faster_in_chunks(q, k, v)
-        if forward or backward or soft_cap is not None:  # torch's fused attention has no soft caps
-            settings = _settings(module, q, attention_mask, scaling, is_causal, soft_cap)
-            return _run(q, k, v, attention_mask, settings, forward or soft_cap is not None), None
+        forward = forward or soft_cap is not None  # torch's fused attention has no soft caps
+        if forward or backward:
+            return _run(module, q, k, v, attention_mask, scaling, is_causal, soft_cap, forward_in_chunks=forward), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
 
 
@@ -87,8 +82,7 @@ def chunked_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Chunks for any dtype, length and device; single queries and compiled graphs use transformers' ``sdpa``.
 
-    Raises:
-        ValueError: dropout, sinks, position biases or paged caches, which it does not compute.
+    Raises ValueError for dropout, sinks, position biases or paged caches, which it does not compute.
     """
     reason = _unsupported(dropout, attention_mask, kwargs)
     if reason:
@@ -96,9 +90,8 @@ def chunked_attention_forward(
     soft_cap = kwargs.get("softcap")
     if soft_cap is None and (query.shape[2] == 1 or torch.compiler.is_compiling()):
         return sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs)
-    query, key, value = _in_autocast_dtype(query, key, value)
-    settings = _settings(module, query, attention_mask, scaling, is_causal, soft_cap)
-    return _run(query, key, value, attention_mask, settings, True), None
+    q, k, v = _in_autocast_dtype(query, key, value)
+    return _run(module, q, k, v, attention_mask, scaling, is_causal, soft_cap, forward_in_chunks=True), None
 
 
 AttentionInterface.register(AUTOMATIC, automatic_attention_forward)
@@ -108,9 +101,7 @@ AttentionMaskInterface.register(AUTOMATIC, sdpa_mask)
 AttentionMaskInterface.register(CHUNKED, sdpa_mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is computed how
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What is computed how ----
 
 
 @dataclass(frozen=True)
@@ -180,40 +171,29 @@ def _in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _settings(
-    module: nn.Module,
-    query: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    is_causal: bool | None,
-    soft_cap: float | None,
-) -> _Settings:
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    return _Settings(
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        causal=bool(causal) and mask is None and query.shape[2] > 1,
-        soft_cap=soft_cap,
-    )
-
-
 def _run(
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    settings: _Settings,
+    scaling: float | None,
+    is_causal: bool | None,
+    soft_cap: float | None,
+    *,
     forward_in_chunks: bool,
 ) -> torch.Tensor:
     length = query.shape[2]
-    if settings.causal and key.shape[2] > length:  # the unused rest of a static cache
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and mask is None and length > 1
+    settings = _Settings(query.shape[-1] ** -0.5 if scaling is None else scaling, causal, soft_cap)
+    if causal and key.shape[2] > length:  # the unused rest of a static cache
         key, value = key[:, :, :length], value[:, :, :length]
     with torch.autocast(query.device.type, enabled=False):
         return _ChunkedAttention.apply(query, key, value, mask, settings, forward_in_chunks)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The chunks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The chunks ----
 
 
 class _Chunk(NamedTuple):
@@ -254,8 +234,7 @@ class _ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_BHTC, k_BKSC, v_BKSC, mask = ctx.saved_tensors
-        grads = _backward(grad_BTHC, q_BHTC, k_BKSC, v_BKSC, mask, ctx.settings)
-        return (*grads, None, None, None)
+        return (*_backward(grad_BTHC, q_BHTC, k_BKSC, v_BKSC, mask, ctx.settings), None, None, None)
 
 
 def _fused(
@@ -323,14 +302,9 @@ def _to_compute(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _weights(
     q: torch.Tensor, k: torch.Tensor, group: int, chunk: _Chunk, settings: _Settings
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention weights of a chunk.
+    """Weights [N, m * R, w] of a chunk with N = rows * heads, and the slope of the soft cap at each score, if any.
 
-    Args:
-        q, k: [N, m * R, C] and [N, w, C], N = rows * heads.
-        group: R.
-
-    Returns:
-        weights [N, m * R, w], and the slope of the soft cap at each score, if there is one.
+    q is [N, m * R, C], k is [N, w, C], ``group`` is R.
     """
     scores = torch.bmm(q, (k * settings.scale).transpose(1, 2))
     slope = None
@@ -338,9 +312,8 @@ def _weights(
         scores.div_(settings.soft_cap).tanh_()
         slope = 1 - scores.square()
         scores.mul_(settings.soft_cap)
-    by_query = scores.view(
-        chunk.rows.stop - chunk.rows.start, chunk.heads.stop - chunk.heads.start, -1, group, k.shape[1]
-    )
+    num_rows, num_heads = chunk.rows.stop - chunk.rows.start, chunk.heads.stop - chunk.heads.start
+    by_query = scores.view(num_rows, num_heads, -1, group, k.shape[1])
     if chunk.blocked is not None:
         part = by_query[..., chunk.blocked_keys]
         if chunk.blocked.dtype == torch.bool:
@@ -368,11 +341,7 @@ def _chunks(q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, mask: torch.Tensor | Non
         for rows in _slices(batch, rows_at_once):
             keys, blocked, blocked_keys, blind = slice(0, num_keys), None, slice(0, 0), None
             if causal:
-                keys, blocked, blocked_keys = (
-                    slice(0, queries.stop),
-                    upper[:m, :, :m],
-                    slice(queries.start, queries.stop),
-                )
+                keys, blocked, blocked_keys = slice(0, queries.stop), upper[:m, :, :m], queries
             elif mask is not None:
                 seen = mask[rows if mask.shape[0] > 1 else slice(None), :, queries]
                 keys, blocked, blocked_keys, blind = _masked(seen)

@@ -6,7 +6,7 @@ Shapes: S = B * T tokens, D model width, E experts, I inner width of an FFN, k e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -95,11 +95,9 @@ class BranchMixExperts(nn.Module):
     has_gate: bool
     has_bias: bool
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
-    # There is the first or the second, by ``has_gate``; biases by ``has_bias``.
+    # There is one of the two, by ``has_gate``; the same for their biases, by ``has_bias``.
     gate_up_proj: torch.Tensor
     up_proj: torch.Tensor
-    gate_up_proj_bias: torch.Tensor
-    up_proj_bias: torch.Tensor
 
     def __init__(self, config: BranchMixConfig, dense: DenseFFN):
         super().__init__()
@@ -122,17 +120,24 @@ class BranchMixExperts(nn.Module):
         """Every expert's first matrix [E, O, D]: gate and up side by side, or up."""
         return self.gate_up_proj if self.has_gate else self.up_proj
 
+    @property
+    def first_bias(self) -> torch.Tensor | None:
+        """Biases of the first matrices [E, O], if there are any."""
+        return getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
+
+    @property
+    def second_bias(self) -> torch.Tensor | None:
+        """Biases of ``down_proj`` [E, D], if there are any."""
+        return getattr(self, "down_proj_bias", None)
+
     def forward(self, hidden_SD: torch.Tensor, index_Sk: torch.Tensor, gates_Sk: torch.Tensor) -> torch.Tensor:
         """The ``eager`` implementation: a loop over experts.
 
         The stacks are unbound once: the backward of ``weight[e]`` would zero-fill the whole stack for every expert.
         """
         ups, downs = self.first_proj.unbind(0), self.down_proj.unbind(0)
-        up_biases: Sequence[torch.Tensor | None] = [None] * self.num_experts
-        down_biases: Sequence[torch.Tensor | None] = up_biases
-        if self.has_bias:
-            up_biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias).unbind(0)
-            down_biases = self.down_proj_bias.unbind(0)
+        none, biases = [None] * self.num_experts, (self.first_bias, self.second_bias)
+        up_biases, down_biases = (none if bias is None else bias.unbind(0) for bias in biases)
         # In fp32 with the gates: of bf16 there would be a rounding for each of the k experts.
         out_SD = torch.zeros_like(hidden_SD, dtype=torch.promote_types(hidden_SD.dtype, gates_Sk.dtype))
         for expert in range(self.num_experts):
@@ -163,16 +168,9 @@ def automatic_experts_forward(
     few = hidden_SD.shape[0] <= FEW_ROWS and hidden_SD.device.type == "cpu"
     few = few and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     few = few and not getattr(experts, "_is_expert_parallel", False)
-    if few and len(hidden_SD) > 1:
-        few = _one_by_one_is_faster(hidden_SD.dtype)
-    if not few:
+    if not few or (len(hidden_SD) > 1 and not _one_by_one_is_faster(hidden_SD.dtype)):
         return grouped_mm_experts_forward(experts, hidden_SD, index_Sk, gates_Sk)
-    first = experts.first_proj
-    first_bias = down_bias = None
-    if experts.has_bias:
-        first_bias = experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias
-        down_bias = experts.down_proj_bias
-    down = experts.down_proj
+    first, down, first_bias, down_bias = experts.first_proj, experts.down_proj, experts.first_bias, experts.second_bias
     slots: dict[int, list[int]] = {}
     for slot, expert in enumerate(index_Sk.flatten().tolist()):
         slots.setdefault(expert, []).append(slot)

@@ -13,14 +13,10 @@ import torch
 
 
 def load_balancing_loss(logits_SE: torch.Tensor, top_k: int, mask_S: torch.Tensor | None = None) -> torch.Tensor:
-    """``E * sum_i f_i P_i`` of one layer: 1 at perfect balance.
+    """``E * sum_i f_i P_i`` of one layer's router logits: 1 at perfect balance.
 
-    ``f_i`` is the share of all top-k choices that fall on expert i, ``P_i`` its mean gate (Switch; BAM eq. 2).
-
-    Args:
-        logits_SE: router logits of one layer.
-        top_k: experts chosen for each token.
-        mask_S: 1 for real tokens, 0 for padding.
+    ``f_i`` is the share of all top-k choices that fall on expert i, ``P_i`` its mean gate (Switch; BAM eq. 2). The
+    mask has 1 for real tokens, 0 for padding.
     """
     gates_SE = logits_SE.float().softmax(-1)
     chosen_SE = torch.zeros_like(gates_SE).scatter_(1, gates_SE.topk(top_k, dim=-1).indices, 1.0)
@@ -36,13 +32,11 @@ def z_loss(logits_SE: torch.Tensor, mask_S: torch.Tensor | None = None) -> torch
 def router_losses(
     logits: Sequence[torch.Tensor], top_k: int, attention_mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load-balancing loss and z-loss, each summed over layers.
+    """Load-balancing loss and z-loss of router logits [S, E], each summed over layers.
 
-    Args:
-        logits: one [S, E] tensor a layer.
-        top_k: experts chosen for each token. With all of them chosen (soft routing) balance has nothing to say: 0.
-        attention_mask: [B, T] with 0 for padding, or None. With a longer mask than tokens (a cache), its last T count.
-            The 4-D masks that ``generate`` makes for static caches say nothing about padding, and are not looked at.
+    With all experts chosen (soft routing) the balance is 0. The mask is [B, T] with 0 for padding; of one that is
+    longer than the tokens (a cache), its last T count. The 4-D masks that ``generate`` makes for static caches say
+    nothing about padding, and are ignored.
     """
     mask_S = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:

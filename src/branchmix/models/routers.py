@@ -50,11 +50,7 @@ class RouterPlace:
     """Experts chosen for a token, as far as module or config say."""
 
     def read(self, output: Any) -> RouterOutput:
-        """The parts of what the module gave back.
-
-        Raises:
-            CheckpointError: it is not one logit for each token and expert.
-        """
+        """The parts of the module's output; raises CheckpointError if it is not one logit for each token and expert."""
         parts = output if isinstance(output, (tuple, list)) else (output,)
         logits = parts[self.logits_index]
         if not isinstance(logits, torch.Tensor) or logits.dim() < 2:
@@ -150,9 +146,7 @@ def _spread(values_SX: torch.Tensor) -> float:
     return float(spread_S.median())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding them
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Finding them ----
 
 
 def find_routers(model: nn.Module) -> list[RouterPlace]:
@@ -197,17 +191,14 @@ def _configured_top_k(config: Any) -> int | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Counting ----
 
 
 def load_of(gates: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     """What each token gives to each expert, [..., E] summing to 1: 1/k for each of the k chosen, or its gates.
 
-    Args:
-        gates: [..., E] before top-k.
-        index: [..., k] of the chosen experts; None or all of them for soft routing.
+    ``gates`` are [..., E] before top-k; ``index`` is [..., k] of the chosen experts, None or all of them for soft
+    routing.
     """
     if index is None or index.shape[-1] == gates.shape[-1]:
         return gates

@@ -19,17 +19,13 @@ ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
 
 
 def unbuildable(models: Iterable[tuple[str, Config]]) -> Iterator[str]:
-    """A line for each model that transformers cannot build, with its reason; one that all share only once.
-
-    Args:
-        models: what to call each, for the line, and its config. The family is one that transformers has.
-    """
-    told: set[str] = set()
-    for who, config in models:
+    """A line for each named config whose model transformers cannot build, with its reason; each reason only once."""
+    reported: set[str] = set()
+    for name, config in models:
         problem = None if is_ordinary(config) else _problem(config)
-        if problem is not None and problem not in told:
-            told.add(problem)
-            yield f"{who}: {problem}"
+        if problem is not None and problem not in reported:
+            reported.add(problem)
+            yield f"{name}: {problem}"
 
 
 def _problem(config: Config) -> str | None:
@@ -52,61 +48,51 @@ def _problem(config: Config) -> str | None:
         asked = next((key for key in ATTENTION_KEYS if config.get(key)), None)
         if asked is not None and isinstance(error, (ImportError, ValueError)):
             again = f"install what {asked} {config[asked]!r} needs, or remove that key from config.json"
-        return f"transformers cannot build the model of its config.json: {_short(reason)}: {again}"
+        reason = reason.rstrip(".:") if len(reason) <= 300 else reason[:297] + "..."
+        return f"transformers cannot build the model of its config.json: {reason}: {again}"
     return None
 
 
-def _short(reason: str) -> str:
-    return reason.rstrip(".:") if len(reason) <= 300 else reason[:297] + "..."
+# ---- What is ordinary. The values are those of JSON, whose whole numbers are never of type bool. ----
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is ordinary
-# ---------------------------------------------------------------------------------------------------------------------
+Kind = Callable[[Any], bool]
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and value >= 0
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _real(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _share(value: Any) -> bool:
-    return _number(value) and 0 <= value < 1
+    return type(value) is float and math.isfinite(value)
 
 
 def _tokens(value: Any) -> bool:
     return _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
 
 
-def _mapping(value: Any) -> bool:
-    return isinstance(value, dict)
+def _of_type(kind: type) -> Kind:
+    return lambda value: isinstance(value, kind)
 
 
-def _maybe(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _maybe(kind: Kind) -> Kind:
     return lambda value: value is None or kind(value)
 
 
-def _one_of(*words: str) -> Callable[[Any], bool]:
+def _share(value: Any) -> bool:
+    return _number(value) and 0 <= value < 1
+
+
+def _one_of(*words: str) -> Kind:
     return lambda value: isinstance(value, str) and value in words
 
 
-def _any(value: Any) -> bool:
-    return True
-
-
+_FLAG, _ANY = _of_type(bool), _of_type(object)
 _ACTIVATION = _one_of("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
-_KEYS: dict[str, Callable[[Any], bool]] = {
+_KEYS: dict[str, Kind] = {
     key: kind
     for keys, kind in (
         ("hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head vocab_size ffn_dim", _whole),
@@ -114,8 +100,8 @@ _KEYS: dict[str, Callable[[Any], bool]] = {
         ("original_max_position_embeddings num_key_value_heads head_dim", _whole),
         ("n_inner sliding_window bos_token_id pad_token_id", _maybe(_whole)),
         ("eos_token_id", _maybe(_tokens)),
-        ("tie_word_embeddings use_cache attention_bias mlp_bias use_sliding_window use_qk_norm qk_layernorm", _flag),
-        ("use_parallel_residual use_qkv_bias use_bias multi_query new_decoder_architecture parallel_attn bias", _flag),
+        ("tie_word_embeddings use_cache attention_bias mlp_bias use_sliding_window use_qk_norm qk_layernorm", _FLAG),
+        ("use_parallel_residual use_qkv_bias use_bias multi_query new_decoder_architecture parallel_attn bias", _FLAG),
         ("rms_norm_eps layer_norm_eps layer_norm_epsilon norm_epsilon norm_eps logit_scale", _real),
         ("initializer_range", lambda value: _real(value) and 0 <= value <= 1),
         ("attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop residual_dropout", _share),
@@ -124,13 +110,13 @@ _KEYS: dict[str, Callable[[Any], bool]] = {
         ("hidden_act activation_function hidden_activation", _ACTIVATION),
         ("dtype torch_dtype", _one_of("float32", "float16", "bfloat16")),
         ("attn_implementation _attn_implementation", _maybe(_one_of("eager", "sdpa"))),
-        ("rope_parameters rope_scaling", _maybe(_mapping)),  # ``rope_of`` both, and lists, are looked at below
-        ("layer_types architectures model_type transformers_version _name_or_path name_or_path auto_map", _any),
-        ("_attn_implementation_autoset unsloth_version unsloth_fixed", _any),
+        ("rope_parameters rope_scaling", _maybe(_of_type(dict))),  # ``rope_of`` both, and lists, are looked at below
+        ("layer_types architectures model_type transformers_version _name_or_path name_or_path auto_map", _ANY),
+        ("_attn_implementation_autoset unsloth_version unsloth_fixed", _ANY),
     )
     for key in keys.split()
 }
-"""Keys that most decoders have, each with what its value must be like."""
+"""Keys that most decoders have, each with a check of its value."""
 
 _SCALINGS = {
     "linear": ("factor",),
@@ -144,29 +130,21 @@ _SCALED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def is_ordinary(config: Config) -> bool:
-    """Whether transformers is sure to build the model of a config, as far as that shows without asking it.
-
-    Args:
-        config: content of a config.json whose sizes are known to be those of its weights.
-    """
+    """Whether transformers will certainly build the model of a config.json whose sizes fit its weights."""
     if not all(key in _KEYS and _KEYS[key](value) for key, value in config.items()):
         return False
-    sizes = dimensions(config)
+    sizes, rope = dimensions(config), rope_of(config)
     kinds = config.get("layer_types")
-    if kinds is not None and not (
-        isinstance(kinds, list)
-        and len(kinds) == sizes.num_layers
-        and set(map(str, kinds)) <= {"full_attention", "sliding_attention"}
-    ):
-        return False
-    padding = config.get("pad_token_id")
-    if padding is not None and not (_whole(padding) and padding < sizes.vocab_size):
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != sizes.num_layers:
+            return False
+        if not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}:
+            return False
+    if (config.get("pad_token_id") or 0) >= sizes.vocab_size:
         return False
     if sizes.head_dim % 2 or sizes.hidden_size % sizes.num_heads:
         return False
-    rope = rope_of(config)
-    nested = "rope_theta" not in rope
-    return all(_ordinary_rope(given, config) for given in (rope.values() if nested else (rope,)))
+    return all(_ordinary_rope(given, config) for given in ([rope] if "rope_theta" in rope else rope.values()))
 
 
 def _ordinary_rope(rope: Any, config: Config) -> bool:

@@ -1,9 +1,9 @@
-"""Do two configs of one family compute the same function of their weights? As transformers reads them, not as written.
+"""Do two configs of one family compute the same function of their weights, as transformers reads them?
 
-A key that only one config.json has, an older spelling, null, or another name of the same activation: what counts is
-what the family's config class makes of each file, with its defaults filled in. Importing transformers imports torch
-(3 s, 250 MB), which the config classes do not need. So a short-lived process without torch reads the configs (1 s,
-50 MB), and none is started where the files agree, or where transformers is loaded anyway.
+Configs are compared after the family's config class has read them: a key that only one file has, an older spelling,
+null, or another name of the same activation is not a difference. Importing transformers imports torch (3 s, 250 MB),
+which the config classes do not need. So a short-lived process without torch reads the configs (1 s, 50 MB), and none is
+started where the files agree, or where transformers is loaded anyway.
 """
 
 from __future__ import annotations
@@ -62,31 +62,27 @@ serve()
 
 
 def config_differences(seed: Config, experts: dict[str, Config]) -> dict[str, list[str]]:
-    """What in each expert's config makes another function of its weights than the seed's config does.
+    """Differences that make an expert compute another function of its weights than the seed, by the expert's name.
 
-    Args:
-        seed: config.json of the seed.
-        experts: config.json of each expert of the seed's family, by name. Their sizes fit their weights.
-
-    Returns:
-        Problems by name; under ``seed``, why transformers cannot read the seed's config.
+    Under ``seed``: why transformers cannot read the seed's config. The experts are of its family, and their configs fit
+    their weights.
     """
     others = {name: config for name, config in experts.items() if _relevant(config) != _relevant(seed)}
     if not others:
         return {}
-    read = _read(tuple(json.dumps(config, sort_keys=True) for config in (seed, *others.values())))
-    ours, *theirs = read
-    found = {
+    texts = tuple(json.dumps(config, sort_keys=True) for config in (seed, *others.values()))
+    read = dict(zip(("seed", *others), _read(texts), strict=True))
+    problems = {
         name: [f"transformers cannot read config.json: {config['error']}"]
-        for name, config in zip(("seed", *others), read, strict=True)
+        for name, config in read.items()
         if "error" in config
     }
-    if "seed" not in found:
-        for (name, config), other in zip(others.items(), theirs, strict=True):
-            if name not in found:
+    if "seed" not in problems:
+        for name, config in others.items():
+            if name not in problems:
                 lists = dimensions(seed).num_layers == dimensions(config).num_layers
-                found[name] = _differences(ours, other, lists=lists)
-    return found
+                problems[name] = _differences(read["seed"], read[name], lists=lists)
+    return problems
 
 
 def _relevant(config: Config) -> Config:
@@ -99,7 +95,7 @@ def _relevant(config: Config) -> Config:
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any], *, lists: bool) -> list[str]:
     """One line for each key; without ``lists`` of one entry a layer, where the number of layers differs anyway."""
-    found = []
+    problems = []
     ignored = {*_IGNORED, *_FILLS_LAYER_TYPES}
     if not any(config["values"].get("use_sliding_window", True) for config in (ours, theirs)):
         ignored.add("sliding_window")
@@ -108,11 +104,11 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any], *, lists: bool) -
         if _plain(mine) == _plain(other) or (not lists and isinstance(mine, list)):
             continue
         words = [_words(key, config) for config in (theirs, ours)]
-        found.append(
+        problems.append(
             f"{key} is {words[0]}, but the seed's is {words[1]}: the two compute different functions of their weights, "
             f"{SAME_SEED}"
         )
-    return found
+    return problems
 
 
 def _words(key: str, config: dict[str, Any]) -> str:
@@ -153,6 +149,14 @@ def serve() -> None:
     json.dump([as_transformers_reads(config) for config in configs], answers, default=str)
 
 
+def transformers_config(config: Config) -> Any:
+    """transformers' config of a config.json, in which infinity is spelt as a mapping (as Granite's hybrids have it)."""
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(PreTrainedConfig._decode_special_floats(config)))
+
+
 def as_transformers_reads(config: Config) -> dict[str, Any]:
     """``values`` of all keys that transformers' code reads, which of them are ``stated`` in ``config``; or ``error``.
 
@@ -162,17 +166,15 @@ def as_transformers_reads(config: Config) -> dict[str, Any]:
     import dataclasses
 
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[config["model_type"]]
     try:
-        decoded = transformers.PreTrainedConfig._decode_special_floats(config)
-        made = json.loads(json.dumps(kind.from_dict(decoded).to_dict(), default=str))
+        read = transformers_config(config)
+        made = json.loads(json.dumps(read.to_dict(), default=str))
     except Exception as error:  # whatever its checks raise
         lines = [line.strip() for line in str(error).strip().splitlines()]
         return {"error": (lines or [type(error).__name__])[-1][:300]}
-    declared = {field.name for field in dataclasses.fields(kind)}
-    own = Path(sys.modules[kind.__module__].__file__ or "")
+    declared = {field.name for field in dataclasses.fields(read)}
+    own = Path(sys.modules[type(read).__module__].__file__ or "")
     shared = [Path(transformers.__file__).parent / name for name in _READERS]
     code = "\n".join(
         file.read_text(encoding="utf-8")
@@ -184,5 +186,5 @@ def as_transformers_reads(config: Config) -> dict[str, Any]:
         for key, value in made.items()
         if key in declared or re.search(rf"""\bconfig\.{re.escape(key)}\b|["']{re.escape(key)}["']""", code)
     }
-    stated = sorted({kind.attribute_map.get(key, key) for key in config} & values.keys())
+    stated = sorted({read.attribute_map.get(key, key) for key in config} & values.keys())
     return {"values": values, "stated": stated}

@@ -18,19 +18,27 @@ from typing import TYPE_CHECKING, Any
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, is_adapter
-from branchmix.checkpoint.folder import atomic_folder, require_name, require_replaceable, tokenizer_files, write_json
+from branchmix.checkpoint.folder import (
+    atomic_folder,
+    require_name,
+    require_replaceable,
+    tokenizer_files,
+    write_json,
+    write_text,
+)
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.licence import licence_of_folder
-from branchmix.checkpoint.places import rewritten, with_own_code, without_places
+from branchmix.checkpoint.portable_configs import rewritten, with_own_code, without_local_paths
 from branchmix.checkpoint.writer import WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
 from branchmix.upcycling.buildable import unbuildable
-from branchmix.upcycling.card import model_card
+from branchmix.upcycling.model_card import model_card
 from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
+from branchmix.upcycling.sources import who
 
 if TYPE_CHECKING:
     from branchmix.upcycling.verify import Verification
@@ -154,59 +162,39 @@ def write_output(
     progress: Callable[[str, int, int], None] | None = None,
     card: Callable[[Plan, dict[str, Any]], str] = model_card,
 ) -> WriteReport:
-    """Weights first, config.json last, so that an interrupted folder is no model.
+    """Weights first, config.json last, so that an interrupted folder cannot be loaded.
 
     Args:
-        plan: what to write.
-        folder: an empty folder.
-        companions: folder whose tokenizer, chat template and generation config come along.
-        provenance: gives recipe and sources, for ``branchmix.json`` and the model card; called after the weights.
-        max_shard_bytes: greatest size of a weights file.
-        check: refuse NaN and Inf in the sources.
-        progress: called with the step's name, bytes done and bytes in all.
+        companions: folder whose tokenizer, chat template and generation config are copied.
+        provenance: returns recipe and sources, for ``branchmix.json`` and the model card; called after the weights.
         card: writes README.md, from the plan and the provenance.
     """
-    report: Callable[[int], None] | None = None
-    if progress is not None:
-        tell = progress
-        report = lambda done: tell("writing", done, plan.nbytes)  # noqa: E731
+    total = plan.nbytes
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress("writing", done, total)
+
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
-    record = provenance()
+    versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
+    record = {"versions": versions, **provenance(), "lossless": plan.lossless, "notes": list(plan.notes)}
     try:
-        _write_companions(plan, folder, companions, record, card)
+        for name in (*tokenizer_files(companions), "generation_config.json"):
+            if (companions / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                content = rewritten(companions / name)
+                if content is None:
+                    shutil.copyfile(companions / name, folder / name)
+                else:
+                    (folder / name).write_bytes(content)
+        for file in () if plan.is_dense else CODE_FILES:
+            shutil.copyfile(file, folder / file.name)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror or error}: free space, or mend it") from error
-    return written
-
-
-def _write_companions(
-    plan: Plan,
-    folder: Path,
-    companions: Path,
-    provenance: dict[str, Any],
-    card: Callable[[Plan, dict[str, Any]], str],
-) -> None:
-    """Everything but the weights, config.json last."""
-    for name in (*tokenizer_files(companions), "generation_config.json"):
-        if (companions / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            _copy_companion(companions / name, folder / name)
-    if not plan.is_dense:
-        for file in CODE_FILES:
-            shutil.copyfile(file, folder / file.name)
-    versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
-    record = {"versions": versions, **provenance, "lossless": plan.lossless, "notes": list(plan.notes)}
     write_json(folder / "branchmix.json", record)
-    (folder / "README.md").write_text(card(plan, record), encoding="utf-8")
-    write_json(folder / "config.json", with_own_code(without_places(plan.config)))
-
-
-def _copy_companion(file: Path, to: Path) -> None:
-    content = rewritten(file)
-    if content is None:
-        shutil.copyfile(file, to)
-    else:
-        to.write_bytes(content)
+    write_text(folder / "README.md", card(plan, record))
+    write_json(folder / "config.json", with_own_code(without_local_paths(plan.config)))
+    return written
 
 
 def resolve_all(recipe: Recipe) -> list[ResolvedModel]:
@@ -215,16 +203,16 @@ def resolve_all(recipe: Recipe) -> list[ResolvedModel]:
     Raises:
         CompatibilityError: with all models that cannot be found.
     """
-    found: list[ResolvedModel] = []
+    models: list[ResolvedModel] = []
     problems: list[str] = []
     for name, given in [("seed", recipe.seed), *((expert.name, expert.model) for expert in recipe.experts)]:
         try:
-            found.append(resolve(given, recipe.folder))
+            models.append(resolve(given, recipe.folder))
         except BranchMixError as error:
-            problems.append(f"{_who(name)}: {error}")
+            problems.append(f"{who(name)}: {error}")
     if problems:
         raise CompatibilityError(problems)
-    return found
+    return models
 
 
 @contextmanager
@@ -234,7 +222,7 @@ def open_sources(
     """Headers of seed and experts that fit together; LoRA adapters are merged into temporary folders beside ``out``.
 
     Yields:
-        seed and experts, and what the check found; None if adapters were merged, whose new headers are to be checked.
+        Seed and experts, and the result of the check; None if adapters were merged, whose new headers must be checked.
 
     Raises:
         CompatibilityError: with the problems of all sources, those that cannot be read among them.
@@ -244,9 +232,8 @@ def open_sources(
     names = ["seed", *(expert.name for expert in recipe.experts)]
     problems: list[str] = []
     indexes: list[CheckpointIndex | None] = []
-    adapters = [name != "seed" and is_adapter(model.folder) for name, model in zip(names, folders, strict=True)]
-    for name, model, adapter in zip(names, folders, adapters, strict=True):
-        index = None
+    for name, model in zip(names, folders, strict=True):
+        index, adapter = None, name != "seed" and is_adapter(model.folder)
         try:
             if not adapter:
                 index = CheckpointIndex.open(model.folder)
@@ -254,15 +241,16 @@ def open_sources(
                 check_adapter(model.folder, indexes[0])
                 index = indexes[0]  # the merged model has the seed's tensors
         except BranchMixError as error:
-            problems.append(f"{_who(name)}: {error}")
+            problems.append(f"{who(name)}: {error}")
         indexes.append(index)
     fit: Fit | None = check_fit(recipe, indexes, problems)
     require_buildable(zip(names, indexes, strict=True))
 
     with ExitStack() as temporary:
         opened: list[Sourced] = []
-        for name, model, index, adapter in zip(names, folders, indexes, adapters, strict=True):
+        for name, model, index in zip(names, folders, indexes, strict=True):
             assert index is not None, "check_fit raises for what cannot be read"
+            adapter = name != "seed" and is_adapter(model.folder)
             if adapter and not dry_run:
                 folder = merged_adapter(model.folder, folders[0], out)
                 temporary.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -277,7 +265,7 @@ def require_buildable(models: Iterable[tuple[str, CheckpointIndex | None]]) -> N
     Raises:
         CompatibilityError: with transformers' reasons.
     """
-    problems = list(unbuildable((_who(name), index.config) for name, index in models if index is not None))
+    problems = list(unbuildable((who(name), index.config) for name, index in models if index is not None))
     if problems:
         raise CompatibilityError(problems)
 
@@ -287,31 +275,23 @@ def _notes_on_same_models(sources: Sequence[Sourced]) -> list[str]:
     notes: list[str] = []
     first: dict[tuple[tuple[int, int], ...], str] = {}
     for source in sources:
-        files = tuple((found.st_dev, found.st_ino) for found in (file.stat() for file in source.files))
+        files = tuple((stat.st_dev, stat.st_ino) for stat in (file.stat() for file in source.files))
         same = first.setdefault(files, source.name)
         if same != source.name:
             advice = "seed_copies makes copies of the seed" if same == "seed" else "is another folder meant?"
-            notes.append(f"{_who(source.name)} is the same model as {_who(same)} ({source.model.given}): {advice}")
+            notes.append(f"{who(source.name)} is the same model as {who(same)} ({source.model.given}): {advice}")
     return notes
-
-
-def _who(name: str) -> str:
-    return "seed" if name == "seed" else f"expert {name!r}"
 
 
 @contextmanager
 def naming_sources(folders: Iterable[tuple[str, Path]]) -> Iterator[None]:
-    """Problems found in a source while writing (NaN, a file cut meanwhile) get the expert's name before the file's.
-
-    Args:
-        folders: name and folder of every source.
-    """
+    """Problems in a source while writing (NaN, a truncated file) get its name before the file's."""
     try:
         yield
     except CheckpointError as error:
         for name, folder in folders:
             if str(error).startswith(f"{folder}{os.sep}"):
-                raise CheckpointError(f"{_who(name)}: {error}") from error
+                raise CheckpointError(f"{who(name)}: {error}") from error
         raise
 
 

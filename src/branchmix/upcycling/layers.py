@@ -23,15 +23,10 @@ def attention_tensors(
     kv_models: Sequence[ExpertSource],
     kv_weights: Sequence[float],
 ) -> Iterator[tuple[str, Expression]]:
-    """Tensors of a layer's ``self_attn`` but the router, by name below it.
+    """Tensors of a layer's ``self_attn`` except the router, by name below it.
 
-    Args:
-        experts: in the order of the router's rows.
-        layer: number of the block.
-        dtype: of the output; parts of one tensor may be stored in different ones.
-        kv_sharing: one k and v for all, the mean of those of ``kv_models``.
-        kv_models: models that the mean is over; they need not be experts.
-        kv_weights: their weights; zero leaves a model out.
+    With ``kv_sharing`` all experts have one k and v: the mean of those of ``kv_models``, which need not be experts, by
+    ``kv_weights``, of which zero leaves a model out.
     """
     first = experts[0]
     roles: tuple[Role, ...] = ("q", "k", "v")

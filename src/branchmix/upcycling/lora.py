@@ -11,8 +11,7 @@ from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
 from branchmix.checkpoint.folder import MERGED, beside
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header, read_json_object
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.structure import TOKEN_TABLES
@@ -22,15 +21,12 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
     """Refuse, from headers alone, an adapter that cannot be merged into the seed.
 
     Raises:
-        CheckpointError: no LoRA, pickled weights, trained on a model of other modules or sizes, or it changes one of
-            two matrices that the seed ties.
+        CheckpointError: it is not a LoRA adapter, its weights are pickled, it was trained on a model of other modules
+            or sizes, or it changes one of two matrices that the seed ties.
     """
     file = adapter / ADAPTER_CONFIG
-    try:
-        settings = read_json(file)
-        kind = settings.get("peft_type")
-    except (ValueError, AttributeError):
-        raise CheckpointError(f"{file}: not valid JSON: download the adapter again") from None
+    settings = read_json_object(file)
+    kind = settings.get("peft_type")
     if kind != "LORA":
         what = f"peft_type {kind}" if kind else "no peft_type"
         raise CheckpointError(f"{file}: has {what}, only LORA can be merged: merge the adapter yourself first")
@@ -75,18 +71,13 @@ def _unties(settings: dict[str, Any], refs: list[TensorRef], seed: CheckpointInd
     tokens = settings.get("trainable_token_indices")
     if isinstance(tokens, dict):
         of_ends = {str(name).rpartition(".")[2]: rows for name, rows in tokens.items()}
-        told = [of_ends[end] for end in ends if end in of_ends]
-        if ends[0] not in of_ends or any(rows != told[0] for rows in told):
+        if ends[0] not in of_ends or any(of_ends[end] != of_ends[ends[0]] for end in ends if end in of_ends):
             trained |= of_ends.keys()
     return next((end for end in ends if end in trained), None)
 
 
 def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> None:
-    """An adapter trained after the vocabulary was resized carries whole embeddings of other rows than the seed's.
-
-    Raises:
-        CheckpointError: it does.
-    """
+    """Raises CheckpointError for an adapter with whole embeddings of other rows: its vocabulary was resized."""
     last = table.name.split(".")[-2]
     ours = next((ref for name, ref in seed.tensors.items() if name.endswith(f"{last}.weight")), None)
     if ours is not None and ours.shape[0] != table.shape[0]:
@@ -98,15 +89,9 @@ def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> Non
 
 
 def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
-    """Merge an adapter into the seed and save the result beside ``out``; the caller removes it.
+    """Merge an adapter's folder into the seed and save the result beside ``out``; the caller removes it.
 
-    Args:
-        adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        seed: the model it was trained on.
-        out: the output of the whole merge; the temporary folder lies on the same disk.
-
-    Raises:
-        CheckpointError: peft is not installed, or cannot merge it.
+    Raises CheckpointError if peft is not installed, or cannot merge it.
     """
     try:
         import peft

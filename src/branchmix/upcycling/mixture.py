@@ -28,10 +28,10 @@ class OpenedMixture:
 
     Args:
         given: folder or Hub id, as the user wrote it.
-        otherwise: what to do with a model that is no mixture, for the error.
+        otherwise: what to do with a model that is not a mixture, for the error.
 
     Raises:
-        CheckpointError: it cannot be read, is no mixture, or its config and weights are not those of one.
+        CheckpointError: it cannot be read, is not a mixture, or its config and weights are not those of one.
     """
 
     def __init__(self, given: str, *, otherwise: str):
@@ -85,11 +85,11 @@ class OpenedMixture:
                     f"{folder}: {name} has shape {list(ref.shape)}, but by config.json it should be {list(shape)}: "
                     f"{together}"
                 )
-        if found := too_few_parameters(self.index):
-            raise CheckpointError(f"{folder}: {found}: {together}")
+        if lacking := too_few_parameters(self.index):
+            raise CheckpointError(f"{folder}: {lacking}: {together}")
 
     def _expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Routers and matrices of the experts, with their shapes; biases and the rest are known by their number."""
+        """Routers and matrices of the experts, with their shapes; biases and the rest are only counted."""
         shape, dims, family = self.shape, self.dims, self.family
         width, inner, count = dims.hidden_size, dims.intermediate_size, shape.num_experts
         query, shared = count * dims.num_heads * dims.head_dim, shape.kv_experts * dims.num_kv_heads * dims.head_dim
@@ -111,19 +111,15 @@ class OpenedMixture:
     def provenance(self) -> dict[str, Any]:
         """Recipe, sources and changes; without a record of its own (it was trained since) the mixture is the source."""
         folder, given = self.resolved.folder, self.resolved.given
-        if (found := _record(folder)) is not None:
-            return found
+        if (record := _record(folder)) is not None:
+            return record
         training = as_records(lineage(folder, given))
         source = {"name": "mixture", "model": given, "revision": self.resolved.revision, "training": training}
         return {"recipe": {}, "sources": [{**source, "license": licence_of_folder(folder)}]}
 
 
 def provenance_of(folder: Path) -> dict[str, Any] | None:
-    """What ``branchmix.json`` tells of a model's making; of a trained model, that of the mixture it was trained from.
-
-    Args:
-        folder: of a checkpoint.
-    """
+    """The ``branchmix.json`` of a checkpoint folder; for a trained model, that of the mixture it was trained from."""
     if (folder / "branchmix.json").is_file():
         return _record(folder)
     training = read_object(folder / "training.json") or {}
@@ -132,32 +128,27 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
         return None
     start = Path(trained_from)
     # A relative path started from a folder that is not on record: here another model may have that name.
-    is_it = start.is_absolute() or _keys(as_records(lineage(start))) == _keys(training.get("ancestors") or [])
-    return _record(start) if is_it else None
-
-
-def _keys(phases: list[dict[str, Any]]) -> list[str]:
-    return [phase["key"] for phase in phases]
+    if not start.is_absolute():
+        ancestors = [phase["key"] for phase in training.get("ancestors") or []]
+        if [phase.key for phase in lineage(start)] != ancestors:
+            return None
+    return _record(start)
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
-    """Content of ``branchmix.json``; None if there is none.
-
-    Raises:
-        CheckpointError: it was edited, so that it is not what we write any more.
-    """
+    """Content of ``branchmix.json``, or None; raises CheckpointError if its readers cannot rely on it."""
     file = folder / "branchmix.json"
-    found = read_object(file)
-    if found is None or not isinstance(found.get("sources"), list):
+    record = read_object(file)
+    if record is None or not isinstance(record.get("sources"), list):
         return None
-    if problem := _problem_of(found):
+    if problem := _problem_of(record):
         raise CheckpointError(f"{file}: {problem}: copy the model's own here, or remove it")
-    kept = {key: value for key, value in found.items() if key not in ("versions", "notes")}
-    return {"recipe": {}, **kept, "sources": [{"revision": None, **source} for source in found["sources"]]}
+    kept = {key: value for key, value in record.items() if key not in ("versions", "notes")}
+    return {"recipe": {}, **kept, "sources": [{"revision": None, **source} for source in record["sources"]]}
 
 
 def _problem_of(record: dict[str, Any]) -> str | None:
-    """The first part of a ``branchmix.json`` that is not what whoever reads it relies on."""
+    """The first part of a ``branchmix.json`` that is not what its readers rely on."""
     for key, kind in (("recipe", dict), ("exported", dict), ("changes", list)):
         if not isinstance(record.get(key, kind()), kind):
             return f"{key} is {short(record[key])}, not a {'list' if kind is list else 'mapping'}"

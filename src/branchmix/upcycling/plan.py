@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from branchmix import __version__
-from branchmix.checkpoint.drawn import Constant, Normal, PartlyRedrawn
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack
 from branchmix.checkpoint.families import (
     Config,
@@ -23,9 +22,10 @@ from branchmix.checkpoint.families import (
     layout_of,
     squares_activation,
 )
+from branchmix.checkpoint.generated_tensors import Constant, Normal, PartlyRedrawn
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
-from branchmix.checkpoint.places import AUTO_MAP
+from branchmix.checkpoint.portable_configs import AUTO_MAP
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.tying import as_stored
 from branchmix.checkpoint.writer import OutputTensor
@@ -33,7 +33,7 @@ from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.recipe import DTYPES, Recipe
 from branchmix.upcycling.compatibility import Findings, check, foldable_norms
 from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_tensors, mean, same_keys_and_values
-from branchmix.upcycling.sources import DenseExpert, ExpertSource
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, who
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def open_expert(name: str, index: CheckpointIndex, *, fold_norms: bool = False) 
     """A dense checkpoint as an expert.
 
     Raises:
-        CheckpointError: it is no dense causal language model; the message names the expert.
+        CheckpointError: it is not a dense causal language model; the message names the expert.
     """
     try:
         family = family_of(index.config)
@@ -97,8 +97,7 @@ def open_expert(name: str, index: CheckpointIndex, *, fold_norms: bool = False) 
         own_head = stored is not index
         return DenseExpert(name, stored, family, dimensions(stored.config), fold_norms, own_head)
     except CheckpointError as error:
-        who = "seed" if name == "seed" else f"expert {name!r}"
-        raise CheckpointError(f"{who}: {error}") from None
+        raise CheckpointError(f"{who(name)}: {error}") from None
 
 
 def with_folded_norms(model: DenseExpert, folded: Sequence[str]) -> DenseExpert:
@@ -126,27 +125,24 @@ def plan_upcycling(
     router_rows: dict[str, Expression] | None = None,
     fit: Fit | None = None,
 ) -> Plan:
-    """Plan a mixture (or a soup) from dense checkpoints.
+    """Plan a mixture (or a soup) from the headers of dense checkpoints, the experts' in the recipe's order.
 
     Args:
-        recipe: what to do.
-        seed_index: headers of the seed.
-        expert_indexes: headers of the recipe's experts, in its order.
         router_rows: routers [E, D] by output name, where they are not drawn at random.
         fit: what ``check_fit`` returned for the same checkpoints; they are checked here if it is not given.
 
     Raises:
         CompatibilityError: the checkpoints do not fit together; with all problems.
     """
-    seed, experts, found = fit or check_fit(recipe, [seed_index, *expert_indexes])
-    mixture = _Mixture(recipe, seed, experts, found.expert_rope_parameters, router_rows or {})
+    seed, experts, findings = fit or check_fit(recipe, [seed_index, *expert_indexes])
+    mixture = _Mixture(recipe, seed, experts, findings.expert_rope_parameters, router_rows or {})
     tensors = tuple(mixture.tensors())
     config = mixture.config()
     members = mixture.experts if config["model_type"] == "branchmix" else [seed, *experts]
     return Plan(
         tensors=tensors,
         config=config,
-        notes=(*found.notes, *_warnings(recipe)),
+        notes=(*findings.notes, *_warnings(recipe)),
         sources=tuple(members),
         groups=tuple(group_tensors(tensors, seed.family)),
         lossless=mixture.lossless and config["model_type"] == "branchmix",
@@ -157,12 +153,11 @@ def check_fit(recipe: Recipe, indexes: Sequence[CheckpointIndex | None], unreada
     """Open seed and experts and make sure that they fit together.
 
     Args:
-        recipe: what to do.
-        indexes: headers of the seed and of the recipe's experts, in its order; None for what cannot be read.
-        unreadable: the problem of each None, so that those of the others are told with it.
+        indexes: headers of the seed and of the recipe's experts, in its order; None for those that cannot be read.
+        unreadable: the problem of each None, reported together with those of the others.
 
     Raises:
-        CompatibilityError: with all problems of all models; one that all share is told of the seed only.
+        CompatibilityError: with all problems of all models; a problem that all share is reported for the seed only.
     """
     opened: dict[str, DenseExpert] = {}
     problems = list(unreadable)
@@ -177,11 +172,11 @@ def check_fit(recipe: Recipe, indexes: Sequence[CheckpointIndex | None], unreada
             if name == "seed" or problem != of_the_seed:
                 problems.append(str(error))
     seed, experts = opened.get("seed"), [model for name, model in opened.items() if name != "seed"]
-    found = Findings() if seed is None else check(recipe, seed, experts)
-    problems += found.problems
+    findings = Findings() if seed is None else check(recipe, seed, experts)
+    problems += findings.problems
     if problems or seed is None:
         raise CompatibilityError(problems)
-    return seed, experts, found
+    return seed, experts, findings
 
 
 class _Mixture:
@@ -318,7 +313,7 @@ class _Mixture:
         return (2 if self.family.gate is None else 3) + squares_activation(self.seed.index.config)
 
     def _shared(self, name: str, shape: tuple[int, ...]) -> Expression:
-        """A tensor that is no expert's: merged, the seed's, or ones where its gain was folded."""
+        """A tensor that all experts share: merged, the seed's, or ones where its gain was folded."""
         below = re.sub(rf"^{re.escape(self.family.layers)}\.\d+\.", "", name)
         if below.removesuffix(".weight") in self.folded:
             return Constant(shape, 1.0 - self.family.gain_offset, self.dtype)
@@ -365,8 +360,8 @@ class _Mixture:
         return [float(model.name == chosen) for model in self.models]
 
     def _layer_of(self, name: str) -> int | None:
-        found = re.match(rf"{re.escape(self.family.layers)}\.(\d+)\.", name)
-        return int(found.group(1)) if found else None
+        number = re.match(rf"{re.escape(self.family.layers)}\.(\d+)\.", name)
+        return int(number.group(1)) if number else None
 
     def _out(self, name: str, part: Expression) -> OutputTensor:
         return OutputTensor(name, cast(part, self.dtype))
@@ -431,11 +426,7 @@ def group_tensors(tensors: Sequence[OutputTensor], family: Family) -> Iterator[G
     """Tensors of one name over all layers and experts as one line each."""
     groups: dict[str, list[OutputTensor]] = {}
     for tensor in tensors:
-        name = (
-            tensor.name.replace(f"{family.layers}.", "layers.", 1)
-            if f"{family.layers}." in tensor.name
-            else tensor.name
-        )
+        name = tensor.name.replace(f"{family.layers}.", "layers.", 1)
         groups.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(tensor)
     for name, members in groups.items():
         first = members[0].expression
@@ -463,8 +454,7 @@ def describe(expression: Expression) -> str:
     }
     here = words.get(type(expression).__name__, type(expression).__name__)
     inner = [describe(part) for part in expression.parts_read()[:1]]
-    told = [word for word in inner if not word.startswith("copied")]
-    return ", ".join([*told, here])
+    return ", ".join([*(word for word in inner if not word.startswith("copied")), here])
 
 
 def output_dtype(recipe: Recipe, seed: DenseExpert) -> str:

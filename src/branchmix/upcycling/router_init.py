@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from branchmix.accounting.formulas import table_positions
-from branchmix.checkpoint.drawn import Held
 from branchmix.checkpoint.expressions import Expression
+from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.text import LONG
 from branchmix.errors import CheckpointError, RecipeError
@@ -26,19 +26,31 @@ from branchmix.upcycling.plan import open_expert, output_dtype
 from branchmix.upcycling.sources import DenseExpert
 
 MAX_TOKENS = 512
-"""Of each prompt or text; the mean over more tokens hardly moves."""
-
+"""Tokens used of each prompt or text; the mean over more hardly changes."""
 ILL_CONDITIONED = 100.0
 """Condition number of the matrix of unit rows [E, D] above which a note says that the rows are nearly dependent."""
 
 
 def router_texts(recipe: Recipe) -> dict[str, list[str]]:
-    """The texts typical of each expert, by its name: ``router_init.prompts``, and the content of ``router_init.text``.
+    """Texts typical of each expert, by its name: ``router_init.prompts``, and the content of ``router_init.text``.
 
-    Raises:
-        RecipeError: a text file is missing or empty.
+    Raises RecipeError for a text file that is missing or empty.
     """
-    return {name: list(_texts(recipe, name)) for name in recipe.expert_names}
+    init = recipe.router_init
+    texts = {name: list((init.prompts or {}).get(name, [])) for name in recipe.expert_names}
+    for name in texts:
+        if (path := (init.text or {}).get(name)) is None:
+            continue
+        file = recipe.folder / path
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            kind = type(error).__name__
+            raise RecipeError(f"router_init.text: {file} cannot be read ({kind}): check the path") from None
+        if not text.strip():
+            raise RecipeError(f"router_init.text: {file} is empty: put text typical of {name!r} there")
+        texts[name].append(text[:LONG])  # MAX_TOKENS are far fewer; a tokenizer would take all of a large file
+    return texts
 
 
 def hidden_state_routers(
@@ -46,14 +58,8 @@ def hidden_state_routers(
 ) -> tuple[dict[str, Expression], list[str]]:
     """Routers [E, D] of every layer, by output name, and notes for the user.
 
-    Args:
-        recipe: says which routers there are, and how long their rows.
-        seed_index: the seed, which is loaded in fp32 and run on the texts.
-        texts: of every expert, one or more.
-
-    Raises:
-        RecipeError: the seed has no tokenizer without code of its own.
-        CheckpointError: the seed cannot be loaded.
+    The seed is loaded in fp32 and run on the texts, one or more of every expert. Raises RecipeError if it has no
+    tokenizer that loads without code of its own, CheckpointError if it cannot be loaded.
     """
     import torch
 
@@ -114,6 +120,8 @@ class _Watched:
 def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, _Watched]:
     """By the routers' output names. A router reads what attention or FFN reads; where the norm before them is folded,
     that norm has a gain of 1 in the mixture, and so it has here."""
+    import torch
+
     family = seed.family
     folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
     readers = {
@@ -125,30 +133,19 @@ def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, _Watche
         ffn=recipe.ffn == "experts",
         shared=recipe.routing.shared,
     )
-    found = {}
+    watched = {}
     for layer in range(seed.dims.num_layers):
         path = f"{family.layers}.{layer}"
         block = model.get_submodule(path)
         for kind, router in routers.items():
             reader, norm = readers[kind]
+            bare = None
             if norm in folded:
-                place = _Watched(
-                    block.get_submodule(norm), _without_gain(block.get_submodule(norm), family.gain_offset)
-                )
-            else:
-                place = _Watched(block.get_submodule(reader))
-            found[f"model.{path}.{router}"] = place
-    return found
-
-
-def _without_gain(norm: Any, gain_offset: float) -> Any:
-    """A copy of a norm, with a gain of 1."""
-    import torch
-
-    bare = copy.deepcopy(norm)
-    with torch.no_grad():
-        bare.weight.fill_(1.0 - gain_offset)
-    return bare
+                bare = copy.deepcopy(block.get_submodule(norm))
+                with torch.no_grad():
+                    bare.weight.fill_(1.0 - family.gain_offset)  # a gain of 1
+            watched[f"model.{path}.{router}"] = _Watched(block.get_submodule(reader if bare is None else norm), bare)
+    return watched
 
 
 @contextmanager
@@ -175,19 +172,3 @@ def _mean_inputs(watched: dict[str, _Watched]) -> Iterator[dict[str, Any]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _texts(recipe: Recipe, name: str) -> Iterator[str]:
-    yield from (recipe.router_init.prompts or {}).get(name, [])
-    path = (recipe.router_init.text or {}).get(name)
-    if path is not None:
-        file = recipe.folder / path
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"router_init.text: {file} cannot be read ({type(error).__name__}): check the path"
-            ) from None
-        if not text.strip():
-            raise RecipeError(f"router_init.text: {file} is empty: put text typical of {name!r} there")
-        yield text[:LONG]  # MAX_TOKENS are far fewer; a tokenizer would take all of a large file into memory

@@ -20,6 +20,8 @@ from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 
 Role = Literal["q", "k", "v", "o"]
 Kind = Literal["weight", "bias"]
+ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
+KINDS: tuple[Kind, ...] = ("weight", "bias")
 
 # Buffers that old checkpoints store and today's classes compute.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|embed_positions)$")
@@ -29,6 +31,11 @@ SAME_SEED = "experts must have grown from one seed"
 
 FFN_NAMES = {True: ("gate_proj", "up_proj", "down_proj"), False: ("in_proj", "down_proj")}
 """On-disk names of an expert's matrices, for gated and for plain FFNs."""
+
+
+def who(name: str) -> str:
+    """What messages call the seed, or an expert of this name."""
+    return "seed" if name == "seed" else f"expert {name!r}"
 
 
 class ExpertSource(ABC):
@@ -104,9 +111,8 @@ class DenseExpert(ExpertSource):
     def ffn(self, layer: int) -> dict[str, Expression]:
         family, block = self.family, self._block(layer)
         gain = self._gain(layer, family.ffn_input_norm)
-        found: dict[str, Expression] = {}
-        kinds: tuple[Kind, ...] = ("weight", "bias")
-        for kind in kinds:
+        tensors: dict[str, Expression] = {}
+        for kind in KINDS:
             firsts: dict[str, Expression | None] = {}
             if family.fused_gate_up is not None:
                 fused = self._matrix(f"{block}.{family.fused_gate_up}", kind)
@@ -122,21 +128,16 @@ class DenseExpert(ExpertSource):
                 firsts = {"in_proj": self._matrix(f"{block}.{family.up}", kind)}
             for name, first in firsts.items():
                 if first is not None:
-                    found[f"{name}.{kind}"] = self._folded(first, gain if kind == "weight" else None)
+                    tensors[f"{name}.{kind}"] = self._folded(first, gain if kind == "weight" else None)
             down = self._matrix(f"{block}.{family.down}", kind)
             if down is not None:
-                found[f"down_proj.{kind}"] = down
-        return found
+                tensors[f"down_proj.{kind}"] = down
+        return tensors
 
     def expert_tensors(self, attention: bool, ffn: bool) -> set[str]:
         """Names of this checkpoint's tensors that belong to experts, in every layer."""
         family = self.family
-        below = []
-        if attention:
-            below.append(family.attention)
-        if ffn:
-            below += [path for path in (family.ffn, family.up, family.down) if path]
-        pattern = inside(family, below)
+        pattern = inside(family, [family.attention] * attention + [family.ffn, family.up, family.down] * ffn)
         return {name for name in self.tensors if pattern.match(name)}
 
     def expected_tensors(self, layer: int) -> Iterator[str]:
@@ -219,12 +220,10 @@ class MixtureExpert(ExpertSource):
     def _spans(self, role: Role) -> tuple[tuple[int, int], ...]:
         """This expert's rows of wide q, k or v, or its columns of wide o."""
         num_heads, num_kv_heads, size = self.dims.num_heads, self.dims.num_kv_heads, self.dims.head_dim
-        if role in ("k", "v"):
-            width = num_kv_heads * size
-            return ((0, width),) if self.kv_sharing else ((self.number * width, (self.number + 1) * width),)
-        if not self.kv_sharing:
-            width = num_heads * size
-            return ((self.number * width, (self.number + 1) * width),)
+        if role in ("k", "v") or not self.kv_sharing:
+            width = (num_kv_heads if role in ("k", "v") else num_heads) * size
+            start = 0 if self.kv_sharing else self.number * width
+            return ((start, start + width),)
         group = num_heads // num_kv_heads * size
         starts = [(kv * self.num_experts + self.number) * group for kv in range(num_kv_heads)]
         return tuple((start, start + group) for start in starts)

@@ -6,11 +6,12 @@ Reads configs and safetensors headers, no weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from branchmix.accounting.formulas import max_positions
+from branchmix.accounting.formulas import configured_positions
 from branchmix.accounting.inspection import too_few_parameters
 from branchmix.accounting.shape import FACTS
+from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.families import is_head
 from branchmix.checkpoint.unfit import transformers_knows
 from branchmix.errors import CheckpointError
@@ -23,7 +24,7 @@ POSITION_TABLES = ("wpe", "embed_positions")
 
 
 def contradictions(model: DenseExpert) -> Iterator[str]:
-    """Sizes in config.json that the weights do not have: no other size of this config is to be believed."""
+    """Sizes in config.json that the weights do not have: then no other size of this config can be trusted."""
     together = "config and weights do not belong together, download or save both again"
     stored, said = len(_stored_layers(model)), model.dims.num_layers
     extra = model.index.config.get("num_nextn_predict_layers")
@@ -38,22 +39,25 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
         return
     dims = model.dims
     yield from _rows_unlike_config(model)
+    width, query, shared = dims.hidden_size, dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
     wanted: dict[Role, tuple[int, int]] = {
-        "q": (dims.num_heads * dims.head_dim, dims.hidden_size),
-        "k": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
-        "v": (dims.num_kv_heads * dims.head_dim, dims.hidden_size),
-        "o": (dims.hidden_size, dims.num_heads * dims.head_dim),
+        "q": (query, width),
+        "k": (shared, width),
+        "v": (shared, width),
+        "o": (width, query),
     }
+    matrices: list[tuple[str, Expression | None, tuple[int, int]]] = []
     try:
-        for role, shape in wanted.items():
-            part = model.attention(0, role, "weight")
-            if part is not None and tuple(part.shape) != shape:
-                yield _misshapen(role, part.shape, shape) + together
+        matrices += [(role, model.attention(0, role, "weight"), shape) for role, shape in wanted.items()]
     except AssertionError:
         yield f"the fused projection of layer 0 is smaller than config.json's head counts ask for: {together}"
-    down = model.ffn(0).get("down_proj.weight")
-    if down is not None and tuple(down.shape) != (dims.hidden_size, dims.intermediate_size):
-        yield _misshapen("down", down.shape, (dims.hidden_size, dims.intermediate_size)) + together
+    matrices.append(("down", model.ffn(0).get("down_proj.weight"), (width, dims.intermediate_size)))
+    for name, part, shape in matrices:
+        if part is not None and tuple(part.shape) != shape:
+            yield (
+                f"the {name} projection of layer 0 has shape {list(part.shape)}, but by config.json it should be "
+                f"{list(shape)}: {together}"
+            )
 
 
 def _rows_unlike_config(model: DenseExpert) -> Iterator[str]:
@@ -66,7 +70,7 @@ def _rows_unlike_config(model: DenseExpert) -> Iterator[str]:
         module = name.rpartition(".")[0]
         rows, said, what = ref.shape[0], None, "vocab_size is"
         if module.endswith(POSITION_TABLES) and extra is not None:
-            rows, said, what = rows - extra, max_positions(model.index.config), "the positions are"
+            rows, said, what = rows - extra, configured_positions(model.index.config), "the positions are"
         elif is_head(name) or module.endswith(TOKEN_TABLES):
             said = model.dims.vocab_size
         if said is not None and rows != said:
@@ -97,15 +101,11 @@ def incompleteness(model: DenseExpert) -> Iterator[str]:
             yield f"the final norm is missing: {again}"
         return
     try:
-        found = too_few_parameters(model.index)
+        lacking = too_few_parameters(model.index)
     except CheckpointError as error:
-        found = str(error)
-    if found:
-        yield f"{found}: {again}"
-
-
-def _misshapen(role: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
-    return f"the {role} projection of layer 0 has shape {list(shape)}, but by config.json it should be {list(wanted)}: "
+        lacking = str(error)
+    if lacking:
+        yield f"{lacking}: {again}"
 
 
 def structure_problems(model: DenseExpert) -> Iterator[str]:
@@ -183,7 +183,7 @@ def unplaced_tensors(model: DenseExpert) -> set[str]:
 
 
 def undescribed_tensors(model: DenseExpert) -> list[str]:
-    """Tensors that are no part of a family's model: of a vision part, of heads for further tokens, of a value head.
+    """Tensors outside a family's model: of a vision part, of heads for further tokens, of a value head.
 
     What a family has beside attention and FFN is no deeper than a module of a block, or one beside the blocks.
     """

@@ -24,15 +24,11 @@ class TokenizerComparison:
 
     @property
     def size(self) -> int | None:
-        """Highest token id + 1, where the vocabulary can be read.
-
-        Raises:
-            CheckpointError: it is damaged.
-        """
-        found = None if self.folder is None else token_ids(self.folder)
-        if self.folder is None or found is None:
+        """Highest token id + 1, where the vocabulary can be read; raises CheckpointError if it is damaged."""
+        stored = None if self.folder is None else token_ids(self.folder)
+        if self.folder is None or stored is None:
             return None
-        return max(_as_loaded(self.folder, found).ids.values(), default=-1) + 1
+        return max(_as_loaded(self.folder, stored).ids.values(), default=-1) + 1
 
 
 def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
@@ -71,9 +67,8 @@ def _same_vocabulary(ours: Path, theirs: Path) -> bool:
 
 def _compare_bytes(mine: Path, other: Path) -> TokenizerComparison:
     if mine.name != other.name:
-        return TokenizerComparison(
-            same=False, note=f"tokenizers are stored differently ({other.name} beside {mine.name}): not compared"
-        )
+        note = f"tokenizers are stored differently ({other.name} beside {mine.name}): not compared"
+        return TokenizerComparison(same=False, note=note)
     if mine.read_bytes() != other.read_bytes():
         problem = f"{mine.name} is not the seed's: token ids mean different text, {SAME_SEED}"
         return TokenizerComparison(same=False, problem=problem)
@@ -87,34 +82,28 @@ def _compare_ids(
         first, second = _as_loaded(ours, first), _as_loaded(theirs, second)
     if first.ids != second.ids:
         text = next(token for token in {**first.ids, **second.ids} if first.ids.get(token) != second.ids.get(token))
-        return TokenizerComparison(
-            same=False,
-            problem=(
-                f"its tokenizer is not the seed's: token {text!r} is {_id(second.ids, text)}, in the seed's it is "
-                f"{_id(first.ids, text)}: averaged embeddings would mix different tokens, {SAME_SEED}"
-            ),
+        mine, other = (f"id {ids[text]}" if text in ids else "absent" for ids in (first.ids, second.ids))
+        problem = (
+            f"its tokenizer is not the seed's: token {text!r} is {other}, in the seed's it is {mine}: averaged "
+            f"embeddings would mix different tokens, {SAME_SEED}"
         )
+        return TokenizerComparison(same=False, problem=problem)
     if stored_alike and first.merges != second.merges:
-        return TokenizerComparison(
-            same=False, problem=f"its tokenizer has the seed's tokens but other merge rules: {SAME_SEED}"
-        )
+        problem = f"its tokenizer has the seed's tokens but other merge rules: {SAME_SEED}"
+        return TokenizerComparison(same=False, problem=problem)
     return TokenizerComparison(same=True, folder=ours)
 
 
-def _as_loaded(folder: Path, found: TokenIds) -> TokenIds:
+def _as_loaded(folder: Path, stored: TokenIds) -> TokenIds:
     """The ids of the loaded tokenizer, where those in its files contradict one another.
 
     Loading costs seconds, and is not possible for every tokenizer; then the files count.
     """
-    if found.agreed:
-        return found
+    if stored.agreed:
+        return stored
     from branchmix.likelihood.loading import load_tokenizer
 
     try:
-        return replace(found, ids=dict(load_tokenizer(folder).get_vocab()))
+        return replace(stored, ids=dict(load_tokenizer(folder).get_vocab()))
     except CheckpointError:
-        return found
-
-
-def _id(ids: dict[str, int], token: str) -> str:
-    return f"id {ids[token]}" if token in ids else "absent"
+        return stored

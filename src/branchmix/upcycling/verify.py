@@ -23,6 +23,7 @@ from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
 from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
+from branchmix.upcycling.config_match import transformers_config
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, fused_rows
@@ -32,18 +33,15 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Greatest difference of logits that passes, as a share of the greatest logit; fp32 gives 1e-6 to 1e-5."""
-
 FOLDED_TOLERANCE = 2e-2
 """The same where norm gains were folded into 16-bit matrices, which rounds every weight once more."""
 
 _WORK = 4e12
-"""Bytes of weights times tokens: a minute on a few cores. A longer text is left out, whatever it would show."""
-
+"""Bytes of weights times tokens: a minute on a few cores. Longer texts are not computed, whatever they would show."""
 _LOGITS = 1 << 27
 """Greatest number of logits of a text, 512 MB."""
-
 _BEYOND = 8
-"""Tokens behind a boundary that the text passes."""
+"""Tokens of the text after a boundary."""
 
 SAMPLE = (
     "The court held that the licence was valid, and the defendant appealed. def area(radius): return math.pi * radius "
@@ -61,7 +59,6 @@ class ExpertCheck:
     greatest_logit: float
     skipped: str | None = None
     """Why the expert could not be compared."""
-
     tolerance: float = TOLERANCE
     """Greatest difference that passes, as a share of the greatest logit."""
 
@@ -102,12 +99,7 @@ class Verification:
 
 
 def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int], None] | None = None) -> Verification:
-    """Check a folder just written against its plan.
-
-    Args:
-        plan: what was to be written.
-        folder: where it was written.
-        progress: called with the step's name, steps done and steps in all.
+    """Check a folder just written against its plan; ``progress`` gets the step's name, steps done and steps in all.
 
     Raises:
         VerificationError: the first thing that is wrong.
@@ -118,13 +110,12 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
     if plan.is_dense:
         return Verification(compared, nbytes, averages, (), 0)
     checks, tokens = _compare_logits(plan, folder, index, progress)
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        worst = failed[0]
-        raise VerificationError(
-            f"{folder.name}: with the gates on expert {worst.name!r} its logits differ from the dense model's by "
-            f"{worst.difference:.3g} (greatest logit {worst.greatest_logit:.3g}): the mixture is not its experts"
-        )
+    for check in checks:
+        if not check.passed:
+            raise VerificationError(
+                f"{folder.name}: with the gates on expert {check.name!r} its logits differ from the dense model's by "
+                f"{check.difference:.3g} (greatest logit {check.greatest_logit:.3g}): the mixture is not its experts"
+            )
     return Verification(compared, nbytes, averages, tuple(checks), tokens, bool(plan.lossless))
 
 
@@ -208,15 +199,23 @@ def _compare_logits(
             theirs = dense(tokens).logits
         del dense
         gc.collect()
-        difference, greatest = float((ours - theirs).abs().max()), float(theirs.abs().max())
-        checks.append(ExpertCheck(expert.name, difference, greatest, tolerance=_tolerance(plan, expert)))
+        # A folded gain times a weight is rounded to the output's dtype; dense model i multiplies them in fp32.
+        rounded = expert.fold_norms and plan.config["dtype"] != "float32"
+        tolerance = FOLDED_TOLERANCE if rounded else TOLERANCE
+        checks.append(ExpertCheck(expert.name, *difference_of(ours, theirs), tolerance=tolerance))
     return checks, tokens.shape[1]
 
 
-def _tolerance(plan: Plan, expert: DenseExpert) -> float:
-    """A folded gain times a weight is rounded to the output's dtype; dense model i multiplies them in fp32."""
-    rounded = expert.fold_norms and plan.config["dtype"] != "float32"
-    return FOLDED_TOLERANCE if rounded else TOLERANCE
+def difference_of(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+    """Greatest absolute difference of two tensors of logits, and the greatest absolute value of the second."""
+    return float((ours - theirs).abs().max()), float(theirs.abs().max())
+
+
+def refuse_strangers(model: Any, info: dict[str, Any], name: str) -> None:
+    """Raises VerificationError if loading a model (with ``output_loading_info``) left tensors over, or lacked some."""
+    strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
+    if strangers:
+        raise VerificationError(f"{name}: {strangers[0]} has no counterpart in {type(model).__name__}")
 
 
 def _not_comparable(plan: Plan, expert: DenseExpert) -> str | None:
@@ -230,12 +229,7 @@ def _not_comparable(plan: Plan, expert: DenseExpert) -> str | None:
 
 @contextmanager
 def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
-    """Every router of a mixture sends everything to one expert, with a gate of 1.
-
-    Args:
-        mixture: a BranchMix model.
-        number: the expert's row.
-    """
+    """Every router of a BranchMix model sends everything to the expert of this row, with a gate of 1."""
     import torch
 
     from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
@@ -270,17 +264,13 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
     """The expert's own config, in its class; of the seed's only what belongs to an averaged trunk."""
-    from transformers import PreTrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
     assert isinstance(expert, DenseExpert), "only an upcycling is verified"
     of_trunk = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
     not_computed = ("torch_dtype", "dtype", "auto_map", "attn_implementation", "quantization_config")
     config = {key: value for key, value in expert.index.config.items() if key not in (*of_trunk, *not_computed)}
     trunk = expert.index.config if plan.lossless else plan.config["seed_config"]
     config |= {key: value for key, value in trunk.items() if key in of_trunk}
-    # config.json spells infinity as a mapping, as Granite's hybrids have it.
-    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(PreTrainedConfig._decode_special_floats(config)))
+    return transformers_config(config)
 
 
 def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
@@ -306,9 +296,7 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].from_pretrained(
         None, config=dense_config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
-    strangers = [*info["missing_keys"], *info["unexpected_keys"]]
-    if strangers:
-        raise VerificationError(f"{expert.name}: {sorted(strangers)[0]} has no counterpart in the dense model")
+    refuse_strangers(model, info, expert.name)
     return model.eval()
 
 
@@ -359,11 +347,10 @@ def _tensor(source: Expression) -> Any:
 
 
 def sample_length(configs: Sequence[Any], affordable: int) -> tuple[int, int | None]:
-    """Tokens that show what configs do differently late in a text: the least number of them, and the greatest allowed.
+    """Tokens that reach what transformers' configs do differently late in a text, and the most that they allow.
 
-    Args:
-        configs: transformers' configs. Windows, and lengths at which a rotary scaling changes, are passed.
-        affordable: greatest number of tokens that can be computed; what comes later is not looked at.
+    The text reaches beyond sliding windows and the lengths at which a rotary scaling changes, if so many tokens are
+    ``affordable``.
     """
     passed, positions = [0], []
     for config in configs:
@@ -381,47 +368,29 @@ def sample_length(configs: Sequence[Any], affordable: int) -> tuple[int, int | N
 
 
 def sample_tokens(folder: Path, vocab_size: int, *, least: int = 0, most: int | None = None) -> Any:
-    """[1, T]: the sample text through the model's tokenizer, or random ids where it has none that works.
+    """[1, T]: the sample text through a model's tokenizer, or random ids where it has none that works.
 
-    Args:
-        folder: of the model.
-        vocab_size: rows of its embeddings.
-        least: random ids are appended until T is this.
-        most: T is cut to this.
+    Random ids are appended until T is ``least``, and T is cut to ``most``.
     """
     import torch
+
+    from branchmix.likelihood.loading import load_tokenizer
 
     generator = torch.Generator().manual_seed(0)
 
     def random(length: int) -> Any:
         return torch.randint(0, vocab_size, (1, length), generator=generator)
 
-    tokens = _sample_text(folder, vocab_size)
-    tokens = random(48) if tokens is None else tokens
-    return torch.cat([tokens, random(max(0, least - tokens.shape[1]))], dim=1)[:, :most]
-
-
-def _sample_text(folder: Path, vocab_size: int) -> Any:
-    import torch
-
-    from branchmix.likelihood.loading import load_tokenizer
-
+    ids_T: list[int] = []
     if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
         with suppress(Exception):  # a broken one: weights are compared here, and any ids will do
             ids_T = load_tokenizer(folder)(SAMPLE).input_ids
-            if ids_T and max(ids_T) < vocab_size:
-                return torch.tensor([ids_T])
-    return None
+    tokens = torch.tensor([ids_T]) if ids_T and max(ids_T) < vocab_size else random(48)
+    return torch.cat([tokens, random(max(0, least - tokens.shape[1]))], dim=1)[:, :most]
 
 
 def require_memory(need: int, what: str, otherwise: str) -> None:
-    """Refuse what would need more memory than is free, where the system tells.
-
-    Args:
-        need: bytes.
-        what: needs them, for the error.
-        otherwise: what else to do.
-    """
+    """Raises VerificationError where ``what`` needs more bytes of memory than the system says are free."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from branchmix.checkpoint import drawn, numbers
 from branchmix.checkpoint import expressions as ex
+from branchmix.checkpoint import generated_tensors, numbers
 from branchmix.checkpoint.index import TensorRef, read_header
 from branchmix.errors import CheckpointError
 
@@ -283,33 +283,33 @@ def test_dtypes_without_arithmetic_are_refused(store):
 
 
 def test_normal_depends_on_seed_and_key_only():
-    draw = drawn.Normal((300, 401), 0.02, seed=1, key="router", dtype="F32")
+    draw = generated_tensors.Normal((300, 401), 0.02, seed=1, key="router", dtype="F32")
     first = value(draw)
     assert first.std().item() == pytest.approx(0.02, rel=0.01)
     assert abs(first.mean().item()) < 3e-4
     assert (first / 0.02).pow(4).mean().item() == pytest.approx(3.0, rel=0.05)
-    assert same(value(drawn.Normal((300, 401), 0.02, 1, "router", "F32")), first)
+    assert same(value(generated_tensors.Normal((300, 401), 0.02, 1, "router", "F32")), first)
     for other in (
-        drawn.Normal((300, 401), 0.02, 2, "router", "F32"),
-        drawn.Normal((300, 401), 0.02, 1, "routes", "F32"),
+        generated_tensors.Normal((300, 401), 0.02, 2, "router", "F32"),
+        generated_tensors.Normal((300, 401), 0.02, 1, "routes", "F32"),
     ):
         correlation = torch.corrcoef(torch.stack([first.flatten(), value(other).flatten()]))[0, 1].item()
         assert abs(correlation) < 0.02
-    assert same(value(drawn.Normal((300, 401), 0.02, 1, "router", "BF16")), first.bfloat16())
+    assert same(value(generated_tensors.Normal((300, 401), 0.02, 1, "router", "BF16")), first.bfloat16())
     flat = first.flatten()
     assert abs(torch.corrcoef(torch.stack([flat[:50_000], flat[65_536 : 65_536 + 50_000]]))[0, 1].item()) < 0.02
 
 
 def test_constant():
-    assert same(value(drawn.Constant((3, 4), 0.5, "BF16")), torch.full((3, 4), 0.5, dtype=torch.bfloat16))
-    assert same(value(drawn.Constant((), 7, "I64")), torch.tensor(7))
+    assert same(value(generated_tensors.Constant((3, 4), 0.5, "BF16")), torch.full((3, 4), 0.5, dtype=torch.bfloat16))
+    assert same(value(generated_tensors.Constant((), 7, "I64")), torch.tensor(7))
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_partly_redrawn(store, axis, dtype):
     tensor = (torch.randn(200, 300) * torch.linspace(1, 9, 200)[:, None] + 3).to(dtype)
-    redrawn = drawn.PartlyRedrawn(store(tensor), 0.5, seed=3, key="up", index_key="expert 1", axis=axis)
+    redrawn = generated_tensors.PartlyRedrawn(store(tensor), 0.5, seed=3, key="up", index_key="expert 1", axis=axis)
     chosen = torch.from_numpy(redrawn.indices)
     assert len(chosen) == len(set(chosen.tolist())) == tensor.shape[axis] // 2
     found = value(redrawn)
@@ -325,16 +325,16 @@ def test_redrawn_indices_are_shared_within_an_expert_and_differ_between(store):
     up, down = store(torch.randn(64, 16)), store(torch.randn(16, 64))
 
     def indices(part, axis, index_key, key):
-        return drawn.PartlyRedrawn(part, 0.25, 0, key, index_key, axis).indices.tolist()
+        return generated_tensors.PartlyRedrawn(part, 0.25, 0, key, index_key, axis).indices.tolist()
 
     assert indices(up, 0, "e0", "gate") == indices(up, 0, "e0", "up") == indices(down, 1, "e0", "down")
     assert indices(up, 0, "e0", "up") != indices(up, 0, "e1", "up")
-    nothing = drawn.PartlyRedrawn(up, 0.0, 0, "up", "e0", 0)
+    nothing = generated_tensors.PartlyRedrawn(up, 0.0, 0, "up", "e0", 0)
     assert nothing.ranges() == up.ranges()
     assert same(value(nothing), value(up))
-    everything = drawn.PartlyRedrawn(up, 1.0, 0, "up", "e0", 0)
+    everything = generated_tensors.PartlyRedrawn(up, 1.0, 0, "up", "e0", 0)
     assert not (value(everything) == value(up)).any()
-    bias = drawn.PartlyRedrawn(store(torch.randn(64)), 0.25, 0, "bias", "e0", 0)
+    bias = generated_tensors.PartlyRedrawn(store(torch.randn(64)), 0.25, 0, "bias", "e0", 0)
     assert bias.indices.tolist() == indices(up, 0, "e0", "up")
     value(bias)
 

@@ -1,4 +1,4 @@
-"""Experts in and out of an existing mixture: what stays is copied, routers keep the rows of the experts that stay."""
+"""Add experts to a mixture or remove them: what stays is copied, routers keep the rows of the experts that stay."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.drawn import Normal
 from branchmix.checkpoint.expressions import Expression, Source, Stack
 from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
+from branchmix.checkpoint.generated_tensors import Normal
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.index import CheckpointIndex
@@ -51,7 +51,7 @@ def add_expert(
     check: bool = True,
     progress: Progress | None = None,
 ) -> UpcycleReport:
-    """A mixture with one more expert; everything that is not an expert stays as it is.
+    """A mixture with one more expert; everything that is not an expert stays unchanged.
 
     Args:
         model: the mixture.
@@ -68,20 +68,20 @@ def add_expert(
 
     Raises:
         CompatibilityError: the expert does not fit the mixture; with all problems.
-        RecipeError: the name is taken, or is no name; or the routers' new rows cannot be drawn so.
+        RecipeError: the name is taken or not valid, or so are the settings of the routers' new rows.
     """
     start = time.perf_counter()
     parse(Expert, {"name": name, "model": str(expert)}, f"{name}={expert}")
-    mixture = _Opened(str(model))
+    mixture = _EditedMixture(str(model), otherwise="use upcycle")
     std = router_std if router_std is not None else mixture.config.get("initializer_range", 0.02)
     parse(RouterInit, {"std": std, "seed": router_seed}, "router_std and router_seed")
     if name in mixture.names:
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
-    found = resolve(str(expert))
-    newcomer = open_expert(name, CheckpointIndex.open(found.folder))
-    check_result = check_newcomer(mixture.index, mixture.config, newcomer)
-    if check_result.problems:
-        raise CompatibilityError(check_result.problems)
+    dense = resolve(str(expert))
+    newcomer = open_expert(name, CheckpointIndex.open(dense.folder))
+    findings = check_newcomer(mixture.index, mixture.config, newcomer)
+    if findings.problems:
+        raise CompatibilityError(findings.problems)
     require_buildable([(name, newcomer.index)])
     newcomer = with_folded_norms(newcomer, mixture.config.get("folded_norms") or ())
     config, notes = mixture.resized([*mixture.names, name])
@@ -95,13 +95,13 @@ def add_expert(
         return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", rows[0].dtype)))
 
     lossless = mixture.lossless and mixture.shares_trunk_with(newcomer)
-    plan = mixture.plan([*mixture.experts, newcomer], config, router, [*check_result.notes, *notes], lossless)
-    added = Sourced(name, found, newcomer.index)
+    plan = mixture.plan([*mixture.experts, newcomer], config, router, [*findings.notes, *notes], lossless)
+    added = Sourced(name, dense, newcomer.index)
 
     def step(hashes: FileHashes) -> dict[str, Any]:
         return {"added": {"expert": describe([added], hashes)[0], "router_std": std, "router_seed": router_seed}}
 
-    return mixture.write(plan, Path(out), step, [newcomer.index], start, dry_run, force, check, progress)
+    return mixture.write(plan, Path(out), step, start, dry_run, force, check, progress)
 
 
 def remove_expert(
@@ -129,7 +129,7 @@ def remove_expert(
         RecipeError: there is no such expert, or fewer than two would be left.
     """
     start = time.perf_counter()
-    mixture = _Opened(str(model))
+    mixture = _EditedMixture(str(model), otherwise="use upcycle")
     if name not in mixture.names:
         raise RecipeError(
             f"{model}: has no expert {name!r}{nearest(name, mixture.names)}; it has {', '.join(mixture.names)}"
@@ -144,15 +144,19 @@ def remove_expert(
         config["expert_rope_parameters"] = None if as_the_seed else ropes
         config["layout"] = layout_of(mixture.family, per_expert_rotary=not as_the_seed)
     plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), notes, mixture.lossless)
-    return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, [], start, dry_run, force, check, progress)
+    return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, start, dry_run, force, check, progress)
 
 
-class _Opened(OpenedMixture):
+Router = Callable[[str, list[Expression]], Expression]
+"""From a router's name and the rows of the experts that stay to the new router."""
+
+
+class _EditedMixture(OpenedMixture):
     """An existing mixture, ready to be rebuilt with other experts."""
 
-    def __init__(self, given: str):
-        super().__init__(given, otherwise="use upcycle")
-        self.lossless: bool = self.provenance().get("lossless") is True
+    @property
+    def lossless(self) -> bool:
+        return self.provenance().get("lossless") is True
 
     def shares_trunk_with(self, newcomer: DenseExpert) -> bool:
         """Whether everything that is not an expert's is the same in the mixture and in a dense model."""
@@ -193,82 +197,50 @@ class _Opened(OpenedMixture):
         if self.has_ffn_experts and not recipe:
             if old_k == old and top_k != new:
                 notes.append(
-                    f"each token still goes to {top_k} FFN experts, now of {new}: no recipe tells whether routing was "
+                    f"each token still goes to {top_k} FFN experts, now of {new}: no recipe says whether routing was "
                     f"soft; if so, set num_experts_per_tok to {new} in config.json"
                 )
             if is_n_over_k and scaling != 1.0:
                 notes.append(
-                    f"routed_scaling_factor stays {scaling:g}: no recipe tells whether it was auto (N / k); if so, set "
+                    f"routed_scaling_factor stays {scaling:g}: no recipe says whether it was auto (N / k); if so, set "
                     f"it to {new / top_k:g} in config.json"
                 )
         return config, notes
 
     def plan(
-        self,
-        experts: Sequence[ExpertSource],
-        config: Config,
-        router: Callable[[str, list[Expression]], Expression],
-        notes: Sequence[str],
-        lossless: bool,
+        self, experts: Sequence[ExpertSource], config: Config, router: Router, notes: Sequence[str], lossless: bool
     ) -> Plan:
-        """All tensors again, with these experts.
-
-        Args:
-            experts: in the new order of the routers' rows.
-            config: of the output.
-            router: from a router's name and the staying experts' rows to the new router.
-            notes: for the user.
-            lossless: as in ``Plan``.
-        """
-        tensors = tuple(self._tensors(experts, router))
+        """All tensors again, with these experts in the new order of the routers' rows."""
+        tensors = tuple(OutputTensor(name, cast(part, self.dtype)) for name, part in self._tensors(experts, router))
         groups = tuple(group_tensors(tensors, self.family))
         return Plan(tensors, config, tuple(notes), tuple(experts), groups, lossless)
 
-    def _tensors(
-        self, experts: Sequence[ExpertSource], router: Callable[[str, list[Expression]], Expression]
-    ) -> Iterator[OutputTensor]:
+    def _tensors(self, experts: Sequence[ExpertSource], router: Router) -> Iterator[tuple[str, Expression]]:
         family = self.family
         staying = [expert for expert in experts if isinstance(expert, MixtureExpert)]
         for layer in range(self.dims.num_layers):
             block = f"model.{family.layers}.{layer}"
             if self.has_attention_experts:
-                module = f"{block}.{family.attention}"
                 kv_sharing = self.config["attention"] == "kv_sharing"
-                for name, part in attention_tensors(
-                    experts,
-                    layer,
-                    dtype=self.dtype,
-                    kv_sharing=kv_sharing,
-                    kv_models=staying[:1],
-                    kv_weights=[1.0],
-                ):
-                    yield self._out(f"{module}.{name}", part)
+                shared = {"kv_sharing": kv_sharing, "kv_models": staying[:1], "kv_weights": [1.0]}
+                for name, part in attention_tensors(experts, layer, dtype=self.dtype, **shared):
+                    yield f"{block}.{family.attention}.{name}", part
             if self.has_ffn_experts:
-                module = f"{block}.{family.ffn}"
                 for name, part in ffn_tensors(experts, layer):
-                    yield self._out(f"{module}.{name}", part)
-            for name in self.shape.routers.values():
-                yield self._router(f"{block}.{name}", staying, router)
+                    yield f"{block}.{family.ffn}.{name}", part
+            for name in (f"{block}.{below}" for below in self.shape.routers.values()):
+                yield name, router(name, [expert.router_row(name) for expert in staying])
         modules = [family.attention] * self.has_attention_experts + [family.ffn] * self.has_ffn_experts
         of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
             if not of_experts.match(name):
-                yield self._out(name, Source(ref))
-
-    def _router(
-        self, name: str, staying: Sequence[MixtureExpert], router: Callable[[str, list[Expression]], Expression]
-    ) -> OutputTensor:
-        return self._out(name, router(name, [expert.router_row(name) for expert in staying]))
-
-    def _out(self, name: str, part: Expression) -> OutputTensor:
-        return OutputTensor(name, cast(part, self.dtype))
+                yield name, Source(ref)
 
     def write(
         self,
         plan: Plan,
         out: Path,
         step: Callable[[FileHashes], dict[str, Any]],
-        inputs: Sequence[CheckpointIndex],
         start: float,
         dry_run: bool,
         force: bool,
@@ -276,16 +248,16 @@ class _Opened(OpenedMixture):
         progress: Progress | None,
     ) -> UpcycleReport:
         """Write the changed mixture; its provenance is the old one and this step."""
-        refuse_overlap(out, [self.resolved.folder, *(index.folder for index in inputs)], force=force)
+        added = [expert for expert in plan.sources if isinstance(expert, DenseExpert)]
+        named = [(expert.name, expert.index.folder) for expert in added]
+        refuse_overlap(out, [self.resolved.folder, *(folder for _, folder in named)], force=force)
         written = None
         if not dry_run:
             require_space(out, plan)
             # As many files as before, and one more when the last is full; a single file grows to the usual size.
             largest = max(file.stat().st_size for file in self.index.files)
             shard_bytes = largest if len(self.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
-            files = [file for index in inputs for file in index.files]
-            added = [expert for expert in plan.sources if isinstance(expert, DenseExpert)]
-            named = [(expert.name, expert.index.folder) for expert in added]
+            files = [file for expert in added for file in expert.index.files]
             with atomic_folder(out, force=force) as folder, FileHashes(files) as hashes, naming_sources(named):
 
                 def provenance() -> dict[str, Any]:
@@ -296,6 +268,3 @@ class _Opened(OpenedMixture):
                     plan, folder, self.resolved.folder, provenance, shard_bytes, check=check, progress=progress
                 )
         return UpcycleReport(out, plan, written, None, time.perf_counter() - start)
-
-
-__all__ = ["add_expert", "remove_expert"]

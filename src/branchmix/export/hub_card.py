@@ -1,6 +1,6 @@
 """The model card of an upload: sources with their licences, recipe, training, accounting, evaluation.
 
-Paths of this machine stay here: a local source is called by its folder's name.
+Local paths are not published: a local source is called by its folder's name.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from branchmix.accounting import inspect
 from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.unfit import has_experts
 from branchmix.errors import BranchMixError, RecipeError
-from branchmix.upcycling.card import front_matter, history, method_of, source_table, sources_of, usage
+from branchmix.upcycling.model_card import front_matter, history, method_of, source_table, sources_of, usage
 
 UNKNOWN = "unknown"
 
 
 def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The provenance with local folders by their last name; Hub ids stay.
-
-    Args:
-        provenance: of ``branchmix.json``.
-    """
+    """The content of ``branchmix.json`` with local folders by their last name; Hub ids stay."""
     kept = {source["model"] for source in sources_of(provenance).values() if source.get("revision")}
 
     def clean(value: Any, above: str = "", key: str = "") -> Any:
@@ -31,18 +27,12 @@ def without_paths(provenance: dict[str, Any]) -> dict[str, Any]:
             return {name: clean(inner, key, name) for name, inner in value.items()}
         if isinstance(value, list):
             return [clean(inner, above, key) for inner in value]
-        if isinstance(value, str) and _is_place(above, key) and value not in kept:
-            return Path(value).name or value
-        return value
+        is_place = key in ("model", "seed") or (above, key) == ("training", "name")
+        if above in ("text", "prompts"):  # the keys are names of experts, which may be any word
+            is_place = above == "text"
+        return Path(value).name or value if isinstance(value, str) and is_place and value not in kept else value
 
     return dict(clean(provenance))
-
-
-def _is_place(above: str, key: str) -> bool:
-    """Whether a provenance holds a path, or a Hub id, under this key of the mapping ``above``."""
-    if above in ("text", "prompts"):  # the keys are names of experts, which may be any word
-        return above == "text"
-    return key in ("model", "seed") or (above, key) == ("training", "name")
 
 
 def hub_card(
@@ -55,35 +45,25 @@ def hub_card(
     licences: dict[str, str],
     results: Path | None,
 ) -> str:
-    """Markdown with the Hub's front matter.
+    """Markdown with the Hub's front matter; ``licence`` is the upload's, ``licences`` those of the sources, by name.
 
-    Args:
-        folder: of the checkpoint.
-        repo: ``org/name``.
-        config: its config.json.
-        provenance: from ``branchmix.json``; None where nothing is known.
-        licence: of the upload, for the front matter.
-        licences: of the sources, by name.
-        results: ``results.json`` of ``branchmix eval``.
-
-    Raises:
-        RecipeError: the results are none.
+    Raises RecipeError if ``results`` is not a ``results.json`` of ``branchmix eval``.
     """
-    told = without_paths(provenance) if provenance else {"recipe": {}, "sources": []}
-    told = {**told, "versions": {"branchmix": __version__}}
+    record = without_paths(provenance) if provenance else {"recipe": {}, "sources": []}
+    record = {**record, "versions": {"branchmix": __version__}}
     more: dict[str, Any] = {"pipeline_tag": "text-generation", **({"license": licence} if licence else {})}
-    if any(source.get("revision") for source in sources_of(told).values()):
+    if any(source.get("revision") for source in sources_of(record).values()):
         more["base_model_relation"] = "merge"
-    title = _title(config, told)
-    front = front_matter(config, told, **more)
+    title = _title(config, record)
+    front = front_matter(config, record, **more)
     lines = [*front, f"# {repo.partition('/')[2]}", "", f"{title[0].upper()}{title[1:]}.", ""]
-    if told["sources"]:
-        lines += ["## Sources", "", *source_table(told, licences), ""]
+    if record["sources"]:
+        lines += ["## Sources", "", *source_table(record, licences), ""]
     lines += usage(repo, own_code=config.get("model_type") == "branchmix")
     training = _training(folder)
     lines += training + _accounting(folder) + (_evaluation(results) if results else [])
-    lines += history(told, ())
-    made = "Made" if told["sources"] or training else "Uploaded"
+    lines += history(record, ())
+    made = "Made" if record["sources"] or training else "Uploaded"
     return "\n".join([*lines, "", f"{made} with [branchmix](https://arxiv.org/abs/2408.08274) {__version__}."]) + "\n"
 
 
@@ -120,8 +100,7 @@ def _accounting(folder: Path) -> list[str]:
         accounting = inspect(folder)
     except BranchMixError:
         return []
-    lines = ["", "## Accounting", "", "| | |", "| --- | --- |"]
-    lines.append(f"| parameters | {accounting.total.total:,} |")
+    lines = ["", "## Accounting", "", "| | |", "| --- | --- |", f"| parameters | {accounting.total.total:,} |"]
     lines.append(f"| active for a token | {accounting.active.total:,} |")
     if accounting.flops is not None:
         context, total = accounting.context, accounting.flops.total
@@ -135,18 +114,15 @@ def _evaluation(results: Path) -> list[str]:
     """Bits per byte of every model and domain in a ``results.json``."""
     try:
         models = read_json(results)["models"]
-        rows = [
-            (Path(model["model"]).name or model["model"], model["domains"], model["max_length"]) for model in models
-        ]
-        domains = list(rows[0][1])
-        lines = ["", "## Evaluation", "", f"Bits per byte, window of {rows[0][2]:,} tokens (standard error).", ""]
+        domains, window = list(models[0]["domains"]), models[0]["max_length"]
+        lines = ["", "## Evaluation", "", f"Bits per byte, window of {window:,} tokens (standard error).", ""]
         lines += [f"| | {' | '.join(domains)} |", "| --- " * (len(domains) + 1) + "|"]
-        for name, scores, _ in rows:
+        for model in models:
             cells = []
-            for domain in domains:
-                score, error = scores[domain]["bits_per_byte"], scores[domain].get("stderr")
+            for domain in (model["domains"][name] for name in domains):
+                score, error = domain["bits_per_byte"], domain.get("stderr")
                 cells.append(f"{score:.4f}" + (f" ({error:.4f})" if error is not None else ""))
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines.append(f"| {Path(model['model']).name or model['model']} | {' | '.join(cells)} |")
     except OSError as error:
         raise RecipeError(f"{results}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:

@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from branchmix.checkpoint.drawn import Constant
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack, Transposed
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.generated_tensors import Constant
 from branchmix.checkpoint.rotary import with_rope
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError
@@ -20,23 +20,14 @@ from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.mixture import OpenedMixture
 from branchmix.upcycling.plan import Plan, group_tensors
-from branchmix.upcycling.sources import DenseExpert, Kind, MixtureExpert, Role, fused_rows, inside
-
-ROLES: tuple[Role, ...] = ("q", "k", "v", "o")
-KINDS: tuple[Kind, ...] = ("weight", "bias")
+from branchmix.upcycling.sources import KINDS, ROLES, DenseExpert, Kind, MixtureExpert, Role, fused_rows, inside
 
 
 def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> Plan:
-    """Plan a checkpoint of another class that computes what the mixture does.
+    """Plan a checkpoint of another class (one of ``TARGETS``) that computes what the mixture does.
 
-    Args:
-        mixture: the mixture.
-        to: one of ``TARGETS``.
-        expert: for ``dense``, whose dense model; needed where there are several.
-
-    Raises:
-        RecipeError: no such target or expert, or an expert for a target that takes all.
-        CompatibilityError: the mixture has no exact form there; with all reasons.
+    For ``dense``, ``expert`` says whose dense model. Raises RecipeError for a target or expert that does not exist
+    or fit, CompatibilityError with all reasons if the mixture has no exact form there.
     """
     if to not in TARGETS:
         raise RecipeError(f"--to {to}: not one of {', '.join(TARGETS)}{nearest(to, TARGETS)}")
@@ -58,8 +49,7 @@ def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> P
 def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert | None:
     """The expert that a dense export is of; None for a mixture without experts, a soup.
 
-    Raises:
-        RecipeError: no such expert, or none named where there are several.
+    Raises RecipeError if there is no such expert, or none was named and there are several.
     """
     names = ", ".join(mixture.names)
     if not (mixture.has_attention_experts or mixture.has_ffn_experts):
@@ -105,9 +95,7 @@ def _dtype_name(mixture: OpenedMixture) -> str:
     return next(name for name, code in DTYPES.items() if code == mixture.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Native
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Native ----
 
 
 def _native_tensors(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[OutputTensor]:
@@ -141,11 +129,8 @@ def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) ->
             yield OutputTensor(f"{module}.experts.{number}.{names[name]}.weight", cast(scaled, dtype))
     if native.shared_expert:
         hidden = mixture.dims.hidden_size
-        for name, shape in (
-            ("gate_proj", (SHARED_EXPERT_WIDTH, hidden)),
-            ("up_proj", (SHARED_EXPERT_WIDTH, hidden)),
-            ("down_proj", (hidden, SHARED_EXPERT_WIDTH)),
-        ):
+        wide, tall = (SHARED_EXPERT_WIDTH, hidden), (hidden, SHARED_EXPERT_WIDTH)
+        for name, shape in {"gate_proj": wide, "up_proj": wide, "down_proj": tall}.items():
             yield OutputTensor(f"{module}.shared_expert.{name}.weight", Constant(shape, 0.0, dtype))
         yield OutputTensor(f"{module}.shared_expert_gate.weight", Constant((1, hidden), 0.0, dtype))
 
@@ -181,9 +166,7 @@ def rounds_nothing(mixture: OpenedMixture) -> bool:
     return mixture.dtype == "F32" or math.frexp(factor)[0] == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dense
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Dense ----
 
 
 def _plan_dense(mixture: OpenedMixture, name: str | None) -> Plan:
@@ -197,32 +180,26 @@ def _plan_dense(mixture: OpenedMixture, name: str | None) -> Plan:
     if name is None and mixture.has_ffn_experts:  # the only one: its gate is 1
         factor = float(mixture.config.get("routed_scaling_factor", 1.0))
     tensors = tuple(_dense_tensors(mixture, expert, factor))
-    notes = []
+    notes: tuple[str, ...] = ()
     if expert is not None and len(mixture.experts) > 1:
-        others = [other for other in mixture.names if other != expert.name]
-        notes.append(
-            f"{expert.name} alone, on what all experts share; the routers and {', '.join(others)} are left out"
-        )
-    return _plan(mixture, tensors, config, tuple(notes))
+        others = ", ".join(other for other in mixture.names if other != expert.name)
+        notes = (f"{expert.name} alone, on what all experts share; the routers and {others} are left out",)
+    return _plan(mixture, tensors, config, notes)
 
 
 def _dense_tensors(mixture: OpenedMixture, expert: MixtureExpert | None, factor: float) -> Iterator[OutputTensor]:
     """One expert's tensors under the seed family's names, and what all share."""
     dtype, family = mixture.dtype, mixture.family
-    of_expert: list[str] = []
-    if expert is not None and mixture.has_attention_experts:
-        of_expert.append(family.attention)
-    if expert is not None and mixture.has_ffn_experts:
-        of_expert.append(family.ffn)
-    for layer in range(mixture.dims.num_layers):
-        block = f"{family.layers}.{layer}"
-        if expert is not None and family.attention in of_expert:
+    of_expert = [family.attention] * mixture.has_attention_experts + [family.ffn] * mixture.has_ffn_experts
+    for layer in range(mixture.dims.num_layers if expert is not None else 0):
+        assert expert is not None
+        if mixture.has_attention_experts:
             for name, part in _attention(mixture, expert, layer):
-                yield OutputTensor(f"{block}.{family.attention}.{name}", cast(part, dtype))
-        if expert is not None and family.ffn in of_expert:
+                yield OutputTensor(f"{family.layers}.{layer}.{family.attention}.{name}", cast(part, dtype))
+        if mixture.has_ffn_experts:
             for name, part in _ffn(mixture, expert, layer, factor):
-                yield OutputTensor(f"{block}.{name}", cast(part, dtype))
-    for name, part in _shared(mixture, trunk_of(mixture), of_expert):
+                yield OutputTensor(f"{family.layers}.{layer}.{name}", cast(part, dtype))
+    for name, part in _shared(mixture, trunk_of(mixture), of_expert if expert is not None else []):
         yield OutputTensor(name, cast(part, dtype) if part.dtype in DTYPES.values() else part)
 
 

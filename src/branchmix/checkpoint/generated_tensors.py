@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from branchmix.checkpoint.expressions import ByteRange, Expression, Shape, Span
+from branchmix.checkpoint.expressions import ByteRange, Derived, Expression, Shape, Span
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, Array, accumulator, from_float32, storage, widened
 
 _NORMAL_CHUNK = 1 << 16
@@ -26,9 +26,6 @@ class Constant(Expression):
     shape: Shape
     value: float
     dtype: str
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return ()
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         width = self.shape[1:] if columns is None else (columns[1] - columns[0],)
@@ -43,14 +40,10 @@ class Held(Expression):
 
     values: npt.NDArray[np.float32]
     dtype: str
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.values.dtype == np.float32 and self.dtype in FLOAT_DTYPES, "values are held as float32"
         self._become(self.dtype, tuple(self.values.shape))
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return ()
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         block = self.values[start:stop]
@@ -59,7 +52,7 @@ class Held(Expression):
 
 @dataclass(frozen=True)
 class Normal(Expression):
-    """Draws from N(0, std^2) that depend on seed, key and position only: not on order, threads or blocks."""
+    """Random numbers from N(0, std^2) that depend on seed, key and position only: not on order, threads or blocks."""
 
     shape: Shape
     std: float
@@ -67,9 +60,6 @@ class Normal(Expression):
     key: str
     """Usually the tensor's name."""
     dtype: str
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return ()
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         width = math.prod(self.shape[1:])
@@ -79,13 +69,13 @@ class Normal(Expression):
 
     def _draws(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Elements [start, stop) of a stream made of chunks, each with a counter of its own."""
-        found = np.empty(stop - start, np.float32)
+        drawn = np.empty(stop - start, np.float32)
         for chunk in range(start // _NORMAL_CHUNK, -(-stop // _NORMAL_CHUNK)):
             top = chunk * _NORMAL_CHUNK
             low, high = max(start, top), min(stop, top + _NORMAL_CHUNK)
             draws = _generator(self.seed, self.key, chunk).standard_normal(high - top, np.float32)
-            found[low - start : high - start] = draws[low - top :]
-        return found
+            drawn[low - start : high - start] = draws[low - top :]
+        return drawn
 
 
 def _generator(seed: int, key: str, chunk: int = 0) -> np.random.Generator:
@@ -95,7 +85,7 @@ def _generator(seed: int, key: str, chunk: int = 0) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class PartlyRedrawn(Expression):
+class PartlyRedrawn(Derived):
     """Drop-Upcycling: a fraction of a matrix's rows (axis 0) or columns (axis 1) drawn anew.
 
     The new values have mean and standard deviation of the old ones at these indices (Nakamura et al. 2025,
@@ -103,7 +93,6 @@ class PartlyRedrawn(Expression):
     axis 0 of gate and up, axis 1 of down.
     """
 
-    part: Expression
     fraction: float
     """Between 0 and 1."""
     seed: int
@@ -112,16 +101,11 @@ class PartlyRedrawn(Expression):
     index_key: str
     """Decides the indices, together with the seed."""
     axis: int
-    dtype: str = field(init=False)
-    shape: Shape = field(init=False)
 
     def __post_init__(self) -> None:
         assert 0 <= self.fraction <= 1 and self.axis in (0, 1) and self.part.dtype in FLOAT_DTYPES
         assert len(self.part.shape) == 2 or (len(self.part.shape) == 1 and self.axis == 0), "a matrix, or a bias"
         self._become(self.part.dtype, self.part.shape)
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return (self.part,)
 
     def ranges(self) -> list[ByteRange] | None:
         return None if len(self.indices) else self.part.ranges()
@@ -164,10 +148,8 @@ class PartlyRedrawn(Expression):
         if low == high:
             return block
         at = self.indices[low:high] - spans[self.axis][0]
-        if self.axis == 0:
-            draws = self._draws.rows(low, high, columns)
-            block[at] = from_float32(draws + np.float32(self._moments[0]), self.dtype)
-        else:
-            draws = self._draws.rows(start, stop, (low, high))
-            block[:, at] = from_float32(draws + np.float32(self._moments[0]), self.dtype)
+        draws = self._draws.rows(low, high, columns) if self.axis == 0 else self._draws.rows(start, stop, (low, high))
+        block[at if self.axis == 0 else (slice(None), at)] = from_float32(
+            draws + np.float32(self._moments[0]), self.dtype
+        )
         return block

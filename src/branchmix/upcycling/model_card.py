@@ -22,15 +22,7 @@ _METHODS = {
 
 
 def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
-    """What the model is, from a mixture's config, or from the recorded recipe of a dense one.
-
-    Args:
-        config: its config.json.
-        recipe: of its provenance; empty where none is on record.
-
-    Returns:
-        None for a dense model that no recipe made.
-    """
+    """What the model is, from a mixture's config, or from the recorded recipe of a dense one; None without a recipe."""
     made = {**MIXTURE_DEFAULTS, **config} if config.get("model_type") == "branchmix" else recipe
     return _METHODS.get((str(made.get("attention")), str(made.get("ffn"))))
 
@@ -48,60 +40,31 @@ def sources_of(provenance: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Experts that left stay: averages were taken over them. A name that comes again gets the number of its row.
     """
     joined = [step["added"]["expert"] for step in provenance.get("changes", []) if "added" in step]
-    found: dict[str, dict[str, Any]] = {}
+    sources: dict[str, dict[str, Any]] = {}
     for number, source in enumerate([*provenance["sources"], *joined]):
         name = source["name"]
-        found[name if name not in found else f"{name} ({number})"] = source
-    return found
+        sources[name if name not in sources else f"{name} ({number})"] = source
+    return sources
 
 
-def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
-    """Markdown with the Hub's front matter."""
-    untrained = "The routers are as the recipe started them: train the mixture before you use it."
-    lines = [
-        *front_matter(plan.config, provenance),
-        f"# {method_of(plan.config, provenance['recipe'])}",
-        "",
-        f"Merged with {_branchmix(provenance)}. " + ("" if plan.is_dense else untrained),
-        *([] if plan.is_dense or plan.lossless is None else ["", f"{lossless_line(plan.lossless).capitalize()}."]),
-        "",
-        *source_table(provenance),
-        "",
-        *usage("PATH", own_code=not plan.is_dense),
-        *history(provenance, plan.notes),
-    ]
+def model_card(plan: Plan, provenance: dict[str, Any], *, exported_from: Config | None = None) -> str:
+    """Markdown with the Hub's front matter, for a merge, or for the export of a mixture with this config."""
+    software = f"[branchmix](https://arxiv.org/abs/2408.08274) {provenance['versions']['branchmix']}"
+    title = method_of(exported_from or plan.config, provenance["recipe"])
+    if exported_from is None:
+        untrained = "The routers are as the recipe started them: train the mixture before you use it."
+        made = f"Merged with {software}. " + ("" if plan.is_dense else untrained)
+    else:
+        export, model_type = provenance["exported"], plan.config["model_type"]
+        made = f"Exported with {software} from {export['model']} ({title})."
+        title = f"{title}, as {model_type}"
+        if export["expert"] is not None:
+            title = f"Expert {export['expert']} of a mixture, as a dense {model_type} model"
+    if plan.lossless is not None and not plan.is_dense:
+        made += f"\n\n{lossless_line(plan.lossless).capitalize()}."
+    lines = [*front_matter(plan.config, provenance), f"# {title}", "", made, "", *source_table(provenance), ""]
+    lines += [*usage("PATH", own_code=not plan.is_dense), *history(provenance, plan.notes)]
     return "\n".join(lines) + "\n"
-
-
-def exported_card(plan: Plan, provenance: dict[str, Any], mixture_config: dict[str, Any]) -> str:
-    """The same for an export: what the mixture was, and what it is now.
-
-    Args:
-        plan: of the export.
-        provenance: the mixture's, with ``exported``.
-        mixture_config: its config.json.
-    """
-    exported = provenance["exported"]
-    title = method_of(mixture_config, provenance["recipe"])
-    what = f"{title}, as {plan.config['model_type']}"
-    if exported["expert"] is not None:
-        what = f"Expert {exported['expert']} of a mixture, as a dense {plan.config['model_type']} model"
-    lines = [
-        *front_matter(plan.config, provenance),
-        f"# {what}",
-        "",
-        f"Exported with {_branchmix(provenance)} from {exported['model']} ({title}).",
-        "",
-        *source_table(provenance),
-        "",
-        *usage("PATH", own_code=False),
-        *history(provenance, plan.notes),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _branchmix(provenance: dict[str, Any]) -> str:
-    return f"[branchmix](https://arxiv.org/abs/2408.08274) {provenance['versions']['branchmix']}"
 
 
 def front_matter(config: Config, provenance: dict[str, Any], **more: Any) -> list[str]:

@@ -1,28 +1,32 @@
-"""Carries out an export: tensors streamed, companions copied, logits compared, all or nothing."""
+"""Writes an export: tensors streamed, companions copied, logits compared, all or nothing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from branchmix.accounting.formulas import max_positions
+from branchmix.accounting.formulas import configured_positions
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.writer import WriteReport
 from branchmix.errors import VerificationError
-from branchmix.export.plan import chosen_expert, plan_export, rounds_nothing
-from branchmix.upcycling.card import exported_card
+from branchmix.export.conversion_plan import chosen_expert, plan_export, rounds_nothing
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
+from branchmix.upcycling.model_card import model_card
 from branchmix.upcycling.plan import Plan
 from branchmix.upcycling.verify import (
     FOLDED_TOLERANCE,
     TOLERANCE,
     compare_bytes,
+    difference_of,
     one_hot_gates,
+    refuse_strangers,
     require_memory,
     sample_tokens,
 )
@@ -128,7 +132,7 @@ def export_model(
                 DEFAULT_SHARD_BYTES,
                 check=check,
                 progress=progress,
-                card=lambda plan, record: exported_card(plan, record, mixture.config),
+                card=partial(model_card, exported_from=mixture.config),
             )
             if verify:
                 one_hot = chosen.number if chosen is not None and expert is not None else None
@@ -143,8 +147,7 @@ def _verify(
 ) -> LogitCheck:
     """Copies byte for byte, and the logits of both models in fp32; with ``one_hot`` the gates on that expert.
 
-    Raises:
-        VerificationError: they differ, or there is not enough memory.
+    Raises VerificationError if they differ, or there is not enough memory.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -156,7 +159,9 @@ def _verify(
     theirs = float32_bytes(plan.nbytes, mixture.dtype)
     require_memory(ours + theirs, "comparing logits", "--no-verify leaves it out")
     compared, nbytes = compare_bytes(plan, CheckpointIndex.open(folder), progress)
-    tokens = sample_tokens(mixture.resolved.folder, mixture.dims.vocab_size, most=max_positions(mixture.seed_config))
+    tokens = sample_tokens(
+        mixture.resolved.folder, mixture.dims.vocab_size, most=configured_positions(mixture.seed_config)
+    )
     logits = []
     for number, (name, where) in enumerate((("mixture", mixture.resolved.folder), ("export", folder))):
         if progress is not None:
@@ -165,16 +170,11 @@ def _verify(
         model, info = loader.from_pretrained(
             where, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **without_adapter(where)
         )
-        strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
-        if strangers:
-            raise VerificationError(f"{where.name}: {strangers[0]} has no counterpart in {type(model).__name__}")
-        with torch.no_grad():
-            if name == "mixture" and one_hot is not None:
-                with one_hot_gates(model.eval(), one_hot):
-                    logits.append(model(tokens).logits)
-            else:
-                logits.append(model.eval()(tokens).logits)
-    difference, greatest = float((logits[1] - logits[0]).abs().max()), float(logits[0].abs().max())
+        refuse_strangers(model, info, where.name)
+        gates = one_hot_gates(model, one_hot) if name == "mixture" and one_hot is not None else nullcontext()
+        with torch.no_grad(), gates:
+            logits.append(model.eval()(tokens).logits)
+    difference, greatest = difference_of(logits[1], logits[0])
     scaled = any("scaled" in group.how for group in plan.groups)
     tolerance = FOLDED_TOLERANCE if scaled and not rounds_nothing(mixture) else TOLERANCE
     if not difference <= tolerance * max(greatest, 1.0):
