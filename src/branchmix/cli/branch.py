@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from branchmix.pages.numbers import human_count
+from branchmix.pages.table import Table
+
 if TYPE_CHECKING:
     from branchmix.train.branch import BranchReport
 
@@ -72,7 +75,7 @@ def branch_command(
     if as_json:
         typer.echo(json.dumps(_as_dict(report), indent=2))
     else:
-        _print_table(report)
+        _table(report).show()
     for expert in report.failed:
         notice(f"error: {expert.name}: {expert.reason} (its output: {expert.out / 'log.txt'})")
     if report.stopped_by is not None:
@@ -109,28 +112,18 @@ def _as_dict(report: BranchReport) -> dict[str, Any]:
     }
 
 
-def _print_table(report: BranchReport) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import human_count, result_console
-
+def _table(report: BranchReport) -> Table:
     domains = sorted({domain for expert in report.experts for domain in expert.held_out("end")})
-    title = "held-out loss, before and after, nats per token" if domains else None
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for name in ("expert", "", "mix"):
-        table.add_column(name)
-    for name in ("tokens", *domains):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for expert in report.experts:
         before, after = expert.held_out("start"), expert.held_out("end")
-        table.add_row(
-            expert.name,
-            "planned" if report.dry_run and expert.training is None else expert.status,
-            expert.mix if isinstance(expert.mix, str) else ", ".join(f"{d} {s:.3g}" for d, s in expert.mix.items()),
-            "" if expert.tokens is None else human_count(expert.tokens),
-            *(_change(before.get(domain), after.get(domain)) for domain in domains),
-        )
-    result_console().print(table)
+        status = "planned" if report.dry_run and expert.training is None else expert.status
+        mix = expert.mix if isinstance(expert.mix, str) else ", ".join(f"{d} {s:.3g}" for d, s in expert.mix.items())
+        tokens = "" if expert.tokens is None else human_count(expert.tokens)
+        changes = [_change(before.get(domain), after.get(domain)) for domain in domains]
+        rows.append([expert.name, status, mix, tokens, *changes])
+    title = "held-out loss, before and after, nats per token" if domains else ""
+    return Table(["expert", "", "mix", "tokens", *domains], rows, title=title, left=("", "mix"))
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -7,25 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from branchmix.pages.numbers import human_bytes as human_bytes
-from branchmix.pages.numbers import human_count as human_count
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def notice(text: str) -> None:
     """Print a line on stderr, where it does not mix with results."""
     print(text, file=sys.stderr)
-
-
-def result_console() -> Console:
-    """Console for tables on stdout; wide if stdout is not a terminal, so that files and pipes get whole lines."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=160)
 
 
 def quiet_libraries() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from branchmix.cli.experts import Mixture
 from branchmix.cli.upcycle import AsJson, DryRun, Force, NoCheck, Out
+from branchmix.pages.numbers import human_bytes
 
 if TYPE_CHECKING:
     from branchmix.export import ExportReport
@@ -69,7 +70,7 @@ def export_command(
 
 
 def _show(report: ExportReport, *, as_json: bool) -> None:
-    from branchmix.cli.console import human_bytes, notice, result_console
+    from branchmix.cli.console import notice
     from branchmix.cli.upcycle import plan_table
 
     for note in report.plan.notes:
@@ -77,16 +78,13 @@ def _show(report: ExportReport, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(_as_dict(report), indent=2))
         return
-    console = result_console()
-    console.print(plan_table(report.plan))
+    plan_table(report.plan).show()
     verification = report.verification
     if verification is not None:
-        console.print(
+        typer.echo(
             f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
             f"byte-identical to the mixture's; logits of {verification.tokens} tokens differ by at most "
-            f"{verification.difference:.2e} (largest logit {verification.greatest_logit:.1f})",
-            highlight=False,
-            soft_wrap=True,
+            f"{verification.difference:.2e} (largest logit {verification.greatest_logit:.1f})"
         )
     if report.written is not None:
         typer.echo(f"\nwrote {human_bytes(report.plan.nbytes)} to {report.out} in {report.seconds:.1f} s")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from branchmix.cli.upcycle import AsJson
+from branchmix.pages.numbers import human_bytes
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.export.upload import PushReport
@@ -72,17 +74,7 @@ def _as_dict(report: PushReport) -> dict[str, Any]:
 
 
 def _print(report: PushReport) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes, result_console
-
-    console = result_console()
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for file in report.files:
-        table.add_row(file.name, human_bytes(file.nbytes))
-    console.print(table)
+    Table(["file", "size"], [[file.name, human_bytes(file.nbytes)] for file in report.files]).show()
     total = human_bytes(sum(file.nbytes for file in report.files))
     private = " (private)" if report.private else ""
     if report.url is None:

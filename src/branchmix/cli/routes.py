@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.pages.table import Table
+
 if TYPE_CHECKING:
     from branchmix.evaluate.routing.report import RoutingReport
 
@@ -98,29 +100,21 @@ def routes_command(
 
 def _print(report: RoutingReport) -> None:
     """Shares by layer and domain; of a deep model some of the layers."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from branchmix.cli.console import result_console
-
-    console = result_console()
     agreement = {pair.layer: pair for pair in report.agreement}
     for kind, layers in report.layers.items():
         facts = report.routers[kind]
         names = report.names(kind)
         how = "soft gate over all experts" if facts["soft"] else f"top-{facts['top_k']} of {facts['experts']}"
         title = f"{'FFN experts' if kind == 'ffn' else 'attention experts'}: share of tokens by domain ({how})"
-        table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-        table.add_column("layer", justify="right")
-        for domain, sizes in report.domains.items():
-            few = len(names) <= 8
-            head = f"{domain}, {sizes['tokens']:,} tokens\n" + (
-                " ".join(name.rjust(2) for name in names) if few else "most used, %"
-            )
-            table.add_column(Text(head), justify="right")
-        for head in ("load\nentropy", "token\nentropy", "expert tells\ndomain, bits", "agrees with\nattention"):
-            if not head.startswith("agrees") or (kind == "ffn" and agreement):
-                table.add_column(head, justify="right")
+        shown = " ".join(name.rjust(2) for name in names) if len(names) <= 8 else "most used, %"
+        head = [
+            "layer",
+            *(f"{domain}, {sizes['tokens']:,} tokens\n{shown}" for domain, sizes in report.domains.items()),
+        ]
+        head += ["load\nentropy", "token\nentropy", "expert tells\ndomain, bits"]
+        if kind == "ffn" and agreement:
+            head.append("agrees with\nattention")
+        rows = []
         step = max(1, -(-len(layers) // _LINES))
         for layer in layers[::step]:
             cells = [_shares(layer.by_domain[domain], names) for domain in report.domains]
@@ -133,21 +127,16 @@ def _print(report: RoutingReport) -> None:
             if kind == "ffn" and agreement:
                 pair = agreement.get(layer.layer)
                 cells.append("-" if pair is None else f"{pair.same:.0%} ({pair.same_by_chance:.0%} by chance)")
-            table.add_row(str(layer.layer), *(Text(cell) for cell in cells))
-        console.print(table, highlight=False)
-        if step > 1:
-            console.print(
-                f"one of {step} of all {len(layers)} layers; all with --json, --out or --html", highlight=False
-            )
-        console.print()
+            rows.append([str(layer.layer), *cells])
+        note = f"one of {step} of all {len(layers)} layers; all with --json, --out or --html" if step > 1 else ""
+        Table(head, rows, title=title, note=note).show()
+        typer.echo("")
     for kind, layers in report.layers.items():
         layer = max(layers, key=lambda layer: layer.mutual_information_corrected or 0.0)
-        console.print(
-            f"typical tokens in layer {layer.layer}, {'FFN' if kind == 'ffn' else 'attention'}:", highlight=False
-        )
+        typer.echo(f"typical tokens in layer {layer.layer}, {'FFN' if kind == 'ffn' else 'attention'}:")
         for name, tokens in list(zip(report.names(kind), layer.typical, strict=True))[:_LINES]:
             words = " ".join(repr(token["token"]) for token in tokens[:8])
-            console.print(Text(f"  {name}: {words or '-'}"), soft_wrap=True)
+            typer.echo(f"  {name}: {words or '-'}")
 
 
 def _shares(shares: list[float], names: list[str]) -> str:

@@ -12,10 +12,9 @@ import typer
 from branchmix.cli.scaling_data import data_app
 from branchmix.cli.scaling_run import EPILOG as RUN_EPILOG
 from branchmix.cli.scaling_run import run_command
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from branchmix.scaling.trends.report import Judged, Report, Tell
 
 scaling_app = typer.Typer(
@@ -183,45 +182,32 @@ def _command(results: Path, options: dict[str, Any]) -> str:
 
 def _print(report: Report) -> None:
     """A table for each metric of each family, then what stands side by side."""
-    from branchmix.cli.console import result_console
-
-    console = result_console()
     for part in report.parts:
         tasks = report.tasks(part)
         for metric in dict.fromkeys(metric for metrics in tasks.values() for metric in metrics):
             rows = [metrics[metric] for metrics in tasks.values() if metric in metrics]
             name = ", ".join([metric, *(word for word in part if word and len(report.parts) > 1)])
             lower = rows[0].series.lower_is_better
-            console.print(_table(rows, f"{name} along {report.axis}{' (lower is better)' if lower else ''}", report))
-            console.print()
+            _table(rows, f"{name} along {report.axis}{' (lower is better)' if lower else ''}", report).show()
+            typer.echo("")
     for line in _comparisons(report):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        typer.echo(line)
     sure = f"{100 * (1 - report.limits.alpha):g} %"
     words = {"bh": "Benjamini-Hochberg over tasks", "holm": "Holm over tasks", "none": "none for several tasks"}
-    console.print(
+    typer.echo(
         f"intervals: {sure}, over examples and differences between models; correction: {words[report.correction]}; "
-        f"smallest change that counts: {report.limits.minimum_effect:g}",
-        highlight=False,
-        soft_wrap=True,
+        f"smallest change that counts: {report.limits.minimum_effect:g}"
     )
 
 
 def _table(rows: list[Judged], title: str, report: Report) -> Table:
-    from rich import table as rich_table
-    from rich.text import Text
-
     from branchmix.scaling.trends.report import cause_of
     from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
     causes = [cause_of(row.series) for row in rows]
-    table = rich_table.Table(box=None, pad_edge=False, title=title, title_justify="left", padding=(0, 2, 0, 0))
-    table.add_column("task", no_wrap=True)
-    if any(causes):
-        table.add_column("cause", no_wrap=True)
-    table.add_column("sizes", justify="right")
-    table.add_column("change [interval]", no_wrap=True)
-    table.add_column("corrected p", justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold")
+    head = ["task", *(["cause"] if any(causes) else []), "sizes", "change [interval]", "corrected p", "verdict"]
+    cells: list[list[str]] = []
+    bold: set[tuple[int, int]] = set()
     for row, cause in zip(rows, causes, strict=True):
         found = row.verdict
         low, high = found.interval
@@ -233,12 +219,12 @@ def _table(rows: list[Judged], title: str, report: Report) -> Table:
             legs = ", ".join(f"{name} {leg['effect']:+.3f}" for name, leg in found.legs.items())
             why.append(f"{legs}, turns at {report.axis} {found.turning_point:.2g}")
         why += found.flags
-        style = "bold" if found.label in DIRECTED else ""
-        verdict = Text.assemble((f"{found.label}", style), f" ({WORDS[found.label]}): {'; '.join(why)}")
-        cells = [Text(cause)] if any(causes) else []
+        if found.label in DIRECTED:
+            bold.add((len(cells), len(head) - 1))
+        verdict = f"{found.label} ({WORDS[found.label]}): {'; '.join(why)}"
         change = f"{found.effect:+.3f} [{low:+.3f}, {high:+.3f}]"
-        table.add_row(Text(row.series.task), *cells, str(found.sizes), Text(change), Text(p), verdict)
-    return table
+        cells.append([row.series.task, *([cause] if any(causes) else []), str(found.sizes), change, p, verdict])
+    return Table(head, cells, title=title, bold=bold, left=("cause", "verdict"))
 
 
 def _comparisons(report: Report) -> list[str]:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.pages.numbers import human_count
+from branchmix.pages.table import Table
+
 if TYPE_CHECKING:
     from branchmix.scaling.run import ScalingRun, TaskResult
 
@@ -93,17 +96,7 @@ def run_command(
 
 def _print(run: ScalingRun) -> None:
     """A row for each task and model."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from branchmix.cli.console import human_count, result_console
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("task", "model"):
-        table.add_column(name, overflow="fold")
-    for name in ("params", "active", "n", "accuracy", "loss", "coverage"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("remarks", overflow="fold")
+    rows = []
     labels = [result.selected.label for result in run.results]
     for result in sorted(run.results, key=lambda result: labels.index(result.selected.label)):
         sizes = (result.subject.params, result.subject.active_params)
@@ -119,16 +112,10 @@ def _print(run: ScalingRun) -> None:
             remarks.append(f"{len(result.refused)} refused")
         if result.merged:
             remarks.append(f"{result.merged} merged")
-        table.add_row(
-            Text(result.selected.label),
-            Text(result.subject.label),
-            *counts,
-            str(len(result.scored)),
-            *cells,
-            coverage,
-            Text("; ".join(remarks)),
-        )
-    result_console().print(table, highlight=False)
+        names = [result.selected.label, result.subject.label]
+        rows.append([*names, *counts, str(len(result.scored)), *cells, coverage, "; ".join(remarks)])
+    head = ["task", "model", "params", "active", "n", "accuracy", "loss", "coverage", "remarks"]
+    Table(head, rows, left=("model", "remarks")).show()
 
 
 def _mean(result: TaskResult, metric: str | None) -> str:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.pages.numbers import human_bytes, human_count
+from branchmix.pages.table import Table
+
 if TYPE_CHECKING:
     from branchmix.study.forecast import Forecast
     from branchmix.study.run import StudyReport
@@ -127,18 +130,11 @@ def exit_unless_done(report: StudyReport, again: str) -> None:
 
 
 def _print_forecast(found: Forecast) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes, human_count, result_console
     from branchmix.train.progress import duration
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("step", "", "times"):
-        table.add_column(name)
-    for name in ("parameters", "tokens", "FLOPs", "of AdamW", "memory", "disk", "time each"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows:
-        table.add_row(
+    head = ["step", "", "times", "parameters", "tokens", "FLOPs", "of AdamW", "memory", "disk", "time each"]
+    rows = [
+        [
             row.name,
             row.status,
             f"{row.times}",
@@ -149,8 +145,10 @@ def _print_forecast(found: Forecast) -> None:
             human_bytes(row.memory) if row.memory else "",
             human_bytes(row.disk) if row.disk else "",
             duration(row.seconds) if row.seconds is not None else "?",
-        )
-    result_console().print(table)
+        ]
+        for row in found.rows
+    ]
+    Table(head, rows, left=("",)).show()
     for line in found.lines():
         typer.echo(line)
 

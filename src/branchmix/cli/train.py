@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.train.run import RunReport
@@ -67,33 +70,23 @@ def train_command(
     if as_json:
         typer.echo(json.dumps(report.record, indent=2))
     elif dry_run:
-        from branchmix.cli.console import result_console
         from branchmix.train.progress import print_plan
 
-        print_plan(report.record, result_console())
+        print_plan(report.record, sys.stdout)
     elif report.status == "trained":
         _print_result(report)
 
 
 def _print_result(report: RunReport) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import result_console
-
-    console, record = result_console(), report.record
+    record = report.record
     start, end = record["held_out"]["start"], record["held_out"]["end"]
     if end:
-        table = Table(box=None, pad_edge=False, title="held-out loss, nats per token", title_justify="left")
-        for name in ("domain", "before", "after", "perplexity"):
-            table.add_column(name, justify="left" if name == "domain" else "right")
+        rows = []
         for name, after in end.items():
-            before: dict[str, Any] | None = start.get(name)
-            shown = "-" if before is None else f"{before['loss']:.4f}"
-            table.add_row(name, shown, f"{after['loss']:.4f}", f"{after['perplexity']:.2f}")
-        console.print(table)
-    console.print(
+            before = f"{start[name]['loss']:.4f}" if name in start else "-"
+            rows.append([name, before, f"{after['loss']:.4f}", f"{after['perplexity']:.2f}"])
+        Table(["domain", "before", "after", "perplexity"], rows, title="held-out loss, nats per token").show()
+    typer.echo(
         f"trained on {record['tokens']:,} tokens in {record['steps']:,} steps and {record['seconds']:,.0f} s: "
-        f"{report.out}",
-        highlight=False,
-        soft_wrap=True,
+        f"{report.out}"
     )

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from branchmix.pages.numbers import human_bytes, human_count
+from branchmix.pages.table import Table
 
+if TYPE_CHECKING:
     from branchmix.upcycling import UpcycleReport
     from branchmix.upcycling.plan import Plan
 
@@ -98,8 +99,6 @@ def show(report: UpcycleReport, *, as_json: bool) -> None:
     if report.verification is not None:
         _print_verification(report)
     if report.written is not None:
-        from branchmix.cli.console import human_bytes
-
         typer.echo(f"\nwrote {human_bytes(report.plan.nbytes)} to {report.out} in {report.seconds:.1f} s")
 
 
@@ -128,66 +127,46 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
 
 def plan_table(plan: Plan) -> Table:
     """A row per kind of tensor: how many, how large, and how they are made."""
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tensors", overflow="fold")
-    table.add_column("count", justify="right")
-    table.add_column("shape", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("")
-    for group in plan.groups:
-        shape = " x ".join(map(str, group.shape))
-        table.add_row(group.name, str(group.count), shape, human_bytes(group.nbytes), group.how)
-    return table
+    rows = [
+        [group.name, str(group.count), " x ".join(map(str, group.shape)), human_bytes(group.nbytes), group.how]
+        for group in plan.groups
+    ]
+    return Table(["tensors", "count", "shape", "size", ""], rows, left=("shape", ""))
 
 
 def _print_plan(report: UpcycleReport) -> None:
-    from branchmix.cli.console import human_bytes, human_count, result_console
     from branchmix.upcycling.execute import free_bytes
 
     plan = report.plan
-    console = result_console()
-    console.print(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
-    console.print(plan_table(plan))
+    typer.echo(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}")
+    plan_table(plan).show()
     accounting = _accounting(plan)
-    console.print(
+    typer.echo(
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
-        f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}",
-        highlight=False,
-        soft_wrap=True,
+        f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}"
     )
 
 
 def _print_verification(report: UpcycleReport) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes, result_console
-
     verification = report.verification
     assert verification is not None
-    console = result_console()
-    console.print(
+    typer.echo(
         f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
-        f"byte-identical to their sources, {verification.averages_checked} averages recomputed in fp64",
-        highlight=False,
-        soft_wrap=True,
+        f"byte-identical to their sources, {verification.averages_checked} averages recomputed in fp64"
     )
     if not verification.experts:
         return
-    table = Table(
-        box=None, pad_edge=False, title=f"gates one-hot, logits of {verification.tokens} tokens", title_justify="left"
-    )
-    for name in ("expert", "largest difference from the dense model", "largest logit"):
-        table.add_column(name)
-    for check in verification.experts:
-        numbers = (check.skipped, "") if check.skipped else (f"{check.difference:.2e}", f"{check.greatest_logit:.1f}")
-        table.add_row(check.name, *numbers)
-    console.print(table)
+    difference = "largest difference from the dense model"
+    rows = [
+        [check.name, check.skipped, ""]
+        if check.skipped
+        else [check.name, f"{check.difference:.2e}", f"{check.greatest_logit:.1f}"]
+        for check in verification.experts
+    ]
+    title = f"gates one-hot, logits of {verification.tokens} tokens"
+    Table(["expert", difference, "largest logit"], rows, title=title, left=(difference,)).show()
 
 
 def _method(report: UpcycleReport) -> str:

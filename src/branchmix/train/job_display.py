@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from branchmix.pages.table import Table
 from branchmix.train.launch import JobState
 from branchmix.train.progress import METRICS, duration
 
@@ -55,7 +56,7 @@ class JobDisplay:
             return
         self._tell_changes(states)
         if self.live is not None:
-            self.live.update(_table(states, self.noun), refresh=True)
+            self.live.update(_table(states, self.noun).terminal(), refresh=True)
         elif time.monotonic() - self.said_at > _SECONDS_BETWEEN_LINES:
             self.said_at = time.monotonic()
             for state in states:
@@ -95,23 +96,14 @@ class JobDisplay:
             print(text, file=sys.stderr, flush=True)
 
 
-def _table(states: list[JobState], noun: str) -> Any:
+def _table(states: list[JobState], noun: str) -> Table:
     """A table of all runs if they are few; else of those that are running or failed, and the number done."""
-    from rich.table import Table
-
-    caption = None
+    note = ""
     if len(states) > _SHOWN_AT_MOST:
-        caption = f"{sum(state.status == 'done' for state in states)} of {len(states)} {noun} done"
+        note = f"{sum(state.status == 'done' for state in states)} of {len(states)} {noun} done"
         states = [state for state in states if state.status in ("running", "failed")]
-    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
-    table.add_column(noun.removesuffix("s"))
-    table.add_column("")
-    for name in ("step", "loss", "tokens/s", "left"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for state in states:
-        cells = _cells(state)
-        table.add_row(state.job.name, state.status, cells["step"], cells["loss"], cells["tokens/s"], cells["left"])
-    return table
+    rows = [[state.job.name, state.status, *_cells(state).values()] for state in states]
+    return Table([noun.removesuffix("s"), "", "step", "loss", "tokens/s", "left"], rows, note=note, left=("",))
 
 
 def _line(state: JobState) -> str:

@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from branchmix.checkpoint.folder import write_text
+from branchmix.pages.table import Table
 
 METRICS = "metrics.jsonl"
 
@@ -109,9 +110,7 @@ class Display:
     def plan(self, plan: dict[str, Any]) -> None:
         """Data and model in two tables."""
         if self.shown:
-            from rich.console import Console
-
-            print_plan(plan, Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=160))
+            print_plan(plan, sys.stderr)
 
     def stop(self) -> None:
         """Stop updating the bar, if there is one."""
@@ -120,19 +119,15 @@ class Display:
             self._bar = None
 
 
-def print_plan(plan: dict[str, Any], console: Any) -> None:
+def print_plan(plan: dict[str, Any], stream: TextIO) -> None:
     """Print what a run reads, trains and computes."""
-    from rich.table import Table
-
-    data = Table(box=None, pad_edge=False)
-    for name in ("domain", "documents", "tokens", "held out", "epochs"):
-        data.add_column(name, justify="left" if name == "domain" else "right", no_wrap=True)
+    rows = []
     for name, domain in plan["data"]["domains"].items():
         more = "" if domain["complete"] else "+"
         counts = (f"{domain[key]:,}{more}" for key in ("documents", "tokens", "held_out_tokens"))
         epochs = domain.get("epochs")
-        data.add_row(name, *counts, "" if epochs is None else f"{epochs:.2f}")
-    console.print(data, highlight=False)
+        rows.append([name, *counts, "" if epochs is None else f"{epochs:.2f}"])
+    Table(["domain", "documents", "tokens", "held out", "epochs"], rows).show(stream)
     model, computing = plan["model"], plan["computing"]
     flops = model["training_flops_per_token"]
     lines = [
@@ -147,8 +142,7 @@ def print_plan(plan: dict[str, Any], console: Any) -> None:
         *(f"note: {note}" for note in plan["data"]["notes"]),
         f"to {plan['out']}",
     ]
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print(*lines, sep="\n", file=stream, flush=True)
 
 
 def describe(row: dict[str, Any]) -> str:
