@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from branchmix.cli.console import AsJson, Overrides, exit_stopped, names_of, notice, print_json, print_notes
 from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 
@@ -35,45 +34,34 @@ A minimal file:
 """
 
 
-class Launcher(str, Enum):
-    """Where the runs are started."""
-
-    local = "local"
-    ray = "ray"
-
-
 def branch_command(
     config: Annotated[Path, typer.Argument(metavar="BRANCH", help="YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     only: Annotated[
         str, typer.Option(metavar="NAMES", help="Train only these experts (comma-separated).", show_default=False)
     ] = "",
     launcher: Annotated[
-        Launcher, typer.Option(help="Processes on this machine, or tasks on a Ray cluster (RAY_ADDRESS).")
-    ] = Launcher.local,
+        Literal["local", "ray"],
+        typer.Option(help="Processes on this machine, or tasks on a Ray cluster (RAY_ADDRESS)."),
+    ] = "local",
     force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; start nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train all experts of a study from one seed, each in its own run."""
-    from branchmix.cli.console import notice
     from branchmix.train.branch import branch
 
     report = branch(
         config,
-        launcher=launcher.value,
+        launcher=launcher,
         overrides=overrides or [],
-        only=[name.strip() for name in only.split(",") if name.strip()],
+        only=names_of(only),
         force=force,
         dry_run=dry_run,
     )
-    for note in report.notes:
-        notice(f"note: {note}")
+    print_notes(report.notes)
     if as_json:
-        typer.echo(json.dumps(_as_dict(report), indent=2))
+        print_json(_as_dict(report))
     else:
         _table(report).show()
     for expert in report.failed:
@@ -81,8 +69,7 @@ def branch_command(
     if report.stopped_by is not None:
         left = ", ".join(expert.name for expert in report.experts if expert.status != "done")
         again = " without --force" if force else ""
-        notice(f"stopped; not finished: {left}. Rerun the command{again} to resume.")
-        raise SystemExit(128 + report.stopped_by)  # not typer's: 130 would be taken for a Ctrl-C that left nothing
+        exit_stopped(f"stopped; not finished: {left}. Rerun the command{again} to resume.", report.stopped_by)
     if report.failed:
         raise typer.Exit(2)
     if report.recipe is not None and not as_json:

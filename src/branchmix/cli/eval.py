@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from branchmix.cli.console import (
+    AsJson,
+    BatchTokens,
+    Dtype,
+    TrustRemoteCode,
+    print_json,
+    print_notes,
+    progress_bar,
+    quiet_libraries,
+    resumable,
+)
 
 if TYPE_CHECKING:
     from branchmix.evaluate.tasks.options import TaskOptions
@@ -62,8 +73,8 @@ def eval_command(
         int | None,
         typer.Option(min=1, help="Tokens that the window moves on in longer documents.", show_default="half of it"),
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
+    batch_tokens: BatchTokens = 2048,
+    dtype: Dtype = "auto",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Documents of a domain, and examples of a task, at most.")
     ] = None,
@@ -97,20 +108,17 @@ def eval_command(
     fixed_prior: Annotated[
         bool, typer.Option("--fixed-prior", help="Keep the ensemble's prior instead of learning from the text.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bits per byte and perplexity of models by domain, and downstream tasks, with standard errors."""
-    from branchmix.cli.console import goes_on_from, notice, progress_bar, quiet_libraries
 
     quiet_libraries()
     from branchmix.cli.eval_tables import print_report
     from branchmix.evaluate.run import evaluate
 
     options = _task_options(tasks, num_fewshot, include_path, task_data, allow_code_execution)
-    with goes_on_from(out), progress_bar() as progress:
+    with resumable(out), progress_bar() as progress:
         report = evaluate(
             models,
             data,
@@ -126,10 +134,9 @@ def eval_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    for note in report.notes:
-        notice(f"note: {note}")
+    print_notes(report.notes)
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
+        print_json(report.as_dict())
     else:
         print_report(report)
 

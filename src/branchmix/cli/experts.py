@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from branchmix.cli.upcycle import AsJson, DryRun, Force, NoCheck, Out
+from branchmix.cli.console import AsJson, DryRun, Force, Mixture, NoCheck, Out, progress_bar
+from branchmix.cli.upcycle import show, warn_of_leftovers
 from branchmix.errors import RecipeError
 
 ADD_EPILOG = """\b
@@ -17,8 +18,6 @@ REMOVE_EPILOG = """\b
 Example:
   branchmix remove-expert mixture law mixture-without-law
 """
-
-Mixture = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.", show_default=False)]
 
 
 def add_expert_command(
@@ -38,8 +37,6 @@ def add_expert_command(
     as_json: AsJson = False,
 ) -> None:
     """Add a dense model to a mixture as an expert."""
-    from branchmix.cli.console import progress_bar
-    from branchmix.cli.upcycle import show, warn_of_leftovers
     from branchmix.upcycling import add_expert
 
     name, separator, path = expert.partition("=")
@@ -72,8 +69,6 @@ def remove_expert_command(
     as_json: AsJson = False,
 ) -> None:
     """Remove an expert from a mixture."""
-    from branchmix.cli.console import progress_bar
-    from branchmix.cli.upcycle import show, warn_of_leftovers
     from branchmix.upcycling import remove_expert
 
     warn_of_leftovers(out)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from branchmix.cli.experts import Mixture
-from branchmix.cli.upcycle import AsJson, DryRun, Force, NoCheck, Out
+from branchmix.cli.console import (
+    AsJson,
+    DryRun,
+    Force,
+    Mixture,
+    NoCheck,
+    Out,
+    print_json,
+    print_notes,
+    progress_bar,
+    quiet_libraries,
+)
+from branchmix.cli.upcycle import plan_table, warn_of_leftovers
 from branchmix.pages.numbers import human_bytes
 
 if TYPE_CHECKING:
@@ -47,8 +57,6 @@ def export_command(
     as_json: AsJson = False,
 ) -> None:
     """Export a mixture to a native or dense checkpoint."""
-    from branchmix.cli.console import progress_bar, quiet_libraries
-    from branchmix.cli.upcycle import warn_of_leftovers
     from branchmix.export import export_model
 
     if not (no_verify or dry_run):
@@ -70,13 +78,9 @@ def export_command(
 
 
 def _show(report: ExportReport, *, as_json: bool) -> None:
-    from branchmix.cli.console import notice
-    from branchmix.cli.upcycle import plan_table
-
-    for note in report.plan.notes:
-        notice(f"note: {note}")
+    print_notes(report.plan.notes)
     if as_json:
-        typer.echo(json.dumps(_as_dict(report), indent=2))
+        print_json(_as_dict(report))
         return
     plan_table(report.plan).show()
     verification = report.verification

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from branchmix.checkpoint.text import whole_characters
+from branchmix.cli.console import AsJson, Dtype, TrustRemoteCode, notice, print_json, print_notes, quiet_libraries
 from branchmix.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
@@ -35,16 +35,13 @@ def generate_command(
         float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the most likely token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling, for temperature > 0.")] = 0,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
+    dtype: Dtype = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code included in the checkpoint.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print prompt, text and tokens/s as JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
     from branchmix.checkpoint.hub import resolve
-    from branchmix.cli.console import notice, quiet_libraries
 
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise RecipeError(f"--dtype {dtype}: give auto, bfloat16, float16 or float32")
@@ -61,8 +58,7 @@ def generate_command(
     from branchmix.likelihood.models import TextModel
 
     text_model = TextModel(resolved, dtype, trust_remote_code)
-    for note in text_model.notes:
-        notice(f"note: {note}")
+    print_notes(text_model.notes)
     _generate(text_model, prompt, max_new_tokens, temperature, seed, chat, as_json)
 
 
@@ -98,19 +94,10 @@ def _generate(
     seconds = time.perf_counter() - start
     new = tokens[0, inputs["input_ids"].shape[1] :]
     if as_json:
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        typer.echo(
-            json.dumps(
-                {
-                    "prompt": prompt,
-                    "text": text,
-                    "new_tokens": len(new),
-                    "tokens_per_second": round(len(new) / seconds, 2),
-                }
-            )
-        )
+        text, speed = tokenizer.decode(new, skip_special_tokens=True), round(len(new) / seconds, 2)
+        print_json({"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": speed})
     else:
-        typer.echo(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", err=True)
+        notice(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
 
 
 def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:

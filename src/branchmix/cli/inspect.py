@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.cli.console import AsJson, print_json, print_notes
 from branchmix.pages.numbers import human_bytes
 from branchmix.pages.table import Table
 
@@ -33,7 +34,7 @@ def inspect_command(
             help="Dtype of the weights and cache: bf16, fp16, fp32, fp8.", show_default="the config's, or bf16"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Count parameters, active parameters, FLOPs and KV-cache bytes exactly, without loading weights.
 
@@ -48,14 +49,11 @@ def inspect_command(
     from branchmix.accounting import inspect
 
     accounting = inspect(model, context=context, dtype=dtype)
-    for notice in accounting.notices:
-        typer.echo(f"note: {notice}", err=True)
+    print_notes(accounting.notices)
     if as_json:
-        import json
-
-        typer.echo(json.dumps(accounting.as_dict(), indent=2))
-        return
-    _print(accounting)
+        print_json(accounting.as_dict())
+    else:
+        _print(accounting)
 
 
 def _print(accounting: Accounting) -> None:

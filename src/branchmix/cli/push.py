@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from branchmix.cli.upcycle import AsJson
+from branchmix.cli.console import AsJson, print_json, print_notes
 from branchmix.pages.numbers import human_bytes
 from branchmix.pages.table import Table
 
@@ -46,14 +45,12 @@ def push_command(
     as_json: AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hugging Face Hub."""
-    from branchmix.cli.console import notice
     from branchmix.export.upload import push
 
     report = push(model, repo, private=private, results=results, licence=licence, dry_run=dry_run, force=force)
-    for note in report.notes:
-        notice(f"note: {note}")
+    print_notes(report.notes)
     if as_json:
-        typer.echo(json.dumps(_as_dict(report), indent=2))
+        print_json(_as_dict(report))
     else:
         _print(report)
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.cli.console import (
+    AsJson,
+    BatchTokens,
+    Dtype,
+    TrustRemoteCode,
+    notice,
+    print_json,
+    print_notes,
+    progress_bar,
+    quiet_libraries,
+)
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -45,19 +55,16 @@ def routes_command(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
+    batch_tokens: BatchTokens = 2048,
+    dtype: Dtype = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of a domain at most.")] = None,
     page_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the page, in all.")] = 4000,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Which expert each token uses, by layer and domain: FFN routers, and the attention gates of BAM."""
     from branchmix.checkpoint.folder import require_new_file
-    from branchmix.cli.console import notice, progress_bar, quiet_libraries
 
     quiet_libraries()
     from branchmix.evaluate.routing.plots import plot_files, write_plots
@@ -79,8 +86,7 @@ def routes_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    for note in routed.report.notes:
-        notice(f"note: {note}")
+    print_notes(routed.report.notes)
     written: list[Path] = []
     if out is not None:
         written += write_numbers(routed.report, out)
@@ -91,7 +97,7 @@ def routes_command(
 
         written.append(write(routed, html))
     if as_json:
-        typer.echo(json.dumps(routed.report.as_dict(), indent=2, allow_nan=False))
+        print_json(routed.report.as_dict())
     else:
         _print(routed.report)
     for file in written:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from branchmix.cli.console import AsJson, notice, print_json, print_notes, progress_bar
 from branchmix.cli.scaling_data import data_app
 from branchmix.cli.scaling_run import EPILOG as RUN_EPILOG
 from branchmix.cli.scaling_run import run_command
@@ -92,12 +92,11 @@ def trends_command(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page and pictures that are there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say for each task whether performance gets better, worse, or turns with scale, and how sure that is."""
     from branchmix.checkpoint.families import nearest
     from branchmix.checkpoint.folder import require_new_file
-    from branchmix.cli.console import notice, progress_bar
     from branchmix.errors import RecipeError
 
     if not 0 < alpha < 0.5:
@@ -132,12 +131,11 @@ def trends_command(
             options |= {"correction": correction if correction != "bh" else None, "html": html, "plots": plots}
             _write(reports, html, plots, command=_command(results, options), force=force, tell=tell)
     report = reports[0]
-    for note in report.notes:
-        notice(f"note: {note}")
+    print_notes(report.notes)
     for warning in report.warnings:
         notice(f"warning: {warning}")
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2, allow_nan=False))
+        print_json(report.as_dict())
     else:
         _print(report)
     for written in (html, plots):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from branchmix.cli.console import AsJson, notice, print_json
 
 data_app = typer.Typer(
     no_args_is_help=True,
@@ -53,7 +54,7 @@ def _data() -> None:
 @data_app.command("verify", epilog=VERIFY_EPILOG)
 def verify_command(
     folder: DIR,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare files with the sizes and hashes of the official ones."""
     from branchmix.scaling.official import verify
@@ -62,7 +63,7 @@ def verify_command(
     complete = all(file.state == "ok" for file in found)
     if as_json:
         files = [{"task": f.task, "file": f.file, "state": f.state, "detail": f.detail} for f in found]
-        typer.echo(json.dumps({"ok": complete, "files": files}, indent=2))
+        print_json({"ok": complete, "files": files})
     else:
         for file in found:
             typer.echo(file.line)
@@ -111,7 +112,6 @@ def make_command(
     ] = False,
 ) -> None:
     """Write fresh examples of the tasks, in the official format, with answers known and checked."""
-    from branchmix.cli.console import notice
     from branchmix.scaling.generate import make_data
     from branchmix.scaling.tasks import choose
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.cli.console import (
+    AsJson,
+    BatchTokens,
+    Dtype,
+    TrustRemoteCode,
+    notice,
+    print_json,
+    print_notes,
+    progress_bar,
+    quiet_libraries,
+    resumable,
+)
 from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 
@@ -56,20 +67,17 @@ def run_command(
     bos: Annotated[str, typer.Option(help="BOS before each prompt: default (as the tokenizer does), on or off.")] = (
         "default"
     ),
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    dtype: Dtype = "auto",
+    batch_tokens: BatchTokens = 2048,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score every model of a family on every task: exact log-probabilities, the official metrics."""
-    from branchmix.cli.console import goes_on_from, notice, progress_bar, quiet_libraries
 
     quiet_libraries()
     from branchmix.scaling.run import run
 
-    with goes_on_from(out), progress_bar() as progress:
+    with resumable(out), progress_bar() as progress:
         found = run(
             family,
             tasks=tasks,
@@ -84,10 +92,9 @@ def run_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    for note in found.notes:
-        notice(f"note: {note}")
+    print_notes(found.notes)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False))
+        print_json(found.as_dict())
     else:
         _print(found)
     if out is not None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.cli.console import AsJson, Overrides, exit_stopped, print_json
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -37,16 +38,12 @@ On SIGTERM and Ctrl-C the run finishes its step and writes a checkpoint; the exi
 
 def train_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE ...]", help="Replace settings of the file.", show_default=False),
-    ] = None,
+    overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Start over, replacing an earlier run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; train nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print training.json, or the plan, on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a dense model or a mixture with the settings of a run file."""
-    from branchmix.cli.console import notice
     from branchmix.train.checks import Process
     from branchmix.train.run import train
     from branchmix.train.sharding import leave_group
@@ -57,18 +54,15 @@ def train_command(
     except KeyboardInterrupt:
         if dry_run:
             raise
-        if Process().is_main:
-            notice(f"interrupted; to resume from the last checkpoint, if there is one: {again}")
-        raise SystemExit(130) from None  # unlike a Ctrl-C that left nothing behind
+        line = f"interrupted; to resume from the last checkpoint, if there is one: {again}"
+        exit_stopped(line if Process().is_main else "", signal.SIGINT)
     leave_group()
     if report.signal is not None:
-        if report.is_main:
-            notice(f"stopped; to resume from the last checkpoint: {again}")
-        raise SystemExit(128 + report.signal)  # not typer's: 130 would be taken for a Ctrl-C that left nothing
+        exit_stopped(f"stopped; to resume from the last checkpoint: {again}" if report.is_main else "", report.signal)
     if not report.is_main:
         return
     if as_json:
-        typer.echo(json.dumps(report.record, indent=2))
+        print_json(report.record)
     elif dry_run:
         from branchmix.train.progress import print_plan
 

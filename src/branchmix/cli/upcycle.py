@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from branchmix.cli.console import (
+    AsJson,
+    DryRun,
+    Force,
+    NoCheck,
+    Out,
+    notice,
+    print_json,
+    print_notes,
+    progress_bar,
+    quiet_libraries,
+)
 from branchmix.pages.numbers import human_bytes, human_count
 from branchmix.pages.table import Table
 
@@ -31,12 +42,6 @@ A minimal recipe:
 PEAK_MEMORY_BYTES = 150_000_000
 """Anonymous memory of a merge, for any size and number of models (measured: benchmarks/upcycle.py memory)."""
 
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not look for NaN and Inf in the sources (faster).")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
-
 
 def upcycle_command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.", show_default=False)],
@@ -51,7 +56,6 @@ def upcycle_command(
     as_json: AsJson = False,
 ) -> None:
     """Merge dense models fine-tuned from one seed into a mixture of experts."""
-    from branchmix.cli.console import progress_bar, quiet_libraries
     from branchmix.upcycling import upcycle
 
     if verify:
@@ -74,7 +78,6 @@ def upcycle_command(
 def warn_of_leftovers(out: Path) -> None:
     """Put back what a killed run moved aside, and report what it left behind."""
     from branchmix.checkpoint.folder import holds_model, put_back, stale_folders
-    from branchmix.cli.console import notice
 
     if put_back(out):
         notice(f"note: {out}: put back; a run that was killed while it replaced this model had moved it aside")
@@ -88,12 +91,9 @@ def warn_of_leftovers(out: Path) -> None:
 
 def show(report: UpcycleReport, *, as_json: bool) -> None:
     """Print what was done, as tables or as JSON."""
-    from branchmix.cli.console import notice
-
-    for note in report.plan.notes:
-        notice(f"note: {note}")
+    print_notes(report.plan.notes)
     if as_json:
-        typer.echo(json.dumps(as_dict(report), indent=2))
+        print_json(as_dict(report))
         return
     _print_plan(report)
     if report.verification is not None:
