@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.moves import fsync_folder
 from branchmix.errors import OutputError
 from branchmix.pages.numbers import too_little_space
@@ -53,10 +53,8 @@ def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = stderr) -
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, by names and sizes of its files; None if it is complete."""
-    try:
-        sizes = read_json(checkpoint / FILES)
-        assert isinstance(sizes, dict)
-    except (OSError, ValueError, AssertionError):
+    sizes = read_object(checkpoint / FILES)
+    if sizes is None:
         return f"{FILES} is missing or unreadable"
     for name, size in sizes.items():
         try:

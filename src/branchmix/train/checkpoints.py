@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -89,11 +89,11 @@ class SafeTrainer(Trainer):
 
     # Hooks for subclasses.
 
-    def extra_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """More state to save: tensors, and values for JSON. All processes call it; the main one's is saved."""
-        return {}, {}
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """More state to save. All processes call it; the main one's is saved."""
+        return {}
 
-    def load_extra_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore ``extra_state``, on every process, after model and optimizer."""
 
     def describe_batch(self) -> str:
@@ -138,9 +138,8 @@ class SafeTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Called right before the optimizer's step. Reading the numbers here makes an accelerator wait once a step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such a step itself
         bad_loss = not math.isfinite(float(self._tr_loss))
-        bad_norm = not scaled and norm is not None and not math.isfinite(float(norm))
+        bad_norm = norm is not None and not math.isfinite(float(norm))
         bad_loss, bad_norm = (bool(flag) for flag in self._most(bad_loss, bad_norm))
         if bad_loss or bad_norm:
             self._not_finite("loss" if bad_loss else "gradient")
@@ -208,54 +207,49 @@ class SafeTrainer(Trainer):
         """Called on every process; the main one writes, except that each writes its random numbers."""
         self.store_flos()
         target = files.checkpoint_of(self.checkpoints, self.state.global_step)
-        part = files.part_of(target)
         num_bytes = self._num_bytes()
         write = partial(self._write, target, num_bytes=num_bytes)
-        try:
+        with self._removed_on_failure(files.part_of(target)) as part:
             write(lambda: files.start(target, num_bytes=num_bytes))
             weights = model_files.gather(self.model)
             write(partial(model_files.write, self.model, self.processing_class, weights, part, resumable=True))
             weights = None  # before the optimizer takes twice as much
             tensors, optimizer = saved.optimizer_state(self.model, self._optimizer)
-            extra, values = self.extra_state()
-            write(lambda: self._write_state(part / TRAINING, tensors, optimizer, extra, values))
+            extra = self.extra_state()
+            write(lambda: self._write_state(part / TRAINING, tensors, optimizer, extra))
             own = {**saved.random_numbers(), "loss": self._tr_loss.detach().double().cpu()}
             rank = self.args.process_index
             write(lambda: save_file(own, part / TRAINING / f"rng-{rank}.safetensors"), everywhere=True)
             write(lambda: files.complete(target))
-        except BaseException:
-            if self.is_world_process_zero():
-                shutil.rmtree(part, ignore_errors=True)
-            raise
         if self.is_world_process_zero():
             files.remove_others(target, keep=self.keep)
         self._saved_step, self._saved_at = self.state.global_step, time.monotonic()
 
+    @contextlib.contextmanager
+    def _removed_on_failure(self, part: Path) -> Iterator[Path]:
+        try:
+            yield part
+        except BaseException:
+            if self.is_world_process_zero():
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+
     def _write_state(
-        self,
-        folder: Path,
-        tensors: dict[str, torch.Tensor],
-        optimizer: dict[str, Any],
-        extra: dict[str, torch.Tensor],
-        values: dict[str, Any],
+        self, folder: Path, tensors: dict[str, torch.Tensor], optimizer: dict[str, Any], extra: dict[str, torch.Tensor]
     ) -> None:
-        if tensors:
-            save_file(tensors, folder / "optimizer.safetensors")
-        if extra:
-            save_file({name: tensor.contiguous() for name, tensor in extra.items()}, folder / "extra.safetensors")
-        scaler = getattr(self.accelerator, "scaler", None)
+        for name, content in (("optimizer", tensors), ("extra", extra)):
+            if content:
+                save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
         state = {
             "step": self.state.global_step,
             "num_processes": self.args.world_size,
             "seconds": self.seconds,
             "scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
             "optimizer": optimizer,
             "loss_before": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "first_step": self._initial_global_step,
             "evaluation_due": self._evaluation_due,
-            "extra": values,
         }
         (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
         self.state.save_to_json(str(folder / "trainer_state.json"))  # where transformers looks for it
@@ -271,10 +265,9 @@ class SafeTrainer(Trainer):
         Raises:
             OutputError: it cannot be written; ``out`` and the checkpoints are unchanged.
         """
-        part = out / ".model.part"
         weights = model_files.gather(self.model)
 
-        def write() -> None:
+        def write(part: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             model_files.write(self.model, self.processing_class, weights, part, resumable=False)
@@ -283,12 +276,8 @@ class SafeTrainer(Trainer):
             files.publish(part, out)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-        try:
-            self._write(out, write, num_bytes=self._num_bytes(optimizer=False))
-        except BaseException:
-            if self.is_world_process_zero():
-                shutil.rmtree(part, ignore_errors=True)
-            raise
+        with self._removed_on_failure(out / ".model.part") as part:
+            self._write(out, lambda: write(part), num_bytes=self._num_bytes(optimizer=False))
 
     def _write(self, place: Path, action: Callable[[], None], *, num_bytes: int, everywhere: bool = False) -> None:
         """Run ``action`` on the main process, or everywhere; a failure on one process raises on all."""
@@ -327,17 +316,13 @@ class SafeTrainer(Trainer):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self._resumed = {**state, "loss": self._loss_since_last_log(folder, state["num_processes"])}
         sharded_elsewhere = self.args.world_size > 1 and not self.is_world_process_zero()
-        place = folder / "optimizer.safetensors"
-        tensors = load_file(place) if place.is_file() and not sharded_elsewhere else {}
+        tensors = {} if sharded_elsewhere else _load(folder / "optimizer.safetensors")
         saved.set_optimizer_state(self.model, self._optimizer, tensors, state["optimizer"])
         saved.set_scheduler_state(self.lr_scheduler, self._optimizer, state["scheduler"])
-        if state["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        place = folder / "extra.safetensors"
-        self.load_extra_state(load_file(place) if place.is_file() else {}, state["extra"])
+        self.load_extra_state(_load(folder / "extra.safetensors"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Loaded with the optimizer."""
+        """Nothing: there is none in bf16, and loading one would read a pickle."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called after the loop has skipped the finished batches, which may draw random numbers too."""
@@ -415,6 +400,10 @@ class _StoppedError(Exception):
 
     def __init__(self, signal: int) -> None:
         self.signal = signal
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    return load_file(file) if file.is_file() else {}
 
 
 def _problem(error: Exception, place: Path, num_bytes: int) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -192,19 +193,21 @@ class Clock:
         self._waited = 0.0
         self._paused = 0.0
 
-    def waiting(self, iterate: Callable[[], Any]) -> Any:
-        """Call ``iterate`` and count its time as waiting for data."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
         start = time.perf_counter()
         try:
-            return iterate()
+            yield
         finally:
             self._waited += time.perf_counter() - start
 
-    def paused(self, act: Callable[[], Any]) -> Any:
-        """Call ``act``, such as an evaluation, and count its time neither as training nor as waiting."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count the time of the block, such as an evaluation, neither as training nor as waiting."""
         start = time.perf_counter()
         try:
-            return act()
+            yield
         finally:
             self._paused += time.perf_counter() - start
 

@@ -25,7 +25,7 @@ from branchmix.train.checks import Checked, Process, check
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.memory import keep_freed_memory
 from branchmix.train.outputs import AVERAGE, DONE, RunFolder, settings_of
-from branchmix.train.progress import Clock, Display, Metrics, last_values
+from branchmix.train.progress import Display, Metrics, last_values
 from branchmix.train.record import machine, now, scores, trained_parts, versions
 from branchmix.train.schedule import steps_of, token_flops
 from branchmix.train.sharding import reshard
@@ -112,21 +112,17 @@ def train(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class _Run:
     """The main path, with what its parts share."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        checked: Checked,
-        folder: RunFolder,
-        process: Process,
-        display: Display,
-        started: float,
-        force: bool,
-    ):
-        self.config, self.checked, self.folder = config, checked, folder
-        self.process, self.display, self.started, self.force = process, display, started, force
+    config: RunConfig
+    checked: Checked
+    folder: RunFolder
+    process: Process
+    display: Display
+    started: float
+    force: bool
 
     def execute(self, signals: StopSignals, *, dry_run: bool) -> RunReport:
         """Data, model, training, result."""
@@ -365,11 +361,9 @@ class _Run:
     def _trainer(self, fixed: dict[str, Any], checkpoint: Path | None, signals: Any) -> BranchTrainer:
         import torch
 
-        from branchmix.train.losses import DomainLoss
         from branchmix.train.measure import matmul_peak
         from branchmix.train.models import TokenizerFiles
-        from branchmix.train.routers import RouterMonitor
-        from branchmix.train.trainer import BranchTrainer, Instruments, training_arguments
+        from branchmix.train.trainer import BranchTrainer, training_arguments
 
         config, out = self.config, self.folder.path
         step = int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else -1
@@ -378,28 +372,23 @@ class _Run:
         seconds = max((row.get("seconds", 0.0) for row in before), default=0.0)
         os.environ.setdefault("WANDB_DIR", str(out))  # W&B would write into the current folder
         peak = matmul_peak(self.computing.device, torch.bfloat16 if self.computing.bf16 else torch.float32)
-        tools = Instruments(
-            loss=DomainLoss(self.sequences.domains),
-            routers=RouterMonitor(self.model.config, self.sequences.domains),
-            metrics=metrics,
-            display=self.display,
-            clock=Clock(seconds),
-            flops=self.flops,
-            peak=peak * self.process.count,
-            held_out=self.held_out,
-            batching=self.checked.batching,
-            packing=self.packing,
-        )
         arguments = training_arguments(
             config, str(out), self.checked.batching, fixed["steps"], fixed["peak_learning_rate"], self.computing
         )
         return BranchTrainer(
             run=config,
             computing=self.computing,
-            instruments=tools,
             model=self.model,
             args=arguments,
             train_dataset=self.sequences,
+            held_out=self.held_out,
+            packing=self.packing,
+            batching=self.checked.batching,
+            flops=self.flops,
+            peak=peak * self.process.count,
+            metrics=metrics,
+            display=self.display,
+            seconds=seconds,
             processing_class=TokenizerFiles(self.tokenizer, self.checked.model),
             checkpoints=self.folder.checkpoints,
             keep=config.checkpoints.keep,
@@ -411,7 +400,7 @@ class _Run:
     def _finish(self, trainer: BranchTrainer, fixed: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
         """Write the result and ``training.json`` into the folder, and remove the checkpoints."""
         config = self.config
-        rows = trainer.tools.metrics.rows() if self.process.is_main else []
+        rows = trainer.metrics.rows() if self.process.is_main else []
         losses = last_values(rows, "loss/")
         length = config.sequence_length
         tokens = {name: count * length for name, count in self.sequences.counts().items()}
