@@ -61,13 +61,10 @@ class JobDisplay:
             self.said_at = time.monotonic()
             for state in states:
                 if state.status == "running":
-                    print(_line(state), file=sys.stderr, flush=True)
+                    self._say(_line(state))
             if len(states) > _SHOWN_AT_MOST:
-                print(self._count(states), file=sys.stderr, flush=True)
-
-    def _count(self, states: list[JobState]) -> str:
-        done = self.finished + sum(state.status == "done" for state in states)
-        return f"{done} of {self.total} {self.noun} are done"
+                done = self.finished + sum(state.status == "done" for state in states)
+                self._say(f"{done} of {self.total} {self.noun} are done")
 
     def _tell_changes(self, states: list[JobState]) -> None:
         """Print a line for every run that started, was restarted, or ended."""

@@ -60,8 +60,7 @@ class DomainLoss:
     def __init__(self, domains: Sequence[str]):
         self.domains = list(domains)
         self._last_B: torch.Tensor | None = None
-        self._sums_N: torch.Tensor | None = None
-        self._counts_N: torch.Tensor | None = None
+        self._totals_N: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @contextmanager
     def counting(self, model: nn.Module, domain_B: torch.Tensor) -> Iterator[None]:
@@ -105,30 +104,29 @@ class DomainLoss:
             logits.float().view(-1, vocab_size), target_BT.reshape(-1), ignore_index=ignore_index, reduction="none"
         )
         total = nll.sum()
-        if num_items_in_batch is None:
-            loss = total / (target_BT != ignore_index).sum()
-        elif torch.is_tensor(num_items_in_batch):
-            loss = total / num_items_in_batch.to(total.device)
-        else:
-            loss = total / num_items_in_batch
-        self._add(nll.detach().view(target_BT.shape), target_BT != ignore_index, domain_B)
-        return loss
+        counted_BT = target_BT != ignore_index
+        self._add(nll.detach().view(target_BT.shape), counted_BT, domain_B)
+        count = counted_BT.sum() if num_items_in_batch is None else num_items_in_batch
+        return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
     @torch.no_grad()
     def _add(self, nll_BT: torch.Tensor, counted_BT: torch.Tensor, domain_B: torch.Tensor) -> None:
         self._last_B = domain_B = domain_B.to(nll_BT.device)
-        if self._sums_N is None or self._counts_N is None or self._sums_N.device != nll_BT.device:
-            exact = torch.float32 if nll_BT.device.type == "mps" else torch.float64
-            self._sums_N = torch.zeros(len(self.domains), dtype=exact, device=nll_BT.device)
-            self._counts_N = torch.zeros(len(self.domains), dtype=torch.long, device=nll_BT.device)
-        self._sums_N.index_add_(0, domain_B, nll_BT.sum(-1, dtype=self._sums_N.dtype))
-        self._counts_N.index_add_(0, domain_B, counted_BT.sum(-1))
+        self._totals_N = sums_N, counts_N = self._totals(nll_BT.device)
+        sums_N.index_add_(0, domain_B, nll_BT.sum(-1, dtype=sums_N.dtype))
+        counts_N.index_add_(0, domain_B, counted_BT.sum(-1))
+
+    def _totals(self, device: torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums and counts since the last reading, which may be zero."""
+        if self._totals_N is not None:
+            return self._totals_N
+        exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
+        zeros = torch.zeros(len(self.domains), dtype=exact, device=device)
+        return zeros, zeros.long()
 
     def not_finite(self) -> list[str]:
         """Names of the domains whose sum is NaN or infinite on this process. Waits for the device."""
-        if self._sums_N is None:
-            return []
-        finite = torch.isfinite(self._sums_N).tolist()
+        finite = torch.isfinite(self._totals(None)[0]).tolist()
         return [name for name, fine in zip(self.domains, finite, strict=True) if not fine]
 
     def last_domains(self) -> list[str]:
@@ -142,12 +140,8 @@ class DomainLoss:
         Args:
             device: of the process; needed if this process may not have counted anything yet.
         """
-        sums_N, counts_N = self._sums_N, self._counts_N
-        if sums_N is None or counts_N is None:
-            exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
-            sums_N = torch.zeros(len(self.domains), dtype=exact, device=device)
-            counts_N = torch.zeros(len(self.domains), dtype=torch.long, device=device)
-        self._sums_N = self._counts_N = None
+        sums_N, counts_N = self._totals(device)
+        self._totals_N = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums_N)
             torch.distributed.all_reduce(counts_N)

@@ -85,8 +85,7 @@ class RunFolder:
             raise OutputError(
                 f"{self.path}: holds a run with {difference}: choose another folder, or start over with --force"
             )
-        done = (self.path / DONE).is_file() and any((self.path / name).is_file() for name in RESULTS)
-        return "finished" if done else "unfinished"
+        return "unfinished" if result_of(self.path) is None else "finished"
 
     def record(self) -> dict[str, Any] | None:
         """Content of ``training.json`` or ``run.json``; None if the folder is not a run's."""
@@ -165,6 +164,11 @@ class RunFolder:
                 f"{self.path}: checkpoints and result need {too_little_space(num_bytes, free)}: make room, "
                 "lower checkpoints.keep, or choose a folder on another disk"
             )
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """``training.json`` of a finished run; None if the run is not finished."""
+    return read_object(folder / DONE) if any((folder / name).is_file() for name in RESULTS) else None
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from branchmix.checkpoint.folder import write_text
 from branchmix.pages.table import Table
@@ -31,12 +31,10 @@ class Metrics:
         """All rows, except for an incomplete last row of a killed run."""
         if not self.file.is_file():
             return []
-        rows = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
+        rows: list[dict[str, Any]] = []
+        with suppress(ValueError):
+            for line in self.file.read_text(encoding="utf-8").splitlines():
                 rows.append(json.loads(line))
-            except ValueError:
-                break
         return rows
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
@@ -147,34 +145,19 @@ def print_plan(plan: dict[str, Any], stream: TextIO) -> None:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The numbers of a row, on one line."""
-    losses = ", ".join(f"{name} {value:.3f}" for name, value in _under(row, "loss/").items())
+    """The numbers of a row, on one line, with the router whose load is the most uneven."""
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in last_values([row], "loss/").items())
     parts = [f"loss {row['loss']:.3f}" + (f" ({losses})" if losses else ""), f"lr {row['learning_rate']:.2e}"]
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row.get("share_of_peak") is not None:
         parts.append(f"{row['share_of_peak']:.0%} of matmul peak")
-    parts.append(f"waiting {row['waiting']:.1%}")
-    parts.append(f"{row['memory_bytes'] / 1e9:.2f} GB")
-    worst = _worst_router(row)
-    if worst:
-        parts.append(worst)
+    parts += [f"waiting {row['waiting']:.1%}", f"{row['memory_bytes'] / 1e9:.2f} GB"]
+    uneven = {name: value for name, value in last_values([row], "router/").items() if name.endswith("max_over_mean")}
+    if uneven:
+        name = max(uneven, key=lambda key: uneven[key])
+        kind, layer, _ = name.split("/")
+        parts.append(f"{kind} router {int(layer)}: busiest expert {uneven[name]:.1f} x fair")
     return "  ".join(parts)
-
-
-def _under(row: dict[str, Any], prefix: str) -> dict[str, float]:
-    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
-
-
-def _worst_router(row: dict[str, Any]) -> str:
-    """The router with the most uneven load."""
-    uneven = {
-        name: value for name, value in row.items() if name.startswith("router/") and name.endswith("max_over_mean")
-    }
-    if not uneven:
-        return ""
-    name = max(uneven, key=lambda key: uneven[key])
-    _, kind, layer, _ = name.split("/")
-    return f"{kind} router {int(layer)}: busiest expert {uneven[name]:.1f} x fair"
 
 
 def duration(seconds: float) -> str:
@@ -190,38 +173,26 @@ class Clock:
     def __init__(self, seconds_before: float = 0.0):
         self._start = self._mark = time.perf_counter()
         self._before = seconds_before
-        self._waited = 0.0
-        self._paused = 0.0
+        self._spent = {"waiting": 0.0, "paused": 0.0}
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time of the block as waiting for data."""
+    def counting(self, kind: Literal["waiting", "paused"]) -> Iterator[None]:
+        """Count the time of the block as waiting for data, or neither as that nor as training, like an evaluation."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Count the time of the block, such as an evaluation, neither as training nor as waiting."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - start
+            self._spent[kind] += time.perf_counter() - start
 
     def read(self) -> tuple[float, float, float]:
         """Seconds of the run, seconds of training since the last reading, and the share of these spent waiting."""
         now = time.perf_counter()
-        span = max(now - self._mark - self._paused, 1e-9)
-        waited, self._mark, self._waited, self._paused = self._waited, now, 0.0, 0.0
-        return self._before + now - self._start, span, min(1.0, waited / span)
+        span = max(now - self._mark - self._spent["paused"], 1e-9)
+        waiting = min(1.0, self._spent["waiting"] / span)
+        self._mark, self._spent = now, {"waiting": 0.0, "paused": 0.0}
+        return self._before + now - self._start, span, waiting
 
 
 def last_values(rows: Iterable[dict[str, Any]], prefix: str) -> dict[str, float]:
     """The newest value of each key that begins with ``prefix``, by what follows it."""
-    values: dict[str, float] = {}
-    for row in rows:
-        values |= _under(row, prefix)
-    return values
+    return {name.removeprefix(prefix): value for row in rows for name, value in row.items() if name.startswith(prefix)}

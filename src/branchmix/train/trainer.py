@@ -117,7 +117,7 @@ class BranchTrainer(SafeTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Unchanged, but its time counts as waiting for data."""
-        with self.clock.waiting():
+        with self.clock.counting("waiting"):
             return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss_context_manager(self) -> Any:
@@ -175,7 +175,7 @@ class BranchTrainer(SafeTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.clock.paused():
+        with self.clock.counting("paused"):
             super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -220,7 +220,7 @@ class BranchTrainer(SafeTrainer):
         step = self.state.global_step
         if not self.held_out:
             return {}
-        with self.clock.paused():
+        with self.clock.counting("paused"):
             losses = held_out_losses(
                 self.model_wrapped,
                 self.held_out,
