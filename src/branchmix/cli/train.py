@@ -14,7 +14,7 @@ from branchmix.cli.console import AsJson, Overrides, exit_stopped, print_json
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.train.run import RunReport
+    from branchmix.train.outputs import RunReport
 
 EPILOG = """\b
 Examples:
@@ -49,17 +49,18 @@ def train_command(
     from branchmix.train.sharding import leave_group
 
     again = shlex.join(["branchmix", "train", str(run), *(overrides or [])])
+    is_main = Process().is_main
     try:
         report = train(run, overrides=overrides or [], force=force, dry_run=dry_run)
     except KeyboardInterrupt:
         if dry_run:
             raise
         line = f"interrupted; to resume from the last checkpoint, if there is one: {again}"
-        exit_stopped(line if Process().is_main else "", signal.SIGINT)
+        exit_stopped(line if is_main else "", signal.SIGINT)
     leave_group()
     if report.signal is not None:
-        exit_stopped(f"stopped; to resume from the last checkpoint: {again}" if report.is_main else "", report.signal)
-    if not report.is_main:
+        exit_stopped(f"stopped; to resume from the last checkpoint: {again}" if is_main else "", report.signal)
+    if not is_main:
         return
     if as_json:
         print_json(report.record)

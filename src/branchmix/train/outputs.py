@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,20 @@ FREE_TO_CHANGE = {
 """Settings that may change when resuming: they do not change the result, up to rounding."""
 
 State = Literal["new", "unfinished", "finished"]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What ``train`` did, or would do."""
+
+    out: Path
+    status: Literal["trained", "finished before", "stopped", "dry run"]
+    record: dict[str, Any]
+    """``training.json``; after a dry run the plan."""
+    signal: int | None = None
+    """The signal that stopped it; the same command resumes from its last checkpoint."""
+    is_main: bool = field(default_factory=lambda: os.environ.get("RANK", "0") == "0")
+    """Whether this process reports for the run."""
 
 
 class RunFolder:
