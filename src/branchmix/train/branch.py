@@ -107,7 +107,7 @@ def branch(
         BranchMixError: the configuration makes no sense, the seed is missing, or OUT cannot be written.
     """
     if not isinstance(config, BranchConfig):
-        config = BranchConfig.load(config, list(overrides))
+        config = BranchConfig.load(config, overrides)
     elif overrides:
         raise RecipeError("overrides apply to files: change the BranchConfig itself")
     names = _chosen(config, only)

@@ -13,6 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
+
 from branchmix.pages.table import Table
 from branchmix.train.launch import JobState
 from branchmix.train.progress import METRICS, duration
@@ -34,28 +37,23 @@ class JobDisplay:
         self.enabled = enabled
         self.said: dict[str, tuple[str, int]] = {}
         self.said_at = time.monotonic()
-        self.live: Any = None
+        self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
 
     def __enter__(self) -> JobDisplay:
         if self.enabled and self.finished:
-            print(f"{self.finished} of {self.total} {self.noun} are already finished", file=sys.stderr)
+            self._say(f"{self.finished} of {self.total} {self.noun} are already finished")
         if self.enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
             self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live is not None:
-            self.live.stop()
+        self.live.stop()
 
     def __call__(self, states: list[JobState]) -> None:
         if not self.enabled:
             return
         self._tell_changes(states)
-        if self.live is not None:
+        if self.live.is_started:
             self.live.update(_table(states, self.noun).terminal(), refresh=True)
         elif time.monotonic() - self.said_at > _SECONDS_BETWEEN_LINES:
             self.said_at = time.monotonic()
@@ -87,10 +85,7 @@ class JobDisplay:
                 self._say(f"{name}: stopped")
 
     def _say(self, text: str) -> None:
-        if self.live is not None:
-            self.live.console.print(text, highlight=False, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self.live.console.out(text, highlight=False)
 
 
 def _table(states: list[JobState], noun: str) -> Table:

@@ -14,6 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from branchmix.checkpoint.folder import write_text
 from branchmix.pages.table import Table
 
@@ -56,49 +59,37 @@ class Display:
 
     def __init__(self, *, shown: bool):
         self.shown = shown
-        self._bar: Any = None
-        self._task: Any = None
-        self._working = ""
-
-    def start(self, total: int, done: int) -> None:
-        """Training begins at step ``done``."""
-        if not (self.shown and sys.stderr.isatty()):
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+        self._console = Console(stderr=True, quiet=not shown)
         columns = (
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         )
-        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._bar = Progress(*columns, console=self._console, disable=not (shown and sys.stderr.isatty()))
+        self._working = ""
+
+    def start(self, total: int, done: int) -> None:
+        """Training begins at step ``done``."""
+        self._bar.add_task("", total=total, completed=done)
         self._bar.start()
-        self._task = self._bar.add_task("", total=total, completed=done)
 
     def step(self, done: int) -> None:
         """A step is done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done)
+        for task in self._bar.task_ids:
+            self._bar.update(task, completed=done)
 
     def row(self, row: dict[str, Any], total: int) -> None:
         """New numbers."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], description=describe(row))
-        elif self.shown:
+        if self._bar.disable:
             width = len(str(total))
-            eta = f"  {duration(row['eta_seconds'])} left" if "eta_seconds" in row else ""
-            self.line(f"{row['step']:>{width}}/{total}  {describe(row)}{eta}")
+            self.line(f"{row['step']:>{width}}/{total}  {describe(row)}  {duration(row['eta_seconds'])} left")
+        for task in self._bar.task_ids:
+            self._bar.update(task, completed=row["step"], description=describe(row))
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        if not self.shown:
-            return
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self._console.out(text, highlight=False)
 
     def work(self, step: str, done: int, total: int) -> None:
         """Report something long before training, such as tokenising, when it begins."""
@@ -112,10 +103,8 @@ class Display:
             print_plan(plan, sys.stderr)
 
     def stop(self) -> None:
-        """Stop updating the bar, if there is one."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Stop updating the bar."""
+        self._bar.stop()
 
 
 def print_plan(plan: dict[str, Any], stream: TextIO) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from branchmix.errors import RecipeError
@@ -21,7 +22,7 @@ from branchmix.train.signals import StopSignals
 def train(
     config: RunConfig | str | Path,
     *,
-    overrides: list[str] | None = None,
+    overrides: Sequence[str] = (),
     force: bool = False,
     dry_run: bool = False,
     progress: bool = True,
