@@ -35,11 +35,9 @@ A minimal file:
 
 
 def branch_command(
-    config: Annotated[Path, typer.Argument(metavar="BRANCH", help="YAML file.", show_default=False)],
+    config: Annotated[Path, typer.Argument(metavar="BRANCH", help="YAML file.")],
     overrides: Overrides = None,
-    only: Annotated[
-        str, typer.Option(metavar="NAMES", help="Train only these experts (comma-separated).", show_default=False)
-    ] = "",
+    only: Annotated[str, typer.Option(metavar="NAMES", help="Train only these experts (comma-separated).")] = "",
     launcher: Annotated[
         Literal["local", "ray"],
         typer.Option(help="Processes on this machine, or tasks on a Ray cluster (RAY_ADDRESS)."),
@@ -52,12 +50,7 @@ def branch_command(
     from branchmix.train.branch import branch
 
     report = branch(
-        config,
-        launcher=launcher,
-        overrides=overrides or [],
-        only=names_of(only),
-        force=force,
-        dry_run=dry_run,
+        config, launcher=launcher, overrides=overrides or [], only=names_of(only), force=force, dry_run=dry_run
     )
     print_notes(report.notes)
     if as_json:

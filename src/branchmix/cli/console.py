@@ -17,12 +17,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not look for NaN and Inf in the sources (faster).")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
-Mixture = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.", show_default=False),
-]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+Mixture = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code included in a checkpoint.")]

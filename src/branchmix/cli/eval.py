@@ -56,13 +56,10 @@ earlier models together with new ones to get one table of all.
 
 
 def eval_command(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL ...", help="Folders or Hub ids.", show_default=False)],
-    data: Annotated[
-        Path | None, typer.Option("--data", metavar="FILE", help="YAML: domains, as in a run.", show_default=False)
-    ] = None,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL ...", help="Folders or Hub ids.")],
+    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="YAML: domains, as in a run.")] = None,
     tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.", show_default=False),
+        str | None, typer.Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for records and results.json.")] = None,
     max_length: Annotated[
@@ -83,15 +80,13 @@ def eval_command(
         typer.Option(min=0, help="Examples in the prompt of tasks.", show_default="as the task or suite says"),
     ] = None,
     include_path: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder of your own task files; may be repeated.", show_default=False),
+        list[Path] | None, typer.Option(metavar="DIR", help="Folder of your own task files; may be repeated.")
     ] = None,
     task_data: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             help="Folder with data sets of tasks as ORG/NAME or NAME, which are used instead of the Hub's.",
-            show_default=False,
         ),
     ] = None,
     allow_code_execution: Annotated[

@@ -22,13 +22,10 @@ Example:
 
 def add_expert_command(
     model: Mixture,
-    expert: Annotated[str, typer.Argument(metavar="NAME=PATH", help="The dense model to add.", show_default=False)],
+    expert: Annotated[str, typer.Argument(metavar="NAME=PATH", help="The dense model to add.")],
     out: Out,
     router_std: Annotated[
-        float | None,
-        typer.Option(
-            help="Standard deviation of the routers' new rows, above 0 [default: the mixture's]", show_default=False
-        ),
+        float | None, typer.Option(help="Standard deviation of the routers' new rows, above 0 [default: the mixture's]")
     ] = None,
     router_seed: Annotated[int, typer.Option(help="Random seed for the routers' new rows.")] = 0,
     dry_run: DryRun = False,
@@ -61,7 +58,7 @@ def add_expert_command(
 
 def remove_expert_command(
     model: Mixture,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The expert to remove.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The expert to remove.")],
     out: Out,
     dry_run: DryRun = False,
     force: Force = False,

@@ -43,12 +43,7 @@ Exports are exact, or refused with all reasons. Both models' logits are compared
 def export_command(
     model: Mixture,
     out: Out,
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe or dense.", show_default=False
-        ),
-    ],
+    to: Annotated[str, typer.Option(metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe or dense.")],
     expert: Annotated[str | None, typer.Option(metavar="NAME", help="Expert to export, for --to dense.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare both models' logits.")] = False,
     dry_run: DryRun = False,

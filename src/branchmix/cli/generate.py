@@ -28,8 +28,8 @@ GREATEST_SEED = 2**64 - 1
 
 
 def generate_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 40,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the most likely token.")
@@ -55,25 +55,13 @@ def generate_command(
     if not prompt:
         raise RecipeError("PROMPT is empty: give some text to continue")
     quiet_libraries()
+    import torch
+    from transformers import TextStreamer
+
     from branchmix.likelihood.models import TextModel
 
     text_model = TextModel(resolved, dtype, trust_remote_code)
     print_notes(text_model.notes)
-    _generate(text_model, prompt, max_new_tokens, temperature, seed, chat, as_json)
-
-
-def _generate(
-    text_model: TextModel,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    chat: bool,
-    as_json: bool,
-) -> None:
-    import torch
-    from transformers import TextStreamer
-
     tokenizer = text_model.tokenizer
     inputs = _inputs(text_model, prompt, chat)
     _require_positions(text_model, inputs["input_ids"].shape[1], max_new_tokens)
@@ -82,15 +70,9 @@ def _generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     start = time.perf_counter()
-    with torch.no_grad():
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)
     seconds = time.perf_counter() - start
     new = tokens[0, inputs["input_ids"].shape[1] :]
     if as_json:

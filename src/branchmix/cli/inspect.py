@@ -21,7 +21,6 @@ def inspect_command(
         typer.Argument(
             metavar="MODEL_OR_CONFIG",
             help="A checkpoint folder, a config.json, or a Hub id (org/name or org/name@revision); dense or a mixture.",
-            show_default=False,
         ),
     ],
     context: Annotated[

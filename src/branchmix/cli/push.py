@@ -25,8 +25,8 @@ Uploads config, weights, tokenizer, code and model card; no other files, and no 
 
 
 def push_command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint.", show_default=False)],
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.", show_default=False)],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     results: Annotated[
         Path | None,

@@ -38,7 +38,7 @@ _LINES = 12
 
 
 def routes_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.")],
     text: Annotated[
         list[str] | None,
         typer.Option("--text", metavar="TEXT", help="A text, @FILE, or - for standard input; may be repeated."),

@@ -49,19 +49,12 @@ worse), flat, inconclusive, not-testable (fewer than five sizes). The exit code 
 scaling_app.add_typer(data_app, name="data")
 
 
-@scaling_app.callback()
-def _scaling() -> None:
-    pass
-
-
 scaling_app.command("run", epilog=RUN_EPILOG)(run_command)
 
 
 @scaling_app.command("trends", epilog=TRENDS_EPILOG)
 def trends_command(
-    results: Annotated[
-        Path, typer.Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.", show_default=False)
-    ],
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.")],
     axis: Annotated[
         str | None,
         typer.Option(
@@ -73,8 +66,7 @@ def trends_command(
         list[str] | None, typer.Option(help="Metric to judge; may be repeated.", show_default="all")
     ] = None,
     lower_is_better: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METRIC", help="A metric of which less is better; losses are known.", show_default=False),
+        list[str] | None, typer.Option(metavar="METRIC", help="A metric of which less is better; losses are known.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Significance level.")] = 0.05,
     minimum_effect: Annotated[
@@ -82,14 +74,11 @@ def trends_command(
     ] = 0.02,
     correction: Annotated[str, typer.Option(help="For several tasks: bh (Benjamini-Hochberg), holm or none.")] = "bh",
     html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write a page that explains itself, in one file.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Write a page that explains itself, in one file.")
     ] = None,
     plots: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG.", show_default=False
-        ),
+        typer.Option(metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page and pictures that are there.")] = False,
     as_json: AsJson = False,

@@ -14,7 +14,7 @@ data_app = typer.Typer(
     rich_markup_mode=None,
     help="Data of the 11 tasks: the prize's own files, and fresh examples that no model has seen.",
 )
-DIR = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the files.", show_default=False)]
+DIR = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the files.")]
 
 VERIFY_EPILOG = """\b
 Examples:
@@ -46,16 +46,8 @@ hard, though: compare the gap between models.
 """
 
 
-@data_app.callback()
-def _data() -> None:
-    pass
-
-
 @data_app.command("verify", epilog=VERIFY_EPILOG)
-def verify_command(
-    folder: DIR,
-    as_json: AsJson = False,
-) -> None:
+def verify_command(folder: DIR, as_json: AsJson = False) -> None:
     """Compare files with the sizes and hashes of the official ones."""
     from branchmix.scaling.official import verify
 
@@ -91,9 +83,7 @@ def fetch_command(
 @data_app.command("make", epilog=MAKE_EPILOG)
 def make_command(
     folder: DIR,
-    seed: Annotated[
-        int, typer.Option(help="Random seed; different seeds give different examples.", show_default=False)
-    ],
+    seed: Annotated[int, typer.Option(help="Random seed; different seeds give different examples.")],
     num: Annotated[int, typer.Option("--num", metavar="N", min=1, help="Examples of each task.")] = 1000,
     tasks: Annotated[str, typer.Option(metavar="A,B,...", help="Names of tasks, or all.")] = "all",
     shots: Annotated[

@@ -45,21 +45,17 @@ With --out, rerun the command to resume a stopped run; if you add models, tasks 
 
 
 def run_command(
-    family: Annotated[Path, typer.Argument(metavar="FAMILY.yaml", help="The models.", show_default=False)],
+    family: Annotated[Path, typer.Argument(metavar="FAMILY.yaml", help="The models.")],
     tasks: Annotated[
         str, typer.Option(metavar="A,B,...", help="Names of tasks, YAML files of your own, or all that have files.")
     ] = "all",
     data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder of the tasks' files; may be repeated.", show_default=False),
+        list[Path] | None, typer.Option(metavar="DIR", help="Folder of the tasks' files; may be repeated.")
     ] = None,
     fresh: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder of fresh files, to compare with.", show_default=False),
+        list[Path] | None, typer.Option(metavar="DIR", help="Folder of fresh files, to compare with.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for records and results.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for records and results.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Examples of a task at most.")] = None,
     shots: Annotated[
         int, typer.Option(min=0, metavar="K", help="Other examples, with answers, before each prompt.")

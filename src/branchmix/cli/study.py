@@ -47,14 +47,11 @@ Examples:
 
 
 def study_command(
-    config: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file.", show_default=False)],
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file.")],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the study.", show_default=False)] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the study.")] = ...,  # type: ignore[assignment]
     only: Annotated[
-        str,
-        typer.Option(
-            metavar="STEPS", help="Only these steps (comma-separated) and the steps they need.", show_default=False
-        ),
+        str, typer.Option(metavar="STEPS", help="Only these steps (comma-separated) and the steps they need.")
     ] = "",
     launcher: Annotated[
         Literal["local", "ray", "inline"],
@@ -137,12 +134,9 @@ def _print_forecast(found: Forecast) -> None:
 
 
 def report_command(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of a study, or of its results.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study, or of its results.")],
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder to write; the same folder if not given.", show_default=False),
+        Path | None, typer.Option(metavar="DIR", help="Folder to write; the same folder if not given.")
     ] = None,
     html: Annotated[bool, typer.Option("--html", help="The page, with its figures inside.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="tables.md.")] = False,

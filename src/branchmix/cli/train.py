@@ -37,7 +37,7 @@ On SIGTERM and Ctrl-C the run finishes its step and writes a checkpoint; the exi
 
 
 def train_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="YAML file.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="YAML file.")],
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Start over, replacing an earlier run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; train nothing.")] = False,

@@ -44,7 +44,7 @@ PEAK_MEMORY_BYTES = 150_000_000
 
 
 def upcycle_command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
     out: Out,
     dry_run: DryRun = False,
     verify: Annotated[

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,19 +28,10 @@ LAST = (ADAPTER_CONFIG, "config.json", "training.json")
 """Files by which others recognise a model and a finished run, so they are moved last."""
 
 
-def stderr(line: str) -> None:
-    """Print a notice on stderr."""
-    print(line, file=sys.stderr, flush=True)
+def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest complete checkpoint in ``folder``, which need not exist, or None.
 
-
-def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = stderr) -> Path | None:
-    """The newest complete checkpoint in ``folder``, or None.
-
-    Damaged checkpoints are skipped with a notice; unfinished ones of killed writers are ignored.
-
-    Args:
-        folder: ``OUT/checkpoints``, which need not exist.
-        notice: called with one line for each checkpoint skipped.
+    Damaged checkpoints are skipped with a ``notice`` of one line; unfinished ones of killed writers are ignored.
     """
     for _, checkpoint in sorted(_by_step(folder), reverse=True):
         problem = damage(checkpoint)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from branchmix.errors import OutputError, TrainingError
@@ -36,10 +36,8 @@ from branchmix.train.signals import StopSignals
 
 __all__ = ["SafeTrainer", "StopSignals", "latest_checkpoint"]
 
-MEGABYTE = 1_000_000
 
-
-class SafeTrainer(Trainer):
+class SafeTrainer(Trainer, TrainerCallback):
     """Saves into ``checkpoints/step-<8 digits>/``, and resumes from there with ``train(latest_checkpoint(...))``.
 
     transformers' own saving (``save_strategy``) is turned off, and so is the filter that hides a NaN loss. Evaluation
@@ -85,7 +83,7 @@ class SafeTrainer(Trainer):
         args.save_strategy = SaveStrategy.NO
         args.logging_nan_inf_filter = False
         super().__init__(model, args, **kwargs)
-        self.add_callback(_BetweenSteps(self))
+        self.add_callback(self)
 
     # Hooks for subclasses.
 
@@ -148,7 +146,7 @@ class SafeTrainer(Trainer):
     def _not_finite(self, what: str) -> NoReturn:
         batches = sorted({text for text in self._everywhere(self.describe_batch()) if text})
         of = f" on {', '.join(batches)}" if batches else ""
-        last = latest_checkpoint(self.checkpoints, notice=lambda _: None)
+        last = latest_checkpoint(self.checkpoints)
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise TrainingError(
             f"step {self.state.global_step + 1}{of}: the {what} is not a finite number, so the step was not applied: "
@@ -190,7 +188,7 @@ class SafeTrainer(Trainer):
         control.should_evaluate = False
         control.should_save = self.state.global_step > self._saved_step
 
-    def _step_ended(self, control: TrainerControl) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Decide whether to save or stop: the same on all processes, by the main one's clock and anyone's signal."""
         main = self.is_world_process_zero()
         late = main and time.monotonic() - self._saved_at >= self._every_seconds
@@ -291,7 +289,7 @@ class SafeTrainer(Trainer):
                 problem = _problem(error, place, num_bytes)
         problem = max(self._everywhere(problem))
         if problem:
-            last = latest_checkpoint(self.checkpoints, notice=lambda _: None)
+            last = latest_checkpoint(self.checkpoints)
             again = f"rerun the command to resume from {last}" if last else "then start again"
             raise OutputError(f"{place}: cannot be written: {problem}: free space or fix this, {again}")
 
@@ -301,7 +299,7 @@ class SafeTrainer(Trainer):
         if optimizer:
             states = self._optimizer.state.values()
             tensors += [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-        return MEGABYTE + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return 1_000_000 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     # Reading. Every hook gets the checkpoint's folder ``training``, where transformers finds its own state.
 
@@ -334,19 +332,17 @@ class SafeTrainer(Trainer):
         else:  # processes have no counterparts in the old run: seed each one reproducibly
             torch.manual_seed(self.args.seed + self.state.global_step * self.args.world_size + rank)
 
-    def _training_begins(self) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Restore accumulators, which the loop has just reset."""
-        state = self._resumed
-        if not state:
-            return
-        self._saved_step = state["step"]
-        self._seconds_before = state["seconds"]
-        self._total_loss_scalar = state["loss_before"]
-        self._globalstep_last_logged = state["last_logged"]
-        self._initial_global_step = state["first_step"]
-        self._tr_loss += state["loss"]
-        if state["evaluation_due"]:
-            self._evaluate(None, None)
+        if resumed := self._resumed:
+            self._saved_step = resumed["step"]
+            self._seconds_before = resumed["seconds"]
+            self._total_loss_scalar = resumed["loss_before"]
+            self._globalstep_last_logged = resumed["last_logged"]
+            self._initial_global_step = resumed["first_step"]
+            self._tr_loss += resumed["loss"]
+            if resumed["evaluation_due"]:
+                self._evaluate(None, None)
 
     def _loss_since_last_log(self, folder: Path, num_processes: int) -> float:
         """This process's sum; with a different number of processes the mean of all sums, since the mean is logged."""
@@ -380,19 +376,6 @@ class SafeTrainer(Trainer):
         texts = [""] * self.args.world_size
         dist.all_gather_object(texts, text)
         return texts
-
-
-class _BetweenSteps(TrainerCallback):
-    """Passes the loop's callbacks to the trainer."""
-
-    def __init__(self, trainer: SafeTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer._training_begins()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer._step_ended(control)
 
 
 class _StoppedError(Exception):

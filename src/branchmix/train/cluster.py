@@ -23,12 +23,7 @@ from branchmix.train.launch import USER_ERROR, Attempt, Job, JobState, Outcome, 
 
 
 def run_on_ray(
-    jobs: Sequence[Job],
-    at_once: int | None = None,
-    *,
-    shared: Path,
-    num_cpus: int = 1,
-    **others: Any,
+    jobs: Sequence[Job], at_once: int | None = None, *, shared: Path, num_cpus: int = 1, **others: Any
 ) -> Outcome:
     """Run jobs on the cluster at RAY_ADDRESS, one running on this machine, or one started for this call: see
     ``run_jobs``.

@@ -89,12 +89,7 @@ def _embeddings(model: Any) -> Iterator[nn.Module]:
             yield module
 
 
-_PARTS = {
-    "experts": _experts,
-    "all_but_routers": _everything,
-    "attention": _attention,
-    "embeddings": _embeddings,
-}
+_PARTS = {"experts": _experts, "all_but_routers": _everything, "attention": _attention, "embeddings": _embeddings}
 
 
 def _name(model: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -109,7 +109,6 @@ class BranchTrainer(SafeTrainer):
         board = next((c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)), None)
         if board is not None:
             board.logging_dir = str(Path(self.args.output_dir) / "tensorboard")
-        self.add_callback(_Moments(self))
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step
@@ -239,23 +238,19 @@ class BranchTrainer(SafeTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
-
-class _Moments(TrainerCallback):
-    """Updates display, clock and moving average when training starts, ends a step, and stops."""
-
-    def __init__(self, trainer: BranchTrainer):
-        self.trainer = trainer
+    # -----------------------------------------------------------------------------------------------------------------
+    # Calls of the training loop
+    # -----------------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._logged_step = state.global_step
-        self.trainer.display.start(state.max_steps, state.global_step)
-        self.trainer.clock.read()
+        super().on_train_begin(args, state, control, **kwargs)
+        self._logged_step = state.global_step
+        self.display.start(state.max_steps, state.global_step)
+        self.clock.read()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.update()
-        self.trainer.display.step(state.global_step)
+        super().on_step_end(args, state, control, **kwargs)
+        if self.ema is not None:
+            self.ema.update()
+        self.display.step(state.global_step)
         control.should_log |= state.global_step >= state.max_steps
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.display.stop()

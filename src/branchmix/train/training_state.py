@@ -124,9 +124,10 @@ def set_optimizer_state(
             f"the checkpoint trained {len(theirs)} tensors and this run trains {len(ours)}, such as "
             f"{sorted(ours ^ theirs)[0]} in one of them only: resume with the run's own settings, or start over"
         )
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_world_size() > 1, strict=False)
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     whole: dict[str, Any] = {}
-    if _rank() == 0:
+    if not many or dist.get_rank() == 0:
         state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in rest["values"].items()}
         for place, tensor in tensors.items():
             key, _, name = place.partition("/")
@@ -162,11 +163,3 @@ def _groups(
         group = {key: tuple(value) if isinstance(ours.get(key), tuple) else value for key, value in options.items()}
         groups.append(group | {key: ours[key] for key in OF_THE_MACHINE if key in ours} | {"params": params})
     return groups
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
