@@ -65,14 +65,14 @@ def generate_command(
     tokenizer = text_model.tokenizer
     inputs = _inputs(text_model, prompt, chat)
     _require_positions(text_model, inputs["input_ids"].shape[1], max_new_tokens)
-    model = text_model.load()
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    loaded = text_model.load()
+    inputs = {name: value.to(loaded.device) for name, value in inputs.items()}
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     start = time.perf_counter()
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)
+    tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)
     seconds = time.perf_counter() - start
     new = tokens[0, inputs["input_ids"].shape[1] :]
     if as_json:

@@ -26,8 +26,8 @@ MOST_AT_ONCE = 16
 _AT_ONCE = ("num_beams", "num_return_sequences")
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
 
 
 class RequestError(Exception):
