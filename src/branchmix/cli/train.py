@@ -14,7 +14,7 @@ from branchmix.cli.console import AsJson, Overrides, exit_stopped, print_json
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.train.outputs import RunReport
+    from branchmix.train.run_folder import RunReport
 
 EPILOG = """\b
 Examples:

@@ -24,7 +24,7 @@ from branchmix.settings import parse_yaml
 from branchmix.train.config import BranchConfig, RunConfig
 from branchmix.train.job_display import JobDisplay
 from branchmix.train.launch import Job, JobState, Outcome, Status, run_processes, share_machine
-from branchmix.train.outputs import RunFolder, result_of
+from branchmix.train.run_folder import RunFolder, result_of
 
 Launcher = Literal["local", "ray"]
 TRAIN = (sys.executable, "-m", "branchmix", "train")

@@ -13,7 +13,7 @@ from branchmix.checkpoint.json_text import read_json
 from branchmix.data.sources import require_files
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.train.config import NewModel, RunConfig
-from branchmix.train.outputs import DONE, RunFolder
+from branchmix.train.run_folder import DONE, RunFolder
 from branchmix.train.schedule import Batching, steps_of
 from branchmix.train.sharding import require_possible
 

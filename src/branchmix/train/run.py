@@ -14,8 +14,8 @@ from pathlib import Path
 from branchmix.errors import RecipeError
 from branchmix.train.checks import Process, check
 from branchmix.train.config import RunConfig
-from branchmix.train.outputs import RunFolder, RunReport
 from branchmix.train.progress import Display
+from branchmix.train.run_folder import RunFolder, RunReport
 from branchmix.train.signals import StopSignals
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from branchmix.checkpoint.folder import writing
 from branchmix.errors import RecipeError
 from branchmix.train.config import RunConfig
-from branchmix.train.outputs import RunFolder
+from branchmix.train.run_folder import RunFolder
 
 
 def require_possible(config: RunConfig, described: dict[str, Any], num_processes: int) -> None:

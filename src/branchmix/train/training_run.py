@@ -32,9 +32,9 @@ from branchmix.train.checkpoints import latest_checkpoint
 from branchmix.train.checks import Checked, Process
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.memory import keep_freed_memory
-from branchmix.train.outputs import AVERAGE, DONE, RunFolder, RunReport, settings_of
 from branchmix.train.progress import Display, Metrics, last_values
 from branchmix.train.record import machine, now, scores, trained_parts, versions
+from branchmix.train.run_folder import AVERAGE, DONE, RunFolder, RunReport, settings_of
 from branchmix.train.schedule import steps_of, token_flops
 from branchmix.train.sharding import reshard
 from branchmix.train.signals import StopSignals
