@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 _SHOWN_AT_MOST = 12
 """Jobs with a row each."""
 _TAIL_BYTES = 1_000_000
-_SHOWN = ("step", "steps", "loss", "tokens_per_second", "eta_seconds")
+_SHOWN = {"step", "steps", "loss", "tokens_per_second", "eta_seconds"}
 
 
 class JobDisplay:
@@ -104,28 +104,22 @@ def _line(state: JobState) -> str:
 
 
 def _cells(state: JobState) -> dict[str, str]:
-    metrics = last_metrics(state.job.log.parent)
-    step, steps = metrics.get("step"), metrics.get("steps")
-    loss, rate, left = metrics.get("loss"), metrics.get("tokens_per_second"), metrics.get("eta_seconds")
+    row, running = last_row(state.job.log.parent), state.status == "running"
     return {
-        "step": "" if step is None else f"{step:,}" if steps is None else f"{step:,} of {steps:,}",
-        "loss": "" if loss is None else f"{loss:.3f}",
-        "tokens/s": "" if rate is None or state.status != "running" else f"{rate:,.0f}",
-        "left": "" if left is None or state.status != "running" else duration(left),
+        "step": f"{row['step']:,} of {row['steps']:,}" if row else "",
+        "loss": f"{row['loss']:.3f}" if row else "",
+        "tokens/s": f"{row['tokens_per_second']:,.0f}" if row and running else "",
+        "left": duration(row["eta_seconds"]) if row and running else "",
     }
 
 
-def last_metrics(folder: Path) -> dict[str, Any]:
-    """The newest value of each shown quantity in a run's ``metrics.jsonl``; empty before the first."""
-    newest: dict[str, Any] = {}
+def last_row(folder: Path) -> dict[str, Any]:
+    """The newest row of a run's ``metrics.jsonl`` that is of training, not of an evaluation; empty before the first."""
     with suppress(OSError), (folder / METRICS).open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         for line in reversed(file.read().splitlines()):
             with suppress(ValueError):  # half a line, at either end
                 row = json.loads(line)
-                for name in _SHOWN:
-                    if isinstance(row, dict) and isinstance(row.get(name), int | float):
-                        newest.setdefault(name, row[name])
-            if len(newest) == len(_SHOWN):
-                break
-    return newest
+                if isinstance(row, dict) and row.keys() >= _SHOWN:
+                    return row
+    return {}

@@ -69,7 +69,6 @@ class RunFolder:
     """``out`` of a run, before, while and after it."""
 
     def __init__(self, config: RunConfig):
-        self.given = config.out
         path = Path(config.out).expanduser()
         self.path = path if path.is_absolute() else config.folder / path
         self.checkpoints = self.path / CHECKPOINTS

@@ -29,49 +29,17 @@ from branchmix.train.routers import RouterMonitor
 from branchmix.train.schedule import Batching, TokenFlops, rate_at
 
 
-def training_arguments(
-    config: RunConfig, out: str, batching: Batching, num_steps: int, peak_rate: float, computing: Computing
-) -> TrainingArguments:
-    """``Trainer``'s arguments for a run. Schedule, autocast and saving are not among them."""
-    optimizer = config.optimizer
-    arguments = TrainingArguments(
-        output_dir=out,
-        max_steps=num_steps,
-        per_device_train_batch_size=batching.micro,
-        gradient_accumulation_steps=batching.accumulation,
-        train_sampling_strategy="sequential",
-        learning_rate=peak_rate,
-        optim="adamw_torch_fused",
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        adam_epsilon=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.max_grad_norm,
-        seed=config.random_seed,
-        logging_steps=config.logging.steps,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="steps",
-        eval_steps=config.evaluation.steps or num_steps,
-        eval_on_start=config.evaluation.at_start,
-        report_to=list(config.logging.to) or "none",
-        project=config.logging.project,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        use_cpu=computing.device.type == "cpu",
-        dataloader_pin_memory=computing.device.type == "cuda",
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one device: no DataParallel over all that it sees
-    return arguments
-
-
 class BranchTrainer(SafeTrainer):
     """Trains a dense model or a mixture on ``Sequences``.
 
     Args:
+        out: folder of the run.
+        model: in its final form, except that it is not wrapped for several processes.
+        train_dataset: ``Sequences``.
         held_out: sequences by domain.
-        peak: FLOP/s of plain matrix products on all devices together.
+        num_steps: of the whole run.
+        peak_rate: peak learning rate.
+        peak_flops: FLOP/s of plain matrix products on all devices together.
         seconds: time that the run took before it was resumed.
         **options: of ``SafeTrainer``.
     """
@@ -80,26 +48,66 @@ class BranchTrainer(SafeTrainer):
         self,
         *,
         run: RunConfig,
-        computing: Computing,
+        out: Path,
+        model: Any,
         train_dataset: Any,
         held_out: dict[str, Any],
+        computing: Computing,
         packing: Packing,
         batching: Batching,
+        num_steps: int,
+        peak_rate: float,
         flops: TokenFlops | None,
-        peak: float,
+        peak_flops: float,
         metrics: Metrics,
         display: Display,
         seconds: float,
         **options: Any,
     ):
-        config = options["model"].config
+        # Schedule, autocast and saving are not among Trainer's arguments: they are done here.
+        args = TrainingArguments(
+            output_dir=str(out),
+            max_steps=num_steps,
+            per_device_train_batch_size=batching.micro,
+            gradient_accumulation_steps=batching.accumulation,
+            train_sampling_strategy="sequential",
+            learning_rate=peak_rate,
+            optim="adamw_torch_fused",
+            adam_beta1=run.optimizer.betas[0],
+            adam_beta2=run.optimizer.betas[1],
+            adam_epsilon=run.optimizer.eps,
+            weight_decay=run.optimizer.weight_decay,
+            max_grad_norm=run.optimizer.max_grad_norm,
+            seed=run.random_seed,
+            logging_steps=run.logging.steps,
+            eval_strategy="steps",
+            eval_steps=run.evaluation.steps or num_steps,
+            eval_on_start=run.evaluation.at_start,
+            report_to=list(run.logging.to) or "none",
+            project=run.logging.project,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            use_cpu=computing.device.type == "cpu",
+            dataloader_pin_memory=computing.device.type == "cuda",
+        )
+        args._n_gpu = min(1, args.n_gpu)  # one process uses one device: no DataParallel over all that it sees
+        config = model.config
         kept = {name: config.__dict__[name] for name in ("use_cache",) if name in config.__dict__}
-        super().__init__(train_dataset=train_dataset, data_collator=collate, eval_dataset=held_out, **options)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=held_out,
+            data_collator=collate,
+            **run.checkpoints.model_dump(),
+            **options,
+        )
         # Trainer sets use_cache in the config, which would be saved; forward passes here set it themselves.
         config.__dict__.pop("use_cache", None)
         config.__dict__.update(kept)
         self.run, self.computing, self.packing, self.batching = run, computing, packing, batching
-        self.held_out, self.flops, self.peak = held_out, flops, peak
+        self.held_out, self.flops, self.peak_flops = held_out, flops, peak_flops
         self.metrics, self.display, self.clock = metrics, display, Clock(seconds)
         self.domain_loss = DomainLoss(train_dataset.domains)
         self.routers = RouterMonitor(config, train_dataset.domains)
@@ -204,7 +212,7 @@ class BranchTrainer(SafeTrainer):
         if self.flops is not None:
             row["flops"] = step * tokens * self.flops.training
             row["flops_per_second"] = self.flops.training * row["tokens_per_second"]
-            row["share_of_peak"] = row["flops_per_second"] / self.peak
+            row["share_of_peak"] = row["flops_per_second"] / self.peak_flops
         reading = self.routers.read(self.args.device)
         row |= reading.scalars()
         self.metrics.add({**row, **({"routers": reading.as_dict()} if reading.routers else {})})

@@ -38,7 +38,7 @@ from branchmix.train.run_folder import AVERAGE, DONE, RunFolder, RunReport, sett
 from branchmix.train.schedule import steps_of, token_flops
 from branchmix.train.sharding import reshard
 from branchmix.train.signals import StopSignals
-from branchmix.train.trainer import BranchTrainer, training_arguments
+from branchmix.train.trainer import BranchTrainer
 
 MINUTE = 60.0
 
@@ -263,37 +263,29 @@ class TrainingRun:
         self.process.wait()
 
     def _trainer(self, signals: StopSignals) -> BranchTrainer:
-        config, out = self.config, self.folder.path
+        out = self.folder.path
         metrics = Metrics(out, writes=self.process.is_main)
         before = metrics.rewind(-1 if self.checkpoint is None else step_of(self.checkpoint))
         os.environ.setdefault("WANDB_DIR", str(out))  # W&B would write into the current folder
         peak = measure.matmul_peak(self.computing.device, torch.bfloat16 if self.computing.bf16 else torch.float32)
         return BranchTrainer(
-            run=config,
-            computing=self.computing,
+            run=self.config,
+            out=out,
             model=self.model,
-            args=training_arguments(
-                config,
-                str(out),
-                self.checked.batching,
-                self.fixed["steps"],
-                self.fixed["peak_learning_rate"],
-                self.computing,
-            ),
             train_dataset=self.sequences,
             held_out=self.held_out,
+            computing=self.computing,
             packing=self.packing,
             batching=self.checked.batching,
+            num_steps=self.fixed["steps"],
+            peak_rate=self.fixed["peak_learning_rate"],
             flops=self.flops,
-            peak=peak * self.process.count,
+            peak_flops=peak * self.process.count,
             metrics=metrics,
             display=self.display,
             seconds=_seconds(before),
             processing_class=models.TokenizerFiles(self.tokenizer, self.checked.model),
             checkpoints=self.folder.checkpoints,
-            keep=config.checkpoints.keep,
-            minutes=config.checkpoints.minutes,
-            steps=config.checkpoints.steps,
             signals=signals,
         )
 
