@@ -255,10 +255,7 @@ class SafeTrainer(Trainer, TrainerCallback):
     def finish(self, out: Path, *, also: Callable[[Path], None] | None = None) -> None:
         """Write the model into ``out``, its config last, and remove the checkpoints. All processes call it.
 
-        Args:
-            out: folder, which may hold other files.
-            also: writes more files into the folder it is given, which appear together with the model; on the main
-                process.
+        ``also`` writes more files, on the main process, into a folder whose content appears together with the model.
 
         Raises:
             OutputError: it cannot be written; ``out`` and the checkpoints are unchanged.

@@ -25,14 +25,12 @@ from branchmix.train.launch import USER_ERROR, Attempt, Job, JobState, Outcome, 
 def run_on_ray(
     jobs: Sequence[Job], at_once: int | None = None, *, shared: Path, num_cpus: int = 1, **others: Any
 ) -> Outcome:
-    """Run jobs on the cluster at RAY_ADDRESS, one running on this machine, or one started for this call: see
-    ``run_jobs``.
+    """Run jobs on the cluster at RAY_ADDRESS, one running here, or one started for this call: see ``run_jobs``.
 
     A job whose worker or machine dies is retried like a failed one. Each job gets a GPU if the cluster has any. Signals
     reach the jobs as SIGINT.
 
     Args:
-        jobs: what to run.
         at_once: how many run at a time; as many as fit on the cluster if None.
         shared: the folder that the jobs write to, which every machine must see.
         num_cpus: cores that Ray reserves for each job.

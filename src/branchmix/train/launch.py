@@ -207,13 +207,8 @@ def share_machine(
 ) -> tuple[int, int | None, list[dict[str, str]]]:
     """How jobs share this machine: a GPU for each, or all CPU cores divided among them.
 
-    Args:
-        at_once: jobs side by side; chosen here if None.
-        threads: threads of each job; chosen here if None.
-        num_jobs: how many there are.
-
-    Returns:
-        jobs side by side, threads of each (None: torch's default), and the environment of each place.
+    Returns the jobs side by side and the threads of each, chosen here if they are None (threads stay None, torch's
+    default, on GPUs), and the environment of each place.
     """
     if devices := gpus():
         return at_once or len(devices), threads, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in devices]

@@ -48,11 +48,7 @@ class DomainLosses:
 class DomainSums:
     """Sums by domain of numbers of sequences, in fp64 where the device has it, as fp32 cannot count beyond 2^24.
 
-    They stay on the device until they are read.
-
-    Args:
-        num_domains: N.
-        *shape: of the numbers of a sequence.
+    They stay on the device until they are read. ``shape`` is that of a sequence's numbers.
     """
 
     def __init__(self, num_domains: int, *shape: int):
@@ -69,8 +65,7 @@ class DomainSums:
     def read(self, device: torch.device | None = None) -> torch.Tensor:
         """Return the sums [N, *shape] since the last reading, over all processes, and reset them. A collective call.
 
-        Args:
-            device: of the process; needed if this process may not have added anything yet.
+        It needs the process's device if this process may not have added anything yet.
         """
         sums = self._zeros(device) if self.local is None else self.local
         self.local = None
@@ -105,9 +100,7 @@ class DomainLoss:
     def counting(self, model: nn.Module, domain_B: torch.Tensor) -> Iterator[None]:
         """Compute the loss of ``model`` with this function inside the block, and count it for the batch's domains.
 
-        Args:
-            model: dense, or a mixture, which still adds its router losses; it may be wrapped by DDP or PEFT.
-            domain_B: number of each sequence's domain.
+        A mixture still adds its router losses. The model may be wrapped by DDP or PEFT.
         """
         models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
         family: Any = next(module for module in models if module.config.model_type != "branchmix")
@@ -129,13 +122,8 @@ class DomainLoss:
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As transformers' ``ForCausalLMLoss``: the mean, or the sum divided by ``num_items_in_batch``.
-
-        Args:
-            logits: [B, T, V].
-            labels: [B, T]; shifted here.
-            domain_B: number of each sequence's domain.
-        """
+        """As transformers' ``ForCausalLMLoss``, of logits [B, T, V] and labels [B, T], which are shifted here: the
+        mean, or the sum divided by ``num_items_in_batch``."""
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target_BT = shift_labels.to(logits.device)

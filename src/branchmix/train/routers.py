@@ -31,10 +31,6 @@ class RouterMonitor:
     Call ``add`` with the output of each forward pass, and ``read`` every few steps. ``add`` does not wait for the
     device. A dense model has no routers: ``add`` does nothing then, and readings are empty.
 
-    Args:
-        config: of the model.
-        domains: their names, in the order of the numbers that batches hold.
-
     Attributes:
         options: keyword arguments for the model's forward pass, so that it returns what ``add`` needs.
     """
@@ -56,12 +52,9 @@ class RouterMonitor:
         self.options = {"output_router_logits": True} if self._kinds else {}
 
     def add(self, output: Any, domain_B: torch.Tensor, mask_BT: torch.Tensor | None = None) -> None:
-        """Count a forward pass.
+        """Count a forward pass by the output of the model, called with ``options``.
 
-        Args:
-            output: of the model, called with ``options``.
-            domain_B: number of each sequence's domain.
-            mask_BT: 1 for tokens that count, 0 for padding; all of them if not given.
+        Tokens that count have 1 in the mask, padding has 0; without one, all count.
         """
         for kind in self._kinds:
             kind.add(output, domain_B, mask_BT)
@@ -72,9 +65,6 @@ class RouterMonitor:
         With more than one process all have to call it. Sums are added over all processes and divided afterwards. If
         several processes see the same tokens (expert parallelism), these are counted several times in numerator and
         denominator, which does not change shares and means.
-
-        Args:
-            device: of the process; needed if this process may not have counted anything yet.
         """
         routers = [router for kind in self._kinds for router in kind.read(self.domains, device)]
         reading = RouterReading(self._experts if self._kinds else [], routers)
