@@ -157,16 +157,15 @@ def _chosen(config: BranchConfig, only: Sequence[str]) -> list[str]:
 
 def _run(config: BranchConfig, name: str) -> RunConfig:
     """The settings of the expert's run, with absolute paths, so that its file works from any folder."""
-    run = config.run_of(name)
-    here = config.folder
-    seed = resolve(config.seed, here)
-    out = _absolute(config.out, here)
-    changes = {
+    seed, out = resolve(config.seed, config.folder), _absolute(config.out, config.folder)
+    settings = {key: getattr(config, key) for key in config.model_fields_set if key in RunConfig.model_fields}
+    settings |= {
         "model": config.seed if seed.revision else str(_absolute(str(seed.folder), Path())),
-        "out": str(_absolute(run.out, here)),
-        "data": {domain: source.absolute(here, out=out) for domain, source in run.data.items()},
+        "out": str(out / name),
+        "data": {domain: source.absolute(config.folder, out=out) for domain, source in config.data.items()},
+        "mix": config.mix_of(name),
     }
-    run = run.model_copy(update=changes)
+    run = RunConfig(**settings)
     run._folder = Path(run.out)  # where its file will be
     return run
 

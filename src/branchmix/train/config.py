@@ -334,14 +334,6 @@ class BranchConfig(_Training):
             return {domain: 1.0}
         return {domain: 1.0 - self.general_share, self.general: self.general_share}
 
-    def run_of(self, expert: str) -> RunConfig:
-        """The settings of one expert's run, as ``branchmix train`` takes them."""
-        shared = {name: getattr(self, name) for name in self.model_fields_set if name in RunConfig.model_fields}
-        out = str(Path(self.out) / expert)
-        run = RunConfig(**{**shared, "model": self.seed, "out": out, "mix": self.mix_of(expert)})
-        run._folder = self._folder
-        return run
-
 
 def apply_override(data: Any, words: str) -> None:
     """Change ``data``, what a YAML file says, by one ``key=value``; dots lead into mappings.

@@ -85,24 +85,14 @@ def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by ``KEY/PARAMETER``, and the rest for JSON, on the main process only. All processes have to call it."""
+    """AdamW's tensors by ``KEY/PARAMETER``, and the rest for JSON, on the main process only. All have to call it."""
     if not optimizer.state:  # before the first step; get_optimizer_state_dict would make one of zeros
         return {}, {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for name, state in whole.get("state", {}).items():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{key}/{name}"] = value.contiguous()
-            else:
-                values.setdefault(name, {})[key] = value
-    groups = [
-        {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
-        for group in whole.get("param_groups", [])
-    ]
-    return tensors, {"groups": groups, "values": values, "with_state": sorted(whole.get("state", {}))}
+    states = whole.get("state", {})
+    tensors = {f"{key}/{name}": value for name, state in states.items() for key, value in state.items()}
+    return tensors, {"groups": whole.get("param_groups", []), "with_state": sorted(states)}
 
 
 def set_optimizer_state(
@@ -128,7 +118,7 @@ def set_optimizer_state(
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     whole: dict[str, Any] = {}
     if not many or dist.get_rank() == 0:
-        state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in rest["values"].items()}
+        state: dict[str, dict[str, Any]] = {}
         for place, tensor in tensors.items():
             key, _, name = place.partition("/")
             state.setdefault(name, {})[key] = tensor
