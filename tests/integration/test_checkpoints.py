@@ -197,6 +197,21 @@ def test_extra_state_of_a_subclass(tmp_path: Path) -> None:
     assert again.seen.tolist() == [1.5, 2.5]
 
 
+def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path: Path) -> None:
+    """It has keys that nothing reads any more."""
+    whole = trainer(tmp_path, dense(), num_steps=6, steps=4)
+    whole.train()
+    newest = latest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None
+    state = json.loads((newest / "training" / "state.json").read_text())
+    state |= {"scaler": None, "extra": {}, "optimizer": {**state["optimizer"], "values": {}}}
+    (newest / "training" / "state.json").write_text(json.dumps(state))
+    (newest / "training" / "files.json").write_text("{}")
+    resumed = trainer(tmp_path, dense(), num_steps=6)
+    resumed.train(latest_checkpoint(tmp_path / "checkpoints"))
+    assert same(resumed.model, whole.model) and history(resumed) == history(whole)
+
+
 def test_time_between_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 

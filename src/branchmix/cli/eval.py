@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,7 @@ from branchmix.cli.console import (
     quiet_libraries,
     resumable,
 )
-
-if TYPE_CHECKING:
-    from branchmix.evaluate.tasks.options import TaskOptions
+from branchmix.errors import RecipeError
 
 EPILOG = """\b
 Examples:
@@ -111,8 +109,21 @@ def eval_command(
     quiet_libraries()
     from branchmix.cli.eval_tables import print_report
     from branchmix.evaluate.run import evaluate
+    from branchmix.evaluate.tasks.options import TaskOptions
 
-    options = _task_options(tasks, num_fewshot, include_path, task_data, allow_code_execution)
+    only_for_tasks = {
+        "--num-fewshot": num_fewshot is not None,
+        "--include-path": bool(include_path),
+        "--task-data": task_data is not None,
+        "--allow-code-execution": allow_code_execution,
+    }
+    for name, is_given in only_for_tasks.items():
+        if is_given and tasks is None:
+            raise RecipeError(f"{name}: is about downstream tasks: name some with --tasks")
+    options = None
+    if tasks is not None:
+        names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
+        options = TaskOptions(names, num_fewshot, tuple(include_path or ()), task_data, allow_code_execution)
     with resumable(out), progress_bar() as progress:
         report = evaluate(
             models,
@@ -134,29 +145,3 @@ def eval_command(
         print_json(report.as_dict())
     else:
         print_report(report)
-
-
-def _task_options(
-    tasks: str | None,
-    num_fewshot: int | None,
-    include_path: list[Path] | None,
-    task_data: Path | None,
-    allow_code_execution: bool,
-) -> TaskOptions | None:
-    """What belongs to tasks; options that would be ignored without any are an error."""
-    from branchmix.errors import RecipeError
-    from branchmix.evaluate.tasks.options import TaskOptions
-
-    if tasks is None:
-        given = {
-            "--num-fewshot": num_fewshot is not None,
-            "--include-path": bool(include_path),
-            "--task-data": task_data is not None,
-            "--allow-code-execution": allow_code_execution,
-        }
-        for name, is_given in given.items():
-            if is_given:
-                raise RecipeError(f"{name}: is about downstream tasks: name some with --tasks")
-        return None
-    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    return TaskOptions(names, num_fewshot, tuple(include_path or ()), task_data, allow_code_execution)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from branchmix.accounting import Accounting, inspect
 from branchmix.cli.console import AsJson, print_json, print_notes
 from branchmix.pages.numbers import human_bytes
 from branchmix.pages.table import Table
-
-if TYPE_CHECKING:
-    from branchmix.accounting import Accounting
 
 
 def inspect_command(
@@ -45,8 +43,6 @@ def inspect_command(
 
         branchmix inspect config.json --context 256 --json
     """
-    from branchmix.accounting import inspect
-
     accounting = inspect(model, context=context, dtype=dtype)
     print_notes(accounting.notices)
     if as_json:

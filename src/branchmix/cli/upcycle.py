@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from branchmix.accounting import inspect
 from branchmix.cli.console import (
     AsJson,
     DryRun,
@@ -118,7 +119,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "groups": [group.as_dict() for group in plan.groups],
         "notes": list(plan.notes),
         "seconds": round(report.seconds, 3),
-        "accounting": _accounting(plan).as_dict(),
+        "accounting": inspect(plan.config).as_dict(),
     }
     if report.verification is not None:
         result["verification"] = report.verification.as_dict()
@@ -140,7 +141,7 @@ def _print_plan(report: UpcycleReport) -> None:
     plan = report.plan
     typer.echo(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}")
     plan_table(plan).show()
-    accounting = _accounting(plan)
+    accounting = inspect(plan.config)
     typer.echo(
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "
@@ -175,9 +176,3 @@ def _method(report: UpcycleReport) -> str:
     method = method_of(report.plan.config, report.recipe)
     assert method is not None, "a dense model is written by a recipe only"
     return method
-
-
-def _accounting(plan: Plan) -> Any:
-    from branchmix.accounting import inspect
-
-    return inspect(plan.config)
