@@ -104,6 +104,7 @@ def _headline(accounting: Accounting) -> str:
 
 
 def _with_total(head: list[str], rows: list[list[str]], *totals: int) -> None:
-    """Print a table, below which each column's total is bold."""
+    """Print a table with bold totals, and an empty line below it."""
     bold = {(len(rows), column) for column in range(len(head))}
     Table(head, [*rows, ["total", *(f"{total:,}" for total in totals)]], bold=bold).show()
+    typer.echo("")
