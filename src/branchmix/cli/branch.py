@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from branchmix.cli.console import AsJson, Overrides, exit_stopped, names_of, notice, print_json, print_notes
+from branchmix.cli import console
 from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 
@@ -36,7 +36,7 @@ A minimal file:
 
 def branch_command(
     config: Annotated[Path, typer.Argument(metavar="BRANCH", help="YAML file.")],
-    overrides: Overrides = None,
+    overrides: console.Overrides = None,
     only: Annotated[str, typer.Option(metavar="NAMES", help="Train only these experts (comma-separated).")] = "",
     launcher: Annotated[
         Literal["local", "ray"],
@@ -44,25 +44,25 @@ def branch_command(
     ] = "local",
     force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; start nothing.")] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Train all experts of a study from one seed, each in its own run."""
     from branchmix.train.branch import branch
 
     report = branch(
-        config, launcher=launcher, overrides=overrides or [], only=names_of(only), force=force, dry_run=dry_run
+        config, launcher=launcher, overrides=overrides or [], only=console.names_of(only), force=force, dry_run=dry_run
     )
-    print_notes(report.notes)
+    console.print_notes(report.notes)
     if as_json:
-        print_json(_as_dict(report))
+        console.print_json(_as_dict(report))
     else:
         _table(report).show()
     for expert in report.failed:
-        notice(f"error: {expert.name}: {expert.reason} (its output: {expert.out / 'log.txt'})")
+        console.notice(f"error: {expert.name}: {expert.reason} (its output: {expert.out / 'log.txt'})")
     if report.stopped_by is not None:
         left = ", ".join(expert.name for expert in report.experts if expert.status != "done")
         again = " without --force" if force else ""
-        exit_stopped(f"stopped; not finished: {left}. Rerun the command{again} to resume.", report.stopped_by)
+        console.exit_stopped(f"stopped; not finished: {left}. Rerun the command{again} to resume.", report.stopped_by)
     if report.failed:
         raise typer.Exit(2)
     if report.recipe is not None and not as_json:

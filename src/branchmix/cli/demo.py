@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from branchmix.cli.console import AsJson, exit_stopped, notice, print_json
+from branchmix.cli import console
 
 EPILOG = """\b
 Examples:
@@ -27,7 +27,7 @@ def demo_command(
         float | None,
         typer.Option(metavar="M", min=0.1, help="How long it may take, about.", show_default="15, or as begun"),
     ] = None,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Train a seed and three experts, mix them in four ways, train on, compare: one page of results.
 
@@ -50,14 +50,14 @@ def demo_command(
     try:
         done = study(config, out)
     except KeyboardInterrupt:
-        exit_stopped(f"stopped; to resume: {again}", signal.SIGINT)
+        console.exit_stopped(f"stopped; to resume: {again}", signal.SIGINT)
     exit_unless_done(done, again)
     made = report(out)
     if as_json:
-        print_json(made.numbers)
+        console.print_json(made.numbers)
         return
     typer.echo(made.tables[0].markdown())
     for line in made.headline:
         typer.echo(f"{line}\n")
     typer.echo(out / "index.html")
-    notice(f"took {duration(time.monotonic() - begun_at)}")
+    console.notice(f"took {duration(time.monotonic() - begun_at)}")

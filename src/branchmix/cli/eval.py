@@ -7,17 +7,7 @@ from typing import Annotated
 
 import typer
 
-from branchmix.cli.console import (
-    AsJson,
-    BatchTokens,
-    Dtype,
-    TrustRemoteCode,
-    print_json,
-    print_notes,
-    progress_bar,
-    quiet_libraries,
-    resumable,
-)
+from branchmix.cli import console
 from branchmix.errors import RecipeError
 
 EPILOG = """\b
@@ -68,8 +58,8 @@ def eval_command(
         int | None,
         typer.Option(min=1, help="Tokens that the window moves on in longer documents.", show_default="half of it"),
     ] = None,
-    batch_tokens: BatchTokens = 2048,
-    dtype: Dtype = "auto",
+    batch_tokens: console.BatchTokens = 2048,
+    dtype: console.Dtype = "auto",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Documents of a domain, and examples of a task, at most.")
     ] = None,
@@ -101,12 +91,12 @@ def eval_command(
     fixed_prior: Annotated[
         bool, typer.Option("--fixed-prior", help="Keep the ensemble's prior instead of learning from the text.")
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Bits per byte and perplexity of models by domain, and downstream tasks, with standard errors."""
 
-    quiet_libraries()
+    console.quiet_libraries()
     from branchmix.cli.eval_tables import print_report
     from branchmix.evaluate.run import evaluate
     from branchmix.evaluate.tasks.options import TaskOptions
@@ -124,7 +114,7 @@ def eval_command(
     if tasks is not None:
         names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
         options = TaskOptions(names, num_fewshot, tuple(include_path or ()), task_data, allow_code_execution)
-    with resumable(out), progress_bar() as progress:
+    with console.resumable(out), console.progress_bar() as progress:
         report = evaluate(
             models,
             data,
@@ -140,8 +130,8 @@ def eval_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    print_notes(report.notes)
+    console.print_notes(report.notes)
     if as_json:
-        print_json(report.as_dict())
+        console.print_json(report.as_dict())
     else:
         print_report(report)

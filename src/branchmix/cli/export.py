@@ -6,18 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from branchmix.cli.console import (
-    AsJson,
-    DryRun,
-    Force,
-    Mixture,
-    NoCheck,
-    Out,
-    print_json,
-    print_notes,
-    progress_bar,
-    quiet_libraries,
-)
+from branchmix.cli import console
 from branchmix.cli.upcycle import plan_table, warn_of_leftovers
 from branchmix.pages.numbers import human_bytes
 
@@ -41,23 +30,23 @@ Exports are exact, or refused with all reasons. Both models' logits are compared
 
 
 def export_command(
-    model: Mixture,
-    out: Out,
+    model: console.Mixture,
+    out: console.Out,
     to: Annotated[str, typer.Option(metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe or dense.")],
     expert: Annotated[str | None, typer.Option(metavar="NAME", help="Expert to export, for --to dense.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare both models' logits.")] = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    no_check: NoCheck = False,
-    as_json: AsJson = False,
+    dry_run: console.DryRun = False,
+    force: console.Force = False,
+    no_check: console.NoCheck = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Export a mixture to a native or dense checkpoint."""
     from branchmix.export import export_model
 
     if not (no_verify or dry_run):
-        quiet_libraries()
+        console.quiet_libraries()
     warn_of_leftovers(out)
-    with progress_bar() as progress:
+    with console.progress_bar() as progress:
         report = export_model(
             model,
             out,
@@ -73,9 +62,9 @@ def export_command(
 
 
 def _show(report: ExportReport, *, as_json: bool) -> None:
-    print_notes(report.plan.notes)
+    console.print_notes(report.plan.notes)
     if as_json:
-        print_json(_as_dict(report))
+        console.print_json(_as_dict(report))
         return
     plan_table(report.plan).show()
     verification = report.verification

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from branchmix.checkpoint.text import whole_characters
-from branchmix.cli.console import AsJson, Dtype, TrustRemoteCode, notice, print_json, print_notes, quiet_libraries
+from branchmix.cli import console
 from branchmix.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def generate_command(
         float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the most likely token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling, for temperature > 0.")] = 0,
-    dtype: Dtype = "auto",
+    dtype: console.Dtype = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Continue a text."""
     from branchmix.checkpoint.hub import resolve
@@ -54,14 +54,14 @@ def generate_command(
     resolved = resolve(model)
     if not prompt:
         raise RecipeError("PROMPT is empty: give some text to continue")
-    quiet_libraries()
+    console.quiet_libraries()
     import torch
     from transformers import TextStreamer
 
     from branchmix.likelihood.models import TextModel
 
     text_model = TextModel(resolved, dtype, trust_remote_code)
-    print_notes(text_model.notes)
+    console.print_notes(text_model.notes)
     tokenizer = text_model.tokenizer
     inputs = _inputs(text_model, prompt, chat)
     _require_positions(text_model, inputs["input_ids"].shape[1], max_new_tokens)
@@ -77,9 +77,9 @@ def generate_command(
     new = tokens[0, inputs["input_ids"].shape[1] :]
     if as_json:
         text, speed = tokenizer.decode(new, skip_special_tokens=True), round(len(new) / seconds, 2)
-        print_json({"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": speed})
+        console.print_json({"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": speed})
     else:
-        notice(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
+        console.notice(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
 
 
 def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:

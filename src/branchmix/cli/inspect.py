@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from branchmix.accounting import Accounting, inspect
-from branchmix.cli.console import AsJson, print_json, print_notes
+from branchmix.cli import console
 from branchmix.pages.numbers import human_bytes
 from branchmix.pages.table import Table
 
@@ -31,7 +31,7 @@ def inspect_command(
             help="Dtype of the weights and cache: bf16, fp16, fp32, fp8.", show_default="the config's, or bf16"
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Count parameters, active parameters, FLOPs and KV-cache bytes exactly, without loading weights.
 
@@ -44,9 +44,9 @@ def inspect_command(
         branchmix inspect config.json --context 256 --json
     """
     accounting = inspect(model, context=context, dtype=dtype)
-    print_notes(accounting.notices)
+    console.print_notes(accounting.notices)
     if as_json:
-        print_json(accounting.as_dict())
+        console.print_json(accounting.as_dict())
     else:
         _print(accounting)
 

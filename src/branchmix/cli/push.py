@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from branchmix.cli.console import AsJson, print_json, print_notes
+from branchmix.cli import console
 from branchmix.pages.numbers import human_bytes
 from branchmix.pages.table import Table
 
@@ -42,15 +42,15 @@ def push_command(
         bool, typer.Option("--dry-run", help="Check, and show what would be uploaded, without network.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Commit to a repository that already holds files.")] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hugging Face Hub."""
     from branchmix.export.upload import push
 
     report = push(model, repo, private=private, results=results, licence=licence, dry_run=dry_run, force=force)
-    print_notes(report.notes)
+    console.print_notes(report.notes)
     if as_json:
-        print_json(_as_dict(report))
+        console.print_json(_as_dict(report))
     else:
         _print(report)
 

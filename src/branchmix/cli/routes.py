@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from branchmix.cli.console import (
-    AsJson,
-    BatchTokens,
-    Dtype,
-    TrustRemoteCode,
-    notice,
-    print_json,
-    print_notes,
-    progress_bar,
-    quiet_libraries,
-)
+from branchmix.cli import console
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -55,25 +45,25 @@ def routes_command(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")
     ] = None,
-    batch_tokens: BatchTokens = 2048,
-    dtype: Dtype = "auto",
+    batch_tokens: console.BatchTokens = 2048,
+    dtype: console.Dtype = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of a domain at most.")] = None,
     page_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the page, in all.")] = 4000,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Which expert each token uses, by layer and domain: FFN routers, and the attention gates of BAM."""
     from branchmix.checkpoint.folder import require_new_file
 
-    quiet_libraries()
+    console.quiet_libraries()
     from branchmix.evaluate.routing.plots import plot_files, write_plots
     from branchmix.evaluate.routing.run import number_files, read_texts, routes, write_numbers
 
     numbers, pictures = number_files(out) if out else [], plot_files(plots) if plots else []
     for file in (*numbers, *pictures, *([html] if html else [])):
         require_new_file(file, force=force)
-    with progress_bar() as progress:
+    with console.progress_bar() as progress:
         routed = routes(
             model,
             data=data,
@@ -86,7 +76,7 @@ def routes_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    print_notes(routed.report.notes)
+    console.print_notes(routed.report.notes)
     written: list[Path] = []
     if out is not None:
         written += write_numbers(routed.report, out)
@@ -97,11 +87,11 @@ def routes_command(
 
         written.append(write(routed, html))
     if as_json:
-        print_json(routed.report.as_dict())
+        console.print_json(routed.report.as_dict())
     else:
         _print(routed.report)
     for file in written:
-        notice(f"written: {file}")
+        console.notice(f"written: {file}")
 
 
 def _print(report: RoutingReport) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from branchmix.cli.console import AsJson, notice, print_json, print_notes, progress_bar
+from branchmix.cli import console
 from branchmix.cli.scaling_data import data_app
 from branchmix.cli.scaling_run import EPILOG as RUN_EPILOG
 from branchmix.cli.scaling_run import run_command
@@ -81,7 +81,7 @@ def trends_command(
         typer.Option(metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page and pictures that are there.")] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Say for each task whether performance gets better, worse, or turns with scale, and how sure that is."""
     from branchmix.checkpoint.families import nearest
@@ -103,7 +103,7 @@ def trends_command(
         )
     if html is not None:
         require_new_file(html, force=force)
-    with progress_bar() as tell:
+    with console.progress_bar() as tell:
         reports = trends_by_axis(
             results,
             axis=axis,
@@ -120,16 +120,16 @@ def trends_command(
             options |= {"correction": correction if correction != "bh" else None, "html": html, "plots": plots}
             _write(reports, html, plots, command=_command(results, options), force=force, tell=tell)
     report = reports[0]
-    print_notes(report.notes)
+    console.print_notes(report.notes)
     for warning in report.warnings:
-        notice(f"warning: {warning}")
+        console.notice(f"warning: {warning}")
     if as_json:
-        print_json(report.as_dict())
+        console.print_json(report.as_dict())
     else:
         _print(report)
     for written in (html, plots):
         if written is not None:
-            notice(f"written: {written}")
+            console.notice(f"written: {written}")
 
 
 def _write(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from branchmix.cli.console import AsJson, notice, print_json
+from branchmix.cli import console
 
 data_app = typer.Typer(
     no_args_is_help=True,
@@ -47,7 +47,7 @@ hard, though: compare the gap between models.
 
 
 @data_app.command("verify", epilog=VERIFY_EPILOG)
-def verify_command(folder: DIR, as_json: AsJson = False) -> None:
+def verify_command(folder: DIR, as_json: console.AsJson = False) -> None:
     """Compare files with the sizes and hashes of the official ones."""
     from branchmix.scaling.official import verify
 
@@ -55,7 +55,7 @@ def verify_command(folder: DIR, as_json: AsJson = False) -> None:
     complete = all(file.state == "ok" for file in found)
     if as_json:
         files = [{"task": f.task, "file": f.file, "state": f.state, "detail": f.detail} for f in found]
-        print_json({"ok": complete, "files": files})
+        console.print_json({"ok": complete, "files": files})
     else:
         for file in found:
             typer.echo(file.line)
@@ -107,7 +107,7 @@ def make_command(
 
     chosen = choose(tasks)
     if shots and (own := [task.name for task in chosen if task.shots_in_prompt]):
-        notice(f"note: {', '.join(own)}: the prompts have their own shots, so --shots changes nothing there")
+        console.notice(f"note: {', '.join(own)}: the prompts have their own shots, so --shots changes nothing there")
     made = make_data(folder, seed=seed, num_examples=num, tasks=chosen, shots=shots, controls=controls, force=force)
     for path in made:
         typer.echo(f"{path}: {num:,} examples")

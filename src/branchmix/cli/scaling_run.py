@@ -7,18 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from branchmix.cli.console import (
-    AsJson,
-    BatchTokens,
-    Dtype,
-    TrustRemoteCode,
-    notice,
-    print_json,
-    print_notes,
-    progress_bar,
-    quiet_libraries,
-    resumable,
-)
+from branchmix.cli import console
 from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 
@@ -63,17 +52,17 @@ def run_command(
     bos: Annotated[str, typer.Option(help="BOS before each prompt: default (as the tokenizer does), on or off.")] = (
         "default"
     ),
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 2048,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
+    dtype: console.Dtype = "auto",
+    batch_tokens: console.BatchTokens = 2048,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Score every model of a family on every task: exact log-probabilities, the official metrics."""
 
-    quiet_libraries()
+    console.quiet_libraries()
     from branchmix.scaling.run import run
 
-    with resumable(out), progress_bar() as progress:
+    with console.resumable(out), console.progress_bar() as progress:
         found = run(
             family,
             tasks=tasks,
@@ -88,13 +77,13 @@ def run_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    print_notes(found.notes)
+    console.print_notes(found.notes)
     if as_json:
-        print_json(found.as_dict())
+        console.print_json(found.as_dict())
     else:
         _print(found)
     if out is not None:
-        notice(f"judge them: branchmix scaling trends {out}")
+        console.notice(f"judge them: branchmix scaling trends {out}")
 
 
 def _print(run: ScalingRun) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from branchmix.cli.console import AsJson, Overrides, exit_stopped, names_of, notice, print_json
+from branchmix.cli import console
 from branchmix.pages.numbers import human_bytes, human_count
 from branchmix.pages.table import Table
 
@@ -48,7 +48,7 @@ Examples:
 
 def study_command(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file.")],
-    overrides: Overrides = None,
+    overrides: console.Overrides = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the study.")] = ...,  # type: ignore[assignment]
     only: Annotated[
         str, typer.Option(metavar="STEPS", help="Only these steps (comma-separated) and the steps they need.")
@@ -60,7 +60,7 @@ def study_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print all steps and their costs; measures speed, runs nothing.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Compare methods at equal data and equal compute: seed, experts, merges, mixtures, scores, with repetitions.
 
@@ -68,17 +68,17 @@ def study_command(
     """
     from branchmix.study.settings import StudyFile
 
-    names = names_of(only)
+    names = console.names_of(only)
     if dry_run:
         from branchmix.study.forecast import fitted, forecast
 
         settings = StudyFile.load(config, overrides or [])
         speed = None
         if settings.minutes is not None:
-            settings, speed = fitted(settings, out, say=notice)
+            settings, speed = fitted(settings, out, say=console.notice)
         found = forecast(settings, out, only=names, speed=speed)
         if as_json:
-            print_json(found.as_dict())
+            console.print_json(found.as_dict())
         else:
             _print_forecast(found)
         return
@@ -92,7 +92,7 @@ def study_command(
             "failed": report.failed,
             "stopped_by": report.stopped_by,
         }
-        print_json(content)
+        console.print_json(content)
     exit_unless_done(report, "run the same command again")
     if not as_json:
         typer.echo(f"all {len(report.statuses)} steps are done; next: branchmix report {out}")
@@ -101,10 +101,10 @@ def study_command(
 def exit_unless_done(report: StudyReport, again: str) -> None:
     """End the command if steps are left, and say why, and with ``again`` how to resume."""
     for name, reason in report.failed.items():
-        notice(f"error: {name}: {reason}")
+        console.notice(f"error: {name}: {reason}")
     if report.stopped_by is not None:
         left = f"{len(report.left)} of {len(report.statuses)} steps left"
-        exit_stopped(f"stopped with {left}; to resume: {again}", report.stopped_by)
+        console.exit_stopped(f"stopped with {left}; to resume: {again}", report.stopped_by)
     if report.failed:
         raise typer.Exit(2)
 
@@ -144,7 +144,7 @@ def report_command(
     force: Annotated[
         bool, typer.Option("--force", help="Replace files in --out; an earlier report's are always replaced.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Write tables, figures and a page of the results that a study has so far. Without options, all of them."""
     from branchmix.study.report import report
@@ -152,7 +152,7 @@ def report_command(
     kinds = [name for name, wanted in (("html", html), ("markdown", markdown), ("latex", latex)) if wanted]
     found = report(folder, out, kinds=kinds, force=force)
     if as_json:
-        print_json(found.numbers)
+        console.print_json(found.numbers)
         return
     for line in found.headline:
         typer.echo(line)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from branchmix.cli.console import AsJson, Overrides, exit_stopped, print_json
+from branchmix.cli import console
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ On SIGTERM and Ctrl-C the run finishes its step and writes a checkpoint; the exi
 
 def train_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="YAML file.")],
-    overrides: Overrides = None,
+    overrides: console.Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Start over, replacing an earlier run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; train nothing.")] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Train a dense model or a mixture with the settings of a run file."""
     from branchmix.train.checks import Process
@@ -56,14 +56,14 @@ def train_command(
         if dry_run:
             raise
         line = f"interrupted; to resume from the last checkpoint, if there is one: {again}"
-        exit_stopped(line if is_main else "", signal.SIGINT)
+        console.exit_stopped(line if is_main else "", signal.SIGINT)
     leave_group()
     if report.signal is not None:
-        exit_stopped(f"stopped; to resume from the last checkpoint: {again}" if is_main else "", report.signal)
+        console.exit_stopped(f"stopped; to resume from the last checkpoint: {again}" if is_main else "", report.signal)
     if not is_main:
         return
     if as_json:
-        print_json(report.record)
+        console.print_json(report.record)
     elif dry_run:
         from branchmix.train.progress import print_plan
 

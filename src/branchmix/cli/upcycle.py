@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from branchmix.accounting import inspect
-from branchmix.cli.console import (
-    AsJson,
-    DryRun,
-    Force,
-    NoCheck,
-    Out,
-    notice,
-    print_json,
-    print_notes,
-    progress_bar,
-    quiet_libraries,
-)
+from branchmix.cli import console
 from branchmix.pages.numbers import human_bytes, human_count
 from branchmix.pages.table import Table
 
@@ -46,23 +35,23 @@ PEAK_MEMORY_BYTES = 150_000_000
 
 def upcycle_command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
-    out: Out,
-    dry_run: DryRun = False,
+    out: console.Out,
+    dry_run: console.DryRun = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Verify copied bytes, and every expert's logits on a text.")
     ] = False,
-    force: Force = False,
-    no_check: NoCheck = False,
+    force: console.Force = False,
+    no_check: console.NoCheck = False,
     no_hashes: Annotated[bool, typer.Option("--no-hashes", help="Do not record hashes of the source files.")] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Merge dense models fine-tuned from one seed into a mixture of experts."""
     from branchmix.upcycling import upcycle
 
     if verify:
-        quiet_libraries()
+        console.quiet_libraries()
     warn_of_leftovers(out)
-    with progress_bar() as progress:
+    with console.progress_bar() as progress:
         report = upcycle(
             recipe,
             out,
@@ -81,20 +70,20 @@ def warn_of_leftovers(out: Path) -> None:
     from branchmix.checkpoint.folder import holds_model, put_back, stale_folders
 
     if put_back(out):
-        notice(f"note: {out}: put back; a run that was killed while it replaced this model had moved it aside")
+        console.notice(f"note: {out}: put back; a run that was killed while it replaced this model had moved it aside")
     for folder in stale_folders(out):
         if holds_model(folder):
             what = f"it holds a complete model, which {out} had before or would have had next: keep it or remove it"
         else:
             what = "it holds no model: remove it"
-        notice(f"note: {folder} was left behind by a killed run; {what}")
+        console.notice(f"note: {folder} was left behind by a killed run; {what}")
 
 
 def show(report: UpcycleReport, *, as_json: bool) -> None:
     """Print what was done, as tables or as JSON."""
-    print_notes(report.plan.notes)
+    console.print_notes(report.plan.notes)
     if as_json:
-        print_json(as_dict(report))
+        console.print_json(as_dict(report))
         return
     _print_plan(report)
     if report.verification is not None:
