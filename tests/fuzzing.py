@@ -208,7 +208,7 @@ def targets() -> list[Target]:
     from branchmix.scaling.trends.table import read_table
     from branchmix.study.settings import StudyFile
     from branchmix.train.config import BranchConfig, RunConfig
-    from branchmix.train.outputs import RunFolder
+    from branchmix.train.run_folder import RunFolder
     from branchmix.upcycling import add_expert
     from branchmix.upcycling.mixture import provenance_of
     from branchmix.upcycling.tokenizer_match import compare_tokenizers

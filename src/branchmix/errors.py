@@ -1,11 +1,11 @@
-"""What branchmix raises when a user can mend it. The command line shows each as one line and exits with 2."""
+"""Errors that a user can fix. The command line shows each problem as one line and exits with 2."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 MOST = 1000
-"""Characters of a line: a path and some words. More is a value of a file, of which nobody wants to read all."""
+"""Maximum characters of a line; a longer one quotes a value from a file, whose middle is left out."""
 
 
 def short(value: object, most: int = 100) -> str:
@@ -21,7 +21,7 @@ def _without_middle(text: str, most: int, *, quoted: bool = False) -> str:
 
 
 class BranchMixError(Exception):
-    """Base of every error that is the input's fault: says what is wrong, where, and what to do.
+    """Base of all errors in the input: says what is wrong, where, and what to do.
 
     Its lines are shortened, whatever a file made them of.
     """
@@ -30,12 +30,12 @@ class BranchMixError(Exception):
         super().__init__("\n".join(_without_middle(line, MOST) for line in message.split("\n")))
 
     def rename(self, place: str, to: str) -> None:
-        """Makes the message say ``to`` where it said ``place``, a path that only we know."""
+        """Replace ``place``, a path that the user did not give, by ``to`` in the message."""
         self.args = tuple(part.replace(place, to) if isinstance(part, str) else part for part in self.args)
 
 
 class RecipeError(BranchMixError):
-    """A recipe, option or command-line argument that cannot be meant as written."""
+    """A recipe, option or argument that is invalid or inconsistent."""
 
 
 class CheckpointError(BranchMixError):
@@ -43,7 +43,7 @@ class CheckpointError(BranchMixError):
 
 
 class OutputError(BranchMixError):
-    """A place that cannot be written: it exists, it is an input, or the disk is too small."""
+    """An output that cannot be written: it exists, it is an input, or the disk is full."""
 
 
 class CompatibilityError(BranchMixError):
@@ -63,8 +63,8 @@ class VerificationError(BranchMixError):
 
 
 class TrainingError(BranchMixError):
-    """A run that cannot go on: its loss or its gradients are no numbers any more."""
+    """A run that cannot continue, because its loss or gradients are not finite numbers."""
 
 
 class DataError(BranchMixError):
-    """Text that cannot be read or is not enough: a missing file, column or split, a corrupt file, an empty data set."""
+    """Text that cannot be read, or too little of it: a missing file, column or split, a corrupt file, no documents."""

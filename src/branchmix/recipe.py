@@ -208,7 +208,7 @@ class Recipe(Settings):
     sparse_upcycling: SparseUpcycling = SparseUpcycling()
     """Options for copies of the seed."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of the output; the seed's own if not given."""
+    """Dtype of the output; the seed's own if not given."""
     max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s*[KMG]B$")
     """Greatest size of one weights file."""
 
@@ -220,9 +220,9 @@ class Recipe(Settings):
         names = [expert.name for expert in self.experts]
         for name in names:
             if name == "seed":
-                raise ValueError("experts: 'seed' is the seed's own name, call the expert something else")
+                raise ValueError("experts: 'seed' is the seed's own name: call the expert something else")
             if names.count(name) > 1:
-                raise ValueError(f"experts: the name {name!r} stands there {names.count(name)} times")
+                raise ValueError(f"experts: the name {name!r} is listed {names.count(name)} times")
         if len(self.expert_names) < 2:
             raise ValueError(
                 f"experts: there {'is' if self.expert_names else 'are'} only {len(self.expert_names)}, a mixture needs "
@@ -273,11 +273,11 @@ class Recipe(Settings):
         if self.routing.shared and not has_both:
             raise ValueError("routing.shared: one router for both needs attention experts and ffn: experts")
         if self.routing.shared and self.router_init.attention is not None:
-            raise ValueError("router_init.attention: with routing.shared there is no router of attention's own")
+            raise ValueError("router_init.attention: with routing.shared, attention has no router: remove it")
         kv_init = self.merge.kv_init
         choices = ["merge", "average", "seed", *self.expert_names]
         if kv_init not in choices:
-            raise ValueError(f"merge.kv_init: {kv_init!r} is no choice{nearest(kv_init, choices)}")
+            raise ValueError(f"merge.kv_init: {kv_init!r} is not one of the choices{nearest(kv_init, choices)}")
         if self.router_init.method == "zeros" and self.ffn == "experts" and self.num_experts_per_tok < count:
             raise ValueError("router_init: zeros ties the top-k of the FFN router; use it with soft routing only")
         zeros = "zeros" in (self.router_init.method, self.router_init.attention)
@@ -326,7 +326,7 @@ class Recipe(Settings):
 
     @property
     def files(self) -> list[Path]:
-        """Files of the user's that it consists of: its own, if it has been read from one, and texts for routers."""
+        """The files it was read from: its own, if there is one, and the texts for routers."""
         texts = [self.folder / path for path in (self.router_init.text or {}).values()]
         return texts if self._file is None else [self._file, *texts]
 
@@ -335,7 +335,7 @@ class Recipe(Settings):
         """Read a recipe file.
 
         Raises:
-            RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
+            RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
         """
         path = Path(path)
         recipe = parse(cls, read_yaml(path), str(path))
@@ -344,7 +344,7 @@ class Recipe(Settings):
 
     @classmethod
     def of(cls, given: Recipe | dict[str, Any] | str | Path) -> Recipe:
-        """A recipe from whatever a caller has: a recipe, its dictionary, or its file."""
+        """A recipe as it is, from its dictionary, or from its file."""
         if isinstance(given, Recipe):
             return given
         return parse(cls, given, "recipe") if isinstance(given, dict) else cls.load(given)

@@ -1,4 +1,4 @@
-"""What all YAML files of users have in common: read strictly, checked at once, each problem one line with the key.
+"""YAML files that users write: read strictly and checked as a whole; each problem is one line that names the key.
 
 A kind of file is a subclass of ``Settings``: ``recipe.py`` has that of a merge, ``train/config.py`` those of training.
 """
@@ -45,7 +45,7 @@ def _file_name(name: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_file_name)]
-"""A name that becomes one of a file or folder."""
+"""A name that is used as that of a file or folder."""
 
 
 class Settings(BaseModel):
@@ -57,7 +57,7 @@ class Settings(BaseModel):
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file, or a RecipeError with file, line and what was expected."""
+    """The content of a YAML file; a RecipeError says in which line it is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -86,14 +86,14 @@ def parse_yaml(text: str, where: str) -> Any:
 
 @cache
 def _strict_loader() -> Any:
-    """PyYAML's safe loader, but a key that stands twice is an error: it would silently keep the last."""
+    """PyYAML's safe loader, but a repeated key is an error, which PyYAML would silently resolve to the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
             try:
-                found = super().construct_object(node, deep)
-                if isinstance(found, int) and abs(found) >= 10**MAX_DIGITS:
+                value = super().construct_object(node, deep)
+                if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
                     raise OverflowError("no number needs so many digits")
             except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
                 # 2024-13-45 looks like a date, and `!!int ''` says that it is a number
@@ -101,7 +101,7 @@ def _strict_loader() -> Any:
                 raise yaml.MarkedYAMLError(
                     problem=f"{reason}: in quotes it would be text", problem_mark=node.start_mark
                 ) from None
-            return found
+            return value
 
         def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
             given = super().construct_scalar(node)
@@ -119,7 +119,7 @@ def _strict_loader() -> Any:
             for number, key in enumerate(keys):
                 if key.value in [other.value for other in keys[:number]]:
                     raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                        problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark
                     )
             return super().construct_mapping(node, deep)
 
@@ -128,12 +128,12 @@ def _strict_loader() -> Any:
 
 def overlaid(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Later mappings over earlier ones; a mapping over a mapping, such as ``optimizer``, changes only its own keys."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            both = isinstance(value, dict) and isinstance(found.get(key), dict)
-            found[key] = {**found[key], **value} if both else value
-    return found
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = {**result[key], **value} if both else value
+    return result
 
 
 def parse(model: type[Any], data: Any, where: str) -> Any:
@@ -167,12 +167,10 @@ def _is_label(part: Any) -> bool:
 
 
 def _names_of_settings() -> set[str]:
-    kinds, found = [Settings], set()
-    while kinds:
-        kind = kinds.pop()
-        found.add(kind.__name__)
+    kinds: list[type] = [Settings]
+    for kind in kinds:  # which grows meanwhile
         kinds += kind.__subclasses__()
-    return found
+    return {kind.__name__ for kind in kinds}
 
 
 def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) -> str:
@@ -209,7 +207,7 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
-    """Names of the fields of the model that stands at ``location``; none where it is no model."""
+    """Names of the fields of the model at ``location``; none if something else is there."""
     annotations: list[Any] = [model]
     for part in location:
         below: list[Any] = []

@@ -49,13 +49,13 @@ from branchmix.train.trainer import BranchTrainer
 
 rank = int(os.environ["RANK"])
 stops = None
-step_ended = BranchTrainer._step_ended
+step_ended = BranchTrainer.on_step_end
 
 
-def stop_there(self, control):
+def stop_there(self, args, state, control, **kwargs):
     if rank == 1 and self.state.global_step == stops:
         signal.raise_signal(signal.SIGTERM)
-    step_ended(self, control)
+    step_ended(self, args, state, control, **kwargs)
     layouts.append({
         "sharded": sum(isinstance(parameter, DTensor) for parameter in self.model.parameters()) > 0,
         "blocks": any(isinstance(m, FSDPModule) and m is not self.model for m in self.model.modules()),
@@ -67,7 +67,7 @@ def stop_there(self, control):
     })
 
 
-BranchTrainer._step_ended = stop_there
+BranchTrainer.on_step_end = stop_there
 for kind, file, out in (line.split() for line in sys.argv[3:]):
     AcceleratorState._reset_state()
     for stops in (int(sys.argv[2]), None):

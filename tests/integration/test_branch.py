@@ -111,7 +111,7 @@ PRETENDED = """
 import json, os, signal, sys, time
 from pathlib import Path
 from branchmix.train.config import RunConfig
-from branchmix.train.outputs import settings_of
+from branchmix.train.run_folder import settings_of
 
 config = RunConfig.load(sys.argv[1])
 out = Path(config.out)

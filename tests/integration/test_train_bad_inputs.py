@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from branchmix.train import outputs
+from branchmix.train import run_folder
 from families import BY_NAME
 from training import NEW_MODEL, command, settings, write_run, write_text
 
@@ -175,7 +175,7 @@ def test_a_full_disk_is_told_before_anything_starts(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda place: usage._replace(free=1000))
     assert command(monkeypatch, "train", write_run(tmp_path, settings(text, model=str(text / "model")))) == 2
     assert "checkpoints and result need" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]

@@ -113,7 +113,7 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
         ({"merge": {"weighted": {"code": -1}}}, "code is -1, a weight must not be negative"),
         ({"merge": {"method": "weighted"}}, "method weighted needs weights"),
         ({"merge": {"method": "seed", "weights": {"code": 1}}}, "only it takes them"),
-        ({"merge": {"kv_init": "cod"}}, r"'cod' is no choice \(did you mean 'code'\?\)"),
+        ({"merge": {"kv_init": "cod"}}, r"'cod' is not one of the choices \(did you mean 'code'\?\)"),
         ({"merge": {"weighted": {"seed-copy-1": 2}}, "seed_copies": 1}, "seed-copy-1 is the seed again"),
         (
             {"experts": [{"name": "seed-copy-1", "model": "m"}]},
@@ -130,7 +130,7 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
         ({"router_init": {"attention": "zeros"}, "routing": {"attention": {"top_k": 2}}}, "the attention router"),
         ({"routing": {"shared": True}, "attention": "average"}, "routing.shared: one router for both needs attention"),
         ({"routing": {"shared": True}, "ffn": "average"}, "routing.shared: one router for both needs attention"),
-        ({"routing": {"shared": True}, "router_init": {"attention": "zeros"}}, "no router of attention's own"),
+        ({"routing": {"shared": True}, "router_init": {"attention": "zeros"}}, "attention has no router: remove it"),
         ({"routed_scaling_factor": 0}, "should be greater than 0 or 'auto', got 0"),
         ({"sparse_upcycling": {"weight_scaling": -1}}, "should be a valid boolean or greater than 0, got -1"),
     ],

@@ -10,8 +10,8 @@ import pytest
 
 from branchmix.errors import OutputError, RecipeError
 from branchmix.train.config import Budget, LearningRate, RunConfig
-from branchmix.train.outputs import RunFolder, settings_of, write_json
 from branchmix.train.progress import Metrics
+from branchmix.train.run_folder import RunFolder, settings_of, write_json
 from branchmix.train.schedule import Batching, rate_at, steps_of, token_flops, warmup_steps
 
 COHERE = {

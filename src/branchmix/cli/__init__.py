@@ -10,31 +10,9 @@ import sys
 
 import typer
 
-from branchmix.cli.branch import EPILOG as BRANCH_EPILOG
-from branchmix.cli.branch import branch_command
-from branchmix.cli.demo import EPILOG as DEMO_EPILOG
-from branchmix.cli.demo import demo_command
-from branchmix.cli.eval import EPILOG as EVAL_EPILOG
-from branchmix.cli.eval import eval_command
-from branchmix.cli.experts import ADD_EPILOG, REMOVE_EPILOG, add_expert_command, remove_expert_command
-from branchmix.cli.export import EPILOG as EXPORT_EPILOG
-from branchmix.cli.export import export_command
-from branchmix.cli.generate import EPILOG as GENERATE_EPILOG
-from branchmix.cli.generate import generate_command
-from branchmix.cli.inspect import inspect_command
-from branchmix.cli.push import EPILOG as PUSH_EPILOG
-from branchmix.cli.push import push_command
-from branchmix.cli.routes import EPILOG as ROUTES_EPILOG
-from branchmix.cli.routes import routes_command
+from branchmix.cli import branch, demo, experts, export, generate, inspect, push, routes, serve, study, train, upcycle
+from branchmix.cli import eval as evaluate
 from branchmix.cli.scaling import scaling_app
-from branchmix.cli.serve import CONTEXT as SERVE_CONTEXT
-from branchmix.cli.serve import EPILOG as SERVE_EPILOG
-from branchmix.cli.serve import serve_command
-from branchmix.cli.study import REPORT_EPILOG, STUDY_EPILOG, report_command, study_command
-from branchmix.cli.train import EPILOG as TRAIN_EPILOG
-from branchmix.cli.train import train_command
-from branchmix.cli.upcycle import EPILOG as UPCYCLE_EPILOG
-from branchmix.cli.upcycle import upcycle_command
 from branchmix.errors import BranchMixError, short
 
 app = typer.Typer(
@@ -46,22 +24,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Merge models fine-tuned from the same base into one mixture of attention and FFN experts (BAM).",
 )
-app.command("train", epilog=TRAIN_EPILOG)(train_command)
-app.command("branch", epilog=BRANCH_EPILOG)(branch_command)
-app.command("upcycle", epilog=UPCYCLE_EPILOG)(upcycle_command)
-app.command("eval", epilog=EVAL_EPILOG)(eval_command)
-app.command("routes", epilog=ROUTES_EPILOG)(routes_command)
-app.command("demo", epilog=DEMO_EPILOG)(demo_command)
-app.command("study", epilog=STUDY_EPILOG)(study_command)
-app.command("report", epilog=REPORT_EPILOG)(report_command)
+app.command("train", epilog=train.EPILOG)(train.train_command)
+app.command("branch", epilog=branch.EPILOG)(branch.branch_command)
+app.command("upcycle", epilog=upcycle.EPILOG)(upcycle.upcycle_command)
+app.command("eval", epilog=evaluate.EPILOG)(evaluate.eval_command)
+app.command("routes", epilog=routes.EPILOG)(routes.routes_command)
+app.command("demo", epilog=demo.EPILOG)(demo.demo_command)
+app.command("study", epilog=study.STUDY_EPILOG)(study.study_command)
+app.command("report", epilog=study.REPORT_EPILOG)(study.report_command)
 app.add_typer(scaling_app, name="scaling")
-app.command("inspect")(inspect_command)
-app.command("generate", epilog=GENERATE_EPILOG)(generate_command)
-app.command("add-expert", epilog=ADD_EPILOG)(add_expert_command)
-app.command("remove-expert", epilog=REMOVE_EPILOG)(remove_expert_command)
-app.command("export", epilog=EXPORT_EPILOG)(export_command)
-app.command("push", epilog=PUSH_EPILOG)(push_command)
-app.command("serve", epilog=SERVE_EPILOG, context_settings=SERVE_CONTEXT)(serve_command)
+app.command("inspect")(inspect.inspect_command)
+app.command("generate", epilog=generate.EPILOG)(generate.generate_command)
+app.command("add-expert", epilog=experts.ADD_EPILOG)(experts.add_expert_command)
+app.command("remove-expert", epilog=experts.REMOVE_EPILOG)(experts.remove_expert_command)
+app.command("export", epilog=export.EPILOG)(export.export_command)
+app.command("push", epilog=push.EPILOG)(push.push_command)
+app.command("serve", epilog=serve.EPILOG, context_settings=serve.CONTEXT)(serve.serve_command)
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it; newer typer returns it, older ones raise."""

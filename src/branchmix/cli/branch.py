@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from branchmix.cli import console
+from branchmix.pages.numbers import human_count
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.train.branch import BranchReport
@@ -32,54 +34,35 @@ A minimal file:
 """
 
 
-class Launcher(str, Enum):
-    """Where the runs are started."""
-
-    local = "local"
-    ray = "ray"
-
-
 def branch_command(
-    config: Annotated[Path, typer.Argument(metavar="BRANCH", help="YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.", show_default=False),
-    ] = None,
-    only: Annotated[
-        str, typer.Option(metavar="NAMES", help="Train only these experts (comma-separated).", show_default=False)
-    ] = "",
+    config: Annotated[Path, typer.Argument(metavar="BRANCH", help="YAML file.")],
+    overrides: console.Overrides = None,
+    only: Annotated[str, typer.Option(metavar="NAMES", help="Train only these experts (comma-separated).")] = "",
     launcher: Annotated[
-        Launcher, typer.Option(help="Processes on this machine, or tasks on a Ray cluster (RAY_ADDRESS).")
-    ] = Launcher.local,
+        Literal["local", "ray"],
+        typer.Option(help="Processes on this machine, or tasks on a Ray cluster (RAY_ADDRESS)."),
+    ] = "local",
     force: Annotated[bool, typer.Option("--force", help="Start over.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; start nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Train all experts of a study from one seed, each in its own run."""
-    from branchmix.cli.console import notice
     from branchmix.train.branch import branch
 
     report = branch(
-        config,
-        launcher=launcher.value,
-        overrides=overrides or [],
-        only=[name.strip() for name in only.split(",") if name.strip()],
-        force=force,
-        dry_run=dry_run,
+        config, launcher=launcher, overrides=overrides or [], only=console.names_of(only), force=force, dry_run=dry_run
     )
-    for note in report.notes:
-        notice(f"note: {note}")
+    console.print_notes(report.notes)
     if as_json:
-        typer.echo(json.dumps(_as_dict(report), indent=2))
+        console.print_json(_as_dict(report))
     else:
-        _print_table(report)
+        _table(report).show()
     for expert in report.failed:
-        notice(f"error: {expert.name}: {expert.reason} (its output: {expert.out / 'log.txt'})")
+        console.notice(f"error: {expert.name}: {expert.reason} (its output: {expert.out / 'log.txt'})")
     if report.stopped_by is not None:
         left = ", ".join(expert.name for expert in report.experts if expert.status != "done")
         again = " without --force" if force else ""
-        notice(f"stopped; not finished: {left}. Rerun the command{again} to resume.")
-        raise SystemExit(128 + report.stopped_by)  # not typer's: 130 would be taken for a Ctrl-C that left nothing
+        console.exit_stopped(f"stopped; not finished: {left}. Rerun the command{again} to resume.", report.stopped_by)
     if report.failed:
         raise typer.Exit(2)
     if report.recipe is not None and not as_json:
@@ -109,28 +92,18 @@ def _as_dict(report: BranchReport) -> dict[str, Any]:
     }
 
 
-def _print_table(report: BranchReport) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import human_count, result_console
-
+def _table(report: BranchReport) -> Table:
     domains = sorted({domain for expert in report.experts for domain in expert.held_out("end")})
-    title = "held-out loss, before and after, nats per token" if domains else None
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for name in ("expert", "", "mix"):
-        table.add_column(name)
-    for name in ("tokens", *domains):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for expert in report.experts:
         before, after = expert.held_out("start"), expert.held_out("end")
-        table.add_row(
-            expert.name,
-            "planned" if report.dry_run and expert.training is None else expert.status,
-            expert.mix if isinstance(expert.mix, str) else ", ".join(f"{d} {s:.3g}" for d, s in expert.mix.items()),
-            "" if expert.tokens is None else human_count(expert.tokens),
-            *(_change(before.get(domain), after.get(domain)) for domain in domains),
-        )
-    result_console().print(table)
+        status = "planned" if report.dry_run and expert.training is None else expert.status
+        mix = expert.mix if isinstance(expert.mix, str) else ", ".join(f"{d} {s:.3g}" for d, s in expert.mix.items())
+        tokens = "" if expert.tokens is None else human_count(expert.tokens)
+        changes = [_change(before.get(domain), after.get(domain)) for domain in domains]
+        rows.append([expert.name, status, mix, tokens, *changes])
+    title = "held-out loss, before and after, nats per token" if domains else ""
+    return Table(["expert", "", "mix", "tokens", *domains], rows, title=title, left=("", "mix"))
 
 
 def _change(before: float | None, after: float | None) -> str:

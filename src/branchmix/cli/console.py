@@ -1,31 +1,49 @@
-"""Shared by the commands: a progress bar on stderr, the message after Ctrl-C, and quiet libraries."""
+"""What commands share: options, how they print results and notices, how they stop, and a progress bar."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any, NoReturn
 
-from branchmix.pages.numbers import human_bytes as human_bytes
-from branchmix.pages.numbers import human_count as human_count
+import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not look for NaN and Inf in the sources (faster).")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+Mixture = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code included in a checkpoint.")]
 
 
-def notice(text: str) -> None:
+def names_of(listed: str) -> list[str]:
+    """The names in a comma-separated option."""
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
+def notice(line: str) -> None:
     """Print a line on stderr, where it does not mix with results."""
-    print(text, file=sys.stderr)
+    print(line, file=sys.stderr)
 
 
-def result_console() -> Console:
-    """Console for tables on stdout; wide if stdout is not a terminal, so that files and pipes get whole lines."""
-    from rich.console import Console
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what a user should know about a result, on stderr."""
+    for note in notes:
+        notice(f"note: {note}")
 
-    return Console() if sys.stdout.isatty() else Console(width=160)
+
+def print_json(content: Any) -> None:
+    """Print a result for programs."""
+    typer.echo(json.dumps(content, indent=2))
 
 
 def quiet_libraries() -> None:
@@ -37,16 +55,22 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def exit_stopped(line: str, number: int) -> NoReturn:
+    """End a command that a signal of this number stopped and that can be resumed; ``line`` says how, if not empty."""
+    if line:
+        notice(line)
+    raise SystemExit(128 + number)  # not typer's: 130 would be taken for a Ctrl-C that left nothing behind
+
+
 @contextmanager
-def goes_on_from(out: Path | None) -> Iterator[None]:
-    """On Ctrl-C inside the block, exit with 130 and say how to resume from the records in ``out``, if there are any."""
+def resumable(records: Path | None) -> Iterator[None]:
+    """On Ctrl-C inside the block, exit with 130 and say how to resume from the records in a folder, if there is one."""
     try:
         yield
     except KeyboardInterrupt:
-        if out is None:
+        if records is None:
             raise
-        notice(f"stopped; rerun the command to resume from the records in {out}")
-        raise SystemExit(130) from None  # unlike a Ctrl-C that left nothing behind
+        exit_stopped(f"stopped; rerun the command to resume from the records in {records}", signal.SIGINT)
 
 
 @contextmanager

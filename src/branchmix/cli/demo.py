@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from branchmix.cli import console
 
 EPILOG = """\b
 Examples:
@@ -26,7 +27,7 @@ def demo_command(
         float | None,
         typer.Option(metavar="M", min=0.1, help="How long it may take, about.", show_default="15, or as begun"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Train a seed and three experts, mix them in four ways, train on, compare: one page of results.
 
@@ -35,7 +36,6 @@ def demo_command(
     """
     # On the CPU everywhere: its speed is measured there, and models as small as these are slow on a GPU.
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    from branchmix.cli.console import notice
     from branchmix.cli.study import exit_unless_done
     from branchmix.study.forecast import begun_with
     from branchmix.study.report import report
@@ -50,15 +50,14 @@ def demo_command(
     try:
         done = study(config, out)
     except KeyboardInterrupt:
-        notice(f"stopped; to resume: {again}")
-        raise SystemExit(128 + signal.SIGINT) from None
+        console.exit_stopped(f"stopped; to resume: {again}", signal.SIGINT)
     exit_unless_done(done, again)
     made = report(out)
     if as_json:
-        typer.echo(json.dumps(made.numbers, indent=2))
+        console.print_json(made.numbers)
         return
     typer.echo(made.tables[0].markdown())
     for line in made.headline:
         typer.echo(f"{line}\n")
     typer.echo(out / "index.html")
-    notice(f"took {duration(time.monotonic() - begun_at)}")
+    console.notice(f"took {duration(time.monotonic() - begun_at)}")

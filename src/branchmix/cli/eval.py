@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from branchmix.evaluate.tasks.options import TaskOptions
+from branchmix.cli import console
+from branchmix.errors import RecipeError
 
 EPILOG = """\b
 Examples:
@@ -45,13 +44,10 @@ earlier models together with new ones to get one table of all.
 
 
 def eval_command(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL ...", help="Folders or Hub ids.", show_default=False)],
-    data: Annotated[
-        Path | None, typer.Option("--data", metavar="FILE", help="YAML: domains, as in a run.", show_default=False)
-    ] = None,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL ...", help="Folders or Hub ids.")],
+    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="YAML: domains, as in a run.")] = None,
     tasks: Annotated[
-        str | None,
-        typer.Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.", show_default=False),
+        str | None, typer.Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for records and results.json.")] = None,
     max_length: Annotated[
@@ -62,8 +58,8 @@ def eval_command(
         int | None,
         typer.Option(min=1, help="Tokens that the window moves on in longer documents.", show_default="half of it"),
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
+    batch_tokens: console.BatchTokens = 2048,
+    dtype: console.Dtype = "auto",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Documents of a domain, and examples of a task, at most.")
     ] = None,
@@ -72,15 +68,13 @@ def eval_command(
         typer.Option(min=0, help="Examples in the prompt of tasks.", show_default="as the task or suite says"),
     ] = None,
     include_path: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder of your own task files; may be repeated.", show_default=False),
+        list[Path] | None, typer.Option(metavar="DIR", help="Folder of your own task files; may be repeated.")
     ] = None,
     task_data: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             help="Folder with data sets of tasks as ORG/NAME or NAME, which are used instead of the Hub's.",
-            show_default=False,
         ),
     ] = None,
     allow_code_execution: Annotated[
@@ -97,20 +91,30 @@ def eval_command(
     fixed_prior: Annotated[
         bool, typer.Option("--fixed-prior", help="Keep the ensemble's prior instead of learning from the text.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Bits per byte and perplexity of models by domain, and downstream tasks, with standard errors."""
-    from branchmix.cli.console import goes_on_from, notice, progress_bar, quiet_libraries
 
-    quiet_libraries()
+    console.quiet_libraries()
     from branchmix.cli.eval_tables import print_report
     from branchmix.evaluate.run import evaluate
+    from branchmix.evaluate.tasks.options import TaskOptions
 
-    options = _task_options(tasks, num_fewshot, include_path, task_data, allow_code_execution)
-    with goes_on_from(out), progress_bar() as progress:
+    only_for_tasks = {
+        "--num-fewshot": num_fewshot is not None,
+        "--include-path": bool(include_path),
+        "--task-data": task_data is not None,
+        "--allow-code-execution": allow_code_execution,
+    }
+    for name, is_given in only_for_tasks.items():
+        if is_given and tasks is None:
+            raise RecipeError(f"{name}: is about downstream tasks: name some with --tasks")
+    options = None
+    if tasks is not None:
+        names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
+        options = TaskOptions(names, num_fewshot, tuple(include_path or ()), task_data, allow_code_execution)
+    with console.resumable(out), console.progress_bar() as progress:
         report = evaluate(
             models,
             data,
@@ -126,35 +130,8 @@ def eval_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    for note in report.notes:
-        notice(f"note: {note}")
+    console.print_notes(report.notes)
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
+        console.print_json(report.as_dict())
     else:
         print_report(report)
-
-
-def _task_options(
-    tasks: str | None,
-    num_fewshot: int | None,
-    include_path: list[Path] | None,
-    task_data: Path | None,
-    allow_code_execution: bool,
-) -> TaskOptions | None:
-    """What belongs to tasks; options that would be ignored without any are an error."""
-    from branchmix.errors import RecipeError
-    from branchmix.evaluate.tasks.options import TaskOptions
-
-    if tasks is None:
-        given = {
-            "--num-fewshot": num_fewshot is not None,
-            "--include-path": bool(include_path),
-            "--task-data": task_data is not None,
-            "--allow-code-execution": allow_code_execution,
-        }
-        for name, is_given in given.items():
-            if is_given:
-                raise RecipeError(f"{name}: is about downstream tasks: name some with --tasks")
-        return None
-    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    return TaskOptions(names, num_fewshot, tuple(include_path or ()), task_data, allow_code_execution)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from branchmix.cli.experts import Mixture
-from branchmix.cli.upcycle import AsJson, DryRun, Force, NoCheck, Out
+from branchmix.cli import console
+from branchmix.cli.upcycle import plan_table, warn_of_leftovers
+from branchmix.pages.numbers import human_bytes
 
 if TYPE_CHECKING:
     from branchmix.export import ExportReport
@@ -30,30 +30,23 @@ Exports are exact, or refused with all reasons. Both models' logits are compared
 
 
 def export_command(
-    model: Mixture,
-    out: Out,
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe or dense.", show_default=False
-        ),
-    ],
+    model: console.Mixture,
+    out: console.Out,
+    to: Annotated[str, typer.Option(metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe or dense.")],
     expert: Annotated[str | None, typer.Option(metavar="NAME", help="Expert to export, for --to dense.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare both models' logits.")] = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    no_check: NoCheck = False,
-    as_json: AsJson = False,
+    dry_run: console.DryRun = False,
+    force: console.Force = False,
+    no_check: console.NoCheck = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Export a mixture to a native or dense checkpoint."""
-    from branchmix.cli.console import progress_bar, quiet_libraries
-    from branchmix.cli.upcycle import warn_of_leftovers
     from branchmix.export import export_model
 
     if not (no_verify or dry_run):
-        quiet_libraries()
+        console.quiet_libraries()
     warn_of_leftovers(out)
-    with progress_bar() as progress:
+    with console.progress_bar() as progress:
         report = export_model(
             model,
             out,
@@ -69,24 +62,17 @@ def export_command(
 
 
 def _show(report: ExportReport, *, as_json: bool) -> None:
-    from branchmix.cli.console import human_bytes, notice, result_console
-    from branchmix.cli.upcycle import plan_table
-
-    for note in report.plan.notes:
-        notice(f"note: {note}")
+    console.print_notes(report.plan.notes)
     if as_json:
-        typer.echo(json.dumps(_as_dict(report), indent=2))
+        console.print_json(_as_dict(report))
         return
-    console = result_console()
-    console.print(plan_table(report.plan))
+    plan_table(report.plan).show()
     verification = report.verification
     if verification is not None:
-        console.print(
+        typer.echo(
             f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
             f"byte-identical to the mixture's; logits of {verification.tokens} tokens differ by at most "
-            f"{verification.difference:.2e} (largest logit {verification.greatest_logit:.1f})",
-            highlight=False,
-            soft_wrap=True,
+            f"{verification.difference:.2e} (largest logit {verification.greatest_logit:.1f})"
         )
     if report.written is not None:
         typer.echo(f"\nwrote {human_bytes(report.plan.nbytes)} to {report.out} in {report.seconds:.1f} s")

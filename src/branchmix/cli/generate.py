@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from branchmix.checkpoint.text import whole_characters
+from branchmix.cli import console
 from branchmix.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
@@ -28,23 +28,20 @@ GREATEST_SEED = 2**64 - 1
 
 
 def generate_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.", show_default=False)],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 40,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the most likely token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling, for temperature > 0.")] = 0,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
+    dtype: console.Dtype = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code included in the checkpoint.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print prompt, text and tokens/s as JSON.")] = False,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Continue a text."""
     from branchmix.checkpoint.hub import resolve
-    from branchmix.cli.console import notice, quiet_libraries
 
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise RecipeError(f"--dtype {dtype}: give auto, bfloat16, float16 or float32")
@@ -57,60 +54,32 @@ def generate_command(
     resolved = resolve(model)
     if not prompt:
         raise RecipeError("PROMPT is empty: give some text to continue")
-    quiet_libraries()
-    from branchmix.likelihood.models import TextModel
-
-    text_model = TextModel(resolved, dtype, trust_remote_code)
-    for note in text_model.notes:
-        notice(f"note: {note}")
-    _generate(text_model, prompt, max_new_tokens, temperature, seed, chat, as_json)
-
-
-def _generate(
-    text_model: TextModel,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    chat: bool,
-    as_json: bool,
-) -> None:
+    console.quiet_libraries()
     import torch
     from transformers import TextStreamer
 
+    from branchmix.likelihood.models import TextModel
+
+    text_model = TextModel(resolved, dtype, trust_remote_code)
+    console.print_notes(text_model.notes)
     tokenizer = text_model.tokenizer
     inputs = _inputs(text_model, prompt, chat)
     _require_positions(text_model, inputs["input_ids"].shape[1], max_new_tokens)
-    model = text_model.load()
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    loaded = text_model.load()
+    inputs = {name: value.to(loaded.device) for name, value in inputs.items()}
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     start = time.perf_counter()
-    with torch.no_grad():
-        tokens = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            **sampling,
-        )
+    tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)
     seconds = time.perf_counter() - start
     new = tokens[0, inputs["input_ids"].shape[1] :]
     if as_json:
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        typer.echo(
-            json.dumps(
-                {
-                    "prompt": prompt,
-                    "text": text,
-                    "new_tokens": len(new),
-                    "tokens_per_second": round(len(new) / seconds, 2),
-                }
-            )
-        )
+        text, speed = tokenizer.decode(new, skip_special_tokens=True), round(len(new) / seconds, 2)
+        console.print_json({"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": speed})
     else:
-        typer.echo(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", err=True)
+        console.notice(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
 
 
 def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from branchmix.accounting import Accounting
+from branchmix.accounting import Accounting, inspect
+from branchmix.cli import console
+from branchmix.pages.numbers import human_bytes
+from branchmix.pages.table import Table
+from branchmix.upcycling.model_card import lossless_line
 
 
 def inspect_command(
@@ -20,7 +20,6 @@ def inspect_command(
         typer.Argument(
             metavar="MODEL_OR_CONFIG",
             help="A checkpoint folder, a config.json, or a Hub id (org/name or org/name@revision); dense or a mixture.",
-            show_default=False,
         ),
     ],
     context: Annotated[
@@ -33,7 +32,7 @@ def inspect_command(
             help="Dtype of the weights and cache: bf16, fp16, fp32, fp8.", show_default="the config's, or bf16"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Count parameters, active parameters, FLOPs and KV-cache bytes exactly, without loading weights.
 
@@ -45,68 +44,47 @@ def inspect_command(
 
         branchmix inspect config.json --context 256 --json
     """
-    from branchmix.accounting import inspect
-
     accounting = inspect(model, context=context, dtype=dtype)
-    for notice in accounting.notices:
-        typer.echo(f"note: {notice}", err=True)
+    console.print_notes(accounting.notices)
     if as_json:
-        import json
-
-        typer.echo(json.dumps(accounting.as_dict(), indent=2))
-        return
-    from branchmix.cli.console import result_console
-
-    _print(accounting, result_console())
+        console.print_json(accounting.as_dict())
+    else:
+        _print(accounting)
 
 
-def _print(accounting: Accounting, console: Console) -> None:
+def _print(accounting: Accounting) -> None:
     """Print tables: parameters by part, FLOPs by part, memory."""
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes
-    from branchmix.upcycling.model_card import lossless_line
-
-    console.print(_headline(accounting), highlight=False, markup=False, soft_wrap=True)
+    typer.echo(_headline(accounting))
     if accounting.lossless is not None:
-        console.print(lossless_line(accounting.lossless), highlight=False, soft_wrap=True)
-    table = Table("parameters", "total", "active per token")
-    active_by_part = asdict(accounting.active)
-    for part, total in asdict(accounting.total).items():
-        if total:
-            table.add_row(part.replace("_", " "), f"{total:,}", f"{active_by_part[part]:,}")
-    table.add_section()
-    table.add_row("total", f"{accounting.total.total:,}", f"{accounting.active.total:,}", style="bold")
-    _right(table, console)
-
+        typer.echo(lossless_line(accounting.lossless))
+    active = asdict(accounting.active)
+    rows = [
+        [part.replace("_", " "), f"{total:,}", f"{active[part]:,}"]
+        for part, total in asdict(accounting.total).items()
+        if total
+    ]
+    _with_total(["parameters", "total", "active per token"], rows, accounting.total.total, accounting.active.total)
     if accounting.flops is not None:
         flops = accounting.flops
-        title = f"FLOPs per token, context {accounting.context:,}"
-        table = Table(title, "one layer", f"all {len(flops.layers)} layers")
-        for part in ("attention", "ffn", "routers"):
-            table.add_row(part, f"{getattr(flops.layer, part):,}", f"{flops.model(part):,}")
-        table.add_row("lm head", "", f"{flops.lm_head:,}")
-        table.add_section()
-        table.add_row("total", f"{flops.layer.total:,}", f"{flops.total:,}", style="bold")
-        _right(table, console)
-
-    console.print(f"weights in {accounting.dtype}: {human_bytes(accounting.weight_bytes)}", highlight=False)
+        rows = [
+            [part, f"{getattr(flops.layer, part):,}", f"{flops.model(part):,}"]
+            for part in ("attention", "ffn", "routers")
+        ]
+        rows.append(["lm head", "", f"{flops.lm_head:,}"])
+        head = [f"FLOPs per token, context {accounting.context:,}", "one layer", f"all {len(flops.layers)} layers"]
+        _with_total(head, rows, flops.layer.total, flops.total)
+    typer.echo(f"weights in {accounting.dtype}: {human_bytes(accounting.weight_bytes)}")
     if accounting.kv_cache_bytes_per_token is not None and accounting.kv_cache_bytes is not None:
-        console.print(
+        typer.echo(
             f"KV cache in {accounting.dtype}: {accounting.kv_cache_bytes_per_token:,} bytes per token, "
-            f"{human_bytes(accounting.kv_cache_bytes)} for {accounting.context:,} tokens",
-            highlight=False,
-            soft_wrap=True,
+            f"{human_bytes(accounting.kv_cache_bytes)} for {accounting.context:,} tokens"
         )
     paper = accounting.paper()
     if paper is not None:
         printed = paper["table_7_per_layer"]
-        console.print(
+        typer.echo(
             f"BAM's own tables would print FFN {printed['ffn']:,} and total {printed['total']:,} FLOPs per layer, "
-            f"{paper['table_9']['active']:,} active parameters: --json says why",
-            style="dim",
-            highlight=False,
-            soft_wrap=True,
+            f"{paper['table_9']['active']:,} active parameters: --json says why"
         )
 
 
@@ -128,8 +106,8 @@ def _headline(accounting: Accounting) -> str:
     )
 
 
-def _right(table: Table, console: Console) -> None:
-    """Print a table with its numbers right-aligned."""
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
+def _with_total(head: list[str], rows: list[list[str]], *totals: int) -> None:
+    """Print a table with bold totals, and an empty line below it."""
+    bold = {(len(rows), column) for column in range(len(head))}
+    Table(head, [*rows, ["total", *(f"{total:,}" for total in totals)]], bold=bold).show()
+    typer.echo("")

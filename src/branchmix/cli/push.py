@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from branchmix.cli.upcycle import AsJson
+from branchmix.cli import console
+from branchmix.pages.numbers import human_bytes
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.export.upload import PushReport
@@ -24,8 +25,8 @@ Uploads config, weights, tokenizer, code and model card; no other files, and no 
 
 
 def push_command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint.", show_default=False)],
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.", show_default=False)],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a checkpoint.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     results: Annotated[
         Path | None,
@@ -41,17 +42,15 @@ def push_command(
         bool, typer.Option("--dry-run", help="Check, and show what would be uploaded, without network.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Commit to a repository that already holds files.")] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Upload a checkpoint to the Hugging Face Hub."""
-    from branchmix.cli.console import notice
     from branchmix.export.upload import push
 
     report = push(model, repo, private=private, results=results, licence=licence, dry_run=dry_run, force=force)
-    for note in report.notes:
-        notice(f"note: {note}")
+    console.print_notes(report.notes)
     if as_json:
-        typer.echo(json.dumps(_as_dict(report), indent=2))
+        console.print_json(_as_dict(report))
     else:
         _print(report)
 
@@ -72,17 +71,7 @@ def _as_dict(report: PushReport) -> dict[str, Any]:
 
 
 def _print(report: PushReport) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes, result_console
-
-    console = result_console()
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for file in report.files:
-        table.add_row(file.name, human_bytes(file.nbytes))
-    console.print(table)
+    Table(["file", "size"], [[file.name, human_bytes(file.nbytes)] for file in report.files]).show()
     total = human_bytes(sum(file.nbytes for file in report.files))
     private = " (private)" if report.private else ""
     if report.url is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from branchmix.cli import console
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.evaluate.routing.report import RoutingReport
@@ -26,7 +28,7 @@ _LINES = 12
 
 
 def routes_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.")],
     text: Annotated[
         list[str] | None,
         typer.Option("--text", metavar="TEXT", help="A text, @FILE, or - for standard input; may be repeated."),
@@ -43,28 +45,25 @@ def routes_command(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
+    batch_tokens: console.BatchTokens = 2048,
+    dtype: console.Dtype = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of a domain at most.")] = None,
     page_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the page, in all.")] = 4000,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Which expert each token uses, by layer and domain: FFN routers, and the attention gates of BAM."""
     from branchmix.checkpoint.folder import require_new_file
-    from branchmix.cli.console import notice, progress_bar, quiet_libraries
 
-    quiet_libraries()
+    console.quiet_libraries()
     from branchmix.evaluate.routing.plots import plot_files, write_plots
     from branchmix.evaluate.routing.run import number_files, read_texts, routes, write_numbers
 
     numbers, pictures = number_files(out) if out else [], plot_files(plots) if plots else []
     for file in (*numbers, *pictures, *([html] if html else [])):
         require_new_file(file, force=force)
-    with progress_bar() as progress:
+    with console.progress_bar() as progress:
         routed = routes(
             model,
             data=data,
@@ -77,8 +76,7 @@ def routes_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    for note in routed.report.notes:
-        notice(f"note: {note}")
+    console.print_notes(routed.report.notes)
     written: list[Path] = []
     if out is not None:
         written += write_numbers(routed.report, out)
@@ -89,38 +87,30 @@ def routes_command(
 
         written.append(write(routed, html))
     if as_json:
-        typer.echo(json.dumps(routed.report.as_dict(), indent=2, allow_nan=False))
+        console.print_json(routed.report.as_dict())
     else:
         _print(routed.report)
     for file in written:
-        notice(f"written: {file}")
+        console.notice(f"written: {file}")
 
 
 def _print(report: RoutingReport) -> None:
     """Shares by layer and domain; of a deep model some of the layers."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from branchmix.cli.console import result_console
-
-    console = result_console()
     agreement = {pair.layer: pair for pair in report.agreement}
     for kind, layers in report.layers.items():
         facts = report.routers[kind]
         names = report.names(kind)
         how = "soft gate over all experts" if facts["soft"] else f"top-{facts['top_k']} of {facts['experts']}"
         title = f"{'FFN experts' if kind == 'ffn' else 'attention experts'}: share of tokens by domain ({how})"
-        table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-        table.add_column("layer", justify="right")
-        for domain, sizes in report.domains.items():
-            few = len(names) <= 8
-            head = f"{domain}, {sizes['tokens']:,} tokens\n" + (
-                " ".join(name.rjust(2) for name in names) if few else "most used, %"
-            )
-            table.add_column(Text(head), justify="right")
-        for head in ("load\nentropy", "token\nentropy", "expert tells\ndomain, bits", "agrees with\nattention"):
-            if not head.startswith("agrees") or (kind == "ffn" and agreement):
-                table.add_column(head, justify="right")
+        shown = " ".join(name.rjust(2) for name in names) if len(names) <= 8 else "most used, %"
+        head = [
+            "layer",
+            *(f"{domain}, {sizes['tokens']:,} tokens\n{shown}" for domain, sizes in report.domains.items()),
+        ]
+        head += ["load\nentropy", "token\nentropy", "expert tells\ndomain, bits"]
+        if kind == "ffn" and agreement:
+            head.append("agrees with\nattention")
+        rows = []
         step = max(1, -(-len(layers) // _LINES))
         for layer in layers[::step]:
             cells = [_shares(layer.by_domain[domain], names) for domain in report.domains]
@@ -133,21 +123,16 @@ def _print(report: RoutingReport) -> None:
             if kind == "ffn" and agreement:
                 pair = agreement.get(layer.layer)
                 cells.append("-" if pair is None else f"{pair.same:.0%} ({pair.same_by_chance:.0%} by chance)")
-            table.add_row(str(layer.layer), *(Text(cell) for cell in cells))
-        console.print(table, highlight=False)
-        if step > 1:
-            console.print(
-                f"one of {step} of all {len(layers)} layers; all with --json, --out or --html", highlight=False
-            )
-        console.print()
+            rows.append([str(layer.layer), *cells])
+        note = f"one of {step} of all {len(layers)} layers; all with --json, --out or --html" if step > 1 else ""
+        Table(head, rows, title=title, note=note).show()
+        typer.echo("")
     for kind, layers in report.layers.items():
         layer = max(layers, key=lambda layer: layer.mutual_information_corrected or 0.0)
-        console.print(
-            f"typical tokens in layer {layer.layer}, {'FFN' if kind == 'ffn' else 'attention'}:", highlight=False
-        )
+        typer.echo(f"typical tokens in layer {layer.layer}, {'FFN' if kind == 'ffn' else 'attention'}:")
         for name, tokens in list(zip(report.names(kind), layer.typical, strict=True))[:_LINES]:
             words = " ".join(repr(token["token"]) for token in tokens[:8])
-            console.print(Text(f"  {name}: {words or '-'}"), soft_wrap=True)
+            typer.echo(f"  {name}: {words or '-'}")
 
 
 def _shares(shares: list[float], names: list[str]) -> str:

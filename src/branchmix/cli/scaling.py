@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from branchmix.cli import console
 from branchmix.cli.scaling_data import data_app
 from branchmix.cli.scaling_run import EPILOG as RUN_EPILOG
 from branchmix.cli.scaling_run import run_command
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from branchmix.scaling.trends.report import Judged, Report, Tell
 
 scaling_app = typer.Typer(
@@ -50,19 +49,12 @@ worse), flat, inconclusive, not-testable (fewer than five sizes). The exit code 
 scaling_app.add_typer(data_app, name="data")
 
 
-@scaling_app.callback()
-def _scaling() -> None:
-    pass
-
-
 scaling_app.command("run", epilog=RUN_EPILOG)(run_command)
 
 
 @scaling_app.command("trends", epilog=TRENDS_EPILOG)
 def trends_command(
-    results: Annotated[
-        Path, typer.Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.", show_default=False)
-    ],
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.")],
     axis: Annotated[
         str | None,
         typer.Option(
@@ -74,8 +66,7 @@ def trends_command(
         list[str] | None, typer.Option(help="Metric to judge; may be repeated.", show_default="all")
     ] = None,
     lower_is_better: Annotated[
-        list[str] | None,
-        typer.Option(metavar="METRIC", help="A metric of which less is better; losses are known.", show_default=False),
+        list[str] | None, typer.Option(metavar="METRIC", help="A metric of which less is better; losses are known.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Significance level.")] = 0.05,
     minimum_effect: Annotated[
@@ -83,22 +74,18 @@ def trends_command(
     ] = 0.02,
     correction: Annotated[str, typer.Option(help="For several tasks: bh (Benjamini-Hochberg), holm or none.")] = "bh",
     html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write a page that explains itself, in one file.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Write a page that explains itself, in one file.")
     ] = None,
     plots: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG.", show_default=False
-        ),
+        typer.Option(metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a page and pictures that are there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Say for each task whether performance gets better, worse, or turns with scale, and how sure that is."""
     from branchmix.checkpoint.families import nearest
     from branchmix.checkpoint.folder import require_new_file
-    from branchmix.cli.console import notice, progress_bar
     from branchmix.errors import RecipeError
 
     if not 0 < alpha < 0.5:
@@ -116,7 +103,7 @@ def trends_command(
         )
     if html is not None:
         require_new_file(html, force=force)
-    with progress_bar() as tell:
+    with console.progress_bar() as tell:
         reports = trends_by_axis(
             results,
             axis=axis,
@@ -133,17 +120,16 @@ def trends_command(
             options |= {"correction": correction if correction != "bh" else None, "html": html, "plots": plots}
             _write(reports, html, plots, command=_command(results, options), force=force, tell=tell)
     report = reports[0]
-    for note in report.notes:
-        notice(f"note: {note}")
+    console.print_notes(report.notes)
     for warning in report.warnings:
-        notice(f"warning: {warning}")
+        console.notice(f"warning: {warning}")
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2, allow_nan=False))
+        console.print_json(report.as_dict())
     else:
         _print(report)
     for written in (html, plots):
         if written is not None:
-            notice(f"written: {written}")
+            console.notice(f"written: {written}")
 
 
 def _write(
@@ -183,45 +169,32 @@ def _command(results: Path, options: dict[str, Any]) -> str:
 
 def _print(report: Report) -> None:
     """A table for each metric of each family, then what stands side by side."""
-    from branchmix.cli.console import result_console
-
-    console = result_console()
     for part in report.parts:
         tasks = report.tasks(part)
         for metric in dict.fromkeys(metric for metrics in tasks.values() for metric in metrics):
             rows = [metrics[metric] for metrics in tasks.values() if metric in metrics]
             name = ", ".join([metric, *(word for word in part if word and len(report.parts) > 1)])
             lower = rows[0].series.lower_is_better
-            console.print(_table(rows, f"{name} along {report.axis}{' (lower is better)' if lower else ''}", report))
-            console.print()
+            _table(rows, f"{name} along {report.axis}{' (lower is better)' if lower else ''}", report).show()
+            typer.echo("")
     for line in _comparisons(report):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        typer.echo(line)
     sure = f"{100 * (1 - report.limits.alpha):g} %"
     words = {"bh": "Benjamini-Hochberg over tasks", "holm": "Holm over tasks", "none": "none for several tasks"}
-    console.print(
+    typer.echo(
         f"intervals: {sure}, over examples and differences between models; correction: {words[report.correction]}; "
-        f"smallest change that counts: {report.limits.minimum_effect:g}",
-        highlight=False,
-        soft_wrap=True,
+        f"smallest change that counts: {report.limits.minimum_effect:g}"
     )
 
 
 def _table(rows: list[Judged], title: str, report: Report) -> Table:
-    from rich import table as rich_table
-    from rich.text import Text
-
     from branchmix.scaling.trends.report import cause_of
     from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
     causes = [cause_of(row.series) for row in rows]
-    table = rich_table.Table(box=None, pad_edge=False, title=title, title_justify="left", padding=(0, 2, 0, 0))
-    table.add_column("task", no_wrap=True)
-    if any(causes):
-        table.add_column("cause", no_wrap=True)
-    table.add_column("sizes", justify="right")
-    table.add_column("change [interval]", no_wrap=True)
-    table.add_column("corrected p", justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold")
+    head = ["task", *(["cause"] if any(causes) else []), "sizes", "change [interval]", "corrected p", "verdict"]
+    cells: list[list[str]] = []
+    bold: set[tuple[int, int]] = set()
     for row, cause in zip(rows, causes, strict=True):
         found = row.verdict
         low, high = found.interval
@@ -233,12 +206,12 @@ def _table(rows: list[Judged], title: str, report: Report) -> Table:
             legs = ", ".join(f"{name} {leg['effect']:+.3f}" for name, leg in found.legs.items())
             why.append(f"{legs}, turns at {report.axis} {found.turning_point:.2g}")
         why += found.flags
-        style = "bold" if found.label in DIRECTED else ""
-        verdict = Text.assemble((f"{found.label}", style), f" ({WORDS[found.label]}): {'; '.join(why)}")
-        cells = [Text(cause)] if any(causes) else []
+        if found.label in DIRECTED:
+            bold.add((len(cells), len(head) - 1))
+        verdict = f"{found.label} ({WORDS[found.label]}): {'; '.join(why)}"
         change = f"{found.effect:+.3f} [{low:+.3f}, {high:+.3f}]"
-        table.add_row(Text(row.series.task), *cells, str(found.sizes), Text(change), Text(p), verdict)
-    return table
+        cells.append([row.series.task, *([cause] if any(causes) else []), str(found.sizes), change, p, verdict])
+    return Table(head, cells, title=title, bold=bold, left=("cause", "verdict"))
 
 
 def _comparisons(report: Report) -> list[str]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from branchmix.cli import console
 
 data_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Data of the 11 tasks: the prize's own files, and fresh examples that no model has seen.",
 )
-DIR = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the files.", show_default=False)]
+DIR = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the files.")]
 
 VERIFY_EPILOG = """\b
 Examples:
@@ -45,16 +46,8 @@ hard, though: compare the gap between models.
 """
 
 
-@data_app.callback()
-def _data() -> None:
-    pass
-
-
 @data_app.command("verify", epilog=VERIFY_EPILOG)
-def verify_command(
-    folder: DIR,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
+def verify_command(folder: DIR, as_json: console.AsJson = False) -> None:
     """Compare files with the sizes and hashes of the official ones."""
     from branchmix.scaling.official import verify
 
@@ -62,7 +55,7 @@ def verify_command(
     complete = all(file.state == "ok" for file in found)
     if as_json:
         files = [{"task": f.task, "file": f.file, "state": f.state, "detail": f.detail} for f in found]
-        typer.echo(json.dumps({"ok": complete, "files": files}, indent=2))
+        console.print_json({"ok": complete, "files": files})
     else:
         for file in found:
             typer.echo(file.line)
@@ -90,9 +83,7 @@ def fetch_command(
 @data_app.command("make", epilog=MAKE_EPILOG)
 def make_command(
     folder: DIR,
-    seed: Annotated[
-        int, typer.Option(help="Random seed; different seeds give different examples.", show_default=False)
-    ],
+    seed: Annotated[int, typer.Option(help="Random seed; different seeds give different examples.")],
     num: Annotated[int, typer.Option("--num", metavar="N", min=1, help="Examples of each task.")] = 1000,
     tasks: Annotated[str, typer.Option(metavar="A,B,...", help="Names of tasks, or all.")] = "all",
     shots: Annotated[
@@ -111,13 +102,12 @@ def make_command(
     ] = False,
 ) -> None:
     """Write fresh examples of the tasks, in the official format, with answers known and checked."""
-    from branchmix.cli.console import notice
     from branchmix.scaling.generate import make_data
     from branchmix.scaling.tasks import choose
 
     chosen = choose(tasks)
     if shots and (own := [task.name for task in chosen if task.shots_in_prompt]):
-        notice(f"note: {', '.join(own)}: the prompts have their own shots, so --shots changes nothing there")
+        console.notice(f"note: {', '.join(own)}: the prompts have their own shots, so --shots changes nothing there")
     made = make_data(folder, seed=seed, num_examples=num, tasks=chosen, shots=shots, controls=controls, force=force)
     for path in made:
         typer.echo(f"{path}: {num:,} examples")

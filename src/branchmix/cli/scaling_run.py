@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from branchmix.cli import console
+from branchmix.pages.numbers import human_count
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.scaling.run import ScalingRun, TaskResult
@@ -31,21 +34,17 @@ With --out, rerun the command to resume a stopped run; if you add models, tasks 
 
 
 def run_command(
-    family: Annotated[Path, typer.Argument(metavar="FAMILY.yaml", help="The models.", show_default=False)],
+    family: Annotated[Path, typer.Argument(metavar="FAMILY.yaml", help="The models.")],
     tasks: Annotated[
         str, typer.Option(metavar="A,B,...", help="Names of tasks, YAML files of your own, or all that have files.")
     ] = "all",
     data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder of the tasks' files; may be repeated.", show_default=False),
+        list[Path] | None, typer.Option(metavar="DIR", help="Folder of the tasks' files; may be repeated.")
     ] = None,
     fresh: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder of fresh files, to compare with.", show_default=False),
+        list[Path] | None, typer.Option(metavar="DIR", help="Folder of fresh files, to compare with.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for records and results.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for records and results.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Examples of a task at most.")] = None,
     shots: Annotated[
         int, typer.Option(min=0, metavar="K", help="Other examples, with answers, before each prompt.")
@@ -53,20 +52,17 @@ def run_command(
     bos: Annotated[str, typer.Option(help="BOS before each prompt: default (as the tokenizer does), on or off.")] = (
         "default"
     ),
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a checkpoint brings along.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    dtype: console.Dtype = "auto",
+    batch_tokens: console.BatchTokens = 2048,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Score every model of a family on every task: exact log-probabilities, the official metrics."""
-    from branchmix.cli.console import goes_on_from, notice, progress_bar, quiet_libraries
 
-    quiet_libraries()
+    console.quiet_libraries()
     from branchmix.scaling.run import run
 
-    with goes_on_from(out), progress_bar() as progress:
+    with console.resumable(out), console.progress_bar() as progress:
         found = run(
             family,
             tasks=tasks,
@@ -81,29 +77,18 @@ def run_command(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
-    for note in found.notes:
-        notice(f"note: {note}")
+    console.print_notes(found.notes)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2, allow_nan=False))
+        console.print_json(found.as_dict())
     else:
         _print(found)
     if out is not None:
-        notice(f"judge them: branchmix scaling trends {out}")
+        console.notice(f"judge them: branchmix scaling trends {out}")
 
 
 def _print(run: ScalingRun) -> None:
     """A row for each task and model."""
-    from rich.table import Table
-    from rich.text import Text
-
-    from branchmix.cli.console import human_count, result_console
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("task", "model"):
-        table.add_column(name, overflow="fold")
-    for name in ("params", "active", "n", "accuracy", "loss", "coverage"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("remarks", overflow="fold")
+    rows = []
     labels = [result.selected.label for result in run.results]
     for result in sorted(run.results, key=lambda result: labels.index(result.selected.label)):
         sizes = (result.subject.params, result.subject.active_params)
@@ -119,16 +104,10 @@ def _print(run: ScalingRun) -> None:
             remarks.append(f"{len(result.refused)} refused")
         if result.merged:
             remarks.append(f"{result.merged} merged")
-        table.add_row(
-            Text(result.selected.label),
-            Text(result.subject.label),
-            *counts,
-            str(len(result.scored)),
-            *cells,
-            coverage,
-            Text("; ".join(remarks)),
-        )
-    result_console().print(table, highlight=False)
+        names = [result.selected.label, result.subject.label]
+        rows.append([*names, *counts, str(len(result.scored)), *cells, coverage, "; ".join(remarks)])
+    head = ["task", "model", "params", "active", "n", "accuracy", "loss", "coverage", "remarks"]
+    Table(head, rows, left=("model", "remarks")).show()
 
 
 def _mean(result: TaskResult, metric: str | None) -> str:

@@ -29,8 +29,7 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def serve_command(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.", show_default=False)],
+    context: typer.Context, model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.")]
 ) -> None:
     """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
     from branchmix.checkpoint.adapters import ADAPTER_CONFIG, left_over_adapter

@@ -26,8 +26,8 @@ MOST_AT_ONCE = 16
 _AT_ONCE = ("num_beams", "num_return_sequences")
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
 
 
 class RequestError(Exception):
@@ -115,7 +115,9 @@ class RequestLimits:
         try:
             body = self._checked(await self._body(receive))
         except RequestError as error:
-            await _answer(send, error)
+            from starlette.responses import JSONResponse
+
+            await JSONResponse(error.content, error.status)(scope, receive, send)
             return
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -146,23 +148,24 @@ class RequestLimits:
 
     def _checked(self, body: bytes) -> bytes:
         try:
-            found = json.loads(body)
-            whole = _whole(found)
+            asked = json.loads(body)
+            text = json.dumps(asked, ensure_ascii=False)
         except RecursionError:
             raise RequestError("the request's JSON is nested too deeply") from None
         except ValueError:
             return body  # not JSON: the server says so itself
-        if isinstance(found, dict) and (asked := found.get("generation_config")) is not None:
-            _check_generation(asked)
-        for key in _LENGTHS if isinstance(found, dict) else ():
-            value = found.get(key)
+        if isinstance(asked, dict) and asked.get("generation_config") is not None:
+            _check_generation(asked["generation_config"])
+        for key in _LENGTHS if isinstance(asked, dict) else ():
+            value = asked.get(key)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value % 1:
                 raise RequestError(f"{key}: should be a whole number from 1 on, got {str(value)[:40]!r}")
             if value > self.positions:
                 raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {self.positions:,} positions")
-        return body if whole == found else json.dumps(whole).encode()
+        whole = whole_characters(text)
+        return body if whole == text else whole.encode()
 
 
 def _check_generation(asked: Any) -> None:
@@ -174,19 +177,3 @@ def _check_generation(asked: Any) -> None:
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RequestError(f"generation_config: {reason[:200]}") from None
-
-
-def _whole(value: Any) -> Any:
-    """The same JSON in whole characters."""
-    if isinstance(value, str):
-        return whole_characters(value)
-    if isinstance(value, list):
-        return [_whole(item) for item in value]
-    return {_whole(key): _whole(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-
-async def _answer(send: Send, error: RequestError) -> None:
-    content = json.dumps(error.content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from branchmix.cli import console
+from branchmix.pages.numbers import human_bytes, human_count
+from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.study.forecast import Forecast
     from branchmix.study.run import StudyReport
-
-
-class Launcher(str, Enum):
-    """Where the steps run."""
-
-    local = "local"
-    ray = "ray"
-    inline = "inline"
 
 
 STUDY_EPILOG = """\b
@@ -53,26 +47,20 @@ Examples:
 
 
 def study_command(
-    config: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.", show_default=False),
-    ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the study.", show_default=False)] = ...,  # type: ignore[assignment]
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="YAML file.")],
+    overrides: console.Overrides = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the study.")] = ...,  # type: ignore[assignment]
     only: Annotated[
-        str,
-        typer.Option(
-            metavar="STEPS", help="Only these steps (comma-separated) and the steps they need.", show_default=False
-        ),
+        str, typer.Option(metavar="STEPS", help="Only these steps (comma-separated) and the steps they need.")
     ] = "",
     launcher: Annotated[
-        Launcher,
+        Literal["local", "ray", "inline"],
         typer.Option(help="Processes side by side, tasks of a Ray cluster (RAY_ADDRESS), or all in this process."),
-    ] = Launcher.local,
+    ] = "local",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print all steps and their costs; measures speed, runs nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Compare methods at equal data and equal compute: seed, experts, merges, mixtures, scores, with repetitions.
 
@@ -80,21 +68,23 @@ def study_command(
     """
     from branchmix.study.settings import StudyFile
 
-    names = [name.strip() for name in only.split(",") if name.strip()]
+    names = console.names_of(only)
     if dry_run:
-        from branchmix.cli.console import notice
         from branchmix.study.forecast import fitted, forecast
 
         settings = StudyFile.load(config, overrides or [])
         speed = None
         if settings.minutes is not None:
-            settings, speed = fitted(settings, out, say=notice)
+            settings, speed = fitted(settings, out, say=console.notice)
         found = forecast(settings, out, only=names, speed=speed)
-        typer.echo(json.dumps(found.as_dict(), indent=2)) if as_json else _print_forecast(found)
+        if as_json:
+            console.print_json(found.as_dict())
+        else:
+            _print_forecast(found)
         return
     from branchmix.study.run import study
 
-    report = study(config, out, only=names, overrides=overrides or [], launcher=launcher.value)
+    report = study(config, out, only=names, overrides=overrides or [], launcher=launcher)
     if as_json:
         content = {
             "out": str(report.out),
@@ -102,43 +92,29 @@ def study_command(
             "failed": report.failed,
             "stopped_by": report.stopped_by,
         }
-        typer.echo(json.dumps(content, indent=2))
+        console.print_json(content)
     exit_unless_done(report, "run the same command again")
     if not as_json:
         typer.echo(f"all {len(report.statuses)} steps are done; next: branchmix report {out}")
 
 
 def exit_unless_done(report: StudyReport, again: str) -> None:
-    """Tells why steps are left, if any, and ends the command.
-
-    Args:
-        report: of the study.
-        again: how to resume.
-    """
-    from branchmix.cli.console import notice
-
+    """End the command if steps are left, and say why, and with ``again`` how to resume."""
     for name, reason in report.failed.items():
-        notice(f"error: {name}: {reason}")
+        console.notice(f"error: {name}: {reason}")
     if report.stopped_by is not None:
-        notice(f"stopped with {len(report.left)} of {len(report.statuses)} steps left; to resume: {again}")
-        raise SystemExit(128 + report.stopped_by)  # not typer's: 130 would be taken for a Ctrl-C that left nothing
+        left = f"{len(report.left)} of {len(report.statuses)} steps left"
+        console.exit_stopped(f"stopped with {left}; to resume: {again}", report.stopped_by)
     if report.failed:
         raise typer.Exit(2)
 
 
 def _print_forecast(found: Forecast) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes, human_count, result_console
     from branchmix.train.progress import duration
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("step", "", "times"):
-        table.add_column(name)
-    for name in ("parameters", "tokens", "FLOPs", "of AdamW", "memory", "disk", "time each"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in found.rows:
-        table.add_row(
+    head = ["step", "", "times", "parameters", "tokens", "FLOPs", "of AdamW", "memory", "disk", "time each"]
+    rows = [
+        [
             row.name,
             row.status,
             f"{row.times}",
@@ -149,19 +125,18 @@ def _print_forecast(found: Forecast) -> None:
             human_bytes(row.memory) if row.memory else "",
             human_bytes(row.disk) if row.disk else "",
             duration(row.seconds) if row.seconds is not None else "?",
-        )
-    result_console().print(table)
+        ]
+        for row in found.rows
+    ]
+    Table(head, rows, left=("",)).show()
     for line in found.lines():
         typer.echo(line)
 
 
 def report_command(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of a study, or of its results.", show_default=False)
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study, or of its results.")],
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder to write; the same folder if not given.", show_default=False),
+        Path | None, typer.Option(metavar="DIR", help="Folder to write; the same folder if not given.")
     ] = None,
     html: Annotated[bool, typer.Option("--html", help="The page, with its figures inside.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="tables.md.")] = False,
@@ -169,7 +144,7 @@ def report_command(
     force: Annotated[
         bool, typer.Option("--force", help="Replace files in --out; an earlier report's are always replaced.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Write tables, figures and a page of the results that a study has so far. Without options, all of them."""
     from branchmix.study.report import report
@@ -177,7 +152,7 @@ def report_command(
     kinds = [name for name, wanted in (("html", html), ("markdown", markdown), ("latex", latex)) if wanted]
     found = report(folder, out, kinds=kinds, force=force)
     if as_json:
-        typer.echo(json.dumps(found.numbers, indent=2))
+        console.print_json(found.numbers)
         return
     for line in found.headline:
         typer.echo(line)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+import signal
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.cli import console
+from branchmix.pages.table import Table
+
 if TYPE_CHECKING:
-    from branchmix.train.run import RunReport
+    from branchmix.train.run_folder import RunReport
 
 EPILOG = """\b
 Examples:
@@ -33,67 +37,51 @@ On SIGTERM and Ctrl-C the run finishes its step and writes a checkpoint; the exi
 
 
 def train_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE ...]", help="Replace settings of the file.", show_default=False),
-    ] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="YAML file.")],
+    overrides: console.Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Start over, replacing an earlier run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; train nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print training.json, or the plan, on stdout.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Train a dense model or a mixture with the settings of a run file."""
-    from branchmix.cli.console import notice
     from branchmix.train.checks import Process
     from branchmix.train.run import train
     from branchmix.train.sharding import leave_group
 
     again = shlex.join(["branchmix", "train", str(run), *(overrides or [])])
+    is_main = Process().is_main
     try:
         report = train(run, overrides=overrides or [], force=force, dry_run=dry_run)
     except KeyboardInterrupt:
         if dry_run:
             raise
-        if Process().is_main:
-            notice(f"interrupted; to resume from the last checkpoint, if there is one: {again}")
-        raise SystemExit(130) from None  # unlike a Ctrl-C that left nothing behind
+        line = f"interrupted; to resume from the last checkpoint, if there is one: {again}"
+        console.exit_stopped(line if is_main else "", signal.SIGINT)
     leave_group()
     if report.signal is not None:
-        if report.is_main:
-            notice(f"stopped; to resume from the last checkpoint: {again}")
-        raise SystemExit(128 + report.signal)  # not typer's: 130 would be taken for a Ctrl-C that left nothing
-    if not report.is_main:
+        console.exit_stopped(f"stopped; to resume from the last checkpoint: {again}" if is_main else "", report.signal)
+    if not is_main:
         return
     if as_json:
-        typer.echo(json.dumps(report.record, indent=2))
+        console.print_json(report.record)
     elif dry_run:
-        from branchmix.cli.console import result_console
         from branchmix.train.progress import print_plan
 
-        print_plan(report.record, result_console())
+        print_plan(report.record, sys.stdout)
     elif report.status == "trained":
         _print_result(report)
 
 
 def _print_result(report: RunReport) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import result_console
-
-    console, record = result_console(), report.record
+    record = report.record
     start, end = record["held_out"]["start"], record["held_out"]["end"]
     if end:
-        table = Table(box=None, pad_edge=False, title="held-out loss, nats per token", title_justify="left")
-        for name in ("domain", "before", "after", "perplexity"):
-            table.add_column(name, justify="left" if name == "domain" else "right")
+        rows = []
         for name, after in end.items():
-            before: dict[str, Any] | None = start.get(name)
-            shown = "-" if before is None else f"{before['loss']:.4f}"
-            table.add_row(name, shown, f"{after['loss']:.4f}", f"{after['perplexity']:.2f}")
-        console.print(table)
-    console.print(
+            before = f"{start[name]['loss']:.4f}" if name in start else "-"
+            rows.append([name, before, f"{after['loss']:.4f}", f"{after['perplexity']:.2f}"])
+        Table(["domain", "before", "after", "perplexity"], rows, title="held-out loss, nats per token").show()
+    typer.echo(
         f"trained on {record['tokens']:,} tokens in {record['steps']:,} steps and {record['seconds']:,.0f} s: "
-        f"{report.out}",
-        highlight=False,
-        soft_wrap=True,
+        f"{report.out}"
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from branchmix.accounting import inspect
+from branchmix.cli import console
+from branchmix.pages.numbers import human_bytes, human_count
+from branchmix.pages.table import Table
 
+if TYPE_CHECKING:
     from branchmix.upcycling import UpcycleReport
     from branchmix.upcycling.plan import Plan
 
@@ -30,33 +32,26 @@ A minimal recipe:
 PEAK_MEMORY_BYTES = 150_000_000
 """Anonymous memory of a merge, for any size and number of models (measured: benchmarks/upcycle.py memory)."""
 
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not look for NaN and Inf in the sources (faster).")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)]
-
 
 def upcycle_command(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.", show_default=False)],
-    out: Out,
-    dry_run: DryRun = False,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
+    out: console.Out,
+    dry_run: console.DryRun = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Verify copied bytes, and every expert's logits on a text.")
     ] = False,
-    force: Force = False,
-    no_check: NoCheck = False,
+    force: console.Force = False,
+    no_check: console.NoCheck = False,
     no_hashes: Annotated[bool, typer.Option("--no-hashes", help="Do not record hashes of the source files.")] = False,
-    as_json: AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Merge dense models fine-tuned from one seed into a mixture of experts."""
-    from branchmix.cli.console import progress_bar, quiet_libraries
     from branchmix.upcycling import upcycle
 
     if verify:
-        quiet_libraries()
+        console.quiet_libraries()
     warn_of_leftovers(out)
-    with progress_bar() as progress:
+    with console.progress_bar() as progress:
         report = upcycle(
             recipe,
             out,
@@ -73,33 +68,27 @@ def upcycle_command(
 def warn_of_leftovers(out: Path) -> None:
     """Put back what a killed run moved aside, and report what it left behind."""
     from branchmix.checkpoint.folder import holds_model, put_back, stale_folders
-    from branchmix.cli.console import notice
 
     if put_back(out):
-        notice(f"note: {out}: put back; a run that was killed while it replaced this model had moved it aside")
+        console.notice(f"note: {out}: put back; a run that was killed while it replaced this model had moved it aside")
     for folder in stale_folders(out):
         if holds_model(folder):
             what = f"it holds a complete model, which {out} had before or would have had next: keep it or remove it"
         else:
             what = "it holds no model: remove it"
-        notice(f"note: {folder} was left behind by a killed run; {what}")
+        console.notice(f"note: {folder} was left behind by a killed run; {what}")
 
 
 def show(report: UpcycleReport, *, as_json: bool) -> None:
     """Print what was done, as tables or as JSON."""
-    from branchmix.cli.console import notice
-
-    for note in report.plan.notes:
-        notice(f"note: {note}")
+    console.print_notes(report.plan.notes)
     if as_json:
-        typer.echo(json.dumps(as_dict(report), indent=2))
+        console.print_json(as_dict(report))
         return
     _print_plan(report)
     if report.verification is not None:
         _print_verification(report)
     if report.written is not None:
-        from branchmix.cli.console import human_bytes
-
         typer.echo(f"\nwrote {human_bytes(report.plan.nbytes)} to {report.out} in {report.seconds:.1f} s")
 
 
@@ -120,7 +109,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "lossless": plan.lossless,
         "notes": list(plan.notes),
         "seconds": round(report.seconds, 3),
-        "accounting": _accounting(plan).as_dict(),
+        "accounting": inspect(plan.config).as_dict(),
     }
     if report.verification is not None:
         result["verification"] = report.verification.as_dict()
@@ -129,69 +118,50 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
 
 def plan_table(plan: Plan) -> Table:
     """A row per kind of tensor: how many, how large, and how they are made."""
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tensors", overflow="fold")
-    table.add_column("count", justify="right")
-    table.add_column("shape", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("")
-    for group in plan.groups:
-        shape = " x ".join(map(str, group.shape))
-        table.add_row(group.name, str(group.count), shape, human_bytes(group.nbytes), group.how)
-    return table
+    rows = [
+        [group.name, str(group.count), " x ".join(map(str, group.shape)), human_bytes(group.nbytes), group.how]
+        for group in plan.groups
+    ]
+    return Table(["tensors", "count", "shape", "size", ""], rows, left=("shape", ""))
 
 
 def _print_plan(report: UpcycleReport) -> None:
-    from branchmix.cli.console import human_bytes, human_count, result_console
     from branchmix.upcycling.execute import free_bytes
     from branchmix.upcycling.model_card import lossless_line
 
     plan = report.plan
-    console = result_console()
-    console.print(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}", highlight=False)
-    console.print(plan_table(plan))
+    typer.echo(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}")
+    plan_table(plan).show()
     if plan.lossless is not None and not plan.is_dense:
-        console.print(lossless_line(plan.lossless), highlight=False, soft_wrap=True)
-    accounting = _accounting(plan)
-    console.print(
+        typer.echo(lossless_line(plan.lossless))
+    accounting = inspect(plan.config)
+    typer.echo(
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
-        f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}",
-        highlight=False,
-        soft_wrap=True,
+        f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}"
     )
 
 
 def _print_verification(report: UpcycleReport) -> None:
-    from rich.table import Table
-
-    from branchmix.cli.console import human_bytes, result_console
-
     verification = report.verification
     assert verification is not None
-    console = result_console()
-    console.print(
+    typer.echo(
         f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
-        f"byte-identical to their sources, {verification.averages_checked} averages recomputed in fp64",
-        highlight=False,
-        soft_wrap=True,
+        f"byte-identical to their sources, {verification.averages_checked} averages recomputed in fp64"
     )
     if not verification.experts:
         return
+    difference = "largest difference from the dense model"
+    rows = [
+        [check.name, check.skipped, ""]
+        if check.skipped
+        else [check.name, f"{check.difference:.2e}", f"{check.greatest_logit:.1f}"]
+        for check in verification.experts
+    ]
     title = f"gates one-hot, logits of {verification.tokens} tokens against the "
     title += "whole dense models" if verification.lossless else "dense models on the mixture's trunk"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for name in ("expert", "largest difference from the dense model", "largest logit"):
-        table.add_column(name)
-    for check in verification.experts:
-        numbers = (check.skipped, "") if check.skipped else (f"{check.difference:.2e}", f"{check.greatest_logit:.1f}")
-        table.add_row(check.name, *numbers)
-    console.print(table)
+    Table(["expert", difference, "largest logit"], rows, title=title, left=(difference,)).show()
 
 
 def _method(report: UpcycleReport) -> str:
@@ -200,9 +170,3 @@ def _method(report: UpcycleReport) -> str:
     method = method_of(report.plan.config, report.recipe)
     assert method is not None, "a dense model is written by a recipe only"
     return method
-
-
-def _accounting(plan: Plan) -> Any:
-    from branchmix.accounting import inspect
-
-    return inspect(plan.config)

@@ -1,13 +1,21 @@
-"""A table as HTML, Markdown, LaTeX and CSV from one description."""
+"""A table as HTML, Markdown, LaTeX, CSV and on a terminal, from one description."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TextIO
 
 from branchmix.pages.page import TEMPLATES, render
+
+if TYPE_CHECKING:
+    from rich import table as rich_table
+
+PIPE_WIDTH = 160
+"""Columns of a file or pipe, so that it gets whole lines."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +25,13 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     name: str = ""
-    """Of its file."""
+    """Name of its file, without ending."""
     title: str = ""
     note: str = ""
     bold: set[tuple[int, int]] = field(default_factory=set)
     """Row and column of cells that stand out."""
+    left: Collection[str] = ()
+    """Heads of further columns of words, which a terminal aligns left and folds like the first one."""
 
     def html(self) -> str:
         """For a page, without its title."""
@@ -62,6 +72,37 @@ class Table:
         if self.note:
             lines.append(rf"\\[2pt]{{\footnotesize {_tex(self.note)}}}")
         return "\n".join([*lines, r"\end{table}", ""])
+
+    def terminal(self) -> rich_table.Table:
+        """For a rich console. Cells are plain text, so ``[x]`` in one is not markup."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        shown = RichTable(
+            box=None,
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
+            title=Text(self.title, style="italic") if self.title else None,
+            title_justify="left",
+            caption=Text(self.note) if self.note else None,
+            caption_justify="left",
+        )
+        for number, name in enumerate(self.head):
+            if number == 0 or name in self.left:
+                shown.add_column(Text(name), overflow="fold")
+            else:
+                shown.add_column(Text(name), justify="right", no_wrap=True)
+        for number, row in enumerate(self.rows):
+            is_bold = [len(row) == 1 or (number, column) in self.bold for column in range(len(row))]
+            shown.add_row(*(Text(cell, style="bold" * bold) for cell, bold in zip(row, is_bold, strict=True)))
+        return shown
+
+    def show(self, stream: TextIO | None = None) -> None:
+        """Print it on ``stream``, which is standard output if not given."""
+        from rich.console import Console
+
+        stream = stream or sys.stdout
+        Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH).print(self.terminal())
 
     def csv(self) -> str:
         """Cells alone."""

@@ -20,7 +20,7 @@ from branchmix.study.identity import identity_of_recipe, identity_of_seed, ident
 from branchmix.study.methods import METHODS
 from branchmix.study.mixtures import Mixtures, seed_config
 from branchmix.study.settings import InstalledText, Method, StudyFile
-from branchmix.train.outputs import FREE_TO_CHANGE
+from branchmix.train.run_folder import FREE_TO_CHANGE
 
 HELD_OUT_WHILE_TRAINING = 2048
 """Tokens of a domain that a run itself evaluates at its end; the scores are a step of their own."""

@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.hub import resolve
-from branchmix.checkpoint.json_text import read_object
 from branchmix.data.sources import require_files
-from branchmix.errors import OutputError, RecipeError
+from branchmix.errors import RecipeError
 from branchmix.settings import parse_yaml
 from branchmix.train.config import BranchConfig, RunConfig
 from branchmix.train.job_display import JobDisplay
 from branchmix.train.launch import Job, JobState, Outcome, Status, run_processes, share_machine
-from branchmix.train.outputs import DONE, RESULTS, RunFolder
+from branchmix.train.run_folder import RunFolder, result_of
 
 Launcher = Literal["local", "ray"]
 TRAIN = (sys.executable, "-m", "branchmix", "train")
 """The command of a run, without its file."""
+LOG = "log.txt"
+"""Name of the file with a run's output."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def branch(
         BranchMixError: the configuration makes no sense, the seed is missing, or OUT cannot be written.
     """
     if not isinstance(config, BranchConfig):
-        config = BranchConfig.load(config, list(overrides))
+        config = BranchConfig.load(config, overrides)
     elif overrides:
         raise RecipeError("overrides apply to files: change the BranchConfig itself")
     names = _chosen(config, only)
@@ -126,10 +128,8 @@ def branch(
             from branchmix.train.cluster import run_on_ray
 
             jobs = [_job(runs[name], name, config.threads, force=force) for name in left]
-            num_cpus = config.threads or 1
-            outcome = run_on_ray(
-                jobs, config.at_once, shared=out, num_cpus=num_cpus, retries=config.retries, watch=watch
-            )
+            cluster: dict[str, Any] = {"shared": out, "num_cpus": config.threads or 1}
+            outcome = run_on_ray(jobs, config.at_once, **cluster, retries=config.retries, watch=watch)
         else:
             at_once, threads, places = share_machine(config.at_once, config.threads, len(left))
             jobs = [_job(runs[name], name, threads, force=force) for name in left]
@@ -141,9 +141,9 @@ def branch(
 
 
 def _chosen(config: BranchConfig, only: Sequence[str]) -> list[str]:
+    known = list(config.experts)
     for name in only:
-        if name not in config.experts:
-            known = list(config.experts)
+        if name not in known:
             raise RecipeError(
                 f"--only: no expert is called {name!r}{nearest(name, known)}; there is {', '.join(known)}"
             )
@@ -157,16 +157,15 @@ def _chosen(config: BranchConfig, only: Sequence[str]) -> list[str]:
 
 def _run(config: BranchConfig, name: str) -> RunConfig:
     """The settings of the expert's run, with absolute paths, so that its file works from any folder."""
-    run = config.run_of(name)
-    here = config.folder
-    seed = resolve(config.seed, here)
-    out = _absolute(config.out, here)
-    changes = {
+    seed, out = resolve(config.seed, config.folder), _absolute(config.out, config.folder)
+    settings = {key: getattr(config, key) for key in config.model_fields_set if key in RunConfig.model_fields}
+    settings |= {
         "model": config.seed if seed.revision else str(_absolute(str(seed.folder), Path())),
-        "out": str(_absolute(run.out, here)),
-        "data": {domain: source.absolute(here, out=out) for domain, source in run.data.items()},
+        "out": str(out / name),
+        "data": {domain: source.absolute(config.folder, out=out) for domain, source in config.data.items()},
+        "mix": config.mix_of(name),
     }
-    run = run.model_copy(update=changes)
+    run = RunConfig(**settings)
     run._folder = Path(run.out)  # where its file will be
     return run
 
@@ -186,27 +185,17 @@ def _job(run: RunConfig, name: str, threads: int | None, *, force: bool) -> Job:
         settings["threads"] = threads
     text = f"# Written by branchmix branch. By hand: branchmix train {file}\n\n"
     text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written: {error.strerror}") from None
+    write_text(file, text)
     command = [*TRAIN, str(file)]
     env = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return Job(name, [*command, "--force"] if force else command, out / "log.txt", again=command, env=env)
-
-
-def _training(out: Path) -> dict[str, Any] | None:
-    """``training.json`` of a finished run; None otherwise."""
-    return read_object(out / DONE) if any((out / name).is_file() for name in RESULTS) else None
+    return Job(name, [*command, "--force"] if force else command, out / LOG, again=command, env=env)
 
 
 def _report(run: RunConfig, name: str, status: Status, state: JobState | None = None) -> ExpertReport:
     out = Path(run.out)
-    if state is None:
-        return ExpertReport(name, out, run.mix, status, training=_training(out))
+    state = state or JobState(Job(name, (), out / LOG), status)
     reason = state.reason if state.status == "failed" else ""
-    training = _training(out) if state.status == "done" else None
+    training = result_of(out) if state.status == "done" else None
     return ExpertReport(name, out, run.mix, state.status, state.attempts, state.seconds, reason, training)
 
 
@@ -235,7 +224,7 @@ routed_scaling_factor: auto # experts / top_k; the paper: 1.0
 
 def _write_recipe(config: BranchConfig, out: Path) -> tuple[Path | None, tuple[str, ...]]:
     """Write ``OUT/recipe.yaml`` once all experts are finished; keep one that the user has changed."""
-    if not all(_training(out / name) for name in config.experts):
+    if not all(result_of(out / name) for name in config.experts):
         return None, ()
     seed = resolve(config.seed, config.folder)
     path = out / "recipe.yaml"
@@ -246,7 +235,7 @@ def _write_recipe(config: BranchConfig, out: Path) -> tuple[Path | None, tuple[s
     )
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         return path, (f"{path} was changed since it was written, so it is kept",)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path, ()
 
 

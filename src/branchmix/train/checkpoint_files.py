@@ -11,13 +11,12 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.moves import fsync_folder
 from branchmix.errors import OutputError
 from branchmix.pages.numbers import too_little_space
@@ -29,19 +28,10 @@ LAST = (ADAPTER_CONFIG, "config.json", "training.json")
 """Files by which others recognise a model and a finished run, so they are moved last."""
 
 
-def stderr(line: str) -> None:
-    """Print a notice on stderr."""
-    print(line, file=sys.stderr, flush=True)
+def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest complete checkpoint in ``folder``, which need not exist, or None.
 
-
-def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = stderr) -> Path | None:
-    """The newest complete checkpoint in ``folder``, or None.
-
-    Damaged checkpoints are skipped with a notice; unfinished ones of killed writers are ignored.
-
-    Args:
-        folder: ``OUT/checkpoints``, which need not exist.
-        notice: called with one line for each checkpoint skipped.
+    Damaged checkpoints are skipped with a ``notice`` of one line; unfinished ones of killed writers are ignored.
     """
     for _, checkpoint in sorted(_by_step(folder), reverse=True):
         problem = damage(checkpoint)
@@ -53,10 +43,8 @@ def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = stderr) -
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, by names and sizes of its files; None if it is complete."""
-    try:
-        sizes = read_json(checkpoint / FILES)
-        assert isinstance(sizes, dict)
-    except (OSError, ValueError, AssertionError):
+    sizes = read_object(checkpoint / FILES)
+    if sizes is None:
         return f"{FILES} is missing or unreadable"
     for name, size in sizes.items():
         try:

@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from branchmix.errors import OutputError, TrainingError
@@ -36,10 +36,8 @@ from branchmix.train.signals import StopSignals
 
 __all__ = ["SafeTrainer", "StopSignals", "latest_checkpoint"]
 
-MEGABYTE = 1_000_000
 
-
-class SafeTrainer(Trainer):
+class SafeTrainer(Trainer, TrainerCallback):
     """Saves into ``checkpoints/step-<8 digits>/``, and resumes from there with ``train(latest_checkpoint(...))``.
 
     transformers' own saving (``save_strategy``) is turned off, and so is the filter that hides a NaN loss. Evaluation
@@ -85,15 +83,15 @@ class SafeTrainer(Trainer):
         args.save_strategy = SaveStrategy.NO
         args.logging_nan_inf_filter = False
         super().__init__(model, args, **kwargs)
-        self.add_callback(_BetweenSteps(self))
+        self.add_callback(self)
 
     # Hooks for subclasses.
 
-    def extra_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """More state to save: tensors, and values for JSON. All processes call it; the main one's is saved."""
-        return {}, {}
+    def extra_state(self) -> dict[str, torch.Tensor]:
+        """More state to save. All processes call it; the main one's is saved."""
+        return {}
 
-    def load_extra_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore ``extra_state``, on every process, after model and optimizer."""
 
     def describe_batch(self) -> str:
@@ -138,9 +136,8 @@ class SafeTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Called right before the optimizer's step. Reading the numbers here makes an accelerator wait once a step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such a step itself
         bad_loss = not math.isfinite(float(self._tr_loss))
-        bad_norm = not scaled and norm is not None and not math.isfinite(float(norm))
+        bad_norm = norm is not None and not math.isfinite(float(norm))
         bad_loss, bad_norm = (bool(flag) for flag in self._most(bad_loss, bad_norm))
         if bad_loss or bad_norm:
             self._not_finite("loss" if bad_loss else "gradient")
@@ -149,7 +146,7 @@ class SafeTrainer(Trainer):
     def _not_finite(self, what: str) -> NoReturn:
         batches = sorted({text for text in self._everywhere(self.describe_batch()) if text})
         of = f" on {', '.join(batches)}" if batches else ""
-        last = latest_checkpoint(self.checkpoints, notice=lambda _: None)
+        last = latest_checkpoint(self.checkpoints)
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise TrainingError(
             f"step {self.state.global_step + 1}{of}: the {what} is not a finite number, so the step was not applied: "
@@ -191,7 +188,7 @@ class SafeTrainer(Trainer):
         control.should_evaluate = False
         control.should_save = self.state.global_step > self._saved_step
 
-    def _step_ended(self, control: TrainerControl) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Decide whether to save or stop: the same on all processes, by the main one's clock and anyone's signal."""
         main = self.is_world_process_zero()
         late = main and time.monotonic() - self._saved_at >= self._every_seconds
@@ -208,54 +205,49 @@ class SafeTrainer(Trainer):
         """Called on every process; the main one writes, except that each writes its random numbers."""
         self.store_flos()
         target = files.checkpoint_of(self.checkpoints, self.state.global_step)
-        part = files.part_of(target)
         num_bytes = self._num_bytes()
         write = partial(self._write, target, num_bytes=num_bytes)
-        try:
+        with self._removed_on_failure(files.part_of(target)) as part:
             write(lambda: files.start(target, num_bytes=num_bytes))
             weights = model_files.gather(self.model)
             write(partial(model_files.write, self.model, self.processing_class, weights, part, resumable=True))
             weights = None  # before the optimizer takes twice as much
             tensors, optimizer = saved.optimizer_state(self.model, self._optimizer)
-            extra, values = self.extra_state()
-            write(lambda: self._write_state(part / TRAINING, tensors, optimizer, extra, values))
+            extra = self.extra_state()
+            write(lambda: self._write_state(part / TRAINING, tensors, optimizer, extra))
             own = {**saved.random_numbers(), "loss": self._tr_loss.detach().double().cpu()}
             rank = self.args.process_index
             write(lambda: save_file(own, part / TRAINING / f"rng-{rank}.safetensors"), everywhere=True)
             write(lambda: files.complete(target))
-        except BaseException:
-            if self.is_world_process_zero():
-                shutil.rmtree(part, ignore_errors=True)
-            raise
         if self.is_world_process_zero():
             files.remove_others(target, keep=self.keep)
         self._saved_step, self._saved_at = self.state.global_step, time.monotonic()
 
+    @contextlib.contextmanager
+    def _removed_on_failure(self, part: Path) -> Iterator[Path]:
+        try:
+            yield part
+        except BaseException:
+            if self.is_world_process_zero():
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+
     def _write_state(
-        self,
-        folder: Path,
-        tensors: dict[str, torch.Tensor],
-        optimizer: dict[str, Any],
-        extra: dict[str, torch.Tensor],
-        values: dict[str, Any],
+        self, folder: Path, tensors: dict[str, torch.Tensor], optimizer: dict[str, Any], extra: dict[str, torch.Tensor]
     ) -> None:
-        if tensors:
-            save_file(tensors, folder / "optimizer.safetensors")
-        if extra:
-            save_file({name: tensor.contiguous() for name, tensor in extra.items()}, folder / "extra.safetensors")
-        scaler = getattr(self.accelerator, "scaler", None)
+        for name, content in (("optimizer", tensors), ("extra", extra)):
+            if content:
+                save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
         state = {
             "step": self.state.global_step,
             "num_processes": self.args.world_size,
             "seconds": self.seconds,
             "scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
             "optimizer": optimizer,
             "loss_before": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "first_step": self._initial_global_step,
             "evaluation_due": self._evaluation_due,
-            "extra": values,
         }
         (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
         self.state.save_to_json(str(folder / "trainer_state.json"))  # where transformers looks for it
@@ -263,18 +255,14 @@ class SafeTrainer(Trainer):
     def finish(self, out: Path, *, also: Callable[[Path], None] | None = None) -> None:
         """Write the model into ``out``, its config last, and remove the checkpoints. All processes call it.
 
-        Args:
-            out: folder, which may hold other files.
-            also: writes more files into the folder it is given, which appear together with the model; on the main
-                process.
+        ``also`` writes more files, on the main process, into a folder whose content appears together with the model.
 
         Raises:
             OutputError: it cannot be written; ``out`` and the checkpoints are unchanged.
         """
-        part = out / ".model.part"
         weights = model_files.gather(self.model)
 
-        def write() -> None:
+        def write(part: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             model_files.write(self.model, self.processing_class, weights, part, resumable=False)
@@ -283,12 +271,8 @@ class SafeTrainer(Trainer):
             files.publish(part, out)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-        try:
-            self._write(out, write, num_bytes=self._num_bytes(optimizer=False))
-        except BaseException:
-            if self.is_world_process_zero():
-                shutil.rmtree(part, ignore_errors=True)
-            raise
+        with self._removed_on_failure(out / ".model.part") as part:
+            self._write(out, lambda: write(part), num_bytes=self._num_bytes(optimizer=False))
 
     def _write(self, place: Path, action: Callable[[], None], *, num_bytes: int, everywhere: bool = False) -> None:
         """Run ``action`` on the main process, or everywhere; a failure on one process raises on all."""
@@ -302,7 +286,7 @@ class SafeTrainer(Trainer):
                 problem = _problem(error, place, num_bytes)
         problem = max(self._everywhere(problem))
         if problem:
-            last = latest_checkpoint(self.checkpoints, notice=lambda _: None)
+            last = latest_checkpoint(self.checkpoints)
             again = f"rerun the command to resume from {last}" if last else "then start again"
             raise OutputError(f"{place}: cannot be written: {problem}: free space or fix this, {again}")
 
@@ -312,7 +296,7 @@ class SafeTrainer(Trainer):
         if optimizer:
             states = self._optimizer.state.values()
             tensors += [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-        return MEGABYTE + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return 1_000_000 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     # Reading. Every hook gets the checkpoint's folder ``training``, where transformers finds its own state.
 
@@ -327,17 +311,13 @@ class SafeTrainer(Trainer):
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self._resumed = {**state, "loss": self._loss_since_last_log(folder, state["num_processes"])}
         sharded_elsewhere = self.args.world_size > 1 and not self.is_world_process_zero()
-        place = folder / "optimizer.safetensors"
-        tensors = load_file(place) if place.is_file() and not sharded_elsewhere else {}
+        tensors = {} if sharded_elsewhere else _load(folder / "optimizer.safetensors")
         saved.set_optimizer_state(self.model, self._optimizer, tensors, state["optimizer"])
         saved.set_scheduler_state(self.lr_scheduler, self._optimizer, state["scheduler"])
-        if state["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        place = folder / "extra.safetensors"
-        self.load_extra_state(load_file(place) if place.is_file() else {}, state["extra"])
+        self.load_extra_state(_load(folder / "extra.safetensors"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Loaded with the optimizer."""
+        """Nothing: there is none in bf16, and loading one would read a pickle."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called after the loop has skipped the finished batches, which may draw random numbers too."""
@@ -349,19 +329,17 @@ class SafeTrainer(Trainer):
         else:  # processes have no counterparts in the old run: seed each one reproducibly
             torch.manual_seed(self.args.seed + self.state.global_step * self.args.world_size + rank)
 
-    def _training_begins(self) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Restore accumulators, which the loop has just reset."""
-        state = self._resumed
-        if not state:
-            return
-        self._saved_step = state["step"]
-        self._seconds_before = state["seconds"]
-        self._total_loss_scalar = state["loss_before"]
-        self._globalstep_last_logged = state["last_logged"]
-        self._initial_global_step = state["first_step"]
-        self._tr_loss += state["loss"]
-        if state["evaluation_due"]:
-            self._evaluate(None, None)
+        if resumed := self._resumed:
+            self._saved_step = resumed["step"]
+            self._seconds_before = resumed["seconds"]
+            self._total_loss_scalar = resumed["loss_before"]
+            self._globalstep_last_logged = resumed["last_logged"]
+            self._initial_global_step = resumed["first_step"]
+            self._tr_loss += resumed["loss"]
+            if resumed["evaluation_due"]:
+                self._evaluate(None, None)
 
     def _loss_since_last_log(self, folder: Path, num_processes: int) -> float:
         """This process's sum; with a different number of processes the mean of all sums, since the mean is logged."""
@@ -397,24 +375,15 @@ class SafeTrainer(Trainer):
         return texts
 
 
-class _BetweenSteps(TrainerCallback):
-    """Passes the loop's callbacks to the trainer."""
-
-    def __init__(self, trainer: SafeTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer._training_begins()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer._step_ended(control)
-
-
 class _StoppedError(Exception):
     """A signal came while evaluating."""
 
     def __init__(self, signal: int) -> None:
         self.signal = signal
+
+
+def _load(file: Path) -> dict[str, torch.Tensor]:
+    return load_file(file) if file.is_file() else {}
 
 
 def _problem(error: Exception, place: Path, num_bytes: int) -> str:

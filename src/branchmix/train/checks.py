@@ -7,13 +7,14 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchmix.accounting import inspect, parameters
+from branchmix.accounting import inspect
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.json_text import read_json
 from branchmix.data.sources import require_files
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.train.config import NewModel, RunConfig
-from branchmix.train.outputs import DONE, RunFolder
+from branchmix.train.models import new_config, require_model_type
+from branchmix.train.run_folder import DONE, RunFolder
 from branchmix.train.schedule import Batching, steps_of
 from branchmix.train.sharding import require_possible
 
@@ -62,14 +63,10 @@ def check(config: RunConfig, folder: RunFolder, process: Process, *, force: bool
         steps_of(config.budget, config.batch_size * config.sequence_length, None)
     model = tokenizer = None
     if isinstance(config.model, NewModel):
-        from branchmix.train.models import new_config
-
         described = new_config(config.model, config.model.train_tokenizer or 32_000).to_dict()
         if config.model.tokenizer is not None:
             tokenizer = resolve(config.model.tokenizer, config.folder)
     else:
-        from branchmix.train.models import require_model_type
-
         model = resolve(config.model, config.folder)
         if folder.path.resolve() == model.folder.resolve():
             raise RecipeError(f"out: {folder.path} is the model itself: choose another folder")
@@ -95,11 +92,8 @@ def _peak_of(model: ResolvedModel | None, config: RunConfig) -> float:
 def _bytes_needed(described: dict[str, Any], model: ResolvedModel | None, config: RunConfig) -> int:
     """Bytes of the checkpoints (weights and two moments in fp32, one more than are kept) and of the result."""
     try:
-        count = parameters(described).total
-    except CheckpointError:
-        try:
-            count = inspect(model.folder).total.total if model is not None else 0
-        except CheckpointError:
-            return 0
+        count = inspect(described if model is None else model.folder).total.total
+    except CheckpointError:  # a family without a formula, and no weights to count
+        return 0
     trained = 0 if config.lora or config.adapters else count
     return (config.checkpoints.keep + 1) * 4 * (count + 2 * trained) + 4 * count

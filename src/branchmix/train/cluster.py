@@ -11,62 +11,30 @@ import shutil
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.folder import writing
 from branchmix.errors import RecipeError
-from branchmix.train.launch import (
-    USER_ERROR,
-    Job,
-    JobState,
-    Outcome,
-    noted_signals,
-    run_processes,
-    startable,
-    what_becomes_of,
-)
-
-_POLL_SECONDS = 0.3
-
-
-@dataclass
-class _Task:
-    """An attempt of a job on the cluster."""
-
-    state: JobState
-    reference: Any
-    sign: Path
-    """File that it creates when it starts."""
-    passed_on: int = 0
-    """Number of signals sent to it."""
+from branchmix.train.launch import USER_ERROR, Attempt, Job, JobState, Outcome, run_jobs, run_processes
 
 
 def run_on_ray(
-    jobs: Sequence[Job],
-    at_once: int | None = None,
-    *,
-    shared: Path,
-    num_cpus: int = 1,
-    retries: int = 0,
-    watch: Callable[[list[JobState]], None] | None = None,
+    jobs: Sequence[Job], at_once: int | None = None, *, shared: Path, num_cpus: int = 1, **others: Any
 ) -> Outcome:
-    """Like ``run_processes``, on the cluster at RAY_ADDRESS, one running on this machine, or one started for this call.
+    """Run jobs on the cluster at RAY_ADDRESS, one running here, or one started for this call: see ``run_jobs``.
 
     A job whose worker or machine dies is retried like a failed one. Each job gets a GPU if the cluster has any. Signals
     reach the jobs as SIGINT.
 
     Args:
-        jobs: what to run.
         at_once: how many run at a time; as many as fit on the cluster if None.
         shared: the folder that the jobs write to, which every machine must see.
         num_cpus: cores that Ray reserves for each job.
-        retries: further attempts of each job.
-        watch: called repeatedly with all states.
+        **others: of ``run_jobs``.
 
     Raises:
         RecipeError: Ray is not installed, or the cluster cannot be reached.
@@ -74,30 +42,12 @@ def run_on_ray(
     """
     with _cluster() as ray, _signs(shared) as signs:
         attempt = ray.remote(max_retries=0, num_cpus=num_cpus, num_gpus=_gpus_for_each(ray, num_cpus))(_attempt)
-        states = [JobState(job) for job in jobs]
-        running: dict[str, _Task] = {}
-        with noted_signals() as received:
-            while True:
-                for name, task in list(running.items()):
-                    _pass_on(ray, task, received)
-                    if task.state.status == "waiting" and task.sign.exists():
-                        _begin(task.state)
-                    if ray.wait([task.reference], timeout=0)[0]:
-                        del running[name]
-                        _take_result(ray, task)
-                        stopping = bool(received) and task.state.attempts > 0
-                        task.state.status = what_becomes_of(task.state, retries=retries, stopping=stopping)
-                for state in startable(states):
-                    room = (at_once is None or len(running) < at_once) and not received
-                    if room and state.job.name not in running:
-                        sign = signs / f"{state.job.name}-{state.attempts}"
-                        running[state.job.name] = _Task(state, attempt.remote(state, sign), sign)
-                if watch is not None:
-                    watch(states)
-                if not running and (received or next(startable(states), None) is None):
-                    break
-                time.sleep(_POLL_SECONDS)
-    return Outcome(states, received[0] if received else None)
+
+        def start(state: JobState, place: int) -> _Task:
+            sign = signs / f"{state.job.name}-{state.attempts}"
+            return _Task(state, ray, attempt.remote(state, sign), sign)
+
+        return run_jobs(jobs, start, len(jobs) if at_once is None else at_once, **others)
 
 
 def _attempt(state: JobState, sign: Path) -> JobState:
@@ -106,44 +56,49 @@ def _attempt(state: JobState, sign: Path) -> JobState:
         line = f"error: {sign.parent.parent}: {socket.gethostname()} cannot see it: choose a folder on a file system"
         return replace(state, exit_code=USER_ERROR, last_line=f"{line} that all machines of the cluster share")
     sign.touch()
-    job = state.job
-    command = list(job.again if state.attempts and job.again is not None else job.command)
-    command[0] = sys.executable
-    outcome = run_processes([replace(job, command=command)], 1, orphans_get=signal.SIGKILL)
+    command = [sys.executable, *state.command[1:]]
+    outcome = run_processes([replace(state.job, command=command)], 1, orphans_get=signal.SIGKILL)
     return outcome.jobs[0]
 
 
-def _begin(state: JobState) -> None:
-    state.status = "running"
-    state.attempts += 1
-    state.started = state.started or time.time()
+class _Task(Attempt):
+    """A task of the cluster, which may wait there for room. It creates the file ``sign`` when it starts."""
 
+    def __init__(self, state: JobState, ray: Any, reference: Any, sign: Path):
+        super().__init__(state)
+        self.ray, self.reference, self.sign = ray, reference, sign
+        self.has_begun = False
 
-def _take_result(ray: Any, task: _Task) -> None:
-    """Record the result of the task's attempt, or Ray's error if the task is gone."""
-    state = task.state
-    begun = state.status == "running" or task.sign.exists()
-    if begun and state.status == "waiting":
-        _begin(state)
-    try:
-        result = ray.get(task.reference)
-    except ray.exceptions.TaskCancelledError:
-        state.exit_code, state.last_line = None, ""
-    except ray.exceptions.RayError as error:
-        if not begun:  # it counts as an attempt, or it could be retried forever
-            _begin(state)
-        reason = " ".join(str(error).split())
-        state.exit_code, state.last_line = 1, f"Ray lost its worker: {type(error).__name__}: {reason[:200]}"
-    else:
-        state.exit_code, state.last_line = result.exit_code, result.last_line
-        state.seconds += result.seconds
+    def begin(self) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            super().begin()
 
+    def is_over(self) -> bool:
+        if self.sign.exists():
+            self.begin()
+        return bool(self.ray.wait([self.reference], timeout=0)[0])
 
-def _pass_on(ray: Any, task: _Task, received: list[int]) -> None:
-    """Cancel the task, which raises SIGINT in it and is passed on to the run; a third signal kills."""
-    for count in range(task.passed_on + 1, len(received) + 1):
-        ray.cancel(task.reference, force=count > 2)
-    task.passed_on = len(received)
+    def signal(self, number: int) -> None:
+        """Cancel the task, which raises SIGINT in it and is passed on to the run."""
+        self.ray.cancel(self.reference, force=number == signal.SIGKILL)
+
+    def close(self) -> None:
+        """Record the result of the attempt, or Ray's error if the task is gone."""
+        state = self.state
+        if self.sign.exists():
+            self.begin()
+        try:
+            result = self.ray.get(self.reference, timeout=60)  # it is over, or was abandoned
+        except self.ray.exceptions.TaskCancelledError:
+            state.exit_code, state.last_line = None, ""
+        except self.ray.exceptions.RayError as error:
+            self.begin()  # it counts as an attempt, or it could be retried forever
+            reason = " ".join(str(error).split())
+            state.exit_code, state.last_line = 1, f"Ray lost its worker: {type(error).__name__}: {reason[:200]}"
+        else:
+            state.exit_code, state.last_line = result.exit_code, result.last_line
+            state.seconds += result.seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
@@ -15,6 +16,9 @@ from branchmix.checkpoint.names import EXPERT, is_expert_name
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import RecipeError
 from branchmix.settings import Count, Settings, Share, parse, parse_yaml, read_yaml
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _listed(value: Any) -> Any:
@@ -219,6 +223,20 @@ class _Training(Settings):
         """Folder that relative paths start from: the YAML file's."""
         return self._folder
 
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a file; ``overrides`` are ``key=value`` with dots (``budget.tokens=2M``), values as YAML.
+
+        Raises:
+            RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
+        """
+        data = read_yaml(Path(path))
+        for words in overrides:
+            apply_override(data, words)
+        config: Self = parse(cls, data, str(path))
+        config._folder = Path(path).parent
+        return config
+
     def _check_mix(self, where: str, mix: dict[str, float] | str | None) -> None:
         if not isinstance(mix, dict):
             return
@@ -262,15 +280,6 @@ class RunConfig(_Training):
         if isinstance(self.model, NewModel) and self.learning_rate.ratio is not None:
             raise ValueError("learning_rate.ratio: a new model has no earlier run: give peak")
         return self
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-        """Read a run file; ``overrides`` are ``key=value`` with dots (``budget.tokens=2M``), values as YAML.
-
-        Raises:
-            RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
-        """
-        return _load(cls, Path(path), overrides or [])
 
 
 class Branch(Settings):
@@ -325,28 +334,6 @@ class BranchConfig(_Training):
         if self.general is None or domain == self.general:
             return {domain: 1.0}
         return {domain: 1.0 - self.general_share, self.general: self.general_share}
-
-    def run_of(self, expert: str) -> RunConfig:
-        """The settings of one expert's run, as ``branchmix train`` takes them."""
-        shared = {name: getattr(self, name) for name in self.model_fields_set if name in RunConfig.model_fields}
-        out = str(Path(self.out) / expert)
-        run = RunConfig(**{**shared, "model": self.seed, "out": out, "mix": self.mix_of(expert)})
-        run._folder = self._folder
-        return run
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None) -> BranchConfig:
-        """As ``RunConfig.load``."""
-        return _load(cls, Path(path), overrides or [])
-
-
-def _load(kind: type[Any], path: Path, overrides: list[str]) -> Any:
-    data = read_yaml(path)
-    for words in overrides:
-        apply_override(data, words)
-    config = parse(kind, data, str(path))
-    config._folder = path.parent
-    return config
 
 
 def apply_override(data: Any, words: str) -> None:

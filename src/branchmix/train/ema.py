@@ -21,11 +21,8 @@ class Ema:
     """``e <- d e + (1 - d) w`` after each step, for all trained weights.
 
     The n-th update uses ``d = min(decay, n / (n + 9))``, so that the average of a short run does not include its start.
-    The average is in fp32, sharded like the weights, and takes as much memory as they do.
-
-    Args:
-        model: in its final form: frozen, with adapters, and sharded.
-        decay: d, 0 to 1.
+    The average is in fp32, sharded like the weights, and takes as much memory as they do. The model must have its final
+    form: frozen, with adapters, and sharded.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -13,6 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
+
+from branchmix.pages.table import Table
 from branchmix.train.launch import JobState
 from branchmix.train.progress import METRICS, duration
 
@@ -20,7 +24,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 _SHOWN_AT_MOST = 12
 """Jobs with a row each."""
 _TAIL_BYTES = 1_000_000
-_SHOWN = ("step", "steps", "loss", "tokens_per_second", "eta_seconds")
+_SHOWN = {"step", "steps", "loss", "tokens_per_second", "eta_seconds"}
 
 
 class JobDisplay:
@@ -33,40 +37,32 @@ class JobDisplay:
         self.enabled = enabled
         self.said: dict[str, tuple[str, int]] = {}
         self.said_at = time.monotonic()
-        self.live: Any = None
+        self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
 
     def __enter__(self) -> JobDisplay:
         if self.enabled and self.finished:
-            print(f"{self.finished} of {self.total} {self.noun} are already finished", file=sys.stderr)
+            self._say(f"{self.finished} of {self.total} {self.noun} are already finished")
         if self.enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
             self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live is not None:
-            self.live.stop()
+        self.live.stop()
 
     def __call__(self, states: list[JobState]) -> None:
         if not self.enabled:
             return
         self._tell_changes(states)
-        if self.live is not None:
-            self.live.update(_table(states, self.noun), refresh=True)
+        if self.live.is_started:
+            self.live.update(_table(states, self.noun).terminal(), refresh=True)
         elif time.monotonic() - self.said_at > _SECONDS_BETWEEN_LINES:
             self.said_at = time.monotonic()
             for state in states:
                 if state.status == "running":
-                    print(_line(state), file=sys.stderr, flush=True)
+                    self._say(_line(state))
             if len(states) > _SHOWN_AT_MOST:
-                print(self._count(states), file=sys.stderr, flush=True)
-
-    def _count(self, states: list[JobState]) -> str:
-        done = self.finished + sum(state.status == "done" for state in states)
-        return f"{done} of {self.total} {self.noun} are done"
+                done = self.finished + sum(state.status == "done" for state in states)
+                self._say(f"{done} of {self.total} {self.noun} are done")
 
     def _tell_changes(self, states: list[JobState]) -> None:
         """Print a line for every run that started, was restarted, or ended."""
@@ -89,29 +85,17 @@ class JobDisplay:
                 self._say(f"{name}: stopped")
 
     def _say(self, text: str) -> None:
-        if self.live is not None:
-            self.live.console.print(text, highlight=False, markup=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self.live.console.out(text, highlight=False)
 
 
-def _table(states: list[JobState], noun: str) -> Any:
+def _table(states: list[JobState], noun: str) -> Table:
     """A table of all runs if they are few; else of those that are running or failed, and the number done."""
-    from rich.table import Table
-
-    caption = None
+    note = ""
     if len(states) > _SHOWN_AT_MOST:
-        caption = f"{sum(state.status == 'done' for state in states)} of {len(states)} {noun} done"
+        note = f"{sum(state.status == 'done' for state in states)} of {len(states)} {noun} done"
         states = [state for state in states if state.status in ("running", "failed")]
-    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
-    table.add_column(noun.removesuffix("s"))
-    table.add_column("")
-    for name in ("step", "loss", "tokens/s", "left"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for state in states:
-        cells = _cells(state)
-        table.add_row(state.job.name, state.status, cells["step"], cells["loss"], cells["tokens/s"], cells["left"])
-    return table
+    rows = [[state.job.name, state.status, *_cells(state).values()] for state in states]
+    return Table([noun.removesuffix("s"), "", "step", "loss", "tokens/s", "left"], rows, note=note, left=("",))
 
 
 def _line(state: JobState) -> str:
@@ -120,28 +104,22 @@ def _line(state: JobState) -> str:
 
 
 def _cells(state: JobState) -> dict[str, str]:
-    metrics = last_metrics(state.job.log.parent)
-    step, steps = metrics.get("step"), metrics.get("steps")
-    loss, rate, left = metrics.get("loss"), metrics.get("tokens_per_second"), metrics.get("eta_seconds")
+    row, running = last_row(state.job.log.parent), state.status == "running"
     return {
-        "step": "" if step is None else f"{step:,}" if steps is None else f"{step:,} of {steps:,}",
-        "loss": "" if loss is None else f"{loss:.3f}",
-        "tokens/s": "" if rate is None or state.status != "running" else f"{rate:,.0f}",
-        "left": "" if left is None or state.status != "running" else duration(left),
+        "step": f"{row['step']:,} of {row['steps']:,}" if row else "",
+        "loss": f"{row['loss']:.3f}" if row else "",
+        "tokens/s": f"{row['tokens_per_second']:,.0f}" if row and running else "",
+        "left": duration(row["eta_seconds"]) if row and running else "",
     }
 
 
-def last_metrics(folder: Path) -> dict[str, Any]:
-    """The newest value of each shown quantity in a run's ``metrics.jsonl``; empty before the first."""
-    newest: dict[str, Any] = {}
+def last_row(folder: Path) -> dict[str, Any]:
+    """The newest row of a run's ``metrics.jsonl`` that is of training, not of an evaluation; empty before the first."""
     with suppress(OSError), (folder / METRICS).open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         for line in reversed(file.read().splitlines()):
             with suppress(ValueError):  # half a line, at either end
                 row = json.loads(line)
-                for name in _SHOWN:
-                    if isinstance(row, dict) and isinstance(row.get(name), int | float):
-                        newest.setdefault(name, row[name])
-            if len(newest) == len(_SHOWN):
-                break
-    return newest
+                if isinstance(row, dict) and row.keys() >= _SHOWN:
+                    return row
+    return {}

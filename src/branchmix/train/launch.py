@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -67,6 +68,11 @@ class JobState:
     """Id of the running process."""
 
     @property
+    def command(self) -> list[str]:
+        """The command of the next attempt."""
+        return list(self.job.again if self.attempts and self.job.again is not None else self.job.command)
+
+    @property
     def reason(self) -> str:
         """Why it failed, in one line."""
         if self.exit_code is not None and self.exit_code < 0:
@@ -89,11 +95,36 @@ def run_processes(
     jobs: Sequence[Job],
     at_once: int,
     *,
-    retries: int = 0,
     places: Sequence[Mapping[str, str]] = ({},),
-    watch: Callable[[list[JobState]], None] | None = None,
-    poll_seconds: float = 0.2,
     orphans_get: int = signal.SIGTERM,
+    **others: Any,
+) -> Outcome:
+    """Run jobs as processes of this machine: see ``run_jobs``.
+
+    Args:
+        places: environments of the places where jobs run, such as one per GPU, used in turn. A job's own variables take
+            precedence.
+        orphans_get: the signal that running jobs receive if this process is killed (Linux).
+        **others: of ``run_jobs``.
+
+    Raises:
+        OutputError: a log cannot be written, or a command cannot be started.
+    """
+
+    def start(state: JobState, place: int) -> _Process:
+        return _Process(state, places[place % len(places)], orphans_get)
+
+    return run_jobs(jobs, start, at_once, **others)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    start: Callable[[JobState, int], Attempt],
+    at_once: int,
+    *,
+    retries: int = 0,
+    watch: Callable[[list[JobState]], None] = lambda states: None,
+    poll_seconds: float = 0.2,
 ) -> Outcome:
     """Run all jobs, ``at_once`` of them at a time, in their order.
 
@@ -104,40 +135,41 @@ def run_processes(
 
     Args:
         jobs: what to run.
+        start: begins an attempt at a job, in a place numbered from 0 to ``at_once`` - 1.
         at_once: how many run side by side.
         retries: further attempts of each job.
-        places: environments of the places where jobs run, such as one per GPU, used in turn. A job's own variables take
-            precedence.
         watch: called every ``poll_seconds`` with all states, to show them.
-        poll_seconds: how often processes are checked.
-        orphans_get: the signal that running jobs receive if this process is killed (Linux).
-
-    Raises:
-        OutputError: a log cannot be written, or a command cannot be started.
+        poll_seconds: how often attempts are checked.
     """
     states = [JobState(job) for job in jobs]
-    running: dict[int, _Running] = {}  # by place
+    running: dict[int, Attempt] = {}  # by place
     try:
-        with noted_signals() as received:
+        with _noted_signals() as received:
             while True:
-                for place, process in list(running.items()):
-                    process.pass_on(received)
-                    if process.is_over():
+                for place, attempt in list(running.items()):
+                    attempt.pass_on(received)
+                    if attempt.is_over():
                         del running[place]
-                        process.close()
-                        process.state.status = what_becomes_of(process.state, retries=retries, stopping=bool(received))
+                        attempt.close()
+                        attempt.state.status = _status_after(attempt.state, retries=retries, stopping=bool(received))
                 for place in range(at_once):
-                    state = next(startable(states), None)
+                    state = next(
+                        (s for s in startable(states) if all(s is not a.state for a in running.values())), None
+                    )
                     if state is not None and place not in running and not received:
-                        running[place] = _Running(state, places[place % len(places)], orphans_get)
-                if watch is not None:
-                    watch(states)
+                        running[place] = start(state, place)
+                watch(states)
                 if not running and (received or next(startable(states), None) is None):
-                    break
+                    return Outcome(states, received[0] if received else None)
                 time.sleep(poll_seconds)
     finally:
-        _end(list(running.values()))
-    return Outcome(states, received[0] if received else None)
+        for attempt in running.values():  # the scheduler itself failed
+            attempt.signal(signal.SIGTERM)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while not all(attempt.is_over() for attempt in running.values()) and time.monotonic() < deadline:
+            time.sleep(poll_seconds)
+        for attempt in running.values():
+            attempt.close()
 
 
 def startable(states: Sequence[JobState]) -> Iterator[JobState]:
@@ -146,24 +178,23 @@ def startable(states: Sequence[JobState]) -> Iterator[JobState]:
     return (state for state in states if state.status == "waiting" and left.isdisjoint(state.job.after))
 
 
-def what_becomes_of(state: JobState, *, retries: int, stopping: bool) -> Status:
+def _status_after(state: JobState, *, retries: int, stopping: bool) -> Status:
     """The status of a job after an attempt, by its exit code."""
     if state.exit_code == 0:
         return "done"
     if stopping:
-        return "stopped"
+        return "stopped" if state.attempts else "waiting"
     return "waiting" if state.exit_code != USER_ERROR and state.attempts <= retries else "failed"
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
+def _noted_signals() -> Iterator[list[int]]:
     """Yield the list of SIGINTs and SIGTERMs received so far. In the main thread only."""
     received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:
@@ -176,13 +207,8 @@ def share_machine(
 ) -> tuple[int, int | None, list[dict[str, str]]]:
     """How jobs share this machine: a GPU for each, or all CPU cores divided among them.
 
-    Args:
-        at_once: jobs side by side; chosen here if None.
-        threads: threads of each job; chosen here if None.
-        num_jobs: how many there are.
-
-    Returns:
-        jobs side by side, threads of each (None: torch's default), and the environment of each place.
+    Returns the jobs side by side and the threads of each, chosen here if they are None (threads stay None, torch's
+    default, on GPUs), and the environment of each place.
     """
     if devices := gpus():
         return at_once or len(devices), threads, [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in devices]
@@ -205,20 +231,43 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One process
-# ---------------------------------------------------------------------------------------------------------------------
+class Attempt(ABC):
+    """One attempt at a job, which updates the job's state."""
+
+    def __init__(self, state: JobState):
+        self.state = state
+        self._passed_on = 0
+
+    def begin(self) -> None:
+        """Note in the state that it has started."""
+        self.state.status = "running"
+        self.state.attempts += 1
+        self.state.started = self.state.started or time.time()
+
+    def pass_on(self, received: Sequence[int]) -> None:
+        """Send it the signals it has not received yet; the third kills."""
+        for count in range(self._passed_on + 1, len(received) + 1):
+            self.signal(signal.SIGKILL if count > 2 else received[count - 1])
+        self._passed_on = len(received)
+
+    @abstractmethod
+    def signal(self, number: int) -> None: ...
+
+    @abstractmethod
+    def is_over(self) -> bool: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Record in the state how it ended, and end what is still running."""
 
 
-class _Running:
-    """An attempt: its process, in a new session, so that a terminal's Ctrl-C reaches it only once."""
+class _Process(Attempt):
+    """A process in a new session, so that a terminal's Ctrl-C reaches it only once."""
 
     def __init__(self, state: JobState, place: Mapping[str, str], orphans_get: int):
-        job = state.job
-        self.state = state
+        super().__init__(state)
+        job, command = state.job, state.command
         self.begun = time.monotonic()
-        self.passed_on = 0
-        command = job.again if state.attempts and job.again is not None else job.command
         try:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             self.log: IO[bytes] = job.log.open("ab")
@@ -227,7 +276,7 @@ class _Running:
         self.log_start = self.log.tell()
         try:
             self.process = subprocess.Popen(
-                list(command),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
@@ -239,18 +288,11 @@ class _Running:
         except OSError as error:
             self.log.close()
             raise OutputError(f"{job.name}: {command[0]} cannot be started: {error.strerror}") from None
-        state.status, state.pid, state.exit_code = "running", self.process.pid, None
-        state.attempts += 1
-        state.started = state.started or time.time()
+        state.pid, state.exit_code = self.process.pid, None
+        self.begin()
 
     def is_over(self) -> bool:
         return self.process.poll() is not None
-
-    def pass_on(self, received: list[int]) -> None:
-        """Send it the signals it has not received yet; the third kills."""
-        for count in range(self.passed_on + 1, len(received) + 1):
-            self.signal(signal.SIGKILL if count > 2 else received[count - 1])
-        self.passed_on = len(received)
 
     def signal(self, number: int) -> None:
         """Signal the process only, which handles its children itself; a kill goes to all of them."""
@@ -265,22 +307,9 @@ class _Running:
         state = self.state
         self.signal(signal.SIGKILL)
         self.log.close()
-        state.exit_code, state.pid = self.process.returncode, None
+        state.exit_code, state.pid = self.process.wait(), None
         state.seconds += time.monotonic() - self.begun
         state.last_line = _last_line(state.job.log, self.log_start)
-
-
-def _end(processes: list[_Running]) -> None:
-    """End what still runs after the scheduler itself failed."""
-    for process in processes:
-        process.signal(signal.SIGTERM)
-    deadline = time.monotonic() + _GRACE_SECONDS
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.process.wait(max(0.0, deadline - time.monotonic()))
-        process.signal(signal.SIGKILL)
-        process.process.wait()
-        process.close()
 
 
 def _before_it_starts(orphans_get: int) -> Callable[[], None]:

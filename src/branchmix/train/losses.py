@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, V vocabulary, N domains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,39 @@ class DomainLosses:
         return sum(self.sums.values()) / count if count else float("nan")
 
 
+class DomainSums:
+    """Sums by domain of numbers of sequences, in fp64 where the device has it, as fp32 cannot count beyond 2^24.
+
+    They stay on the device until they are read. ``shape`` is that of a sequence's numbers.
+    """
+
+    def __init__(self, num_domains: int, *shape: int):
+        self.shape = (num_domains, *shape)
+        self.local: torch.Tensor | None = None
+        """[N, *shape], of this process since the last reading; None if there was nothing."""
+
+    def add(self, domain_B: torch.Tensor, values: torch.Tensor) -> None:
+        """Add the numbers [B, *shape] of sequences of these domains."""
+        if self.local is None or self.local.device != values.device:
+            self.local = self._zeros(values.device)
+        self.local.index_add_(0, domain_B.to(values.device, non_blocking=True), values.to(self.local.dtype))
+
+    def read(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the sums [N, *shape] since the last reading, over all processes, and reset them. A collective call.
+
+        It needs the process's device if this process may not have added anything yet.
+        """
+        sums = self._zeros(device) if self.local is None else self.local
+        self.local = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        return sums.cpu().double()
+
+    def _zeros(self, device: torch.device | None) -> torch.Tensor:
+        exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
+        return torch.zeros(self.shape, dtype=exact, device=device)
+
+
 class DomainLoss:
     """A ``loss_function`` for causal LMs that also adds up the loss by domain.
 
@@ -60,16 +94,13 @@ class DomainLoss:
     def __init__(self, domains: Sequence[str]):
         self.domains = list(domains)
         self._last_B: torch.Tensor | None = None
-        self._sums_N: torch.Tensor | None = None
-        self._counts_N: torch.Tensor | None = None
+        self._sums = DomainSums(len(self.domains), 2)  # of losses and of predicted tokens
 
     @contextmanager
     def counting(self, model: nn.Module, domain_B: torch.Tensor) -> Iterator[None]:
         """Compute the loss of ``model`` with this function inside the block, and count it for the batch's domains.
 
-        Args:
-            model: dense, or a mixture, which still adds its router losses; it may be wrapped by DDP or PEFT.
-            domain_B: number of each sequence's domain.
+        A mixture still adds its router losses. The model may be wrapped by DDP or PEFT.
         """
         models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
         family: Any = next(module for module in models if module.config.model_type != "branchmix")
@@ -91,13 +122,8 @@ class DomainLoss:
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As transformers' ``ForCausalLMLoss``: the mean, or the sum divided by ``num_items_in_batch``.
-
-        Args:
-            logits: [B, T, V].
-            labels: [B, T]; shifted here.
-            domain_B: number of each sequence's domain.
-        """
+        """As transformers' ``ForCausalLMLoss``, of logits [B, T, V] and labels [B, T], which are shifted here: the
+        mean, or the sum divided by ``num_items_in_batch``."""
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target_BT = shift_labels.to(logits.device)
@@ -105,31 +131,17 @@ class DomainLoss:
             logits.float().view(-1, vocab_size), target_BT.reshape(-1), ignore_index=ignore_index, reduction="none"
         )
         total = nll.sum()
-        if num_items_in_batch is None:
-            loss = total / (target_BT != ignore_index).sum()
-        elif torch.is_tensor(num_items_in_batch):
-            loss = total / num_items_in_batch.to(total.device)
-        else:
-            loss = total / num_items_in_batch
-        self._add(nll.detach().view(target_BT.shape), target_BT != ignore_index, domain_B)
-        return loss
-
-    @torch.no_grad()
-    def _add(self, nll_BT: torch.Tensor, counted_BT: torch.Tensor, domain_B: torch.Tensor) -> None:
-        self._last_B = domain_B = domain_B.to(nll_BT.device)
-        if self._sums_N is None or self._counts_N is None or self._sums_N.device != nll_BT.device:
-            exact = torch.float32 if nll_BT.device.type == "mps" else torch.float64
-            self._sums_N = torch.zeros(len(self.domains), dtype=exact, device=nll_BT.device)
-            self._counts_N = torch.zeros(len(self.domains), dtype=torch.long, device=nll_BT.device)
-        self._sums_N.index_add_(0, domain_B, nll_BT.sum(-1, dtype=self._sums_N.dtype))
-        self._counts_N.index_add_(0, domain_B, counted_BT.sum(-1))
+        counted_BT = target_BT != ignore_index
+        sum_B = nll.detach().view(target_BT.shape).sum(-1, dtype=torch.float32 if nll.is_mps else torch.float64)
+        self._sums.add(domain_B, torch.stack((sum_B, counted_BT.sum(-1).to(sum_B)), dim=-1))
+        self._last_B = domain_B
+        count = counted_BT.sum() if num_items_in_batch is None else num_items_in_batch
+        return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
     def not_finite(self) -> list[str]:
         """Names of the domains whose sum is NaN or infinite on this process. Waits for the device."""
-        if self._sums_N is None:
-            return []
-        finite = torch.isfinite(self._sums_N).tolist()
-        return [name for name, fine in zip(self.domains, finite, strict=True) if not fine]
+        sums_N = [] if self._sums.local is None else self._sums.local[:, 0].tolist()
+        return [name for name, total in zip(self.domains, sums_N, strict=False) if not math.isfinite(total)]
 
     def last_domains(self) -> list[str]:
         """Names of the domains in the last batch of this process. Waits for the device."""
@@ -137,21 +149,9 @@ class DomainLoss:
         return [self.domains[number] for number in numbers]
 
     def read(self, device: torch.device | None = None) -> DomainLosses:
-        """Return the sums since the last reading, over all processes, and reset them. A collective call.
-
-        Args:
-            device: of the process; needed if this process may not have counted anything yet.
-        """
-        sums_N, counts_N = self._sums_N, self._counts_N
-        if sums_N is None or counts_N is None:
-            exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
-            sums_N = torch.zeros(len(self.domains), dtype=exact, device=device)
-            counts_N = torch.zeros(len(self.domains), dtype=torch.long, device=device)
-        self._sums_N = self._counts_N = None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums_N)
-            torch.distributed.all_reduce(counts_N)
+        """Return and reset the sums since the last reading, as ``DomainSums.read`` does."""
+        sums_N2 = self._sums.read(device).tolist()
         return DomainLosses(
-            dict(zip(self.domains, sums_N.tolist(), strict=True)),
-            dict(zip(self.domains, counts_N.tolist(), strict=True)),
+            {name: total for name, (total, _) in zip(self.domains, sums_N2, strict=True)},
+            {name: int(count) for name, (_, count) in zip(self.domains, sums_N2, strict=True)},
         )

@@ -9,6 +9,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
+from statistics import median_high
 from typing import Any
 
 import torch
@@ -38,12 +40,8 @@ def held_out_losses(
     sharded models can gather their weights; a process with no sequence left computes one that is not counted.
 
     Args:
-        model: dense or a mixture.
         held_out: sequences by domain.
-        computing: device and autocast.
         batch_size: sequences of a forward pass.
-        rank: of this process.
-        num_processes: number of processes.
         packing: how this model separates packed documents.
         between: called before each forward pass; may raise.
     """
@@ -53,9 +51,8 @@ def held_out_losses(
         for number, sequences in enumerate(held_out.values()):
             for batch in _dealt(sequences, batch_size, rank, num_processes):
                 between()
-                rows = len(batch["input_ids"])
                 inputs = model_inputs(batch, packing, computing.device)
-                domain_B = torch.full((rows,), number, device=computing.device)
+                domain_B = torch.full((len(batch["input_ids"]),), number, device=computing.device)
                 with loss.counting(model, domain_B), computing.autocast():
                     model(**inputs)
     finally:
@@ -89,14 +86,10 @@ def seconds_per_step(
     The steps use a learning rate of zero and a temporary optimizer, so weights and random numbers do not change.
 
     Args:
-        model: ready to train.
-        sequences: of the run.
-        computing: device and autocast.
         micro: sequences of a forward pass.
         accumulation: forward passes of a step.
         packing: how this model separates packed documents.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = [
         collate([sequences[(number * micro + row) % len(sequences)] for row in range(micro)])
         for number in range(min(accumulation, 4))
@@ -104,37 +97,27 @@ def seconds_per_step(
     training = model.training
     model.train()
     with torch.random.fork_rng():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
-
-        def micro_batch(number: int) -> None:
+        begin = _clock(computing.device)
+        backward, update = [], []
+        for number in range(12):
+            start = _clock(computing.device)
             inputs = model_inputs(batches[number % len(batches)], packing, computing.device)
             with computing.autocast():
                 loss = model(**inputs).loss
             loss.backward()
-
-        backward, update = [], []
-        begin = time.perf_counter()
-        for number in range(12):
-            backward.append(_timed(lambda: micro_batch(number), computing.device))  # noqa: B023
-            update.append(_timed(optimizer.step, computing.device))
-            if number >= 3 and time.perf_counter() - begin > 10:
+            middle = _clock(computing.device)
+            optimizer.step()
+            end = _clock(computing.device)
+            backward.append(middle - start)
+            update.append(end - middle)
+            if number >= 3 and end - begin > 10:
                 break
         model.zero_grad()
     model.train(training)
     # The first step is slower: memory is allocated and kernels are chosen.
-    return accumulation * _median(backward[1:]) + _median(update[1:])
-
-
-def _timed(act: Any, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    act()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    return accumulation * median_high(backward[1:]) + median_high(update[1:])
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -142,22 +125,18 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     with torch.random.fork_rng():
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best, deadline = float("inf"), time.perf_counter() + 0.5
-    for _ in range(20):
-        synchronize(device)
-        start = time.perf_counter()
+    times = [_clock(device)]
+    while len(times) <= 20 and times[-1] - times[0] < 0.5:
         a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() > deadline:
-            break
-    return 2 * size**3 / best
+        times.append(_clock(device))
+    return 2 * size**3 / min(end - start for start, end in pairwise(times))
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
+def _clock(device: torch.device) -> float:
+    """The time in seconds, once the device has done what it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -5,7 +5,6 @@ Weights are fp32 in whatever dtype they are stored; bf16 is autocast over them.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,11 +70,7 @@ def computing_of(config: RunConfig, device: torch.device) -> Computing:
 def attention_options(model_type: str, computing: Computing, length: int, given: str | None = None) -> dict[str, str]:
     """``attn_implementation`` for loading a model to train, as a keyword argument; none if the model is to choose.
 
-    Args:
-        model_type: of the model's config.
-        computing: device and precision.
-        length: tokens of a sequence.
-        given: the user's choice, which takes precedence.
+    ``length`` is the number of tokens in a sequence; what the user has ``given`` takes precedence.
     """
     if given is not None:
         return {"attn_implementation": given}
@@ -102,7 +97,7 @@ def load_model(resolved: ResolvedModel, config: RunConfig, computing: Computing)
     options |= attention_options(source["model_type"], computing, config.sequence_length, config.attn_implementation)
     if config.experts_implementation is not None:
         options["experts_implementation"] = config.experts_implementation
-    options |= loading_options(config, source, int(os.environ.get("WORLD_SIZE", "1")))
+    options |= loading_options(config, source)
     model = load_language_model(resolved.folder, dtype=torch.float32, **options)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise CheckpointError(
@@ -142,12 +137,7 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def new_config(new: NewModel, vocab_size: int, special: dict[str, int | None] | None = None) -> Any:
-    """The transformers config of a new model.
-
-    Args:
-        new: the family, and keys of its config.
-        vocab_size: of the tokenizer.
-        special: the tokenizer's ids of special tokens; None if it is not known yet.
+    """The transformers config of a new model, with a tokenizer's size and ids of special tokens, if it is known yet.
 
     Raises:
         RecipeError: an unknown family or config key, or invalid values.
@@ -203,20 +193,13 @@ def make_model(new: NewModel, tokenizer: Any, config: RunConfig, computing: Comp
             model.eval()(torch.zeros(1, 2, dtype=torch.long))
     except Exception as error:  # families refuse wrong sizes in different ways, some only in the forward pass
         raise RecipeError(f"model: no {new.model_type} of these keys: {_cause(error)}") from error
-    return shard_new(model.train().to(computing.device), config, int(os.environ.get("WORLD_SIZE", "1")))
+    return shard_new(model.train().to(computing.device), config)
 
 
 def tokenizer_for(
     new: NewModel, resolved: ResolvedModel | None, documents: Callable[[], dict[str, Iterator[str]]], config: RunConfig
 ) -> Any:
-    """The tokenizer of a new model: loaded, or trained on equal amounts of text from every domain.
-
-    Args:
-        new: the model.
-        resolved: the folder of ``new.tokenizer``.
-        documents: returns texts by domain; called only to train a tokenizer.
-        config: of the run.
-    """
+    """The tokenizer of a new model: that of a folder, or trained on equal amounts of text from every domain."""
     if resolved is not None:
         return training_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
     from branchmix.data.tokenizer import train_tokenizer
@@ -272,14 +255,12 @@ class TokenizerFiles:
 
     def __init__(self, tokenizer: Any, source: ResolvedModel | None):
         self.tokenizer = tokenizer
-        self.folder = None if source is None else Path(source.folder)
-        self.files = [] if self.folder is None else tokenizer_files(self.folder)
+        self.files = {name: source.folder / name for name in tokenizer_files(source.folder)} if source else {}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files into ``folder``."""
         if not self.files:
             self.tokenizer.save_pretrained(folder)
-        for name in self.files:
-            assert self.folder is not None
+        for name, file in self.files.items():
             (Path(folder) / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(self.folder / name, Path(folder) / name)
+            shutil.copyfile(file, Path(folder) / name)

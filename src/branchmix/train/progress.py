@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from branchmix.checkpoint.folder import write_text
+from branchmix.pages.table import Table
 
 METRICS = "metrics.jsonl"
 
@@ -29,12 +34,10 @@ class Metrics:
         """All rows, except for an incomplete last row of a killed run."""
         if not self.file.is_file():
             return []
-        rows = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
+        rows: list[dict[str, Any]] = []
+        with suppress(ValueError):
+            for line in self.file.read_text(encoding="utf-8").splitlines():
                 rows.append(json.loads(line))
-            except ValueError:
-                break
         return rows
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
@@ -56,49 +59,37 @@ class Display:
 
     def __init__(self, *, shown: bool):
         self.shown = shown
-        self._bar: Any = None
-        self._task: Any = None
-        self._working = ""
-
-    def start(self, total: int, done: int) -> None:
-        """Training begins at step ``done``."""
-        if not (self.shown and sys.stderr.isatty()):
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+        self._console = Console(stderr=True, quiet=not shown)
         columns = (
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         )
-        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._bar = Progress(*columns, console=self._console, disable=not (shown and sys.stderr.isatty()))
+        self._working = ""
+
+    def start(self, total: int, done: int) -> None:
+        """Training begins at step ``done``."""
+        self._bar.add_task("", total=total, completed=done)
         self._bar.start()
-        self._task = self._bar.add_task("", total=total, completed=done)
 
     def step(self, done: int) -> None:
         """A step is done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done)
+        for task in self._bar.task_ids:
+            self._bar.update(task, completed=done)
 
     def row(self, row: dict[str, Any], total: int) -> None:
         """New numbers."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], description=describe(row))
-        elif self.shown:
+        if self._bar.disable:
             width = len(str(total))
-            eta = f"  {duration(row['eta_seconds'])} left" if "eta_seconds" in row else ""
-            self.line(f"{row['step']:>{width}}/{total}  {describe(row)}{eta}")
+            self.line(f"{row['step']:>{width}}/{total}  {describe(row)}  {duration(row['eta_seconds'])} left")
+        for task in self._bar.task_ids:
+            self._bar.update(task, completed=row["step"], description=describe(row))
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        if not self.shown:
-            return
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        self._console.out(text, highlight=False)
 
     def work(self, step: str, done: int, total: int) -> None:
         """Report something long before training, such as tokenising, when it begins."""
@@ -109,30 +100,22 @@ class Display:
     def plan(self, plan: dict[str, Any]) -> None:
         """Data and model in two tables."""
         if self.shown:
-            from rich.console import Console
-
-            print_plan(plan, Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=160))
+            print_plan(plan, sys.stderr)
 
     def stop(self) -> None:
-        """Stop updating the bar, if there is one."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Stop updating the bar."""
+        self._bar.stop()
 
 
-def print_plan(plan: dict[str, Any], console: Any) -> None:
+def print_plan(plan: dict[str, Any], stream: TextIO) -> None:
     """Print what a run reads, trains and computes."""
-    from rich.table import Table
-
-    data = Table(box=None, pad_edge=False)
-    for name in ("domain", "documents", "tokens", "held out", "epochs"):
-        data.add_column(name, justify="left" if name == "domain" else "right", no_wrap=True)
+    rows = []
     for name, domain in plan["data"]["domains"].items():
         more = "" if domain["complete"] else "+"
         counts = (f"{domain[key]:,}{more}" for key in ("documents", "tokens", "held_out_tokens"))
         epochs = domain.get("epochs")
-        data.add_row(name, *counts, "" if epochs is None else f"{epochs:.2f}")
-    console.print(data, highlight=False)
+        rows.append([name, *counts, "" if epochs is None else f"{epochs:.2f}"])
+    Table(["domain", "documents", "tokens", "held out", "epochs"], rows).show(stream)
     model, computing = plan["model"], plan["computing"]
     flops = model["training_flops_per_token"]
     lines = [
@@ -147,39 +130,23 @@ def print_plan(plan: dict[str, Any], console: Any) -> None:
         *(f"note: {note}" for note in plan["data"]["notes"]),
         f"to {plan['out']}",
     ]
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print(*lines, sep="\n", file=stream, flush=True)
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The numbers of a row, on one line."""
-    losses = ", ".join(f"{name} {value:.3f}" for name, value in _under(row, "loss/").items())
+    """The numbers of a row, on one line, with the router whose load is the most uneven."""
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in last_values([row], "loss/").items())
     parts = [f"loss {row['loss']:.3f}" + (f" ({losses})" if losses else ""), f"lr {row['learning_rate']:.2e}"]
     parts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row.get("share_of_peak") is not None:
         parts.append(f"{row['share_of_peak']:.0%} of matmul peak")
-    parts.append(f"waiting {row['waiting']:.1%}")
-    parts.append(f"{row['memory_bytes'] / 1e9:.2f} GB")
-    worst = _worst_router(row)
-    if worst:
-        parts.append(worst)
+    parts += [f"waiting {row['waiting']:.1%}", f"{row['memory_bytes'] / 1e9:.2f} GB"]
+    uneven = {name: value for name, value in last_values([row], "router/").items() if name.endswith("max_over_mean")}
+    if uneven:
+        name = max(uneven, key=lambda key: uneven[key])
+        kind, layer, _ = name.split("/")
+        parts.append(f"{kind} router {int(layer)}: busiest expert {uneven[name]:.1f} x fair")
     return "  ".join(parts)
-
-
-def _under(row: dict[str, Any], prefix: str) -> dict[str, float]:
-    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
-
-
-def _worst_router(row: dict[str, Any]) -> str:
-    """The router with the most uneven load."""
-    uneven = {
-        name: value for name, value in row.items() if name.startswith("router/") and name.endswith("max_over_mean")
-    }
-    if not uneven:
-        return ""
-    name = max(uneven, key=lambda key: uneven[key])
-    _, kind, layer, _ = name.split("/")
-    return f"{kind} router {int(layer)}: busiest expert {uneven[name]:.1f} x fair"
 
 
 def duration(seconds: float) -> str:
@@ -195,36 +162,26 @@ class Clock:
     def __init__(self, seconds_before: float = 0.0):
         self._start = self._mark = time.perf_counter()
         self._before = seconds_before
-        self._waited = 0.0
-        self._paused = 0.0
+        self._spent = {"waiting": 0.0, "paused": 0.0}
 
-    def waiting(self, iterate: Callable[[], Any]) -> Any:
-        """Call ``iterate`` and count its time as waiting for data."""
+    @contextmanager
+    def counting(self, kind: Literal["waiting", "paused"]) -> Iterator[None]:
+        """Count the time of the block as waiting for data, or neither as that nor as training, like an evaluation."""
         start = time.perf_counter()
         try:
-            return iterate()
+            yield
         finally:
-            self._waited += time.perf_counter() - start
-
-    def paused(self, act: Callable[[], Any]) -> Any:
-        """Call ``act``, such as an evaluation, and count its time neither as training nor as waiting."""
-        start = time.perf_counter()
-        try:
-            return act()
-        finally:
-            self._paused += time.perf_counter() - start
+            self._spent[kind] += time.perf_counter() - start
 
     def read(self) -> tuple[float, float, float]:
         """Seconds of the run, seconds of training since the last reading, and the share of these spent waiting."""
         now = time.perf_counter()
-        span = max(now - self._mark - self._paused, 1e-9)
-        waited, self._mark, self._waited, self._paused = self._waited, now, 0.0, 0.0
-        return self._before + now - self._start, span, min(1.0, waited / span)
+        span = max(now - self._mark - self._spent["paused"], 1e-9)
+        waiting = min(1.0, self._spent["waiting"] / span)
+        self._mark, self._spent = now, {"waiting": 0.0, "paused": 0.0}
+        return self._before + now - self._start, span, waiting
 
 
 def last_values(rows: Iterable[dict[str, Any]], prefix: str) -> dict[str, float]:
     """The newest value of each key that begins with ``prefix``, by what follows it."""
-    values: dict[str, float] = {}
-    for row in rows:
-        values |= _under(row, prefix)
-    return values
+    return {name.removeprefix(prefix): value for row in rows for name, value in row.items() if name.startswith(prefix)}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from branchmix.models.routers import entropy_of, load_of
+from branchmix.train.losses import DomainSums
 
 STARVED = 0.01
 """An expert with less than this fraction of its fair share 1 / E counts as unused."""
@@ -29,10 +30,6 @@ class RouterMonitor:
 
     Call ``add`` with the output of each forward pass, and ``read`` every few steps. ``add`` does not wait for the
     device. A dense model has no routers: ``add`` does nothing then, and readings are empty.
-
-    Args:
-        config: of the model.
-        domains: their names, in the order of the numbers that batches hold.
 
     Attributes:
         options: keyword arguments for the model's forward pass, so that it returns what ``add`` needs.
@@ -55,12 +52,9 @@ class RouterMonitor:
         self.options = {"output_router_logits": True} if self._kinds else {}
 
     def add(self, output: Any, domain_B: torch.Tensor, mask_BT: torch.Tensor | None = None) -> None:
-        """Count a forward pass.
+        """Count a forward pass by the output of the model, called with ``options``.
 
-        Args:
-            output: of the model, called with ``options``.
-            domain_B: number of each sequence's domain.
-            mask_BT: 1 for tokens that count, 0 for padding; all of them if not given.
+        Tokens that count have 1 in the mask, padding has 0; without one, all count.
         """
         for kind in self._kinds:
             kind.add(output, domain_B, mask_BT)
@@ -71,9 +65,6 @@ class RouterMonitor:
         With more than one process all have to call it. Sums are added over all processes and divided afterwards. If
         several processes see the same tokens (expert parallelism), these are counted several times in numerator and
         denominator, which does not change shares and means.
-
-        Args:
-            device: of the process; needed if this process may not have counted anything yet.
         """
         routers = [router for kind in self._kinds for router in kind.read(self.domains, device)]
         reading = RouterReading(self._experts if self._kinds else [], routers)
@@ -173,24 +164,15 @@ class RouterShares:
         return max(self.load) * len(self.load)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class _Kind:
-    """The sums of all routers of one kind, in one tensor.
-
-    All layers are counted together, in a few calls, rather than layer by layer.
-    """
+    """The sums of all routers of one kind. All layers are counted together, in a few calls."""
 
     def __init__(self, name: str, output: str, top_k: int, num_layers: int, num_domains: int, num_experts: int):
         self.name = name
         self.output = output
         self.top_k = top_k
         self.num_experts = num_experts
-        self.size = (num_layers, num_domains, num_experts + 2)
-        self._sums_LDX: torch.Tensor | None = None
+        self._sums = DomainSums(num_domains, num_layers, num_experts + 2)
 
     @property
     def balanced(self) -> bool:
@@ -210,17 +192,12 @@ class _Kind:
         values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)
         if mask_BT is not None:
             values_LBTX = values_LBTX * mask_BT.to(values_LBTX).unsqueeze(-1)
-        sums = self._sums(values_LBTX.device)
-        sums.index_add_(1, domain_B.to(sums.device, non_blocking=True), values_LBTX.sum(2).to(sums.dtype))
+        self._sums.add(domain_B, values_LBTX.sum(2).transpose(0, 1))
 
     def read(self, domains: list[str], device: torch.device | None) -> list[RouterShares]:
         """Return the shares of each layer over all processes since the last reading."""
-        sums = self._sums(device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        self._sums_LDX = None
         routers = []
-        for layer, sums_DX in enumerate(sums.cpu().double()):
+        for layer, sums_DX in enumerate(self._sums.read(device).unbind(1)):
             total_X = sums_DX.sum(0)
             if total_X[-1] == 0:
                 continue
@@ -232,10 +209,3 @@ class _Kind:
             mean_X = (total_X / total_X[-1]).tolist()
             routers.append(RouterShares(self.name, layer, mean_X[: self.num_experts], mean_X[-2], by_domain))
         return routers
-
-    def _sums(self, device: torch.device | None) -> torch.Tensor:
-        """[L, D, E loads + entropy + tokens]. fp64, as fp32 cannot count beyond 2^24, where the device has it."""
-        if self._sums_LDX is None:
-            dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
-            self._sums_LDX = torch.zeros(self.size, dtype=dtype, device=device)
-        return self._sums_LDX

@@ -125,10 +125,5 @@ CLIPPING_FLOPS = 3
 
 
 def optimizer_flops(num_trained: int, *, clips: bool = True) -> int:
-    """FLOPs of one optimizer step (AdamW).
-
-    Args:
-        num_trained: number of trained parameters.
-        clips: whether gradients are clipped (``max_grad_norm``).
-    """
+    """FLOPs of one AdamW step on ``num_trained`` parameters, whose gradients may be clipped (``max_grad_norm``)."""
     return num_trained * (ADAMW_FLOPS + (CLIPPING_FLOPS if clips else 0))

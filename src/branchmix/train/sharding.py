@@ -10,6 +10,7 @@ such a run. Checks come before anything slow, so torch is imported late.
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from math import gcd
 from typing import Any
@@ -17,16 +18,11 @@ from typing import Any
 from branchmix.checkpoint.folder import writing
 from branchmix.errors import RecipeError
 from branchmix.train.config import RunConfig
-from branchmix.train.outputs import RunFolder
+from branchmix.train.run_folder import RunFolder
 
 
 def require_possible(config: RunConfig, described: dict[str, Any], num_processes: int) -> None:
-    """Refuse settings that cannot be combined with many processes.
-
-    Args:
-        config: of the run.
-        described: config.json of its model.
-        num_processes: of the run.
+    """Refuse settings that cannot be combined with many processes, given the model's config.json.
 
     Raises:
         RecipeError: names the setting.
@@ -44,34 +40,31 @@ def require_possible(config: RunConfig, described: dict[str, Any], num_processes
             raise RecipeError(
                 f"parallel.expert_parallel: {key} does not work with experts that are spread over processes: use fsdp"
             )
-        if _processes_of_experts(described["num_experts"], num_processes) == 1:
+        if gcd(described["num_experts"], num_processes) == 1:
             raise RecipeError(
                 f"parallel.expert_parallel: {described['num_experts']} experts cannot be spread equally over "
                 f"{num_processes} processes: start as many as there are experts, or a divisor or multiple of it"
             )
 
 
-def _processes_of_experts(num_experts: int, num_processes: int) -> int:
-    """Number of processes in a group that together holds all experts."""
-    return gcd(num_experts, num_processes)
-
-
-def loading_options(config: RunConfig, described: dict[str, Any], num_processes: int) -> dict[str, Any]:
+def loading_options(config: RunConfig, described: dict[str, Any]) -> dict[str, Any]:
     """Options for ``from_pretrained`` that make a process read only its part."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes == 1 or not (config.parallel.fsdp or config.parallel.expert_parallel):
         return {}
     from transformers.distributed import DistributedConfig
 
-    spread = _processes_of_experts(described["num_experts"], num_processes) if config.parallel.expert_parallel else 1
+    # Experts are spread over groups of so many processes, each of which together holds all of them.
+    spread = gcd(described["num_experts"], num_processes) if config.parallel.expert_parallel else 1
     return {"distributed_config": DistributedConfig(fsdp_size=num_processes, ep_size=spread)}
 
 
-def shard_new(model: Any, config: RunConfig, num_processes: int) -> Any:
+def shard_new(model: Any, config: RunConfig) -> Any:
     """Shard a new model, whose weights are the same on every process, by saving it next to OUT and loading it sharded.
 
     Sharding it in memory would untie tied embeddings.
     """
-    options = loading_options(config, {}, num_processes)
+    options = loading_options(config, {})
     if not options:
         return model
     from accelerate import PartialState

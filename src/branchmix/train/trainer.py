@@ -8,13 +8,12 @@ Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -30,91 +29,94 @@ from branchmix.train.routers import RouterMonitor
 from branchmix.train.schedule import Batching, TokenFlops, rate_at
 
 
-@dataclass
-class Instruments:
-    """What a trainer measures with and writes to."""
-
-    loss: DomainLoss
-    routers: RouterMonitor
-    metrics: Metrics
-    display: Display
-    clock: Clock
-    flops: TokenFlops | None
-    peak: float | None
-    """FLOP/s of plain matrix products on all devices together."""
-    held_out: dict[str, Any]
-    """Sequences by domain."""
-    batching: Batching
-    packing: Packing
-    """How this model separates packed documents."""
-
-
-def training_arguments(
-    config: RunConfig, out: str, batching: Batching, num_steps: int, peak_rate: float, computing: Computing
-) -> TrainingArguments:
-    """``Trainer``'s arguments for a run. Schedule, autocast and saving are not among them."""
-    optimizer = config.optimizer
-    arguments = TrainingArguments(
-        output_dir=out,
-        max_steps=num_steps,
-        per_device_train_batch_size=batching.micro,
-        gradient_accumulation_steps=batching.accumulation,
-        train_sampling_strategy="sequential",
-        learning_rate=peak_rate,
-        optim="adamw_torch_fused",
-        adam_beta1=optimizer.betas[0],
-        adam_beta2=optimizer.betas[1],
-        adam_epsilon=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.max_grad_norm,
-        seed=config.random_seed,
-        logging_steps=config.logging.steps,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="steps",
-        eval_steps=config.evaluation.steps or num_steps,
-        eval_on_start=config.evaluation.at_start,
-        report_to=list(config.logging.to) or "none",
-        project=config.logging.project,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        use_cpu=computing.device.type == "cpu",
-        dataloader_pin_memory=computing.device.type == "cuda",
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one device: no DataParallel over all that it sees
-    return arguments
-
-
 class BranchTrainer(SafeTrainer):
     """Trains a dense model or a mixture on ``Sequences``.
 
     Args:
-        run: its config.
-        computing: device and autocast.
-        instruments: what it measures with.
+        out: folder of the run.
+        model: in its final form, except that it is not wrapped for several processes.
+        train_dataset: ``Sequences``.
+        held_out: sequences by domain.
+        num_steps: of the whole run.
+        peak_rate: peak learning rate.
+        peak_flops: FLOP/s of plain matrix products on all devices together.
+        seconds: time that the run took before it was resumed.
         **options: of ``SafeTrainer``.
     """
 
-    def __init__(self, *, run: RunConfig, computing: Computing, instruments: Instruments, **options: Any):
-        model = options["model"]
-        kept = model.config.__dict__.get("use_cache")
-        super().__init__(data_collator=collate, eval_dataset=instruments.held_out, **options)
+    def __init__(
+        self,
+        *,
+        run: RunConfig,
+        out: Path,
+        model: Any,
+        train_dataset: Any,
+        held_out: dict[str, Any],
+        computing: Computing,
+        packing: Packing,
+        batching: Batching,
+        num_steps: int,
+        peak_rate: float,
+        flops: TokenFlops | None,
+        peak_flops: float,
+        metrics: Metrics,
+        display: Display,
+        seconds: float,
+        **options: Any,
+    ):
+        # Schedule, autocast and saving are not among Trainer's arguments: they are done here.
+        args = TrainingArguments(
+            output_dir=str(out),
+            max_steps=num_steps,
+            per_device_train_batch_size=batching.micro,
+            gradient_accumulation_steps=batching.accumulation,
+            train_sampling_strategy="sequential",
+            learning_rate=peak_rate,
+            optim="adamw_torch_fused",
+            adam_beta1=run.optimizer.betas[0],
+            adam_beta2=run.optimizer.betas[1],
+            adam_epsilon=run.optimizer.eps,
+            weight_decay=run.optimizer.weight_decay,
+            max_grad_norm=run.optimizer.max_grad_norm,
+            seed=run.random_seed,
+            logging_steps=run.logging.steps,
+            eval_strategy="steps",
+            eval_steps=run.evaluation.steps or num_steps,
+            eval_on_start=run.evaluation.at_start,
+            report_to=list(run.logging.to) or "none",
+            project=run.logging.project,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            use_cpu=computing.device.type == "cpu",
+            dataloader_pin_memory=computing.device.type == "cuda",
+        )
+        args._n_gpu = min(1, args.n_gpu)  # one process uses one device: no DataParallel over all that it sees
+        config = model.config
+        kept = {name: config.__dict__[name] for name in ("use_cache",) if name in config.__dict__}
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=held_out,
+            data_collator=collate,
+            **run.checkpoints.model_dump(),
+            **options,
+        )
         # Trainer sets use_cache in the config, which would be saved; forward passes here set it themselves.
-        if kept is None:
-            model.config.__dict__.pop("use_cache", None)
-        else:
-            model.config.use_cache = kept
-        self.run = run
-        self.computing = computing
-        self.tools = instruments
+        config.__dict__.pop("use_cache", None)
+        config.__dict__.update(kept)
+        self.run, self.computing, self.packing, self.batching = run, computing, packing, batching
+        self.held_out, self.flops, self.peak_flops = held_out, flops, peak_flops
+        self.metrics, self.display, self.clock = metrics, display, Clock(seconds)
+        self.domain_loss = DomainLoss(train_dataset.domains)
+        self.routers = RouterMonitor(config, train_dataset.domains)
         self.ema: Ema | None = None
         self._logged_step = 0
         self.pop_callback(PrinterCallback)
         board = next((c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)), None)
         if board is not None:
             board.logging_dir = str(Path(self.args.output_dir) / "tensorboard")
-        self.add_callback(_Moments(self))
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step
@@ -122,8 +124,8 @@ class BranchTrainer(SafeTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Unchanged, but its time counts as waiting for data."""
-        parent = super().get_batch_samples
-        return self.tools.clock.waiting(lambda: parent(*args, **kwargs))
+        with self.clock.counting("waiting"):
+            return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast around the forward pass."""
@@ -135,22 +137,22 @@ class BranchTrainer(SafeTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's own loss; it and the routers' choices are counted for the domains of the sequences."""
-        tools, domain_B = self.tools, inputs["domain"]
-        inputs = {**model_inputs(inputs, tools.packing, self.args.device), **tools.routers.options}
-        with tools.loss.counting(model, domain_B):
+        domain_B = inputs["domain"]
+        inputs = {**model_inputs(inputs, self.packing, self.args.device), **self.routers.options}
+        with self.domain_loss.counting(model, domain_B):
             loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        tools.routers.add(output, domain_B)
+        self.routers.add(output, domain_B)
         return (loss, output) if return_outputs else loss
 
     def describe_batch(self) -> str:
         """Domains whose loss is not finite, or all domains in the batch, for the error message."""
-        return ", ".join(self.tools.loss.not_finite() or self.tools.loss.last_domains())
+        return ", ".join(self.domain_loss.not_finite() or self.domain_loss.last_domains())
 
-    def extra_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def extra_state(self) -> dict[str, torch.Tensor]:
         """State of the moving average, if there is one."""
-        return ({}, {}) if self.ema is None else (self.ema.state(), {})
+        return {} if self.ema is None else self.ema.state()
 
-    def load_extra_state(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
         if self.ema is not None:
             self.ema.load_state(tensors)
 
@@ -180,18 +182,18 @@ class BranchTrainer(SafeTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        parent = super()._save_checkpoint
-        self.tools.clock.paused(lambda: parent(*args, **kwargs))
+        with self.clock.counting("paused"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Send a row to the file, the display and the loggers, but not ``Trainer``'s summary at the end."""
         if "learning_rate" not in logs:
             return
-        tools, step = self.tools, self.state.global_step
-        losses = tools.loss.read(self.args.device)
-        seconds, span, waiting = tools.clock.read()
+        step = self.state.global_step
+        losses = self.domain_loss.read(self.args.device)
+        seconds, span, waiting = self.clock.read()
         steps, self._logged_step = step - self._logged_step, step
-        tokens = tools.batching.sequences * self.run.sequence_length
+        tokens = self.batching.sequences * self.run.sequence_length
         row: dict[str, Any] = {
             "step": step,
             "steps": self.state.max_steps,
@@ -207,63 +209,56 @@ class BranchTrainer(SafeTrainer):
             "memory_bytes": memory_bytes(self.args.device),
             "eta_seconds": (self.state.max_steps - step) * span / max(1, steps),
         }
-        if tools.flops is not None:
-            row["flops"] = step * tokens * tools.flops.training
-            row["flops_per_second"] = tools.flops.training * row["tokens_per_second"]
-            row["share_of_peak"] = row["flops_per_second"] / tools.peak if tools.peak else None
-        reading = tools.routers.read(self.args.device)
+        if self.flops is not None:
+            row["flops"] = step * tokens * self.flops.training
+            row["flops_per_second"] = self.flops.training * row["tokens_per_second"]
+            row["share_of_peak"] = row["flops_per_second"] / self.peak_flops
+        reading = self.routers.read(self.args.device)
         row |= reading.scalars()
-        tools.metrics.add({**row, **({"routers": reading.as_dict()} if reading.routers else {})})
-        tools.display.row(row, self.state.max_steps)
-        for line in tools.routers.collapsed():
-            tools.display.line(f"warning: step {step}: {line}")
-        self._tell_loggers({name: value for name, value in row.items() if isinstance(value, (int, float))})
-
-    def _tell_loggers(self, values: dict[str, float]) -> None:
-        self.control: Any = self.callback_handler.on_log(self.args, self.state, self.control, values)
+        self.metrics.add({**row, **({"routers": reading.as_dict()} if reading.routers else {})})
+        self.display.row(row, self.state.max_steps)
+        for line in self.routers.collapsed():
+            self.display.line(f"warning: step {step}: {line}")
+        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        self.control: Any = self.callback_handler.on_log(self.args, self.state, self.control, numbers)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure held-out loss by domain at this step, in nats per token, and write it as a row. A collective call."""
-        tools, step = self.tools, self.state.global_step
-        if not tools.held_out:
+        step = self.state.global_step
+        if not self.held_out:
             return {}
-        losses = tools.clock.paused(
-            lambda: held_out_losses(
+        with self.clock.counting("paused"):
+            losses = held_out_losses(
                 self.model_wrapped,
-                tools.held_out,
+                self.held_out,
                 self.computing,
-                batch_size=tools.batching.micro,
+                batch_size=self.batching.micro,
                 rank=self.args.process_index,
                 num_processes=self.args.world_size,
-                packing=tools.packing,
+                packing=self.packing,
                 between=self.may_stop_here,
             )
-        )
         row = {f"held_out/{name}": value for name, value in losses.items()}
-        tools.metrics.add({"step": step, **row})
+        self.metrics.add({"step": step, **row})
         words = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        tools.display.line(f"step {step}: held-out loss: {words}")
-        self._tell_loggers(row)
+        self.display.line(f"step {step}: held-out loss: {words}")
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
 
-
-class _Moments(TrainerCallback):
-    """Updates display, clock and moving average when training starts, ends a step, and stops."""
-
-    def __init__(self, trainer: BranchTrainer):
-        self.trainer = trainer
+    # -----------------------------------------------------------------------------------------------------------------
+    # Calls of the training loop
+    # -----------------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._logged_step = state.global_step
-        self.trainer.tools.display.start(state.max_steps, state.global_step)
-        self.trainer.tools.clock.read()
+        super().on_train_begin(args, state, control, **kwargs)
+        self._logged_step = state.global_step
+        self.display.start(state.max_steps, state.global_step)
+        self.clock.read()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.update()
-        self.trainer.tools.display.step(state.global_step)
+        super().on_step_end(args, state, control, **kwargs)
+        if self.ema is not None:
+            self.ema.update()
+        self.display.step(state.global_step)
         control.should_log |= state.global_step >= state.max_steps
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.tools.display.stop()

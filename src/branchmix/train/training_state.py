@@ -85,24 +85,14 @@ def set_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by ``KEY/PARAMETER``, and the rest for JSON, on the main process only. All processes have to call it."""
+    """AdamW's tensors by ``KEY/PARAMETER``, and the rest for JSON, on the main process only. All have to call it."""
     if not optimizer.state:  # before the first step; get_optimizer_state_dict would make one of zeros
         return {}, {}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for name, state in whole.get("state", {}).items():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{key}/{name}"] = value.contiguous()
-            else:
-                values.setdefault(name, {})[key] = value
-    groups = [
-        {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in group.items()}
-        for group in whole.get("param_groups", [])
-    ]
-    return tensors, {"groups": groups, "values": values, "with_state": sorted(whole.get("state", {}))}
+    states = whole.get("state", {})
+    tensors = {f"{key}/{name}": value for name, state in states.items() for key, value in state.items()}
+    return tensors, {"groups": whole.get("param_groups", []), "with_state": sorted(states)}
 
 
 def set_optimizer_state(
@@ -124,10 +114,11 @@ def set_optimizer_state(
             f"the checkpoint trained {len(theirs)} tensors and this run trains {len(ours)}, such as "
             f"{sorted(ours ^ theirs)[0]} in one of them only: resume with the run's own settings, or start over"
         )
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=_world_size() > 1, strict=False)
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many, strict=False)
     whole: dict[str, Any] = {}
-    if _rank() == 0:
-        state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in rest["values"].items()}
+    if not many or dist.get_rank() == 0:
+        state: dict[str, dict[str, Any]] = {}
         for place, tensor in tensors.items():
             key, _, name = place.partition("/")
             state.setdefault(name, {})[key] = tensor
@@ -162,11 +153,3 @@ def _groups(
         group = {key: tuple(value) if isinstance(ours.get(key), tuple) else value for key, value in options.items()}
         groups.append(group | {key: ours[key] for key in OF_THE_MACHINE if key in ours} | {"params": params})
     return groups
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -187,8 +187,8 @@ def test_a_link_to_itself_is_not_an_output(tmp_path: Path) -> None:
 def test_a_run_that_is_started_anew_is_removed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut short anywhere: no model is left, and the folder is still known as a run's, so the same command works."""
     from branchmix.train.config import RunConfig
-    from branchmix.train.outputs import RunFolder
-    from branchmix.train.outputs import shutil as removal
+    from branchmix.train.run_folder import RunFolder
+    from branchmix.train.run_folder import shutil as removal
 
     settings = {"model": "m", "out": str(tmp_path / "run"), "data": {"text": {"files": "x"}}, "budget": {"steps": 1}}
     folder = RunFolder(RunConfig.model_validate({**settings, "learning_rate": {"peak": 1e-3}}))

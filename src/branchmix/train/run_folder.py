@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -50,11 +51,24 @@ FREE_TO_CHANGE = {
 State = Literal["new", "unfinished", "finished"]
 
 
+@dataclass(frozen=True)
+class RunReport:
+    """What ``train`` did, or would do."""
+
+    out: Path
+    status: Literal["trained", "finished before", "stopped", "dry run"]
+    record: dict[str, Any]
+    """``training.json``; after a dry run the plan."""
+    signal: int | None = None
+    """The signal that stopped it; the same command resumes from its last checkpoint."""
+    is_main: bool = field(default_factory=lambda: os.environ.get("RANK", "0") == "0")
+    """Whether this process reports for the run."""
+
+
 class RunFolder:
     """``out`` of a run, before, while and after it."""
 
     def __init__(self, config: RunConfig):
-        self.given = config.out
         path = Path(config.out).expanduser()
         self.path = path if path.is_absolute() else config.folder / path
         self.checkpoints = self.path / CHECKPOINTS
@@ -85,8 +99,7 @@ class RunFolder:
             raise OutputError(
                 f"{self.path}: holds a run with {difference}: choose another folder, or start over with --force"
             )
-        done = (self.path / DONE).is_file() and any((self.path / name).is_file() for name in RESULTS)
-        return "finished" if done else "unfinished"
+        return "unfinished" if result_of(self.path) is None else "finished"
 
     def record(self) -> dict[str, Any] | None:
         """Content of ``training.json`` or ``run.json``; None if the folder is not a run's."""
@@ -165,6 +178,11 @@ class RunFolder:
                 f"{self.path}: checkpoints and result need {too_little_space(num_bytes, free)}: make room, "
                 "lower checkpoints.keep, or choose a folder on another disk"
             )
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """``training.json`` of a finished run; None if the run is not finished."""
+    return read_object(folder / DONE) if any((folder / name).is_file() for name in RESULTS) else None
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
