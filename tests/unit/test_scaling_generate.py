@@ -15,7 +15,8 @@ import pytest
 from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling import generate
 from branchmix.scaling.examples import Example, load_examples
-from branchmix.scaling.generate import GENERATORS, Generator, make_data, make_examples, modus_tollens, neqa, words
+from branchmix.scaling.generate import GENERATORS, Generator, make_data, make_examples, modus_tollens, neqa
+from branchmix.scaling.generate.vocabulary import VOCABULARY
 from branchmix.scaling.tasks import TASKS
 
 MANY = 10_000
@@ -142,13 +143,15 @@ def test_modus_tollens_and_its_controls() -> None:
 
 def test_the_tables_contradict_themselves_nowhere() -> None:
     """A thing is of one kind, sizes and uses are unique, and no word fits before its own negation."""
-    things = [thing for members in neqa._KINDS.values() for thing in members]
+    things = [thing for members in neqa._TEXTS.kinds.values() for thing in members]
     assert len(things) == len(set(things))
-    assert len(set(neqa._USES.values())) == len(neqa._USES) and len(set(neqa._SIZES)) == len(neqa._SIZES)
-    assert len({start for start, _, _ in words.LINES}) == len(words.LINES)
-    for pool in (*words.ENDINGS.values(), words.NAMES):
+    uses, sizes, lines = neqa._TEXTS.uses, neqa._TEXTS.sizes, VOCABULARY.lines
+    assert len(set(uses.values())) == len(uses) and len(set(sizes)) == len(sizes)
+    assert len({start for start, _, _ in lines}) == len(lines)
+    for pool in (*VOCABULARY.endings.values(), VOCABULARY.names):
         assert len(set(pool)) == len(pool)
-    assert not [noun for noun in (*words.NOUNS, *words.ENDINGS["n"]) if noun[0] in "aeiou"]  # "a" goes before each
+    nouns = (*VOCABULARY.nouns, *VOCABULARY.endings["n"])
+    assert not [noun for noun in nouns if noun[0] in "aeiou"]  # "a" goes before each
 
 
 def test_shots(tmp_path: Path) -> None:

@@ -7,13 +7,12 @@ Each module makes one task: ``make(random, number)`` gives an example, whose num
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import write_text
 from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling.examples import Example, jsonl
 from branchmix.scaling.fewshot import fewshot
@@ -47,17 +46,20 @@ class Generator:
 
 
 GENERATORS: dict[str, Generator] = {
-    "resisting-correction": Generator(resisting_correction.make, resisting_correction.solve),
-    "memo-trap": Generator(memo_trap.make, memo_trap.solve),
-    "redefine": Generator(redefine.make, redefine.solve),
-    "prompt-injection": Generator(prompt_injection.make, prompt_injection.solve),
-    "modus-tollens": Generator(modus_tollens.make, modus_tollens.solve),
-    "pattern-matching-suppression": Generator(pattern_matching_suppression.make, pattern_matching_suppression.solve),
-    "neqa": Generator(neqa.make, neqa.solve),
-    "sig-figs": Generator(sig_figs.make, sig_figs.solve),
-    "into-the-unknown": Generator(into_the_unknown.make, into_the_unknown.solve),
-    "hindsight-neglect": Generator(hindsight_neglect.make, hindsight_neglect.solve),
-    "repetitive-algebra": Generator(repetitive_algebra.make, repetitive_algebra.solve),
+    module.__name__.rpartition(".")[2].replace("_", "-"): Generator(module.make, module.solve)
+    for module in (
+        resisting_correction,
+        memo_trap,
+        redefine,
+        prompt_injection,
+        modus_tollens,
+        pattern_matching_suppression,
+        neqa,
+        sig_figs,
+        into_the_unknown,
+        hindsight_neglect,
+        repetitive_algebra,
+    )
 }
 
 
@@ -88,15 +90,8 @@ def make_data(
         _require_replaceable(folder / task.file, task, force=force)
     for task in tasks:
         path = folder / task.file
-        content = jsonl(make_examples(task, seed=seed, num_examples=num_examples, shots=shots, controls=controls))
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{task.file}.incomplete-{os.getpid()}"
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        examples = make_examples(task, seed=seed, num_examples=num_examples, shots=shots, controls=controls)
+        write_text(path, jsonl(examples).decode("ascii"))
         yield path
 
 
@@ -121,9 +116,9 @@ def make_examples(task: Task, *, seed: int, num_examples: int, shots: int = 0, c
         is_control = controls and task.name == "modus-tollens" and number % 4 >= 2
         make = modus_tollens.make_control if is_control else generator.make
         example = _new(make, f"{task.name}/{seed}/{number}", number, prompts)
-        found = generator.solve(example)
+        solved = generator.solve(example)
         wanted = example.answer_index if example.classes else example.completion
-        assert found == wanted, f"{task.name} {number}: made with answer {wanted!r}, solved as {found!r}"
+        assert solved == wanted, f"{task.name} {number}: made with answer {wanted!r}, solved as {solved!r}"
         prompts.add(example.prompt)
         examples.append(replace(example, round=GENERATED_ROUND))
     return examples if task.shots_in_prompt else fewshot(examples, shots, seed)
