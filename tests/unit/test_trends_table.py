@@ -11,7 +11,7 @@ import pytest
 from branchmix.cli import main
 from branchmix.errors import DataError
 from branchmix.scaling.trends.examples import read_scores
-from branchmix.scaling.trends.report import trends
+from branchmix.scaling.trends.judge import trends
 from branchmix.scaling.trends.table import read_table
 from trend_tables import HEADER, rows_of, write, write_examples
 

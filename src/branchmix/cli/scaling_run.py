@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from branchmix.scaling.run import ScalingRun, TaskResult
+    from branchmix.scaling.results import ScalingRun, TaskResult
 
 EPILOG = """\b
 Examples:
@@ -64,7 +64,7 @@ def run_command(
     from branchmix.cli.console import goes_on_from, notice, progress_bar, quiet_libraries
 
     quiet_libraries()
-    from branchmix.scaling.run import run
+    from branchmix.scaling.score_family import run
 
     with goes_on_from(out), progress_bar() as progress:
         found = run(

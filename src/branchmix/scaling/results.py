@@ -5,19 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import write_text
+from branchmix.scaling.examples import Example
 from branchmix.scaling.family import Subject, axes_of
+from branchmix.scaling.metrics import Score, Summary
+from branchmix.scaling.selection import Selected
 from branchmix.scaling.trends.examples import FIELDS
 from branchmix.scaling.trends.table import AXES, DATA, FILE, FLAG_COLUMNS
-
-if TYPE_CHECKING:
-    from branchmix.scaling.run import ScalingRun, TaskResult
 
 RESULTS = "results.json"
 EXAMPLES = "examples"
@@ -25,12 +25,71 @@ _COLUMNS = ("task", "model", "params", "active_params", "tokens", "flops", "metr
 _MORE = ("family", "seed", "data", "cause", *FLAG_COLUMNS)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of a question."""
+
+    logprobs: tuple[float, ...] = ()
+    """Sum for each option, in nats; none if the question was refused."""
+    tokens: tuple[int, ...] = ()
+    """Number of tokens of each option."""
+    merged: bool = False
+    refused: str | None = None
+    seconds: float = 0.0
+    """Time of computing, a share of the run's."""
+
+    @classmethod
+    def of(cls, line: dict[str, Any] | None) -> Answer:
+        """The answer of a line of the records."""
+        assert line is not None
+        lists = {name: tuple(line.get(name, ())) for name in ("logprobs", "tokens")}
+        return cls(**lists, **{name: line[name] for name in ("merged", "refused", "seconds") if name in line})
+
+
+@dataclass
+class TaskResult:
+    """A model on the examples of one file."""
+
+    subject: Subject
+    selected: Selected
+    summary: Summary | None
+    """None if every example was refused."""
+    scored: list[tuple[int, Example, Score, Answer]]
+    """Number in the file, example, its numbers, and the answer to its prompt."""
+    refused: list[tuple[int, str]]
+    """Number of each example that was not scored, and why."""
+    merged: int
+    """Scored examples in which an option merges with the prompt's last token."""
+    facts: dict[str, Any]
+    """What the numbers depend on: dtype, tokenizer, BOS policy."""
+    seconds: float = 0.0
+    """Time of computing, whenever that was."""
+
+
+@dataclass
+class ScalingRun:
+    """All results of a call."""
+
+    results: list[TaskResult]
+    subjects: list[Subject]
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "versions": self.versions,
+            "models": [_model(subject) for subject in self.subjects],
+            "results": [_result(result) for result in self.results],
+        }
+
+
 def write_results(out: Path, run: ScalingRun) -> None:
     """All files of a run as far as it has come; each appears whole."""
     for result in run.results:
-        _write(_examples_file(out, result), "".join(json.dumps(line) + "\n" for line in example_lines(result)))
-    _write(out / RESULTS, json.dumps(as_dict(run), indent=2, allow_nan=False) + "\n")
-    _write(out / FILE, table(run))
+        write_text(_examples_file(out, result), "".join(json.dumps(line) + "\n" for line in example_lines(result)))
+    write_text(out / RESULTS, json.dumps(run.as_dict(), indent=2, allow_nan=False) + "\n")
+    write_text(out / FILE, table(run))
 
 
 def table(run: ScalingRun) -> str:
@@ -98,15 +157,6 @@ def _examples_file(out: Path, result: TaskResult) -> Path:
     return folder / (result.selected.task.name + ("" if data == DATA[0] else f".{data}") + ".jsonl")
 
 
-def as_dict(run: ScalingRun) -> dict[str, Any]:
-    """Everything of a run, for JSON."""
-    return {
-        "versions": run.versions,
-        "models": [_model(subject) for subject in run.subjects],
-        "results": [_result(result) for result in run.results],
-    }
-
-
 def _model(subject: Subject) -> dict[str, Any]:
     return {
         "name": subject.name,
@@ -153,11 +203,3 @@ def _result(result: TaskResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "examples_per_second": round(rate, 3) if rate else None,
     }
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)

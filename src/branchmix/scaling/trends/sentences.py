@@ -7,57 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from branchmix.pages.numbers import human_count
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.forms import Level
-from branchmix.scaling.trends.report import Caution, Judged, Report
+from branchmix.scaling.trends.judge import Caution, Judged, Report
 from branchmix.scaling.trends.table import DATA, SHARES, is_any_of
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, WORDS, Interval, Limits
+from branchmix.settings import read_yaml
 
-AXIS_NAMES = {
-    "flops": "training compute",
-    "params": "parameters",
-    "active_params": "active parameters",
-    "tokens": "training tokens",
-}
-AXIS_WORDS = {
-    "flops": "the arithmetic that training took, in operations on numbers (FLOPs). It grows with both the size of a "
-    "model and the amount of text, so it is the fairest single measure of scale. A mixture counts the dense models it "
-    "was made of.",
-    "params": "the numbers that a model consists of, all experts of a mixture included.",
-    "active_params": "the parameters that take part in each word: all of a dense model's, and of a mixture only the "
-    "experts that were chosen.",
-    "tokens": "the amount of text a model was trained on, in tokens (about three quarters of a word each).",
-}
-MEANINGS = {
-    "standard": "The larger the model, the better it does: what everybody expects.",
-    "inverse": "Inverse scaling: the larger the model, the worse it does.",
-    "u-shaped": "Medium models do worse than small ones, and large ones recover. A family that ends too early would "
-    "show inverse scaling only.",
-    "inverted-u": "Medium models do best, and beyond them it gets worse.",
-    "flat": "Size makes no difference that is worth mentioning, and that much is sure.",
-    "inconclusive": "The results agree with no change and with a large one. More questions or more models would tell.",
-    "not-testable": f"Fewer than {MIN_SIZES} sizes. Even a perfect order of so few comes about by chance too often.",
-}
+_TERMS = read_yaml(Path(__file__).with_name("terms.yaml"))
+AXES, _METRICS = _TERMS["axes"], _TERMS["metrics"]
+MEANINGS = {label: meaning.format(min_sizes=MIN_SIZES) for label, meaning in _TERMS["verdicts"].items()}
 MINUS, TIMES, SPACE = "\u2212", "\u00d7", "\u00a0"
 PERCENT = f"{SPACE}%"
 _CEILING = 0.95
 """A plateau of a share from here on is a ceiling."""
-_METRICS = {
-    "accuracy": ("accuracy", "the share of questions that a model answers right"),
-    "loss": (
-        "loss",
-        "how surprised a model is by the right answer, in nats: 0 is certainty, and 0.69 is heads or tails",
-    ),
-    "logodds": ("log-odds", "how far the misleading part of the prompt moves a model away from the right answer"),
-    "absolute_logodds": ("absolute log-odds", "how far the changed part of the prompt moves a model, either way"),
-}
 
 
 def axis_name(axis: str) -> str:
-    return AXIS_NAMES.get(axis, axis)
+    return str(AXES[axis]["name"]) if axis in AXES else axis
 
 
 def axis_value(axis: str, value: float) -> str:
@@ -73,24 +44,23 @@ def axis_value(axis: str, value: float) -> str:
 
 def place(axis: str, value: float) -> str:
     """A place on an axis with its unit: ``1.4B parameters``."""
-    units = {"flops": "FLOPs", "tokens": "tokens"}
-    if axis not in AXIS_NAMES:
+    if axis not in AXES:
         return f"{axis} {axis_value(axis, value)}"
-    return f"{axis_value(axis, value)} {units.get(axis, AXIS_NAMES[axis])}"
+    return f"{axis_value(axis, value)} {AXES[axis].get('unit', axis_name(axis))}"
 
 
 def metric_name(metric: str) -> str:
-    return _METRICS[metric][0] if metric in _METRICS else metric
+    return str(_METRICS[metric]["name"]) if metric in _METRICS else metric
 
 
 def metric_words(metric: str, *, lower_is_better: bool) -> str:
     """What a metric measures, and which way is up."""
-    known = f"{_METRICS[metric][1]}; " if metric in _METRICS else ""
+    known = f"{_METRICS[metric]['meaning']}; " if metric in _METRICS else ""
     return f"{known}{'less' if lower_is_better else 'more'} is better"
 
 
 def axis_words(axis: str) -> str:
-    return AXIS_WORDS.get(axis, "a column of the table.")
+    return str(AXES[axis]["meaning"]) if axis in AXES else "a column of the table."
 
 
 def is_share(metric: str) -> bool:
@@ -132,13 +102,6 @@ def moves(metric: str, effect: float, interval: Interval | Sequence[float], limi
 
 def percent_of(limits: Limits) -> str:
     return f"{100 * (1 - limits.alpha):g}{PERCENT}"
-
-
-def part_name(family: str, data: str, *, families: int, kinds: int) -> str:
-    """What tells a curve from the others of a panel; nothing if it is the only one."""
-    return ", ".join(
-        [*([family or "no family"] if families > 1 else []), *([f"{data} questions"] if kinds > 1 else [])]
-    )
 
 
 def plain(label: str) -> str:
