@@ -42,8 +42,8 @@ class Answer:
     def of(cls, line: dict[str, Any] | None) -> Answer:
         """The answer of a line of the records."""
         assert line is not None
-        lists = {name: tuple(line.get(name, ())) for name in ("logprobs", "tokens")}
-        return cls(**lists, **{name: line[name] for name in ("merged", "refused", "seconds") if name in line})
+        given = {name: line[name] for name in ("merged", "refused", "seconds") if name in line}
+        return cls(tuple(line.get("logprobs", ())), tuple(line.get("tokens", ())), **given)
 
 
 @dataclass

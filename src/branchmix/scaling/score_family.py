@@ -192,7 +192,7 @@ class _Model:
         for start in range(0, len(left), _AT_ONCE):
             part = left[start : start + _AT_ONCE]
             on_record = {place for place, key in enumerate(part) if key in known}
-            options = {"batch_tokens": self.batch_tokens, "share": share, "known": on_record}
+            options: dict[str, Any] = {"batch_tokens": self.batch_tokens, "share": share, "known": on_record}
             last = time.perf_counter()
             try:
                 for place, logprobs in score_options(self._weights, [tokens[key] for key in part], **options):

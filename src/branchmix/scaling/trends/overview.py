@@ -162,7 +162,7 @@ class Overview:
             if data == DATA[0] or DATA[0] not in kinds:
                 tasks = report.tasks((family, data))
                 shown = [tasks.get(entry.name, {}).get(self.metric_for(entry, metric)) for entry in self.entries]
-                counts = Counter(one.verdict.label for one in shown if one is not None)
+                counts = Counter[str](one.verdict.label for one in shown if one is not None)
                 families.append((family or "no family", {label: counts[label] for label in WORDS if counts[label]}))
         return families
 

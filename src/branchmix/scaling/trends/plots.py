@@ -73,20 +73,14 @@ def chart(panel: Panel, ink: str, *, title: str = "") -> Figure:
     Args:
         panel: the curves.
         ink: colour of text.
-        title: stands above the picture, with the verdicts.
+        title: text above the picture, with the verdicts; without it there are neither.
     """
-    figure, (axes,) = figure_with(1, (5.2, 3.1 + 0.2 * len(panel.curves) * bool(title)), ink)
+    figure, (axes,) = figure_with(1, (5.2, 3.1 + (0.3 + 0.18 * len(panel.curves)) * bool(title)), ink)
     low, high = _frame(axes, panel, ink)
     axes.set_xlabel(f"{sentences.axis_name(panel.axis)} (logarithmic)", color=ink)
     turned = ", less is better" if panel.lower_is_better else ""
     axes.set_ylabel(f"{sentences.metric_name(panel.metric)}{turned} \u2192 better", color=ink)
-    lines = [(panel.chance, "--", "guessing"), *((value, ":", "always the same answer") for value in panel.baselines)]
-    for value, style, name in lines:
-        if value is not None and low <= value <= high:
-            line = axes.axhline(value, color=ink, alpha=0.55, linewidth=0.9, linestyle=style)
-            set_title(line, f"{name}: {sentences.shown(panel.metric, value)}")
-            beside = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-            axes.annotate(name, fontsize=8, color=ink, alpha=0.7, **beside)
+    _references(axes, panel, ink, low, high, with_names=True)
     step = 0.012 * float(np.ptp(axes.get_xlim()))  # curves side by side, so that their bars do not cover each other
     middle = (len(panel.curves) - 1) / 2
     drawn = [
@@ -95,17 +89,22 @@ def chart(panel: Panel, ink: str, *, title: str = "") -> Figure:
     ]
     if any(panel.names):
         # Given as labels, names may begin with "_", which matplotlib leaves out otherwise.
-        figure.legend(
-            drawn, panel.names, loc="outside upper left", ncols=2, frameon=False, labelcolor=ink, fontsize=8.5
-        )
-    if title:
-        axes.set_title("\n".join([title, *_verdicts(panel)]), loc="left", color=ink)
+        labels, columns = (_verdicts(panel), 1) if title else (panel.names, 2)
+        look = {"loc": "outside upper left", "ncols": columns, "frameon": False, "fontsize": 8.5}
+        legend = figure.legend(drawn, labels, labelcolor=ink, title=title, alignment="left", **look)
+        legend.get_title().set(color=ink, fontweight="bold")
+    elif title:
+        axes.set_title(f"{title}: {_verdicts(panel)[0]}", loc="left", color=ink, fontweight="bold")
     return figure
 
 
 def small(panel: Panel, ink: str) -> Figure:
     """A task at a glance."""
-    figure, (axes,) = figure_with(1, (2.3, 1.1), ink)
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    figure = MatplotlibFigure(figsize=(2.3, 1.1))
+    axes = figure.add_axes((0.17, 0.16, 0.81, 0.81))
+    take_ink(axes, ink)
     _small(axes, panel, ink)
     return figure
 
@@ -120,15 +119,17 @@ def sheet(overview: Overview, ink: str) -> Figure:
     columns = max(2, *map(sum, widths))
     heights = [0.7 + 1.9 * max(-(-len(entries) // _COLUMNS) for _, entries in row) for row in rows]
     figure = MatplotlibFigure(figsize=(2.7 * columns, 0.7 + sum(heights)), layout="constrained")
+    figure.suptitle("Do larger models do better?", x=0.01, ha="left", color=ink, fontsize=13, fontweight="bold")
     along = f"{sentences.metric_name(metric)} along {sentences.axis_name(report.axis)}; dashed across: guessing"
-    figure.suptitle(f"Do larger models do better?\n{along}", x=0.01, ha="left", color=ink)
+    figure.supxlabel(along, x=0.01, ha="left", color=ink, fontsize=9)
     strips = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
     for row, wide, strip in zip(rows, widths, strips, strict=True):
         spare = [columns - sum(wide)] if sum(wide) < columns else []
         blocks = strip.subfigures(1, len(wide + spare), width_ratios=wide + spare, squeeze=False)[0]
-        for (cause, entries), block, width in zip(row, blocks, wide, strict=False):
-            told = "\n".join([heading(cause), *wrap(why(cause), 38 * width)])
-            block.suptitle(told, x=0.01, ha="left", color=ink, fontsize=9.5)
+        texts = [[heading(cause), *wrap(why(cause), 38 * width)] for (cause, _), width in zip(row, wide, strict=True)]
+        for (_, entries), block, width, lines in zip(row, blocks, wide, texts, strict=False):
+            blank = [" "] * (max(map(len, texts)) - len(lines))  # so that pictures stand in a row
+            block.suptitle("\n".join(lines + blank), x=0.01, ha="left", color=ink, fontsize=9.5)
             tiles = block.subplots(-(-len(entries) // _COLUMNS), width, squeeze=False).ravel()
             for axes, entry in zip_longest(tiles, entries):
                 if entry is None:
@@ -157,10 +158,13 @@ def _tile(axes: Any, entry: Entry, panel: Panel, metric: str, ink: str) -> None:
     """A task of the sheet: its name, its curve, its verdicts."""
     other = f" ({sentences.metric_name(panel.metric)})" if panel.metric != metric else ""
     axes.set_title(entry.name + other, loc="left", color=ink, fontsize=9, fontweight="bold")
-    _small(axes, panel, ink)
-    is_sure = any(one.verdict.label in (*DIRECTED, "flat") for one in panel.curves)
-    weight = "bold" if is_sure else "normal"
-    axes.set_xlabel("\n".join(_verdicts(panel)), loc="left", color=ink, fontsize=8.5, fontweight=weight)
+    drawn, labels = _small(axes, panel, ink), _verdicts(panel)
+    if len(drawn) > 1:
+        place = {"loc": "upper left", "bbox_to_anchor": (-0.04, -0.1), "frameon": False}
+        axes.legend(drawn, labels, labelcolor=ink, fontsize=8.5, **place)
+    else:
+        weight = "bold" if panel.curves[0].verdict.label in (*DIRECTED, "flat") else "normal"
+        axes.set_xlabel(labels[0], loc="left", color=ink, fontsize=8.5, fontweight=weight)
 
 
 def _verdicts(panel: Panel) -> list[str]:
@@ -172,14 +176,11 @@ def _verdicts(panel: Panel) -> list[str]:
 # ---- parts ----
 
 
-def _small(axes: Any, panel: Panel, ink: str) -> None:
+def _small(axes: Any, panel: Panel, ink: str) -> list[Any]:
     """Accuracies all have the same axis, so that tasks can be compared; a single curve has its verdict's colour."""
-    low, high = _frame(axes, panel, ink, is_small=True)
-    if panel.chance is not None and low <= panel.chance <= high:
-        axes.axhline(panel.chance, color=ink, alpha=0.55, linewidth=0.9, linestyle="--")
-    for one in panel.curves:
-        colour = panel.colour(one) if len(panel.curves) > 1 else SIGNS[one.verdict.label][1]
-        _curve(axes, panel, one, colour, is_small=True)
+    _references(axes, panel, ink, *_frame(axes, panel, ink, is_small=True))
+    verdict_colour = SIGNS[panel.curves[0].verdict.label][1] if len(panel.curves) == 1 else None
+    return [_curve(axes, panel, one, verdict_colour or panel.colour(one), is_small=True) for one in panel.curves]
 
 
 def _frame(axes: Any, panel: Panel, ink: str, *, is_small: bool = False) -> tuple[float, float]:
@@ -189,15 +190,18 @@ def _frame(axes: Any, panel: Panel, ink: str, *, is_small: bool = False) -> tupl
     x = np.unique(np.concatenate([one.curve.x_K for one in panel.curves]))
     span = float(np.ptp(x)) or 1.0
     axes.set_xlim(x[0] - 0.07 * span, x[-1] + 0.07 * span)
-    ticks = [x[0]]
-    for place in x:
-        if place - ticks[-1] > (0.28 if is_small else 0.13) * span:
+    ticks, least = [x[0]], (0.28 if is_small else 0.13) * span
+    for place in x[1:]:
+        if place - ticks[-1] > least and (place == x[-1] or x[-1] - place > least):
             ticks.append(place)
     axes.set_xticks(ticks, [sentences.axis_value(panel.axis, 10**tick) for tick in ticks])
     is_share = sentences.is_share(panel.metric)
-    low, high = (0.0, 1.0) if is_share and is_small else _value_range(panel)
+    low, high = (-0.03, 1.03) if is_share and is_small else _value_range(panel)
     axes.set_ylim(*((high, low) if panel.lower_is_better else (low, high)))
-    axes.locator_params(axis="y", nbins=2 if is_small else 6)
+    if is_share and is_small:
+        axes.set_yticks([0, 0.5, 1])
+    else:
+        axes.locator_params(axis="y", nbins=3 if is_small else 6)
     if is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=sentences.PERCENT))
     axes.grid(axis="y", color=ink, alpha=0.15, linewidth=0.6)
@@ -206,6 +210,18 @@ def _frame(axes: Any, panel: Panel, ink: str, *, is_small: bool = False) -> tupl
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_alpha(0.5)
     return low, high
+
+
+def _references(axes: Any, panel: Panel, ink: str, low: float, high: float, *, with_names: bool = False) -> None:
+    """Lines across at what guessing and constant answers score, if that is in sight."""
+    lines = [(panel.chance, "--", "guessing"), *((value, ":", "always the same answer") for value in panel.baselines)]
+    for value, style, name in lines:
+        if value is not None and low <= value <= high:
+            line = axes.axhline(value, color=ink, alpha=0.55, linewidth=0.9, linestyle=style)
+            if with_names:
+                set_title(line, f"{name}: {sentences.shown(panel.metric, value)}")
+                beside = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                axes.annotate(name, fontsize=8, color=ink, alpha=0.7, **beside)
 
 
 def _value_range(panel: Panel) -> tuple[float, float]:
