@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from random import Random
 
@@ -16,19 +17,7 @@ from branchmix.checkpoint.folder import write_text
 from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling.examples import Example, jsonl
 from branchmix.scaling.fewshot import fewshot
-from branchmix.scaling.generate import (
-    hindsight_neglect,
-    into_the_unknown,
-    memo_trap,
-    modus_tollens,
-    neqa,
-    pattern_matching_suppression,
-    prompt_injection,
-    redefine,
-    repetitive_algebra,
-    resisting_correction,
-    sig_figs,
-)
+from branchmix.scaling.generate import modus_tollens
 from branchmix.scaling.tasks import TASKS, Task
 
 GENERATED_ROUND = 0
@@ -45,22 +34,12 @@ class Generator:
     solve: Callable[[Example], int | str]
 
 
-GENERATORS: dict[str, Generator] = {
-    module.__name__.rpartition(".")[2].replace("_", "-"): Generator(module.make, module.solve)
-    for module in (
-        resisting_correction,
-        memo_trap,
-        redefine,
-        prompt_injection,
-        modus_tollens,
-        pattern_matching_suppression,
-        neqa,
-        sig_figs,
-        into_the_unknown,
-        hindsight_neglect,
-        repetitive_algebra,
-    )
-}
+def _generator(task: str) -> Generator:
+    module = import_module(f"{__name__}.{task.replace('-', '_')}")
+    return Generator(module.make, module.solve)
+
+
+GENERATORS = {task: _generator(task) for task in TASKS}
 
 
 def make_data(

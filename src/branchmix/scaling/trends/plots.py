@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -110,48 +109,29 @@ def small(panel: Panel, ink: str) -> Figure:
 
 
 def sheet(overview: Overview, ink: str) -> Figure:
-    """All tasks by the metric that most have, under their causes; small causes share a row."""
+    """All tasks by the metric that most have, under their causes."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    report, metric = overview.reports[0], overview.main_metric
-    rows = _rows(overview)
-    widths = [[min(_COLUMNS, len(entries)) for _, entries in row] for row in rows]
-    columns = max(2, *map(sum, widths))
-    heights = [0.7 + 1.9 * max(-(-len(entries) // _COLUMNS) for _, entries in row) for row in rows]
+    report, metric, groups = overview.reports[0], overview.main_metric, overview.groups
+    columns = max(2, min(_COLUMNS, max(map(len, groups.values()))))
+    lines = [-(-len(entries) // columns) for entries in groups.values()]
+    heights = [0.5 + 1.5 * number for number in lines]
     figure = MatplotlibFigure(figsize=(2.7 * columns, 0.7 + sum(heights)), layout="constrained")
     figure.suptitle("Do larger models do better?", x=0.01, ha="left", color=ink, fontsize=13, fontweight="bold")
     along = f"{sentences.metric_name(metric)} along {sentences.axis_name(report.axis)}; dashed across: guessing"
     figure.supxlabel(along, x=0.01, ha="left", color=ink, fontsize=9)
-    strips = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for row, wide, strip in zip(rows, widths, strips, strict=True):
-        spare = [columns - sum(wide)] if sum(wide) < columns else []
-        blocks = strip.subfigures(1, len(wide + spare), width_ratios=wide + spare, squeeze=False)[0]
-        texts = [[heading(cause), *wrap(why(cause), 38 * width)] for (cause, _), width in zip(row, wide, strict=True)]
-        for (_, entries), block, width, lines in zip(row, blocks, wide, texts, strict=False):
-            blank = [" "] * (max(map(len, texts)) - len(lines))  # so that pictures stand in a row
-            block.suptitle("\n".join(lines + blank), x=0.01, ha="left", color=ink, fontsize=9.5)
-            tiles = block.subplots(-(-len(entries) // _COLUMNS), width, squeeze=False).ravel()
-            for axes, entry in zip_longest(tiles, entries):
-                if entry is None:
-                    axes.set_axis_off()
-                else:
-                    take_ink(axes, ink)
-                    panel = overview.panel(entry, overview.metric_for(entry, metric), report).official
-                    _tile(axes, entry, panel, metric, ink)
+    strips = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for (cause, entries), number, strip in zip(groups.items(), lines, strips, strict=True):
+        text = f"{heading(cause)}: {why(cause)}" if why(cause) else heading(cause)
+        strip.suptitle(text, x=0.01, ha="left", color=ink, fontsize=9.5)
+        for axes, entry in zip_longest(strip.subplots(number, columns, squeeze=False).ravel(), entries):
+            if entry is None:
+                axes.set_axis_off()
+            else:
+                panel = overview.panel(entry, overview.metric_for(entry, metric), report).official
+                take_ink(axes, ink)
+                _tile(axes, entry, panel, metric, ink)
     return figure
-
-
-def _rows(overview: Overview) -> list[list[tuple[str, list[Entry]]]]:
-    """Causes that fit side by side; one with more tasks than there are columns has a row for itself."""
-    rows: list[list[tuple[str, list[Entry]]]] = []
-    room = 0
-    for cause, entries in overview.groups.items():
-        if len(entries) > room:
-            rows.append([])
-            room = _COLUMNS
-        rows[-1].append((cause, entries))
-        room -= len(entries)
-    return rows
 
 
 def _tile(axes: Any, entry: Entry, panel: Panel, metric: str, ink: str) -> None:
