@@ -155,11 +155,11 @@ def _verdicts(overview: Overview, entry: Entry) -> Table:
 
 def _verdict_cells(one: Judged) -> Sequence[str]:
     verdict, metric = one.verdict, one.series.metric
-    low, high = (sentences.difference(metric, value) for value in verdict.interval)
+    low, high = verdict.interval
     return [
         verdict.label,
         sentences.difference(metric, verdict.effect),
-        f"{low.removesuffix(' points')} to {high}",
+        f"{sentences.difference(metric, low, unit=False)} to {sentences.difference(metric, high)}",
         *("" if p is None else f"{p:.2g}" for p in (verdict.p, verdict.p_adjusted)),
         str(verdict.sizes),
         str(verdict.runs),

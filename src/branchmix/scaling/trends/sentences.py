@@ -15,12 +15,13 @@ from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.forms import Level
 from branchmix.scaling.trends.judge import Caution, Judged, Report
 from branchmix.scaling.trends.table import DATA, SHARES, is_any_of
-from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, WORDS, Interval, Limits
+from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, Interval, Limits
 from branchmix.settings import read_yaml
 
 _TERMS = read_yaml(Path(__file__).with_name("terms.yaml"))
 AXES, _METRICS = _TERMS["axes"], _TERMS["metrics"]
 MEANINGS = {label: meaning.format(min_sizes=MIN_SIZES) for label, meaning in _TERMS["verdicts"].items()}
+_VERBS = _TERMS["verbs"]
 MINUS, TIMES, SPACE = "\u2212", "\u00d7", "\u00a0"
 PERCENT = f"{SPACE}%"
 _CEILING = 0.95
@@ -73,46 +74,37 @@ def shown(metric: str, value: float) -> str:
     return f"{100 * value:.1f}{PERCENT}" if is_share(metric) else f"{value:.3g}".replace("-", MINUS)
 
 
-def difference(metric: str, value: float, *, plus: bool = True) -> str:
+def difference(metric: str, value: float, *, plus: bool = True, unit: bool = True) -> str:
     """A change of a metric: in percentage points, or in its own unit."""
-    if is_share(metric):
-        text = f"{100 * value:+.1f}"
-        text = text if float(text) else "0.0"
-        return f"{text if plus else text.removeprefix('+')} points".replace("-", MINUS)
-    text = f"{value:+.3g}"
-    return (text if plus else text.removeprefix("+")).replace("-", MINUS)
+    text = f"{100 * value:+.1f}" if is_share(metric) else f"{value:+.3g}"
+    text = "0.0" if text in ("+0.0", "-0.0") else text if plus else text.removeprefix("+")
+    return text.replace("-", MINUS) + (" points" if unit and is_share(metric) else "")
 
 
 def between(metric: str, interval: Interval | Sequence[float]) -> str:
     """``between −27.0 and −12.7 points``."""
-    low, high = (difference(metric, value) for value in interval)
-    return f"between {low.removesuffix(' points')} and {high}"
+    return f"between {difference(metric, interval[0], unit=False)} and {difference(metric, interval[1])}"
 
 
 def moves(metric: str, effect: float, interval: Interval | Sequence[float], limits: Limits) -> str:
     """``falls by about 20.6 points (95 % interval: 12.7 to 27.0)``."""
+    verb = "falls" if effect < 0 else "rises"
+    return f"{verb} by about {_size(metric, effect, interval, limits)}"
+
+
+def _size(metric: str, effect: float, interval: Interval | Sequence[float], limits: Limits) -> str:
+    """A change without its sign, with its interval."""
     sign = -1 if effect < 0 else 1
-    low, high = sorted(sign * value for value in interval)
-    ends = (difference(metric, value, plus=False).removesuffix(" points") for value in (low, high))
-    return (
-        f"{'falls' if effect < 0 else 'rises'} by about {difference(metric, abs(effect), plus=False)} "
-        f"({percent_of(limits)} interval: {' to '.join(ends)})"
-    )
+    ends = (difference(metric, value, plus=False, unit=False) for value in sorted(sign * end for end in interval))
+    return f"{difference(metric, abs(effect), plus=False)} {_interval(ends, limits)}"
+
+
+def _interval(ends: Iterable[str], limits: Limits) -> str:
+    return f"({percent_of(limits)} interval: {' to '.join(ends)})"
 
 
 def percent_of(limits: Limits) -> str:
     return f"{100 * (1 - limits.alpha):g}{PERCENT}"
-
-
-def plain(label: str) -> str:
-    """``gets worse with scale``: a verdict as the end of a sentence."""
-    return {
-        "standard": "gets better with scale",
-        "inverse": "gets worse with scale",
-        "u-shaped": "gets worse, then better again",
-        "inverted-u": "gets better, then worse again",
-        "flat": "stays the same",
-    }.get(label, WORDS[label])
 
 
 # ---- a verdict in sentences ----
@@ -120,125 +112,112 @@ def plain(label: str) -> str:
 
 def sentences(one: Judged, report: Report) -> str:
     """The verdict on a curve, and why it is that or why there is none."""
-    found, metric = one.verdict, one.series.metric
-    sure = percent_of(report.limits)
+    verdict, metric = one.verdict, one.series.metric
     least = difference(metric, report.limits.minimum_effect, plus=False)
-    ends = f"the smallest to the largest of {found.sizes} sizes"
-    if found.label == "not-testable":
+    ends = f"From the smallest to the largest of {verdict.sizes} sizes, {metric_name(metric)}"
+    if verdict.label == "not-testable":
         return _not_testable(one)
-    if found.label in SHAPES:
-        first, second = (moves(metric, leg["effect"], leg["interval"], report.limits) for leg in found.legs.values())
-        turn = place(report.axis, found.turning_point or math.nan)
+    if verdict.label in SHAPES:
+        first, second = (moves(metric, leg["effect"], leg["interval"], report.limits) for leg in verdict.legs.values())
+        turn = place(report.axis, verdict.turning_point or math.nan)
         return (
             f"{metric_name(metric).capitalize()} first {first} and then {second}; it turns at about {turn}. "
             f"{_chance(one, report, 'A rise and a fall as clear as these')}"
         )
-    if found.label in DIRECTED:
-        told = moves(metric, found.effect, found.interval, report.limits)
-        chance = _chance(one, report, "A trend as clear as this")
-        return " ".join([f"From {ends}, {metric_name(metric)} {told}.", *form_sentences(one, report), chance])
-    if found.label == "flat":
-        return (
-            f"From {ends}, {metric_name(metric)} changes by something {between(metric, found.interval)}, for "
-            f"{sure} sure: less than the {least} that count as a change, and no sizes in between differ by more either."
+    if verdict.label in DIRECTED:
+        change = moves(metric, verdict.effect, verdict.interval, report.limits)
+        return " ".join(
+            [f"{ends} {change}.", *form_sentences(one, report), _chance(one, report, "A trend as clear as this")]
         )
-    return _inconclusive(one, report, ends, least)
+    if verdict.label == "flat":
+        return (
+            f"{ends} changes by something {between(metric, verdict.interval)}, for {percent_of(report.limits)} sure: "
+            f"less than the {least} that count as a change, and no sizes in between differ by more either."
+        )
+    return _inconclusive(one, report, f"{ends} may change by anything {between(metric, verdict.interval)}", least)
 
 
 def brief(one: Judged, report: Report) -> str:
-    """The verdict's numbers in a line, for where several stand side by side."""
-    found, metric = one.verdict, one.series.metric
-    sizes = f"{found.sizes} size{'s' * (found.sizes != 1)}"
-    if found.p_adjusted is None:
-        return f"{sizes}; performance: {found.description}"
-    if found.legs:
-        told = ", then ".join(difference(metric, leg["effect"]) for leg in found.legs.values())
-        return f"{told}; turns at {place(report.axis, found.turning_point or math.nan)}; {_p(found.p_adjusted)}"
-    low, high = (difference(metric, value).removesuffix(" points") for value in found.interval)
-    return f"{difference(metric, found.effect)} ({low} to {high}) over {sizes}; {_p(found.p_adjusted)}"
+    """The verdict's numbers in a line, for panels of several curves."""
+    verdict, metric = one.verdict, one.series.metric
+    sizes = f"{verdict.sizes} size{'s' * (verdict.sizes != 1)}"
+    if verdict.p_adjusted is None:
+        return f"{sizes}; performance: {verdict.description}"
+    if verdict.legs:
+        legs = ", then ".join(difference(metric, leg["effect"]) for leg in verdict.legs.values())
+        return f"{legs}; turns at {place(report.axis, verdict.turning_point or math.nan)}; {_p(verdict.p_adjusted)}"
+    low, high = (difference(metric, value, unit=False) for value in verdict.interval)
+    return f"{difference(metric, verdict.effect)} ({low} to {high}) over {sizes}; {_p(verdict.p_adjusted)}"
 
 
 def form_sentences(one: Judged, report: Report) -> Iterator[str]:
     """Where a trend jumps, saturates, or sits on a floor or a ceiling, with the interval of each."""
-    found, metric = one.verdict.form, one.series.metric
-    if found is None:
+    form, metric = one.verdict.form, one.series.metric
+    if form is None:
         return
     is_better = one.verdict.label == "standard"
 
-    def interval(texts: Iterable[str]) -> str:
-        low, high = texts
-        return f"({percent_of(report.limits)} interval: {low} to {high})"
-
     def level(at: Level, *, is_best: bool) -> str:
         name = "floor" if not is_best else "ceiling" if is_share(metric) and at.value >= _CEILING else "plateau"
-        ends = interval(shown(metric, value).removesuffix(PERCENT) for value in at.interval)
-        return f"a {name} of {shown(metric, at.value)} {ends}"
+        ends = (shown(metric, value).removesuffix(PERCENT) for value in at.interval)
+        return f"a {name} of {shown(metric, at.value)} {_interval(ends, report.limits)}"
 
-    if found.jump is not None:
-        start, end = (place(report.axis, 10**x) for x in (found.jump.start, found.jump.end))
-        sign = -1 if found.jump.change < 0 else 1
-        ends = interval(
-            difference(metric, value, plus=False).removesuffix(" points")
-            for value in sorted(sign * value for value in found.jump.interval)
-        )
-        size = difference(metric, abs(found.jump.change), plus=False)
-        yield f"Most of that is a jump between two neighbouring sizes, {start} and {end}: {size} {ends}."
-    if found.level_until is not None:
-        edge = place(report.axis, 10**found.level_until.edge)
-        yield f"Up to {edge} it stays on {level(found.level_until, is_best=not is_better)}."
-    if found.level_from is not None:
-        edge = place(report.axis, 10**found.level_from.edge)
+    if form.jump is not None:
+        start, end = (place(report.axis, 10**x) for x in (form.jump.start, form.jump.end))
+        size = _size(metric, form.jump.change, form.jump.interval, report.limits)
+        yield f"Most of that is a jump between two neighbouring sizes, {start} and {end}: {size}."
+    if form.level_until is not None:
+        edge = place(report.axis, 10**form.level_until.edge)
+        yield f"Up to {edge} it stays on {level(form.level_until, is_best=not is_better)}."
+    if form.level_from is not None:
+        edge = place(report.axis, 10**form.level_from.edge)
         verb = "saturates, on" if is_better else "stays on"
-        yield f"From {edge} on it {verb} {level(found.level_from, is_best=is_better)}."
+        yield f"From {edge} on it {verb} {level(form.level_from, is_best=is_better)}."
 
 
 def _chance(one: Judged, report: Report, what: str) -> str:
     """How often chance alone would do as much."""
-    found = one.verdict
-    assert found.p is not None and found.p_adjusted is not None
-    tasks = _num_tested(one, report)
-    after = f"; {_p(found.p_adjusted)} after the correction for {tasks} tasks" if tasks > 1 else ""
-    return f"{what} would come about by chance in {_share(found.p)} of cases ({_p(found.p)}{after})."
+    verdict, tasks = one.verdict, _num_tested(one, report)
+    assert verdict.p is not None and verdict.p_adjusted is not None
+    after = f"; {_p(verdict.p_adjusted)} after the correction for {tasks} tasks" if tasks > 1 else ""
+    return f"{what} would come about by chance in {_share(verdict.p)} of cases ({_p(verdict.p)}{after})."
 
 
-def _inconclusive(one: Judged, report: Report, ends: str, least: str) -> str:
-    found, metric = one.verdict, one.series.metric
-    assert found.p is not None and found.p_adjusted is not None
-    change = f"From {ends}, {metric_name(metric)} may change by anything {between(metric, found.interval)}"
-    tasks = _num_tested(one, report)
-    if found.alone in DIRECTED:
+def _inconclusive(one: Judged, report: Report, change: str, least: str) -> str:
+    verdict, metric = one.verdict, one.series.metric
+    assert verdict.p is not None and verdict.p_adjusted is not None
+    if verdict.alone in DIRECTED:
         return (
-            f"By itself one would say that it {plain(found.alone)} ({_p(found.p)}). But with {tasks} tasks some "
-            f"look like that by chance, and after the correction for their number it is {_p(found.p_adjusted)}, not "
-            f"below {report.limits.alpha:g}. {change}."
+            f"By itself one would say that it {_VERBS[verdict.alone]} ({_p(verdict.p)}). But with "
+            f"{_num_tested(one, report)} tasks some look like that by chance, and after the correction for their "
+            f"number it is {_p(verdict.p_adjusted)}, not below {report.limits.alpha:g}. {change}."
         )
-    if found.p_adjusted < report.limits.alpha:
-        return f"There is a trend ({_p(found.p)}), but not for sure one of more than {least}. {change}."
+    if verdict.p_adjusted < report.limits.alpha:
+        return f"There is a trend ({_p(verdict.p)}), but not for sure one of more than {least}. {change}."
     scatter = ""
-    if found.jitter > report.limits.minimum_effect:
+    if verdict.jitter > report.limits.minimum_effect:
         scatter = (
-            f" Models scatter by about {difference(metric, found.jitter, plus=False)} about a smooth curve, more than "
-            "questions alone explain; that hides smaller trends."
+            f" Models scatter by about {difference(metric, verdict.jitter, plus=False)} about a smooth curve, more "
+            "than questions alone explain; that hides smaller trends."
         )
-    return (
-        f"{change}. A trend as clear as this comes about by chance in {_share(found.p)} of cases ({_p(found.p)})."
-        f"{scatter}"
-    )
+    chance = f"A trend as clear as this comes about by chance in {_share(verdict.p)} of cases ({_p(verdict.p)})."
+    return f"{change}. {chance}{scatter}"
 
 
 def _not_testable(one: Judged) -> str:
-    found = one.verdict
-    if found.sizes < 2:
+    verdict, metric = one.verdict, one.series.metric
+    if verdict.sizes < 2:
         return "There is one size only, and nothing to compare it with."
     move = {"increasing": "gets better from size to size", "decreasing": "gets worse from size to size"}.get(
-        found.description, f"goes {found.description}" if "then" in found.description else f"is {found.description}"
+        verdict.description,
+        f"goes {verdict.description}" if "then" in verdict.description else f"is {verdict.description}",
     )
-    odds = math.factorial(found.sizes) // 2
+    odds = math.factorial(verdict.sizes) // 2
     chance = "always comes in some order" if odds == 1 else f"comes about by chance in 1 of {odds} cases"
     return (
-        f"There are {found.sizes} sizes, and {MIN_SIZES} are needed: even a perfect order of {found.sizes} {chance}. "
-        f"What can be seen, and may be chance: performance {move}, and {metric_name(one.series.metric)} changes by "
-        f"{difference(one.series.metric, found.effect)} from the smallest to the largest."
+        f"There are {verdict.sizes} sizes, and {MIN_SIZES} are needed: even a perfect order of {verdict.sizes} "
+        f"{chance}. What can be seen, and may be chance: performance {move}, and {metric_name(metric)} changes by "
+        f"{difference(metric, verdict.effect)} from the smallest to the largest."
     )
 
 
@@ -261,7 +240,7 @@ def _share(p: float) -> str:
     return f"{100 * p:.0f}{PERCENT}" if p >= 0.095 else f"{100 * p:.2g}{PERCENT}"
 
 
-# ---- what stands side by side ----
+# ---- comparisons ----
 
 
 def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool) -> str:
@@ -286,14 +265,15 @@ def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool)
 
 def contamination_sentences(differences: Sequence[dict[str, Any]], metric: str, limits: Limits) -> str:
     """Official against fresh questions, for one family after the other."""
-    told = []
-    for found in differences:
-        value = found["difference"]
-        who = f"{found['family']} models" if found.get("family") else "models"
-        low, high = (difference(metric, end).removesuffix(" points") for end in found["interval"])
-        by, how = difference(metric, abs(value), plus=False), "better" if value >= 0 else "worse"
-        told.append(f"{who} do {by} {how} on the public ones ({percent_of(limits)} interval: {low} to {high})")
-    suspected = [found.get("family", "") for found in differences if found["suspected"]]
+    families = []
+    for one in differences:
+        by, how = (
+            difference(metric, abs(one["difference"]), plus=False),
+            "better" if one["difference"] >= 0 else "worse",
+        )
+        interval = _interval((difference(metric, end, unit=False) for end in one["interval"]), limits)
+        families.append(f"{one.get('family', '')} models do {by} {how} on the public ones {interval}".lstrip())
+    suspected = [one.get("family", "") for one in differences if one["suspected"]]
     verdict = "There is no sign that the public questions were part of what the models were trained on."
     if suspected:
         who = f"For {' and '.join(suspected)}: either" if len(suspected) < len(differences) else "Either"
@@ -301,36 +281,27 @@ def contamination_sentences(differences: Sequence[dict[str, Any]], metric: str, 
             f"{who} the public questions, which have been on the web since 2023, were part of what the models were "
             "trained on, or our fresh ones are harder; models trained before 2023 can tell which."
         )
-    return f"Public against fresh questions, {metric_name(metric)}, mean of all models: {'; '.join(told)}. {verdict}"
+    intro = f"Public against fresh questions, {metric_name(metric)}, mean of all models"
+    return f"{intro}: {'; '.join(families)}. {verdict}"
 
 
 def caution_sentence(caution: Caution) -> str:
+    """Two metrics or axes that disagree."""
     (one, here), (other, label) = caution.first, caution.second
     who = "" if caution.where == caution.task else f"{caution.where.removeprefix(caution.task).strip(' ()')}: "
     if caution.metric:
         return (
-            f"{who}the axis matters. Along {axis_name(one)}, {metric_name(caution.metric)} {_verb(here)}; along "
-            f"{axis_name(other)}, it {_verb(label)}."
+            f"{who}the axis matters. Along {axis_name(one)}, {metric_name(caution.metric)} {_VERBS[here]}; along "
+            f"{axis_name(other)}, it {_VERBS[label]}."
         )
     return (
-        f"{who}the metric matters. By {metric_name(one)} performance {_verb(here)}, by {metric_name(other)} it "
-        f"{_verb(label)}."
+        f"{who}the metric matters. By {metric_name(one)} performance {_VERBS[here]}, by {metric_name(other)} it "
+        f"{_VERBS[label]}."
     )
-
-
-def _verb(label: str) -> str:
-    return {"inconclusive": "shows nothing for sure", "not-testable": "has too few sizes"}.get(label, plain(label))
 
 
 def flag_sentence(kind: str, names: str) -> str:
     """A flag of ``series.flags_of``, with the models it is about and what it means."""
-    most = f"{100 * CONSTANT_SHARE:g}{PERCENT}"
-    told = {
-        "nearly always the same answer": f"one and the same answer to more than {most} of the questions, so what "
-        "it scores says nothing about the task",
-        "exactly what a constant answer scores": "scores exactly what a model would that always gives the same answer",
-        "hardly any probability on the classes": "all answers to choose from together have less than "
-        f"{100 * LOW_COVERAGE:g}{PERCENT} of its probability: left to itself it would have written something else",
-        "every model is at chance": "every model does about as well as guessing; the task may be beyond all of them",
-    }
-    return ": ".join(filter(None, (names, told.get(kind, kind)))) + "."
+    limits = {"most": f"{100 * CONSTANT_SHARE:g}{PERCENT}", "least": f"{100 * LOW_COVERAGE:g}{PERCENT}"}
+    meaning = _TERMS["flags"].get(kind, kind).format(**limits)
+    return ": ".join(filter(None, (names, meaning))) + "."
