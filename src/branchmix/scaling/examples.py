@@ -30,11 +30,11 @@ class Example:
     classes: tuple[str, ...] = ()
     """What the model chooses from, each with the space that stands before it; none for sequence probability."""
     answer_index: int = 0
-    """Of the right class."""
+    """Place of the right class."""
     completion: str = ""
     """Sequence probability: the right text."""
     round: int | None = None
-    """Of the prize, in which the example was submitted; 0 for generated ones."""
+    """Round of the prize in which the example was submitted; 0 for generated ones."""
     part: int | None = None
     template: str | None = None
     """What examples have in common that were made from one template: they are no independent evidence."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from branchmix.scaling.examples import Example, Metric
 
@@ -39,8 +38,7 @@ class Mean:
 
     value: float
     stderr: float | None
-    """Of the mean: sample standard deviation / sqrt(n), for accuracy a that is sqrt(a (1 - a) / (n - 1)); None for
-    one example."""
+    """Sample standard deviation / sqrt(n); sqrt(a (1 - a) / (n - 1)) for an accuracy a; None for one example."""
     n: int
 
 
@@ -67,10 +65,6 @@ class Summary:
     chance: dict[str, float] = field(default_factory=dict)
     """Accuracy and loss of equal probabilities for all classes."""
     flags: tuple[Flag, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def classification(logprobs: Sequence[float], answer_index: int) -> Score:
@@ -160,19 +154,21 @@ def _shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, flo
 
 
 def _flags(means: dict[str, Mean], baselines: dict[str, float], predictions: dict[str, float]) -> tuple[Flag, ...]:
-    found = []
     accuracy = means["accuracy"]
-    for name, share in predictions.items():
-        if share > CONSTANT_SHARE:
-            found.append(Flag("constant", f"predicts {name!r} for {share:.1%} of the examples"))
-    for name, baseline in baselines.items():
-        if abs(accuracy.value - baseline) < 0.5 / accuracy.n:
-            words = f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}"
-            found.append(Flag("baseline", words))
+    flags = [
+        Flag("constant", f"predicts {name!r} for {share:.1%} of the examples")
+        for name, share in predictions.items()
+        if share > CONSTANT_SHARE
+    ]
+    flags += [
+        Flag("baseline", f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}")
+        for name, baseline in baselines.items()
+        if abs(accuracy.value - baseline) < 0.5 / accuracy.n
+    ]
     if "coverage" in means and means["coverage"].value < LOW_COVERAGE:
         words = f"gives the classes only {means['coverage'].value:.2%} of the probability: it would say something else"
-        found.append(Flag("coverage", words))
-    return tuple(found)
+        flags.append(Flag("coverage", words))
+    return tuple(flags)
 
 
 def _logsumexp(values: Sequence[float]) -> float:

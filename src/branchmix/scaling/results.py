@@ -7,13 +7,13 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.folder import write_text
 from branchmix.scaling.examples import Example
-from branchmix.scaling.family import Subject, axes_of
+from branchmix.scaling.family import Subject
 from branchmix.scaling.metrics import Score, Summary
 from branchmix.scaling.selection import Selected
 from branchmix.scaling.trends.examples import FIELDS
@@ -94,9 +94,9 @@ def write_results(out: Path, run: ScalingRun) -> None:
 
 def table(run: ScalingRun) -> str:
     """The csv table that ``branchmix scaling trends`` reads."""
-    extra = axes_of(run.subjects)
+    further = dict.fromkeys(axis for subject in run.subjects for axis in subject.axes)
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*_COLUMNS, *_MORE, *extra], restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, [*_COLUMNS, *_MORE, *further], restval="", lineterminator="\n")
     writer.writeheader()
     for result in run.results:
         for row in _rows(result):
@@ -128,8 +128,9 @@ def _rows(result: TaskResult) -> Iterator[dict[str, Any]]:
                 "constant_share": max(summary.predictions.values()),
                 "constant_baselines": "|".join(map(str, summary.baselines.values())),
                 "coverage": coverage.value if coverage is not None else None,
+                "chance": summary.chance.get(metric),
             }
-        yield {**row, "chance": summary.chance.get(metric) if metric == "accuracy" else None}
+        yield row
 
 
 def example_lines(result: TaskResult) -> Iterator[dict[str, Any]]:
@@ -158,17 +159,14 @@ def _examples_file(out: Path, result: TaskResult) -> Path:
 
 
 def _model(subject: Subject) -> dict[str, Any]:
+    counted = ("params", "active_params", "tokens", "flops", "forward_flops_per_token")
     return {
         "name": subject.name,
         "family": subject.family,
         "seed": subject.seed or None,
         "model": subject.found.given,
         "revision": subject.found.revision,
-        "params": subject.params,
-        "active_params": subject.active_params,
-        "tokens": subject.tokens,
-        "flops": subject.flops,
-        "forward_flops_per_token": subject.forward_flops_per_token,
+        **{name: getattr(subject, name) for name in counted},
         "training": list(subject.training),
         **({"axes": subject.axes} if subject.axes else {}),
     }
@@ -176,7 +174,7 @@ def _model(subject: Subject) -> dict[str, Any]:
 
 def _result(result: TaskResult) -> dict[str, Any]:
     subject, selected, summary = result.subject, result.selected, result.summary
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "model": subject.name,
         "family": subject.family,
         "seed": subject.seed or None,
@@ -193,11 +191,15 @@ def _result(result: TaskResult) -> dict[str, Any]:
         "merged": result.merged,
     }
     if summary is not None:
-        parts = summary.as_dict()
-        found |= {"metrics": parts["means"], **{key: parts[key] for key in ("baselines", "predictions", "chance")}}
-        found["flags"] = [flag["words"] for flag in parts["flags"]]
+        content |= {
+            "metrics": {name: asdict(mean) for name, mean in summary.means.items()},
+            "baselines": summary.baselines,
+            "predictions": summary.predictions,
+            "chance": summary.chance,
+            "flags": [flag.words for flag in summary.flags],
+        }
     rate = len(result.scored) / result.seconds if result.seconds else None
-    return found | {
+    return content | {
         "dtype": result.facts["dtype"],
         "bos": {"policy": result.facts["bos"], "tokens": result.facts["bos_tokens"]},
         "seconds": round(result.seconds, 3),

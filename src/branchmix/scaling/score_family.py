@@ -20,10 +20,10 @@ from branchmix.likelihood.records import FILE, Journal, key_of, model_hash
 from branchmix.scaling.family import FamilyFile, Subject, subjects
 from branchmix.scaling.metrics import score, summarise
 from branchmix.scaling.results import Answer, ScalingRun, TaskResult, write_results
+from branchmix.scaling.scoring.plan import BATCH_TOKENS
 from branchmix.scaling.scoring.tokens import Bos, Question, encode_questions
 from branchmix.scaling.selection import Selected, select
 
-BATCH_TOKENS = 2048
 _AT_ONCE = 2048
 """Questions that are searched together for what they share."""
 Progress = Callable[[str, int, int], None]

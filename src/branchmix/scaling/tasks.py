@@ -16,10 +16,8 @@ from pydantic import Field, field_validator
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.names import is_file_name
 from branchmix.errors import DataError, RecipeError
-from branchmix.scaling.examples import Example, Metric, load_examples
+from branchmix.scaling.examples import Metric
 from branchmix.settings import Settings, parse, read_yaml
-
-__all__ = ["CAUSES", "TASKS", "Example", "Task", "UserTask", "choose", "data_file", "load_examples"]
 
 Cause = Literal["strong prior", "unwanted imitation", "distractor", "spurious few-shot"]
 CAUSES: dict[Cause, str] = {
@@ -41,9 +39,9 @@ class Task:
     """Two sentences: what it tests, and why larger models may fail."""
     cause: str | None = None
     round: int | None = None
-    """Of the prize, in which the released version was submitted."""
+    """Round of the prize in which the released version was submitted."""
     stem: str | None = None
-    """Of the file's name in the release."""
+    """The file's name in the release, without its ending."""
     num_examples: int | None = None
     bytes: int | None = None
     sha256: str | None = None
@@ -101,11 +99,11 @@ class UserTask(Settings):
             RecipeError: the file is missing, no YAML, or does not make sense.
             DataError: its ``data`` is no ``.jsonl`` or ``.csv`` file that is there.
         """
-        found: UserTask = parse(cls, read_yaml(path), str(path))
-        data = path.parent / found.data
+        task: UserTask = parse(cls, read_yaml(path), str(path))
+        data = path.parent / task.data
         if data.suffix.lower() not in (".jsonl", ".csv") or not os.path.isfile(data):  # noqa: PTH113 (that of pathlib raises for long names)
             raise DataError(f"{path}: data: {data} is no .jsonl or .csv file that is there")
-        return Task(found.name, found.metric, found.description, found.cause), data
+        return Task(task.name, task.metric, task.description, task.cause), data
 
 
 def choose(names: str) -> list[Task]:
@@ -133,8 +131,7 @@ def data_file(folder: Path, task: Task) -> Path:
     Raises:
         DataError: it has neither.
     """
-    places = [folder / task.file, (folder / task.file).with_suffix(".csv")]
-    for place in places:
+    for place in (folder / task.file, (folder / task.file).with_suffix(".csv")):
         if place.is_file():
             return place
     raise DataError(f"{folder}: has no {task.file}: `branchmix scaling data fetch` or `data make` puts it there")

@@ -6,18 +6,18 @@ Each module makes one task: ``make(random, number)`` gives an example, whose num
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from random import Random
 
-from branchmix.checkpoint.folder import write_text
+from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling.examples import Example, jsonl
 from branchmix.scaling.fewshot import fewshot
 from branchmix.scaling.generate import modus_tollens
+from branchmix.scaling.official import check
 from branchmix.scaling.tasks import TASKS, Task
 
 GENERATED_ROUND = 0
@@ -66,7 +66,10 @@ def make_data(
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file: choose a folder")
     for task in tasks:
-        _require_replaceable(folder / task.file, task, force=force)
+        path = folder / task.file
+        require_new_file(path, force=force)
+        if path.exists() and check(path, task).state == "ok":
+            raise OutputError(f"{path}: is the official file, which is not replaced: choose another folder")
     for task in tasks:
         path = folder / task.file
         examples = make_examples(task, seed=seed, num_examples=num_examples, shots=shots, controls=controls)
@@ -112,12 +115,3 @@ def _new(make: Callable[[Random, int], Example], seed: str, number: int, prompts
         if example.prompt not in prompts and not nested:
             return example
     raise RecipeError(f"--num: there are no more than {len(prompts)} different examples of {seed.split('/')[0]}")
-
-
-def _require_replaceable(path: Path, task: Task, *, force: bool) -> None:
-    if not path.exists():
-        return
-    if not force:
-        raise OutputError(f"{path}: exists already: choose another folder, or --force to replace it")
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == task.sha256:
-        raise OutputError(f"{path}: is the official file, which is not replaced: choose another folder")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 from branchmix.scaling.scoring.tokens import Encoded
 
+BATCH_TOKENS = 2048
+"""Tokens of a forward pass, padding included."""
 PASS_OVERHEAD = 24
 """A forward pass costs about as much as so many tokens more: it reads all weights."""
 _DEEPEST = 100
@@ -28,7 +30,7 @@ class Target:
     option: int
     token: int
     place: int
-    """Of the input among the row's, or the branch's, own tokens."""
+    """Place of that input token among the row's, or the branch's, own tokens."""
 
 
 @dataclass(frozen=True)

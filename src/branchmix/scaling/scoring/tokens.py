@@ -39,18 +39,18 @@ class Encoded:
 
     @property
     def num_tokens(self) -> int:
-        """Of the longest input that a model would see: the last token is only predicted."""
+        """Length of the longest input that a model would see: the last token is only predicted."""
         return len(self.context) + max(map(len, self.options), default=1) - 1
 
 
 @dataclass(frozen=True)
 class Bos:
-    """What stands before every prompt."""
+    """What comes before every prompt."""
 
     policy: BosPolicy
     tokens: tuple[int, ...]
     text: str | None
-    """Of BOS: a prompt that begins with it gets no second one."""
+    """BOS as text: a prompt that begins with it gets no second one."""
     alone: int | None
     """What predicts the first token where there is neither prompt nor BOS."""
 
@@ -98,13 +98,13 @@ def encode_questions(
         wholes += [context + spaces + option for option in question.options]
     context_tokens = iter(encode(tokenizer, contexts))
     whole_tokens = iter(encode(tokenizer, wholes))
-    found = []
+    encoded = []
     for question in questions:
         before = bos.before(question.prompt)
         start = before + tuple(map(int, next(context_tokens)))
         whole = [before + tuple(map(int, next(whole_tokens))) for _ in question.options]
-        found.append(_split(start, whole, bos, max_positions))
-    return found
+        encoded.append(_split(start, whole, bos, max_positions))
+    return encoded
 
 
 def _split(context: tuple[int, ...], wholes: list[tuple[int, ...]], bos: Bos, max_positions: int | None) -> Encoded:

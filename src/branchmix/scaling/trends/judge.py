@@ -13,20 +13,8 @@ from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
 from branchmix.scaling.tasks import TASKS
 from branchmix.scaling.trends.fit import Curve, curve
-from branchmix.scaling.trends.multiple import (
-    Correction,
-    compare_families,
-    contamination,
-    disagreements,
-    judge_together,
-)
-from branchmix.scaling.trends.series import (
-    NOT_JUDGED,
-    Series,
-    all_series,
-    flags_of,
-    is_lower_better,
-)
+from branchmix.scaling.trends.multiple import Correction, compare_families, contamination, disagreements, judge_together
+from branchmix.scaling.trends.series import NOT_JUDGED, Series, all_series, flags_of, is_lower_better
 from branchmix.scaling.trends.table import AXES, DATA, SHARES, Table, is_any_of, read_table
 from branchmix.scaling.trends.verdict import Evidence, Label, Limits, Verdict
 
@@ -137,17 +125,8 @@ def trends_by_axis(
 ) -> list[Report]:
     """Judge every metric of every task of a csv table, or of a folder with `results.csv` and scores of examples.
 
-    Returns:
-        A report along ``axis``, and one along every other axis known by name that has a value for every model.
-
-    Args:
-        path: the table or folder.
-        axis: training FLOPs unless said otherwise, or the first column that has a value for every model.
-        metrics: those to judge; all if there are none.
-        limits: significance level and smallest effect.
-        correction: for several tasks.
-        lower_is_better: metrics, beside those known, of which less is better.
-        tell: called with step, done, total.
+    The first report is along ``axis``: training FLOPs if None, or the first column that has a value for every model.
+    Then follow those along every other axis known by name that has a value for every model.
 
     Raises:
         DataError: the table cannot be read, or there is no such axis or metric.
@@ -156,9 +135,11 @@ def trends_by_axis(
     table = read_table(path)
     notes: list[str] = []
     axis = table.choose_axis(axis, notes)
-    wanted = _metrics(table, metrics)
-    named = tuple(metric.lower() for metric in lower_is_better)
-    _check_metrics(table, named)
+    there = list(dict.fromkeys(row.metric for row in table.rows))
+    wanted = _known(table, there, metrics) or [metric for metric in there if metric not in NOT_JUDGED]
+    if not wanted:
+        raise DataError(f"{table.path}: has only {', '.join(there)}, which is no performance: name a metric to judge")
+    named = tuple(_known(table, there, lower_is_better))
     for metric in wanted:
         if not is_lower_better(metric, named) and not is_any_of(metric, SHARES):
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
@@ -207,35 +188,26 @@ def cause_of(series: Series) -> str:
     return next((row.cause for row in series.rows if row.cause), (task.cause or "") if task else "")
 
 
-def _metrics(table: Table, asked: Sequence[str]) -> list[str]:
-    there = list(dict.fromkeys(row.metric for row in table.rows))
-    _check_metrics(table, asked)
-    chosen = [metric.lower() for metric in asked] or [metric for metric in there if metric not in NOT_JUDGED]
-    if not chosen:
-        raise DataError(f"{table.path}: has only {', '.join(there)}, which is no performance: name a metric to judge")
-    return list(dict.fromkeys(chosen))
-
-
-def _check_metrics(table: Table, asked: Sequence[str]) -> None:
-    there = list(dict.fromkeys(row.metric for row in table.rows))
+def _known(table: Table, there: list[str], asked: Sequence[str]) -> list[str]:
     for metric in asked:
         if metric.lower() not in there:
             hint = nearest(metric.lower(), there)
             raise DataError(f"{table.path}: there is no metric {metric!r}{hint}; metrics: {', '.join(there)}")
+    return list(dict.fromkeys(metric.lower() for metric in asked))
 
 
 def _judge(evidence: Mapping[Series, Evidence], limits: Limits, correction: Correction) -> list[Judged]:
     """All curves; tasks of one metric, family and kind of data share the correction."""
-    groups: dict[tuple[str, str, str], dict[str, Series]] = {}
+    groups: dict[tuple[str, str, str], dict[str, Evidence]] = {}
     for one in evidence:
-        groups.setdefault((one.metric, one.family, one.data), {})[one.task] = one
-    verdicts: dict[Series, Verdict] = {}
-    for tasks in groups.values():
-        together = {task: evidence[one] for task, one in tasks.items()}
-        for task, verdict in judge_together(together, correction=correction, limits=limits).items():
-            verdict.flags = flags_of(tasks[task])
-            verdicts[tasks[task]] = verdict
-    return [Judged(one, of_one.curve, verdicts[one]) for one, of_one in evidence.items()]
+        groups.setdefault((one.metric, one.family, one.data), {})[one.task] = evidence[one]
+    verdicts = {key: judge_together(tasks, correction=correction, limits=limits) for key, tasks in groups.items()}
+    judged = []
+    for one in evidence:
+        verdict = verdicts[one.metric, one.family, one.data][one.task]
+        verdict.flags = flags_of(one)
+        judged.append(Judged(one, evidence[one].curve, verdict))
+    return judged
 
 
 def _interactions(
