@@ -7,7 +7,7 @@ file says the tokens, and FLOPs follow by the exact accounting.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class Subject:
     axes: dict[str, float]
     notes: tuple[str, ...] = ()
     """What could not be filled in, and why."""
-    training: tuple[dict[str, Any], ...] = field(default=())
+    training: tuple[dict[str, Any], ...] = ()
     """The trainings on record that tokens and FLOPs are the sum of; empty where the file says them."""
 
     @property

@@ -26,7 +26,7 @@ def make(random: Random, number: int) -> Example:
 
 
 def solve(example: Example) -> int:
-    """The option that stands only once in the prompt."""
+    """The option that is in the prompt only once."""
     options = [line[3:] for line in example.prompt.splitlines() if line[:3] in ("A. ", "B. ")]
     once = [example.prompt.count(option) == 1 for option in options]
     assert sorted(once) == [False, True], example.prompt

@@ -27,7 +27,7 @@ def make(random: Random, number: int) -> Example:
 
 
 def solve(example: Example) -> int:
-    """The symbol that does not go on alternating, and the row is one short of what was asked for."""
+    """The symbol that stops alternating; the row must be one short of what was asked for."""
     header, _, rest = example.prompt.partition("\n")
     row = re.split(r"[,;]?\s|[,;]$", rest.strip() + " ")
     row = [symbol for symbol in row if symbol]

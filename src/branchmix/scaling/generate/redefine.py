@@ -86,7 +86,7 @@ _KINDS = (_constant, _amount, _sign, _numeral, _text, _colour)
 
 
 def solve(example: Example) -> int:
-    """By what stands in the prompt: its numbers, signs and quotes, whatever the wording."""
+    """From the prompt's numbers, signs and quotes, whatever the wording."""
     prompt = example.prompt
     words = re.findall(r"[a-z]+", prompt)
     right: object

@@ -58,7 +58,7 @@ def _capital(random: Random) -> _Made:
 
 
 def solve(example: Example) -> int:
-    """The class that goes on with the line as it was given; the shots must be exact copies."""
+    """The class that continues the line as given; the shots must be exact copies."""
     *shots, last = [block.splitlines() for block in example.prompt.split("\n\n")[1:]]
     for given, copy in shots:
         assert given.split(": ", 1)[1] == copy.split(": ", 1)[1]

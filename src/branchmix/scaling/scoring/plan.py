@@ -2,7 +2,7 @@
 
 Pure: tokens in, a plan out. A ``Trunk`` is a beginning that many prompts share, whose keys and values are kept. A
 ``Row`` is what a forward pass computes of one prompt after the trunk; its options' further tokens are ``branches`` of
-it. Rows without branches may be padded on the right; those with branches stand in batches of equal length, so that no
+it. Rows without branches may be padded on the right; those with branches are in batches of equal length, so that no
 cache ever holds padding and no model needs a mask.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from branchmix.scaling.scoring.tokens import Encoded
 
@@ -80,10 +81,10 @@ def plan(questions: Sequence[Encoded], *, share: bool = True) -> list[Trunk]:
 
 def _by_input(question: Encoded) -> dict[tuple[int, ...], list[int]]:
     """Options by all their tokens but the last: those of one key are read off one pass."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    by_input: dict[tuple[int, ...], list[int]] = {}
     for number, option in enumerate(question.options):
-        found.setdefault(option[:-1], []).append(number)
-    return found
+        by_input.setdefault(option[:-1], []).append(number)
+    return by_input
 
 
 def _separate(number: int, question: Encoded) -> list[Row]:
@@ -103,7 +104,7 @@ def _together(number: int, question: Encoded) -> Row:
     by_input = _by_input(question)
     longer = [fed for fed in by_input if fed]
     first = tuple(Target(o, option[0], last) for o, option in enumerate(question.options))
-    if len(longer) < 2:  # nothing to share: it goes on with the row
+    if len(longer) < 2:  # nothing to share: the row continues with it
         fed = longer[0] if longer else ()
         more = tuple(
             Target(o, token, last + 1 + n)
@@ -131,38 +132,27 @@ def _trunks(rows: list[Row]) -> list[tuple[int, list[Row]]]:
 def _cheapest(rows: list[Row], forks: int) -> tuple[float, list[tuple[int, list[Row]]]]:
     """Cost in tokens of rows that fork off ``forks`` times before, and their groups; a trunk of 0 tokens is none.
 
-    Either the rows get one trunk as long as what they share, or each part that goes on alike decides for itself.
+    Either all rows get one trunk, as long as what they share, or each part that continues alike decides for itself.
     """
-    own = float(sum(len(row.tokens) for row in rows))
-    apart = (own, [(0, rows)])
+    best = (float(sum(len(row.tokens) for row in rows)), [(0, rows)])
     if len(rows) < 2:
-        return apart
+        return best
     shared = _shared(rows[0].tokens, rows[-1].tokens)  # sorted: what first and last share, all share
     shared = min(shared, min(row.targets[0].place for row in rows))  # each row predicts its own
-    best = apart
     together = shared + sum(len(row.tokens) - shared for row in rows) + 2.0 * PASS_OVERHEAD
     if shared and together < best[0]:
         best = (together, [(shared, rows)])
-    if forks == _DEEPEST or any(len(row.tokens) == shared for row in rows[:1]):
+    if forks == _DEEPEST or len(rows[0].tokens) == shared:
         return best
     cost, groups = 0.0, []
-    for part in _parts(rows, shared):
-        if len(part) == len(rows):
-            return best
-        found = _cheapest(part, forks + 1)
-        cost += found[0]
-        groups += found[1]
+    parts = [list(part) for _, part in groupby(rows, key=lambda row: row.tokens[shared : shared + 1])]
+    if len(parts) == 1:
+        return best
+    for part in parts:
+        part_cost, part_groups = _cheapest(part, forks + 1)
+        cost += part_cost
+        groups += part_groups
     return (cost, groups) if cost < best[0] else best
-
-
-def _parts(rows: list[Row], place: int) -> Iterator[list[Row]]:
-    part: list[Row] = []
-    for row in rows:
-        if part and row.tokens[place : place + 1] != part[0].tokens[place : place + 1]:
-            yield part
-            part = []
-        part.append(row)
-    yield part
 
 
 def _shared(first: tuple[int, ...], second: tuple[int, ...]) -> int:

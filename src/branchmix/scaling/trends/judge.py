@@ -15,7 +15,7 @@ from branchmix.scaling.tasks import TASKS
 from branchmix.scaling.trends.fit import Curve, curve
 from branchmix.scaling.trends.multiple import Correction, compare_families, contamination, disagreements, judge_together
 from branchmix.scaling.trends.series import NOT_JUDGED, Series, all_series, flags_of, is_lower_better
-from branchmix.scaling.trends.table import AXES, DATA, SHARES, Table, is_any_of, read_table
+from branchmix.scaling.trends.table import AXES, DATA, Table, is_share, read_table
 from branchmix.scaling.trends.verdict import Evidence, Label, Limits, Verdict
 
 
@@ -141,7 +141,7 @@ def trends_by_axis(
         raise DataError(f"{table.path}: has only {', '.join(there)}, which is no performance: name a metric to judge")
     named = tuple(_known(table, there, lower_is_better))
     for metric in wanted:
-        if not is_lower_better(metric, named) and not is_any_of(metric, SHARES):
+        if not is_lower_better(metric, named) and not is_share(metric):
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
             if max(abs(row.value) for row in table.rows if row.metric == metric) > 1:
                 notes.append(f"{metric} is not a share of 1: set --minimum-effect to the smallest change that counts")
@@ -159,7 +159,7 @@ def trends_by_axis(
                 lower_is_better=one.lower_is_better,
                 paired=one.deviations_BN is not None,
                 limits=limits,
-                largest=1.0 if is_any_of(one.metric, SHARES) else math.inf,
+                largest=1.0 if is_share(one.metric) else math.inf,
             )
             done += 1
             if tell is not None:

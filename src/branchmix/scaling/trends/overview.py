@@ -16,7 +16,7 @@ from branchmix.scaling.examples import Example
 from branchmix.scaling.tasks import CAUSES, TASKS
 from branchmix.scaling.trends.judge import Judged, Report, cause_of
 from branchmix.scaling.trends.series import Series
-from branchmix.scaling.trends.table import DATA
+from branchmix.scaling.trends.table import DATA, is_share
 from branchmix.scaling.trends.verdict import WORDS
 
 
@@ -39,6 +39,10 @@ class Panel:
     @property
     def lower_is_better(self) -> bool:
         return self.curves[0].series.lower_is_better
+
+    @property
+    def is_share(self) -> bool:
+        return is_share(self.metric)
 
     @property
     def official(self) -> Panel:

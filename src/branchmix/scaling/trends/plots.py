@@ -175,14 +175,13 @@ def _frame(axes: Any, panel: Panel, ink: str, *, is_small: bool = False) -> tupl
         if place - ticks[-1] > least and (place == x[-1] or x[-1] - place > least):
             ticks.append(place)
     axes.set_xticks(ticks, [sentences.axis_value(panel.axis, 10**tick) for tick in ticks])
-    is_share = sentences.is_share(panel.metric)
-    low, high = (-0.03, 1.03) if is_share and is_small else _value_range(panel)
+    low, high = (-0.03, 1.03) if panel.is_share and is_small else _value_range(panel)
     axes.set_ylim(*((high, low) if panel.lower_is_better else (low, high)))
-    if is_share and is_small:
+    if panel.is_share and is_small:
         axes.set_yticks([0, 0.5, 1])
     else:
         axes.locator_params(axis="y", nbins=3 if is_small else 6)
-    if is_share:
+    if panel.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=sentences.PERCENT))
     axes.grid(axis="y", color=ink, alpha=0.15, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -212,11 +211,10 @@ def _value_range(panel: Panel) -> tuple[float, float]:
         reach_K = np.minimum(outer_K, np.maximum(inner_K, 0.5 * np.ptp(one.curve.y_K)))
         values += [*(one.curve.y_K - reach_K), *(one.curve.y_K + reach_K), *one.series.y]
     low, high = min(values), max(values)
-    is_share = sentences.is_share(panel.metric)
-    least = _LEAST_SPAN if is_share else 0.05 * max(abs(low), abs(high), 1e-9)
+    least = _LEAST_SPAN if panel.is_share else 0.05 * max(abs(low), abs(high), 1e-9)
     wider = max(0.0, least - (high - low)) / 2 + 0.04 * max(least, high - low)
     low, high = low - wider, high + wider
-    return (max(low, -0.01), min(high, 1.01)) if is_share else (low, high)
+    return (max(low, -0.01), min(high, 1.01)) if panel.is_share else (low, high)
 
 
 def _curve(axes: Any, panel: Panel, one: Judged, colour: str, *, shift: float = 0.0, is_small: bool = False) -> Any:
@@ -251,7 +249,7 @@ def _curve(axes: Any, panel: Panel, one: Judged, colour: str, *, shift: float = 
 def _title(panel: Panel, one: Judged, members: Sequence[Row], value: float, half: float) -> str:
     """What the mouse reads at a point."""
     low, high = value - half, value + half
-    if sentences.is_share(panel.metric):
+    if panel.is_share:
         low, high = max(low, 0.0), min(high, 1.0)
     name = panel.names[list(panel.curves).index(one)]
     runs = f", mean of {len(members)} runs" if len(members) > 1 else ""

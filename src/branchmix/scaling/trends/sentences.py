@@ -14,7 +14,7 @@ from branchmix.pages.numbers import human_count
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.forms import Level
 from branchmix.scaling.trends.judge import Caution, Judged, Report
-from branchmix.scaling.trends.table import DATA, SHARES, is_any_of
+from branchmix.scaling.trends.table import DATA, is_share
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, Interval, Limits
 from branchmix.settings import read_yaml
 
@@ -62,11 +62,6 @@ def metric_words(metric: str, *, lower_is_better: bool) -> str:
 
 def axis_words(axis: str) -> str:
     return str(AXES[axis]["meaning"]) if axis in AXES else "a column of the table."
-
-
-def is_share(metric: str) -> bool:
-    """Whether values are shares of 1, which read better as percent."""
-    return is_any_of(metric, SHARES)
 
 
 def shown(metric: str, value: float) -> str:

@@ -37,9 +37,14 @@ SHARES = (*COUNTED, "f1", "mc1", "mc2")
 
 
 def is_any_of(metric: str, words: Sequence[str]) -> bool:
-    """Whether a metric has one of these names: by itself, after `_`, or with a filter of lm-eval (`acc,none`)."""
+    """Whether a metric has one of these names: alone, after `_`, or with a filter of lm-eval (`acc,none`)."""
     name = metric.partition(",")[0]
     return any(name == word or name.endswith(f"_{word}") for word in words)
+
+
+def is_share(metric: str) -> bool:
+    """Whether values are between 0 and 1."""
+    return is_any_of(metric, SHARES)
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
     value = _parsed(where, "value", cell["value"])
     if value is None:
         raise DataError(f"{where}: the value is empty: leave the row out if there is no result")
-    if is_any_of(metric, SHARES) and not 0 <= value <= 1:
+    if is_share(metric) and not 0 <= value <= 1:
         raise DataError(f"{where}: {metric} is {cell['value']}: write a share of 1, such as 0.53, not percent")
     numbers = {name: _parsed(where, name, cell.get(name, "")) for name in ("n", "stderr", *_FLAG_NUMBERS)}
     size, stderr = numbers.pop("n"), numbers.pop("stderr")
