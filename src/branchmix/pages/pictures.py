@@ -51,7 +51,8 @@ def svg(draw: Draw, name: str, label: str) -> str:
 
     with matplotlib.rc_context({**_RC, "svg.fonttype": "none", "svg.hashsalt": name}):
         file = io.StringIO()
-        draw(INK).savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure = draw(INK)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = _with_titles(file.getvalue())
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--back)")
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|\n\s*(?=<)", "", text, flags=re.DOTALL)
@@ -59,9 +60,14 @@ def svg(draw: Draw, name: str, label: str) -> str:
     text = re.sub(r'(id=")', rf"\g<1>{name}-", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     text = text.replace("'DejaVu Sans'", "system-ui")
-    return re.sub(r'<svg [^>]*?width="[^"]*" height="[^"]*"', lambda tag: _opening(tag[0], label), text, count=1)
+    width, height = 72 * figure.get_size_inches()
+    role = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
+    # No size of its own: pages find the width that it was drawn for in ``--drawn``.
+    opening = f'{_OPENING} viewBox="0 0 {width:g} {height:g}" style="--drawn: {width:g}pt" {role}>'
+    return re.sub(r"<svg [^>]*>", lambda _: opening, text, count=1)
 
 
+_OPENING = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 _TITLE = "title: "
 
 
@@ -72,15 +78,6 @@ def set_title(artist: Any, text: str) -> None:
 
 def _with_titles(svg: str) -> str:
     return re.sub(rf"<g id=([\"']){_TITLE}(.*?)\1>", r"<g><title>\2</title>", svg, flags=re.DOTALL)
-
-
-def _opening(tag: str, label: str) -> str:
-    """The tag without a size of its own; pages find the width that it was drawn for in ``--drawn``."""
-    width = re.search(r' width="([^"]*)"', tag)
-    assert width is not None
-    tag = re.sub(r' (width|height)="[^"]*"', "", tag)
-    role = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
-    return f'{tag} style="--drawn: {width[1]}" {role}'
 
 
 def png(draw: Draw, file: Path) -> Path:

@@ -17,7 +17,7 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     name: str = ""
-    """Of its file."""
+    """Name of its file, without ending."""
     title: str = ""
     note: str = ""
     bold: set[tuple[int, int]] = field(default_factory=set)

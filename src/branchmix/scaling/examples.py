@@ -28,7 +28,7 @@ class Example:
 
     prompt: str
     classes: tuple[str, ...] = ()
-    """What the model chooses from, each with the space that stands before it; none for sequence probability."""
+    """What the model chooses from, each with the space before it; none for sequence probability."""
     answer_index: int = 0
     """Place of the right class."""
     completion: str = ""
@@ -37,7 +37,7 @@ class Example:
     """Round of the prize in which the example was submitted; 0 for generated ones."""
     part: int | None = None
     template: str | None = None
-    """What examples have in common that were made from one template: they are no independent evidence."""
+    """What examples have in common that were made from one template: they are not independent evidence."""
     other_prompt: str | None = None
     """Logodds: the prompt to compare with."""
     replaced: bool = False
@@ -65,7 +65,7 @@ def load_examples(path: Path, metric: Metric) -> list[Example]:
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path}: is no UTF-8 text") from None
+        raise DataError(f"{path}: is not UTF-8 text") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     refuse_lfs_pointer(path, text[:64].encode("utf-8", "replace"), DataError)
@@ -105,9 +105,9 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{where}: is no JSON ({error})") from None
+            raise DataError(f"{where}: is not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise DataError(f"{where}: is no JSON object with keys such as prompt")
+            raise DataError(f"{where}: is not a JSON object with keys such as prompt")
         yield where, row
 
 
@@ -121,7 +121,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             # Absent, as in jsonl: csv has no other way to say it.
             yield f"{path}, row {number}", {key: value for key, value in row.items() if value not in ("", None)}
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: is no csv ({error})") from None
+        raise DataError(f"{path}, line {rows.line_num}: is not csv ({error})") from None
 
 
 def _example(row: dict[str, Any], metric: Metric, where: str) -> Example:
@@ -167,9 +167,11 @@ def _classes(row: dict[str, Any], where: str) -> tuple[str, ...]:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise DataError(f"{where}: classes is no Python list of texts such as [' A', ' B']: {value[:60]}") from None
+            raise DataError(
+                f"{where}: classes is not a Python list of texts such as [' A', ' B']: {value[:60]}"
+            ) from None
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
-        raise DataError(f"{where}: classes is no list of texts such as [' A', ' B']")
+        raise DataError(f"{where}: classes is not a list of texts such as [' A', ' B']")
     if len(value) < 2 or len(set(map(whole_characters, value))) < len(value):
         raise DataError(f"{where}: classes must be two texts or more, all different, got {list(value)}")
     return tuple(value)
@@ -184,5 +186,5 @@ def _number(row: dict[str, Any], key: str, where: str) -> int | None:
         if isinstance(value, bool) or number != int(number):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{where}: {key} is no whole number: {value!r}") from None
+        raise DataError(f"{where}: {key} is not a whole number: {value!r}") from None
     return int(number)

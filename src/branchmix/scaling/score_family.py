@@ -46,19 +46,8 @@ def run(
 ) -> ScalingRun:
     """Score every model of a family on every task. What is on record in ``out`` is not computed again.
 
-    Args:
-        family: the models, or their YAML file.
-        tasks: ``all``, or names and YAML files of tasks, with commas.
-        data: folders of official or fresh files.
-        fresh: folders of fresh files.
-        out: folder for records and results; nothing is kept without it.
-        limit: examples of a file at most.
-        shots: other examples, with answers, before each prompt.
-        bos: ``default`` as the tokenizer does it, ``on`` or ``off``.
-        dtype: of the weights; ``auto`` as stored. Logits become fp32 before the softmax.
-        batch_tokens: of a forward pass; results differ by rounding only.
-        trust_remote_code: run code that checkpoints bring along.
-        progress: called with step, done, total.
+    The arguments are the options of ``branchmix scaling run``. Nothing is kept without ``out``; ``progress`` is called
+    with step, done, total.
 
     Raises:
         BranchMixError: one line for what is wrong with the file, a task, the data, a model or ``out``.

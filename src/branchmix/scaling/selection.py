@@ -15,7 +15,7 @@ from branchmix.scaling.official import check
 from branchmix.scaling.tasks import TASKS, Task, UserTask, choose, data_file
 
 SHOTS_SEED = 0
-"""Which examples stand before a prompt with ``--shots``: the same for every model and run."""
+"""Which examples come before a prompt with ``--shots``: the same for every model and run."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,8 @@ def select(
 ) -> tuple[list[Selected], list[str]]:
     """The examples of every task, and notes on what is not as one might think.
 
-    Args:
-        tasks: ``all``, or names and YAML files of one's own tasks, with commas. ``all`` means those whose files exist.
-        data: folders of the tasks' files; each file is official or fresh by what its examples say.
-        fresh: folders whose files must be fresh.
-        shots: other examples before each prompt, for tasks that have none by nature.
-        limit: examples of a file at most, its first ones.
+    The arguments are the options of ``branchmix scaling run``: ``all`` tasks are those whose files exist, and a file in
+    ``data`` is official or fresh by what its examples say.
 
     Raises:
         RecipeError: a task is unknown.

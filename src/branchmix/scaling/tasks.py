@@ -97,12 +97,12 @@ class UserTask(Settings):
 
         Raises:
             RecipeError: the file is missing, no YAML, or does not make sense.
-            DataError: its ``data`` is no ``.jsonl`` or ``.csv`` file that is there.
+            DataError: its ``data`` is not a ``.jsonl`` or ``.csv`` file that exists.
         """
         task: UserTask = parse(cls, read_yaml(path), str(path))
         data = path.parent / task.data
         if data.suffix.lower() not in (".jsonl", ".csv") or not os.path.isfile(data):  # noqa: PTH113 (that of pathlib raises for long names)
-            raise DataError(f"{path}: data: {data} is no .jsonl or .csv file that is there")
+            raise DataError(f"{path}: data: {data} is not a .jsonl or .csv file that exists")
         return Task(task.name, task.metric, task.description, task.cause), data
 
 

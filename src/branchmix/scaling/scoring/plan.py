@@ -73,50 +73,32 @@ def plan(questions: Sequence[Encoded], *, share: bool = True) -> list[Trunk]:
         share: without it nothing is kept from pass to pass, and each option that needs one has a row of its own.
     """
     asked = [(number, question) for number, question in enumerate(questions) if question.refused is None]
+    rows = [row for number, question in asked for row in _rows(number, question, share=share)]
     if not share:
-        return [Trunk((), [row for number, question in asked for row in _separate(number, question)])]
-    whole = sorted((_together(number, question) for number, question in asked), key=lambda row: row.tokens)
-    return [Trunk(rows[0].tokens[:length], [row.after(length) for row in rows]) for length, rows in _trunks(whole)]
+        return [Trunk((), rows)]
+    groups = _trunks(sorted(rows, key=lambda row: row.tokens))
+    return [Trunk(group[0].tokens[:length], [row.after(length) for row in group]) for length, group in groups]
 
 
-def _by_input(question: Encoded) -> dict[tuple[int, ...], list[int]]:
-    """Options by all their tokens but the last: those of one key are read off one pass."""
-    by_input: dict[tuple[int, ...], list[int]] = {}
-    for number, option in enumerate(question.options):
-        by_input.setdefault(option[:-1], []).append(number)
-    return by_input
+def _rows(number: int, question: Encoded, *, share: bool) -> list[Row]:
+    """One row, with a branch for each input that options need after the prompt if there are several.
 
-
-def _separate(number: int, question: Encoded) -> list[Row]:
+    Options that differ in their last token alone are read off one input. Without ``share`` each input has its own row.
+    """
     last = len(question.context) - 1
-    return [
-        Row(
-            number,
-            question.context + fed,
-            tuple(Target(o, token, last + n) for o in options for n, token in enumerate(question.options[o])),
-        )
-        for fed, options in _by_input(question).items()
-    ]
-
-
-def _together(number: int, question: Encoded) -> Row:
-    last = len(question.context) - 1
-    by_input = _by_input(question)
-    longer = [fed for fed in by_input if fed]
-    first = tuple(Target(o, option[0], last) for o, option in enumerate(question.options))
-    if len(longer) < 2:  # nothing to share: the row continues with it
-        fed = longer[0] if longer else ()
-        more = tuple(
-            Target(o, token, last + 1 + n)
-            for o in by_input.get(fed, ())
-            for n, token in enumerate(question.options[o][1:])
-        )
-        return Row(number, question.context + fed, first + more)
-    branches = tuple(
-        Branch(fed, tuple(Target(o, t, n) for o in by_input[fed] for n, t in enumerate(question.options[o][1:])))
-        for fed in longer
-    )
-    return Row(number, question.context, first, branches)
+    options = list(enumerate(question.options))
+    first = tuple(Target(o, option[0], last) for o, option in options)
+    branches = []
+    for fed in dict.fromkeys(option[:-1] for _, option in options if len(option) > 1):
+        targets = (Target(o, t, n) for o, option in options if option[:-1] == fed for n, t in enumerate(option[1:]))
+        branches.append(Branch(fed, tuple(targets)))
+    if share and len(branches) > 1:
+        return [Row(number, question.context, first, tuple(branches))]
+    rows: list[Row] = []
+    for branch in branches or [Branch((), ())]:
+        further = tuple(replace(target, place=target.place + last + 1) for target in branch.targets)
+        rows.append(Row(number, question.context + branch.tokens, further if rows else first + further))
+    return rows
 
 
 # ---- trunks ----

@@ -79,7 +79,7 @@ class Bos:
 
 
 def _leading(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before a text by itself."""
+    """The special tokens that the tokenizer puts before a text."""
     plain = list(encode(tokenizer, ["a"])[0])
     full = list(tokenizer(["a"], return_attention_mask=False, verbose=False)["input_ids"][0])
     start = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)

@@ -143,12 +143,15 @@ def _results(overview: Overview, entry: Entry) -> Table:
 
 def _verdicts(overview: Overview, entry: Entry) -> Table:
     """A row for each curve."""
-    rows = []
-    for report in overview.reports:
-        for metric in entry.metrics:
-            for one, name in overview.panel(entry, metric, report).named:
-                which = (sentences.axis_name(report.axis), sentences.metric_name(metric), name)
-                rows.append([", ".join(filter(None, which)), *_verdict_cells(one)])
+    rows = [
+        [
+            ", ".join(filter(None, (sentences.axis_name(report.axis), sentences.metric_name(metric), name))),
+            *_verdict_cells(one),
+        ]
+        for report in overview.reports
+        for metric in entry.metrics
+        for one, name in overview.panel(entry, metric, report).named
+    ]
     head = ["", "verdict", "change", "interval", "p", "p corrected", "sizes", "runs", "scatter of models"]
     return Table(head, rows, title=f"Verdicts on {entry.name}")
 

@@ -138,7 +138,9 @@ def trends_by_axis(
     there = list(dict.fromkeys(row.metric for row in table.rows))
     wanted = _known(table, there, metrics) or [metric for metric in there if metric not in NOT_JUDGED]
     if not wanted:
-        raise DataError(f"{table.path}: has only {', '.join(there)}, which is no performance: name a metric to judge")
+        raise DataError(
+            f"{table.path}: has only {', '.join(there)}, which does not measure performance: name a metric to judge"
+        )
     named = tuple(_known(table, there, lower_is_better))
     for metric in wanted:
         if not is_lower_better(metric, named) and not is_share(metric):
@@ -260,7 +262,7 @@ def _axis_cautions(judged: Mapping[str, Sequence[Judged]], axis: str) -> Iterato
 
 
 def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> list[str]:
-    """Runs that share a place on the axis but differ in another are no repetitions: say so."""
+    """Runs that share a place on the axis but differ in another are not repetitions: a note for that."""
     for one in series:
         for other in axes:
             if other == axis or not one.has(other):

@@ -125,7 +125,7 @@ def read_table(path: Path) -> Table:
         what = f"has no {FILE}" if folder else "there is no such file"
         raise DataError(f"{path}: {what}: give a csv table or the folder of a run") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise DataError(f"{file}: {reason}: give a csv table") from None
     lines = _lines(file, text)
     _, first = next(lines, (0, []))
@@ -175,14 +175,14 @@ def _check_header(file: Path, header: list[str]) -> None:
         raise DataError(f"{file}: there is neither a column 'stderr' nor 'n': one of them must say how sure values are")
     twice = next((name for number, name in enumerate(header) if name in header[:number]), None)
     if twice is not None:
-        raise DataError(f"{file}: the column {twice!r} stands twice: rename one")
+        raise DataError(f"{file}: the column {twice!r} appears twice: rename one")
 
 
 def _is_axis(name: str, cells: list[tuple[int, dict[str, str]]], not_axes: dict[str | None, str]) -> bool:
     """Whether a column holds positive numbers (or nothing); for one that doesn't, ``not_axes`` says where."""
     for number, cell in cells:
         if name not in AXES and cell[name] and not (_number(cell[name]) or 0) > 0:
-            not_axes[name] = f"line {number} has {cell[name]!r} as {name}, which is no positive number"
+            not_axes[name] = f"line {number} has {cell[name]!r} as {name}, which is not a positive number"
             return False
     return any(cell[name] for _, cell in cells)
 
@@ -259,8 +259,8 @@ def _check_duplicates(file: Path, rows: list[Row]) -> None:
         key = (row.task, row.model, row.family, row.data, row.metric, row.seed, *sorted(row.axes.items()))
         if key in seen:
             raise DataError(
-                f"{file}, line {row.line}: {row.metric} of {row.model} on {row.task} stands in line {seen[key]} "
-                "already: remove one, or tell runs apart by a column `seed`"
+                f"{file}, line {row.line}: {row.metric} of {row.model} on {row.task} is already in line {seen[key]}: "
+                "remove one, or distinguish the runs in a column `seed`"
             )
         seen[key] = row.line
 
@@ -271,7 +271,7 @@ def _parsed(where: str, name: str, word: str) -> float | None:
         return None
     number = _number(word)
     if number is None:
-        raise DataError(f"{where}: {name} is {word!r}, which is no number")
+        raise DataError(f"{where}: {name} is {word!r}, which is not a number")
     return number
 
 
