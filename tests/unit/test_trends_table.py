@@ -71,7 +71,7 @@ MISTAKES = {
     "a column twice": ([HEADER + ",n", ROW + ",900"], "the column 'n' appears twice"),
     "no rows": ([HEADER], "has a header but no rows"),
     "nothing": ([], "is empty: the header is task,model,metric,value,stderr,n"),
-    "words as value": ([HEADER, ROW, "t,a,1e7,accuracy,high,0.01,900"], "line 3: value is 'high', which is not a number"),
+    "words as value": ([HEADER, ROW, "t,a,1e7,accuracy,high,0.01,900"], "line 3: value is 'high', which is not a numb"),
     "NaN": ([HEADER, "t,a,1e7,loss,nan,0.01,900"], "line 2: value is 'nan', which is not a number"),
     "no value": ([HEADER, "t,a,1e7,loss,,0.01,900"], "line 2: the value is empty"),
     "no task": ([HEADER, ",a,1e7,loss,1,0.01,900"], "line 2: the task is empty"),
@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(
     ("options", "message"),
     [
         (["--axis", "parms"], "there is no axis 'parms' (did you mean 'params'?); axes: params, depth"),
-        (["--axis", "dtype"], "line 2 has 'bf16' as dtype, which is not a positive number, so 'dtype' cannot be an axis"),
+        (["--axis", "dtype"], "'bf16' as dtype, which is not a positive number, so 'dtype' cannot be an axis"),
         (["--axis", "depth"], "line 3: m1 has no depth: fill it in for every model, or choose another --axis"),
         (["--metric", "acuracy"], "there is no metric 'acuracy' (did you mean 'accuracy'?); metrics: accuracy"),
         (["--lower-is-better", "bias"], "there is no metric 'bias'"),
