@@ -71,7 +71,7 @@ MISTAKES = {
     "a column twice": ([HEADER + ",n", ROW + ",900"], "the column 'n' appears twice"),
     "no rows": ([HEADER], "has a header but no rows"),
     "nothing": ([], "is empty: the header is task,model,metric,value,stderr,n"),
-    "words as value": ([HEADER, ROW, "t,a,1e7,accuracy,high,0.01,900"], "line 3: value is 'high', which is not a numb"),
+    "words": ([HEADER, ROW, "t,a,1e7,accuracy,high,0.01,900"], "line 3: value is 'high', which is not a number"),
     "NaN": ([HEADER, "t,a,1e7,loss,nan,0.01,900"], "line 2: value is 'nan', which is not a number"),
     "no value": ([HEADER, "t,a,1e7,loss,,0.01,900"], "line 2: the value is empty"),
     "no task": ([HEADER, ",a,1e7,loss,1,0.01,900"], "line 2: the task is empty"),
