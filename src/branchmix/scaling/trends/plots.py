@@ -102,7 +102,7 @@ def small(panel: Panel, ink: str) -> Figure:
     from matplotlib.figure import Figure as MatplotlibFigure
 
     figure = MatplotlibFigure(figsize=(2.3, 1.1))
-    axes = figure.add_axes((0.17, 0.16, 0.81, 0.81))
+    axes = figure.add_axes((0.17, 0.16, 0.77, 0.81))
     take_ink(axes, ink)
     _small(axes, panel, ink)
     return figure
