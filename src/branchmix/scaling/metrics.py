@@ -1,7 +1,7 @@
 """What the log-probabilities of an example's options say: the official formulas (arXiv 2306.09479 and its evaluation).
 
-The summed log-probability of class j is ``lp_j`` (nats). Per example, ``classification``, ``sequence`` and ``logodds``
-compute what is averaged; ``summarise`` averages, and says what a model that ignores the prompt would have got.
+The summed log-probability of class j is ``lp_j`` (nats). Per example, ``score`` computes what is averaged;
+``summarise`` averages, and says what a model that ignores the prompt would have got.
 """
 
 from __future__ import annotations
@@ -74,11 +74,6 @@ def classification(logprobs: Sequence[float], answer_index: int) -> Score:
     return Score(total - logprobs[answer_index], predicted == answer_index, predicted, math.exp(total))
 
 
-def sequence(logprob: float) -> Score:
-    """Loss of one completion, not divided by its length."""
-    return Score(-logprob)
-
-
 def logodds(
     logprobs: Sequence[float], other_logprobs: Sequence[float], answer_index: int, *, absolute: bool = False
 ) -> Score:
@@ -100,7 +95,7 @@ def score(
     if metric == "classification":
         return classification(logprobs, example.answer_index)
     if metric == "sequence_prob":
-        return sequence(logprobs[0])
+        return Score(-logprobs[0])  # not divided by the completion's length
     assert other_logprobs is not None
     return logodds(logprobs, other_logprobs, example.answer_index, absolute=metric == "absolute_logodds")
 

@@ -20,7 +20,7 @@ from branchmix.scaling.examples import Metric
 from branchmix.settings import Settings, parse, read_yaml
 
 Cause = Literal["strong prior", "unwanted imitation", "distractor", "spurious few-shot"]
-CAUSES: dict[Cause, str] = {
+CAUSES: dict[str, str] = {
     "strong prior": "The model follows what it has learnt by heart instead of what the prompt says.",
     "unwanted imitation": "The model imitates mistakes that are common in the text it has learnt from.",
     "distractor": "The model does an easier task that resembles the one asked for.",

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from branchmix.errors import RecipeError
 from branchmix.likelihood.models import encode, prefix_token
 
-BosPolicy = Literal["default", "on", "off"]
-BOS_POLICIES: tuple[BosPolicy, ...] = ("default", "on", "off")
+BOS_POLICIES = ("default", "on", "off")
 Refusal = Literal["longer than the context", "an option has no token of its own"]
 
 
@@ -47,7 +46,7 @@ class Encoded:
 class Bos:
     """What comes before every prompt."""
 
-    policy: BosPolicy
+    policy: str
     tokens: tuple[int, ...]
     text: str | None
     """BOS as text: a prompt that begins with it gets no second one."""
@@ -61,17 +60,15 @@ class Bos:
         Raises:
             RecipeError: no such policy, or ``on`` with a tokenizer that has no BOS.
         """
-        chosen = next((one for one in BOS_POLICIES if one == policy), None)
-        if chosen is None:
+        if policy not in BOS_POLICIES:
             raise RecipeError(f"--bos {policy}: is none of {', '.join(BOS_POLICIES)}")
-        bos = getattr(tokenizer, "bos_token_id", None)
-        if chosen == "on":
+        tokens = _leading(tokenizer) if policy == "default" else ()
+        if policy == "on":
+            bos = getattr(tokenizer, "bos_token_id", None)
             if bos is None:
                 raise RecipeError("--bos on: the tokenizer has no BOS token: choose default or off")
-            tokens: tuple[int, ...] = (int(bos),)
-        else:
-            tokens = _leading(tokenizer) if chosen == "default" else ()
-        return cls(chosen, tokens, getattr(tokenizer, "bos_token", None), prefix_token(tokenizer, config))
+            tokens = (int(bos),)
+        return cls(policy, tokens, getattr(tokenizer, "bos_token", None), prefix_token(tokenizer, config))
 
     def before(self, prompt: str) -> tuple[int, ...]:
         """Tokens to put before a prompt."""

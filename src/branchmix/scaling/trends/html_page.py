@@ -16,9 +16,10 @@ from branchmix import __version__
 from branchmix.pages.page import render, safe
 from branchmix.pages.pictures import Draw, svg
 from branchmix.pages.table import Table
+from branchmix.scaling.tasks import CAUSES
 from branchmix.scaling.trends import plots, sentences
 from branchmix.scaling.trends.judge import Judged, Report
-from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug, why
+from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
 from branchmix.scaling.trends.table import AXES, DATA
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, WORDS
 
@@ -57,7 +58,7 @@ def html(overview: Overview, *, command: str) -> str:
         labels=WORDS,
         min_sizes=MIN_SIZES,
         heading=heading,
-        why=why,
+        causes=CAUSES,
         is_fresh=is_fresh,
         command=command,
         version=__version__,
@@ -119,26 +120,23 @@ def _beside(entry: Entry, panel: Panel, report: Report) -> Iterator[tuple[str, b
 
 
 def _results(overview: Overview, entry: Entry) -> Table:
-    """A row for each run; ± is the standard error."""
+    """A row for each run, with the columns that any of them fills; ± is the standard error."""
     judged = [one for one in overview.reports[0].judged if one.series.task == entry.name]
-    has = {
-        "family": any(one.series.family for one in judged),
-        "questions": any(is_fresh(one) for one in judged),
-        "seed": any(row.seed for one in judged for row in one.series.rows),
-    }
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    has_fresh = any(is_fresh(one) for one in judged)
+    rows: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for one in judged:
-        metric = one.series.metric
-        for row, stderr in zip(one.series.rows, one.series.stderr, strict=True):
-            places = [sentences.axis_value(axis, row.axes[axis]) for axis in overview.axes]
-            extra = {"family": one.series.family, "questions": one.series.data, "seed": row.seed}
-            key = (row.model, *(extra[name] for name in has if has[name]), *places, f"{row.n:,}" if row.n else "")
-            error = sentences.shown(metric, float(stderr)).removesuffix(sentences.PERCENT)
-            cells.setdefault(key, {})[metric] = f"{sentences.shown(metric, row.value)} ± {error}"
-    axes, metrics = map(sentences.axis_name, overview.axes), map(sentences.metric_name, entry.metrics)
-    head = ["model", *(name for name in has if has[name]), *axes, "number of questions", *metrics]
-    rows = [[*key, *(values.get(metric, "") for metric in entry.metrics)] for key, values in cells.items()]
-    return Table(head, rows, title=f"Results of {entry.name}")
+        series, name = one.series, sentences.metric_name(one.series.metric)
+        for row, stderr in zip(series.rows, series.stderr, strict=True):
+            run = {"model": row.model, "family": series.family, "questions": series.data if has_fresh else ""}
+            places = {sentences.axis_name(axis): sentences.axis_value(axis, row.axes[axis]) for axis in overview.axes}
+            run |= {"seed": row.seed, **places, "number of questions": f"{row.n:,}" if row.n else ""}
+            error = sentences.shown(series.metric, float(stderr)).removesuffix(sentences.PERCENT)
+            cells = rows.setdefault(tuple(run.items()), run)
+            cells[name] = f"{sentences.shown(series.metric, row.value)} ± {error}"
+    head = list(dict.fromkeys(name for cells in rows.values() for name, cell in cells.items() if cell))
+    return Table(
+        head, [[cells.get(name, "") for name in head] for cells in rows.values()], title=f"Results of {entry.name}"
+    )
 
 
 def _verdicts(overview: Overview, entry: Entry) -> Table:

@@ -262,18 +262,15 @@ def _axis_cautions(judged: Mapping[str, Sequence[Judged]], axis: str) -> Iterato
 
 
 def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> list[str]:
-    """Runs that share a place on the axis but differ in another are not repetitions: a note for that."""
-    for one in series:
-        for other in axes:
-            if other == axis or not one.has(other):
-                continue
-            seen: dict[float, float] = {}
-            for row in one.rows:
-                if abs(seen.setdefault(row.axes[axis], row.axes[other]) / row.axes[other] - 1) > 0.05:
-                    return [
-                        f"models with the same {axis} differ in {other} (such as {row.model}, line {row.line}): what "
-                        f"that changes counts as jitter; --axis {other} looks along it"
-                    ]
+    """A note if runs share a place on the axis but differ in another, so that they are not repetitions."""
+    for one, other in product(series, axes):
+        places: dict[float, float] = {}
+        for row in one.rows if other != axis and one.has(other) else ():
+            if abs(places.setdefault(row.axes[axis], row.axes[other]) / row.axes[other] - 1) > 0.05:
+                return [
+                    f"models with the same {axis} differ in {other} (such as {row.model}, line {row.line}): what that "
+                    f"changes counts as jitter; --axis {other} looks along it"
+                ]
     return []
 
 

@@ -176,11 +176,6 @@ def heading(cause: str) -> str:
     return cause[:1].upper() + cause[1:] if cause else "Other tasks"
 
 
-def why(cause: str) -> str:
-    """What the group of tasks has in common, in a sentence."""
-    return next((text for name, text in CAUSES.items() if name == cause), "")
-
-
 def slug(name: str) -> str:
     """A name made fit for file names and anchors."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "x"

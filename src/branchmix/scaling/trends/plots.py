@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from branchmix.pages.pictures import PAPER, Draw, Figure, figure_with, png, save, set_title, take_ink
+from branchmix.scaling.tasks import CAUSES
 from branchmix.scaling.trends import sentences
 from branchmix.scaling.trends.judge import Judged
-from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug, why
+from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
 from branchmix.scaling.trends.table import Row
 from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
@@ -122,7 +123,7 @@ def sheet(overview: Overview, ink: str) -> Figure:
     figure.supxlabel(along, x=0.01, ha="left", color=ink, fontsize=9)
     strips = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     for (cause, entries), number, strip in zip(groups.items(), lines, strips, strict=True):
-        text = f"{heading(cause)}: {why(cause)}" if why(cause) else heading(cause)
+        text = ": ".join([heading(cause), *([CAUSES[cause]] if cause in CAUSES else [])])
         strip.suptitle(text, x=0.01, ha="left", color=ink, fontsize=9.5)
         for axes, entry in zip_longest(strip.subplots(number, columns, squeeze=False).ravel(), entries):
             if entry is None:
