@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,12 +62,10 @@ def load_examples(path: Path, metric: Metric) -> list[Example]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is not UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reasons: dict[type, str] = {FileNotFoundError: "there is no such file", UnicodeDecodeError: "is not UTF-8 text"}
+        reason = reasons.get(type(error)) or f"cannot be read: {getattr(error, 'strerror', error)}"
+        raise DataError(f"{path}: {reason}") from None
     refuse_lfs_pointer(path, text[:64].encode("utf-8", "replace"), DataError)
     rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path, text)
     examples = [_example(row, metric, where) for where, row in rows]
@@ -126,30 +124,26 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _example(row: dict[str, Any], metric: Metric, where: str) -> Example:
     """A row as an example, checked against what the metric needs."""
-    found: dict[str, Any] = {"prompt": _text(row, "prompt", where)}
+    given: dict[str, Any] = {"prompt": _text(row, "prompt", where)}
     if metric == "sequence_prob":
-        found["completion"] = _text(row, "completion", where)
+        given["completion"] = _text(row, "completion", where)
     else:
         classes = _classes(row, where)
         answer = _number(row, "answer_index", where)
         if answer is None or not 0 <= answer < len(classes):
             raise DataError(f"{where}: answer_index is {answer}: it counts the {len(classes)} classes from 0")
-        found |= {"classes": classes, "answer_index": answer}
+        given |= {"classes": classes, "answer_index": answer}
         if metric != "classification":
-            found["other_prompt"] = _text(row, "other_prompt", where)
+            given["other_prompt"] = _text(row, "other_prompt", where)
             if len(classes) != 2:
                 raise DataError(f"{where}: has {len(classes)} classes, and {metric} compares exactly 2")
-    found |= {key: _number(row, key, where) for key in ("round", "part")}
-    template = row.get("template")
-    given = Example(**found, template=None if template is None else str(template))
-    whole = replace(
-        given,
-        prompt=whole_characters(given.prompt),
-        classes=tuple(map(whole_characters, given.classes)),
-        completion=whole_characters(given.completion),
-        other_prompt=None if given.other_prompt is None else whole_characters(given.other_prompt),
-    )
-    return given if whole == given else replace(whole, replaced=True)
+    whole: dict[str, Any] = {key: whole_characters(text) for key, text in given.items() if isinstance(text, str)}
+    if "classes" in given:
+        whole["classes"] = tuple(map(whole_characters, given["classes"]))
+    replaced = any(whole[key] != given[key] for key in whole)
+    numbers = {key: _number(row, key, where) for key in ("round", "part")}
+    template = None if row.get("template") is None else str(row["template"])
+    return Example(**{**given, **numbers, **whole}, template=template, replaced=replaced)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:

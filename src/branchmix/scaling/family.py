@@ -7,7 +7,7 @@ file says the tokens, and FLOPs follow by the exact accounting.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +186,9 @@ def _cost(
                 f"models: {name}: base_tokens is for the one model without a record that it grew from, and there are "
                 f"{len(roots)} ({names}): give tokens and flops instead"
             )
-        root = roots[0]
-        cost = root.flops_per_token * member.base_tokens if root.flops_per_token is not None else None
-        phases = [
-            type(root)(root.key, root.name, member.base_tokens, cost) if phase is root else phase for phase in phases
-        ]
+        cost = roots[0].flops_per_token
+        known = replace(roots[0], tokens=member.base_tokens, flops=cost and cost * member.base_tokens)
+        phases = [known if phase is roots[0] else phase for phase in phases]
     tokens = member.tokens if member.tokens is not None else total_tokens(phases)
     flops = float(member.flops) if member.flops is not None else total_flops(phases)
     is_root = len(phases) == 1 and bool(roots)
@@ -201,6 +199,6 @@ def _cost(
         lacking = " and ".join(word for word, value in (("tokens", tokens), ("flops", flops)) if value is None)
         hint = "tokens" if is_root else "base_tokens, or tokens and flops"
         notes.append(f"{name}: no training of {unknown} is on record, so its {lacking} are empty: give {hint}")
-    told = member.tokens is not None or member.flops is not None or is_root
-    records = () if told else tuple({"name": p.name, "tokens": p.tokens, "flops": p.flops} for p in phases)
-    return tokens, flops, records
+    if member.tokens is not None or member.flops is not None or is_root:
+        return tokens, flops, ()
+    return tokens, flops, tuple({"name": p.name, "tokens": p.tokens, "flops": p.flops} for p in phases)

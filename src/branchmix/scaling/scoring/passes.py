@@ -57,7 +57,8 @@ def score_options(
                     parts = sums.setdefault(number, [[] for _ in questions[number].options])
                     parts[option].append(value)
                 for number in dict.fromkeys(row.question for row in batch):
-                    if number not in known and _is_complete(sums[number], questions[number]):
+                    is_complete = sum(map(len, sums[number])) == sum(map(len, questions[number].options))
+                    if number not in known and is_complete:
                         yield number, [math.fsum(parts) for parts in sums.pop(number)]
 
 
@@ -127,10 +128,6 @@ def _select(cache: Any, rows: list[int]) -> Any:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]  # tensors are replaced in them, never written
     chosen.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))
     return chosen
-
-
-def _is_complete(parts: list[list[float]], question: Encoded) -> bool:
-    return all(len(found) == len(option) for found, option in zip(parts, question.options, strict=True))
 
 
 def _check(model: Any, questions: Sequence[Encoded]) -> None:

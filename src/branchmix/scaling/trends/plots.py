@@ -195,11 +195,14 @@ def _frame(axes: Any, panel: Panel, ink: str, *, is_small: bool = False) -> tupl
 def _references(axes: Any, panel: Panel, ink: str, low: float, high: float, *, with_names: bool = False) -> None:
     """Lines across at what guessing and constant answers score, if that is in sight."""
     lines = [(panel.chance, "--", "guessing"), *((value, ":", "always the same answer") for value in panel.baselines)]
+    named: list[float] = []
     for value, style, name in lines:
         if value is not None and low <= value <= high:
             line = axes.axhline(value, color=ink, alpha=0.55, linewidth=0.9, linestyle=style)
             if with_names:
                 set_title(line, f"{name}: {sentences.shown(panel.metric, value)}")
+            if with_names and all(abs(value - other) > 0.05 * (high - low) for other in named):
+                named.append(value)
                 beside = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
                 axes.annotate(name, fontsize=8, color=ink, alpha=0.7, **beside)
 
@@ -222,11 +225,11 @@ def _curve(axes: Any, panel: Panel, one: Judged, colour: str, *, shift: float = 
     """Draws a curve with its bars; returns its line, for a legend."""
     inner_K, outer_K = panel.bars(one)
     x_K, y_K = one.curve.x_K + shift, one.curve.y_K
-    thin, thick, line, size = (0.8, 1.8, 1.3, 3.2) if is_small else (1.0, 3.0, 1.7, 6.5)
+    thin, thick, width, size = (0.8, 1.8, 1.3, 3.2) if is_small else (1.0, 3.0, 1.7, 6.5)
     if np.any(outer_K > 1.02 * inner_K):
         axes.errorbar(x_K, y_K, yerr=outer_K, fmt="none", ecolor=colour, elinewidth=thin)
     axes.errorbar(x_K, y_K, yerr=inner_K, fmt="none", ecolor=colour, elinewidth=thick)
-    look = {"color": colour, "marker": "o", "markersize": size, "linewidth": line}
+    look = {"color": colour, "marker": "o", "markersize": size, "linewidth": width}
     look |= {"markerfacecolor": PAPER, "linestyle": "--"} if is_fresh(one) else {}
     (drawn,) = axes.plot(x_K, y_K, **look)
     if is_small:
