@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -110,29 +111,47 @@ def small(panel: Panel, ink: str) -> Figure:
 
 
 def sheet(overview: Overview, ink: str) -> Figure:
-    """All tasks by the metric that most have, under their causes."""
+    """All tasks by the metric that most have, under their causes; small causes share a row."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    report, metric, groups = overview.reports[0], overview.main_metric, overview.groups
-    columns = max(2, min(_COLUMNS, max(map(len, groups.values()))))
-    lines = [-(-len(entries) // columns) for entries in groups.values()]
-    heights = [0.5 + 1.5 * number for number in lines]
+    report, metric, rows = overview.reports[0], overview.main_metric, _rows(overview)
+    columns = max(2, *(sum(width for *_, width in row) for row in rows))
+    heights = [0.7 + 1.5 * max(-(-len(entries) // _COLUMNS) for _, entries, _ in row) for row in rows]
     figure = MatplotlibFigure(figsize=(2.7 * columns, 0.7 + sum(heights)), layout="constrained")
     figure.suptitle("Do larger models do better?", x=0.01, ha="left", color=ink, fontsize=13, fontweight="bold")
     along = f"{sentences.metric_name(metric)} along {sentences.axis_name(report.axis)}; dashed across: guessing"
     figure.supxlabel(along, x=0.01, ha="left", color=ink, fontsize=9)
-    strips = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for (cause, entries), number, strip in zip(groups.items(), lines, strips, strict=True):
-        text = ": ".join([heading(cause), *([CAUSES[cause]] if cause in CAUSES else [])])
-        strip.suptitle(text, x=0.01, ha="left", color=ink, fontsize=9.5)
-        for axes, entry in zip_longest(strip.subplots(number, columns, squeeze=False).ravel(), entries):
-            if entry is None:
-                axes.set_axis_off()
-            else:
-                panel = overview.panel(entry, overview.metric_for(entry, metric), report).official
-                take_ink(axes, ink)
-                _tile(axes, entry, panel, metric, ink)
+    strips = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for row, strip in zip(rows, strips, strict=True):
+        texts = [[heading(cause), *wrap(CAUSES.get(cause, ""), 38 * width)] for cause, _, width in row]
+        widths = [width for *_, width in row]
+        spare = [columns - sum(widths)] if sum(widths) < columns else []
+        blocks = strip.subfigures(1, len(widths + spare), width_ratios=widths + spare, squeeze=False)[0]
+        for (_, entries, width), lines, block in zip(row, texts, blocks, strict=False):
+            lines += [" "] * (max(map(len, texts)) - len(lines))  # so that the pictures of a row are level
+            block.suptitle("\n".join(lines), x=0.01, ha="left", color=ink, fontsize=9.5)
+            tiles = block.subplots(-(-len(entries) // _COLUMNS), width, squeeze=False).ravel()
+            for axes, entry in zip_longest(tiles, entries):
+                if entry is None:
+                    axes.set_axis_off()
+                else:
+                    panel = overview.panel(entry, overview.metric_for(entry, metric), report).official
+                    take_ink(axes, ink)
+                    _tile(axes, entry, panel, metric, ink)
     return figure
+
+
+def _rows(overview: Overview) -> list[list[tuple[str, list[Entry], int]]]:
+    """Causes that fit side by side, each with its tasks and its width in pictures."""
+    rows: list[list[tuple[str, list[Entry], int]]] = []
+    room = 0
+    for cause, entries in overview.groups.items():
+        if len(entries) > room:
+            rows.append([])
+            room = _COLUMNS
+        rows[-1].append((cause, entries, min(_COLUMNS, len(entries))))
+        room -= len(entries)
+    return rows
 
 
 def _tile(axes: Any, entry: Entry, panel: Panel, metric: str, ink: str) -> None:
