@@ -6,6 +6,7 @@ OUT holds ``records.jsonl`` (every answer under a hash of what it depends on, so
 
 from __future__ import annotations
 
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -58,7 +59,9 @@ def run(
     chosen = subjects(file)
     notes += [note for subject in chosen for note in subject.notes]
     journal = Journal(Path(out) if out is not None else None, FILE, "question")
-    scaling_run = ScalingRun([], chosen, notes, _versions())
+    versions = {"branchmix": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+    scaling_run = ScalingRun([], chosen, notes, versions)
     for subject in chosen:
         model = _Model(subject, dtype, bos, trust_remote_code, journal, batch_tokens, progress)
         notes += model.text.notes
@@ -80,13 +83,6 @@ def _warnings(result: TaskResult) -> list[str]:
     if result.merged:
         lines.append(f"{where}: in {result.merged} examples a class merges with the prompt's last token")
     return lines
-
-
-def _versions() -> dict[str, str]:
-    import platform
-
-    names = ("torch", "transformers", "tokenizers")
-    return {"branchmix": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in names}
 
 
 # ---- one model ----

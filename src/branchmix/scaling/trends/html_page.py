@@ -20,12 +20,10 @@ from branchmix.scaling.tasks import CAUSES
 from branchmix.scaling.trends import plots, sentences
 from branchmix.scaling.trends.judge import Judged, Report
 from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
-from branchmix.scaling.trends.table import AXES, DATA
+from branchmix.scaling.trends.table import DATA
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, WORDS
 
 _TEMPLATE = Path(__file__).parent / "templates" / "trends.html"
-_MOST_SENTENCES = 2
-"""A panel with more curves has a line for each verdict instead of sentences."""
 
 
 def html(overview: Overview, *, command: str) -> str:
@@ -52,7 +50,6 @@ def html(overview: Overview, *, command: str) -> str:
         has_fresh=any(data != DATA[0] for _, data in overview.reports[0].parts),
         lower={one.series.metric: one.series.lower_is_better for one in overview.reports[0].judged},
         sure=(*DIRECTED, "flat"),
-        most_sentences=_MOST_SENTENCES,
         signs=plots.SIGNS,
         words=sentences,
         labels=WORDS,
@@ -76,10 +73,12 @@ def _ids(prefix: str, names: Sequence[str]) -> dict[str, str]:
 
 def _lead(overview: Overview) -> list[str]:
     tasks, models = len(overview.entries), overview.models
-    size = next((axis for axis in AXES[1:3] if axis in overview.axes), None)
     reach = ""
-    if size is not None:
-        low, high = (sentences.axis_value(size, value) for value in overview.reach(size))
+    sizes = [axis for axis in ("params", "active_params") if axis in overview.axes]
+    if sizes:
+        size = sizes[0]
+        places = [row.axes[size] for one in overview.reports[0].judged for row in one.series.rows]
+        low, high = (sentences.axis_value(size, value) for value in (min(places), max(places)))
         reach = f", from {low} to {high} {sentences.axis_name(size)}," if low != high else ""
     return [
         "One expects a larger language model to do better at everything. At some tasks it does worse, the more so the "

@@ -25,20 +25,14 @@ class Panel:
     """One metric of one task along one axis: all its curves, and what they are compared with."""
 
     curves: Sequence[Judged]
+    metric: str
+    lower_is_better: bool
     axis: str
     alpha: float
-    chance: float | None = None
+    chance: float | None
     """What guessing scores."""
-    baselines: tuple[float, ...] = ()
+    baselines: list[float]
     """What constant answers score."""
-
-    @property
-    def metric(self) -> str:
-        return self.curves[0].series.metric
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.curves[0].series.lower_is_better
 
     @property
     def is_share(self) -> bool:
@@ -140,11 +134,6 @@ class Overview:
         most = counts.get("accuracy", 0) * 2 > len(self.entries)
         return "accuracy" if most else max(self.metrics, key=counts.__getitem__)
 
-    def reach(self, axis: str) -> tuple[float, float]:
-        """The smallest and the largest place on an axis."""
-        places = [row.axes[axis] for one in self.reports[0].judged for row in one.series.rows]
-        return min(places), max(places)
-
     def metric_for(self, entry: Entry, wanted: str) -> str:
         """The metric to show for a task when the reader chose another, which the task may lack."""
         return wanted if wanted in entry.metrics else entry.metrics[0]
@@ -153,10 +142,10 @@ class Overview:
         """The curves of a task by one of its metrics: official before fresh, long before short."""
         tasks = [report.tasks(part).get(entry.name, {}) for part in report.parts]
         curves = [metrics[metric] for metrics in tasks if metric in metrics]
-        rows = curves[0].series.rows
+        rows, lower_is_better = curves[0].series.rows, curves[0].series.lower_is_better
         chance = next((row.chance for row in rows if row.chance is not None), _known_chance(entry, metric))
         baselines = {round(value, 4) for row in rows for value in row.constant_baselines if metric == "accuracy"}
-        return Panel(curves, report.axis, report.limits.alpha, chance, tuple(sorted(baselines)))
+        return Panel(curves, metric, lower_is_better, report.axis, report.limits.alpha, chance, sorted(baselines))
 
     def tallies(self, metric: str, report: Report) -> list[tuple[str, dict[str, int]]]:
         """Each family, and how many tasks have which verdict; of the official data where there are any."""

@@ -138,7 +138,15 @@ def read_table(path: Path) -> Table:
     rows = [_row(f"{file}, line {number}", number, cell, axes) for number, cell in cells]
     if not rows:
         raise DataError(f"{file}: has a header but no rows: add a row for each task, model and metric")
-    _check_duplicates(file, rows)
+    seen: dict[tuple[object, ...], int] = {}
+    for row in rows:
+        key = (row.task, row.model, row.family, row.data, row.metric, row.seed, *sorted(row.axes.items()))
+        if key in seen:
+            raise DataError(
+                f"{file}, line {row.line}: {row.metric} of {row.model} on {row.task} is already in line {seen[key]}: "
+                "remove one, or distinguish the runs in a column `seed`"
+            )
+        seen[key] = row.line
     examples = folder / "examples" if folder and (folder / "examples").is_dir() else None
     return Table(file, rows, axes, examples, not_axes)
 
@@ -251,18 +259,6 @@ def _share_stderr(value: float, stderr: float | None, n: int | None) -> float | 
     inside = (0.5 + value * n) / (n + 1)
     floor = math.sqrt(inside * (1 - inside) / (n - 1)) if value in (0, 1) else 0.0
     return max(stderr, floor)
-
-
-def _check_duplicates(file: Path, rows: list[Row]) -> None:
-    seen: dict[tuple[object, ...], int] = {}
-    for row in rows:
-        key = (row.task, row.model, row.family, row.data, row.metric, row.seed, *sorted(row.axes.items()))
-        if key in seen:
-            raise DataError(
-                f"{file}, line {row.line}: {row.metric} of {row.model} on {row.task} is already in line {seen[key]}: "
-                "remove one, or distinguish the runs in a column `seed`"
-            )
-        seen[key] = row.line
 
 
 def _parsed(where: str, name: str, word: str) -> float | None:
