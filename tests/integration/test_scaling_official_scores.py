@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from branchmix.scaling.examples import jsonl, load_examples
-from branchmix.scaling.run import run
+from branchmix.scaling.score_family import run
 from branchmix.scaling.tasks import TASKS
 from inverse_scaling import official_file
 from mixtures import load

@@ -19,10 +19,9 @@ from typer.testing import CliRunner
 import corpora
 from branchmix.cli import app, main
 from branchmix.errors import DataError
-from branchmix.scaling import run as scaling_run
 from branchmix.scaling.examples import Example, jsonl
 from branchmix.scaling.generate import make_examples
-from branchmix.scaling.run import run
+from branchmix.scaling.score_family import run
 from branchmix.scaling.scoring import passes
 from branchmix.scaling.tasks import TASKS
 from branchmix.upcycling import upcycle
@@ -316,7 +315,6 @@ def _slow_run(family: Path, task: Path, out: Path) -> None:
         time.sleep(0.05)
 
     records.Lines.add = slowly  # type: ignore[method-assign]
-    scaling_run._FLUSH_SECONDS = 0.0
     run(family, tasks=str(task), out=out, dtype="float32", batch_tokens=1)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from branchmix.pages import page as pages
-from branchmix.scaling.trends import page
+from branchmix.scaling.trends import html_page
+from branchmix.scaling.trends.judge import trends_by_axis
 from branchmix.scaling.trends.overview import Overview
-from branchmix.scaling.trends.report import trends_by_axis
 from trend_tables import study, write
 
 LABELS = """
@@ -25,7 +25,7 @@ return [...document.querySelectorAll('.chart svg')].filter(svg => svg.getClientR
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     found = Overview(trends_by_axis(write(folder / "table.csv", study(sizes=5))))
-    return pages.write(folder / "page.html", page.html(found, command="branchmix scaling trends table.csv"))
+    return pages.write(folder / "page.html", html_page.html(found, command="branchmix scaling trends table.csv"))
 
 
 def test_it_loads_alone_and_shows_one_chart_a_task(file: Path, open_page: Callable[..., Any]) -> None:
@@ -81,9 +81,10 @@ def test_keys_reach_everything(file: Path, open_page: Callable[..., Any]) -> Non
 
 def test_points_have_their_numbers(file: Path, open_page: Callable[..., Any]) -> None:
     shown = open_page(file)
-    view = "#task-sig-figs .a-flops.m-accuracy circle title"
+    view = "#task-sig-figs .a-flops.m-accuracy .chart title"
     titles = shown.run(f"return [...document.querySelectorAll('{view}')].map(title => title.textContent)")
-    assert len(titles) == 4 * 5 + 4 * 5 * 2
+    points = [title for title in titles if "accuracy" in title or ", seed " in title]
+    assert len(points) == 4 * 5 + 4 * 5 * 2
     assert any(title.startswith("dense-0 (dense, official questions)\naccuracy 4") for title in titles)
 
 

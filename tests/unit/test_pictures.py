@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from branchmix.evaluate.routing.plots import shares
 from branchmix.pages import page
-from branchmix.pages.canvas import Canvas, Words
-from branchmix.pages.pictures import Figure, figure_with, png, save, svg
+from branchmix.pages.numbers import human_bytes, human_count
+from branchmix.pages.pictures import PAPER, Figure, figure_with, png, save, set_title, svg
 
 
 def drawing(width: float) -> Any:
@@ -36,8 +37,8 @@ def test_a_small_picture_is_not_stretched_and_is_readable(tmp_path: Path, open_p
     # What is drawn in ink, frame and words, is as light or dark as the page's text.
     inks = shown.run(
         """const marks = [...document.querySelectorAll('svg path, svg text')].map(mark => getComputedStyle(mark));
-        const found = marks.flatMap(style => [style.fill, style.stroke]).filter(colour => colour.startsWith('rgb'));
-        return [getComputedStyle(document.body).color, ...new Set(found)]"""
+        const inks = marks.flatMap(style => [style.fill, style.stroke]).filter(colour => colour.startsWith('rgb'));
+        return [getComputedStyle(document.body).color, ...new Set(inks)]"""
     )
     assert inks[0] in inks[1:] and "rgb(1, 2, 3)" not in inks
     assert (inks[0] == "rgb(230, 237, 243)") == dark
@@ -61,12 +62,36 @@ def test_names_are_no_mathematics(tmp_path: Path) -> None:
         panel.legend()
         return figure
 
-    def canvas(ink: str) -> Figure:
-        return Canvas(80, 40, [Words((5, 20), NAMES[0])]).figure(ink)
-
     for kind in ("svg", "pdf"):
-        for drawing in (draw, canvas, lambda ink: shares(found, ink, domains=NAMES)):
+        for drawing in (draw, lambda ink: shares(found, ink, domains=NAMES)):
             save(drawing, tmp_path / f"a.{kind}")
     png(draw, tmp_path / "b.png")
     text = svg(draw, "n", "a picture")
     assert text.count("US$ \\frac A$") >= 3 and "a_b^c" in text and ">$<" in text
+
+
+TITLES = ("a < b & c\nsecond line", "\"quoted\" and 'quoted'")
+
+
+def test_titles_and_the_page_colours(tmp_path: Path) -> None:
+    """The mouse reads what ``set_title`` was given, whatever signs it has, on a page and in a file."""
+
+    def draw(ink: str) -> Figure:
+        figure, (panel,) = figure_with(1, (3.0, 2.0), ink)
+        for number, title in enumerate(TITLES):
+            (point,) = panel.plot(number, 0, "o", color=ink, markerfacecolor=PAPER)
+            set_title(point, title)
+        return figure
+
+    text = svg(draw, "n", "what & why")
+    root = ElementTree.fromstring(text)
+    assert [title.text for title in root.iter("{http://www.w3.org/2000/svg}title")] == list(TITLES)
+    assert root.attrib["aria-label"] == "what & why" and "var(--back)" in text and PAPER not in text
+    assert ElementTree.fromstring(svg(draw, "n", "")).attrib["aria-hidden"] == "true"
+    file = ElementTree.parse(save(draw, tmp_path / "a.svg"))
+    assert [title.text for title in file.iter("{http://www.w3.org/2000/svg}title")] == list(TITLES)
+
+
+def test_counts_and_bytes() -> None:
+    assert [human_count(n) for n in (7, 1200, 134.5e6, 12e9, 1.4e12)] == ["7", "1.2k", "134.5M", "12B", "1.4T"]
+    assert [human_bytes(n) for n in (12, 1.84e9, 2e12)] == ["12 B", "1.84 GB", "2 TB"]

@@ -9,13 +9,15 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling import generate
 from branchmix.scaling.examples import Example, load_examples
-from branchmix.scaling.generate import GENERATORS, Generator, make_data, make_examples, modus_tollens, neqa, words
+from branchmix.scaling.generate import GENERATORS, make_data, make_examples, modus_tollens, neqa
+from branchmix.scaling.generate.vocabulary import VOCABULARY
 from branchmix.scaling.tasks import TASKS
 
 MANY = 10_000
@@ -77,7 +79,7 @@ def test_a_wrong_answer_is_caught(monkeypatch: pytest.MonkeyPatch, name: str) ->
         example = good.make(random, number)
         return FLIPPED[name](example) if number == 17 else example
 
-    monkeypatch.setitem(generate.GENERATORS, name, Generator(make, good.solve))
+    monkeypatch.setitem(generate.GENERATORS, name, SimpleNamespace(make=make, solve=good.solve))
     with pytest.raises(AssertionError, match=f"{name} 17: made with answer"):
         make_examples(TASKS[name], seed=0, num_examples=20)
     assert len(make_examples(TASKS[name], seed=0, num_examples=17)) == 17
@@ -142,13 +144,15 @@ def test_modus_tollens_and_its_controls() -> None:
 
 def test_the_tables_contradict_themselves_nowhere() -> None:
     """A thing is of one kind, sizes and uses are unique, and no word fits before its own negation."""
-    things = [thing for members in neqa._KINDS.values() for thing in members]
+    things = [thing for members in neqa._TEXTS.kinds.values() for thing in members]
     assert len(things) == len(set(things))
-    assert len(set(neqa._USES.values())) == len(neqa._USES) and len(set(neqa._SIZES)) == len(neqa._SIZES)
-    assert len({start for start, _, _ in words.LINES}) == len(words.LINES)
-    for pool in (*words.ENDINGS.values(), words.NAMES):
+    uses, sizes, lines = neqa._TEXTS.uses, neqa._TEXTS.sizes, VOCABULARY.lines
+    assert len(set(uses.values())) == len(uses) and len(set(sizes)) == len(sizes)
+    assert len({start for start, _, _ in lines}) == len(lines)
+    for pool in (*VOCABULARY.endings.values(), VOCABULARY.names):
         assert len(set(pool)) == len(pool)
-    assert not [noun for noun in (*words.NOUNS, *words.ENDINGS["n"]) if noun[0] in "aeiou"]  # "a" goes before each
+    nouns = (*VOCABULARY.nouns, *VOCABULARY.endings["n"])
+    assert not [noun for noun in nouns if noun[0] in "aeiou"]  # "a" goes before each
 
 
 def test_shots(tmp_path: Path) -> None:
@@ -198,7 +202,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RecipeError, match="one example at least"):
         make_examples(task, seed=1, num_examples=0)
     good = GENERATORS["neqa"]
-    few = Generator(lambda random, number: good.make(__import__("random").Random(number % 4), number), good.solve)
+    few = SimpleNamespace(make=lambda _, number: good.make(random.Random(number % 4), number), solve=good.solve)
     monkeypatch.setitem(generate.GENERATORS, "neqa", few)
     with pytest.raises(RecipeError, match="no more than 4 different examples of neqa"):
         make_examples(task, seed=1, num_examples=5)

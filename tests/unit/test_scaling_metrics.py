@@ -15,7 +15,6 @@ from branchmix.scaling.metrics import (
     logodds,
     mean,
     score,
-    sequence,
     summarise,
 )
 
@@ -40,7 +39,7 @@ def test_constant_logits_lose_the_log_of_the_number_of_classes() -> None:
 
 
 def test_a_sequence_is_not_divided_by_its_length() -> None:
-    assert sequence(-12.5) == Score(12.5)
+    assert score("sequence_prob", Example("p", completion=" c"), [-12.5]) == Score(12.5)
 
 
 def test_logodds() -> None:
@@ -57,7 +56,7 @@ def test_logodds() -> None:
 def test_the_metric_chooses_the_formula() -> None:
     example = Example("p", AB, 1, other_prompt="o")
     assert score("classification", example, [-1, -2]) == classification([-1, -2], 1)
-    assert score("sequence_prob", Example("p", completion=" c"), [-4]) == sequence(-4)
+    assert score("sequence_prob", Example("p", completion=" c"), [-4]) == Score(4)
     assert score("logodds", example, [-1, -2], [-3, -1]) == logodds([-1, -2], [-3, -1], 1)
     assert score("absolute_logodds", example, [-1, -2], [-3, -1]).loss == abs((-1 + 2) - (-3 + 1))
 
@@ -103,7 +102,7 @@ def test_a_summary() -> None:
     assert found.flags == ()
     three = summarise("classification", [Example("p", (" a", " b", " c"))], [classification([-1.0, -2.0, -2.0], 0)])
     assert three.chance == {"accuracy": pytest.approx(1 / 3), "loss": pytest.approx(math.log(3))}
-    sequences = summarise("sequence_prob", [Example("p", completion=" c")] * 2, [sequence(-1.0), sequence(-3.0)])
+    sequences = summarise("sequence_prob", [Example("p", completion=" c")] * 2, [Score(1.0), Score(3.0)])
     assert sequences.means["loss"].value == 2 and list(sequences.means) == ["loss"] and not sequences.flags
     odds = summarise("logodds", [Example("p", AB, 0, other_prompt="o")], [logodds([-1, -3], [-2, -1], 0)])
     assert {name: value.value for name, value in odds.means.items()} == {"accuracy": 0, "logodds": 3}

@@ -73,20 +73,20 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "line 2: is no JSON"),
-        ("[1]", "line 2: is no JSON object"),
+        ("{", "line 2: is not JSON"),
+        ("[1]", "line 2: is not a JSON object"),
         ({**ROW, "prompt": ""}, "line 2: prompt is no text or empty"),
         ({**ROW, "prompt": None}, "line 2: prompt is missing"),
-        ({**ROW, "classes": "[' A', f()]"}, "line 2: classes is no Python list"),
+        ({**ROW, "classes": "[' A', f()]"}, "line 2: classes is not a Python list"),
         ({**ROW, "classes": "[' A']"}, "two texts or more"),
         ({**ROW, "classes": "[' A', ' A']"}, "all different"),
-        ({**ROW, "classes": [" A", 3]}, "no list of texts"),
+        ({**ROW, "classes": [" A", 3]}, "not a list of texts"),
         ({"prompt": "a", "answer_index": 0}, "classes is missing"),
         ({**ROW, "answer_index": 2}, "answer_index is 2: it counts the 2 classes from 0"),
         ({**ROW, "answer_index": -1}, "answer_index is -1"),
-        ({**ROW, "answer_index": True}, "answer_index is no whole number"),
-        ({**ROW, "answer_index": 0.5}, "answer_index is no whole number: 0.5"),
-        ({**ROW, "round": "first"}, "round is no whole number"),
+        ({**ROW, "answer_index": True}, "answer_index is not a whole number"),
+        ({**ROW, "answer_index": 0.5}, "answer_index is not a whole number: 0.5"),
+        ({**ROW, "round": "first"}, "round is not a whole number"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: object, message: str) -> None:
@@ -103,12 +103,12 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="git lfs pull"):
         load_examples(write(tmp_path / "a.jsonl", "version https://git-lfs.github.com/spec/v1"), "classification")
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="no UTF-8"):
+    with pytest.raises(DataError, match="not UTF-8"):
         load_examples(tmp_path / "b.jsonl", "classification")
     with pytest.raises(DataError, match="cannot be read"):
         load_examples(tmp_path, "classification")
     (tmp_path / "c.csv").write_text('prompt,classes\n"a,b\n')
-    with pytest.raises(DataError, match="is no csv"):
+    with pytest.raises(DataError, match="is not csv"):
         load_examples(tmp_path / "c.csv", "classification")
     (tmp_path / "d.csv").write_text("prompt,completion\na,b,c\n")
     with pytest.raises(DataError, match="row 1: has more values"):
@@ -134,8 +134,8 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     )
     assert task.sha256 is None and len(load_examples(data, task.metric)) == 1
     for text, message in [
-        ("name: mine\ndata: other.jsonl\n", "is no .jsonl or .csv file that is there"),
-        ("name: mine\ndata: mine.yaml\n", "is no .jsonl or .csv file that is there"),
+        ("name: mine\ndata: other.jsonl\n", "is not a .jsonl or .csv file that exists"),
+        ("name: mine\ndata: mine.yaml\n", "is not a .jsonl or .csv file that exists"),
         ("name: neqa\ndata: mine.jsonl\n", "one of the 11 official tasks"),
         ("name: My Task\ndata: mine.jsonl\n", "small letters, digits and hyphens only"),
         ("name: mine\ndata: mine.jsonl\nmetric: accuracy\n", "metric: 'accuracy' is none of classification"),

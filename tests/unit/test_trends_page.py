@@ -14,14 +14,15 @@ import pytest
 from scipy import stats
 
 from branchmix.cli import main
-from branchmix.pages.canvas import Canvas, Dot, Line, Words
+from branchmix.pages.pictures import PAPER
 from branchmix.scaling.generate import make_examples
 from branchmix.scaling.tasks import CAUSES, TASKS
-from branchmix.scaling.trends import charts, page, plots, words
-from branchmix.scaling.trends.overview import Overview
-from branchmix.scaling.trends.report import Judged, Report, trends_by_axis
+from branchmix.scaling.trends import html_page, plots, sentences
+from branchmix.scaling.trends.judge import Judged, Report, trends_by_axis
+from branchmix.scaling.trends.overview import Overview, Panel
 from branchmix.scaling.trends.verdict import WORDS, Limits
 from inverse_scaling import official_file
+from pages import checked
 from trend_tables import pythia, pythia_table, rows_of, study, write
 
 FINAL = 143000
@@ -46,7 +47,13 @@ def only(report: Report, task: str, metric: str = "accuracy") -> Judged:
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Overview:
-    return overview(tmp_path_factory.mktemp("study"), study())
+    rows = [{name: cell for name, cell in row.items() if name not in ("active_params", "tokens")} for row in study()]
+    return overview(tmp_path_factory.mktemp("study"), rows)
+
+
+@pytest.fixture(scope="module")
+def studied_page(studied: Overview) -> str:
+    return html_page.html(studied, command="branchmix scaling trends x.csv")
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +64,22 @@ def pythias(tmp_path_factory: pytest.TempPathFactory) -> Overview:
 # ---- the whole page ----
 
 
-def test_a_page_needs_nothing_else(studied: Overview) -> None:
-    html = page.html(studied, command="branchmix scaling trends x.csv")
-    assert "<script" not in html and "http" not in re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
-    assert "url(" not in html and "@import" not in html and "src=" not in html
-    ids = re.findall(r'\bid="([^"]+)"', html)
-    assert [name for name, count in Counter(ids).items() if count > 1] == []
-    targets = re.findall(r'(?:href="#|for=")([^"]+)"', html)
+def test_a_page_needs_nothing_else(studied_page: str) -> None:
+    checked(studied_page)
+    assert "src=" not in studied_page
+    ids = re.findall(r'\bid="([^"]+)"', studied_page)
+    targets = re.findall(r'(?:href="#|for=")([^"]+)"', studied_page)
     assert targets and set(targets) <= set(ids)
 
 
-def test_every_verdict_stands_on_it_for_every_metric_and_axis(studied: Overview) -> None:
-    html = page.html(studied, command="x")
+def test_every_verdict_stands_on_it_for_every_metric_and_axis(studied: Overview, studied_page: str) -> None:
+    html = studied_page
     axes = [report.axis for report in studied.reports]
-    assert axes == ["flops", "params", "active_params", "tokens"] and studied.metrics == ["accuracy", "loss"]
+    assert axes == ["flops", "params"] and studied.metrics == ["accuracy", "loss"]
     for report in studied.reports:
         for entry in studied.entries:
             for metric in entry.metrics:
-                label = f"{entry.name}: {metric} along {words.axis_name(report.axis)}; "
+                label = f"{entry.name}: {metric} along {sentences.axis_name(report.axis)}; "
                 (found,) = re.findall(f'aria-label="{label}([^"]*)"', html)
                 curves = studied.panel(entry, metric, report).curves
                 assert [part.rpartition(": ")[2] for part in found.split("; ")] == [
@@ -88,7 +93,7 @@ def test_every_verdict_stands_on_it_for_every_metric_and_axis(studied: Overview)
 def test_tasks_stand_under_their_causes_with_words_and_an_example(pythias: Overview) -> None:
     assert list(pythias.groups) == [*CAUSES, ""]
     assert [entry.name for entry in pythias.groups["strong prior"]] == ["resisting-correction", "memo-trap", "redefine"]
-    text = told(page.html(pythias, command="branchmix scaling trends 'my table.csv' --html page.html"))
+    text = told(html_page.html(pythias, command="branchmix scaling trends 'my table.csv' --html page.html"))
     for entry in pythias.entries:
         task = TASKS.get(entry.name)
         if task is None:
@@ -100,7 +105,7 @@ def test_tasks_stand_under_their_causes_with_words_and_an_example(pythias: Overv
     for cause, why in CAUSES.items():
         assert cause[:1].upper() + cause[1:] in text and why in text
     for label in WORDS:
-        assert words.MEANINGS[label] in text
+        assert sentences.MEANINGS[label] in text
     assert "8 models, from 70M to 12B parameters, met 12 tasks" in text
     assert "4 tasks: worse with scale 1 task: better, then worse again 7 tasks: cannot be told" in text
     assert "branchmix scaling trends 'my table.csv' --html page.html" in text
@@ -117,7 +122,7 @@ def test_names_are_text_and_files_and_anchors_never_collide(tmp_path: Path) -> N
     names = ["<b>&\"x'", "org/a b", "org a/b", "sheet", "\u00e9\u00e9"]
     rows = [row for name in names for row in rows_of([0.5, 0.4, 0.3, 0.2, 0.1], task=name, cause="my <own> cause")]
     found = overview(tmp_path, rows)
-    html = page.html(found, command="x")
+    html = html_page.html(found, command="x")
     assert "<b>&\"x'" not in html and "&lt;b&gt;&amp;&quot;x&#x27;" in html and "My &lt;own&gt; cause" in html
     slugs = [entry.slug for entry in found.entries]
     assert len(set(slugs)) == 5 and all(re.fullmatch(r"[a-z0-9-]+", slug) for slug in slugs)
@@ -128,7 +133,7 @@ def test_names_are_text_and_files_and_anchors_never_collide(tmp_path: Path) -> N
 def test_an_axis_that_nothing_moves_along_is_no_choice(pythias: Overview, tmp_path: Path) -> None:
     assert [report.axis for report in pythias.reports] == ["params"]  # all final checkpoints saw equal tokens
     rows = [{**row, "step": 10 * (k + 1)} for k, row in enumerate(rows_of([0.5, 0.4, 0.3, 0.2, 0.1]))]
-    text = told(page.html(overview(tmp_path, rows, axis="step"), command="x"))
+    text = told(html_page.html(overview(tmp_path, rows, axis="step"), command="x"))
     assert "along step parameters" in text  # both may be chosen
 
 
@@ -136,15 +141,14 @@ def test_an_axis_that_nothing_moves_along_is_no_choice(pythias: Overview, tmp_pa
 def test_few_sizes_and_a_single_task(sizes: int, tmp_path: Path) -> None:
     rows = [{**row, "description": "Mine & yours."} for row in rows_of([0.6, 0.3, 0.7][:sizes], task="my-own")]
     found = overview(tmp_path, rows)
-    text = told(page.html(found, command="x"))
+    text = told(html_page.html(found, command="x"))
     assert "1 task: too few sizes to judge" in text and "Mine & yours." in text
     if sizes == 3:
         assert "even a perfect order of 3 comes about by chance in 1 of 3 cases" in text
         assert "performance goes down, then up, and accuracy changes by +10.0 points" in text
     else:
         assert "There is one size only" in text and "1 model, met" not in text
-    for canvas in (plots.sheet(found), *(plots.task(entry, panel) for _, entry, panel in plots._panels(found))):
-        assert all(math.isfinite(value) for point in _points(canvas) for value in point)
+    assert len(list(plots.write(found, tmp_path))) == 2 * 2
 
 
 def test_the_example_is_pythia_and_says_who_only_guessed(tmp_path: Path) -> None:
@@ -152,7 +156,7 @@ def test_the_example_is_pythia_and_says_who_only_guessed(tmp_path: Path) -> None
     found = Overview(trends_by_axis(EXAMPLE))
     labels = {one.series.task: one.verdict.label for one in found.reports[0].judged}
     assert Counter(labels.values()) == {"inverse": 4, "inverted-u": 1, "inconclusive": 7}
-    text = told(page.html(found, command="x"))
+    text = told(html_page.html(found, command="x"))
     assert "pythia-70m, pythia-160m, pythia-1b and 2 more: scores exactly what a model would that always gives" in text
 
 
@@ -161,7 +165,7 @@ def test_the_example_is_pythia_and_says_who_only_guessed(tmp_path: Path) -> None
 
 def test_sentences_carry_the_numbers_of_the_verdict(pythias: Overview, tmp_path: Path) -> None:
     report = pythias.reports[0]
-    text = words.sentences(only(report, "memo-trap"), report).replace(NBSP, " ")
+    text = sentences.sentences(only(report, "memo-trap"), report).replace(NBSP, " ")
     found = only(report, "memo-trap").verdict
     low, high = (-100 * value for value in found.interval)
     assert (
@@ -170,15 +174,15 @@ def test_sentences_carry_the_numbers_of_the_verdict(pythias: Overview, tmp_path:
     ) in text
     assert "A trend as clear as this would come about by chance in less than 1 in 1,000 of cases" in text
     assert "(p < 0.001; p = 0.0015 after the correction for 12 tasks)" in text
-    text = words.sentences(only(report, "resisting-correction"), report).replace(NBSP, " ")
+    text = sentences.sentences(only(report, "resisting-correction"), report).replace(NBSP, " ")
     assert (
         "Accuracy first rises by about 28.3 points (95 % interval: " in text and "and then falls by about 23.2" in text
     )
     assert "it turns at about 410M parameters" in text
     report = overview(tmp_path, pythia(step=FINAL), limits=Limits(alpha=0.06)).reports[0]
-    text = words.sentences(only(report, "redefine"), report).replace(NBSP, " ")
+    text = sentences.sentences(only(report, "redefine"), report).replace(NBSP, " ")
     assert "By itself one would say that it gets better, then worse again (p = 0.058). But with 12 tasks" in text
-    text = words.sentences(only(report, "modus-tollens"), report).replace(NBSP, " ")
+    text = sentences.sentences(only(report, "modus-tollens"), report).replace(NBSP, " ")
     assert "may change by anything between \u2212100.0 and +100.0 points" in text
     assert "Models scatter by about 41.7 points" in text
 
@@ -186,12 +190,12 @@ def test_sentences_carry_the_numbers_of_the_verdict(pythias: Overview, tmp_path:
 def test_flat_and_small_trends_in_words(tmp_path: Path) -> None:
     curve = 0.5 + np.linspace(0, 0.004, 8)
     report = overview(tmp_path, rows_of(curve, stderr=0.0005)).reports[0]
-    text = words.sentences(only(report, "memo-trap"), report)
+    text = sentences.sentences(only(report, "memo-trap"), report)
     assert "less than the 2.0 points that count as a change" in text
     rows = rows_of(0.5 + 0.03 * np.linspace(0, 1, 8) + 0.01 * np.tile([0, 1], 4), stderr=0.002)
     report = overview(tmp_path, rows, limits=Limits(minimum_effect=0.05)).reports[0]
     assert only(report, "memo-trap").verdict.label == "inconclusive"
-    assert "There is a trend" in words.sentences(only(report, "memo-trap"), report)
+    assert "There is a trend" in sentences.sentences(only(report, "memo-trap"), report)
 
 
 @pytest.mark.parametrize(
@@ -231,12 +235,12 @@ def test_flat_and_small_trends_in_words(tmp_path: Path) -> None:
 )
 def test_a_trend_is_named_as_it_looks(values: list[float], metric: str, expected: str, tmp_path: Path) -> None:
     report = overview(tmp_path, rows_of(values, metric=metric, stderr=0.01)).reports[0]
-    text = words.sentences(only(report, "memo-trap", metric), report).replace(NBSP, " ")
+    text = sentences.sentences(only(report, "memo-trap", metric), report).replace(NBSP, " ")
     assert expected in text
 
 
-def test_families_fresh_data_and_flags_in_words(studied: Overview) -> None:
-    text = told(page.html(studied, command="x")).replace(NBSP, " ")
+def test_families_fresh_data_and_flags_in_words(studied: Overview, studied_page: str) -> None:
+    text = told(studied_page).replace(NBSP, " ")
     report = studied.reports[0]
     pair = next(p for p in report.interactions["memo-trap"]["accuracy"] if p["data"] == "official")
     one, other = (f"{100 * slope:+.1f} points".replace("-", "\u2212") for slope in pair["slopes_per_decade"])
@@ -257,17 +261,17 @@ def test_families_fresh_data_and_flags_in_words(studied: Overview) -> None:
 def test_losses_are_told_the_right_way_round(tmp_path: Path) -> None:
     pair = {"families": ["a", "b"], "slopes_per_decade": [0.1, 0.3], "difference": 0.2, "interval": [0.1, 0.3]}
     pair |= {"differs": True, "testable": True, "axis": "params", "data": "official"}
-    assert "more harm or less good to b than to a" in words.family_sentence(pair, "loss", lower_is_better=True)
-    assert "more good or less harm to b than to a" in words.family_sentence(pair, "accuracy", lower_is_better=False)
+    assert "more harm or less good to b than to a" in sentences.family_sentence(pair, "loss", lower_is_better=True)
+    assert "more good or less harm to b than to a" in sentences.family_sentence(pair, "accuracy", lower_is_better=False)
     pair |= {"differs": False, "testable": False}
-    assert "each needs 5 sizes" in words.family_sentence(pair, "loss", lower_is_better=True)
+    assert "each needs 5 sizes" in sentences.family_sentence(pair, "loss", lower_is_better=True)
 
 
 def test_metrics_and_axes_that_disagree_are_a_warning(tmp_path: Path) -> None:
     u = np.linspace(0, 1, 8)
     rows = rows_of(0.7 - 0.3 * u, stderr=0.01) + rows_of(1.5 - u, metric="loss", stderr=0.01)
     rows = [{**row, "tokens": 1e12 / row["params"]} for row in rows]
-    text = told(page.html(overview(tmp_path, rows), command="x"))
+    text = told(html_page.html(overview(tmp_path, rows), command="x"))
     assert (
         "the metric matters. By accuracy performance gets worse with scale, by loss it gets better with scale." in text
     )
@@ -286,91 +290,104 @@ def test_metrics_and_axes_that_disagree_are_a_warning(tmp_path: Path) -> None:
     ],
 )
 def test_places_on_axes(axis: str, value: float, shown: str) -> None:
-    assert words.place(axis, value) == shown
+    assert sentences.place(axis, value) == shown
 
 
 # ---- pictures ----
 
 
-def _points(canvas: Canvas) -> list[tuple[float, float]]:
-    found = []
-    for mark in canvas.marks:
-        found += [point for part in mark.parts for point in part] if isinstance(mark, Line) else [mark.at]
-    return found
+def drawn(panel: Panel, **options: Any) -> Any:
+    """The axes of a task's chart, laid out."""
+    figure = plots.chart(panel, "black", **options)
+    figure.draw_without_rendering()
+    return figure.axes[0]
 
 
-def dots(canvas: Canvas) -> list[Dot]:
-    return [mark for mark in canvas.marks if isinstance(mark, Dot) and mark.title]
+def titled(axes: Any, start: str = "") -> dict[str, Any]:
+    """Marks that say something under the mouse, by what they say."""
+    named = {line.get_gid().removeprefix("title: "): line for line in axes.lines if line.get_gid()}
+    return {title: line for title, line in named.items() if title.startswith(start)}
+
+
+def height(axes: Any, value: float) -> float:
+    """Pixels from below."""
+    return float(axes.transData.transform((0, value))[1])
+
+
+def task_panel(overview: Overview, name: str, metric: str = "accuracy") -> Panel:
+    entry = next(entry for entry in overview.entries if entry.name == name)
+    return overview.panel(entry, metric, overview.reports[0])
 
 
 def test_up_is_better_for_a_loss_too(studied: Overview) -> None:
-    entry = next(entry for entry in studied.entries if entry.name == "memo-trap")
     for metric in ("accuracy", "loss"):
-        panel = studied.panel(entry, metric, studied.reports[0])
-        drawn = charts.chart(panel)
-        one = panel.curves[0]
-        mine = [dot for dot in dots(drawn) if dot.radius == 5 and dot.title.startswith("dense") and dot.filled]
-        assert len(mine) == 6
-        assert np.all(np.diff([dot.at[1] for dot in mine]) > 0)  # worse with scale: downwards on the page
-        worse = np.diff(one.curve.y_K) * (1 if metric == "loss" else -1)
-        assert np.all(worse > 0)
+        panel = task_panel(studied, "memo-trap", metric)
+        axes = drawn(panel)
+        y_K = panel.curves[0].curve.y_K
+        worse = np.diff(y_K) * (1 if metric == "loss" else -1)
+        assert len(worse) == 5 and np.all(worse > 0)
+        assert np.all(np.diff([height(axes, y) for y in y_K]) < 0)  # worse with scale: downwards
+        large = [line for line in titled(axes, "dense").values() if line.get_markersize() > 5]
+        assert len(large) == 2 * 6  # official and fresh
 
 
 def test_bars_and_lines_lie_where_their_numbers_say(tmp_path: Path) -> None:
     rows = rows_of([0.8, 0.6, 0.7, 0.4, 0.5, 0.3], stderr=0.02, chance=0.5, constant_baselines="0.45|0.55")
-    found = overview(tmp_path, rows)
-    panel = found.panel(found.entries[0], "accuracy", found.reports[0])
-    drawn = charts.chart(panel)
+    panel = task_panel(overview(tmp_path, rows), "memo-trap")
+    axes = drawn(panel)
     curve = panel.curves[0].curve
-    points = dots(drawn)
-    slope = (points[1].at[1] - points[0].at[1]) / (curve.y_K[1] - curve.y_K[0])  # pixels of 1
-    lines = [mark for mark in drawn.marks if isinstance(mark, Line)]
-    (thick,) = (mark for mark in lines if mark.width == 3.6)
-    (thin,) = (mark for mark in lines if mark.width == 1.1)
+    thin, thick = (np.array([part[:, 1] for part in bars.get_segments()]) for bars in axes.collections)
     half = stats.norm.isf(0.025) * 0.02
-    assert [abs(b[1] - a[1]) / abs(slope) for a, b in thick.parts] == pytest.approx([2 * half] * 6)
-    wide = stats.norm.isf(0.025) * math.hypot(0.02, curve.jitter)
-    assert curve.jitter > 0.02 and abs(thin.parts[2][1][1] - thin.parts[2][0][1]) / abs(slope) <= 2 * wide + 1e-9
+    assert np.ptp(thick, axis=1) == pytest.approx([2 * half] * 6)
+    assert thick.mean(axis=1) == pytest.approx(curve.y_K)
+    assert curve.jitter > 0.02
+    assert np.ptp(thin, axis=1) == pytest.approx([2 * stats.norm.isf(0.025) * math.hypot(0.02, curve.jitter)] * 6)
     for name, value in (("guessing: 50.0", 0.5), ("always the same answer: 45.0", 0.45)):
-        (across,) = (mark for mark in lines if mark.title.startswith(name))
-        assert (across.parts[0][0][1] - points[0].at[1]) / slope == pytest.approx(value - curve.y_K[0])
-    assert all(0 <= x <= drawn.width and 0 <= y <= drawn.height for x, y in _points(drawn))
-    assert "m0\naccuracy 80.0" in points[0].title and "10M parameters" in points[0].title
-    assert "(76.1" in points[0].title and "to 83.9" in points[0].title and "5,000 questions" in points[0].title
+        (across,) = titled(axes, name).values()
+        assert list(across.get_ydata()) == [value, value]
+    first = next(iter(titled(axes, "m0\naccuracy 80.0")))
+    assert "10M parameters" in first and "(76.1" in first and "to 83.9" in first and "5,000 questions" in first
 
 
 def test_runs_of_a_size_are_small_points(studied: Overview) -> None:
-    entry = next(entry for entry in studied.entries if entry.name == "sig-figs")
-    drawn = charts.chart(studied.panel(entry, "accuracy", studied.reports[0]))
-    small = [dot for dot in dots(drawn) if dot.radius < 5]
+    axes = drawn(task_panel(studied, "sig-figs"))
+    small = [line.get_gid() for line in axes.lines if line.get_gid() and line.get_markersize() == 3.5]
     assert len(small) == 2 * 2 * 6 * 2  # families, kinds of data, sizes, seeds
-    assert {dot.title.partition(":")[0] for dot in small} >= {"dense-0, seed 1", "mixture-5, seed 2"}
-    hollow = [dot for dot in dots(drawn) if not dot.filled]
-    assert len(hollow) == 2 * 6 and all("fresh questions" in dot.title for dot in hollow)
+    assert {title.split(": ")[1] for title in small} >= {"dense-0, seed 1", "mixture-5, seed 2"}
+    hollow = [title for title, line in titled(axes).items() if line.get_markerfacecolor() == PAPER]
+    assert len(hollow) == 2 * 6 and all("fresh questions" in title for title in hollow)
 
 
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.43, 0.61), (-0.01, 0.2), (1.2, 873.0), (30, 40)])
-def test_ticks_are_round_and_few(low: float, high: float) -> None:
-    found = charts.ticks(low, high, most=6)
-    assert 2 <= len(found) <= 7 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
-    step = found[1] - found[0]
-    assert np.allclose(np.diff(found), step) and float(f"{step:.2g}") == pytest.approx(step)
+def test_turns_and_jumps_are_marked(tmp_path: Path) -> None:
+    axes = drawn(task_panel(overview(tmp_path, rows_of([0.9, 0.7, 0.5, 0.3, 0.3, 0.5, 0.7, 0.9])), "memo-trap"))
+    assert len(titled(axes, "turns at about ")) == 1
+    axes = drawn(task_panel(overview(tmp_path, rows_of([0.25, 0.26, 0.24, 0.25, 0.26, 0.25, 0.74, 0.75])), "memo-trap"))
+    (jump,) = axes.patches
+    assert [jump.get_x(), jump.get_x() + jump.get_width()] == pytest.approx([math.log10(1e7 * 4**n) for n in (5, 6)])
 
 
-@pytest.mark.parametrize("low, high", [(7e7, 1.2e10), (1e18, 1e26), (9e8, 1.1e9), (4e6, 4e7), (5, 5)])
-def test_ticks_of_a_logarithmic_axis(low: float, high: float) -> None:
-    found = charts.log_ticks(low, high, most=7)
-    assert 1 <= len(found) <= 7 and found == sorted(set(found))
-    assert low == high or all(low * 0.9 <= tick <= high * 1.1 for tick in found)
+def test_families_whose_names_begin_with_an_underscore_are_in_the_legend(tmp_path: Path) -> None:
+    rows = [row for family in ("_a", "b") for row in rows_of([0.9, 0.8, 0.7, 0.6, 0.5], family=family)]
+    figure = plots.chart(task_panel(overview(tmp_path, rows), "memo-trap"), "black")
+    assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["_a", "b"]
+
+
+@pytest.mark.parametrize("sizes", [1, 2, 40])
+def test_ticks_across_are_sizes_of_models_and_few(sizes: int, tmp_path: Path) -> None:
+    rows = [{**row, "params": 1e7 * 1.3**number} for number, row in enumerate(rows_of([0.5] * sizes))]
+    axes = drawn(task_panel(overview(tmp_path, rows), "memo-trap"))
+    ticks = np.round(axes.get_xticks(), 3)
+    assert min(sizes, 2) <= len(ticks) <= 8
+    assert set(ticks) <= {round(math.log10(row["params"]), 3) for row in rows}
 
 
 def test_the_sheet_has_every_task_and_verdict(pythias: Overview) -> None:
-    texts = [mark.text for mark in plots.sheet(pythias).marks if isinstance(mark, Words)]
-    for entry in pythias.entries:
-        at = texts.index(entry.name)
-        verdict = only(pythias.reports[0], entry.name).verdict
-        assert WORDS[verdict.label] in texts[at : at + 12]
-    assert sum(text == "worse with scale" for text in texts) == 4
+    figure = plots.sheet(pythias, "black")
+    shown = {axes.get_title(loc="left"): axes.get_xlabel() for axes in figure.axes if axes.axison}
+    assert set(shown) == {entry.name for entry in pythias.entries}
+    for name, verdict in shown.items():
+        assert verdict.endswith(WORDS[only(pythias.reports[0], name).verdict.label])
+    assert sum(verdict.endswith("worse with scale") for verdict in shown.values()) == 4
 
 
 # ---- the command ----

@@ -11,7 +11,7 @@ import pytest
 from branchmix.cli import main
 from branchmix.errors import DataError
 from branchmix.scaling.trends.examples import read_scores
-from branchmix.scaling.trends.report import trends
+from branchmix.scaling.trends.judge import trends
 from branchmix.scaling.trends.table import read_table
 from trend_tables import HEADER, rows_of, write, write_examples
 
@@ -68,11 +68,11 @@ def test_no_accuracy_is_known_exactly(tmp_path: Path) -> None:
 MISTAKES = {
     "a missing column": (["task,model,params,metrc,value,n", ROW], "there is no column 'metric' (is it 'metrc'?)"),
     "no error": (["task,model,params,metric,value", "t,a,1,loss,1"], "neither a column 'stderr' nor 'n'"),
-    "a column twice": ([HEADER + ",n", ROW + ",900"], "the column 'n' stands twice"),
+    "a column twice": ([HEADER + ",n", ROW + ",900"], "the column 'n' appears twice"),
     "no rows": ([HEADER], "has a header but no rows"),
     "nothing": ([], "is empty: the header is task,model,metric,value,stderr,n"),
-    "words as value": ([HEADER, ROW, "t,a,1e7,accuracy,high,0.01,900"], "line 3: value is 'high', which is no number"),
-    "NaN": ([HEADER, "t,a,1e7,loss,nan,0.01,900"], "line 2: value is 'nan', which is no number"),
+    "words": ([HEADER, ROW, "t,a,1e7,accuracy,high,0.01,900"], "line 3: value is 'high', which is not a number"),
+    "NaN": ([HEADER, "t,a,1e7,loss,nan,0.01,900"], "line 2: value is 'nan', which is not a number"),
     "no value": ([HEADER, "t,a,1e7,loss,,0.01,900"], "line 2: the value is empty"),
     "no task": ([HEADER, ",a,1e7,loss,1,0.01,900"], "line 2: the task is empty"),
     "percent": ([HEADER, "t,a,1e7,accuracy,53,0.01,900"], "line 2: accuracy is 53: write a share of 1"),
@@ -85,10 +85,10 @@ MISTAKES = {
     "a stderr in words": ([HEADER, "t,a,1e7,accuracy,0.5,small,900"], "line 2: stderr is 'small'"),
     "half an example": ([HEADER, "t,a,1e7,accuracy,0.5,0.01,9.5"], "line 2: n is 9.5: write the number of examples"),
     "no examples": ([HEADER, "t,a,1e7,accuracy,0.5,0.01,0"], "line 2: n is 0"),
-    "a row twice": ([HEADER, ROW, ROW], "line 3: accuracy of m0 on memo-trap stands in line 2 already"),
+    "a row twice": ([HEADER, ROW, ROW], "line 3: accuracy of m0 on memo-trap is already in line 2"),
     "too few fields": ([HEADER, "t,a,1e7"], "line 2: has 3 fields, the header has 7"),
     "an open quote": ([HEADER, 't,"a,1e7,accuracy,1,1,1'], "not valid csv"),
-    "no size": ([HEADER, "t,a,big,accuracy,0.5,0.01,9"], "line 2: params is 'big', which is no number"),
+    "no size": ([HEADER, "t,a,big,accuracy,0.5,0.01,9"], "line 2: params is 'big', which is not a number"),
     "a negative size": ([HEADER, "t,a,-7,accuracy,0.5,0.01,9"], "line 2: params is -7: it must be greater than 0"),
     "other data": ([HEADER + ",data", ROW + ",frsh"], "line 2: data is 'frsh' (did you mean 'fresh'?)"),
     "a share of 1 without an error": ([HEADER, "t,a,1e7,acc,1,0,"], "line 2: acc is 1 with no error"),
@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(
     ("options", "message"),
     [
         (["--axis", "parms"], "there is no axis 'parms' (did you mean 'params'?); axes: params, depth"),
-        (["--axis", "dtype"], "line 2 has 'bf16' as dtype, which is no positive number, so 'dtype' cannot be an axis"),
+        (["--axis", "dtype"], "'bf16' as dtype, which is not a positive number, so 'dtype' cannot be an axis"),
         (["--axis", "depth"], "line 3: m1 has no depth: fill it in for every model, or choose another --axis"),
         (["--metric", "acuracy"], "there is no metric 'acuracy' (did you mean 'accuracy'?); metrics: accuracy"),
         (["--lower-is-better", "bias"], "there is no metric 'bias'"),
@@ -147,7 +147,7 @@ def test_places_without_a_table(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no results\.csv"):
         read_table(tmp_path)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="no UTF-8 text"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         read_table(tmp_path / "binary.csv")
 
 

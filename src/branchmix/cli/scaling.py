@@ -15,7 +15,7 @@ from branchmix.cli.scaling_run import run_command
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.scaling.trends.report import Judged, Report, Tell
+    from branchmix.scaling.trends.judge import Judged, Report, Tell
 
 scaling_app = typer.Typer(
     no_args_is_help=True,
@@ -92,8 +92,8 @@ def trends_command(
         raise RecipeError(f"--alpha {alpha:g}: must be between 0 and 0.5, such as 0.05")
     if not 0 <= minimum_effect < float("inf"):
         raise RecipeError(f"--minimum-effect {minimum_effect:g}: must not be negative")
+    from branchmix.scaling.trends.judge import trends_by_axis
     from branchmix.scaling.trends.multiple import CORRECTIONS
-    from branchmix.scaling.trends.report import trends_by_axis
     from branchmix.scaling.trends.verdict import Limits
 
     chosen = next((word for word in CORRECTIONS if word == correction), None)
@@ -139,7 +139,7 @@ def _write(
     from branchmix.checkpoint.folder import require_name, require_new_file
     from branchmix.errors import OutputError
     from branchmix.pages import page as pages
-    from branchmix.scaling.trends import page
+    from branchmix.scaling.trends import html_page
     from branchmix.scaling.trends import plots as pictures
     from branchmix.scaling.trends.overview import Overview
 
@@ -151,7 +151,7 @@ def _write(
         for name in pictures.names(overview):
             require_new_file(plots / name, force=force)
     if html is not None:
-        pages.write(html, page.html(overview, command=command))
+        pages.write(html, html_page.html(overview, command=command))
     if plots is not None:
         total = len(pictures.names(overview))
         for done, _ in enumerate(pictures.write(overview, plots), 1):
@@ -188,7 +188,7 @@ def _print(report: Report) -> None:
 
 
 def _table(rows: list[Judged], title: str, report: Report) -> Table:
-    from branchmix.scaling.trends.report import cause_of
+    from branchmix.scaling.trends.judge import cause_of
     from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
     causes = [cause_of(row.series) for row in rows]

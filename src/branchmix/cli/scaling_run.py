@@ -12,7 +12,7 @@ from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.scaling.run import ScalingRun, TaskResult
+    from branchmix.scaling.results import ScalingRun, TaskResult
 
 EPILOG = """\b
 Examples:
@@ -60,7 +60,7 @@ def run_command(
     """Score every model of a family on every task: exact log-probabilities, the official metrics."""
 
     console.quiet_libraries()
-    from branchmix.scaling.run import run
+    from branchmix.scaling.score_family import run
 
     with console.resumable(out), console.progress_bar() as progress:
         found = run(

@@ -50,7 +50,7 @@ def document(title: str, kicker: str, lead: Iterable[str], sections: Iterable[st
 
 
 def section(title: str, content: str) -> str:
-    """A heading (text) and what stands below it (HTML)."""
+    """A heading (text) and what is below it (HTML)."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>\n"
 
 

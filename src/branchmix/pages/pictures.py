@@ -1,7 +1,7 @@
-"""Figures as inline SVG of a page and as PNG on white.
+"""Matplotlib figures as inline SVG of a page and as files on white.
 
-A drawing is a function of one argument, an ``ink`` colour, that returns a matplotlib figure on nothing. ``svg`` turns
-it into inline SVG whose ink is the page's own text colour, so that it reads in light and dark.
+A drawing is a function of one argument, an ``ink`` colour, that returns a figure with a transparent background. ``svg``
+makes it inline SVG in the page's own text colour, which is readable on light and on dark pages.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ Draw = Callable[[str], Figure]
 
 INK = "#010203"
 """Stands for the page's text colour."""
+PAPER = "#fdfefd"
+"""Stands for the page's background; white in files."""
 PRINTED_INK = "#1f2328"
 """The ink of pictures on white."""
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777")
-"""Of Okabe and Ito, which colour-blind readers can tell apart; the last is a grey for what stands back."""
+"""The palette of Okabe and Ito, which colour-blind readers can distinguish; the last is a grey for the background."""
 _RC = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -43,28 +45,39 @@ def svg(draw: Draw, name: str, label: str) -> str:
     Args:
         draw: the drawing.
         name: keeps the ids of several pictures of a page apart.
-        label: for readers who don't see it.
+        label: for readers who don't see it; a picture without one is skipped by screen readers.
     """
     import matplotlib
 
     with matplotlib.rc_context({**_RC, "svg.fonttype": "none", "svg.hashsalt": name}):
         file = io.StringIO()
-        draw(INK).savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        figure = draw(INK)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = _with_titles(file.getvalue())
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--back)")
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|\n\s*(?=<)", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups
     text = re.sub(r'(id=")', rf"\g<1>{name}-", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     text = text.replace("'DejaVu Sans'", "system-ui")
-    return re.sub(r'<svg [^>]*?width="[^"]*" height="[^"]*"', lambda found: _opening(found[0], label), text, count=1)
+    width, height = 72 * figure.get_size_inches()
+    role = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
+    # No size of its own: pages find the width that it was drawn for in ``--drawn``.
+    opening = f'{_OPENING} viewBox="0 0 {width:g} {height:g}" style="--drawn: {width:g}pt" {role}>'
+    return re.sub(r"<svg [^>]*>", lambda _: opening, text, count=1)
 
 
-def _opening(tag: str, label: str) -> str:
-    """The tag without a size of its own; pages find the width that it was drawn for in ``--drawn``."""
-    width = re.search(r' width="([^"]*)"', tag)
-    assert width is not None
-    tag = re.sub(r' (width|height)="[^"]*"', "", tag)
-    return f'{tag} style="--drawn: {width[1]}" role="img" aria-label="{escape(label)}"'
+_OPENING = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+_TITLE = "title: "
+
+
+def set_title(artist: Any, text: str) -> None:
+    """What SVG shows while the mouse is over an artist, and screen readers read."""
+    artist.set_gid(_TITLE + text)
+
+
+def _with_titles(svg: str) -> str:
+    return re.sub(rf"<g id=([\"']){_TITLE}(.*?)\1>", r"<g><title>\2</title>", svg, flags=re.DOTALL)
 
 
 def png(draw: Draw, file: Path) -> Path:
@@ -87,6 +100,8 @@ def save(draw: Draw, file: Path, **options: Any) -> Path:
         fixed = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same picture, the same bytes
         try:
             draw(PRINTED_INK).savefig(part, format=kind, facecolor="white", metadata=fixed, **options)
+            if kind == "svg":
+                part.write_text(_with_titles(part.read_text(encoding="utf-8")), encoding="utf-8")
             part.replace(file)
         finally:
             part.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,16 +28,16 @@ class Example:
 
     prompt: str
     classes: tuple[str, ...] = ()
-    """What the model chooses from, each with the space that stands before it; none for sequence probability."""
+    """What the model chooses from, each with the space before it; none for sequence probability."""
     answer_index: int = 0
-    """Of the right class."""
+    """Place of the right class."""
     completion: str = ""
     """Sequence probability: the right text."""
     round: int | None = None
-    """Of the prize, in which the example was submitted; 0 for generated ones."""
+    """Round of the prize in which the example was submitted; 0 for generated ones."""
     part: int | None = None
     template: str | None = None
-    """What examples have in common that were made from one template: they are no independent evidence."""
+    """What examples have in common that were made from one template: they are not independent evidence."""
     other_prompt: str | None = None
     """Logodds: the prompt to compare with."""
     replaced: bool = False
@@ -62,12 +62,10 @@ def load_examples(path: Path, metric: Metric) -> list[Example]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: is no UTF-8 text") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reasons: dict[type, str] = {FileNotFoundError: "there is no such file", UnicodeDecodeError: "is not UTF-8 text"}
+        reason = reasons.get(type(error)) or f"cannot be read: {getattr(error, 'strerror', error)}"
+        raise DataError(f"{path}: {reason}") from None
     refuse_lfs_pointer(path, text[:64].encode("utf-8", "replace"), DataError)
     rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path, text)
     examples = [_example(row, metric, where) for where, row in rows]
@@ -105,9 +103,9 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{where}: is no JSON ({error})") from None
+            raise DataError(f"{where}: is not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise DataError(f"{where}: is no JSON object with keys such as prompt")
+            raise DataError(f"{where}: is not a JSON object with keys such as prompt")
         yield where, row
 
 
@@ -121,35 +119,31 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
             # Absent, as in jsonl: csv has no other way to say it.
             yield f"{path}, row {number}", {key: value for key, value in row.items() if value not in ("", None)}
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: is no csv ({error})") from None
+        raise DataError(f"{path}, line {rows.line_num}: is not csv ({error})") from None
 
 
 def _example(row: dict[str, Any], metric: Metric, where: str) -> Example:
     """A row as an example, checked against what the metric needs."""
-    found: dict[str, Any] = {"prompt": _text(row, "prompt", where)}
+    given: dict[str, Any] = {"prompt": _text(row, "prompt", where)}
     if metric == "sequence_prob":
-        found["completion"] = _text(row, "completion", where)
+        given["completion"] = _text(row, "completion", where)
     else:
         classes = _classes(row, where)
         answer = _number(row, "answer_index", where)
         if answer is None or not 0 <= answer < len(classes):
             raise DataError(f"{where}: answer_index is {answer}: it counts the {len(classes)} classes from 0")
-        found |= {"classes": classes, "answer_index": answer}
+        given |= {"classes": classes, "answer_index": answer}
         if metric != "classification":
-            found["other_prompt"] = _text(row, "other_prompt", where)
+            given["other_prompt"] = _text(row, "other_prompt", where)
             if len(classes) != 2:
                 raise DataError(f"{where}: has {len(classes)} classes, and {metric} compares exactly 2")
-    found |= {key: _number(row, key, where) for key in ("round", "part")}
-    template = row.get("template")
-    given = Example(**found, template=None if template is None else str(template))
-    whole = replace(
-        given,
-        prompt=whole_characters(given.prompt),
-        classes=tuple(map(whole_characters, given.classes)),
-        completion=whole_characters(given.completion),
-        other_prompt=None if given.other_prompt is None else whole_characters(given.other_prompt),
-    )
-    return given if whole == given else replace(whole, replaced=True)
+    whole: dict[str, Any] = {key: whole_characters(text) for key, text in given.items() if isinstance(text, str)}
+    if "classes" in given:
+        whole["classes"] = tuple(map(whole_characters, given["classes"]))
+    replaced = any(whole[key] != given[key] for key in whole)
+    numbers = {key: _number(row, key, where) for key in ("round", "part")}
+    template = None if row.get("template") is None else str(row["template"])
+    return Example(**{**given, **numbers, **whole}, template=template, replaced=replaced)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -167,9 +161,11 @@ def _classes(row: dict[str, Any], where: str) -> tuple[str, ...]:
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise DataError(f"{where}: classes is no Python list of texts such as [' A', ' B']: {value[:60]}") from None
+            raise DataError(
+                f"{where}: classes is not a Python list of texts such as [' A', ' B']: {value[:60]}"
+            ) from None
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
-        raise DataError(f"{where}: classes is no list of texts such as [' A', ' B']")
+        raise DataError(f"{where}: classes is not a list of texts such as [' A', ' B']")
     if len(value) < 2 or len(set(map(whole_characters, value))) < len(value):
         raise DataError(f"{where}: classes must be two texts or more, all different, got {list(value)}")
     return tuple(value)
@@ -184,5 +180,5 @@ def _number(row: dict[str, Any], key: str, where: str) -> int | None:
         if isinstance(value, bool) or number != int(number):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{where}: {key} is no whole number: {value!r}") from None
+        raise DataError(f"{where}: {key} is not a whole number: {value!r}") from None
     return int(number)

@@ -7,8 +7,7 @@ file says the tokens, and FLOPs follow by the exact accounting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ class Member(Settings):
     family: str | None = None
     """Curves are drawn by family; the file's own if not given, such as ``dense`` beside ``mixture``."""
     revision: str | None = None
-    """Of a Hub model."""
+    """Revision of a Hub model."""
     seed: FileName | int | None = None
-    """Of the training run, where there are several of one size; as text, of the letters that a ``name`` may have."""
+    """Seed of the training run, where there are several of one size; text has the letters that a ``name`` may have."""
     params: Count | None = None
     """Parameters; from the config if not given."""
     active_params: Count | None = None
@@ -85,9 +84,9 @@ class FamilyFile(Settings):
             RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
         """
         path = Path(path)
-        found: FamilyFile = parse(cls, read_yaml(path), str(path))
-        found._folder = path.parent
-        return found
+        family: FamilyFile = parse(cls, read_yaml(path), str(path))
+        family._folder = path.parent
+        return family
 
     @property
     def folder(self) -> Path:
@@ -111,7 +110,7 @@ class Subject:
     axes: dict[str, float]
     notes: tuple[str, ...] = ()
     """What could not be filled in, and why."""
-    training: tuple[dict[str, Any], ...] = field(default=())
+    training: tuple[dict[str, Any], ...] = ()
     """The trainings on record that tokens and FLOPs are the sum of; empty where the file says them."""
 
     @property
@@ -123,21 +122,21 @@ def subjects(file: FamilyFile) -> list[Subject]:
     """All models of the file, found and counted.
 
     Raises:
-        RecipeError: two runs cannot be told apart.
+        RecipeError: two runs have the same name and seed.
         CheckpointError: a model is not there.
     """
-    found: list[Subject] = []
+    chosen: list[Subject] = []
     for member in file.models:
         given = member.model + (f"@{member.revision}" if member.revision else "")
         subject = _subject(file, member, resolve(given, file.folder))
-        for other in found:
+        for other in chosen:
             if (other.name, other.seed) == (subject.name, subject.seed):
                 raise RecipeError(
                     f"models: {other.found.given} and {given} are both called {subject.label}: give each a `name`, or "
                     "runs of one model a `seed`"
                 )
-        found.append(subject)
-    return found
+        chosen.append(subject)
+    return chosen
 
 
 def _subject(file: FamilyFile, member: Member, found: ResolvedModel) -> Subject:
@@ -187,11 +186,9 @@ def _cost(
                 f"models: {name}: base_tokens is for the one model without a record that it grew from, and there are "
                 f"{len(roots)} ({names}): give tokens and flops instead"
             )
-        root = roots[0]
-        cost = root.flops_per_token * member.base_tokens if root.flops_per_token is not None else None
-        phases = [
-            type(root)(root.key, root.name, member.base_tokens, cost) if phase is root else phase for phase in phases
-        ]
+        cost = roots[0].flops_per_token
+        known = replace(roots[0], tokens=member.base_tokens, flops=cost and cost * member.base_tokens)
+        phases = [known if phase is roots[0] else phase for phase in phases]
     tokens = member.tokens if member.tokens is not None else total_tokens(phases)
     flops = float(member.flops) if member.flops is not None else total_flops(phases)
     is_root = len(phases) == 1 and bool(roots)
@@ -202,11 +199,6 @@ def _cost(
         lacking = " and ".join(word for word, value in (("tokens", tokens), ("flops", flops)) if value is None)
         hint = "tokens" if is_root else "base_tokens, or tokens and flops"
         notes.append(f"{name}: no training of {unknown} is on record, so its {lacking} are empty: give {hint}")
-    told = member.tokens is not None or member.flops is not None or is_root
-    records = () if told else tuple({"name": p.name, "tokens": p.tokens, "flops": p.flops} for p in phases)
-    return tokens, flops, records
-
-
-def axes_of(chosen: Sequence[Subject]) -> list[str]:
-    """Names of the further axes of any model, in the file's order."""
-    return list(dict.fromkeys(name for subject in chosen for name in subject.axes))
+    if member.tokens is not None or member.flops is not None or is_root:
+        return tokens, flops, ()
+    return tokens, flops, tuple({"name": p.name, "tokens": p.tokens, "flops": p.flops} for p in phases)

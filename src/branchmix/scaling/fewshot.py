@@ -25,17 +25,13 @@ def fewshot(examples: Sequence[Example], shots: int, seed: int) -> list[Example]
         return list(examples)
     if shots >= len(examples):
         raise DataError(f"{shots} shots need {shots + 1} examples at least, and there are {len(examples)}")
-    found = []
+    with_shots = []
     for number, example in enumerate(examples):
         sampled = random.Random(f"fewshot/{seed}/{number}").sample(range(len(examples) - 1), shots)
         shown = [examples[place + (place >= number)] for place in sampled]  # all places but its own
         before = [one.prompt + one.answer for one in shown]
         other = example.other_prompt
-        found.append(
-            replace(
-                example,
-                prompt=SEPARATOR.join([*before, example.prompt]),
-                other_prompt=other if other is None else SEPARATOR.join([*before, other]),
-            )
-        )
-    return found
+        if other is not None:
+            other = SEPARATOR.join([*before, other])
+        with_shots.append(replace(example, prompt=SEPARATOR.join([*before, example.prompt]), other_prompt=other))
+    return with_shots

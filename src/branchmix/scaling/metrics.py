@@ -1,7 +1,7 @@
 """What the log-probabilities of an example's options say: the official formulas (arXiv 2306.09479 and its evaluation).
 
-The summed log-probability of class j is ``lp_j`` (nats). Per example, ``classification``, ``sequence`` and ``logodds``
-compute what is averaged; ``summarise`` averages, and says what a model that ignores the prompt would have got.
+The summed log-probability of class j is ``lp_j`` (nats). Per example, ``score`` computes what is averaged;
+``summarise`` averages, and says what a model that ignores the prompt would have got.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from branchmix.scaling.examples import Example, Metric
 
@@ -39,8 +38,7 @@ class Mean:
 
     value: float
     stderr: float | None
-    """Of the mean: sample standard deviation / sqrt(n), for accuracy a that is sqrt(a (1 - a) / (n - 1)); None for
-    one example."""
+    """Sample standard deviation / sqrt(n); sqrt(a (1 - a) / (n - 1)) for an accuracy a; None for one example."""
     n: int
 
 
@@ -68,21 +66,12 @@ class Summary:
     """Accuracy and loss of equal probabilities for all classes."""
     flags: tuple[Flag, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def classification(logprobs: Sequence[float], answer_index: int) -> Score:
     """Accuracy, loss and coverage of one example; of equal classes the first is predicted."""
     total = _logsumexp(logprobs)
     predicted = max(range(len(logprobs)), key=logprobs.__getitem__)
     return Score(total - logprobs[answer_index], predicted == answer_index, predicted, math.exp(total))
-
-
-def sequence(logprob: float) -> Score:
-    """Loss of one completion, not divided by its length."""
-    return Score(-logprob)
 
 
 def logodds(
@@ -106,7 +95,7 @@ def score(
     if metric == "classification":
         return classification(logprobs, example.answer_index)
     if metric == "sequence_prob":
-        return sequence(logprobs[0])
+        return Score(-logprobs[0])  # not divided by the completion's length
     assert other_logprobs is not None
     return logodds(logprobs, other_logprobs, example.answer_index, absolute=metric == "absolute_logodds")
 
@@ -160,19 +149,21 @@ def _shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, flo
 
 
 def _flags(means: dict[str, Mean], baselines: dict[str, float], predictions: dict[str, float]) -> tuple[Flag, ...]:
-    found = []
     accuracy = means["accuracy"]
-    for name, share in predictions.items():
-        if share > CONSTANT_SHARE:
-            found.append(Flag("constant", f"predicts {name!r} for {share:.1%} of the examples"))
-    for name, baseline in baselines.items():
-        if abs(accuracy.value - baseline) < 0.5 / accuracy.n:
-            words = f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}"
-            found.append(Flag("baseline", words))
+    flags = [
+        Flag("constant", f"predicts {name!r} for {share:.1%} of the examples")
+        for name, share in predictions.items()
+        if share > CONSTANT_SHARE
+    ]
+    flags += [
+        Flag("baseline", f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}")
+        for name, baseline in baselines.items()
+        if abs(accuracy.value - baseline) < 0.5 / accuracy.n
+    ]
     if "coverage" in means and means["coverage"].value < LOW_COVERAGE:
         words = f"gives the classes only {means['coverage'].value:.2%} of the probability: it would say something else"
-        found.append(Flag("coverage", words))
-    return tuple(found)
+        flags.append(Flag("coverage", words))
+    return tuple(flags)
 
 
 def _logsumexp(values: Sequence[float]) -> float:

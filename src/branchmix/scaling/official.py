@@ -52,19 +52,19 @@ def verify(folder: Path) -> list[FileCheck]:
 def check(path: Path, task: Task) -> FileCheck:
     """One file against the release."""
     try:
-        content = path.read_bytes() if path.exists() else None
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return FileCheck(task.name, task.file, "missing")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if content is None:
-        return FileCheck(task.name, task.file, "missing")
-    if len(content) != task.bytes:
-        found = f"{len(content):,} bytes instead of {task.bytes:,}"
-        if content.startswith(b"version https://git-lfs"):
-            found = "a pointer of git-lfs, not the file itself: run `git lfs pull`"
-        elif len(content.replace(b"\r\n", b"\n")) == task.bytes:
-            found += ": its line ends were changed to those of Windows"
-        return FileCheck(task.name, task.file, "wrong size", found)
     digest, wanted = hashlib.sha256(content).hexdigest(), task.sha256 or ""
+    if len(content) != task.bytes:
+        detail = f"{len(content):,} bytes instead of {task.bytes:,}"
+        if content.startswith(b"version https://git-lfs"):
+            detail = "a pointer of git-lfs, not the file itself: run `git lfs pull`"
+        elif len(content.replace(b"\r\n", b"\n")) == task.bytes:
+            detail += ": its line ends were changed to those of Windows"
+        return FileCheck(task.name, task.file, "wrong size", detail)
     if digest != wanted:
         return FileCheck(task.name, task.file, "wrong hash", f"sha256 {digest[:12]}... instead of {wanted[:12]}...")
     return FileCheck(task.name, task.file, "ok")
@@ -77,13 +77,10 @@ def fetch(
     force: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[FileCheck]:
-    """Download what ``folder`` lacks of the 11 files. A file gets its name once its hash is right, so what a stopped
-    download left is never taken for one, and the next call goes on.
+    """Download what ``folder`` lacks of the 11 files, from a data set on the Hub or a local folder in its layout.
 
-    Args:
-        repository: data set on the Hub, or a local folder in its layout.
-        force: replace files of these names that are not the official ones.
-        progress: is told a line for each file.
+    A file gets its name once its hash is right, so a rerun after a stopped download fetches exactly what is missing.
+    ``force`` replaces files of these names that are not the official ones; ``progress`` gets a line for each file.
 
     Raises:
         DataError: the Hub cannot be reached; or it has no file of some name or another one, a line for each.
@@ -147,7 +144,6 @@ def _download(repository: str, file: str, temporary: Path) -> Path | None:
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
@@ -157,18 +153,13 @@ def _download(repository: str, file: str, temporary: Path) -> Path | None:
         raise DataError(f"{repository}: is gated: accept its terms on the Hub, then `hf auth login`") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise DataError(f"{repository}: is neither a data set on the Hub nor a folder: check --from") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise DataError(_unreachable(repository, error)) from None
-    except EntryNotFoundError:
-        return None
     except Exception as error:  # the Hub's client passes on those of its transports, too
-        if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError):
+        unreachable = HfHubHTTPError | ConnectionError | TimeoutError | LocalEntryNotFoundError
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        if isinstance(error, OSError) and not isinstance(error, unreachable):
             raise  # the disk's
-        raise DataError(_unreachable(repository, error)) from None
-
-
-def _unreachable(repository: str, error: Exception) -> str:
-    return (
-        f"{repository}: the Hub cannot be reached for it ({type(error).__name__}): check the network and "
-        "HF_HUB_OFFLINE; what is here already is kept"
-    )
+        raise DataError(
+            f"{repository}: the Hub cannot be reached for it ({type(error).__name__}): check the network and "
+            "HF_HUB_OFFLINE; what is here already is kept"
+        ) from None

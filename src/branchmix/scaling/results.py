@@ -5,19 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from branchmix.checkpoint.folder import writing
-from branchmix.scaling.family import Subject, axes_of
+from branchmix.checkpoint.folder import write_text
+from branchmix.scaling.examples import Example
+from branchmix.scaling.family import Subject
+from branchmix.scaling.metrics import Score, Summary
+from branchmix.scaling.selection import Selected
 from branchmix.scaling.trends.examples import FIELDS
 from branchmix.scaling.trends.table import AXES, DATA, FILE, FLAG_COLUMNS
-
-if TYPE_CHECKING:
-    from branchmix.scaling.run import ScalingRun, TaskResult
 
 RESULTS = "results.json"
 EXAMPLES = "examples"
@@ -25,19 +25,78 @@ _COLUMNS = ("task", "model", "params", "active_params", "tokens", "flops", "metr
 _MORE = ("family", "seed", "data", "cause", *FLAG_COLUMNS)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of a question."""
+
+    logprobs: tuple[float, ...] = ()
+    """Sum for each option, in nats; none if the question was refused."""
+    tokens: tuple[int, ...] = ()
+    """Number of tokens of each option."""
+    merged: bool = False
+    refused: str | None = None
+    seconds: float = 0.0
+    """Time of computing, a share of the run's."""
+
+    @classmethod
+    def of(cls, line: dict[str, Any] | None) -> Answer:
+        """The answer of a line of the records."""
+        assert line is not None
+        given = {name: line[name] for name in ("merged", "refused", "seconds") if name in line}
+        return cls(tuple(line.get("logprobs", ())), tuple(line.get("tokens", ())), **given)
+
+
+@dataclass
+class TaskResult:
+    """A model on the examples of one file."""
+
+    subject: Subject
+    selected: Selected
+    summary: Summary | None
+    """None if every example was refused."""
+    scored: list[tuple[int, Example, Score, Answer]]
+    """Number in the file, example, its numbers, and the answer to its prompt."""
+    refused: list[tuple[int, str]]
+    """Number of each example that was not scored, and why."""
+    merged: int
+    """Scored examples in which an option merges with the prompt's last token."""
+    facts: dict[str, Any]
+    """What the numbers depend on: dtype, tokenizer, BOS policy."""
+    seconds: float = 0.0
+    """Time of computing, whenever that was."""
+
+
+@dataclass
+class ScalingRun:
+    """All results of a call."""
+
+    results: list[TaskResult]
+    subjects: list[Subject]
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "versions": self.versions,
+            "models": [_model(subject) for subject in self.subjects],
+            "results": [_result(result) for result in self.results],
+        }
+
+
 def write_results(out: Path, run: ScalingRun) -> None:
     """All files of a run as far as it has come; each appears whole."""
     for result in run.results:
-        _write(_examples_file(out, result), "".join(json.dumps(line) + "\n" for line in example_lines(result)))
-    _write(out / RESULTS, json.dumps(as_dict(run), indent=2, allow_nan=False) + "\n")
-    _write(out / FILE, table(run))
+        write_text(_examples_file(out, result), "".join(json.dumps(line) + "\n" for line in example_lines(result)))
+    write_text(out / RESULTS, json.dumps(run.as_dict(), indent=2, allow_nan=False) + "\n")
+    write_text(out / FILE, table(run))
 
 
 def table(run: ScalingRun) -> str:
     """The csv table that ``branchmix scaling trends`` reads."""
-    extra = axes_of(run.subjects)
+    further = dict.fromkeys(axis for subject in run.subjects for axis in subject.axes)
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*_COLUMNS, *_MORE, *extra], restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, [*_COLUMNS, *_MORE, *further], restval="", lineterminator="\n")
     writer.writeheader()
     for result in run.results:
         for row in _rows(result):
@@ -69,8 +128,9 @@ def _rows(result: TaskResult) -> Iterator[dict[str, Any]]:
                 "constant_share": max(summary.predictions.values()),
                 "constant_baselines": "|".join(map(str, summary.baselines.values())),
                 "coverage": coverage.value if coverage is not None else None,
+                "chance": summary.chance.get(metric),
             }
-        yield {**row, "chance": summary.chance.get(metric) if metric == "accuracy" else None}
+        yield row
 
 
 def example_lines(result: TaskResult) -> Iterator[dict[str, Any]]:
@@ -98,27 +158,15 @@ def _examples_file(out: Path, result: TaskResult) -> Path:
     return folder / (result.selected.task.name + ("" if data == DATA[0] else f".{data}") + ".jsonl")
 
 
-def as_dict(run: ScalingRun) -> dict[str, Any]:
-    """Everything of a run, for JSON."""
-    return {
-        "versions": run.versions,
-        "models": [_model(subject) for subject in run.subjects],
-        "results": [_result(result) for result in run.results],
-    }
-
-
 def _model(subject: Subject) -> dict[str, Any]:
+    counted = ("params", "active_params", "tokens", "flops", "forward_flops_per_token")
     return {
         "name": subject.name,
         "family": subject.family,
         "seed": subject.seed or None,
         "model": subject.found.given,
         "revision": subject.found.revision,
-        "params": subject.params,
-        "active_params": subject.active_params,
-        "tokens": subject.tokens,
-        "flops": subject.flops,
-        "forward_flops_per_token": subject.forward_flops_per_token,
+        **{name: getattr(subject, name) for name in counted},
         "training": list(subject.training),
         **({"axes": subject.axes} if subject.axes else {}),
     }
@@ -126,7 +174,7 @@ def _model(subject: Subject) -> dict[str, Any]:
 
 def _result(result: TaskResult) -> dict[str, Any]:
     subject, selected, summary = result.subject, result.selected, result.summary
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "model": subject.name,
         "family": subject.family,
         "seed": subject.seed or None,
@@ -143,21 +191,17 @@ def _result(result: TaskResult) -> dict[str, Any]:
         "merged": result.merged,
     }
     if summary is not None:
-        parts = summary.as_dict()
-        found |= {"metrics": parts["means"], **{key: parts[key] for key in ("baselines", "predictions", "chance")}}
-        found["flags"] = [flag["words"] for flag in parts["flags"]]
+        content |= {
+            "metrics": {name: asdict(mean) for name, mean in summary.means.items()},
+            "baselines": summary.baselines,
+            "predictions": summary.predictions,
+            "chance": summary.chance,
+            "flags": [flag.words for flag in summary.flags],
+        }
     rate = len(result.scored) / result.seconds if result.seconds else None
-    return found | {
+    return content | {
         "dtype": result.facts["dtype"],
         "bos": {"policy": result.facts["bos"], "tokens": result.facts["bos_tokens"]},
         "seconds": round(result.seconds, 3),
         "examples_per_second": round(rate, 3) if rate else None,
     }
-
-
-def _write(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)

@@ -15,7 +15,7 @@ from branchmix.scaling.official import check
 from branchmix.scaling.tasks import TASKS, Task, UserTask, choose, data_file
 
 SHOTS_SEED = 0
-"""Which examples stand before a prompt with ``--shots``: the same for every model and run."""
+"""Which examples come before a prompt with ``--shots``: the same for every model and run."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Selected:
     file: Path
     examples: list[Example]
     data: str
-    """``official`` or ``fresh``, as ``branchmix scaling trends`` tells them apart; a user's own task is official."""
+    """``official`` or ``fresh``, as in the table for ``branchmix scaling trends``; a user's own task is official."""
     is_release: bool | None
-    """Byte for byte the prize's file; None for tasks that are not the prize's, and for fresh files."""
+    """Whether it is the prize's file, byte for byte; None for other tasks and for fresh files."""
     shots: int
     num_available: int
     """Examples of the whole file."""
@@ -48,12 +48,8 @@ def select(
 ) -> tuple[list[Selected], list[str]]:
     """The examples of every task, and notes on what is not as one might think.
 
-    Args:
-        tasks: ``all``, or names and YAML files of one's own tasks, with commas. ``all`` means those whose files exist.
-        data: folders of the tasks' files; each file is official or fresh by what its examples say.
-        fresh: folders whose files must be fresh.
-        shots: other examples before each prompt, for tasks that have none by nature.
-        limit: examples of a file at most, its first ones.
+    The arguments are the options of ``branchmix scaling run``: ``all`` tasks are those whose files exist, and a file in
+    ``data`` is official or fresh by what its examples say.
 
     Raises:
         RecipeError: a task is unknown.
@@ -71,7 +67,7 @@ def select(
             raise DataError(f"{folder}: there is no such folder: `branchmix scaling data make` or `fetch` fills one")
     if official and not data and not fresh:
         raise RecipeError("--data: give the folder of the tasks' files")
-    found: list[Selected] = []
+    selected: list[Selected] = []
     notes: list[str] = []
     missing: list[str] = []
     for task in official:
@@ -84,16 +80,20 @@ def select(
                     raise
         if not files:
             missing.append(task.name)
-        found += [_selected(task, file, must_be_fresh, shots, limit, notes) for file, must_be_fresh in files]
+        selected += [_selected(task, file, must_be_fresh, shots, limit, notes) for file, must_be_fresh in files]
     for word in own:
         task, file = UserTask.load(Path(word))
-        found.append(_selected(task, file, False, shots, limit, notes))
-    if not found:
+        selected.append(_selected(task, file, False, shots, limit, notes))
+    if not selected:
         raise DataError(f"{', '.join(map(str, (*data, *fresh)))}: has no file of any task, such as {official[0].file}")
     if missing:
         notes.append(f"no files of {', '.join(missing)}: left out")
-    _refuse_duplicates(found)
-    return found, notes
+    seen: dict[tuple[str, str], Path] = {}
+    for one in selected:
+        other = seen.setdefault((one.task.name, one.data), one.file)
+        if other is not one.file:
+            raise DataError(f"{one.file} and {other}: both are {one.data} examples of {one.task.name}: leave one out")
+    return selected, notes
 
 
 def _selected(task: Task, file: Path, must_be_fresh: bool, shots: int, limit: int | None, notes: list[str]) -> Selected:
@@ -116,11 +116,3 @@ def _selected(task: Task, file: Path, must_be_fresh: bool, shots: int, limit: in
         notes.append(f"{task.name}: its prompts have their own shots, so --shots changes nothing there")
     shown = fewshot(examples, used, SHOTS_SEED)
     return Selected(task, file, shown[:limit], data, is_release, used, len(examples))
-
-
-def _refuse_duplicates(found: Sequence[Selected]) -> None:
-    seen: dict[tuple[str, str], Path] = {}
-    for one in found:
-        other = seen.setdefault((one.task.name, one.data), one.file)
-        if other is not one.file:
-            raise DataError(f"{one.file} and {other}: both are {one.data} examples of {one.task.name}: leave one out")

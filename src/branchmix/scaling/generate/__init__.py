@@ -6,30 +6,19 @@ Each module makes one task: ``make(random, number)`` gives an example, whose num
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling.examples import Example, jsonl
 from branchmix.scaling.fewshot import fewshot
-from branchmix.scaling.generate import (
-    hindsight_neglect,
-    into_the_unknown,
-    memo_trap,
-    modus_tollens,
-    neqa,
-    pattern_matching_suppression,
-    prompt_injection,
-    redefine,
-    repetitive_algebra,
-    resisting_correction,
-    sig_figs,
-)
+from branchmix.scaling.generate import modus_tollens
+from branchmix.scaling.official import check
 from branchmix.scaling.tasks import TASKS, Task
 
 GENERATED_ROUND = 0
@@ -38,27 +27,7 @@ _MAX_DRAWS = 1000
 """Draws of one example until its prompt is new."""
 
 
-@dataclass(frozen=True)
-class Generator:
-    """What makes and checks the examples of a task."""
-
-    make: Callable[[Random, int], Example]
-    solve: Callable[[Example], int | str]
-
-
-GENERATORS: dict[str, Generator] = {
-    "resisting-correction": Generator(resisting_correction.make, resisting_correction.solve),
-    "memo-trap": Generator(memo_trap.make, memo_trap.solve),
-    "redefine": Generator(redefine.make, redefine.solve),
-    "prompt-injection": Generator(prompt_injection.make, prompt_injection.solve),
-    "modus-tollens": Generator(modus_tollens.make, modus_tollens.solve),
-    "pattern-matching-suppression": Generator(pattern_matching_suppression.make, pattern_matching_suppression.solve),
-    "neqa": Generator(neqa.make, neqa.solve),
-    "sig-figs": Generator(sig_figs.make, sig_figs.solve),
-    "into-the-unknown": Generator(into_the_unknown.make, into_the_unknown.solve),
-    "hindsight-neglect": Generator(hindsight_neglect.make, hindsight_neglect.solve),
-    "repetitive-algebra": Generator(repetitive_algebra.make, repetitive_algebra.solve),
-}
+GENERATORS: dict[str, Any] = {task: import_module(f"{__name__}.{task.replace('-', '_')}") for task in TASKS}
 
 
 def make_data(
@@ -85,18 +54,14 @@ def make_data(
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file: choose a folder")
     for task in tasks:
-        _require_replaceable(folder / task.file, task, force=force)
+        path = folder / task.file
+        require_new_file(path, force=force)
+        if path.exists() and check(path, task).state == "ok":
+            raise OutputError(f"{path}: is the official file, which is not replaced: choose another folder")
     for task in tasks:
         path = folder / task.file
-        content = jsonl(make_examples(task, seed=seed, num_examples=num_examples, shots=shots, controls=controls))
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{task.file}.incomplete-{os.getpid()}"
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        examples = make_examples(task, seed=seed, num_examples=num_examples, shots=shots, controls=controls)
+        write_text(path, jsonl(examples).decode("ascii"))
         yield path
 
 
@@ -121,9 +86,9 @@ def make_examples(task: Task, *, seed: int, num_examples: int, shots: int = 0, c
         is_control = controls and task.name == "modus-tollens" and number % 4 >= 2
         make = modus_tollens.make_control if is_control else generator.make
         example = _new(make, f"{task.name}/{seed}/{number}", number, prompts)
-        found = generator.solve(example)
+        solved = generator.solve(example)
         wanted = example.answer_index if example.classes else example.completion
-        assert found == wanted, f"{task.name} {number}: made with answer {wanted!r}, solved as {found!r}"
+        assert solved == wanted, f"{task.name} {number}: made with answer {wanted!r}, solved as {solved!r}"
         prompts.add(example.prompt)
         examples.append(replace(example, round=GENERATED_ROUND))
     return examples if task.shots_in_prompt else fewshot(examples, shots, seed)
@@ -138,12 +103,3 @@ def _new(make: Callable[[Random, int], Example], seed: str, number: int, prompts
         if example.prompt not in prompts and not nested:
             return example
     raise RecipeError(f"--num: there are no more than {len(prompts)} different examples of {seed.split('/')[0]}")
-
-
-def _require_replaceable(path: Path, task: Task, *, force: bool) -> None:
-    if not path.exists():
-        return
-    if not force:
-        raise OutputError(f"{path}: exists already: choose another folder, or --force to replace it")
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == task.sha256:
-        raise OutputError(f"{path}: is the official file, which is not replaced: choose another folder")

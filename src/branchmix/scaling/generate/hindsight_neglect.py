@@ -6,41 +6,24 @@ import re
 from random import Random
 
 from branchmix.scaling.examples import Example
-from branchmix.scaling.generate.words import NAMES
+from branchmix.scaling.generate.vocabulary import VOCABULARY, pick, texts
 
 NUM_SHOTS = 10
-_SCENES = (
-    "{name} is invited to a card game with {odds}. {name} joins in and {end}.",
-    "A dealer proposes a trade to {name}, with {odds}. {name} agrees to it and {end}.",
-    "{name} may buy a lottery ticket that comes with {odds}. {name} buys it and {end}.",
-    "{name} thinks about planting a new crop, with {odds}. {name} plants it and {end}.",
-    "At the fair, {name} may spin a wheel with {odds}. {name} spins it and {end}.",
-    "{name} could back a friend's business, with {odds}. {name} backs it and {end}.",
-    "A stranger offers {name} a wager with {odds}. {name} accepts and {end}.",
-    "{name} can enter a contest with {odds}. {name} enters and {end}.",
-)
-_QUESTIONS = (
-    "Was that a sensible thing to do? Reply with Y or N.",
-    "Going by the odds, did {name} decide well? Y or N?",
-    "Was it a good choice by {name}? Write Y for yes, N for no.",
-)
-_UNITS = ("euros", "pounds", "coins", "francs", "crowns")
-_SMALL = (2, 3, 4, 6, 8, 12, 15, 18, 24, 30, 35, 45)
-_LARGE = (150, 180, 240, 300, 360, 450, 600, 750, 800, 1200, 1500, 2400, 3000, 4000, 6000, 7500)
+_TEXTS = texts("hindsight_neglect")
 
 
 def make(random: Random, number: int) -> Example:
     """Ten bets that ended as the odds said, five worth taking and five not; and one that ended the other way."""
-    scene, question = random.randrange(len(_SCENES)), random.randrange(len(_QUESTIONS))
-    unit = random.choice(_UNITS)
+    (scene, story), (question, ask) = pick(random, _TEXTS.scenes), pick(random, _TEXTS.questions)
+    unit = random.choice(_TEXTS.units)
     wise = [True, False] * (NUM_SHOTS // 2)
     random.shuffle(wise)
     answer = number % 2
 
     def bet(worth_it: bool, won: bool) -> str:
-        name = random.choice(NAMES)
+        name = random.choice(VOCABULARY.names)
         likely = random.randrange(60, 98)
-        gain, loss = random.choice(_LARGE), random.choice(_SMALL)
+        gain, loss = random.choice(_TEXTS.large), random.choice(_TEXTS.small)
         gain, loss = (gain, loss) if worth_it else (loss, gain)
         chance = likely if worth_it else 100 - likely
         odds = [
@@ -49,8 +32,8 @@ def make(random: Random, number: int) -> Example:
         ]
         random.shuffle(odds)
         end = f"wins {gain} {unit}" if won else f"loses {loss} {unit}"
-        story = _SCENES[scene].format(name=name, odds=" and ".join(odds), end=end)
-        return f"Question: {story} {_QUESTIONS[question].format(name=name)}\nAnswer:"
+        told = story.format(name=name, odds=" and ".join(odds), end=end)
+        return f"Question: {told} {ask.format(name=name)}\nAnswer:"
 
     shots = [f"{bet(good, good)} {'Y' if good else 'N'}\n" for good in wise]
     last = bet(answer == 0, answer == 1)

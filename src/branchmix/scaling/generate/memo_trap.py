@@ -9,29 +9,16 @@ import re
 from random import Random
 
 from branchmix.scaling.examples import Example
-from branchmix.scaling.generate.words import changed_line
+from branchmix.scaling.generate.vocabulary import changed_line, texts, two_answers
 
-_WORDINGS = (
-    'Finish this line so that its last word is "{word}": {start}',
-    'The line below should end in "{word}".\n{start}',
-    'Complete the sentence with the word "{word}" and nothing else: {start}',
-    'Here is a new version of an old line, and it ends in "{word}": {start}',
-    'Continue with exactly one word, which must be "{word}": {start}',
-    'In this text the last word has been changed to "{word}".\n\n{start}',
-    'Task: give the sentence an unexpected ending, the word "{word}".\nSentence: {start}',
-    'Please write the word "{word}" at the end of this line: {start}',
-    'A poet wants the following line to close with "{word}": {start}',
-    'Not the usual ending, please, but "{word}": {start}',
-)
+_WORDINGS = texts("memo_trap").wordings
 
 
 def make(random: Random, number: int) -> Example:
     """A line, and a word to end it with that fits its grammar."""
     place, start, usual, word = changed_line(random)
     prompt = random.choice(_WORDINGS).format(word=word, start=start)
-    classes = (f" {word}.", f" {usual}.")
-    answer = number % 2
-    return Example(prompt, classes if answer == 0 else classes[::-1], answer, part=1, template=f"line {place + 1}")
+    return two_answers(prompt, f"{word}.", f"{usual}.", number, template=f"line {place + 1}")
 
 
 def solve(example: Example) -> int:

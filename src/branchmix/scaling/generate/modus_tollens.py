@@ -10,90 +10,30 @@ import re
 from random import Random
 
 from branchmix.scaling.examples import Example
-from branchmix.scaling.generate.words import NAMES
+from branchmix.scaling.generate.vocabulary import VOCABULARY, pick, texts, two_answers
 
-_WORDINGS = (
-    "Here are two facts:\n1. {rule}.\n2. {fact}.\nClaim: {claim}.\nDoes the claim follow from the two facts?\nAnswer:",
-    "Fact 1: {rule}.\nFact 2: {fact}.\nSo: {claim}.\nIs this argument valid?\nAnswer:",
-    "Suppose that these two lines are true.\n- {rule}.\n- {fact}.\nMust this be true as well: {claim}?\nAnswer:",
-    "We are told: {rule}.\nWe also know: {fact}.\nWe infer: {claim}.\nIs the inference right?\nAnswer:",
-    "{rule}.\n{fact}.\nTherefore, {claim}.\nIs the last line a sound consequence of the first two?\nAnswer:",
-    "Premise: {rule}.\nPremise: {fact}.\nResult: {claim}.\nIs the reasoning correct?\nAnswer:",
-)
-_PREDICATES = (
-    ("owns a boat", "does not own a boat"),
-    ("owns a bicycle", "does not own a bicycle"),
-    ("plays the cello", "does not play the cello"),
-    ("plays chess", "does not play chess"),
-    ("lives near the sea", "does not live near the sea"),
-    ("lives in a tent", "does not live in a tent"),
-    ("drinks tea", "does not drink tea"),
-    ("drinks milk", "does not drink milk"),
-    ("reads novels", "does not read novels"),
-    ("reads the newspaper", "does not read the newspaper"),
-    ("wears glasses", "does not wear glasses"),
-    ("wears a hat", "does not wear a hat"),
-    ("works at night", "does not work at night"),
-    ("works in a bakery", "does not work in a bakery"),
-    ("speaks Dutch", "does not speak Dutch"),
-    ("speaks Greek", "does not speak Greek"),
-    ("keeps bees", "does not keep bees"),
-    ("keeps a diary", "does not keep a diary"),
-    ("collects stamps", "does not collect stamps"),
-    ("sings in a choir", "does not sing in a choir"),
-    ("grows tomatoes", "does not grow tomatoes"),
-    ("grows roses", "does not grow roses"),
-    ("drives a van", "does not drive a van"),
-    ("eats meat", "does not eat meat"),
-    ("eats breakfast", "does not eat breakfast"),
-    ("knows Latin", "does not know Latin"),
-    ("likes thunder", "does not like thunder"),
-    ("likes spiders", "does not like spiders"),
-    ("paints walls", "does not paint walls"),
-    ("writes poems", "does not write poems"),
-    ("can swim", "cannot swim"),
-    ("can whistle", "cannot whistle"),
-    ("can ride a horse", "cannot ride a horse"),
-    ("can juggle", "cannot juggle"),
-    ("is a nurse", "is not a nurse"),
-    ("is a pilot", "is not a pilot"),
-    ("is left-handed", "is not left-handed"),
-    ("is at home", "is not at home"),
-    ("is older than thirty", "is not older than thirty"),
-    ("is on holiday", "is not on holiday"),
-)
+_TEXTS = texts("modus_tollens")
 
 
 def make(random: Random, number: int) -> Example:
     """A correct argument; the classes change places, so that no place is always right."""
-    name, wording, (a, _not_a), (b, not_b) = _draw(random)
-    prompt = _prompt(wording, name, rule=(a, b), fact=not_b, claim=_not_a)
-    answer = number % 2
-    return Example(prompt, _classes(answer == 0), answer, part=1, template=f"wording {wording + 1}, {a}")
+    return _argument(random, number, is_correct=True)
 
 
 def make_control(random: Random, number: int) -> Example:
     """An argument of the same look that is not correct: "not A, so not B", or "B, so A". The answer is No."""
-    name, wording, (a, not_a), (b, not_b) = _draw(random)
-    fact, claim = random.choice([(not_a, not_b), (b, a)])
-    prompt = _prompt(wording, name, rule=(a, b), fact=fact, claim=claim)
-    answer = number % 2
-    return Example(prompt, _classes(answer == 1), answer, part=2, template=f"wording {wording + 1}, {a}")
+    return _argument(random, number, is_correct=False)
 
 
-def _draw(random: Random) -> tuple[str, int, tuple[str, str], tuple[str, str]]:
-    first, second = random.sample(_PREDICATES, 2)
-    return random.choice(NAMES), random.randrange(len(_WORDINGS)), first, second
-
-
-def _prompt(wording: int, name: str, *, rule: tuple[str, str], fact: str, claim: str) -> str:
-    return _WORDINGS[wording].format(
-        rule=f"If {name} {rule[0]}, then {name} {rule[1]}", fact=f"{name} {fact}", claim=f"{name} {claim}"
-    )
-
-
-def _classes(yes_first: bool) -> tuple[str, str]:
-    return (" Yes", " No") if yes_first else (" No", " Yes")
+def _argument(random: Random, number: int, *, is_correct: bool) -> Example:
+    (a, not_a), (b, not_b) = random.sample(_TEXTS.predicates, 2)
+    name = random.choice(VOCABULARY.names)
+    wording, pattern = pick(random, _TEXTS.wordings)
+    fact, claim = (not_b, not_a) if is_correct else random.choice([(not_a, not_b), (b, a)])
+    rule = f"If {name} {a}, then {name} {b}"
+    prompt = pattern.format(rule=rule, fact=f"{name} {fact}", claim=f"{name} {claim}")
+    right, wrong, part = ("Yes", "No", 1) if is_correct else ("No", "Yes", 2)
+    return two_answers(prompt, right, wrong, number, part=part, template=f"wording {wording + 1}, {a}")
 
 
 def solve(example: Example) -> int:

@@ -6,52 +6,26 @@ import re
 from random import Random
 
 from branchmix.scaling.examples import Example
+from branchmix.scaling.generate.vocabulary import pick, texts, two_answers
 
-_HEADERS = (
-    "Find the unknown in each of these equations.",
-    "A worksheet of small equations, with solutions:",
-    "Each question has a whole number as its answer.",
-    "Here are some exercises in algebra.",
-    "Solve for the letter.",
-)
-_WORDINGS = (
-    "If {equation}, what is {letter}?",
-    "Find {letter}, given that {equation}.",
-    "We know that {equation}. Which number is {letter}?",
-    "Let {equation}. Then {letter} equals what?",
-    "What must {letter} be, if {equation}?",
-)
-_FORMS = (
-    "{a} + {b} = {v}",
-    "{v} = {a} + {b}",
-    "{v} - {d} = {e}",
-    "{d} + {v} = {f}",
-)
-_LETTERS = "bcdfghjkmnpqrstvwxyz"
+_TEXTS = texts("repetitive_algebra")
 
 
 def make(random: Random, number: int) -> Example:
     """6 to 14 equations with the answer of the last, one with the other answer, and the last."""
     right, wrong = random.sample(range(2, 100), 2)
-    header, wording = random.randrange(len(_HEADERS)), random.randrange(len(_WORDINGS))
+    (header, start), (wording, pattern) = pick(random, _TEXTS.headers), pick(random, _TEXTS.wordings)
 
     def question(value: int) -> str:
         a, d = random.randrange(-90, 190), random.randrange(2, 90)
-        letter = random.choice(_LETTERS)
-        equation = random.choice(_FORMS).format(a=a, b=value - a, v=letter, d=d, e=value - d, f=value + d)
-        return f"Q: {_WORDINGS[wording].format(equation=equation, letter=letter)}\nA:"
+        letter = random.choice(_TEXTS.letters)
+        equation = random.choice(_TEXTS.forms).format(a=a, b=value - a, v=letter, d=d, e=value - d, f=value + d)
+        return f"Q: {pattern.format(equation=equation, letter=letter)}\nA:"
 
     values = [right] * random.randrange(6, 15) + [wrong]
-    lines = [_HEADERS[header], *(f"{question(value)} {value}" for value in values), question(right)]
-    classes = (f" {right}", f" {wrong}")
-    answer = number % 2
-    return Example(
-        "\n".join(lines),
-        classes if answer == 0 else classes[::-1],
-        answer,
-        part=1,
-        template=f"header {header + 1}, wording {wording + 1}",
-    )
+    lines = [start, *(f"{question(value)} {value}" for value in values), question(right)]
+    template = f"header {header + 1}, wording {wording + 1}"
+    return two_answers("\n".join(lines), right, wrong, number, template=template)
 
 
 def solve(example: Example) -> int:

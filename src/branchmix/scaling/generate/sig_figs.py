@@ -6,22 +6,13 @@ from decimal import ROUND_HALF_UP, Decimal
 from random import Random
 
 from branchmix.scaling.examples import Example
+from branchmix.scaling.generate.vocabulary import in_turn, pick, texts
 
-_WORDINGS = (
-    "Which of these is {x} with {n} significant figure{s}?",
-    "Give {x} to {n} significant figure{s}.",
-    "A scale shows {x}. What is that to {n} significant figure{s}?",
-    "{x} has more digits than we need: keep {n} significant figure{s}.",
-    "Someone measured {x}. Report it with {n} significant figure{s}.",
-    "How is {x} written when it is rounded to {n} significant figure{s}?",
-    "Cut {x} down to {n} significant figure{s}, rounding as usual.",
-    "Rounded to {n} significant figure{s}, what does {x} become?",
-)
+_WORDINGS = texts("sig_figs").wordings
 
 
 def make(random: Random, number: int) -> Example:
     """A number with decimals between 0.001 and 100,000, none of whose roundings is a tie."""
-    answer = number % 2
     while True:
         figures = random.randrange(1, 5)
         size = random.randrange(-3, 5)  # of the first figure, as a power of ten
@@ -34,13 +25,12 @@ def make(random: Random, number: int) -> Example:
         wrong = x.quantize(Decimal((0, (1,), -figures)), rounding=ROUND_HALF_UP)
         if right != wrong and wrong != 0 and _is_plain(right, size, figures):
             break
-    wording = random.randrange(len(_WORDINGS))
-    question = _WORDINGS[wording].format(x=format(x, "f"), n=figures, s="s" if figures > 1 else "")
-    options = [format(right, "f"), format(wrong, "f")]
-    first, second = options if answer == 0 else options[::-1]
+    wording, pattern = pick(random, _WORDINGS)
+    question = pattern.format(x=format(x, "f"), n=figures, s="s" if figures > 1 else "")
+    first, second = in_turn(number, format(right, "f"), format(wrong, "f"))
     prompt = f"Question: {question}\nA. {first}\nB. {second}\nAnswer:"
     template = f"wording {wording + 1}, {figures} figures"
-    return Example(prompt, (" A", " B"), answer, part=1, template=template)
+    return Example(prompt, (" A", " B"), number % 2, part=1, template=template)
 
 
 def _is_plain(rounded: Decimal, size: int, figures: int) -> bool:

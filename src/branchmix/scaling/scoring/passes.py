@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from branchmix.errors import CheckpointError
 from branchmix.likelihood.forward import evaluating, head_at, length_dependent, log_probs
-from branchmix.scaling.scoring.plan import Branch, Row, batches, plan
+from branchmix.scaling.scoring.plan import BATCH_TOKENS, Branch, Row, batches, plan
 from branchmix.scaling.scoring.tokens import Encoded
-
-BATCH_TOKENS = 2048
-"""Tokens of a forward pass, padding included."""
 
 
 def score_options(
@@ -28,7 +25,6 @@ def score_options(
     batch_tokens: int = BATCH_TOKENS,
     share: bool | None = None,
     known: Collection[int] = (),
-    progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, list[float]]]:
     """Summed log-probabilities (nats) of every option of a question, as (number of the question, list), when done.
 
@@ -39,7 +35,6 @@ def score_options(
         share: compute what questions and options have in common once; None: where the model's cache allows it.
         known: numbers of questions that are not asked again. Batches are made of all questions all the same, so that
             the others have the same bits whatever is known.
-        progress: called with questions done and their number.
 
     Raises:
         CheckpointError: the tokenizer is not the model's, or the logits are not finite.
@@ -47,8 +42,6 @@ def score_options(
     _check(model, questions)
     share = can_share(model) if share is None else share
     equal = length_dependent(model.config)
-    asked = [n for n, question in enumerate(questions) if question.refused is None and n not in known]
-    total, done = len(asked), 0
     sums: dict[int, list[list[float]]] = {}
     with evaluating(model):
         for trunk in plan(questions, share=share):
@@ -64,11 +57,9 @@ def score_options(
                     parts = sums.setdefault(number, [[] for _ in questions[number].options])
                     parts[option].append(value)
                 for number in dict.fromkeys(row.question for row in batch):
-                    if number not in known and _is_complete(sums[number], questions[number]):
-                        done += 1
+                    is_complete = sum(map(len, sums[number])) == sum(map(len, questions[number].options))
+                    if number not in known and is_complete:
                         yield number, [math.fsum(parts) for parts in sums.pop(number)]
-                if progress is not None:
-                    progress(done, total)
 
 
 def can_share(model: Any) -> bool:
@@ -137,10 +128,6 @@ def _select(cache: Any, rows: list[int]) -> Any:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]  # tensors are replaced in them, never written
     chosen.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))
     return chosen
-
-
-def _is_complete(parts: list[list[float]], question: Encoded) -> bool:
-    return all(len(found) == len(option) for found, option in zip(parts, question.options, strict=True))
 
 
 def _check(model: Any, questions: Sequence[Encoded]) -> None:

@@ -2,7 +2,7 @@
 
 Pure: tokens in, a plan out. A ``Trunk`` is a beginning that many prompts share, whose keys and values are kept. A
 ``Row`` is what a forward pass computes of one prompt after the trunk; its options' further tokens are ``branches`` of
-it. Rows without branches may be padded on the right; those with branches stand in batches of equal length, so that no
+it. Rows without branches may be padded on the right; those with branches are in batches of equal length, so that no
 cache ever holds padding and no model needs a mask.
 """
 
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from branchmix.scaling.scoring.tokens import Encoded
 
+BATCH_TOKENS = 2048
+"""Tokens of a forward pass, padding included."""
 PASS_OVERHEAD = 24
 """A forward pass costs about as much as so many tokens more: it reads all weights."""
 _DEEPEST = 100
@@ -28,7 +31,7 @@ class Target:
     option: int
     token: int
     place: int
-    """Of the input among the row's, or the branch's, own tokens."""
+    """Place of that input token among the row's, or the branch's, own tokens."""
 
 
 @dataclass(frozen=True)
@@ -70,50 +73,32 @@ def plan(questions: Sequence[Encoded], *, share: bool = True) -> list[Trunk]:
         share: without it nothing is kept from pass to pass, and each option that needs one has a row of its own.
     """
     asked = [(number, question) for number, question in enumerate(questions) if question.refused is None]
+    rows = [row for number, question in asked for row in _rows(number, question, share=share)]
     if not share:
-        return [Trunk((), [row for number, question in asked for row in _separate(number, question)])]
-    whole = sorted((_together(number, question) for number, question in asked), key=lambda row: row.tokens)
-    return [Trunk(rows[0].tokens[:length], [row.after(length) for row in rows]) for length, rows in _trunks(whole)]
+        return [Trunk((), rows)]
+    groups = _trunks(sorted(rows, key=lambda row: row.tokens))
+    return [Trunk(group[0].tokens[:length], [row.after(length) for row in group]) for length, group in groups]
 
 
-def _by_input(question: Encoded) -> dict[tuple[int, ...], list[int]]:
-    """Options by all their tokens but the last: those of one key are read off one pass."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for number, option in enumerate(question.options):
-        found.setdefault(option[:-1], []).append(number)
-    return found
+def _rows(number: int, question: Encoded, *, share: bool) -> list[Row]:
+    """One row, with a branch for each input that options need after the prompt if there are several.
 
-
-def _separate(number: int, question: Encoded) -> list[Row]:
+    Options that differ in their last token alone are read off one input. Without ``share`` each input has its own row.
+    """
     last = len(question.context) - 1
-    return [
-        Row(
-            number,
-            question.context + fed,
-            tuple(Target(o, token, last + n) for o in options for n, token in enumerate(question.options[o])),
-        )
-        for fed, options in _by_input(question).items()
-    ]
-
-
-def _together(number: int, question: Encoded) -> Row:
-    last = len(question.context) - 1
-    by_input = _by_input(question)
-    longer = [fed for fed in by_input if fed]
-    first = tuple(Target(o, option[0], last) for o, option in enumerate(question.options))
-    if len(longer) < 2:  # nothing to share: it goes on with the row
-        fed = longer[0] if longer else ()
-        more = tuple(
-            Target(o, token, last + 1 + n)
-            for o in by_input.get(fed, ())
-            for n, token in enumerate(question.options[o][1:])
-        )
-        return Row(number, question.context + fed, first + more)
-    branches = tuple(
-        Branch(fed, tuple(Target(o, t, n) for o in by_input[fed] for n, t in enumerate(question.options[o][1:])))
-        for fed in longer
-    )
-    return Row(number, question.context, first, branches)
+    options = list(enumerate(question.options))
+    first = tuple(Target(o, option[0], last) for o, option in options)
+    branches = []
+    for fed in dict.fromkeys(option[:-1] for _, option in options if len(option) > 1):
+        targets = (Target(o, t, n) for o, option in options if option[:-1] == fed for n, t in enumerate(option[1:]))
+        branches.append(Branch(fed, tuple(targets)))
+    if share and len(branches) > 1:
+        return [Row(number, question.context, first, tuple(branches))]
+    rows: list[Row] = []
+    for branch in branches or [Branch((), ())]:
+        further = tuple(replace(target, place=target.place + last + 1) for target in branch.targets)
+        rows.append(Row(number, question.context + branch.tokens, further if rows else first + further))
+    return rows
 
 
 # ---- trunks ----
@@ -129,38 +114,27 @@ def _trunks(rows: list[Row]) -> list[tuple[int, list[Row]]]:
 def _cheapest(rows: list[Row], forks: int) -> tuple[float, list[tuple[int, list[Row]]]]:
     """Cost in tokens of rows that fork off ``forks`` times before, and their groups; a trunk of 0 tokens is none.
 
-    Either the rows get one trunk as long as what they share, or each part that goes on alike decides for itself.
+    Either all rows get one trunk, as long as what they share, or each part that continues alike decides for itself.
     """
-    own = float(sum(len(row.tokens) for row in rows))
-    apart = (own, [(0, rows)])
+    best = (float(sum(len(row.tokens) for row in rows)), [(0, rows)])
     if len(rows) < 2:
-        return apart
+        return best
     shared = _shared(rows[0].tokens, rows[-1].tokens)  # sorted: what first and last share, all share
     shared = min(shared, min(row.targets[0].place for row in rows))  # each row predicts its own
-    best = apart
     together = shared + sum(len(row.tokens) - shared for row in rows) + 2.0 * PASS_OVERHEAD
     if shared and together < best[0]:
         best = (together, [(shared, rows)])
-    if forks == _DEEPEST or any(len(row.tokens) == shared for row in rows[:1]):
+    if forks == _DEEPEST or len(rows[0].tokens) == shared:
         return best
     cost, groups = 0.0, []
-    for part in _parts(rows, shared):
-        if len(part) == len(rows):
-            return best
-        found = _cheapest(part, forks + 1)
-        cost += found[0]
-        groups += found[1]
+    parts = [list(part) for _, part in groupby(rows, key=lambda row: row.tokens[shared : shared + 1])]
+    if len(parts) == 1:
+        return best
+    for part in parts:
+        part_cost, part_groups = _cheapest(part, forks + 1)
+        cost += part_cost
+        groups += part_groups
     return (cost, groups) if cost < best[0] else best
-
-
-def _parts(rows: list[Row], place: int) -> Iterator[list[Row]]:
-    part: list[Row] = []
-    for row in rows:
-        if part and row.tokens[place : place + 1] != part[0].tokens[place : place + 1]:
-            yield part
-            part = []
-        part.append(row)
-    yield part
 
 
 def _shared(first: tuple[int, ...], second: tuple[int, ...]) -> int:

@@ -14,8 +14,7 @@ from typing import Any, Literal
 from branchmix.errors import RecipeError
 from branchmix.likelihood.models import encode, prefix_token
 
-BosPolicy = Literal["default", "on", "off"]
-BOS_POLICIES: tuple[BosPolicy, ...] = ("default", "on", "off")
+BOS_POLICIES = ("default", "on", "off")
 Refusal = Literal["longer than the context", "an option has no token of its own"]
 
 
@@ -39,18 +38,18 @@ class Encoded:
 
     @property
     def num_tokens(self) -> int:
-        """Of the longest input that a model would see: the last token is only predicted."""
+        """Length of the longest input that a model would see: the last token is only predicted."""
         return len(self.context) + max(map(len, self.options), default=1) - 1
 
 
 @dataclass(frozen=True)
 class Bos:
-    """What stands before every prompt."""
+    """What comes before every prompt."""
 
-    policy: BosPolicy
+    policy: str
     tokens: tuple[int, ...]
     text: str | None
-    """Of BOS: a prompt that begins with it gets no second one."""
+    """BOS as text: a prompt that begins with it gets no second one."""
     alone: int | None
     """What predicts the first token where there is neither prompt nor BOS."""
 
@@ -61,17 +60,15 @@ class Bos:
         Raises:
             RecipeError: no such policy, or ``on`` with a tokenizer that has no BOS.
         """
-        chosen = next((one for one in BOS_POLICIES if one == policy), None)
-        if chosen is None:
+        if policy not in BOS_POLICIES:
             raise RecipeError(f"--bos {policy}: is none of {', '.join(BOS_POLICIES)}")
-        bos = getattr(tokenizer, "bos_token_id", None)
-        if chosen == "on":
+        tokens = _leading(tokenizer) if policy == "default" else ()
+        if policy == "on":
+            bos = getattr(tokenizer, "bos_token_id", None)
             if bos is None:
                 raise RecipeError("--bos on: the tokenizer has no BOS token: choose default or off")
-            tokens: tuple[int, ...] = (int(bos),)
-        else:
-            tokens = _leading(tokenizer) if chosen == "default" else ()
-        return cls(chosen, tokens, getattr(tokenizer, "bos_token", None), prefix_token(tokenizer, config))
+            tokens = (int(bos),)
+        return cls(policy, tokens, getattr(tokenizer, "bos_token", None), prefix_token(tokenizer, config))
 
     def before(self, prompt: str) -> tuple[int, ...]:
         """Tokens to put before a prompt."""
@@ -79,7 +76,7 @@ class Bos:
 
 
 def _leading(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before a text by itself."""
+    """The special tokens that the tokenizer puts before a text."""
     plain = list(encode(tokenizer, ["a"])[0])
     full = list(tokenizer(["a"], return_attention_mask=False, verbose=False)["input_ids"][0])
     start = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
@@ -98,13 +95,13 @@ def encode_questions(
         wholes += [context + spaces + option for option in question.options]
     context_tokens = iter(encode(tokenizer, contexts))
     whole_tokens = iter(encode(tokenizer, wholes))
-    found = []
+    encoded = []
     for question in questions:
         before = bos.before(question.prompt)
         start = before + tuple(map(int, next(context_tokens)))
         whole = [before + tuple(map(int, next(whole_tokens))) for _ in question.options]
-        found.append(_split(start, whole, bos, max_positions))
-    return found
+        encoded.append(_split(start, whole, bos, max_positions))
+    return encoded
 
 
 def _split(context: tuple[int, ...], wholes: list[tuple[int, ...]], bos: Bos, max_positions: int | None) -> Encoded:

@@ -4,17 +4,83 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
+import numpy as np
+from scipy import stats
+
+from branchmix.pages.pictures import COLOURS
 from branchmix.scaling.examples import Example
 from branchmix.scaling.tasks import CAUSES, TASKS
-from branchmix.scaling.trends.charts import Panel
-from branchmix.scaling.trends.report import Judged, Report, cause_of
+from branchmix.scaling.trends.judge import Judged, Report, cause_of
 from branchmix.scaling.trends.series import Series
+from branchmix.scaling.trends.table import DATA, is_share
+from branchmix.scaling.trends.verdict import WORDS
 
-OTHER = "Other tasks"
+
+@dataclass(frozen=True)
+class Panel:
+    """One metric of one task along one axis: all its curves, and what they are compared with."""
+
+    curves: Sequence[Judged]
+    metric: str
+    lower_is_better: bool
+    axis: str
+    alpha: float
+    chance: float | None
+    """What guessing scores."""
+    baselines: list[float]
+    """What constant answers score."""
+
+    @property
+    def is_share(self) -> bool:
+        return is_share(self.metric)
+
+    @property
+    def official(self) -> Panel:
+        """Without the curves of fresh data, where there are others."""
+        return replace(self, curves=[one for one in self.curves if not is_fresh(one)] or self.curves)
+
+    @property
+    def families(self) -> list[str]:
+        return list(dict.fromkeys(one.series.family for one in self.curves))
+
+    @property
+    def names(self) -> list[str]:
+        """What distinguishes each curve from the others: family, kind of questions; empty for a single curve."""
+        series = [one.series for one in self.curves]
+        kinds = len({one.data for one in series})
+        return [
+            ", ".join(
+                [
+                    *([one.family or "no family"] if len(self.families) > 1 else []),
+                    *([f"{one.data} questions"] if kinds > 1 else []),
+                ]
+            )
+            for one in series
+        ]
+
+    @property
+    def named(self) -> list[tuple[Judged, str]]:
+        """The curves with their names."""
+        return list(zip(self.curves, self.names, strict=True))
+
+    def colour(self, one: Judged) -> str:
+        """Families differ in colour, fresh data in the line's dashes."""
+        return COLOURS[self.families.index(one.series.family) % (len(COLOURS) - 1)]
+
+    def bars(self, one: Judged) -> tuple[np.ndarray, np.ndarray]:
+        """[K] half widths of the intervals: over questions alone, and over models as well."""
+        quantile = float(stats.norm.isf(self.alpha / 2))
+        sampling_K = np.diag(one.curve.sampling_KK)
+        return quantile * np.sqrt(sampling_K), quantile * np.sqrt(sampling_K + one.curve.jitter_K)
+
+
+def is_fresh(one: Judged) -> bool:
+    """Whether a curve is of questions made after the official ones."""
+    return one.series.data != DATA[0]
 
 
 @dataclass(frozen=True)
@@ -27,7 +93,7 @@ class Entry:
     cause: str
     description: str
     example: Example | None
-    """Of the official tasks, one that we made: the official data stay where they are."""
+    """One of ours for an official task: the official data are not shown."""
     metrics: tuple[str, ...]
 
 
@@ -35,7 +101,11 @@ class Overview:
     """The tasks of a table, from reports on it along one axis or several, of which the first is the one asked for."""
 
     def __init__(self, reports: Sequence[Report]):
-        self.reports = [report for report in reports if report is reports[0] or _moves(report)]
+        def moves(report: Report) -> bool:
+            return any(one.curve.sizes > 1 for one in report.judged)
+
+        self.reports = [report for report in reports if report is reports[0] or moves(report)]
+        self.axes = [report.axis for report in self.reports]
         series = [one.series for one in self.reports[0].judged]
         names = list(dict.fromkeys(one.task for one in series))
         slugs: set[str] = set()
@@ -46,19 +116,16 @@ class Overview:
         self.entries = sorted(entries, key=lambda entry: (causes.index(entry.cause), places[entry.name]))
         self.metrics = list(dict.fromkeys(one.metric for one in series))
         """In the table's order."""
+        self.models = len({(one.family, row.model) for one in series for row in one.rows})
+        """How many there are; several runs of one are one."""
 
     @property
     def groups(self) -> dict[str, list[Entry]]:
         """Tasks by cause, in the paper's order."""
-        found: dict[str, list[Entry]] = {}
+        groups: dict[str, list[Entry]] = {}
         for entry in self.entries:
-            found.setdefault(entry.cause, []).append(entry)
-        return found
-
-    @cached_property
-    def models(self) -> int:
-        """How many there are; several runs of one are one."""
-        return len({(one.series.family, name) for one in self._all for name in (row.model for row in one.series.rows)})
+            groups.setdefault(entry.cause, []).append(entry)
+        return groups
 
     @property
     def main_metric(self) -> str:
@@ -67,49 +134,39 @@ class Overview:
         most = counts.get("accuracy", 0) * 2 > len(self.entries)
         return "accuracy" if most else max(self.metrics, key=counts.__getitem__)
 
-    @property
-    def _all(self) -> list[Judged]:
-        return self.reports[0].judged
-
-    def reach(self, axis: str) -> tuple[float, float]:
-        """The smallest and the largest place on an axis."""
-        places = [row.axes[axis] for one in self._all for row in one.series.rows]
-        return min(places), max(places)
-
     def metric_for(self, entry: Entry, wanted: str) -> str:
-        """The metric that stands in where a task does not have the one the reader chose."""
+        """The metric to show for a task when the reader chose another, which the task may lack."""
         return wanted if wanted in entry.metrics else entry.metrics[0]
 
     def panel(self, entry: Entry, metric: str, report: Report) -> Panel:
         """The curves of a task by one of its metrics: official before fresh, long before short."""
-        curves = [
-            found for part in report.parts if (found := report.tasks(part).get(entry.name, {}).get(metric)) is not None
-        ]
-        rows = curves[0].series.rows
+        tasks = [report.tasks(part).get(entry.name, {}) for part in report.parts]
+        curves = [metrics[metric] for metrics in tasks if metric in metrics]
+        rows, lower_is_better = curves[0].series.rows, curves[0].series.lower_is_better
         chance = next((row.chance for row in rows if row.chance is not None), _known_chance(entry, metric))
-        baselines = (
-            {round(value, 4) for row in rows for value in row.constant_baselines} if metric == "accuracy" else ()
-        )
-        return Panel(curves, report.axis, report.limits.alpha, chance, tuple(sorted(baselines)))
+        baselines = {round(value, 4) for row in rows for value in row.constant_baselines if metric == "accuracy"}
+        return Panel(curves, metric, lower_is_better, report.axis, report.limits.alpha, chance, sorted(baselines))
+
+    def tallies(self, metric: str, report: Report) -> list[tuple[str, dict[str, int]]]:
+        """Each family, and how many tasks have which verdict; of the official data where there are any."""
+        kinds = {data for _, data in report.parts}
+        families = []
+        for family, data in report.parts:
+            if data == DATA[0] or DATA[0] not in kinds:
+                tasks = report.tasks((family, data))
+                shown = [tasks.get(entry.name, {}).get(self.metric_for(entry, metric)) for entry in self.entries]
+                counts = Counter[str](one.verdict.label for one in shown if one is not None)
+                families.append((family or "no family", {label: counts[label] for label in WORDS if counts[label]}))
+        return families
 
 
 def heading(cause: str) -> str:
-    """Of a group of tasks."""
-    return cause[:1].upper() + cause[1:] if cause else OTHER
-
-
-def why(cause: str) -> str:
-    """What the group of tasks has in common, in a sentence."""
-    return next((text for name, text in CAUSES.items() if name == cause), "")
-
-
-def _moves(report: Report) -> bool:
-    """Whether any curve has more than one place on the axis."""
-    return any(one.curve.sizes > 1 for one in report.judged)
+    """Title of a group of tasks."""
+    return cause[:1].upper() + cause[1:] if cause else "Other tasks"
 
 
 def slug(name: str) -> str:
-    """A name as it may stand in file names and anchors."""
+    """A name made fit for file names and anchors."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "x"
 
 
@@ -117,16 +174,16 @@ def _entry(name: str, series: Sequence[Series], slugs: set[str]) -> Entry:
     from branchmix.scaling.generate import make_examples
 
     task = TASKS.get(name)
-    plain = slug(name)
-    while plain in slugs:
-        plain += "-2"
-    slugs.add(plain)
-    told = next((row.description for one in series for row in one.rows if row.description), "")
+    own = slug(name)
+    while own in slugs:
+        own += "-2"
+    slugs.add(own)
+    described = next((row.description for one in series for row in one.rows if row.description), "")
     return Entry(
         name=name,
-        slug=plain,
+        slug=own,
         cause=cause_of(series[0]),
-        description=told or (task.description if task else ""),
+        description=described or (task.description if task else ""),
         example=make_examples(task, seed=0, num_examples=1)[0] if task else None,
         metrics=tuple(dict.fromkeys(one.metric for one in series)),
     )

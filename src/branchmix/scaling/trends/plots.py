@@ -1,134 +1,291 @@
-"""Pictures of ``branchmix scaling trends --plots DIR``: a sheet of all tasks by cause, and one of each task.
+"""Pictures of trends: a task with all its curves, a small one for the overview, and a sheet of all tasks.
 
-They are the page's own drawings on white, as PNG and as SVG.
+Up is better in all of them: where less is better, as with a loss, the axis is turned round. So a curve that falls is
+one that gets worse with scale, and a U looks like a U, whatever the metric.
+
+Each point has two bars. The thick one is the interval over questions, the thin one over questions and models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
+from typing import Any
 
-from branchmix.pages.canvas import Canvas
-from branchmix.pages.pictures import png, save
-from branchmix.scaling.trends import words
-from branchmix.scaling.trends.charts import Panel, chart, sketch, small
-from branchmix.scaling.trends.overview import Entry, Overview, heading, slug, why
+import numpy as np
+
+from branchmix.pages.pictures import PAPER, Draw, Figure, figure_with, png, save, set_title, take_ink
+from branchmix.scaling.tasks import CAUSES
+from branchmix.scaling.trends import sentences
+from branchmix.scaling.trends.judge import Judged
+from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
+from branchmix.scaling.trends.table import Row
 from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
+SIGNS = {
+    "standard": ("\u2197", "#009e73"),
+    "inverse": ("\u2198", "#d55e00"),
+    "u-shaped": ("\u222a", "#0072b2"),
+    "inverted-u": ("\u2229", "#cc79a7"),
+    "flat": ("\u2192", "#777777"),
+    "inconclusive": ("?", "#777777"),
+    "not-testable": ("\u2026", "#777777"),
+}
+"""What each verdict looks like, size to the right and performance upwards, and its colour."""
 SHEET = "sheet"
-"""No task's file is named so: those end in a metric."""
+"""Stem of the sheet's files; those of tasks end in a metric."""
 _COLUMNS = 4
-_WIDTH, _HEIGHT = 230.0, 136.0
-"""Of a task, without its verdicts."""
-_GAP, _EDGE = 16.0, 18.0
-_CHARACTER = 5.9
-"""Of a small text, on average."""
+_LEAST_SPAN = 0.2
+"""Shortest axis of an accuracy, so that a change of a point or two does not look like a cliff."""
 
 
 def names(overview: Overview) -> list[str]:
-    """Of all files, in the order they are written."""
-    stems = [SHEET, *(stem for stem, _, _ in _panels(overview))]
-    return [f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")]
+    """Names of all files, in the order they are written."""
+    return [f"{stem}.{kind}" for stem, _ in _pictures(overview) for kind in ("png", "svg")]
 
 
 def write(overview: Overview, folder: Path) -> Iterator[Path]:
-    """Write a picture after the other, and yield it once it is there.
+    """Write one picture after the other, and yield it once it is there.
 
     Raises:
         OutputError: a file cannot be written.
     """
-    drawn = ((stem, task(entry, panel)) for stem, entry, panel in _panels(overview))
-    for stem, canvas in ((SHEET, sheet(overview)), *drawn):
-        yield png(canvas.figure, folder / f"{stem}.png")
-        yield save(canvas.figure, folder / f"{stem}.svg")
+    for stem, draw in _pictures(overview):
+        yield png(draw, folder / f"{stem}.png")
+        yield save(draw, folder / f"{stem}.svg")
 
 
-def _panels(overview: Overview) -> Iterator[tuple[str, Entry, Panel]]:
-    """Each metric of each task along the axis asked for, with a file's stem."""
+def _pictures(overview: Overview) -> Iterator[tuple[str, Draw]]:
+    """The sheet, and each metric of each task along the axis asked for."""
+    yield SHEET, partial(sheet, overview)
     for entry in overview.entries:
         for metric in entry.metrics:
             panel = overview.panel(entry, metric, overview.reports[0])
-            yield f"{entry.slug}-{slug(metric)}", entry, panel
+            yield f"{entry.slug}-{slug(metric)}", partial(chart, panel, title=entry.name)
 
 
-def sheet(overview: Overview) -> Canvas:
+def chart(panel: Panel, ink: str, *, title: str = "") -> Figure:
+    """A task: every curve with its bars, single runs as small points, chance and constant answers as lines.
+
+    Args:
+        panel: the curves.
+        ink: colour of text.
+        title: text above the picture, with the verdicts; without it there are neither.
+    """
+    figure, (axes,) = figure_with(1, (5.2, 3.1 + (0.3 + 0.18 * len(panel.curves)) * bool(title)), ink)
+    low, high = _frame(axes, panel, ink)
+    axes.set_xlabel(f"{sentences.axis_name(panel.axis)} (logarithmic)", color=ink)
+    turned = ", less is better" if panel.lower_is_better else ""
+    axes.set_ylabel(f"{sentences.metric_name(panel.metric)}{turned} \u2192 better", color=ink)
+    _references(axes, panel, ink, low, high, with_names=True)
+    step = 0.012 * float(np.ptp(axes.get_xlim()))  # curves side by side, so that their bars do not cover each other
+    middle = (len(panel.curves) - 1) / 2
+    drawn = [
+        _curve(axes, panel, one, panel.colour(one), shift=step * (number - middle))
+        for number, one in enumerate(panel.curves)
+    ]
+    if any(panel.names):
+        # Given as labels, names may begin with "_", which matplotlib leaves out otherwise.
+        labels, columns = (_verdicts(panel), 1) if title else (panel.names, 2)
+        look = {"loc": "outside upper left", "ncols": columns, "frameon": False, "fontsize": 8.5}
+        legend = figure.legend(drawn, labels, labelcolor=ink, title=title, alignment="left", **look)
+        legend.get_title().set(color=ink, fontweight="bold")
+    elif title:
+        axes.set_title(f"{title}: {_verdicts(panel)[0]}", loc="left", color=ink, fontweight="bold")
+    return figure
+
+
+def small(panel: Panel, ink: str) -> Figure:
+    """A task at a glance."""
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    figure = MatplotlibFigure(figsize=(2.3, 1.1))
+    axes = figure.add_axes((0.17, 0.16, 0.77, 0.81))
+    take_ink(axes, ink)
+    _small(axes, panel, ink)
+    return figure
+
+
+def sheet(overview: Overview, ink: str) -> Figure:
     """All tasks by the metric that most have, under their causes; small causes share a row."""
-    report, metric = overview.reports[0], overview.main_metric
-    rows = _rows(overview)
-    columns = max(sum(min(_COLUMNS, len(entries)) for _, entries in row) for row in rows)
-    width = max(2 * _EDGE + columns * (_WIDTH + _GAP) - _GAP, 480)
-    canvas = Canvas(width, 0)
-    y = _EDGE + 16
-    canvas.words((_EDGE, y), "Do larger models do better?", size=19, bold=True)
-    y += 20
-    told = f"{words.metric_name(metric)} along {words.axis_name(report.axis)}; dashed across: guessing"
-    canvas.words((_EDGE, y), told, size=12, colour="soft")
-    for row in rows:
-        y = _row(canvas, overview, row, y + 34)
-    canvas.height = y + _EDGE - 10
-    return canvas
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    report, metric, rows = overview.reports[0], overview.main_metric, _rows(overview)
+    columns = max(2, *(sum(width for *_, width in row) for row in rows))
+    heights = [0.7 + 1.5 * max(-(-len(entries) // _COLUMNS) for _, entries, _ in row) for row in rows]
+    figure = MatplotlibFigure(figsize=(2.7 * columns, 0.7 + sum(heights)), layout="constrained")
+    figure.suptitle("Do larger models do better?", x=0.01, ha="left", color=ink, fontsize=13, fontweight="bold")
+    along = f"{sentences.metric_name(metric)} along {sentences.axis_name(report.axis)}; dashed across: guessing"
+    figure.supxlabel(along, x=0.01, ha="left", color=ink, fontsize=9)
+    strips = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for row, strip in zip(rows, strips, strict=True):
+        texts = [[heading(cause), *wrap(CAUSES.get(cause, ""), 38 * width)] for cause, _, width in row]
+        widths = [width for *_, width in row]
+        spare = [columns - sum(widths)] if sum(widths) < columns else []
+        blocks = strip.subfigures(1, len(widths + spare), width_ratios=widths + spare, squeeze=False)[0]
+        for (_, entries, width), lines, block in zip(row, texts, blocks, strict=False):
+            lines += [" "] * (max(map(len, texts)) - len(lines))  # so that the pictures of a row are level
+            block.suptitle("\n".join(lines), x=0.01, ha="left", color=ink, fontsize=9.5)
+            tiles = block.subplots(-(-len(entries) // _COLUMNS), width, squeeze=False).ravel()
+            for axes, entry in zip_longest(tiles, entries):
+                if entry is None:
+                    axes.set_axis_off()
+                else:
+                    panel = overview.panel(entry, overview.metric_for(entry, metric), report).official
+                    take_ink(axes, ink)
+                    _tile(axes, entry, panel, metric, ink)
+    return figure
 
 
-def _rows(overview: Overview) -> list[list[tuple[str, list[Entry]]]]:
-    """Causes that fit side by side; one with more tasks than there are columns has a row for itself."""
-    rows: list[list[tuple[str, list[Entry]]]] = []
+def _rows(overview: Overview) -> list[list[tuple[str, list[Entry], int]]]:
+    """Causes that fit side by side, each with its tasks and its width in pictures."""
+    rows: list[list[tuple[str, list[Entry], int]]] = []
     room = 0
     for cause, entries in overview.groups.items():
         if len(entries) > room:
             rows.append([])
             room = _COLUMNS
-        rows[-1].append((cause, entries))
+        rows[-1].append((cause, entries, min(_COLUMNS, len(entries))))
         room -= len(entries)
     return rows
 
 
-def _row(canvas: Canvas, overview: Overview, row: list[tuple[str, list[Entry]]], y: float) -> float:
-    """Causes side by side from the base line ``y`` of their headings; where the row ends."""
-    report, metric = overview.reports[0], overview.main_metric
-    texts = [
-        wrap(why(cause), int((min(_COLUMNS, len(entries)) * (_WIDTH + _GAP) - _GAP) / _CHARACTER))
-        for cause, entries in row
-    ]
-    top = y + 16 * max(map(len, texts)) + 12
-    x, bottom = _EDGE, top
-    for (cause, entries), lines in zip(row, texts, strict=True):
-        canvas.words((x, y), heading(cause), size=14, bold=True)
-        for number, line in enumerate(lines):
-            canvas.words((x, y + 17 + 16 * number), line, size=11.5, colour="soft")
-        panels = [overview.panel(entry, overview.metric_for(entry, metric), report).official for entry in entries]
-        step = _HEIGHT + 20 * max(len(panel.curves) for panel in panels)
-        for number, (entry, panel) in enumerate(zip(entries, panels, strict=True)):
-            down, right = divmod(number, _COLUMNS)
-            _tile(canvas, entry, panel, x + right * (_WIDTH + _GAP), top + down * step, metric)
-            bottom = max(bottom, top + (down + 1) * step)
-        x += min(_COLUMNS, len(entries)) * (_WIDTH + _GAP)
-    return bottom
-
-
-def _tile(canvas: Canvas, entry: Entry, panel: Panel, x: float, y: float, metric: str) -> None:
+def _tile(axes: Any, entry: Entry, panel: Panel, metric: str, ink: str) -> None:
     """A task of the sheet: its name, its curve, its verdicts."""
-    canvas.words((x, y + 12), entry.name, size=12.5, bold=True)
-    if panel.metric != metric:
-        canvas.words((x + _WIDTH, y + 12), words.metric_name(panel.metric), size=11, colour="soft", anchor="end")
-    canvas.place(small(panel, width=_WIDTH), x, y + 18)
-    _verdicts(canvas, panel, x, y + 126)
+    other = f" ({sentences.metric_name(panel.metric)})" if panel.metric != metric else ""
+    axes.set_title(entry.name + other, loc="left", color=ink, fontsize=9, fontweight="bold")
+    drawn, labels = _small(axes, panel, ink), _verdicts(panel)
+    if len(drawn) > 1:
+        place = {"loc": "upper left", "bbox_to_anchor": (-0.04, -0.1), "frameon": False}
+        axes.legend(drawn, labels, labelcolor=ink, fontsize=8.5, **place)
+    else:
+        weight = "bold" if panel.curves[0].verdict.label in (*DIRECTED, "flat") else "normal"
+        axes.set_xlabel(labels[0], loc="left", color=ink, fontsize=8.5, fontweight=weight)
 
 
-def task(entry: Entry, panel: Panel) -> Canvas:
-    """A task by itself: name, verdicts, chart."""
-    drawn = chart(panel)
-    top = 40 + 20 * len(panel.curves)
-    canvas = Canvas(drawn.width + 2 * 8, drawn.height + top + 8)
-    canvas.words((16, 26), entry.name, size=16, bold=True)
-    _verdicts(canvas, panel, 16, 36)
-    canvas.place(drawn, 8, top)
-    return canvas
+def _verdicts(panel: Panel) -> list[str]:
+    """A line for each curve."""
+    labels = [(name, one.verdict.label) for one, name in panel.named]
+    return [f"{SIGNS[label][0]} {f'{name}: ' if name else ''}{WORDS[label]}" for name, label in labels]
 
 
-def _verdicts(canvas: Canvas, panel: Panel, x: float, y: float) -> None:
-    for number, (one, name) in enumerate(zip(panel.curves, panel.names, strict=True)):
-        label = one.verdict.label
-        canvas.place(sketch(label), x, y + 20 * number, scale=0.42)
-        text = f"{name}: {WORDS[label]}" if name else WORDS[label]
-        canvas.words((x + 37, y + 13 + 20 * number), text, size=12, bold=label in (*DIRECTED, "flat"))
+# ---- parts ----
+
+
+def _small(axes: Any, panel: Panel, ink: str) -> list[Any]:
+    """Accuracies all have the same axis, so that tasks can be compared; a single curve has its verdict's colour."""
+    _references(axes, panel, ink, *_frame(axes, panel, ink, is_small=True))
+    verdict_colour = SIGNS[panel.curves[0].verdict.label][1] if len(panel.curves) == 1 else None
+    return [_curve(axes, panel, one, verdict_colour or panel.colour(one), is_small=True) for one in panel.curves]
+
+
+def _frame(axes: Any, panel: Panel, ink: str, *, is_small: bool = False) -> tuple[float, float]:
+    """Axes with few ticks, those across at sizes of models; returns the range of values."""
+    from matplotlib.ticker import PercentFormatter
+
+    x = np.unique(np.concatenate([one.curve.x_K for one in panel.curves]))
+    span = float(np.ptp(x)) or 1.0
+    axes.set_xlim(x[0] - 0.07 * span, x[-1] + 0.07 * span)
+    ticks, least = [x[0]], (0.28 if is_small else 0.13) * span
+    for place in x[1:]:
+        if place - ticks[-1] > least and (place == x[-1] or x[-1] - place > least):
+            ticks.append(place)
+    axes.set_xticks(ticks, [sentences.axis_value(panel.axis, 10**tick) for tick in ticks])
+    low, high = (-0.03, 1.03) if panel.is_share and is_small else _value_range(panel)
+    axes.set_ylim(*((high, low) if panel.lower_is_better else (low, high)))
+    if panel.is_share and is_small:
+        axes.set_yticks([0, 0.5, 1])
+    else:
+        axes.locator_params(axis="y", nbins=3 if is_small else 6)
+    if panel.is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=sentences.PERCENT))
+    axes.grid(axis="y", color=ink, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=7 if is_small else 8.5)
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_alpha(0.5)
+    return low, high
+
+
+def _references(axes: Any, panel: Panel, ink: str, low: float, high: float, *, with_names: bool = False) -> None:
+    """Lines across at what guessing and constant answers score, if that is in sight."""
+    lines = [(panel.chance, "--", "guessing"), *((value, ":", "always the same answer") for value in panel.baselines)]
+    named: list[float] = []
+    for value, style, name in lines:
+        if value is not None and low <= value <= high:
+            line = axes.axhline(value, color=ink, alpha=0.55, linewidth=0.9, linestyle=style)
+            if with_names:
+                set_title(line, f"{name}: {sentences.shown(panel.metric, value)}")
+            if with_names and all(abs(value - other) > 0.05 * (high - low) for other in named):
+                named.append(value)
+                beside = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+                axes.annotate(name, fontsize=8, color=ink, alpha=0.7, **beside)
+
+
+def _value_range(panel: Panel) -> tuple[float, float]:
+    """What the points and their thick bars need; thin bars may be so long that they end at the edge."""
+    values = [value for value in (panel.chance,) if value is not None]
+    for one in panel.curves:
+        inner_K, outer_K = panel.bars(one)
+        reach_K = np.minimum(outer_K, np.maximum(inner_K, 0.5 * np.ptp(one.curve.y_K)))
+        values += [*(one.curve.y_K - reach_K), *(one.curve.y_K + reach_K), *one.series.y]
+    low, high = min(values), max(values)
+    least = _LEAST_SPAN if panel.is_share else 0.05 * max(abs(low), abs(high), 1e-9)
+    wider = max(0.0, least - (high - low)) / 2 + 0.04 * max(least, high - low)
+    low, high = low - wider, high + wider
+    return (max(low, -0.01), min(high, 1.01)) if panel.is_share else (low, high)
+
+
+def _curve(axes: Any, panel: Panel, one: Judged, colour: str, *, shift: float = 0.0, is_small: bool = False) -> Any:
+    """Draws a curve with its bars; returns its line, for a legend."""
+    inner_K, outer_K = panel.bars(one)
+    x_K, y_K = one.curve.x_K + shift, one.curve.y_K
+    thin, thick, width, size = (0.8, 1.8, 1.3, 3.2) if is_small else (1.0, 3.0, 1.7, 6.5)
+    if np.any(outer_K > 1.02 * inner_K):
+        axes.errorbar(x_K, y_K, yerr=outer_K, fmt="none", ecolor=colour, elinewidth=thin)
+    axes.errorbar(x_K, y_K, yerr=inner_K, fmt="none", ecolor=colour, elinewidth=thick)
+    look = {"color": colour, "marker": "o", "markersize": size, "linewidth": width}
+    look |= {"markerfacecolor": PAPER, "linestyle": "--"} if is_fresh(one) else {}
+    (drawn,) = axes.plot(x_K, y_K, **look)
+    if is_small:
+        return drawn
+    places_N = np.round(one.series.x(panel.axis), 6)
+    for x, place, y, half in zip(x_K, one.curve.x_K, y_K, inner_K, strict=True):
+        runs = [row for row, at in zip(one.series.rows, places_N, strict=True) if at == place]
+        for row in runs if len(runs) > 1 else ():
+            (point,) = axes.plot(x, row.value, "o", color=colour, markersize=3.5, alpha=0.55, markeredgewidth=0)
+            set_title(point, f"{_who([row])}: {sentences.shown(panel.metric, row.value)}")
+        (point,) = axes.plot(x, y, **look)
+        set_title(point, _title(panel, one, runs, float(y), float(half)))
+    if (turn := one.verdict.turning_point) is not None:
+        line = axes.axvline(math.log10(turn), color=colour, alpha=0.6, linewidth=1, linestyle=":")
+        set_title(line, f"turns at about {sentences.place(panel.axis, turn)}")
+    if one.verdict.form is not None and (jump := one.verdict.form.jump) is not None:
+        set_title(axes.axvspan(jump.start, jump.end, color=colour, alpha=0.1, linewidth=0), "jump")
+    return drawn
+
+
+def _title(panel: Panel, one: Judged, members: Sequence[Row], value: float, half: float) -> str:
+    """What the mouse reads at a point."""
+    low, high = value - half, value + half
+    if panel.is_share:
+        low, high = max(low, 0.0), min(high, 1.0)
+    name = panel.names[list(panel.curves).index(one)]
+    runs = f", mean of {len(members)} runs" if len(members) > 1 else ""
+    count = f"; {members[0].n:,} questions" if members[0].n else ""
+    at, lowest, highest = (sentences.shown(panel.metric, number) for number in (value, low, high))
+    return (
+        f"{_who(members)}{f' ({name})' if name else ''}\n{sentences.metric_name(panel.metric)} {at}{runs} "
+        f"({lowest} to {highest} by chance of the questions{count})\n"
+        f"{sentences.place(panel.axis, members[0].axes[panel.axis])}"
+    )
+
+
+def _who(members: Sequence[Row]) -> str:
+    models = list(dict.fromkeys(row.model for row in members))
+    seed = f", seed {members[0].seed}" if len(members) == 1 and members[0].seed else ""
+    return ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "") + seed

@@ -22,8 +22,9 @@ from branchmix.errors import DataError
 
 REQUIRED = ("task", "model", "metric", "value")
 FLAG_COLUMNS = ("constant_share", "constant_baselines", "coverage", "chance")
-"""Of accuracy's rows: the share of the most frequent answer; what each constant answer would score, as `0.45|0.55`;
-the probability mass on the classes; what guessing scores. Other metrics' rows may have `chance` as well."""
+"""For accuracy: the share of the most frequent answer; what each constant answer would score, as `0.45|0.55`; the
+probability mass on the classes; what guessing scores. Rows of other metrics may have `chance` as well."""
+_FLAG_NUMBERS = ("constant_share", "coverage", "chance")
 KNOWN = (*REQUIRED, "stderr", "n", "family", "seed", "data", "cause", "description", *FLAG_COLUMNS)
 AXES = ("flops", "params", "active_params", "tokens")
 """Axes known by name, the default first."""
@@ -36,9 +37,14 @@ SHARES = (*COUNTED, "f1", "mc1", "mc2")
 
 
 def is_any_of(metric: str, words: Sequence[str]) -> bool:
-    """Whether a metric has one of these names: by itself, after `_`, or with a filter of lm-eval (`acc,none`)."""
+    """Whether a metric has one of these names: alone, after `_`, or with a filter of lm-eval (`acc,none`)."""
     name = metric.partition(",")[0]
     return any(name == word or name.endswith(f"_{word}") for word in words)
+
+
+def is_share(metric: str) -> bool:
+    """Whether values are between 0 and 1."""
+    return is_any_of(metric, SHARES)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Table:
     """Columns that can be an axis: those known by name first."""
     examples: Path | None = None
     """Where scores of single examples lie, if there are any."""
-    words: dict[str, str] = field(default_factory=dict)
+    not_axes: dict[str | None, str] = field(default_factory=dict)
     """Further columns that cannot be an axis, and why not."""
 
     def choose_axis(self, wanted: str | None, notes: list[str]) -> str:
@@ -85,36 +91,24 @@ class Table:
         Raises:
             DataError: there is no such column, or it is empty for a model.
         """
-        if wanted is not None:
-            if wanted in self.words:
-                raise DataError(f"{self.path}: {self.words[wanted]}, so {wanted!r} cannot be an axis")
-            if wanted not in self.axes:
-                there = ", ".join(self.axes) or "none: add a column such as params"
-                raise DataError(f"{self.path}: there is no axis {wanted!r}{nearest(wanted, self.axes)}; axes: {there}")
-            missing = self._without(wanted)
-            if missing:
-                raise DataError(
-                    f"{self.path}, line {missing.line}: {missing.model} has no {wanted}: fill it in for every model, "
-                    "or choose another --axis"
-                )
-            return wanted
-        complete = [axis for axis in self.axes if self._without(axis) is None]
-        if not complete:
-            if not self.axes:
-                raise DataError(f"{self.path}: there is no axis: add a column such as params or flops")
-            missing = self._without(self.axes[0])
-            assert missing is not None
-            raise DataError(f"{self.path}, line {missing.line}: {missing.model} has no {self.axes[0]}: fill it in")
-        if complete[0] != self.axes[0]:
-            missing = self._without(self.axes[0])
-            assert missing is not None
-            notes.append(f"the axis is {complete[0]}: {missing.model} has no {self.axes[0]} (line {missing.line})")
-        elif complete[0] != "flops":
-            notes.append(f"the axis is {complete[0]}: the table has no training FLOPs (column flops)")
-        return complete[0]
-
-    def _without(self, axis: str) -> Row | None:
-        return next((row for row in self.rows if axis not in row.axes), None)
+        if wanted in self.not_axes:
+            raise DataError(f"{self.path}: {self.not_axes[wanted]}, so {wanted!r} cannot be an axis")
+        if wanted is not None and wanted not in self.axes:
+            there = ", ".join(self.axes) or "none: add a column such as params"
+            raise DataError(f"{self.path}: there is no axis {wanted!r}{nearest(wanted, self.axes)}; axes: {there}")
+        if not self.axes:
+            raise DataError(f"{self.path}: there is no axis: add a column such as params or flops")
+        lacking = {axis: next((row for row in self.rows if axis not in row.axes), None) for axis in self.axes}
+        first = self.axes[0]
+        axis = wanted or next((axis for axis in self.axes if lacking[axis] is None), first)
+        if (row := lacking[axis]) is not None:
+            advice = "fill it in" if wanted is None else "fill it in for every model, or choose another --axis"
+            raise DataError(f"{self.path}, line {row.line}: {row.model} has no {axis}: {advice}")
+        if (row := lacking[first]) is not None and wanted is None:
+            notes.append(f"the axis is {axis}: {row.model} has no {first} (line {row.line})")
+        elif axis != "flops" and wanted is None:
+            notes.append(f"the axis is {axis}: the table has no training FLOPs (column flops)")
+        return axis
 
 
 def read_table(path: Path) -> Table:
@@ -131,22 +125,30 @@ def read_table(path: Path) -> Table:
         what = f"has no {FILE}" if folder else "there is no such file"
         raise DataError(f"{path}: {what}: give a csv table or the folder of a run") from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is no UTF-8 text"
+        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
         raise DataError(f"{file}: {reason}: give a csv table") from None
     lines = _lines(file, text)
     _, first = next(lines, (0, []))
     header = [name.lower() for name in first]
     _check_header(file, header)
-    words: dict[str, str] = {}
+    not_axes: dict[str | None, str] = {}
     cells = [(number, dict(zip(header, values, strict=True))) for number, values in lines]
-    axes = [name for name in header if name and name not in KNOWN and _is_axis(name, cells, words)]
+    axes = [name for name in header if name and name not in KNOWN and _is_axis(name, cells, not_axes)]
     axes.sort(key=lambda name: AXES.index(name) if name in AXES else len(AXES))
     rows = [_row(f"{file}, line {number}", number, cell, axes) for number, cell in cells]
     if not rows:
         raise DataError(f"{file}: has a header but no rows: add a row for each task, model and metric")
-    _check_duplicates(file, rows)
+    seen: dict[tuple[object, ...], int] = {}
+    for row in rows:
+        key = (row.task, row.model, row.family, row.data, row.metric, row.seed, *sorted(row.axes.items()))
+        if key in seen:
+            raise DataError(
+                f"{file}, line {row.line}: {row.metric} of {row.model} on {row.task} is already in line {seen[key]}: "
+                "remove one, or distinguish the runs in a column `seed`"
+            )
+        seen[key] = row.line
     examples = folder / "examples" if folder and (folder / "examples").is_dir() else None
-    return Table(file, rows, axes, examples, words)
+    return Table(file, rows, axes, examples, not_axes)
 
 
 def _lines(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -181,14 +183,14 @@ def _check_header(file: Path, header: list[str]) -> None:
         raise DataError(f"{file}: there is neither a column 'stderr' nor 'n': one of them must say how sure values are")
     twice = next((name for number, name in enumerate(header) if name in header[:number]), None)
     if twice is not None:
-        raise DataError(f"{file}: the column {twice!r} stands twice: rename one")
+        raise DataError(f"{file}: the column {twice!r} appears twice: rename one")
 
 
-def _is_axis(name: str, cells: list[tuple[int, dict[str, str]]], words: dict[str, str]) -> bool:
-    """Whether a column holds positive numbers (or nothing); for one that doesn't, ``words`` says where."""
+def _is_axis(name: str, cells: list[tuple[int, dict[str, str]]], not_axes: dict[str | None, str]) -> bool:
+    """Whether a column holds positive numbers (or nothing); for one that doesn't, ``not_axes`` says where."""
     for number, cell in cells:
         if name not in AXES and cell[name] and not (_number(cell[name]) or 0) > 0:
-            words[name] = f"line {number} has {cell[name]!r} as {name}, which is no positive number"
+            not_axes[name] = f"line {number} has {cell[name]!r} as {name}, which is not a positive number"
             return False
     return any(cell[name] for _, cell in cells)
 
@@ -198,17 +200,16 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
         if not cell[name]:
             raise DataError(f"{where}: the {name} is empty")
     metric = cell["metric"].lower()
-    value = _wanted(where, cell, "value")
-    assert value is not None or not cell["value"]
+    value = _parsed(where, "value", cell["value"])
     if value is None:
         raise DataError(f"{where}: the value is empty: leave the row out if there is no result")
-    if is_any_of(metric, SHARES) and not 0 <= value <= 1:
+    if is_share(metric) and not 0 <= value <= 1:
         raise DataError(f"{where}: {metric} is {cell['value']}: write a share of 1, such as 0.53, not percent")
-    size = _wanted(where, cell, "n")
+    numbers = {name: _parsed(where, name, cell.get(name, "")) for name in ("n", "stderr", *_FLAG_NUMBERS)}
+    size, stderr = numbers.pop("n"), numbers.pop("stderr")
     if size is not None and (size < 1 or size != int(size)):
         raise DataError(f"{where}: n is {cell['n']}: write the number of examples")
     n = None if size is None else int(size)
-    stderr = _wanted(where, cell, "stderr")
     if stderr is not None and stderr < 0:
         raise DataError(f"{where}: the stderr is {cell['stderr']}: a standard error is never negative")
     if is_any_of(metric, COUNTED):
@@ -221,11 +222,12 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
     data = cell.get("data", "").lower() or DATA[0]
     if data not in DATA:
         raise DataError(f"{where}: data is {data!r}{nearest(data, DATA)}: write {' or '.join(DATA)}")
-    found = {axis: _wanted(where, cell, axis) for axis in axes}
-    for axis, position in found.items():
+    places = {axis: _parsed(where, axis, cell[axis]) for axis in axes}
+    for axis, position in places.items():
         if position is not None and position <= 0:
             raise DataError(f"{where}: {axis} is {cell[axis]}: it must be greater than 0, as the axis is logarithmic")
-    flags = {name: _wanted(where, cell, name) for name in FLAG_COLUMNS if name != "constant_baselines"}
+    words = cell.get("constant_baselines", "").split("|")
+    baselines = [_parsed(where, "constant_baselines", word.strip()) for word in words]
     return Row(
         line=line,
         task=cell["task"],
@@ -239,13 +241,9 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
         data=data,
         cause=cell.get("cause", ""),
         description=cell.get("description", ""),
-        axes={axis: position for axis, position in found.items() if position is not None},
-        constant_baselines=tuple(
-            number
-            for word in cell.get("constant_baselines", "").split("|")
-            if (number := _parsed(where, "constant_baselines", word.strip())) is not None
-        ),
-        **flags,
+        axes={axis: position for axis, position in places.items() if position is not None},
+        constant_baselines=tuple(number for number in baselines if number is not None),
+        **numbers,
     )
 
 
@@ -263,29 +261,13 @@ def _share_stderr(value: float, stderr: float | None, n: int | None) -> float | 
     return max(stderr, floor)
 
 
-def _check_duplicates(file: Path, rows: list[Row]) -> None:
-    seen: dict[tuple[object, ...], int] = {}
-    for row in rows:
-        key = (row.task, row.model, row.family, row.data, row.metric, row.seed, *sorted(row.axes.items()))
-        if key in seen:
-            raise DataError(
-                f"{file}, line {row.line}: {row.metric} of {row.model} on {row.task} stands in line {seen[key]} "
-                "already: remove one, or tell runs apart by a column `seed`"
-            )
-        seen[key] = row.line
-
-
-def _wanted(where: str, cell: dict[str, str], name: str) -> float | None:
-    """The number of a column; None where it is empty or there is no such column."""
-    return _parsed(where, name, cell.get(name, ""))
-
-
 def _parsed(where: str, name: str, word: str) -> float | None:
+    """The number in a column; None where it is empty."""
     if not word:
         return None
     number = _number(word)
     if number is None:
-        raise DataError(f"{where}: {name} is {word!r}, which is no number")
+        raise DataError(f"{where}: {name} is {word!r}, which is not a number")
     return number
 
 

@@ -1,11 +1,11 @@
-"""The whole of ``branchmix scaling trends``: read a table, judge every curve, compare what stands side by side."""
+"""``branchmix scaling trends``: read a table, judge every curve, compare families, metrics, axes and kinds of data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,9 @@ from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
 from branchmix.scaling.tasks import TASKS
 from branchmix.scaling.trends.fit import Curve, curve
-from branchmix.scaling.trends.multiple import (
-    Correction,
-    compare_families,
-    contamination,
-    disagreements,
-    judge_together,
-)
-from branchmix.scaling.trends.series import (
-    NOT_JUDGED,
-    Series,
-    all_series,
-    flags_of,
-    is_lower_better,
-)
-from branchmix.scaling.trends.table import AXES, DATA, SHARES, Table, is_any_of, read_table
+from branchmix.scaling.trends.multiple import Correction, compare_families, contamination, disagreements, judge_together
+from branchmix.scaling.trends.series import NOT_JUDGED, Series, all_series, flags_of, is_lower_better
+from branchmix.scaling.trends.table import AXES, DATA, Table, is_share, read_table
 from branchmix.scaling.trends.verdict import Evidence, Label, Limits, Verdict
 
 
@@ -90,11 +78,11 @@ class Report:
 
     def tasks(self, part: tuple[str, str]) -> dict[str, dict[str, Judged]]:
         """By task and metric."""
-        found: dict[str, dict[str, Judged]] = {}
+        tasks: dict[str, dict[str, Judged]] = {}
         for one in self.judged:
             if (one.series.family, one.series.data) == part:
-                found.setdefault(one.series.task, {})[one.series.metric] = one
-        return found
+                tasks.setdefault(one.series.task, {})[one.series.metric] = one
+        return tasks
 
     def as_dict(self) -> dict[str, Any]:
         """`tasks` holds the first family's verdicts; where there are several, `series` holds those of all."""
@@ -106,48 +94,23 @@ class Report:
             }
 
         main, *others = self.parts
-        found: dict[str, Any] = {"axis": self.axis, "tasks": verdicts(main)}
+        content: dict[str, Any] = {"axis": self.axis, "tasks": verdicts(main)}
         if others:
-            found |= {"family": main[0], "data": main[1]}
-            found["series"] = [{"family": part[0], "data": part[1], "tasks": verdicts(part)} for part in self.parts]
-        if self.interactions:
-            found["interactions"] = self.interactions
-        if self.contamination:
-            found["contamination"] = self.contamination
+            content |= {"family": main[0], "data": main[1]}
+            content["series"] = [{"family": part[0], "data": part[1], "tasks": verdicts(part)} for part in self.parts]
+        compared = {"interactions": self.interactions, "contamination": self.contamination}
+        content |= {name: value for name, value in compared.items() if value}
         settings = {"alpha": self.limits.alpha, "minimum_effect": self.limits.minimum_effect}
-        return {**found, **settings, "correction": self.correction, "warnings": self.warnings, "notes": self.notes}
+        return {**content, **settings, "correction": self.correction, "warnings": self.warnings, "notes": self.notes}
 
 
 Tell = Callable[[str, int, int], None]
-"""Told of progress: a step, how much of it is done, and how much there is."""
+"""Receives progress: a step, how much of it is done, and how much there is."""
 
 
-def trends(
-    path: Path,
-    *,
-    axis: str | None = None,
-    metrics: Sequence[str] = (),
-    limits: Limits | None = None,
-    correction: Correction = "bh",
-    lower_is_better: Sequence[str] = (),
-    tell: Tell | None = None,
-) -> Report:
-    """Judge every metric of every task of a csv table, or of a folder with `results.csv` and scores of examples.
-
-    ``axis`` is training FLOPs unless said otherwise, or the first column that has a value for every model.
-
-    Raises:
-        DataError: the table cannot be read, or there is no such axis or metric.
-    """
-    return trends_by_axis(
-        path,
-        axis=axis,
-        metrics=metrics,
-        limits=limits,
-        correction=correction,
-        lower_is_better=lower_is_better,
-        tell=tell,
-    )[0]
+def trends(path: Path, **options: Any) -> Report:
+    """The report along the axis asked for alone; options as for ``trends_by_axis``."""
+    return trends_by_axis(path, **options)[0]
 
 
 def trends_by_axis(
@@ -160,16 +123,27 @@ def trends_by_axis(
     lower_is_better: Sequence[str] = (),
     tell: Tell | None = None,
 ) -> list[Report]:
-    """As ``trends``, and the same along every other axis known by name that has a value for every model."""
+    """Judge every metric of every task of a csv table, or of a folder with `results.csv` and scores of examples.
+
+    The first report is along ``axis``: training FLOPs if None, or the first column that has a value for every model.
+    Then follow those along every other axis known by name that has a value for every model.
+
+    Raises:
+        DataError: the table cannot be read, or there is no such axis or metric.
+    """
     limits = limits or Limits()
     table = read_table(path)
     notes: list[str] = []
     axis = table.choose_axis(axis, notes)
-    wanted = _metrics(table, metrics)
-    named = tuple(metric.lower() for metric in lower_is_better)
-    _check_metrics(table, named)
+    there = list(dict.fromkeys(row.metric for row in table.rows))
+    wanted = _known(table, there, metrics) or [metric for metric in there if metric not in NOT_JUDGED]
+    if not wanted:
+        raise DataError(
+            f"{table.path}: has only {', '.join(there)}, which does not measure performance: name a metric to judge"
+        )
+    named = tuple(_known(table, there, lower_is_better))
     for metric in wanted:
-        if not is_lower_better(metric, named) and not is_any_of(metric, SHARES):
+        if not is_lower_better(metric, named) and not is_share(metric):
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
             if max(abs(row.value) for row in table.rows if row.metric == metric) > 1:
                 notes.append(f"{metric} is not a share of 1: set --minimum-effect to the smallest change that counts")
@@ -178,35 +152,36 @@ def trends_by_axis(
     axes = [axis, *(name for name in table.axes if name in AXES and name != axis)]
     usable = {name: [one for one in series if one.has(name)] for name in axes}
     done, total = 0, sum(map(len, usable.values()))
-    evidence: dict[str, dict[Series, Evidence]] = {}
-    judged: dict[str, list[Judged]] = {}
+    evidence: dict[str, dict[Series, Evidence]] = {name: {} for name in axes}
     for name in axes:
-        evidence[name] = {}
         for one in usable[name]:
-            found = curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN)
-            evidence[name][one] = _evidence(one, found, limits)
+            evidence[name][one] = Evidence(
+                curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN),
+                runs=len(one.rows),
+                lower_is_better=one.lower_is_better,
+                paired=one.deviations_BN is not None,
+                limits=limits,
+                largest=1.0 if is_share(one.metric) else math.inf,
+            )
             done += 1
             if tell is not None:
                 tell("curves", done, total)
-        judged[name] = _judge(evidence[name], limits, correction)
+    judged = {name: _judge(evidence[name], limits, correction) for name in axes}
     differences = _contaminations(series, limits)
-    reports = []
-    for name in axes:
-        if len(usable[name]) < len(series):
-            continue
-        reports.append(
-            Report(
-                axis=name,
-                limits=limits,
-                correction=correction,
-                judged=judged[name],
-                interactions=_interactions(evidence[name], name, limits),
-                contamination=differences,
-                cautions=[*_metric_cautions(judged[name]), *_axis_cautions(judged, name)],
-                notes=list(dict.fromkeys(notes)),
-            )
+    return [
+        Report(
+            axis=name,
+            limits=limits,
+            correction=correction,
+            judged=judged[name],
+            interactions=_interactions(evidence[name], name, limits),
+            contamination=differences,
+            cautions=[*_metric_cautions(judged[name]), *_axis_cautions(judged, name)],
+            notes=list(dict.fromkeys(notes)),
         )
-    return reports
+        for name in axes
+        if len(usable[name]) == len(series)
+    ]
 
 
 def cause_of(series: Series) -> str:
@@ -215,75 +190,53 @@ def cause_of(series: Series) -> str:
     return next((row.cause for row in series.rows if row.cause), (task.cause or "") if task else "")
 
 
-def _metrics(table: Table, asked: Sequence[str]) -> list[str]:
-    there = list(dict.fromkeys(row.metric for row in table.rows))
-    _check_metrics(table, asked)
-    chosen = [metric.lower() for metric in asked] or [metric for metric in there if metric not in NOT_JUDGED]
-    if not chosen:
-        raise DataError(f"{table.path}: has only {', '.join(there)}, which is no performance: name a metric to judge")
-    return list(dict.fromkeys(chosen))
-
-
-def _check_metrics(table: Table, asked: Sequence[str]) -> None:
-    there = list(dict.fromkeys(row.metric for row in table.rows))
+def _known(table: Table, there: list[str], asked: Sequence[str]) -> list[str]:
     for metric in asked:
         if metric.lower() not in there:
             hint = nearest(metric.lower(), there)
             raise DataError(f"{table.path}: there is no metric {metric!r}{hint}; metrics: {', '.join(there)}")
-
-
-def _evidence(series: Series, found: Curve, limits: Limits) -> Evidence:
-    return Evidence(
-        found,
-        runs=len(series.rows),
-        lower_is_better=series.lower_is_better,
-        paired=series.deviations_BN is not None,
-        limits=limits,
-        largest=1.0 if is_any_of(series.metric, SHARES) else math.inf,
-    )
+    return list(dict.fromkeys(metric.lower() for metric in asked))
 
 
 def _judge(evidence: Mapping[Series, Evidence], limits: Limits, correction: Correction) -> list[Judged]:
     """All curves; tasks of one metric, family and kind of data share the correction."""
-    groups: dict[tuple[str, str, str], dict[str, Series]] = {}
+    groups: dict[tuple[str, str, str], dict[str, Evidence]] = {}
     for one in evidence:
-        groups.setdefault((one.metric, one.family, one.data), {})[one.task] = one
-    verdicts: dict[Series, Verdict] = {}
-    for tasks in groups.values():
-        together = {task: evidence[one] for task, one in tasks.items()}
-        for task, verdict in judge_together(together, correction=correction, limits=limits).items():
-            verdict.flags = flags_of(tasks[task])
-            verdicts[tasks[task]] = verdict
-    return [Judged(one, found.curve, verdicts[one]) for one, found in evidence.items()]
+        groups.setdefault((one.metric, one.family, one.data), {})[one.task] = evidence[one]
+    verdicts = {key: judge_together(tasks, correction=correction, limits=limits) for key, tasks in groups.items()}
+    judged = []
+    for one in evidence:
+        verdict = verdicts[one.metric, one.family, one.data][one.task]
+        verdict.flags = flags_of(one)
+        judged.append(Judged(one, evidence[one].curve, verdict))
+    return judged
 
 
 def _interactions(
     evidence: Mapping[Series, Evidence], axis: str, limits: Limits
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    pairs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for first, second in combinations(evidence, 2):
         same = (first.task, first.metric, first.data) == (second.task, second.metric, second.data)
         if same and first.family != second.family:
             compared = compare_families(first, second, evidence, axis=axis, limits=limits)
             if compared is not None:
-                compared["data"] = first.data
-                found.setdefault(first.task, {}).setdefault(first.metric, []).append(compared)
-    return found
+                pairs.setdefault(first.task, {}).setdefault(first.metric, []).append({**compared, "data": first.data})
+    return pairs
 
 
 def _contaminations(series: Sequence[Series], limits: Limits) -> dict[str, dict[str, dict[str, Any]]]:
     """All models together: who has seen the public files need not be a matter of family."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for first in series:
-        for second in series:
-            same = (first.task, first.metric, first.family) == (second.task, second.metric, second.family)
-            if same and (first.data, second.data) == DATA:
-                compared = contamination(first, second, limits=limits)
-                if compared is not None:
-                    by_metric = found.setdefault(first.task, {})
-                    name = f"{first.metric}, {first.family}" if first.metric in by_metric else first.metric
-                    by_metric[name] = compared | {"family": first.family}
-    return found
+    by_task: dict[str, dict[str, dict[str, Any]]] = {}
+    for first, second in product(series, repeat=2):
+        same = (first.task, first.metric, first.family) == (second.task, second.metric, second.family)
+        if same and (first.data, second.data) == DATA:
+            compared = contamination(first, second, limits=limits)
+            if compared is not None:
+                by_metric = by_task.setdefault(first.task, {})
+                name = f"{first.metric}, {first.family}" if first.metric in by_metric else first.metric
+                by_metric[name] = compared | {"family": first.family}
+    return by_task
 
 
 def _metric_cautions(judged: Sequence[Judged]) -> Iterator[Caution]:
@@ -309,18 +262,15 @@ def _axis_cautions(judged: Mapping[str, Sequence[Judged]], axis: str) -> Iterato
 
 
 def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> list[str]:
-    """Runs that share a place on the axis but differ in another are no repetitions: say so."""
-    for one in series:
-        for other in axes:
-            if other == axis or not one.has(other):
-                continue
-            seen: dict[float, float] = {}
-            for row in one.rows:
-                if abs(seen.setdefault(row.axes[axis], row.axes[other]) / row.axes[other] - 1) > 0.05:
-                    return [
-                        f"models with the same {axis} differ in {other} (such as {row.model}, line {row.line}): what "
-                        f"that changes counts as jitter; --axis {other} looks along it"
-                    ]
+    """A note if runs share a place on the axis but differ in another, so that they are not repetitions."""
+    for one, other in product(series, axes):
+        places: dict[float, float] = {}
+        for row in one.rows if other != axis and one.has(other) else ():
+            if abs(places.setdefault(row.axes[axis], row.axes[other]) / row.axes[other] - 1) > 0.05:
+                return [
+                    f"models with the same {axis} differ in {other} (such as {row.model}, line {row.line}): what that "
+                    f"changes counts as jitter; --axis {other} looks along it"
+                ]
     return []
 
 

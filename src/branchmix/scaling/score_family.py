@@ -1,0 +1,195 @@
+"""``run(family, ...)``: every model of a family on every task, resumable, and the table that ``scaling trends`` reads.
+
+OUT holds ``records.jsonl`` (every answer under a hash of what it depends on, so a rerun computes only what is missing),
+``results.csv`` and ``examples/`` for trends, and ``results.json`` with everything else about each result.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from branchmix import __version__
+from branchmix.errors import CheckpointError
+from branchmix.likelihood.models import TextModel, check_dtype
+from branchmix.likelihood.records import FILE, Journal, key_of, model_hash
+from branchmix.scaling.family import FamilyFile, Subject, subjects
+from branchmix.scaling.metrics import score, summarise
+from branchmix.scaling.results import Answer, ScalingRun, TaskResult, write_results
+from branchmix.scaling.scoring.plan import BATCH_TOKENS
+from branchmix.scaling.scoring.tokens import Bos, Question, encode_questions
+from branchmix.scaling.selection import Selected, select
+
+_AT_ONCE = 2048
+"""Questions that are searched together for what they share."""
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    family: FamilyFile | str | Path,
+    *,
+    tasks: str = "all",
+    data: Sequence[str | Path] = (),
+    fresh: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    limit: int | None = None,
+    shots: int = 0,
+    bos: str = "default",
+    dtype: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ScalingRun:
+    """Score every model of a family on every task. What is on record in ``out`` is not computed again.
+
+    The arguments are the options of ``branchmix scaling run``. Nothing is kept without ``out``; ``progress`` is called
+    with step, done, total.
+
+    Raises:
+        BranchMixError: one line for what is wrong with the file, a task, the data, a model or ``out``.
+    """
+    check_dtype(dtype)
+    file = family if isinstance(family, FamilyFile) else FamilyFile.load(family)
+    selected, notes = select(tasks, [Path(p) for p in data], [Path(p) for p in fresh], shots=shots, limit=limit)
+    chosen = subjects(file)
+    notes += [note for subject in chosen for note in subject.notes]
+    journal = Journal(Path(out) if out is not None else None, FILE, "question")
+    versions = {"branchmix": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+    scaling_run = ScalingRun([], chosen, notes, versions)
+    for subject in chosen:
+        model = _Model(subject, dtype, bos, trust_remote_code, journal, batch_tokens, progress)
+        notes += model.text.notes
+        scaling_run.results += [model.result(one) for one in selected]
+        if model.known:
+            notes.append(f"{subject.label}: {model.known} of {model.asked} answers were on record")
+        if out is not None:
+            write_results(Path(out), scaling_run)
+    for result in scaling_run.results:
+        notes += _warnings(result)
+    return scaling_run
+
+
+def _warnings(result: TaskResult) -> list[str]:
+    where = f"{result.subject.label}, {result.selected.label}"
+    count = len(result.selected.examples)
+    reasons = Counter(reason for _, reason in result.refused)
+    lines = [f"{where}: {number} of {count} examples refused: {reason}" for reason, number in reasons.items()]
+    if result.merged:
+        lines.append(f"{where}: in {result.merged} examples a class merges with the prompt's last token")
+    return lines
+
+
+# ---- one model ----
+
+
+class _Model:
+    """A subject with its tokenizer; its weights are loaded when an answer is not on record."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        dtype: str,
+        bos: str,
+        trust_remote_code: bool,
+        journal: Journal,
+        batch_tokens: int,
+        progress: Progress | None,
+    ):
+        self.subject, self.journal, self.batch_tokens, self.progress = subject, journal, batch_tokens, progress
+        self.text = TextModel(subject.found, dtype, trust_remote_code)
+        self.bos = Bos.of(self.text.tokenizer, self.text.config, bos)
+        self.facts: dict[str, Any] = {
+            "weights": model_hash(self.text.folder),
+            "dtype": dtype,
+            "tokenizer": self.text.tokenizer_hash,
+            "bos": self.bos.policy,
+            "bos_tokens": list(self.bos.tokens),
+        }
+        self.key = key_of(self.facts)
+        self.known = self.asked = 0
+        """Answers that were on record before this run, and all of them."""
+        self._weights: Any = None
+
+    def result(self, selected: Selected) -> TaskResult:
+        """Answers for all examples, from the records or computed now."""
+        asked: dict[str, Question] = {}
+        keys = []
+        for example in selected.examples:
+            prompts = [example.prompt] if example.other_prompt is None else [example.prompt, example.other_prompt]
+            questions = [Question(prompt, example.options) for prompt in prompts]
+            keys.append([key_of({"prompt": one.prompt, "options": one.options}) for one in questions])
+            asked |= zip(keys[-1], questions, strict=True)
+        self.known += sum(self.journal.was_there(self.key, key) for key in asked)
+        self.asked += len(asked)
+        known = {key for key in asked if self.journal.find(self.key, key) is not None}
+        if len(known) < len(asked):
+            self.journal.describe(self.key, {"path": self.subject.found.given, **self.facts})
+        step = f"{self.subject.label}: {selected.label}"
+        for part in self.journal.rounds.of(self.key, self.batch_tokens, asked, known):
+            self._compute({key: asked[key] for key in part}, step)
+        answers = {key: Answer.of(self.journal.find(self.key, key)) for key in asked}
+        scored, refused = [], []
+        for number, (example, own) in enumerate(zip(selected.examples, keys, strict=True)):
+            first, *other = [answers[key] for key in own]
+            reason = next((answer.refused for answer in (first, *other) if answer.refused), None)
+            if reason is not None:
+                refused.append((number, reason))
+                continue
+            numbers = score(selected.task.metric, example, first.logprobs, *(answer.logprobs for answer in other))
+            scored.append((number, example, numbers, first))
+        examples, scores = [one[1] for one in scored], [one[2] for one in scored]
+        return TaskResult(
+            subject=self.subject,
+            selected=selected,
+            summary=summarise(selected.task.metric, examples, scores) if scored else None,
+            scored=scored,
+            refused=refused,
+            merged=sum(answer.merged for *_, answer in scored),
+            facts=self.facts,
+            seconds=sum(answer.seconds for answer in answers.values()),
+        )
+
+    def _compute(self, asked: dict[str, Question], step: str) -> None:
+        """Put the answers that are missing on record, each as soon as it is there."""
+        from branchmix.likelihood.forward import max_positions
+        from branchmix.scaling.scoring.passes import can_share, score_options
+
+        encoded = encode_questions(self.text.tokenizer, list(asked.values()), self.bos, max_positions(self.text.config))
+        tokens = dict(zip(asked, encoded, strict=True))
+        known = {key for key in asked if self.journal.find(self.key, key) is not None}
+        for key, question in tokens.items():
+            if question.refused is not None and key not in known:
+                self._keep(key, question.merged, refused=question.refused)
+        # Prompts that begin alike stay together, so that what they share is computed once.
+        left = sorted((key for key in asked if tokens[key].refused is None), key=lambda key: tokens[key].context)
+        done, total = 0, len(set(left) - known)
+        if not total:
+            return
+        if self._weights is None:
+            self._weights = self.text.load()
+        share = can_share(self._weights)
+        for start in range(0, len(left), _AT_ONCE):
+            part = left[start : start + _AT_ONCE]
+            on_record = {place for place, key in enumerate(part) if key in known}
+            options: dict[str, Any] = {"batch_tokens": self.batch_tokens, "share": share, "known": on_record}
+            last = time.perf_counter()
+            try:
+                for place, logprobs in score_options(self._weights, [tokens[key] for key in part], **options):
+                    now = time.perf_counter()
+                    question, seconds = tokens[part[place]], round(now - last, 6)
+                    lengths = [len(option) for option in question.options]
+                    self._keep(part[place], question.merged, logprobs=logprobs, tokens=lengths, seconds=seconds)
+                    last, done = now, done + 1
+                    if self.progress is not None:
+                        self.progress(step, done, total)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.subject.found.given}: {error}") from error
+
+    def _keep(self, key: str, merged: bool, **answer: Any) -> None:
+        self.journal.add_line({"model": self.key, "question": key, **answer, **({"merged": True} if merged else {})})

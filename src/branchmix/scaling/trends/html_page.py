@@ -1,0 +1,167 @@
+"""The page of ``branchmix scaling trends --html``: one file without a script, for readers who know nothing of scaling.
+
+It has every verdict along every axis and by every metric; a switch at the top shows those of one. The switch consists
+of radio buttons and style sheets, so keyboards, prints and strict browsers need nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from branchmix import __version__
+from branchmix.pages.page import render, safe
+from branchmix.pages.pictures import Draw, svg
+from branchmix.pages.table import Table
+from branchmix.scaling.tasks import CAUSES
+from branchmix.scaling.trends import plots, sentences
+from branchmix.scaling.trends.judge import Judged, Report
+from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
+from branchmix.scaling.trends.table import DATA
+from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, WORDS
+
+_TEMPLATE = Path(__file__).parent / "templates" / "trends.html"
+
+
+def html(overview: Overview, *, command: str) -> str:
+    """The whole page; ``command`` is what repeats it."""
+    numbers = count()
+
+    def picture(draw: Draw, label: str) -> Any:
+        return safe(svg(draw, f"p{next(numbers)}", label))
+
+    return render(
+        _TEMPLATE,
+        title="Do larger models do better?",
+        kicker="branchmix scaling trends",
+        lead=_lead(overview),
+        overview=overview,
+        report=overview.reports[0],
+        metric_ids=_ids("m", overview.metrics),
+        axis_ids=_ids("a", overview.axes),
+        chart=lambda entry, panel: picture(partial(plots.chart, panel), _label(entry, panel)),
+        small=lambda panel: picture(partial(plots.small, panel), ""),
+        beside=_beside,
+        results=lambda entry: safe(_results(overview, entry).html()),
+        verdicts=lambda entry: safe(_verdicts(overview, entry).html()),
+        has_fresh=any(data != DATA[0] for _, data in overview.reports[0].parts),
+        lower={one.series.metric: one.series.lower_is_better for one in overview.reports[0].judged},
+        sure=(*DIRECTED, "flat"),
+        signs=plots.SIGNS,
+        words=sentences,
+        labels=WORDS,
+        min_sizes=MIN_SIZES,
+        heading=heading,
+        causes=CAUSES,
+        is_fresh=is_fresh,
+        command=command,
+        version=__version__,
+    )
+
+
+def _ids(prefix: str, names: Sequence[str]) -> dict[str, str]:
+    """Ids of switches by what they switch to: plain enough for style sheets, and all different."""
+    ids: dict[str, str] = {}
+    for number, name in enumerate(names):
+        own = f"{prefix}-{slug(name)}"
+        ids[name] = own if own not in ids.values() else f"{own}-{number}"
+    return ids
+
+
+def _lead(overview: Overview) -> list[str]:
+    tasks, models = len(overview.entries), overview.models
+    reach = ""
+    sizes = [axis for axis in ("params", "active_params") if axis in overview.axes]
+    if sizes:
+        size = sizes[0]
+        places = [row.axes[size] for one in overview.reports[0].judged for row in one.series.rows]
+        low, high = (sentences.axis_value(size, value) for value in (min(places), max(places)))
+        reach = f", from {low} to {high} {sentences.axis_name(size)}," if low != high else ""
+    return [
+        "One expects a larger language model to do better at everything. At some tasks it does worse, the more so the "
+        "larger it is: this is called inverse scaling.",
+        f"Here {models} model{'s' * (models != 1)}{reach} met {tasks} task{'s' * (tasks != 1)}. For each of them this "
+        "page says whether performance gets better, worse or turns with scale, and how sure one can be of that.",
+    ]
+
+
+def _label(entry: Entry, panel: Panel) -> str:
+    """What a chart shows, for readers who do not see it."""
+    verdicts = [f"{name + ': ' if name else ''}{WORDS[one.verdict.label]}" for one, name in panel.named]
+    what = f"{sentences.metric_name(panel.metric)} along {sentences.axis_name(panel.axis)}"
+    return f"{entry.name}: {what}; {'; '.join(verdicts)}"
+
+
+def _beside(entry: Entry, panel: Panel, report: Report) -> Iterator[tuple[str, bool]]:
+    """Paragraphs, and whether each is a hint: families compared, official against fresh data, and what is doubtful."""
+    metric, data = panel.metric, panel.official.curves[0].series.data
+    for pair in report.interactions.get(entry.name, {}).get(metric, []):
+        if pair["data"] == data:
+            yield sentences.family_sentence(pair, metric, lower_is_better=panel.lower_is_better), False
+    by_name = report.contamination.get(entry.name, {})
+    differences = [difference for name, difference in by_name.items() if name.partition(",")[0] == metric]
+    if differences:
+        yield sentences.contamination_sentences(differences, metric, report.limits), False
+    flags: dict[str, list[str]] = {}
+    for one, name in panel.named:
+        for flag in one.verdict.flags:
+            kind, _, models = flag.partition(": ")
+            flags.setdefault(kind, []).append(models or name)
+    for kind, names in flags.items():
+        of_all = set(names) == set(panel.names)  # all models of all curves: no names needed
+        yield sentences.flag_sentence(kind, "" if of_all else "; ".join(dict.fromkeys(names))), True
+    for caution in report.cautions:
+        if caution.task == entry.name and caution.metric in ("", metric):
+            yield f"Careful, {sentences.caution_sentence(caution)}", True
+
+
+def _results(overview: Overview, entry: Entry) -> Table:
+    """A row for each run, with the columns that any of them fills; ± is the standard error."""
+    judged = [one for one in overview.reports[0].judged if one.series.task == entry.name]
+    has_fresh = any(is_fresh(one) for one in judged)
+    rows: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+    for one in judged:
+        series, name = one.series, sentences.metric_name(one.series.metric)
+        for row, stderr in zip(series.rows, series.stderr, strict=True):
+            run = {"model": row.model, "family": series.family, "questions": series.data if has_fresh else ""}
+            places = {sentences.axis_name(axis): sentences.axis_value(axis, row.axes[axis]) for axis in overview.axes}
+            run |= {"seed": row.seed, **places, "number of questions": f"{row.n:,}" if row.n else ""}
+            error = sentences.shown(series.metric, float(stderr)).removesuffix(sentences.PERCENT)
+            cells = rows.setdefault(tuple(run.items()), run)
+            cells[name] = f"{sentences.shown(series.metric, row.value)} ± {error}"
+    head = list(dict.fromkeys(name for cells in rows.values() for name, cell in cells.items() if cell))
+    return Table(
+        head, [[cells.get(name, "") for name in head] for cells in rows.values()], title=f"Results of {entry.name}"
+    )
+
+
+def _verdicts(overview: Overview, entry: Entry) -> Table:
+    """A row for each curve."""
+    rows = [
+        [
+            ", ".join(filter(None, (sentences.axis_name(report.axis), sentences.metric_name(metric), name))),
+            *_verdict_cells(one),
+        ]
+        for report in overview.reports
+        for metric in entry.metrics
+        for one, name in overview.panel(entry, metric, report).named
+    ]
+    head = ["", "verdict", "change", "interval", "p", "p corrected", "sizes", "runs", "scatter of models"]
+    return Table(head, rows, title=f"Verdicts on {entry.name}")
+
+
+def _verdict_cells(one: Judged) -> Sequence[str]:
+    verdict, metric = one.verdict, one.series.metric
+    low, high = verdict.interval
+    return [
+        verdict.label,
+        sentences.difference(metric, verdict.effect),
+        f"{sentences.difference(metric, low, unit=False)} to {sentences.difference(metric, high)}",
+        *("" if p is None else f"{p:.2g}" for p in (verdict.p, verdict.p_adjusted)),
+        str(verdict.sizes),
+        str(verdict.runs),
+        sentences.difference(metric, verdict.jitter, plus=False),
+    ]
