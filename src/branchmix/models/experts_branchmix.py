@@ -52,6 +52,8 @@ class BranchMixSparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
+        if self.experts.num_experts == 1:  # its gate is 1: see ``keep_experts``
+            return self.dropout(self.experts.only(hidden_states))
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
@@ -121,6 +123,17 @@ class BranchMixExperts(nn.Module):
     def first_proj(self) -> torch.Tensor:
         """Every expert's first matrix [E, O, D]: gate and up side by side, or up."""
         return self.gate_up_proj if self.has_gate else self.up_proj
+
+    def only(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The first expert's output, [..., D] to [..., D]."""
+        first_bias = down_bias = None
+        if self.has_bias:
+            first_bias, down_bias = (
+                (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias)[0],
+                self.down_proj_bias[0],
+            )
+        inner = linear(hidden_states, self.first_proj[0], first_bias)
+        return linear(self._apply_gate(inner) if self.has_gate else self.act_fn(inner), self.down_proj[0], down_bias)
 
     def forward(self, hidden_SD: torch.Tensor, index_Sk: torch.Tensor, gates_Sk: torch.Tensor) -> torch.Tensor:
         """The ``eager`` implementation: a loop over experts.
