@@ -344,7 +344,7 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
 
     def keep_experts(self, experts: Sequence[str | int]) -> BranchMixForCausalLM:
         """This mixture with some of its experts only: see ``kept_branchmix.keep_experts``."""
-        return keep_experts(self, experts)  # type: ignore[no-any-return]
+        return keep_experts(self, experts)
 
     def generate(
         self,
