@@ -11,7 +11,6 @@ from branchmix.accounting import Accounting, inspect
 from branchmix.cli import console
 from branchmix.pages.numbers import human_bytes
 from branchmix.pages.table import Table
-from branchmix.upcycling.model_card import lossless_line
 
 
 def inspect_command(
@@ -56,6 +55,8 @@ def _print(accounting: Accounting) -> None:
     """Print tables: parameters by part, FLOPs by part, memory."""
     typer.echo(_headline(accounting))
     if accounting.lossless is not None:
+        from branchmix.upcycling.model_card import lossless_line
+
         typer.echo(lossless_line(accounting.lossless))
     active = asdict(accounting.active)
     rows = [

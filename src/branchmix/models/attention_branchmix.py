@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_branchmix import BranchMixConfig
-from .linear_branchmix import BranchMixLinear
+from .linear_branchmix import BranchMixLinear, linear
 from .routing_branchmix import BranchMixAttentionRouter
 
 
@@ -90,6 +90,9 @@ class BranchMixAttention(nn.Module):
                 f"attention handed back {heads_BTHC.shape[-1]} values a token where the experts' heads have {width}: "
                 "this family cannot be widened, or its heads were sharded by a plan that does not gather them"
             )
+        if self.order.num_experts == 1:  # its gate is 1: see ``keep_experts``
+            bias = None if self.o_bias is None else self.o_bias[0]
+            return self.dropout(linear(heads_BTHC, self.o_proj.weight, bias)), attention_weights
         _, gate_BTE = self.expert_gate(hidden_states)
         gate_BTE = gate_BTE.to(heads_BTHC.dtype)
         sizes, axis = self.order.sizes, self.order.expert_axis

@@ -52,6 +52,8 @@ class BranchMixSparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
+        if self.experts.num_experts == 1:  # its gate is 1: see ``keep_experts``
+            return self.dropout(self.experts.only(hidden_states))
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
@@ -129,6 +131,13 @@ class BranchMixExperts(nn.Module):
     def second_bias(self) -> torch.Tensor | None:
         """Biases of ``down_proj`` [E, D], if there are any."""
         return getattr(self, "down_proj_bias", None)
+
+    def only(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The first expert's output, [..., D] to [..., D]."""
+        first_bias, second_bias = (None if bias is None else bias[0] for bias in (self.first_bias, self.second_bias))
+        inner = linear(hidden_states, self.first_proj[0], first_bias)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        return linear(inner, self.down_proj[0], second_bias)
 
     def forward(self, hidden_SD: torch.Tensor, index_Sk: torch.Tensor, gates_Sk: torch.Tensor) -> torch.Tensor:
         """The ``eager`` implementation: a loop over experts.

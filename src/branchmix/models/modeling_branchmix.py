@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, E experts.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, wide
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import BranchMixConfig
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
+from .kept_branchmix import generate_with_kept_experts, keep_experts
 from .losses_branchmix import router_losses
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
 
@@ -337,6 +338,31 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     def base_model(self) -> Any:
         """Returns ``last_hidden_state``, for trainers that compute the loss themselves (TRL)."""
         return _Headless(self)
+
+    experts_at_inference: str | int | Sequence[str | int] | None = None
+    """Which experts ``generate`` keeps for a prompt if its argument ``experts`` says nothing. None: all."""
+
+    def keep_experts(self, experts: Sequence[str | int]) -> BranchMixForCausalLM:
+        """This mixture with some of its experts only: see ``kept_branchmix.keep_experts``."""
+        return keep_experts(self, experts)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        experts: str | int | Sequence[str | int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' ``generate``; with ``experts``, each prompt runs on the experts that it keeps.
+
+        Args:
+            inputs, *args, **kwargs: as transformers has them.
+            experts: ``auto``, how many, or which: see ``kept_branchmix.chosen_experts``.
+        """
+        wanted = self.experts_at_inference if experts is None else experts
+        if wanted is None or (isinstance(wanted, int) and wanted == self.config.num_experts):
+            return super().generate(inputs, *args, **kwargs)
+        return generate_with_kept_experts(self, wanted, inputs, args, kwargs)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.get_output_embeddings()

@@ -1,0 +1,233 @@
+"""Fewer experts at inference: a mixture of some of its experts, which shares the memory of the whole one.
+
+Where the gates are sure of a prompt, the other experts need not run: their weights are neither read nor their keys and
+values cached. With one expert left, a mixture costs what the dense model costs.
+
+Saved with every checkpoint, so it imports only torch, transformers and its neighbours.
+Shapes: B batch, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .attention_branchmix import BranchMixAttention, BranchMixExpertNorm, BranchMixExpertRotary, HeadOrder
+from .experts_branchmix import BranchMixExperts
+from .linear_branchmix import BranchMixLinear
+from .routing_branchmix import BranchMixRouter
+
+SURE = 0.5
+"""``auto`` keeps the experts whose share of the gates is at least this part of the largest share."""
+
+
+def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
+    """Rows of experts given by name or row, in ascending order.
+
+    Raises:
+        ValueError: there is no such expert, or none was given.
+    """
+    names = config.expert_names or [f"expert-{number}" for number in range(config.num_experts)]
+    rows = []
+    for expert in experts:
+        row = names.index(expert) if expert in names else expert
+        if not isinstance(row, int) or not 0 <= row < config.num_experts:
+            raise ValueError(f"no expert is called {expert!r}: this mixture has {', '.join(names)}")
+        rows.append(row)
+    if not rows:
+        raise ValueError("keep at least one expert")
+    return sorted(set(rows))
+
+
+def keep_experts(model: Any, experts: Sequence[str | int]) -> Any:
+    """A mixture of some of a mixture's experts. Its gates are a softmax over these; with one expert they are 1.
+
+    Weights are those of ``model``: views where the experts kept are neighbours, or where FFN experts are chosen by
+    index anyway; attention's projections of experts that are not are copied. Do not train either of the two.
+
+    Args:
+        model: a mixture with a language-modelling head.
+        experts: names or rows.
+
+    Raises:
+        ValueError: there is no such expert.
+    """
+    rows = expert_numbers(model.config, experts)
+    with torch.device("meta"):
+        kept = type(model)(_config(model.config, rows))
+    layout = model.config.layout
+    _share(kept, model, rows, "q_proj" if layout["attention_code"] == "split" else layout["query"])
+    kept.generation_config = model.generation_config
+    return kept.train(model.training)
+
+
+def _config(config: Any, rows: list[int]) -> Any:
+    """The config of a mixture of these experts; factors of N / k stay N / k, and one expert's gate is 1."""
+    kept, count, top_k = copy.deepcopy(config), len(rows), min(config.num_experts_per_tok, len(rows))
+    raw = not config.norm_topk_prob
+    if count == 1:
+        kept.routed_scaling_factor = 1.0
+    elif raw and config.routed_scaling_factor == config.num_experts / config.num_experts_per_tok:
+        kept.routed_scaling_factor = count / top_k
+    kept.num_experts, kept.num_experts_per_tok = count, top_k
+    if config.attention_num_experts_per_tok is not None:
+        kept.attention_num_experts_per_tok = min(config.attention_num_experts_per_tok, count)
+    if config.expert_names is not None:
+        kept.expert_names = [config.expert_names[row] for row in rows]
+    if config.expert_rope_parameters is not None:
+        kept.expert_rope_parameters = [config.expert_rope_parameters[row] for row in rows]
+    return kept
+
+
+def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
+    """Give a module of the smaller mixture, and the modules in it, the tensors of its counterpart."""
+    for name, value in vars(kept).items():
+        if isinstance(value, torch.Tensor):
+            setattr(kept, name, getattr(whole, name))
+    kept._parameters, kept._buffers = dict(whole._parameters), dict(whole._buffers)
+    one_an_expert = isinstance(kept, (BranchMixExpertNorm, BranchMixExpertRotary))
+    for name, child in kept.named_children():
+        _share(child, whole[rows[int(name)]] if one_an_expert else getattr(whole, name), rows, query)
+    if isinstance(kept, (BranchMixExperts, BranchMixRouter)):
+        _cut(kept, rows)
+    elif isinstance(kept, BranchMixAttention):
+        _cut(kept, rows)  # o_bias
+        _cut(kept.o_proj, rows, whole.order, dim=1)
+        for name, projection in kept.heads.named_children():
+            if isinstance(projection, BranchMixLinear) and (name == query or not whole.order.kv_sharing):
+                _cut(projection, rows, whole.order if name == query else whole.order.of_keys())
+
+
+def _cut(module: nn.Module, rows: list[int], order: HeadOrder | None = None, dim: int = 0) -> None:
+    """Leave only some experts in a module's own tensors.
+
+    Args:
+        module: its tensors have a row an expert, or the heads of all experts along ``dim``.
+        rows: the experts that stay.
+        order: of the heads.
+        dim: where the heads are.
+    """
+    sizes, axis = ((-1, 1), 0) if order is None else ((*order.sizes, order.head_dim), order.expert_axis)
+    for name, value in module._parameters.items():
+        if value is not None:
+            wide = value.detach().unflatten(dim, sizes)
+            if rows[-1] - rows[0] + 1 == len(rows):
+                some = wide.narrow(dim + axis, rows[0], len(rows))
+            else:
+                some = wide.index_select(dim + axis, torch.tensor(rows, device=wide.device))
+            module._parameters[name] = nn.Parameter(some.flatten(dim, dim + len(sizes) - 1), requires_grad=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts chosen by the prompt
+# ---------------------------------------------------------------------------------------------------------------------
+
+_KEPT: WeakKeyDictionary[Any, tuple[Any, dict[tuple[int, ...], Any]]] = WeakKeyDictionary()
+"""By mixture: the state of its tensors, and the smaller mixtures made of them."""
+
+
+@torch.no_grad()
+def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Each expert's share of the gates over a prompt, [B, E]: the mean over routers and tokens of softmaxed logits.
+
+    Args:
+        model: a mixture.
+        input_ids: [B, T].
+        attention_mask: [B, T], 0 for padding.
+    """
+    outputs = model(
+        input_ids, attention_mask=attention_mask, output_router_logits=True, use_cache=False, logits_to_keep=1
+    )
+    logits = [*(outputs.router_logits or ()), *(outputs.attention_router_logits or ())]
+    device = input_ids.device
+    gates_BTE = sum(layer.to(device).float().softmax(-1) for layer in logits).view(*input_ids.shape, -1) / len(logits)
+    mask_BT1 = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask_BT1 = mask_BT1[..., None].to(gates_BTE)
+    return (gates_BTE * mask_BT1).sum(1) / mask_BT1.sum(1)
+
+
+def chosen_experts(
+    model: Any,
+    wanted: str | int | Sequence[str | int],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> list[tuple[int, ...]]:
+    """The rows of the experts that each prompt keeps.
+
+    Args:
+        model: a mixture.
+        wanted: ``auto``: those whose share is at least ``SURE`` of the largest; a number: as many, by their shares; or
+            names or rows.
+        input_ids: [B, T].
+        attention_mask: [B, T], 0 for padding.
+
+    Raises:
+        ValueError: there is no such expert, or there are not as many.
+    """
+    config = model.config
+    if isinstance(wanted, int) and not 1 <= wanted <= config.num_experts:
+        raise ValueError(f"{wanted} experts cannot be kept: this mixture has {config.num_experts}")
+    if not isinstance(wanted, int) and wanted != "auto":
+        return [tuple(expert_numbers(config, wanted))] * len(input_ids)
+    shares_BE = expert_shares(model, input_ids, attention_mask)
+    if isinstance(wanted, int):
+        return [tuple(sorted(row)) for row in shares_BE.topk(wanted, dim=-1).indices.tolist()]
+    keeps = shares_BE >= SURE * shares_BE.max(-1, keepdim=True).values
+    return [tuple(row.nonzero().flatten().tolist()) for row in keeps]
+
+
+def of_kept_experts(model: Any, rows: tuple[int, ...]) -> Any:
+    """``keep_experts``, made once for each choice of experts as long as the mixture's tensors stay."""
+    if len(rows) == model.config.num_experts:
+        return model
+    state = [(tensor.data_ptr(), tensor._version) for tensor in (*model.parameters(), *model.buffers())]
+    if model not in _KEPT or _KEPT[model][0] != state:
+        _KEPT[model] = (state, {})
+    made = _KEPT[model][1]
+    if rows not in made:
+        made[rows] = keep_experts(model, rows)
+    return made[rows]
+
+
+def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | None, args: Any, kwargs: Any) -> Any:
+    """``generate`` in which each prompt runs on the experts that it keeps.
+
+    Args:
+        model: a mixture.
+        wanted: as for ``chosen_experts``.
+        inputs: [B, T], or None if ``kwargs`` has ``input_ids``.
+        args, kwargs: of ``generate``.
+
+    Raises:
+        ValueError: there is no prompt of ids, a cache is given, or prompts of several choices want more than ids back.
+    """
+    ids_BT = kwargs.pop("input_ids", None) if inputs is None else inputs
+    if ids_BT is None or kwargs.get("past_key_values") is not None:
+        raise ValueError("experts are chosen by the ids of the whole prompt: give input_ids, and no past_key_values")
+    choices = chosen_experts(model, wanted, ids_BT, kwargs.get("attention_mask"))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, choice in enumerate(choices):
+        groups.setdefault(choice, []).append(row)
+    if len(groups) == 1:
+        return of_kept_experts(model, choices[0]).generate(ids_BT, *args, **kwargs)
+    if kwargs.get("return_dict_in_generate") or kwargs.get("streamer") is not None:
+        raise ValueError("prompts that keep different experts cannot be streamed, or return more than ids: give one")
+    written: list[torch.Tensor] = []
+    places: list[int] = []
+    for choice, rows in groups.items():
+        own = {
+            name: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == ids_BT.shape[:1] else value
+            for name, value in kwargs.items()
+        }
+        out = of_kept_experts(model, choice).generate(ids_BT[rows], *args, **own)
+        times = len(out) // len(rows)
+        written += list(out)
+        places += [row * times + number for row in rows for number in range(times)]
+    padding = kwargs.get("pad_token_id", model.generation_config.pad_token_id)
+    padded = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=padding or 0)
+    return padded[torch.tensor(places, device=padded.device).argsort()]

@@ -1,0 +1,131 @@
+"""A mixture of some of its experts: against forced gates, masked gates, and the memory of the whole one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from branchmix.models.kept_branchmix import chosen_experts, expert_shares, keep_experts, of_kept_experts
+from branchmix.models.routing_branchmix import BranchMixRouter
+from branchmix.upcycling.verify import one_hot_gates
+from families import NAMES
+from mixtures import BOTH, close, random_mixture, tokens
+
+
+@pytest.mark.parametrize("attention", (*BOTH, "average"))
+@pytest.mark.parametrize("name", NAMES)
+def test_one_kept_expert_is_the_mixture_with_forced_gates(name: str, attention: str) -> None:
+    mixture, ids = random_mixture(name, attention), tokens()
+    for number in range(mixture.config.num_experts):
+        kept = keep_experts(mixture, [number])
+        with torch.no_grad():
+            ours = kept(ids).logits
+            with one_hot_gates(mixture, number):
+                close(ours, mixture(ids).logits)
+
+
+@pytest.mark.parametrize("rows", [[0, 2], [1, 2], [0, 1]])
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", NAMES)
+def test_some_kept_experts_are_the_mixture_without_the_others(name: str, attention: str, rows: list[int]) -> None:
+    """The whole mixture, its routers' logits of the other experts at minus infinity."""
+    mixture, ids = random_mixture(name, attention), tokens()
+    gone = [row for row in range(3) if row not in rows]
+
+    def without(module: Any, args: Any, output: Any) -> Any:
+        logits = output[0].clone()
+        logits[..., gone] = -torch.inf
+        gates, index = logits.softmax(-1).topk(min(module.top_k, len(rows)), dim=-1)
+        if module.normalize:
+            gates = gates / gates.sum(-1, keepdim=True)
+        if len(output) == 3:
+            return logits, gates, index
+        return logits, torch.zeros_like(logits).scatter(-1, index, gates)
+
+    kept = keep_experts(mixture, rows)
+    with torch.no_grad():
+        ours = kept(ids).logits
+        for module in mixture.modules():
+            if isinstance(module, BranchMixRouter):
+                module.register_forward_hook(without)
+        mixture.config.routed_scaling_factor = kept.config.routed_scaling_factor
+        close(ours, mixture(ids).logits)
+
+
+def greedy(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, **settings, **options)
+
+
+@pytest.mark.parametrize("attention", BOTH)
+def test_each_prompt_of_a_batch_runs_on_its_own_experts(attention: str) -> None:
+    """Against each prompt alone on the mixture of the experts that it keeps."""
+    mixture, ids = random_mixture("llama", attention), tokens(4)
+    with torch.no_grad():
+        mixture.model.model.embed_tokens.weight[ids[1]] += 3.0  # another prompt altogether
+    choices = chosen_experts(mixture, 1, ids)
+    assert len(set(choices)) > 1
+    together = greedy(mixture, ids, experts=1)
+    for row, choice in enumerate(choices):
+        alone = greedy(keep_experts(mixture, choice), ids[row : row + 1])
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+        assert not together[row, alone.shape[1] :].any()
+    twice = greedy(mixture, ids, experts=1, num_beams=2, num_return_sequences=2)
+    assert torch.equal(twice[:, : ids.shape[1]], ids.repeat_interleave(2, 0))
+    mixture.experts_at_inference = 1
+    assert torch.equal(greedy(mixture, ids), together)
+
+
+def test_shares_are_means_of_the_gates_and_padding_has_none() -> None:
+    mixture, ids = random_mixture("qwen3"), tokens()
+    outputs = mixture(ids, output_router_logits=True)
+    layers = [*outputs.router_logits, *outputs.attention_router_logits]
+    expected = torch.stack([layer.softmax(-1) for layer in layers]).mean(0).view(*ids.shape, -1).mean(1)
+    close(expert_shares(mixture, ids), expected)
+    mask = torch.ones_like(ids)
+    padded = torch.cat((torch.zeros_like(ids[:, :3]), ids), 1)
+    close(expert_shares(mixture, padded, torch.cat((torch.zeros_like(mask[:, :3]), mask), 1)), expected)
+
+
+def test_auto_keeps_the_experts_that_have_half_of_the_largest_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture, ids = random_mixture("llama"), tokens(3)
+    shares = torch.tensor([[0.9, 0.05, 0.05], [0.5, 0.1, 0.4], [0.34, 0.33, 0.33]])
+    monkeypatch.setattr("branchmix.models.kept_branchmix.expert_shares", lambda *_: shares)
+    assert chosen_experts(mixture, "auto", ids) == [(0,), (0, 2), (0, 1, 2)]
+    assert chosen_experts(mixture, 2, ids) == [(0, 1), (0, 2), (0, 1)]
+
+
+def test_weights_are_shared_and_follow_the_mixture() -> None:
+    mixture, ids = random_mixture("llama", expert_names=["seed", "code", "law"]), tokens()
+    kept = of_kept_experts(mixture, (1,))
+    own = {parameter.untyped_storage().data_ptr() for parameter in mixture.parameters()}
+    assert all(parameter.untyped_storage().data_ptr() in own for parameter in kept.parameters())
+    assert of_kept_experts(mixture, (1,)) is kept and kept.config.expert_names == ["code"]
+    with torch.no_grad():
+        mixture.model.model.layers[0].self_attn.o_proj.weight.mul_(2.0)
+        assert of_kept_experts(mixture, (0, 2)) is not None
+        close(of_kept_experts(mixture, (1,))(ids).logits, keep_experts(mixture, ["code"])(ids).logits)
+
+
+def test_the_cache_is_that_of_the_experts_kept() -> None:
+    mixture, ids = random_mixture("llama"), tokens()
+    with torch.no_grad():
+        whole, kept = (model(ids, use_cache=True).past_key_values for model in (mixture, keep_experts(mixture, [2])))
+    assert whole.layers[0].keys.shape[1] == 3 * kept.layers[0].keys.shape[1]
+
+
+def test_refusals() -> None:
+    mixture, ids = random_mixture("llama", expert_names=["seed", "code", "law"]), tokens()
+    for wanted, message in (
+        (["medicine"], "no expert is called 'medicine': this mixture has seed, code, law"),
+        ([3], "no expert is called 3"),
+        ([], "keep at least one expert"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mixture.keep_experts(wanted)
+    with pytest.raises(ValueError, match="4 experts cannot be kept: this mixture has 3"):
+        greedy(mixture, ids, experts=4)
+    with pytest.raises(ValueError, match="give input_ids"):
+        mixture.generate(inputs_embeds=torch.zeros(1, 3, 32), experts=1)
