@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from branchmix.checkpoint.index import CheckpointIndex
@@ -23,6 +24,7 @@ from branchmix.cli import app
 from branchmix.errors import BranchMixError, CheckpointError
 from checkpoints import same_bytes, weights
 from families import BY_NAME
+from mixtures import load
 
 COMMANDS = ("upcycle", "inspect", "generate", "add-expert", "remove-expert")
 TEXT = "the mixture of attention experts reads a text and the experts of the mixture write a text"
@@ -106,6 +108,22 @@ def test_generate(home: Path) -> None:
     assert found["text"].strip() in printed.stdout
     sampled = [parsed(run(home, *arguments, "--temperature", 1, "--seed", 1, "--json"))["text"] for _ in range(2)]
     assert sampled[0] == sampled[1]
+
+
+def test_generate_on_the_experts_asked_for(home: Path) -> None:
+    """The same text as from the mixture of those experts alone; ``invoked`` shares the imports."""
+    prompt = ("generate", home / "mixture", "the mixture of experts", "--max-new-tokens", 4, "--json")
+    for asked, kept in (("code", ["code"]), ("math,seed", ["seed", "math"]), ("3", ["seed", "code", "math"])):
+        answer = json.loads(invoked(*prompt, "--experts", asked).stdout)
+        words, model = AutoTokenizer.from_pretrained(home / "mixture"), load(home / "mixture").keep_experts(kept)
+        ids = words(prompt[2], return_tensors="pt").input_ids
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[
+            0, ids.shape[1] :
+        ]
+        assert answer["experts"] == kept
+        assert answer["text"] == words.decode(new, skip_special_tokens=True)
+    chosen = invoked(*prompt[:-1], "--experts", "auto")
+    assert chosen.exit_code == 0 and "experts kept: " in chosen.stderr
 
 
 def test_generate_leaves_out_what_the_model_does_not_read(home: Path, tmp_path: Path) -> None:
@@ -199,6 +217,9 @@ def test_the_commands_are_listed(home: Path) -> None:
         ("generate", "mixture", ""),
         ("generate", "mixture", "text", "--dtype", "int8"),
         ("generate", "mixture", "text", "--max-new-tokens", "0"),
+        ("generate", "mixture", "text", "--experts", "law"),
+        ("generate", "mixture", "text", "--experts", "0"),
+        ("generate", "seed", "text", "--experts", "auto"),
         ("add-expert", "mixture", "law", "out"),
         ("add-expert", "mixture", "code=./law", "out"),
         ("add-expert", "seed", "law=./law", "out"),

@@ -60,7 +60,7 @@ def greedy(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("attention", BOTH)
-def test_each_prompt_of_a_batch_runs_on_its_own_experts(attention: str) -> None:
+def test_each_prompt_of_a_batch_runs_on_its_own_experts(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against each prompt alone on the mixture of the experts that it keeps."""
     mixture, ids = random_mixture("llama", attention), tokens(4)
     with torch.no_grad():
@@ -76,6 +76,10 @@ def test_each_prompt_of_a_batch_runs_on_its_own_experts(attention: str) -> None:
     assert torch.equal(twice[:, : ids.shape[1]], ids.repeat_interleave(2, 0))
     mixture.experts_at_inference = 1
     assert torch.equal(greedy(mixture, ids), together)
+    mixture.experts_at_inference = "auto"
+    whole = greedy(mixture, ids, experts=3)
+    monkeypatch.setattr("branchmix.models.kept_branchmix.SURE", 0.0)  # all stay
+    assert torch.equal(greedy(mixture, ids), whole)
 
 
 def test_shares_are_means_of_the_gates_and_padding_has_none() -> None:

@@ -166,6 +166,49 @@ def client(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return TestClient(apps[0], raise_server_exceptions=False)
 
 
+@pytest.mark.parametrize(("asked", "kept"), [("code", ["code"]), ("math,seed", ["seed", "math"]), ("3", None)])
+def test_serve_runs_requests_on_the_experts_asked_for(
+    asked: str, kept: list[str] | None, siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from starlette.testclient import TestClient
+
+    from branchmix.models.modeling_branchmix import BranchMixForCausalLM
+
+    branchmix.upcycle(recipe(siblings("llama", vocab_size=300)), tmp_path / "m")
+    save_byte_tokenizer(tmp_path / "m")
+    apps: list[Any] = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self: apps.append(self.config.app))
+    monkeypatch.setattr(BranchMixForCausalLM, "experts_at_inference", None)
+    command = ["serve", str(tmp_path / "m"), "--experts", asked, "--device", "cpu", "--dtype", "float32"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    status, answer = chat(TestClient(apps[0], raise_server_exceptions=False), "The court", max_tokens=8)
+    mixture, tokenizer = load(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")
+    model = mixture if kept is None else mixture.keep_experts(kept)
+    messages = [{"role": "user", "content": "The court"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    monkeypatch.setattr(BranchMixForCausalLM, "experts_at_inference", None)
+    new = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--experts", "code", "--continuous-batching"], "cannot be combined"),
+        (["--experts", "law"], "no expert is called 'law': give some of seed, code, math"),
+        (["--experts", "4"], "give 1 to 3, this mixture has 3 experts"),
+        (["--experts", ","], "--experts is empty"),
+    ],
+)
+def test_serve_refuses_experts_that_are_not_there(
+    options: list[str], message: str, siblings: Siblings, tmp_path: Path
+) -> None:
+    branchmix.upcycle(recipe(siblings("llama")), tmp_path / "m")
+    left = CliRunner().invoke(app, ["serve", str(tmp_path / "m"), *options])
+    assert isinstance(left.exception, RecipeError) and message in str(left.exception)
+
+
 def chat(client: Any, content: str = "The court", **more: Any) -> tuple[int, dict[str, Any]]:
     messages = [{"role": "user", "content": content}]
     body = json.dumps({"messages": messages, "temperature": 0.0, **more})  # in ASCII: so half a pair can be sent

@@ -13,6 +13,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from branchmix.errors import RecipeError
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
@@ -22,12 +24,44 @@ Mixture = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|K|NAMES",
+        help="Experts of the mixture that run: auto (those that the gates choose for the prompt), how many, or names "
+        "(comma-separated).",
+        show_default="all",
+    ),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code included in a checkpoint.")]
 
 
 def names_of(listed: str) -> list[str]:
     """The names in a comma-separated option."""
     return [name.strip() for name in listed.split(",") if name.strip()]
+
+
+def experts_to_keep(given: str, config: dict[str, Any]) -> str | int | list[str]:
+    """What ``--experts`` asks of a model with this config.json.
+
+    Raises:
+        RecipeError: the model has no such experts.
+    """
+    if config.get("model_type") != "branchmix":
+        raise RecipeError("--experts: this model is not a mixture: leave --experts out")
+    count = config["num_experts"]
+    names = config.get("expert_names") or []
+    if given.isdecimal() and given not in names:
+        if not 1 <= int(given) <= count:
+            raise RecipeError(f"--experts {given}: give 1 to {count}, this mixture has {count} experts")
+        return int(given)
+    wanted = names_of(given)
+    for name in wanted:
+        if name not in names and wanted != ["auto"]:
+            raise RecipeError(f"--experts {given}: no expert is called {name!r}: give some of {', '.join(names)}")
+    if not wanted:
+        raise RecipeError("--experts is empty: give auto, a number or names")
+    return given if wanted == ["auto"] else wanted
 
 
 def notice(line: str) -> None:

@@ -19,6 +19,7 @@ EPILOG = """\b
 Examples:
   branchmix generate mixture "The capital of France is"
   branchmix generate mixture "def fibonacci(n):" --max-new-tokens 80 --temperature 0.7 --seed 1
+  branchmix generate mixture "def fibonacci(n):" --experts auto       only the experts that suit the prompt
 """
 
 MIN_TEMPERATURE = 1e-6
@@ -37,6 +38,7 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Seed of sampling, for temperature > 0.")] = 0,
     dtype: console.Dtype = "auto",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    experts: console.Experts = None,
     trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
 ) -> None:
@@ -65,20 +67,34 @@ def generate_command(
     tokenizer = text_model.tokenizer
     inputs = _inputs(text_model, prompt, chat)
     _require_positions(text_model, inputs["input_ids"].shape[1], max_new_tokens)
+    wanted = None if experts is None else console.experts_to_keep(experts, text_model.config.to_dict())
     loaded = text_model.load()
     inputs = {name: value.to(loaded.device) for name, value in inputs.items()}
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     start = time.perf_counter()
+    kept: dict[str, list[str]] = {}
+    if wanted is not None:
+        from branchmix.models.kept_branchmix import chosen_experts
+
+        (rows,) = chosen_experts(loaded, wanted, **inputs)
+        sampling["experts"] = rows
+        names = loaded.config.expert_names or [f"expert-{row}" for row in range(loaded.config.num_experts)]
+        kept = {"experts": [names[row] for row in rows]}
     tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)
     seconds = time.perf_counter() - start
     new = tokens[0, inputs["input_ids"].shape[1] :]
     if as_json:
         text, speed = tokenizer.decode(new, skip_special_tokens=True), round(len(new) / seconds, 2)
-        console.print_json({"prompt": prompt, "text": text, "new_tokens": len(new), "tokens_per_second": speed})
+        numbers = {"new_tokens": len(new), "tokens_per_second": speed}
+        console.print_json({"prompt": prompt, "text": text, **numbers, **kept})
     else:
+        if kept:
+            console.notice(f"experts kept: {', '.join(kept['experts'])}")
         console.notice(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchmix.cli import console
 from branchmix.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
 EPILOG = """\b
 Examples:
   branchmix serve mixture                                 http://localhost:8000/v1, for any OpenAI client
   branchmix serve mixture --host 0.0.0.0 --port 9000 --dtype bfloat16
+  branchmix serve mixture --experts auto                  each request runs on the experts that suit its prompt
   branchmix serve mixture --continuous-batching           any option of `transformers serve --help`
 
 \b
@@ -29,7 +34,9 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def serve_command(
-    context: typer.Context, model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.")]
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.")],
+    experts: console.Experts = None,
 ) -> None:
     """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
     from branchmix.checkpoint.adapters import ADAPTER_CONFIG, left_over_adapter
@@ -37,7 +44,9 @@ def serve_command(
     from branchmix.checkpoint.index import CheckpointIndex, left_over_quantisation
 
     resolved = resolve(model)
-    CheckpointIndex.open(resolved.folder)  # refuses pickles, and folders without a checkpoint
+    index = CheckpointIndex.open(resolved.folder)  # refuses pickles, and folders without a checkpoint
+    if experts is not None and "--continuous-batching" in context.args:
+        raise RecipeError("--experts and --continuous-batching cannot be combined: leave one of them out")
     if left_over_adapter(resolved.folder):
         raise CheckpointError(
             f"{resolved.folder}: an adapter's files lie beside the model's weights, and the server would apply it: "
@@ -56,7 +65,9 @@ def serve_command(
 
     if not is_serve_available():
         raise RecipeError('serve: transformers lacks its server: pip install "branchmix[serve]"')
-    _show_classes()
+    mixture = _show_classes()
+    if experts is not None:
+        mixture.experts_at_inference = console.experts_to_keep(experts, index.config)
     from transformers.cli.serve import Serve
 
     from branchmix.cli.serve_limits import limited_server
@@ -67,7 +78,7 @@ def serve_command(
         server([name, *context.args], prog_name="branchmix serve")
 
 
-def _show_classes() -> None:
+def _show_classes() -> type[BranchMixForCausalLM]:
     """Put the mixture's class where the server looks: it takes what ``architectures`` names from transformers.
 
     ``processing_utils`` executes the package transformers a second time, into another module, so it has to come first.
@@ -76,3 +87,4 @@ def _show_classes() -> None:
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 
     setattr(sys.modules["transformers"], BranchMixForCausalLM.__name__, BranchMixForCausalLM)
+    return BranchMixForCausalLM

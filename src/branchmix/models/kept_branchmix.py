@@ -214,7 +214,9 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
     for row, choice in enumerate(choices):
         groups.setdefault(choice, []).append(row)
     if len(groups) == 1:
-        return of_kept_experts(model, choices[0]).generate(ids_BT, *args, **kwargs)
+        return of_kept_experts(model, choices[0]).generate(
+            ids_BT, *args, experts=len(choices[0]), **kwargs
+        )  # all of its
     if kwargs.get("return_dict_in_generate") or kwargs.get("streamer") is not None:
         raise ValueError("prompts that keep different experts cannot be streamed, or return more than ids: give one")
     written: list[torch.Tensor] = []
@@ -224,7 +226,7 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
             name: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == ids_BT.shape[:1] else value
             for name, value in kwargs.items()
         }
-        out = of_kept_experts(model, choice).generate(ids_BT[rows], *args, **own)
+        out = of_kept_experts(model, choice).generate(ids_BT[rows], *args, experts=len(choice), **own)
         times = len(out) // len(rows)
         written += list(out)
         places += [row * times + number for row in rows for number in range(times)]
