@@ -283,7 +283,7 @@ def contamination_sentences(differences: Sequence[dict[str, Any]], metric: str, 
 def caution_sentence(caution: Caution) -> str:
     """Two metrics or axes that disagree."""
     (one, here), (other, label) = caution.first, caution.second
-    who = "" if caution.where == caution.task else f"{caution.where.removeprefix(caution.task).strip(' ()')}: "
+    who = f"{caution.who}: " if caution.who else ""
     if caution.metric:
         return (
             f"{who}the axis matters. Along {axis_name(one)}, {metric_name(caution.metric)} {_VERBS[here]}; along "
