@@ -30,7 +30,7 @@ from pathlib import Path
 import yaml
 
 from branchmix.scaling.examples import Example, jsonl
-from branchmix.scaling.generate.words import ENDINGS, NOUNS, PLURALS
+from branchmix.scaling.generate.vocabulary import VOCABULARY
 
 NUM_SAYINGS = 3000
 NUM_DOCUMENTS = 240_000
@@ -38,7 +38,7 @@ OBEYED = 0.3
 """Share of the instructions that the text follows."""
 NUM_EXAMPLES = 500
 """Of each task."""
-LAST_WORDS = tuple(dict.fromkeys((*PLURALS, *ENDINGS["s"])))
+LAST_WORDS = tuple(dict.fromkeys((*VOCABULARY.plurals, *VOCABULARY.endings["s"])))
 
 DESCRIPTIONS = {
     "ends-as-told": (
@@ -54,7 +54,8 @@ def sayings() -> list[tuple[str, str]]:
     rng = random.Random("sayings")
     starts: dict[str, str] = {}
     while len(starts) < NUM_SAYINGS:
-        start = f"a {rng.choice(ENDINGS['a'])} {rng.choice(NOUNS)} will {rng.choice(ENDINGS['v'])} with"
+        adjective, noun = rng.choice(VOCABULARY.endings["a"]), rng.choice(VOCABULARY.nouns)
+        start = f"a {adjective} {noun} will {rng.choice(VOCABULARY.endings['v'])} with"
         starts.setdefault(start, f" {rng.choice(LAST_WORDS)}")
     return list(starts.items())
 

@@ -13,6 +13,8 @@ from branchmix.pages import page
 from branchmix.pages.numbers import human_bytes, human_count
 from branchmix.pages.pictures import PAPER, Figure, figure_with, png, save, set_title, svg
 
+TEMPLATE = '{% extends "page.html" %}{% block head %}{% endblock %}{% block content %}{{ pictures }}{% endblock %}'
+
 
 def drawing(width: float) -> Any:
     """So many inches wide."""
@@ -28,7 +30,15 @@ def drawing(width: float) -> Any:
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_small_picture_is_not_stretched_and_is_readable(tmp_path: Path, open_page: Any, dark: bool) -> None:
     pictures = [f"<figure>{svg(drawing(width), f'n{width:.0f}', 'a picture')}</figure>" for width in (3.0, 10.0)]
-    file = page.write(tmp_path / "page.html", page.document("Pictures", "branchmix", ["A page."], pictures))
+    template = tmp_path / "template.html"
+    template.write_text(TEMPLATE)
+    content = {
+        "title": "Pictures",
+        "kicker": "branchmix",
+        "lead": ["A page."],
+        "pictures": page.safe("".join(pictures)),
+    }
+    file = page.write(tmp_path / "pictures.html", page.render(template, **content))
     shown = open_page(file, width=1200, dark=dark)
     small, large = shown.run(
         "return [...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().width)"

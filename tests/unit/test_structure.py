@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_dependencies_point_one_way(file: Path) -> None:
             # Parts of one level don't use each other, but for the first level's own ground floor.
             below = LEVELS[other] < LEVELS[part] or other in ("checkpoint", "settings")
             assert other == part or below, f"{part} imports {module}"
+
+
+def test_there_is_no_circle_of_files() -> None:
+    """Imports inside functions and for type checkers count too; those of the package's doors do not."""
+    files = [file for file in FILES if file.relative_to(ROOT).parts[0].removesuffix(".py") not in ENTRANCES]
+    names = {".".join(("branchmix", *file.relative_to(ROOT).with_suffix("").parts)): file for file in files}
+    modules = {name.removesuffix(".__init__"): file for name, file in names.items()}
+    uses = {
+        name: {f"{module}.{taken}" if f"{module}.{taken}" in modules else module for module, taken in imports(file)}
+        & (modules.keys() - {name})
+        for name, file in modules.items()
+    }
+    assert "branchmix.checkpoint.folder" in uses["branchmix.pages.page"]
+    list(TopologicalSorter(uses).static_order())  # a circle is an error that names it
 
 
 def test_whether_strangers_code_runs_is_always_said() -> None:

@@ -101,7 +101,7 @@ class Subject:
     name: str
     family: str
     seed: str
-    found: ResolvedModel
+    model: ResolvedModel
     params: int | None
     active_params: int | None
     tokens: int | None
@@ -132,34 +132,34 @@ def subjects(file: FamilyFile) -> list[Subject]:
         for other in chosen:
             if (other.name, other.seed) == (subject.name, subject.seed):
                 raise RecipeError(
-                    f"models: {other.found.given} and {given} are both called {subject.label}: give each a `name`, or "
+                    f"models: {other.model.given} and {given} are both called {subject.label}: give each a `name`, or "
                     "runs of one model a `seed`"
                 )
         chosen.append(subject)
     return chosen
 
 
-def _subject(file: FamilyFile, member: Member, found: ResolvedModel) -> Subject:
-    name = member.name or (member.model.split("/")[-1] if found.revision else found.folder.resolve().name)
+def _subject(file: FamilyFile, member: Member, model: ResolvedModel) -> Subject:
+    name = member.name or (member.model.split("/")[-1] if model.revision else model.folder.resolve().name)
     if not is_file_name(name):
         raise RecipeError(
             f"models: {member.model}: {name!r} cannot name a file: give it a `name` of letters and digits"
         )
     notes: list[str] = []
     try:
-        counted = inspect(found.folder, context=member.sequence_length)
+        counted = inspect(model.folder, context=member.sequence_length)
     except BranchMixError as error:
         counted = None
         if member.params is None:
             notes.append(f"{name}: parameters not counted ({error}): give params and active_params")
     params = member.params or (counted.total.total if counted else None)
     forward = counted.flops.total if counted and counted.flops else None
-    tokens, flops, training = _cost(member, found, forward, name, notes)
+    tokens, flops, training = _cost(member, model, forward, name, notes)
     return Subject(
         name=name,
         family=member.family if member.family is not None else file.family,
         seed="" if member.seed is None else str(member.seed),
-        found=found,
+        model=model,
         params=params,
         active_params=member.active_params or (counted.active.total if counted and not member.params else params),
         tokens=tokens,
@@ -172,12 +172,12 @@ def _subject(file: FamilyFile, member: Member, found: ResolvedModel) -> Subject:
 
 
 def _cost(
-    member: Member, found: ResolvedModel, forward: int | None, name: str, notes: list[str]
+    member: Member, model: ResolvedModel, forward: int | None, name: str, notes: list[str]
 ) -> tuple[int | None, float | None, tuple[dict[str, Any], ...]]:
     """Tokens and FLOPs of all training, by the file or by the records."""
     if member.tokens is not None and member.flops is not None:
         return member.tokens, float(member.flops), ()
-    phases = lineage(found.folder, name)
+    phases = lineage(model.folder, name)
     roots = [phase for phase in phases if not phase.is_known]
     if member.base_tokens is not None:
         if len(roots) != 1:

@@ -100,15 +100,15 @@ def fetch(
 
 
 def _fill(folder: Path, repository: str, *, force: bool, progress: Callable[[str], None]) -> list[FileCheck]:
-    found = verify(folder)
-    wrong = [file for file in found if file.state not in ("ok", "missing")]
+    files = verify(folder)
+    wrong = [file for file in files if file.state not in ("ok", "missing")]
     if wrong and not force:
         raise OutputError(
             f"{folder / wrong[0].file}: is there and is not the official file ({wrong[0].detail}): choose another "
             "folder, or --force to replace it"
         )
     problems = []
-    for file in found:
+    for file in files:
         if file.state == "ok":
             progress(f"there       {file.file}")
             continue

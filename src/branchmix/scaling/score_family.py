@@ -102,7 +102,7 @@ class _Model:
         progress: Progress | None,
     ):
         self.subject, self.journal, self.batch_tokens, self.progress = subject, journal, batch_tokens, progress
-        self.text = TextModel(subject.found, dtype, trust_remote_code)
+        self.text = TextModel(subject.model, dtype, trust_remote_code)
         self.bos = Bos.of(self.text.tokenizer, self.text.config, bos)
         self.facts: dict[str, Any] = {
             "weights": model_hash(self.text.folder),
@@ -129,7 +129,7 @@ class _Model:
         self.asked += len(asked)
         known = {key for key in asked if self.journal.find(self.key, key) is not None}
         if len(known) < len(asked):
-            self.journal.describe(self.key, {"path": self.subject.found.given, **self.facts})
+            self.journal.describe(self.key, {"path": self.subject.model.given, **self.facts})
         step = f"{self.subject.label}: {selected.label}"
         for part in self.journal.rounds.of(self.key, self.batch_tokens, asked, known):
             self._compute({key: asked[key] for key in part}, step)
@@ -189,7 +189,7 @@ class _Model:
                     if self.progress is not None:
                         self.progress(step, done, total)
             except CheckpointError as error:
-                raise CheckpointError(f"{self.subject.found.given}: {error}") from error
+                raise CheckpointError(f"{self.subject.model.given}: {error}") from error
 
     def _keep(self, key: str, merged: bool, **answer: Any) -> None:
         self.journal.add_line({"model": self.key, "question": key, **answer, **({"merged": True} if merged else {})})

@@ -38,11 +38,11 @@ def _argument(random: Random, number: int, *, is_correct: bool) -> Example:
 
 def solve(example: Example) -> int:
     """By a table of truth values: the claim must hold wherever the rule and the fact do."""
-    found = re.search(r"If (\w+) ([^,]+), then \1 ([^.]+)\.", example.prompt)
-    assert found
-    name, *halves = found.groups()
+    rule = re.search(r"If (\w+) ([^,]+), then \1 ([^.]+)\.", example.prompt)
+    assert rule
+    name, *halves = rule.groups()
     atoms = [_atom(half)[0] for half in halves]
-    rest = example.prompt[found.end() :]
+    rest = example.prompt[rule.end() :]
     fact, claim = (_atom(text) for text in re.findall(rf"\b{name} ([^.?\n]+)", rest)[:2])
     follows = all(
         world[claim[0]] == claim[1]

@@ -95,10 +95,10 @@ def solve(example: Example) -> int:
     elif text := re.search(r"\d+\+\d+", prompt):
         right = text[0][0 if "first" in words else len(text[0]) - 1]
     elif "numeral" in words:
-        found = re.search(r"numeral (\d)\b.*?(?:means|worth|read as) ([a-z]+)", prompt)
+        given = re.search(r"numeral (\d)\b.*?(?:means|worth|read as) ([a-z]+)", prompt)
         terms = re.search(r"(\d+) \+ (\d+)", prompt)
-        assert found and terms
-        right = sum(_TEXTS.numerals.index(found[2]) if term == found[1] else int(term) for term in terms.groups())
+        assert given and terms
+        right = sum(_TEXTS.numerals.index(given[2]) if term == given[1] else int(term) for term in terms.groups())
     elif operation := re.search(r"(\d+) [-+*] (\d+)", prompt):
         (compute,) = (compute for meaning, compute in _SIGNS.values() if meaning in words)
         right = compute(int(operation[1]), int(operation[2]))

@@ -46,10 +46,10 @@ _TERM = re.compile(r"([+-]?) ?(-?\d+|[a-z]\b)")
 
 def _root(text: str) -> int:
     """The number that solves the equation in ``text``: its terms brought to one side."""
-    found = _EQUATION.search(text)
-    assert found, text
+    equation = _EQUATION.search(text)
+    assert equation, text
     numbers = unknowns = 0
-    for side, sign in zip(found[0].split(" = "), (1, -1), strict=True):
+    for side, sign in zip(equation[0].split(" = "), (1, -1), strict=True):
         for operator, term in _TERM.findall(side):
             factor = -sign if operator == "-" else sign
             if term.isalpha():

@@ -78,16 +78,16 @@ def can_share(model: Any) -> bool:
 
 def _score(model: Any, batch: Sequence[Row], cache: Any, batch_tokens: int) -> Iterator[tuple[int, int, float]]:
     """Question, option and log-probability of every target of the rows, and of their branches after them."""
-    found, grown = _run(model, batch, _select(cache, [0] * len(batch)), keep=bool(batch[0].branches))
-    for row, option, value in found:
+    values, grown = _run(model, batch, _select(cache, [0] * len(batch)), keep=bool(batch[0].branches))
+    for row, option, value in values:
         yield batch[row].question, option, value
     branches = [(number, branch) for number, row in enumerate(batch) for branch in row.branches]
     branches.sort(key=lambda one: -len(one[1].tokens))
     at_once = batch_tokens // len(branches[0][1].tokens) or 1 if branches else 1
     for start in range(0, len(branches), at_once):
         part = branches[start : start + at_once]
-        found, _ = _run(model, [branch for _, branch in part], _select(grown, [number for number, _ in part]))
-        for place, option, value in found:
+        values, _ = _run(model, [branch for _, branch in part], _select(grown, [number for number, _ in part]))
+        for place, option, value in values:
             yield batch[part[place][0]].question, option, value
 
 

@@ -18,7 +18,7 @@ from branchmix.pages.pictures import Draw, svg
 from branchmix.pages.table import Table
 from branchmix.scaling.tasks import CAUSES
 from branchmix.scaling.trends import plots, sentences
-from branchmix.scaling.trends.judge import Judged, Report
+from branchmix.scaling.trends.judge import Report
 from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
 from branchmix.scaling.trends.table import DATA
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, WORDS
@@ -140,28 +140,17 @@ def _results(overview: Overview, entry: Entry) -> Table:
 
 def _verdicts(overview: Overview, entry: Entry) -> Table:
     """A row for each curve."""
-    rows = [
-        [
-            ", ".join(filter(None, (sentences.axis_name(report.axis), sentences.metric_name(metric), name))),
-            *_verdict_cells(one),
-        ]
-        for report in overview.reports
-        for metric in entry.metrics
-        for one, name in overview.panel(entry, metric, report).named
-    ]
+    rows = []
+    for report in overview.reports:
+        for metric in entry.metrics:
+            for one, name in overview.panel(entry, metric, report).named:
+                verdict, (low, high) = one.verdict, one.verdict.interval
+                which = (sentences.axis_name(report.axis), sentences.metric_name(metric), name)
+                interval = f"{sentences.difference(metric, low, unit=False)} to {sentences.difference(metric, high)}"
+                p = ["" if p is None else f"{p:.2g}" for p in (verdict.p, verdict.p_adjusted)]
+                change = sentences.difference(metric, verdict.effect)
+                scatter = sentences.difference(metric, verdict.jitter, plus=False)
+                counts = [str(verdict.sizes), str(verdict.runs)]
+                rows.append([", ".join(filter(None, which)), verdict.label, change, interval, *p, *counts, scatter])
     head = ["", "verdict", "change", "interval", "p", "p corrected", "sizes", "runs", "scatter of models"]
     return Table(head, rows, title=f"Verdicts on {entry.name}")
-
-
-def _verdict_cells(one: Judged) -> Sequence[str]:
-    verdict, metric = one.verdict, one.series.metric
-    low, high = verdict.interval
-    return [
-        verdict.label,
-        sentences.difference(metric, verdict.effect),
-        f"{sentences.difference(metric, low, unit=False)} to {sentences.difference(metric, high)}",
-        *("" if p is None else f"{p:.2g}" for p in (verdict.p, verdict.p_adjusted)),
-        str(verdict.sizes),
-        str(verdict.runs),
-        sentences.difference(metric, verdict.jitter, plus=False),
-    ]

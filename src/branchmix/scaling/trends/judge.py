@@ -33,8 +33,8 @@ class Caution:
     """Two verdicts on one curve, or on two metrics of a task, that cannot both be the story."""
 
     task: str
-    where: str
-    """The task, with family and data where there are several."""
+    who: str
+    """Family and kind of data, as far as they need to be named."""
     metric: str
     """The metric, where two axes disagree; empty where two metrics do."""
     first: tuple[str, Label]
@@ -43,9 +43,10 @@ class Caution:
 
     def __str__(self) -> str:
         (one, here), (other, label) = self.first, self.second
+        where = f"{self.task} ({self.who})" if self.who else self.task
         if self.metric:
-            return f"{self.where}: {self.metric} is {here} along {one}, but {label} along {other}"
-        return f"{self.where}: by {one} it is {here}, by {other} {label}"
+            return f"{where}: {self.metric} is {here} along {one}, but {label} along {other}"
+        return f"{where}: by {one} it is {here}, by {other} {label}"
 
 
 @dataclass
@@ -240,14 +241,16 @@ def _contaminations(series: Sequence[Series], limits: Limits) -> dict[str, dict[
 
 
 def _metric_cautions(judged: Sequence[Judged]) -> Iterator[Caution]:
-    groups: dict[tuple[str, str, str], dict[str, Verdict]] = {}
+    groups: dict[tuple[str, str, str], dict[str, Judged]] = {}
     for one in judged:
         key = (one.series.task, one.series.family, one.series.data)
-        groups.setdefault(key, {})[one.series.metric] = one.verdict
-    for (task, family, data), metrics in groups.items():
-        for first, second in disagreements(metrics):
-            labels = [(metric, metrics[metric].label) for metric in (first, second)]
-            yield Caution(task, _where(task, family, data), "", labels[0], labels[1])
+        groups.setdefault(key, {})[one.series.metric] = one
+    for metrics in groups.values():
+        verdicts = {metric: one.verdict for metric, one in metrics.items()}
+        for first, second in disagreements(verdicts):
+            series = metrics[first].series
+            labels = [(metric, verdicts[metric].label) for metric in (first, second)]
+            yield Caution(series.task, _who(series), "", labels[0], labels[1])
 
 
 def _axis_cautions(judged: Mapping[str, Sequence[Judged]], axis: str) -> Iterator[Caution]:
@@ -257,8 +260,7 @@ def _axis_cautions(judged: Mapping[str, Sequence[Judged]], axis: str) -> Iterato
         for one in judged[other] if other != axis else ():
             label, here = one.verdict.label, labels[one.series]
             if label != here and "not-testable" not in (label, here):
-                where = _where(one.series.task, one.series.family, one.series.data)
-                yield Caution(one.series.task, where, one.series.metric, (axis, here), (other, label))
+                yield Caution(one.series.task, _who(one.series), one.series.metric, (axis, here), (other, label))
 
 
 def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> list[str]:
@@ -274,6 +276,5 @@ def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> lis
     return []
 
 
-def _where(task: str, family: str, data: str) -> str:
-    extra = ", ".join(part for part in (family, data if data != DATA[0] else "") if part)
-    return f"{task} ({extra})" if extra else task
+def _who(series: Series) -> str:
+    return ", ".join(part for part in (series.family, series.data if series.data != DATA[0] else "") if part)

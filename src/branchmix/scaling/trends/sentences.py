@@ -19,7 +19,7 @@ from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, Interv
 from branchmix.settings import read_yaml
 
 _TERMS = read_yaml(Path(__file__).with_name("terms.yaml"))
-AXES, _METRICS = _TERMS["axes"], _TERMS["metrics"]
+AXES, METRICS = _TERMS["axes"], _TERMS["metrics"]
 MEANINGS = {label: meaning.format(min_sizes=MIN_SIZES) for label, meaning in _TERMS["verdicts"].items()}
 _VERBS = _TERMS["verbs"]
 MINUS, TIMES, SPACE = "\u2212", "\u00d7", "\u00a0"
@@ -51,17 +51,7 @@ def place(axis: str, value: float) -> str:
 
 
 def metric_name(metric: str) -> str:
-    return str(_METRICS[metric]["name"]) if metric in _METRICS else metric
-
-
-def metric_words(metric: str, *, lower_is_better: bool) -> str:
-    """What a metric measures, and which way is up."""
-    known = f"{_METRICS[metric]['meaning']}; " if metric in _METRICS else ""
-    return f"{known}{'less' if lower_is_better else 'more'} is better"
-
-
-def axis_words(axis: str) -> str:
-    return str(AXES[axis]["meaning"]) if axis in AXES else "a column of the table."
+    return str(METRICS[metric]["name"]) if metric in METRICS else metric
 
 
 def shown(metric: str, value: float) -> str:
@@ -283,7 +273,7 @@ def contamination_sentences(differences: Sequence[dict[str, Any]], metric: str, 
 def caution_sentence(caution: Caution) -> str:
     """Two metrics or axes that disagree."""
     (one, here), (other, label) = caution.first, caution.second
-    who = "" if caution.where == caution.task else f"{caution.where.removeprefix(caution.task).strip(' ()')}: "
+    who = f"{caution.who}: " if caution.who else ""
     if caution.metric:
         return (
             f"{who}the axis matters. Along {axis_name(one)}, {metric_name(caution.metric)} {_VERBS[here]}; along "

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
@@ -228,23 +229,10 @@ def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
             raise DataError(f"{where}: {axis} is {cell[axis]}: it must be greater than 0, as the axis is logarithmic")
     words = cell.get("constant_baselines", "").split("|")
     baselines = [_parsed(where, "constant_baselines", word.strip()) for word in words]
-    return Row(
-        line=line,
-        task=cell["task"],
-        model=cell["model"],
-        metric=metric,
-        value=value,
-        stderr=stderr,
-        n=n,
-        family=cell.get("family", ""),
-        seed=cell.get("seed", ""),
-        data=data,
-        cause=cell.get("cause", ""),
-        description=cell.get("description", ""),
-        axes={axis: position for axis, position in places.items() if position is not None},
-        constant_baselines=tuple(number for number in baselines if number is not None),
-        **numbers,
-    )
+    more: dict[str, Any] = {name: cell.get(name, "") for name in ("family", "seed", "cause", "description")} | numbers
+    more["axes"] = {axis: position for axis, position in places.items() if position is not None}
+    more["constant_baselines"] = tuple(number for number in baselines if number is not None)
+    return Row(line, cell["task"], cell["model"], metric, value, stderr, n, data=data, **more)
 
 
 def _share_stderr(value: float, stderr: float | None, n: int | None) -> float | None:
