@@ -286,5 +286,5 @@ def dtype_of(config: Config, dtype: str | None) -> str:
 
 
 def check_context(context: int) -> None:
-    if isinstance(context, bool) or not isinstance(context, int) or context <= 0:
+    if type(context) is not int or context <= 0:
         raise CheckpointError(f"context is {context!r}, not a positive number of tokens")

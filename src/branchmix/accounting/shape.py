@@ -212,7 +212,7 @@ def shape_of(config: Config) -> Shape:
 
     def count(name: str, largest: int | None = None) -> int:
         value = config[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise CheckpointError(f"config.json: {name} is {value!r}, not a positive whole number")
         if largest is not None and value > largest:
             raise CheckpointError(f"config.json: {name} is {value}, but num_experts is {largest}")
