@@ -478,7 +478,7 @@ def test_a_hub_id_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         asked.append(given)
         return hub.ResolvedModel(given, folder)
 
-    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr("branchmix.accounting.inspection.resolve", resolve)
     assert inspect("some-org/some-model@main").total == parameters(_tiny("llama"))
     assert asked == ["some-org/some-model@main"]
 
