@@ -29,11 +29,8 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
     layout = config.layout
     down: Any = block.get_submodule(layout["down"])
     inner, width = down.weight.shape if is_conv1d(down) else down.weight.shape[::-1]
-    gated, bias, activation = (
-        layout["gate"] is not None,
-        down.bias is not None,
-        block.get_submodule(layout["activation"]),
-    )
+    gated, bias = layout["gate"] is not None, down.bias is not None
+    activation = block.get_submodule(layout["activation"])
     dropout = take_output_dropout(block.get_submodule(layout["ffn"]), "dropout", "residual_dropout")
     experts = _EXPERTS[gated, bias](config, width, inner, activation, gated=gated, bias=bias)
     moe = BranchMixSparseMoeBlock(config, width, experts, dropout)
