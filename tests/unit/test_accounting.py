@@ -385,6 +385,13 @@ def test_windows_equal_those_of_transformers(config: dict[str, Any]) -> None:
     assert any(ours)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "olmo2", "gpt_neox", "granite"])
+def test_a_window_that_no_layer_of_the_family_has_is_ignored(model_type: str) -> None:
+    config = _tiny(model_type)
+    assert not any(windows(shape_of({**config, "sliding_window": 4})))
+    assert flops_per_token({**config, "sliding_window": 4}, 16) == flops_per_token(config, 16)
+
+
 # --- folders and weights ---------------------------------------------------------------------------------------------
 
 
@@ -471,7 +478,7 @@ def test_a_hub_id_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         asked.append(given)
         return hub.ResolvedModel(given, folder)
 
-    monkeypatch.setattr(hub, "resolve", resolve)
+    monkeypatch.setattr("branchmix.accounting.inspection.resolve", resolve)
     assert inspect("some-org/some-model@main").total == parameters(_tiny("llama"))
     assert asked == ["some-org/some-model@main"]
 

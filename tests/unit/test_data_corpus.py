@@ -117,12 +117,15 @@ def test_the_cache_is_used_again(tmp_path: Path, encoded: list[str]) -> None:
     first = sequences(corpus(tmp_path, FILES))
     assert len(encoded) == 300
     again = corpus(tmp_path, {"other": Source(files=["a.jsonl", "a*"])}, held_out=HeldOut(share=0.1, tokens=50))
-    assert len(encoded) == 300 and again.domains["other"].tokens == corpus(tmp_path, FILES).domains["a"].counts.tokens
+    assert (
+        len(encoded) == 300
+        and again.domains["other"].counts.tokens == corpus(tmp_path, FILES).domains["a"].counts.tokens
+    )
     assert sequences(corpus(tmp_path, FILES)) == first
     corpus(tmp_path, FILES, held_out=HeldOut(share=0.2))
     assert len(encoded) == 600
     write_jsonl(tmp_path / "a.jsonl", range(301))
-    assert corpus(tmp_path, FILES).domains["a"].counts.tokens > again.domains["other"].tokens
+    assert corpus(tmp_path, FILES).domains["a"].counts.tokens > again.domains["other"].counts.tokens
     assert len(encoded) == 901
 
 
@@ -135,7 +138,7 @@ def test_another_tokenizer_is_another_cache(tmp_path: Path) -> None:
     options: Any = {"folder": tmp_path, "cache": tmp_path / "cache", "held_out": HeldOut(share=0.1)}
     assert open_corpus(FILES, other, **options).domains["a"].folder != ours.folder
     other.eos_token = None
-    assert open_corpus(FILES, other, **options).domains["a"].counts.tokens < ours.tokens + 10_000
+    assert open_corpus(FILES, other, **options).domains["a"].counts.tokens < ours.counts.tokens + 10_000
 
 
 def test_a_damaged_chunk_is_made_again(tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ def test_a_damaged_chunk_is_made_again(tmp_path: Path) -> None:
     good = file.read_bytes()
     file.write_bytes(good[:-100])
     again = corpus(tmp_path, FILES).domains["a"]
-    assert again.complete and again.tokens == tokens and file.read_bytes() == good
+    assert again.complete and again.counts.tokens == tokens and file.read_bytes() == good
 
 
 @pytest.mark.parametrize("kind", ["files", "hub"])
@@ -358,7 +361,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no text": (lambda path: (path / "a.jsonl").write_text('{"text": ""}\n'), r"^data\.a: there is no text in it$"),
     "nothing": (lambda path: (path / "a.jsonl").touch(), r"^data\.a: there is no text in it$"),
     "no file": (lambda path: None, r"^data\.a: files 'a\.jsonl': no file matches"),
-    "cut": (lambda path: (path / "a.jsonl").write_text('{"te'), r"^data\.a: /.*/a\.jsonl, line 1: is no JSON"),
+    "cut": (lambda path: (path / "a.jsonl").write_text('{"te'), r"^data\.a: /.*/a\.jsonl, line 1: is not JSON"),
 }
 
 

@@ -233,9 +233,10 @@ def windows(shape: Shape) -> list[int | None]:
     seed, num_layers = shape.seed, shape.sizes.num_layers
     if num_layers > MOST_LAYERS:
         raise CheckpointError(f"config.json: num_hidden_layers is {num_layers:,}, more than any model has")
-    facts = FACTS.get(shape.family.model_type, Facts())
+    facts = FACTS.get(shape.family.model_type, Facts(windowed="all"))
     window = seed.get("sliding_window", facts.window)
-    if not isinstance(window, int) or (facts.window_switch and not seed.get(facts.window_switch)):
+    switched_off = facts.windowed == "never" or (facts.window_switch and not seed.get(facts.window_switch))
+    if not isinstance(window, int) or switched_off:
         return [None] * num_layers
     kinds = seed.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == num_layers:
@@ -285,5 +286,5 @@ def dtype_of(config: Config, dtype: str | None) -> str:
 
 
 def check_context(context: int) -> None:
-    if isinstance(context, bool) or not isinstance(context, int) or context <= 0:
+    if type(context) is not int or context <= 0:
         raise CheckpointError(f"context is {context!r}, not a positive number of tokens")

@@ -37,9 +37,9 @@ class Facts:
     """Default of ``sliding_window``: keys that a query sees, itself included."""
     window_switch: str | None = None
     """Config key without which ``sliding_window`` is ignored."""
-    windowed: Literal["all", "late", "most", "no_rope"] = "all"
-    """Layers with a window when the config lists no ``layer_types``: all; those from ``max_window_layers`` on; all but
-    every ``full_every``-th; or those without rotary positions."""
+    windowed: Literal["never", "all", "late", "most", "no_rope"] = "never"
+    """Layers with a window when the config lists no ``layer_types``: none, whatever ``sliding_window`` says; all; those
+    from ``max_window_layers`` on; all but every ``full_every``-th; or those without rotary positions."""
     full_every: int = 1
 
 
@@ -54,8 +54,8 @@ _ALL_BIASES: dict[str, Any] = dict.fromkeys(("qkv_bias", "out_bias", "ffn_bias",
 
 FACTS: dict[str, Facts] = {
     "llama": Facts(**_ATTENTION_BIAS, **_MLP_BIAS),
-    "mistral": Facts(window=4096),
-    "ministral": Facts(window=4096),
+    "mistral": Facts(window=4096, windowed="all"),
+    "ministral": Facts(window=4096, windowed="all"),
     "qwen2": Facts(qkv_bias=True, window=4096, window_switch="use_sliding_window", windowed="late"),
     "qwen3": Facts(**_ATTENTION_BIAS, qk_norm=True, window=4096, window_switch="use_sliding_window", windowed="late"),
     "gemma": Facts(**_ATTENTION_BIAS),
@@ -67,7 +67,7 @@ FACTS: dict[str, Facts] = {
     "cohere": Facts(**_ATTENTION_BIAS, qk_norm=("use_qk_norm", False)),
     "cohere2": Facts(**_ATTENTION_BIAS, window=4096, windowed="most", full_every=4),
     "phi": Facts(**_ALL_BIASES, head_bias=True, qk_norm=("qk_layernorm", False), qk_norm_bias=True),
-    "phi3": Facts(),
+    "phi3": Facts(windowed="all"),
     "gpt_neox": Facts(**_biases("attention_bias", True, "qkv_bias", "out_bias"), ffn_bias=True, norm_bias=True),
     "gptj": Facts(ffn_bias=True, head_bias=True, norm_bias=True),
     "gpt2": Facts(**_ALL_BIASES, positions_offset=0),
@@ -79,7 +79,7 @@ FACTS: dict[str, Facts] = {
     ),
     "falcon": Facts(**_biases("bias", False), norm_bias=True),
     "stablelm": Facts(qkv_bias=("use_qkv_bias", False), norm_bias=True, qk_norm=("qk_layernorm", False)),
-    "starcoder2": Facts(**_biases("use_bias", True), norm_bias=True),
+    "starcoder2": Facts(**_biases("use_bias", True), norm_bias=True, windowed="all"),
     "granite": Facts(**_ATTENTION_BIAS, **_MLP_BIAS),
     "smollm3": Facts(**_ATTENTION_BIAS, **_MLP_BIAS, window_switch="use_sliding_window", windowed="no_rope"),
     "glm": Facts(qkv_bias=("attention_bias", True)),
@@ -212,7 +212,7 @@ def shape_of(config: Config) -> Shape:
 
     def count(name: str, largest: int | None = None) -> int:
         value = config[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise CheckpointError(f"config.json: {name} is {value!r}, not a positive whole number")
         if largest is not None and value > largest:
             raise CheckpointError(f"config.json: {name} is {value}, but num_experts is {largest}")

@@ -316,7 +316,7 @@ def dimensions(config: Config) -> Dimensions:
         for name in names:
             value = config.get(name)
             if value is not None:
-                if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                if type(value) is not int or value <= 0:
                     raise CheckpointError(f"config.json: {name} is {short(value)}, not a positive whole number")
                 if value > LARGEST_SIZE:
                     raise CheckpointError(f"config.json: {name} is {short(value)}, more than {LARGEST_SIZE:,}")

@@ -189,7 +189,7 @@ def read_header(file: Path) -> list[TensorRef]:
 
 def _tensor_ref(file: Path, name: str, entry: Any, *, data_start: int) -> TensorRef:
     def natural(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return type(value) is int and value >= 0
 
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from branchmix.accounting.formulas import windows
 from branchmix.checkpoint.families import Config
 from branchmix.checkpoint.rotary import POSITIONS, rope_of
 from branchmix.upcycling.mixture import OpenedMixture
@@ -30,22 +31,19 @@ class SeedBlock:
 
     norms: str = PRE_NORM
     qk_norms: str = NO_QK_NORM
-    window: Literal["never", "all", "flag"] = "never"
-    """Sliding window: none, ``sliding_window`` in all layers, or in some if ``use_sliding_window``."""
     special: str | None = None
     """What no class with experts has."""
     rms_norm_eps: float = 1e-6
-    """transformers' defaults, for config.json files that leave them out."""
-    sliding_window: int | None = None
+    """transformers' default, for config.json files that leave it out."""
 
 
 _LAYER_NORMS = SeedBlock(norms=LAYER_NORM)
 SEED_BLOCKS: dict[str, SeedBlock] = {
     "llama": SeedBlock(),
-    "mistral": SeedBlock(window="all", sliding_window=4096),
-    "phi3": SeedBlock(window="all", rms_norm_eps=1e-5),
-    "qwen2": SeedBlock(window="flag"),
-    "qwen3": SeedBlock(qk_norms=HEAD_QK_NORM, window="flag"),
+    "mistral": SeedBlock(),
+    "phi3": SeedBlock(rms_norm_eps=1e-5),
+    "qwen2": SeedBlock(),
+    "qwen3": SeedBlock(qk_norms=HEAD_QK_NORM),
     "olmo2": SeedBlock(norms=POST_NORM, qk_norms=WIDE_QK_NORM, rms_norm_eps=1e-5),
     "olmo": SeedBlock(norms="LayerNorms without gains", special="clipped queries, keys and values if clip_qkv is set"),
     "olmo3": SeedBlock(
@@ -189,7 +187,7 @@ def _block_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) 
         yield f"rotary embeddings of type {rope.get('rope_type')} are {name}'s own"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"only {rope['partial_rotary_factor']} of each head is rotated, in {target} all of it"
-    window = window_of(config, block, mixture.dims.num_layers)
+    window = _window_of(mixture)
     if window == "some":
         yield f"only some layers have a sliding window, in {target} all or none"
     elif window is not None and not native.windows:
@@ -213,22 +211,10 @@ def attention_biases(trunk: DenseExpert) -> str:
     return "".join(role for role in ("q", "k", "v", "o") if trunk.attention(0, role, "bias") is not None)
 
 
-def window_of(config: Config, block: SeedBlock, num_layers: int) -> int | Literal["some"] | None:
-    """The sliding window of all layers, from the seed's config; ``some`` if layers differ; None if there is none."""
-    size = config.get("sliding_window", block.sliding_window)
-    if block.window == "never" or not size:
-        return None
-    if block.window == "all":
-        return int(size)
-    if not config.get("use_sliding_window"):
-        return None
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if layer >= config.get("max_window_layers", 28) else "full_attention"
-        for layer in range(num_layers)
-    ]
-    if "sliding_attention" not in kinds:
-        return None
-    return int(size) if set(kinds) == {"sliding_attention"} else "some"
+def _window_of(mixture: OpenedMixture) -> int | Literal["some"] | None:
+    """The sliding window of all layers; ``some`` if layers differ; None if there is none."""
+    first, *others = set(windows(mixture.shape))
+    return "some" if others else first
 
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -266,7 +252,7 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dt
         config["norm_topk_prob"] = bool(mixture.config.get("norm_topk_prob", False))
     if native.bias_key:
         config[native.bias_key] = bool(attention_biases(trunk))
-    window = window_of(seed, block, dims.num_layers)
+    window = _window_of(mixture)
     if native.windows:
         config["sliding_window"] = window
         if native.model_type != "mixtral":

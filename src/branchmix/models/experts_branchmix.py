@@ -7,7 +7,6 @@ Shapes: S = B * T tokens, D model width, E experts, I inner width of an FFN, k e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -28,10 +27,15 @@ from .routing_branchmix import BranchMixFFNRouter
 def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
     """Replace the FFN of a block by experts, in place."""
     layout = config.layout
-    dense = DenseFFN.of(block, layout)
-    moe = BranchMixSparseMoeBlock(config, dense)
-    if dense.learned_activation:  # one for all experts, under its dense name
-        setattr(moe, layout["activation"].split(".")[-1], dense.activation)
+    down: Any = block.get_submodule(layout["down"])
+    inner, width = down.weight.shape if is_conv1d(down) else down.weight.shape[::-1]
+    gated, bias = layout["gate"] is not None, down.bias is not None
+    activation = block.get_submodule(layout["activation"])
+    dropout = take_output_dropout(block.get_submodule(layout["ffn"]), "dropout", "residual_dropout")
+    experts = _EXPERTS[gated, bias](config, width, inner, activation, gated=gated, bias=bias)
+    moe = BranchMixSparseMoeBlock(config, width, experts, dropout)
+    if any(True for _ in activation.parameters()):  # Apertus: one for all experts, under its dense name
+        setattr(moe, layout["activation"].split(".")[-1], activation)
     setattr(block, layout["ffn"], moe)
     if layout["up"] == layout["ffn"]:  # OPT keeps its FFN in the block itself: the experts do all three steps
         setattr(block, layout["activation"], nn.Identity())
@@ -41,14 +45,14 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
 class BranchMixSparseMoeBlock(nn.Module):
     """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3)."""
 
-    def __init__(self, config: BranchMixConfig, dense: DenseFFN):
+    def __init__(self, config: BranchMixConfig, hidden_size: int, experts: nn.Module, dropout: float):
         super().__init__()
         self.scaling = config.routed_scaling_factor
         self.gate = BranchMixFFNRouter(
-            dense.hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
+            hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
         )
-        self.experts = _EXPERTS[dense.gated, dense.bias](config, dense)
-        self.dropout = nn.Dropout(dense.dropout) if dense.dropout else nn.Identity()
+        self.experts = experts
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
@@ -58,36 +62,6 @@ class BranchMixSparseMoeBlock(nn.Module):
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
         return self.dropout(out_SD.reshape(hidden_states.shape))
-
-
-@dataclass
-class DenseFFN:
-    """What the experts need to know of the dense FFN whose place they take."""
-
-    hidden_size: int
-    intermediate_size: int
-    gated: bool
-    bias: bool
-    activation: nn.Module
-    dropout: float
-
-    @property
-    def learned_activation(self) -> bool:
-        """The activation has parameters, as Apertus's has."""
-        return any(True for _ in self.activation.parameters())
-
-    @classmethod
-    def of(cls, block: nn.Module, layout: dict[str, Any]) -> DenseFFN:
-        down: Any = block.get_submodule(layout["down"])
-        intermediate_size, hidden_size = down.weight.shape if is_conv1d(down) else down.weight.shape[::-1]
-        return cls(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            gated=layout["gate"] is not None,
-            bias=down.bias is not None,
-            activation=block.get_submodule(layout["activation"]),
-            dropout=take_output_dropout(block.get_submodule(layout["ffn"]), "dropout", "residual_dropout"),
-        )
 
 
 class BranchMixExperts(nn.Module):
@@ -101,19 +75,19 @@ class BranchMixExperts(nn.Module):
     gate_up_proj: torch.Tensor
     up_proj: torch.Tensor
 
-    def __init__(self, config: BranchMixConfig, dense: DenseFFN):
+    def __init__(
+        self, config: BranchMixConfig, width: int, inner: int, activation: nn.Module, *, gated: bool, bias: bool
+    ):
         super().__init__()
-        num_experts, width, inner = config.num_experts, dense.hidden_size, dense.intermediate_size
-        self.num_experts = num_experts
-        if dense.learned_activation:
-            self.__dict__["act_fn"] = dense.activation  # not registered: its tensors are the block's
+        num_experts = self.num_experts = config.num_experts
+        if any(True for _ in activation.parameters()):
+            self.__dict__["act_fn"] = activation  # not registered: its tensors are the block's
         else:
-            self.act_fn = dense.activation
-        first = "gate_up_proj" if dense.gated else "up_proj"
-        first_width = 2 * inner if dense.gated else inner
+            self.act_fn = activation
+        first, first_width = ("gate_up_proj", 2 * inner) if gated else ("up_proj", inner)
         self.register_parameter(first, nn.Parameter(torch.empty(num_experts, first_width, width)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, inner))
-        if dense.bias:
+        if bias:
             self.register_parameter(f"{first}_bias", nn.Parameter(torch.empty(num_experts, first_width)))
             self.down_proj_bias = nn.Parameter(torch.empty(num_experts, width))
 

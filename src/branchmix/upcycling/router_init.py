@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -107,19 +106,11 @@ def _centred(matrix_ED: np.ndarray, std: float) -> np.ndarray:
     return (centred_ED / np.maximum(lengths_E1, 1e-12) * std * matrix_ED.shape[1] ** 0.5).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """Where the seed has the states that a router of the mixture will see."""
+def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, tuple[Any, Any]]:
+    """By the routers' output names: the module whose inputs a router will read once a second module is applied to them.
 
-    module: Any
-    """What enters it are those states..."""
-    norm: Any = None
-    """...once this has been applied to them, if it is not None."""
-
-
-def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, _Watched]:
-    """By the routers' output names. A router reads what attention or FFN reads; where the norm before them is folded,
-    that norm has a gain of 1 in the mixture, and so it has here."""
+    A router reads what attention or FFN reads; where the norm before them is folded, it has a gain of 1 in the mixture.
+    """
     import torch
 
     family = seed.family
@@ -139,36 +130,31 @@ def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, _Watche
         block = model.get_submodule(path)
         for kind, router in routers.items():
             reader, norm = readers[kind]
-            bare = None
+            module, applied = block.get_submodule(reader), torch.nn.Identity()
             if norm in folded:
-                bare = copy.deepcopy(block.get_submodule(norm))
+                module = block.get_submodule(norm)
+                applied = copy.deepcopy(module)
                 with torch.no_grad():
-                    bare.weight.fill_(1.0 - family.gain_offset)  # a gain of 1
-            watched[f"model.{path}.{router}"] = _Watched(block.get_submodule(reader if bare is None else norm), bare)
+                    applied.weight.fill_(1.0 - family.gain_offset)  # a gain of 1
+            watched[f"model.{path}.{router}"] = module, applied
     return watched
 
 
 @contextmanager
-def _mean_inputs(watched: dict[str, _Watched]) -> Iterator[dict[str, Any]]:
+def _mean_inputs(watched: dict[str, tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
     """Sum and number of the states that each router would see, while the block runs."""
     sums: dict[str, Any] = {}
 
-    def watch(name: str, place: _Watched) -> Any:
+    def watch(name: str, applied: Any) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if place.norm is not None:
-                hidden = place.norm(hidden)
+            hidden = applied(args[0] if args else kwargs["hidden_states"])
             flat = hidden.reshape(-1, hidden.shape[-1])
             total, count = sums.get(name, (0.0, 0))
             sums[name] = (total + flat.sum(0), count + flat.shape[0])
 
         return hook
 
-    hooks = [
-        place.module.register_forward_pre_hook(watch(name, place), with_kwargs=True) for name, place in watched.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, (module, applied) in watched.items():
+            hooks.enter_context(module.register_forward_pre_hook(watch(name, applied), with_kwargs=True))
         yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()

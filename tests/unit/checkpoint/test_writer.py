@@ -409,9 +409,9 @@ def test_force_does_not_replace_what_is_no_checkpoint(tmp_path):
     [
         ('{"site": "mine"}', "index.html", "no model_type in its config.json, and no weights"),
         ("{", "notes.txt", "no model_type in its config.json, and no weights"),
-        ('{"model_type": "llama"}', "src/a.txt", "holds src, which is no part of a checkpoint"),
-        ('{"model_type": "llama"}', "recipe.yaml", "holds recipe.yaml, which is no part of a checkpoint"),
-        ('{"model_type": "llama"}', ".git/HEAD", "holds .git, which is no part of a checkpoint"),
+        ('{"model_type": "llama"}', "src/a.txt", "holds src, which is not part of a checkpoint"),
+        ('{"model_type": "llama"}', "recipe.yaml", "holds recipe.yaml, which is not part of a checkpoint"),
+        ('{"model_type": "llama"}', ".git/HEAD", "holds .git, which is not part of a checkpoint"),
         ("{}", "model.safetensors", None),
     ],
 )
