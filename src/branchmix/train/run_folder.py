@@ -51,6 +51,11 @@ FREE_TO_CHANGE = {
 State = Literal["new", "unfinished", "finished"]
 
 
+def is_main_process() -> bool:
+    """Whether this process reports for the run and writes into its folder, among those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass(frozen=True)
 class RunReport:
     """What ``train`` did, or would do."""
@@ -61,7 +66,7 @@ class RunReport:
     """``training.json``; after a dry run the plan."""
     signal: int | None = None
     """The signal that stopped it; the same command resumes from its last checkpoint."""
-    is_main: bool = field(default_factory=lambda: os.environ.get("RANK", "0") == "0")
+    is_main: bool = field(default_factory=is_main_process)
     """Whether this process reports for the run."""
 
 
