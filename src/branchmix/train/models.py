@@ -78,11 +78,6 @@ def attention_options(model_type: str, computing: Computing, length: int, given:
     return {"attn_implementation": "eager"} if slow and model_type != "branchmix" else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A model that exists
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def load_model(resolved: ResolvedModel, config: RunConfig, computing: Computing) -> tuple[Any, Any]:
     """Load the model of a folder in fp32, and its tokenizer.
 
@@ -126,11 +121,6 @@ def save_memory(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A new model
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

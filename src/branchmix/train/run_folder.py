@@ -190,18 +190,13 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     return read_object(folder / DONE) if any((folder / name).is_file() for name in RESULTS) else None
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The settings as JSON, with defaults."""
-    return dict(config.model_dump(mode="json"))
-
-
 def _difference(record: dict[str, Any], config: RunConfig) -> str | None:
     """The first setting in which a run on disk differs from this one, with both values."""
     try:
-        theirs = settings_of(parse(RunConfig, record["config"], RUN))
+        theirs = parse(RunConfig, record["config"], RUN).model_dump(mode="json")
     except BranchMixError:
         return "settings that this version of branchmix does not know"
-    return _first_difference(theirs, settings_of(config), "")
+    return _first_difference(theirs, config.model_dump(mode="json"), "")
 
 
 def _first_difference(theirs: Any, ours: Any, path: str) -> str | None:

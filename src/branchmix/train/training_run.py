@@ -34,7 +34,7 @@ from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.memory import keep_freed_memory
 from branchmix.train.progress import Display, Metrics, last_values
 from branchmix.train.record import machine, now, scores, trained_parts, versions
-from branchmix.train.run_folder import AVERAGE, DONE, RunFolder, RunReport, settings_of
+from branchmix.train.run_folder import AVERAGE, DONE, RunFolder, RunReport
 from branchmix.train.schedule import steps_of, token_flops
 from branchmix.train.sharding import reshard
 from branchmix.train.signals import StopSignals
@@ -152,7 +152,7 @@ class TrainingRun:
         tokens = config.batch_size * config.sequence_length
         steps = steps_of(config.budget, tokens, self.flops.training * tokens if self.flops else None)
         self.fixed = {
-            "config": settings_of(config),
+            "config": config.model_dump(mode="json"),
             "steps": self._steps_in_time() if steps is None else steps,
             "tokens_per_step": tokens,
             "peak_learning_rate": self.checked.peak_rate,
