@@ -86,7 +86,8 @@ class TrainingRun:
         logging.disable_progress_bar()
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.process = PartialState()
+        # Without cpu=True, accelerate would overlook the other processes on a machine without an accelerator.
+        self.process = PartialState(cpu=not torch.accelerator.is_available())
         self.computing = models.computing_of(self.config, self.process.device)
         if self.process.device.type == "cpu":
             keep_freed_memory()
