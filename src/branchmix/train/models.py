@@ -39,11 +39,6 @@ class Computing:
     device: torch.device
     bf16: bool
 
-    @property
-    def dtype(self) -> str:
-        """Dtype of the matrix products."""
-        return "bfloat16" if self.bf16 else "float32"
-
     def autocast(self) -> Any:
         """The context to run a forward pass in."""
         import torch
