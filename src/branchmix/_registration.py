@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _CONFIGS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
@@ -41,22 +42,9 @@ def register_models() -> None:
 _AFTER: dict[str, Callable[[], None]] = {_CONFIGS: register_configuration, _MODELS: register_models}
 
 
-class _ThenRegister(Loader):
-    """The module's own loader, followed by a registration."""
-
-    def __init__(self, loader: Loader, register: Callable[[], None]):
-        self.loader = loader
-        self.register = register
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        self.register()
-
-
 class _Watcher(MetaPathFinder):
+    """Lets the module's own loader execute it, and registers then."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -64,8 +52,10 @@ class _Watcher(MetaPathFinder):
             return None
         register = _AFTER.pop(fullname)
         spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader, register)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            execute = loader.exec_module
+            loader.exec_module = lambda module: (execute(module), register())
         return spec
 
 

@@ -111,11 +111,10 @@ PRETENDED = """
 import json, os, signal, sys, time
 from pathlib import Path
 from branchmix.train.config import RunConfig
-from branchmix.train.run_folder import settings_of
 
 config = RunConfig.load(sys.argv[1])
 out = Path(config.out)
-record = {"config": settings_of(config), "folder": str(config.folder.absolute()), "steps": 10}
+record = {"config": config.model_dump(mode="json"), "folder": str(config.folder.absolute()), "steps": 10}
 checkpoint = out / "checkpoint"
 if "--force" in sys.argv:
     checkpoint.unlink(missing_ok=True)

@@ -44,23 +44,24 @@ def train_command(
     as_json: console.AsJson = False,
 ) -> None:
     """Train a dense model or a mixture with the settings of a run file."""
-    from branchmix.train.checks import Process
     from branchmix.train.run import train
+    from branchmix.train.run_folder import is_main_process
     from branchmix.train.sharding import leave_group
 
     again = shlex.join(["branchmix", "train", str(run), *(overrides or [])])
-    is_main = Process().is_main
     try:
         report = train(run, overrides=overrides or [], force=force, dry_run=dry_run)
     except KeyboardInterrupt:
         if dry_run:
             raise
         line = f"interrupted; to resume from the last checkpoint, if there is one: {again}"
-        console.exit_stopped(line if is_main else "", signal.SIGINT)
+        console.exit_stopped(line if is_main_process() else "", signal.SIGINT)
     leave_group()
     if report.signal is not None:
-        console.exit_stopped(f"stopped; to resume from the last checkpoint: {again}" if is_main else "", report.signal)
-    if not is_main:
+        console.exit_stopped(
+            f"stopped; to resume from the last checkpoint: {again}" if report.is_main else "", report.signal
+        )
+    if not report.is_main:
         return
     if as_json:
         console.print_json(report.record)

@@ -150,11 +150,6 @@ def _chosen(config: BranchConfig, only: Sequence[str]) -> list[str]:
     return [name for name in config.experts if not only or name in only]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run of one expert
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _run(config: BranchConfig, name: str) -> RunConfig:
     """The settings of the expert's run, with absolute paths, so that its file works from any folder."""
     seed, out = resolve(config.seed, config.folder), _absolute(config.out, config.folder)
@@ -198,10 +193,6 @@ def _report(run: RunConfig, name: str, status: Status, state: JobState | None = 
     training = result_of(out) if state.status == "done" else None
     return ExpertReport(name, out, run.mix, state.status, state.attempts, state.seconds, reason, training)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The next step
-# ---------------------------------------------------------------------------------------------------------------------
 
 _RECIPE = """\
 # Written by branchmix branch. The mixture of these experts:

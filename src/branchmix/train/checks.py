@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from branchmix.accounting import inspect
@@ -17,26 +17,6 @@ from branchmix.train.models import new_config, require_model_type
 from branchmix.train.run_folder import DONE, RunFolder
 from branchmix.train.schedule import Batching, steps_of
 from branchmix.train.sharding import require_possible
-
-
-@dataclass
-class Process:
-    """Rank of this process, and number of processes in the run."""
-
-    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
-    count: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process reports for the run."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Wait for all other processes."""
-        if self.count > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
 
 
 @dataclass(frozen=True)
@@ -52,13 +32,14 @@ class Checked:
     batching: Batching
 
 
-def check(config: RunConfig, folder: RunFolder, process: Process, *, force: bool) -> Checked:
+def check(config: RunConfig, folder: RunFolder, *, force: bool) -> Checked:
     """Check everything that can be checked in seconds."""
     state = folder.look(config, force=force)
     for logger in config.logging.to:
         if importlib.util.find_spec(logger) is None:
             raise RecipeError(f"logging.to: {logger} is not installed: pip install {logger}, or leave it out")
-    batching = Batching.of(config, process.count)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batching = Batching.of(config, num_processes)
     if config.budget.flops is None:
         steps_of(config.budget, config.batch_size * config.sequence_length, None)
     model = tokenizer = None
@@ -71,7 +52,7 @@ def check(config: RunConfig, folder: RunFolder, process: Process, *, force: bool
         if folder.path.resolve() == model.folder.resolve():
             raise RecipeError(f"out: {folder.path} is the model itself: choose another folder")
         described = require_model_type(model)
-    require_possible(config, described, process.count)
+    require_possible(config, described, num_processes)
     peak_rate = config.learning_rate.peak or _peak_of(model, config)
     require_files(config.data, folder=config.folder, leave_out=folder.path)
     folder.require_space(_bytes_needed(described, model, config))

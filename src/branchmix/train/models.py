@@ -39,11 +39,6 @@ class Computing:
     device: torch.device
     bf16: bool
 
-    @property
-    def dtype(self) -> str:
-        """Dtype of the matrix products."""
-        return "bfloat16" if self.bf16 else "float32"
-
     def autocast(self) -> Any:
         """The context to run a forward pass in."""
         import torch
@@ -76,11 +71,6 @@ def attention_options(model_type: str, computing: Computing, length: int, given:
         return {"attn_implementation": given}
     slow = computing.device.type == "cpu" and computing.bf16 and length <= EAGER_LENGTH
     return {"attn_implementation": "eager"} if slow and model_type != "branchmix" else {}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A model that exists
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_model(resolved: ResolvedModel, config: RunConfig, computing: Computing) -> tuple[Any, Any]:
@@ -126,11 +116,6 @@ def save_memory(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A new model
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

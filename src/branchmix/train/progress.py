@@ -104,7 +104,8 @@ class Display:
 
     def stop(self) -> None:
         """Stop updating the bar."""
-        self._bar.stop()
+        if not self._bar.disable:
+            self._bar.stop()
 
 
 def print_plan(plan: dict[str, Any], stream: TextIO) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -126,16 +126,11 @@ class RouterReading:
         """For JSON: ``{"experts": [...], "ffn": [a dictionary for each layer], "attention": [...]}``."""
         layers: dict[str, list[dict[str, Any]]] = {}
         for router in self.routers:
-            layers.setdefault(router.kind, []).append(
-                {
-                    "layer": router.layer,
-                    "load": router.load,
-                    "entropy": router.entropy,
-                    "entropy_share": router.entropy_share,
-                    "load_max_over_mean": router.max_over_mean,
-                    "by_domain": router.by_domain,
-                }
-            )
+            shares = asdict(router) | {
+                "entropy_share": router.entropy_share,
+                "load_max_over_mean": router.max_over_mean,
+            }
+            layers.setdefault(shares.pop("kind"), []).append(shares)
         return {"experts": self.experts, **layers}
 
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from branchmix.errors import RecipeError
-from branchmix.train.checks import Process, check
+from branchmix.train.checks import check
 from branchmix.train.config import RunConfig
 from branchmix.train.progress import Display
-from branchmix.train.run_folder import RunFolder, RunReport
+from branchmix.train.run_folder import RunFolder, RunReport, is_main_process
 from branchmix.train.signals import StopSignals
 
 
@@ -52,20 +52,19 @@ def train(
         config = RunConfig.load(config, overrides)
     elif overrides:
         raise RecipeError("overrides apply to settings from a file: change the object instead")
-    process = Process()
-    display = Display(shown=progress and process.is_main)
+    display = Display(shown=progress and is_main_process())
     folder = RunFolder(config)
     if folder.look(config, force=force) == "finished":  # even if its model or data no longer exist
         record = folder.record()
         assert record is not None
-        if process.is_main:
+        if is_main_process():
             folder.clean_up()
         display.line(f"{folder.path}: this run is already done; use --force to start over")
         return RunReport(folder.path, "finished before", record)
-    checked = check(config, folder, process, force=force)
+    checked = check(config, folder, force=force)
     from branchmix.train.training_run import TrainingRun
 
-    run = TrainingRun(config, checked, folder, process, display, clock, force)
+    run = TrainingRun(config, checked, folder, display, clock, force)
     with StopSignals() as signals:
         try:
             return run.execute(signals, dry_run=dry_run)

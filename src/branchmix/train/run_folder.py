@@ -51,6 +51,11 @@ FREE_TO_CHANGE = {
 State = Literal["new", "unfinished", "finished"]
 
 
+def is_main_process() -> bool:
+    """Whether this process reports for the run and writes into its folder, among those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass(frozen=True)
 class RunReport:
     """What ``train`` did, or would do."""
@@ -61,7 +66,7 @@ class RunReport:
     """``training.json``; after a dry run the plan."""
     signal: int | None = None
     """The signal that stopped it; the same command resumes from its last checkpoint."""
-    is_main: bool = field(default_factory=lambda: os.environ.get("RANK", "0") == "0")
+    is_main: bool = field(default_factory=is_main_process)
     """Whether this process reports for the run."""
 
 
@@ -185,18 +190,13 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     return read_object(folder / DONE) if any((folder / name).is_file() for name in RESULTS) else None
 
 
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The settings as JSON, with defaults."""
-    return dict(config.model_dump(mode="json"))
-
-
 def _difference(record: dict[str, Any], config: RunConfig) -> str | None:
     """The first setting in which a run on disk differs from this one, with both values."""
     try:
-        theirs = settings_of(parse(RunConfig, record["config"], RUN))
+        theirs = parse(RunConfig, record["config"], RUN).model_dump(mode="json")
     except BranchMixError:
         return "settings that this version of branchmix does not know"
-    return _first_difference(theirs, settings_of(config), "")
+    return _first_difference(theirs, config.model_dump(mode="json"), "")
 
 
 def _first_difference(theirs: Any, ours: Any, path: str) -> str | None:

@@ -118,10 +118,6 @@ class BranchTrainer(SafeTrainer):
         if board is not None:
             board.logging_dir = str(Path(self.args.output_dir) / "tensorboard")
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # A step
-    # -----------------------------------------------------------------------------------------------------------------
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Unchanged, but its time counts as waiting for data."""
         with self.clock.counting("waiting"):
@@ -171,10 +167,6 @@ class BranchTrainer(SafeTrainer):
             scheduler = LambdaLR(optimizer or self.optimizer, lambda step: rate_at(step, num_training_steps, rate))
             self.lr_scheduler, self._created_lr_scheduler = scheduler, True
         return scheduler
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Numbers
-    # -----------------------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Also write a row with every checkpoint, so that a resumed run loses no metrics."""
@@ -245,10 +237,6 @@ class BranchTrainer(SafeTrainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
         return row
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Calls of the training loop
-    # -----------------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)

@@ -29,12 +29,12 @@ from branchmix.errors import OutputError, RecipeError
 from branchmix.train import adapters, freeze, lora, measure, model_files, models
 from branchmix.train.checkpoint_files import step_of
 from branchmix.train.checkpoints import latest_checkpoint
-from branchmix.train.checks import Checked, Process
+from branchmix.train.checks import Checked
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.memory import keep_freed_memory
 from branchmix.train.progress import Display, Metrics, last_values
 from branchmix.train.record import machine, now, scores, trained_parts, versions
-from branchmix.train.run_folder import AVERAGE, DONE, RunFolder, RunReport, settings_of
+from branchmix.train.run_folder import AVERAGE, DONE, RunFolder, RunReport
 from branchmix.train.schedule import steps_of, token_flops
 from branchmix.train.sharding import reshard
 from branchmix.train.signals import StopSignals
@@ -50,7 +50,6 @@ class TrainingRun:
     config: RunConfig
     checked: Checked
     folder: RunFolder
-    process: Process
     display: Display
     started: float
     """Time when the command began, as ``time.perf_counter`` counts it."""
@@ -69,7 +68,7 @@ class TrainingRun:
         if dry_run:
             return RunReport(self.folder.path, "dry run", self.plan)
         self.display.plan(self.plan)
-        with self.folder.alone() if self.process.is_main else nullcontext():
+        with self.folder.alone() if self.process.is_main_process else nullcontext():
             self._take_folder()
             trainer = self._trainer(signals)
             if self.checkpoint is not None:
@@ -87,8 +86,10 @@ class TrainingRun:
         logging.disable_progress_bar()
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.computing = models.computing_of(self.config, PartialState().device)
-        if PartialState().device.type == "cpu":
+        # Without cpu=True, accelerate would overlook the other processes on a machine without an accelerator.
+        self.process = PartialState(cpu=not torch.accelerator.is_available())
+        self.computing = models.computing_of(self.config, self.process.device)
+        if self.process.device.type == "cpu":
             keep_freed_memory()
 
     def _open_data_and_model(self) -> None:
@@ -152,7 +153,7 @@ class TrainingRun:
         tokens = config.batch_size * config.sequence_length
         steps = steps_of(config.budget, tokens, self.flops.training * tokens if self.flops else None)
         self.fixed = {
-            "config": settings_of(config),
+            "config": config.model_dump(mode="json"),
             "steps": self._steps_in_time() if steps is None else steps,
             "tokens_per_step": tokens,
             "peak_learning_rate": self.checked.peak_rate,
@@ -196,7 +197,7 @@ class TrainingRun:
         left -= evaluation * (1 + config.evaluation.at_start)
         per_step = step + (evaluation / config.evaluation.steps if config.evaluation.steps else 0)
         steps = torch.tensor(max(0, int(left / per_step)), device=self.computing.device)
-        if self.process.count > 1:
+        if self.process.num_processes > 1:
             torch.distributed.broadcast(steps, 0)
         if not int(steps):
             raise RecipeError(
@@ -238,7 +239,7 @@ class TrainingRun:
                 "precision": "bf16" if self.computing.bf16 else "fp32",
                 "attention": self.model.config._attn_implementation,
                 "packing": self.packing,
-                "processes": self.process.count,
+                "processes": self.process.num_processes,
                 "micro_batch_size": self.checked.batching.micro,
                 "accumulation": self.checked.batching.accumulation,
             },
@@ -248,8 +249,8 @@ class TrainingRun:
 
     def _take_folder(self) -> None:
         """Write ``run.json``, if the folder is still as it was when the run was checked."""
-        self.process.wait()  # until all have looked at the folder
-        if self.process.is_main:
+        self.process.wait_for_everyone()  # until all have looked at the folder
+        if self.process.is_main_process:
             folder, checkpoint = self.folder, self.checkpoint
             if folder.look(self.config, force=self.force) != self.checked.state or (
                 checkpoint is not None and not checkpoint.is_dir()
@@ -260,11 +261,11 @@ class TrainingRun:
             if checkpoint is None:
                 folder.clear()
             folder.write_run(self.fixed)
-        self.process.wait()
+        self.process.wait_for_everyone()
 
     def _trainer(self, signals: StopSignals) -> BranchTrainer:
         out = self.folder.path
-        metrics = Metrics(out, writes=self.process.is_main)
+        metrics = Metrics(out, writes=self.process.is_main_process)
         before = metrics.rewind(-1 if self.checkpoint is None else step_of(self.checkpoint))
         os.environ.setdefault("WANDB_DIR", str(out))  # W&B would write into the current folder
         peak = measure.matmul_peak(self.computing.device, torch.bfloat16 if self.computing.bf16 else torch.float32)
@@ -280,7 +281,7 @@ class TrainingRun:
             num_steps=self.fixed["steps"],
             peak_rate=self.fixed["peak_learning_rate"],
             flops=self.flops,
-            peak_flops=peak * self.process.count,
+            peak_flops=peak * self.process.num_processes,
             metrics=metrics,
             display=self.display,
             seconds=_seconds(before),
@@ -291,7 +292,7 @@ class TrainingRun:
 
     def _finish(self, trainer: BranchTrainer) -> dict[str, Any]:
         """Write the result and ``training.json`` into the folder, and remove the checkpoints."""
-        fixed, rows = self.fixed, trainer.metrics.rows() if self.process.is_main else []
+        fixed, rows = self.fixed, trainer.metrics.rows() if self.process.is_main_process else []
         losses, counts = last_values(rows, "loss/"), self.sequences.counts()
         record = {
             "config": fixed["config"],
@@ -321,7 +322,7 @@ class TrainingRun:
             write_json(part / DONE, record, allow_nan=True)
 
         trainer.finish(self.folder.path, also=also)
-        if self.process.is_main:
+        if self.process.is_main_process:
             self.folder.clean_up()
         return record
 
@@ -332,7 +333,7 @@ class TrainingRun:
         place = self.folder.path / AVERAGE
         with trainer.ema.swapped(), writing(place):
             weights = model_files.gather(trainer.model)
-            if self.process.is_main:
+            if self.process.is_main_process:
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir()
                 model_files.write(trainer.model, trainer.processing_class, weights, place, resumable=False)
