@@ -25,10 +25,10 @@ from branchmix.settings import parse
 from branchmix.study import step as steps
 from branchmix.study.build import build
 from branchmix.study.forecast import forecast
-from branchmix.study.measure import measure
+from branchmix.study.measure import HeldOutText
 from branchmix.study.report import report
 from branchmix.study.results import collect
-from branchmix.study.run import StudyReport, study
+from branchmix.study.scheduler import StudyReport, study
 from branchmix.study.settings import StudyFile
 from branchmix.train import train
 from branchmix.train.config import RunConfig
@@ -258,9 +258,8 @@ def test_mixtures_are_measured_in_bf16(tmp_path: Path) -> None:
     found = {}
     for bf16 in (False, True):
         sources = {"general": Source(files="general.jsonl")}
-        held_out = HeldOut(share=0.2, tokens=300)
-        options = {"folder": folder, "held_out": held_out, "max_length": 64, "bf16": bf16}
-        found[bf16] = measure(folder / "model", sources, **options)
+        text = HeldOutText(sources, folder, HeldOut(share=0.2, tokens=300), 64, bf16)
+        found[bf16] = text.measure(folder / "model")
     for layers in zip(found[True]["routing"]["attention"], found[False]["routing"]["attention"], strict=True):
         assert layers[0]["by_domain"]["general"] == pytest.approx(layers[1]["by_domain"]["general"], abs=0.02)
 
@@ -313,14 +312,16 @@ def test_the_demo_prints_its_table_and_its_page(done: Any, tmp_path: Path, monke
     for name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     shutil.copytree(done.out / "results", tmp_path / "results")
-    monkeypatch.setattr("branchmix.study.run.study", lambda config, out: StudyReport(out, {"r1.train.btx": "done"}))
+    monkeypatch.setattr(
+        "branchmix.study.scheduler.study", lambda config, out: StudyReport(out, {"r1.train.btx": "done"})
+    )
     monkeypatch.setattr("branchmix.study.report.report", partial(report, kinds=["html"]))  # no pictures as files
     shown = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert "| BAM DM Expert KV | " in shown.stdout and f"{tmp_path / 'index.html'}\n" in shown.stdout
     numbers = json.loads(CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"]).stdout)
     assert numbers["reference"] == "btx" and "documents" not in json.dumps(numbers["models"])
     left = StudyReport(tmp_path, {"r1.train.btx": "failed"}, {"r1.train.btx": "no memory"})
-    monkeypatch.setattr("branchmix.study.run.study", lambda config, out: left)
+    monkeypatch.setattr("branchmix.study.scheduler.study", lambda config, out: left)
     failed = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert failed.exit_code == 2 and "error: r1.train.btx: no memory" in failed.stderr
 

@@ -107,7 +107,7 @@ def eval_command(
 
     quiet_libraries()
     from branchmix.cli.eval_tables import print_report
-    from branchmix.evaluate.run import evaluate
+    from branchmix.evaluate.evaluation import evaluate
 
     options = _task_options(tasks, num_fewshot, include_path, task_data, allow_code_execution)
     with goes_on_from(out), progress_bar() as progress:

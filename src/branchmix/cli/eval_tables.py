@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from branchmix.evaluate.report import EvalReport, Measured, ModelReport, TaskScore
+    from branchmix.evaluate.scores import EvalReport, Measured, ModelReport, TaskScore
 
 
 def print_report(report: EvalReport) -> None:

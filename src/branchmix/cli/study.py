@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from branchmix.study.forecast import Forecast
-    from branchmix.study.run import StudyReport
+    from branchmix.study.scheduler import StudyReport
 
 
 class Launcher(str, Enum):
@@ -92,7 +92,7 @@ def study_command(
         found = forecast(settings, out, only=names, speed=speed)
         typer.echo(json.dumps(found.as_dict(), indent=2)) if as_json else _print_forecast(found)
         return
-    from branchmix.study.run import study
+    from branchmix.study.scheduler import study
 
     report = study(config, out, only=names, overrides=overrides or [], launcher=launcher.value)
     if as_json:

@@ -1,16 +1,18 @@
-"""The documents of an evaluation: those that training holds out, chosen by the same rule, each known by its content."""
+"""The documents of an evaluation: those that training holds out, each known by its content."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from branchmix.checkpoint.text import whole_characters
+from branchmix.data.corpus import up_to
 from branchmix.data.sources import documents as documents_of
 from branchmix.data.sources import hash_of, is_held_out
 from branchmix.errors import DataError
-from branchmix.evaluate.config import EvalData, Selection
+from branchmix.evaluate.data_file import EvalData, Selection
 from branchmix.likelihood.models import encode
 
 
@@ -47,25 +49,23 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
     Raises:
         DataError: a source cannot be read or has no document that counts.
     """
-    found: dict[str, list[Document]] = {}
+    chosen: dict[str, list[Document]] = {}
     for name, source in config.data.items():
         replaced: set[int] = set()
         texts = documents_of(source, folder=config.folder, replaced=replaced)
         if config.held_out == "all":
-            chosen = _distinct(texts)
+            texts = _distinct(texts)
         else:
             streamed = source.hub is not None and source.streaming
-            chosen = _held_out(texts, config.held_out, tokenizer, in_order=streamed)
-        found[name] = []
-        for text in chosen:
-            if limit is not None and len(found[name]) >= limit:
-                break
-            found[name].append(Document.of(text, replaced=bool(replaced) and hash_of(text) in replaced))
-        if not found[name]:
+            texts = _held_out(texts, config.held_out, tokenizer, in_order=streamed)
+        chosen[name] = [
+            Document.of(text, replaced=bool(replaced) and hash_of(text) in replaced) for text in islice(texts, limit)
+        ]
+        if not chosen[name]:
             raise DataError(
                 f"data.{name}: has no document to evaluate on: is there any text, or held_out.share too small?"
             )
-    return found
+    return chosen
 
 
 def _distinct(texts: Iterable[str]) -> Iterator[str]:
@@ -77,25 +77,15 @@ def _distinct(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _held_out(texts: Iterable[str], selection: Selection, tokenizer: Any, *, in_order: bool) -> Iterator[str]:
-    """Held-out documents up to what is selected, but at least one."""
-    held_out = _distinct_held_out(texts, selection.share) if in_order else _by_hash(texts, selection.share)
-    total = 0
-    for count, text in enumerate(held_out):
-        if selection.tokens is not None:
-            tokens = _training_tokens(tokenizer, text)
-            if total and total + tokens > selection.tokens:
-                return
-            total += tokens
-        if count == selection.documents:
-            return
-        yield text
+    """Held-out documents up to what is selected."""
+    share = selection.share
+    held_out = _distinct(t for t in texts if is_held_out(t, share)) if in_order else _by_hash(texts, share)
+    if selection.tokens is not None:
+        held_out = up_to(selection.tokens, ((_training_tokens(tokenizer, text), text) for text in held_out))
+    return islice(held_out, selection.documents)
 
 
-def _distinct_held_out(texts: Iterable[str], share: float) -> Iterator[str]:
-    return _distinct(text for text in texts if is_held_out(text, share))
-
-
-def _by_hash(texts: Iterable[str], share: float) -> list[str]:
+def _by_hash(texts: Iterable[str], share: float) -> Iterator[str]:
     """All held-out texts in the order of their hashes; if there is none, the one that training holds out then."""
     held: dict[int, str] = {}
     lowest: tuple[int, str] | None = None
@@ -109,8 +99,8 @@ def _by_hash(texts: Iterable[str], share: float) -> list[str]:
             if lowest is None or key < lowest[0]:
                 lowest = (key, text)
     if not held and lowest is not None and several and share > 0:
-        return [lowest[1]]
-    return [held[key] for key in sorted(held)]
+        held = dict([lowest])
+    return (held[key] for key in sorted(held))
 
 
 def _training_tokens(tokenizer: Any, text: str) -> int:

@@ -5,26 +5,56 @@ Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg``, ``png`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from branchmix.evaluate.routing.plots import shares
 from branchmix.pages.pictures import COLOURS, Figure, figure_with, take_ink
+from branchmix.study.graph import TRAINED
 from branchmix.study.labels import Numbers
 
-TOLD = ("bam-expert-kv", "bam-shared-kv", "dense")
-"""Methods that reports tell about first, where a study has them."""
-_DASHES = {"dm": "-", "cm": "--", "time": ":"}
+FIRST = ("bam-expert-kv", "bam-shared-kv", "dense")
+"""Methods that reports describe first, where a study has them."""
+ROUTING = "routing-"
+"""How the names of heat maps begin; the title of a model follows."""
+_DASHES = {"dm": "-", "cm": "--"}
 
 
-def styles(found: Numbers) -> dict[str, tuple[str, str]]:
+@dataclass(frozen=True)
+class Picture:
+    """A drawing, and what it shows."""
+
+    draw: Callable[[str], Figure]
+    label: str
+
+
+def pictures_of(study: Numbers) -> dict[str, Picture]:
+    """All pictures of a study by name."""
+    pictures = {"perplexity": Picture(partial(dots, study), "Held-out perplexity of every model")}
+    if styles(study):
+        pictures["curves"] = Picture(partial(curves, study), "Training loss against tokens and against FLOPs")
+        pictures["compute"] = Picture(partial(compute, study), "Held-out perplexity against training FLOPs")
+    for model in study["models"]:
+        routing = model["repetitions"][0]["routing"]
+        if routing and model["role"] in TRAINED:
+            draw = partial(shares, routing, domains=study["domains"])
+            label = f"{model['label']}: share of each expert by domain, layer by layer"
+            pictures[f"{ROUTING}{model['title']}"] = Picture(draw, label)
+    return pictures
+
+
+def styles(study: Numbers) -> dict[str, tuple[str, str]]:
     """Colour (of the method) and dashes (of the match) of the trained models that are drawn.
 
-    As many methods as there are colours: the reference, those that reports tell about, and the first of the others.
+    As many methods as there are colours: the reference, ``FIRST``, and the first of the others.
     """
-    trained = [model for model in found["models"] if model["tokens"] and model["group"] == "methods"]
-    ranks = {preset: rank for rank, preset in enumerate(TOLD, start=1)}
-    by_rank = sorted(trained, key=lambda m: 0 if m["role"] == "reference" else ranks.get(m["preset"], len(TOLD) + 1))
+    trained = [model for model in study["models"] if model["tokens"] and model["group"] == "methods"]
+    ranks = {preset: rank for rank, preset in enumerate(FIRST, start=1)}
+    by_rank = sorted(trained, key=lambda m: 0 if m["role"] == "reference" else ranks.get(m["preset"], len(FIRST) + 1))
     colours: dict[str, str] = {}
     left = list(COLOURS[:-1])
     for model in by_rank:
@@ -39,7 +69,7 @@ def styles(found: Numbers) -> dict[str, tuple[str, str]]:
     }
 
 
-def curves(found: Numbers, ink: str) -> Figure:
+def curves(study: Numbers, ink: str) -> Figure:
     """Training loss against tokens and against FLOPs: mean over the repetitions that all drawn models have.
 
     These saw the same data in the same order, another repetition's may be harder.
@@ -48,7 +78,7 @@ def curves(found: Numbers, ink: str) -> Figure:
     for panel, over, title in zip(
         panels, ("tokens", "flops"), ("Over tokens: equal data", "Over FLOPs: equal compute"), strict=True
     ):
-        _curves(panel, found, over, ink)
+        _curves(panel, study, over, ink)
         panel.set_title(title, color=ink, loc="left")
     panels[0].set_ylabel("training loss, nats a token", color=ink)
     lines, labels = panels[1].get_legend_handles_labels()
@@ -56,18 +86,18 @@ def curves(found: Numbers, ink: str) -> Figure:
     return figure
 
 
-def _curves(panel: Any, found: Numbers, over: str, ink: str) -> None:
+def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
     from matplotlib.ticker import EngFormatter
 
-    models = {model["title"]: model for model in found["models"]}
+    models = {model["title"]: model for model in study["models"]}
     trained = {
         title: {r["repetition"]: curve for r in models[title]["repetitions"] if (curve := _curve(r))}
-        for title in styles(found)
+        for title in styles(study)
     }
     having = [set(of_one) for of_one in trained.values() if of_one]
     common = set.intersection(*having) if having else set()
     lowest, highest = float("inf"), 0.0
-    for title, (colour, dashes) in styles(found).items():
+    for title, (colour, dashes) in styles(study).items():
         of_all = [curve for repetition, curve in trained[title].items() if repetition in common or not common]
         if not of_all:
             continue
@@ -94,12 +124,12 @@ def _at(places: list[float], curve: list[Numbers], over: str) -> Any:
     return np.interp(places, [point[over] for point in curve], [point["loss"] for point in curve])
 
 
-def dots(found: Numbers, ink: str) -> Figure:
+def dots(study: Numbers, ink: str) -> Figure:
     """Geometric mean of held-out perplexity of every model; small dots are its repetitions."""
     from matplotlib.figure import Figure as MatplotlibFigure
     from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-    models = found["models"]
+    models = study["models"]
     figure = MatplotlibFigure(figsize=(9.0, 0.6 + 0.26 * len(models)), layout="constrained")
     panel = figure.subplots()
     take_ink(panel, ink)
@@ -139,14 +169,14 @@ def dots(found: Numbers, ink: str) -> Figure:
     return figure
 
 
-def compute(found: Numbers, ink: str) -> Figure | None:
+def compute(study: Numbers, ink: str) -> Figure | None:
     """Held-out perplexity against training FLOPs: a line from each method's CM run to its DM run."""
     from matplotlib.ticker import EngFormatter
 
-    shown = styles(found)
+    shown = styles(study)
     figure, (panel,) = figure_with(1, (8.0, 4.8), ink)
     by_method: dict[str, list[Numbers]] = {}
-    for model in found["models"]:
+    for model in study["models"]:
         if model["title"] in shown:
             by_method.setdefault(model["method"], []).append(model)
     for models in by_method.values():
@@ -161,7 +191,7 @@ def compute(found: Numbers, ink: str) -> Figure | None:
             markersize=6,
         )
         for model, (x, y) in zip(models, points, strict=True):
-            half = found["comparisons"].get(model["title"], {}).get("log_perplexity", {}).get("half_width")
+            half = study["comparisons"].get(model["title"], {}).get("log_perplexity", {}).get("half_width")
             if half is not None:
                 panel.errorbar([x], [y], yerr=[[y * half], [y * half]], color=colour, capsize=3, linewidth=1)
     panel.set_yscale("log")

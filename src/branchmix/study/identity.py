@@ -1,4 +1,4 @@
-"""What tells seeds, texts and merges apart: part of the keys of all steps that depend on them."""
+"""What distinguishes one seed, text or merge from another: part of the keys of all steps that depend on them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ from branchmix.study.settings import InstalledText, StudyFile
 
 _HASHED_BYTES = 4 << 30
 """Text up to this size is known by its content, above by sizes and dates."""
-
-
 _LATER: dict[str, dict[str, Any]] = {"routing": {"shared": False}}
 """Options of recipes that came after `graph.FORMAT` 1, with the values that mean what was done before there were any.
 
-Left out of keys at these values: a study that an older version began goes on where it is."""
+Left out of keys at these values, so that a study which an older version began is resumed."""
 
 
 def identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
     """JSON of all that a merge depends on, but for the models themselves."""
     content: dict[str, Any] = recipe.model_dump(mode="json", exclude={"seed", "experts"})
     for section, later in _LATER.items():
-        kept = {name: value for name, value in content[section].items() if later.get(name, ...) != value}
-        content[section] = kept
+        content[section] = {key: value for key, value in content[section].items() if later.get(key, ...) != value}
     return content
 
 
 def identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:
-    """Of a seed that no step trains: its revision on the Hub, or the hash of its folder; empty if a step does."""
+    """A given seed's revision on the Hub, or the hash of its folder; empty if a step trains the seed."""
     if given is None:
         return {}
     if given.revision:
@@ -44,16 +41,15 @@ def identity_of_text(study: StudyFile) -> dict[str, Any]:
     """What the text of all domains depends on; that of a text step is in its key."""
     if isinstance(study.data, InstalledText):
         return {}
-    return {name: _identity(source, study.folder) for name, source in study.data.items()}
+    return {name: _identity_of_source(source, study.folder) for name, source in study.data.items()}
 
 
-def _identity(source: Source, folder: Path) -> dict[str, Any]:
+def _identity_of_source(source: Source, folder: Path) -> dict[str, Any]:
     from branchmix.checkpoint.hashes import FileHashes
     from branchmix.data.sources import find_files
 
-    content = source.model_dump(exclude_none=True)
     if source.files is None:
-        return content
+        return source.model_dump(exclude_none=True)
     patterns = [source.files] if isinstance(source.files, str) else source.files
     files = find_files(patterns, folder, exclude=source.exclude)
     if sum(file.stat().st_size for file in files) > _HASHED_BYTES:

@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from branchmix.study.settings import Inference
+
 
 def measure_inference(
-    models: Mapping[str, Path], *, prompt: int, new_tokens: int, runs: int, trust_remote_code: bool = False
+    models: Mapping[str, Path], settings: Inference, *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Latency and KV memory of each model: ``{name: {"seconds": [...], "kv_cache_bytes": ...}}``.
 
-    Weights and cache are bf16 where the device is faster in it, else fp32; greedy, one sequence, random tokens.
-
-    Args:
-        models: folders by name; those that are too large to hold together are no use here.
-        prompt: tokens.
-        new_tokens: generated after it.
-        runs: timed ones, after one that is not.
-        trust_remote_code: run code that the seed brings along.
+    Weights and cache are bf16 where the device is faster in it, else fp32; greedy, one sequence, random tokens. The
+    first run is not timed. All models have to fit into memory together.
     """
     import torch
     from transformers.utils import logging
@@ -36,20 +31,22 @@ def measure_inference(
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if faster_in_bf16(device) else torch.float32
-    load = partial(load_language_model, dtype=dtype, trust_remote_code=trust_remote_code)
-    loaded = {name: load(folder).eval().to(device) for name, folder in models.items()}
-    found: dict[str, Any] = {name: {"seconds": []} for name in loaded}
-    for run in range(runs + 1):
+    loaded = {
+        name: load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
+        for name, folder in models.items()
+    }
+    measured: dict[str, Any] = {name: {"seconds": []} for name in loaded}
+    for run in range(settings.runs + 1):
         for name, model in loaded.items():
             vocabulary = model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(run)
-            ids = torch.randint(0, vocabulary, (1, prompt), generator=generator).to(device)
+            ids = torch.randint(0, vocabulary, (1, settings.prompt), generator=generator).to(device)
             begin = time.perf_counter()
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
+                max_new_tokens=settings.new_tokens,
+                min_new_tokens=settings.new_tokens,
                 do_sample=False,
                 return_dict_in_generate=True,
                 pad_token_id=0,
@@ -57,18 +54,12 @@ def measure_inference(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if run:
-                found[name]["seconds"].append(round(time.perf_counter() - begin, 5))
-            layers = output.past_key_values.layers
-            sizes = [
-                layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
-                for layer in layers
-            ]
-            found[name]["kv_cache_bytes"] = sum(sizes)
+                measured[name]["seconds"].append(round(time.perf_counter() - begin, 5))
+            cached = [kept for layer in output.past_key_values.layers for kept in (layer.keys, layer.values)]
+            measured[name]["kv_cache_bytes"] = sum(kept.numel() * kept.element_size() for kept in cached)
     return {
-        "models": found,
-        "prompt": prompt,
-        "new_tokens": new_tokens,
-        "runs": runs,
+        "models": measured,
+        **settings.model_dump(),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from branchmix.errors import CheckpointError
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, Window, batches, check_window, window_places
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, Window, batches, check_window, sorted_windows
 from branchmix.likelihood.forward import evaluating, head_at, length_dependent
 from branchmix.models.routers import RouterPlace, Rule, entropy_of, load_of
 
@@ -51,17 +51,17 @@ class RouterCounts:
 
     def add(self, output: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
-        found = self.place.read(output)
-        if len(found.logits_SE) != batch.size:
+        read = self.place.read(output)
+        if len(read.logits_SE) != batch.size:
             raise CheckpointError(f"the router {self.place.name} does not give one row of logits for each token")
-        if not bool(torch.isfinite(found.logits_SE).all()):
+        if not bool(torch.isfinite(read.logits_SE).all()):
             raise CheckpointError(f"the logits of {self.place.name} are not finite: the model's weights are broken")
         if self.rule is None:
-            self.rule = Rule.found_in(found)
-            self._begin(found.logits_SE.shape[1], found.index_Sk.shape[1])
-        rows_S = batch.rows_S.to(found.logits_SE.device)
-        gates_SE = self.rule.probabilities(found.logits_SE[rows_S]).cpu()
-        index_Sk = found.index_Sk[rows_S].cpu()
+            self.rule = Rule.found_in(read)
+            self._begin(read.logits_SE.shape[1], read.index_Sk.shape[1])
+        rows_S = batch.rows_S.to(read.logits_SE.device)
+        gates_SE = self.rule.probabilities(read.logits_SE[rows_S]).cpu()
+        index_Sk = read.index_Sk[rows_S].cpu()
         soft = self.top_k == self.experts
         load_SE = load_of(gates_SE, None if soft else index_Sk)
         # The chosen before all others, whatever a bias or a group did to the choice.
@@ -86,19 +86,12 @@ class RouterCounts:
 
 
 class Agreement:
-    """How often the FFN router and the attention gate of a layer prefer the same expert."""
+    """How often the FFN router and the attention gate of a layer prefer the same expert: sums over each document."""
 
     def __init__(self, layer: int, documents: int):
         self.layer = layer
         self.same_N = torch.zeros(documents, dtype=torch.float64)
         self.overlap_N = torch.zeros(documents, dtype=torch.float64)
-
-    def add(
-        self, ffn: tuple[torch.Tensor, torch.Tensor], attention: tuple[torch.Tensor, torch.Tensor], batch: _Batch
-    ) -> None:
-        """Each as ``RouterCounts.add`` returned it."""
-        self.same_N.index_add_(0, batch.document_S, (ffn[1] == attention[1]).double())
-        self.overlap_N.index_add_(0, batch.document_S, torch.minimum(ffn[0], attention[0]).double().sum(-1))
 
 
 @dataclass(frozen=True)
@@ -156,7 +149,8 @@ def count(
     stride = max(1, max_length // 2)
     check_window(model, documents, max_length, stride)
     texts = _Texts(documents, prefix, shown)
-    windows = texts.windows(max_length, stride)
+    # Windows are made for predictions, and a row's last token makes none: here it counts.
+    windows = sorted_windows([len(row) + 1 for row in texts.rows], max_length, stride)
     routers = [RouterCounts(place, len(documents), len(texts.kinds_V), sum(shown)) for place in places]
     layers = {kind: [place.layer for place in places if place.kind == kind] for kind in ("ffn", "attention")}
     agreement = [Agreement(layer, len(documents)) for layer in layers["ffn"] if layer in layers["attention"]]
@@ -166,13 +160,14 @@ def count(
             inputs_BT, batch = texts.batch(chosen)
             with head_at(model, torch.tensor([0]), torch.tensor([0])):  # nobody wants the logits
                 model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
-            said = {}
+            chosen_by = {}
             for router in routers:
-                said[router.place.kind, router.place.layer] = router.add(recorder.take(router.place), batch)
+                chosen_by[router.place.kind, router.place.layer] = router.add(recorder.take(router.place), batch)
             for pair in agreement:
-                ffn, attention = said["ffn", pair.layer], said["attention", pair.layer]
-                if ffn[0].shape == attention[0].shape:
-                    pair.add(ffn, attention, batch)
+                (ffn_SE, ffn_S), (gates_SE, gate_S) = (chosen_by[kind, pair.layer] for kind in ("ffn", "attention"))
+                if ffn_SE.shape == gates_SE.shape:
+                    pair.same_N.index_add_(0, batch.document_S, (ffn_S == gate_S).double())
+                    pair.overlap_N.index_add_(0, batch.document_S, torch.minimum(ffn_SE, gates_SE).double().sum(-1))
             done += len(batch.rows_S)
             if progress is not None:
                 progress("tokens", done, total)
@@ -186,7 +181,7 @@ class _Texts:
     def __init__(self, documents: Sequence[np.ndarray], prefix: int | None, shown: Sequence[int]):
         self._ahead = 0 if prefix is None else 1
         """Tokens of a row before the document's own."""
-        self._rows = [row if prefix is None else np.concatenate(([prefix], row)) for row in documents]
+        self.rows = [row if prefix is None else np.concatenate(([prefix], row)) for row in documents]
         self._shown_N = np.asarray(shown)
         self._first_shown_N = np.cumsum([0, *shown])
         kinds, counts = np.unique(np.concatenate(documents), return_counts=True)
@@ -195,22 +190,13 @@ class _Texts:
         self._place_of = np.full(int(kinds.max()) + 1, -1)
         self._place_of[self.kinds_V] = np.arange(len(common))
 
-    def windows(self, max_length: int, stride: int) -> list[Window]:
-        """Longest first. ``window_places`` is about predictions, and a row's last token makes none: here it counts."""
-        windows = [
-            Window(number, *place)
-            for number, row in enumerate(self._rows)
-            for place in window_places(len(row) + 1, max_length, stride)
-        ]
-        return sorted(windows, key=lambda window: (window.start - window.end, window.document, window.start))
-
     def batch(self, windows: Sequence[Window]) -> tuple[np.ndarray, _Batch]:
         """Inputs [B, T], padded on the right, and which of them are what."""
         length = max(window.end - window.start for window in windows)
         inputs_BT = np.empty((len(windows), length), dtype=np.int64)
         rows, documents, positions = [], [], []
         for row, window in enumerate(windows):
-            inputs = self._rows[window.document][window.start : window.end]
+            inputs = self.rows[window.document][window.start : window.end]
             inputs_BT[row, : len(inputs)] = inputs
             inputs_BT[row, len(inputs) :] = inputs[-1]
             counted = np.arange(max(window.first, self._ahead), window.end)

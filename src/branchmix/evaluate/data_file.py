@@ -42,7 +42,7 @@ class EvalData(Settings):
 
     @classmethod
     def load(cls, path: str | Path) -> EvalData:
-        """Read a data file; a file of ``train`` or ``branch`` does as well, with what it holds out.
+        """Read a data file; a file of ``train`` or ``branch`` works too, with what it holds out.
 
         Raises:
             RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
