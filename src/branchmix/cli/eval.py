@@ -60,7 +60,11 @@ def eval_command(
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that the window moves on in longer documents.", show_default="half of it"),
+        typer.Option(
+            min=1,
+            help="Tokens that the window moves on in longer documents; fewer than the window make windows overlap.",
+            show_default="the window",
+        ),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")] = 2048,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")] = "auto",

@@ -73,7 +73,8 @@ class _Work:
         self.steps, self.base = plan["steps"], Path(plan["base"])
         self.study: StudyFile = StudyFile.model_validate(plan["settings"])
         self.step = Step.of(self.steps[name])
-        self.out, self.folder = out, self.folder_of(name)
+        self.out = out
+        self.folder = self.folder_of(name)
 
     def folder_of(self, name: str) -> Path:
         return self.out / STEPS / Step.of(self.steps[name]).folder
