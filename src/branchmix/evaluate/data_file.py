@@ -19,11 +19,11 @@ class Selection(Settings):
     """The documents that training with the same ``share`` and ``tokens`` holds out, and evaluates."""
 
     share: Share = HeldOut().share
-    """Of a domain's documents, by the hash of their text."""
+    """Share of a domain's documents, by the hash of their text."""
     tokens: Count | None = HeldOut().tokens
-    """Of each domain at most, counted as training counts them, with the first model's tokenizer."""
+    """Maximum of each domain, counted as training counts them, with the first model's tokenizer."""
     documents: Count | None = None
-    """Of each domain at most, instead of ``tokens``."""
+    """Maximum of each domain, instead of ``tokens``."""
 
 
 class EvalData(Settings):

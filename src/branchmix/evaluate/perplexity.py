@@ -33,7 +33,7 @@ class ScoredDocument:
     """What a model makes of one document."""
 
     log_probs: np.ndarray
-    """Of each predicted token, [T], in nats."""
+    """Log-probability of each predicted token, [T], in nats."""
     bytes: int
     """Size of what is predicted, in UTF-8."""
 
@@ -56,7 +56,7 @@ class TextScore:
     stderr: float | None
     """Standard error of ``bits_per_byte`` over documents (see ``ratio``); None for a single document."""
     perplexity: float
-    """Of a token."""
+    """Per token."""
     tokens: int
     bytes: int
     documents: int

@@ -28,9 +28,9 @@ class TaskScore:
     """Examples in the prompt; None for a group whose tasks differ."""
     examples: int
     version: str
-    """Of the task's definition in lm-eval."""
+    """Version of the task's definition in lm-eval."""
     subtasks: tuple[str, ...] = ()
-    """Of a group: its members."""
+    """Members of a group."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -77,16 +77,16 @@ class ModelReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found: dict[str, Any] = {"model": self.model, "dtype": self.dtype}
+        content: dict[str, Any] = {"model": self.model, "dtype": self.dtype}
         if self.domains is not None:
-            found |= {"prefix": self.prefix, "max_length": self.max_length, "stride": self.stride}
-            found |= {"ensemble": self.ensemble} if self.ensemble else {}
-            found["domains"] = {name: score.as_dict() for name, score in self.domains.items()}
+            content |= {"prefix": self.prefix, "max_length": self.max_length, "stride": self.stride}
+            content |= {"ensemble": self.ensemble} if self.ensemble else {}
+            content["domains"] = {name: score.as_dict() for name, score in self.domains.items()}
         if self.tasks is not None:
-            found["tasks"] = {name: score.as_dict() for name, score in self.tasks.items()}
+            content["tasks"] = {name: score.as_dict() for name, score in self.tasks.items()}
             if self.suites:
-                found["suites"] = {name: suite.as_dict() for name, suite in self.suites.items()}
-        return found
+                content["suites"] = {name: suite.as_dict() for name, suite in self.suites.items()}
+        return content
 
 
 @dataclass

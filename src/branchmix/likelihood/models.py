@@ -31,10 +31,10 @@ class TextModel:
     ``notes`` say what of its folder does not count.
     """
 
-    def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool):
+    def __init__(self, resolved: ResolvedModel, dtype: str, trust_remote_code: bool):
         from transformers import AutoConfig
 
-        self.given, self.folder, self.revision = found.given, found.folder, found.revision
+        self.given, self.folder, self.revision = resolved.given, resolved.folder, resolved.revision
         self.dtype = dtype
         refuse_adapter(self.folder)
         notes = (left_over_adapter(self.folder), left_over_quantisation(self.folder))

@@ -141,7 +141,7 @@ class Journal:
         return self._known.get((model, item))
 
     def describe(self, model: str, facts: dict[str, Any]) -> None:
-        """What a model's key stands for, once."""
+        """Keeps what a model's key means, once."""
         if model not in self._described:
             self.add_line({"model": model, **facts})
 
@@ -167,7 +167,7 @@ def _ends_within_a_line(file: BinaryIO) -> bool:
 
 
 def model_hash(folder: Path) -> str:
-    """Of the content of a model's config, code and weights; reading them costs about what loading them does."""
+    """Hash of the content of a model's config, code and weights; reading them costs about what loading them does."""
     patterns = ("*.safetensors", "config.json", "*.py")
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.name != ADAPTER_WEIGHTS)
     with FileHashes(files) as hashes:
@@ -175,6 +175,6 @@ def model_hash(folder: Path) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of what turns text into tokens; chat templates and the like don't count."""
+    """Hash of what turns text into tokens; chat templates and the like don't count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return key_of({"tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab()})

@@ -75,15 +75,18 @@ def curves(study: Numbers, ink: str) -> Figure:
     These saw the same data in the same order, another repetition's may be harder.
     """
     figure, panels = figure_with(2, (10.0, 4.3), ink)
-    for panel, over, title in zip(
-        panels, ("tokens", "flops"), ("Over tokens: equal data", "Over FLOPs: equal compute"), strict=True
-    ):
+    titles = {"tokens": "Over tokens: equal data", "flops": "Over FLOPs: equal compute"}
+    for panel, (over, title) in zip(panels, titles.items(), strict=True):
         _curves(panel, study, over, ink)
         panel.set_title(title, color=ink, loc="left")
     panels[0].set_ylabel("training loss, nats a token", color=ink)
-    lines, labels = panels[1].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
+    _legend(figure, panels[1], ink)
     return figure
+
+
+def _legend(figure: Figure, panel: Any, ink: str) -> None:
+    lines, labels = panel.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
 
 
 def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
@@ -91,7 +94,11 @@ def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
 
     models = {model["title"]: model for model in study["models"]}
     trained = {
-        title: {r["repetition"]: curve for r in models[title]["repetitions"] if (curve := _curve(r))}
+        title: {
+            r["repetition"]: r["training"]["curve"]
+            for r in models[title]["repetitions"]
+            if (r["training"] or {}).get("curve")
+        }
         for title in styles(study)
     }
     having = [set(of_one) for of_one in trained.values() if of_one]
@@ -112,11 +119,6 @@ def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
     panel.set_xlabel({"tokens": "tokens", "flops": "training FLOPs, without the dense models'"}[over], color=ink)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.grid(alpha=0.2)
-
-
-def _curve(repetition: Numbers) -> list[Numbers]:
-    training = repetition["training"]
-    return list(training["curve"]) if training else []
 
 
 def _at(places: list[float], curve: list[Numbers], over: str) -> Any:
@@ -141,15 +143,8 @@ def dots(study: Numbers, ink: str) -> Figure:
             panel.plot(values, [place] * len(values), ".", color=colour, alpha=0.55, markersize=5)
         panel.plot(model["geometric_mean"], place, "o", color=colour, markersize=6)
         text = f"{model['geometric_mean']:.{0 if model['geometric_mean'] >= 100 else 1}f}"
-        panel.annotate(
-            text,
-            (model["geometric_mean"], place),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            color=ink,
-            fontsize=7.5,
-        )
+        beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": ink, "fontsize": 7.5}
+        panel.annotate(text, (model["geometric_mean"], place), **beside)
     panel.set_xscale("log")
     panel.set_yticks(range(len(models)), [model["label"] for model in models])
     panel.set_ylim(len(models) - 0.4, -0.6)
@@ -169,7 +164,7 @@ def dots(study: Numbers, ink: str) -> Figure:
     return figure
 
 
-def compute(study: Numbers, ink: str) -> Figure | None:
+def compute(study: Numbers, ink: str) -> Figure:
     """Held-out perplexity against training FLOPs: a line from each method's CM run to its DM run."""
     from matplotlib.ticker import EngFormatter
 
@@ -183,13 +178,8 @@ def compute(study: Numbers, ink: str) -> Figure | None:
         models.sort(key=lambda model: model["flops"])
         colour = shown[models[0]["title"]][0]
         points = [(model["flops"] + model["optimizer_flops"], model["geometric_mean"]) for model in models]
-        panel.plot(
-            *zip(*points, strict=True),
-            "o-",
-            color=colour,
-            label=models[-1]["label"].replace(" DM ", " ").split(" (")[0],
-            markersize=6,
-        )
+        label = models[-1]["label"].replace(" DM ", " ").split(" (")[0]
+        panel.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=6)
         for model, (x, y) in zip(models, points, strict=True):
             half = study["comparisons"].get(model["title"], {}).get("log_perplexity", {}).get("half_width")
             if half is not None:
@@ -201,7 +191,6 @@ def compute(study: Numbers, ink: str) -> Figure | None:
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.set_xlabel("training FLOPs, without the dense models'", color=ink)
     panel.set_ylabel("held-out perplexity, geometric mean", color=ink)
-    lines, labels = panel.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
+    _legend(figure, panel, ink)
     panel.grid(alpha=0.2, which="both")
     return figure

@@ -52,7 +52,7 @@ def collect(folder: Path) -> Numbers:
     models = _models(scored, records, steps)
     reference = next((model for model in models if model["role"] == "reference"), None)
     compared = {m["title"]: comparison(m, reference) for m in models if reference is not None and m is not reference}
-    comparisons = {title: found.as_dict() for title, found in compared.items() if found is not None}
+    comparisons = {title: row.as_dict() for title, row in compared.items() if row is not None}
     runs = {name: record for name, record in records.items() if "training" in record}
     documents = next(iter(scored.values()))["documents"]
     return {

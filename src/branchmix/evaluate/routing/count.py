@@ -5,7 +5,8 @@ Shapes: S counted tokens of a batch, N documents, V kinds of tokens, E experts, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +144,7 @@ def count(
         prefix: token before each document.
         max_length: tokens of the window.
         shown: of each document, how many of its first tokens are to be shown.
-        batch_tokens: tokens of a forward pass, padding included.
-        progress: called with ("tokens", done, total).
+        batch_tokens, progress: as in ``score_documents``.
     """
     stride = max(1, max_length // 2)
     check_window(model, documents, max_length, stride)
@@ -155,14 +155,14 @@ def count(
     layers = {kind: [place.layer for place in places if place.kind == kind] for kind in ("ffn", "attention")}
     agreement = [Agreement(layer, len(documents)) for layer in layers["ffn"] if layer in layers["attention"]]
     done, total = 0, sum(map(len, documents))
-    with evaluating(model), _Recorder(places) as recorder:
+    with evaluating(model), _outputs_of(places) as output_of:
         for chosen in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             inputs_BT, batch = texts.batch(chosen)
             with head_at(model, torch.tensor([0]), torch.tensor([0])):  # nobody wants the logits
                 model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
             chosen_by = {}
             for router in routers:
-                chosen_by[router.place.kind, router.place.layer] = router.add(recorder.take(router.place), batch)
+                chosen_by[router.place.kind, router.place.layer] = router.add(output_of(router.place), batch)
             for pair in agreement:
                 (ffn_SE, ffn_S), (gates_SE, gate_S) = (chosen_by[kind, pair.layer] for kind in ("ffn", "attention"))
                 if ffn_SE.shape == gates_SE.shape:
@@ -210,28 +210,25 @@ class _Texts:
         return inputs_BT, _Batch(inputs_BT.size, *map(torch.from_numpy, (rows_S, document_S, kind_S, shown_S)))
 
 
-class _Recorder:
-    """Keeps what each router gave back in a forward pass."""
+@contextmanager
+def _outputs_of(places: Sequence[RouterPlace]) -> Iterator[Callable[[RouterPlace], Any]]:
+    """Keeps what each router gave back in a forward pass; yields a function that takes it out."""
+    outputs: dict[str, Any] = {}
 
-    def __init__(self, places: Sequence[RouterPlace]):
-        self._places = places
-        self._outputs: dict[str, Any] = {}
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            outputs.setdefault(name, output)
 
-    def __enter__(self) -> _Recorder:
-        self._hooks = [place.module.register_forward_hook(self._keep(place.name)) for place in self._places]
-        return self
+        return hook
 
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _keep(self, name: str) -> Any:
-        def keep(module: Any, args: Any, output: Any) -> None:
-            self._outputs.setdefault(name, output)
-
-        return keep
-
-    def take(self, place: RouterPlace) -> Any:
-        if place.name not in self._outputs:
+    def take(place: RouterPlace) -> Any:
+        if place.name not in outputs:
             raise CheckpointError(f"the router {place.name} was not asked about the text")
-        return self._outputs.pop(place.name)
+        return outputs.pop(place.name)
+
+    hooks = [place.module.register_forward_hook(keep(place.name)) for place in places]
+    try:
+        yield take
+    finally:
+        for hook in hooks:
+            hook.remove()

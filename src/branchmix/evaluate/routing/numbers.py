@@ -127,7 +127,7 @@ def report(
     """Numbers of what was counted.
 
     Args:
-        counts: of documents that stand domain after domain.
+        counts: of documents, domain after domain.
         tokenizer: writes the typical tokens.
         model: as the user gave it.
         expert_names: of the experts, if they have names.

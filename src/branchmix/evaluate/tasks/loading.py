@@ -65,11 +65,11 @@ def load(
     for number, (name, of_suite) in enumerate(wanted, start=1):
         try:
             with _one_line(name):
-                found = manager.load([name])
+                of_name = manager.load([name])
         finally:
             if failed:
                 raise failed[0]
-        for task_name, task in found["tasks"].items():
+        for task_name, task in of_name["tasks"].items():
             num_fewshot = _num_fewshot(task, of_suite, options, loaded)
             if fewshot.setdefault(task_name, num_fewshot) != num_fewshot:
                 raise RecipeError(
@@ -77,7 +77,7 @@ def load(
                     "the prompt: evaluate them one after the other, or give --num-fewshot"
                 )
             loaded.tasks[task_name] = task
-        loaded.groups |= found.get("groups", {})
+        loaded.groups |= of_name.get("groups", {})
         say("tasks and their data", number, len(wanted))
     for name, task in loaded.tasks.items():
         say(f"requests of {name}", 0, 1)
