@@ -185,27 +185,17 @@ class Window:
 def sorted_windows(lengths: Sequence[int], max_length: int, stride: int) -> list[Window]:
     """The windows of rows with so many tokens, prefix included, longest first.
 
-    So memory is short at once or never, and documents of one length stay together and are done early.
+    The first window of a row predicts all it can; each further one moves on by ``stride``, and the last only as far as
+    it must. Longest first, memory is short at once or never, and documents of one length are done together.
     """
-    windows = [
-        Window(number, *place)
-        for number, length in enumerate(lengths)
-        for place in window_places(length, max_length, stride)
-    ]
+    windows = []
+    for number, length in enumerate(lengths):
+        done = 0
+        while done < length - 1:  # the last token is an input of nothing
+            end = min(done + (stride if done else max_length), length - 1)
+            windows.append(Window(number, max(0, end - max_length), done, end))
+            done = end
     return sorted(windows, key=lambda window: (window.start - window.end, window.document, window.start))
-
-
-def window_places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """start, first and end of the windows over a row of ``num_tokens``, prefix included.
-
-    The first predicts all it can; each further one moves on by ``stride``, and the last only as far as it must.
-    """
-    last = num_tokens - 1  # the last token is an input of nothing
-    done = 0
-    while done < last:
-        end = min(done + (stride if done else max_length), last)
-        yield max(0, end - max_length), done, end
-        done = end
 
 
 def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
@@ -236,12 +226,7 @@ def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) 
 
 
 def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
-    """Window and tokens fit the model.
-
-    Raises:
-        RecipeError: the window does not fit.
-        CheckpointError: the tokenizer is another model's.
-    """
+    """Refuses a window or tokens that do not fit the model; errors are those of ``score_documents``."""
     positions = max_positions(model.config)
     if max_length < 1 or (positions is not None and max_length > positions):
         limit = "1 or more" if positions is None else f"from 1 to {positions}, as many positions as the model has"
@@ -252,11 +237,7 @@ def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, s
 
 
 def check_tokens(model: Any, documents: Sequence[np.ndarray]) -> None:
-    """Whether the model has an embedding for every token.
-
-    Raises:
-        CheckpointError: it has not.
-    """
+    """Refuses tokens that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
     greatest = max((int(document.max()) for document in documents if len(document)), default=0)
     if greatest >= rows:

@@ -21,18 +21,13 @@ class Lines:
     """JSON objects in a file of a folder, ``records.jsonl`` unless said otherwise; nothing is kept if there is none.
 
     Any number of processes may add to one file at once: each line is written whole, under a lock. What a killed writer
-    left of its last line is passed over. The file is read when this is made.
+    left of its last line is passed over. The folder is made if need be.
+
+    Raises:
+        OutputError: the folder is a file, or cannot be read or written.
     """
 
     def __init__(self, folder: Path | None, file: str = FILE):
-        """
-        Args:
-            folder: made if need be.
-            file: name in the folder, ending in ``.jsonl``.
-
-        Raises:
-            OutputError: the folder is a file, or cannot be written.
-        """
         self.file = folder / file if folder is not None else None
         if folder is not None:
             if folder.exists() and not folder.is_dir():
@@ -110,18 +105,12 @@ class Rounds:
 
 
 class Journal:
-    """Lines about a model and an item each, found again by both; in memory only if there is no folder."""
+    """Lines about a model and an item each, found again by both; in memory only if there is no folder.
+
+    ``item`` is the field that says what a line is about, such as ``document``. Folder, file and errors: see ``Lines``.
+    """
 
     def __init__(self, folder: Path | None, file: str, item: str):
-        """
-        Args:
-            folder: see ``Lines``.
-            file: see ``Lines``.
-            item: the field that says what a line is about, such as ``document``.
-
-        Raises:
-            OutputError: the folder is a file, or cannot be read or written.
-        """
         self._lines = Lines(folder, file)
         self._item = item
         self._known: dict[tuple[str, str], dict[str, Any]] = {}

@@ -143,7 +143,7 @@ def dots(study: Numbers, ink: str) -> Figure:
             panel.plot(values, [place] * len(values), ".", color=colour, alpha=0.55, markersize=5)
         panel.plot(model["geometric_mean"], place, "o", color=colour, markersize=6)
         text = f"{model['geometric_mean']:.{0 if model['geometric_mean'] >= 100 else 1}f}"
-        beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": ink, "fontsize": 7.5}
+        beside: Any = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": ink, "fontsize": 7.5}
         panel.annotate(text, (model["geometric_mean"], place), **beside)
     panel.set_xscale("log")
     panel.set_yticks(range(len(models)), [model["label"] for model in models])

@@ -29,11 +29,8 @@ def training_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
     malloc maps all larger blocks afresh. In bf16, on a CPU without AMX, Expert KV took 0.25 GB more than is counted,
     whatever the micro-batch.
 
-    Args:
-        config: of a dense model or a mixture.
-        run: settings of its run, of which ``batch_size``, ``micro_batch_size``, ``sequence_length``,
-            ``gradient_checkpointing`` and ``attn_implementation`` count.
-        bf16: matrix products in bf16, for which weights are copied.
+    ``bf16`` says whether matrix products are in bf16, for which weights are copied; of the run's settings the batch,
+    ``sequence_length``, ``gradient_checkpointing`` and ``attn_implementation`` count.
 
     Raises:
         CheckpointError: the config is no model's, or its family has no formula.

@@ -121,12 +121,9 @@ def _random_sequences(config: Config, count: int, length: int) -> list[dict[str,
 
 
 def new_model(config: Config, computing: Computing | None = None, length: int = 0) -> Any:
-    """A model of random weights from a config dictionary, of a dense model or a mixture.
+    """A dense model or a mixture of random weights, from a config with ``model_type`` (and ``seed_config``).
 
-    Args:
-        config: with ``model_type``; of a mixture, also ``seed_config``.
-        computing: attention as a run chooses it there, for sequences of ``length`` tokens; the model's own if None.
-        length: tokens.
+    Attention is as a run chooses it for ``computing`` and sequences of ``length`` tokens; the model's own if None.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging

@@ -238,7 +238,7 @@ class _Work:
 
     def inference(self) -> dict[str, Any]:
         """Latency and memory of all merges, and of the seed."""
-        from branchmix.study.inference import measure_inference
+        from branchmix.study.measure import measure_inference
         from branchmix.train.record import versions
 
         assert self.study.inference is not None

@@ -124,16 +124,9 @@ def report(
     max_length: int,
     dtype: str,
 ) -> RoutingReport:
-    """Numbers of what was counted.
+    """Numbers of what was counted, domain after domain; ``domains`` says how many documents each has.
 
-    Args:
-        counts: of documents, domain after domain.
-        tokenizer: writes the typical tokens.
-        model: as the user gave it.
-        expert_names: of the experts, if they have names.
-        domains: how many documents each has.
-        max_length: of the window.
-        dtype: of the weights.
+    The tokenizer writes the typical tokens. Experts without names are numbered.
     """
     domain_N = np.repeat(np.arange(len(domains)), list(domains.values()))
     sizes = {

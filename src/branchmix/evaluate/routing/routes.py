@@ -74,12 +74,8 @@ def routes(
         data: documents by domain, as in ``evaluate``; held-out ones unless it says otherwise.
         texts: instead of ``data``, each a document of one domain.
         max_length: tokens of the window: each token has at least half as many before it, if the document has.
-        batch_tokens: tokens of a forward pass.
-        dtype: of the weights: ``auto`` as stored.
-        limit: documents of a domain at most.
         shown_tokens: of the page; the beginnings of as many documents of every domain.
-        trust_remote_code: run code that the checkpoint brings along.
-        progress: called with step, done, total.
+        batch_tokens, dtype, limit, trust_remote_code, progress: as in ``evaluate``.
 
     Raises:
         RecipeError: no text, both kinds of it, or options that make no sense.

@@ -28,23 +28,16 @@ Pair = tuple[list[int], list[int]]
 
 
 class LiveModel(HFLM):
-    """A causal LM of transformers, dense or a mixture."""
+    """A causal LM of transformers, dense or a mixture, in evaluation mode.
+
+    Requests longer than ``max_length`` lose their beginning, as in lm-eval. ``prefix`` is what a text's first token is
+    predicted from; a CheckpointError is raised if tokenizer and config know none.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, prefix: int | None, max_length: int, batch_tokens: int):
-        """
-        Args:
-            model: in evaluation mode, on its device.
-            tokenizer: the model's; it is copied, since lm-eval gives it a padding token.
-            prefix: what the first token of a text is predicted from.
-            max_length: tokens that the model takes; what is longer loses its beginning, as in lm-eval.
-            batch_tokens: tokens of a forward pass.
-
-        Raises:
-            CheckpointError: tokenizer and config know no BOS or EOS, so there is no prefix.
-        """
         if prefix is None:
             raise CheckpointError("its tokenizer and config name neither BOS nor EOS, which lm-eval starts a text from")
-        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
         if tokenizer.pad_token_id is None:  # lm-eval would add a token that the model has no embedding for
             tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else prefix
         super().__init__(
