@@ -15,7 +15,7 @@ import numpy as np
 
 from branchmix.errors import CheckpointError
 from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.documents import Document
+from branchmix.evaluate.documents import HashedDocument
 from branchmix.evaluate.perplexity import Progress, ScoredDocument, aggregate, score_documents
 from branchmix.evaluate.scores import ModelReport
 from branchmix.likelihood.records import FILE, Journal, key_of
@@ -58,7 +58,9 @@ class DocumentReader:
         self._facts = {**candidate.facts, **self.window}
         self.key = key_of(self._facts)
 
-    def read(self, domain: str, documents: Sequence[Document], batch_tokens: int, progress: Progress | None) -> None:
+    def read(
+        self, domain: str, documents: Sequence[HashedDocument], batch_tokens: int, progress: Progress | None
+    ) -> None:
         """Computes what is not on record.
 
         Raises:
@@ -86,7 +88,7 @@ class DocumentReader:
             except CheckpointError as error:
                 raise CheckpointError(f"{candidate.given}: {error}") from error
 
-    def scored(self, document: Document) -> ScoredDocument:
+    def scored(self, document: HashedDocument) -> ScoredDocument:
         """A document's result, which is on record."""
         scored = self.records.get(self.key, document.hash)
         assert scored is not None

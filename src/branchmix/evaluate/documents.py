@@ -17,7 +17,7 @@ from branchmix.likelihood.models import encode
 
 
 @dataclass(frozen=True)
-class Document:
+class HashedDocument:
     """A text and the hash that its results are kept under."""
 
     text: str
@@ -27,14 +27,14 @@ class Document:
     """Whether something in it was not a character (see ``whole_characters``)."""
 
     @classmethod
-    def of(cls, given: str, *, replaced: bool = False) -> Document:
+    def of(cls, given: str, *, replaced: bool = False) -> HashedDocument:
         from xxhash import xxh3_128_hexdigest
 
         text = whole_characters(given)
         return cls(text, xxh3_128_hexdigest(text.encode()), replaced or text is not given)
 
 
-def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dict[str, list[Document]]:
+def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dict[str, list[HashedDocument]]:
     """The documents of each domain, each text once.
 
     Training takes held-out documents in the order of their hashes until there are ``tokens`` of them, and so does this:
@@ -49,7 +49,7 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
     Raises:
         DataError: a source cannot be read or has no document that counts.
     """
-    chosen: dict[str, list[Document]] = {}
+    chosen: dict[str, list[HashedDocument]] = {}
     for name, source in config.data.items():
         replaced: set[int] = set()
         texts = documents_of(source, folder=config.folder, replaced=replaced)
@@ -59,7 +59,8 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
             streamed = source.hub is not None and source.streaming
             texts = _held_out(texts, config.held_out, tokenizer, in_order=streamed)
         chosen[name] = [
-            Document.of(text, replaced=bool(replaced) and hash_of(text) in replaced) for text in islice(texts, limit)
+            HashedDocument.of(text, replaced=bool(replaced) and hash_of(text) in replaced)
+            for text in islice(texts, limit)
         ]
         if not chosen[name]:
             raise DataError(

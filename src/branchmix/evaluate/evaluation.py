@@ -17,7 +17,7 @@ from branchmix.errors import RecipeError
 from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.data_file import EvalData
 from branchmix.evaluate.document_records import DocumentReader, DocumentRecords
-from branchmix.evaluate.documents import Document, select
+from branchmix.evaluate.documents import HashedDocument, select
 from branchmix.evaluate.ensemble import mixed
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
 from branchmix.evaluate.scores import EvalReport, ModelReport
@@ -29,7 +29,7 @@ MAX_LENGTH = 2048
 """Tokens of the window if none is given and all models have as many positions."""
 RESULTS = "results.json"
 
-Documents = dict[str, list[Document]]
+Documents = dict[str, list[HashedDocument]]
 
 
 def evaluate(

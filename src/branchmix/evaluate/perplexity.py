@@ -173,7 +173,7 @@ def token_log_probs(
 
 
 @dataclass(frozen=True)
-class Window:
+class TokenWindow:
     """Inputs ``tokens[start:end]`` of a document; those from ``first`` on predict the token after them."""
 
     document: int
@@ -182,7 +182,7 @@ class Window:
     end: int
 
 
-def sorted_windows(lengths: Sequence[int], max_length: int, stride: int) -> list[Window]:
+def sorted_windows(lengths: Sequence[int], max_length: int, stride: int) -> list[TokenWindow]:
     """The windows of rows with so many tokens, prefix included, longest first.
 
     The first window of a row predicts all it can; each further one moves on by ``stride``, and the last only as far as
@@ -193,14 +193,14 @@ def sorted_windows(lengths: Sequence[int], max_length: int, stride: int) -> list
         done = 0
         while done < length - 1:  # the last token is an input of nothing
             end = min(done + (stride if done else max_length), length - 1)
-            windows.append(Window(number, max(0, end - max_length), done, end))
+            windows.append(TokenWindow(number, max(0, end - max_length), done, end))
             done = end
     return sorted(windows, key=lambda window: (window.start - window.end, window.document, window.start))
 
 
-def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
+def batches(windows: Sequence[TokenWindow], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[TokenWindow]]:
     """Windows, longest first, in batches of at most ``batch_tokens``; a longer one is alone."""
-    batch: list[Window] = []
+    batch: list[TokenWindow] = []
     for window in windows:
         if batch:
             longest, length = batch[0].end - batch[0].start, window.end - window.start
@@ -216,7 +216,7 @@ def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool
 
 
 @torch.inference_mode()
-def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) -> np.ndarray:
+def _predict(model: Any, batch: Sequence[TokenWindow], tokens: Sequence[np.ndarray]) -> np.ndarray:
     """Log-probabilities of the batch's predicted tokens, window after window."""
     inputs = [tokens[window.document][window.start : window.end] for window in batch]
     rows_N = np.concatenate([np.full(window.end - window.first, row) for row, window in enumerate(batch)])

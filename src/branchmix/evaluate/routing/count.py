@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from branchmix.errors import CheckpointError
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, Window, batches, check_window, sorted_windows
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, TokenWindow, batches, check_window, sorted_windows
 from branchmix.likelihood.forward import evaluating, head_at, length_dependent
 from branchmix.models.routers import RouterPlace, Rule, entropy_of, load_of
 
@@ -51,7 +51,7 @@ class RouterCounts:
         self.shown_gates_TM = np.zeros((shown, most), dtype=np.float32)
 
     def add(self, output: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
+        """ModelCounts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
         read = self.place.read(output)
         if len(read.logits_SE) != batch.size:
             raise CheckpointError(f"the router {self.place.name} does not give one row of logits for each token")
@@ -96,8 +96,8 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What ``count`` found."""
+class ModelCounts:
+    """What all routers of a model do with the documents."""
 
     routers: list[RouterCounts]
     agreement: list[Agreement]
@@ -131,7 +131,7 @@ def count(
     shown: Sequence[int],
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
-) -> Counts:
+) -> ModelCounts:
     """Every token of every document, once, with at least half a window before it in longer documents.
 
     The prefix is context for the first token and counts for none, and so does padding (on the right, where causal
@@ -172,7 +172,7 @@ def count(
             if progress is not None:
                 progress("tokens", done, total)
     tokens_N = np.array([len(document) for document in documents], dtype=np.float64)
-    return Counts(routers, agreement, tokens_N, texts.kinds_V, texts.count_V)
+    return ModelCounts(routers, agreement, tokens_N, texts.kinds_V, texts.count_V)
 
 
 class _Texts:
@@ -190,7 +190,7 @@ class _Texts:
         self._place_of = np.full(int(kinds.max()) + 1, -1)
         self._place_of[self.kinds_V] = np.arange(len(common))
 
-    def batch(self, windows: Sequence[Window]) -> tuple[np.ndarray, _Batch]:
+    def batch(self, windows: Sequence[TokenWindow]) -> tuple[np.ndarray, _Batch]:
         """Inputs [B, T], padded on the right, and which of them are what."""
         length = max(window.end - window.start for window in windows)
         inputs_BT = np.empty((len(windows), length), dtype=np.int64)

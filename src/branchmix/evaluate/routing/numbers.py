@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.evaluate.routing.count import Counts, RouterCounts
+from branchmix.evaluate.routing.count import ModelCounts, RouterCounts
 from branchmix.evaluate.routing.statistics import (
     chance_of_agreement,
     entropy_bits,
@@ -115,7 +115,7 @@ class RoutingReport:
 
 
 def report(
-    counts: Counts,
+    counts: ModelCounts,
     tokenizer: Any,
     *,
     model: str,
@@ -187,7 +187,7 @@ def _notes(kind: str, facts: dict[str, Any]) -> list[str]:
 
 
 def _layer(
-    router: RouterCounts, counts: Counts, domain_N: np.ndarray, domains: list[str], tokens: list[str]
+    router: RouterCounts, counts: ModelCounts, domain_N: np.ndarray, domains: list[str], tokens: list[str]
 ) -> LayerRouting:
     load_NE, gates_NE, entropy_N = (
         sums.numpy() for sums in (router.load_NE, router.gates_NE, router.entropy_N / math.log(2))

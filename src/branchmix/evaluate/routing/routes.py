@@ -15,9 +15,9 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.text import LONG, replaced_note
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.data_file import EvalData
-from branchmix.evaluate.documents import Document, select
+from branchmix.evaluate.documents import HashedDocument, select
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
-from branchmix.evaluate.routing.count import Counts, count
+from branchmix.evaluate.routing.count import ModelCounts, count
 from branchmix.evaluate.routing.numbers import RoutingReport, report
 from branchmix.likelihood.forward import max_positions
 from branchmix.likelihood.models import TextModel, check_dtype, encode, prefix_token
@@ -50,7 +50,7 @@ class Routes:
     """The numbers, and what the page needs to show the texts themselves."""
 
     report: RoutingReport
-    counts: Counts
+    counts: ModelCounts
     shown: list[ShownText]
 
 
@@ -90,7 +90,7 @@ def routes(
     config = data if data is None or isinstance(data, EvalData) else EvalData.load(data)
     candidate = TextModel(resolve(model), dtype, trust_remote_code)
     if config is None:
-        by_domain = {TEXTS: [Document.of(text) for text in texts][:limit]}
+        by_domain = {TEXTS: [HashedDocument.of(text) for text in texts][:limit]}
     else:
         by_domain = select(config, candidate.tokenizer, limit=limit)
     documents, tokens = _tokenised(by_domain, candidate.tokenizer)
@@ -178,7 +178,9 @@ def read_texts(given: Sequence[str]) -> list[str]:
 # ---- the texts ----
 
 
-def _tokenised(by_domain: dict[str, list[Document]], tokenizer: Any) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
+def _tokenised(
+    by_domain: dict[str, list[HashedDocument]], tokenizer: Any
+) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
     """All documents that have tokens, domain after domain, as (domain, text), and their tokens."""
     pairs = [(domain, document.text) for domain, chosen in by_domain.items() for document in chosen]
     tokens = encode(tokenizer, [text for _, text in pairs])

@@ -19,7 +19,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
 from branchmix.checkpoint.text import LONG
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.perplexity import Progress, Window, batches, check_tokens, token_log_probs
+from branchmix.evaluate.perplexity import Progress, TokenWindow, batches, check_tokens, token_log_probs
 from branchmix.likelihood.forward import evaluating, length_dependent, log_probs, logits_at
 from branchmix.likelihood.models import encode
 
@@ -159,7 +159,7 @@ class LiveModel(HFLM):
                 users.append([])
             users[row].append(number)
         check_tokens(self.model, [np.asarray(continuation) for _, continuation in pairs] + inputs)
-        windows = [Window(row, 0, 0, len(tokens)) for row, tokens in enumerate(inputs)]
+        windows = [TokenWindow(row, 0, 0, len(tokens)) for row, tokens in enumerate(inputs)]
         windows.sort(key=lambda window: (-window.end, window.document))
         for batch in batches(windows, self._budget, equal_lengths=self._equal_lengths):
             asked = [(place, number) for place, window in enumerate(batch) for number in users[window.document]]

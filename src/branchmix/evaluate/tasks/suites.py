@@ -9,7 +9,7 @@ from branchmix.settings import read_yaml
 
 
 @dataclass(frozen=True)
-class Member:
+class SuiteTask:
     """A task of a suite."""
 
     task: str
@@ -24,12 +24,12 @@ class Suite:
     """Tasks whose mean is one column of the paper's Table 3."""
 
     title: str
-    members: tuple[Member, ...]
+    members: tuple[SuiteTask, ...]
 
 
 EVERYTHING = "bam"
 SUITES: dict[str, Suite] = {
-    name: Suite(suite["title"], tuple(Member(**member) for member in suite["members"]))
+    name: Suite(suite["title"], tuple(SuiteTask(**member) for member in suite["members"]))
     for name, suite in read_yaml(Path(__file__).with_suffix(".yaml")).items()
 }
 """In the order of the paper's columns; ``bam`` is all of them."""
