@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from branchmix.cli import app
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.sequences import Sequences
 from branchmix.errors import DataError, OutputError, RecipeError
+from branchmix.evaluate.evaluation import evaluate
 from branchmix.settings import parse
 from branchmix.study import step as steps
 from branchmix.study.build import build
@@ -206,6 +208,26 @@ def test_the_ensemble_is_between_its_members_and_no_worse_than_the_posterior_all
         for place, (nats, *_) in enumerate(documents):
             best = min(rows["seed"][domain][place][0], rows["code"][domain][place][0])
             assert nats <= best + 0.6932
+
+
+def test_eval_and_studies_give_a_model_the_same_perplexity(done: Any, tmp_path: Path) -> None:
+    """The same documents, longer than the window, in the same windows; and so for an ensemble."""
+    folders = {name: next(done.out.glob(f"steps/r1.train.{name}-*")) / "model" for name in ("seed", "code")}
+    models = {name: tmp_path / name for name in folders}
+    for name, folder in folders.items():
+        models[name].symlink_to(folder)
+    sources = {name: {"files": str(done.folder / f"{name}.jsonl")} for name in ("general", "code")}
+    file = tmp_path / "data.yaml"
+    file.write_text(yaml.safe_dump({"data": sources, "held_out": settings()["held_out"]}))
+    given = [str(model) for model in models.values()]
+    evaluated = evaluate(given, file, max_length=16, dtype="float32", ensemble="seed,code").models
+    for name, model in zip((*models, "ensemble"), evaluated, strict=True):
+        documents = result(done, f"r1.scores.{name}")["documents"]
+        assert max(row[1] for rows in documents.values() for row in rows) > 16
+        for domain, rows in documents.items():
+            assert model.domains is not None and model.domains[domain].documents == len(rows)
+            nats = sum(row[0] for row in rows) / sum(row[1] for row in rows)
+            assert model.domains[domain].perplexity == pytest.approx(math.exp(nats), rel=1e-5)
 
 
 def test_inference_is_measured(done: Any) -> None:

@@ -173,8 +173,8 @@ class StudyFile(Settings):
     reference: str = "btx"
     """The method that the others are compared with, and whose tokens and FLOPs they match."""
     random_seeds: list[Annotated[int, Field(ge=0, lt=2**30)]] = Field([0], min_length=1)
-    """One repetition for each, with a new seed, experts and mixtures. Within a repetition all methods see the same data
-    in the same order."""
+    """One repetition for each: everything that the study trains is trained again. Within a repetition all methods see
+    the same data in the same order."""
     routes: list[str] = []
     """Methods whose first trained mixture gets a page that shows the expert of each held-out token."""
     inference: Inference | None = Inference()
