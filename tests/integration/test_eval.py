@@ -341,7 +341,7 @@ def test_the_posterior_makes_a_text_as_likely_as_under_a_mixture_of_its_members(
         ({"ensemble": "seed,cod"}, "'cod' is none of the models"),
         ({"ensemble": "seed,seed"}, "is listed twice"),
         ({"ensemble": "seed=0.5,code"}, "give a share"),
-        ({"ensemble": "seed=x,code"}, "'x' is no share"),
+        ({"ensemble": "seed=x,code"}, "'x' is not a share"),
         ({"max_length": 65}, "max_length: 65 is more than the 64 positions"),
         ({"stride": 17}, "stride: 17 does not fit"),
         ({"dtype": "int8"}, "dtype: 'int8' is none of"),

@@ -300,7 +300,7 @@ def test_a_step_by_hand_finds_the_same(done: Any, tmp_path: Path) -> None:
 
 def test_another_folder_is_not_touched(done: Any, tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("something")
-    with pytest.raises(OutputError, match="no study's folder"):
+    with pytest.raises(OutputError, match="not the folder of a study"):
         study(done.file, tmp_path, launcher="inline", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 

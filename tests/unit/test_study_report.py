@@ -218,7 +218,7 @@ def test_trained_models_without_their_training_are_left_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda record: record.clear(), "has no 'key', so it is no record of this step: remove it"),
+        (lambda record: record.clear(), "has no 'key', so it is not a record of this step: remove it"),
         (lambda record: record.pop("routing"), "has no 'routing'"),
         (lambda record: record["documents"]["code"].pop(), "was measured on other documents than r1.scores."),
         (lambda record: record["documents"].update(code=[]), "has no document of code: hold more out"),

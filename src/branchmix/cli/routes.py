@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from branchmix.evaluate.routing.numbers import RoutingReport
+    from branchmix.evaluate.routing.routing_report import RoutingReport
 
 EPILOG = """\b
 Examples:

@@ -57,7 +57,7 @@ def evaluate(
         out: folder for the records, from which a later call resumes, for ``results.json`` and the tasks' examples.
         max_length: tokens of the window; on documents ``MAX_LENGTH`` or the least that a model has positions for if not
             given, on tasks as many as the model has positions for, as lm-eval does.
-        stride: tokens by which the window moves on; the whole window if not given, so that windows do not overlap.
+        stride: tokens by which the window advances; the whole window if not given, so that windows do not overlap.
         batch_tokens: tokens of a forward pass.
         dtype: of the weights: ``auto`` as stored.
         limit: documents of a domain, and examples of a task, at most.
@@ -178,7 +178,7 @@ def _members(ensemble: str, candidates: Sequence[Candidate]) -> dict[Candidate, 
         try:
             members[fitting[0]] = float(share) if share else None
         except ValueError:
-            raise RecipeError(f"ensemble: {part.strip()!r}: {share!r} is no share, such as 0.5") from None
+            raise RecipeError(f"ensemble: {part.strip()!r}: {share!r} is not a share, such as 0.5") from None
     given = [share for share in members.values() if share is not None]
     if given and (len(given) < len(members) or min(given) < 0 or not 0 < sum(given) < float("inf")):
         raise RecipeError("ensemble: give a share, 0 or more, to each member or to none")

@@ -185,7 +185,7 @@ class TokenWindow:
 def sorted_windows(lengths: Sequence[int], max_length: int, stride: int) -> list[TokenWindow]:
     """The windows of rows with so many tokens, prefix included, longest first.
 
-    The first window of a row predicts all it can; each further one moves on by ``stride``, and the last only as far as
+    The first window of a row predicts all it can; each further one advances by ``stride``, and the last only as far as
     it must. Longest first, memory is short at once or never, and documents of one length are done together.
     """
     windows = []

@@ -18,7 +18,7 @@ FILE = "records.jsonl"
 
 
 class Lines:
-    """JSON objects in a file of a folder, ``records.jsonl`` unless said otherwise; nothing is kept if there is none.
+    """JSON objects in a file of a folder, ``records.jsonl`` by default; nothing is kept if there is none.
 
     Any number of processes may add to one file at once: each line is written whole, under a lock. What a killed writer
     left of its last line is passed over. The folder is made if need be.

@@ -209,7 +209,7 @@ class _Builder:
         run = json.loads(json.dumps(run))
         per_step = per_step or step_cost(study, config, {})
         cost = Cost(steps, steps * self.per_step, steps * per_step.flops, steps * per_step.optimizer)
-        # What does not change the result is no part of the key.
+        # What does not change the result is not part of the key.
         free = FREE_TO_CHANGE - {"micro_batch_size"} if has_routers(config) else FREE_TO_CHANGE
         options = {"run": {key: value for key, value in run.items() if key not in free}, "data": self.data}
         options |= self.given_identity if needs.model is None and "model" not in run else {}

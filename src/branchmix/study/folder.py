@@ -54,7 +54,7 @@ def alone(out: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     if out.exists() and (not out.is_dir() or (_has_files(out) and not (out / PLAN).is_file())):
-        raise OutputError(f"{out}: exists, and is no study's folder: choose another")
+        raise OutputError(f"{out}: exists, and is not the folder of a study: choose another")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / _LOCK)

@@ -33,7 +33,7 @@ def training_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
     ``sequence_length``, ``gradient_checkpointing`` and ``attn_implementation`` count.
 
     Raises:
-        CheckpointError: the config is no model's, or its family has no formula.
+        CheckpointError: the config is not that of a model, or its family has no formula.
     """
     weights = parameters(config).total * (4 * _FP32 + 2 * bf16)
     logits = 3 * _FP32 * _tokens(run) * shape_of(config).sizes.vocab_size

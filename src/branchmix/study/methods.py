@@ -14,7 +14,7 @@ Kind = Literal["mixture", "merge", "dense", "ensemble"]
 
 @dataclass(frozen=True)
 class Preset:
-    """A method as it is known from papers."""
+    """A method that papers describe."""
 
     label: str
     what: str

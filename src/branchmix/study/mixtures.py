@@ -18,7 +18,7 @@ def seed_config(study: StudyFile, given: ResolvedModel | None) -> dict[str, Any]
     """The config of the seed that is given, or else of the new one.
 
     Raises:
-        BranchMixError: there is no such model, or no new one of these keys.
+        BranchMixError: there is no such model, or its keys make no new one.
     """
     from branchmix.train.models import new_config, require_model_type, training_tokenizer
 

@@ -91,7 +91,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"{file}: is no record of a study")
+        raise DataError(f"{file}: is not a record of a study")
     return content
 
 
@@ -116,7 +116,7 @@ def _records(place: Path, steps: Records) -> Records:
         record, step = _read(file), steps[file.stem]
         missing = [part for part in ("key", "about", *_PARTS[step["kind"]]) if part not in record]
         if missing:
-            raise DataError(f"{file}: has no {missing[0]!r}, so it is no record of this step: remove it")
+            raise DataError(f"{file}: has no {missing[0]!r}, so it is not a record of this step: remove it")
         if record["key"] == step["key"]:
             records[file.stem] = record
     return records

@@ -223,7 +223,9 @@ class StudyFile(Settings):
             raise ValueError("experts: there is none: data has no domain but general's")
         for name in self.expert_names:
             if name == SEED or not is_expert_name(name) or "." in name:
-                raise ValueError(f"experts: {name!r} is no name for an expert: letters, digits, - and _, not 'seed'")
+                raise ValueError(
+                    f"experts: {name!r} is not a name for an expert: use letters, digits, - and _, and not 'seed'"
+                )
 
     def _check_methods(self) -> None:
         titles = [method.title for method in self.all_methods]

@@ -164,8 +164,7 @@ SELECTIONS = (
         (("btx", "dm"), ("bam-shared-kv", "cm"), ("bam-attention-top2", "cm"), ("bam-attention-top1", "cm")),
     ),
 )
-"""Name, title, note, the method without which there is no table, and methods with their match, of some of the paper's
-tables."""
+"""Tables of the paper: name, title, note, the method that each needs, and its methods with their match."""
 
 
 def selection(

@@ -18,7 +18,7 @@ from branchmix.evaluate.data_file import EvalData
 from branchmix.evaluate.documents import HashedDocument, select
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
 from branchmix.evaluate.routing.count import ModelCounts, count
-from branchmix.evaluate.routing.numbers import RoutingReport, report
+from branchmix.evaluate.routing.routing_report import RoutingReport, report
 from branchmix.likelihood.forward import max_positions
 from branchmix.likelihood.models import TextModel, check_dtype, encode, prefix_token
 from branchmix.models.routers import find_routers
@@ -40,7 +40,7 @@ class ShownText:
 
     domain: str
     pieces: list[str]
-    """The text that each token stands for; together they are the text. Empty for further tokens of one character."""
+    """The text of each token; together they are the text. Empty for further tokens of one character."""
     cut: bool
     """Whether the document is longer."""
 
@@ -71,7 +71,7 @@ def routes(
 
     Args:
         model: a mixture of ours or of transformers, as a folder or Hub id.
-        data: documents by domain, as in ``evaluate``; held-out ones unless it says otherwise.
+        data: documents by domain, as in ``evaluate``; held-out ones unless ``data`` says ``all``.
         texts: instead of ``data``, each a document of one domain.
         max_length: tokens of the window: each token has at least half as many before it, if the document has.
         shown_tokens: of the page; the beginnings of as many documents of every domain.
@@ -80,7 +80,7 @@ def routes(
     Raises:
         RecipeError: no text, both kinds of it, or options that make no sense.
         DataError: a source cannot be read, or has no document.
-        CheckpointError: the model cannot be loaded, or is no mixture.
+        CheckpointError: the model cannot be loaded, or is not a mixture.
     """
     check_dtype(dtype)
     if (data is None) == (not texts):
@@ -204,7 +204,7 @@ def _shown_of(documents: Sequence[tuple[str, str]], tokens: Sequence[np.ndarray]
 
 
 def _pieces(tokenizer: Any, text: str, tokens: np.ndarray) -> list[str]:
-    """What each of the text's first tokens stands for in it: from the end of the one before it to its own end."""
+    """The part of the text that each of its first tokens covers: from the end of the one before it to its own."""
     if not getattr(tokenizer, "is_fast", False):
         return [str(tokenizer.decode([int(token)])) for token in tokens]
     text = text[: max(LONG, _LONGEST_TOKEN * len(tokens))]  # of a long document, what these tokens may come from

@@ -71,7 +71,7 @@ def chance_of_agreement(first_E: np.ndarray, second_E: np.ndarray) -> float:
 
 
 def typical_tokens(load_VE: np.ndarray, count_V: np.ndarray, expert: int, *, most: int = 12) -> list[tuple[int, float]]:
-    """Kinds of tokens that tell most of an expert, best first, each with the share of its occurrences that go there.
+    """The most telling kinds of tokens of an expert, best first, each with the share of its occurrences that go there.
 
     A kind's score is ``p(v|e) log2( p(v|e) / p(v) )``, its part of how the expert's tokens differ from all tokens:
     often used there, and more often than elsewhere. Kinds that the expert gets no more of than others are left out.

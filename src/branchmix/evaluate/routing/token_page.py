@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from branchmix.evaluate.routing import plots
-from branchmix.evaluate.routing.numbers import LayerRouting
 from branchmix.evaluate.routing.routes import Routes
+from branchmix.evaluate.routing.routing_report import LayerRouting
 from branchmix.pages import page
 from branchmix.pages.pictures import COLOURS, svg
 

@@ -128,5 +128,5 @@ def _bootstrap_stderr(metric: Any, values: Any, iters: int) -> float:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as it fits into a line of ours."""
+    """What an error says, as far as it fits into one line."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
