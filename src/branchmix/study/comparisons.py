@@ -134,8 +134,9 @@ def _difference(compared: Comparison) -> dict[str, Any]:
 def slopes(models: list[Numbers], reference: Numbers | None, comparisons: dict[str, Any]) -> list[dict[str, Any]]:
     """How fast perplexity falls with tokens, for methods with a run at equal data and one at equal compute.
 
-    Both runs have whole schedules of their own, so this is not the tail of a curve whose rate has died down. A lead of L in
-    log perplexity at equal data pays for R times the FLOPs once perplexity falls more slowly than tokens^-(L / ln R).
+    Both runs have whole schedules of their own, so this is not the tail of a curve whose rate has died down. A lead of
+    L in log perplexity at equal data pays for R times the FLOPs once perplexity falls more slowly than
+    tokens^-(L / ln R).
     """
     rows: list[dict[str, Any]] = []
     for data in models:
