@@ -23,9 +23,8 @@ from branchmix.cli import app
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import CheckpointError, DataError, RecipeError
 from branchmix.evaluate import document_records
-from branchmix.evaluate.data_file import EvalData
 from branchmix.evaluate.document_records import DocumentRecords
-from branchmix.evaluate.documents import select
+from branchmix.evaluate.documents import EvalData, select
 from branchmix.evaluate.ensemble import ensemble_log_probs
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.evaluate.perplexity import ScoredDocument, aggregate, score_documents

@@ -15,9 +15,8 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.text import replaced_note
 from branchmix.errors import RecipeError
 from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.data_file import EvalData
 from branchmix.evaluate.document_records import DocumentReader, DocumentRecords
-from branchmix.evaluate.documents import HashedDocument, select
+from branchmix.evaluate.documents import EvalData, HashedDocument, select
 from branchmix.evaluate.ensemble import mixed
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
 from branchmix.evaluate.scores import EvalReport, ModelReport

@@ -62,7 +62,6 @@ class TextScore:
     documents: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return asdict(self)
 
 

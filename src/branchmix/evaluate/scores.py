@@ -33,7 +33,6 @@ class TaskScore:
     """Members of a group."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         metrics = {
             name: {**asdict(measured), "higher_is_better": self.higher_is_better.get(name.split(",")[0])}
             for name, measured in self.metrics.items()
@@ -53,7 +52,6 @@ class SuiteScore:
     """The metric of each task that counts; empty for the mean of suites."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {"title": self.title, **asdict(self.score), **({"metrics": self.members} if self.members else {})}
 
 
@@ -76,7 +74,6 @@ class ModelReport:
     suites: dict[str, SuiteScore] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         content: dict[str, Any] = {"model": self.model, "dtype": self.dtype}
         if self.domains is not None:
             content |= {"prefix": self.prefix, "max_length": self.max_length, "stride": self.stride}
@@ -97,5 +94,4 @@ class EvalReport:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {"models": [model.as_dict() for model in self.models]}

@@ -50,11 +50,11 @@ class TextModel:
         self.tokenizer = load_tokenizer(self.folder, **self._options)
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
 
-    def load(self) -> Any:
-        """The causal LM, ready for evaluation, on a GPU if there is one."""
+    def load(self, **options: Any) -> Any:
+        """The causal LM, ready for evaluation, on a GPU if there is one; ``options`` of ``from_pretrained``."""
         import torch
 
-        model = load_language_model(self.folder, dtype=self.dtype, **self._options)
+        model = load_language_model(self.folder, dtype=self.dtype, **self._options, **options)
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

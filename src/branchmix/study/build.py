@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hashes import key_of
-from branchmix.checkpoint.hub import resolve
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.data.config import Source
 from branchmix.errors import RecipeError
+from branchmix.recipe import Recipe
 from branchmix.settings import overlaid
 from branchmix.study.facts import step_cost
 from branchmix.study.graph import (
@@ -28,7 +31,6 @@ from branchmix.study.graph import (
     StepKind,
     has_routers,
 )
-from branchmix.study.identity import identity_of_recipe, identity_of_seed, identity_of_text
 from branchmix.study.methods import METHODS
 from branchmix.study.mixtures import Mixtures, seed_config
 from branchmix.study.settings import SEED, InstalledText, Method, StudyFile
@@ -37,6 +39,12 @@ from branchmix.train.outputs import FREE_TO_CHANGE
 
 HELD_OUT_WHILE_TRAINING = 2048
 """Tokens of a domain that a run itself evaluates at its end; the scores are a step of their own."""
+_HASHED_BYTES = 4 << 30
+"""Text up to this size is known by its content, above by sizes and dates."""
+_LATER: dict[str, dict[str, Any]] = {"routing": {"shared": False}}
+"""Options of recipes that came after `graph.FORMAT` 1, with the values that mean what was done before there were any.
+
+Left out of keys at these values, so that a study which an older version began is resumed."""
 _SEED_PHASE, _EXPERT_PHASE, _MIXTURE_PHASE = 0, 1, 2
 
 Order = tuple[int, ...]
@@ -57,7 +65,7 @@ class _Builder:
         self.study = study
         self.steps: dict[str, Step] = {}
         given = resolve(study.seed, study.folder) if isinstance(study.seed, str) else None
-        self.given_identity = identity_of_seed(given)
+        self.given_identity = _identity_of_seed(given)
         self.seed_config = seed_config(study, given)
         self.mixtures = Mixtures(study, self.seed_config)
         self.per_step = study.step_tokens
@@ -69,7 +77,7 @@ class _Builder:
         study = self.study
         if isinstance(study.data, InstalledText):
             self._add("text", "text", study.data.model_dump(), Needs(), (0,))
-        self.data = identity_of_text(study)
+        self.data = _identity_of_text(study)
         self.reference_cost = self._reference_cost()
         repetitions = range(len(study.random_seeds))
         for repetition in repetitions:
@@ -132,7 +140,7 @@ class _Builder:
             self._add(name, "ensemble", options, needs, (*order, 9), config=self.seed_config, about=about)
             return
         recipe = self.mixtures.recipe(method, self._random(repetition, _MIXTURE_PHASE))
-        config, content = self.mixtures.config(recipe), identity_of_recipe(recipe)
+        config, content = self.mixtures.config(recipe), _identity_of_recipe(recipe)
         names = [expert.name for expert in recipe.experts]
         needs = Needs(members={role: step for role, step in dense.items() if role in (SEED, *names)})
         options = {"recipe": content, "experts": names, **self.given_identity}
@@ -293,3 +301,50 @@ class _Builder:
 def _trains(step: Step, method: str) -> bool:
     """Whether a step is a run of a method's first repetition."""
     return step.kind == "train" and step.about is not None and (step.about.repetition, step.about.method) == (0, method)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What distinguishes one seed, text or merge from another: part of the keys of all steps that depend on them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """JSON of all that a merge depends on, but for the models themselves."""
+    content: dict[str, Any] = recipe.model_dump(mode="json", exclude={"seed", "experts"})
+    for section, later in _LATER.items():
+        content[section] = {key: value for key, value in content[section].items() if later.get(key, ...) != value}
+    return content
+
+
+def _identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:
+    """A given seed's revision on the Hub, or the hash of its folder; empty if a step trains the seed."""
+    if given is None:
+        return {}
+    if given.revision:
+        return {"seed": f"{given.given}@{given.revision}"}
+    from branchmix.likelihood.records import model_hash
+
+    return {"seed": model_hash(given.folder)}
+
+
+def _identity_of_text(study: StudyFile) -> dict[str, Any]:
+    """What the text of all domains depends on; that of a text step is in its key."""
+    if isinstance(study.data, InstalledText):
+        return {}
+    return {name: _identity_of_source(source, study.folder) for name, source in study.data.items()}
+
+
+def _identity_of_source(source: Source, folder: Path) -> dict[str, Any]:
+    from branchmix.checkpoint.hashes import FileHashes
+    from branchmix.data.sources import find_files
+
+    if source.files is None:
+        return source.model_dump(exclude_none=True)
+    patterns = [source.files] if isinstance(source.files, str) else source.files
+    files = find_files(patterns, folder, exclude=source.exclude)
+    if sum(file.stat().st_size for file in files) > _HASHED_BYTES:
+        known: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    else:
+        with FileHashes(files) as hashes:
+            known = [[file.name, hashes.of(file)] for file in files]
+    return {"files": known, "column": source.column}

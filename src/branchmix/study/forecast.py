@@ -77,7 +77,6 @@ class Forecast:
     warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:

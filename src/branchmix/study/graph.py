@@ -131,7 +131,6 @@ class Step:
         return made and self.about.role not in ("seed", "expert")  # type: ignore[union-attr]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {**asdict(self), "about": self.about.as_dict() if self.about else {}}
 
     @classmethod

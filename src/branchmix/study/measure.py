@@ -85,10 +85,10 @@ class HeldOutText:
 
     def _load(self, folder: Path) -> tuple[Any, Any, Computing]:
         import torch
-        from transformers import AutoConfig
         from transformers.utils import logging
 
-        from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
+        from branchmix.checkpoint.hub import ResolvedModel
+        from branchmix.likelihood.models import TextModel
         from branchmix.models.chunked_branchmix import faster_in_bf16
         from branchmix.train.models import Computing, attention_options
 
@@ -96,11 +96,9 @@ class HeldOutText:
         logging.disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         computing = Computing(device, faster_in_bf16(device) if self.bf16 is None else self.bf16)
-        code: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        config = load(AutoConfig, folder, **code)
-        options: dict[str, Any] = attention_options(config.model_type, computing, self.max_length)
-        model = load_language_model(folder, dtype=torch.float32, **code, **options)
-        return model.eval().to(device), load_tokenizer(folder, **code), computing
+        model = TextModel(ResolvedModel(str(folder), folder), "float32", self.trust_remote_code)
+        options = attention_options(model.config.model_type, computing, self.max_length)
+        return model.load(**options), model.tokenizer, computing
 
     def _corpus(self, tokenizer: Any) -> Any:
         from branchmix.data.corpus import open_corpus

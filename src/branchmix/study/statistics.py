@@ -56,7 +56,6 @@ class Interval:
         return self.half_width is not None and abs(self.value) > self.half_width
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return asdict(self)
 
 
@@ -103,7 +102,6 @@ class Comparison:
         return math.expm1(self.mean.value)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {
             "relative": self.relative,
             "log_perplexity": self.mean.as_dict(),
