@@ -104,6 +104,8 @@ def studies_page() -> str:
         "  study that was stopped or killed; its runs resume from their checkpoints. Labels, threads, checkpoint",
         "  intervals and the like are not part of the hash. `--only` takes names of steps or parts of them (`r1`,",
         "  `btx`, `'r*.train.*'`). Results of earlier settings stay in `steps/` until you delete them.",
+        "- **Perplexity** is measured on whole held-out documents, in windows of `sequence_length` tokens that do not",
+        "  overlap: the rule of `branchmix eval` and of lm-eval's `loglikelihood_rolling`.",
         "- **Intervals** are Student's 95 % over repetitions, paired by the order of the data. With a single",
         "  repetition, only the error over held-out documents is known, and differences up to 2 % do not count.",
         "- **Results** are small text files in `results/`. `branchmix report` needs nothing else, so commit those.",
@@ -145,8 +147,7 @@ def studies_page() -> str:
     lines += [
         "",
         "Seed and experts are always evaluated. You can list a method more than once with different options:",
-        "`{method: btx, name: btx-z, recipe: {router_z_loss_coef: 0.01}, match: [dm]}`. `match: [time]` gives a run",
-        "the wall time that the reference took, which depends on what else the machine is doing.",
+        "`{method: btx, name: btx-z, recipe: {router_z_loss_coef: 0.01}, match: [dm]}`.",
         "",
     ]
     return HEADER + "\n".join(lines)

@@ -21,9 +21,9 @@ from branchmix.cli import app
 from branchmix.errors import RecipeError
 from branchmix.study import forecast
 from branchmix.study.build import build
+from branchmix.study.folder import alone, write_plan
 from branchmix.study.forecast import MARGIN, fit, fitted
 from branchmix.study.report import report
-from branchmix.study.run import alone, write_plan
 from branchmix.study.settings import DEMO, InstalledText, StudyFile
 from branchmix.study.speed import Speed, _measure, kind_of
 from pages import checked

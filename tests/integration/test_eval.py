@@ -22,13 +22,12 @@ import corpora
 from branchmix.cli import app
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import CheckpointError, DataError, RecipeError
-from branchmix.evaluate import domains
-from branchmix.evaluate.config import EvalData
-from branchmix.evaluate.documents import select
+from branchmix.evaluate import document_records
+from branchmix.evaluate.document_records import DocumentRecords
+from branchmix.evaluate.documents import EvalData, select
 from branchmix.evaluate.ensemble import ensemble_log_probs
-from branchmix.evaluate.perplexity import DocumentScore, bits_per_byte
-from branchmix.evaluate.records import Records, Scored
-from branchmix.evaluate.run import evaluate
+from branchmix.evaluate.evaluation import evaluate
+from branchmix.evaluate.perplexity import ScoredDocument, aggregate, score_documents
 from branchmix.likelihood.records import model_hash
 from branchmix.upcycling import upcycle
 from mixtures import load, recipe
@@ -117,7 +116,8 @@ def test_models_side_by_side(models: dict[str, Path], data: Path, tmp_path: Path
     for name, model in zip(names, found, strict=False):
         texts = {"prose": [corpora.text(n) for n in range(40)], "maths": [corpora.text(n) for n in range(100, 120)]}
         for domain, numbers in model["domains"].items():
-            wanted = bits_per_byte(load(Path(name)), corpora.tokenizer(), texts[domain], max_length=MAX_LENGTH)
+            scores = score_documents(load(Path(name)), corpora.tokenizer(), texts[domain], max_length=MAX_LENGTH)
+            wanted = aggregate(score for _, score in scores)
             assert numbers == pytest.approx(wanted.as_dict(), rel=1e-5)
     table = CliRunner().invoke(app, ["eval", *names[:2], *options, "--limit", "3"])
     assert table.exit_code == 0 and table.stdout.count("* ") == 3  # the best of two domains, and the legend
@@ -150,12 +150,13 @@ def test_a_killed_evaluation_goes_on(
     file.write_bytes(file.read_bytes()[:-40])  # the last line is torn, as after a power cut
     kept = file.read_bytes()
     computed = []
-    predict = domains.token_log_probs
-    monkeypatch.setattr(
-        domains,
-        "token_log_probs",
-        lambda model, tokens, **k: computed.append(len(tokens)) or predict(model, tokens, **k),
-    )
+    score = document_records.score_documents
+
+    def counted(model: Any, tokenizer: Any, texts: Any, **options: Any) -> Any:
+        computed.append(len(texts))
+        return score(model, tokenizer, texts, **options)
+
+    monkeypatch.setattr(document_records, "score_documents", counted)
     resumed = evaluate(names, data, out=out, max_length=MAX_LENGTH)
     assert file.read_bytes().startswith(kept)
     assert [len(computed), computed[1]] == [2, 20] and 0 < computed[0] < 40  # of the mixture, what was missing
@@ -232,7 +233,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("branchmix.evaluate.run.evaluate", interrupted)
+    monkeypatch.setattr("branchmix.evaluate.evaluation.evaluate", interrupted)
     with_records = CliRunner().invoke(app, ["eval", "seed", "--out", str(tmp_path)])
     assert f"rerun the command to resume from the records in {tmp_path}" in with_records.stderr
     without = CliRunner().invoke(app, ["eval", "seed"])
@@ -250,32 +251,32 @@ def test_a_model_is_known_by_its_content(models: dict[str, Path], tmp_path: Path
 
 def test_many_may_write_at_once(tmp_path: Path) -> None:
     def work(writer: int) -> None:
-        records = Records(tmp_path)
+        records = DocumentRecords(tmp_path)
         for number in range(25):
             log_probs = np.full(3000, writer + number / 100, dtype=np.float32)
-            records.add(f"model {writer % 2}", str(number), "prose", Scored(DocumentScore(number, 3000, 1), log_probs))
+            records.add(f"model {writer % 2}", str(number), "prose", ScoredDocument(log_probs, number))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert len([json.loads(line) for line in lines]) == 100
-    records = Records(tmp_path)
+    records = DocumentRecords(tmp_path)
     for writer in range(2):
         for number in range(25):
             found = records.get(f"model {writer}", str(number))
-            assert found is not None and found.score == DocumentScore(number, 3000, 1)
+            assert found is not None and (found.tokens, found.bytes) == (3000, number)
             assert found.log_probs[0] in (np.float32(writer + number / 100), np.float32(writer + 2 + number / 100))
 
 
 def test_a_line_waits_for_the_one_being_written(tmp_path: Path) -> None:
-    records = Records(tmp_path)
+    records = DocumentRecords(tmp_path)
     records.describe("model", {})
     file = tmp_path / "records.jsonl"
     with ThreadPoolExecutor(1) as pool:
         with FileLock(tmp_path / "records.lock"), file.open("ab") as other:
             other.write(b'{"model": "other", ')
             other.flush()
-            waiting = pool.submit(Records(tmp_path).describe, "mine", {})
+            waiting = pool.submit(DocumentRecords(tmp_path).describe, "mine", {})
             time.sleep(0.3)
             other.write(b'"path": null}\n')
         waiting.result()
@@ -337,9 +338,9 @@ def test_the_posterior_makes_a_text_as_likely_as_under_a_mixture_of_its_members(
     ("options", "message"),
     [
         ({"ensemble": "seed,cod"}, "'cod' is none of the models"),
-        ({"ensemble": "seed,seed"}, "stands twice"),
+        ({"ensemble": "seed,seed"}, "is listed twice"),
         ({"ensemble": "seed=0.5,code"}, "give a share"),
-        ({"ensemble": "seed=x,code"}, "'x' is no share"),
+        ({"ensemble": "seed=x,code"}, "'x' is not a share"),
         ({"max_length": 65}, "max_length: 65 is more than the 64 positions"),
         ({"stride": 17}, "stride: 17 does not fit"),
         ({"dtype": "int8"}, "dtype: 'int8' is none of"),

@@ -15,8 +15,8 @@ import corpora
 import hub_copies
 from branchmix.cli import app
 from branchmix.errors import RecipeError
-from branchmix.evaluate.report import Measured
-from branchmix.evaluate.run import evaluate
+from branchmix.evaluate.evaluation import evaluate
+from branchmix.evaluate.scores import Measured
 from branchmix.evaluate.tasks.definitions.quac.scoring import process_results
 from branchmix.evaluate.tasks.options import TaskOptions
 from branchmix.evaluate.tasks.suites import SUITES, chosen_suites
@@ -24,7 +24,7 @@ from branchmix.evaluate.tasks.suites import SUITES, chosen_suites
 pytest.importorskip("lm_eval")
 
 from branchmix.evaluate.tasks import loading
-from branchmix.evaluate.tasks.run import _mean
+from branchmix.evaluate.tasks.task_evaluation import _mean
 
 PAPER = {
     "bam-math": {"gsm8k": 8, "math": 4},

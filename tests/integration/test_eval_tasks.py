@@ -17,7 +17,7 @@ import corpora
 import downstream
 from branchmix.cli import app
 from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.run import evaluate
+from branchmix.evaluate.evaluation import evaluate
 from branchmix.evaluate.tasks.options import TaskOptions
 from branchmix.upcycling import upcycle
 from mixtures import load, recipe

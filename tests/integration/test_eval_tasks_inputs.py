@@ -20,7 +20,7 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.cli import app, main
 from branchmix.errors import BranchMixError, DataError, RecipeError
 from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.run import evaluate
+from branchmix.evaluate.evaluation import evaluate
 from branchmix.evaluate.tasks import options as options_module
 from branchmix.evaluate.tasks.options import TaskOptions
 from mixtures import load
@@ -119,9 +119,9 @@ def test_what_only_the_model_shows_is_one_line_too(model: str, tasks: Path) -> N
 def test_the_same_task_with_two_numbers_of_examples(model: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from branchmix.evaluate.tasks import suites
 
-    suite = suites.Suite("Test", (suites.Member("choice", 1, "acc"),))
+    suite = suites.Suite("Test", (suites.SuiteTask("choice", 1, "acc"),))
     monkeypatch.setitem(suites.SUITES, "bam-test", suite)
-    with pytest.raises(RecipeError, match="choice stands twice, with 1 and with 2 examples"):
+    with pytest.raises(RecipeError, match="choice is listed twice, with 1 and with 2 examples"):
         evaluate([model], tasks=TaskOptions(("bam-test", "choice"), include_path=(tasks,)), limit=1)
     report = evaluate([model], tasks=TaskOptions(("bam-test", "choice"), 1, include_path=(tasks,)), limit=1)
     assert report.models[0].suites["bam-test"].score.value == report.models[0].tasks["choice"].metrics["acc"].value

@@ -20,7 +20,7 @@ from bad_inputs import config as edit_config
 from branchmix.checkpoint.folder import TEMPLATES
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import BranchMixError, CheckpointError
-from branchmix.evaluate.run import evaluate
+from branchmix.evaluate.evaluation import evaluate
 from branchmix.likelihood import loading
 from branchmix.likelihood.loading import load_language_model
 from branchmix.likelihood.records import model_hash

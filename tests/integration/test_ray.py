@@ -173,7 +173,7 @@ def test_the_cores_of_this_machine_say_nothing_about_the_clusters(
     """A step of a study that asked for this machine's share of cores would wait for ever where others have fewer."""
     from test_study import write_study
 
-    from branchmix.study import run
+    from branchmix.study import processes, scheduler
 
     asked: list[tuple[int, str]] = []
 
@@ -181,10 +181,10 @@ def test_the_cores_of_this_machine_say_nothing_about_the_clusters(
         asked.extend((num_cpus, job.env["OMP_NUM_THREADS"]) for job in jobs)
         return Outcome([JobState(job) for job in jobs], None)
 
-    monkeypatch.setattr(run, "cores", lambda: 64)
+    monkeypatch.setattr(processes, "cores", lambda: 64)
     monkeypatch.setattr(cluster_module, "run_on_ray", pretended)
     for threads in (None, 3):
-        run.study(write_study(tmp_path, threads=threads), tmp_path / "out", launcher="ray", progress=False)
+        scheduler.study(write_study(tmp_path, threads=threads), tmp_path / "out", launcher="ray", progress=False)
         assert asked and set(asked) == {(threads or 1, str(threads or 1))}
         asked.clear()
 
@@ -194,7 +194,7 @@ def test_a_study_on_the_cluster_finds_what_it_finds_here(tmp_path: Path, monkeyp
     """All that steps leave but times is the same; so are the folders, but for the cluster's."""
     from test_study import write_study
 
-    from branchmix.study.run import study
+    from branchmix.study.scheduler import study
 
     monkeypatch.setenv("BRANCHMIX_CACHE", str(tmp_path / "cache"))
     file = write_study(tmp_path, methods=["btx", "ensemble"], inference=None, threads=1)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import corpora
 from branchmix.cli import app
 from branchmix.errors import BranchMixError, CheckpointError, OutputError, RecipeError
-from branchmix.evaluate.routing.run import Routes, read_texts, routes
+from branchmix.evaluate.routing.routes import Routes, read_texts, routes
 from branchmix.models.routers import RouterOutput, Rule, find_routers
 from families import SIZES
 from routed import NAMES, OTHERS, TEXTS, data_file, ours, save, theirs

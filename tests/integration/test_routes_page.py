@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import corpora
-from branchmix.evaluate.routing.page import html, write
-from branchmix.evaluate.routing.run import Routes, routes
+from branchmix.evaluate.routing.routes import Routes, routes
+from branchmix.evaluate.routing.token_page import html, write
 from browser import Page
 from routed import NAMES, data_file, ours, theirs
 

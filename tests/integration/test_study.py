@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,14 +22,15 @@ from branchmix.cli import app
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.sequences import Sequences
 from branchmix.errors import DataError, OutputError, RecipeError
+from branchmix.evaluate.evaluation import evaluate
 from branchmix.settings import parse
 from branchmix.study import step as steps
 from branchmix.study.build import build
 from branchmix.study.forecast import forecast
-from branchmix.study.measure import measure
+from branchmix.study.measure import HeldOutText
 from branchmix.study.report import report
 from branchmix.study.results import collect
-from branchmix.study.run import StudyReport, study
+from branchmix.study.scheduler import StudyReport, study
 from branchmix.study.settings import StudyFile
 from branchmix.train import train
 from branchmix.train.config import RunConfig
@@ -208,6 +210,26 @@ def test_the_ensemble_is_between_its_members_and_no_worse_than_the_posterior_all
             assert nats <= best + 0.6932
 
 
+def test_eval_and_studies_give_a_model_the_same_perplexity(done: Any, tmp_path: Path) -> None:
+    """The same documents, longer than the window, in the same windows; and so for an ensemble."""
+    folders = {name: next(done.out.glob(f"steps/r1.train.{name}-*")) / "model" for name in ("seed", "code")}
+    models = {name: tmp_path / name for name in folders}
+    for name, folder in folders.items():
+        models[name].symlink_to(folder)
+    sources = {name: {"files": str(done.folder / f"{name}.jsonl")} for name in ("general", "code")}
+    file = tmp_path / "data.yaml"
+    file.write_text(yaml.safe_dump({"data": sources, "held_out": settings()["held_out"]}))
+    given = [str(model) for model in models.values()]
+    evaluated = evaluate(given, file, max_length=16, dtype="float32", ensemble="seed,code").models
+    for name, model in zip((*models, "ensemble"), evaluated, strict=True):
+        documents = result(done, f"r1.scores.{name}")["documents"]
+        assert max(row[1] for rows in documents.values() for row in rows) > 16
+        for domain, rows in documents.items():
+            assert model.domains is not None and model.domains[domain].documents == len(rows)
+            nats = sum(row[0] for row in rows) / sum(row[1] for row in rows)
+            assert model.domains[domain].perplexity == pytest.approx(math.exp(nats), rel=1e-5)
+
+
 def test_inference_is_measured(done: Any) -> None:
     measured = result(done, "inference")["inference"]["models"]
     assert set(measured) == {"seed", "btx", "bam-expert-kv"}
@@ -258,9 +280,8 @@ def test_mixtures_are_measured_in_bf16(tmp_path: Path) -> None:
     found = {}
     for bf16 in (False, True):
         sources = {"general": Source(files="general.jsonl")}
-        held_out = HeldOut(share=0.2, tokens=300)
-        options = {"folder": folder, "held_out": held_out, "max_length": 64, "bf16": bf16}
-        found[bf16] = measure(folder / "model", sources, **options)
+        text = HeldOutText(sources, folder, HeldOut(share=0.2, tokens=300), 64, bf16)
+        found[bf16] = text.measure(folder / "model")
     for layers in zip(found[True]["routing"]["attention"], found[False]["routing"]["attention"], strict=True):
         assert layers[0]["by_domain"]["general"] == pytest.approx(layers[1]["by_domain"]["general"], abs=0.02)
 
@@ -279,7 +300,7 @@ def test_a_step_by_hand_finds_the_same(done: Any, tmp_path: Path) -> None:
 
 def test_another_folder_is_not_touched(done: Any, tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("something")
-    with pytest.raises(OutputError, match="no study's folder"):
+    with pytest.raises(OutputError, match="not the folder of a study"):
         study(done.file, tmp_path, launcher="inline", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
@@ -313,14 +334,16 @@ def test_the_demo_prints_its_table_and_its_page(done: Any, tmp_path: Path, monke
     for name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     shutil.copytree(done.out / "results", tmp_path / "results")
-    monkeypatch.setattr("branchmix.study.run.study", lambda config, out: StudyReport(out, {"r1.train.btx": "done"}))
+    monkeypatch.setattr(
+        "branchmix.study.scheduler.study", lambda config, out: StudyReport(out, {"r1.train.btx": "done"})
+    )
     monkeypatch.setattr("branchmix.study.report.report", partial(report, kinds=["html"]))  # no pictures as files
     shown = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert "| BAM DM Expert KV | " in shown.stdout and f"{tmp_path / 'index.html'}\n" in shown.stdout
     numbers = json.loads(CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"]).stdout)
     assert numbers["reference"] == "btx" and "documents" not in json.dumps(numbers["models"])
     left = StudyReport(tmp_path, {"r1.train.btx": "failed"}, {"r1.train.btx": "no memory"})
-    monkeypatch.setattr("branchmix.study.run.study", lambda config, out: left)
+    monkeypatch.setattr("branchmix.study.scheduler.study", lambda config, out: left)
     failed = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert failed.exit_code == 2 and "error: r1.train.btx: no memory" in failed.stderr
 

@@ -10,17 +10,16 @@ from test_study import STEP, write_study
 
 from branchmix.study.methods import METHODS
 from branchmix.study.report import report
-from branchmix.study.run import study
+from branchmix.study.scheduler import study
 from corpora import write_jsonl
 
 
 @pytest.mark.slow
 def test_every_method_runs(tmp_path: Path) -> None:
-    methods = [*METHODS, {"method": "btx", "name": "btx-timed", "match": ["time"]}]
     tokens = {"seed": 4 * STEP, "expert": 2 * STEP, "mixture": 4 * STEP}
     write_jsonl(tmp_path / "law.jsonl", range(400, 520))
     data = {name: {"files": f"{name}.jsonl"} for name in ("general", "code", "law")}
-    file = write_study(tmp_path, data=data, methods=methods, tokens=tokens, inference=None)
+    file = write_study(tmp_path, data=data, methods=[*METHODS], tokens=tokens, inference=None)
     done = study(file, tmp_path / "out", launcher="inline", progress=False)
     assert not done.failed and not done.left
     found = report(tmp_path / "out")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.perplexity import DocumentScore, aggregate, bits_per_byte, token_log_probs
+from branchmix.evaluate.perplexity import ScoredDocument, TextScore, aggregate, score_documents, token_log_probs
 from branchmix.likelihood.models import encode, prefix_token
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture
@@ -33,14 +33,16 @@ class Letters:
         return "?" * len(tokens)
 
 
+def bits_per_byte(model: Any, tokenizer: Any, texts: list[str], **options: Any) -> TextScore:
+    return aggregate(score for _, score in score_documents(model, tokenizer, texts, **options))
+
+
 def check(model: Any, max_length: int, stride: int | None) -> None:
     documents = encode(Letters(), TEXTS)
     ours = dict(token_log_probs(model, documents, prefix=1, max_length=max_length, stride=stride, batch_tokens=40))
     assert sorted(ours) == list(range(len(TEXTS)))
     for number, document in enumerate(documents):
-        theirs = token_by_token(
-            model, [1, *document.tolist()], max_length, max_length // 2 if stride is None else stride
-        )
+        theirs = token_by_token(model, [1, *document.tolist()], max_length, max_length if stride is None else stride)
         np.testing.assert_allclose(ours[number], theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -103,7 +105,7 @@ def test_the_standard_error_is_that_of_resampled_documents() -> None:
     generator = np.random.default_rng(0)
     sizes = generator.integers(50, 2000, size=400)
     nll = sizes * generator.gamma(9.0, 0.07, size=400)
-    scores = [DocumentScore(float(nats), int(size) // 3, int(size)) for nats, size in zip(nll, sizes, strict=True)]
+    scores = [ScoredDocument(np.array([-nats]), int(size)) for nats, size in zip(nll, sizes, strict=True)]
     found = aggregate(scores)
     assert found.stderr is not None
     picks = generator.integers(0, 400, size=(2000, 400))

@@ -13,7 +13,7 @@ from branchmix.errors import RecipeError
 from branchmix.settings import parse
 from branchmix.study import processes
 from branchmix.study.build import build
-from branchmix.study.graph import Graph, chosen
+from branchmix.study.graph import Graph
 from branchmix.study.methods import METHODS
 from branchmix.study.processes import processes_of
 from branchmix.study.settings import DEMO, StudyFile
@@ -68,7 +68,7 @@ def new(before: Graph, after: Graph) -> set[str]:
     ("changes", "words"),
     [
         ({"methods": ["btxx"]}, "no method 'btxx', did you mean 'btx'"),
-        ({"methods": ["btx", "btx"]}, "'btx' stands there 2 times: give each a name"),
+        ({"methods": ["btx", "btx"]}, "'btx' is listed 2 times: give each a name"),
         ({"methods": ["soup"], "reference": "soup"}, "soup is not trained"),
         ({"methods": ["soup"]}, "reference: no method is called 'btx'"),
         ({"experts": ["codes"]}, "no domain of data is called 'codes', did you mean 'code'"),
@@ -87,10 +87,6 @@ def new(before: Graph, after: Graph) -> set[str]:
         ({"minutes": 0}, "minutes: input should be greater than 0"),
         ({"micro_batch_size": 3}, "batch_size is 4, which micro_batch_size 3 does not divide"),
         ({"held_out": {"share": 0}}, "held_out.share: 0 leaves no text to measure"),
-        (
-            {"methods": [{"method": "btx", "repetitions": 1}, {"method": "dense", "match": ["time"]}], **TWICE},
-            "methods: dense: match time needs btx in as many repetitions",
-        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -119,7 +115,7 @@ def test_a_methods_own_settings_of_its_run_are_its_runs() -> None:
     methods = ["btx", "dense", {"method": "dense", "name": "other", "train": changed}]
     methods.append({"method": "dense", "name": "half", "train": {"learning_rate": {"ratio": 0.5}}})
     found = graph(methods=methods, train={"ema": 0.5}, optimizer={"eps": 1e-6})
-    run, own, half = (found.steps[f"r1.train.{name}-dm"].options["run"] for name in ("dense", "other", "half"))
+    run, own, half = (found.steps[f"r1.train.{name}-dm"].run for name in ("dense", "other", "half"))
     rate = run["learning_rate"]
     assert own["optimizer"] == {**run["optimizer"], "weight_decay": 0.5} and own["optimizer"]["eps"] == 1e-6
     assert own["learning_rate"] == {**rate, "final": 0.3} and own["micro_batch_size"] == 2
@@ -279,27 +275,14 @@ def test_given_text_is_known_by_its_content(tmp_path: Path) -> None:
     assert new(before, graph(data=data)) == set(before.steps)
 
 
-def test_repetitions_differ_from_where_they_are_said_to() -> None:
-    counts = {}
-    for repeat in ("all", "experts", "mixtures"):
-        found = graph(random_seeds=[0, 1], repeat=repeat)
-        names = [name.split(".")[-1] for name, step in found.steps.items() if step.kind == "train"]
-        counts[repeat] = [names.count(name) for name in ("seed", "code", "btx")]
-    assert counts == {"all": [2, 2, 2], "experts": [1, 2, 2], "mixtures": [1, 1, 2]}
-
-
 def test_data_order_is_paired_within_a_repetition() -> None:
     found = graph(random_seeds=[5, 6])
     by_repetition: dict[int, set[int]] = {0: set(), 1: set()}
     for step in found.steps.values():
         if step.kind == "train" and step.about is not None and step.about.group == "methods":
-            by_repetition[step.about.repetition].add(step.options["run"]["random_seed"])
+            by_repetition[step.about.repetition].add(step.run["random_seed"])
     assert len(by_repetition[0]) == len(by_repetition[1]) == 1 and by_repetition[0] != by_repetition[1]
-    runs = [
-        step.options["run"]["random_seed"]
-        for step in found.steps.values()
-        if step.name in ("r1.train.seed", "r1.train.code")
-    ]
+    runs = [step.run["random_seed"] for step in found.steps.values() if step.name in ("r1.train.seed", "r1.train.code")]
     assert len({*runs, *by_repetition[0]}) == 3  # each phase its own
 
 
@@ -319,7 +302,6 @@ def test_only_what_runs_alone_is_shared_by_all_cores(monkeypatch: pytest.MonkeyP
     assert shared() == {"text": 6, "r1.train.seed": 4}  # a batch of 4 sequences
     assert shared(micro_batch_size=2) == {"text": 6, "r1.train.seed": 2}
     assert shared(**TWICE) == {"text": 6}
-    assert shared(**TWICE, repeat="experts") == {"text": 6, "train.seed": 4}
     assert shared(threads=1) == {}
     monkeypatch.setattr(processes, "gpus", lambda: ["0"])
     assert shared() == {}
@@ -331,12 +313,12 @@ def test_methods_of_all_repetitions_come_before_ablations() -> None:
     assert names.index("r2.scores.btx") < names.index("r1.upcycle.soup") < names.index("r2.upcycle.soup")
     assert names[0] == "text" and names[-1] == "inference"
     for place, step in enumerate(found.steps.values()):
-        assert all(names.index(needed) < place for needed in step.needs.values())
+        assert all(names.index(needed) < place for needed in step.needs.names)
 
 
 def test_only_some_steps_with_what_they_need() -> None:
     found = graph(random_seeds=[0, 1])
-    names = {step.name for step in chosen(found, ["r1.train.btx"])}
+    names = {step.name for step in found.chosen(["r1.train.btx"])}
     assert names == {
         "text",
         "r1.train.seed",
@@ -346,8 +328,8 @@ def test_only_some_steps_with_what_they_need() -> None:
         "r1.upcycle.btx",
         "r1.train.btx",
     }
-    assert {step.name for step in chosen(found, ["soup"])} >= {"r1.scores.soup", "r2.scores.soup"}
-    assert not any(step.name.startswith("r2") for step in chosen(found, ["r1"]))
-    assert len(chosen(found, [])) == len(found.steps)
+    assert {step.name for step in found.chosen(["soup"])} >= {"r1.scores.soup", "r2.scores.soup"}
+    assert not any(step.name.startswith("r2") for step in found.chosen(["r1"]))
+    assert len(found.chosen([])) == len(found.steps)
     with pytest.raises(RecipeError, match=r"no step is called 'sopu'.*soup"):
-        chosen(found, ["sopu"])
+        found.chosen(["sopu"])

@@ -18,10 +18,10 @@ from branchmix.pages.table import Table
 from branchmix.settings import parse
 from branchmix.study.build import build
 from branchmix.study.figures import curves, dots
-from branchmix.study.records import STUDY, write_record
-from branchmix.study.report import headline, report
+from branchmix.study.folder import STUDY, write_plan, write_record
+from branchmix.study.headline import headline
+from branchmix.study.report import report
 from branchmix.study.results import collect
-from branchmix.study.run import write_plan
 from branchmix.study.settings import StudyFile
 from branchmix.study.tables import percent, tables
 
@@ -122,7 +122,7 @@ def test_mixtures_beside_a_dense_model(tmp_path: Path) -> None:
     lines = [line for line in headline(found) if "a dense model of equal" in line]
     assert len(lines) == 2 and "BAM CM Expert KV is better than the dense model (-61.3" in lines[1]
     noisy = collect(finished(tmp_path / "noisy", methods=methods, wobble=1.0))
-    assert "BTX and the dense model cannot be told apart" in " ".join(headline(noisy))
+    assert "BTX and the dense model are statistically indistinguishable" in " ".join(headline(noisy))
     without = collect(finished(tmp_path / "without"))
     assert without["against_dense"] == {} and "dense model" not in " ".join(headline(without))
 
@@ -130,7 +130,7 @@ def test_mixtures_beside_a_dense_model(tmp_path: Path) -> None:
 def test_noise_is_no_finding(tmp_path: Path) -> None:
     found = collect(finished(tmp_path, wobble=0.2))
     assert not found["comparisons"]["bam-expert-kv-dm"]["significant"]
-    assert "BAM DM Expert KV and BTX cannot be told apart" in " ".join(headline(found))
+    assert "BAM DM Expert KV and BTX are statistically indistinguishable" in " ".join(headline(found))
 
 
 def test_a_changed_method_is_compared_with_what_it_varies_at_equal_budgets(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_trained_models_without_their_training_are_left_out(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda record: record.clear(), "has no 'key', so it is no record of this step: remove it"),
+        (lambda record: record.clear(), "has no 'key', so it is not a record of this step: remove it"),
         (lambda record: record.pop("routing"), "has no 'routing'"),
         (lambda record: record["documents"]["code"].pop(), "was measured on other documents than r1.scores."),
         (lambda record: record["documents"].update(code=[]), "has no document of code: hold more out"),

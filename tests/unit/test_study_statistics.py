@@ -32,7 +32,7 @@ def test_an_error_over_documents() -> None:
     """Differences of 1 and 3 nats on 10 tokens each: 0.2 a token, and sqrt(2 / 1 * (1 + 1)) / 20 = 0.1."""
     found = difference(documents(11, 23), documents(10, 20))
     assert found.value == pytest.approx(0.2)
-    assert found.stderr == pytest.approx(0.1)
+    assert found.half_width == pytest.approx(2 * 0.1)
 
 
 def test_repetitions_are_paired() -> None:

@@ -39,7 +39,7 @@ def demo_command(
     from branchmix.cli.study import exit_unless_done
     from branchmix.study.forecast import begun_with
     from branchmix.study.report import report
-    from branchmix.study.run import study
+    from branchmix.study.scheduler import study
     from branchmix.study.settings import DEMO, StudyFile
     from branchmix.train.progress import duration
 

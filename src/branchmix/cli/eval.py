@@ -56,7 +56,11 @@ def eval_command(
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that the window moves on in longer documents.", show_default="half of it"),
+        typer.Option(
+            min=1,
+            help="Tokens that the window moves on in longer documents; fewer than the window make windows overlap.",
+            show_default="the window",
+        ),
     ] = None,
     batch_tokens: console.BatchTokens = 2048,
     dtype: console.Dtype = "auto",
@@ -98,7 +102,7 @@ def eval_command(
 
     console.quiet_libraries()
     from branchmix.cli.eval_tables import print_report
-    from branchmix.evaluate.run import evaluate
+    from branchmix.evaluate.evaluation import evaluate
     from branchmix.evaluate.tasks.options import TaskOptions
 
     only_for_tasks = {

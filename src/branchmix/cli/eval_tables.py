@@ -11,7 +11,7 @@ from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.evaluate.report import EvalReport, ModelReport, TaskScore
+    from branchmix.evaluate.scores import EvalReport, ModelReport, TaskScore
 
 BEST = "* "
 """Begins the best cell among several models."""

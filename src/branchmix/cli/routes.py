@@ -11,7 +11,7 @@ from branchmix.cli import console
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.evaluate.routing.report import RoutingReport
+    from branchmix.evaluate.routing.routing_report import RoutingReport
 
 EPILOG = """\b
 Examples:
@@ -58,7 +58,7 @@ def routes_command(
 
     console.quiet_libraries()
     from branchmix.evaluate.routing.plots import plot_files, write_plots
-    from branchmix.evaluate.routing.run import number_files, read_texts, routes, write_numbers
+    from branchmix.evaluate.routing.routes import number_files, read_texts, routes, write_numbers
 
     numbers, pictures = number_files(out) if out else [], plot_files(plots) if plots else []
     for file in (*numbers, *pictures, *([html] if html else [])):
@@ -83,7 +83,7 @@ def routes_command(
     if plots is not None:
         written += write_plots(routed.report.as_dict(), plots)
     if html is not None:
-        from branchmix.evaluate.routing.page import write
+        from branchmix.evaluate.routing.token_page import write
 
         written.append(write(routed, html))
     if as_json:

@@ -13,7 +13,7 @@ from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.study.forecast import Forecast
-    from branchmix.study.run import StudyReport
+    from branchmix.study.scheduler import StudyReport
 
 
 STUDY_EPILOG = """\b
@@ -82,7 +82,7 @@ def study_command(
         else:
             _print_forecast(found)
         return
-    from branchmix.study.run import study
+    from branchmix.study.scheduler import study
 
     report = study(config, out, only=names, overrides=overrides or [], launcher=launcher)
     if as_json:

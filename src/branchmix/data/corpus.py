@@ -7,12 +7,12 @@ and the share held out. ``Corpus.train`` and ``Corpus.held_out`` cut it into seq
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ FORMAT = 2
 MANY_EPOCHS = 4
 """Beyond so many passes over the same text, more of it is worth little (arXiv 2305.16264)."""
 
+Item = TypeVar("Item")
 Mix = dict[str, float] | Literal["equal", "proportional"]
 
 
@@ -127,6 +128,16 @@ def _writing_cache(place: Path) -> Iterator[None]:
         raise OutputError(f"{error}; BRANCHMIX_CACHE chooses another folder for tokens") from error
 
 
+def up_to(most: int, sized: Iterable[tuple[int, Item]]) -> Iterator[Item]:
+    """Held-out documents until there are ``most`` tokens of them, but at least one, of (tokens, document) in order."""
+    total = 0
+    for tokens, document in sized:
+        if total and total + tokens > most:
+            return
+        total += tokens
+        yield document
+
+
 @dataclass
 class Corpus:
     """All domains of a run."""
@@ -196,21 +207,16 @@ class Corpus:
         return [text() for _, text in self._held_out(domain)]
 
     def _held_out(self, name: str) -> Iterator[tuple[np.ndarray, Callable[[], str]]]:
-        """Whole documents up to ``HeldOut.tokens``, by the hash of their text; of a stream, those of its first chunk.
-
-        At least one, if any is held out.
-        """
+        """Whole documents up to ``HeldOut.tokens``, by the hash of their text; of a stream, from its first chunk."""
         domain = self.domains[name]
-        found = []
-        for chunk in domain.chunks[:1] if domain.streamed else domain.chunks:
-            for place, text_hash in enumerate(chunk.arrays["held_out_hashes"].tolist()):
-                found.append((text_hash, chunk, place))
-        total = 0
-        for _, chunk, place in sorted(found, key=lambda entry: entry[0]):
-            tokens = chunk.piece("held_out_tokens", "held_out_ends", place)
-            if total and total + len(tokens) > self.settings.tokens:
-                return
-            total += len(tokens)
+        entries = [
+            (text_hash, chunk, place)
+            for chunk in (domain.chunks[:1] if domain.streamed else domain.chunks)
+            for place, text_hash in enumerate(chunk.arrays["held_out_hashes"].tolist())
+        ]
+        in_order = [(chunk, place) for _, chunk, place in sorted(entries, key=lambda entry: entry[0])]
+        pieces = ((chunk.piece("held_out_tokens", "held_out_ends", place), chunk, place) for chunk, place in in_order)
+        for tokens, chunk, place in up_to(self.settings.tokens, ((len(piece[0]), piece) for piece in pieces)):
             yield tokens, partial(chunk.held_out_text, place)
 
     def fingerprints(self) -> dict[str, str]:

@@ -14,8 +14,8 @@ from branchmix.likelihood.records import model_hash
 class Candidate(TextModel):
     """Config and tokenizer of a model; the weights are loaded only if a result is not on record."""
 
-    def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool):
-        super().__init__(found, dtype, trust_remote_code)
+    def __init__(self, resolved: ResolvedModel, dtype: str, trust_remote_code: bool):
+        super().__init__(resolved, dtype, trust_remote_code)
         self.prefix = prefix_token(self.tokenizer, self.config)
         self.prefix_name = None if self.prefix is None else str(self.tokenizer.convert_ids_to_tokens(self.prefix))
         self._weights: Any = None

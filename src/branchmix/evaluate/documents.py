@@ -1,21 +1,77 @@
-"""The documents of an evaluation: those that training holds out, chosen by the same rule, each known by its content."""
+"""The documents of an evaluation: the YAML file of ``--data``, and the documents that it selects, by content."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import PrivateAttr
 
 from branchmix.checkpoint.text import whole_characters
+from branchmix.data.config import HeldOut, Source
+from branchmix.data.corpus import up_to
 from branchmix.data.sources import documents as documents_of
 from branchmix.data.sources import hash_of, is_held_out
-from branchmix.errors import DataError
-from branchmix.evaluate.config import EvalData, Selection
+from branchmix.errors import DataError, RecipeError
 from branchmix.likelihood.models import encode
+from branchmix.settings import Count, Settings, Share, parse, read_yaml
+
+_OF_RUNS = ("budget", "learning_rate")
+"""Keys that only files of ``branchmix train`` and ``branch`` have, and always."""
+
+
+class Selection(Settings):
+    """The documents that training with the same ``share`` and ``tokens`` holds out, and evaluates."""
+
+    share: Share = HeldOut().share
+    """Share of a domain's documents, by the hash of their text."""
+    tokens: Count | None = HeldOut().tokens
+    """Maximum of each domain, counted as training counts them, with the first model's tokenizer."""
+    documents: Count | None = None
+    """Maximum of each domain, instead of ``tokens``."""
+
+
+class EvalData(Settings):
+    """Domains by name, and which of their documents count."""
+
+    data: dict[str, Source]
+    """As in a run: ``{code: {files: ...}, law: {hub: ...}}``."""
+    held_out: Selection | Literal["all"] = Selection()
+    """``all``: every document. Otherwise those that training never sees."""
+    _folder: Path = PrivateAttr(default=Path())
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start from."""
+        return self._folder
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvalData:
+        """Read a data file; a file of ``train`` or ``branch`` works too, with what it holds out.
+
+        Raises:
+            RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
+        """
+        path = Path(path)
+        content = read_yaml(path)
+        if isinstance(content, dict) and any(key in content for key in _OF_RUNS):
+            content = {key: value for key, value in content.items() if key in cls.model_fields}
+        config: EvalData = parse(cls, content, str(path))
+        if not config.data:
+            raise RecipeError(f"{path}: data: there is no domain")
+        if isinstance(config.held_out, Selection) and "documents" in config.held_out.model_fields_set:
+            if "tokens" in config.held_out.model_fields_set:
+                raise RecipeError(f"{path}: held_out: give either tokens or documents")
+            config.held_out.tokens = None
+        config._folder = path.parent
+        return config
 
 
 @dataclass(frozen=True)
-class Document:
+class HashedDocument:
     """A text and the hash that its results are kept under."""
 
     text: str
@@ -25,14 +81,14 @@ class Document:
     """Whether something in it was not a character (see ``whole_characters``)."""
 
     @classmethod
-    def of(cls, given: str, *, replaced: bool = False) -> Document:
+    def of(cls, given: str, *, replaced: bool = False) -> HashedDocument:
         from xxhash import xxh3_128_hexdigest
 
         text = whole_characters(given)
         return cls(text, xxh3_128_hexdigest(text.encode()), replaced or text is not given)
 
 
-def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dict[str, list[Document]]:
+def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dict[str, list[HashedDocument]]:
     """The documents of each domain, each text once.
 
     Training takes held-out documents in the order of their hashes until there are ``tokens`` of them, and so does this:
@@ -47,25 +103,24 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
     Raises:
         DataError: a source cannot be read or has no document that counts.
     """
-    found: dict[str, list[Document]] = {}
+    chosen: dict[str, list[HashedDocument]] = {}
     for name, source in config.data.items():
         replaced: set[int] = set()
         texts = documents_of(source, folder=config.folder, replaced=replaced)
         if config.held_out == "all":
-            chosen = _distinct(texts)
+            texts = _distinct(texts)
         else:
             streamed = source.hub is not None and source.streaming
-            chosen = _held_out(texts, config.held_out, tokenizer, in_order=streamed)
-        found[name] = []
-        for text in chosen:
-            if limit is not None and len(found[name]) >= limit:
-                break
-            found[name].append(Document.of(text, replaced=bool(replaced) and hash_of(text) in replaced))
-        if not found[name]:
+            texts = _held_out(texts, config.held_out, tokenizer, in_order=streamed)
+        chosen[name] = [
+            HashedDocument.of(text, replaced=bool(replaced) and hash_of(text) in replaced)
+            for text in islice(texts, limit)
+        ]
+        if not chosen[name]:
             raise DataError(
                 f"data.{name}: has no document to evaluate on: is there any text, or held_out.share too small?"
             )
-    return found
+    return chosen
 
 
 def _distinct(texts: Iterable[str]) -> Iterator[str]:
@@ -77,25 +132,15 @@ def _distinct(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _held_out(texts: Iterable[str], selection: Selection, tokenizer: Any, *, in_order: bool) -> Iterator[str]:
-    """Held-out documents up to what is selected, but at least one."""
-    held_out = _distinct_held_out(texts, selection.share) if in_order else _by_hash(texts, selection.share)
-    total = 0
-    for count, text in enumerate(held_out):
-        if selection.tokens is not None:
-            tokens = _training_tokens(tokenizer, text)
-            if total and total + tokens > selection.tokens:
-                return
-            total += tokens
-        if count == selection.documents:
-            return
-        yield text
+    """Held-out documents up to what is selected."""
+    share = selection.share
+    held_out = _distinct(t for t in texts if is_held_out(t, share)) if in_order else _by_hash(texts, share)
+    if selection.tokens is not None:
+        held_out = up_to(selection.tokens, ((_training_tokens(tokenizer, text), text) for text in held_out))
+    return islice(held_out, selection.documents)
 
 
-def _distinct_held_out(texts: Iterable[str], share: float) -> Iterator[str]:
-    return _distinct(text for text in texts if is_held_out(text, share))
-
-
-def _by_hash(texts: Iterable[str], share: float) -> list[str]:
+def _by_hash(texts: Iterable[str], share: float) -> Iterator[str]:
     """All held-out texts in the order of their hashes; if there is none, the one that training holds out then."""
     held: dict[int, str] = {}
     lowest: tuple[int, str] | None = None
@@ -109,8 +154,8 @@ def _by_hash(texts: Iterable[str], share: float) -> list[str]:
             if lowest is None or key < lowest[0]:
                 lowest = (key, text)
     if not held and lowest is not None and several and share > 0:
-        return [lowest[1]]
-    return [held[key] for key in sorted(held)]
+        held = dict([lowest])
+    return (held[key] for key in sorted(held))
 
 
 def _training_tokens(tokenizer: Any, text: str) -> int:

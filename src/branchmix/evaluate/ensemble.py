@@ -2,7 +2,7 @@
 
 ``p(x_t | x_<t) = sum_i w_i,t p_i(x_t | x_<t)``, where ``w_i,t`` is the posterior of the domain of expert i after the
 text before t: ``w_i,t`` is proportional to ``prior_i * prod_(s<t) p_i(x_s | x_<s)``. The probability of a text needs no
-more than each member's probabilities of the tokens that stand there, which are on record.
+more than each member's probabilities of the text's own tokens, which are on record.
 Shapes: E members, T predicted tokens of one document.
 """
 
@@ -11,6 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
+from branchmix.evaluate.perplexity import ScoredDocument
+
+
+def mixed(
+    members: Sequence[ScoredDocument], *, prior_E: Sequence[float] | None = None, posterior: bool = True
+) -> ScoredDocument:
+    """A document under an ensemble; arguments as for ``ensemble_log_probs``."""
+    logp_ET = np.stack([member.log_probs for member in members])
+    return ScoredDocument(ensemble_log_probs(logp_ET, prior_E=prior_E, posterior=posterior), members[0].bytes)
 
 
 def ensemble_log_probs(

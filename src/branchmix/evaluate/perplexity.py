@@ -1,8 +1,8 @@
-"""Bits per byte and perplexity of documents: each token predicted once, with a sliding window of full context.
+"""Bits per byte and perplexity of documents: each token predicted once, in windows of a long document.
 
-Windows are those of lm-eval's ``loglikelihood_rolling``, so the numbers are too (with its ``add_bos_token=False``): a
-document's first token is predicted from the tokenizer's BOS or EOS. Bits per byte compare models of different
-tokenizers, perplexities only those of one.
+Windows do not overlap unless a smaller ``stride`` is given, and are those of lm-eval's ``loglikelihood_rolling``, so
+the numbers are too (with its ``add_bos_token=False``): a document's first token is predicted from the tokenizer's BOS
+or EOS. Bits per byte compare models of different tokenizers, perplexities only those of one.
 Shapes: B windows, T tokens of the longest, N predicted tokens of a batch, V vocabulary, D model width.
 """
 
@@ -29,15 +29,23 @@ vocabulary."""
 
 
 @dataclass(frozen=True)
-class DocumentScore:
+class ScoredDocument:
     """What a model makes of one document."""
 
-    nll: float
-    """Negative log-likelihood of all predicted tokens, in nats."""
-    tokens: int
-    """Predicted tokens."""
+    log_probs: np.ndarray
+    """Log-probability of each predicted token, [T], in nats."""
     bytes: int
-    """Of the text in UTF-8."""
+    """Size of what is predicted, in UTF-8."""
+
+    @property
+    def nll(self) -> float:
+        """Negative log-likelihood of all predicted tokens, in nats."""
+        return -float(self.log_probs.sum(dtype=np.float64))
+
+    @property
+    def tokens(self) -> int:
+        """Number of predicted tokens."""
+        return len(self.log_probs)
 
 
 @dataclass(frozen=True)
@@ -46,19 +54,36 @@ class TextScore:
 
     bits_per_byte: float
     stderr: float | None
-    """Standard error of ``bits_per_byte`` over documents (see ``aggregate``); None for a single document."""
+    """Standard error of ``bits_per_byte`` over documents (see ``ratio``); None for a single document."""
     perplexity: float
-    """Of a token."""
+    """Per token."""
     tokens: int
     bytes: int
     documents: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return asdict(self)
 
 
-def bits_per_byte(
+def aggregate(scores: Iterable[ScoredDocument]) -> TextScore:
+    """One number for many documents: all their nats over all their bytes."""
+    scores = [score for score in scores if score.tokens]
+    num_bytes, tokens = sum(score.bytes for score in scores), sum(score.tokens for score in scores)
+    if not num_bytes or not tokens:
+        raise RecipeError("there is no text to evaluate: all documents are empty")
+    nll = math.fsum(score.nll for score in scores)
+    rate, stderr = ratio([score.nll / math.log(2) for score in scores], [score.bytes for score in scores])
+    return TextScore(
+        float(rate),
+        stderr if stderr is None else float(stderr),
+        math.exp(min(nll / tokens, 700.0)),
+        tokens,
+        num_bytes,
+        len(scores),
+    )
+
+
+def score_documents(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
@@ -66,62 +91,36 @@ def bits_per_byte(
     max_length: int,
     stride: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    known: Collection[int] = (),
     progress: Progress | None = None,
-) -> TextScore:
-    """Score documents with a causal LM, dense or a mixture. Batch size and order change it by rounding only.
+) -> Iterator[tuple[int, ScoredDocument]]:
+    """Score documents with a causal LM, dense or a mixture, as (number of the document, score), when each is done.
+
+    Batch size and order change a score by rounding only. Without BOS and EOS a document's first token is not predicted,
+    and its bytes do not count.
 
     Args:
         model: any causal LM of transformers; its mode (training or not) is left as it was.
         tokenizer: the model's.
-        texts: documents; empty ones count for nothing.
+        texts: documents.
         max_length: tokens of the window, at most the model's positions.
-        stride: tokens that a window predicts of a longer document: each has at least ``max_length - stride`` tokens
-            before it. Half a window by default; a whole one is twice as fast, and is lm-eval's.
+        stride: tokens that a further window of a document predicts: each of them has at least ``max_length - stride``
+            tokens before it. The whole window by default, so that windows do not overlap.
         batch_tokens: tokens of a forward pass, padding included.
+        known: numbers of documents that are not computed, though batches are made of all of them.
         progress: called with ("tokens", done, total).
 
     Raises:
-        RecipeError: no text at all, or a window that the model has no positions for.
+        RecipeError: a window that the model has no positions for.
         CheckpointError: the tokenizer is not the model's, or the logits are not finite.
     """
-    documents = encode(tokenizer, texts)
-    prefix = prefix_token(tokenizer, model.config)
-    scores: dict[int, DocumentScore] = {}
-    for number, logp in token_log_probs(
-        model,
-        documents,
-        prefix=prefix,
-        max_length=max_length,
-        stride=stride,
-        batch_tokens=batch_tokens,
-        progress=progress,
-    ):
-        scores[number] = document_score(texts[number], logp, tokenizer, documents[number], prefix)
-    return aggregate(scores.values())
-
-
-def aggregate(scores: Iterable[DocumentScore]) -> TextScore:
-    """One number for many documents: all their nats over all their bytes.
-
-    The standard error is over documents: see ``ratio``.
-    """
-    scores = [score for score in scores if score.tokens]
-    num_bytes, tokens = sum(score.bytes for score in scores), sum(score.tokens for score in scores)
-    if not num_bytes or not tokens:
-        raise RecipeError("there is no text to evaluate: all documents are empty")
-    nll = math.fsum(score.nll for score in scores)
-    rate, stderr = ratio((score.nll / math.log(2), score.bytes) for score in scores)
-    return TextScore(rate, stderr, math.exp(min(nll / tokens, 700.0)), tokens, num_bytes, len(scores))
-
-
-def document_score(
-    text: str, logp_T: np.ndarray, tokenizer: Any, tokens: np.ndarray, prefix: int | None
-) -> DocumentScore:
-    """Nats, tokens and bytes of a document; without a prefix its first token is not predicted and counts for none."""
-    num_bytes = len(text.encode())
-    if prefix is None and len(tokens):
-        num_bytes -= len(tokenizer.decode(tokens[:1].tolist()).encode())
-    return DocumentScore(-float(logp_T.sum(dtype=np.float64)), len(logp_T), num_bytes)
+    documents, prefix = encode(tokenizer, texts), prefix_token(tokenizer, model.config)
+    options: dict[str, Any] = {"stride": stride, "batch_tokens": batch_tokens, "known": known, "progress": progress}
+    for number, logp_T in token_log_probs(model, documents, prefix=prefix, max_length=max_length, **options):
+        num_bytes = len(texts[number].encode())
+        if prefix is None and len(documents[number]):
+            num_bytes -= len(tokenizer.decode(documents[number][:1].tolist()).encode())
+        yield number, ScoredDocument(logp_T, num_bytes)
 
 
 def token_log_probs(
@@ -139,19 +138,13 @@ def token_log_probs(
 
     With a prefix the array is as long as the document, without one its first token is not predicted. Documents that are
     ``known`` are not computed, but batches are made of all: a document has the same batches, and so the same bits,
-    whatever is known of the others.
+    whatever is known of the others. Other arguments and errors are those of ``score_documents``.
     """
-    stride = max(1, max_length // 2) if stride is None else stride
+    stride = max_length if stride is None else stride
     check_window(model, documents, max_length, stride)
     tokens = [document if prefix is None else np.concatenate(([prefix], document)) for document in documents]
     results = [np.zeros(max(len(row) - 1, 0), dtype=np.float32) for row in tokens]
-    windows = [
-        Window(number, *place)
-        for number, row in enumerate(tokens)
-        for place in window_places(len(row), max_length, stride)
-    ]
-    # Longest first, so that memory is short at once or never; documents of one length stay together and are done early.
-    windows.sort(key=lambda window: (window.start - window.end, window.document, window.start))
+    windows = sorted_windows([len(row) for row in tokens], max_length, stride)
     left = [0] * len(documents)
     for window in windows:
         left[window.document] += 1
@@ -179,7 +172,7 @@ def token_log_probs(
 
 
 @dataclass(frozen=True)
-class Window:
+class TokenWindow:
     """Inputs ``tokens[start:end]`` of a document; those from ``first`` on predict the token after them."""
 
     document: int
@@ -188,22 +181,25 @@ class Window:
     end: int
 
 
-def window_places(num_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """start, first and end of the windows over a row of ``num_tokens``, prefix included.
+def sorted_windows(lengths: Sequence[int], max_length: int, stride: int) -> list[TokenWindow]:
+    """The windows of rows with so many tokens, prefix included, longest first.
 
-    The first predicts all it can; each further one moves on by ``stride``, and the last only as far as it must.
+    The first window of a row predicts all it can; each further one advances by ``stride``, and the last only as far as
+    it must. Longest first, memory is short at once or never, and documents of one length are done together.
     """
-    last = num_tokens - 1  # the last token is an input of nothing
-    done = 0
-    while done < last:
-        end = min(done + (stride if done else max_length), last)
-        yield max(0, end - max_length), done, end
-        done = end
+    windows = []
+    for number, length in enumerate(lengths):
+        done = 0
+        while done < length - 1:  # the last token is an input of nothing
+            end = min(done + (stride if done else max_length), length - 1)
+            windows.append(TokenWindow(number, max(0, end - max_length), done, end))
+            done = end
+    return sorted(windows, key=lambda window: (window.start - window.end, window.document, window.start))
 
 
-def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[Window]]:
-    """Windows, longest first, in batches of at most ``batch_tokens``; a longer one stands alone."""
-    batch: list[Window] = []
+def batches(windows: Sequence[TokenWindow], batch_tokens: int, *, equal_lengths: bool) -> Iterator[list[TokenWindow]]:
+    """Windows, longest first, in batches of at most ``batch_tokens``; a longer one is alone."""
+    batch: list[TokenWindow] = []
     for window in windows:
         if batch:
             longest, length = batch[0].end - batch[0].start, window.end - window.start
@@ -219,7 +215,7 @@ def batches(windows: Sequence[Window], batch_tokens: int, *, equal_lengths: bool
 
 
 @torch.inference_mode()
-def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) -> np.ndarray:
+def _predict(model: Any, batch: Sequence[TokenWindow], tokens: Sequence[np.ndarray]) -> np.ndarray:
     """Log-probabilities of the batch's predicted tokens, window after window."""
     inputs = [tokens[window.document][window.start : window.end] for window in batch]
     rows_N = np.concatenate([np.full(window.end - window.first, row) for row, window in enumerate(batch)])
@@ -229,12 +225,7 @@ def _predict(model: Any, batch: Sequence[Window], tokens: Sequence[np.ndarray]) 
 
 
 def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
-    """Window and tokens fit the model.
-
-    Raises:
-        RecipeError: the window does not fit.
-        CheckpointError: the tokenizer is another model's.
-    """
+    """Refuses a window or tokens that do not fit the model; errors are those of ``score_documents``."""
     positions = max_positions(model.config)
     if max_length < 1 or (positions is not None and max_length > positions):
         limit = "1 or more" if positions is None else f"from 1 to {positions}, as many positions as the model has"
@@ -245,11 +236,7 @@ def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, s
 
 
 def check_tokens(model: Any, documents: Sequence[np.ndarray]) -> None:
-    """Whether the model has an embedding for every token.
-
-    Raises:
-        CheckpointError: it has not.
-    """
+    """Refuses tokens that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
     greatest = max((int(document.max()) for document in documents if len(document)), default=0)
     if greatest >= rows:

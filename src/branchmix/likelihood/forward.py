@@ -16,7 +16,7 @@ from torch import nn
 from branchmix.errors import CheckpointError
 
 _LOGITS_AT_ONCE = 1 << 22
-"""Of the softmax in fp32: 16 MB, about what a cache holds; in one piece it takes twice the time."""
+"""Logits of a softmax in fp32: 16 MB, about what a cache holds; in one piece it takes twice the time."""
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary embeddings that look at the longest row of a batch: padding would change the shorter ones."""
 

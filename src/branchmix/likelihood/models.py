@@ -31,10 +31,10 @@ class TextModel:
     ``notes`` say what of its folder does not count.
     """
 
-    def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool):
+    def __init__(self, resolved: ResolvedModel, dtype: str, trust_remote_code: bool):
         from transformers import AutoConfig
 
-        self.given, self.folder, self.revision = found.given, found.folder, found.revision
+        self.given, self.folder, self.revision = resolved.given, resolved.folder, resolved.revision
         self.dtype = dtype
         refuse_adapter(self.folder)
         notes = (left_over_adapter(self.folder), left_over_quantisation(self.folder))
@@ -50,11 +50,11 @@ class TextModel:
         self.tokenizer = load_tokenizer(self.folder, **self._options)
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
 
-    def load(self) -> Any:
-        """The causal LM, ready for evaluation, on a GPU if there is one."""
+    def load(self, **options: Any) -> Any:
+        """The causal LM, ready for evaluation, on a GPU if there is one; ``options`` of ``from_pretrained``."""
         import torch
 
-        model = load_language_model(self.folder, dtype=self.dtype, **self._options)
+        model = load_language_model(self.folder, dtype=self.dtype, **self._options, **options)
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -18,21 +18,16 @@ FILE = "records.jsonl"
 
 
 class Lines:
-    """JSON objects in a file of a folder, ``records.jsonl`` unless said otherwise; nothing is kept if there is none.
+    """JSON objects in a file of a folder, ``records.jsonl`` by default; nothing is kept if there is none.
 
     Any number of processes may add to one file at once: each line is written whole, under a lock. What a killed writer
-    left of its last line is passed over. The file is read when this is made.
+    left of its last line is passed over. The folder is made if need be.
+
+    Raises:
+        OutputError: the folder is a file, or cannot be read or written.
     """
 
     def __init__(self, folder: Path | None, file: str = FILE):
-        """
-        Args:
-            folder: made if need be.
-            file: name in the folder, ending in ``.jsonl``.
-
-        Raises:
-            OutputError: the folder is a file, or cannot be written.
-        """
         self.file = folder / file if folder is not None else None
         if folder is not None:
             if folder.exists() and not folder.is_dir():
@@ -110,18 +105,12 @@ class Rounds:
 
 
 class Journal:
-    """Lines about a model and an item each, found again by both; in memory only if there is no folder."""
+    """Lines about a model and an item each, found again by both; in memory only if there is no folder.
+
+    ``item`` is the field that says what a line is about, such as ``document``. Folder, file and errors: see ``Lines``.
+    """
 
     def __init__(self, folder: Path | None, file: str, item: str):
-        """
-        Args:
-            folder: see ``Lines``.
-            file: see ``Lines``.
-            item: the field that says what a line is about, such as ``document``.
-
-        Raises:
-            OutputError: the folder is a file, or cannot be read or written.
-        """
         self._lines = Lines(folder, file)
         self._item = item
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
@@ -141,7 +130,7 @@ class Journal:
         return self._known.get((model, item))
 
     def describe(self, model: str, facts: dict[str, Any]) -> None:
-        """What a model's key stands for, once."""
+        """Keeps what a model's key means, once."""
         if model not in self._described:
             self.add_line({"model": model, **facts})
 
@@ -167,7 +156,7 @@ def _ends_within_a_line(file: BinaryIO) -> bool:
 
 
 def model_hash(folder: Path) -> str:
-    """Of the content of a model's config, code and weights; reading them costs about what loading them does."""
+    """Hash of the content of a model's config, code and weights; reading them costs about what loading them does."""
     patterns = ("*.safetensors", "config.json", "*.py")
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.name != ADAPTER_WEIGHTS)
     with FileHashes(files) as hashes:
@@ -175,6 +164,6 @@ def model_hash(folder: Path) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of what turns text into tokens; chat templates and the like don't count."""
+    """Hash of what turns text into tokens; chat templates and the like don't count."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return key_of({"tokenizer": backend.to_str() if backend is not None else tokenizer.get_vocab()})

@@ -45,7 +45,7 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
 class BranchMixSparseMoeBlock(nn.Module):
     """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3)."""
 
-    def __init__(self, config: BranchMixConfig, hidden_size: int, experts: nn.Module, dropout: float):
+    def __init__(self, config: BranchMixConfig, hidden_size: int, experts: BranchMixExperts, dropout: float):
         super().__init__()
         self.scaling = config.routed_scaling_factor
         self.gate = BranchMixFFNRouter(

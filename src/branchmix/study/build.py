@@ -7,23 +7,48 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hashes import key_of
-from branchmix.checkpoint.hub import resolve
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.data.config import Source
 from branchmix.errors import RecipeError
+from branchmix.recipe import Recipe
 from branchmix.settings import overlaid
 from branchmix.study.facts import step_cost
-from branchmix.study.graph import FORMAT, NEGLIGIBLE, About, Cost, Graph, Group, Kind, Role, Step, has_routers
-from branchmix.study.identity import identity_of_recipe, identity_of_seed, identity_of_text
+from branchmix.study.graph import (
+    FORMAT,
+    NEGLIGIBLE,
+    About,
+    Cost,
+    Graph,
+    Group,
+    Needs,
+    Role,
+    Step,
+    StepKind,
+    has_routers,
+)
 from branchmix.study.methods import METHODS
 from branchmix.study.mixtures import Mixtures, seed_config
-from branchmix.study.settings import InstalledText, Method, StudyFile
+from branchmix.study.settings import SEED, InstalledText, Method, StudyFile
+from branchmix.train.config import NewModel
 from branchmix.train.run_folder import FREE_TO_CHANGE
 
 HELD_OUT_WHILE_TRAINING = 2048
 """Tokens of a domain that a run itself evaluates at its end; the scores are a step of their own."""
+_HASHED_BYTES = 4 << 30
+"""Text up to this size is known by its content, above by sizes and dates."""
+_LATER: dict[str, dict[str, Any]] = {"routing": {"shared": False}}
+"""Options of recipes that came after `graph.FORMAT` 1, with the values that mean what was done before there were any.
+
+Left out of keys at these values, so that a study which an older version began is resumed."""
+_SEED_PHASE, _EXPERT_PHASE, _MIXTURE_PHASE = 0, 1, 2
+
+Order = tuple[int, ...]
+Config = dict[str, Any]
 
 
 def build(study: StudyFile) -> Graph:
@@ -38,142 +63,112 @@ def build(study: StudyFile) -> Graph:
 class _Builder:
     def __init__(self, study: StudyFile):
         self.study = study
-        self.found: dict[str, Step] = {}
-        self.given = resolve(study.seed, study.folder) if isinstance(study.seed, str) else None
-        self.given_identity = identity_of_seed(self.given)
-        self.seed_config = seed_config(study, self.given)
+        self.steps: dict[str, Step] = {}
+        given = resolve(study.seed, study.folder) if isinstance(study.seed, str) else None
+        self.given_identity = _identity_of_seed(given)
+        self.seed_config = seed_config(study, given)
         self.mixtures = Mixtures(study, self.seed_config)
         self.per_step = study.step_tokens
+        self.text = "text" if isinstance(study.data, InstalledText) else None
 
     # ---- the main path ----
 
     def build(self) -> Graph:
         study = self.study
         if isinstance(study.data, InstalledText):
-            self._add("text", "text", study.data.model_dump(), {}, (0,))
-        self.data = identity_of_text(study)
-        self.reference = self._reference_cost()
-        for repetition in range(len(study.random_seeds)):
+            self._add("text", "text", study.data.model_dump(), Needs(), (0,))
+        self.data = _identity_of_text(study)
+        self.reference_cost = self._reference_cost()
+        repetitions = range(len(study.random_seeds))
+        for repetition in repetitions:
             self._dense_models(repetition)
-        for group, methods in enumerate((study.methods, study.ablations)):
-            for repetition in range(len(study.random_seeds)):
+        groups: tuple[tuple[Group, list[Method]], ...] = (("methods", study.methods), ("ablations", study.ablations))
+        for number, (group, methods) in enumerate(groups, start=1):
+            for repetition in repetitions:
                 for place, method in enumerate(methods):
                     if method.repetitions is None or repetition < method.repetitions:
-                        order = (1 + group, repetition, place)
-                        self._method(method, repetition, order, "ablations" if group else "methods")
+                        self._method(method, repetition, (number, repetition, place), group)
         self._routes()
         self._inference()
-        return Graph(dict(sorted(self.found.items(), key=lambda item: item[1].order)))
+        return Graph(dict(sorted(self.steps.items(), key=lambda item: item[1].order)))
 
     def _dense_models(self, repetition: int) -> None:
-        study = self.study
-        order = (1, repetition, -1)
-        about = About("dense", repetition, "seed", "Seed", title="seed")
+        study, order = self.study, (1, repetition, -1)
+        about = About("dense", repetition, "seed", "Seed", title=SEED)
         seed = self._seed_step(repetition)
-        if seed is not None and seed not in self.found:
+        if isinstance(study.seed, NewModel):
             assert study.tokens.seed is not None
-            new = study.seed.model_dump(exclude_unset=True) | {"model_type": study.seed.model_type}  # type: ignore[union-attr]
-            self._train(
-                seed,
-                {"model": new, "mix": study.seed_mix or {study.general: 1.0}, **self._rate(1.0)},
-                {},
-                steps=study.tokens.seed // self.per_step,
-                random_seed=self._random(repetition, 0),
-                order=order,
-                config=self.seed_config,
-                about=about,
+            new = study.seed.model_dump(exclude_unset=True) | {"model_type": study.seed.model_type}
+            run = {"model": new, "mix": study.seed_mix or {study.general: 1.0}, **self._rate(1.0)}
+            seed = self._train(
+                Needs(), run, study.tokens.seed // self.per_step, _SEED_PHASE, order, self.seed_config, about
             )
-        self._scores({"model": seed} if seed else {}, order, self.seed_config, about)
-        for number, expert in enumerate(study.expert_names):
-            step = self._expert_step(expert, repetition)
+        self._scores(seed, order, self.seed_config, about)
+        for number, expert in enumerate(study.expert_names, start=1):
             about = About("dense", repetition, "expert", f"{expert.capitalize()} expert", title=expert)
-            if step not in self.found:
-                share = study.general_share if expert != study.general else 0.0
-                self._train(
-                    step,
-                    {
-                        "mix": {expert: 1.0 - share, study.general: share} if share else {expert: 1.0},
-                        **self._rate(study.learning_rate.expert),
-                    },
-                    {"model": seed} if seed else {},
-                    steps=study.tokens.expert // self.per_step,
-                    random_seed=self._random(repetition, 1),
-                    order=(*order, 1 + number),
-                    config=self.seed_config,
-                    about=about,
-                )
-            self._scores({"model": step}, (*order, 1 + number, 1), self.seed_config, about)
+            share = study.general_share if expert != study.general else 0.0
+            mix = {expert: 1.0 - share, study.general: share} if share else {expert: 1.0}
+            run = {"mix": mix, **self._rate(study.learning_rate.expert)}
+            steps, place = study.tokens.expert // self.per_step, (*order, number)
+            step = self._train(Needs(model=seed), run, steps, _EXPERT_PHASE, place, self.seed_config, about)
+            self._scores(step, (*place, 1), self.seed_config, about)
 
-    def _method(self, method: Method, repetition: int, order: tuple[int, ...], group: Group) -> None:
-        study, preset = self.study, METHODS[method.method]
+    def _method(self, method: Method, repetition: int, order: Order, group: Group) -> None:
+        preset, title = METHODS[method.method], method.title
         about = About(
             group,
             repetition,
             "upcycle",
             method.label or preset.label,
-            title=method.title,
-            method=method.title,
+            title=title,
+            method=title,
             preset=method.method,
             what=preset.what,
             warning=preset.warning,
         )
-        dense = {
-            "seed": self._seed_step(repetition),
-            **{name: self._expert_step(name, repetition) for name in study.expert_names},
-        }
-        needs = {role: name for role, name in dense.items() if name is not None}
+        seed = self._seed_step(repetition)
+        experts = {name: f"r{repetition + 1}.train.{name}" for name in self.study.expert_names}
+        dense = ({SEED: seed} if seed else {}) | experts
+        if preset.kind == "dense":
+            self._runs(method, {}, seed, self.seed_config, order, about)
+            return
         if preset.kind == "ensemble":
-            options = {"members": ["seed", *study.expert_names], **self._evaluation(), **self.given_identity}
-            name = f"{self._prefix(repetition)}scores.{method.title}"
+            options = {"members": [SEED, *experts], **self._evaluation(), **self.given_identity}
             about = replace(about, role="ensemble")
-            needs |= self._text()
+            name = f"r{repetition + 1}.scores.{title}"
+            needs = Needs(self.text, members=dense)
             self._add(name, "ensemble", options, needs, (*order, 9), config=self.seed_config, about=about)
             return
-        if preset.kind == "dense":
-            self._runs(method, {}, needs.get("seed"), self.seed_config, order, about)
-            return
-        recipe = self.mixtures.recipe(method, self._random(repetition, 2))
-        config = self.mixtures.config(recipe)
-        content = identity_of_recipe(recipe)
+        recipe = self.mixtures.recipe(method, self._random(repetition, _MIXTURE_PHASE))
+        config, content = self.mixtures.config(recipe), _identity_of_recipe(recipe)
         names = [expert.name for expert in recipe.experts]
-        needs = {role: name for role, name in needs.items() if role in ("seed", *names)}
-        name = f"{self._prefix(repetition)}upcycle.{method.title}"
+        needs = Needs(members={role: step for role, step in dense.items() if role in (SEED, *names)})
         options = {"recipe": content, "experts": names, **self.given_identity}
-        self._add(name, "upcycle", options, needs, (*order, 0), config=config, about=about)
-        same = next((s.name for s in self.found.values() if s.key == self.found[name].key), name)
-        if same != name:  # another method trains the same merge otherwise
-            del self.found[name]
+        name = f"r{repetition + 1}.upcycle.{title}"
+        self._add(name, "upcycle", options, needs, (*order, 0), recipe=content, config=config, about=about)
+        same = next(step.name for step in self.steps.values() if step.key == self.steps[name].key)
+        if same != name:  # another method trains the same merge in another way
+            del self.steps[name]
+        elif preset.kind == "merge":
+            self._scores(name, (*order, 1), config, replace(about, role="merge"))
         else:
-            if preset.kind == "merge":
-                untrained = replace(about, role="merge")
-            else:
-                untrained = replace(about, role="step 0", title=f"{method.title}-step0")
-            self._scores({"model": name}, (*order, 1), config, untrained)
-        name = same
+            self._scores(name, (*order, 1), config, replace(about, role="step 0", title=f"{title}-step0"))
         if preset.kind == "mixture":
-            self._runs(method, preset.train, name, config, (*order, 2), about)
+            self._runs(method, preset.train, same, config, (*order, 2), about)
 
     def _runs(
-        self,
-        method: Method,
-        train: dict[str, Any],
-        model: str | None,
-        config: dict[str, Any],
-        order: tuple[int, ...],
-        about: About,
+        self, method: Method, train: dict[str, Any], model: str | None, config: Config, order: Order, about: About
     ) -> None:
-        """Training at equal data, compute, time; where two of these are the same run, it is one."""
-        study, repetition = self.study, about.repetition
+        """Training at equal data and at equal compute; where these are the same run, it is one."""
+        study = self.study
         train = overlaid(train, method.train)
         is_reference = method.title == study.reference
-        reference_steps, total = self.reference
-        wanted = method.match if method.match is not None else list(METHODS[method.method].match)
+        role: Role = "reference" if is_reference else "trained"
+        reference_steps, total = self.reference_cost
+        wanted = method.match if method.match is not None else METHODS[method.method].match
         per_step = step_cost(study, config, train)
-        budgets: dict[Any, list[str]] = {}
+        matches_of: dict[int, list[str]] = {}
         for match in ["dm"] if is_reference else wanted:
-            if match == "time":
-                budgets.setdefault("time", []).append(match)
-                continue
             steps = reference_steps
             if match == "cm" and abs(reference_steps * per_step.total - total) > NEGLIGIBLE * total:
                 steps = total // per_step.total
@@ -181,49 +176,33 @@ class _Builder:
                 raise RecipeError(
                     f"methods: {method.title}: one step costs more than all of {study.reference}: raise tokens.mixture"
                 )
-            budgets.setdefault(steps, []).append(match)
-        for number, (steps, matches) in enumerate(budgets.items()):
+            matches_of.setdefault(steps, []).append(match)
+        for number, (steps, matches) in enumerate(matches_of.items()):
             title = method.title if is_reference else f"{method.title}-{matches[0]}"
-            matched = ["dm", "cm", "time"] if is_reference else matches
+            matched = ["dm", "cm"] if is_reference else matches
             if steps == reference_steps and "dm" not in matched:  # equal data comes with equal compute
                 matched = ["dm", *matched]
-            needs = {"model": model} if model else {}
-            role: Role = "reference" if is_reference else "trained"
             run_about = replace(about, role=role, title=title, match=tuple(matched))
-            timed = {}
-            if steps == "time":
-                needs["clock"] = f"{self._prefix(repetition)}train.{study.reference}"
-                timed = {"minutes_of": "clock"}
-            name = f"{self._prefix(repetition)}train.{title}"
-            self._train(
-                name,
-                overlaid({"mix": study.mix, **self._rate(study.learning_rate.mixture)}, train, timed),
-                needs,
-                steps=reference_steps if timed else steps,
-                random_seed=self._random(repetition, 2),
-                order=(*order, 2 * number),
-                config=config,
-                about=run_about,
-                per_step=per_step,
-            )
-            self._scores({"model": name}, (*order, 2 * number + 1), config, run_about)
+            run = overlaid({"mix": study.mix, **self._rate(study.learning_rate.mixture)}, train)
+            place, needs = (*order, 2 * number), Needs(model=model)
+            name = self._train(needs, run, steps, _MIXTURE_PHASE, place, config, run_about, per_step)
+            self._scores(name, (*order, 2 * number + 1), config, run_about)
 
     # ---- kinds of steps ----
 
     def _train(
         self,
-        name: str,
+        needs: Needs,
         settings: dict[str, Any],
-        needs: dict[str, str],
-        *,
         steps: int,
-        random_seed: int,
-        order: tuple[int, ...],
-        config: dict[str, Any],
+        phase: int,
+        order: Order,
+        config: Config,
         about: About,
         per_step: Cost | None = None,
-    ) -> None:
-        study = self.study
+    ) -> str:
+        """Adds a training run; returns its name."""
+        study, name = self.study, f"r{about.repetition + 1}.train.{about.title}"
         if steps < 1:
             raise RecipeError(
                 f"tokens: {name} has less than one step of {self.per_step:,} tokens: raise its budget, or lower "
@@ -233,82 +212,66 @@ class _Builder:
             **study.run_of(settings),
             "held_out": {"share": study.held_out.share, "tokens": HELD_OUT_WHILE_TRAINING},
             "budget": {"steps": steps},
-            "random_seed": random_seed,
+            "random_seed": self._random(about.repetition, phase),
         }
         run = json.loads(json.dumps(run))
-        per_step = per_step or step_cost(self.study, config, {})
+        per_step = per_step or step_cost(study, config, {})
         cost = Cost(steps, steps * self.per_step, steps * per_step.flops, steps * per_step.optimizer)
-        options = {
-            "run": run,
-            "data": self.data,
-            **(self.given_identity if "model" not in needs and "model" not in run else {}),
-        }
-        self._add(name, "train", options, {**needs, **self._text()}, order, config=config, cost=cost, about=about)
+        # What does not change the result is not part of the key.
+        free = FREE_TO_CHANGE - {"micro_batch_size"} if has_routers(config) else FREE_TO_CHANGE
+        options = {"run": {key: value for key, value in run.items() if key not in free}, "data": self.data}
+        options |= self.given_identity if needs.model is None and "model" not in run else {}
+        needs = replace(needs, text=self.text)
+        self._add(name, "train", options, needs, order, run=run, config=config, cost=cost, about=about)
+        return name
 
-    def _scores(self, needs: dict[str, str], order: tuple[int, ...], config: dict[str, Any], about: About) -> None:
-        name = f"{self._prefix(about.repetition)}scores.{about.title}"
-        options = {**self._evaluation(), **(self.given_identity if "model" not in needs else {})}
-        self._add(name, "scores", options, {**needs, **self._text()}, (*order, 99), config=config, about=about)
+    def _scores(self, model: str | None, order: Order, config: Config, about: About) -> None:
+        options = {**self._evaluation(), **(self.given_identity if model is None else {})}
+        name, needs = f"r{about.repetition + 1}.scores.{about.title}", Needs(self.text, model)
+        self._add(name, "scores", options, needs, (*order, 99), config=config, about=about)
 
     def _routes(self) -> None:
         """Pages of the first repetition's routers, token by token: of a method's first trained run."""
+        options = {name: value for name, value in self._evaluation().items() if name != "precision"}
         for number, method in enumerate(self.study.routes):
-            run = next((step for step in self.found.values() if _trains(step, method)), None)
+            run = next((step for step in self.steps.values() if _trains(step, method)), None)
             if run is None or run.about is None or not has_routers(run.config):
                 trained = [m.title for m in self.study.all_methods if METHODS[m.method].kind == "mixture"]
                 raise RecipeError(
                     f"routes: {method!r} is not a mixture that the study trains{nearest(method, trained)}; there are "
                     f"{', '.join(trained)}"
                 )
-            name = f"{self._prefix(0)}routes.{run.about.title}"
-            needs = {"model": run.name, **self._text()}
-            options = {name: value for name, value in self._evaluation().items() if name != "precision"}
+            name, needs = f"r1.routes.{run.about.title}", Needs(self.text, run.name)
             self._add(name, "routes", options, needs, (8, number), config=run.config, about=run.about)
 
     def _inference(self) -> None:
-        study = self.study
-        if study.inference is None:
+        if self.study.inference is None:
             return
-        needs = {"seed": seed} if (seed := self._seed_step(0)) else {}
-        needs |= {
+        models = {SEED: seed} if (seed := self._seed_step(0)) else {}
+        models |= {
             step.about.method: step.name
-            for step in self.found.values()
+            for step in self.steps.values()
             if step.kind == "upcycle" and step.about and (step.about.repetition, step.about.group) == (0, "methods")
         }
-        options = {**study.inference.model_dump(), **self.given_identity}
-        self._add("inference", "inference", options, needs, (9,))
+        options = {**self.study.inference.model_dump(), **self.given_identity}
+        self._add("inference", "inference", options, Needs(members=models), (9,))
 
-    def _add(
-        self, name: str, kind: Kind, options: dict[str, Any], needs: dict[str, str], order: tuple[int, ...], **more: Any
-    ) -> None:
-        options = json.loads(json.dumps(options))
-        if name in self.found:
+    def _add(self, name: str, kind: StepKind, options: dict[str, Any], needs: Needs, order: Order, **more: Any) -> None:
+        """Adds a step; ``options`` are all that its result depends on, but for what it needs."""
+        if name in self.steps:
             raise RecipeError(f"methods: two of them make {name}: give one another name")
-        counted = options
-        if kind == "train":  # what does not change the result is no part of the key
-            free = FREE_TO_CHANGE - {"micro_batch_size"} if has_routers(more["config"]) else FREE_TO_CHANGE
-            counted = {**options, "run": {key: value for key, value in options["run"].items() if key not in free}}
-        keys = {role: self.found[needed].key for role, needed in needs.items()}
-        key = key_of({"format": FORMAT, "kind": kind, "options": counted, "needs": keys})
-        self.found[name] = Step(name, kind, options, needs, key, order, **more)
+        keys = {role: self.steps[needed].key for role, needed in needs.by_role().items()}
+        key = key_of({"format": FORMAT, "kind": kind, "options": options, "needs": keys})
+        self.steps[name] = Step(name, kind, needs, key, order, **more)
 
     # ---- parts ----
 
-    def _prefix(self, repetition: int) -> str:
-        return f"r{repetition + 1}."
-
     def _random(self, repetition: int, phase: int) -> int:
         """Phases draw different numbers: an expert's general text is not the seed's first."""
-        first = {0: ("all",), 1: ("all", "experts"), 2: ("all", "experts", "mixtures")}[phase]
-        return 4 * self.study.random_seeds[repetition if self.study.repeat in first else 0] + phase
+        return 4 * self.study.random_seeds[repetition] + phase
 
     def _seed_step(self, repetition: int) -> str | None:
-        if self.given is not None:
-            return None
-        return f"{self._prefix(repetition)}train.seed" if self.study.repeat == "all" else "train.seed"
-
-    def _expert_step(self, name: str, repetition: int) -> str:
-        return f"train.{name}" if self.study.repeat == "mixtures" else f"{self._prefix(repetition)}train.{name}"
+        return f"r{repetition + 1}.train.{SEED}" if isinstance(self.study.seed, NewModel) else None
 
     def _rate(self, ratio: float) -> dict[str, Any]:
         rate = self.study.learning_rate
@@ -319,12 +282,9 @@ class _Builder:
         return {
             "held_out": study.held_out.model_dump(),
             "max_length": study.sequence_length,
-            "precision": study.train.get("precision", "auto"),
+            "precision": study.precision,
             "data": self.data,
         }
-
-    def _text(self) -> dict[str, str]:
-        return {"text": "text"} if "text" in self.found else {}
 
     def _reference_cost(self) -> tuple[int, int]:
         """Steps of the reference, and all its FLOPs."""
@@ -333,7 +293,7 @@ class _Builder:
         preset = METHODS[method.method]
         config = self.seed_config
         if preset.kind != "dense":
-            config = self.mixtures.config(self.mixtures.recipe(method, self._random(0, 2)))
+            config = self.mixtures.config(self.mixtures.recipe(method, self._random(0, _MIXTURE_PHASE)))
         steps = study.tokens.mixture // self.per_step
         return steps, steps * step_cost(study, config, overlaid(preset.train, method.train)).total
 
@@ -341,3 +301,50 @@ class _Builder:
 def _trains(step: Step, method: str) -> bool:
     """Whether a step is a run of a method's first repetition."""
     return step.kind == "train" and step.about is not None and (step.about.repetition, step.about.method) == (0, method)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What distinguishes one seed, text or merge from another: part of the keys of all steps that depend on them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """JSON of all that a merge depends on, but for the models themselves."""
+    content: dict[str, Any] = recipe.model_dump(mode="json", exclude={"seed", "experts"})
+    for section, later in _LATER.items():
+        content[section] = {key: value for key, value in content[section].items() if later.get(key, ...) != value}
+    return content
+
+
+def _identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:
+    """A given seed's revision on the Hub, or the hash of its folder; empty if a step trains the seed."""
+    if given is None:
+        return {}
+    if given.revision:
+        return {"seed": f"{given.given}@{given.revision}"}
+    from branchmix.likelihood.records import model_hash
+
+    return {"seed": model_hash(given.folder)}
+
+
+def _identity_of_text(study: StudyFile) -> dict[str, Any]:
+    """What the text of all domains depends on; that of a text step is in its key."""
+    if isinstance(study.data, InstalledText):
+        return {}
+    return {name: _identity_of_source(source, study.folder) for name, source in study.data.items()}
+
+
+def _identity_of_source(source: Source, folder: Path) -> dict[str, Any]:
+    from branchmix.checkpoint.hashes import FileHashes
+    from branchmix.data.sources import find_files
+
+    if source.files is None:
+        return source.model_dump(exclude_none=True)
+    patterns = [source.files] if isinstance(source.files, str) else source.files
+    files = find_files(patterns, folder, exclude=source.exclude)
+    if sum(file.stat().st_size for file in files) > _HASHED_BYTES:
+        known: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    else:
+        with FileHashes(files) as hashes:
+            known = [[file.name, hashes.of(file)] for file in files]
+    return {"files": known, "column": source.column}

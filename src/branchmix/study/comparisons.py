@@ -9,62 +9,57 @@ import math
 from typing import Any
 
 from branchmix.study.graph import NEGLIGIBLE, TRAINED
+from branchmix.study.labels import Numbers
 from branchmix.study.methods import METHODS
 from branchmix.study.statistics import Comparison, compare, t_interval
 
+INDISTINGUISHABLE = "statistically indistinguishable"
 
-def comparison(ours: dict[str, Any], theirs: dict[str, Any]) -> Comparison | None:
+
+def comparison(ours: Numbers, theirs: Numbers) -> Comparison | None:
     """Two models in the repetitions that both have; None if there is none."""
-    a = {r["repetition"]: r["documents"] for r in ours["repetitions"]}
-    b = {r["repetition"]: r["documents"] for r in theirs["repetitions"]}
+    a, b = ({r["repetition"]: r["documents"] for r in model["repetitions"]} for model in (ours, theirs))
     both = sorted(a.keys() & b.keys())
     return compare([a[number] for number in both], [b[number] for number in both]) if both else None
 
 
-def against_dense(models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def against_dense(models: list[Numbers]) -> dict[str, dict[str, Any]]:
     """By match, then by title: mixtures beside the dense model that was trained on as much data or compute."""
     trained = [model for model in models if model["role"] in TRAINED and model["group"] == "methods"]
-    found: dict[str, dict[str, Any]] = {}
+    by_match: dict[str, dict[str, Any]] = {}
     for match in ("dm", "cm"):
         of_match = [model for model in trained if match in model["match"]]
         dense = next((model for model in of_match if model["preset"] == "dense"), None)
         if dense is None or dense["role"] == "reference":
             continue
         both = {model["title"]: comparison(model, dense) for model in of_match if model is not dense}
-        found[match] = {title: {**c.as_dict(), "dense": dense["title"]} for title, c in both.items() if c is not None}
-    return found
+        by_match[match] = {title: {**c.as_dict(), "dense": dense["title"]} for title, c in both.items() if c}
+    return by_match
 
 
-def budgets(models: list[dict[str, Any]], reference: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Whether equal data and equal compute were kept, from what the runs say of themselves."""
+def budgets(models: list[Numbers], reference: Numbers | None) -> list[dict[str, Any]]:
+    """Whether equal data and equal compute were kept, by what the runs recorded."""
     if reference is None:
         return []
-    rows = []
     total = reference["flops"] + reference["optimizer_flops"]
+    rows = []
     for model in models:
         if model["role"] not in TRAINED or not model["tokens"]:
             continue
         flops = model["flops"] + model["optimizer_flops"]
         step = flops / model["repetitions"][0]["training"]["steps"]
+        kept = {
+            "dm": model["tokens"] == reference["tokens"],
+            "cm": 0 <= total - flops < step or abs(total - flops) <= NEGLIGIBLE * total,
+        }
         rows.append(
             {
-                "title": model["title"],
-                "label": model["label"],
-                "match": model["match"],
-                "tokens": model["tokens"],
+                **{key: model[key] for key in ("title", "label", "match", "tokens")},
                 "tokens_share": model["tokens"] / reference["tokens"],
                 "flops": flops,
                 "flops_share": flops / total,
                 "seconds_share": model["seconds"] / reference["seconds"] if reference["seconds"] else None,
-                "kept": {
-                    match: model["tokens"] == reference["tokens"]
-                    if match == "dm"
-                    else 0 <= total - flops < step or abs(total - flops) <= NEGLIGIBLE * total
-                    for match in model["match"]
-                    if match != "time"
-                }
-                if model is not reference
-                else {},
+                "kept": {match: kept[match] for match in model["match"] if match in kept and model is not reference},
             }
         )
     return rows
@@ -84,14 +79,14 @@ CLAIMS = (
     ("Table 6", "Soft attention routing better than top-2", "bam-shared-kv", "cm", "bam-attention-top2", "cm"),
     ("Table 6", "Soft attention routing better than top-1", "bam-shared-kv", "cm", "bam-attention-top1", "cm"),
     ("Table 6", "Attention top-2 better than top-1", "bam-attention-top2", "cm", "bam-attention-top1", "cm"),
-)  # fmt: skip
+)
 """What BAM (arXiv 2408.08274) finds: where, what, and which model has the lower average perplexity than which."""
 
 
-def claims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def claims(models: list[Numbers]) -> list[dict[str, Any]]:
     """Which of the paper's rows came out in the same direction, and which beyond the noise."""
 
-    def find(preset: str, match: str) -> dict[str, Any] | None:
+    def find(preset: str, match: str) -> Numbers | None:
         if preset == "seed":
             return next((model for model in models if model["role"] == "seed"), None)
         wanted = [m for m in models if m["preset"] == preset and m["role"] in TRAINED]
@@ -100,85 +95,68 @@ def claims(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for table, what, ours, our_match, theirs, their_match in CLAIMS:
         better, worse = find(ours, our_match), find(theirs, their_match)
-        found = comparison(better, worse) if better is not None and worse is not None else None
-        if found is None:
-            continue
-        verdict = "same direction" if found.mean.value < 0 else "opposite direction"
-        rows.append(
-            {
-                "table": table,
-                "claim": what,
-                **_difference(found),
-                "verdict": verdict if found.significant else f"cannot be told apart ({verdict})",
-                "reproduced": found.mean.value < 0,
-            }
-        )
+        compared = comparison(better, worse) if better is not None and worse is not None else None
+        if compared is not None:
+            verdict = "same direction" if compared.mean.value < 0 else "opposite direction"
+            row = {"table": table, "claim": what, **_difference(compared)}
+            row["verdict"] = verdict if compared.significant else f"{INDISTINGUISHABLE} ({verdict})"
+            rows.append({**row, "reproduced": compared.mean.value < 0})
     return rows
 
 
-def variants(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def variants(models: list[Numbers]) -> list[dict[str, Any]]:
     """Each method that varies another in one thing, beside that one, for each budget that both kept."""
     trained = [model for model in models if model["role"] in TRAINED]
     rows: list[dict[str, Any]] = []
     for model in trained:
         preset = METHODS.get(model["preset"] or "")
-        if preset is None or preset.varies is None:
-            continue
-        for other in trained:
+        varied = [other for other in trained if preset and preset.varies and other["preset"] == preset.varies]
+        for other in varied:
             shared = [match for match in ("dm", "cm") if match in model["match"] and match in other["match"]]
-            if other["preset"] != preset.varies or not shared:
-                continue
-            found = comparison(model, other)
-            if found is not None:
-                better = "better" if found.mean.value < 0 else "worse"
-                names = {"title": model["title"], "other": other["title"], "match": shared}
-                verdict = better if found.significant else "cannot be told apart"
-                rows.append({**names, **_difference(found), "verdict": verdict})
+            compared = comparison(model, other) if shared else None
+            if compared is not None:
+                better = "better" if compared.mean.value < 0 else "worse"
+                row = {"title": model["title"], "other": other["title"], "match": shared, **_difference(compared)}
+                rows.append({**row, "verdict": better if compared.significant else INDISTINGUISHABLE})
     return rows
 
 
-def _difference(found: Comparison) -> dict[str, Any]:
+def _difference(compared: Comparison) -> dict[str, Any]:
     return {
-        "relative": found.relative,
-        "half_width": found.mean.half_width,
-        "n": found.mean.n,
-        "over": found.over,
-        "significant": found.significant,
+        "relative": compared.relative,
+        "half_width": compared.mean.half_width,
+        "n": compared.mean.n,
+        "over": compared.over,
+        "significant": compared.significant,
     }
 
 
-def slopes(
-    models: list[dict[str, Any]], reference: dict[str, Any] | None, comparisons: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Of methods with a run at equal data and one at equal compute: how fast perplexity falls with tokens between them.
+def slopes(models: list[Numbers], reference: Numbers | None, comparisons: dict[str, Any]) -> list[dict[str, Any]]:
+    """How fast perplexity falls with tokens, for methods with a run at equal data and one at equal compute.
 
-    Both runs have whole schedules of their own, so this is no tail of a curve whose rate has died down. A lead of L in
-    log perplexity at equal data pays for R times the FLOPs once perplexity falls more slowly than tokens^-(L / ln R).
+    Both runs have whole schedules of their own, so this is not the tail of a curve whose rate has died down. A lead of
+    L in log perplexity at equal data pays for R times the FLOPs once perplexity falls more slowly than
+    tokens^-(L / ln R).
     """
     rows: list[dict[str, Any]] = []
-    if reference is None:
-        return rows
     for data in models:
-        compute = next(
-            (m for m in models if m["method"] == data["method"] and "cm" in m["match"] and m is not data), None
-        )
-        if (
-            data["role"] != "trained"
-            or "dm" not in data["match"]
-            or compute is None
-            or data["tokens"] == compute["tokens"]
-        ):
+        same_method = (m for m in models if m["method"] == data["method"] and "cm" in m["match"] and m is not data)
+        compute = next(same_method, None)
+        is_pair = data["role"] == "trained" and "dm" in data["match"] and compute is not None
+        if reference is None or not is_pair or compute is None or data["tokens"] == compute["tokens"]:
             continue
-        exponents = []
-        for r in data["repetitions"]:
-            other = next((c for c in compute["repetitions"] if c["repetition"] == r["repetition"]), None)
-            if other is not None:
-                fall = math.log(other["geometric_mean"] / r["geometric_mean"])
-                exponents.append(fall / math.log(data["tokens"] / compute["tokens"]))
-        if not exponents or data["title"] not in comparisons:
+        at_compute = {r["repetition"]: r["geometric_mean"] for r in compute["repetitions"]}
+        tokens = math.log(data["tokens"] / compute["tokens"])
+        exponents = [
+            math.log(at_compute[r["repetition"]] / r["geometric_mean"]) / tokens
+            for r in data["repetitions"]
+            if r["repetition"] in at_compute
+        ]
+        compared = comparisons.get(data["title"])
+        if not exponents or compared is None:
             continue
         ratio = (data["flops"] + data["optimizer_flops"]) / (reference["flops"] + reference["optimizer_flops"])
-        lead = -comparisons[data["title"]]["log_perplexity"]["value"]
+        lead = -compared["log_perplexity"]["value"]
         rows.append(
             {
                 "method": data["method"],
@@ -187,7 +165,7 @@ def slopes(
                 "flops_ratio": ratio,
                 "lead": lead,
                 "pays_below": lead / math.log(ratio) if lead > 0 and ratio > 1 else None,
-                "significant": comparisons[data["title"]]["significant"],
+                "significant": compared["significant"],
             }
         )
     return rows

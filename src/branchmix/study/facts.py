@@ -13,7 +13,7 @@ from branchmix.train.schedule import optimizer_flops, token_flops
 
 
 def step_cost(study: StudyFile, config: dict[str, Any], train: dict[str, Any]) -> Cost:
-    """Of one optimizer step of a run.
+    """What one optimizer step of a run costs.
 
     Args:
         study: for the batch and the optimizer.
@@ -28,10 +28,8 @@ def step_cost(study: StudyFile, config: dict[str, Any], train: dict[str, Any]) -
         shares, lora, trained = _what_is_trained(config, train)
     flops = token_flops(config, study.sequence_length, shares, lora)
     if flops is None:
-        seed = config.get("seed_config", config)
-        raise RecipeError(
-            f"seed: there is no formula for the FLOPs of {seed['model_type']}, and no equal compute without"
-        )
+        model_type = config.get("seed_config", config)["model_type"]
+        raise RecipeError(f"seed: there is no formula for the FLOPs of {model_type}, and no equal compute without")
     if trained is None:
         trained = parameters(config).total
     clips = study.run_of(train)["optimizer"]["max_grad_norm"] > 0
@@ -43,18 +41,14 @@ def _what_is_trained(config: dict[str, Any], train: dict[str, Any]) -> tuple[dic
     import torch
 
     from branchmix.study.speed import new_model
+    from branchmix.train import adapters, freeze
     from branchmix.train.record import trained_parts
 
     with torch.device("meta"):
         model = new_model(config)
     if train.get("adapters"):
-        from branchmix.train import adapters
-
         adapters.add(model)
-    if train.get("freeze"):
-        from branchmix.train import freeze
-
-        named = train["freeze"]
+    if named := train.get("freeze"):
         freeze.apply(model, [named] if isinstance(named, str) else named)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return *trained_parts(model), trained
@@ -62,30 +56,22 @@ def _what_is_trained(config: dict[str, Any], train: dict[str, Any]) -> tuple[dic
 
 def facts_of(config: dict[str, Any], context: int) -> dict[str, Any]:
     """Sizes of a model from its config: parameters, active ones, FLOPs of a token, bytes of its cache in bf16."""
-    flops = flops_per_token(config, context)
+    flops, counts, layers = flops_per_token(config, context), parameters(config), shape_of(config).sizes.num_layers
+    layer = flops.layer
     return {
-        "parameters": parameters(config).total,
+        "parameters": counts.total,
         "active_parameters": active_parameters(config).total,
         "forward_flops_per_token": flops.total,
-        "layer_flops": {
-            **asdict(flops.layer),
-            **{name: getattr(flops.layer, name) for name in ("attention", "total")},
+        "layer_flops": {**asdict(layer), "attention": layer.attention, "total": layer.total},
+        # In the parts of the paper's Table 10; a matrix takes two FLOPs for each of its parameters.
+        "layer_parameters": {
+            "attention_router": layer.attention_router // 2,
+            "qkv": layer.qkv // 2,
+            "output": counts.attention // layers - layer.qkv // 2,
+            "ffn_router": layer.ffn_router // 2,
+            "ffn": counts.ffn // layers,
         },
-        "layer_parameters": _layer_parameters(config),
         "experts": config.get("num_experts", 1),
         "top_k": config.get("num_experts_per_tok", 1),
         "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config, "bfloat16"),
-    }
-
-
-def _layer_parameters(config: dict[str, Any]) -> dict[str, int]:
-    """Of one layer, in the parts of the paper's Table 10."""
-    counts, layers = parameters(config), shape_of(config).sizes.num_layers
-    one = flops_per_token(config, 8).layer
-    return {
-        "attention_router": one.attention_router // 2,
-        "qkv": one.qkv // 2,
-        "output": counts.attention // layers - one.qkv // 2,
-        "ffn_router": one.ffn_router // 2,
-        "ffn": counts.ffn // layers,
     }

@@ -5,26 +5,56 @@ Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg``, ``png`
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from branchmix.evaluate.routing.plots import shares
 from branchmix.pages.pictures import COLOURS, Figure, figure_with, take_ink
+from branchmix.study.graph import TRAINED
 from branchmix.study.labels import Numbers
 
-TOLD = ("bam-expert-kv", "bam-shared-kv", "dense")
-"""Methods that reports tell about first, where a study has them."""
-_DASHES = {"dm": "-", "cm": "--", "time": ":"}
+FIRST = ("bam-expert-kv", "bam-shared-kv", "dense")
+"""Methods that reports describe first, where a study has them."""
+ROUTING = "routing-"
+"""How the names of heat maps begin; the title of a model follows."""
+_DASHES = {"dm": "-", "cm": "--"}
 
 
-def styles(found: Numbers) -> dict[str, tuple[str, str]]:
+@dataclass(frozen=True)
+class Picture:
+    """A drawing, and what it shows."""
+
+    draw: Callable[[str], Figure]
+    label: str
+
+
+def pictures_of(study: Numbers) -> dict[str, Picture]:
+    """All pictures of a study by name."""
+    pictures = {"perplexity": Picture(partial(dots, study), "Held-out perplexity of every model")}
+    if styles(study):
+        pictures["curves"] = Picture(partial(curves, study), "Training loss against tokens and against FLOPs")
+        pictures["compute"] = Picture(partial(compute, study), "Held-out perplexity against training FLOPs")
+    for model in study["models"]:
+        routing = model["repetitions"][0]["routing"]
+        if routing and model["role"] in TRAINED:
+            draw = partial(shares, routing, domains=study["domains"])
+            label = f"{model['label']}: share of each expert by domain, layer by layer"
+            pictures[f"{ROUTING}{model['title']}"] = Picture(draw, label)
+    return pictures
+
+
+def styles(study: Numbers) -> dict[str, tuple[str, str]]:
     """Colour (of the method) and dashes (of the match) of the trained models that are drawn.
 
-    As many methods as there are colours: the reference, those that reports tell about, and the first of the others.
+    As many methods as there are colours: the reference, ``FIRST``, and the first of the others.
     """
-    trained = [model for model in found["models"] if model["tokens"] and model["group"] == "methods"]
-    ranks = {preset: rank for rank, preset in enumerate(TOLD, start=1)}
-    by_rank = sorted(trained, key=lambda m: 0 if m["role"] == "reference" else ranks.get(m["preset"], len(TOLD) + 1))
+    trained = [model for model in study["models"] if model["tokens"] and model["group"] == "methods"]
+    ranks = {preset: rank for rank, preset in enumerate(FIRST, start=1)}
+    by_rank = sorted(trained, key=lambda m: 0 if m["role"] == "reference" else ranks.get(m["preset"], len(FIRST) + 1))
     colours: dict[str, str] = {}
     left = list(COLOURS[:-1])
     for model in by_rank:
@@ -39,35 +69,42 @@ def styles(found: Numbers) -> dict[str, tuple[str, str]]:
     }
 
 
-def curves(found: Numbers, ink: str) -> Figure:
+def curves(study: Numbers, ink: str) -> Figure:
     """Training loss against tokens and against FLOPs: mean over the repetitions that all drawn models have.
 
     These saw the same data in the same order, another repetition's may be harder.
     """
     figure, panels = figure_with(2, (10.0, 4.3), ink)
-    for panel, over, title in zip(
-        panels, ("tokens", "flops"), ("Over tokens: equal data", "Over FLOPs: equal compute"), strict=True
-    ):
-        _curves(panel, found, over, ink)
+    titles = {"tokens": "Over tokens: equal data", "flops": "Over FLOPs: equal compute"}
+    for panel, (over, title) in zip(panels, titles.items(), strict=True):
+        _curves(panel, study, over, ink)
         panel.set_title(title, color=ink, loc="left")
     panels[0].set_ylabel("training loss, nats a token", color=ink)
-    lines, labels = panels[1].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
+    _legend(figure, panels[1], ink)
     return figure
 
 
-def _curves(panel: Any, found: Numbers, over: str, ink: str) -> None:
+def _legend(figure: Figure, panel: Any, ink: str) -> None:
+    lines, labels = panel.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
+
+
+def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
     from matplotlib.ticker import EngFormatter
 
-    models = {model["title"]: model for model in found["models"]}
+    models = {model["title"]: model for model in study["models"]}
     trained = {
-        title: {r["repetition"]: curve for r in models[title]["repetitions"] if (curve := _curve(r))}
-        for title in styles(found)
+        title: {
+            r["repetition"]: r["training"]["curve"]
+            for r in models[title]["repetitions"]
+            if (r["training"] or {}).get("curve")
+        }
+        for title in styles(study)
     }
     having = [set(of_one) for of_one in trained.values() if of_one]
     common = set.intersection(*having) if having else set()
     lowest, highest = float("inf"), 0.0
-    for title, (colour, dashes) in styles(found).items():
+    for title, (colour, dashes) in styles(study).items():
         of_all = [curve for repetition, curve in trained[title].items() if repetition in common or not common]
         if not of_all:
             continue
@@ -84,22 +121,17 @@ def _curves(panel: Any, found: Numbers, over: str, ink: str) -> None:
     panel.grid(alpha=0.2)
 
 
-def _curve(repetition: Numbers) -> list[Numbers]:
-    training = repetition["training"]
-    return list(training["curve"]) if training else []
-
-
 def _at(places: list[float], curve: list[Numbers], over: str) -> Any:
     """A run's loss at these places. Runs that were stopped have points at other steps than those that were not."""
     return np.interp(places, [point[over] for point in curve], [point["loss"] for point in curve])
 
 
-def dots(found: Numbers, ink: str) -> Figure:
+def dots(study: Numbers, ink: str) -> Figure:
     """Geometric mean of held-out perplexity of every model; small dots are its repetitions."""
     from matplotlib.figure import Figure as MatplotlibFigure
     from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
 
-    models = found["models"]
+    models = study["models"]
     figure = MatplotlibFigure(figsize=(9.0, 0.6 + 0.26 * len(models)), layout="constrained")
     panel = figure.subplots()
     take_ink(panel, ink)
@@ -111,15 +143,8 @@ def dots(found: Numbers, ink: str) -> Figure:
             panel.plot(values, [place] * len(values), ".", color=colour, alpha=0.55, markersize=5)
         panel.plot(model["geometric_mean"], place, "o", color=colour, markersize=6)
         text = f"{model['geometric_mean']:.{0 if model['geometric_mean'] >= 100 else 1}f}"
-        panel.annotate(
-            text,
-            (model["geometric_mean"], place),
-            xytext=(9, 0),
-            textcoords="offset points",
-            va="center",
-            color=ink,
-            fontsize=7.5,
-        )
+        beside: Any = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": ink, "fontsize": 7.5}
+        panel.annotate(text, (model["geometric_mean"], place), **beside)
     panel.set_xscale("log")
     panel.set_yticks(range(len(models)), [model["label"] for model in models])
     panel.set_ylim(len(models) - 0.4, -0.6)
@@ -139,29 +164,24 @@ def dots(found: Numbers, ink: str) -> Figure:
     return figure
 
 
-def compute(found: Numbers, ink: str) -> Figure | None:
+def compute(study: Numbers, ink: str) -> Figure:
     """Held-out perplexity against training FLOPs: a line from each method's CM run to its DM run."""
     from matplotlib.ticker import EngFormatter
 
-    shown = styles(found)
+    shown = styles(study)
     figure, (panel,) = figure_with(1, (8.0, 4.8), ink)
     by_method: dict[str, list[Numbers]] = {}
-    for model in found["models"]:
+    for model in study["models"]:
         if model["title"] in shown:
             by_method.setdefault(model["method"], []).append(model)
     for models in by_method.values():
         models.sort(key=lambda model: model["flops"])
         colour = shown[models[0]["title"]][0]
         points = [(model["flops"] + model["optimizer_flops"], model["geometric_mean"]) for model in models]
-        panel.plot(
-            *zip(*points, strict=True),
-            "o-",
-            color=colour,
-            label=models[-1]["label"].replace(" DM ", " ").split(" (")[0],
-            markersize=6,
-        )
+        label = models[-1]["label"].replace(" DM ", " ").split(" (")[0]
+        panel.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=6)
         for model, (x, y) in zip(models, points, strict=True):
-            half = found["comparisons"].get(model["title"], {}).get("log_perplexity", {}).get("half_width")
+            half = study["comparisons"].get(model["title"], {}).get("log_perplexity", {}).get("half_width")
             if half is not None:
                 panel.errorbar([x], [y], yerr=[[y * half], [y * half]], color=colour, capsize=3, linewidth=1)
     panel.set_yscale("log")
@@ -171,7 +191,6 @@ def compute(found: Numbers, ink: str) -> Figure | None:
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.set_xlabel("training FLOPs, without the dense models'", color=ink)
     panel.set_ylabel("held-out perplexity, geometric mean", color=ink)
-    lines, labels = panel.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
+    _legend(figure, panel, ink)
     panel.grid(alpha=0.2, which="both")
     return figure

@@ -7,30 +7,31 @@ memory is what weights, gradients, optimizer, activations and logits need; disk 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from branchmix.accounting import parameters
 from branchmix.errors import RecipeError
 from branchmix.study.build import build
-from branchmix.study.graph import Graph, Step, chosen, has_routers, may_go
+from branchmix.study.folder import PLAN, is_done
+from branchmix.study.graph import Graph, Step, has_routers
 from branchmix.study.memory import training_bytes
-from branchmix.study.processes import MOST_PROCESSES, processes_of, share_machine
-from branchmix.study.records import PLAN, RESULT, STEPS
+from branchmix.study.processes import MOST_PROCESSES, processes_of, side_by_side
 from branchmix.study.settings import InstalledText, StudyFile
-from branchmix.study.speed import Speed
+from branchmix.study.speed import Speed, in_bf16, measure_speed
 from branchmix.train.progress import duration
 
 TEXT_SECONDS = 60.0
-"""Of extracting what is installed."""
+"""For extracting what is installed."""
 READING_SECONDS = 3.0
-"""Of reading data and writing a model, for each step."""
+"""For reading data and writing a model, in each step."""
 SHARED = 1.25
 """Times the work of one process, where several exchange gradients: two take 0.63 of the time of one."""
 EVALUATION = 0.4
-"""Of a training step's time for as many tokens: forward passes are a third, and documents fill no whole windows."""
+"""Share of a training step's time for as many tokens: a forward pass is a third, and documents fill windows partly."""
 MARGIN = 0.9
 """Share of ``minutes`` that is planned: machines are not always as fast as in their first seconds."""
 LEAST_STEPS = 5
@@ -40,7 +41,7 @@ LEAST_TEXT = 500_000
 
 @dataclass(frozen=True)
 class StepForecast:
-    """Steps that differ in their repetition only."""
+    """Steps that differ in their repetition only; numbers are for each of them."""
 
     name: str
     status: str
@@ -49,12 +50,12 @@ class StepForecast:
     parameters: int
     tokens: int
     flops: int
-    """Forward and backward, of each."""
+    """Forward and backward."""
     optimizer: int
     memory: int
     disk: int
     seconds: float | None
-    """Of each that is not done."""
+    """None if all are done, or nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -63,29 +64,28 @@ class Forecast:
 
     rows: list[StepForecast]
     seconds: float | None
-    """Of wall time, for what is not done."""
+    """Wall time of what is not done."""
     disk: int
     at_once: int
     threads: int
     tokens: int
     flops: int
     sunk_flops: int
-    """Of seeds and experts."""
-    budgets: list[dict[str, Any]] = field(default_factory=list)
-    """Of the first repetition's trained models: FLOPs against the reference's."""
-    warnings: list[str] = field(default_factory=list)
+    """FLOPs of seeds and experts."""
+    budgets: list[dict[str, Any]]
+    """FLOPs of the first repetition's trained models against the reference's."""
+    warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return asdict(self)
 
     def lines(self) -> list[str]:
         """Sums and warnings, for people."""
         time = "" if self.seconds is None else f"; about {duration(self.seconds)} with nothing else to do"
+        steps = sum(row.times for row in self.rows)
         lines = [
             "",
-            f"{sum(row.times for row in self.rows)} steps, {self.at_once} at once with {self.threads} threads each"
-            f"{time}",
+            f"{steps} steps, {self.at_once} at once with {self.threads} threads each{time}",
             f"{self.tokens:,} tokens, {self.flops:.4g} training FLOPs, of which seeds and experts "
             f"{self.sunk_flops:.4g}; {self.disk / 1e9:.2f} GB of disk",
             "",
@@ -108,26 +108,25 @@ def forecast(
     Args:
         study: the settings.
         out: folder of the study, to see what is done.
-        only: as for ``run.study``.
+        only: as for ``Graph.chosen``.
         measured: calibrate, which takes some seconds for each kind of model; without, times are unknown.
         speed: of this machine, if it has been measured.
     """
     graph = build(study)
-    steps = chosen(graph, list(only))
-    done = {step.name for step in steps if (out / STEPS / step.folder / RESULT).is_file()}
-    at_once, threads, _ = share_machine(study, len(steps))
-    left = [step for step in steps if step.name not in done]
+    steps = graph.chosen(only)
+    at_once, threads, _ = side_by_side(study, len(steps))
+    left = [step for step in steps if not is_done(out, step)]
     seconds: dict[str, float] = {}
     if measured:
-        needed = {step.name for step in left} | {n for s in left if s.kind == "inference" for n in s.needs.values()}
+        needed = {step.name for step in left} | {n for s in left if s.kind == "inference" for n in s.needs.names}
         speed = speed or _measured(study, (graph.steps[name] for name in sorted(needed)), at_once, threads)
         seconds = {step.name: _seconds(study, step, graph, speed) for step in left}
-    rows: dict[str, list[Step]] = {}
+    same_work: dict[str, list[Step]] = {}
     for step in steps:
-        rows.setdefault(_without_repetition(step.name), []).append(step)
+        same_work.setdefault(re.sub(r"^r\d+\.", "", step.name), []).append(step)
     trained = [step for step in steps if step.kind == "train"]
     return Forecast(
-        rows=[_row(study, name, group, done, _longest(group, seconds)) for name, group in rows.items()],
+        rows=[_row(study, name, group, {step.name for step in left}, seconds) for name, group in same_work.items()],
         seconds=_makespan(left, seconds, at_once) if measured else None,
         disk=sum(_disk(study, step) for step in steps),
         at_once=at_once,
@@ -136,28 +135,16 @@ def forecast(
         flops=sum(step.cost.total for step in trained),
         sunk_flops=sum(step.cost.total for step in trained if step.about and step.about.group == "dense"),
         budgets=_budgets(graph),
-        warnings=sorted(
-            {f"{step.about.label}: {step.about.warning}" for step in steps if step.about and step.about.warning}
-        ),
+        warnings=sorted({f"{s.about.label}: {s.about.warning}" for s in steps if s.about and s.about.warning}),
     )
 
 
-def _without_repetition(name: str) -> str:
-    first, _, rest = name.partition(".")
-    return rest if first[:1] == "r" and first[1:].isdigit() else name
-
-
-def _longest(steps: list[Step], seconds: dict[str, float]) -> float | None:
-    """Of one of them that is not done; None if there is none, or nothing was measured."""
-    return max((seconds[step.name] for step in steps if step.name in seconds), default=None)
-
-
-def _row(study: StudyFile, name: str, steps: list[Step], done: set[str], seconds: float | None) -> StepForecast:
+def _row(study: StudyFile, name: str, steps: list[Step], left: set[str], seconds: dict[str, float]) -> StepForecast:
     step = steps[0]
-    count = sum(step.name in done for step in steps)
+    done = sum(step.name not in left for step in steps)
     return StepForecast(
         name=name,
-        status="" if not count else "done" if count == len(steps) else f"{count} done",
+        status="" if not done else "done" if done == len(steps) else f"{done} done",
         times=len(steps),
         parameters=parameters(step.config).total if step.config else 0,
         tokens=step.cost.tokens,
@@ -165,37 +152,25 @@ def _row(study: StudyFile, name: str, steps: list[Step], done: set[str], seconds
         optimizer=step.cost.optimizer,
         memory=_memory(step),
         disk=_disk(study, step),
-        seconds=seconds,
+        seconds=max((seconds[step.name] for step in steps if step.name in seconds), default=None),
     )
 
 
 def _memory(step: Step) -> int:
-    """Of a training step; of anything else the weights in fp32."""
+    """Bytes of a training step; of anything else the weights in fp32."""
     if step.config is None or step.kind == "upcycle":
         return 0
     if step.kind != "train":
         return 4 * parameters(step.config).total
-    run = step.options["run"]
-    return training_bytes(step.config, run, bf16=_in_bf16(run))
-
-
-def _in_bf16(run: dict[str, Any]) -> bool:
-    """Whether a run computes in bf16 on this machine's CPUs."""
-    import torch
-
-    from branchmix.models.chunked_branchmix import faster_in_bf16
-
-    precision = run.get("precision", "auto")
-    return faster_in_bf16(torch.device("cpu")) if precision == "auto" else bool(precision == "bf16")
+    return training_bytes(step.config, step.run, bf16=in_bf16(step.run.get("precision", "auto")))
 
 
 def _disk(study: StudyFile, step: Step) -> int:
-    """What stays of its weights."""
-    if step.config is None or step.kind not in ("train", "upcycle"):
+    """Bytes of the step's weights that stay."""
+    made = step.config is not None and step.kind in ("train", "upcycle")
+    if not made or (study.keep == "results" and step.may_go):
         return 0
-    if study.keep == "results" and may_go(step):
-        return 0
-    return 4 * parameters(step.config).total
+    return 4 * parameters(step.config or {}).total
 
 
 def _budgets(graph: Graph) -> list[dict[str, Any]]:
@@ -236,23 +211,20 @@ def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = N
     Raises:
         RecipeError: the study in ``out`` was begun with other minutes.
     """
+    say = say or (lambda line: None)
     begun = begun_with(out)
-    if begun is not None and begun.get("minutes") != study.minutes:
-        minutes = begun.get("minutes")
-        was = f"a study of {minutes:g} minutes" if minutes else "a study without minutes"
-        raise RecipeError(f"{out}: holds {was}: choose another folder, or the minutes it was begun with")
     if begun is not None:
-        installed = begun["data"].get("installed") if isinstance(study.data, InstalledText) else None
-        return _with_budgets(study, begun["tokens"], installed), None
+        if (minutes := begun.get("minutes")) != study.minutes:
+            was = f"a study of {minutes:g} minutes" if minutes else "a study without minutes"
+            raise RecipeError(f"{out}: holds {was}: choose another folder, or the minutes it was begun with")
+        return _with_budgets(study, begun["tokens"], begun["data"].get("installed")), None
     graph = build(study)
-    at_once, threads, _ = share_machine(study, len(graph.steps))
-    if say is not None:
-        say(f"measuring the speed of {at_once} processes side by side")
+    at_once, threads, _ = side_by_side(study, len(graph.steps))
+    say(f"measuring the speed of {at_once} processes side by side")
     speed = _measured(study, graph.steps.values(), at_once, threads)
     study, seconds = fit(study, speed, at_once)
-    if say is not None:
-        tokens = ", ".join(f"{phase} {count:,}" for phase, count in study.tokens.model_dump().items() if count)
-        say(f"tokens that fit into {study.minutes:g} minutes: {tokens}; about {duration(seconds)} in all")
+    tokens = ", ".join(f"{phase} {count:,}" for phase, count in study.tokens.model_dump().items() if count)
+    say(f"tokens that fit into {study.minutes:g} minutes: {tokens}; about {duration(seconds)} in all")
     return study, speed
 
 
@@ -300,8 +272,6 @@ def _with_budgets(study: StudyFile, tokens: dict[str, int | None], installed: in
 
 
 def _measured(study: StudyFile, steps: Iterable[Step], at_once: int, threads: int) -> Speed:
-    from branchmix.study.speed import measure_speed
-
     configs = [step.config for step in steps if step.config is not None]
     if not configs:
         return Speed(0.0, {})
@@ -309,18 +279,17 @@ def _measured(study: StudyFile, steps: Iterable[Step], at_once: int, threads: in
 
 
 def _seconds(study: StudyFile, step: Step, graph: Graph, speed: Speed) -> float:
-    """Of one step, while others work beside it where they can."""
+    """What one step takes, while others work beside it where they can."""
     start = speed.start + READING_SECONDS
     if step.kind == "text":
         return TEXT_SECONDS
     if step.kind == "upcycle":
         return start
     if step.kind == "inference":
-        models = [graph.steps[name].config for name in step.needs.values()]
+        assert study.inference is not None
+        models = [graph.steps[name].config for name in step.needs.names]
         forward = sum(speed.step(config) for config in models if config is not None) / study.step_tokens / 3
-        tokens = 0
-        if study.inference:
-            tokens = (study.inference.prompt + 10 * study.inference.new_tokens) * (study.inference.runs + 1)
+        tokens = (study.inference.prompt + 10 * study.inference.new_tokens) * (study.inference.runs + 1)
         return start + tokens * forward
     assert step.config is not None
     one = speed.step(step.config)
@@ -331,7 +300,7 @@ def _seconds(study: StudyFile, step: Step, graph: Graph, speed: Speed) -> float:
     if step.kind == "scores" and has_routers(step.config):
         evaluated *= 2  # its routing is measured too
     members = len(study.expert_names) + 1 if step.kind == "ensemble" else 1
-    own_process = step.kind == "ensemble" or "model" not in step.needs
+    own_process = step.kind == "ensemble" or step.needs.model is None
     return READING_SECONDS + (speed.start if own_process else 0.0) + members * evaluated
 
 
@@ -343,7 +312,7 @@ def _makespan(steps: Sequence[Step], seconds: dict[str, float], at_once: int) ->
     names = {step.name for step in steps}
     while left or running:
         for step in list(left):
-            waits = [name for name in step.needs.values() if name in names and ends.get(name, float("inf")) > now]
+            waits = [name for name in step.needs.names if name in names and ends.get(name, float("inf")) > now]
             if len(running) < at_once and not waits:
                 left.remove(step)
                 ends[step.name] = now + seconds[step.name]

@@ -6,28 +6,24 @@ steps that depend on it. ``build`` makes the graph of a study's settings.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import RecipeError
 
-Kind = Literal["text", "train", "upcycle", "scores", "ensemble", "routes", "inference"]
+StepKind = Literal["text", "train", "upcycle", "scores", "ensemble", "routes", "inference"]
 Group = Literal["dense", "methods", "ablations"]
 Role = Literal["seed", "expert", "upcycle", "merge", "step 0", "ensemble", "reference", "trained"]
 TRAINED: tuple[Role, ...] = ("trained", "reference")
 UNTRAINED: tuple[Role, ...] = ("merge", "step 0", "ensemble")
 """Roles of models that methods make."""
 FORMAT = 1
-"""Of keys and results: another one makes every step a new one."""
+"""Version of keys and results: another one makes every step a new one."""
 AFTER_A_MODEL = ("scores", "routes")
 """Kinds of steps that the process which makes their model does too."""
-CURVE_POINTS = 60
-"""Of a training run."""
 NEGLIGIBLE = 0.005
 """Where as many tokens cost as many FLOPs to within this share, equal data and equal compute are one run."""
 
@@ -51,7 +47,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class About:
-    """What a step is about, for reports. It is not part of the step's key."""
+    """The model that a step makes or measures, for reports. It is not part of the step's key."""
 
     group: Group
     repetition: int
@@ -68,22 +64,39 @@ class About:
     """What the method is."""
     warning: str = ""
     match: tuple[str, ...] = ()
-    """Budgets of the reference that the run has: ``dm``, ``cm``, ``time``."""
+    """Budgets of the reference that the run has: ``dm``, ``cm``."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, without what is empty."""
-        return {
-            key: list(value) if key == "match" else value
-            for key, value in asdict(self).items()
-            if value not in ("", ())
-        }
+        return {key: value for key, value in asdict(self).items() if value not in ("", ())}
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> About:
         """From JSON, also that of older versions."""
-        known = {field.name for field in fields(cls)}
-        given = {key: value for key, value in content.items() if key in known}
+        given = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         return cls(**{**given, "match": tuple(given.get("match", ()))})
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Names of the steps whose results a step reads; a seed that is given comes from no step."""
+
+    text: str | None = None
+    """The step that extracts the text, if the study makes its text."""
+    model: str | None = None
+    """The model that is trained or measured."""
+    members: dict[str, str] = field(default_factory=dict)
+    """Several models by name: ``seed`` and experts to merge or to average, methods to time."""
+
+    def by_role(self) -> dict[str, str]:
+        """All of them, by the part they play."""
+        single = {"text": self.text, "model": self.model}
+        return self.members | {role: name for role, name in single.items() if name is not None}
+
+    @property
+    def names(self) -> list[str]:
+        """All steps that are needed."""
+        return list(self.by_role().values())
 
 
 @dataclass(frozen=True)
@@ -91,34 +104,45 @@ class Step:
     """A node of the graph."""
 
     name: str
-    kind: Kind
-    options: dict[str, Any]
-    """JSON: everything that its result depends on, but for what it needs."""
-    needs: dict[str, str]
-    """Names of other steps, by the part they play."""
+    kind: StepKind
+    needs: Needs
     key: str
     order: tuple[int, ...]
     """Steps begin in this order, where they can."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """Settings of the training run, without those that name files."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Recipe of the merge, without the models."""
     config: dict[str, Any] | None = None
-    """Of the model that it makes or measures."""
+    """Config of the model that the step makes or measures."""
     cost: Cost = Cost()
     about: About | None = None
-    """Of steps that make or measure a model."""
+    """For steps that make or measure a model."""
 
     @property
     def folder(self) -> str:
         """Below ``OUT/steps``."""
         return f"{self.name}-{self.key[:10]}"
 
+    @property
+    def may_go(self) -> bool:
+        """Whether ``keep: results`` removes the weights that the step makes."""
+        made = self.kind in ("train", "upcycle") and self.about is not None
+        return made and self.about.role not in ("seed", "expert")  # type: ignore[union-attr]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "about": self.about.as_dict() if self.about else {}}
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Step:
+        """From JSON."""
+        parts = {"needs": Needs(**content["needs"]), "cost": Cost(**content["cost"]), "order": tuple(content["order"])}
+        return cls(**{**content, **parts, "about": About.of(content["about"]) if content["about"] else None})
+
 
 def has_routers(config: dict[str, Any] | None) -> bool:
     """Whether a model has losses of its own, which look at one micro-batch at a time."""
     return config is not None and bool(config["model_type"] == "branchmix")
-
-
-def may_go(step: Step) -> bool:
-    """Whether ``keep: results`` removes the weights that a step makes."""
-    return step.kind in ("train", "upcycle") and step.about is not None and step.about.role not in ("seed", "expert")
 
 
 @dataclass(frozen=True)
@@ -129,45 +153,34 @@ class Graph:
 
     def dependents(self, name: str) -> list[Step]:
         """Steps that need this one."""
-        return [step for step in self.steps.values() if name in step.needs.values()]
+        return [step for step in self.steps.values() if name in step.needs.names]
 
     def with_needs(self, names: Iterable[str]) -> list[Step]:
         """These steps and all that they need."""
         wanted: set[str] = set()
-
-        def take(name: str) -> None:
+        left = list(names)
+        while left:
+            name = left.pop()
             if name not in wanted:
                 wanted.add(name)
-                for needed in self.steps[name].needs.values():
-                    take(needed)
-
-        for name in names:
-            take(name)
+                left += self.steps[name].needs.names
         return [step for step in self.steps.values() if step.name in wanted]
 
+    def chosen(self, only: Iterable[str]) -> list[Step]:
+        """Steps whose name, or a part of it between dots, is or fits one of ``only``, and what they need; all for none.
 
-def chosen(graph: Graph, only: list[str]) -> list[Step]:
-    """Steps whose name, or a part of it between dots, is or fits one of ``only``; all if there are none; and needs.
-
-    Raises:
-        RecipeError: nothing fits.
-    """
-    if not only:
-        return list(graph.steps.values())
-    names: list[str] = []
-    for wanted in only:
-        fitting = [
-            name
-            for name in graph.steps
-            if fnmatchcase(name, wanted) or any(fnmatchcase(part, wanted) for part in name.split("."))
-        ]
-        if not fitting:
-            parts = sorted({part for name in graph.steps for part in (name, *name.split("."))})
-            raise RecipeError(f"--only: no step is called {wanted!r}{nearest(wanted, parts)}; --dry-run lists them all")
-        names += fitting
-    return graph.with_needs(names)
+        Raises:
+            RecipeError: nothing fits.
+        """
+        names: list[str] = []
+        for wanted in only:
+            fitting = [name for name in self.steps if any(fnmatchcase(part, wanted) for part in _parts(name))]
+            if not fitting:
+                near = nearest(wanted, sorted({part for name in self.steps for part in _parts(name)}))
+                raise RecipeError(f"--only: no step is called {wanted!r}{near}; --dry-run lists them all")
+            names += fitting
+        return self.with_needs(names) if names else list(self.steps.values())
 
 
-def relative(path: Path, start: Path) -> str:
-    """For files that go on meaning the same when the whole study is moved."""
-    return os.path.relpath(path, start)
+def _parts(name: str) -> list[str]:
+    return [name, *name.split(".")]

@@ -8,7 +8,6 @@ from branchmix.study.graph import About
 
 Numbers = dict[str, Any]
 """What ``results.collect`` returns, or a model in it."""
-MATCHES = {"dm": "DM", "cm": "CM", "time": "equal time"}
 
 
 def label_of(about: About) -> str:
@@ -18,20 +17,25 @@ def label_of(about: About) -> str:
         return f"{label}, step 0"
     if about.role != "trained":
         return label
-    words = "/".join(MATCHES[match] for match in about.match)
+    match = "/".join(about.match).upper()
     family, _, rest = label.partition(" ")
-    return f"{family} {words} {rest}" if family == "BAM" else f"{label} ({words})"
+    return f"{family} {match} {rest}" if family == "BAM" else f"{label} ({match})"
 
 
-def marked_label(found: Numbers, model: Numbers) -> str:
+def marked_label(study: Numbers, model: Numbers) -> str:
     """A model's label, and how many repetitions of it are done if not all."""
     done = len(model["repetitions"])
-    return model["label"] + (f" ({done} of {found['repetitions']} repetitions)" if done < found["repetitions"] else "")
+    return model["label"] + (f" ({done} of {study['repetitions']} repetitions)" if done < study["repetitions"] else "")
 
 
-def intervals_are(found: Numbers) -> str:
-    """What the ± of comparisons with the reference is: repetitions' where there are several."""
-    kinds = {row["over"] for row in found["comparisons"].values()}
+def merge_label(model: Numbers) -> str:
+    """The label of a merge without a word on its training."""
+    return str(model["label"].removesuffix(", step 0"))
+
+
+def intervals_are(study: Numbers) -> str:
+    """What the ± of comparisons with the reference is: over repetitions where there are several."""
+    kinds = {row["over"] for row in study["comparisons"].values()}
     students = "Student's 95 % interval over repetitions with other random seeds, paired by the order of the data"
     documents = "twice the standard error over held-out documents"
     if kinds == {"documents"}:

@@ -1,147 +1,141 @@
-"""What a model makes of held-out documents, domain by domain, and where its routers send them.
+"""What a model makes of held-out documents, domain by domain, where its routers send them, and what generation costs.
 
 Documents are kept apart, so that two models can be compared document by document.
-Shapes: B sequences, T tokens of a document, E members of an ensemble.
+Shapes: B sequences, T tokens of a document.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from branchmix.data.config import HeldOut, Source
+from branchmix.study.settings import Inference, StudyFile
 
 if TYPE_CHECKING:
     from branchmix.data.packing import Packing
+    from branchmix.evaluate.perplexity import ScoredDocument
+    from branchmix.train.models import Computing
     from branchmix.train.routers import RouterMonitor
 
 ROUTED_SEQUENCES = 64
-"""Of a domain, for the routing by domain."""
+"""Sequences of a domain, for the routing by domain."""
 BATCH = 16
 
-Documents = dict[str, list[list[float]]]
-"""By domain, ``[nats, predicted tokens, bytes]`` of each document."""
+Scored = dict[str, list["ScoredDocument"]]
+"""By domain, every document that the model predicts."""
 
 
-def measure(
-    model: Path,
-    sources: Mapping[str, Source],
-    *,
-    folder: Path,
-    held_out: HeldOut,
-    max_length: int,
-    bf16: bool | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Scores of one model: ``{"domains": Documents, "routing": ...}``; no routing of a dense model.
+@dataclass(frozen=True)
+class HeldOutText:
+    """The held-out documents of a study's domains, and how models read them.
 
-    Args:
-        model: its folder.
-        sources: domains by name.
-        folder: where relative paths of the sources start from.
-        held_out: as in the runs.
-        max_length: tokens of the window, those of a training sequence.
-        bf16: autocast over fp32 weights, as runs compute; where the device is faster in it if None.
-        trust_remote_code: run code that the model brings along.
+    Models compute as runs do: weights in fp32, matrix products in bf16 where ``bf16`` says so, or, if that is None,
+    where the device is faster in it. ``measure`` and ``measure_ensemble`` return
+    ``{"documents": {domain: [[nats, predicted tokens, bytes], ...]}, "routing": ...}``; only mixtures have a routing.
     """
-    from branchmix.data.packing import packing_method
-    from branchmix.train.routers import RouterMonitor
 
-    loaded = _Loaded(model, bf16, max_length, trust_remote_code)
-    corpus = _corpus(sources, loaded.tokenizer, folder, held_out)
-    # Found out without autocast, as runs do: what bf16 rounds away would be taken for other documents.
-    monitor = RouterMonitor(loaded.model.config, list(sources))
-    packing = packing_method(loaded.model) if monitor.options else None
-    with loaded.computing.autocast():
-        domains: Documents = {}
-        for domain in sources:
-            texts = corpus.held_out_texts(domain)
-            domains[domain] = [list(score) for score, _ in loaded.documents(texts, max_length)]
-        sequences = corpus.held_out(sequence_length=max_length)
-        routed = _routing(loaded.model, sequences, monitor, packing) if packing else None
-    return {"domains": domains, "routing": routed}
+    sources: Mapping[str, Source]
+    folder: Path
+    """Where relative paths of the sources start from."""
+    held_out: HeldOut
+    max_length: int
+    """Tokens of the window, those of a training sequence."""
+    bf16: bool | None = None
+    trust_remote_code: bool = False
 
+    @classmethod
+    def of(cls, study: StudyFile, sources: Mapping[str, Source], folder: Path) -> HeldOutText:
+        """As a study's settings say."""
+        bf16 = None if study.precision == "auto" else study.precision == "bf16"
+        return cls(sources, folder, study.held_out, study.sequence_length, bf16, study.trust_remote_code)
 
-def measure_ensemble(
-    models: Sequence[Path],
-    sources: Mapping[str, Source],
-    *,
-    folder: Path,
-    held_out: HeldOut,
-    max_length: int,
-    bf16: bool | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """The same of an ensemble of models with one tokenizer, weighted by the posterior of the domain (BTM)."""
-    from branchmix.evaluate.ensemble import ensemble_log_probs
+    def measure(self, model: Path) -> dict[str, Any]:
+        """Scores of one model, and the load of each expert by domain, of each layer's routers."""
+        from branchmix.data.packing import packing_method
+        from branchmix.train.routers import RouterMonitor
 
-    domains: Documents = {}
-    logp: dict[str, list[list[np.ndarray]]] = {}
-    for number, model in enumerate(models):
-        loaded = _Loaded(model, bf16, max_length, trust_remote_code)
-        corpus = _corpus(sources, loaded.tokenizer, folder, held_out)
-        with loaded.computing.autocast():
-            for domain in sources:
-                found = loaded.documents(corpus.held_out_texts(domain), max_length)
-                if not number:
-                    domains[domain] = [list(score) for score, _ in found]
-                logp.setdefault(domain, []).append([logp_T for _, logp_T in found])
-    for domain, of_models in logp.items():
-        for place, logp_ET in enumerate(zip(*of_models, strict=True)):
-            domains[domain][place][0] = -float(ensemble_log_probs(np.stack(logp_ET)).sum())
-    return {"domains": domains, "routing": None}
+        loaded, tokenizer, computing = self._load(model)
+        # Found out without autocast, as runs do: what bf16 rounds away would be taken for other documents.
+        monitor = RouterMonitor(loaded.config, list(self.sources))
+        packing = packing_method(loaded) if monitor.options else None
+        with computing.autocast():
+            scored = self._scored(loaded, tokenizer)
+            sequences = self._corpus(tokenizer).held_out(sequence_length=self.max_length)
+            routing = _routing(loaded, sequences, monitor, packing) if packing else None
+        return {"documents": _rows(scored), "routing": rounded(routing)}
 
+    def measure_ensemble(self, models: Sequence[Path]) -> dict[str, Any]:
+        """Scores of models with one tokenizer together, weighted by the posterior of the domain (BTM)."""
+        from branchmix.evaluate.ensemble import mixed
 
-class _Loaded:
-    """A model as it was trained: weights in fp32, matrix products in bf16 where the machine is faster in it."""
+        of_models: list[Scored] = []
+        for model in models:
+            loaded, tokenizer, computing = self._load(model)
+            with computing.autocast():
+                of_models.append(self._scored(loaded, tokenizer))
+        together = {
+            domain: [mixed(of_one) for of_one in zip(*(scored[domain] for scored in of_models), strict=True)]
+            for domain in self.sources
+        }
+        return {"documents": _rows(together), "routing": None}
 
-    def __init__(self, folder: Path, bf16: bool | None, max_length: int, trust_remote_code: bool):
+    def _load(self, folder: Path) -> tuple[Any, Any, Computing]:
         import torch
-        from transformers import AutoConfig
         from transformers.utils import logging
 
-        from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
-        from branchmix.likelihood.models import prefix_token
+        from branchmix.checkpoint.hub import ResolvedModel
+        from branchmix.likelihood.models import TextModel
         from branchmix.models.chunked_branchmix import faster_in_bf16
         from branchmix.train.models import Computing, attention_options
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.computing = Computing(self.device, faster_in_bf16(self.device) if bf16 is None else bf16)
-        config = load(AutoConfig, folder, trust_remote_code=trust_remote_code)
-        options = attention_options(config.model_type, self.computing, max_length)
-        model = load_language_model(folder, trust_remote_code=trust_remote_code, dtype=torch.float32, **options)
-        self.model = model.eval().to(self.device)
-        self.tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        self.prefix = prefix_token(self.tokenizer, self.model.config)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        computing = Computing(device, faster_in_bf16(device) if self.bf16 is None else self.bf16)
+        model = TextModel(ResolvedModel(str(folder), folder), "float32", self.trust_remote_code)
+        options = attention_options(model.config.model_type, computing, self.max_length)
+        return model.load(**options), model.tokenizer, computing
 
-    def documents(self, texts: Sequence[str], max_length: int) -> list[tuple[tuple[float, int, int], np.ndarray]]:
-        """Nats, tokens and bytes of each document, and the log-probabilities [T] of its tokens."""
-        from branchmix.evaluate.perplexity import document_score, token_log_probs
-        from branchmix.likelihood.models import encode
+    def _corpus(self, tokenizer: Any) -> Any:
+        from branchmix.data.corpus import open_corpus
 
-        tokens = encode(self.tokenizer, texts)
-        found: list[Any] = [None] * len(texts)
-        for number, logp_T in token_log_probs(
-            self.model, tokens, prefix=self.prefix, max_length=max_length, stride=max_length
-        ):
-            score = document_score(texts[number], logp_T, self.tokenizer, tokens[number], self.prefix)
-            found[number] = ((score.nll, score.tokens, score.bytes), np.asarray(logp_T))
-        return [entry for entry in found if entry is not None]
+        return open_corpus(dict(self.sources), tokenizer, folder=self.folder, cache=None, held_out=self.held_out)
+
+    def _scored(self, model: Any, tokenizer: Any) -> Scored:
+        from branchmix.evaluate.perplexity import score_documents
+
+        corpus = self._corpus(tokenizer)
+        scored = {}
+        for domain in self.sources:
+            texts = corpus.held_out_texts(domain)
+            of_number = dict(score_documents(model, tokenizer, texts, max_length=self.max_length))
+            scored[domain] = [of_number[number] for number in sorted(of_number)]
+        return scored
 
 
-def _corpus(sources: Mapping[str, Source], tokenizer: Any, folder: Path, held_out: HeldOut) -> Any:
-    from branchmix.data.corpus import open_corpus
+def _rows(scored: Scored) -> dict[str, list[list[float]]]:
+    return {
+        domain: [[round(document.nll, 3), document.tokens, document.bytes] for document in documents]
+        for domain, documents in scored.items()
+    }
 
-    return open_corpus(dict(sources), tokenizer, folder=folder, cache=None, held_out=held_out)
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits, at any depth."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return value
 
 
 def _routing(model: Any, held_out: dict[str, Any], monitor: RouterMonitor, packing: Packing) -> dict[str, Any]:
-    """Load of each expert by domain, of each layer's routers."""
     import torch
 
     from branchmix.data.packing import collate, packed_inputs
@@ -158,3 +152,57 @@ def _routing(model: Any, held_out: dict[str, Any], monitor: RouterMonitor, packi
                 output = model(**packed_inputs(batch, packing), **monitor.options)
                 monitor.add(output, domain_B, labels_BT != IGNORED)
     return monitor.read().as_dict()
+
+
+def measure_inference(
+    models: Mapping[str, Path], settings: Inference, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Latency and KV memory of models, as in BAM's section 7.3: ``{name: {"seconds": [...], "kv_cache_bytes": ...}}``.
+
+    Weights and cache are bf16 where the device is faster in it, else fp32; greedy, one sequence, random tokens. The
+    first run is not timed. Models are timed in turn, run after run, so that a machine that becomes slower does so for
+    all of them; they have to fit into memory together.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from branchmix.likelihood.loading import load_language_model
+    from branchmix.models.chunked_branchmix import faster_in_bf16
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if faster_in_bf16(device) else torch.float32
+    loaded = {
+        name: load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
+        for name, folder in models.items()
+    }
+    measured: dict[str, Any] = {name: {"seconds": []} for name in loaded}
+    for run in range(settings.runs + 1):
+        for name, model in loaded.items():
+            vocabulary = model.config.get_text_config().vocab_size
+            generator = torch.Generator().manual_seed(run)
+            ids = torch.randint(0, vocabulary, (1, settings.prompt), generator=generator).to(device)
+            begin = time.perf_counter()
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=settings.new_tokens,
+                min_new_tokens=settings.new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                pad_token_id=0,
+            )
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if run:
+                measured[name]["seconds"].append(round(time.perf_counter() - begin, 5))
+            cached = [kept for layer in output.past_key_values.layers for kept in (layer.keys, layer.values)]
+            measured[name]["kv_cache_bytes"] = sum(kept.numel() * kept.element_size() for kept in cached)
+    return {
+        "models": measured,
+        **settings.model_dump(),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }

@@ -19,7 +19,7 @@ _HOLES = 1.6
 
 
 def training_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
-    """Of a training step on a CPU at its peak, when the backward pass begins, without Python and its libraries.
+    """Bytes of a training step on a CPU at its peak, when the backward pass begins, without Python and its libraries.
 
     Weights, gradients and two moments are in fp32, and all parameters are taken to be trained; logits come with their
     softmax and gradient.
@@ -29,14 +29,11 @@ def training_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
     malloc maps all larger blocks afresh. In bf16, on a CPU without AMX, Expert KV took 0.25 GB more than is counted,
     whatever the micro-batch.
 
-    Args:
-        config: of a dense model or a mixture.
-        run: settings of its run, of which ``batch_size``, ``micro_batch_size``, ``sequence_length``,
-            ``gradient_checkpointing`` and ``attn_implementation`` count.
-        bf16: matrix products in bf16, for which weights are copied.
+    ``bf16`` says whether matrix products are in bf16, for which weights are copied; of the run's settings the batch,
+    ``sequence_length``, ``gradient_checkpointing`` and ``attn_implementation`` count.
 
     Raises:
-        CheckpointError: the config is no model's, or its family has no formula.
+        CheckpointError: the config is not that of a model, or its family has no formula.
     """
     weights = parameters(config).total * (4 * _FP32 + 2 * bf16)
     logits = 3 * _FP32 * _tokens(run) * shape_of(config).sizes.vocab_size
@@ -44,7 +41,7 @@ def training_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
 
 
 def activation_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
-    """Of a micro-batch, without the logits; arguments and errors as of ``training_bytes``.
+    """Bytes of a micro-batch's activations without logits; arguments and errors as of ``training_bytes``.
 
     With gradient checkpointing they are the inputs of all layers, and the activations of one. Within 10 % of what torch
     keeps for Cohere and Llama, dense and as mixtures; activation functions in several pieces (GPT-2's) keep more.
@@ -58,7 +55,7 @@ def activation_bytes(config: Config, run: dict[str, Any], *, bf16: bool) -> int:
 
 
 def _tokens(run: dict[str, Any]) -> int:
-    """Of a micro-batch."""
+    """Tokens of a micro-batch."""
     return int((run.get("micro_batch_size") or run["batch_size"]) * run["sequence_length"])
 
 
@@ -68,7 +65,7 @@ def _tokens(run: dict[str, Any]) -> int:
 
 
 def _norms(shape: Shape, half: int) -> int:
-    """Of the block, and of queries and keys; and what those in front of attention and FFN hand to the matrices."""
+    """Norms of the block, of queries and keys; and what those before attention and FFN hand to the matrices."""
     sizes, family = shape.sizes, shape.family
     names = {family.attention_input_norm, family.ffn_input_norm} - {None}
     kept = _FP32 * _NORM * (len(names) + shape.facts.post_norms) * sizes.hidden_size

@@ -15,12 +15,12 @@ from branchmix.train.config import NewModel
 
 
 def seed_config(study: StudyFile, given: ResolvedModel | None) -> dict[str, Any]:
-    """Of the seed: of a model that is given, or of the new one.
+    """The config of the seed that is given, or else of the new one.
 
     Raises:
-        BranchMixError: there is no such model, or no new one of these keys.
+        BranchMixError: there is no such model, or its keys make no new one.
     """
-    from branchmix.train.models import new_config, require_model_type
+    from branchmix.train.models import new_config, require_model_type, training_tokenizer
 
     if given is not None:
         return require_model_type(given)
@@ -28,12 +28,8 @@ def seed_config(study: StudyFile, given: ResolvedModel | None) -> dict[str, Any]
     assert isinstance(new, NewModel)
     vocabulary = new.train_tokenizer
     if vocabulary is None:
-        from branchmix.train.models import training_tokenizer
-
-        tokenizer = training_tokenizer(
-            resolve(new.tokenizer or "", study.folder), trust_remote_code=study.trust_remote_code
-        )
-        vocabulary = len(tokenizer)
+        folder = resolve(new.tokenizer or "", study.folder)
+        vocabulary = len(training_tokenizer(folder, trust_remote_code=study.trust_remote_code))
     return dict(new_config(new, vocabulary).to_dict())
 
 
@@ -45,7 +41,7 @@ class Mixtures:
     seed_config: dict[str, Any]
 
     def recipe(self, method: Method, random_seed: int) -> Recipe:
-        """Of a method, with names instead of models; ``random_seed`` is the routers'.
+        """A method's recipe, with names instead of models; ``random_seed`` is the routers'.
 
         Raises:
             RecipeError: its keys make no sense together.
@@ -85,7 +81,7 @@ class Mixtures:
         return {"seed_copies": copies, "routing": {"ffn": {"top_k": top_k, "normalize": False}}}
 
     def config(self, recipe: Recipe) -> dict[str, Any]:
-        """Of the mixture that a recipe makes."""
+        """The config of the mixture that a recipe makes."""
         attention = recipe.routing.attention.top_k if recipe.attention in ("kv_experts", "kv_sharing") else None
         return {
             "model_type": "branchmix",

@@ -1,19 +1,18 @@
-"""How the steps of a study share this machine: how many run at once, with how many threads or processes."""
+"""How the steps of a study share this machine: how many run side by side, with how many threads or processes."""
 
 from __future__ import annotations
 
 from branchmix.study.graph import Graph, Step, has_routers
 from branchmix.study.settings import StudyFile
-from branchmix.train import launch
-from branchmix.train.launch import cores, gpus
+from branchmix.train.launch import cores, gpus, share_machine
 
 MOST_PROCESSES = 8
 """That share a training run, or measure the speed of this machine."""
 
 
-def share_machine(config: StudyFile, num_steps: int) -> tuple[int, int, list[dict[str, str]]]:
+def side_by_side(config: StudyFile, num_steps: int) -> tuple[int, int, list[dict[str, str]]]:
     """Steps at a time, threads of each, and the environments of their places."""
-    at_once, threads, places = launch.share_machine(config.at_once, config.threads, num_steps)
+    at_once, threads, places = share_machine(config.at_once, config.threads, num_steps)
     return at_once, threads or cores(), places
 
 

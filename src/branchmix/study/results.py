@@ -14,10 +14,10 @@ from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import DataError
 from branchmix.evaluate.ratio import ratio
 from branchmix.study.comparisons import against_dense, budgets, claims, comparison, slopes, variants
+from branchmix.study.folder import RESULTS, STUDY
 from branchmix.study.graph import TRAINED, UNTRAINED, About
-from branchmix.study.labels import label_of
-from branchmix.study.records import RESULTS, STUDY
-from branchmix.study.statistics import log_perplexity
+from branchmix.study.labels import Numbers, label_of
+from branchmix.study.statistics import deviation, log_perplexity, mean
 
 GROUPS = {
     "dense": "Dense models",
@@ -26,8 +26,11 @@ GROUPS = {
     "ablations": "Ablations",
 }
 
+Records = dict[str, Any]
+"""Records of finished steps, or descriptions of all steps, by the step's name."""
 
-def collect(folder: Path) -> dict[str, Any]:
+
+def collect(folder: Path) -> Numbers:
     """Everything that reports show, as one dictionary.
 
     Args:
@@ -46,19 +49,15 @@ def collect(folder: Path) -> dict[str, Any]:
     if not scored:
         raise DataError(f"{folder}: no model has been measured yet: run branchmix study first")
     settings = study["settings"]
-    order = [name for name in steps if name in scored]
-    models = _models(order, scored, records, steps)
+    models = _models(scored, records, steps)
     reference = next((model for model in models if model["role"] == "reference"), None)
-    comparisons = {}
-    if reference is not None:
-        for model in models:
-            found = comparison(model, reference)
-            if model is not reference and found is not None:
-                comparisons[model["title"]] = found.as_dict()
+    compared = {m["title"]: comparison(m, reference) for m in models if reference is not None and m is not reference}
+    comparisons = {title: row.as_dict() for title, row in compared.items() if row is not None}
     runs = {name: record for name, record in records.items() if "training" in record}
+    documents = next(iter(scored.values()))["documents"]
     return {
         "settings": settings,
-        "domains": list(next(iter(scored.values()))["documents"]),
+        "domains": list(documents),
         "steps_done": len(records),
         "steps": len(steps),
         "repetitions": len(settings["random_seeds"]),
@@ -73,7 +72,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "routes": {record["about"]["title"]: name for name, record in records.items() if "routes" in record},
         "inference": records.get("inference"),
         "text": _text(records, runs),
-        "held_out_documents": {d: len(rows) for d, rows in next(iter(scored.values()))["documents"].items()},
+        "held_out_documents": {domain: len(rows) for domain, rows in documents.items()},
         "machines": _machines(runs),
         "recipes": {name: record["merge"]["recipe"] for name, record in records.items() if "merge" in record},
         "runs": {name: record["run"] for name, record in runs.items()},
@@ -92,7 +91,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"{file}: is no record of a study")
+        raise DataError(f"{file}: is not a record of a study")
     return content
 
 
@@ -105,45 +104,44 @@ _PARTS = {
     "routes": ("routes",),
     "inference": ("inference",),
 }
-"""Of records, by the kind of step."""
+"""What a record has, by the kind of step."""
 
 
-def _records(place: Path, steps: dict[str, Any]) -> dict[str, Any]:
-    """By step; those of other settings are left out."""
-    found = {}
+def _records(place: Path, steps: Records) -> Records:
+    """Those of other settings are left out."""
+    records = {}
     for file in sorted(place.glob("*.json")):
         if file.name == STUDY or file.stem not in steps:
             continue
         record, step = _read(file), steps[file.stem]
         missing = [part for part in ("key", "about", *_PARTS[step["kind"]]) if part not in record]
         if missing:
-            raise DataError(f"{file}: has no {missing[0]!r}, so it is no record of this step: remove it")
+            raise DataError(f"{file}: has no {missing[0]!r}, so it is not a record of this step: remove it")
         if record["key"] == step["key"]:
-            found[file.stem] = record
-    return found
+            records[file.stem] = record
+    return records
 
 
-def _scored(place: Path, records: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
+def _scored(place: Path, records: Records, steps: Records) -> Records:
     """Records of models that were measured, all on the same documents, and of what methods trained, the training."""
-    found: dict[str, Any] = {}
+    scored: Records = {}
     sizes: dict[str, int] = {}
     for name, record in records.items():
-        made = steps[name]["needs"].get("model")
         is_trained = record["about"].get("role") in TRAINED
-        if "documents" not in record or (is_trained and made not in records):
+        if "documents" not in record or (is_trained and steps[name]["needs"].get("model") not in records):
             continue
         counts = {domain: len(rows) for domain, rows in record["documents"].items()}
         empty = next((domain for domain, rows in record["documents"].items() if not any(row[1] for row in rows)), None)
         if empty is not None or not counts:
             raise DataError(f"{place / name}.json: has no document of {empty or 'any domain'}: hold more out")
-        if found and counts != sizes:
+        if scored and counts != sizes:
             raise DataError(
-                f"{place / name}.json: was measured on other documents than {next(iter(found))}.json: remove the wrong "
-                "one"
+                f"{place / name}.json: was measured on other documents than {next(iter(scored))}.json: remove the "
+                "wrong one"
             )
         sizes = counts
-        found[name] = record
-    return found
+        scored[name] = record
+    return scored
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,43 +149,26 @@ def _scored(place: Path, records: dict[str, Any], steps: dict[str, Any]) -> dict
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _models(
-    order: list[str], scored: dict[str, Any], records: dict[str, Any], steps: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _models(scored: Records, records: Records, steps: Records) -> list[Numbers]:
     """One entry for each model, with its repetitions."""
     by_title: dict[str, list[str]] = {}
-    for name in order:
-        by_title.setdefault(_about(scored, name).title or name.partition(".scores.")[2], []).append(name)
-    found = [_model(title, names, scored, records, steps) for title, names in by_title.items()]
-    places = list(GROUPS)
-    return sorted(found, key=lambda model: (places.index(model["group"]), model["role"] != "seed"))
+    for name in steps:
+        if name in scored:
+            title = scored[name]["about"].get("title") or name.partition(".scores.")[2]
+            by_title.setdefault(title, []).append(name)
+    models = [_model(title, names, scored, records, steps) for title, names in by_title.items()]
+    groups = list(GROUPS)
+    return sorted(models, key=lambda model: (groups.index(model["group"]), model["role"] != "seed"))
 
 
-def _model(
-    title: str, names: list[str], scored: dict[str, Any], records: dict[str, Any], steps: dict[str, Any]
-) -> dict[str, Any]:
-    about = _about(scored, names[0])
-    group = "merged" if about.role in UNTRAINED else about.group
-    repetitions = []
-    for name in names:
-        logs = log_perplexity(scored[name]["documents"])
-        made = steps[name]["needs"].get("model")
-        record = records.get(made, {}) if made else {}
-        repetitions.append(
-            {
-                "repetition": _about(scored, name).repetition,
-                "perplexity": {domain: math.exp(value) for domain, value in logs.items()},
-                "geometric_mean": math.exp(math.fsum(logs.values()) / len(logs)),
-                "bits_per_byte": {d: _bits(rows)[0] for d, rows in scored[name]["documents"].items()},
-                "documents": scored[name]["documents"],
-                "routing": scored[name]["routing"],
-                "training": record.get("training"),
-                "sunk_flops": _sunk(name, steps, records),
-            }
-        )
+def _model(title: str, names: list[str], scored: Records, records: Records, steps: Records) -> Numbers:
+    about = About.of(scored[names[0]]["about"])
+    repetitions = [_repetition(name, scored[name], records, steps) for name in names]
     perplexity = {
-        d: math.exp(_mean([math.log(r["perplexity"][d]) for r in repetitions])) for d in repetitions[0]["perplexity"]
+        domain: math.exp(mean([math.log(r["perplexity"][domain]) for r in repetitions]))
+        for domain in repetitions[0]["perplexity"]
     }
+    logs = [math.log(r["geometric_mean"]) for r in repetitions]
     trained = repetitions[0]["training"]
     return {
         "title": title,
@@ -196,59 +177,54 @@ def _model(
         "label": label_of(about),
         "what": about.what,
         "warning": about.warning,
-        "group": group,
+        "group": "merged" if about.role in UNTRAINED else about.group,
         "role": about.role,
         "match": list(about.match),
         "perplexity": perplexity,
-        "average": _mean(list(perplexity.values())),
-        "geometric_mean": math.exp(_mean([math.log(r["geometric_mean"]) for r in repetitions])),
-        "deviation": _deviation([math.log(r["geometric_mean"]) for r in repetitions]),
-        "bits_per_byte": {d: _mean([r["bits_per_byte"][d] for r in repetitions]) for d in perplexity},
-        "stderr": {d: _bits(repetitions[0]["documents"][d])[1] for d in perplexity},
+        "average": mean(list(perplexity.values())),
+        "geometric_mean": math.exp(mean(logs)),
+        "deviation": deviation(logs),
+        "bits_per_byte": {d: mean([r["bits_per_byte"][d] for r in repetitions]) for d in perplexity},
+        "stderr": {domain: _bits(rows)[1] for domain, rows in repetitions[0]["documents"].items()},
         "facts": steps[names[0]]["facts"],
-        "tokens": trained["tokens"] if trained else 0,
-        "flops": trained["flops"] if trained else 0,
-        "optimizer_flops": trained["optimizer_flops"] if trained else 0,
+        **{key: trained[key] if trained else 0 for key in ("tokens", "flops", "optimizer_flops")},
         "sunk_flops": repetitions[0]["sunk_flops"],
-        "seconds": _mean([r["training"]["seconds"] for r in repetitions if r["training"]]) if trained else 0.0,
+        "seconds": mean([r["training"]["seconds"] for r in repetitions if r["training"]]) if trained else 0.0,
         "repetitions": repetitions,
     }
 
 
-def _about(scored: dict[str, Any], name: str) -> About:
-    return About.of(scored[name]["about"])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation over repetitions."""
-    if len(values) < 2:
-        return None
-    mean = _mean(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+def _repetition(name: str, record: dict[str, Any], records: Records, steps: Records) -> Numbers:
+    logs = log_perplexity(record["documents"])
+    made = steps[name]["needs"].get("model")
+    return {
+        "repetition": record["about"]["repetition"],
+        "perplexity": {domain: math.exp(value) for domain, value in logs.items()},
+        "geometric_mean": math.exp(mean(list(logs.values()))),
+        "bits_per_byte": {domain: _bits(rows)[0] for domain, rows in record["documents"].items()},
+        "documents": record["documents"],
+        "routing": record["routing"],
+        "training": records.get(made, {}).get("training"),
+        "sunk_flops": _sunk(made or name, steps, records),
+    }
 
 
 def _bits(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
     """Bits per byte of a domain's documents, and their standard error."""
-    return ratio((row[0] / math.log(2), row[2]) for row in rows)
+    value, stderr = ratio([row[0] / math.log(2) for row in rows], [row[2] for row in rows])
+    return float(value), None if stderr is None else float(stderr)
 
 
-def _sunk(name: str, steps: dict[str, Any], records: dict[str, Any]) -> int:
+def _sunk(made: str, steps: Records, records: Records) -> int:
     """Training FLOPs of everything that a model was made from, itself left out."""
-    made = steps[name]["needs"].get("model")
-    seen: set[str] = set()
-
-    def take(step: str) -> None:
-        for needed in steps[step]["needs"].values():
-            if needed not in seen:
-                seen.add(needed)
-                take(needed)
-
-    take(made if made else name)
-    training = (records[step]["training"] for step in seen if "training" in records.get(step, {}))
+    before: set[str] = set()
+    left = list(steps[made]["needs"].values())
+    while left:
+        name = left.pop()
+        if name not in before:
+            before.add(name)
+            left += steps[name]["needs"].values()
+    training = (records[name]["training"] for name in before if "training" in records.get(name, {}))
     return sum(int(run["flops"] + run["optimizer_flops"]) for run in training)
 
 
@@ -257,24 +233,23 @@ def _sunk(name: str, steps: dict[str, Any], records: dict[str, Any]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _text(records: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
+def _text(records: Records, runs: Records) -> dict[str, Any]:
     """Sizes of the domains, and how often the runs went through them."""
-    found: dict[str, Any] = {}
+    domains: dict[str, Any] = {}
     extracts = records.get("text", {}).get("text", {})
     for record in runs.values():
         for domain, row in record["training"]["text"].items():
-            entry = found.setdefault(
-                domain, {**row, "most_epochs": 0.0, "characters": extracts.get(domain, {}).get("characters")}
-            )
+            characters = extracts.get(domain, {}).get("characters")
+            entry = domains.setdefault(domain, {**row, "most_epochs": 0.0, "characters": characters})
             entry["most_epochs"] = max(entry["most_epochs"], row.get("epochs") or 0.0)
-    return found
+    return domains
 
 
-def _machines(runs: dict[str, Any]) -> list[dict[str, Any]]:
+def _machines(runs: Records) -> list[dict[str, Any]]:
     """Every machine, precision and set of versions that runs were computed with."""
-    found: list[dict[str, Any]] = []
+    machines: list[dict[str, Any]] = []
     for record in runs.values():
         machine = {**record["machine"], "precision": record["computing"]["precision"], "versions": record["versions"]}
-        if machine not in found:
-            found.append(machine)
-    return found
+        if machine not in machines:
+            machines.append(machine)
+    return machines

@@ -74,7 +74,7 @@ class Method(Settings):
     label: str | None = None
     """Name in tables and figures."""
     match: list[Match] | None = None
-    """``dm``: the reference's tokens in the same order. ``cm``: its training FLOPs. ``time``: its measured time."""
+    """``dm``: the reference's tokens in the same order. ``cm``: its training FLOPs."""
     repetitions: Annotated[int, Field(ge=1)] | None = None
     """Run only the first N repetitions; all if not given."""
     recipe: dict[str, Any] = {}
@@ -90,15 +90,13 @@ class Method(Settings):
     @model_validator(mode="after")
     def _known(self) -> Method:
         if self.method not in METHODS:
-            raise ValueError(
-                f"there is no method {self.method!r}{nearest(self.method, list(METHODS))}; there are "
-                f"{', '.join(METHODS)}"
-            )
+            near = nearest(self.method, list(METHODS))
+            raise ValueError(f"there is no method {self.method!r}{near}; there are {', '.join(METHODS)}")
         for key in self.recipe:
             if key not in Recipe.model_fields or key in ("seed", "experts"):
                 known = [name for name in Recipe.model_fields if name not in ("seed", "experts")]
                 raise ValueError(f"recipe.{key}: a recipe here has no such key{nearest(key, known)}")
-        _check_train(self.train, without=_OURS)
+        _check_train(self.train, without=_OF_THE_STUDY)
         return self
 
     @property
@@ -107,7 +105,7 @@ class Method(Settings):
         return self.name or self.method
 
 
-_OURS = (
+_OF_THE_STUDY = (
     *("model", "out", "mix", "data", "held_out", "budget", "sequence_length", "batch_size", "random_seed", "threads"),
     *("evaluation", "logging", "trust_remote_code", "lora"),
 )
@@ -175,9 +173,8 @@ class StudyFile(Settings):
     reference: str = "btx"
     """The method that the others are compared with, and whose tokens and FLOPs they match."""
     random_seeds: list[Annotated[int, Field(ge=0, lt=2**30)]] = Field([0], min_length=1)
-    """One repetition for each. Within a repetition all methods see the same data in the same order."""
-    repeat: Literal["all", "experts", "mixtures"] = "all"
-    """What differs between repetitions: seed, experts and mixtures; experts and mixtures; or mixtures only."""
+    """One repetition for each: everything that the study trains is trained again. Within a repetition all methods see
+    the same data in the same order."""
     routes: list[str] = []
     """Methods whose first trained mixture gets a page that shows the expert of each held-out token."""
     inference: Inference | None = Inference()
@@ -197,20 +194,44 @@ class StudyFile(Settings):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> StudyFile:
-        domains = self.domains
-        for where, names in (("experts", self.experts or []), ("general", [self.general]), *self._mixes()):
+        self._check_domains()
+        self._check_methods()
+        if isinstance(self.seed, NewModel) and self.tokens.seed is None:
+            raise ValueError("tokens.seed: is missing: a new seed has to be trained")
+        if isinstance(self.seed, str) and (self.tokens.seed is not None or self.seed_mix is not None):
+            raise ValueError("tokens.seed, seed_mix: the seed is given, it is not trained here: leave them out")
+        if len(set(self.random_seeds)) < len(self.random_seeds):
+            raise ValueError("random_seeds: one is listed twice, which would be no repetition")
+        for key in self.recipe:
+            if key not in Recipe.model_fields or key in ("seed", "experts", "attention", "ffn"):
+                known = list(Recipe.model_fields)
+                raise ValueError(f"recipe.{key}: a recipe here has no such key{nearest(key, known)}")
+        whole = ("learning_rate", "optimizer", "micro_batch_size")
+        _check_train(self.train, without=(*_OF_THE_STUDY, "freeze", "adapters", *whole))
+        self._check_runs()
+        if not 0 < self.held_out.share < 1:
+            raise ValueError(f"held_out.share: {self.held_out.share:g} leaves no text to measure or none to train on")
+        return self
+
+    def _check_domains(self) -> None:
+        mixes = {name: list(mix) for name in ("mix", "seed_mix") if isinstance(mix := getattr(self, name), dict)}
+        for where, names in {"experts": self.experts or [], "general": [self.general], **mixes}.items():
             for name in names:
-                if name not in domains:
-                    raise ValueError(f"{where}: no domain of data is called {name!r}{nearest(name, domains)}")
+                if name not in self.domains:
+                    raise ValueError(f"{where}: no domain of data is called {name!r}{nearest(name, self.domains)}")
         if not self.expert_names:
             raise ValueError("experts: there is none: data has no domain but general's")
         for name in self.expert_names:
             if name == SEED or not is_expert_name(name) or "." in name:
-                raise ValueError(f"experts: {name!r} is no name for an expert: letters, digits, - and _, not 'seed'")
+                raise ValueError(
+                    f"experts: {name!r} is not a name for an expert: use letters, digits, - and _, and not 'seed'"
+                )
+
+    def _check_methods(self) -> None:
         titles = [method.title for method in self.all_methods]
         for title in titles:
             if titles.count(title) > 1:
-                raise ValueError(f"methods: {title!r} stands there {titles.count(title)} times: give each a name")
+                raise ValueError(f"methods: {title!r} is listed {titles.count(title)} times: give each a name")
         for name in (*self.expert_names, SEED):
             if name in titles:
                 raise ValueError(f"methods: {name!r} is the name of a dense model here: give the method another")
@@ -218,36 +239,6 @@ class StudyFile(Settings):
             raise ValueError(f"reference: no method is called {self.reference!r}{nearest(self.reference, titles)}")
         if METHODS[self.method(self.reference).method].kind not in ("mixture", "dense"):
             raise ValueError(f"reference: {self.reference} is not trained, so it has no budget to match")
-        self._check_repetitions()
-        if isinstance(self.seed, NewModel) and self.tokens.seed is None:
-            raise ValueError("tokens.seed: is missing: a new seed has to be trained")
-        if isinstance(self.seed, str) and (self.tokens.seed is not None or self.seed_mix is not None):
-            raise ValueError("tokens.seed, seed_mix: the seed is given, it is not trained here: leave them out")
-        if len(set(self.random_seeds)) < len(self.random_seeds):
-            raise ValueError("random_seeds: one stands there twice, which would be no repetition")
-        for key in self.recipe:
-            if key not in Recipe.model_fields or key in ("seed", "experts", "attention", "ffn"):
-                raise ValueError(
-                    f"recipe.{key}: a recipe here has no such key{nearest(key, list(Recipe.model_fields))}"
-                )
-        whole = ("learning_rate", "optimizer", "micro_batch_size")
-        _check_train(self.train, without=(*_OURS, "freeze", "adapters", *whole))
-        self._check_runs()
-        if not 0 < self.held_out.share < 1:
-            raise ValueError(f"held_out.share: {self.held_out.share:g} leaves no text to measure or none to train on")
-        return self
-
-    def _check_repetitions(self) -> None:
-        """What is matched in time needs the reference's clock."""
-        most = len(self.random_seeds)
-        reference = self.method(self.reference).repetitions or most
-        for method in self.all_methods:
-            match = METHODS[method.method].match if method.match is None else method.match
-            if "time" in match and min(method.repetitions or most, most) > reference:
-                raise ValueError(
-                    f"methods: {method.title}: match time needs {self.reference} in as many repetitions, and it has "
-                    f"{reference}: lower the method's repetitions"
-                )
 
     def _check_runs(self) -> None:
         """Whether all runs can be settings of ``branchmix train``, before any of them has cost an hour."""
@@ -260,11 +251,6 @@ class StudyFile(Settings):
                 parse(RunConfig, run | given, where)
             except RecipeError as error:
                 raise ValueError("; ".join(str(error).splitlines())) from None
-
-    def _mixes(self) -> list[tuple[str, list[str]]]:
-        return [
-            (name, list(mix)) for name, mix in (("mix", self.mix), ("seed_mix", self.seed_mix)) if isinstance(mix, dict)
-        ]
 
     @property
     def domains(self) -> list[str]:
@@ -280,21 +266,17 @@ class StudyFile(Settings):
 
     @property
     def all_methods(self) -> list[Method]:
-        """Those of both lists."""
+        """Methods and ablations."""
         return [*self.methods, *self.ablations]
 
     def method(self, title: str) -> Method:
-        """By its name in the study."""
+        """The method of a name in the study."""
         return next(method for method in self.all_methods if method.title == title)
 
     def run_of(self, *layers: dict[str, Any]) -> dict[str, Any]:
         """Keys of a run: what all have in common, and over it, one after the other, what this one has."""
-        shared: dict[str, Any] = {
-            **self.train,
-            "sequence_length": self.sequence_length,
-            "batch_size": self.batch_size,
-            "optimizer": self.optimizer.model_dump(mode="json"),
-        }
+        shared = {**self.train, "sequence_length": self.sequence_length, "batch_size": self.batch_size}
+        shared["optimizer"] = self.optimizer.model_dump(mode="json")
         if self.micro_batch_size is not None:
             shared["micro_batch_size"] = self.micro_batch_size
         if self.trust_remote_code:
@@ -304,6 +286,11 @@ class StudyFile(Settings):
         if isinstance(rate, dict) and "ratio" in rate:  # a method's own, instead of the study's peak
             rate.pop("peak", None)
         return run
+
+    @property
+    def precision(self) -> str:
+        """``auto``, ``fp32`` or ``bf16``: what runs compute in, and what models are measured in."""
+        return str(self.train.get("precision", "auto"))
 
     @property
     def step_tokens(self) -> int:

@@ -41,13 +41,7 @@ def kind_of(config: Config) -> str:
 
 
 def measure_speed(study: StudyFile, configs: Iterable[Config], *, processes: int, threads: int) -> Speed:
-    """Trains a model of each kind for some steps, in ``processes`` at once.
-
-    Args:
-        study: for the batch and the precision.
-        configs: of the models.
-        processes: side by side.
-        threads: of each.
+    """Trains a model of each kind for some steps, in ``processes`` at once, with ``threads`` each.
 
     Raises:
         BranchMixError: a process failed.
@@ -82,7 +76,6 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
     """One of the processes; each kind is begun together with the others."""
     import torch
 
-    from branchmix.models.chunked_branchmix import faster_in_bf16
     from branchmix.train.measure import seconds_per_step
     from branchmix.train.memory import keep_freed_memory
 
@@ -90,29 +83,30 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
         torch.set_num_threads(threads)
         keep_freed_memory()  # as runs do: without it, half of a step can be page faults
         study = StudyFile.model_validate(settings)
-        precision = study.train.get("precision", "auto")
-        device = torch.device("cpu")
-        computing = Computing(device, faster_in_bf16(device) if precision == "auto" else precision == "bf16")
+        computing = Computing(torch.device("cpu"), in_bf16(study.precision))
         first = new_model(json.loads(kinds[0]), computing, study.sequence_length)  # imports the rest
         start, steps = time.time() - begun, {}
         micro = study.micro_batch_size or study.batch_size
+        options: dict[str, Any] = {"micro": micro, "accumulation": study.batch_size // micro}
         for number, kind in enumerate(kinds):
             config = json.loads(kind)
             model = new_model(config, computing, study.sequence_length) if number else first
             texts = _random_sequences(config, micro, study.sequence_length)
             barrier.wait()
-            steps[kind] = seconds_per_step(
-                model,
-                texts,
-                computing,
-                micro=micro,
-                accumulation=study.batch_size // micro,
-                packing="position_ids",
-            )
+            steps[kind] = seconds_per_step(model, texts, computing, packing="position_ids", **options)
         queue.put(Speed(start, steps))
     except BaseException:
         barrier.abort()  # the others would wait for ever
         raise
+
+
+def in_bf16(precision: str) -> bool:
+    """Whether a run of this precision computes in bf16 on this machine's CPUs."""
+    import torch
+
+    from branchmix.models.chunked_branchmix import faster_in_bf16
+
+    return faster_in_bf16(torch.device("cpu")) if precision == "auto" else precision == "bf16"
 
 
 def _random_sequences(config: Config, count: int, length: int) -> list[dict[str, Any]]:
@@ -127,12 +121,9 @@ def _random_sequences(config: Config, count: int, length: int) -> list[dict[str,
 
 
 def new_model(config: Config, computing: Computing | None = None, length: int = 0) -> Any:
-    """A model of random weights from a config dictionary, of a dense model or a mixture.
+    """A dense model or a mixture of random weights, from a config with ``model_type`` (and ``seed_config``).
 
-    Args:
-        config: with ``model_type``; of a mixture, also ``seed_config``.
-        computing: attention as a run chooses it there, for sequences of ``length`` tokens; the model's own if None.
-        length: tokens.
+    Attention is as a run chooses it for ``computing`` and sequences of ``length`` tokens; the model's own if None.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging

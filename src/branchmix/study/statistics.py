@@ -1,4 +1,4 @@
-"""What can be told apart: paired differences between models, over documents and over repetitions.
+"""Which differences are significant: paired differences between models, over documents and over repetitions.
 
 With two or more repetitions an interval is Student's over the repetitions' paired differences: it contains what random
 seeds do. With one there is only the error over held-out documents, which does not.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from branchmix.evaluate.ratio import ratio
@@ -17,25 +17,20 @@ Documents = Mapping[str, Sequence[Sequence[float]]]
 """By domain, ``[nats, predicted tokens, bytes]`` of each document."""
 LEVEL = 0.95
 SEED_NOISE = 0.02
-"""With one repetition, differences up to this are called none: an allowance for the random seed, not measured."""
+"""With one repetition, smaller differences are not significant: an allowance for the random seed, not measured."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Of two models on the same documents, in nats a token."""
-
-    value: float
-    stderr: float
+def mean(values: Sequence[float]) -> float:
+    """Their mean, summed exactly."""
+    return math.fsum(values) / len(values)
 
 
-def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Difference:
-    """Mean difference of two models' loss on a domain, and its standard error over documents.
-
-    Paired: what makes a document hard for both takes no part in it. The error is infinite for a single document.
-    """
-    pairs = [(a[0] - b[0], a[1]) for a, b in zip(ours, theirs, strict=True) if a[1]]
-    value, stderr = ratio(pairs)
-    return Difference(value, math.inf if stderr is None else stderr)
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation of a sample; None for a single value."""
+    if len(values) < 2:
+        return None
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 def log_perplexity(documents: Documents) -> dict[str, float]:
@@ -51,7 +46,7 @@ class Interval:
 
     value: float
     half_width: float | None
-    """Of the 95 % interval; None where nothing is known of it."""
+    """Half the width of the 95 % interval; None where nothing is known of it."""
     n: int
     """Values it is the mean of."""
 
@@ -61,31 +56,38 @@ class Interval:
         return self.half_width is not None and abs(self.value) > self.half_width
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"value": self.value, "half_width": self.half_width, "n": self.n}
+        return asdict(self)
 
 
-def t_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
-    """Mean of independent values, and half the width of Student's interval for it; None for a single one."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n < 2:
-        return Interval(mean, None, n)
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean of independent values with Student's interval for it, which is unknown for a single one."""
+    n, spread = len(values), deviation(values)
+    if spread is None:
+        return Interval(mean(values), None, n)
     from scipy import stats
 
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return Interval(mean, float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n), n)
+    return Interval(mean(values), float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * spread / math.sqrt(n), n)
+
+
+def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
+    """Mean difference of two models' loss on a domain, in nats a token, with twice its standard error over documents.
+
+    Paired: what makes a document hard for both takes no part in it. The error of a single document is unknown.
+    """
+    pairs = [(a[0] - b[0], a[1]) for a, b in zip(ours, theirs, strict=True) if a[1]]
+    value, stderr = ratio(*zip(*pairs, strict=True))
+    return Interval(float(value), None if stderr is None else 2 * float(stderr), 1)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one model with another: differences of log perplexity, so that negative is better."""
+    """How one model differs from another: differences of log perplexity, so that negative is better."""
 
     mean: Interval
-    """Of the mean over domains: of the logarithm of perplexities' geometric mean."""
+    """Mean over domains: difference of the logarithms of perplexities' geometric means."""
     by_domain: dict[str, Interval]
     repetitions: list[float]
-    """Of the mean, one by one."""
+    """The mean over domains of each repetition."""
     over: str
     """``repetitions`` or ``documents``: what the intervals are over."""
 
@@ -100,7 +102,6 @@ class Comparison:
         return math.expm1(self.mean.value)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {
             "relative": self.relative,
             "log_perplexity": self.mean.as_dict(),
@@ -112,24 +113,16 @@ class Comparison:
 
 
 def compare(ours: Sequence[Documents], theirs: Sequence[Documents]) -> Comparison:
-    """Two models in the same repetitions, on the same documents.
-
-    Args:
-        ours: of each repetition.
-        theirs: the same repetitions, in the same order.
-    """
+    """Two models on the same documents, in the same repetitions in the same order."""
     domains = list(ours[0])
     if len(ours) == 1:
-        errors = {domain: difference(ours[0][domain], theirs[0][domain]) for domain in domains}
-        half = _twice(math.sqrt(math.fsum(error.stderr**2 for error in errors.values())) / len(domains))
-        value = math.fsum(error.value for error in errors.values()) / len(domains)
-        by_domain = {domain: Interval(error.value, _twice(error.stderr), 1) for domain, error in errors.items()}
+        by_domain = {domain: difference(ours[0][domain], theirs[0][domain]) for domain in domains}
+        value = mean([interval.value for interval in by_domain.values()])
+        widths = [interval.half_width for interval in by_domain.values()]
+        known = [width for width in widths if width is not None]
+        half = math.sqrt(math.fsum(w**2 for w in known)) / len(domains) if len(known) == len(widths) else None
         return Comparison(Interval(value, half, 1), by_domain, [value], "documents")
     pairs = [(log_perplexity(a), log_perplexity(b)) for a, b in zip(ours, theirs, strict=True)]
     by_domain = {domain: t_interval([a[domain] - b[domain] for a, b in pairs]) for domain in domains}
-    means = [math.fsum(a[domain] - b[domain] for domain in domains) / len(domains) for a, b in pairs]
+    means = [mean([a[domain] - b[domain] for domain in domains]) for a, b in pairs]
     return Comparison(t_interval(means), by_domain, means, "repetitions")
-
-
-def _twice(stderr: float) -> float | None:
-    return 2 * stderr if math.isfinite(stderr) else None

@@ -1,25 +1,35 @@
 """Steps of a study, in a process of their own: ``python -m branchmix.study.step OUT NAME ...``.
 
-Reads OUT/plan.json, which ``run`` has written, and leaves ``result.json`` in the step's folder when it is done: small,
-and all that reports need. A step that was killed is started again; training goes on from its last checkpoint.
+Reads OUT/plan.json, which ``scheduler`` has written, and leaves ``result.json`` in the step's folder when it is done:
+small, and all that reports need. A step that was killed is started again; training resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from branchmix.checkpoint.folder import write_text
-from branchmix.data.config import HeldOut, Source
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.data.config import Source
 from branchmix.errors import BranchMixError
-from branchmix.study.graph import CURVE_POINTS, About, relative
+from branchmix.study.folder import MODEL, PAGE, PLAN, RESULT, STEPS, TEXT, write_record
+from branchmix.study.graph import Step
 from branchmix.study.labels import label_of
-from branchmix.study.records import MODEL, PAGE, PLAN, RESULT, TEXT, cpu_name, curve, write_record
+from branchmix.study.settings import SEED, InstalledText, StudyFile
+
+CURVE_POINTS = 60
+"""Points of a training run's loss curve."""
+SMOOTHED = 8
+"""Points of a loss curve that are averaged, those before it: no point knows what comes after it."""
 
 
 class StepStoppedError(Exception):
@@ -35,19 +45,19 @@ class StepStoppedError(Exception):
 
 
 def do(out: Path, name: str) -> None:
-    """Do a step; whatever it has left of an earlier attempt is gone on with.
+    """Do a step; whatever an earlier attempt has left is used.
 
     Raises:
         BranchMixError: it cannot be done.
         StepStoppedError: it was stopped on the way.
     """
-    plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
-    work = _Work(out.absolute(), plan, name)
+    work = _Work(out.absolute(), name)
     work.folder.mkdir(parents=True, exist_ok=True)
-    result = getattr(work, work.step["kind"])()
+    result = getattr(work, work.step.kind)()
     if _is_main():
-        of_plan = {part: work.step[part] for part in ("kind", "key", "about")}
-        write_record(work.folder / RESULT, {"step": name, **of_plan, **result})
+        step, about = work.step, work.step.about
+        shown = {"step": name, "kind": step.kind, "key": step.key, "about": about.as_dict() if about else {}}
+        write_record(work.folder / RESULT, {**shown, **result})
 
 
 def _is_main() -> bool:
@@ -56,41 +66,47 @@ def _is_main() -> bool:
 
 
 class _Work:
-    """A step with what it needs."""
+    """A step with what it needs; a method for each kind of step returns the step's part of its record."""
 
-    def __init__(self, out: Path, plan: dict[str, Any], name: str):
-        self.steps, self.settings, self.base = plan["steps"], plan["settings"], Path(plan["base"])
-        self.step = self.steps[name]
-        self.options = self.step["options"]
+    def __init__(self, out: Path, name: str):
+        plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
+        self.steps, self.base = plan["steps"], Path(plan["base"])
+        self.study: StudyFile = StudyFile.model_validate(plan["settings"])
+        self.step = Step.of(self.steps[name])
         self.out = out
         self.folder = self.folder_of(name)
 
     def folder_of(self, name: str) -> Path:
-        return self.out / "steps" / self.steps[name]["folder"]
+        return self.out / STEPS / Step.of(self.steps[name]).folder
 
-    def needed(self, role: str) -> Path:
-        """The folder of a step that this one needs."""
-        return self.folder_of(self.step["needs"][role])
+    def model_of(self, name: str | None) -> Path:
+        """The folder of the model that a step makes; that of the given seed for None."""
+        return self.folder_of(name) / MODEL if name is not None else self.given().folder.absolute()
 
-    def model(self, role: str = "model") -> Path:
-        """The folder of a model that this step starts from; a seed that is not trained here if no step makes it."""
-        if role in self.step["needs"]:
-            return self.needed(role) / MODEL
-        from branchmix.checkpoint.hub import resolve
+    def given(self) -> ResolvedModel:
+        """The seed, if it is not trained here."""
+        assert isinstance(self.study.seed, str)
+        return resolve(self.study.seed, self.base)
 
-        return resolve(self.settings["seed"], self.base).folder.absolute()
+    def members(self) -> dict[str, Path]:
+        """Folders of several models by name, the seed first."""
+        of_steps = self.step.needs.members
+        return {SEED: self.model_of(of_steps.get(SEED))} | {name: self.model_of(of_steps[name]) for name in of_steps}
 
-    def sources(self) -> dict[str, dict[str, Any]]:
+    def sources(self) -> dict[str, Source]:
         """Domains by name, with paths from this step's folder where the study made the text, else absolute ones."""
-        if "text" in self.step["needs"]:
-            text = self.needed("text") / TEXT
-            files = {name: text / f"{name}.jsonl" for name in self.settings["data"]["domains"]}
-            return {name: {"files": relative(file, self.folder)} for name, file in files.items()}
-        sources = {name: Source(**source) for name, source in self.settings["data"].items()}
-        return {
-            name: source.absolute(self.base, out=self.out).model_dump(mode="json", exclude_none=True)
-            for name, source in sources.items()
-        }
+        if self.step.needs.text is not None:
+            text = Path(os.path.relpath(self.folder_of(self.step.needs.text) / TEXT, self.folder))
+            return {name: Source(files=str(text / f"{name}.jsonl")) for name in self.study.domains}
+        assert not isinstance(self.study.data, InstalledText)
+        return {name: source.absolute(self.base, out=self.out) for name, source in self.study.data.items()}
+
+    def write_yaml(self, name: str, command: str, content: dict[str, Any]) -> Path:
+        """A file with which the step can be repeated by hand."""
+        file = self.folder / name
+        text = yaml.safe_dump(content, sort_keys=False)
+        write_text(file, f"# A step of a study. By hand: branchmix {command}\n\n{text}")
+        return file
 
     # ---- kinds ----
 
@@ -98,197 +114,144 @@ class _Work:
         """Text that is installed."""
         from branchmix.data import installed
 
-        options = self.options
+        data = self.study.data
+        assert isinstance(data, InstalledText)
         part = self.folder / f".{TEXT}.part"
         shutil.rmtree(part, ignore_errors=True)
         extracts = installed.write(
             part,
-            enough_bytes=options["installed"],
+            enough_bytes=data.installed,
             processes=max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))),
-            domains=options["domains"],
-            max_chars=options["max_chars"],
+            domains=list(data.domains),
+            max_chars=data.max_chars,
         )
         shutil.rmtree(self.folder / TEXT, ignore_errors=True)
         part.rename(self.folder / TEXT)
-        sizes = {
-            name: {"documents": e.documents, "characters": e.chars, "bytes": e.bytes} for name, e in extracts.items()
-        }
-        for name, size in sizes.items():
-            print(f"{name:8} {size['documents']:6,} documents {size['characters']:12,} characters", file=sys.stderr)
+        sizes = {}
+        for name, extract in extracts.items():
+            sizes[name] = {"documents": extract.documents, "characters": extract.chars, "bytes": extract.bytes}
+            print(f"{name:8} {extract.documents:6,} documents {extract.chars:12,} characters", file=sys.stderr)
         return {"text": sizes}
 
     def train(self) -> dict[str, Any]:
         """A training run; ``run.yaml`` stays beside its result."""
-        import yaml
-
         from branchmix.train import train
         from branchmix.train.config import RunConfig
+        from branchmix.train.schedule import optimizer_flops
 
-        run = dict(self.options["run"])
-        of_a_step = "model" in self.step["needs"]
-        is_given = "model" not in run and not of_a_step
+        run, needed = dict(self.step.run), self.step.needs.model
+        is_given = "model" not in run and needed is None
         if "model" not in run:
-            run["model"] = relative(self.model(), self.folder) if of_a_step else self._given()
-        if clock := run.pop("minutes_of", None):
-            record = json.loads((self.needed(clock) / RESULT).read_text(encoding="utf-8"))
-            run["budget"] = {"training_minutes": record["training"]["seconds"] / 60}
+            run["model"] = self._given() if is_given else os.path.relpath(self.model_of(needed), self.folder)
         run |= {
             "out": MODEL,
-            "data": self.sources(),
+            "data": _as_json(self.sources()),
             "evaluation": {"at_start": False},
-            "logging": {"steps": max(1, self.step["cost"]["steps"] // CURVE_POINTS)},
+            "logging": {"steps": max(1, self.step.cost.steps // CURVE_POINTS)},
         }
-        file = self.folder / "run.yaml"
-        text = f"# A step of a study. By hand: branchmix train {file.name}\n\n{yaml.safe_dump(run, sort_keys=False)}"
-        write_text(file, text)
-        report = train(RunConfig.load(file))
+        report = train(RunConfig.load(self.write_yaml("run.yaml", "train run.yaml", run)))
         if report.status == "stopped":
             raise StepStoppedError(report.signal or 2)
         if not report.is_main:
             return {}
         record = report.record
+        clips = run["optimizer"]["max_grad_norm"] > 0
         return {
             "training": {
                 **{key: record[key] for key in ("steps", "tokens", "flops", "seconds", "peak_learning_rate")},
-                "optimizer_flops": self._optimizer_flops(record),
+                "optimizer_flops": int(record["steps"] * optimizer_flops(record["model"]["trained"], clips=clips)),
                 "domains": record["domains"],
-                "curve": curve(self.folder / MODEL),
+                "curve": _curve(self.folder / MODEL / "metrics.jsonl"),
                 "text": record["data"]["domains"],
                 "resumed": len(record["resumed"]),
-                "started": record["started"],
-                "ended": record["ended"],
+                **{key: record[key] for key in ("started", "ended")},
             },
-            "model": record["model"],
-            "computing": record["computing"],
-            "machine": {**record["machine"], "cpu": cpu_name()},
+            **{key: record[key] for key in ("model", "computing")},
+            "machine": {**record["machine"], "cpu": _cpu_name()},
             "versions": record["versions"],
             "run": {
                 **{key: value for key, value in run.items() if key not in ("data", "out")},
-                **({"model": self.settings["seed"]} if is_given else {}),  # results travel: no path of this machine
+                **({"model": self.study.seed} if is_given else {}),  # results travel: no path of this machine
             },
         }
 
     def _given(self) -> str:
         """As the study names its seed: a Hub id, or an absolute folder."""
-        from branchmix.checkpoint.hub import resolve
-
-        found = resolve(self.settings["seed"], self.base)
-        return self.settings["seed"] if found.revision else str(found.folder.absolute())
-
-    def _optimizer_flops(self, record: dict[str, Any]) -> int:
-        from branchmix.train.schedule import optimizer_flops
-
-        clips = self.options["run"]["optimizer"]["max_grad_norm"] > 0
-        return int(record["steps"] * optimizer_flops(record["model"]["trained"], clips=clips))
+        resolved = self.given()
+        return resolved.given if resolved.revision else str(resolved.folder.absolute())
 
     def upcycle(self) -> dict[str, Any]:
         """A merge; ``recipe.yaml`` stays beside it."""
-        import yaml
-
         from branchmix.recipe import Recipe
         from branchmix.upcycling import upcycle
 
-        out = self.folder / MODEL
-        recipe = {
-            "seed": relative(self.model("seed"), self.folder) if "seed" in self.step["needs"] else self._given(),
-            "experts": [
-                {"name": name, "model": relative(self.model(name), self.folder)} for name in self.options["experts"]
-            ],
-            **self.options["recipe"],
-        }
+        out, of_steps = self.folder / MODEL, self.step.needs.members
+        models = {name: os.path.relpath(self.model_of(step), self.folder) for name, step in of_steps.items()}
+        experts = [name for name in models if name != SEED]
         defaults = Recipe.model_fields
         recipe = {
-            key: value
-            for key, value in recipe.items()
-            if key in ("seed", "experts") or value != defaults[key].get_default()
+            "seed": models.get(SEED) or self._given(),
+            "experts": [{"name": name, "model": models[name]} for name in experts],
+            **{key: value for key, value in self.step.recipe.items() if value != defaults[key].get_default()},
         }
-        file = self.folder / "recipe.yaml"
-        text = f"# A step of a study. By hand: branchmix upcycle {file.name} MIXTURE\n\n"
-        file.write_text(text + yaml.safe_dump(_without_none(recipe), sort_keys=False), encoding="utf-8")
+        file = self.write_yaml("recipe.yaml", "upcycle recipe.yaml MIXTURE", _without_none(recipe))
         report = upcycle(file, out, force=out.exists())
         print(f"merged in {report.seconds:.1f} s", file=sys.stderr)
         return {
-            "merge": {
-                "seconds": round(report.seconds, 3),
-                "recipe": self.options["recipe"],
-                "experts": self.options["experts"],
-            }
+            "merge": {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": experts},
         }
 
     def scores(self) -> dict[str, Any]:
         """A model on every domain."""
-        from branchmix.study.measure import measure
+        from branchmix.study.measure import HeldOutText
 
-        found = measure(self.model(), self._sources(), **self._evaluation())
-        return self._scored(found)
+        return HeldOutText.of(self.study, self.sources(), self.folder).measure(self.model_of(self.step.needs.model))
 
     def ensemble(self) -> dict[str, Any]:
         """All dense models together."""
-        from branchmix.study.measure import measure_ensemble
+        from branchmix.study.measure import HeldOutText
 
-        models = [self.model(name) for name in self.options["members"]]
-        return self._scored(measure_ensemble(models, self._sources(), **self._evaluation()))
+        return HeldOutText.of(self.study, self.sources(), self.folder).measure_ensemble([*self.members().values()])
 
     def routes(self) -> dict[str, Any]:
         """Which expert each held-out token of a mixture uses: numbers, and a page beside them."""
-        import yaml
+        from branchmix.evaluate.documents import EvalData
+        from branchmix.evaluate.routing.routes import routes
+        from branchmix.evaluate.routing.token_page import write
+        from branchmix.study.measure import rounded
 
-        from branchmix.evaluate.config import EvalData
-        from branchmix.evaluate.routing.page import write
-        from branchmix.evaluate.routing.run import routes
-
-        file = self.folder / "data.yaml"
-        content = {"data": self.sources(), "held_out": self.options["held_out"]}
-        text = f"# A step of a study. By hand: branchmix routes MIXTURE --data {file.name}\n\n"
-        write_text(file, text + yaml.safe_dump(content, sort_keys=False))
-        found = routes(
-            str(self.model()),
+        assert self.step.about is not None
+        content = {"data": _as_json(self.sources()), "held_out": self.study.held_out.model_dump()}
+        file = self.write_yaml("data.yaml", "routes MIXTURE --data data.yaml", content)
+        routed = routes(
+            str(self.model_of(self.step.needs.model)),
             data=EvalData.load(file),
-            max_length=self.options["max_length"],
-            trust_remote_code=self.settings["trust_remote_code"],
+            max_length=self.study.sequence_length,
+            trust_remote_code=self.study.trust_remote_code,
         )
-        found = replace(found, report=replace(found.report, model=label_of(About.of(self.step["about"]))))
-        write(found, self.folder / PAGE)
-        numbers = found.report.as_dict()
+        routed = replace(routed, report=replace(routed.report, model=label_of(self.step.about)))
+        write(routed, self.folder / PAGE)
+        numbers = routed.report.as_dict()
         for layer in (*numbers.get("attention", []), *numbers.get("ffn", [])):
             layer.pop("typical")  # it is on the page
-        return {"routes": _rounded(numbers)}
+        return {"routes": rounded(numbers)}
 
     def inference(self) -> dict[str, Any]:
         """Latency and memory of all merges, and of the seed."""
-        from branchmix.study.inference import measure_inference
+        from branchmix.study.measure import measure_inference
         from branchmix.train.record import versions
 
-        options = self.options
-        roles = [role for role in self.step["needs"] if role != "seed"]
-        models = {"seed": self.model("seed"), **{role: self.model(role) for role in roles}}
-        numbers = {name: options[name] for name in ("prompt", "new_tokens", "runs")}
-        found = measure_inference(models, **numbers, trust_remote_code=self.settings["trust_remote_code"])
-        return {"inference": found, "machine": {"cpu": cpu_name(), "cores": os.cpu_count()}, "versions": versions()}
+        assert self.study.inference is not None
+        measured = measure_inference(
+            self.members(), self.study.inference, trust_remote_code=self.study.trust_remote_code
+        )
+        return {"inference": measured, "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()}, "versions": versions()}
 
-    def _sources(self) -> dict[str, Source]:
-        return {name: Source(**source) for name, source in self.sources().items()}
 
-    def _evaluation(self) -> dict[str, Any]:
-        options = self.options
-        precision = options.get("precision", "auto")
-        return {
-            "folder": self.folder,
-            "held_out": HeldOut(**options["held_out"]),
-            "max_length": options["max_length"],
-            "bf16": None if precision == "auto" else precision == "bf16",
-            "trust_remote_code": self.settings["trust_remote_code"],
-        }
-
-    def _scored(self, found: dict[str, Any]) -> dict[str, Any]:
-        documents = {
-            domain: [[round(nats, 3), int(tokens), int(size)] for nats, tokens, size in rows]
-            for domain, rows in found["domains"].items()
-        }
-        return {
-            "documents": documents,
-            "routing": _rounded(found["routing"]),
-        }
+def _as_json(sources: dict[str, Source]) -> dict[str, Any]:
+    return {
+        name: source.model_dump(mode="json", exclude_none=True, exclude_unset=True) for name, source in sources.items()
+    }
 
 
 def _without_none(value: Any) -> Any:
@@ -297,15 +260,31 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _rounded(value: Any) -> Any:
-    """Floats to four digits, at any depth."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
-    return value
+def _curve(metrics: Path) -> list[dict[str, float]]:
+    """Training loss over tokens and FLOPs: the mean over domains of the last few points of each.
+
+    A batch has more of one domain and less of another, which would be most of what moves its own mean.
+    """
+    recent: dict[str, list[float]] = {}
+    points = []
+    for row in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
+        if "loss" not in row:
+            continue
+        for name, value in row.items():
+            if name.startswith("loss/"):
+                recent[name] = [*recent.get(name, [])[1 - SMOOTHED :], value]
+        loss = sum(sum(values) / len(values) for values in recent.values()) / len(recent)
+        points.append({**{key: row[key] for key in ("step", "tokens", "flops")}, "loss": round(loss, 5)})
+    return points
+
+
+def _cpu_name() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def main(out: Path, names: list[str]) -> int:

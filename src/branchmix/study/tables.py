@@ -15,82 +15,86 @@ from branchmix.study.labels import Numbers, intervals_are, marked_label
 from branchmix.study.results import GROUPS
 
 
-def tables(found: Numbers) -> list[Table]:
+def tables(study: Numbers) -> list[Table]:
     """Those that there are numbers for."""
     made = [
-        *(perplexities(found), bits(found), directions(found), variants(found)),
-        *(total_match(found), active_match(found), attention_routing(found)),
-        *(inference_flops(found), components(found), latency(found)),
-        *(budgets(found), costs(found), text(found)),
+        *(perplexities(study), bits(study), directions(study), variants(study)),
+        *(selection(study, *wanted) for wanted in SELECTIONS),
+        *(inference_flops(study), components(study), latency(study)),
+        *(budgets(study), costs(study), text(study)),
     ]
     return [table for table in made if table is not None and table.rows]
 
 
-def perplexities(found: Numbers) -> Table:
-    """Table 1, with baselines that the paper does not have, and what can be told apart."""
-    domains = found["domains"]
-    compared = f"against {_label(found, found['reference'])}" if found["reference"] else ""
-    head = ["", *map(str.capitalize, domains), "Avg", "Geo. mean", *([compared] if compared else [])]
+def perplexities(study: Numbers) -> Table:
+    """Table 1, with baselines that the paper does not have, and which differences are significant."""
+    reference = study["reference"]
+    compared = [f"against {_label(study, reference)}"] if reference else []
 
     def cells(model: Numbers) -> list[str]:
-        numbers = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
-        return [*map(_perplexity, numbers), *([_difference(found, model)] if compared else [])]
+        return [*_perplexities(model), *([_difference(study, model)] if compared else [])]
 
+    over = "Geometric means over repetitions. " if study["repetitions"] > 1 else ""
     note = (
         "Perplexity of held-out documents. DM: equal data, CM: equal compute. Avg is the paper's, the mean over "
-        f"domains; the last column compares geometric means; ±: {intervals_are(found)}. * marks significant "
-        f"differences. {_repetitions(found)}Bold: the best of a column among the trained."
+        f"domains; the last column compares geometric means; ±: {intervals_are(study)}. * marks significant "
+        f"differences. {over}Bold: the best of a column among the trained."
     )
-    return _grouped("table-1", "Perplexity (BAM, Table 1)", found, head, cells, note, 1 + len(domains) + 1)
+    head = [*_domains(study), "Avg", "Geo. mean"]
+    return _grouped("table-1", "Perplexity (BAM, Table 1)", study, head, compared, cells, note)
 
 
-def bits(found: Numbers) -> Table:
+def bits(study: Numbers) -> Table:
     """The same in bits per byte, which do not depend on a tokenizer."""
-    domains = found["domains"]
+    domains = study["domains"]
 
     def cells(model: Numbers) -> list[str]:
-        values = [
-            f"{model['bits_per_byte'][d]:.3f}" + (f" ±{e:.3f}" if (e := model["stderr"][d]) else "") for d in domains
-        ]
-        return [*values, f"{sum(model['bits_per_byte'].values()) / len(domains):.3f}"]
+        rates, errors = model["bits_per_byte"], model["stderr"]
+        values = [f"{rates[d]:.3f}" + (f" ±{errors[d]:.3f}" if errors[d] else "") for d in domains]
+        return [*values, f"{sum(rates.values()) / len(domains):.3f}"]
 
-    head = ["", *map(str.capitalize, domains), "Mean"]
     note = "Mean over repetitions; ± is the standard error over the documents, which all models have in common."
-    return _grouped("bits-per-byte", "Bits per byte", found, head, cells, note, len(domains))
+    return _grouped("bits-per-byte", "Bits per byte", study, _domains(study), ["Mean"], cells, note)
 
 
 def _grouped(
     name: str,
     title: str,
-    found: Numbers,
+    study: Numbers,
     head: list[str],
+    more: list[str],
     cells: Callable[[Numbers], list[str]],
     note: str,
-    columns: int,
 ) -> Table:
+    """All models in groups; in the columns of ``head``, the best of the trained ones is bold."""
     rows: list[list[str]] = []
-    places: dict[int, Numbers] = {}
+    trained: list[int] = []
     for group, heading in GROUPS.items():
-        of_group = [model for model in found["models"] if model["group"] == group]
-        if of_group:
-            rows.append([heading])
+        of_group = [model for model in study["models"] if model["group"] == group]
+        rows += [[heading]] if of_group else []
         for model in of_group:
-            places[len(rows)] = model
-            rows.append([marked_label(found, model), *cells(model)])
-    trained = [row for row, model in places.items() if model["group"] in ("methods", "ablations")]
-    bold = set()
-    for column in range(1, 1 + columns):
-        if trained:
-            bold.add((min(trained, key=lambda row: float(rows[row][column].split(" ")[0].replace(",", ""))), column))
-    return Table(head, rows, name, title, note, bold)
+            trained += [len(rows)] if group in ("methods", "ablations") else []
+            rows.append([marked_label(study, model), *cells(model)])
+
+    def number(row: int, column: int) -> float:
+        return float(rows[row][column].split(" ")[0].replace(",", ""))
+
+    columns = range(1, 1 + len(head)) if trained else []
+    bold = {(min(trained, key=lambda row: number(row, column)), column) for column in columns}
+    return Table(["", *head, *more], rows, name, title, note, bold)
 
 
-def _perplexity(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+def _domains(study: Numbers) -> list[str]:
+    return [domain.capitalize() for domain in study["domains"]]
 
 
-def _difference(found: Numbers, model: Numbers) -> str:
-    row = found["comparisons"].get(model["title"])
+def _perplexities(model: Numbers) -> list[str]:
+    values = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
+    return [f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" for value in values]
+
+
+def _difference(study: Numbers, model: Numbers) -> str:
+    row = study["comparisons"].get(model["title"])
     return percent(row["log_perplexity"], significant=row["significant"]) if row else ""
 
 
@@ -102,112 +106,84 @@ def percent(interval: Numbers, *, significant: bool) -> str:
     return f"{text} %{' *' if significant else ''}"
 
 
-def _repetitions(found: Numbers) -> str:
-    count = found["repetitions"]
-    return "Geometric means over repetitions. " if count > 1 else ""
+def _label(study: Numbers, title: str) -> str:
+    return str(next(model["label"] for model in study["models"] if model["title"] == title))
 
 
-def _label(found: Numbers, title: str | None) -> str:
-    return str(next(model["label"] for model in found["models"] if model["title"] == title))
-
-
-def directions(found: Numbers) -> Table:
+def directions(study: Numbers) -> Table:
     """The paper's order, row by row."""
-    rows = [
-        [claim["claim"], claim["table"], _percent_of(claim), str(claim["n"]), claim["verdict"]]
-        for claim in found["claims"]
-    ]
+    head = ["claim", "from", "difference", "repetitions", "here"]
+    rows = [[row["claim"], row["table"], *_verdict(row)] for row in study["claims"]]
     note = (
         "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks significant "
         "differences. Table 6 is compute-matched."
     )
-    head = ["claim", "from", "difference", "repetitions", "here"]
     return Table(head, rows, "directions", "Was the paper's order reproduced?", note)
 
 
-def variants(found: Numbers) -> Table:
+def variants(study: Numbers) -> Table:
     """What one change does, also where the paper leaves it open."""
-    what = {model["title"]: model["what"] for model in found["models"]}
+    head = ["method", "what it is", "beside", "difference", "repetitions", "here"]
+    what = {model["title"]: model["what"] for model in study["models"]}
     rows = [
-        [
-            _label(found, row["title"]),
-            what[row["title"]],
-            _label(found, row["other"]),
-            _percent_of(row),
-            str(row["n"]),
-            row["verdict"],
-        ]
-        for row in found["variants"]
+        [_label(study, row["title"]), what[row["title"]], _label(study, row["other"]), *_verdict(row)]
+        for row in study["variants"]
     ]
     note = (
         "Difference of perplexity, geometric mean over domains: negative is better than the method beside it, at the "
         "same budget. * marks significant differences."
     )
-    head = ["method", "what it is", "beside", "difference", "repetitions", "here"]
     return Table(head, rows, "variants", "What does one change do?", note)
 
 
-def _percent_of(row: Numbers) -> str:
+def _verdict(row: Numbers) -> list[str]:
     interval = {"value": math.log1p(row["relative"]), "half_width": row["half_width"]}
-    return percent(interval, significant=row["significant"])
+    return [percent(interval, significant=row["significant"]), str(row["n"]), row["verdict"]]
 
 
-def total_match(found: Numbers) -> Table | None:
-    """Table 4."""
-    wanted = [("bam-expert-kv", "dm"), ("btx", "dm"), ("btx-total-match", "dm")]
-    note = "Further FFN experts of BTX are copies of the seed, top-1. In the paper they make it worse."
-    return _selected(
-        found, "table-4", "As many parameters in all (BAM, Table 4)", wanted, note, needs="btx-total-match"
-    )
+SELECTIONS = (
+    (
+        "table-4",
+        "As many parameters in all (BAM, Table 4)",
+        "Further FFN experts of BTX are copies of the seed, top-1. In the paper they make it worse.",
+        "btx-total-match",
+        (("bam-expert-kv", "dm"), ("btx", "dm"), ("btx-total-match", "dm")),
+    ),
+    (
+        "table-5",
+        "As many parameters, in all and active (BAM, Table 5)",
+        "BTX with copies of the seed and a larger top-k, as near to BAM's parameters as whole experts allow.",
+        "btx-active-match",
+        (("bam-expert-kv", "dm"), ("btx-active-match", "dm")),
+    ),
+    (
+        "table-6",
+        "Attention routing (BAM, Table 6)",
+        "Shared KV, compute-matched. All attention experts are computed whatever the top-k, so FLOPs are the same.",
+        "bam-attention-top1",
+        (("btx", "dm"), ("bam-shared-kv", "cm"), ("bam-attention-top2", "cm"), ("bam-attention-top1", "cm")),
+    ),
+)
+"""Tables of the paper: name, title, note, the method that each needs, and its methods with their match."""
 
 
-def active_match(found: Numbers) -> Table | None:
-    """Table 5."""
-    wanted = [("bam-expert-kv", "dm"), ("btx-active-match", "dm")]
-    note = "BTX with copies of the seed and a larger top-k, as near to BAM's parameters as whole experts allow."
-    return _selected(
-        found, "table-5", "As many parameters, in all and active (BAM, Table 5)", wanted, note, needs="btx-active-match"
-    )
-
-
-def attention_routing(found: Numbers) -> Table | None:
-    """Table 6."""
-    wanted = [("btx", "dm"), ("bam-shared-kv", "cm"), ("bam-attention-top2", "cm"), ("bam-attention-top1", "cm")]
-    note = "Shared KV, compute-matched. All attention experts are computed whatever the top-k, so FLOPs are the same."
-    return _selected(found, "table-6", "Attention routing (BAM, Table 6)", wanted, note, needs="bam-attention-top1")
-
-
-def _selected(
-    found: Numbers, name: str, title: str, wanted: list[tuple[str, str]], note: str, *, needs: str
+def selection(
+    study: Numbers, name: str, title: str, note: str, needs: str, wanted: tuple[tuple[str, str], ...]
 ) -> Table | None:
-    rows = []
-    chosen = [
+    """Some methods with their sizes."""
+    models = [
         model
         for preset, match in wanted
-        for model in found["models"]
+        for model in study["models"]
         if model["preset"] == preset and match in model["match"]
     ]
-    if not any(model["preset"] == needs for model in chosen):
+    if not any(model["preset"] == needs for model in models):
         return None
-    for model in chosen:
+    rows = []
+    for model in models:
         facts = model["facts"]
-        numbers = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
-        sizes = [
-            f"{facts['experts']}",
-            f"{facts['top_k']}",
-            human_count(facts["parameters"]),
-            human_count(facts["active_parameters"]),
-        ]
-        rows.append([marked_label(found, model), *sizes, *map(_perplexity, numbers), _difference(found, model)])
-    head = [
-        "",
-        "experts",
-        "top-k",
-        "total",
-        "active",
-        *map(str.capitalize, found["domains"]),
-        "Avg",
-        "Geo. mean",
-        "against the reference",
-    ]
-    return Table(head, rows, name, title, note)
+        sizes = [human_count(facts["parameters"]), human_count(facts["active_parameters"])]
+        counts = [str(facts["experts"]), str(facts["top_k"])]
+        rows.append([marked_label(study, model), *counts, *sizes, *_perplexities(model), _difference(study, model)])
+    numbers = [*_domains(study), "Avg", "Geo. mean", "against the reference"]
+    return Table(["", "experts", "top-k", "total", "active", *numbers], rows, name, title, note)

@@ -5,7 +5,8 @@ Shapes: S counted tokens of a batch, N documents, V kinds of tokens, E experts, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from branchmix.errors import CheckpointError
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, Window, batches, check_window, window_places
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, TokenWindow, batches, check_window, sorted_windows
 from branchmix.likelihood.forward import evaluating, head_at, length_dependent
 from branchmix.models.routers import RouterPlace, Rule, entropy_of, load_of
 
@@ -50,18 +51,18 @@ class RouterCounts:
         self.shown_gates_TM = np.zeros((shown, most), dtype=np.float32)
 
     def add(self, output: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
-        found = self.place.read(output)
-        if len(found.logits_SE) != batch.size:
+        """ModelCounts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
+        read = self.place.read(output)
+        if len(read.logits_SE) != batch.size:
             raise CheckpointError(f"the router {self.place.name} does not give one row of logits for each token")
-        if not bool(torch.isfinite(found.logits_SE).all()):
+        if not bool(torch.isfinite(read.logits_SE).all()):
             raise CheckpointError(f"the logits of {self.place.name} are not finite: the model's weights are broken")
         if self.rule is None:
-            self.rule = Rule.found_in(found)
-            self._begin(found.logits_SE.shape[1], found.index_Sk.shape[1])
-        rows_S = batch.rows_S.to(found.logits_SE.device)
-        gates_SE = self.rule.probabilities(found.logits_SE[rows_S]).cpu()
-        index_Sk = found.index_Sk[rows_S].cpu()
+            self.rule = Rule.found_in(read)
+            self._begin(read.logits_SE.shape[1], read.index_Sk.shape[1])
+        rows_S = batch.rows_S.to(read.logits_SE.device)
+        gates_SE = self.rule.probabilities(read.logits_SE[rows_S]).cpu()
+        index_Sk = read.index_Sk[rows_S].cpu()
         soft = self.top_k == self.experts
         load_SE = load_of(gates_SE, None if soft else index_Sk)
         # The chosen before all others, whatever a bias or a group did to the choice.
@@ -86,24 +87,17 @@ class RouterCounts:
 
 
 class Agreement:
-    """How often the FFN router and the attention gate of a layer prefer the same expert."""
+    """How often the FFN router and the attention gate of a layer prefer the same expert: sums over each document."""
 
     def __init__(self, layer: int, documents: int):
         self.layer = layer
         self.same_N = torch.zeros(documents, dtype=torch.float64)
         self.overlap_N = torch.zeros(documents, dtype=torch.float64)
 
-    def add(
-        self, ffn: tuple[torch.Tensor, torch.Tensor], attention: tuple[torch.Tensor, torch.Tensor], batch: _Batch
-    ) -> None:
-        """Each as ``RouterCounts.add`` returned it."""
-        self.same_N.index_add_(0, batch.document_S, (ffn[1] == attention[1]).double())
-        self.overlap_N.index_add_(0, batch.document_S, torch.minimum(ffn[0], attention[0]).double().sum(-1))
-
 
 @dataclass(frozen=True)
-class Counts:
-    """What ``count`` found."""
+class ModelCounts:
+    """What all routers of a model do with the documents."""
 
     routers: list[RouterCounts]
     agreement: list[Agreement]
@@ -137,7 +131,7 @@ def count(
     shown: Sequence[int],
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
-) -> Counts:
+) -> ModelCounts:
     """Every token of every document, once, with at least half a window before it in longer documents.
 
     The prefix is context for the first token and counts for none, and so does padding (on the right, where causal
@@ -150,34 +144,35 @@ def count(
         prefix: token before each document.
         max_length: tokens of the window.
         shown: of each document, how many of its first tokens are to be shown.
-        batch_tokens: tokens of a forward pass, padding included.
-        progress: called with ("tokens", done, total).
+        batch_tokens, progress: as in ``score_documents``.
     """
     stride = max(1, max_length // 2)
     check_window(model, documents, max_length, stride)
     texts = _Texts(documents, prefix, shown)
-    windows = texts.windows(max_length, stride)
+    # Windows are made for predictions, and a row's last token makes none: here it counts.
+    windows = sorted_windows([len(row) + 1 for row in texts.rows], max_length, stride)
     routers = [RouterCounts(place, len(documents), len(texts.kinds_V), sum(shown)) for place in places]
     layers = {kind: [place.layer for place in places if place.kind == kind] for kind in ("ffn", "attention")}
     agreement = [Agreement(layer, len(documents)) for layer in layers["ffn"] if layer in layers["attention"]]
     done, total = 0, sum(map(len, documents))
-    with evaluating(model), _Recorder(places) as recorder:
+    with evaluating(model), _outputs_of(places) as output_of:
         for chosen in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             inputs_BT, batch = texts.batch(chosen)
             with head_at(model, torch.tensor([0]), torch.tensor([0])):  # nobody wants the logits
                 model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
-            said = {}
+            chosen_by = {}
             for router in routers:
-                said[router.place.kind, router.place.layer] = router.add(recorder.take(router.place), batch)
+                chosen_by[router.place.kind, router.place.layer] = router.add(output_of(router.place), batch)
             for pair in agreement:
-                ffn, attention = said["ffn", pair.layer], said["attention", pair.layer]
-                if ffn[0].shape == attention[0].shape:
-                    pair.add(ffn, attention, batch)
+                (ffn_SE, ffn_S), (gates_SE, gate_S) = (chosen_by[kind, pair.layer] for kind in ("ffn", "attention"))
+                if ffn_SE.shape == gates_SE.shape:
+                    pair.same_N.index_add_(0, batch.document_S, (ffn_S == gate_S).double())
+                    pair.overlap_N.index_add_(0, batch.document_S, torch.minimum(ffn_SE, gates_SE).double().sum(-1))
             done += len(batch.rows_S)
             if progress is not None:
                 progress("tokens", done, total)
     tokens_N = np.array([len(document) for document in documents], dtype=np.float64)
-    return Counts(routers, agreement, tokens_N, texts.kinds_V, texts.count_V)
+    return ModelCounts(routers, agreement, tokens_N, texts.kinds_V, texts.count_V)
 
 
 class _Texts:
@@ -186,7 +181,7 @@ class _Texts:
     def __init__(self, documents: Sequence[np.ndarray], prefix: int | None, shown: Sequence[int]):
         self._ahead = 0 if prefix is None else 1
         """Tokens of a row before the document's own."""
-        self._rows = [row if prefix is None else np.concatenate(([prefix], row)) for row in documents]
+        self.rows = [row if prefix is None else np.concatenate(([prefix], row)) for row in documents]
         self._shown_N = np.asarray(shown)
         self._first_shown_N = np.cumsum([0, *shown])
         kinds, counts = np.unique(np.concatenate(documents), return_counts=True)
@@ -195,22 +190,13 @@ class _Texts:
         self._place_of = np.full(int(kinds.max()) + 1, -1)
         self._place_of[self.kinds_V] = np.arange(len(common))
 
-    def windows(self, max_length: int, stride: int) -> list[Window]:
-        """Longest first. ``window_places`` is about predictions, and a row's last token makes none: here it counts."""
-        windows = [
-            Window(number, *place)
-            for number, row in enumerate(self._rows)
-            for place in window_places(len(row) + 1, max_length, stride)
-        ]
-        return sorted(windows, key=lambda window: (window.start - window.end, window.document, window.start))
-
-    def batch(self, windows: Sequence[Window]) -> tuple[np.ndarray, _Batch]:
+    def batch(self, windows: Sequence[TokenWindow]) -> tuple[np.ndarray, _Batch]:
         """Inputs [B, T], padded on the right, and which of them are what."""
         length = max(window.end - window.start for window in windows)
         inputs_BT = np.empty((len(windows), length), dtype=np.int64)
         rows, documents, positions = [], [], []
         for row, window in enumerate(windows):
-            inputs = self._rows[window.document][window.start : window.end]
+            inputs = self.rows[window.document][window.start : window.end]
             inputs_BT[row, : len(inputs)] = inputs
             inputs_BT[row, len(inputs) :] = inputs[-1]
             counted = np.arange(max(window.first, self._ahead), window.end)
@@ -224,28 +210,25 @@ class _Texts:
         return inputs_BT, _Batch(inputs_BT.size, *map(torch.from_numpy, (rows_S, document_S, kind_S, shown_S)))
 
 
-class _Recorder:
-    """Keeps what each router gave back in a forward pass."""
+@contextmanager
+def _outputs_of(places: Sequence[RouterPlace]) -> Iterator[Callable[[RouterPlace], Any]]:
+    """Keeps what each router gave back in a forward pass; yields a function that takes it out."""
+    outputs: dict[str, Any] = {}
 
-    def __init__(self, places: Sequence[RouterPlace]):
-        self._places = places
-        self._outputs: dict[str, Any] = {}
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            outputs.setdefault(name, output)
 
-    def __enter__(self) -> _Recorder:
-        self._hooks = [place.module.register_forward_hook(self._keep(place.name)) for place in self._places]
-        return self
+        return hook
 
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _keep(self, name: str) -> Any:
-        def keep(module: Any, args: Any, output: Any) -> None:
-            self._outputs.setdefault(name, output)
-
-        return keep
-
-    def take(self, place: RouterPlace) -> Any:
-        if place.name not in self._outputs:
+    def take(place: RouterPlace) -> Any:
+        if place.name not in outputs:
             raise CheckpointError(f"the router {place.name} was not asked about the text")
-        return self._outputs.pop(place.name)
+        return outputs.pop(place.name)
+
+    hooks = [place.module.register_forward_hook(keep(place.name)) for place in places]
+    try:
+        yield take
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,6 +1,6 @@
 """What shares of experts say: entropy, specialisation, agreement. Plain numpy, no model.
 
-Shapes: N documents, D domains, E experts, V kinds of tokens.
+Shapes: N documents, n documents of one domain, D domains, E experts, V kinds of tokens.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
+from branchmix.evaluate.ratio import ratio
 
 
 def entropy_bits(shares_E: np.ndarray) -> float:
@@ -22,11 +24,8 @@ def mutual_information(shares_DE: np.ndarray) -> float:
         I = 1/D sum_d sum_e p(e|d) log2( p(e|d) / p(e) ),    p(e) = 1/D sum_d p(e|d)
 
     0 if every domain uses the experts alike; log2 D, its greatest value, if no two domains share an expert. It is also
-    the Jensen-Shannon divergence of the domains' shares. As computed from a sample it is too large on average; see
-    ``mutual_information_bias``.
-
-    Args:
-        shares_DE: each domain's shares, rows that sum to 1.
+    the Jensen-Shannon divergence of the domains' shares, which are the rows of ``shares_DE``. As computed from a sample
+    it is too large on average; see ``mutual_information_bias``.
     """
     return entropy_bits(shares_DE.mean(0)) - float(np.mean([entropy_bits(shares_E) for shares_E in shares_DE]))
 
@@ -39,34 +38,23 @@ def mutual_information_bias(load_NE: np.ndarray, tokens_N: np.ndarray, domain_N:
         bias = 1 / (2 ln 2) * ( 1/D sum_d sum_e v(e|d) / p(e|d)  -  1/D^2 sum_d sum_e v(e|d) / p(e) )
 
     ``v(e|d)`` is the squared standard error of ``p(e|d)``, a ratio of sums over documents, which are independent where
-    their tokens are not: ``n / (n - 1) sum_i (load_ie - p(e|d) tokens_i)^2 / (sum_i tokens_i)^2``. Of a domain with a
-    single document nothing is known but its tokens: then ``p (1 - p) / tokens``, as if those were independent, which is
-    too little. It assumes that errors are small beside the shares.
+    their tokens are not. Of a domain with a single document nothing is known but its tokens: then ``p (1 - p) /
+    tokens``, as if those were independent, which is too little. It assumes that errors are small beside the shares.
 
     Args:
         load_NE: of each document, the sum over its tokens of what they give to each expert (1 for each token).
         tokens_N: tokens of each document, none of them 0.
         domain_N: number of each document's domain, from 0.
     """
-    shares_DE, variances_DE = [], []
+    shares, variances = [], []
     for domain in range(int(domain_N.max()) + 1):
         load_nE, tokens_n = load_NE[domain_N == domain], tokens_N[domain_N == domain]
-        count, total = len(tokens_n), tokens_n.sum()
-        shares_E = load_nE.sum(0) / total
-        if count > 1:
-            residual_nE = load_nE - shares_E * tokens_n[:, None]
-            variances_E = count / (count - 1) * (residual_nE**2).sum(0) / total**2
-        else:
-            variances_E = shares_E * (1 - shares_E) / total
-        shares_DE.append(shares_E)
-        variances_DE.append(variances_E)
-    return _second_order(np.array(shares_DE), np.array(variances_DE))
-
-
-def _second_order(shares_DE: np.ndarray, variances_DE: np.ndarray) -> float:
-    domains = len(shares_DE)
-    within = _divided(variances_DE, shares_DE).sum() / domains
-    between = _divided(variances_DE.sum(0), shares_DE.mean(0)).sum() / domains**2
+        shares_E, errors_E = ratio(load_nE, tokens_n)
+        shares.append(shares_E)
+        variances.append(shares_E * (1 - shares_E) / tokens_n.sum() if errors_E is None else errors_E**2)
+    shares_DE, variances_DE = np.array(shares), np.array(variances)
+    within = _divided(variances_DE, shares_DE).sum() / len(shares)
+    between = _divided(variances_DE.sum(0), shares_DE.mean(0)).sum() / len(shares) ** 2
     return float((within - between) / (2 * math.log(2)))
 
 
@@ -77,15 +65,13 @@ def _divided(values: np.ndarray, by: np.ndarray) -> np.ndarray:
 def chance_of_agreement(first_E: np.ndarray, second_E: np.ndarray) -> float:
     """How often two routers would choose the same expert if neither knew of the other: ``sum_e a_e b_e``.
 
-    Args:
-        first_E: share of tokens whose strongest expert is e, of one router.
-        second_E: of the other.
+    Both are the shares of tokens whose strongest expert is e.
     """
     return float((first_E * second_E).sum())
 
 
 def typical_tokens(load_VE: np.ndarray, count_V: np.ndarray, expert: int, *, most: int = 12) -> list[tuple[int, float]]:
-    """Kinds of tokens that tell most of an expert, best first, each with the share of its occurrences that go there.
+    """The most telling kinds of tokens of an expert, best first, each with the share of its occurrences that go there.
 
     A kind's score is ``p(v|e) log2( p(v|e) / p(v) )``, its part of how the expert's tokens differ from all tokens:
     often used there, and more often than elsewhere. Kinds that the expert gets no more of than others are left out.

@@ -54,12 +54,10 @@ class RecordedModel(LM):
         self._live: LiveModel | None = None
         self.known = self.asked = 0
         """Requests that were on record before this run, and all of them."""
-        self.shortened = 0
-        """Requests that lost their beginning because the window is shorter, now or when they went on record."""
-        self.merged = 0
-        """Requests whose continuation merges with the last token of the context."""
-        self.replaced = 0
-        """Requests in which something was not a character (see ``whole_characters``)."""
+        self.shortened = self.merged = self.replaced = 0
+        """Requests, of this run or on record: that lost their beginning because the window is shorter; whose
+        continuation merges with the last token of the context; in which something was not a character (see
+        ``whole_characters``)."""
 
     @property
     def name(self) -> str:
@@ -92,15 +90,15 @@ class RecordedModel(LM):
         for together in self._answers.rounds.of(self._key, self._batch_tokens, keys, known):
             chosen = [first[key] for key in together]
             self._ask(kind, together, [arguments[n] for n in chosen], [requests[n] for n in chosen])
-        found = [line for key in keys if (line := self._answers.find(self._key, key)) is not None]
-        self.shortened += sum(line.get("shortened", False) for line in found)
-        self.merged += sum(line.get("merged", False) for line in found)
-        return [line["result"] for line in found]
+        lines = [line for key in keys if (line := self._answers.find(self._key, key)) is not None]
+        self.shortened += sum(line.get("shortened", False) for line in lines)
+        self.merged += sum(line.get("merged", False) for line in lines)
+        return [line["result"] for line in lines]
 
     def _ask(self, kind: str, keys: list[str], arguments: list[Any], requests: list[Any]) -> None:
         progress = self._candidate.named(self._progress, {"generate_until": "writing"}.get(kind, "reading"))
         try:
-            live = self._loaded()
+            live = self._live = self._live or self._load()
             answers = live.answers(
                 kind,
                 arguments,
@@ -117,18 +115,11 @@ class RecordedModel(LM):
                 raise
             raise CheckpointError(f"{self._candidate.given}: {error}") from error
 
-    def _loaded(self) -> LiveModel:
-        if self._live is None:
-            candidate = self._candidate
-            self._answers.describe(self._key, {**candidate.source, **self._facts})
-            self._live = LiveModel(
-                candidate.model(),
-                candidate.tokenizer,
-                prefix=candidate.prefix,
-                max_length=self._max_length,
-                batch_tokens=self._batch_tokens,
-            )
-        return self._live
+    def _load(self) -> LiveModel:
+        candidate = self._candidate
+        self._answers.describe(self._key, {**candidate.source, **self._facts})
+        lengths = {"max_length": self._max_length, "batch_tokens": self._batch_tokens}
+        return LiveModel(candidate.model(), candidate.tokenizer, prefix=candidate.prefix, **lengths)
 
 
 def _whole(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -136,7 +127,7 @@ def _whole(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _keys(kind: str, requests: list[tuple[Any, ...]]) -> list[str]:
-    """A key for each request: its content, and for one that samples the how manieth of its kind it is."""
+    """A key for each request: its content, and for one that samples its number among the equal ones."""
     counts: dict[str, int] = {}
     keys = []
     for arguments in requests:

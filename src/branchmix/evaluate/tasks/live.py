@@ -8,7 +8,6 @@ Shapes: N predicted tokens of a batch.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -17,11 +16,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from branchmix.checkpoint.text import LONG
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.perplexity import Progress, Window, batches, check_tokens
+from branchmix.evaluate.perplexity import Progress, TokenWindow, batches, check_tokens, token_log_probs
 from branchmix.likelihood.forward import evaluating, length_dependent, log_probs, logits_at
 from branchmix.likelihood.models import encode
 
@@ -30,23 +28,16 @@ Pair = tuple[list[int], list[int]]
 
 
 class LiveModel(HFLM):
-    """A causal LM of transformers, dense or a mixture."""
+    """A causal LM of transformers, dense or a mixture, in evaluation mode.
+
+    Requests longer than ``max_length`` lose their beginning, as in lm-eval. ``prefix`` is what a text's first token is
+    predicted from; a CheckpointError is raised if tokenizer and config know none.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, *, prefix: int | None, max_length: int, batch_tokens: int):
-        """
-        Args:
-            model: in evaluation mode, on its device.
-            tokenizer: the model's; it is copied, since lm-eval gives it a padding token.
-            prefix: what the first token of a text is predicted from.
-            max_length: tokens that the model takes; what is longer loses its beginning, as in lm-eval.
-            batch_tokens: tokens of a forward pass.
-
-        Raises:
-            CheckpointError: tokenizer and config know no BOS or EOS, so there is no prefix.
-        """
         if prefix is None:
             raise CheckpointError("its tokenizer and config name neither BOS nor EOS, which lm-eval starts a text from")
-        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
         if tokenizer.pad_token_id is None:  # lm-eval would add a token that the model has no embedding for
             tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else prefix
         super().__init__(
@@ -77,7 +68,7 @@ class LiveModel(HFLM):
             seeds: for each request that samples.
             progress: called with (kind, done, total).
             names: of the requests, for errors: task and document.
-            known: numbers of requests that are not asked again; batches are made of all of them all the same.
+            known: numbers of requests that are not asked again, though batches are made of all of them.
 
         Raises:
             RecipeError: a request leaves nothing to predict, or is longer than the window.
@@ -104,8 +95,7 @@ class LiveModel(HFLM):
     # ---- log-likelihoods ----
 
     def _continuations(self, arguments: Sequence[Any], _: Any) -> Iterator[tuple[int, tuple[float, bool]]]:
-        pairs = [self._pair(number, *texts) for number, texts in enumerate(arguments)]
-        yield from self._scored(pairs, range(len(pairs)))
+        yield from self._scored([self._pair(number, *texts) for number, texts in enumerate(arguments)])
 
     def _pair(self, number: int, context: str, continuation: str) -> Pair:
         """A request's tokens, split as lm-eval and ``scaling`` split them: spaces at the context's end move to the
@@ -138,36 +128,16 @@ class LiveModel(HFLM):
         return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
     def _texts(self, arguments: Sequence[Any], _: Any) -> Iterator[tuple[int, float]]:
-        pairs: list[Pair] = []
-        owners: list[int] = []
-        for number, (text,) in enumerate(arguments):
-            tokens = self.tok_encode(text)
-            if text and not tokens:
+        rows = [np.asarray(self.tok_encode(text), dtype=np.int64) for (text,) in arguments]
+        for number, row in enumerate(rows):
+            if arguments[number][0] and not len(row):
                 raise RecipeError(f"{self._names[number]}: the tokenizer makes no tokens of its text: leave it out")
-            windows = get_rolling_token_windows(
-                token_list=tokens,
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            windows = [make_disjoint_window(window) for window in windows]
-            if not windows:
-                yield number, 0.0
-            pairs += windows
-            owners += [number] * len(windows)
-        left, parts = Counter(owners), [0.0] * len(pairs)
-        firsts = {owner: place for place, owner in reversed(list(enumerate(owners)))}
-        counts = dict(left)
-        for place, (logp, _greedy) in self._scored(pairs, owners):
-            owner = owners[place]
-            parts[place] = logp
-            left[owner] -= 1
-            if not left[owner]:
-                yield owner, sum(parts[firsts[owner] : firsts[owner] + counts[owner]])
+        options: dict[str, Any] = {"max_length": self.max_length, "batch_tokens": self._budget, "known": self._known}
+        for number, logp_T in token_log_probs(self.model, rows, prefix=self.prefix_token_id, **options):
+            yield number, float(logp_T.sum(dtype=np.float64))
 
-    def _scored(self, pairs: Sequence[Pair], owners: Sequence[int]) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Log-probability of each continuation, and whether it is what the model would write; ``owners`` are the
-        requests that they belong to.
+    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Log-probability of each request's continuation, and whether it is what the model would write.
 
         Requests with the same inputs, such as the one-letter answers of one question, share a row of the forward pass.
         """
@@ -181,7 +151,7 @@ class LiveModel(HFLM):
                 )
             whole = np.asarray(context + continuation, dtype=np.int64)
             if len(whole) > self.max_length + 1:
-                self.shortened.add(owners[number])
+                self.shortened.add(number)
             tokens = whole[-(self.max_length + 1) :][:-1]
             row = rows.setdefault(tokens.tobytes(), len(inputs))
             if row == len(inputs):
@@ -189,29 +159,29 @@ class LiveModel(HFLM):
                 users.append([])
             users[row].append(number)
         check_tokens(self.model, [np.asarray(continuation) for _, continuation in pairs] + inputs)
-        windows = [Window(row, 0, 0, len(tokens)) for row, tokens in enumerate(inputs)]
+        windows = [TokenWindow(row, 0, 0, len(tokens)) for row, tokens in enumerate(inputs)]
         windows.sort(key=lambda window: (-window.end, window.document))
         for batch in batches(windows, self._budget, equal_lengths=self._equal_lengths):
-            numbers = [(place, number) for place, window in enumerate(batch) for number in users[window.document]]
-            if all(owners[number] in self._known for _, number in numbers):
+            asked = [(place, number) for place, window in enumerate(batch) for number in users[window.document]]
+            if all(number in self._known for _, number in asked):
                 continue
-            targets = [np.asarray(pairs[number][1], dtype=np.int64) for _, number in numbers]
-            ends = [batch[place].end for place, _ in numbers]
-            logits_NV, targets_N = self._logits(batch, inputs, numbers, targets, ends)
+            logits_NV, targets_N = self._logits([inputs[window.document] for window in batch], asked, pairs)
             logp_N = log_probs(logits_NV, targets_N)
             greedy_N = (logits_NV.argmax(-1) == targets_N).cpu().numpy()
             at = 0
-            for (_, number), target in zip(numbers, targets, strict=True):
-                until = at + len(target)
+            for _, number in asked:
+                until = at + len(pairs[number][1])
                 yield number, (float(logp_N[at:until].sum(dtype=np.float64)), bool(greedy_N[at:until].all()))
                 at = until
 
     @torch.inference_mode()
-    def _logits(self, batch: Any, inputs: Any, numbers: Any, targets: Any, ends: Any) -> Any:
-        rows_N = np.concatenate([np.full(len(t), place) for (place, _), t in zip(numbers, targets, strict=True)])
+    def _logits(self, inputs: list[np.ndarray], asked: list[tuple[int, int]], pairs: Sequence[Pair]) -> Any:
+        """Logits and targets at the continuations of ``asked``: (row of the inputs, number of the request)."""
+        targets = [np.asarray(pairs[number][1], dtype=np.int64) for _, number in asked]
+        ends = [len(inputs[row]) for row, _ in asked]
+        rows_N = np.concatenate([np.full(len(t), row) for (row, _), t in zip(asked, targets, strict=True)])
         places_N = np.concatenate([np.arange(end - len(t), end) for end, t in zip(ends, targets, strict=True)])
-        chosen = [inputs[window.document] for window in batch]
-        return logits_at(self.model, chosen, rows_N, places_N, np.concatenate(targets))
+        return logits_at(self.model, inputs, rows_N, places_N, np.concatenate(targets))
 
     # ---- generation ----
 

@@ -28,7 +28,7 @@ DEFINITIONS = Path(__file__).parent / "definitions"
 
 
 @dataclass
-class Loaded:
+class LoadedTasks:
     """Tasks with their requests, as lm-eval's ``evaluate`` takes them."""
 
     tasks: dict[str, Any] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class Loaded:
 
 
 def load(
-    options: TaskOptions, failed: Sequence[DataError] = (), *, limit: int | None, progress: Progress | None
-) -> Loaded:
+    options: TaskOptions, failed: Sequence[DataError], *, limit: int | None, progress: Progress | None
+) -> LoadedTasks:
     """Every task that ``options`` names, with its data set and all its requests.
 
     Args:
@@ -51,36 +51,38 @@ def load(
         RecipeError: a name is unknown, a task runs code without leave, or its definition makes no sense.
         DataError: a data set cannot be loaded.
     """
-    shots = {
+    say = progress or (lambda step, done, total: None)
+    shots: dict[str, int | None] = {
         member.task: member.num_fewshot for suite in chosen_suites(options.names).values() for member in suite.members
     }
     plain = [name for name in options.names if name not in SUITES and name != EVERYTHING]
-    manager = _manager([*shots, *plain], options.include_path, progress)
+    manager = _manager([*shots, *plain], options.include_path, say)
     named = dict.fromkeys(name for given in plain for name in _matching(given, manager.task_index))
     _refuse_code([*shots, *named], manager.task_index, options)
-    loaded = Loaded()
+    loaded = LoadedTasks()
     fewshot: dict[str, int] = {}
-    for number, name in enumerate([*shots, *named]):
-        wanted = shots.get(name) if number < len(shots) else None
+    wanted = [*shots.items(), *((name, None) for name in named)]
+    for number, (name, of_suite) in enumerate(wanted, start=1):
         try:
             with _one_line(name):
-                found = manager.load([name])
+                of_name = manager.load([name])
         finally:
             if failed:
                 raise failed[0]
-        for task_name, task in found["tasks"].items():
-            num_fewshot = _num_fewshot(task, wanted, options, loaded)
+        for task_name, task in of_name["tasks"].items():
+            num_fewshot = _num_fewshot(task, of_suite, options, loaded)
             if fewshot.setdefault(task_name, num_fewshot) != num_fewshot:
                 raise RecipeError(
-                    f"tasks: {task_name} stands twice, with {fewshot[task_name]} and with {num_fewshot} examples in "
+                    f"tasks: {task_name} is listed twice, with {fewshot[task_name]} and with {num_fewshot} examples in "
                     "the prompt: evaluate them one after the other, or give --num-fewshot"
                 )
             loaded.tasks[task_name] = task
-        loaded.groups |= found.get("groups", {})
-        if progress is not None:
-            progress("tasks and their data", number + 1, len(shots) + len(named))
+        loaded.groups |= of_name.get("groups", {})
+        say("tasks and their data", number, len(wanted))
     for name, task in loaded.tasks.items():
-        _build(name, task, fewshot[name], limit, options, progress)
+        say(f"requests of {name}", 0, 1)
+        _build(name, task, fewshot[name], limit, options)
+        say(f"requests of {name}", 1, 1)
     return loaded
 
 
@@ -102,17 +104,14 @@ def seeded() -> Iterator[None]:
 # ---- names ----
 
 
-def _manager(names: Sequence[str], include_path: Sequence[Path], progress: Progress | None) -> TaskManager:
+def _manager(names: Sequence[str], include_path: Sequence[Path], say: Progress) -> TaskManager:
     """lm-eval's task manager. Its 14,000 task files take seconds to read, so the given folders are tried first."""
     folders = [str(folder) for folder in (DEFINITIONS, *include_path)]
     manager = TaskManager(include_defaults=False, include_path=folders)
-    if all(_is_file(name) or _complete(name, manager.task_index) for name in names):
-        return manager
-    if progress is not None:
-        progress("lm-eval's list of tasks", 0, 1)
-    manager = TaskManager(include_path=folders)
-    if progress is not None:
-        progress("lm-eval's list of tasks", 1, 1)
+    if not all(_is_file(name) or _complete(name, manager.task_index) for name in names):
+        say("lm-eval's list of tasks", 0, 1)
+        manager = TaskManager(include_path=folders)
+        say("lm-eval's list of tasks", 1, 1)
     return manager
 
 
@@ -139,26 +138,26 @@ def _matching(given: str, index: dict[str, Any]) -> list[str]:
     if given in index or _is_file(given):
         return [given]
     if any(letter in given for letter in "*?["):
-        if found := sorted(name for name in index if fnmatch(name, given)):
-            return found
+        if matching := sorted(name for name in index if fnmatch(name, given)):
+            return matching
         raise RecipeError(f"tasks: no task's name fits {given!r}")
     known = [*index, *SUITES, EVERYTHING]
     raise RecipeError(f"tasks: {given!r} is no task, group or tag of lm-eval and no suite{nearest(given, known)}")
 
 
 def _refuse_code(names: Sequence[str], index: dict[str, Any], options: TaskOptions) -> None:
-    if unsafe := sorted({leaf for name in names for leaf in _leaves_with_code(name, index)}):
-        options.refuse_code(unsafe)
+    if unsafe := {task for name in names for task in _tasks_with_code(name, index)}:
+        options.refuse_code(sorted(unsafe))
 
 
-def _leaves_with_code(name: str, index: dict[str, Any]) -> Iterator[str]:
+def _tasks_with_code(name: str, index: dict[str, Any]) -> Iterator[str]:
     with _one_line(name):
         entry = index.get(name) or TaskIndex.entry_from_path(Path(name))
     if entry is None:
         return
     if entry.kind in (Kind.GROUP, Kind.TAG):
         for child in _children(entry):
-            yield from _leaves_with_code(child, index)
+            yield from _tasks_with_code(child, index)
     elif (entry.cfg or {}).get("unsafe_code"):
         yield entry.name
 
@@ -166,7 +165,7 @@ def _leaves_with_code(name: str, index: dict[str, Any]) -> Iterator[str]:
 # ---- tasks ----
 
 
-def _num_fewshot(task: Any, of_suite: int | None, options: TaskOptions, loaded: Loaded) -> int:
+def _num_fewshot(task: Any, of_suite: int | None, options: TaskOptions, loaded: LoadedTasks) -> int:
     """Examples in the prompt: what the user says, else the suite, else the task; what is fixed at 0 stays there."""
     own = task.get_config("num_fewshot")
     if options.num_fewshot is not None:
@@ -175,27 +174,19 @@ def _num_fewshot(task: Any, of_suite: int | None, options: TaskOptions, loaded: 
         loaded.notes.append(
             f"{task.task_name}: lm-eval fixes it at 0 examples in the prompt; --num-fewshot is not used"
         )
-    if of_suite is not None:
-        return of_suite
-    return int(own or 0)
+    return of_suite if of_suite is not None else int(own or 0)
 
 
-def _build(
-    name: str, task: Any, num_fewshot: int, limit: int | None, options: TaskOptions, progress: Progress | None
-) -> None:
+def _build(name: str, task: Any, num_fewshot: int, limit: int | None, options: TaskOptions) -> None:
     """The requests of a task, which are the same for every model: built once, and handed out afresh each time."""
     if getattr(task, "MULTIMODAL", False):
         raise RecipeError(f"tasks: {name}: needs images or sound, and only language models are evaluated here")
     if getattr(task, "UNSAFE_CODE", False):
         options.refuse_code([name])
-    if progress is not None:
-        progress(f"requests of {name}", 0, 1)
     task.set_config("num_fewshot", num_fewshot)
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
     with _one_line(name):
         task.build_all_requests(limit=limit, rank=0, world_size=1)
-    if progress is not None:
-        progress(f"requests of {name}", 1, 1)
 
     def afresh(**_: Any) -> None:
         for instance in task.instances:

@@ -50,9 +50,11 @@ def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[l
             ) from error
 
     def local_metric(path: str, *args: Any, **options: Any) -> Any:
-        found = _below(task_data, f"evaluate-metric/{path}")
+        local_copy = _below(task_data, f"evaluate-metric/{path}")
         try:
-            return load_metric(path if found is None else str(found / f"{found.name}.py"), *args, **options)
+            return load_metric(
+                path if local_copy is None else str(local_copy / f"{local_copy.name}.py"), *args, **options
+            )
         except Exception as error:
             line = (
                 f"the metric {path} cannot be loaded: {first_line(error)}: check the network and HF_HUB_OFFLINE, or "
@@ -72,19 +74,19 @@ def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[l
 
 def _local_dataset(task_data: Path | None, path: str, name: str | None) -> tuple[str, str | None]:
     """Path and configuration for ``load_dataset``: a copy of a Hub repository has its configurations in its README."""
-    found = _below(task_data, path)
-    if found is None:
+    local_copy = _below(task_data, path)
+    if local_copy is None:
         return path, name
-    if name is not None and not (found / "README.md").is_file():
-        return (str(found / name), None) if (found / name).is_dir() else (str(found), None)
-    return str(found), name
+    if name is not None and not (local_copy / "README.md").is_file():
+        return (str(local_copy / name), None) if (local_copy / name).is_dir() else (str(local_copy), None)
+    return str(local_copy), name
 
 
 def _below(folder: Path | None, path: str) -> Path | None:
     """The local copy of what the Hub calls ``path``."""
     if folder is None or Path(path).is_absolute() or path.startswith("."):
         return None
-    return next((found for found in (folder / path, folder / Path(path).name) if found.is_dir()), None)
+    return next((copy for copy in (folder / path, folder / Path(path).name) if copy.is_dir()), None)
 
 
 @contextmanager
@@ -126,5 +128,5 @@ def _bootstrap_stderr(metric: Any, values: Any, iters: int) -> float:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as it fits into a line of ours."""
+    """What an error says, as far as it fits into one line."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

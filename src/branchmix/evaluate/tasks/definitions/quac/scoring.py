@@ -25,7 +25,7 @@ def words(text: str) -> list[str]:
 
 
 def f1(answer: list[str], reference: list[str]) -> float:
-    """Harmonic mean of precision and recall of the words, each as often as it stands there."""
+    """Harmonic mean of precision and recall of the words, each as often as it occurs."""
     if not answer or not reference:
         return float(answer == reference)
     common = (Counter(answer) & Counter(reference)).total()

@@ -82,7 +82,7 @@
     }
   };
 
-  // ---- what stands around it ----
+  // ---- the controls around it ----
 
   const legend = () => {
     const kind = data.kinds[state.kind];

@@ -28,12 +28,11 @@ class TaskScore:
     """Examples in the prompt; None for a group whose tasks differ."""
     examples: int
     version: str
-    """Of the task's definition in lm-eval."""
+    """Version of the task's definition in lm-eval."""
     subtasks: tuple[str, ...] = ()
-    """Of a group: its members."""
+    """Members of a group."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         metrics = {
             name: {**asdict(measured), "higher_is_better": self.higher_is_better.get(name.split(",")[0])}
             for name, measured in self.metrics.items()
@@ -53,7 +52,6 @@ class SuiteScore:
     """The metric of each task that counts; empty for the mean of suites."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {"title": self.title, **asdict(self.score), **({"metrics": self.members} if self.members else {})}
 
 
@@ -76,17 +74,16 @@ class ModelReport:
     suites: dict[str, SuiteScore] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        found: dict[str, Any] = {"model": self.model, "dtype": self.dtype}
+        content: dict[str, Any] = {"model": self.model, "dtype": self.dtype}
         if self.domains is not None:
-            found |= {"prefix": self.prefix, "max_length": self.max_length, "stride": self.stride}
-            found |= {"ensemble": self.ensemble} if self.ensemble else {}
-            found["domains"] = {name: score.as_dict() for name, score in self.domains.items()}
+            content |= {"prefix": self.prefix, "max_length": self.max_length, "stride": self.stride}
+            content |= {"ensemble": self.ensemble} if self.ensemble else {}
+            content["domains"] = {name: score.as_dict() for name, score in self.domains.items()}
         if self.tasks is not None:
-            found["tasks"] = {name: score.as_dict() for name, score in self.tasks.items()}
+            content["tasks"] = {name: score.as_dict() for name, score in self.tasks.items()}
             if self.suites:
-                found["suites"] = {name: suite.as_dict() for name, suite in self.suites.items()}
-        return found
+                content["suites"] = {name: suite.as_dict() for name, suite in self.suites.items()}
+        return content
 
 
 @dataclass
@@ -97,5 +94,4 @@ class EvalReport:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return {"models": [model.as_dict() for model in self.models]}

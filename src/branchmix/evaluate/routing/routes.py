@@ -14,33 +14,23 @@ from branchmix.checkpoint.folder import write_json, write_text
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.text import LONG, replaced_note
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.config import EvalData
-from branchmix.evaluate.documents import Document, select
+from branchmix.evaluate.documents import EvalData, HashedDocument, select
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
-from branchmix.evaluate.routing.count import Counts, count
-from branchmix.evaluate.routing.report import RoutingReport, report
+from branchmix.evaluate.routing.count import ModelCounts, count
+from branchmix.evaluate.routing.routing_report import RoutingReport, report
 from branchmix.likelihood.forward import max_positions
 from branchmix.likelihood.models import TextModel, check_dtype, encode, prefix_token
 from branchmix.models.routers import find_routers
 
 MAX_LENGTH = 2048
-"""Tokens of the window unless said otherwise, if the model has as many positions."""
+"""Tokens of the window if none is given and the model has as many positions."""
 SHOWN_TOKENS = 4000
 """Tokens of the page, in all."""
 TEXTS = "text"
-"""Name of the domain of texts that are given by themselves."""
+"""Name of the domain of texts that are given without one."""
 JSON, CSV = "routes.json", "shares.csv"
 _LONGEST_TOKEN = 128
 """Characters of a token, about: runs of spaces."""
-
-
-@dataclass(frozen=True)
-class Routes:
-    """The numbers, and what the page needs to show the texts themselves."""
-
-    report: RoutingReport
-    counts: Counts
-    shown: list[ShownText]
 
 
 @dataclass(frozen=True)
@@ -49,9 +39,18 @@ class ShownText:
 
     domain: str
     pieces: list[str]
-    """The text that each token stands for; together they are the text. Empty for further tokens of one character."""
+    """The text of each token; together they are the text. Empty for further tokens of one character."""
     cut: bool
-    """Whether the document goes on."""
+    """Whether the document is longer."""
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The numbers, and what the page needs to show the texts themselves."""
+
+    report: RoutingReport
+    counts: ModelCounts
+    shown: list[ShownText]
 
 
 def routes(
@@ -71,20 +70,16 @@ def routes(
 
     Args:
         model: a mixture of ours or of transformers, as a folder or Hub id.
-        data: documents by domain, as in ``evaluate``; held-out ones unless it says otherwise.
+        data: documents by domain, as in ``evaluate``; held-out ones unless ``data`` says ``all``.
         texts: instead of ``data``, each a document of one domain.
         max_length: tokens of the window: each token has at least half as many before it, if the document has.
-        batch_tokens: tokens of a forward pass.
-        dtype: of the weights: ``auto`` as stored.
-        limit: documents of a domain at most.
         shown_tokens: of the page; the beginnings of as many documents of every domain.
-        trust_remote_code: run code that the checkpoint brings along.
-        progress: called with step, done, total.
+        batch_tokens, dtype, limit, trust_remote_code, progress: as in ``evaluate``.
 
     Raises:
         RecipeError: no text, both kinds of it, or options that make no sense.
         DataError: a source cannot be read, or has no document.
-        CheckpointError: the model cannot be loaded, or is no mixture.
+        CheckpointError: the model cannot be loaded, or is not a mixture.
     """
     check_dtype(dtype)
     if (data is None) == (not texts):
@@ -94,34 +89,26 @@ def routes(
     config = data if data is None or isinstance(data, EvalData) else EvalData.load(data)
     candidate = TextModel(resolve(model), dtype, trust_remote_code)
     if config is None:
-        found = {TEXTS: [Document.of(text) for text in texts][:limit]}
+        by_domain = {TEXTS: [HashedDocument.of(text) for text in texts][:limit]}
     else:
-        found = select(config, candidate.tokenizer, limit=limit)
-    documents, tokens = _tokenised(found, candidate.tokenizer)
+        by_domain = select(config, candidate.tokenizer, limit=limit)
+    documents, tokens = _tokenised(by_domain, candidate.tokenizer)
     positions = max_positions(candidate.config)
     window = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
     if positions is not None and window > positions:
         raise RecipeError(f"max_length: {window} is more than the {positions} positions of {model}")
-    if progress is not None:
-        progress("loading", 0, 1)
+    say = progress or (lambda step, done, total: None)
+    say("loading", 0, 1)
     loaded = candidate.load()
-    if progress is not None:
-        progress("loading", 1, 1)
+    say("loading", 1, 1)
     places = find_routers(loaded)
     if not places:
         raise CheckpointError(f"{model}: {_why_none(candidate.config)}")
     shown = _shown_of(documents, tokens, shown_tokens)
+    prefix = prefix_token(candidate.tokenizer, candidate.config)
+    options: dict[str, Any] = {"max_length": window, "batch_tokens": batch_tokens, "progress": progress}
     try:
-        counts = count(
-            loaded,
-            places,
-            tokens,
-            prefix=prefix_token(candidate.tokenizer, candidate.config),
-            max_length=window,
-            shown=shown,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
+        counts = count(loaded, places, tokens, prefix=prefix, shown=shown, **options)
     except CheckpointError as error:
         raise CheckpointError(f"{model}: {error}") from error
     result = report(
@@ -129,36 +116,32 @@ def routes(
         candidate.tokenizer,
         model=model,
         expert_names=getattr(candidate.config, "expert_names", None),
-        domains={name: sum(domain == name for domain, _ in documents) for name in found},
+        domains={name: sum(domain == name for domain, _ in documents) for name in by_domain},
         max_length=window,
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
     result.notes[:0] = candidate.notes
-    for domain, chosen in found.items():
+    for domain, chosen in by_domain.items():
         if replaced := sum(document.replaced for document in chosen):
             result.notes.append(f"{domain}: {replaced_note(replaced)}")
     texts_shown = [
-        ShownText(
-            domain,
-            _pieces(candidate.tokenizer, text, tokens[number][: shown[number]]),
-            shown[number] < len(tokens[number]),
-        )
-        for number, (domain, text) in enumerate(documents)
-        if shown[number]
+        ShownText(domain, _pieces(candidate.tokenizer, text, row[:most]), most < len(row))
+        for (domain, text), row, most in zip(documents, tokens, shown, strict=True)
+        if most
     ]
     return Routes(result, counts, texts_shown)
 
 
-def write_numbers(found: RoutingReport, out: str | Path) -> list[Path]:
+def write_numbers(numbers: RoutingReport, out: str | Path) -> list[Path]:
     """Writes ``routes.json`` and ``shares.csv`` into a folder, or all numbers into a file called ``*.json``.
 
     Raises:
         OutputError: it cannot be written.
     """
     files = number_files(out)
-    write_json(files[0], found.as_dict())
+    write_json(files[0], numbers.as_dict())
     for file in files[1:]:
-        write_text(file, found.as_csv())
+        write_text(file, numbers.as_csv())
     return files
 
 
@@ -194,13 +177,15 @@ def read_texts(given: Sequence[str]) -> list[str]:
 # ---- the texts ----
 
 
-def _tokenised(found: dict[str, list[Document]], tokenizer: Any) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
+def _tokenised(
+    by_domain: dict[str, list[HashedDocument]], tokenizer: Any
+) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
     """All documents that have tokens, domain after domain, as (domain, text), and their tokens."""
-    pairs = [(domain, document.text) for domain, chosen in found.items() for document in chosen]
+    pairs = [(domain, document.text) for domain, chosen in by_domain.items() for document in chosen]
     tokens = encode(tokenizer, [text for _, text in pairs])
     kept = [number for number, row in enumerate(tokens) if len(row)]
     documents = [pairs[number] for number in kept]
-    for domain in found:
+    for domain in by_domain:
         if not any(name == domain for name, _ in documents):
             raise RecipeError(f"{domain}: has no text: all its documents are empty")
     return documents, [tokens[number] for number in kept]
@@ -218,7 +203,7 @@ def _shown_of(documents: Sequence[tuple[str, str]], tokens: Sequence[np.ndarray]
 
 
 def _pieces(tokenizer: Any, text: str, tokens: np.ndarray) -> list[str]:
-    """What each of the text's first tokens stands for in it: from the end of the one before it to its own end."""
+    """The part of the text that each of its first tokens covers: from the end of the one before it to its own."""
     if not getattr(tokenizer, "is_fast", False):
         return [str(tokenizer.decode([int(token)])) for token in tokens]
     text = text[: max(LONG, _LONGEST_TOKEN * len(tokens))]  # of a long document, what these tokens may come from

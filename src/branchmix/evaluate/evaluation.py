@@ -10,27 +10,25 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-
 from branchmix.checkpoint.folder import write_json
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.text import replaced_note
 from branchmix.errors import RecipeError
 from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.config import EvalData
-from branchmix.evaluate.documents import Document, select
-from branchmix.evaluate.domains import Reader
-from branchmix.evaluate.ensemble import ensemble_log_probs
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, aggregate
-from branchmix.evaluate.records import Records
-from branchmix.evaluate.report import EvalReport, ModelReport
+from branchmix.evaluate.document_records import DocumentReader, DocumentRecords
+from branchmix.evaluate.documents import EvalData, HashedDocument, select
+from branchmix.evaluate.ensemble import mixed
+from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
+from branchmix.evaluate.scores import EvalReport, ModelReport
 from branchmix.evaluate.tasks.options import TaskOptions
 from branchmix.likelihood.forward import max_positions
 from branchmix.likelihood.models import check_dtype
 
 MAX_LENGTH = 2048
-"""Tokens of the window unless said otherwise, if all models have as many positions."""
+"""Tokens of the window if none is given and all models have as many positions."""
 RESULTS = "results.json"
+
+Documents = dict[str, list[HashedDocument]]
 
 
 def evaluate(
@@ -55,10 +53,10 @@ def evaluate(
         models: folders or Hub ids, dense or mixtures.
         data: the documents (see ``EvalData``), or the YAML file that names them.
         tasks: lm-eval's tasks, groups and tags, and suites (see ``TaskOptions``), or just their names.
-        out: folder for the records, from which a later call goes on, for ``results.json`` and the tasks' examples.
+        out: folder for the records, from which a later call resumes, for ``results.json`` and the tasks' examples.
         max_length: tokens of the window; on documents ``MAX_LENGTH`` or the least that a model has positions for if not
             given, on tasks as many as the model has positions for, as lm-eval does.
-        stride: tokens by which the window moves on, half of it if not given.
+        stride: tokens by which the window advances; the whole window if not given, so that windows do not overlap.
         batch_tokens: tokens of a forward pass.
         dtype: of the weights: ``auto`` as stored.
         limit: documents of a domain, and examples of a task, at most.
@@ -86,53 +84,61 @@ def evaluate(
             data = EvalData.load(data)
         candidates = [Candidate(resolve(given), dtype, trust_remote_code) for given in models]
         members = _members(ensemble, candidates) if ensemble else {}
-        window = _window(candidates, max_length, stride)
+        length = _window(candidates, max_length)
         folder = Path(out) if out is not None else None
         report = EvalReport([ModelReport(candidate.given, dtype) for candidate in candidates])
         report.notes += [note for candidate in candidates for note in candidate.notes]
         if options is not None:
-            from branchmix.evaluate.tasks.run import Tasks
+            from branchmix.evaluate.tasks.task_evaluation import TaskEvaluation
 
-            loaded = stack.enter_context(Tasks.open(options, folder, limit=limit, progress=progress))
+            loaded = stack.enter_context(TaskEvaluation.open(options, folder, limit=limit, progress=progress))
             report.notes += loaded.notes
         if data is not None:
             documents = select(data, candidates[0].tokenizer, limit=limit)
             report.notes += _notes(data, documents, candidates)
-            records = Records(folder)
+            records = DocumentRecords(folder)
         readers = {}
         for number, candidate in enumerate(candidates):
             if data is not None:
-                readers[candidate] = reader = Reader(candidate, *window)
-                reader.read(documents, records, batch_tokens, progress)
-                if known := reader.on_record(documents, records):
-                    count = sum(map(len, documents.values()))
-                    report.notes.append(f"{candidate.given}: {known} of {count} documents were on record")
-                report.models[number] = reader.report(reader.scores(documents, records))
+                reader = DocumentReader(
+                    candidate, records, max_length=length, stride=length if stride is None else stride
+                )
+                readers[candidate] = reader
+                for domain, chosen in documents.items():
+                    reader.read(domain, chosen, batch_tokens, progress)
+                every = [document for chosen in documents.values() for document in chosen]
+                if known := sum(records.was_there(reader.key, document.hash) for document in every):
+                    report.notes.append(f"{candidate.given}: {known} of {len(every)} documents were on record")
+                report.models[number] = reader.report(
+                    {domain: map(reader.scored, chosen) for domain, chosen in documents.items()}
+                )
             if options is not None:
-                found = loaded.evaluate(candidate, max_length=max_length, batch_tokens=batch_tokens, progress=progress)
-                report.models[number].tasks, report.models[number].suites = found.tasks, found.suites
-                report.notes += found.notes
+                of_tasks = loaded.evaluate(
+                    candidate, max_length=max_length, batch_tokens=batch_tokens, progress=progress
+                )
+                report.models[number].tasks, report.models[number].suites = of_tasks.tasks, of_tasks.suites
+                report.notes += of_tasks.notes
             candidate.release()
         if data is not None and members:
             weights = {readers[member]: share for member, share in members.items()}
-            report.models.append(_ensemble(weights, posterior, documents, records))
+            report.models.append(_ensemble(weights, posterior, documents))
     if folder is not None:
         write_json(folder / RESULTS, report.as_dict())
     return report
 
 
-def _window(candidates: Sequence[Candidate], max_length: int | None, stride: int | None) -> tuple[int, int]:
+def _window(candidates: Sequence[Candidate], max_length: int | None) -> int:
     """The same window for all models: they are compared with as much context."""
     positions = {c.given: limit for c in candidates if (limit := max_positions(c.config)) is not None}
     if max_length is None:
-        max_length = min([MAX_LENGTH, *positions.values()])
+        return min([MAX_LENGTH, *positions.values()])
     for given, limit in positions.items():
         if max_length > limit:
             raise RecipeError(f"max_length: {max_length} is more than the {limit} positions of {given}")
-    return max_length, max(1, max_length // 2) if stride is None else stride
+    return max_length
 
 
-def _notes(data: EvalData, documents: dict[str, list[Document]], candidates: Sequence[Candidate]) -> list[str]:
+def _notes(data: EvalData, documents: Documents, candidates: Sequence[Candidate]) -> list[str]:
     notes = []
     for name, chosen in documents.items():
         if count := sum(document.replaced for document in chosen):
@@ -158,8 +164,7 @@ def _members(ensemble: str, candidates: Sequence[Candidate]) -> dict[Candidate, 
     Raises:
         RecipeError: a name fits none or several of the models, or the members do not fit together.
     """
-    members: dict[Candidate, float] = {}
-    shares = []
+    members: dict[Candidate, float | None] = {}
     for part in ensemble.split(","):
         name, _, share = part.strip().partition("=")
         exact = [c for c in candidates if c.given == name]
@@ -168,39 +173,34 @@ def _members(ensemble: str, candidates: Sequence[Candidate]) -> dict[Candidate, 
             what = "is none of the models" if not fitting else "is the name of several of the models"
             raise RecipeError(f"ensemble: {name!r} {what}: there are {', '.join(c.given for c in candidates)}")
         if fitting[0] in members:
-            raise RecipeError(f"ensemble: {name!r} stands twice")
+            raise RecipeError(f"ensemble: {name!r} is listed twice")
         try:
-            shares.append(float(share) if share else None)
+            members[fitting[0]] = float(share) if share else None
         except ValueError:
-            raise RecipeError(f"ensemble: {part.strip()!r}: {share!r} is no share, such as 0.5") from None
-        members[fitting[0]] = 0.0
-    given = [share for share in shares if share is not None]
-    if given and (len(given) < len(shares) or min(given) < 0 or not 0 < sum(given) < float("inf")):
+            raise RecipeError(f"ensemble: {part.strip()!r}: {share!r} is not a share, such as 0.5") from None
+    given = [share for share in members.values() if share is not None]
+    if given and (len(given) < len(members) or min(given) < 0 or not 0 < sum(given) < float("inf")):
         raise RecipeError("ensemble: give a share, 0 or more, to each member or to none")
-    total = sum(given)
-    prior = [share / total for share in given] if given else [1 / len(shares)] * len(shares)
     first, *others = members
     for other in others:
         if (other.tokenizer_hash, other.prefix) != (first.tokenizer_hash, first.prefix):
             raise RecipeError(f"ensemble: the tokenizers of {first.given} and {other.given} differ: nothing to average")
-    return dict(zip(members, prior, strict=True))
+    shares = given or [1.0] * len(members)
+    return {member: share / sum(shares) for member, share in zip(members, shares, strict=True)}
 
 
-def _ensemble(
-    members: dict[Reader, float], posterior: bool, documents: dict[str, list[Document]], records: Records
-) -> ModelReport:
+def _ensemble(members: dict[DocumentReader, float], posterior: bool, documents: Documents) -> ModelReport:
     """Mixes the members' probabilities of every token, from the records."""
-    first = next(iter(members))
-    domains = {}
-    for name, chosen in documents.items():
-        scores = []
-        for document in chosen:
-            logp_ET = np.stack([member.recorded(records, document).log_probs for member in members])
-            mixed_T = ensemble_log_probs(logp_ET, prior_E=list(members.values()), posterior=posterior)
-            alone = first.recorded(records, document).score
-            scores.append(type(alone)(-float(mixed_T.sum()), alone.tokens, alone.bytes))
-        domains[name] = aggregate(scores)
-    report = first.report(domains)
+    prior = list(members.values())
+    report = next(iter(members)).report(
+        {
+            domain: [
+                mixed([member.scored(document) for member in members], prior_E=prior, posterior=posterior)
+                for document in chosen
+            ]
+            for domain, chosen in documents.items()
+        }
+    )
     report.model = f"ensemble of {', '.join(member.candidate.folder.name for member in members)}"
     report.ensemble = {
         "members": {member.candidate.given: share for member, share in members.items()},

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.evaluate.routing.count import Counts, RouterCounts
+from branchmix.evaluate.routing.count import ModelCounts, RouterCounts
 from branchmix.evaluate.routing.statistics import (
     chance_of_agreement,
     entropy_bits,
@@ -37,12 +37,12 @@ class LayerRouting:
     """``load`` of each domain's tokens."""
     gate_by_domain: dict[str, list[float]]
     load_entropy: float
-    """Of ``load``: log2 E if all experts do as much, 0 if one does all."""
+    """Entropy of ``load``: log2 E if all experts do as much, 0 if one does all."""
     token_entropy: float
-    """Of a token's probabilities before top-k, mean over tokens: how undecided the router is."""
+    """Entropy of a token's probabilities before top-k, mean over tokens: how undecided the router is."""
     token_entropy_by_domain: dict[str, float]
     mutual_information: float | None
-    """Of expert and domain, domains weighing alike (see ``statistics.mutual_information``); None for one domain."""
+    """Between expert and domain, in bits (see ``statistics.mutual_information``); None for one domain."""
     mutual_information_corrected: float | None
     """Without what a sample of documents gives too much (``statistics.mutual_information_bias``), 0 at least."""
     typical: list[list[dict[str, Any]]]
@@ -74,7 +74,7 @@ class RoutingReport:
     max_length: int
     dtype: str
     routers: dict[str, dict[str, Any]]
-    """Of each kind, ``ffn`` or ``attention``: experts, top_k, whether it is soft, score function, what weights are."""
+    """By kind, ``ffn`` or ``attention``: experts, top_k, whether it is soft, score function, what weights are."""
     layers: dict[str, list[LayerRouting]]
     agreement: list[LayerAgreement]
     notes: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ class RoutingReport:
         }
 
     def names(self, kind: str) -> list[str]:
-        """Of the experts of a kind of router."""
+        """Names of the experts of a kind of router."""
         return self.experts[: self.routers[kind]["experts"]]
 
     def as_csv(self) -> str:
@@ -115,7 +115,7 @@ class RoutingReport:
 
 
 def report(
-    counts: Counts,
+    counts: ModelCounts,
     tokenizer: Any,
     *,
     model: str,
@@ -124,16 +124,9 @@ def report(
     max_length: int,
     dtype: str,
 ) -> RoutingReport:
-    """Numbers of what was counted.
+    """Numbers of what was counted, domain after domain; ``domains`` says how many documents each has.
 
-    Args:
-        counts: of documents that stand domain after domain.
-        tokenizer: writes the typical tokens.
-        model: as the user gave it.
-        expert_names: of the experts, if they have names.
-        domains: how many documents each has.
-        max_length: of the window.
-        dtype: of the weights.
+    The tokenizer writes the typical tokens. Experts without names are numbered.
     """
     domain_N = np.repeat(np.arange(len(domains)), list(domains.values()))
     sizes = {
@@ -145,12 +138,13 @@ def report(
     layers: dict[str, list[LayerRouting]] = {}
     routers: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
+    total = counts.tokens_N.sum()
     tokens = [shown_token(tokenizer, int(kind)) for kind in counts.kinds_V]
     for kind in KINDS:
         of_kind = [router for router in counts.routers if router.place.kind == kind]
         if of_kind:
-            routers[kind], told = _facts(kind, of_kind)
-            notes += told
+            routers[kind] = _facts(of_kind)
+            notes += _notes(kind, routers[kind])
             layers[kind] = [_layer(router, counts, domain_N, list(domains), tokens) for router in of_kind]
     first_of = {(r.place.kind, r.place.layer): r for r in reversed(counts.routers)}
     agreement = []
@@ -158,7 +152,6 @@ def report(
         ffn, attention = first_of["ffn", pair.layer], first_of["attention", pair.layer]
         if ffn.experts != attention.experts:
             continue
-        total = counts.tokens_N.sum()
         strongest = [router.strongest_NE.sum(0).numpy() / total for router in (ffn, attention)]
         same, overlap = (float(sums_N.sum()) / total for sums_N in (pair.same_N, pair.overlap_N))
         agreement.append(LayerAgreement(pair.layer, same, chance_of_agreement(*strongest), overlap))
@@ -171,31 +164,30 @@ def report(
     return RoutingReport(model, names, sizes, max_length, dtype, routers, layers, agreement, notes)
 
 
-def _facts(kind: str, routers: list[RouterCounts]) -> tuple[dict[str, Any], list[str]]:
-    """What all routers of a kind have in common, and what should be said of it."""
+def _facts(routers: list[RouterCounts]) -> dict[str, Any]:
+    """What all routers of a kind have in common."""
     first = routers[0]
     assert first.rule is not None
-    soft = first.top_k == first.experts
-    facts = {
+    return {
         "experts": max(router.experts for router in routers),
         "top_k": first.top_k,
-        "soft": soft,
+        "soft": first.top_k == first.experts,
         "score": first.rule.score,
         "score_found": first.rule.found,
         "weights": first.rule.weights,
     }
-    notes = []
-    if not first.rule.found and not soft:
-        notes.append(f"{kind}: this router does not say what makes weights of its logits: softmax is assumed")
-    elif first.rule.score not in ("softmax", "probabilities"):
-        notes.append(
-            f"{kind}: scores are {first.rule.score} of the logits; shown divided by their sum over all experts"
-        )
-    return facts, notes
+
+
+def _notes(kind: str, facts: dict[str, Any]) -> list[str]:
+    if not facts["score_found"] and not facts["soft"]:
+        return [f"{kind}: this router does not say what makes weights of its logits: softmax is assumed"]
+    if facts["score"] not in ("softmax", "probabilities"):
+        return [f"{kind}: scores are {facts['score']} of the logits; shown divided by their sum over all experts"]
+    return []
 
 
 def _layer(
-    router: RouterCounts, counts: Counts, domain_N: np.ndarray, domains: list[str], tokens: list[str]
+    router: RouterCounts, counts: ModelCounts, domain_N: np.ndarray, domains: list[str], tokens: list[str]
 ) -> LayerRouting:
     load_NE, gates_NE, entropy_N = (
         sums.numpy() for sums in (router.load_NE, router.gates_NE, router.entropy_N / math.log(2))

@@ -1,0 +1,144 @@
+"""The folder of a study: its plan, what its steps leave, its small results, and the lock while it runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from branchmix.checkpoint.folder import write_json, write_text, writing
+from branchmix.checkpoint.moves import in_order_of_removal
+from branchmix.errors import OutputError
+from branchmix.study.facts import facts_of
+from branchmix.study.graph import Graph, Step
+from branchmix.study.settings import StudyFile
+from branchmix.train.launch import JobState
+
+PLAN, RESULT, PAGE = "plan.json", "result.json", "routes.html"
+MODEL, TEXT, STEPS = "model", "text", "steps"
+RESULTS, STUDY = "results", "study.json"
+_LOCK = ".lock"
+
+
+def write_record(file: Path, content: dict[str, Any]) -> None:
+    """One key per line, with all that is below it on that line: small, and still readable in a diff."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in content.items()]
+    write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def write_plan(config: StudyFile, graph: Graph, out: Path) -> None:
+    """``plan.json``, which steps read, and ``results/study.json``, which reports read."""
+    settings = config.model_dump(mode="json")
+    steps = {name: step.as_dict() for name, step in graph.steps.items()}
+    write_json(out / PLAN, {"settings": settings, "base": str(config.folder.absolute()), "steps": steps})
+    small: dict[str, Any] = {"settings": settings}
+    for name, step in graph.steps.items():
+        shown = {"kind": step.kind, "needs": step.needs.by_role()}
+        small[f"step {name}"] = shown | {key: steps[name][key] for key in ("key", "cost", "about")}
+        if step.kind in ("scores", "ensemble") and step.config is not None:
+            small[f"step {name}"]["facts"] = facts_of(step.config, config.sequence_length)
+    write_record(out / RESULTS / STUDY, small)
+
+
+def is_done(out: Path, step: Step) -> bool:
+    """Whether a step has left its result."""
+    return (out / STEPS / step.folder / RESULT).is_file()
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """While a study runs in its folder: another one is refused. The system ends it with the process."""
+    from filelock import FileLock, Timeout
+
+    if out.exists() and (not out.is_dir() or (_has_files(out) and not (out / PLAN).is_file())):
+        raise OutputError(f"{out}: exists, and is not the folder of a study: choose another")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise OutputError(
+                f"{out}: another process runs this study: wait for its end, or choose another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _has_files(out: Path) -> bool:
+    return any(file.name != _LOCK for file in out.iterdir())
+
+
+class StudyFolder:
+    """What is on the disk, and what may go."""
+
+    def __init__(self, out: Path, graph: Graph, config: StudyFile):
+        self.out, self.graph, self.config = out, graph, config
+        self.noted: set[str] = set()
+        self.copied: set[str] = set()
+
+    def todo(self, wanted: Sequence[Step]) -> list[Step]:
+        """Steps that are not done, and those that are, but whose weights are gone and needed again."""
+        names: set[str] = set()
+
+        def need(step: Step) -> None:
+            if step.name not in names:
+                names.add(step.name)
+                for name in step.needs.names:
+                    needed = self.graph.steps[name]
+                    if not is_done(self.out, needed) or (
+                        needed.kind in ("train", "upcycle") and not self._kept(needed)
+                    ):
+                        need(needed)
+
+        for step in wanted:
+            if not is_done(self.out, step):
+                need(step)
+        return [step for step in self.graph.steps.values() if step.name in names]
+
+    def _kept(self, step: Step) -> bool:
+        return (self.out / STEPS / step.folder / MODEL / "config.json").is_file()
+
+    def note(self, states: list[JobState]) -> None:
+        """Take what was finished since the last call."""
+        new = {state.job.name for state in states if state.status == "done"} - self.noted
+        if new:
+            self.noted |= new
+            self.collect()
+
+    def collect(self) -> None:
+        """``results/``: those of the current graph, and no others."""
+        results = self.out / RESULTS
+        with writing(results):
+            for file in results.iterdir():
+                step = self.graph.steps.get(file.stem)
+                if file.name != STUDY and file.suffix in (".json", ".html") and not (step and is_done(self.out, step)):
+                    file.unlink()
+            for step in self.graph.steps.values():
+                if step.name not in self.copied and is_done(self.out, step):
+                    self._copy(step)
+                    self.copied.add(step.name)
+        if self.config.keep == "results":
+            self._make_room()
+
+    def _copy(self, step: Step) -> None:
+        part = self.out / RESULTS / f".{step.name}.part"
+        for made in (PAGE, RESULT):
+            source = self.out / STEPS / step.folder / made
+            if source.is_file():
+                shutil.copyfile(source, part)
+                part.replace(self.out / RESULTS / f"{step.name}{source.suffix}")
+
+    def _make_room(self) -> None:
+        """Removes weights of merges and mixtures that nothing waits for."""
+        for step in self.graph.steps.values():
+            later = self.graph.dependents(step.name) if step.may_go else []
+            if step.may_go and all(is_done(self.out, one) for one in (step, *later)):
+                for entry in in_order_of_removal((self.out / STEPS / step.folder / MODEL).glob("*")):
+                    if entry.name != "log.txt":
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

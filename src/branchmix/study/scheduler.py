@@ -1,0 +1,206 @@
+"""All steps of a study that are not done, side by side where they may be: ``study(file, out)``.
+
+OUT has ``plan.json`` (the graph), ``steps/NAME-KEY/`` (what each step makes, and its log), and ``results/``: a small
+text file for each finished step, from which alone ``report`` makes tables and pages.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from branchmix.errors import BranchMixError, RecipeError
+from branchmix.study.build import build
+from branchmix.study.folder import MODEL, STEPS, StudyFolder, alone, is_done, write_plan
+from branchmix.study.forecast import fitted
+from branchmix.study.graph import AFTER_A_MODEL, Graph, Step
+from branchmix.study.processes import processes_of, side_by_side
+from branchmix.study.settings import StudyFile
+from branchmix.train.job_display import JobDisplay
+from branchmix.train.launch import USER_ERROR, Job, JobState, cores, run_processes, startable
+
+Launcher = Literal["local", "ray", "inline"]
+Chain = Sequence[Step]
+"""Steps that one process does one after the other."""
+Watch = Callable[[list[JobState]], None]
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What became of a study's steps."""
+
+    out: Path
+    statuses: dict[str, str]
+    """By step: ``done``, ``failed``, ``stopped``, ``waiting``; ``kept`` if it was done before."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why, in one line each, with the log."""
+    stopped_by: int | None = None
+
+    @property
+    def left(self) -> list[str]:
+        """Steps that are not done."""
+        return [name for name, status in self.statuses.items() if status not in ("done", "kept")]
+
+
+def study(
+    config: StudyFile | str | Path,
+    out: str | Path,
+    *,
+    only: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    launcher: Launcher = "local",
+    progress: bool = True,
+) -> StudyReport:
+    """Run what is not done yet. Call it from the main thread; Ctrl-C and SIGTERM let runs write their checkpoints.
+
+    Args:
+        config: settings, or their YAML file.
+        out: folder of the study.
+        only: steps to run, with all they need (see ``Graph.chosen``).
+        overrides: ``key=value`` over the file's.
+        launcher: ``local`` for processes on this machine, ``ray`` for a cluster with a shared file system, ``inline``
+            for one step after another in this process: no time is lost with starting processes.
+        progress: show on stderr what happens.
+
+    Raises:
+        BranchMixError: the settings make no sense, something is missing, or ``out`` is something else's folder.
+    """
+    if not isinstance(config, StudyFile):
+        config = StudyFile.load(config, list(overrides))
+    elif overrides:
+        raise RecipeError("overrides are for files: change the StudyFile itself")
+    out = Path(out)
+    graph = build(config)
+    graph.chosen(only)  # what makes no sense is refused before anything is written or measured
+    with alone(out):
+        if config.minutes is not None:
+            config, _ = fitted(config, out, say=_say if progress else None)
+            graph = build(config)
+        wanted = graph.chosen(only)
+        write_plan(config, graph, out)
+        folder = StudyFolder(out, graph, config)
+        folder.collect()
+        todo = folder.todo(wanted)
+        total, left = len(_chains(wanted)), len(_chains(todo))
+        with JobDisplay(total=total, finished=total - left, enabled=progress, noun="steps") as display:
+
+            def watch(states: list[JobState]) -> None:
+                display(states)
+                folder.note(states)
+
+            run = _run_inline if launcher == "inline" else partial(_run, launcher=launcher)
+            states, stopped_by = run(config, graph, out, todo, watch=watch)
+        folder.collect()
+    redone = {step.name for step in todo}
+    statuses = {step.name: "kept" for step in wanted if step.name not in redone}
+    statuses |= {step.name: "done" if is_done(out, step) else "waiting" for step in todo}
+    failed = {}
+    for state in states:
+        if statuses.get(state.job.name) == "waiting":
+            statuses[state.job.name] = state.status
+        if state.status == "failed":
+            failed[state.job.name] = f"{state.reason} (its output: {state.job.log})"
+    return StudyReport(out, {step.name: statuses[step.name] for step in wanted}, failed, stopped_by)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _run(
+    config: StudyFile, graph: Graph, out: Path, todo: list[Step], *, launcher: Launcher, watch: Watch
+) -> tuple[list[JobState], int | None]:
+    """All steps but the timed one, and that alone at the end."""
+    timed = [step for step in todo if step.kind == "inference"]
+    states: list[JobState] = []
+    for steps in ([step for step in todo if step not in timed], timed):
+        undone = {state.job.name for state in states if state.status != "done"}
+        if not steps or any(name in undone for step in steps for name in step.needs.names):
+            continue
+        chains = _chains(steps)
+        if launcher == "ray":
+            from branchmix.train.cluster import run_on_ray
+
+            threads, shared = config.threads or 1, out.absolute()
+            jobs = [_job(out, chain, chains, threads) for chain in chains]
+            outcome = run_on_ray(
+                jobs, config.at_once, shared=shared, num_cpus=threads, retries=config.retries, watch=watch
+            )
+        else:
+            at_once, threads, places = side_by_side(config, len(chains))
+            jobs = [_job(out, chain, chains, threads, processes_of(config, graph, chain[0])) for chain in chains]
+            outcome = run_processes(jobs, at_once, retries=config.retries, places=places, watch=watch)
+        states += outcome.jobs
+        if outcome.stopped_by is not None:
+            return states, outcome.stopped_by
+    return states, None
+
+
+def _run_inline(
+    config: StudyFile, graph: Graph, out: Path, todo: list[Step], *, watch: Watch
+) -> tuple[list[JobState], int | None]:
+    """The same in this process, without retries."""
+    from branchmix.study.step import StepStoppedError, do
+
+    chains = _chains(todo)
+    states = [JobState(_job(out, chain, chains, config.threads or cores())) for chain in chains]
+    before = dict(os.environ)
+    try:
+        for chain, state in zip(chains, states, strict=True):
+            if state not in startable(states):
+                continue
+            os.environ.update(state.job.env)
+            state.status, state.attempts = "running", 1
+            watch(states)
+            begun = time.monotonic()
+            try:
+                for step in chain:
+                    do(out, step.name)
+                state.status = "done"
+            except BranchMixError as error:
+                state.status, state.exit_code, state.last_line = "failed", USER_ERROR, " ".join(str(error).splitlines())
+            except (StepStoppedError, KeyboardInterrupt) as stop:
+                state.status = "stopped"
+                return states, getattr(stop, "signal", signal.SIGINT)
+            finally:
+                state.seconds += time.monotonic() - begun
+            watch(states)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return states, None
+
+
+def _chains(steps: Sequence[Step]) -> list[list[Step]]:
+    """A model, its scores and routes are one chain: starting a process takes seconds."""
+    chains = {step.name: [step] for step in steps if step.kind not in AFTER_A_MODEL}
+    for step in steps:
+        if step.kind in AFTER_A_MODEL:
+            chains.setdefault(step.needs.model or step.name, []).append(step)
+    return list(chains.values())
+
+
+def _job(out: Path, chain: Chain, chains: Sequence[Chain], threads: int, processes: int = 1) -> Job:
+    """Named after the first of its steps; several processes share it if it is a training run."""
+    first = chain[0]
+    folder = out.absolute() / STEPS / first.folder
+    log = folder / MODEL / "log.txt" if first.kind == "train" else folder / "log.txt"
+    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    env["BRANCHMIX_CACHE"] = os.environ.get("BRANCHMIX_CACHE", str(out.absolute() / "cache"))
+    step = ["-m", "branchmix.study.step", str(out.absolute()), *(step.name for step in chain)]
+    command = again = [sys.executable, *step]
+    if processes > 1 and first.kind == "text":
+        env["OMP_NUM_THREADS"] = str(processes)
+    elif processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += step
+    needed = {name for step in chain for name in step.needs.names}
+    after = [other[0].name for other in chains if other is not chain and needed & {step.name for step in other}]
+    return Job(first.name, command, log, again=again, env=env, after=after)
