@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 import corpora
 from branchmix.cli import app
 from branchmix.data.config import HeldOut, Source
+from branchmix.data.evaluation import EvalData
 from branchmix.errors import CheckpointError, DataError, RecipeError
 from branchmix.evaluate import domains
-from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import select
 from branchmix.evaluate.ensemble import ensemble_log_probs
 from branchmix.evaluate.perplexity import DocumentScore, bits_per_byte

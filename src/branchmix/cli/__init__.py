@@ -12,6 +12,8 @@ import typer
 
 from branchmix.cli.branch import EPILOG as BRANCH_EPILOG
 from branchmix.cli.branch import branch_command
+from branchmix.cli.calibrate import EPILOG as CALIBRATE_EPILOG
+from branchmix.cli.calibrate import calibrate_command
 from branchmix.cli.demo import EPILOG as DEMO_EPILOG
 from branchmix.cli.demo import demo_command
 from branchmix.cli.eval import EPILOG as EVAL_EPILOG
@@ -49,6 +51,7 @@ app = typer.Typer(
 app.command("train", epilog=TRAIN_EPILOG)(train_command)
 app.command("branch", epilog=BRANCH_EPILOG)(branch_command)
 app.command("upcycle", epilog=UPCYCLE_EPILOG)(upcycle_command)
+app.command("calibrate", epilog=CALIBRATE_EPILOG)(calibrate_command)
 app.command("eval", epilog=EVAL_EPILOG)(eval_command)
 app.command("routes", epilog=ROUTES_EPILOG)(routes_command)
 app.command("demo", epilog=DEMO_EPILOG)(demo_command)

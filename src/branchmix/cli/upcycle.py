@@ -97,6 +97,11 @@ def show(report: UpcycleReport, *, as_json: bool) -> None:
     _print_plan(report)
     if report.verification is not None:
         _print_verification(report)
+    if report.gates is not None:
+        from branchmix.cli.calibrate import print_gates
+
+        typer.echo("")
+        print_gates(report.gates)
     if report.written is not None:
         from branchmix.cli.console import human_bytes
 
@@ -121,6 +126,8 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "accounting": _accounting(plan).as_dict(),
     }
+    if report.gates is not None:
+        result["gates"] = report.gates.as_dict()
     if report.verification is not None:
         result["verification"] = report.verification.as_dict()
     return result

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from branchmix.checkpoint.text import whole_characters
+from branchmix.data.evaluation import EvalData, Selection
 from branchmix.data.sources import documents as documents_of
 from branchmix.data.sources import hash_of, is_held_out
 from branchmix.errors import DataError
-from branchmix.evaluate.config import EvalData, Selection
 from branchmix.likelihood.models import encode
 
 

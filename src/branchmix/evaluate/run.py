@@ -15,9 +15,9 @@ import numpy as np
 from branchmix.checkpoint.folder import write_json
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.text import replaced_note
+from branchmix.data.evaluation import EvalData
 from branchmix.errors import RecipeError
 from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.config import EvalData
 from branchmix.evaluate.documents import Document, select
 from branchmix.evaluate.domains import Reader
 from branchmix.evaluate.ensemble import ensemble_log_probs

@@ -233,7 +233,7 @@ class _Work:
         """Which expert each held-out token of a mixture uses: numbers, and a page beside them."""
         import yaml
 
-        from branchmix.evaluate.config import EvalData
+        from branchmix.data.evaluation import EvalData
         from branchmix.evaluate.routing.page import write
         from branchmix.evaluate.routing.run import routes
 

@@ -50,12 +50,14 @@ def sources_of(provenance: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
     """Markdown with the Hub's front matter."""
-    untrained = "The routers are as the recipe started them: train the mixture before you use it."
+    state = "The routers are as the recipe started them: train the mixture before you use it."
+    if fits := [step["calibrated"] for step in provenance.get("changes", []) if "calibrated" in step]:
+        state = f"Its gates are calibrated on text of {', '.join(fits[-1]['domains'])}: it needs no training."
     lines = [
         *front_matter(plan.config, provenance),
         f"# {method_of(plan.config, provenance['recipe'])}",
         "",
-        f"Merged with {_branchmix(provenance)}. " + ("" if plan.is_dense else untrained),
+        f"Merged with {_branchmix(provenance)}. " + ("" if plan.is_dense else state),
         "",
         *source_table(provenance),
         "",
@@ -148,9 +150,13 @@ def history(provenance: dict[str, Any], notes: Sequence[str]) -> list[str]:
 
 
 def _change(step: dict[str, Any]) -> str:
-    """One line for an expert that joined or left."""
+    """One line for an expert that joined or left, or gates that were fitted."""
     if "removed" in step:
         return f"expert `{step['removed']}` left"
+    if "calibrated" in step:
+        domains = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in step["calibrated"]["domains"].items())
+        kind = "document gates" if step["calibrated"].get("document_gate") else "token gates"
+        return f"{kind} were calibrated on {domains}"
     added = step["added"]
     expert = added["expert"]
     revision = f" at {expert['revision']}" if expert.get("revision") else ""

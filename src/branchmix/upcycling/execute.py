@@ -33,6 +33,7 @@ from branchmix.upcycling.card import model_card
 from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
 
 if TYPE_CHECKING:
+    from branchmix.upcycling.gates.run import Fitted
     from branchmix.upcycling.verify import Verification
 
 CODE_FILES = tuple(sorted((Path(__file__).parent.parent / "models").glob("*_branchmix.py")))
@@ -67,6 +68,8 @@ class UpcycleReport:
     seconds: float
     recipe: dict[str, Any] = field(default_factory=dict)
     """As it is recorded; empty where no recipe was at work, but an expert came or went."""
+    gates: Fitted | None = None
+    """What was fitted, if the recipe has ``gates``."""
 
 
 def upcycle(
@@ -105,6 +108,10 @@ def upcycle(
     out = Path(out)
     recorded = recipe.model_dump(mode="json")
     folders = resolve_all(recipe)
+    if recipe.gates:
+        from branchmix.data.evaluation import EvalData
+
+        gates_data = EvalData.load(recipe.folder / recipe.gates.data)
     refuse_overlap(out, [model.folder for model in folders], recipe.files, force=force)
     with open_sources(recipe, folders, out, dry_run=dry_run) as (sources, fit):
         seed, *experts = sources
@@ -119,15 +126,17 @@ def upcycle(
         indexes = [expert.index for expert in experts]
         plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
         plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
-        written = verification = None
+        written = verification = gates = None
         if not dry_run:
-            require_space(out, plan)
+            require_space(out, plan, copies=2 if recipe.gates else 1)
             files = [file for source in sources for file in source.files]
             named = naming_sources((source.name, source.index.folder) for source in sources)
             with atomic_folder(out, force=force) as folder, FileHashes(files if hashes else []) as hashing, named:
+                merged = folder / "uncalibrated" if recipe.gates else folder
+                merged.mkdir(exist_ok=True)
                 written = write_output(
                     plan,
-                    folder,
+                    merged,
                     seed.index.folder,
                     lambda: {"recipe": recorded, "sources": describe(sources, hashing)},
                     recipe.max_shard_bytes,
@@ -137,8 +146,14 @@ def upcycle(
                 if verify:
                     from branchmix.upcycling.verify import verify_plan
 
-                    verification = verify_plan(plan, folder, progress=progress)
-    return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded)
+                    verification = verify_plan(plan, merged, progress=progress)
+                if recipe.gates:
+                    from branchmix.upcycling.gates.run import calibrate_folder
+
+                    token_only = recipe.gates.token_only
+                    gates = calibrate_folder(merged, gates_data, folder, out, token_only=token_only, progress=progress)
+                    shutil.rmtree(merged)
+    return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
 
 
 def write_output(
@@ -350,17 +365,16 @@ def refuse_overlap(out: Path, sources: Sequence[Path], files: Sequence[Path] = (
     require_replaceable(out, force=force)
 
 
-def require_space(out: Path, plan: Plan) -> None:
-    """Refuse beforehand what cannot fit.
+def require_space(out: Path, plan: Plan, *, copies: int = 1) -> None:
+    """Refuse beforehand what cannot fit so many times.
 
     Raises:
         OutputError: with bytes needed and free.
     """
-    free = free_bytes(out)
-    if plan.nbytes > free:
+    needed, free = copies * plan.nbytes, free_bytes(out)
+    if needed > free:
         raise OutputError(
-            f"{out}: the output needs {too_little_space(plan.nbytes, free)}: make room, or choose a folder on another "
-            "disk"
+            f"{out}: the output needs {too_little_space(needed, free)}: make room, or choose a folder on another disk"
         )
 
 

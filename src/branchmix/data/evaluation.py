@@ -1,4 +1,4 @@
-"""The YAML file of ``--data``: which text models are evaluated on."""
+"""The YAML file of ``--data``: domains of text, and which of their documents an evaluation reads."""
 
 from __future__ import annotations
 
