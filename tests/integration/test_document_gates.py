@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from test_remote_code import LOAD_ALL, WITHOUT_BRANCHMIX
 from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from branchmix.data.packing import packed_inputs, packing_method
 from branchmix.models.documents_branchmix import BLOCK, decayed_sums
@@ -131,7 +132,8 @@ def test_ids_are_needed() -> None:
         close(plain(inputs_embeds=plain.get_input_embeddings()(tokens())).logits, logits_of(plain, tokens()))
 
 
-def test_servers_without_a_state_are_refused() -> None:
+def test_servers_without_a_state_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "vllm", lambda *_: None)  # as vLLM registers its own
     config = gated("llama").config
     config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match=r"vLLM keeps no state .* --token-only"):
@@ -182,10 +184,6 @@ def test_generation_is_the_same_in_every_cache(name: str, attention: str) -> Non
     assert torch.equal(generate(model, tokens(), use_cache=False), dynamic)
     assert torch.equal(generate(model, tokens(), cache_implementation="static"), dynamic)
     assert torch.equal(generate(model, tokens(), prefill_chunk_size=3), dynamic)
-    assert (
-        torch.equal(generate(model, tokens(), cache_implementation="offloaded"), dynamic)
-        or not torch.cuda.is_available()
-    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -24,7 +24,9 @@ from branchmix.models.modeling_branchmix import document_gate
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter, BranchMixSharedRouter
 
 SHARPNESS = (0.3, 0.1, 0.03, 0.01)
-"""Candidates for tau, in nats a token."""
+"""Candidates for tau, in nats a token, the softest first."""
+NEARLY = 0.002
+"""Nats a token by which a softer choice may be worse: a difference of a few thousand tokens is no more certain."""
 LEAST_LOG = -30.0
 """Of an expert's probability; about 1e-13."""
 FORCED = 40.0
@@ -197,17 +199,21 @@ def best_sharpness(
     text: Mapping[str, Sequence[np.ndarray]],
     tell: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """tau of each domain in ``text``: the one with which the mixture's loss on that domain is least.
+    """tau of each domain in ``text``: the softest with which the mixture's loss on that domain is least, or nearly so.
 
     Domains hardly meet: each is chosen from passes in which all have the same tau.
     """
-    found: dict[str, dict[str, float]] = {name: {} for name in text}
+    found: dict[str, list[float]] = {name: [] for name in text}
     for tau in SHARPNESS:
         gated.set_experts(log_shares(losses_ME, tau))
         for name, loss in losses(gated.model, text).items():
-            found[name][str(tau)] = loss
+            found[name].append(loss)
         tell()
-    return {name: float(min(by_tau, key=by_tau.__getitem__)) for name, by_tau in found.items()}
+    good_enough = {name: min(by_tau) + NEARLY for name, by_tau in found.items()}
+    return {
+        name: next(tau for tau, loss in zip(SHARPNESS, by_tau, strict=True) if loss <= good_enough[name])
+        for name, by_tau in found.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
