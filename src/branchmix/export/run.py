@@ -22,7 +22,6 @@ from branchmix.upcycling.verify import (
     FOLDED_TOLERANCE,
     TOLERANCE,
     compare_bytes,
-    one_hot_gates,
     require_memory,
     sample_tokens,
 )
@@ -151,6 +150,7 @@ def _verify(
 
     from branchmix.likelihood.loading import without_adapter
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
+    from branchmix.models.routers import one_hot_gates
 
     ours = sum(float32_bytes(ref.nbytes, ref.dtype) for ref in mixture.index.tensors.values())
     theirs = float32_bytes(plan.nbytes, mixture.dtype)

@@ -53,6 +53,8 @@ class BranchMixDocumentGate(nn.Module):
         kinds: ``attention``, ``ffn`` or both: the routers that there are.
     """
 
+    counts: torch.Tensor
+
     def __init__(self, vocab_size: int, num_domains: int, num_experts: int, decay: float, kinds: tuple[str, ...]):
         super().__init__()
         self.decay = decay
@@ -196,7 +198,8 @@ class BranchMixStaticDocumentLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def reset(self) -> None:
-        self.is_initialized, self.keys, self.values = False, None, None
+        self.is_initialized = False
+        self.keys = self.values = None  # type: ignore[assignment]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -286,7 +289,7 @@ def add_document_gate(block: nn.Module, gate: BranchMixDocumentGate, routers: di
         routers: of the block, by kind: ``attention`` or ``ffn``.
     """
     if not hasattr(block, "_document_gate"):
-        block.__class__ = documented(type(block))
+        block.__class__ = documented(type(block))  # type: ignore[arg-type]
     block._document_gate = (gate,)  # type: ignore[assignment]  # a tuple, so that weights keep one name
     block._document_routers = tuple(routers.items())  # type: ignore[assignment]
 

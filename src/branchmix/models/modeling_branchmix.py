@@ -333,6 +333,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             return family(input_ids=input_ids, return_dict=True, **kwargs)
         if input_ids is None:
             raise ValueError("the document gates of this mixture read token ids: give input_ids, not inputs_embeds")
+        if kwargs.get("cache") is not None:  # transformers' continuous batching
+            raise ValueError(f"continuous batching keeps no state of document gates between tokens: {WITHOUT_STATE}")
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if document_mask is None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             document_mask = mask

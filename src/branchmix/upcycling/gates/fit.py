@@ -21,6 +21,7 @@ from branchmix.likelihood.forward import evaluating, log_probs, logits_at
 from branchmix.models.documents_branchmix import BranchMixDocumentGate
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.modeling_branchmix import document_gate
+from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter, BranchMixSharedRouter
 
 SHARPNESS = (0.3, 0.1, 0.03, 0.01)
@@ -29,8 +30,6 @@ NEARLY = 0.002
 """Nats a token by which a softer choice may be worse: a difference of a few thousand tokens is no more certain."""
 LEAST_LOG = -30.0
 """Of an expert's probability; about 1e-13."""
-FORCED = 40.0
-"""Logit of the expert that gates are forced to; the others have its negative."""
 BATCH_TOKENS = 2048
 
 Progress = Callable[[str, int, int], None]
@@ -113,17 +112,10 @@ class Gated:
         return [kind for kind in ("attention", "ffn") if getattr(self.gate, kind) is not None]
 
     @torch.no_grad()
-    def set_experts(self, log_ME: np.ndarray, kinds: Sequence[str] = ("attention", "ffn")) -> None:
+    def set_experts(self, log_ME: np.ndarray) -> None:
         """Let each domain want experts with these log probabilities."""
-        for kind in kinds:
-            if getattr(self.gate, kind) is not None:
-                getattr(self.gate, kind).copy_(torch.from_numpy(np.ascontiguousarray(log_ME.T)))
-
-    def force(self, expert: int, kinds: Sequence[str] = ("attention", "ffn")) -> None:
-        """Send everything to one expert."""
-        logits_ME = np.full((len(self.domains), self.num_experts), -FORCED)
-        logits_ME[:, expert] = FORCED
-        self.set_experts(logits_ME, kinds)
+        for kind in self.kinds:
+            getattr(self.gate, kind).copy_(torch.from_numpy(np.ascontiguousarray(log_ME.T)))
 
     @torch.no_grad()
     def set_routers(self, weights: Mapping[str, torch.Tensor] | None) -> None:
@@ -166,22 +158,23 @@ def batches(documents: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 def forced_losses(
-    gated: Gated, text: Mapping[str, Sequence[np.ndarray]], tell: Callable[[], None] = lambda: None
+    model: Any,
+    num_experts: int,
+    text: Mapping[str, Sequence[np.ndarray]],
+    tell: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Loss of the mixture on each domain with all gates forced to each expert, [M, E] in nats, for domains in ``text``.
-
-    Tokens say nothing meanwhile, so the inputs of later layers do not betray which expert the label would choose.
+    """Loss of a mixture on each domain in ``text`` with all gates forced to each expert, [M, E] in nats.
 
     Args:
-        gated: the mixture.
+        model: the mixture.
+        num_experts: E.
         text: documents by domain.
         tell: called after each expert.
     """
-    gated.set_routers(None)
     columns = []
-    for expert in range(gated.num_experts):
-        gated.force(expert)
-        columns.append(list(losses(gated.model, text).values()))
+    for expert in range(num_experts):
+        with one_hot_gates(model, expert):
+            columns.append(list(losses(model, text).values()))
         tell()
     return np.array(columns).T
 

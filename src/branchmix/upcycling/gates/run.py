@@ -253,13 +253,14 @@ def _measure(
     gated = fitting.Gated(model, names, posterior.decay, evidence_VM)
     own = gated.own_routing
     calibrated = own.calibrated(len(experts))
-    calibrated.apply(model)
-    forced = fitting.forced_losses(gated, measured, steps.done)
+    forced = fitting.forced_losses(model, len(experts), measured, steps.done)
     losses = {name: dict(known.losses.get(name, {})) for name in names}
     for name, row in zip(measured, forced, strict=True):
         losses[name] = dict(zip(experts, map(float, row), strict=True))
     losses_ME, notes = _matrix(losses, experts)
 
+    calibrated.apply(model)
+    gated.set_routers(None)
     sharpness = known.sharpness | fitting.best_sharpness(gated, losses_ME, measured, steps.done)
     shares_ME = np.stack([fitting.log_shares(losses_ME[m], sharpness[name]) for m, name in enumerate(names)])
     gated.set_experts(shares_ME)
@@ -290,12 +291,12 @@ def _measure(
             "losses": {name: {expert: round(loss, 5) for expert, loss in losses[name].items()} for name in names},
         }
         tensors |= {
-            f"{PREFIX}evidence": Held(np.float32(evidence_VM), "F32"),
+            f"{PREFIX}evidence": Held(evidence_VM.astype(np.float32), "F32"),
             f"{PREFIX}prior": Held(np.zeros(len(names), np.float32), "F32"),
-            f"{PREFIX}counts": Held(np.int32(counts_VM), "I32"),
+            f"{PREFIX}counts": Held(counts_VM.astype(np.int32), "I32"),
         }
         for kind in gated.kinds:
-            tensors[f"{PREFIX}{kind}"] = Held(np.ascontiguousarray(np.float32(shares_ME.T)), "F32")
+            tensors[f"{PREFIX}{kind}"] = Held(np.ascontiguousarray(shares_ME.T, np.float32), "F32")
     tensors |= {f"{name}.weight": Held(w.float().cpu().numpy(), "F32") for name, w in weights.items()}
     domains = [
         DomainFit(
