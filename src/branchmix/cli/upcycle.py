@@ -51,14 +51,16 @@ def upcycle_command(
 ) -> None:
     """Merge dense models fine-tuned from one seed into a mixture of experts."""
     from branchmix.cli.console import progress_bar, quiet_libraries
+    from branchmix.recipe import Recipe
     from branchmix.upcycling import upcycle
 
-    if verify:
+    loaded = Recipe.load(recipe)
+    if verify or loaded.gates:
         quiet_libraries()
     warn_of_leftovers(out)
     with progress_bar() as progress:
         report = upcycle(
-            recipe,
+            loaded,
             out,
             dry_run=dry_run,
             verify=verify,

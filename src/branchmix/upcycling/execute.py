@@ -127,6 +127,8 @@ def upcycle(
         plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
         plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
         written = verification = gates = None
+        if dry_run and recipe.gates:
+            plan = replace(plan, notes=(*plan.notes, f"gates: fitted on {recipe.gates.data} once this is written"))
         if not dry_run:
             require_space(out, plan, copies=2 if recipe.gates else 1)
             files = [file for source in sources for file in source.files]
@@ -153,6 +155,7 @@ def upcycle(
                     token_only = recipe.gates.token_only
                     gates = calibrate_folder(merged, gates_data, folder, out, token_only=token_only, progress=progress)
                     shutil.rmtree(merged)
+                    plan = replace(plan, config={**plan.config, **gates.config})
     return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
 
 

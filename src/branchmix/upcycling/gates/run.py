@@ -119,6 +119,7 @@ def calibrate(
         OutputError: ``out`` cannot be written.
     """
     start = time.perf_counter()
+    files = [] if isinstance(data, EvalData) else [Path(data)]
     data = data if isinstance(data, EvalData) else EvalData.load(data)
     mixture = OpenedMixture(str(model), otherwise="calibrate the mixture that upcycle makes of it")
     source = mixture.resolved.folder
@@ -131,7 +132,7 @@ def calibrate(
     if in_place:
         _refuse_folders(source)
     else:
-        refuse_overlap(target, [source], force=force)
+        refuse_overlap(target, [source], files, force=force)
     fitted = fit(mixture, data, token_only=token_only, trust_remote_code=trust_remote_code, progress=progress)
     with atomic_folder(target, force=in_place or force) as folder:
         written = write(mixture, fitted, folder, target, progress=progress)
