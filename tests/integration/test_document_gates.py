@@ -17,6 +17,7 @@ from test_remote_code import LOAD_ALL, WITHOUT_BRANCHMIX
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from branchmix.accounting.formulas import parameters
 from branchmix.data.packing import packed_inputs, packing_method
 from branchmix.models.documents_branchmix import BLOCK, decayed_sums
 from branchmix.models.modeling_branchmix import BranchMixForCausalLM
@@ -149,6 +150,27 @@ def test_servers_without_a_state_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     filled = random_mixture("llama")(tokens()).past_key_values
     with pytest.raises(ValueError, match="filled by another model"):
         model(tokens(2, 1), past_key_values=filled)
+
+
+@pytest.mark.parametrize("attention", (*BOTH, "average"))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_parameters_are_counted_to_the_last(name: str, attention: str) -> None:
+    model = gated(name, attention)
+    counted = parameters(model.config.to_dict())
+    assert counted.total == sum(parameter.numel() for parameter in model.parameters())
+    routers = parameters({**model.config.to_dict(), "document_gate": None}).routers
+    kinds = 1 + (attention != "average")
+    assert counted.routers - routers == 4 * (97 + 1 + kinds * 3)
+
+
+def test_gates_without_anything_to_choose_from_are_refused() -> None:
+    for options, message in (
+        ({"attention": "average", "ffn": "average"}, "needs experts to choose from"),
+        ({"document_gate": {"domains": ["a"]}}, "a decay from 0 to 1"),
+        ({"document_gate": {"domains": [], "decay": 0.5}}, "needs domains"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            random_mixture("llama", **{"document_gate": GATE, **options})
 
 
 # ---- caches ----

@@ -370,6 +370,7 @@ class _Mixture:
             "attention_num_experts_per_tok": recipe.routing.attention.top_k,
             "auto_map": AUTO_MAP,
             "branchmix_version": __version__,
+            "document_gate": None,
             "dtype": dtype,
             "expert_names": recipe.expert_names,
             "expert_rope_parameters": self.rope_parameters,

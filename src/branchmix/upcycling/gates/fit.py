@@ -24,7 +24,7 @@ from branchmix.models.modeling_branchmix import document_gate
 from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter, BranchMixSharedRouter
 
-SHARPNESS = (0.3, 0.1, 0.03, 0.01)
+SHARPNESS = (0.3, 0.1, 0.03)
 """Candidates for tau, in nats a token, the softest first."""
 NEARLY = 0.002
 """Nats a token by which a softer choice may be worse: a difference of a few thousand tokens is no more certain."""
