@@ -214,18 +214,22 @@ def test_domains_need_no_expert_of_their_name(home: Path, mixture: Path, tmp_pat
         assert max(domain.shares, key=domain.shares.__getitem__) == names[domain.name]
 
 
-def test_routers_that_know_more_are_kept(home: Path, mixture: Path, tmp_path: Path) -> None:
-    """Of a trained mixture: here, routers that were fitted to single tokens and then calibrated with document gates."""
-    calibrate(mixture, home / "data.yaml", tmp_path / "tokens", token_only=True)
+def test_routers_that_know_something_are_kept(home: Path, mixture: Path, tmp_path: Path) -> None:
+    """Of a mixture that may have been trained: here, with routers that were fitted to single tokens."""
+    report = calibrate(mixture, home / "data.yaml", tmp_path / "tokens", token_only=True)
+    assert report.fitted.routers == "fitted" and not report.as_dict()["document_gate"]
     before = load_file(tmp_path / "tokens" / "model.safetensors")
     assert not [key for key in before if key.startswith("document_gate")]
     found = perplexities(home, mixture, tmp_path / "tokens")
     assert mean(found["tokens"]) < mean(found["mixture"])
-    report = calibrate(tmp_path / "tokens", home / "data.yaml", tmp_path / "both")
+    (tmp_path / "tokens" / "branchmix.json").unlink()  # as if saved by a trainer
+    again = calibrate(tmp_path / "tokens", home / "data.yaml", tmp_path / "both").fitted
     after = load_file(tmp_path / "both" / "model.safetensors")
     routers = [key for key in before if key.endswith(("mlp.gate.weight", "expert_gate.weight"))]
-    kept = all(torch.equal(before[key], after[key]) for key in routers)
-    assert routers and kept == (report.fitted.routers == "kept")
+    assert routers and all(torch.equal(before[key], after[key]) == (again.routers == "kept") for key in routers)
+    losses = {domain.name: domain.after for domain in again.domains}
+    for name, loss in {domain.name: domain.after for domain in report.fitted.domains}.items():
+        assert losses[name] < loss, "a document says more than a token"
 
 
 # ---- what is written ----

@@ -243,9 +243,8 @@ def _measure(
     folder, given = mixture.resolved.folder, mixture.resolved.given
     model = load_language_model(folder, given=given, dtype=dtype).eval().to(device)
     experts = mixture.names
-    steps = _Steps(
-        progress, 1 + len(experts) + len(fitting.SHARPNESS) + (len(fitting.PENALTIES) + 3 if token_only else 3)
-    )
+    passes = len(fitting.PENALTIES) + 3 if token_only else 1 + 2 * _may_be_trained(mixture.resolved.folder)
+    steps = _Steps(progress, 1 + len(experts) + len(fitting.SHARPNESS) + passes)
     measured = {name: found.measured for name, found in text.items()}
     before = fitting.losses(model, measured)
     steps.done()
@@ -273,15 +272,16 @@ def _measure(
         after, routing, routers = fitting.losses(model, measured), calibrated, "fitted"
         steps.done()
     else:
-        # Routers as they were may know more than nothing, if they have been trained.
-        candidates = {("zeros", calibrated): fitting.losses(model, measured)}
+        routers, routing, after = "zeros", calibrated, fitting.losses(model, measured)
         steps.done()
-        gated.set_routers(gated.weights)
-        for option in (calibrated, own):
-            option.apply(model)
-            candidates["kept", option] = fitting.losses(model, measured)
-            steps.done()
-        (routers, routing), after = min(candidates.items(), key=lambda entry: np.mean(list(entry[1].values())))
+        if _may_be_trained(mixture.resolved.folder):  # then routers may know more than nothing
+            gated.set_routers(gated.weights)
+            for option in (calibrated, own):
+                option.apply(model)
+                found = fitting.losses(model, measured)
+                steps.done()
+                if np.mean(list(found.values())) < np.mean(list(after.values())) - fitting.NEARLY:
+                    routers, routing, after = "kept", option, found
         weights = {name: torch.zeros_like(w) for name, w in gated.weights.items()} if routers == "zeros" else {}
         record = {
             "domains": names,
@@ -313,6 +313,11 @@ def _measure(
     ]
     config = {**vars(routing), "document_gate": record}
     return Fitted(domains, posterior, config, tensors, routers, notes)
+
+
+def _may_be_trained(folder: Path) -> bool:
+    """Whether a mixture's routers may be more than what a recipe started them with, or an earlier fit's."""
+    return (folder / "training.json").is_file() or not (folder / "branchmix.json").is_file()
 
 
 def _matrix(losses: dict[str, dict[str, float]], experts: list[str]) -> tuple[np.ndarray, list[str]]:
