@@ -56,8 +56,7 @@ def calibrate_command(
     from branchmix.upcycling.gates import calibrate
 
     quiet_libraries()
-    if out is not None:
-        warn_of_leftovers(out)
+    warn_of_leftovers(out or Path(model))
     with progress_bar() as progress:
         report = calibrate(
             model,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def calibrate(
         _refuse_folders(source)
     else:
         refuse_overlap(target, [source], files, force=force)
+    require_space(target, _plan(mixture, {}, {}))  # before the minutes that the fit takes
     fitted = fit(mixture, data, token_only=token_only, trust_remote_code=trust_remote_code, progress=progress)
     with atomic_folder(target, force=in_place or force) as folder:
         written = write(mixture, fitted, folder, target, progress=progress)
@@ -364,7 +365,7 @@ def write(
         target: where the folder will be, for errors.
         progress: called with the step's name, bytes done and bytes in all.
     """
-    plan = _plan(mixture, fitted)
+    plan = _plan(mixture, fitted.tensors, fitted.config, fitted.notes)
     require_space(target, plan)
     largest = max(file.stat().st_size for file in mixture.index.files)
     shard_bytes = largest if len(mixture.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
@@ -382,17 +383,15 @@ def write(
     return write_output(plan, folder, mixture.resolved.folder, provenance, shard_bytes, progress=progress)
 
 
-def _plan(mixture: OpenedMixture, fitted: Fitted) -> Plan:
-    def tensors() -> Iterator[OutputTensor]:
-        for name, ref in mixture.index.tensors.items():
-            if name not in fitted.tensors and not name.startswith(PREFIX):
-                yield OutputTensor(name, Source(ref))
-        for name, part in fitted.tensors.items():
-            yield OutputTensor(name, cast(part, mixture.dtype))
-
-    found = tuple(tensors())
-    config = {**mixture.config, **fitted.config}
-    return Plan(found, config, tuple(fitted.notes), tuple(mixture.experts), tuple(group_tensors(found, mixture.family)))
+def _plan(
+    mixture: OpenedMixture, new: dict[str, Expression], config: dict[str, Any], notes: Sequence[str] = ()
+) -> Plan:
+    """All tensors again, but for those of document gates that it had, and for new ones."""
+    stored = mixture.index.tensors.items()
+    tensors = [OutputTensor(name, Source(ref)) for name, ref in stored if not (name in new or name.startswith(PREFIX))]
+    tensors += [OutputTensor(name, cast(part, mixture.dtype)) for name, part in new.items()]
+    groups = tuple(group_tensors(tensors, mixture.family))
+    return Plan(tuple(tensors), {**mixture.config, **config}, tuple(notes), tuple(mixture.experts), groups)
 
 
 def _refuse_folders(folder: Path) -> None:
