@@ -349,3 +349,18 @@ def test_the_command(home: Path, mixture: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "best expert alone" in shown.stdout and "wrote" in shown.stdout
     assert re.search(r"north +[\d,]+ +[\d.]+ +[\d.]+ +[\d.]+ \(north\)", shown.stdout)
+
+
+def test_better_gates_are_kept(home: Path, tmp_path: Path, calibrated: Any) -> None:
+    """Such as trained ones: here, a fit to text whose domains are mixed up."""
+    for name, odd in (("a", 0), ("b", 1)):
+        rows = [json.dumps({"text": dialects.document(d, n)}) for n in range(odd, 60, 2) for d in dialects.DOMAINS]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "mixed.yaml").write_text(
+        f"data: {{north: {{files: {home}/north.jsonl}}, south: {{files: {home}/south.jsonl}}, west: {{files: a.jsonl}}}}"
+    )
+    report = calibrate(home / "calibrated", tmp_path / "mixed.yaml", tmp_path / "out").fitted
+    before, after = (load_file(folder / "model.safetensors") for folder in (home / "calibrated", tmp_path / "out"))
+    assert report.routers == "unchanged" and any("better than a fit's" in note for note in report.notes)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["document_gate"]["domains"]

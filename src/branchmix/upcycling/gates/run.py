@@ -62,7 +62,7 @@ class Fitted:
     tensors: dict[str, Expression]
     """New tensors by name: those of the document gates, and routers."""
     routers: str
-    """``zeros``, ``kept`` or ``fitted``: the weights of the token gates."""
+    """``zeros``, ``kept`` or ``fitted``: the weights of the token gates. ``unchanged``: all gates are as they were."""
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -262,7 +262,8 @@ def _measure(
 
     calibrated.apply(model)
     gated.set_routers(None)
-    sharpness = known.sharpness | fitting.best_sharpness(gated, losses_ME, measured, steps.done)
+    sharpness = dict.fromkeys(names, fitting.SHARPNESS[1]) | known.sharpness
+    sharpness |= fitting.best_sharpness(gated, losses_ME, measured, steps.done)
     shares_ME = np.stack([fitting.log_shares(losses_ME[m], sharpness[name]) for m, name in enumerate(names)])
     gated.set_experts(shares_ME)
     tensors: dict[str, Expression] = {}
@@ -300,6 +301,14 @@ def _measure(
         for kind in gated.kinds:
             tensors[f"{PREFIX}{kind}"] = Held(np.ascontiguousarray(shares_ME.T, np.float32), "F32")
     tensors |= {f"{name}.weight": Held(w.float().cpu().numpy(), "F32") for name, w in weights.items()}
+    gain = np.mean(list(before.values())) - np.mean(list(after.values()))
+    if not token_only and gain < -fitting.NEARLY:
+        notes.append(
+            f"the gates that the mixture has are better than a fit's, by {-gain:.3f} nats a token, so they are kept"
+        )
+        stored = mixture.index.tensors.items()
+        tensors = {name: Source(ref) for name, ref in stored if name.startswith(PREFIX)}
+        after, routing, routers, record = before, own, "unchanged", mixture.config["document_gate"]
     domains = [
         DomainFit(
             name,
@@ -378,7 +387,8 @@ def write(
                 "document_gate": fitted.config["document_gate"] is not None,
             }
         }
-        return {**old, "changes": [*old.get("changes", []), step]}
+        steps = [step] if fitted.routers != "unchanged" else []
+        return {**old, "changes": [*old.get("changes", []), *steps]}
 
     return write_output(plan, folder, mixture.resolved.folder, provenance, shard_bytes, progress=progress)
 
