@@ -24,8 +24,10 @@ from branchmix.data.evaluation import EvalData
 from branchmix.data.sources import is_held_out
 from branchmix.errors import CheckpointError, DataError, OutputError, RecipeError
 from branchmix.evaluate.documents import select
+from branchmix.evaluate.perplexity import bits_per_byte
 from branchmix.evaluate.run import evaluate
 from branchmix.models import chunked_branchmix
+from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter
 from branchmix.upcycling.gates import calibrate
 from branchmix.upcycling.gates import text as reading
@@ -353,14 +355,26 @@ def test_the_command(home: Path, mixture: Path, tmp_path: Path) -> None:
 
 def test_better_gates_are_kept(home: Path, tmp_path: Path, calibrated: Any) -> None:
     """Such as trained ones: here, a fit to text whose domains are mixed up."""
-    for name, odd in (("a", 0), ("b", 1)):
-        rows = [json.dumps({"text": dialects.document(d, n)}) for n in range(odd, 60, 2) for d in dialects.DOMAINS]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    (tmp_path / "mixed.yaml").write_text(
-        f"data: {{north: {{files: {home}/north.jsonl}}, south: {{files: {home}/south.jsonl}}, west: {{files: a.jsonl}}}}"
-    )
+    rows = [json.dumps({"text": dialects.document(domain, n)}) for n in range(30) for domain in dialects.DOMAINS]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    files = {"north": f"{home}/north.jsonl", "south": f"{home}/south.jsonl", "west": "a.jsonl"}
+    sources = ", ".join(f"{name}: {{files: {file}}}" for name, file in files.items())
+    (tmp_path / "mixed.yaml").write_text(f"data: {{{sources}}}")
     report = calibrate(home / "calibrated", tmp_path / "mixed.yaml", tmp_path / "out").fitted
     before, after = (load_file(folder / "model.safetensors") for folder in (home / "calibrated", tmp_path / "out"))
     assert report.routers == "unchanged" and any("better than a fit's" in note for note in report.notes)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["document_gate"]["domains"]
+
+
+def test_forced_rows_are_the_mixture_with_one_expert(home: Path, calibrated: Any) -> None:
+    """`eval --forced`: what was measured when the gates were fitted, now on held-out documents."""
+    report = evaluate([str(home / "calibrated")], home / "data.yaml", max_length=64, forced=True)
+    assert [model.model.partition(": ")[2] for model in report.models] == ["", *(f"{name} only" for name in EXPERTS)]
+    model = load(home / "calibrated")
+    texts = [d.text for d in select(EvalData.load(home / "data.yaml"), dialects.tokenizer())["west"]]
+    with one_hot_gates(model, 3):
+        expected = bits_per_byte(model, dialects.tokenizer(), texts, max_length=64).perplexity
+    found = {model.model: model.domains["west"].perplexity for model in report.models}
+    assert found[f"{home / 'calibrated'}: west only"] == pytest.approx(expected, rel=1e-5)
+    assert found[f"{home / 'calibrated'}: seed only"] > 1.1 * expected
