@@ -12,7 +12,7 @@ import typer
 from branchmix.cli.upcycle import AsJson
 
 if TYPE_CHECKING:
-    from branchmix.upcycling.gates.run import Fitted
+    from branchmix.upcycling.gates.measure import Fitted
 
 EPILOG = """\b
 Examples:

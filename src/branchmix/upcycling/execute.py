@@ -33,7 +33,7 @@ from branchmix.upcycling.card import model_card
 from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
 
 if TYPE_CHECKING:
-    from branchmix.upcycling.gates.run import Fitted
+    from branchmix.upcycling.gates.measure import Fitted
     from branchmix.upcycling.verify import Verification
 
 CODE_FILES = tuple(sorted((Path(__file__).parent.parent / "models").glob("*_branchmix.py")))
@@ -150,13 +150,32 @@ def upcycle(
 
                     verification = verify_plan(plan, merged, progress=progress)
                 if recipe.gates:
-                    from branchmix.upcycling.gates.run import calibrate_folder
-
-                    token_only = recipe.gates.token_only
-                    gates = calibrate_folder(merged, gates_data, folder, out, token_only=token_only, progress=progress)
-                    shutil.rmtree(merged)
+                    gates = _calibrate(recipe, gates_data, merged, folder, progress)
                     plan = replace(plan, config={**plan.config, **gates.config})
     return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
+
+
+def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, progress: Any) -> Fitted:
+    """Fit gates for a mixture that was just written, and move it with them into its folder.
+
+    Args:
+        recipe: with ``gates``.
+        data: its ``EvalData``.
+        merged: folder of the mixture, which is removed.
+        folder: to fill.
+        progress: as for ``upcycle``.
+    """
+    from branchmix.upcycling.gates.measure import fit, plan_with_gates
+    from branchmix.upcycling.mixture import OpenedMixture
+
+    assert recipe.gates is not None
+    mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
+    fitted = fit(mixture, data, token_only=recipe.gates.token_only, progress=progress)
+    record = fitted.added_to(mixture.provenance())
+    plan = plan_with_gates(mixture, fitted)
+    write_output(plan, folder, merged, lambda: record, recipe.max_shard_bytes, check=False, progress=progress)
+    shutil.rmtree(merged)
+    return fitted
 
 
 def write_output(

@@ -1,7 +1,7 @@
 """Gates fitted from text, without gradients: ``calibrate`` makes a mixture good before it is trained.
 
 ``text`` (documents that no evaluation reads), ``evidence`` (what tokens say about domains), ``fit`` (which experts each
-domain wants), ``run`` (the command).
+domain wants), ``measure`` (all of it for a checkpoint), ``run`` (the command).
 """
 
 from __future__ import annotations

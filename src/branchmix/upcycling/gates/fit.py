@@ -30,9 +30,7 @@ NEARLY = 0.002
 """Nats a token by which a softer choice may be worse: a difference of a few thousand tokens is no more certain."""
 LEAST_LOG = -30.0
 """Of an expert's probability; about 1e-13."""
-BATCH_TOKENS = 2048
-
-Progress = Callable[[str, int, int], None]
+BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True)
