@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
     from branchmix.recipe import Recipe
     from branchmix.upcycling import add_expert, remove_expert, upcycle
+    from branchmix.upcycling.gates import calibrate
 
 _HOME = {
     "Recipe": "branchmix.recipe",
     "upcycle": "branchmix.upcycling",
     "add_expert": "branchmix.upcycling",
+    "calibrate": "branchmix.upcycling.gates",
     "remove_expert": "branchmix.upcycling",
     "export_model": "branchmix.export",
     "push": "branchmix.export",
@@ -40,6 +42,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "add_expert",
+    "calibrate",
     "export_model",
     "inspect",
     "push",

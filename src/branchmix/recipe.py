@@ -175,6 +175,15 @@ class SparseUpcycling(Settings):
     2502.19261, which uses 0.5)."""
 
 
+class Gates(Settings):
+    """Gates that are fitted on text, so that the mixture is good before it is trained."""
+
+    data: Path
+    """YAML file with domains of text, in the format of ``branchmix eval --data``; held-out documents are not read."""
+    token_only: bool = False
+    """Gates that see one token only, for servers that keep no state of the document, and for export."""
+
+
 class Recipe(Settings):
     """Everything that ``branchmix upcycle`` needs to know."""
 
@@ -203,6 +212,8 @@ class Recipe(Settings):
     """Weight of the router z-loss in training (eq. 2's beta)."""
     router_init: RouterInit = RouterInit()
     """How routers start."""
+    gates: Gates | None = None
+    """Calibrate the gates on text once the mixture is merged, as ``branchmix calibrate`` does."""
     merge: Merge = Merge()
     """What becomes of what is not an expert."""
     sparse_upcycling: SparseUpcycling = SparseUpcycling()
@@ -239,6 +250,8 @@ class Recipe(Settings):
                 if name not in self.expert_names and not seed_weight:
                     raise ValueError(f"{section}: no expert is called {name!r}{nearest(name, self.expert_names)}")
         self._check_routing()
+        if self.gates and self.ffn == "average" and self.attention in ("average", "seed"):
+            raise ValueError("gates: a soup has no experts to choose from: leave gates out, or give ffn: experts")
         return self
 
     def _check_merge(self) -> None:
@@ -326,8 +339,9 @@ class Recipe(Settings):
 
     @property
     def files(self) -> list[Path]:
-        """The files it was read from: its own, if there is one, and the texts for routers."""
+        """The files it was read from: its own, if there is one, and the texts for routers and gates."""
         texts = [self.folder / path for path in (self.router_init.text or {}).values()]
+        texts += [self.folder / self.gates.data] if self.gates else []
         return texts if self._file is None else [self._file, *texts]
 
     @classmethod

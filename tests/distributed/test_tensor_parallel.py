@@ -27,7 +27,10 @@ MIXTURES = [  # family, attention: every kind of attention code, FFN, block and 
     ("gpt-neox", "kv_experts"),
     ("gpt2", "kv_sharing"),
     ("opt", "kv_experts"),
+    ("llama", "gated kv_experts"),  # with document gates
+    ("cohere", "gated average"),
 ]
+GATE = {"domains": ["prose", "code"], "decay": 0.9}
 
 WORKER = """
 import os, sys, traceback
@@ -126,8 +129,9 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mixtures")
     ids = tokens(length=9)
     for name, attention in MIXTURES:
-        folder = root / f"{name}-{attention}"
-        model = random_mixture(name, attention, num_experts=4)
+        folder = root / f"{name}-{attention.replace(' ', '-')}"
+        options = {"document_gate": GATE} if "gated" in attention else {}
+        model = random_mixture(name, attention.removeprefix("gated "), num_experts=4, **options)
         model.save_pretrained(folder)
         with torch.no_grad():
             expected = {"ids": ids, "logits": model(ids).logits}
@@ -138,7 +142,12 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out.loss.backward()
         routers = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, BranchMixRouter)}
         for path, parameter in model.named_parameters():
-            if path in routers or "experts.down_proj" in path or path.endswith(("o_proj.weight", "k_proj.weight")):
+            if (
+                path in routers
+                or "document_gate" in path
+                or "experts.down_proj" in path
+                or path.endswith(("o_proj.weight", "k_proj.weight"))
+            ):
                 expected[f"grad.{path}"] = parameter.grad
         save_file({key: value.contiguous() for key, value in expected.items()}, folder / "expected.safetensors")
     return root

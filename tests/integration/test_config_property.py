@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 import branchmix
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import BranchMixError
+from branchmix.models.routers import one_hot_gates
 from branchmix.upcycling.plan import open_expert
-from branchmix.upcycling.verify import one_hot_gates
 from families import BY_NAME
 from mixtures import close, load, tokens
 

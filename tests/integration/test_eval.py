@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 import corpora
 from branchmix.cli import app
 from branchmix.data.config import HeldOut, Source
+from branchmix.data.evaluation import EvalData
 from branchmix.errors import CheckpointError, DataError, RecipeError
 from branchmix.evaluate import document_records
 from branchmix.evaluate.document_records import DocumentRecords
-from branchmix.evaluate.documents import EvalData, select
+from branchmix.evaluate.documents import select
 from branchmix.evaluate.ensemble import ensemble_log_probs
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.evaluate.perplexity import ScoredDocument, aggregate, score_documents

@@ -17,7 +17,7 @@ import branchmix
 from bad_inputs import config as edit_config
 from branchmix.checkpoint.rotary import _POSITIONS_DEFAULTS
 from branchmix.errors import BranchMixError
-from branchmix.upcycling.verify import one_hot_gates
+from branchmix.models.routers import one_hot_gates
 from families import BY_NAME
 from mixtures import close, load, recipe, tokens
 

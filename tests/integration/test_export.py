@@ -20,7 +20,7 @@ from branchmix.cli import main
 from branchmix.errors import CheckpointError, CompatibilityError, OutputError, RecipeError, VerificationError
 from branchmix.export import conversion
 from branchmix.export.native import NATIVES, SEED_BLOCKS
-from branchmix.upcycling.verify import one_hot_gates
+from branchmix.models.routers import one_hot_gates
 from checkpoints import config, in_dtype, weights
 from families import BY_NAME, NAMES
 from mixtures import BOTH, close, load, recipe, tokens

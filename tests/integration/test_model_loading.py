@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import branchmix
 from branchmix.models import mixture_config
 from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
+from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixRouter
-from branchmix.upcycling.verify import one_hot_gates
 from families import BY_NAME, NAMES
 from mixtures import BOTH, close, load, random_mixture, recipe, tokens
 

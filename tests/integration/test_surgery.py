@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import branchmix
 from bad_inputs import source
 from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
-from branchmix.upcycling.verify import one_hot_gates
+from branchmix.models.routers import one_hot_gates
 from checkpoints import config, same_bytes, weights
 from families import BY_NAME
 from mixtures import load, recipe, tokens

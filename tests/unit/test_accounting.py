@@ -510,6 +510,9 @@ def test_a_hub_id_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (mixture(expert_names=["a", "b", "c", "b"]), "expert_names holds a name twice"),
         (mixture(expert_rope_parameters=[{}]), "num_experts is 4, but expert_rope_parameters has 1"),
         (mixture(routed_scaling_factor="auto"), "routed_scaling_factor is 'auto', not a number"),
+        (mixture(document_gate={"decay": 0.9}), "document_gate has no list of domains"),
+        (mixture(document_gate={"domains": ["a", "a"], "decay": 0.9}), "document_gate names a domain twice"),
+        (mixture(document_gate={"domains": ["a"], "decay": 2}), "document_gate: decay is 2, not a number from 0 to 1"),
     ],
 )
 def test_bad_configs_are_refused_in_one_line(config: dict[str, Any], message: str) -> None:

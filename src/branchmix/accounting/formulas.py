@@ -91,7 +91,7 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
         attention=s.num_layers * attention,
         ffn=s.num_layers * (ffn + facts.activation),
         norms=s.num_layers * ((len(in_front) + facts.post_norms) * norm + qk_norm) + final_norm * norm,
-        routers=s.num_layers * len(shape.routers) * shape.num_experts * d,
+        routers=s.num_layers * len(shape.routers) * shape.num_experts * d + shape.document_gate_parameters,
     )
 
 

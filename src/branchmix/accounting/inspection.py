@@ -149,6 +149,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         "num_experts_per_tok": shape.num_experts_per_tok,
         "attention_num_experts_per_tok": shape.attention_num_experts_per_tok,
         "shared_router": shape.shared_router,
+        "document_gate": list(shape.domains) or None,
     }
 
 
@@ -286,7 +287,7 @@ def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int])
 
 # A tensor's part of the model by its name, first match; and buffers that some checkpoints store.
 _PART_PATTERNS = {
-    "routers": r"expert_gate|router|\.gate\.weight$",
+    "routers": r"expert_gate|router|\.gate\.weight$|^document_gate\.",
     "norms": r"norm|\.ln_",
     "lm_head": r"lm_head|embed_out|output_projection",
     "embeddings": r"embed|\.wte|\.wpe",
@@ -295,7 +296,7 @@ _PART_PATTERNS = {
     "other": r"",
 }
 _BUFFERS = re.compile(
-    r"(rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias)|act_fn\.(beta|eps)|layer_scalar|slope_rate|_decay"
+    r"(^document_gate\.counts|rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias)|act_fn\.(beta|eps)|layer_scalar|slope_rate|_decay"
     r"|e_score_correction_bias|balancing_biases|tid2eid|global_(mean|invstd))$"
 )
 

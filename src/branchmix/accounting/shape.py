@@ -108,6 +108,7 @@ MIXTURE_DEFAULTS: Config = {
     "attention": "kv_experts",
     "attention_norm_topk_prob": False,
     "attention_num_experts_per_tok": None,
+    "document_gate": None,
     "expert_names": None,
     "expert_rope_parameters": None,
     "ffn": "experts",
@@ -141,6 +142,8 @@ class Shape:
     """None is soft: every attention expert, the paper's choice."""
     shared_router: bool = False
     """Both routers have one set of weights."""
+    domains: tuple[str, ...] = ()
+    """That the document gates distinguish; empty: there are no such gates."""
 
     @property
     def attention_experts(self) -> int:
@@ -173,6 +176,12 @@ class Shape:
         return self.family.routers(
             attention=self.attention_router > 0, ffn=self.ffn_router > 0, shared=self.shared_router
         )
+
+    @property
+    def document_gate_parameters(self) -> int:
+        """Elements of the document gates: evidence of each token, prior, and a matrix for each kind of experts."""
+        kinds = (self.attention_router > 0) + (self.ffn_router > 0)
+        return len(self.domains) * (self.sizes.vocab_size + 1 + kinds * self.num_experts)
 
     @property
     def facts(self) -> Facts:
@@ -231,7 +240,22 @@ def shape_of(config: Config) -> Shape:
         num_experts_per_tok=count("num_experts_per_tok", num_experts),
         attention_num_experts_per_tok=None if soft else count("attention_num_experts_per_tok", num_experts),
         shared_router=bool(config["shared_router"]),
+        domains=_domains(config["document_gate"]),
     )
+
+
+def _domains(gate: Any) -> tuple[str, ...]:
+    """Domains of a config's ``document_gate``, which must be one that the model accepts."""
+    if gate is None:
+        return ()
+    names, decay = (gate.get("domains"), gate.get("decay")) if isinstance(gate, dict) else (None, None)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError("config.json: document_gate has no list of domains")
+    if len(set(names)) != len(names):
+        raise CheckpointError("config.json: document_gate names a domain twice")
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        raise CheckpointError(f"config.json: document_gate: decay is {decay!r}, not a number from 0 to 1")
+    return tuple(names)
 
 
 def _check_experts(config: Config, num_experts: int) -> None:

@@ -36,18 +36,19 @@ class Constant(Expression):
 
 @dataclass(frozen=True, eq=False)
 class Held(Expression):
-    """Values computed beforehand and held in memory: small ones, such as routers from hidden states."""
+    """Values computed beforehand and held in memory: small ones, such as routers from hidden states, or counts."""
 
-    values: npt.NDArray[np.float32]
+    values: Array
     dtype: str
 
     def __post_init__(self) -> None:
-        assert self.values.dtype == np.float32 and self.dtype in FLOAT_DTYPES, "values are held as float32"
+        held = "<f4" if self.dtype in FLOAT_DTYPES else storage(self.dtype)
+        assert self.values.dtype == held, "floats are held as float32, other numbers as they are written"
         self._become(self.dtype, tuple(self.values.shape))
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        block = self.values[start:stop]
-        return from_float32(block if columns is None else block[:, columns[0] : columns[1]], self.dtype)
+        block = self.values[start:stop] if columns is None else self.values[start:stop, columns[0] : columns[1]]
+        return from_float32(block, self.dtype) if self.dtype in FLOAT_DTYPES else np.ascontiguousarray(block)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,21 @@ import sys
 
 import typer
 
-from branchmix.cli import branch, demo, experts, export, generate, inspect, push, routes, serve, study, train, upcycle
+from branchmix.cli import (
+    branch,
+    calibrate,
+    demo,
+    experts,
+    export,
+    generate,
+    inspect,
+    push,
+    routes,
+    serve,
+    study,
+    train,
+    upcycle,
+)
 from branchmix.cli import eval as evaluate
 from branchmix.cli.scaling import scaling_app
 from branchmix.errors import BranchMixError, short
@@ -27,6 +41,7 @@ app = typer.Typer(
 app.command("train", epilog=train.EPILOG)(train.train_command)
 app.command("branch", epilog=branch.EPILOG)(branch.branch_command)
 app.command("upcycle", epilog=upcycle.EPILOG)(upcycle.upcycle_command)
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)
 app.command("eval", epilog=evaluate.EPILOG)(evaluate.eval_command)
 app.command("routes", epilog=routes.EPILOG)(routes.routes_command)
 app.command("demo", epilog=demo.EPILOG)(demo.demo_command)

@@ -15,6 +15,7 @@ Examples:
   branchmix eval seed code law soup mixture --data data.yaml --out results
   branchmix eval mixture --data run.yaml                    what the run held out
   branchmix eval seed code law --data data.yaml --ensemble seed,code,law
+  branchmix eval mixture --data data.yaml --forced          the mixture, and each of its experts alone
   branchmix eval seed mixture --tasks arc_easy,hellaswag --limit 500
   branchmix eval seed mixture --tasks bam-reasoning,bam-mmlu --out results
   branchmix eval seed mixture --tasks my_task --include-path my_tasks
@@ -95,6 +96,12 @@ def eval_command(
     fixed_prior: Annotated[
         bool, typer.Option("--fixed-prior", help="Keep the ensemble's prior instead of learning from the text.")
     ] = False,
+    forced: Annotated[
+        bool,
+        typer.Option(
+            "--forced", help="Also each expert of a mixture: all gates forced to it. The bound for its gates."
+        ),
+    ] = False,
     trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
 ) -> None:
@@ -131,6 +138,7 @@ def eval_command(
             limit=limit,
             ensemble=ensemble,
             posterior=not fixed_prior,
+            forced=forced,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -47,6 +47,11 @@ def serve_command(
     index = CheckpointIndex.open(resolved.folder)  # refuses pickles, and folders without a checkpoint
     if experts is not None and "--continuous-batching" in context.args:
         raise RecipeError("--experts and --continuous-batching cannot be combined: leave one of them out")
+    if index.config.get("document_gate") and "--continuous-batching" in context.args:
+        raise RecipeError(
+            "--continuous-batching: keeps no state of this mixture's document gates: leave it out, or fit gates that "
+            "need none: branchmix calibrate MODEL --token-only"
+        )
     if left_over_adapter(resolved.folder):
         raise CheckpointError(
             f"{resolved.folder}: an adapter's files lie beside the model's weights, and the server would apply it: "

@@ -46,14 +46,16 @@ def upcycle_command(
     as_json: console.AsJson = False,
 ) -> None:
     """Merge dense models fine-tuned from one seed into a mixture of experts."""
+    from branchmix.recipe import Recipe
     from branchmix.upcycling import upcycle
 
-    if verify:
+    loaded = Recipe.load(recipe)
+    if verify or loaded.gates:
         console.quiet_libraries()
     warn_of_leftovers(out)
     with console.progress_bar() as progress:
         report = upcycle(
-            recipe,
+            loaded,
             out,
             dry_run=dry_run,
             verify=verify,
@@ -88,6 +90,11 @@ def show(report: UpcycleReport, *, as_json: bool) -> None:
     _print_plan(report)
     if report.verification is not None:
         _print_verification(report)
+    if report.gates is not None:
+        from branchmix.cli.calibrate import print_gates
+
+        typer.echo("")
+        print_gates(report.gates)
     if report.written is not None:
         typer.echo(f"\nwrote {human_bytes(report.plan.nbytes)} to {report.out} in {report.seconds:.1f} s")
 
@@ -111,6 +118,8 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "seconds": round(report.seconds, 3),
         "accounting": inspect(plan.config).as_dict(),
     }
+    if report.gates is not None:
+        result["gates"] = report.gates.as_dict()
     if report.verification is not None:
         result["verification"] = report.verification.as_dict()
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +10,7 @@ from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.evaluate.perplexity import Progress
 from branchmix.likelihood.models import TextModel, prefix_token
 from branchmix.likelihood.records import model_hash
+from branchmix.models.routers import one_hot_gates
 
 
 class Candidate(TextModel):
@@ -50,3 +52,26 @@ class Candidate(TextModel):
         if progress is None:
             return None
         return lambda _, done, total: progress(f"{self.folder.name}: {what}", done, total)
+
+
+class ForcedCandidate(Candidate):
+    """A mixture whose gates are all forced to one expert."""
+
+    def __init__(self, found: ResolvedModel, dtype: str, trust_remote_code: bool, number: int):
+        super().__init__(found, dtype, trust_remote_code)
+        names = self.config.expert_names or [f"expert-{row}" for row in range(self.config.num_experts)]
+        self.given, self.number = f"{found.given}: {names[number]} only", number
+        self._forced = ExitStack()
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts, "forced_to": self.number}
+
+    def load(self, **options: Any) -> Any:
+        model = super().load(**options)
+        self._forced.enter_context(one_hot_gates(model, self.number))
+        return model
+
+    def release(self) -> None:
+        self._forced.close()
+        super().release()

@@ -6,17 +6,18 @@ requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from branchmix.checkpoint.folder import write_json
-from branchmix.checkpoint.hub import resolve
+from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.text import replaced_note
+from branchmix.data.evaluation import EvalData
 from branchmix.errors import RecipeError
-from branchmix.evaluate.candidate import Candidate
+from branchmix.evaluate.candidate import Candidate, ForcedCandidate
 from branchmix.evaluate.document_records import DocumentReader, DocumentRecords
-from branchmix.evaluate.documents import EvalData, HashedDocument, select
+from branchmix.evaluate.documents import HashedDocument, select
 from branchmix.evaluate.ensemble import mixed
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
 from branchmix.evaluate.scores import EvalReport, ModelReport
@@ -44,6 +45,7 @@ def evaluate(
     limit: int | None = None,
     ensemble: str | None = None,
     posterior: bool = True,
+    forced: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -63,6 +65,7 @@ def evaluate(
         ensemble: ``seed,code,law``, or with their prior ``seed=0.5,code=0.25,law=0.25``: models given, by their name or
             their folder's.
         posterior: weight the ensemble by the posterior of the domain (see ``ensemble_log_probs``), not just the prior.
+        forced: of each mixture, also every expert: the mixture with all its gates forced to it.
         trust_remote_code: run code that checkpoints bring along.
         progress: called with step, done, total.
 
@@ -84,6 +87,8 @@ def evaluate(
             data = EvalData.load(data)
         candidates = [Candidate(resolve(given), dtype, trust_remote_code) for given in models]
         members = _members(ensemble, candidates) if ensemble else {}
+        if forced:
+            candidates = [one for candidate in candidates for one in _with_forced(candidate, trust_remote_code)]
         length = _window(candidates, max_length)
         folder = Path(out) if out is not None else None
         report = EvalReport([ModelReport(candidate.given, dtype) for candidate in candidates])
@@ -125,6 +130,15 @@ def evaluate(
     if folder is not None:
         write_json(folder / RESULTS, report.as_dict())
     return report
+
+
+def _with_forced(candidate: Candidate, trust_remote_code: bool) -> Iterator[Candidate]:
+    """A model, and if it is a mixture, with its gates forced to each expert."""
+    yield candidate
+    if candidate.config.model_type == "branchmix":
+        resolved = ResolvedModel(candidate.given, candidate.folder, candidate.revision)
+        for number in range(candidate.config.num_experts):
+            yield ForcedCandidate(resolved, candidate.dtype, trust_remote_code, number)
 
 
 def _window(candidates: Sequence[Candidate], max_length: int | None) -> int:

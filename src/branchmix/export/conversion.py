@@ -25,7 +25,6 @@ from branchmix.upcycling.verify import (
     TOLERANCE,
     compare_bytes,
     difference_of,
-    one_hot_gates,
     refuse_strangers,
     require_memory,
     sample_tokens,
@@ -154,6 +153,7 @@ def _verify(
 
     from branchmix.likelihood.loading import without_adapter
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
+    from branchmix.models.routers import one_hot_gates
 
     ours = sum(float32_bytes(ref.nbytes, ref.dtype) for ref in mixture.index.tensors.values())
     theirs = float32_bytes(plan.nbytes, mixture.dtype)

@@ -73,7 +73,8 @@ def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert |
 
 def trunk_of(mixture: OpenedMixture) -> DenseExpert:
     """A mixture's tensors under the names of a dense checkpoint of the seed's family; experts' keep their own."""
-    tensors = {name.removeprefix("model."): ref for name, ref in mixture.index.tensors.items()}
+    stored = mixture.index.tensors.items()
+    tensors = {name.removeprefix("model."): ref for name, ref in stored if not name.startswith("document_gate.")}
     index = replace(mixture.index, config=mixture.seed_config, tensors=tensors)
     return DenseExpert("trunk", index, mixture.family, mixture.dims)
 

@@ -155,6 +155,11 @@ def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list
 
 
 def _gate_problems(config: Config, native: Native) -> Iterator[str]:
+    if config.get("document_gate"):
+        yield (
+            "its document gates have no native form: branchmix calibrate --token-only fits gates that see one token "
+            "only, which have"
+        )
     top_k, num_experts = config["num_experts_per_tok"], config["num_experts"]
     if native.always_normalises and not config.get("norm_topk_prob") and top_k < num_experts:
         yield (

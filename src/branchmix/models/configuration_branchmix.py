@@ -59,6 +59,8 @@ class BranchMixConfig(PreTrainedConfig):
         output_router_logits: return both routers' logits, and add the losses outside training too.
         expert_rope_parameters: rotary parameters of each expert where they differ (``kv_experts`` only), with its
             ``max_position_embeddings`` among them where the type scales by it.
+        document_gate: None, or what ``branchmix calibrate`` fitted: the names of its ``domains``, the ``decay`` of the
+            evidence for each token, and a record of the fit (``branchmix.upcycling.gates``).
         initializer_range: standard deviation of newly drawn routers.
     """
 
@@ -81,6 +83,7 @@ class BranchMixConfig(PreTrainedConfig):
     router_z_loss_coef: float = 0.001
     output_router_logits: bool = False
     expert_rope_parameters: list[dict[str, Any]] | None = None
+    document_gate: dict[str, Any] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -110,6 +113,12 @@ class BranchMixConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {top_k}, but there are {self.num_experts} experts")
         if self.shared_router and not (self.has_attention_experts and self.has_ffn_experts):
             raise ValueError("shared_router needs attention experts and FFN experts")
+        if self.document_gate is not None:
+            if not (self.has_attention_experts or self.has_ffn_experts):
+                raise ValueError("document_gate needs experts to choose from")
+            decay = self.document_gate.get("decay")
+            if not self.document_gate.get("domains") or not isinstance(decay, int | float) or not 0 <= decay <= 1:
+                raise ValueError("document_gate needs domains, and a decay from 0 to 1")
         if self.expert_rope_parameters is not None and self.attention != "kv_experts":
             raise ValueError("experts with different rotary parameters need attention: kv_experts")
 

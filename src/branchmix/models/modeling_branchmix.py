@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, widen_attention
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import BranchMixConfig
+from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, add_document_gate, remember
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .kept_branchmix import generate_with_kept_experts, keep_experts
 from .losses_branchmix import router_losses
@@ -48,13 +49,7 @@ def widen(model: Any, config: BranchMixConfig) -> None:
         model: the family's causal LM, or its base model.
     """
     layout = config.layout
-    if not layout:
-        raise ValueError("config.layout is empty: build the config with branchmix.models.mixture_config(seed_config)")
-    path = layout["layers"]
-    if isinstance(model, _family_class(config.seed_config, causal_lm=False)):
-        path = path.removeprefix(f"{model.base_model_prefix}.")
-    blocks = model.get_submodule(path)
-    for block in blocks:
+    for block in blocks_of(model, config):
         if config.has_attention_experts:
             setattr(block, layout["attention"], widen_attention(getattr(block, layout["attention"]), config))
         if config.has_ffn_experts:
@@ -66,6 +61,41 @@ def widen(model: Any, config: BranchMixConfig) -> None:
     if config.expert_rope_parameters is not None:
         base = getattr(model, model.base_model_prefix, model)
         base.rotary_emb = BranchMixExpertRotary(base.rotary_emb, config.seed_config, config.expert_rope_parameters)
+
+
+def blocks_of(model: Any, config: BranchMixConfig) -> Any:
+    """The list of blocks of a family's causal LM or base model."""
+    if not config.layout:
+        raise ValueError("config.layout is empty: build the config with branchmix.models.mixture_config(seed_config)")
+    path = config.layout["layers"]
+    if isinstance(model, _family_class(config.seed_config, causal_lm=False)):
+        path = path.removeprefix(f"{model.base_model_prefix}.")
+    return model.get_submodule(path)
+
+
+def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate | None:
+    """The gate that all routers of a widened family model share, connected to them; None where the config has none.
+
+    Args:
+        family: the family's causal LM or its base model, widened.
+        config: of the mixture.
+    """
+    if config.document_gate is None:
+        return None
+    layout = config.layout
+    places = {"attention": f"{layout['attention']}.expert_gate", "ffn": f"{layout['ffn']}.gate"}
+    has = {"attention": config.has_attention_experts, "ffn": config.has_ffn_experts}
+    kinds = tuple(kind for kind in places if has[kind])
+    gate = BranchMixDocumentGate(
+        family.get_input_embeddings().weight.shape[0],
+        len(config.document_gate["domains"]),
+        config.num_experts,
+        config.document_gate["decay"],
+        kinds,
+    )
+    for block in blocks_of(family, config):
+        add_document_gate(block, gate, {kind: block.get_submodule(places[kind]) for kind in kinds})
+    return gate
 
 
 def _family_class(seed_config: Any, *, causal_lm: bool) -> type[PreTrainedModel]:
@@ -161,6 +191,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {"router_logits": OutputRecorder(BranchMixRouter, index=0)}
+    document_gate: BranchMixDocumentGate | None
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -177,6 +208,9 @@ class BranchMixPreTrainedModel(PreTrainedModel):
                     init.zeros_(parameter) if name.endswith("_bias") else init.normal_(parameter, std=std)
             elif isinstance(module, BranchMixAttention) and module.o_bias is not None:
                 init.zeros_(module.o_bias)
+            elif isinstance(module, BranchMixDocumentGate):
+                for tensor in (*module.parameters(recurse=False), module.counts):
+                    init.zeros_(tensor)
         super().initialize_weights()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -197,6 +231,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         if hasattr(self._family, "vocab_size"):
             self._family.vocab_size = self.config.seed_config.vocab_size
+        if self.document_gate is not None:
+            self.document_gate.resize(len(embeddings.weight))
         return embeddings
 
     @classmethod
@@ -221,6 +257,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         config, seed_config = self.config, self.config.seed_config
         if attention in (AUTOMATIC, CHUNKED):
             seed_config._attn_implementation_internal = None
+        if config.document_gate is not None and attention == "vllm":
+            raise ValueError(f"vLLM keeps no state of document gates between tokens: {WITHOUT_STATE}")
         model = _family_class(seed_config, causal_lm=causal_lm)(seed_config)
         widen(model, config)
         takes_any = config.has_attention_experts or model._can_set_attn_implementation()
@@ -262,7 +300,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         kwargs.pop("return_dict", None)
         with self._recorded_routers(wanted) as logits:
-            outputs = family(input_ids=input_ids, return_dict=True, **kwargs)
+            outputs = self._run(family, input_ids=input_ids, **kwargs)
         return BranchMixModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
@@ -271,6 +309,41 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             router_logits=tuple(logits["ffn"]) or None,
             attention_router_logits=tuple(logits["attention"]) or None,
         )
+
+    def _run(
+        self,
+        family: nn.Module,
+        *,
+        input_ids: torch.Tensor | None,
+        document_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The family's outputs, with the document gate if there is one.
+
+        Args:
+            family: the family's model.
+            input_ids: [B, T].
+            document_mask: [B, T], 0 for padding, where ``attention_mask`` is not of that form.
+            **kwargs: what the family takes.
+
+        Raises:
+            ValueError: there is a document gate, but no ids, or no place for its state.
+        """
+        gate = self.document_gate
+        if gate is None:
+            return family(input_ids=input_ids, return_dict=True, **kwargs)
+        if input_ids is None:
+            raise ValueError("the document gates of this mixture read token ids: give input_ids, not inputs_embeds")
+        if kwargs.get("cache") is not None:  # transformers' continuous batching
+            raise ValueError(f"continuous batching keeps no state of document gates between tokens: {WITHOUT_STATE}")
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if document_mask is None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            document_mask = mask
+        gate.logits, state = gate(input_ids, document_mask, kwargs.get("position_ids"), cache)
+        outputs = family(input_ids=input_ids, return_dict=True, **kwargs)
+        gate.logits = None
+        remember(outputs.get("past_key_values") if cache is None else cache, state)
+        return outputs
 
 
 def _recorder(logits: list[torch.Tensor]) -> Callable[..., None]:
@@ -290,6 +363,7 @@ class BranchMixModel(BranchMixPreTrainedModel):
         # Under the name that the family's causal LM gives it, so that both classes share one set of tensor names.
         self._family_prefix = family_model.base_model_prefix
         self.add_module(self._family_prefix, family_model)
+        self.document_gate = document_gate(family_model, config)
         self.post_init()
         self._tp_plan, self._ep_plan = parallel_plans(self, config.layout["layers"], config.layout, dict(self.tp_plan))
 
@@ -326,6 +400,7 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         asked_for = config._attn_implementation
         super().__init__(config)
         self.model = self._build_family(asked_for, causal_lm=True)
+        self.document_gate = document_gate(self.model, config)
         self.post_init()
         layers = f"model.{config.layout['layers']}"
         self._tp_plan, self._ep_plan = parallel_plans(self, layers, config.layout, dict(self.tp_plan))
@@ -383,7 +458,11 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
                 boundary = rope.get("original_max_position_embeddings", input_ids.shape[1])
                 if past.get_seq_length() <= boundary < input_ids.shape[1]:
                     kwargs |= {"past_key_values": None, "next_sequence_length": None}
-        return self.model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = self.model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        mask, ids = kwargs.get("attention_mask"), inputs.get("input_ids")
+        if self.document_gate is not None and mask is not None and ids is not None:  # static caches get masks of 4-D
+            inputs["document_mask"] = mask[:, -ids.shape[1] :]
+        return inputs
 
     def forward(
         self,
@@ -423,7 +502,8 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
             )
         kwargs.pop("return_dict", None)
         with self._recorded_routers(wanted or add_losses) as logits:
-            outputs = self.model(
+            outputs = self._run(
+                self.model,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -432,7 +512,6 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
-                return_dict=True,
                 **kwargs,
             )
         loss, aux_loss, z_loss = outputs.loss, None, None

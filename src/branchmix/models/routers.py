@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from branchmix.errors import CheckpointError
+from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
+from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixFFNRouter
 
 KINDS = ("ffn", "attention")
 
@@ -189,6 +192,45 @@ def _configured_top_k(config: Any) -> int | None:
             if isinstance(value := getattr(holder, name, None), int):
                 return value
     return None
+
+
+# ---- Forcing them ----
+
+
+@contextmanager
+def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
+    """Every router of a mixture sends everything to one expert, with a gate of 1.
+
+    Args:
+        mixture: a BranchMix model.
+        number: the expert's row.
+    """
+
+    def force_attention(module: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
+        gates = torch.zeros_like(output[1])
+        gates[..., number] = 1.0
+        return output[0], gates
+
+    def force_ffn(scaling: float) -> Callable[..., Any]:
+        def hook(module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
+            gates, index = torch.zeros_like(output[1]), torch.full_like(output[2], number)
+            gates[..., 0] = 1.0 / scaling
+            return output[0], gates, index
+
+        return hook
+
+    hooks = []
+    for module in mixture.modules():
+        if isinstance(module, BranchMixAttentionRouter):
+            hooks.append(module.register_forward_hook(force_attention))
+        elif isinstance(module, BranchMixSparseMoeBlock):
+            assert isinstance(module.gate, BranchMixFFNRouter)
+            hooks.append(module.gate.register_forward_hook(force_ffn(module.scaling)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ---- Counting ----

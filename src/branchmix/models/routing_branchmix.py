@@ -19,6 +19,9 @@ class BranchMixRouter(nn.Module):
         self.normalize = normalize
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
+    document_logits: torch.Tensor | None = None
+    """[B, T, E]: what the document so far adds, while its block runs (``documents_branchmix``)."""
+
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Softmax first, then top-k, raw unless ``normalize`` (BAM section 3.3).
 
@@ -30,6 +33,8 @@ class BranchMixRouter(nn.Module):
         """
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.weight.float())
+            if self.document_logits is not None:
+                logits = logits + self.document_logits.to(logits).view(logits.shape)
         gates, index = logits.softmax(-1).topk(self.top_k, dim=-1)
         if self.normalize:
             gates = gates / gates.sum(-1, keepdim=True)

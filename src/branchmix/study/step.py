@@ -215,7 +215,7 @@ class _Work:
 
     def routes(self) -> dict[str, Any]:
         """Which expert each held-out token of a mixture uses: numbers, and a page beside them."""
-        from branchmix.evaluate.documents import EvalData
+        from branchmix.data.evaluation import EvalData
         from branchmix.evaluate.routing.routes import routes
         from branchmix.evaluate.routing.token_page import write
         from branchmix.study.measure import rounded

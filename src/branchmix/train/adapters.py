@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from branchmix.errors import RecipeError
 from branchmix.models.attention_branchmix import BranchMixAttention, HeadOrder
+from branchmix.models.documents_branchmix import BranchMixDocumentGate
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.routing_branchmix import BranchMixRouter
 
@@ -40,7 +41,7 @@ def add(model: Any) -> None:
         raise RecipeError("adapters: do not work with experts that are spread over processes: remove expert_parallel")
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, BranchMixRouter):
+        if isinstance(module, (BranchMixRouter, BranchMixDocumentGate)):
             module.requires_grad_(True)
     for matrices in places:
         adapter = ExpertAdapter(model.config.num_experts, model.config.hidden_size, like=getattr(*matrices[0][:2]))

@@ -11,6 +11,7 @@ from torch import nn
 from branchmix.checkpoint.families import family_of, layout_of
 from branchmix.errors import RecipeError
 from branchmix.models.attention_branchmix import BranchMixAttention
+from branchmix.models.documents_branchmix import BranchMixDocumentGate
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.routing_branchmix import BranchMixRouter
 
@@ -41,7 +42,7 @@ def apply(model: Any, parts: Sequence[str]) -> FreezeReport:
     routers = {
         id(parameter)
         for module in base.modules()
-        if isinstance(module, BranchMixRouter)
+        if isinstance(module, (BranchMixRouter, BranchMixDocumentGate))
         for parameter in module.parameters()
     }
     for part in parts:

@@ -17,7 +17,7 @@ from branchmix.train.progress import last_values
 
 def part_of(name: str) -> str:
     """The part of a model that a parameter belongs to, by its name, for counting FLOPs."""
-    if re.search(r"expert_gate|mlp\.gate\.weight$|router", name):
+    if re.search(r"expert_gate|mlp\.gate\.weight$|router|document_gate", name):
         return "routers"
     if "norm" in name or ".ln_" in name:
         return "norms"

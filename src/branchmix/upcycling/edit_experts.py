@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.expressions import Expression, Source, Stack
+from branchmix.checkpoint.expressions import Expression, Rows, Source, Stack
 from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
-from branchmix.checkpoint.generated_tensors import Normal
+from branchmix.checkpoint.generated_tensors import Constant, Normal
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.index import CheckpointIndex
@@ -36,6 +36,13 @@ from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_fold
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert, inside
 
 Progress = Callable[[str, int, int], None]
+
+_NOT_CALIBRATED = (
+    "the document gates know nothing of {name!r} yet and send nothing to it: run branchmix calibrate with text that it "
+    "is meant for"
+)
+_NEVER_CHOSEN = -30.0
+"""Logit of an expert that document gates know nothing of, as the least that a fit gives (``gates.fit``)."""
 
 
 def add_expert(
@@ -95,6 +102,8 @@ def add_expert(
         return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", rows[0].dtype)))
 
     lossless = mixture.lossless and mixture.shares_trunk_with(newcomer)
+    if mixture.shape.domains:
+        notes = [*notes, _NOT_CALIBRATED.format(name=name)]
     plan = mixture.plan([*mixture.experts, newcomer], config, router, [*findings.notes, *notes], lossless)
     added = Sourced(name, dense, newcomer.index)
 
@@ -183,6 +192,11 @@ class _EditedMixture(OpenedMixture):
         """
         old, new = self.config["num_experts"], len(names)
         config = {**self.config, "num_experts": new, "expert_names": names}
+        if (gate := self.config.get("document_gate")) and isinstance(gate.get("losses"), dict):
+            kept = {
+                domain: {e: loss for e, loss in row.items() if e in names} for domain, row in gate["losses"].items()
+            }
+            config["document_gate"] = {**gate, "losses": kept}
         old_k, scaling = self.config["num_experts_per_tok"], self.config.get("routed_scaling_factor", 1.0)
         recipe = (provenance_of(self.resolved.folder) or {}).get("recipe") or {}
         soft = old_k == old and ((recipe.get("routing") or {}).get("ffn") or {}).get("soft", False)
@@ -233,8 +247,22 @@ class _EditedMixture(OpenedMixture):
         modules = [family.attention] * self.has_attention_experts + [family.ffn] * self.has_ffn_experts
         of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
-            if not of_experts.match(name):
+            if name in ("document_gate.attention", "document_gate.ffn"):
+                yield name, self._wanted_experts(Source(ref), experts)
+            elif not of_experts.match(name):
                 yield name, Source(ref)
+
+    @staticmethod
+    def _wanted_experts(logits_EM: Expression, experts: Sequence[ExpertSource]) -> Expression:
+        """What the document gates give the experts, [E, M]: those who stay keep theirs, new ones get nothing."""
+        return Stack(
+            tuple(
+                Rows(logits_EM, ((expert.number, expert.number + 1),))
+                if isinstance(expert, MixtureExpert)
+                else Constant((1, logits_EM.shape[1]), _NEVER_CHOSEN, logits_EM.dtype)
+                for expert in experts
+            )
+        )
 
     def write(
         self,

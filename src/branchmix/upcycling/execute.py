@@ -41,6 +41,7 @@ from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
 from branchmix.upcycling.sources import who
 
 if TYPE_CHECKING:
+    from branchmix.upcycling.gates.measure import Fitted
     from branchmix.upcycling.verify import Verification
 
 CODE_FILES = tuple(sorted((Path(__file__).parent.parent / "models").glob("*_branchmix.py")))
@@ -75,6 +76,8 @@ class UpcycleReport:
     seconds: float
     recipe: dict[str, Any] = field(default_factory=dict)
     """As it is recorded; empty where no recipe was at work, but an expert came or went."""
+    gates: Fitted | None = None
+    """What was fitted, if the recipe has ``gates``."""
 
 
 def upcycle(
@@ -113,6 +116,10 @@ def upcycle(
     out = Path(out)
     recorded = recipe.model_dump(mode="json")
     folders = resolve_all(recipe)
+    if recipe.gates:
+        from branchmix.data.evaluation import EvalData
+
+        gates_data = EvalData.load(recipe.folder / recipe.gates.data)
     refuse_overlap(out, [model.folder for model in folders], recipe.files, force=force)
     with open_sources(recipe, folders, out, dry_run=dry_run) as (sources, fit):
         seed, *experts = sources
@@ -129,15 +136,19 @@ def upcycle(
         plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
         if dry_run and any(source.adapter for source in sources):
             plan = replace(plan, lossless=None)  # their headers are the seed's
-        written = verification = None
+        written = verification = gates = None
+        if dry_run and recipe.gates:
+            plan = replace(plan, notes=(*plan.notes, f"gates: fitted on {recipe.gates.data} once this is written"))
         if not dry_run:
-            require_space(out, plan)
+            require_space(out, plan, copies=2 if recipe.gates else 1)
             files = [file for source in sources for file in source.files]
             named = naming_sources((source.name, source.index.folder) for source in sources)
             with atomic_folder(out, force=force) as folder, FileHashes(files if hashes else []) as hashing, named:
+                merged = folder / "uncalibrated" if recipe.gates else folder
+                merged.mkdir(exist_ok=True)
                 written = write_output(
                     plan,
-                    folder,
+                    merged,
                     seed.index.folder,
                     lambda: {"recipe": recorded, "sources": describe(sources, hashing)},
                     recipe.max_shard_bytes,
@@ -147,8 +158,34 @@ def upcycle(
                 if verify:
                     from branchmix.upcycling.verify import verify_plan
 
-                    verification = verify_plan(plan, folder, progress=progress)
-    return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded)
+                    verification = verify_plan(plan, merged, progress=progress)
+                if recipe.gates:
+                    gates = _calibrate(recipe, gates_data, merged, folder, progress)
+                    plan = replace(plan, config={**plan.config, **gates.config})
+    return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
+
+
+def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, progress: Any) -> Fitted:
+    """Fit gates for a mixture that was just written, and move it with them into its folder.
+
+    Args:
+        recipe: with ``gates``.
+        data: its ``EvalData``.
+        merged: folder of the mixture, which is removed.
+        folder: to fill.
+        progress: as for ``upcycle``.
+    """
+    from branchmix.upcycling.gates.measure import fit, plan_with_gates
+    from branchmix.upcycling.mixture import OpenedMixture
+
+    assert recipe.gates is not None
+    mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
+    fitted = fit(mixture, data, token_only=recipe.gates.token_only, progress=progress)
+    record = fitted.added_to(mixture.provenance())
+    plan = plan_with_gates(mixture, fitted)
+    write_output(plan, folder, merged, lambda: record, recipe.max_shard_bytes, check=False, progress=progress)
+    shutil.rmtree(merged)
+    return fitted
 
 
 def write_output(
@@ -332,17 +369,16 @@ def refuse_overlap(out: Path, sources: Sequence[Path], files: Sequence[Path] = (
     require_replaceable(out, force=force)
 
 
-def require_space(out: Path, plan: Plan) -> None:
-    """Refuse beforehand what cannot fit.
+def require_space(out: Path, plan: Plan, *, copies: int = 1) -> None:
+    """Refuse beforehand what cannot fit so many times.
 
     Raises:
         OutputError: with bytes needed and free.
     """
-    free = free_bytes(out)
-    if plan.nbytes > free:
+    needed, free = copies * plan.nbytes, free_bytes(out)
+    if needed > free:
         raise OutputError(
-            f"{out}: the output needs {too_little_space(plan.nbytes, free)}: make room, or choose a folder on another "
-            "disk"
+            f"{out}: the output needs {too_little_space(needed, free)}: make room, or choose a folder on another disk"
         )
 
 

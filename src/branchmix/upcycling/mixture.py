@@ -107,6 +107,11 @@ class OpenedMixture:
                     for matrix in FFN_NAMES[family.gate is not None]:
                         down = matrix == "down_proj"
                         yield f"{ffn}.experts.{number}.{matrix}.weight", (width, inner) if down else (inner, width)
+        if domains := len(shape.domains):
+            kinds = {"attention": self.has_attention_experts, "ffn": self.has_ffn_experts}
+            yield from ((f"document_gate.{kind}", (count, domains)) for kind, there in kinds.items() if there)
+            for name in ("evidence", "counts"):
+                yield f"document_gate.{name}", (dims.vocab_size, domains)
 
     def provenance(self) -> dict[str, Any]:
         """Recipe, sources and changes; without a record of its own (it was trained since) the mixture is the source."""
@@ -157,6 +162,9 @@ def _problem_of(record: dict[str, Any]) -> str | None:
         added = step.get("added") if isinstance(step, dict) else None
         if isinstance(added, dict) and {"expert", "router_std", "router_seed"} <= added.keys():
             models[f"changes.{number}"] = added["expert"]
+        elif isinstance(step, dict) and isinstance(step.get("calibrated"), dict):
+            if not isinstance(step["calibrated"].get("domains"), dict):
+                return f"changes.{number}.calibrated has no domains"
         elif not (isinstance(step, dict) and isinstance(step.get("removed"), str)):
             return f"changes.{number} names no expert that joined or left"
     for place, source in models.items():

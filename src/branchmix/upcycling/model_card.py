@@ -52,8 +52,10 @@ def model_card(plan: Plan, provenance: dict[str, Any], *, exported_from: Config 
     software = f"[branchmix](https://arxiv.org/abs/2408.08274) {provenance['versions']['branchmix']}"
     title = method_of(exported_from or plan.config, provenance["recipe"])
     if exported_from is None:
-        untrained = "The routers are as the recipe started them: train the mixture before you use it."
-        made = f"Merged with {software}. " + ("" if plan.is_dense else untrained)
+        state = "The routers are as the recipe started them: train the mixture before you use it."
+        if fits := [step["calibrated"] for step in provenance.get("changes", []) if "calibrated" in step]:
+            state = f"Its gates are calibrated on text of {', '.join(fits[-1]['domains'])}: it needs no training."
+        made = f"Merged with {software}. " + ("" if plan.is_dense else state)
     else:
         export, model_type = provenance["exported"], plan.config["model_type"]
         made = f"Exported with {software} from {export['model']} ({title})."
@@ -119,9 +121,13 @@ def history(provenance: dict[str, Any], notes: Sequence[str]) -> list[str]:
 
 
 def _change(step: dict[str, Any]) -> str:
-    """One line for an expert that joined or left."""
+    """One line for an expert that joined or left, or gates that were fitted."""
     if "removed" in step:
         return f"expert `{step['removed']}` left"
+    if "calibrated" in step:
+        domains = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in step["calibrated"]["domains"].items())
+        kind = "document gates" if step["calibrated"].get("document_gate") else "token gates"
+        return f"{kind} were calibrated on {domains}"
     added = step["added"]
     expert = added["expert"]
     revision = f" at {expert['revision']}" if expert.get("revision") else ""

@@ -382,6 +382,7 @@ class _Mixture:
             "attention_num_experts_per_tok": recipe.routing.attention.top_k,
             "auto_map": AUTO_MAP,
             "branchmix_version": __version__,
+            "document_gate": None,
             "dtype": dtype,
             "expert_names": recipe.expert_names,
             "expert_rope_parameters": self.rope_parameters,
@@ -405,6 +406,7 @@ class _Mixture:
 def _warnings(recipe: Recipe) -> Iterator[str]:
     """Choices that are allowed and known to disappoint."""
     raw_top_1 = recipe.num_experts_per_tok == 1 and recipe.scaling == 1.0 and not recipe.sparse_upcycling.weight_scaling
+    raw_top_1 = raw_top_1 and recipe.gates is None  # which replace them
     if recipe.ffn == "experts" and raw_top_1:
         yield (
             "raw top-1 gates scale the FFN output by about 1/N at the start, so the untrained mixture is worse than a "
@@ -450,7 +452,7 @@ def describe(expression: Expression) -> str:
         "Transposed": "transposed",
         "Stack": "stacked",
         "Rows": "rows taken",
-        "Held": "from hidden states",
+        "Held": "computed from text",
     }
     here = words.get(type(expression).__name__, type(expression).__name__)
     inner = [describe(part) for part in expression.parts_read()[:1]]

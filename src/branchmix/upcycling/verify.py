@@ -9,8 +9,8 @@ shares no code with the upcycler or the widened model.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +174,7 @@ def _compare_logits(
     import torch
 
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
+    from branchmix.models.routers import one_hot_gates
 
     # fp32 copies of the mixture and of one dense model have to fit.
     need = sum(float32_bytes(tensor.expression.nbytes, tensor.expression.dtype) for tensor in plan.tensors)
@@ -225,41 +226,6 @@ def _not_comparable(plan: Plan, expert: DenseExpert) -> str | None:
         if f".experts.{[source.name for source in plan.sources].index(expert.name)}." in tensor.name
     } & {"Scaled", "PartlyRedrawn"}
     return "its FFN was changed on purpose (sparse upcycling's options)" if changed else None
-
-
-@contextmanager
-def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
-    """Every router of a BranchMix model sends everything to the expert of this row, with a gate of 1."""
-    import torch
-
-    from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
-    from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixFFNRouter
-
-    def force_attention(module: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> Any:
-        gates = torch.zeros_like(output[1])
-        gates[..., number] = 1.0
-        return output[0], gates
-
-    def force_ffn(scaling: float) -> Callable[..., Any]:
-        def hook(module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
-            gates, index = torch.zeros_like(output[1]), torch.full_like(output[2], number)
-            gates[..., 0] = 1.0 / scaling
-            return output[0], gates, index
-
-        return hook
-
-    hooks = []
-    for module in mixture.modules():
-        if isinstance(module, BranchMixAttentionRouter):
-            hooks.append(module.register_forward_hook(force_attention))
-        elif isinstance(module, BranchMixSparseMoeBlock):
-            assert isinstance(module.gate, BranchMixFFNRouter)
-            hooks.append(module.gate.register_forward_hook(force_ffn(module.scaling)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:

@@ -13,8 +13,9 @@ import numpy as np
 from branchmix.checkpoint.folder import write_json, write_text
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.text import LONG, replaced_note
+from branchmix.data.evaluation import EvalData
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.documents import EvalData, HashedDocument, select
+from branchmix.evaluate.documents import HashedDocument, select
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
 from branchmix.evaluate.routing.count import ModelCounts, count
 from branchmix.evaluate.routing.routing_report import RoutingReport, report

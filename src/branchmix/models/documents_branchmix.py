@@ -1,0 +1,297 @@
+"""Document gates: what the document so far says about its domain, added to the logits of every router.
+
+A token alone says little about its domain; the document so far says nearly everything. A table gives each token's
+evidence for M domains, a causal decayed sum over the document becomes a posterior over domains, and the posterior
+becomes logits of the experts: one set for all attention routers and one for all FFN routers. The sum is kept in the KV
+cache as one more layer, so that beam search, cropping, batching and offloading treat it like keys and values.
+
+Saved with every checkpoint, so it imports only torch and transformers.
+Shapes: B batch, T tokens, V vocabulary, M domains, E experts, N blocks of S tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+BLOCK = 64
+"""Tokens that one matrix of decays covers; sums are carried from block to block."""
+
+
+class DocumentLogits(NamedTuple):
+    """What a forward pass adds to the logits of all routers of a kind: [B, T, E], or None where there are none."""
+
+    attention: torch.Tensor | None
+    ffn: torch.Tensor | None
+
+
+class DocumentState(NamedTuple):
+    """Sums after each token [B, T, M] and the tokens' positions [B, T]."""
+
+    sums: torch.Tensor
+    positions: torch.Tensor
+
+
+class BranchMixDocumentGate(nn.Module):
+    """Evidence of the document so far for each domain, and the experts that each domain wants.
+
+    ``c_t = decay * c_(t-1) + evidence[x_t]``, ``p_t = softmax(prior + c_t)``, and ``A_kind p_t`` is added to the logits
+    of the routers of a kind. A document begins where positions restart; padding carries no evidence. All of it is
+    computed in fp32.
+
+    Args:
+        vocab_size: V, rows of the input embeddings.
+        num_domains: M.
+        num_experts: E.
+        decay: factor on the sum for each token, 0 to 1. With 1 nothing is forgotten; otherwise about
+            1 / (1 - decay) tokens are remembered.
+        kinds: ``attention``, ``ffn`` or both: the routers that there are.
+    """
+
+    counts: torch.Tensor
+
+    def __init__(self, vocab_size: int, num_domains: int, num_experts: int, decay: float, kinds: tuple[str, ...]):
+        super().__init__()
+        self.decay = decay
+        self.evidence = nn.Parameter(torch.empty(vocab_size, num_domains))
+        self.prior = nn.Parameter(torch.empty(num_domains))
+        for kind in DocumentLogits._fields:
+            logits = nn.Parameter(torch.empty(num_experts, num_domains)) if kind in kinds else None
+            self.register_parameter(kind, logits)
+        # How often each token was counted in each domain: what the evidence is fitted from. Not used here.
+        self.register_buffer("counts", torch.zeros(vocab_size, num_domains, dtype=torch.int32))
+        self.logits: DocumentLogits | None = None
+        """Of the forward pass that is running; blocks take it as an argument."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        mask_BT: torch.Tensor | None = None,
+        positions_BT: torch.Tensor | None = None,
+        cache: Any = None,
+    ) -> tuple[DocumentLogits, DocumentState]:
+        """Logits for every token, and what ``remember`` puts into the cache.
+
+        Args:
+            input_ids: [B, T].
+            mask_BT: 0 for padding; may cover cached tokens too.
+            positions_BT: the tokens' positions in their documents; consecutive if not given.
+            cache: of the tokens before these, if there are any.
+        """
+        batch, length = input_ids.shape
+        before = _last_state(cache)
+        with torch.autocast(device_type=self.evidence.device.type, enabled=False):
+            evidence_BTM = F.embedding(input_ids.to(self.evidence.device), self.evidence).float()
+            if mask_BT is not None:
+                evidence_BTM = evidence_BTM * mask_BT[:, -length:, None].to(evidence_BTM)
+            if positions_BT is None:
+                first_B = evidence_BTM.new_zeros(batch) if before is None else before.positions[:, -1] + 1
+                steps_T = torch.arange(length, device=evidence_BTM.device)
+                positions_BT, starts_BT = first_B[:, None] + steps_T, None
+            else:
+                positions_BT = positions_BT.to(evidence_BTM.device).expand(batch, length)
+                previous_B1 = positions_BT[:, :1] - 1 if before is None else before.positions[:, -1:]
+                starts_BT = positions_BT != torch.cat((previous_B1, positions_BT[:, :-1]), dim=1) + 1
+            carry_BM = None if before is None else before.sums[:, -1]
+            sums_BTM = decayed_sums(evidence_BTM, self.decay, starts_BT, carry_BM)
+            posterior_BTM = (self.prior.float() + sums_BTM).softmax(-1)
+            by_kind = (getattr(self, kind) for kind in DocumentLogits._fields)
+            logits = DocumentLogits(*(None if A is None else F.linear(posterior_BTM, A.float()) for A in by_kind))
+        return logits, DocumentState(sums_BTM, positions_BT)
+
+    def resize(self, vocab_size: int) -> None:
+        """Follow the embeddings to another size; new tokens carry no evidence."""
+        added = vocab_size - len(self.evidence)
+        self.evidence = nn.Parameter(F.pad(self.evidence.data, (0, 0, 0, added)), self.evidence.requires_grad)
+        self.counts = F.pad(self.counts, (0, 0, 0, added))
+
+
+def decayed_sums(
+    evidence_BTM: torch.Tensor, decay: float, starts_BT: torch.Tensor | None, carry_BM: torch.Tensor | None
+) -> torch.Tensor:
+    """``c_t = decay * c_(t-1) + evidence_t`` within each document, [B, T, M], in matrices of ``BLOCK`` tokens.
+
+    Args:
+        evidence_BTM: of each token.
+        decay: 0 to 1.
+        starts_BT: True for the first token of a document; None where none begins.
+        carry_BM: the sum before the first token.
+    """
+    batch, length, num_domains = evidence_BTM.shape
+    if length == 1:
+        if carry_BM is None:
+            return evidence_BTM
+        kept_BM = carry_BM if starts_BT is None else carry_BM * ~starts_BT
+        return evidence_BTM + decay * kept_BM[:, None]
+    size = min(BLOCK, length)
+    num_blocks = -(-length // size)
+    padded = F.pad(evidence_BTM, (0, 0, 0, num_blocks * size - length))
+    blocks_BNSM = padded.view(batch, num_blocks, size, num_domains)
+    within_SS = _decays(size, decay, evidence_BTM)
+    across_NN = _decays(num_blocks, decay**size, evidence_BTM)  # from the sum before a block to a later block
+    steps_S1 = torch.arange(1, size + 1, device=evidence_BTM.device).view(-1, 1)
+    powers_S1 = torch.full_like(evidence_BTM[0, :1, :1], decay) ** steps_S1
+    if carry_BM is None:
+        carry_BM = evidence_BTM.new_zeros(batch, num_domains)
+    if starts_BT is None:
+        inner_BNSM = within_SS @ blocks_BNSM
+        ends_BNM = torch.cat((carry_BM[:, None], inner_BNSM[:, :-1, -1]), dim=1)
+        sums = inner_BNSM + powers_S1 * (across_NN @ ends_BNM)[:, :, None]
+    else:
+        document_BT = F.pad(starts_BT.long().cumsum(1), (0, num_blocks * size - length), mode="replicate")
+        document_BNS = document_BT.view(batch, num_blocks, size)
+        same_BNSS = document_BNS[..., :, None] == document_BNS[..., None, :]
+        inner_BNSM = (within_SS * same_BNSS) @ blocks_BNSM
+        ends_BNM = torch.cat((carry_BM[:, None], inner_BNSM[:, :-1, -1]), dim=1)
+        last_BN = F.pad(document_BNS[:, :-1, -1], (1, 0))  # document 0 is the one that the carry belongs to
+        across_BNN = across_NN * (last_BN[..., :, None] == last_BN[..., None, :])
+        reached_BNS1 = (document_BNS == last_BN[..., None])[..., None]
+        sums = inner_BNSM + powers_S1 * reached_BNS1 * (across_BNN @ ends_BNM)[:, :, None]
+    return sums.reshape(batch, num_blocks * size, num_domains)[:, :length]
+
+
+def _decays(size: int, decay: float, like: torch.Tensor) -> torch.Tensor:
+    """[size, size] matrix of ``decay^(t - s)`` for s <= t, 0 above."""
+    steps = torch.arange(size, device=like.device)
+    powers = torch.full((size, size), decay, dtype=like.dtype, device=like.device)
+    return powers.pow((steps[:, None] - steps).clamp_min(0)) * (steps[:, None] >= steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class BranchMixDocumentLayer(DynamicLayer):
+    """Sums [B, 1, T, M] as keys and positions [B, 1, T, 1] as values: a cropped cache finds its earlier sum."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+
+class BranchMixStaticDocumentLayer(CacheLayerMixin):
+    """The last sum and position only, in tensors that keep their address, beside layers of fixed size."""
+
+    is_compileable = True
+    supports_early_init = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[..., -1:, :].clone(), value_states[..., -1:, :].clone()
+        for tensor in (self.keys, self.values):
+            torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        self.keys.copy_(key_states[..., -1:, :])
+        self.values.copy_(value_states[..., -1:, :])
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.keys = self.values = None  # type: ignore[assignment]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return int(self.is_initialized)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def remember(cache: Any, state: DocumentState) -> None:
+    """Add the state of the tokens of a forward pass to the cache that it filled.
+
+    Raises:
+        ValueError: the cache has no list of layers, such as that of servers with paged attention.
+    """
+    if cache is None:
+        return
+    layer = _document_layer(cache)
+    if layer is None:
+        layer = BranchMixStaticDocumentLayer() if cache.is_compileable else BranchMixDocumentLayer()
+        cache.layers.append(layer)
+    layer.update(state.sums.detach()[:, None], state.positions[:, None, :, None].to(state.sums.dtype))
+
+
+def _document_layer(cache: Any) -> Any:
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise ValueError(f"{type(cache).__name__} cannot keep the state of document gates: {WITHOUT_STATE}")
+    kinds = (BranchMixDocumentLayer, BranchMixStaticDocumentLayer)
+    return layers[-1] if layers and isinstance(layers[-1], kinds) else None
+
+
+def _last_state(cache: Any) -> DocumentState | None:
+    """The state after the last token of a cache, with T = 1; None if it is empty."""
+    layer = None if cache is None else _document_layer(cache)
+    if layer is None or not layer.is_initialized or layer.get_seq_length() == 0:
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                "this cache was filled by another model, so it has no state of the document gates: start with an empty "
+                "cache"
+            )
+        return None
+    return DocumentState(layer.keys[:, 0, -1:], layer.values[:, 0, -1:, 0])
+
+
+WITHOUT_STATE = "use transformers' generate, or gates without a state: branchmix calibrate MODEL --token-only"
+"""What to do where a program keeps no state of the document."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def documented(block_class: type[nn.Module]) -> type[nn.Module]:
+    """A family's block whose routers get the document's logits as an argument of the block.
+
+    As an argument, because gradient checkpointing calls a block again with the arguments that it had: by then the
+    model may hold the logits of a later forward pass.
+    """
+
+    class Documented(block_class):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, document_logits=self._document_gate[0].logits, **kwargs)
+
+        def forward(self, *args: Any, document_logits: DocumentLogits | None = None, **kwargs: Any) -> Any:
+            for kind, router in self._document_routers:
+                router.document_logits = None if document_logits is None else getattr(document_logits, kind)
+            outputs = super().forward(*args, **kwargs)
+            for _, router in self._document_routers:
+                router.document_logits = None
+            return outputs
+
+    Documented.__name__, Documented.__qualname__ = block_class.__name__, block_class.__qualname__
+    return Documented
+
+
+def add_document_gate(block: nn.Module, gate: BranchMixDocumentGate, routers: dict[str, nn.Module]) -> None:
+    """Let a block's routers hear the document gate.
+
+    Args:
+        block: of a widened model, changed in place.
+        gate: of the whole model; takes the place of an earlier one.
+        routers: of the block, by kind: ``attention`` or ``ffn``.
+    """
+    if not hasattr(block, "_document_gate"):
+        block.__class__ = documented(type(block))  # type: ignore[arg-type]
+    block._document_gate = (gate,)  # type: ignore[assignment]  # a tuple, so that weights keep one name
+    block._document_routers = tuple(routers.items())  # type: ignore[assignment]
+
+
+__all__ = ["BranchMixDocumentGate"]

@@ -1,0 +1,106 @@
+"""What tokens say about domains: a table of evidence from counts, and how fast it adds up and is forgotten.
+
+Shapes: V vocabulary, M domains, T tokens of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+SMOOTHING = (500.0, 2000.0, 8000.0)
+"""Tokens of the domains' mean that are added to each domain's counts."""
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Divide the evidence: neighbouring tokens repeat each other, so the product of their likelihoods is too sure."""
+DECAYS = (1.0, 0.998, 0.995, 0.99, 0.98, 0.95)
+"""Factors on the sum for each token."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """How counts become a posterior over domains."""
+
+    smoothing: float
+    temperature: float
+    decay: float
+    cross_entropy: float | None = None
+    """Nats, of the true domain after each token, mean over domains; None where it was not measured."""
+    accuracy: float | None = None
+    """Share of tokens after which the true domain is the most probable, mean over domains."""
+
+
+def count(documents: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
+    """How often each token occurs, [V]."""
+    return sum((np.bincount(tokens, minlength=vocab_size) for tokens in documents), np.zeros(vocab_size, np.int64))
+
+
+def evidence_table(counts_VM: np.ndarray, smoothing: float) -> np.ndarray:
+    """``log p(token | domain)`` minus its mean over domains, [V, M]; probabilities smoothed with the domains' mean.
+
+    Every domain weighs the same in that mean, whatever its size.
+    """
+    totals_M = np.maximum(counts_VM.sum(0), 1)
+    background_V1 = (counts_VM / totals_M).mean(1, keepdims=True) + 0.5 / totals_M.sum()
+    background_V1 /= background_V1.sum()
+    log_VM = np.log((counts_VM + smoothing * background_V1) / (totals_M + smoothing))
+    return log_VM - log_VM.mean(1, keepdims=True)
+
+
+def decayed_sums(evidence_TM: np.ndarray, decay: float) -> np.ndarray:
+    """``c_t = decay * c_(t-1) + evidence_t``, [T, M]."""
+    from scipy.signal import lfilter
+
+    return lfilter([1.0], [1.0, -decay], evidence_TM, axis=0)
+
+
+def log_posterior(sums_TM: np.ndarray, temperature: float) -> np.ndarray:
+    """``log softmax(c_t / temperature)``, [T, M]."""
+    z_TM = sums_TM / temperature
+    z_TM = z_TM - z_TM.max(1, keepdims=True)
+    return z_TM - np.log(np.exp(z_TM).sum(1, keepdims=True))
+
+
+def fit_posterior(counts_VM: np.ndarray, measured: Mapping[int, Sequence[np.ndarray]]) -> Posterior:
+    """Smoothing, decay and temperature of the least cross-entropy of the domain.
+
+    Half of the cross-entropy is that of documents alone, half that of the same documents one behind the other as if
+    they were one, where the sum has to leave a domain: without it a fit would never forget.
+
+    Args:
+        counts_VM: of other documents.
+        measured: documents of each domain, by its column.
+    """
+    joined, labels = _joined(measured)
+    best = None
+    for smoothing, decay in product(SMOOTHING, DECAYS):
+        table_VM = evidence_table(counts_VM, smoothing)
+        alone = {m: [decayed_sums(table_VM[tokens], decay) for tokens in found] for m, found in measured.items()}
+        together_TM = decayed_sums(table_VM[joined], decay)
+        for temperature in TEMPERATURES:
+            entropy, accuracy = _scores(alone, temperature)
+            logp_TM = log_posterior(together_TM, temperature)
+            switching = np.mean([-logp_TM[labels == m, m].mean() for m in measured])
+            found = Posterior(smoothing, temperature, decay, entropy, accuracy)
+            if best is None or entropy + switching < best[0]:
+                best = (entropy + switching, found)
+    assert best is not None
+    return best[1]
+
+
+def _scores(sums: Mapping[int, Sequence[np.ndarray]], temperature: float) -> tuple[float, float]:
+    entropies, hits = [], []
+    for m, documents in sums.items():
+        logp_TM = np.concatenate([log_posterior(sums_TM, temperature) for sums_TM in documents])
+        entropies.append(-logp_TM[:, m].mean())
+        hits.append((logp_TM.argmax(1) == m).mean())
+    return float(np.mean(entropies)), float(np.mean(hits))
+
+
+def _joined(measured: Mapping[int, Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """All documents one behind the other, domains in turn, and the domain of each token."""
+    rounds = max(len(found) for found in measured.values())
+    order = [(m, found[n]) for n in range(rounds) for m, found in measured.items() if n < len(found)]
+    return np.concatenate([tokens for _, tokens in order]), np.concatenate([[m] * len(tokens) for m, tokens in order])

@@ -1,0 +1,347 @@
+"""Which experts each domain wants, fitted by the likelihood of the mixture itself, without a gradient.
+
+Gates are forced to each expert in turn, and the mixture's loss is measured on each domain: L [M, E]. The document gates
+send domain d to the experts with probabilities ``softmax(-L[d] / tau_d)``; the sharpness tau_d is chosen by the loss of
+the mixture with these gates. The label of a domain is not the target: the expert that is named after a domain is not
+always the best one for it.
+
+Shapes: V vocabulary, M domains, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from branchmix.likelihood.forward import evaluating, log_probs, logits_at
+from branchmix.models.documents_branchmix import BranchMixDocumentGate
+from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
+from branchmix.models.modeling_branchmix import document_gate
+from branchmix.models.routers import one_hot_gates
+from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter, BranchMixSharedRouter
+
+SHARPNESS = (0.3, 0.1, 0.03)
+"""Candidates for tau, in nats a token, the softest first."""
+NEARLY = 0.002
+"""Nats a token by which a softer choice may be worse: a difference of a few thousand tokens is no more certain."""
+LEAST_LOG = -30.0
+"""Of an expert's probability; about 1e-13."""
+BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the gates of chosen experts are used; fields of ``BranchMixConfig``."""
+
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+    attention_num_experts_per_tok: int | None
+    attention_norm_topk_prob: bool
+
+    @classmethod
+    def of(cls, config: Any) -> Routing:
+        """What a mixture's config says."""
+        return cls(*(getattr(config, name) for name in cls.__dataclass_fields__))
+
+    def calibrated(self, num_experts: int) -> Routing:
+        """Gates that sum to 1, of two experts or more: with one, a router would get no gradient."""
+        attention = self.attention_num_experts_per_tok
+        return Routing(
+            max(self.num_experts_per_tok, min(2, num_experts)),
+            True,
+            1.0,
+            None if attention is None else max(attention, min(2, num_experts)),
+            True,
+        )
+
+    def apply(self, model: Any) -> None:
+        """Set a live model's routers, and its config."""
+        for name in self.__dataclass_fields__:
+            setattr(model.config, name, getattr(self, name))
+        for module in model.modules():
+            if isinstance(module, BranchMixAttentionRouter):
+                module.top_k = self.attention_num_experts_per_tok or model.config.num_experts
+                module.normalize = self.attention_norm_topk_prob
+            elif isinstance(module, BranchMixRouter):
+                module.top_k, module.normalize = self.num_experts_per_tok, self.norm_topk_prob
+            elif isinstance(module, BranchMixSparseMoeBlock):
+                module.scaling = self.routed_scaling_factor
+
+
+class Gated:
+    """A mixture in memory with document gates of its own, whatever it had.
+
+    Args:
+        model: the mixture, which is changed.
+        domains: names of the M columns.
+        decay: of the evidence.
+        evidence_VM: already divided by the temperature.
+    """
+
+    def __init__(self, model: Any, domains: Sequence[str], decay: float, evidence_VM: np.ndarray):
+        self.model = model
+        self.domains = list(domains)
+        self.own_routing = Routing.of(model.config)
+        self.num_experts: int = model.config.num_experts
+        model.config.document_gate = {"domains": self.domains, "decay": decay}
+        gate = document_gate(model._family, model.config)
+        assert gate is not None
+        self.gate: BranchMixDocumentGate = gate.to(device=model.device, dtype=torch.float32)
+        model.document_gate = self.gate
+        self.routers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, BranchMixRouter) and not isinstance(module, BranchMixSharedRouter)
+        }
+        self.weights = {name: router.weight.detach().clone() for name, router in self.routers.items()}
+        with torch.no_grad():
+            for parameter in self.gate.parameters():
+                parameter.zero_()
+            self.gate.evidence.copy_(torch.from_numpy(evidence_VM))
+
+    @property
+    def kinds(self) -> list[str]:
+        """``attention``, ``ffn`` or both."""
+        return [kind for kind in ("attention", "ffn") if getattr(self.gate, kind) is not None]
+
+    @torch.no_grad()
+    def set_experts(self, log_ME: np.ndarray) -> None:
+        """Let each domain want experts with these log probabilities."""
+        for kind in self.kinds:
+            getattr(self.gate, kind).copy_(torch.from_numpy(np.ascontiguousarray(log_ME.T)))
+
+    @torch.no_grad()
+    def set_routers(self, weights: Mapping[str, torch.Tensor] | None) -> None:
+        """Weights of the routers by name; zeros if None, so that tokens say nothing."""
+        for name, router in self.routers.items():
+            router.weight.zero_() if weights is None else router.weight.copy_(weights[name])
+
+
+def losses(model: Any, text: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
+    """Mean loss of each domain's tokens in nats, each document from its beginning.
+
+    Raises:
+        CheckpointError: the model's logits are not finite.
+    """
+    with evaluating(model):
+        return {name: _loss(model, documents) for name, documents in text.items()}
+
+
+def _loss(model: Any, documents: Sequence[np.ndarray]) -> float:
+    total, number = 0.0, 0
+    for batch in batches(documents):
+        rows = np.concatenate([np.full(len(tokens) - 1, row) for row, tokens in enumerate(batch)])
+        places = np.concatenate([np.arange(len(tokens) - 1) for tokens in batch])
+        targets = np.concatenate([tokens[1:] for tokens in batch])
+        total -= float(log_probs(*logits_at(model, batch, rows, places, targets)).sum())
+        number += len(targets)
+    return total / number
+
+
+def batches(documents: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Documents of similar length together, at most ``BATCH_TOKENS`` tokens of a pass with their padding."""
+    batch: list[np.ndarray] = []
+    for tokens in sorted(documents, key=len):
+        if batch and (len(batch) + 1) * len(tokens) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(tokens)
+    if batch:
+        yield batch
+
+
+def forced_losses(
+    model: Any,
+    num_experts: int,
+    text: Mapping[str, Sequence[np.ndarray]],
+    tell: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Loss of a mixture on each domain in ``text`` with all gates forced to each expert, [M, E] in nats.
+
+    Args:
+        model: the mixture.
+        num_experts: E.
+        text: documents by domain.
+        tell: called after each expert.
+    """
+    columns = []
+    for expert in range(num_experts):
+        with one_hot_gates(model, expert):
+            columns.append(list(losses(model, text).values()))
+        tell()
+    return np.array(columns).T
+
+
+def log_shares(losses_E: np.ndarray, tau: float) -> np.ndarray:
+    """``log softmax(-L / tau)``, [..., E]."""
+    z_E = -losses_E / tau
+    z_E = z_E - z_E.max(-1, keepdims=True)
+    return np.maximum(z_E - np.log(np.exp(z_E).sum(-1, keepdims=True)), LEAST_LOG)
+
+
+def best_sharpness(
+    gated: Gated,
+    losses_ME: np.ndarray,
+    text: Mapping[str, Sequence[np.ndarray]],
+    tell: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """tau of each domain in ``text``: the softest with which the mixture's loss on that domain is least, or nearly so.
+
+    Domains hardly meet: each is chosen from passes in which all have the same tau.
+    """
+    found: dict[str, list[float]] = {name: [] for name in text}
+    for tau in SHARPNESS:
+        gated.set_experts(log_shares(losses_ME, tau))
+        for name, loss in losses(gated.model, text).items():
+            found[name].append(loss)
+        tell()
+    good_enough = {name: min(by_tau) + NEARLY for name, by_tau in found.items()}
+    return {
+        name: next(tau for tau, loss in zip(SHARPNESS, by_tau, strict=True) if loss <= good_enough[name])
+        for name, by_tau in found.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates that see one token
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAMPLED_TOKENS = 2000
+"""Of each domain, whose inputs token gates are fitted on."""
+PENALTIES = (0.001, 0.01, 0.1)
+"""Candidates for the weight of the squared norm in the logistic regression."""
+
+
+def fit_token_routers(
+    gated: Gated,
+    shares_ME: np.ndarray,
+    fitted_on: Mapping[str, Sequence[np.ndarray]],
+    measured: Mapping[str, Sequence[np.ndarray]],
+    routing: Routing,
+    tell: Callable[[], None] = lambda: None,
+) -> dict[str, torch.Tensor]:
+    """Weights of every router: logistic regression from its own inputs to what the token's domain wants.
+
+    Fitted twice, the second time on inputs that the mixture has with the routers of the first: under forced gates the
+    inputs would betray the expert that was forced, and such routers are useless where their own choices count. The
+    first time, all experts take part equally.
+
+    Args:
+        gated: the mixture, whose document gates fall silent.
+        shares_ME: log probabilities of the experts that each domain wants.
+        fitted_on: documents by domain; a sample of ``SAMPLED_TOKENS`` is used.
+        measured: other documents, on which the penalty is chosen by the mixture's loss.
+        routing: of the mixture.
+        tell: called after each pass.
+    """
+    sample = {name: _sample(documents) for name, documents in fitted_on.items()}
+    targets_ME = dict(zip(gated.domains, torch.from_numpy(np.exp(shares_ME)).float(), strict=True))
+    gated.set_experts(np.zeros_like(shares_ME))
+    gated.set_routers(None)
+    everyone = Routing(gated.num_experts, True, 1.0, None, True)
+    everyone.apply(gated.model)
+    weights = _regressions(gated, sample, targets_ME, PENALTIES[1])
+    tell()
+    routing.apply(gated.model)
+    gated.set_routers(weights)
+    inputs = _inputs(gated, sample)
+    tell()
+    best: tuple[float, dict[str, torch.Tensor]] | None = None
+    for penalty in PENALTIES:
+        weights = _regressions(gated, sample, targets_ME, penalty, inputs)
+        gated.set_routers(weights)
+        loss = float(np.mean(list(losses(gated.model, measured).values())))
+        if best is None or loss < best[0]:
+            best = (loss, weights)
+        tell()
+    assert best is not None
+    gated.set_routers(best[1])
+    return best[1]
+
+
+def _sample(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The first documents, up to ``SAMPLED_TOKENS``."""
+    chosen: list[np.ndarray] = []
+    left = SAMPLED_TOKENS
+    for tokens in documents:
+        if left <= 0:
+            break
+        chosen.append(tokens[: min(left, BATCH_TOKENS)])
+        left -= len(chosen[-1])
+    return chosen
+
+
+def _regressions(
+    gated: Gated,
+    sample: Mapping[str, Sequence[np.ndarray]],
+    targets_ME: Mapping[str, torch.Tensor],
+    penalty: float,
+    inputs: dict[str, dict[str, torch.Tensor]] | None = None,
+) -> dict[str, torch.Tensor]:
+    inputs = _inputs(gated, sample) if inputs is None else inputs
+    found = {}
+    for name, by_domain in inputs.items():
+        x_SD = torch.cat(list(by_domain.values())).float()
+        target_SE = torch.cat([targets_ME[domain].expand(len(x), -1) for domain, x in by_domain.items()]).to(x_SD)
+        weight_S = torch.cat([x.new_full((len(x),), 1 / len(x), dtype=torch.float32) for x in by_domain.values()])
+        found[name] = logistic_regression(x_SD, target_SE, weight_S / len(by_domain), penalty)
+    return found
+
+
+def logistic_regression(
+    x_SD: torch.Tensor, target_SE: torch.Tensor, weight_S: torch.Tensor, penalty: float
+) -> torch.Tensor:
+    """W [E, D] of the least ``sum_s weight_s CE(softmax(W x_s), target_s) + penalty |W|^2 rms(x)^2 / 2``: convex."""
+    scale = x_SD.square().mean().sqrt().clamp_min(1e-12)
+    x_SD = x_SD / scale
+    w_ED = x_SD.new_zeros(target_SE.shape[1], x_SD.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([w_ED], max_iter=50, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        logp_SE = (x_SD @ w_ED.T).log_softmax(-1)
+        loss = -(weight_S[:, None] * target_SE * logp_SE).sum() + penalty / 2 * w_ED.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return w_ED.detach() / scale
+
+
+@torch.no_grad()
+def _inputs(gated: Gated, sample: Mapping[str, Sequence[np.ndarray]]) -> dict[str, dict[str, torch.Tensor]]:
+    """What each router sees of the sampled tokens, [S, D] by router and domain."""
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in gated.routers}
+    for domain, documents in sample.items():
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in gated.routers}
+        hooks = [
+            router.register_forward_pre_hook(lambda _, args, seen=parts[name]: seen.append(args[0].detach()))
+            for name, router in gated.routers.items()
+        ]
+        try:
+            for tokens in documents:  # one by one, so that no padding is among the inputs
+                ids = torch.from_numpy(tokens)[None].to(gated.model.device)
+                gated.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, seen in parts.items():
+            found[name][domain] = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
+    return found
+
+
+__all__ = [
+    "Gated",
+    "Routing",
+    "best_sharpness",
+    "fit_token_routers",
+    "forced_losses",
+    "log_shares",
+    "losses",
+]

@@ -1,0 +1,295 @@
+"""What text says about a mixture: gates fitted to it, and the plan of the mixture with these gates; writes nothing.
+
+Counts and losses are kept in the checkpoint by the names of domains and experts, so that a later fit needs text of new
+domains only. Shapes: V vocabulary, M domains, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from branchmix.checkpoint.expressions import Expression, Source
+from branchmix.checkpoint.generated_tensors import Held
+from branchmix.checkpoint.writer import OutputTensor
+from branchmix.data.evaluation import EvalData
+from branchmix.errors import CheckpointError, RecipeError
+from branchmix.upcycling.gates.evidence import Posterior, count, evidence_table, fit_posterior
+from branchmix.upcycling.gates.text import DomainText, read
+from branchmix.upcycling.layers import cast
+from branchmix.upcycling.mixture import OpenedMixture
+from branchmix.upcycling.plan import Plan, group_tensors
+
+Progress = Callable[[str, int, int], None]
+
+PREFIX = "document_gate."
+"""How the names of the document gates' tensors begin."""
+
+
+@dataclass(frozen=True)
+class DomainFit:
+    """What was measured on one domain; losses are nats a token on documents that were not counted."""
+
+    name: str
+    counted_tokens: int
+    measured_tokens: int
+    before: float | None
+    """Loss of the mixture as it was; None for a domain without text, which an earlier fit has measured."""
+    after: float | None
+    """Loss with the new gates."""
+    forced: dict[str, float]
+    """Loss with all gates forced to each expert, where it is known."""
+    shares: dict[str, float]
+    """How the domain's gates are shared among experts, once the domain is certain."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Gates, ready to be written."""
+
+    domains: list[DomainFit]
+    posterior: Posterior
+    config: dict[str, Any]
+    """Keys of config.json that change."""
+    tensors: dict[str, Expression]
+    """New tensors by name: those of the document gates, and routers."""
+    routers: str
+    """``zeros``, ``kept`` or ``fitted``: the weights of the token gates. ``unchanged``: all gates are as they were."""
+    notes: list[str] = field(default_factory=list)
+
+    def added_to(self, provenance: dict[str, Any]) -> dict[str, Any]:
+        """A mixture's provenance with this fit among its changes."""
+        step = {
+            "calibrated": {
+                "domains": {domain.name: domain.counted_tokens for domain in self.domains},
+                "document_gate": self.config["document_gate"] is not None,
+            }
+        }
+        steps = [step] if self.routers != "unchanged" else []
+        return {**provenance, "changes": [*provenance.get("changes", []), *steps]}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "domains": [vars(domain) for domain in self.domains],
+            "posterior": vars(self.posterior),
+            "routers": self.routers,
+            "config": {key: value for key, value in self.config.items() if key != "document_gate"},
+            "document_gate": self.config["document_gate"] is not None,
+            "notes": self.notes,
+        }
+
+
+def fit(
+    mixture: OpenedMixture,
+    data: EvalData,
+    *,
+    token_only: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit gates for a mixture. Arguments and errors as for ``calibrate``."""
+    from branchmix.likelihood.loading import load_tokenizer
+
+    if not (mixture.has_attention_experts or mixture.has_ffn_experts):
+        raise RecipeError(f"{mixture.resolved.given}: everything is averaged, so there are no experts to choose from")
+    tokenizer = load_tokenizer(mixture.resolved.folder, trust_remote_code=trust_remote_code)
+    text = read(data, tokenizer)
+    known = _Known.of(mixture)
+    names = [*known.counts, *(name for name in text if name not in known.counts)]
+    if len(names) < 2:
+        raise RecipeError(f"data: {names[0]!r} is the only domain, and gates need two or more to distinguish")
+    vocab_size = mixture.dims.vocab_size
+    largest = max(int(tokens.max()) for found in text.values() for tokens in (*found.counted, *found.measured))
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{mixture.resolved.given}: the tokenizer gives token {largest:,}, but the model has only {vocab_size:,} "
+            "embeddings: give the folder its own tokenizer"
+        )
+    counts = known.counts | {name: count(found.counted, vocab_size) for name, found in text.items()}
+    counts_VM = np.stack([counts[name] for name in names], axis=1)
+    if known.posterior is None or set(text) == set(names):
+        measured = {column: text[name].measured for column, name in enumerate(names) if name in text}
+        posterior = fit_posterior(counts_VM, measured)
+    else:  # a fit to some of the domains would favour them
+        posterior = known.posterior
+    return _measure(mixture, names, counts_VM, posterior, text, known, token_only=token_only, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What an earlier fit left in the checkpoint, by the names of domains and experts."""
+
+    counts: dict[str, np.ndarray]
+    losses: dict[str, dict[str, float]]
+    sharpness: dict[str, float]
+    posterior: Posterior | None
+
+    @classmethod
+    def of(cls, mixture: OpenedMixture) -> _Known:
+        record = mixture.config.get("document_gate") or {}
+        names = list(mixture.shape.domains)
+        if not names:
+            return cls({}, {}, {}, None)
+        stored = Source(mixture.index.tensors[f"{PREFIX}counts"])
+        counts_VM = stored.rows(0, stored.num_rows).astype(np.int64)
+        posterior = None
+        if {"smoothing", "temperature"} <= record.keys():
+            posterior = Posterior(record["smoothing"], record["temperature"], record["decay"])
+        counts = {name: counts_VM[:, column] for column, name in enumerate(names)}
+        return cls(counts, record.get("losses") or {}, record.get("sharpness") or {}, posterior)
+
+
+def _measure(
+    mixture: OpenedMixture,
+    names: list[str],
+    counts_VM: np.ndarray,
+    posterior: Posterior,
+    text: Mapping[str, DomainText],
+    known: _Known,
+    *,
+    token_only: bool,
+    progress: Progress | None,
+) -> Fitted:
+    """Losses of the mixture under forced gates, and what follows from them."""
+    import torch
+
+    from branchmix.likelihood.loading import load_language_model
+    from branchmix.models.chunked_branchmix import faster_in_bf16
+    from branchmix.upcycling.gates import fit as fitting
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "auto" if device.type == "cuda" else torch.bfloat16 if faster_in_bf16(device) else torch.float32
+    folder, given = mixture.resolved.folder, mixture.resolved.given
+    model = load_language_model(folder, given=given, dtype=dtype).eval().to(device)
+    experts = mixture.names
+    passes = len(fitting.PENALTIES) + 3 if token_only else 1 + 2 * _may_be_trained(mixture.resolved.folder)
+    steps = _Steps(progress, 1 + len(experts) + len(fitting.SHARPNESS) + passes)
+    measured = {name: found.measured for name, found in text.items()}
+    before = fitting.losses(model, measured)
+    steps.done()
+
+    evidence_VM = evidence_table(counts_VM, posterior.smoothing) / posterior.temperature
+    gated = fitting.Gated(model, names, posterior.decay, evidence_VM)
+    own = gated.own_routing
+    calibrated = own.calibrated(len(experts))
+    forced = fitting.forced_losses(model, len(experts), measured, steps.done)
+    losses = {name: dict(known.losses.get(name, {})) for name in names}
+    for name, row in zip(measured, forced, strict=True):
+        losses[name] = dict(zip(experts, map(float, row), strict=True))
+    losses_ME, notes = _matrix(losses, experts)
+
+    calibrated.apply(model)
+    gated.set_routers(None)
+    sharpness = dict.fromkeys(names, fitting.SHARPNESS[1]) | known.sharpness
+    sharpness |= fitting.best_sharpness(gated, losses_ME, measured, steps.done)
+    shares_ME = np.stack([fitting.log_shares(losses_ME[m], sharpness[name]) for m, name in enumerate(names)])
+    gated.set_experts(shares_ME)
+    tensors: dict[str, Expression] = {}
+    record: dict[str, Any] | None = None
+    if token_only:
+        counted = {name: documents.counted for name, documents in text.items()}
+        weights = fitting.fit_token_routers(gated, shares_ME, counted, measured, calibrated, steps.done)
+        after, routing, routers = fitting.losses(model, measured), calibrated, "fitted"
+        steps.done()
+    else:
+        routers, routing, after = "zeros", calibrated, fitting.losses(model, measured)
+        steps.done()
+        if _may_be_trained(mixture.resolved.folder):  # then routers may know more than nothing
+            gated.set_routers(gated.weights)
+            for option in (calibrated, own):
+                option.apply(model)
+                found = fitting.losses(model, measured)
+                steps.done()
+                if np.mean(list(found.values())) < np.mean(list(after.values())) - fitting.NEARLY:
+                    routers, routing, after = "kept", option, found
+        weights = {name: torch.zeros_like(w) for name, w in gated.weights.items()} if routers == "zeros" else {}
+        record = {
+            "domains": names,
+            "decay": posterior.decay,
+            "temperature": posterior.temperature,
+            "smoothing": posterior.smoothing,
+            "sharpness": {name: sharpness[name] for name in names},
+            "losses": {name: {expert: round(loss, 5) for expert, loss in losses[name].items()} for name in names},
+        }
+        tensors |= {
+            f"{PREFIX}evidence": Held(evidence_VM.astype(np.float32), "F32"),
+            f"{PREFIX}prior": Held(np.zeros(len(names), np.float32), "F32"),
+            f"{PREFIX}counts": Held(counts_VM.astype(np.int32), "I32"),
+        }
+        for kind in gated.kinds:
+            tensors[f"{PREFIX}{kind}"] = Held(np.ascontiguousarray(shares_ME.T, np.float32), "F32")
+    tensors |= {f"{name}.weight": Held(w.float().cpu().numpy(), "F32") for name, w in weights.items()}
+    gain = np.mean(list(before.values())) - np.mean(list(after.values()))
+    if not token_only and gain < -fitting.NEARLY:
+        notes.append(
+            f"the gates that the mixture has are better than a fit's, by {-gain:.3f} nats a token, so they are kept"
+        )
+        stored = mixture.index.tensors.items()
+        tensors = {name: Source(ref) for name, ref in stored if name.startswith(PREFIX)}
+        after, routing, routers, record = before, own, "unchanged", mixture.config["document_gate"]
+    domains = [
+        DomainFit(
+            name,
+            int(counts_VM[:, m].sum()),
+            sum(map(len, measured.get(name, []))),
+            before.get(name),
+            after.get(name),
+            losses[name],
+            dict(zip(experts, np.exp(shares_ME[m]).round(4).tolist(), strict=True)),
+        )
+        for m, name in enumerate(names)
+    ]
+    config = {**vars(routing), "document_gate": record}
+    return Fitted(domains, posterior, config, tensors, routers, notes)
+
+
+def _may_be_trained(folder: Path) -> bool:
+    """Whether a mixture's routers may be more than what a recipe started them with, or an earlier fit's."""
+    return (folder / "training.json").is_file() or not (folder / "branchmix.json").is_file()
+
+
+def _matrix(losses: dict[str, dict[str, float]], experts: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Losses [M, E], and notes: an expert that was never measured on a domain counts as the worst one there."""
+    rows, notes = [], []
+    for name, row in losses.items():
+        lacking = [expert for expert in experts if expert not in row]
+        if lacking:
+            notes.append(
+                f"{', '.join(lacking)}: not measured on {name}, since there is no text of it here, so {name} goes to "
+                "the other experts"
+            )
+        worst = max(row.values(), default=0.0)
+        rows.append([row.get(expert, worst) for expert in experts])
+    return np.array(rows), notes
+
+
+class _Steps:
+    """Passes over the measured text, for the progress bar."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self.progress, self.total, self.number = progress, total, 0
+
+    def done(self) -> None:
+        self.number += 1
+        if self.progress is not None:
+            self.progress("calibrating", self.number, self.total)
+
+
+def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Plan:
+    """All tensors of a mixture, with new gates in place of its own; without any gates of documents if None."""
+    new = fitted.tensors if fitted else {}
+    stored = mixture.index.tensors.items()
+    tensors = [OutputTensor(name, Source(ref)) for name, ref in stored if not (name in new or name.startswith(PREFIX))]
+    tensors += [OutputTensor(name, cast(part, mixture.dtype)) for name, part in new.items()]
+    return Plan(
+        tuple(tensors),
+        {**mixture.config, **(fitted.config if fitted else {})},
+        tuple(fitted.notes if fitted else ()),
+        tuple(mixture.experts),
+        tuple(group_tensors(tensors, mixture.family)),
+    )

@@ -1,0 +1,136 @@
+"""Documents to fit gates on: of every domain some, chosen by the hash of their text, and none that is held out.
+
+Held-out documents are those of lowest hashes; the fit reads those of highest hashes, so it is also a random choice.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from branchmix.data.evaluation import EvalData
+from branchmix.data.sources import documents as documents_of
+from branchmix.data.sources import hash_of, is_held_out
+from branchmix.errors import DataError, RecipeError
+from branchmix.likelihood.models import encode
+
+COUNTED_TOKENS = 40_000
+"""Tokens of a domain that are counted; twice as many improved the posterior by less than 1 %."""
+MEASURED_TOKENS = 4_000
+"""Further tokens of a domain, on which temperatures and the experts' losses are measured."""
+LEAST_TOKENS = 200
+"""A domain with less text is refused."""
+PIECE = 512
+"""Tokens of a document that are used while there are enough documents; also the longest text that a loss is measured
+on."""
+_CHARACTERS = 8
+"""Of a token at most, as a rule; what is kept of a source is that much longer than the tokens that are wanted."""
+
+
+@dataclass(frozen=True)
+class DomainText:
+    """Token ids of one domain."""
+
+    counted: list[np.ndarray]
+    """Documents whose tokens are counted."""
+    measured: list[np.ndarray]
+    """Other documents, of at most ``PIECE`` tokens each."""
+
+
+def read(config: EvalData, tokenizer: Any) -> dict[str, DomainText]:
+    """The text of each domain.
+
+    Args:
+        config: sources, and the rule that holds documents out.
+        tokenizer: of the mixture.
+
+    Raises:
+        RecipeError: every document is held out.
+        DataError: a source cannot be read, or a domain has too little text.
+    """
+    if config.held_out == "all":
+        raise RecipeError(
+            "held_out: all leaves no document to fit gates on: leave it out, or give held_out: {share: 0.1}"
+        )
+    share = config.held_out.share
+    found = {}
+    for name, source in config.data.items():
+        texts = documents_of(source, folder=config.folder)
+        streamed = source.hub is not None and source.streaming
+        found[name] = _split(_tokens(_chosen(texts, share, streamed=streamed), tokenizer))
+        if (count := sum(map(len, found[name].counted))) < LEAST_TOKENS:
+            raise DataError(
+                f"data.{name}: has only {count} tokens that are not held out, and gates need {LEAST_TOKENS} or more: "
+                "give more text, or a smaller held_out.share"
+            )
+    return found
+
+
+def _chosen(texts: Iterable[str], share: float, *, streamed: bool) -> list[str]:
+    """Distinct documents that are not held out, those of highest hashes first; of a stream, the first ones."""
+    wanted = (COUNTED_TOKENS + MEASURED_TOKENS) * _CHARACTERS
+    kept: list[tuple[int, str]] = []  # a heap
+    seen: set[int] = set()
+    characters = 0
+    lowest: int | None = None
+    any_held_out = False
+    for text in texts:
+        key = hash_of(text)
+        lowest = key if lowest is None else min(lowest, key)
+        if is_held_out(text, share):
+            any_held_out = True
+            continue
+        if key in seen:
+            continue
+        seen.add(key)
+        heapq.heappush(kept, (key, text))
+        characters += _usable(text)
+        while characters - _usable(kept[0][1]) >= wanted:
+            characters -= _usable(heapq.heappop(kept)[1])
+        if streamed and characters >= wanted:
+            break
+    if not any_held_out and share > 0 and len(seen) > 1:  # then training holds out the lowest, and so does eval
+        kept = [entry for entry in kept if entry[0] != lowest]
+    return [text for _, text in sorted(kept, reverse=True)]
+
+
+def _usable(text: str) -> int:
+    """Characters of a document that count where there are enough documents."""
+    return min(len(text), PIECE * _CHARACTERS)
+
+
+def _tokens(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
+    """The beginnings of all documents, so long that there are enough tokens if the documents have them."""
+    most = COUNTED_TOKENS + MEASURED_TOKENS
+    encoded = encode(tokenizer, [text[: most * _CHARACTERS] for text in texts], special=True)
+    length = PIECE
+    while sum(min(len(tokens), length) for tokens in encoded) < most and any(len(t) > length for t in encoded):
+        length *= 2
+    return [tokens[:length] for tokens in encoded]
+
+
+def _split(documents: list[np.ndarray]) -> DomainText:
+    """Every fourth document is measured until there is enough; a few long ones are cut into pieces first."""
+    if len(documents) < 8:
+        documents = [piece for tokens in documents for piece in _pieces(tokens)]
+    text = DomainText([], [])
+    measured = counted = 0
+    for number, tokens in enumerate(documents):
+        if number % 4 == 1 and measured < MEASURED_TOKENS:
+            piece = tokens[: min(PIECE, MEASURED_TOKENS - measured)]
+            if len(piece) > 1:  # a single token predicts nothing
+                text.measured.append(piece)
+                measured += len(piece)
+        elif counted < COUNTED_TOKENS:
+            text.counted.append(tokens[: COUNTED_TOKENS - counted])
+            counted += len(text.counted[-1])
+    return text
+
+
+def _pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    size = min(PIECE, max(16, len(tokens) // 8))
+    return (tokens[start : start + size] for start in range(0, len(tokens), size))

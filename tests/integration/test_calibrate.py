@@ -1,0 +1,378 @@
+"""``branchmix calibrate`` and recipes with ``gates``: what is read, what is fitted, and what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from branchmix.evaluate.run import evaluate
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import branchmix
+import dialects
+from branchmix.cli import app
+from branchmix.data.evaluation import EvalData
+from branchmix.data.sources import is_held_out
+from branchmix.errors import CheckpointError, DataError, OutputError, RecipeError
+from branchmix.evaluate.documents import select
+from branchmix.evaluate.perplexity import bits_per_byte
+from branchmix.models import chunked_branchmix
+from branchmix.models.routers import one_hot_gates
+from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter
+from branchmix.upcycling.gates import calibrate
+from branchmix.upcycling.gates import text as reading
+from branchmix.upcycling.gates.fit import NEARLY, log_shares
+from mixtures import load
+
+EXPERTS = ("seed", *dialects.DOMAINS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_fp32() -> Iterator[None]:
+    """Losses are measured in fp32, whatever this machine computes faster in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked_branchmix, "faster_in_bf16", lambda device: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained siblings, and text that they have not seen."""
+    folder = tmp_path_factory.mktemp("dialects")
+    dialects.siblings(folder)
+    dialects.write(folder)
+    return folder
+
+
+def recipe_of(home: Path, **options: Any) -> dict[str, Any]:
+    experts = [{"name": name, "model": str(home / name)} for name in dialects.DOMAINS]
+    return {"seed": str(home / "seed"), "experts": experts, **options}
+
+
+@pytest.fixture(scope="module")
+def mixture(home: Path) -> Path:
+    branchmix.upcycle(recipe_of(home, merge={"fold_norms": True}), home / "mixture")
+    return home / "mixture"
+
+
+@pytest.fixture(scope="module")
+def calibrated(home: Path, mixture: Path) -> Any:
+    return calibrate(mixture, home / "data.yaml", home / "calibrated")
+
+
+def perplexities(home: Path, *folders: Path) -> dict[str, dict[str, float]]:
+    """On held-out documents, by model and domain."""
+    report = evaluate([str(folder) for folder in folders], home / "data.yaml", max_length=64)
+    return {
+        Path(model.model).name: {name: score.perplexity for name, score in model.domains.items()}
+        for model in report.models
+    }
+
+
+def mean(by_domain: dict[str, float]) -> float:
+    return float(np.exp(np.mean(np.log(list(by_domain.values())))))
+
+
+# ---- good at once ----
+
+
+def test_a_calibrated_mixture_beats_the_soup_everywhere(home: Path, mixture: Path, calibrated: Any) -> None:
+    """And closes most of the gap to the experts on their own domains, without training."""
+    branchmix.upcycle(recipe_of(home, attention="average", ffn="average"), home / "soup")
+    found = perplexities(home, mixture, home / "calibrated", home / "soup", *(home / name for name in EXPERTS))
+    own = {name: found[name][name] for name in dialects.DOMAINS}
+    for name in dialects.DOMAINS:
+        assert found["calibrated"][name] < min(found["soup"][name], found["mixture"][name])
+    gap = math.log(mean(found["soup"]) / mean(own))
+    assert math.log(mean(found["soup"]) / mean(found["calibrated"])) > 0.7 * gap
+    for domain in calibrated.fitted.domains:
+        assert domain.after < domain.before
+        assert max(domain.shares, key=domain.shares.__getitem__) == domain.name
+
+
+def test_recipes_calibrate_at_once(home: Path, calibrated: Any) -> None:
+    gates = {"data": str(home / "data.yaml")}
+    report = branchmix.upcycle(
+        recipe_of(home, merge={"fold_norms": True}, gates=gates), home / "from-recipe", verify=True
+    )
+    assert report.gates.posterior == calibrated.fitted.posterior and report.verification is not None
+    one, other = (load_file(home / name / "model.safetensors") for name in ("from-recipe", "calibrated"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert not (home / "from-recipe" / "uncalibrated").exists()
+    record = json.loads((home / "from-recipe" / "branchmix.json").read_text())
+    assert record["recipe"]["gates"]["data"] == gates["data"]
+    assert set(record["changes"][-1]["calibrated"]["domains"]) == set(dialects.DOMAINS)
+    card = (home / "from-recipe" / "README.md").read_text()
+    assert "calibrated on text of north, south, west" in card and "train the mixture" not in card
+
+
+# ---- what is read ----
+
+
+def test_held_out_documents_are_never_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = EvalData.load(home / "data.yaml")
+    held_out = {d.text for chosen in select(data, dialects.tokenizer()).values() for d in chosen}
+    read: list[str] = []
+    real = reading.encode
+    monkeypatch.setattr(reading, "encode", lambda tok, texts, **kw: read.extend(texts) or real(tok, texts, **kw))
+    found = reading.read(data, dialects.tokenizer())
+    assert len(read) > 200 and not held_out & set(read) and not any(is_held_out(text, 0.2) for text in read)
+    for domain in found.values():
+        counted, measured = ({tokens.tobytes() for tokens in part} for part in (domain.counted, domain.measured))
+        assert counted and measured and not counted & measured
+
+
+def test_the_one_document_that_training_holds_out_is_not_read(tmp_path: Path) -> None:
+    """Of few documents none may fall below the share; then training holds out the one of the lowest hash."""
+    file = dialects.write(tmp_path, documents=12, share=1e-9)
+    data = EvalData.load(file)
+    (held_out,) = select(data, dialects.tokenizer())["north"]
+    texts = list(map(dialects.document, ["north"] * 12, range(12)))
+    chosen = reading._chosen(texts, 1e-9, streamed=False)
+    assert held_out.text in texts and sorted([*chosen, held_out.text]) == sorted(texts)
+
+
+def test_bad_data_is_refused(home: Path, mixture: Path, tmp_path: Path) -> None:
+    file = dialects.write(tmp_path, documents=3)
+    with pytest.raises(DataError, match=r"data.north: has only \d+ tokens .* gates need 200"):
+        calibrate(mixture, file, tmp_path / "out")
+    (tmp_path / "all.yaml").write_text(f"held_out: all\ndata: {{a: {{files: {home}/north.jsonl}}}}")
+    with pytest.raises(RecipeError, match="held_out: all leaves no document"):
+        calibrate(mixture, tmp_path / "all.yaml", tmp_path / "out")
+    (tmp_path / "one.yaml").write_text(f"data: {{north: {{files: {home}/north.jsonl}}}}")
+    with pytest.raises(RecipeError, match="'north' is the only domain"):
+        calibrate(mixture, tmp_path / "one.yaml", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="not a mixture: calibrate the mixture"):
+        calibrate(home / "seed", home / "data.yaml", tmp_path / "out")
+    with pytest.raises(RecipeError, match="a soup has no experts"):
+        branchmix.upcycle(recipe_of(home, attention="average", ffn="average", gates={"data": "x"}), tmp_path / "soup")
+    with pytest.raises(RecipeError, match=r"missing.yaml: there is no such file"):
+        branchmix.upcycle(recipe_of(home, gates={"data": "missing.yaml"}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what is fitted ----
+
+
+def test_forced_losses_are_those_of_one_hot_gates(home: Path, mixture: Path, calibrated: Any) -> None:
+    """Computed here by hooks on the uncalibrated mixture, document by document."""
+    model = load(mixture)
+    text = reading.read(EvalData.load(home / "data.yaml"), dialects.tokenizer())
+    record = json.loads((home / "calibrated" / "config.json").read_text())["document_gate"]
+    for number, expert in enumerate(EXPERTS):
+
+        def one_hot(module: Any, args: Any, output: Any, number: int = number) -> Any:
+            if isinstance(module, BranchMixAttentionRouter):
+                return output[0], torch.zeros_like(output[1]).index_fill_(-1, torch.tensor([number]), 1.0)
+            return output[0], torch.ones_like(output[1]), torch.full_like(output[2], number)
+
+        hooks = [m.register_forward_hook(one_hot) for m in model.modules() if isinstance(m, BranchMixRouter)]
+        for domain in ("north", "west"):
+            total, count = 0.0, 0
+            for tokens in text[domain].measured:
+                ids = torch.from_numpy(tokens)[None]
+                with torch.no_grad():
+                    logits = model(ids).logits[0, :-1]
+                total += float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+                count += len(tokens) - 1
+            assert record["losses"][domain][expert] == pytest.approx(total / count, abs=2e-5)
+        for hook in hooks:
+            hook.remove()
+
+
+def test_shares_follow_the_losses(home: Path, calibrated: Any) -> None:
+    config = json.loads((home / "calibrated" / "config.json").read_text())
+    record, tensors = config["document_gate"], load_file(home / "calibrated" / "model.safetensors")
+    assert config["norm_topk_prob"] and config["num_experts_per_tok"] == 2 and config["routed_scaling_factor"] == 1.0
+    for column, domain in enumerate(record["domains"]):
+        row = np.array([record["losses"][domain][expert] for expert in EXPERTS])
+        expected = log_shares(row, record["sharpness"][domain])
+        for kind in ("attention", "ffn"):
+            np.testing.assert_allclose(tensors[f"document_gate.{kind}"][:, column], expected, atol=2e-3)
+    routers = [key for key in tensors if key.endswith(("mlp.gate.weight", "expert_gate.weight"))]
+    assert routers and (calibrated.fitted.routers == "kept") == any(tensors[key].any() for key in routers)
+    assert tensors["document_gate.counts"].dtype == torch.int32
+
+
+def test_domains_need_no_expert_of_their_name(home: Path, mixture: Path, tmp_path: Path) -> None:
+    """The label is not the target: a domain of any name goes to whoever is good at it."""
+    names = {"alps": "north", "desert": "south"}
+    (tmp_path / "data.yaml").write_text(
+        "data: {" + ", ".join(f"{name}: {{files: {home}/{file}.jsonl}}" for name, file in names.items()) + "}"
+    )
+    report = calibrate(mixture, tmp_path / "data.yaml", tmp_path / "out")
+    assert json.loads(json.dumps(report.as_dict()))["domains"][0]["name"] == "alps"
+    for domain in report.fitted.domains:
+        assert max(domain.shares, key=domain.shares.__getitem__) == names[domain.name]
+
+
+def test_routers_that_know_something_are_kept(home: Path, mixture: Path, tmp_path: Path) -> None:
+    """Of a mixture that may have been trained: here, with routers that were fitted to single tokens."""
+    report = calibrate(mixture, home / "data.yaml", tmp_path / "tokens", token_only=True)
+    assert report.fitted.routers == "fitted" and not report.as_dict()["document_gate"]
+    before = load_file(tmp_path / "tokens" / "model.safetensors")
+    assert not [key for key in before if key.startswith("document_gate")]
+    found = perplexities(home, mixture, tmp_path / "tokens")
+    assert mean(found["tokens"]) < mean(found["mixture"])
+    (tmp_path / "tokens" / "branchmix.json").unlink()  # as if saved by a trainer
+    again = calibrate(tmp_path / "tokens", home / "data.yaml", tmp_path / "both").fitted
+    after = load_file(tmp_path / "both" / "model.safetensors")
+    routers = [key for key in before if key.endswith(("mlp.gate.weight", "expert_gate.weight"))]
+    assert routers and all(torch.equal(before[key], after[key]) == (again.routers == "kept") for key in routers)
+    assert np.mean([d.after for d in again.domains]) < np.mean([d.before for d in again.domains]) + NEARLY
+
+
+# ---- what is written ----
+
+
+def test_only_gates_change(mixture: Path, home: Path, calibrated: Any) -> None:
+    before, after = (load_file(folder / "model.safetensors") for folder in (mixture, home / "calibrated"))
+    new = {f"document_gate.{name}" for name in ("evidence", "prior", "attention", "ffn", "counts")}
+    assert after.keys() - before.keys() == new and before.keys() <= after.keys()
+    for key in before:
+        assert key.endswith(("mlp.gate.weight", "expert_gate.weight")) or torch.equal(before[key], after[key]), key
+
+
+def test_in_place_and_again(home: Path, mixture: Path, tmp_path: Path, calibrated: Any) -> None:
+    copy = Path(shutil.copytree(mixture, tmp_path / "mixture"))
+    (copy / "LICENSE").write_text("mine")
+    calibrate(copy, home / "data.yaml")
+    first = load_file(copy / "model.safetensors")
+    expected = load_file(home / "calibrated" / "model.safetensors")
+    assert all(torch.equal(first[key], expected[key]) for key in expected)
+    assert (copy / "LICENSE").read_text() == "mine" and not list(tmp_path.glob(".*"))
+    calibrate(copy, home / "data.yaml")
+    again = load_file(copy / "model.safetensors")
+    for key in first:
+        torch.testing.assert_close(again[key], first[key], rtol=0, atol=1e-4)
+    assert len(json.loads((copy / "branchmix.json").read_text())["changes"]) == 2
+    with pytest.raises(OutputError, match="--force"):
+        calibrate(copy, home / "data.yaml", home / "calibrated")
+    (copy / "training").mkdir()
+    with pytest.raises(OutputError, match="holds the folder training"):
+        calibrate(copy, home / "data.yaml")
+
+
+def test_a_failed_fit_leaves_nothing(
+    home: Path, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from branchmix.upcycling.gates import run
+
+    copy = Path(shutil.copytree(mixture, tmp_path / "mixture"))
+    before = {file.name: file.read_bytes() for file in copy.iterdir()}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "write_output", fail)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(copy, home / "data.yaml")
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mixture"]
+
+
+# ---- experts in and out ----
+
+
+def test_removed_experts_leave_the_gates(home: Path, tmp_path: Path, calibrated: Any) -> None:
+    branchmix.remove_expert(home / "calibrated", "south", tmp_path / "smaller")
+    model, whole = load(tmp_path / "smaller"), load(home / "calibrated")
+    assert torch.equal(model.document_gate.ffn, whole.document_gate.ffn[[0, 1, 3]])
+    assert torch.equal(model.document_gate.evidence, whole.document_gate.evidence)
+    losses = model.config.document_gate["losses"]
+    assert set(losses) == set(dialects.DOMAINS) and all(
+        set(row) == {"seed", "north", "west"} for row in losses.values()
+    )
+    found = perplexities(home, tmp_path / "smaller", home / "calibrated")
+    for domain in ("north", "west"):
+        assert found["smaller"][domain] < 1.01 * found["calibrated"][domain]
+
+
+def test_added_experts_are_silent_until_there_is_text(home: Path, tmp_path: Path) -> None:
+    """And then their own domain's text is enough: counts and losses of the others are in the checkpoint."""
+    two = {**recipe_of(home, merge={"fold_norms": True}), "gates": {"data": str(home / "data.yaml")}}
+    two["experts"] = [expert for expert in two["experts"] if expert["name"] != "west"]
+    text = home / "two.yaml"
+    text.write_text("\n".join(line for line in (home / "data.yaml").read_text().splitlines() if "west" not in line))
+    two["gates"] = {"data": str(text)}
+    branchmix.upcycle(two, tmp_path / "two")
+    report = branchmix.add_expert(tmp_path / "two", "west", home / "west", tmp_path / "three")
+    assert any("know nothing of 'west'" in note and "branchmix calibrate" in note for note in report.plan.notes)
+    before, added = perplexities(home, tmp_path / "two", tmp_path / "three").values()
+    assert added["north"] == pytest.approx(before["north"], rel=1e-3)
+    own = home / "west.yaml"
+    own.write_text(f"held_out: {{share: 0.2}}\ndata: {{west: {{files: {home}/west.jsonl}}}}")
+    fitted = calibrate(tmp_path / "three", own, tmp_path / "fitted").fitted
+    assert [domain.name for domain in fitted.domains] == ["north", "south", "west"]
+    assert any("west: not measured on north" in note for note in fitted.notes)
+    assert max(fitted.domains[2].shares, key=fitted.domains[2].shares.__getitem__) == "west"
+    found = perplexities(home, tmp_path / "fitted")["fitted"]
+    assert found["west"] < 0.95 * added["west"]
+    assert found["north"] < 1.01 * before["north"]
+
+
+# ---- elsewhere ----
+
+
+def test_inspect_and_export_know_of_the_gates(home: Path, tmp_path: Path, calibrated: Any) -> None:
+    runner = CliRunner()
+    result = runner.invoke(app, ["inspect", str(home / "calibrated"), "--json"])
+    found = json.loads(result.stdout)
+    assert (
+        found["document_gate"] == list(dialects.DOMAINS)
+        and found["parameters"]["stored"] == found["parameters"]["total"]
+    )
+    assert "document gates: north, south, west" in runner.invoke(app, ["inspect", str(home / "calibrated")]).stdout
+    branchmix.export_model(home / "calibrated", tmp_path / "dense", to="dense", expert="north")
+    assert not [key for key in load_file(tmp_path / "dense" / "model.safetensors") if "document_gate" in key]
+    gates = {"data": str(home / "data.yaml")}
+    branchmix.upcycle(recipe_of(home, attention="average", gates=gates), tmp_path / "btx")
+    with pytest.raises(branchmix.errors.CompatibilityError, match=r"document gates .* --token-only"):
+        branchmix.export_model(tmp_path / "btx", tmp_path / "native", to="mixtral")
+    calibrate(tmp_path / "btx", home / "data.yaml", tmp_path / "tokens", token_only=True)
+    branchmix.export_model(tmp_path / "tokens", tmp_path / "native", to="mixtral")
+
+
+def test_the_command(home: Path, mixture: Path, tmp_path: Path) -> None:
+    arguments = ["calibrate", str(mixture), "--data", str(home / "data.yaml"), "--out", str(tmp_path / "out")]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "best expert alone" in shown.stdout and "wrote" in shown.stdout
+    assert re.search(r"north +[\d,]+ +[\d.]+ +[\d.]+ +[\d.]+ \(north\)", shown.stdout)
+
+
+def test_better_gates_are_kept(home: Path, tmp_path: Path, calibrated: Any) -> None:
+    """Such as trained ones: here, a fit to text whose domains are mixed up."""
+    rows = [json.dumps({"text": dialects.document(domain, n)}) for n in range(30) for domain in dialects.DOMAINS]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    files = {"north": f"{home}/north.jsonl", "south": f"{home}/south.jsonl", "west": "a.jsonl"}
+    sources = ", ".join(f"{name}: {{files: {file}}}" for name, file in files.items())
+    (tmp_path / "mixed.yaml").write_text(f"data: {{{sources}}}")
+    report = calibrate(home / "calibrated", tmp_path / "mixed.yaml", tmp_path / "out").fitted
+    before, after = (load_file(folder / "model.safetensors") for folder in (home / "calibrated", tmp_path / "out"))
+    assert report.routers == "unchanged" and any("better than a fit's" in note for note in report.notes)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["document_gate"]["domains"]
+
+
+def test_forced_rows_are_the_mixture_with_one_expert(home: Path, calibrated: Any) -> None:
+    """`eval --forced`: what was measured when the gates were fitted, now on held-out documents."""
+    report = evaluate([str(home / "calibrated")], home / "data.yaml", max_length=64, forced=True)
+    assert [model.model.partition(": ")[2] for model in report.models] == ["", *(f"{name} only" for name in EXPERTS)]
+    model = load(home / "calibrated")
+    texts = [d.text for d in select(EvalData.load(home / "data.yaml"), dialects.tokenizer())["west"]]
+    with one_hot_gates(model, 3):
+        expected = bits_per_byte(model, dialects.tokenizer(), texts, max_length=64).perplexity
+    found = {model.model: model.domains["west"].perplexity for model in report.models}
+    assert found[f"{home / 'calibrated'}: west only"] == pytest.approx(expected, rel=1e-5)
+    assert found[f"{home / 'calibrated'}: seed only"] > 1.1 * expected

@@ -1,0 +1,102 @@
+"""The fit of gates, piece by piece: evidence from counts, posteriors, shares of experts, and logistic regression."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from branchmix.upcycling.gates import evidence as ev
+from branchmix.upcycling.gates import text as reading
+from branchmix.upcycling.gates.fit import LEAST_LOG, log_shares, logistic_regression
+
+
+def test_evidence_is_the_log_ratio_of_smoothed_frequencies() -> None:
+    counts = np.array([[90, 100], [10, 300], [0, 0]])
+    table = ev.evidence_table(counts, smoothing=50.0)
+    # Frequencies .9 and .1 in the first domain, .25 and .75 in the second; half a count for every token of the table.
+    background = np.array([(0.9 + 0.25) / 2, (0.1 + 0.75) / 2, 0.0]) + 0.5 / 500
+    background /= background.sum()
+    first = (counts[:, 0] + 50 * background) / 150
+    second = (counts[:, 1] + 50 * background) / 450
+    np.testing.assert_allclose(table[:, 0] - table[:, 1], np.log(first / second), atol=1e-12)
+    np.testing.assert_allclose(table.sum(1), 0, atol=1e-12)
+    assert first.sum() == pytest.approx(1) and second.sum() == pytest.approx(1)
+
+
+def test_the_size_of_a_domain_says_nothing_about_a_token() -> None:
+    small = np.array([[60, 20], [40, 80]])
+    table = ev.evidence_table(small * [1, 1], 1e-9)
+    np.testing.assert_allclose(ev.evidence_table(small * [1, 1000], 1e-9), table, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_sums_and_posteriors_are_the_definition(decay: float) -> None:
+    rng = np.random.default_rng(0)
+    evidence = rng.normal(size=(20, 3))
+    total, expected = np.zeros(3), []
+    for row in evidence:
+        total = decay * total + row
+        expected.append(np.exp(total / 2) / np.exp(total / 2).sum())
+    found = np.exp(ev.log_posterior(ev.decayed_sums(evidence, decay), temperature=2.0))
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_the_fit_forgets_and_is_not_too_sure() -> None:
+    """Tokens that come eight times over are one token's evidence, and documents may follow one of another domain."""
+    rng = np.random.default_rng(0)
+    frequencies = {0: np.array([0.4, 0.3, 0.2, 0.1]), 1: np.array([0.1, 0.2, 0.3, 0.4])}
+
+    def document(domain: int, echo: int) -> np.ndarray:
+        return np.repeat(rng.choice(4, size=100, p=frequencies[domain]), echo)
+
+    counts = np.stack([ev.count([document(m, 1) for _ in range(50)], 4) for m in (0, 1)], axis=1)
+    once = ev.fit_posterior(counts, {m: [document(m, 1) for _ in range(10)] for m in (0, 1)})
+    eightfold = ev.fit_posterior(counts, {m: [document(m, 8) for _ in range(10)] for m in (0, 1)})
+    assert eightfold.temperature >= 4 * once.temperature
+    assert once.decay < 1.0 and eightfold.decay < 1.0
+    assert once.accuracy is not None and once.accuracy > 0.8
+
+
+def test_shares_are_a_softmax_that_is_never_zero() -> None:
+    losses = np.array([[3.0, 3.1, 5.0], [2.0, 2.0, 200.0]])
+    np.testing.assert_allclose(
+        np.exp(log_shares(losses, 0.1)[0, :2]), np.array([1, np.exp(-1)]) / (1 + np.exp(-1)), 1e-4
+    )
+    assert log_shares(losses, 0.01).min() == LEAST_LOG
+
+
+def test_logistic_regression_is_at_its_minimum() -> None:
+    """The gradient of the loss as written in its docstring vanishes there, and labels are recovered."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 8) * 5
+    truth = torch.randn(3, 8)
+    target = F.one_hot((x @ truth.T).argmax(-1), 3).float()
+    weight = torch.full((300,), 1 / 300)
+    w = logistic_regression(x, target, weight, 0.01).requires_grad_()
+    loss = -(weight[:, None] * target * (x @ w.T).log_softmax(-1)).sum()
+    loss = loss + 0.01 / 2 * w.square().sum() * x.square().mean()
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert gradient.abs().max() < 1e-3
+    assert ((x @ w.T).argmax(-1) == target.argmax(-1)).float().mean() > 0.95
+
+
+def test_measured_documents_are_others_than_counted_ones() -> None:
+    documents = [np.full(100, number) for number in range(40)]
+    text = reading._split(documents)
+    counted, measured = ({int(tokens[0]) for tokens in part} for part in (text.counted, text.measured))
+    assert not counted & measured and len(counted) == 30 and len(measured) == 10
+    (book,) = [np.arange(5000)]
+    text = reading._split([book])
+    counted, measured = (set(np.concatenate(part).tolist()) for part in (text.counted, text.measured))
+    assert not counted & measured and len(counted | measured) == 5000
+    assert max(map(len, text.measured)) <= reading.PIECE
+
+
+def test_of_long_documents_more_is_read_where_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "encode", lambda tokenizer, texts, special: [np.arange(len(text)) for text in texts])
+    many = reading._tokens(["x" * 2000] * 200, None)
+    few = reading._tokens(["x" * 100_000] * 3, None)
+    assert max(map(len, many)) == reading.PIECE
+    assert sum(map(len, few)) >= reading.COUNTED_TOKENS
