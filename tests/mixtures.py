@@ -15,6 +15,8 @@ from branchmix.models.routing_branchmix import BranchMixRouter
 from families import BY_NAME
 
 BOTH = ("kv_experts", "kv_sharing")
+GATE = {"domains": ["prose", "code", "law", "verse"], "decay": 0.9}
+"""Document gates of four domains."""
 
 
 def random_mixture(
@@ -39,6 +41,16 @@ def random_mixture(
             std = 0.3 if id(parameter) in routers else 0.08
             parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
     model.tie_weights()
+    return model
+
+
+def gated(name: str, attention: str = "kv_experts", **options: Any) -> BranchMixForCausalLM:
+    """A random mixture whose document gates say much more than its token gates."""
+    model = random_mixture(name, attention, document_gate=GATE, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.document_gate.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model
 
 

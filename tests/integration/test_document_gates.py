@@ -24,20 +24,9 @@ from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 from branchmix.train import adapters, freeze
 from branchmix.train.record import part_of
 from families import NAMES
-from mixtures import BOTH, close, load, random_mixture, tokens
+from mixtures import BOTH, GATE, close, gated, load, random_mixture, tokens
 
-GATE = {"domains": ["prose", "code", "law", "verse"], "decay": 0.9}
 FAMILIES = ("llama", "cohere", "gemma3", "gpt-neox", "gpt2", "opt", "gptj", "falcon", "phi3")
-
-
-def gated(name: str, attention: str = "kv_experts", **options: Any) -> BranchMixForCausalLM:
-    """A random mixture whose document gates say much more than its token gates."""
-    model = random_mixture(name, attention, document_gate=GATE, **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.document_gate.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def generate(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:

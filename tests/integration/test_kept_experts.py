@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from branchmix.models.kept_branchmix import chosen_experts, expert_shares, keep_experts, of_kept_experts
+from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixRouter
-from branchmix.upcycling.verify import one_hot_gates
 from families import NAMES
-from mixtures import BOTH, close, random_mixture, tokens
+from mixtures import BOTH, close, gated, random_mixture, tokens
 
 
 @pytest.mark.parametrize("attention", (*BOTH, "average"))
@@ -91,6 +91,27 @@ def test_shares_are_means_of_the_gates_and_padding_has_none() -> None:
     mask = torch.ones_like(ids)
     padded = torch.cat((torch.zeros_like(ids[:, :3]), ids), 1)
     close(expert_shares(mixture, padded, torch.cat((torch.zeros_like(mask[:, :3]), mask), 1)), expected)
+
+
+def test_document_gates_are_cut_to_the_experts_kept_and_say_which() -> None:
+    """Without running the model: what they add to the logits after the prompt's last token."""
+    mixture, ids = gated("llama"), tokens()
+    gate = mixture.document_gate
+    with torch.no_grad():
+        logits = gate(ids)[0]
+        shares = (logits.attention[:, -1].softmax(-1) + logits.ffn[:, -1].softmax(-1)) / 2
+        padded = torch.cat((torch.zeros_like(ids[:, :3]), ids), 1)
+        mask = (torch.arange(padded.shape[1]) >= 3).long().expand_as(padded)
+        close(expert_shares(mixture, ids), shares)
+        close(expert_shares(mixture, padded, mask), shares)
+        some = keep_experts(mixture, [0, 2])
+        close(some.document_gate(ids)[0].ffn, logits.ffn[..., [0, 2]])
+        assert some.document_gate.evidence.data_ptr() == gate.evidence.data_ptr()
+        one = keep_experts(mixture, [1])
+        assert one.document_gate is None
+        with one_hot_gates(mixture, 1):
+            close(one(ids).logits, mixture(ids).logits)
+    assert greedy(mixture, ids, experts="auto").shape[1] == ids.shape[1] + 6
 
 
 def test_auto_keeps_the_experts_that_have_half_of_the_largest_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import branchmix
 from branchmix.accounting import inspect
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.models.routers import one_hot_gates
 from branchmix.upcycling.plan import open_expert
-from branchmix.upcycling.verify import one_hot_gates
 from families import NAMES
 from mixtures import close, load, recipe, tokens
 

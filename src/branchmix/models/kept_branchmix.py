@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .attention_branchmix import BranchMixAttention, BranchMixExpertNorm, BranchMixExpertRotary, HeadOrder
+from .documents_branchmix import BranchMixDocumentGate, DocumentLogits
 from .experts_branchmix import BranchMixExperts
 from .linear_branchmix import BranchMixLinear
 from .routing_branchmix import BranchMixRouter
@@ -71,7 +72,7 @@ def _config(config: Any, rows: list[int]) -> Any:
     kept, count, top_k = copy.deepcopy(config), len(rows), min(config.num_experts_per_tok, len(rows))
     raw = not config.norm_topk_prob
     if count == 1:
-        kept.routed_scaling_factor = 1.0
+        kept.routed_scaling_factor, kept.document_gate = 1.0, None
     elif raw and config.routed_scaling_factor == config.num_experts / config.num_experts_per_tok:
         kept.routed_scaling_factor = count / top_k
     kept.num_experts, kept.num_experts_per_tok = count, top_k
@@ -93,7 +94,9 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
     one_an_expert = isinstance(kept, (BranchMixExpertNorm, BranchMixExpertRotary))
     for name, child in kept.named_children():
         _share(child, whole[rows[int(name)]] if one_an_expert else getattr(whole, name), rows, query)
-    if isinstance(kept, (BranchMixExperts, BranchMixRouter)):
+    if isinstance(kept, BranchMixDocumentGate):
+        _cut(kept, rows, names=DocumentLogits._fields)
+    elif isinstance(kept, (BranchMixExperts, BranchMixRouter)):
         _cut(kept, rows)
     elif isinstance(kept, BranchMixAttention):
         _cut(kept, rows)  # o_bias
@@ -103,7 +106,13 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
                 _cut(projection, rows, whole.order if name == query else whole.order.of_keys())
 
 
-def _cut(module: nn.Module, rows: list[int], order: HeadOrder | None = None, dim: int = 0) -> None:
+def _cut(
+    module: nn.Module,
+    rows: list[int],
+    order: HeadOrder | None = None,
+    dim: int = 0,
+    names: Sequence[str] | None = None,
+) -> None:
     """Leave only some experts in a module's own tensors.
 
     Args:
@@ -111,10 +120,11 @@ def _cut(module: nn.Module, rows: list[int], order: HeadOrder | None = None, dim
         rows: the experts that stay.
         order: of the heads.
         dim: where the heads are.
+        names: of the tensors; all if not given.
     """
     sizes, axis = ((-1, 1), 0) if order is None else ((*order.sizes, order.head_dim), order.expert_axis)
     for name, value in module._parameters.items():
-        if value is not None:
+        if value is not None and (names is None or name in names):
             wide = value.detach().unflatten(dim, sizes)
             if rows[-1] - rows[0] + 1 == len(rows):
                 some = wide.narrow(dim + axis, rows[0], len(rows))
@@ -133,13 +143,20 @@ _KEPT: WeakKeyDictionary[Any, tuple[Any, dict[tuple[int, ...], Any]]] = WeakKeyD
 
 @torch.no_grad()
 def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Each expert's share of the gates over a prompt, [B, E]: the mean over routers and tokens of softmaxed logits.
+    """Each expert's share of the gates over a prompt, [B, E].
+
+    Document gates say it without running the model: their softmaxed logits after the last token, the mean over both
+    kinds of routers. Without them it is the mean over all routers and tokens.
 
     Args:
         model: a mixture.
         input_ids: [B, T].
         attention_mask: [B, T], 0 for padding.
     """
+    if model.document_gate is not None:
+        logits, _ = model.document_gate(input_ids, attention_mask)
+        last = [kind[:, -1].softmax(-1) for kind in logits if kind is not None]
+        return torch.stack(last).mean(0).to(input_ids.device)
     outputs = model(
         input_ids, attention_mask=attention_mask, output_router_logits=True, use_cache=False, logits_to_keep=1
     )
