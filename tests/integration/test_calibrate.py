@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from branchmix.evaluate.run import evaluate
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -25,7 +24,8 @@ from branchmix.data.evaluation import EvalData
 from branchmix.data.sources import is_held_out
 from branchmix.errors import CheckpointError, DataError, OutputError, RecipeError
 from branchmix.evaluate.documents import select
-from branchmix.evaluate.perplexity import bits_per_byte
+from branchmix.evaluate.evaluation import evaluate
+from branchmix.evaluate.perplexity import aggregate, score_documents
 from branchmix.models import chunked_branchmix
 from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter
@@ -372,7 +372,8 @@ def test_forced_rows_are_the_mixture_with_one_expert(home: Path, calibrated: Any
     model = load(home / "calibrated")
     texts = [d.text for d in select(EvalData.load(home / "data.yaml"), dialects.tokenizer())["west"]]
     with one_hot_gates(model, 3):
-        expected = bits_per_byte(model, dialects.tokenizer(), texts, max_length=64).perplexity
+        scores = score_documents(model, dialects.tokenizer(), texts, max_length=64)
+        expected = aggregate(score for _, score in scores).perplexity
     found = {model.model: model.domains["west"].perplexity for model in report.models}
     assert found[f"{home / 'calibrated'}: west only"] == pytest.approx(expected, rel=1e-5)
     assert found[f"{home / 'calibrated'}: seed only"] > 1.1 * expected
