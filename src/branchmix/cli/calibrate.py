@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from branchmix.cli import console
-from branchmix.pages.table import Table
-
-if TYPE_CHECKING:
-    from branchmix.upcycling.gates.measure import Fitted
 
 EPILOG = """\b
 Examples:
@@ -47,7 +42,7 @@ def calibrate_command(
     as_json: console.AsJson = False,
 ) -> None:
     """Fit the gates of a mixture on text, without training: experts are chosen by what the document is about."""
-    from branchmix.cli.upcycle import warn_of_leftovers
+    from branchmix.cli.upcycle import print_gates, warn_of_leftovers
     from branchmix.upcycling.gates import calibrate
 
     console.quiet_libraries()
@@ -68,17 +63,3 @@ def calibrate_command(
         return
     print_gates(report.fitted)
     typer.echo(f"\nwrote {report.out} in {report.seconds:.1f} s")
-
-
-def print_gates(fitted: Fitted) -> None:
-    """A row per domain: perplexity before and after, with all gates forced to the best expert, and who is wanted."""
-    rows = []
-    for domain in fitted.domains:
-        best = min(domain.forced, key=domain.forced.__getitem__, default="")
-        wanted = sorted(domain.shares.items(), key=lambda entry: -entry[1])
-        losses = ("-" if loss is None else f"{math.exp(loss):.2f}" for loss in (domain.before, domain.after))
-        bound = f"{math.exp(domain.forced[best]):.2f} ({best})" if best else "-"
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in wanted if share >= 0.01)
-        rows.append([domain.name, f"{domain.counted_tokens:,}", *losses, bound, shares])
-    head = ["domain", "tokens", "before", "after", "best expert alone", "experts wanted"]
-    Table(head, rows, title="perplexity on documents that no gate was fitted to", left=("experts wanted",)).show()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.upcycling import UpcycleReport
+    from branchmix.upcycling.gates.measure import Fitted
     from branchmix.upcycling.plan import Plan
 
 EPILOG = """\b
@@ -91,8 +93,6 @@ def show(report: UpcycleReport, *, as_json: bool) -> None:
     if report.verification is not None:
         _print_verification(report)
     if report.gates is not None:
-        from branchmix.cli.calibrate import print_gates
-
         typer.echo("")
         print_gates(report.gates)
     if report.written is not None:
@@ -150,6 +150,20 @@ def _print_plan(report: UpcycleReport) -> None:
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
         f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}"
     )
+
+
+def print_gates(fitted: Fitted) -> None:
+    """A row per domain: perplexity before and after, with all gates forced to the best expert, and who is wanted."""
+    rows = []
+    for domain in fitted.domains:
+        best = min(domain.forced, key=domain.forced.__getitem__, default="")
+        wanted = sorted(domain.shares.items(), key=lambda entry: -entry[1])
+        losses = ("-" if loss is None else f"{math.exp(loss):.2f}" for loss in (domain.before, domain.after))
+        bound = f"{math.exp(domain.forced[best]):.2f} ({best})" if best else "-"
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in wanted if share >= 0.01)
+        rows.append([domain.name, f"{domain.counted_tokens:,}", *losses, bound, shares])
+    head = ["domain", "tokens", "before", "after", "best expert alone", "experts wanted"]
+    Table(head, rows, title="perplexity on documents that no gate was fitted to", left=("experts wanted",)).show()
 
 
 def _print_verification(report: UpcycleReport) -> None:
