@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +31,6 @@ def safe(html: str) -> Any:
     from markupsafe import Markup
 
     return Markup(html)
-
-
-def document(title: str, kicker: str, lead: Iterable[str], sections: Iterable[str], *, head: str = "") -> str:
-    """A whole page.
-
-    Args:
-        title: its heading.
-        kicker: the small line above it, which is the tab's title too.
-        lead: sentences below the heading, as text; the first is set larger.
-        sections: HTML.
-        head: HTML for the end of the head, such as further styles.
-    """
-    content = {"sections": safe("".join(sections)), "head": safe(head)}
-    return render(TEMPLATES / "page.html", title=title, kicker=kicker, lead=list(lead), **content)
-
-
-def section(title: str, content: str) -> str:
-    """A heading (text) and what is below it (HTML)."""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>\n"
 
 
 def write(file: Path, html: str) -> Path:
