@@ -198,7 +198,7 @@ def test_climbing_is_isotonic_regression_of_every_beginning(seed: int, sizes: in
             assert found.first_NK[row, end - 1] == pytest.approx(fit[0], abs=1e-12)
             assert found.last_NK[row, end - 1] == pytest.approx(fit[-1], abs=1e-12)
             assert found.squares_NK[row, end - 1] == pytest.approx(weight_K[:end] @ fit**2, abs=1e-9)
-        assert found.fit_NK[row] == pytest.approx(fit, abs=1e-12)
+        assert found.fit[row] == pytest.approx(fit, abs=1e-12)
 
 
 def test_the_flattest_fit_keeps_only_steps_that_pay() -> None:

@@ -110,18 +110,16 @@ def curve(
 
 def between_variance(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> float:
     """Paule and Mandel's variance between runs, beyond ``covariance``, about the fit of ``design``."""
-    free = len(y) - design.shape[1]
-    identity = np.eye(len(y))
+    rest = np.linalg.qr(design, mode="complete")[0][:, design.shape[1] :]
+    variances, axes = np.linalg.eigh(rest.T @ covariance @ rest)
+    squares = (axes.T @ (rest.T @ y)) ** 2
 
     def excess(variance: float) -> float:
-        return _weighted_fit(y, design, covariance + variance * identity).squares - free
+        return float(np.sum(squares / (variances + variance))) - len(squares)
 
-    if free <= 0 or excess(0.0) <= 0:
+    if not len(squares) or excess(0.0) <= 0:
         return 0.0
-    top = float(np.var(y)) + 1e-12
-    while excess(top) > 0:
-        top *= 4
-    return float(optimize.brentq(excess, 0.0, top, xtol=1e-12))
+    return float(optimize.brentq(excess, 0.0, squares.sum() + 1e-12, xtol=1e-12))
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,15 @@ def _powers(x: np.ndarray, degree: int) -> np.ndarray:
 
 def quadratic_squares(curve: Curve, y_NK: np.ndarray) -> np.ndarray:
     """[N], weighted sums of squares about the quadratics through curves that have this curve's errors."""
-    covariance_KK = curve.sampling_KK + np.diag(curve.jitter_K)
     design_KP = _powers(curve.x_K, 2)
-    residual_NK = y_NK - y_NK @ _weighted_fit(curve.y_K, design_KP, covariance_KK).projection_PK.T @ design_KP.T
-    return np.asarray(((residual_NK @ np.linalg.inv(covariance_KK)) * residual_NK).sum(1))
+    fit = _weighted_fit(curve.y_K, design_KP, curve.sampling_KK + np.diag(curve.jitter_K))
+    return squares_about(curve, y_NK - y_NK @ fit.projection_PK.T @ design_KP.T)
+
+
+def squares_about(curve: Curve, residual_NK: np.ndarray) -> np.ndarray:
+    """[N], weighted sums of squared deviations from fits, with this curve's errors."""
+    precision_KK = np.linalg.inv(curve.sampling_KK + np.diag(curve.jitter_K))
+    return np.asarray(((residual_NK @ precision_KK) * residual_NK).sum(-1))
 
 
 def theil_sen(x_K: np.ndarray, y_BK: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from branchmix.scaling.trends.fit import Curve, percentiles, quadratic_squares
+from branchmix.scaling.trends.fit import Curve, percentiles, quadratic_squares, squares_about
 
 Interval = tuple[float, float]
 _ROUNDING = 1e-9
@@ -26,11 +26,15 @@ _KNOWN_SHARE = 0.5
 """Simulated curves count as scattering by at least this share of what examples alone cause. With 0, a turn over few
 sizes is hardly ever found (U of 5 sizes, 100 questions, no jitter: 9 %, against 70 % with 0.5). With 1, up to 10 % of
 the monotone curves whose jitter was underestimated by chance turn."""
+_RAMP_LENGTH, _RAMP_HEIGHT = 0.25, 3.0
 _STEP_COST = 2.0
 """What a step of a monotone fit must explain to be kept, in variances: what it costs by Akaike's criterion."""
 _CAUTION = 1.5
 """What the bootstrap's p of a turn is multiplied by: it takes the estimated jitter for the true one, and with one run
 of each size it rejected 6 to 7 % of some simulated monotone curves at a nominal 5 %."""
+
+_BATCH, _ENOUGH_HITS = 250, 50
+"""Draws at a time, and how many with as large a gain show that p is not small (Besag and Clifford 1991)."""
 
 
 # ---- isotonic regression of many curves at once ----
@@ -46,44 +50,40 @@ class Climb:
     """The fit's value at the first size."""
     last_NK: np.ndarray
     """The fit's value at size k."""
-    fit_NK: np.ndarray
-    """The fit to all sizes."""
+    start_NK: np.ndarray
+    """Where the block of equal values that ends at size k begins."""
+
+    @property
+    def fit(self) -> np.ndarray:
+        """[N, K], the fits to all sizes."""
+        every, fit_NK = np.arange(len(self.start_NK)), np.empty(self.last_NK.shape)
+        end_N = np.full(len(every), fit_NK.shape[1] - 1)
+        for size in reversed(range(fit_NK.shape[1])):
+            fit_NK[:, size] = self.last_NK[every, end_N]
+            end_N = np.where(self.start_NK[every, end_N] == size, size - 1, end_N)
+        return fit_NK
 
 
-def climb(y_NK: np.ndarray, weight_NK: np.ndarray) -> Climb:
-    """Pool adjacent violators, from the left, for all curves in step; blocks so far are the fit to the sizes so far."""
+def climb(y_NK: np.ndarray, weight_K: np.ndarray) -> Climb:
+    """Isotonic regression of all curves at once.
+
+    The last block of a fit is the one of largest mean among those that end at the last size, and what is left of it is
+    the fit to the sizes before.
+    """
     num_curves, num_sizes = y_NK.shape
-    weight_NK = np.broadcast_to(weight_NK, y_NK.shape)
-    sums, weights = np.zeros(y_NK.shape), np.zeros(y_NK.shape)
-    counts = np.zeros(y_NK.shape, dtype=int)
-    top_N, every = np.full(num_curves, -1), np.arange(num_curves)
-    squares_N = np.zeros(num_curves)
-    squares_NK, first_NK, last_NK = (np.zeros(y_NK.shape) for _ in range(3))
-    for size in range(num_sizes):
-        top_N += 1
-        new_N = weight_NK[:, size] * y_NK[:, size]
-        sums[every, top_N], weights[every, top_N], counts[every, top_N] = new_N, weight_NK[:, size], 1
-        squares_N += new_N * y_NK[:, size]
-        rows = every[top_N > 0]
-        while len(rows):
-            top = top_N[rows]
-            low, low_weight = sums[rows, top - 1], weights[rows, top - 1]
-            high, high_weight = sums[rows, top], weights[rows, top]
-            wrong = low * high_weight >= high * low_weight
-            rows, top = rows[wrong], top[wrong]
-            low, low_weight, high, high_weight = (each[wrong] for each in (low, low_weight, high, high_weight))
-            both, both_weight = low + high, low_weight + high_weight
-            squares_N[rows] += both**2 / both_weight - low**2 / low_weight - high**2 / high_weight
-            sums[rows, top - 1], weights[rows, top - 1] = both, both_weight
-            counts[rows, top - 1] += counts[rows, top]
-            top_N[rows] = top - 1
-            rows = rows[top > 1]
-        squares_NK[:, size] = squares_N
-        first_NK[:, size] = sums[:, 0] / weights[:, 0]
-        last_NK[:, size] = sums[every, top_N] / weights[every, top_N]
-    is_block = np.arange(num_sizes) <= top_N[:, None]
-    fit_NK = np.repeat(sums[is_block] / weights[is_block], counts[is_block]).reshape(y_NK.shape)
-    return Climb(squares_NK, first_NK, last_NK, fit_NK)
+    every = np.arange(num_curves)
+    sum_KN, weight = np.zeros((num_sizes + 1, num_curves)), np.concatenate([[0.0], np.cumsum(weight_K)])
+    np.cumsum((y_NK * weight_K).T, axis=0, out=sum_KN[1:])
+    squares_KN, first_KN, last_KN = (np.zeros((num_sizes + 1, num_curves)) for _ in range(3))
+    start_KN = np.zeros((num_sizes, num_curves), dtype=int)
+    for end in range(1, num_sizes + 1):
+        weight_S = weight[end] - weight[:end]
+        mean_SN = (sum_KN[end] - sum_KN[:end]) / weight_S[:, None]
+        start_KN[end - 1] = start_N = mean_SN.argmax(0)
+        last_KN[end] = mean_SN[start_N, every]
+        squares_KN[end] = squares_KN[start_N, every] + weight_S[start_N] * last_KN[end] ** 2
+        first_KN[end] = np.where(start_N == 0, last_KN[end], first_KN[start_N, every])
+    return Climb(squares_KN[1:].T, first_KN[1:].T, last_KN[1:].T, start_KN.T)
 
 
 @dataclass(frozen=True)
@@ -104,45 +104,45 @@ class _Turns:
 
 
 def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> tuple[_Turns, _Turns]:
-    """Of the curves, and of the curves upside down."""
-    weight_NK = np.stack([weight_K, weight_K[::-1]]).repeat(2 * len(y_NK), axis=0)
-    found = climb(np.concatenate([y_NK, -y_NK, y_NK[:, ::-1], -y_NK[:, ::-1]]), weight_NK)
-    num_sizes = y_NK.shape[1]
+    """The fits to the curves, and to the curves upside down."""
+    y_2NK = np.concatenate([y_NK, -y_NK])
+    rise, fall = climb(y_2NK, weight_K), climb(y_2NK[:, ::-1], weight_K[::-1])
+    num_curves = len(y_NK)
 
-    def both(first: int) -> _Turns:
-        squares, starts, ends = (
-            values.reshape(4, -1, num_sizes)[first::2] for values in (found.squares_NK, found.first_NK, found.last_NK)
-        )
+    def one(part: slice) -> _Turns:
         return _Turns(
-            squares_NS=squares[0, :, :-1] + squares[1, :, -2::-1],
-            monotone_N=squares[0, :, -1],
-            first_NS=starts[0, :, :-1],
-            peak_NS=np.maximum(ends[0, :, :-1], ends[1, :, -2::-1]),
-            last_NS=starts[1, :, -2::-1],
+            squares_NS=rise.squares_NK[part, :-1] + fall.squares_NK[part, -2::-1],
+            monotone_N=rise.squares_NK[part, -1],
+            first_NS=rise.first_NK[part, :-1],
+            peak_NS=np.maximum(rise.last_NK[part, :-1], fall.last_NK[part, -2::-1]),
+            last_NS=fall.first_NK[part, -2::-1],
         )
 
-    return both(0), both(1)
+    return one(slice(0, num_curves)), one(slice(num_curves, None))
 
 
 def flattest(y_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
     """The nondecreasing fit with as few steps as the data allow.
 
     The best fit follows the noise of a plateau upwards; a bootstrap under it would find too few falls by chance. So
-    neighbouring blocks are merged while that costs less than ``_STEP_COST``, the cheapest first.
+    neighbouring blocks are merged while that costs less than ``_STEP_COST`` variances, the cheapest first. The variance
+    is what scatters about the fit, if that is more than the weights say.
     """
-    fit_K = climb(y_K[None], weight_K).fit_NK[0]
+    fit_K = climb(y_K[None], weight_K).fit[0]
     ends = [*(np.flatnonzero(np.diff(fit_K)) + 1), len(fit_K)]
-    while len(ends) > 1:
+    while True:
         starts = np.array([0, *ends[:-1]])
         weight = np.add.reduceat(weight_K, starts)
         mean = np.add.reduceat(weight_K * y_K, starts) / weight
+        fit_K = np.repeat(mean, np.diff([0, *ends]))
+        if len(ends) == 1:
+            return fit_K
         costs = np.diff(mean) ** 2 * weight[:-1] * weight[1:] / (weight[:-1] + weight[1:])
         cheapest = int(costs.argmin())
-        if costs[cheapest] >= _STEP_COST:
-            break
+        scatter = float(weight_K @ (y_K - fit_K) ** 2) / max(1, len(y_K) - len(ends))
+        if costs[cheapest] >= _STEP_COST * max(1.0, scatter):
+            return fit_K
         del ends[cheapest]
-    starts = np.array([0, *ends[:-1]])
-    return np.repeat(np.add.reduceat(weight_K * y_K, starts) / np.add.reduceat(weight_K, starts), np.diff([0, *ends]))
 
 
 # ---- monotone or not ----
@@ -163,7 +163,7 @@ class Trend:
     change: float
     """From the smallest size to the largest, as in the data."""
     interval: Interval
-    """Of ``change``."""
+    """The interval of ``change``."""
     largest_move: float
     """Below this, for sure, lies every change between two sizes: the rise and the fall alike."""
 
@@ -245,9 +245,9 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     fit_K = _unimodal(sign * curve.y_K, weight_K, split)
     place = int(fit_K.argmax())
     legs = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
-    p = _turn_p(curve, weight_K) if min(map(abs, legs)) > least else 1.0
+    p = _turn_p(curve, weight_K, legs) if min(map(abs, legs)) > least else 1.0
     leg_intervals, change_interval = ((legs[0], legs[0]), (legs[1], legs[1])), (sum(legs), sum(legs))
-    if p < 1:
+    if p < alpha:
         drawn, _ = _turns(fit_K + sign * wide_noise(curve), weight_K)
         first_B, peak_B, last_B = (sign * v[:, split] for v in (drawn.first_NS, drawn.peak_NS, drawn.last_NS))
         leg_intervals = (about(legs[0], peak_B - first_B, alpha), about(legs[1], last_B - peak_B, alpha))
@@ -265,30 +265,50 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
 
 def _unimodal(y_K: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
     """Up to the split nondecreasing, beyond it nonincreasing."""
-    before = climb(y_K[None, : split + 1], weight_K[: split + 1]).fit_NK[0]
-    after = climb(y_K[None, :split:-1], weight_K[:split:-1]).fit_NK[0, ::-1]
+    before = climb(y_K[None, : split + 1], weight_K[: split + 1]).fit[0]
+    after = climb(y_K[None, :split:-1], weight_K[:split:-1]).fit[0, ::-1]
     return np.concatenate([before, after])
 
 
-def _turn_p(curve: Curve, weight_K: np.ndarray) -> float:
-    noise_BK = curve.draws_BK - curve.y_K
-    count = len(noise_BK)
-    monotone = [sign * flattest(sign * curve.y_K, weight_K) for sign in (1, -1)]
-    y_NK = np.vstack([curve.y_K, *(fit_K + noise_BK for fit_K in monotone)])
-    y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
-    turns, dips = _turns(y_NK, weight_K)
-    turned_N = np.maximum(turns.squares_NS.max(1), dips.squares_NS.max(1))
-    gain_N = turned_N - np.maximum(turns.monotone_N, dips.monotone_N)
-    if gain_N[0] <= _ROUNDING * turned_N[0]:
+def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
+    """How often the least favourable monotone curve gains as much by a turn, over its variance about a quadratic.
+
+    The jitter of the curve was chosen such that its own squares equal their degrees of freedom, or are fewer; those of
+    simulated curves are not below what examples alone cause either. How much that is of all scatter is not better
+    known than the jitter. So the jitter is taken about the monotone fit here, if there is more of it: a turn may lie
+    close to a quadratic by chance. No more draws once p is known to be large.
+    """
+    first = abs(legs[0]) > abs(legs[1])
+    sign = np.sign(legs[0] if first else legs[1])
+    turns, dips = _turns((curve.y_K - curve.y_K @ weight_K / weight_K.sum())[None], weight_K)
+    gain = float(_gain(turns, dips)[0])
+    if gain <= _ROUNDING * max(turns.squares_NS.max(), dips.squares_NS.max()):
         return 1.0
-    # The jitter was chosen such that the curve's own squares equal their degrees of freedom, or are fewer.
+    fit_K = sign * flattest(sign * curve.y_K, weight_K)
+    spare = curve.sizes - len(np.unique(fit_K)) + curve.within
+    scale = max(1.0, (float(squares_about(curve, curve.y_K - fit_K)) + curve.within) / spare)
+
     free = curve.sizes - 3 + curve.within
-    sampling = float(np.mean(np.diag(curve.sampling_KK)))
-    least = _KNOWN_SHARE * free * sampling / (sampling + float(np.mean(curve.jitter_K)))
-    squares_B = quadratic_squares(curve, y_NK[1:]) + np.tile(_chi_squares(curve, count), 2)
-    ratio_B = gain_N[1:] / np.maximum(squares_B, least)
-    p = max(_share_at_least(gain_N[0] / free, ratio_B[part]) for part in (slice(0, count), slice(count, None)))
-    return min(1.0, _CAUTION * p)
+    noise_BK = curve.draws_BK - curve.y_K
+    scatter = float(noise_BK.var(1, ddof=1).mean())
+    least = free * float(curve.sampling_BK.var(1, ddof=1).mean()) / scatter / scale
+    steps = max(1, round(_RAMP_LENGTH * (curve.sizes - 1)))
+    ramp_K = _RAMP_HEIGHT * np.sqrt(scatter) * np.minimum(np.arange(curve.sizes) / steps, 1)
+    y_BK = noise_BK + (sign * ramp_K if first else -sign * ramp_K[::-1])
+    y_BK -= (y_BK @ weight_K / weight_K.sum())[:, None]
+    squares_B = np.maximum(quadratic_squares(curve, y_BK) + _chi_squares(curve, len(y_BK)), least)
+    hits = drawn = 0
+    while drawn < len(y_BK) and hits < _ENOUGH_HITS:
+        part = slice(drawn, drawn + _BATCH)
+        hits += int(np.sum(_gain(*_turns(y_BK[part], weight_K)) >= gain / free * squares_B[part]))
+        drawn += len(y_BK[part])
+    return min(1.0, _CAUTION * (1 + hits) / (1 + drawn))
+
+
+def _gain(turns: _Turns, dips: _Turns) -> np.ndarray:
+    """[N], the squares that a turn explains beyond both monotone fits."""
+    turned_N = np.maximum(turns.squares_NS.max(1), dips.squares_NS.max(1))
+    return np.asarray(turned_N - np.maximum(turns.monotone_N, dips.monotone_N))
 
 
 def about(value: float, draws_B: np.ndarray, alpha: float) -> Interval:
@@ -309,7 +329,3 @@ def wide_noise(curve: Curve, calmer: float = 1.0) -> np.ndarray:
 def _chi_squares(curve: Curve, count: int) -> np.ndarray:
     """Squares within sizes, drawn anew; the same for every curve, so that results can be repeated bit for bit."""
     return np.random.default_rng(1).chisquare(curve.within, count) if curve.within else np.zeros(count)
-
-
-def _share_at_least(value: float, draws_B: np.ndarray) -> float:
-    return float((1 + np.sum(draws_B >= value)) / (1 + len(draws_B)))
