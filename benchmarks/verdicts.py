@@ -30,7 +30,7 @@ import numpy as np
 import scipy
 from scipy import stats
 
-from branchmix.scaling.trends.fit import curve
+from branchmix.scaling.trends.fit import NUM_DRAWS, curve
 from branchmix.scaling.trends.multiple import judge_together
 from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Limits
 
@@ -86,7 +86,7 @@ SHAPES: dict[str, Shape] = {
 }
 SIZES = (5, 6, 8, 10, 12)
 JITTERS = (0.0, 0.01, 0.03, 0.08)
-EXAMPLES = (100, 1_000, 20_000)
+EXAMPLES = (1_000, 100, 20_000)
 SEEDS = (1, 3)
 """Runs of a size."""
 SHEET = 11
@@ -95,8 +95,6 @@ SHEET_EXAMPLES = 500
 SHAPED = (0, 4, 8)
 """Tasks of a sheet that have a shape, each the next of SHAPED_KINDS; the others are flat."""
 SHAPED_KINDS = ("linear", "U", "saturating", "inverted-U", "flat, then rise", "collapse", "linear", "U")
-NUM_DRAWS = 400
-"""Of the bootstraps, to save time; the command has 2,000."""
 MOST = {"monotone": ("wrong_turn", 0.05), "flat": ("wrong", 0.10)}
 """Targets: turns that monotone shapes do not have, and wrong verdicts of any kind on flat ones."""
 
@@ -105,7 +103,7 @@ Cell = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=int, default=100, help="families of each kind")
+    parser.add_argument("--runs", type=int, default=40, help="families of each kind")
     parser.add_argument("--again", type=int, default=600, help="new families where a target is missed; 0: never")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; run again to resume")
@@ -239,7 +237,7 @@ def family(
         seen = random.binomial(examples, np.clip(true, 0.01, 0.99)) / examples
         inside = np.where((seen == 0) | (seen == 1), (0.5 + seen * examples) / (examples + 1), seen)
         stderr = np.sqrt(inside * (1 - inside) / (examples - 1))
-    points = curve(7 + (3 if SHAPES[shape].is_loss else 2) * place, seen, stderr, num_draws=NUM_DRAWS)
+    points = curve(7 + (3 if SHAPES[shape].is_loss else 2) * place, seen, stderr)
     return Evidence(points, runs=len(place), lower_is_better=SHAPES[shape].is_loss, limits=Limits())
 
 

@@ -144,11 +144,21 @@ def _powers(x: np.ndarray, degree: int) -> np.ndarray:
     return np.vander((x - (x[0] + x[-1]) / 2) / half, degree + 1, increasing=True)
 
 
-def quadratic_squares(curve: Curve, y_NK: np.ndarray) -> np.ndarray:
-    """[N], weighted sums of squares about the quadratics through curves that have this curve's errors."""
-    design_KP = _powers(curve.x_K, 2)
-    fit = _weighted_fit(curve.y_K, design_KP, curve.sampling_KK + np.diag(curve.jitter_K))
-    return squares_about(curve, y_NK - y_NK @ fit.projection_PK.T @ design_KP.T)
+def smooth_variance(curve: Curve, y_NK: np.ndarray, within_N: np.ndarray) -> np.ndarray:
+    """[N], variances about smooth curves in units of this curve's errors; ``within_N`` are the squares within sizes.
+
+    The smaller of the variances about a quadratic and, from 8 sizes on, about a cubic.
+    """
+    variances = []
+    for degree in (2, 3) if curve.sizes >= CUBIC else (2,):
+        design_KP = _powers(curve.x_K, degree)
+        fit = _weighted_fit(curve.y_K, design_KP, curve.sampling_KK + np.diag(curve.jitter_K))
+        squares_N = squares_about(curve, y_NK - y_NK @ fit.projection_PK.T @ design_KP.T) + within_N
+        variances.append(squares_N / (curve.sizes - degree - 1 + curve.within))
+    return np.asarray(np.minimum.reduce(variances))
+
+
+CUBIC = 8
 
 
 def squares_about(curve: Curve, residual_NK: np.ndarray) -> np.ndarray:

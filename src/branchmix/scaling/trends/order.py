@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from branchmix.scaling.trends.fit import Curve, percentiles, quadratic_squares, squares_about
+from branchmix.scaling.trends.fit import Curve, percentiles, smooth_variance, squares_about
 
 Interval = tuple[float, float]
 _ROUNDING = 1e-9
@@ -29,7 +29,7 @@ the monotone curves whose jitter was underestimated by chance turn."""
 _RAMP_LENGTH, _RAMP_HEIGHT = 0.25, 3.0
 _STEP_COST = 2.0
 """What a step of a monotone fit must explain to be kept, in variances: what it costs by Akaike's criterion."""
-_CAUTION = 1.5
+_CAUTION = 2.0
 """What the bootstrap's p of a turn is multiplied by: it takes the estimated jitter for the true one, and with one run
 of each size it rejected 6 to 7 % of some simulated monotone curves at a nominal 5 %."""
 
@@ -46,12 +46,19 @@ class Climb:
 
     squares_NK: np.ndarray
     """Weighted sum of the squared fit to the first k sizes."""
-    first_NK: np.ndarray
-    """The fit's value at the first size."""
     last_NK: np.ndarray
     """The fit's value at size k."""
     start_NK: np.ndarray
     """Where the block of equal values that ends at size k begins."""
+
+    @property
+    def first(self) -> np.ndarray:
+        """[N, K], the value at the first size of the fits to the first k sizes."""
+        every, first_NK = np.arange(len(self.start_NK)), self.last_NK.copy()
+        for size in range(1, first_NK.shape[1]):
+            start_N = self.start_NK[:, size]
+            first_NK[:, size] = np.where(start_N == 0, first_NK[:, size], first_NK[every, start_N - 1])
+        return first_NK
 
     @property
     def fit(self) -> np.ndarray:
@@ -74,16 +81,15 @@ def climb(y_NK: np.ndarray, weight_K: np.ndarray) -> Climb:
     every = np.arange(num_curves)
     sum_KN, weight = np.zeros((num_sizes + 1, num_curves)), np.concatenate([[0.0], np.cumsum(weight_K)])
     np.cumsum((y_NK * weight_K).T, axis=0, out=sum_KN[1:])
-    squares_KN, first_KN, last_KN = (np.zeros((num_sizes + 1, num_curves)) for _ in range(3))
-    start_KN = np.zeros((num_sizes, num_curves), dtype=int)
+    squares_KN, last_KN = np.zeros((num_sizes + 1, num_curves)), np.empty((num_sizes, num_curves))
+    start_KN = np.empty((num_sizes, num_curves), dtype=int)
     for end in range(1, num_sizes + 1):
         weight_S = weight[end] - weight[:end]
         mean_SN = (sum_KN[end] - sum_KN[:end]) / weight_S[:, None]
         start_KN[end - 1] = start_N = mean_SN.argmax(0)
-        last_KN[end] = mean_SN[start_N, every]
-        squares_KN[end] = squares_KN[start_N, every] + weight_S[start_N] * last_KN[end] ** 2
-        first_KN[end] = np.where(start_N == 0, last_KN[end], first_KN[start_N, every])
-    return Climb(squares_KN[1:].T, first_KN[1:].T, last_KN[1:].T, start_KN.T)
+        last_KN[end - 1] = last_N = mean_SN[start_N, every]
+        squares_KN[end] = squares_KN[start_N, every] + weight_S[start_N] * last_N**2
+    return Climb(squares_KN[1:].T, last_KN.T, start_KN.T)
 
 
 @dataclass(frozen=True)
@@ -93,32 +99,27 @@ class _Turns:
     A split behind a size leaves both of its neighbours free to be the turning point.
     """
 
-    squares_NS: np.ndarray
-    """Weighted sum of the squared fit, for each split."""
-    monotone_N: np.ndarray
-    """The same of the best nondecreasing fit."""
-    first_NS: np.ndarray
-    peak_NS: np.ndarray
-    last_NS: np.ndarray
-    """The fit's value at the smallest size, at its maximum, and at the largest size."""
+    rise: Climb
+    fall: Climb
+    """From the largest size back."""
+
+    @property
+    def squares(self) -> np.ndarray:
+        """[N, S], the weighted sum of the squared fit for each split."""
+        return np.asarray(self.rise.squares_NK[:, :-1] + self.fall.squares_NK[:, -2::-1])
 
 
-def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> tuple[_Turns, _Turns]:
-    """The fits to the curves, and to the curves upside down."""
-    y_2NK = np.concatenate([y_NK, -y_NK])
-    rise, fall = climb(y_2NK, weight_K), climb(y_2NK[:, ::-1], weight_K[::-1])
-    num_curves = len(y_NK)
+def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> _Turns:
+    return _Turns(climb(y_NK, weight_K), climb(y_NK[:, ::-1], weight_K[::-1]))
 
-    def one(part: slice) -> _Turns:
-        return _Turns(
-            squares_NS=rise.squares_NK[part, :-1] + fall.squares_NK[part, -2::-1],
-            monotone_N=rise.squares_NK[part, -1],
-            first_NS=rise.first_NK[part, :-1],
-            peak_NS=np.maximum(rise.last_NK[part, :-1], fall.last_NK[part, -2::-1]),
-            last_NS=fall.first_NK[part, -2::-1],
-        )
 
-    return one(slice(0, num_curves)), one(slice(num_curves, None))
+def _gain(y_NK: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
+    """[N], the squares that a turn, up or down, explains beyond both monotone fits."""
+    y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
+    turns, dips = _turns(y_NK, weight_K), _turns(-y_NK, weight_K)
+    turned_N = np.maximum(turns.squares.max(1), dips.squares.max(1))
+    gain_N = turned_N - np.maximum(turns.rise.squares_NK[:, -1], dips.rise.squares_NK[:, -1])
+    return np.where(gain_N > _ROUNDING * turned_N, gain_N, 0.0)
 
 
 def flattest(y_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
@@ -164,8 +165,6 @@ class Trend:
     """From the smallest size to the largest, as in the data."""
     interval: Interval
     """The interval of ``change``."""
-    largest_move: float
-    """Below this, for sure, lies every change between two sizes: the rise and the fall alike."""
 
 
 def trend(curve: Curve, *, alpha: float) -> Trend:
@@ -175,23 +174,29 @@ def trend(curve: Curve, *, alpha: float) -> Trend:
     their errors. Where several runs of a size tell how much models differ, their squares join the denominator.
     """
     weight_K = weights(curve)
-    y_NK = np.vstack([curve.y_K, curve.y_K + wide_noise(curve)])
-    y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
-    fits = climb(np.concatenate([y_NK, -y_NK]), weight_K)
-    explained_2N = fits.squares_NK[:, -1].reshape(2, -1)
-    total = float(y_NK[0] ** 2 @ weight_K) + curve.within
-    share = float(explained_2N[:, 0].max()) / total if total > 0 else 0.0
-
-    climbed_2N = (fits.last_NK[:, -1] - fits.first_NK[:, -1]).reshape(2, -1)
-    rises = bool(explained_2N[0, 0] >= explained_2N[1, 0])
-    change_N = y_NK[:, -1] - y_NK[:, 0]
+    y_K = curve.y_K - curve.y_K @ weight_K / weight_K.sum()
+    fits = climb(np.stack([y_K, -y_K]), weight_K)
+    explained = fits.squares_NK[:, -1]
+    total = float(y_K**2 @ weight_K) + curve.within
+    share = float(explained.max()) / total if total > 0 else 0.0
+    rise, fall = fits.last_NK[:, -1] - fits.first[:, -1]
+    noise_BK = wide_noise(curve)
     return Trend(
         p=min(1.0, 2 * e_bar_squared_tail(share, curve.sizes, curve.within)),
-        move=float(climbed_2N[0, 0] if rises else -climbed_2N[1, 0]),
-        change=float(change_N[0]),
-        interval=percentiles(change_N[1:], alpha),
-        largest_move=float(np.quantile(climbed_2N.max(0)[1:], 1 - alpha)),
+        move=float(rise if explained[0] >= explained[1] else -fall),
+        change=float(y_K[-1] - y_K[0]),
+        interval=percentiles(y_K[-1] - y_K[0] + noise_BK[:, -1] - noise_BK[:, 0], alpha),
     )
+
+
+def is_flat(curve: Curve, *, alpha: float, least: float) -> bool:
+    """Whether every change between two sizes, the rise and the fall alike, is surely smaller than ``least``."""
+    y_BK = curve.y_K + wide_noise(curve)
+    if np.quantile(np.abs(y_BK[:, -1] - y_BK[:, 0]), 1 - alpha) >= least:
+        return False  # the best monotone fits go at least as far
+    fits = climb(np.concatenate([y_BK, -y_BK]), weights(curve))
+    move_2B = (fits.last_NK[:, -1] - fits.first[:, -1]).reshape(2, -1)
+    return bool(np.quantile(move_2B.max(0), 1 - alpha) < least)
 
 
 def e_bar_squared_tail(share: float, sizes: int, within: int = 0) -> float:
@@ -232,24 +237,25 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     """Unimodal against monotone regression; a turn with a leg of no more than ``least`` is not tested (p = 1).
 
     The statistic is what the turn explains beyond a nondecreasing and beyond a nonincreasing fit, the smaller of the
-    two, over the variance about a quadratic. Without the fall a nondecreasing fit is as good, without the rise a
-    nonincreasing one; so a curve that bends without turning has a statistic of 0, however precise its values are. p is
-    the larger of two parametric bootstraps, one under each monotone fit. Two lines with Simonsohn's Robin Hood break
-    were tried as well: a line is as wrong about a curve that bends as a parabola (docs/verdicts.md has the numbers).
+    two, over the variance about a smooth curve. Without the fall a nondecreasing fit is as good, without the rise a
+    nonincreasing one; so a curve that bends without turning has a statistic of 0, however precise its values are. p
+    is from a parametric bootstrap under the monotone curve which turns most easily by chance. Two lines with
+    Simonsohn's Robin Hood break were tried as well: a line is as wrong about a curve that bends as a parabola
+    (docs/verdicts.md has the numbers).
     """
     weight_K = weights(curve)
-    turns, dips = _turns(curve.y_K[None], weight_K)
-    is_u = bool(dips.squares_NS.max() > turns.squares_NS.max())
-    sign, best = (-1, dips) if is_u else (1, turns)
-    split = int(best.squares_NS[0].argmax())
+    turns, dips = (_turns(sign * curve.y_K[None], weight_K).squares[0] for sign in (1, -1))
+    is_u = bool(dips.max() > turns.max())
+    sign, split = (-1, int(dips.argmax())) if is_u else (1, int(turns.argmax()))
     fit_K = _unimodal(sign * curve.y_K, weight_K, split)
     place = int(fit_K.argmax())
     legs = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
     p = _turn_p(curve, weight_K, legs) if min(map(abs, legs)) > least else 1.0
     leg_intervals, change_interval = ((legs[0], legs[0]), (legs[1], legs[1])), (sum(legs), sum(legs))
     if p < alpha:
-        drawn, _ = _turns(fit_K + sign * wide_noise(curve), weight_K)
-        first_B, peak_B, last_B = (sign * v[:, split] for v in (drawn.first_NS, drawn.peak_NS, drawn.last_NS))
+        drawn = _turns(fit_K + sign * wide_noise(curve), weight_K)
+        first_B, last_B = sign * drawn.rise.first[:, split], sign * drawn.fall.first[:, -2 - split]
+        peak_B = sign * np.maximum(drawn.rise.last_NK[:, split], drawn.fall.last_NK[:, -2 - split])
         leg_intervals = (about(legs[0], peak_B - first_B, alpha), about(legs[1], last_B - peak_B, alpha))
         change_interval = about(sum(legs), last_B - first_B, alpha)
     return Turn(
@@ -271,44 +277,38 @@ def _unimodal(y_K: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
 
 
 def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
-    """How often the least favourable monotone curve gains as much by a turn, over its variance about a quadratic.
+    """How often the least favourable monotone curve gains as much by a turn, over its variance about a smooth curve.
 
-    The jitter of the curve was chosen such that its own squares equal their degrees of freedom, or are fewer; those of
-    simulated curves are not below what examples alone cause either. How much that is of all scatter is not better
-    known than the jitter. So the jitter is taken about the monotone fit here, if there is more of it: a turn may lie
-    close to a quadratic by chance. No more draws once p is known to be large.
+    That curve has the longer leg's direction, rises by three standard deviations over the first quarter of the sizes
+    and is level from there, or the other way round. No variance counts as smaller than that of the examples. Their
+    share of all scatter is known as well as the jitter is, and a turn may lie close to a quadratic by chance. So if
+    there is more scatter about the monotone fit, the share is taken of that.
     """
-    first = abs(legs[0]) > abs(legs[1])
-    sign = np.sign(legs[0] if first else legs[1])
-    turns, dips = _turns((curve.y_K - curve.y_K @ weight_K / weight_K.sum())[None], weight_K)
-    gain = float(_gain(turns, dips)[0])
-    if gain <= _ROUNDING * max(turns.squares_NS.max(), dips.squares_NS.max()):
+    gain = float(_gain(curve.y_K[None], weight_K)[0])
+    if gain == 0:
         return 1.0
+    is_first_longer = abs(legs[0]) > abs(legs[1])
+    sign = np.sign(legs[0] if is_first_longer else legs[1])
     fit_K = sign * flattest(sign * curve.y_K, weight_K)
-    spare = curve.sizes - len(np.unique(fit_K)) + curve.within
-    scale = max(1.0, (float(squares_about(curve, curve.y_K - fit_K)) + curve.within) / spare)
+    free = curve.sizes - len(np.unique(fit_K)) + curve.within
+    scale = max(1.0, (float(squares_about(curve, curve.y_K - fit_K)) + curve.within) / free)
 
-    free = curve.sizes - 3 + curve.within
     noise_BK = curve.draws_BK - curve.y_K
     scatter = float(noise_BK.var(1, ddof=1).mean())
-    least = free * float(curve.sampling_BK.var(1, ddof=1).mean()) / scatter / scale
+    known = float(curve.sampling_BK.var(1, ddof=1).mean()) / scatter
     steps = max(1, round(_RAMP_LENGTH * (curve.sizes - 1)))
     ramp_K = _RAMP_HEIGHT * np.sqrt(scatter) * np.minimum(np.arange(curve.sizes) / steps, 1)
-    y_BK = noise_BK + (sign * ramp_K if first else -sign * ramp_K[::-1])
-    y_BK -= (y_BK @ weight_K / weight_K.sum())[:, None]
-    squares_B = np.maximum(quadratic_squares(curve, y_BK) + _chi_squares(curve, len(y_BK)), least)
+    y_BK = noise_BK + (sign * ramp_K if is_first_longer else -sign * ramp_K[::-1])
+    within_B = np.random.default_rng(1).chisquare(curve.within, len(y_BK)) if curve.within else np.zeros(len(y_BK))
+    variance = max(float(smooth_variance(curve, curve.y_K[None], np.array([curve.within]))[0]), known)
     hits = drawn = 0
     while drawn < len(y_BK) and hits < _ENOUGH_HITS:
         part = slice(drawn, drawn + _BATCH)
-        hits += int(np.sum(_gain(*_turns(y_BK[part], weight_K)) >= gain / free * squares_B[part]))
-        drawn += len(y_BK[part])
-    return min(1.0, _CAUTION * (1 + hits) / (1 + drawn))
-
-
-def _gain(turns: _Turns, dips: _Turns) -> np.ndarray:
-    """[N], the squares that a turn explains beyond both monotone fits."""
-    turned_N = np.maximum(turns.squares_NS.max(1), dips.squares_NS.max(1))
-    return np.asarray(turned_N - np.maximum(turns.monotone_N, dips.monotone_N))
+        variance_B = np.maximum(smooth_variance(curve, y_BK[part], within_B[part]), known / scale)
+        hits += int(np.sum(_gain(y_BK[part], weight_K) >= gain / variance * variance_B))
+        drawn += len(variance_B)
+    caution = 1 + _CAUTION / (curve.sizes - 3 + curve.within)
+    return min(1.0, caution * (1 + hits) / (1 + drawn))
 
 
 def about(value: float, draws_B: np.ndarray, alpha: float) -> Interval:
@@ -324,8 +324,3 @@ def wide_noise(curve: Curve, calmer: float = 1.0) -> np.ndarray:
         squares_B = np.random.default_rng(2).chisquare(curve.degrees, len(jitter_BK))
         jitter_BK = jitter_BK * np.sqrt(curve.degrees / squares_B)[:, None]
     return curve.sampling_BK + calmer * jitter_BK
-
-
-def _chi_squares(curve: Curve, count: int) -> np.ndarray:
-    """Squares within sizes, drawn anew; the same for every curve, so that results can be repeated bit for bit."""
-    return np.random.default_rng(1).chisquare(curve.within, count) if curve.within else np.zeros(count)

@@ -21,7 +21,7 @@ import numpy as np
 
 from branchmix.scaling.trends.fit import Curve
 from branchmix.scaling.trends.forms import Form, Level, form
-from branchmix.scaling.trends.order import Interval, Trend, Turn, trend, turn
+from branchmix.scaling.trends.order import Interval, Trend, Turn, is_flat, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
@@ -144,7 +144,7 @@ class Evidence:
         move, sure = self.trend.move, p_adjusted < limits.alpha
         if not as_shape and sure and abs(move) > limits.minimum_effect:
             return ("standard" if move * self.sign > 0 else "inverse"), f"a trend over all sizes ({_p(p)})"
-        if self.trend.largest_move < limits.minimum_effect:
+        if is_flat(self.curve, alpha=limits.alpha, least=limits.minimum_effect):
             return "flat", f"every change between two sizes lies within ±{limits.minimum_effect:g} for sure"
         if not as_shape and sure:
             return "inconclusive", f"a trend ({_p(p)}) of less than {limits.minimum_effect:g}"
