@@ -153,8 +153,11 @@ def smooth_variance(curve: Curve, y_NK: np.ndarray, within_N: np.ndarray) -> np.
     for degree in (2, 3) if curve.sizes >= CUBIC else (2,):
         design_KP = _powers(curve.x_K, degree)
         fit = _weighted_fit(curve.y_K, design_KP, curve.sampling_KK + np.diag(curve.jitter_K))
-        squares_N = squares_about(curve, y_NK - y_NK @ fit.projection_PK.T @ design_KP.T) + within_N
-        variances.append(squares_N / (curve.sizes - degree - 1 + curve.within))
+        fit_NK = y_NK @ fit.projection_PK.T @ design_KP.T
+        variance_N = (squares_about(curve, y_NK - fit_NK) + within_N) / (curve.sizes - degree - 1 + curve.within)
+        rises_NS = np.diff(fit_NK) > 0
+        turns_N = (rises_NS[:, 1:] != rises_NS[:, :-1]).sum(1)
+        variances.append(np.where(turns_N < 2, variance_N, np.inf))
     return np.asarray(np.minimum.reduce(variances))
 
 

@@ -22,7 +22,7 @@ _MIN_TO_COMPARE = 3
 
 def adjusted(p: Sequence[float], correction: Correction) -> list[float]:
     """p after Benjamini and Hochberg (1995) or Holm (1979)."""
-    if correction == "none" or not len(p):
+    if correction == "none" or len(p) < 2:
         return list(p)
     values = np.asarray(p, dtype=float)
     if correction == "bh":

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from branchmix.scaling.trends.fit import Curve, percentiles, smooth_variance, squares_about
 
@@ -209,11 +209,13 @@ def e_bar_squared_tail(share: float, sizes: int, within: int = 0) -> float:
     chances = np.ones(1)
     for size in range(2, sizes + 1):
         chances = np.convolve(chances, [size - 1, 1]) / size
-    tail = 0.0
-    for blocks, chance in enumerate(chances[1:], 2):
-        left = sizes - blocks + within
-        tail += float(chance * (stats.beta.sf(share, (blocks - 1) / 2, left / 2) if left else 1.0))
-    return tail if share > _ROUNDING else 1.0
+    if share <= _ROUNDING:
+        return 1.0
+    steps = np.arange(1, sizes)
+    left = sizes - 1 - steps + within
+    return float(
+        chances[1:] @ np.where(left, special.betaincc(steps / 2, np.maximum(left, 1) / 2, min(share, 1.0)), 1.0)
+    )
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
     share of all scatter is known as well as the jitter is, and a turn may lie close to a quadratic by chance. So if
     there is more scatter about the monotone fit, the share is taken of that.
     """
-    gain = float(_gain(curve.y_K[None], weight_K)[0])
+    (gain,) = _gain(curve.y_K[None], weight_K)
     if gain == 0:
         return 1.0
     is_first_longer = abs(legs[0]) > abs(legs[1])
@@ -300,7 +302,7 @@ def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
     ramp_K = _RAMP_HEIGHT * np.sqrt(scatter) * np.minimum(np.arange(curve.sizes) / steps, 1)
     y_BK = noise_BK + (sign * ramp_K if is_first_longer else -sign * ramp_K[::-1])
     within_B = np.random.default_rng(1).chisquare(curve.within, len(y_BK)) if curve.within else np.zeros(len(y_BK))
-    variance = max(float(smooth_variance(curve, curve.y_K[None], np.array([curve.within]))[0]), known)
+    variance = max(smooth_variance(curve, curve.y_K[None], np.array([curve.within]))[0], known)
     hits = drawn = 0
     while drawn < len(y_BK) and hits < _ENOUGH_HITS:
         part = slice(drawn, drawn + _BATCH)
