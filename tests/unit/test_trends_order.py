@@ -112,7 +112,7 @@ def test_plateaus_of_models_that_differ_much_seldom_turn(n: int, jitter: float) 
 @pytest.mark.parametrize("within", [0, 20])
 @pytest.mark.parametrize("sizes", [5, 6, 8, 12])
 def test_no_monotone_curve_turns_more_easily_than_the_one_behind_p(sizes: int, within: int) -> None:
-    """Jumps and ramps of 1 to 9 standard deviations, up to half of the axis long, in units of the estimated variance."""
+    """Jumps and ramps of up to 9 standard deviations and half of the axis, in units of the variance as estimated."""
     random = np.random.default_rng(0)
     noise_BK = random.standard_normal((4000, sizes))
     within_B = random.chisquare(within, 4000) if within else np.zeros(4000)

@@ -147,21 +147,18 @@ def _powers(x: np.ndarray, degree: int) -> np.ndarray:
 def smooth_variance(curve: Curve, y_NK: np.ndarray, within_N: np.ndarray) -> np.ndarray:
     """[N], variances about smooth curves in units of this curve's errors; ``within_N`` are the squares within sizes.
 
-    The smaller of the variances about a quadratic and, from 8 sizes on, about a cubic.
+    The smaller of the variances about a quadratic and about a cubic, which follows legs of different lengths. A cubic
+    needs 8 sizes, and does not count where it turns twice.
     """
     variances = []
-    for degree in (2, 3) if curve.sizes >= CUBIC else (2,):
+    for degree in (2, 3) if curve.sizes >= 8 else (2,):
         design_KP = _powers(curve.x_K, degree)
         fit = _weighted_fit(curve.y_K, design_KP, curve.sampling_KK + np.diag(curve.jitter_K))
         fit_NK = y_NK @ fit.projection_PK.T @ design_KP.T
         variance_N = (squares_about(curve, y_NK - fit_NK) + within_N) / (curve.sizes - degree - 1 + curve.within)
-        rises_NS = np.diff(fit_NK) > 0
-        turns_N = (rises_NS[:, 1:] != rises_NS[:, :-1]).sum(1)
+        turns_N = np.diff(np.diff(fit_NK) > 0).sum(1)
         variances.append(np.where(turns_N < 2, variance_N, np.inf))
     return np.asarray(np.minimum.reduce(variances))
-
-
-CUBIC = 8
 
 
 def squares_about(curve: Curve, residual_NK: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ straight line. A parabola cannot, and bends.
 - Trend: the best monotone fit against a constant (the E-bar-squared test of Barlow, Bartholomew, Bremner and Brunk
   1972). The statistic is a ratio of sums of squares, so an unknown jitter cancels, and p has a closed form.
 - Turn: the best unimodal fit against the best monotone one by likelihood ratio, with a parametric bootstrap under the
-  monotone fit. Each draw searches its own turning point, which is how the choice of the turning point is paid for.
+  monotone curve that turns most easily. Each draw searches its own turning point, which is how the choice of the
+  turning point is paid for.
 """
 
 from __future__ import annotations
@@ -22,16 +23,12 @@ from branchmix.scaling.trends.fit import Curve, percentiles, smooth_variance, sq
 Interval = tuple[float, float]
 _ROUNDING = 1e-9
 """Relative difference of sums of squares that is rounding and nothing else."""
-_KNOWN_SHARE = 0.5
-"""Simulated curves count as scattering by at least this share of what examples alone cause. With 0, a turn over few
-sizes is hardly ever found (U of 5 sizes, 100 questions, no jitter: 9 %, against 70 % with 0.5). With 1, up to 10 % of
-the monotone curves whose jitter was underestimated by chance turn."""
 _STEP_COST = 2.0
 """What a step of a monotone fit must explain to be kept, in variances: what it costs by Akaike's criterion."""
 _CAUTION = 2.0
-"""What the bootstrap's p of a turn is multiplied by: it takes the estimated jitter for the true one, and with one run
-of each size it rejected 6 to 7 % of some simulated monotone curves at a nominal 5 %."""
-
+"""The p of a turn is multiplied by 1 + this over the degrees of freedom behind the jitter. The bootstrap takes all
+models for equally variable. Near 0 or 1, where shares are cut off, they are not: without the factor, 7 to 8 % of the
+curves that rise to a ceiling turned at 5 sizes, 100 examples and a jitter of 0.08."""
 _BATCH, _ENOUGH_HITS = 250, 50
 """Draws at a time, and how many with as large a gain show that p is not small (Besag and Clifford 1991)."""
 
@@ -280,10 +277,9 @@ def _unimodal(y_K: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
 def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
     """How often the least favourable monotone curve gains as much by a turn, over its variance about a smooth curve.
 
-    That curve has the longer leg's direction, rises by three standard deviations over the first quarter of the sizes
-    and is level from there, or the other way round. No variance counts as smaller than that of the examples. Their
-    share of all scatter is known as well as the jitter is, and a turn may lie close to a quadratic by chance. So if
-    there is more scatter about the monotone fit, the share is taken of that.
+    It has the direction of the longer leg, and its plateau is where the shorter one is. No variance counts as smaller
+    than what examples alone cause. Their share of all scatter depends on the jitter, which looks small if a turn lies
+    close to a quadratic by chance; so the share is taken of the scatter about a monotone fit, if that is more.
     """
     (gain,) = turn_gain(curve.y_K[None], weight_K)
     if gain == 0:
