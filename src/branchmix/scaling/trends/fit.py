@@ -8,6 +8,7 @@ alone takes flat curves for U-shapes in more than half of all cases, so every te
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import optimize, stats
@@ -65,7 +66,6 @@ def curve(
     or a line if there are 3 or 4 sizes. The variance is Paule and Mandel's (1982): that for which the weighted sum of
     squares is as large as its degrees of freedom, and 0 if sampling explains it all.
     """
-    random = np.random.default_rng(0)
     places, size_N = np.unique(np.round(x_N, 6), return_inverse=True)
     num_sizes = len(places)
     member_KN = (size_N == np.arange(num_sizes)[:, None]).astype(float)
@@ -74,8 +74,10 @@ def curve(
     y_K = mean_KN @ y_N
     sampling_NN = np.diag(stderr_N**2)
     if deviations_BN is None:
-        deviations_BN = random.standard_normal((num_draws, len(y_N))) * stderr_N
+        normal_BN, normal_BK = _normals(num_draws, len(y_N), num_sizes)
+        deviations_BN = normal_BN * stderr_N
     else:
+        (normal_BK,) = _normals(len(deviations_BN), num_sizes)
         sampling_NN = np.cov(deviations_BN, rowvar=False).reshape(len(y_N), -1)
         # Runs that agree on every example are no reason to divide by nothing.
         sampling_NN = sampling_NN + np.eye(len(y_N)) * 1e-6 * max(float(np.mean(stderr_N**2)), 1e-12)
@@ -102,10 +104,22 @@ def curve(
         between = between_variance(y_K, smooth_KP, sampling_KK)
         jitter, degrees, jitter_K = float(np.sqrt(between)), spare, np.full(num_sizes, between)
 
-    noise_BK = random.standard_normal((len(deviations_BN), num_sizes)) * np.sqrt(jitter_K)
     sampling_BK = deviations_BN @ mean_KN.T
-    draws_BK = y_K + sampling_BK + noise_BK
+    draws_BK = y_K + sampling_BK + normal_BK * np.sqrt(jitter_K)
     return Curve(places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, num_within)
+
+
+@lru_cache(maxsize=16)
+def _normals(num_draws: int, *columns: int) -> list[np.ndarray]:
+    """Standard normal deviates, the same for every curve, so that results can be repeated bit for bit."""
+    random = np.random.default_rng(0)
+    return [random.standard_normal((num_draws, count)) for count in columns]
+
+
+@lru_cache(maxsize=16)
+def chi_squares(seed: int, degrees: int, num_draws: int) -> np.ndarray:
+    """[B], the same for every curve; zeros without degrees of freedom."""
+    return np.random.default_rng(seed).chisquare(degrees, num_draws) if degrees else np.zeros(num_draws)
 
 
 def between_variance(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from branchmix.scaling.trends.fit import Curve, percentiles, smooth_variance, squares_about
+from branchmix.scaling.trends.fit import Curve, chi_squares, percentiles, smooth_variance, squares_about
 
 Interval = tuple[float, float]
 _ROUNDING = 1e-9
@@ -59,9 +59,9 @@ class Climb:
     @property
     def fit(self) -> np.ndarray:
         """[N, K], the fits to all sizes."""
-        every, fit_NK = np.arange(len(self.start_NK)), np.empty(self.last_NK.shape)
-        end_N = np.full(len(every), fit_NK.shape[1] - 1)
-        for size in reversed(range(fit_NK.shape[1])):
+        num_curves, num_sizes = self.last_NK.shape
+        every, fit_NK, end_N = np.arange(num_curves), self.last_NK.copy(), np.full(num_curves, num_sizes - 1)
+        for size in reversed(range(num_sizes)):
             fit_NK[:, size] = self.last_NK[every, end_N]
             end_N = np.where(self.start_NK[every, end_N] == size, size - 1, end_N)
         return fit_NK
@@ -295,7 +295,7 @@ def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
     known = float(curve.sampling_BK.var(1, ddof=1).mean()) / scatter
     null_K = np.sqrt(scatter) * least_favourable(curve.sizes)
     y_BK = noise_BK + (sign * null_K if is_first_longer else -sign * null_K[::-1])
-    within_B = np.random.default_rng(1).chisquare(curve.within, len(y_BK)) if curve.within else np.zeros(len(y_BK))
+    within_B = chi_squares(1, curve.within, len(y_BK))
     variance = max(smooth_variance(curve, curve.y_K[None], np.array([curve.within]))[0], known)
     hits = drawn = 0
     while drawn < len(y_BK) and hits < _ENOUGH_HITS:
@@ -327,6 +327,6 @@ def wide_noise(curve: Curve, calmer: float = 1.0) -> np.ndarray:
     """[B, K], noise for intervals: the jitter too is drawn anew, as it is known with few degrees of freedom."""
     jitter_BK = curve.draws_BK - curve.y_K - curve.sampling_BK
     if curve.degrees:
-        squares_B = np.random.default_rng(2).chisquare(curve.degrees, len(jitter_BK))
+        squares_B = chi_squares(2, curve.degrees, len(jitter_BK))
         jitter_BK = jitter_BK * np.sqrt(curve.degrees / squares_B)[:, None]
     return curve.sampling_BK + calmer * jitter_BK
