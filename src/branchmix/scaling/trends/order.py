@@ -121,9 +121,9 @@ def turn_gain(y_NK: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
 def flattest(y_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
     """The nondecreasing fit with as few steps as the data allow.
 
-    The best fit follows the noise of a plateau upwards; a bootstrap under it would find too few falls by chance. So
-    neighbouring blocks are merged while that costs less than ``_STEP_COST`` variances, the cheapest first. The variance
-    is what scatters about the fit, if that is more than the weights say.
+    The best fit follows the noise of a plateau upwards, and too little scatters about it. So neighbouring blocks are
+    merged while that costs less than ``_STEP_COST`` variances, the cheapest first. The variance is what scatters about
+    the fit, if that is more than the weights say.
     """
     fit_K = climb(y_K[None], weight_K).fit[0]
     ends = [*(np.flatnonzero(np.diff(fit_K)) + 1), len(fit_K)]
@@ -219,7 +219,7 @@ class Turn:
     """The best unimodal fit, and whether each of its legs is more than chance."""
 
     p: float
-    """Under the monotone fits, up and down, the larger of the two; 1 if a leg is too short to be tested."""
+    """Under the least favourable monotone curve; 1 if a leg is too short to be tested."""
     is_u: bool
     """Down, then up."""
     turning: float
@@ -237,9 +237,8 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     The statistic is what the turn explains beyond a nondecreasing and beyond a nonincreasing fit, the smaller of the
     two, over the variance about a smooth curve. Without the fall a nondecreasing fit is as good, without the rise a
     nonincreasing one; so a curve that bends without turning has a statistic of 0, however precise its values are. p
-    is from a parametric bootstrap under the monotone curve which turns most easily by chance. Two lines with
-    Simonsohn's Robin Hood break were tried as well: a line is as wrong about a curve that bends as a parabola
-    (docs/verdicts.md has the numbers).
+    is from a parametric bootstrap under the monotone curve that turns most easily by chance. Two lines with Simonsohn's
+    Robin Hood break were tried too: a line is as wrong about a bend as a parabola (docs/verdicts.md has the numbers).
     """
     weight_K = weights(curve)
     turns, dips = (_turns(sign * curve.y_K[None], weight_K).squares[0] for sign in (1, -1))
@@ -311,8 +310,8 @@ def least_favourable(sizes: int) -> np.ndarray:
     """[K], in standard deviations: of the monotone curves, the one that turns most easily by chance.
 
     A rise of three over the first quarter of the sizes, then a plateau. A larger rise is off every smooth curve, which
-    raises the variance; a smaller one or a shorter plateau leaves less room for a leg by chance. Found by simulating
-    jumps and ramps of all lengths and heights at 5 to 12 sizes; a test repeats it.
+    raises the variance; a smaller rise or a shorter plateau makes a leg by chance less likely. A simulation of jumps
+    and ramps of all lengths and heights at 5 to 12 sizes led to it; a test repeats that.
     """
     return 3 * np.minimum(np.arange(sizes) / max(1, round((sizes - 1) / 4)), 1)
 
