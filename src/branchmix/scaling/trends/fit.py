@@ -92,7 +92,7 @@ def curve(
         jitter, degrees, jitter_K = float(np.sqrt(within)), replicates, within / runs_K
         if spare > 0:
             covariance_KK = sampling_KK + np.diag(jitter_K)
-            lack = _weighted_fit(y_K, smooth_KP, covariance_KK).squares
+            lack = float(np.sum(np.divide(*_residuals(y_K, smooth_KP, covariance_KK))))
             if stats.f.sf(lack / spare, spare, replicates) < 0.1:
                 jitter_K = jitter_K + between_variance(y_K, smooth_KP, covariance_KK)
                 degrees = spare
@@ -124,9 +124,7 @@ def chi_squares(seed: int, degrees: int, num_draws: int) -> np.ndarray:
 
 def between_variance(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> float:
     """Paule and Mandel's variance between runs, beyond ``covariance``, about the fit of ``design``."""
-    rest = np.linalg.qr(design, mode="complete")[0][:, design.shape[1] :]
-    variances, axes = np.linalg.eigh(rest.T @ covariance @ rest)
-    squares = (axes.T @ (rest.T @ y)) ** 2
+    squares, variances = _residuals(y, design, covariance)
 
     def excess(variance: float) -> float:
         return float(np.sum(squares / (variances + variance))) - len(squares)
@@ -136,20 +134,11 @@ def between_variance(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) 
     return float(optimize.brentq(excess, 0.0, squares.sum() + 1e-12, xtol=1e-12))
 
 
-@dataclass(frozen=True)
-class _Fit:
-    projection_PK: np.ndarray
-    """From values to coefficients, with these weights."""
-    squares: float
-    """Weighted sum of squared residuals."""
-
-
-def _weighted_fit(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> _Fit:
-    """Generalised least squares."""
-    weights = np.linalg.inv(covariance)
-    projection_PK = np.linalg.inv(design.T @ weights @ design) @ design.T @ weights
-    residual = y - design @ (projection_PK @ y)
-    return _Fit(projection_PK, float(residual @ weights @ residual))
+def _residuals(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squares of independent components of ``y`` that the design does not reach, and their variances."""
+    rest = np.linalg.qr(design, mode="complete")[0][:, design.shape[1] :]
+    variances, axes = np.linalg.eigh(rest.T @ covariance @ rest)
+    return (axes.T @ (rest.T @ y)) ** 2, variances
 
 
 def _powers(x: np.ndarray, degree: int) -> np.ndarray:
@@ -164,14 +153,14 @@ def smooth_variance(curve: Curve, y_NK: np.ndarray, within_N: np.ndarray) -> np.
     The smaller of the variances about a quadratic and about a cubic, which follows legs of different lengths. A cubic
     needs 8 sizes, and does not count where it turns twice.
     """
-    variances = []
+    precision_KK, variances = np.linalg.inv(curve.sampling_KK + np.diag(curve.jitter_K)), []
     for degree in (2, 3) if curve.sizes >= 8 else (2,):
         design_KP = _powers(curve.x_K, degree)
-        fit = _weighted_fit(curve.y_K, design_KP, curve.sampling_KK + np.diag(curve.jitter_K))
-        fit_NK = y_NK @ fit.projection_PK.T @ design_KP.T
-        variance_N = (squares_about(curve, y_NK - fit_NK) + within_N) / (curve.sizes - degree - 1 + curve.within)
+        weighted_KP = precision_KK @ design_KP
+        fit_NK = y_NK @ weighted_KP @ np.linalg.inv(design_KP.T @ weighted_KP) @ design_KP.T
+        squares_N = squares_about(curve, y_NK - fit_NK) + within_N
         turns_N = np.diff(np.diff(fit_NK) > 0).sum(1)
-        variances.append(np.where(turns_N < 2, variance_N, np.inf))
+        variances.append(np.where(turns_N < 2, squares_N / (curve.sizes - degree - 1 + curve.within), np.inf))
     return np.asarray(np.minimum.reduce(variances))
 
 
