@@ -2,14 +2,14 @@
 
     python benchmarks/verdicts.py                  # the whole grid, 40 families of each kind, 15 minutes on one core
     python benchmarks/verdicts.py --minutes 8      # a slice: run it again to resume; finished cells are kept
-    python benchmarks/verdicts.py --former benchmarks/results/parabola-2026-11-29.json   # compared with a former version
+    python benchmarks/verdicts.py --former benchmarks/results/parabola-2026-11-29.json  # compared with a former version
 
 A family is 5 to 12 sizes. Each model's true value is the shape plus jitter, a normal deviate of its own. What is seen
 of it is the share of right answers out of n, or for a loss a mean with its standard error. A verdict is wrong if it
-claims a trend or a shape that the family does not have; `inconclusive` is neither right nor wrong. A kind of family that
-misses its target is measured again with 600 new families, and those count instead. The same is asked of
-sheets of 11 tasks judged together, as `trends` does it. Every cell has its own random numbers, so the order of cells
-does not matter. With another version of branchmix first on PYTHONPATH, its verdicts are measured.
+claims a trend or a shape that the family does not have; `inconclusive` is neither right nor wrong. A kind of family
+that misses its target is measured again with 600 new families, and those count instead. The same is asked of sheets of
+11 tasks judged together, as `trends` does it. Every cell has its own random numbers, so the order of cells does not
+matter. With another version of branchmix first on PYTHONPATH, its verdicts are measured.
 """
 
 from __future__ import annotations
