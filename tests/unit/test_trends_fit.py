@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from branchmix.scaling.trends.examples import Scores, resampled_deviations
-from branchmix.scaling.trends.fit import between_variance, curve, quadratic_squares, theil_sen
+from branchmix.scaling.trends.fit import between_variance, curve, smooth_variance, theil_sen
 from branchmix.scaling.trends.multiple import adjusted
 from branchmix.scaling.trends.order import trend
 from size_and_tokens import regression_on_size_and_tokens
@@ -33,13 +33,18 @@ def test_the_variance_between_models() -> None:
     assert between_variance(y, np.ones((4, 1)), np.eye(4)) == 0
 
 
-def test_squares_about_the_quadratic_are_those_of_statsmodels() -> None:
+@pytest.mark.parametrize("sizes", [7, 8])
+def test_variances_about_smooth_curves_are_those_of_statsmodels(sizes: int) -> None:
+    """From 8 sizes on the smaller of those about a quadratic and a cubic."""
     random = np.random.default_rng(3)
-    y = 0.5 - 0.02 * (X - 3) ** 2 + 0.01 * random.standard_normal(8)
-    stderr = np.linspace(0.02, 0.04, 8)  # so large that there is no room for jitter
-    theirs = sm.WLS(y, np.vander(X, 3), weights=1 / stderr**2).fit()
-    found = quadratic_squares(curve(X, y, stderr), np.stack([y, 2 * y]))
-    assert found == pytest.approx([theirs.ssr, 4 * theirs.ssr])
+    x = X[:sizes]
+    y_NK = np.stack([0.5 - 0.02 * (x - 3) ** 2, 0.02 * (x - 3) ** 3]) + 0.01 * random.standard_normal((2, sizes))
+    stderr = np.linspace(0.02, 0.04, sizes)
+    points = curve(x, y_NK[0], stderr)
+    assert points.jitter == 0
+    for y, variance in zip(y_NK, smooth_variance(points, y_NK, np.array([0.0, 0.0])), strict=True):
+        fits = [sm.WLS(y, np.vander(x, degree + 1), weights=1 / stderr**2).fit() for degree in (2, 3)[: sizes - 6]]
+        assert variance == pytest.approx(min(fit.mse_resid for fit in fits))
 
 
 def test_jitter_is_found_and_widens_everything() -> None:

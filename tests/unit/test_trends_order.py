@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
-from branchmix.scaling.trends.fit import Curve, curve
+from branchmix.scaling.trends.fit import Curve, curve, smooth_variance
 from branchmix.scaling.trends.forms import form
-from branchmix.scaling.trends.order import climb, e_bar_squared_tail, flattest, trend, turn
+from branchmix.scaling.trends.order import climb, e_bar_squared_tail, flattest, least_favourable, trend, turn, turn_gain
 from branchmix.scaling.trends.verdict import Evidence, Limits, Verdict
 
 
@@ -88,6 +89,47 @@ def test_noise_about_a_bend_seldom_makes_a_turn() -> None:
         assert turned <= 5  # 5 % of 40 are 2; more than 5 in 1 of 100 cases
 
 
+@pytest.mark.parametrize("jitter", [0.03, 0.08])
+@pytest.mark.parametrize("n", [100, 20_000])
+def test_plateaus_of_models_that_differ_much_seldom_turn(n: int, jitter: float) -> None:
+    """Five sizes say little about how much models differ: there 6 to 8 % of such plateaus turned."""
+    random = np.random.default_rng(0)
+    u = np.linspace(0, 1, 5)
+    turned = 0
+    for true in (
+        0.3 + 0.62 * (1 - np.exp(-5 * u)),
+        np.minimum(0.55 + 1.05 * u, 0.97),
+        np.maximum(0.6 - 0.9 * u, 0.25),
+        0.25 + 0.5 * np.maximum(0, u - 0.6) / 0.4,
+    ):
+        for _ in range(75):
+            share = np.clip(true + jitter * random.standard_normal(5), 0.01, 0.99)
+            y = np.clip(random.binomial(n, share) / n, 0.5 / n, 1 - 0.5 / n)
+            turned += turn(seen(y, counted(y, n), num_draws=2000), alpha=0.05, least=0.02).p < 0.05
+    assert turned <= 15  # 5 % of 300
+
+
+@pytest.mark.parametrize("within", [0, 20])
+@pytest.mark.parametrize("sizes", [5, 6, 8, 12])
+def test_no_monotone_curve_turns_more_easily_than_the_one_behind_p(sizes: int, within: int) -> None:
+    """Jumps and ramps of up to 9 standard deviations and half of the axis, in units of the variance as estimated."""
+    random = np.random.default_rng(0)
+    noise_BK = random.standard_normal((4000, sizes))
+    within_B = random.chisquare(within, 4000) if within else np.zeros(4000)
+    weight_K = np.ones(sizes)
+    points = replace(seen(noise_BK[0], 0.001), sampling_KK=1e-6 * np.eye(sizes), jitter_K=np.ones(sizes), within=within)
+
+    def quantile(curve_K: np.ndarray) -> float:
+        variance_B = smooth_variance(points, curve_K + noise_BK, within_B)
+        return float(np.quantile(turn_gain(curve_K + noise_BK, weight_K) / variance_B, 0.96))
+
+    own = quantile(least_favourable(sizes))
+    for steps in range(1, sizes // 2 + 1):
+        for height in (0.0, 1.0, 2.0, 4.0, 6.0, 9.0):
+            assert quantile(height * np.minimum(np.arange(sizes) / steps, 1)) < 1.1 * own, (steps, height)
+    assert quantile(np.linspace(0, 6, sizes)) < 0.5 * own
+
+
 def test_a_plateau_after_a_rise_is_not_an_inverted_u() -> None:
     """Resisting-correction of Pythia at step 16,000, which a parabola called inverted-U."""
     y = np.array([0.660, 0.735, 0.841, 0.854, 0.891, 0.899, 0.872, 0.878])
@@ -117,6 +159,23 @@ def test_a_turn_is_found_with_both_legs_as_in_the_data(name: str, sizes: int) ->
     assert rise["effect"] == pytest.approx(y.max() - y[-1], abs=0.02)
     assert all(low < leg["effect"] < high for leg in (drop, rise) for low, high in [leg["interval"]])
     assert np.log10(found.turning_point or 0) == pytest.approx(7 + 3 * place / (sizes - 1), abs=3 / (sizes - 1) + 1e-9)
+
+
+@pytest.mark.parametrize("stderr", [0.0035, 0.016])
+@pytest.mark.parametrize("sizes", [8, 12])
+def test_a_short_leg_is_found_and_found_more_surely_with_more_questions(sizes: int, stderr: float) -> None:
+    """A fall of 11 points over a quarter of the axis, then a rise of 22: no quadratic has that corner."""
+    u = np.linspace(0, 1, sizes)
+    y = 0.39 + 0.22 * np.where(u < 0.25, (0.25 - u) / 0.5, (u - 0.25) / 0.75)
+    assert judged(y, stderr).label == "u-shaped"
+
+
+@pytest.mark.parametrize("sizes", [6, 8, 10, 12, 16])
+@pytest.mark.parametrize("turns", [2, 3])
+def test_what_turns_more_than_once_is_no_u(sizes: int, turns: int) -> None:
+    angle = np.arccos(np.linspace(-1, 1, sizes))
+    for sign in (1, -1):
+        assert judged(0.5 + sign * 0.11 * np.cos((turns + 1) * angle), 0.01).label == "inconclusive"
 
 
 def test_each_leg_needs_the_smallest_effect() -> None:
@@ -195,16 +254,17 @@ def test_climbing_is_isotonic_regression_of_every_beginning(seed: int, sizes: in
     for row, y_K in enumerate(y_NK):
         for end in range(1, sizes + 1):
             fit = isotonic_regression(y_K[:end], weights=weight_K[:end]).x
-            assert found.first_NK[row, end - 1] == pytest.approx(fit[0], abs=1e-12)
+            assert found.first[row, end - 1] == pytest.approx(fit[0], abs=1e-12)
             assert found.last_NK[row, end - 1] == pytest.approx(fit[-1], abs=1e-12)
             assert found.squares_NK[row, end - 1] == pytest.approx(weight_K[:end] @ fit**2, abs=1e-9)
-        assert found.fit_NK[row] == pytest.approx(fit, abs=1e-12)
+        assert found.fit[row] == pytest.approx(fit, abs=1e-12)
 
 
 def test_the_flattest_fit_keeps_only_steps_that_pay() -> None:
     y = np.array([0.0, 0.5, 0.2, 10.0, 10.4, 10.1])
     assert flattest(y, np.ones(6)) == pytest.approx([0.7 / 3] * 3 + [30.5 / 3] * 3)
-    assert flattest(y, np.full(6, 1000.0)) == pytest.approx(isotonic_regression(y).x)
+    assert flattest(np.sort(y), np.full(6, 1000.0)) == pytest.approx(np.sort(y))
+    assert flattest(y, np.full(6, 1000.0)) == pytest.approx([0.7 / 3] * 3 + [30.5 / 3] * 3)  # it scatters by more
     assert flattest(y, np.full(6, 1e-6)) == pytest.approx(np.full(6, y.mean()))
 
 

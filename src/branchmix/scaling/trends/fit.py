@@ -8,6 +8,7 @@ alone takes flat curves for U-shapes in more than half of all cases, so every te
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import optimize, stats
@@ -65,7 +66,6 @@ def curve(
     or a line if there are 3 or 4 sizes. The variance is Paule and Mandel's (1982): that for which the weighted sum of
     squares is as large as its degrees of freedom, and 0 if sampling explains it all.
     """
-    random = np.random.default_rng(0)
     places, size_N = np.unique(np.round(x_N, 6), return_inverse=True)
     num_sizes = len(places)
     member_KN = (size_N == np.arange(num_sizes)[:, None]).astype(float)
@@ -74,8 +74,10 @@ def curve(
     y_K = mean_KN @ y_N
     sampling_NN = np.diag(stderr_N**2)
     if deviations_BN is None:
-        deviations_BN = random.standard_normal((num_draws, len(y_N))) * stderr_N
+        normal_BN, normal_BK = _normals(num_draws, len(y_N), num_sizes)
+        deviations_BN = normal_BN * stderr_N
     else:
+        (normal_BK,) = _normals(len(deviations_BN), num_sizes)
         sampling_NN = np.cov(deviations_BN, rowvar=False).reshape(len(y_N), -1)
         # Runs that agree on every example are no reason to divide by nothing.
         sampling_NN = sampling_NN + np.eye(len(y_N)) * 1e-6 * max(float(np.mean(stderr_N**2)), 1e-12)
@@ -90,7 +92,7 @@ def curve(
         jitter, degrees, jitter_K = float(np.sqrt(within)), replicates, within / runs_K
         if spare > 0:
             covariance_KK = sampling_KK + np.diag(jitter_K)
-            lack = _weighted_fit(y_K, smooth_KP, covariance_KK).squares
+            lack = float(np.sum(np.divide(*_residuals(y_K, smooth_KP, covariance_KK))))
             if stats.f.sf(lack / spare, spare, replicates) < 0.1:
                 jitter_K = jitter_K + between_variance(y_K, smooth_KP, covariance_KK)
                 degrees = spare
@@ -102,42 +104,41 @@ def curve(
         between = between_variance(y_K, smooth_KP, sampling_KK)
         jitter, degrees, jitter_K = float(np.sqrt(between)), spare, np.full(num_sizes, between)
 
-    noise_BK = random.standard_normal((len(deviations_BN), num_sizes)) * np.sqrt(jitter_K)
     sampling_BK = deviations_BN @ mean_KN.T
-    draws_BK = y_K + sampling_BK + noise_BK
+    draws_BK = y_K + sampling_BK + normal_BK * np.sqrt(jitter_K)
     return Curve(places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, num_within)
+
+
+@lru_cache(maxsize=16)
+def _normals(num_draws: int, *columns: int) -> list[np.ndarray]:
+    """Standard normal deviates, the same for every curve, so that results can be repeated bit for bit."""
+    random = np.random.default_rng(0)
+    return [random.standard_normal((num_draws, count)) for count in columns]
+
+
+@lru_cache(maxsize=16)
+def chi_squares(seed: int, degrees: int, num_draws: int) -> np.ndarray:
+    """[B], the same for every curve; zeros without degrees of freedom."""
+    return np.random.default_rng(seed).chisquare(degrees, num_draws) if degrees else np.zeros(num_draws)
 
 
 def between_variance(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> float:
     """Paule and Mandel's variance between runs, beyond ``covariance``, about the fit of ``design``."""
-    free = len(y) - design.shape[1]
-    identity = np.eye(len(y))
+    squares, variances = _residuals(y, design, covariance)
 
     def excess(variance: float) -> float:
-        return _weighted_fit(y, design, covariance + variance * identity).squares - free
+        return float(np.sum(squares / (variances + variance))) - len(squares)
 
-    if free <= 0 or excess(0.0) <= 0:
+    if not len(squares) or excess(0.0) <= 0:
         return 0.0
-    top = float(np.var(y)) + 1e-12
-    while excess(top) > 0:
-        top *= 4
-    return float(optimize.brentq(excess, 0.0, top, xtol=1e-12))
+    return float(optimize.brentq(excess, 0.0, squares.sum() + 1e-12, xtol=1e-12))
 
 
-@dataclass(frozen=True)
-class _Fit:
-    projection_PK: np.ndarray
-    """From values to coefficients, with these weights."""
-    squares: float
-    """Weighted sum of squared residuals."""
-
-
-def _weighted_fit(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> _Fit:
-    """Generalised least squares."""
-    weights = np.linalg.inv(covariance)
-    projection_PK = np.linalg.inv(design.T @ weights @ design) @ design.T @ weights
-    residual = y - design @ (projection_PK @ y)
-    return _Fit(projection_PK, float(residual @ weights @ residual))
+def _residuals(y: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squares of independent components of ``y`` that the design does not reach, and their variances."""
+    rest = np.linalg.qr(design, mode="complete")[0][:, design.shape[1] :]
+    variances, axes = np.linalg.eigh(rest.T @ covariance @ rest)
+    return (axes.T @ (rest.T @ y)) ** 2, variances
 
 
 def _powers(x: np.ndarray, degree: int) -> np.ndarray:
@@ -146,12 +147,27 @@ def _powers(x: np.ndarray, degree: int) -> np.ndarray:
     return np.vander((x - (x[0] + x[-1]) / 2) / half, degree + 1, increasing=True)
 
 
-def quadratic_squares(curve: Curve, y_NK: np.ndarray) -> np.ndarray:
-    """[N], weighted sums of squares about the quadratics through curves that have this curve's errors."""
-    covariance_KK = curve.sampling_KK + np.diag(curve.jitter_K)
-    design_KP = _powers(curve.x_K, 2)
-    residual_NK = y_NK - y_NK @ _weighted_fit(curve.y_K, design_KP, covariance_KK).projection_PK.T @ design_KP.T
-    return np.asarray(((residual_NK @ np.linalg.inv(covariance_KK)) * residual_NK).sum(1))
+def smooth_variance(curve: Curve, y_NK: np.ndarray, within_N: np.ndarray) -> np.ndarray:
+    """[N], variances about smooth curves in units of this curve's errors; ``within_N`` are the squares within sizes.
+
+    The smaller of the variances about a quadratic and about a cubic, which follows legs of different lengths. A cubic
+    needs 8 sizes, and does not count where it turns twice.
+    """
+    precision_KK, variances = np.linalg.inv(curve.sampling_KK + np.diag(curve.jitter_K)), []
+    for degree in (2, 3) if curve.sizes >= 8 else (2,):
+        design_KP = _powers(curve.x_K, degree)
+        weighted_KP = precision_KK @ design_KP
+        fit_NK = y_NK @ weighted_KP @ np.linalg.inv(design_KP.T @ weighted_KP) @ design_KP.T
+        squares_N = squares_about(curve, y_NK - fit_NK) + within_N
+        turns_N = np.diff(np.diff(fit_NK) > 0).sum(1)
+        variances.append(np.where(turns_N < 2, squares_N / (curve.sizes - degree - 1 + curve.within), np.inf))
+    return np.asarray(np.minimum.reduce(variances))
+
+
+def squares_about(curve: Curve, residual_NK: np.ndarray) -> np.ndarray:
+    """[N], weighted sums of squared deviations from fits, with this curve's errors."""
+    precision_KK = np.linalg.inv(curve.sampling_KK + np.diag(curve.jitter_K))
+    return np.asarray(((residual_NK @ precision_KK) * residual_NK).sum(-1))
 
 
 def theil_sen(x_K: np.ndarray, y_BK: np.ndarray) -> np.ndarray:

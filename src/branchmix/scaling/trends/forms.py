@@ -41,7 +41,7 @@ class Level:
     """log10 of the axis where it ends or begins."""
     value: float
     interval: Interval
-    """Of the mean over these sizes."""
+    """The interval of the mean over these sizes."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
     """
     sign, weight_K = (1 if rises else -1), weights(curve)
     calmer = _calmer(curve, sign * flattest(sign * curve.y_K, weight_K))
-    best_K = sign * climb(sign * curve.y_K[None], weight_K).fit_NK[0]
+    best_K = sign * climb(sign * curve.y_K[None], weight_K).fit[0]
     y_NK = np.vstack([best_K, best_K + wide_noise(curve, calmer)])
-    fit_NK = sign * climb(sign * y_NK, weight_K).fit_NK
+    fit_NK = sign * climb(sign * y_NK, weight_K).fit
     range_N = fit_NK[:, -1] - fit_NK[:, 0]
     share_NK = (fit_NK - fit_NK[:, :1]) / np.where(range_N == 0, 1, range_N)[:, None]
     along_K = (curve.x_K - curve.x_K[0]) / curve.span

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from branchmix.scaling.trends.fit import between_variance, percentiles
+from branchmix.scaling.trends.fit import between_variance, percentiles, theil_sen
 from branchmix.scaling.trends.series import Series
 from branchmix.scaling.trends.table import Row
 from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Limits, Verdict
@@ -22,34 +22,32 @@ _MIN_TO_COMPARE = 3
 
 def adjusted(p: Sequence[float], correction: Correction) -> list[float]:
     """p after Benjamini and Hochberg (1995) or Holm (1979)."""
-    if correction == "none" or not len(p):
+    if correction == "none" or len(p) < 2:
         return list(p)
     values = np.asarray(p, dtype=float)
     if correction == "bh":
         return [float(value) for value in stats.false_discovery_control(values, method="bh")]
     order = np.argsort(values)
     stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    found = np.empty_like(values)
-    found[order] = np.minimum(stepped, 1)
-    return [float(value) for value in found]
+    return [float(value) for value in np.minimum(stepped, 1)[np.argsort(order)]]
 
 
-def judge_together(found: Mapping[str, Evidence], *, correction: Correction, limits: Limits) -> dict[str, Verdict]:
+def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, limits: Limits) -> dict[str, Verdict]:
     """Verdicts of tasks that were tested side by side: a metric of one family.
 
     Each task brings one p: that of the shape if the curve turns significantly by itself, else that of the trend. A
     shape that does not survive the correction leaves its place to the trend, and all are corrected again.
     """
-    alone = {task: evidence.has_shape() for task, evidence in found.items()}
+    alone = {task: evidence.has_shape() for task, evidence in tasks.items()}
     as_shape = dict(alone)
-    testable = [task for task, evidence in found.items() if evidence.is_testable]
+    testable = [task for task, evidence in tasks.items() if evidence.is_testable]
     while True:
-        raw = [found[task].p_of(as_shape=as_shape[task]) for task in testable]
+        raw = [tasks[task].p_of(as_shape=as_shape[task]) for task in testable]
         corrected = dict(zip(testable, adjusted([p for p in raw if p is not None], correction), strict=True))
         lost = [
             task
             for task in testable
-            if as_shape[task] and corrected[task] >= limits.alpha and found[task].trend.p < limits.alpha
+            if as_shape[task] and corrected[task] >= limits.alpha and tasks[task].trend.p < limits.alpha
         ]
         if not lost:
             break
@@ -57,7 +55,7 @@ def judge_together(found: Mapping[str, Evidence], *, correction: Correction, lim
             as_shape[task] = False
     return {
         task: evidence.verdict(corrected.get(task), as_shape=as_shape[task], alone_as_shape=alone[task])
-        for task, evidence in found.items()
+        for task, evidence in tasks.items()
     }
 
 
@@ -73,13 +71,13 @@ def compare_families(
     one, other = evidence[first], evidence[second]
     if min(one.curve.sizes, other.curve.sizes) < _MIN_TO_COMPARE:
         return None
-    draws_B = other.slope_draws_B[::-1] - one.slope_draws_B
-    interval = percentiles(draws_B, limits.alpha)
+    slopes_B, others_B = (theil_sen(c.x_K, np.vstack([c.y_K, c.draws_BK])) for c in (one.curve, other.curve))
+    interval = percentiles(others_B[:0:-1] - slopes_B[1:], limits.alpha)
     is_testable = one.is_testable and other.is_testable
     return {
         "families": [first.family, second.family],
-        "slopes_per_decade": [one.slope, other.slope],
-        "difference": other.slope - one.slope,
+        "slopes_per_decade": [float(slopes_B[0]), float(others_B[0])],
+        "difference": float(others_B[0] - slopes_B[0]),
         "interval": list(interval),
         "testable": is_testable,
         "differs": is_testable and not interval[0] <= 0 <= interval[1],

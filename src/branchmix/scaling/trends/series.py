@@ -42,11 +42,11 @@ class Series:
 
     @property
     def names(self) -> list[str]:
-        """Of models, with seed and place where one name stands for several: all different."""
-        found = [row.model + (f", seed {row.seed}" if row.seed else "") for row in self.rows]
+        """Names of models, with seed and place where several models share one: all different."""
+        names = [row.model + (f", seed {row.seed}" if row.seed else "") for row in self.rows]
         return [
-            name if found.count(name) == 1 else ", ".join([name, *(f"{axis} {x:g}" for axis, x in row.axes.items())])
-            for name, row in zip(found, self.rows, strict=True)
+            name if names.count(name) == 1 else ", ".join([name, *(f"{axis} {x:g}" for axis, x in row.axes.items())])
+            for name, row in zip(names, self.rows, strict=True)
         ]
 
     def x(self, axis: str) -> np.ndarray:
@@ -113,9 +113,9 @@ def _paired(
     if twice is not None:
         notes.append(f"{what}: {twice[0]} stands at several places, which examples are not told apart by: no bootstrap")
         return None, None
-    found = [read_scores(examples, row) for row in rows]
-    absent = [row for row, scores in zip(rows, found, strict=True) if scores is None]
-    scores = [one for one in found if one is not None]
+    read = [read_scores(examples, row) for row in rows]
+    absent = [row for row, scores in zip(rows, read, strict=True) if scores is None]
+    scores = [one for one in read if one is not None]
     if absent:
         if scores:
             notes.append(f"{what}: {absent[0].model} has no scores of single examples, so no bootstrap over them")
@@ -139,11 +139,11 @@ def flags_of(series: Series) -> list[str]:
     """Signs that a model did not do the task at all, from the table's optional columns."""
     if series.metric != "accuracy":
         return []
-    found = []
+    flags = []
     rows = series.rows
     constant = [row for row in rows if row.constant_share is not None and row.constant_share > CONSTANT_SHARE]
     if constant:
-        found.append(f"nearly always the same answer: {_names(constant)}")
+        flags.append(f"nearly always the same answer: {_names(constant)}")
     equal = [
         row
         for row in rows
@@ -151,17 +151,17 @@ def flags_of(series: Series) -> list[str]:
         and any(abs(row.value - baseline) <= 0.5 / (row.n or 1000) for baseline in row.constant_baselines)
     ]
     if equal:
-        found.append(f"exactly what a constant answer scores: {_names(equal)}")
+        flags.append(f"exactly what a constant answer scores: {_names(equal)}")
     unlikely = [row for row in rows if row.coverage is not None and row.coverage < LOW_COVERAGE]
     if unlikely:
-        found.append(f"hardly any probability on the classes: {_names(unlikely)}")
+        flags.append(f"hardly any probability on the classes: {_names(unlikely)}")
     at_chance = [
         row.chance is not None and abs(row.value - row.chance) <= _MANY_AT_CHANCE * float(stderr)
         for row, stderr in zip(rows, series.stderr, strict=True)
     ]
     if len(rows) > 1 and all(at_chance):
-        found.append("every model is at chance")
-    return found
+        flags.append("every model is at chance")
+    return flags
 
 
 def _names(rows: list[Row]) -> str:

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from branchmix.scaling.trends.fit import Curve, theil_sen
+from branchmix.scaling.trends.fit import Curve
 from branchmix.scaling.trends.forms import Form, Level, form
-from branchmix.scaling.trends.order import Interval, Trend, Turn, trend, turn
+from branchmix.scaling.trends.order import Interval, Trend, Turn, is_flat, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
@@ -53,7 +53,7 @@ class Verdict:
 
     label: Label
     p: float | None
-    """Of the test that the label rests on; None below five sizes."""
+    """That of the test behind the label; None below five sizes."""
     p_adjusted: float | None
     """After the correction for the number of tasks."""
     effect: float
@@ -122,9 +122,6 @@ class Evidence:
         self.turn: Turn | None = None
         if curve.sizes >= MIN_SIZES:
             self.turn = turn(curve, alpha=limits.alpha, least=limits.minimum_effect)
-        slopes = theil_sen(curve.x_K, np.vstack([curve.y_K, curve.draws_BK]))
-        self.slope, self.slope_draws_B = float(slopes[0]), slopes[1:]
-        """Theil-Sen, for each decade of the axis."""
 
     @property
     def is_testable(self) -> bool:
@@ -136,18 +133,18 @@ class Evidence:
 
     def judge(self, p: float | None, p_adjusted: float | None, *, as_shape: bool) -> tuple[Label, str]:
         """The label for a test's p after correction, and why, in a sentence."""
-        limits, found = self.limits, self.turn
-        if found is None:
+        limits = self.limits
+        if self.turn is None:
             sizes = f"{self.curve.sizes} size" + "s" * (self.curve.sizes != 1)
             return "not-testable", f"{sizes}, and no test can say anything below {MIN_SIZES}"
         assert p is not None and p_adjusted is not None
         if as_shape and p_adjusted < limits.alpha:
-            is_u = found.is_u == (self.sign > 0)
+            is_u = self.turn.is_u == (self.sign > 0)
             return ("u-shaped" if is_u else "inverted-u"), f"no monotone curve explains both legs ({_p(p)})"
         move, sure = self.trend.move, p_adjusted < limits.alpha
         if not as_shape and sure and abs(move) > limits.minimum_effect:
             return ("standard" if move * self.sign > 0 else "inverse"), f"a trend over all sizes ({_p(p)})"
-        if self.trend.largest_move < limits.minimum_effect:
+        if is_flat(self.curve, alpha=limits.alpha, least=limits.minimum_effect):
             return "flat", f"every change between two sizes lies within ±{limits.minimum_effect:g} for sure"
         if not as_shape and sure:
             return "inconclusive", f"a trend ({_p(p)}) of less than {limits.minimum_effect:g}"
@@ -171,7 +168,7 @@ class Evidence:
         label, reason = self.judge(p, p_adjusted, as_shape=as_shape)
         p_alone = self.p_of(as_shape=alone_as_shape)
         alone, _ = self.judge(p_alone, p_alone, as_shape=alone_as_shape)
-        found = Verdict(
+        verdict = Verdict(
             label=label,
             p=p,
             p_adjusted=p_adjusted,
@@ -187,39 +184,39 @@ class Evidence:
         )
         if label in SHAPES:
             assert self.turn is not None
-            found.effect, found.interval = self.turn.change, self._possible(self.turn.change_interval)
-            found.turning_point = 10**self.turn.turning
+            verdict.effect, verdict.interval = self.turn.change, self._possible(self.turn.change_interval)
+            verdict.turning_point = 10**self.turn.turning
             for effect, interval in zip(self.turn.legs, self.turn.leg_intervals, strict=True):
-                found.legs["rise" if effect > 0 else "drop"] = {
+                verdict.legs["rise" if effect > 0 else "drop"] = {
                     "effect": effect,
                     "interval": list(self._possible(interval)),
                 }
         elif label in DIRECTED:
-            found.form = form(self.curve, rises=self.trend.move > 0, alpha=self.limits.alpha)
-            found.effect, found.interval = found.form.change, self._possible(found.form.interval)
-            found.reason = "; ".join([reason, *_form_in_words(found.form)])
-        return found
+            verdict.form = form(self.curve, rises=self.trend.move > 0, alpha=self.limits.alpha)
+            verdict.effect, verdict.interval = verdict.form.change, self._possible(verdict.form.interval)
+            verdict.reason = "; ".join([reason, *_form_in_words(verdict.form)])
+        return verdict
 
 
-def _form_in_words(found: Form) -> Iterator[str]:
+def _form_in_words(form: Form) -> Iterator[str]:
     """What a curve looks like, in the units of its axis and metric."""
-    if found.jump is not None:
-        jump = found.jump
+    if form.jump is not None:
+        jump = form.jump
         yield f"a jump of {jump.change:+.3g} between {10**jump.start:.2g} and {10**jump.end:.2g}"
-    if found.level_until is not None:
-        yield f"level up to {10**found.level_until.edge:.2g}, at {found.level_until.value:.3g}"
-    if found.level_from is not None:
-        yield f"level from {10**found.level_from.edge:.2g} on, at {found.level_from.value:.3g}"
+    if form.level_until is not None:
+        yield f"level up to {10**form.level_until.edge:.2g}, at {form.level_until.value:.3g}"
+    if form.level_from is not None:
+        yield f"level from {10**form.level_from.edge:.2g} on, at {form.level_from.value:.3g}"
 
 
-def _form_as_dict(found: Form) -> dict[str, Any]:
+def _form_as_dict(form: Form) -> dict[str, Any]:
     def level(name: str, one: Level | None) -> dict[str, Any]:
         return {} if one is None else {name: {"axis": 10**one.edge, "value": one.value, "interval": list(one.interval)}}
 
-    told = level("level_until", found.level_until) | level("level_from", found.level_from)
-    if found.jump is not None:
-        ends = {"from": 10**found.jump.start, "to": 10**found.jump.end}
-        told["jump"] = {**ends, "effect": found.jump.change, "interval": list(found.jump.interval)}
+    told = level("level_until", form.level_until) | level("level_from", form.level_from)
+    if form.jump is not None:
+        ends = {"from": 10**form.jump.start, "to": 10**form.jump.end}
+        told["jump"] = {**ends, "effect": form.jump.change, "interval": list(form.jump.interval)}
     return told
 
 
