@@ -90,8 +90,8 @@ def test_measured_documents_are_others_than_counted_ones() -> None:
     (book,) = [np.arange(5000)]
     text = reading._split([book])
     counted, measured = (set(np.concatenate(part).tolist()) for part in (text.counted, text.measured))
-    assert not counted & measured and len(counted | measured) == 5000
-    assert max(map(len, text.measured)) <= reading.PIECE
+    assert not counted & measured and len(counted) > 3000 and len(measured) > 500
+    assert max(map(len, text.measured)) <= reading.MEASURED_PIECE
 
 
 def test_of_long_documents_more_is_read_where_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+LEAST_SHARE = 1e-13
+"""Of an expert, so that its logit is finite."""
 BLOCK = 64
 """Tokens that one matrix of decays covers; sums are carried from block to block."""
 
@@ -40,9 +42,10 @@ class DocumentState(NamedTuple):
 class BranchMixDocumentGate(nn.Module):
     """Evidence of the document so far for each domain, and the experts that each domain wants.
 
-    ``c_t = decay * c_(t-1) + evidence[x_t]``, ``p_t = softmax(prior + c_t)``, and ``A_kind p_t`` is added to the logits
-    of the routers of a kind. A document begins where positions restart; padding carries no evidence. All of it is
-    computed in fp32.
+    ``c_t = decay * c_(t-1) + evidence[x_t]``, ``p_t = softmax(prior + c_t)``, and ``log(softmax(A_kind) p_t)`` is added
+    to the logits of the routers of a kind: each domain shares its gates among the experts, by a column of
+    ``softmax(A_kind)``, and a document has the mean of its domains' shares. A document begins where positions restart;
+    padding carries no evidence. All of it is computed in fp32.
 
     Args:
         vocab_size: V, rows of the input embeddings.
@@ -101,7 +104,7 @@ class BranchMixDocumentGate(nn.Module):
             sums_BTM = decayed_sums(evidence_BTM, self.decay, starts_BT, carry_BM)
             posterior_BTM = (self.prior.float() + sums_BTM).softmax(-1)
             by_kind = (getattr(self, kind) for kind in DocumentLogits._fields)
-            logits = DocumentLogits(*(None if A is None else F.linear(posterior_BTM, A.float()) for A in by_kind))
+            logits = DocumentLogits(*(None if A_EM is None else _mixed(posterior_BTM, A_EM) for A_EM in by_kind))
         return logits, DocumentState(sums_BTM, positions_BT)
 
     def resize(self, vocab_size: int) -> None:
@@ -109,6 +112,13 @@ class BranchMixDocumentGate(nn.Module):
         added = vocab_size - len(self.evidence)
         self.evidence = nn.Parameter(F.pad(self.evidence.data, (0, 0, 0, added)), self.evidence.requires_grad)
         self.counts = F.pad(self.counts, (0, 0, 0, added))
+
+
+def _mixed(posterior_BTM: torch.Tensor, logits_EM: torch.Tensor) -> torch.Tensor:
+    """Log of the experts' shares, [B, T, E]: probabilities are mixed, not logits, or else a domain that is sure of its
+    expert would decide for a document that is hardly of that domain."""
+    shares_EM = logits_EM.float().softmax(0)
+    return F.linear(posterior_BTM, shares_EM).clamp_min(LEAST_SHARE).log()
 
 
 def decayed_sums(

@@ -20,13 +20,14 @@ from branchmix.likelihood.models import encode
 
 COUNTED_TOKENS = 40_000
 """Tokens of a domain that are counted; twice as many improved the posterior by less than 1 %."""
-MEASURED_TOKENS = 4_000
-"""Further tokens of a domain, on which temperatures and the experts' losses are measured."""
+MEASURED_TOKENS = 2_500
+"""Further tokens of a domain, on which temperatures and the experts' losses are measured: what the time goes to."""
+MEASURED_PIECE = 256
+"""Tokens of a document that are measured, so that there are about ten documents."""
 LEAST_TOKENS = 200
 """A domain with less text is refused."""
 PIECE = 512
-"""Tokens of a document that are used while there are enough documents; also the longest text that a loss is measured
-on."""
+"""Tokens of a document that are used while there are enough documents."""
 _CHARACTERS = 8
 """Of a token at most, as a rule; what is kept of a source is that much longer than the tokens that are wanted."""
 
@@ -38,7 +39,7 @@ class DomainText:
     counted: list[np.ndarray]
     """Documents whose tokens are counted."""
     measured: list[np.ndarray]
-    """Other documents, of at most ``PIECE`` tokens each."""
+    """The beginnings of other documents, of at most ``MEASURED_PIECE`` tokens each."""
 
 
 def read(config: EvalData, tokenizer: Any) -> dict[str, DomainText]:
@@ -121,7 +122,7 @@ def _split(documents: list[np.ndarray]) -> DomainText:
     measured = counted = 0
     for number, tokens in enumerate(documents):
         if number % 4 == 1 and measured < MEASURED_TOKENS:
-            piece = tokens[: min(PIECE, MEASURED_TOKENS - measured)]
+            piece = tokens[: min(MEASURED_PIECE, MEASURED_TOKENS - measured)]
             if len(piece) > 1:  # a single token predicts nothing
                 text.measured.append(piece)
                 measured += len(piece)
