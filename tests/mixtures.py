@@ -55,11 +55,12 @@ def gated(name: str, attention: str = "kv_experts", **options: Any) -> BranchMix
 
 
 def recipe(models: dict[str, Path], **options: Any) -> dict[str, Any]:
-    """A recipe of all siblings, with routers that tell tokens apart."""
+    """A recipe of all siblings, with the paper's gates and routers that distinguish tokens."""
     return {
         "seed": str(models["seed"]),
         "experts": [{"name": name, "model": str(path)} for name, path in models.items() if name != "seed"],
         "router_init": {"std": 0.3},
+        "start": "paper",
         **options,
     }
 

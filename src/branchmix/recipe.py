@@ -189,6 +189,10 @@ class Recipe(Settings):
 
     seed: str
     """The dense model that all experts grew from: local folder or Hub id, with ``@revision``."""
+    start: Literal["even", "paper"] = "even"
+    """``routing.ffn`` where the recipe gives neither it nor ``routed_scaling_factor`` nor ``sparse_upcycling``. ``even``:
+    top-2 with gates that sum to 1, which keeps the dense model's scale, so that a mixture with random gates is about as
+    good as a soup. ``paper``: raw top-1 gates (BAM section 3.3), which have to be trained."""
     include_seed: bool = True
     """The seed is expert 0, and takes part in averages."""
     experts: list[Expert] = []
@@ -225,6 +229,17 @@ class Recipe(Settings):
 
     _folder: Path = Path()
     _file: Path | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("start", "even") != "even":
+            return data
+        routing = data.get("routing") or {}
+        given = not isinstance(routing, dict) or routing.get("ffn") is not None
+        if given or "routed_scaling_factor" in data or "sparse_upcycling" in data:
+            return data
+        return {**data, "routing": {**routing, "ffn": {"top_k": 2, "normalize": True}}}
 
     @model_validator(mode="after")
     def _experts_make_sense(self) -> Recipe:
