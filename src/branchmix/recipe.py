@@ -237,7 +237,7 @@ class Recipe(Settings):
             return data
         routing = data.get("routing") or {}
         given = not isinstance(routing, dict) or routing.get("ffn") is not None
-        if given or "routed_scaling_factor" in data or "sparse_upcycling" in data:
+        if given or data.get("ffn") == "average" or "routed_scaling_factor" in data or "sparse_upcycling" in data:
             return data
         return {**data, "routing": {**routing, "ffn": {"top_k": 2, "normalize": True}}}
 

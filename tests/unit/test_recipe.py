@@ -17,8 +17,30 @@ def recipe(**keys: Any) -> Recipe:
     return Recipe.of({"seed": "./seed", "experts": EXPERTS, **keys})
 
 
-def test_the_smallest_recipe_is_bam_as_in_the_paper() -> None:
+def test_the_smallest_recipe_is_bam_with_gates_that_keep_the_scale() -> None:
     found = recipe()
+    assert (found.num_experts_per_tok, found.scaling, found.routing.ffn.normalize) == (2, 1.0, True)
+    assert (found.attention, found.ffn, found.routing.attention.soft) == ("kv_experts", "experts", True)
+    assert recipe(routing={"attention": {"top_k": 2}}).routing.ffn == found.routing.ffn
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"routing": {"ffn": {"top_k": 1}}},
+        {"routing": {"ffn": {}}},
+        {"routed_scaling_factor": "auto"},
+        {"sparse_upcycling": {"weight_scaling": True}},
+        {"ffn": "average"},
+    ],
+)
+def test_what_a_recipe_says_of_its_gates_is_all_there_is(given: dict[str, Any]) -> None:
+    found = recipe(**given)
+    assert (found.num_experts_per_tok, found.routing.ffn.normalize) == (1, False)
+
+
+def test_the_papers_start() -> None:
+    found = recipe(start="paper")
     assert found.expert_names == ["seed", "code", "math"]
     assert (found.attention, found.ffn, found.merge.method, found.dtype) == ("kv_experts", "experts", "average", None)
     assert (found.num_experts_per_tok, found.scaling, found.routing.ffn.normalize) == (1, 1.0, False)
