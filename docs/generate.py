@@ -140,7 +140,8 @@ def studies_page() -> str:
         "| name | what | trained | runs |",
         "| --- | --- | --- | --- |",
     ]
-    kinds = {"mixture": "merged and trained", "merge": "merged only", "dense": "the seed, trained", "ensemble": "-"}
+    kinds = {"mixture": "merged and trained", "dense": "the seed, trained", "ensemble": "-"}
+    kinds |= dict.fromkeys(("merge", "forced"), "merged only")
     for name, preset in METHODS.items():
         runs = ", ".join(preset.match).upper() if preset.kind in ("mixture", "dense") else "-"
         lines.append(f"| `{name}` | {preset.what} | {kinds[preset.kind]} | {runs} |")

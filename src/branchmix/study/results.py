@@ -101,6 +101,7 @@ _PARTS = {
     "upcycle": ("merge",),
     "scores": ("documents", "routing"),
     "ensemble": ("documents", "routing"),
+    "forced": ("documents", "routing"),
     "routes": ("routes",),
     "inference": ("inference",),
 }
