@@ -68,8 +68,8 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
             record |= {"computing": {"precision": "bf16"}, "versions": {"torch": "2"}, "run": {}}
             record["machine"] = {"cpu": "A & B", "cores": 2, "threads": 1}
         elif step.kind == "upcycle":
-            record["merge"] = {"recipe": {}}
-        elif step.kind == "scores":
+            record["merge"] = {"recipe": step.recipe}
+        elif step.kind in ("scores", "forced"):
             assert step.about is not None
             title, repetition = step.about.title, step.about.repetition
             level = 4.0 + repetition + LEVELS.get(title, 1.0) + (wobble * repetition if title != "btx" else 0.0)

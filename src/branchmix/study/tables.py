@@ -11,14 +11,14 @@ from collections.abc import Callable
 from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 from branchmix.study.cost_tables import budgets, components, costs, inference_flops, latency, text
-from branchmix.study.labels import Numbers, intervals_are, marked_label
+from branchmix.study.labels import Numbers, intervals_are, marked_label, merge_label
 from branchmix.study.results import GROUPS
 
 
 def tables(study: Numbers) -> list[Table]:
     """Those that there are numbers for."""
     made = [
-        *(perplexities(study), bits(study), directions(study), variants(study)),
+        *(perplexities(study), bits(study), before_training(study), directions(study), variants(study)),
         *(selection(study, *wanted) for wanted in SELECTIONS),
         *(inference_flops(study), components(study), latency(study)),
         *(budgets(study), costs(study), text(study)),
@@ -108,6 +108,25 @@ def percent(interval: Numbers, *, significant: bool) -> str:
 
 def _label(study: Numbers, title: str) -> str:
     return str(next(model["label"] for model in study["models"] if model["title"] == title))
+
+
+def before_training(study: Numbers) -> Table:
+    """What gates are worth that know the domain, guess it from text, or know nothing."""
+    models = {model["title"]: model for model in study["models"]}
+    rows = []
+    for row in sorted(study["before_training"], key=lambda row: -models[row["title"]]["geometric_mean"]):
+        model, soup = models[row["title"]], row["soup"]
+        perplexities = [*model["perplexity"].values(), model["geometric_mean"]]
+        beside = percent(soup["log_perplexity"], significant=soup["significant"]) if soup else ""
+        closed = f"{row['closed']:.0%}" if row["closed"] is not None else ""
+        rows.append([merge_label(model), *(f"{value:,.2f}" for value in perplexities), beside, closed])
+    note = (
+        "From the worst to the best; nothing here was trained after the merge. Forced gates send every token to the "
+        "best expert of its domain, and are the bound for any gates of the same merge. The last column: how much of "
+        "the way from the soup to forced gates, in log perplexity, a mixture's own gates go."
+    )
+    head = ["", *_domains(study), "Geo. mean", "against the soup", "of the gap to forced gates"]
+    return Table(head, rows, "before-training", "Before training", note)
 
 
 def directions(study: Numbers) -> Table:
