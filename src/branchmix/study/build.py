@@ -232,9 +232,7 @@ class _Builder:
         self._add(name, "train", options, needs, order, run=run, config=config, cost=cost, about=about)
         return name
 
-    def _scores(
-        self, model: str | None, order: Order, config: Config, about: About, kind: StepKind = "scores"
-    ) -> None:
+    def _scores(self, model: str | None, order: Order, config: Config, about: About, kind: StepKind = "scores") -> None:
         options = {**self._evaluation(), **(self.given_identity if model is None else {})}
         name, needs = f"r{about.repetition + 1}.scores.{about.title}", Needs(self.text, model)
         self._add(name, kind, options, needs, (*order, 99), config=config, about=about)

@@ -19,8 +19,8 @@ class Preset:
     label: str
     what: str
     kind: Kind = "mixture"
-    """``mixture``: merged and trained. ``merge``: merged only. ``forced``: merged only, and
-    measured with all gates forced to each domain's best expert, the bound for any gates. ``dense``: the seed, trained on the mixtures' data.
+    """``mixture``: merged and trained. ``merge``: merged only. ``forced``: merged only, and measured with all gates
+    forced to each domain's best expert, the bound for any gates. ``dense``: the seed, trained on the mixtures' data.
     ``ensemble``: all dense models, nothing trained."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Keys of the recipe."""

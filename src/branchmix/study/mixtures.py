@@ -64,13 +64,13 @@ class Mixtures:
             fields["seed_copies"] = len(experts)
         if preset.larger is not None and "seed_copies" not in method.recipe:
             fields |= self._larger(fields, preset.larger)
-        gates = fields.get("gates")
+        gates, where = fields.get("gates"), f"method {method.title}: gates"
         if isinstance(gates, dict):
             if "data" in gates:
-                raise RecipeError(f"method {method.title}: gates.data: a study fits gates on its own text: leave it out")
+                raise RecipeError(f"{where}.data: a study fits gates on its own text: leave it out")
             fields["gates"] = {"data": DATA, **gates}
         elif preset.kind == "forced":
-            raise RecipeError(f"method {method.title}: gates: the fit says which expert is the best one: give gates: {{}}")
+            raise RecipeError(f"{where}: the fit says which expert is the best one: give gates: {{}}")
         return parse(Recipe, fields, f"method {method.title}")
 
     def _larger(self, fields: dict[str, Any], match: str) -> dict[str, Any]:
