@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from test_study import STEP, settings, write_study
 
 from branchmix.checkpoint.folder import write_json
@@ -104,6 +106,16 @@ def test_forced_scores_are_those_of_eval(done: Done, tmp_path: Path) -> None:
     assert step["documents"]["code"] != done.result("r1.scores.bam-expert-kv-calibrated-step0")["documents"]["code"]
 
 
+def test_how_far_an_expert_went_from_the_seed(done: Done) -> None:
+    seed, code = (load_file(done.folder(f"r1.train.{n}") / "model" / "model.safetensors") for n in ("seed", "code"))
+    for part, word in (("attention", "self_attn"), ("ffn", "mlp")):
+        theirs = torch.cat([seed[name].flatten() for name in sorted(seed) if word in name])
+        ours = torch.cat([code[name].flatten() for name in sorted(code) if word in name])
+        expected = float((ours - theirs).norm() / theirs.norm())
+        assert done.result("r1.train.code")["training"]["from_seed"][part] == pytest.approx(expected, abs=1e-4) != 0
+    assert "from_seed" not in done.result("r1.train.seed")["training"]
+
+
 def test_the_report_shows_what_gates_are_worth_before_training(done: Done, tmp_path: Path) -> None:
     found = report(done.out, tmp_path, kinds=["html"])
     table = next(table for table in found.tables if table.name == "before-training")
@@ -111,6 +123,9 @@ def test_the_report_shows_what_gates_are_worth_before_training(done: Done, tmp_p
     rows = {row[0]: row for row in table.rows}
     assert set(rows) == {"Soup", "BAM Expert KV calibrated", "BAM Expert KV, forced gates"}
     assert rows["Soup"][3] == f"{models['soup']['geometric_mean']:.2f}" and rows["Soup"][4:] == ["", ""]
+    went = next(table for table in found.tables if table.name == "distances").rows
+    from_seed = done.result("r1.train.code")["training"]["from_seed"]
+    assert went == [["Code expert", f"{from_seed['attention']:.1%}", f"{from_seed['ffn']:.1%}"]]
     assert "What merging alone gives" in (tmp_path / "index.html").read_text()
     assert "routes-bam-expert-kv-calibrated.html" in (tmp_path / "index.html").read_text()
     assert {*done.result("inference")["inference"]["models"]} == {"seed", "soup", "bam-expert-kv-calibrated"}

@@ -129,6 +129,26 @@ class HeldOutText:
         return scored
 
 
+def distance(model: Path, seed: Path) -> dict[str, float]:
+    """How far a model's attention and FFN went from its seed: the norm of the difference over that of the seed's."""
+    import numpy as np
+
+    from branchmix.checkpoint.expressions import Source as Stored
+    from branchmix.checkpoint.index import CheckpointIndex
+    from branchmix.train.record import part_of
+    from branchmix.upcycling.layers import cast
+
+    ours, theirs = (CheckpointIndex.open(folder).tensors for folder in (model, seed))
+    squares = {"attention": [0.0, 0.0], "ffn": [0.0, 0.0]}
+    for name in ours.keys() & theirs.keys():
+        if (part := part_of(name)) in squares:
+            a, b = (cast(Stored(refs[name]), "F32") for refs in (ours, theirs))
+            went_from = b.rows(0, b.num_rows)
+            for place, values in enumerate((a.rows(0, a.num_rows) - went_from, went_from)):
+                squares[part][place] += float(np.square(values, dtype=np.float64).sum())
+    return {part: (went / size) ** 0.5 for part, (went, size) in squares.items()}
+
+
 def _rows(scored: Scored) -> dict[str, list[list[float]]]:
     return {
         domain: [[round(document.nll, 3), document.tokens, document.bytes] for document in documents]

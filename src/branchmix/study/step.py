@@ -161,6 +161,7 @@ class _Work:
             return {}
         record = report.record
         clips = run["optimizer"]["max_grad_norm"] > 0
+        is_expert = self.step.about is not None and self.step.about.role == "expert"
         return {
             "training": {
                 **{key: record[key] for key in ("steps", "tokens", "flops", "seconds", "peak_learning_rate")},
@@ -170,6 +171,7 @@ class _Work:
                 "text": record["data"]["domains"],
                 "resumed": len(record["resumed"]),
                 **{key: record[key] for key in ("started", "ended")},
+                **({"from_seed": self._from_seed()} if is_expert else {}),
             },
             **{key: record[key] for key in ("model", "computing")},
             "machine": {**record["machine"], "cpu": _cpu_name()},
@@ -179,6 +181,13 @@ class _Work:
                 **({"model": self.study.seed} if is_given else {}),  # results travel: no path of this machine
             },
         }
+
+    def _from_seed(self) -> dict[str, float]:
+        """How far the trained expert went from the seed."""
+        from branchmix.study.measure import distance, rounded
+
+        went = distance(self.folder / MODEL, self.model_of(self.step.needs.model))
+        return dict(rounded(went))
 
     def _given(self) -> str:
         """As the study names its seed: a Hub id, or an absolute folder."""

@@ -13,12 +13,14 @@ from branchmix.pages.table import Table
 from branchmix.study.cost_tables import budgets, components, costs, inference_flops, latency, text
 from branchmix.study.labels import Numbers, intervals_are, marked_label, merge_label
 from branchmix.study.results import GROUPS
+from branchmix.study.statistics import mean
 
 
 def tables(study: Numbers) -> list[Table]:
     """Those that there are numbers for."""
     made = [
-        *(perplexities(study), bits(study), before_training(study), directions(study), variants(study)),
+        *(perplexities(study), bits(study), before_training(study), distances(study)),
+        *(directions(study), variants(study)),
         *(selection(study, *wanted) for wanted in SELECTIONS),
         *(inference_flops(study), components(study), latency(study)),
         *(budgets(study), costs(study), text(study)),
@@ -127,6 +129,21 @@ def before_training(study: Numbers) -> Table:
     )
     head = ["", *_domains(study), "Geo. mean", "against the soup", "of the gap to forced gates"]
     return Table(head, rows, "before-training", "Before training", note)
+
+
+def distances(study: Numbers) -> Table:
+    """What attention experts are worth grows with how far attention went."""
+    rows = []
+    for model in study["models"]:
+        trained = [r["training"] for r in model["repetitions"] if r["training"] and "from_seed" in r["training"]]
+        if trained:
+            means = (mean([run["from_seed"][part] for run in trained]) for part in ("attention", "ffn"))
+            rows.append([marked_label(study, model), *(f"{value:.1%}" for value in means)])
+    note = (
+        "Norm of the difference between the expert's weights and the seed's, over the norm of the seed's. What experts "
+        "of a part are worth, beside its average, grows with it."
+    )
+    return Table(["", "attention", "FFN"], rows, "distances", "How far the experts went from the seed", note)
 
 
 def directions(study: Numbers) -> Table:
