@@ -125,7 +125,7 @@ def test_the_report_shows_what_gates_are_worth_before_training(done: Done, tmp_p
     assert rows["Soup"][3] == f"{models['soup']['geometric_mean']:.2f}" and rows["Soup"][4:] == ["", ""]
     went = next(table for table in found.tables if table.name == "distances").rows
     from_seed = done.result("r1.train.code")["training"]["from_seed"]
-    assert went == [["Code expert", f"{from_seed['attention']:.1%}", f"{from_seed['ffn']:.1%}"]]
+    assert went == [["Code expert", *(f"{100 * from_seed[part]:.1f} %" for part in ("attention", "ffn"))]]
     assert "What merging alone gives" in (tmp_path / "index.html").read_text()
     assert "routes-bam-expert-kv-calibrated.html" in (tmp_path / "index.html").read_text()
     assert {*done.result("inference")["inference"]["models"]} == {"seed", "soup", "bam-expert-kv-calibrated"}

@@ -159,8 +159,8 @@ def _row(study: StudyFile, name: str, steps: list[Step], left: set[str], seconds
 
 
 def _memory(step: Step) -> int:
-    """Bytes of a training step; of anything else the weights in fp32."""
-    if step.config is None or step.kind == "upcycle":
+    """Bytes of a training step; of a merge alone nothing, of anything else the weights in fp32."""
+    if step.config is None or (step.kind == "upcycle" and not step.recipe.get("gates")):
         return 0
     if step.kind != "train":
         return 4 * parameters(step.config).total

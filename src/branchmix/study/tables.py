@@ -120,7 +120,7 @@ def before_training(study: Numbers) -> Table:
         model, soup = models[row["title"]], row["soup"]
         perplexities = [*model["perplexity"].values(), model["geometric_mean"]]
         beside = percent(soup["log_perplexity"], significant=soup["significant"]) if soup else ""
-        closed = f"{row['closed']:.0%}" if row["closed"] is not None else ""
+        closed = f"{100 * row['closed']:.0f} %" if row["closed"] is not None else ""
         rows.append([merge_label(model), *(f"{value:,.2f}" for value in perplexities), beside, closed])
     note = (
         "From the worst to the best; nothing here was trained after the merge. Forced gates send every token to the "
@@ -138,7 +138,7 @@ def distances(study: Numbers) -> Table:
         trained = [r["training"] for r in model["repetitions"] if r["training"] and "from_seed" in r["training"]]
         if trained:
             means = (mean([run["from_seed"][part] for run in trained]) for part in ("attention", "ffn"))
-            rows.append([marked_label(study, model), *(f"{value:.1%}" for value in means)])
+            rows.append([marked_label(study, model), *(f"{100 * value:.1f} %" for value in means)])
     note = (
         "Norm of the difference between the expert's weights and the seed's, over the norm of the seed's. What experts "
         "of a part are worth, beside its average, grows with it."
