@@ -169,6 +169,8 @@ def test_the_whole_demo_stopped_once(tmp_path: Path) -> None:
     made = report(out)
     models: dict[str, Any] = {model["title"]: model for model in made.numbers["models"]}
     assert len(models) == 19
+    untrained = {row["title"] for row in made.numbers["before_training"]}
+    assert untrained >= {"soup", "ensemble", "bam-expert-kv-calibrated-step0", "bam-expert-kv-forced"}
     assert models["law"]["perplexity"]["law"] < models["seed"]["perplexity"]["law"]
     assert models["bam-expert-kv-dm"]["tokens"] == models["btx"]["tokens"]
     page = checked((out / "index.html").read_text())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_study import STEP, settings, write_study
+from typer.testing import CliRunner
 
 from branchmix.checkpoint.folder import write_json
+from branchmix.cli import app
 from branchmix.data.sources import is_held_out
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.study.build import build
 from branchmix.study.report import report
-from branchmix.study.scheduler import study
+from branchmix.study.scheduler import StudyReport, study
 from branchmix.study.settings import StudyFile
 from branchmix.upcycling.gates import text as reading
 
@@ -129,3 +134,13 @@ def test_the_report_shows_what_gates_are_worth_before_training(done: Done, tmp_p
     assert "What merging alone gives" in (tmp_path / "index.html").read_text()
     assert "routes-bam-expert-kv-calibrated.html" in (tmp_path / "index.html").read_text()
     assert {*done.result("inference")["inference"]["models"]} == {"seed", "soup", "bam-expert-kv-calibrated"}
+
+
+def test_the_demo_prints_what_merging_alone_gives(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    shutil.copytree(done.out / "results", tmp_path / "results")
+    monkeypatch.setattr("branchmix.study.scheduler.study", lambda config, out: StudyReport(out, {"text": "done"}))
+    monkeypatch.setattr("branchmix.study.report.report", partial(report, kinds=["html"]))  # no pictures as files
+    shown = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)]).stdout
+    assert shown.index("### Perplexity") < shown.index("### Before training") < shown.index("Before any training, ")
