@@ -146,7 +146,7 @@ def test_what_merging_alone_gives(tmp_path: Path) -> None:
     table = next(table for table in tables(found) if table.name == "before-training")
     assert [row[0] for row in table.rows][-2:] == ["BAM Expert KV calibrated", "BAM Expert KV, forced gates"]
     assert table.rows[-2][-2:] == ["-55.1 ±0.0 % *", "89 %"]
-    expected = "Before any training, BAM Expert KV calibrated is better than the soup (-55.1 ±0.0 %), 89 % of the way"
+    expected = "Before any training, BAM Expert KV calibrated is better than the soup (-55.1 ±0.0 %): 89 % of what forced gates"
     assert headline(found)[0].startswith(expected)
     without = collect(finished(tmp_path / "random", methods=methods[:3]))
     assert without["before_training"] == [] and not headline(without)[0].startswith("Before")

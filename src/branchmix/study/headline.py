@@ -55,7 +55,7 @@ def _before_training(study: Numbers, models: dict[str, Numbers]) -> list[str]:
     best = min(rows, key=lambda row: models[row["title"]]["geometric_mean"])
     text = f"Before any training, {merge_label(models[best['title']])} {_verdict(best['soup'], 'the soup')}"
     if best["closed"] is not None:
-        text += f", {100 * best['closed']:.0f} % of the way from there to gates that know the domain"
+        text += f": {100 * best['closed']:.0f} % of what forced gates gain"
     return [f"{text}."]
 
 
