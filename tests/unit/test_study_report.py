@@ -146,8 +146,11 @@ def test_what_merging_alone_gives(tmp_path: Path) -> None:
     table = next(table for table in tables(found) if table.name == "before-training")
     assert [row[0] for row in table.rows][-2:] == ["BAM Expert KV calibrated", "BAM Expert KV, forced gates"]
     assert table.rows[-2][-2:] == ["-55.1 ±0.0 % *", "89 %"]
-    expected = "Before any training, BAM Expert KV calibrated is better than the soup (-55.1 ±0.0 %): 89 % of what forced gates"
-    assert headline(found)[0].startswith(expected)
+    expected = "BAM Expert KV calibrated is better than the soup (-55.1 ±0.0 %): 89 % of what forced gates gain."
+    assert headline(found)[0] == f"Before any training, {expected}"
+    (tmp_path / "all" / "results" / "r2.scores.bam-expert-kv-forced.json").unlink()
+    half_done = {row["closed"] for row in collect(tmp_path / "all")["before_training"]}
+    assert half_done == {None}, "shares of other repetitions' gap"
     without = collect(finished(tmp_path / "random", methods=methods[:3]))
     assert without["before_training"] == [] and not headline(without)[0].startswith("Before")
     no_soup = collect(finished(tmp_path / "no soup", methods=[methods[0], *methods[3:]]))

@@ -41,7 +41,7 @@ def before_training(models: list[Numbers]) -> list[dict[str, Any]]:
     """What was not trained beside the soup, and how much of the way to forced gates its own gates go.
 
     ``closed`` is the share of the soup's distance, in log perplexity, to the same merge with forced gates; None where a
-    study does not measure that, or where it is no better than the soup.
+    study does not measure that in as many repetitions, or where it is no better than the soup.
     """
     merged = [model for model in models if model["group"] == "merged"]
     soup = next((model for model in merged if model["preset"] == "soup"), None)
@@ -51,8 +51,9 @@ def before_training(models: list[Numbers]) -> list[dict[str, Any]]:
         beside = comparison(model, soup) if soup is not None and model is not soup else None
         bound = bounds.get(_attention(model)) if model["role"] == "step 0" else None
         most = comparison(bound, soup) if bound is not None and soup is not None else None
-        known = beside is not None and most is not None and most.mean.value < 0
-        closed = beside.mean.value / most.mean.value if known else None  # type: ignore[union-attr]
+        closed = None
+        if beside is not None and most is not None and most.mean.value < 0 and beside.mean.n == most.mean.n:
+            closed = beside.mean.value / most.mean.value
         rows.append({"title": model["title"], "soup": beside.as_dict() if beside else None, "closed": closed})
     return rows
 
