@@ -116,13 +116,20 @@ def studies_page() -> str:
         "  training of a dense model, as many processes as there are cores share it.",
         "- **Routing**: `routes` names methods whose mixture gets its own page, on which each token of the held-out",
         "  text shows its expert. The report links to it.",
+        "- **Before training**: methods called `...-calibrated` fit their gates, as `branchmix calibrate` does, on",
+        "  the study's own text without what is held out, before they are measured and trained. `gates: {}` in the",
+        "  recipe of any other method does the same. Methods called `...-forced` measure such a merge with all gates",
+        "  forced to each domain's best expert: the bound for any gates. With `soup` beside them, the report shows how",
+        "  much of the gap between soup and forced gates the gates of each mixture close.",
         "- **Disk space**: `keep: results` deletes the weights of merges and mixtures once no step needs them; if a",
         "  new step needs them, they are made again.",
         "",
         "## The demo",
         "",
         "`branchmix demo` (`make demo`) is a study too: `src/branchmix/study/recipes/demo.yaml`, on text that Python",
-        "packages contain. It writes the page of `branchmix report`, `demo-output/index.html`. This is what an",
+        "packages contain. It writes the page of `branchmix report`, `demo-output/index.html`, and prints two of its",
+        "tables: all models, and what merging alone gives (soup, ensemble, and mixtures with random, calibrated and",
+        "forced gates, before any of them is trained). This is what an",
         "earlier version of the demo gave with one random seed and half of Study A's tokens (run of 2026-11-22, AMD",
         "EPYC, 2 cores, bf16):",
         "",
@@ -140,7 +147,8 @@ def studies_page() -> str:
         "| name | what | trained | runs |",
         "| --- | --- | --- | --- |",
     ]
-    kinds = {"mixture": "merged and trained", "merge": "merged only", "dense": "the seed, trained", "ensemble": "-"}
+    kinds = {"mixture": "merged and trained", "dense": "the seed, trained", "ensemble": "-"}
+    kinds |= dict.fromkeys(("merge", "forced"), "merged only")
     for name, preset in METHODS.items():
         runs = ", ".join(preset.match).upper() if preset.kind in ("mixture", "dense") else "-"
         lines.append(f"| `{name}` | {preset.what} | {kinds[preset.kind]} | {runs} |")

@@ -275,6 +275,39 @@ def test_given_text_is_known_by_its_content(tmp_path: Path) -> None:
     assert new(before, graph(data=data)) == set(before.steps)
 
 
+def test_calibrated_merges_depend_on_the_text_and_on_what_it_holds_out() -> None:
+    """Not on how much of that is measured; a merge without a fit reads no text."""
+    methods, merge = ["btx", "bam-expert-kv-calibrated"], "r1.upcycle.bam-expert-kv-calibrated"
+    before = graph(methods=methods)
+    assert before.steps[merge].needs.text == "text" and before.steps["r1.upcycle.btx"].needs.text is None
+    assert merge in new(before, graph(methods=methods, held_out={"share": 0.05}))
+    assert merge in new(before, graph(methods=methods, data={"installed": "2M"}))
+    measured = new(before, graph(methods=methods, held_out={"tokens": 9000}))
+    assert merge not in measured and "r1.scores.bam-expert-kv-calibrated-step0" in measured
+
+
+def test_forced_gates_are_measured_on_the_calibrated_merge_wherever_they_are_listed() -> None:
+    methods = ["bam-expert-kv-forced", "bam-expert-kv-calibrated"]
+    for listed in (methods, methods[::-1]):
+        steps = graph(methods=["btx", *listed]).steps
+        merges = [name for name, step in steps.items() if step.kind == "upcycle" and "kv" in name]
+        assert merges == [f"r1.upcycle.{listed[0]}"]
+        needed = {steps[f"r1.scores.bam-expert-kv-{name}"].needs.model for name in ("forced", "calibrated-step0")}
+        assert needed == {*merges} and steps["r1.train.bam-expert-kv-calibrated-dm"].needs.model == merges[0]
+        assert steps["r1.scores.bam-expert-kv-forced"].kind == "forced"
+
+
+def test_gates_are_fitted_on_the_studys_own_text() -> None:
+    own = {"method": "bam-expert-kv-calibrated", "recipe": {"gates": {"data": "mine.yaml"}}}
+    with pytest.raises(RecipeError, match=r"bam-expert-kv-calibrated: gates\.data: a study fits gates on its own text"):
+        graph(methods=["btx", own])
+    with pytest.raises(RecipeError, match="btx-forced: gates: the fit says which expert is the best one"):
+        graph(methods=["btx", {"method": "btx-forced", "recipe": {"gates": None}}])
+    tokens_only = {"method": "bam-expert-kv-calibrated", "recipe": {"gates": {"token_only": True}}}
+    config = graph(methods=["btx", tokens_only]).steps["r1.upcycle.bam-expert-kv-calibrated"].config
+    assert config is not None and "document_gate" not in config and config["num_experts_per_tok"] == 2
+
+
 def test_data_order_is_paired_within_a_repetition() -> None:
     found = graph(random_seeds=[5, 6])
     by_repetition: dict[int, set[int]] = {0: set(), 1: set()}

@@ -33,6 +33,8 @@ LEVELS = {
     "bam-shared-kv-dm": -0.04,
     "bam-shared-kv-cm": 0.02,
     "btx-top2-dm": -0.05,
+    "bam-expert-kv-calibrated-step0": 0.2,
+    "bam-expert-kv-forced": 0.1,
 }
 """Log perplexity against BTX; everything else is 1 worse."""
 
@@ -68,8 +70,8 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
             record |= {"computing": {"precision": "bf16"}, "versions": {"torch": "2"}, "run": {}}
             record["machine"] = {"cpu": "A & B", "cores": 2, "threads": 1}
         elif step.kind == "upcycle":
-            record["merge"] = {"recipe": {}}
-        elif step.kind == "scores":
+            record["merge"] = {"recipe": step.recipe}
+        elif step.kind in ("scores", "forced"):
             assert step.about is not None
             title, repetition = step.about.title, step.about.repetition
             level = 4.0 + repetition + LEVELS.get(title, 1.0) + (wobble * repetition if title != "btx" else 0.0)
@@ -125,6 +127,35 @@ def test_mixtures_beside_a_dense_model(tmp_path: Path) -> None:
     assert "BTX and the dense model are statistically indistinguishable" in " ".join(headline(noisy))
     without = collect(finished(tmp_path / "without"))
     assert without["against_dense"] == {} and "dense model" not in " ".join(headline(without))
+
+
+def test_what_merging_alone_gives(tmp_path: Path) -> None:
+    """The soup and a mixture with random gates at 1, fitted gates at 0.2, forced ones at 0.1: 8/9 of the way."""
+    methods = ["btx", "bam-expert-kv", "soup", "bam-expert-kv-forced", "bam-expert-kv-calibrated"]
+    found = collect(finished(tmp_path / "all", methods=methods))
+    rows = {row["title"]: row for row in found["before_training"]}
+    assert set(rows) == {
+        "soup",
+        "btx-step0",
+        *(f"bam-expert-kv{n}" for n in ("-step0", "-forced", "-calibrated-step0")),
+    }
+    closed = {title: row["closed"] for title, row in rows.items()}
+    assert closed.pop("bam-expert-kv-calibrated-step0") == pytest.approx(0.8 / 0.9)
+    assert closed.pop("bam-expert-kv-step0") == pytest.approx(0.0)
+    assert not any(closed.values()), "BTX has no forced gates here"
+    table = next(table for table in tables(found) if table.name == "before-training")
+    assert [row[0] for row in table.rows][-2:] == ["BAM Expert KV calibrated", "BAM Expert KV, forced gates"]
+    assert table.rows[-2][-2:] == ["-55.1 ±0.0 % *", "89 %"]
+    expected = "BAM Expert KV calibrated is better than the soup (-55.1 ±0.0 %): 89 % of what forced gates gain."
+    assert headline(found)[0] == f"Before any training, {expected}"
+    (tmp_path / "all" / "results" / "r2.scores.bam-expert-kv-forced.json").unlink()
+    half_done = {row["closed"] for row in collect(tmp_path / "all")["before_training"]}
+    assert half_done == {None}, "shares of other repetitions' gap"
+    without = collect(finished(tmp_path / "random", methods=methods[:3]))
+    assert without["before_training"] == [] and not headline(without)[0].startswith("Before")
+    no_soup = collect(finished(tmp_path / "no soup", methods=[methods[0], *methods[3:]]))
+    assert {row["closed"] for row in no_soup["before_training"]} == {None}
+    assert not headline(no_soup)[0].startswith("Before")
 
 
 def test_noise_is_no_finding(tmp_path: Path) -> None:

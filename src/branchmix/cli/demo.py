@@ -29,7 +29,7 @@ def demo_command(
     ] = None,
     as_json: console.AsJson = False,
 ) -> None:
-    """Train a seed and three experts, mix them in four ways, train on, compare: one page of results.
+    """Train a seed and three experts, mix them in several ways, train on, compare: one page of results.
 
     Nothing is downloaded: the text is installed with Python packages. It is a study like any other (see branchmix
     study): every step leaves its YAML file in the folder, and finished steps are never repeated.
@@ -56,7 +56,9 @@ def demo_command(
     if as_json:
         console.print_json(made.numbers)
         return
-    typer.echo(made.tables[0].markdown())
+    for table in made.tables:
+        if table.name in ("table-1", "before-training"):
+            typer.echo(table.markdown())
     for line in made.headline:
         typer.echo(f"{line}\n")
     typer.echo(out / "index.html")

@@ -41,7 +41,7 @@ HELD_OUT_WHILE_TRAINING = 2048
 """Tokens of a domain that a run itself evaluates at its end; the scores are a step of their own."""
 _HASHED_BYTES = 4 << 30
 """Text up to this size is known by its content, above by sizes and dates."""
-_LATER: dict[str, dict[str, Any]] = {"routing": {"shared": False}}
+_LATER: dict[str, Any] = {"routing": {"shared": False}, "gates": None}
 """Options of recipes that came after `graph.FORMAT` 1, with the values that mean what was done before there were any.
 
 Left out of keys at these values, so that a study which an older version began is resumed."""
@@ -144,15 +144,22 @@ class _Builder:
         names = [expert.name for expert in recipe.experts]
         needs = Needs(members={role: step for role, step in dense.items() if role in (SEED, *names)})
         options = {"recipe": content, "experts": names, **self.given_identity}
+        if recipe.gates is not None:
+            needs = replace(needs, text=self.text)
+            options |= {"data": self.data, "held_out": {"share": self.study.held_out.share}}
         name = f"r{repetition + 1}.upcycle.{title}"
         self._add(name, "upcycle", options, needs, (*order, 0), recipe=content, config=config, about=about)
         same = next(step.name for step in self.steps.values() if step.key == self.steps[name].key)
-        if same != name:  # another method trains the same merge in another way
+        if same != name:  # another method measures the same merge, or trains it, in another way
             del self.steps[name]
+        if preset.kind == "forced":
+            self._scores(same, (*order, 1), config, replace(about, role="forced"), "forced")
+        elif any(step.kind == "scores" and step.needs.model == same for step in self.steps.values()):
+            pass
         elif preset.kind == "merge":
-            self._scores(name, (*order, 1), config, replace(about, role="merge"))
+            self._scores(same, (*order, 1), config, replace(about, role="merge"))
         else:
-            self._scores(name, (*order, 1), config, replace(about, role="step 0", title=f"{title}-step0"))
+            self._scores(same, (*order, 1), config, replace(about, role="step 0", title=f"{title}-step0"))
         if preset.kind == "mixture":
             self._runs(method, preset.train, same, config, (*order, 2), about)
 
@@ -225,10 +232,10 @@ class _Builder:
         self._add(name, "train", options, needs, order, run=run, config=config, cost=cost, about=about)
         return name
 
-    def _scores(self, model: str | None, order: Order, config: Config, about: About) -> None:
+    def _scores(self, model: str | None, order: Order, config: Config, about: About, kind: StepKind = "scores") -> None:
         options = {**self._evaluation(), **(self.given_identity if model is None else {})}
         name, needs = f"r{about.repetition + 1}.scores.{about.title}", Needs(self.text, model)
-        self._add(name, "scores", options, needs, (*order, 99), config=config, about=about)
+        self._add(name, kind, options, needs, (*order, 99), config=config, about=about)
 
     def _routes(self) -> None:
         """Pages of the first repetition's routers, token by token: of a method's first trained run."""
@@ -311,9 +318,16 @@ def _trains(step: Step, method: str) -> bool:
 def _identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
     """JSON of all that a merge depends on, but for the models themselves."""
     content: dict[str, Any] = recipe.model_dump(mode="json", exclude={"seed", "experts"})
-    for section, later in _LATER.items():
-        content[section] = {key: value for key, value in content[section].items() if later.get(key, ...) != value}
-    return content
+    return _without(content, _LATER)
+
+
+def _without(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A mapping without the keys that have their default, at any depth."""
+    return {
+        key: _without(value, default) if isinstance(default := defaults.get(key, ...), dict) else value
+        for key, value in content.items()
+        if value != defaults.get(key, ...)
+    }
 
 
 def _identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:

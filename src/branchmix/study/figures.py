@@ -17,7 +17,7 @@ from branchmix.pages.pictures import COLOURS, Figure, figure_with, take_ink
 from branchmix.study.graph import TRAINED
 from branchmix.study.labels import Numbers
 
-FIRST = ("bam-expert-kv", "bam-shared-kv", "dense")
+FIRST = ("bam-expert-kv-calibrated", "bam-expert-kv", "bam-shared-kv", "dense")
 """Methods that reports describe first, where a study has them."""
 ROUTING = "routing-"
 """How the names of heat maps begin; the title of a model follows."""

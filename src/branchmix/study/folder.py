@@ -17,7 +17,7 @@ from branchmix.study.graph import Graph, Step
 from branchmix.study.settings import StudyFile
 from branchmix.train.launch import JobState
 
-PLAN, RESULT, PAGE = "plan.json", "result.json", "routes.html"
+PLAN, RESULT, PAGE, DATA = "plan.json", "result.json", "routes.html", "data.yaml"
 MODEL, TEXT, STEPS = "model", "text", "steps"
 RESULTS, STUDY = "results", "study.json"
 _LOCK = ".lock"
@@ -38,7 +38,7 @@ def write_plan(config: StudyFile, graph: Graph, out: Path) -> None:
     for name, step in graph.steps.items():
         shown = {"kind": step.kind, "needs": step.needs.by_role()}
         small[f"step {name}"] = shown | {key: steps[name][key] for key in ("key", "cost", "about")}
-        if step.kind in ("scores", "ensemble") and step.config is not None:
+        if step.kind in ("scores", "ensemble", "forced") and step.config is not None:
             small[f"step {name}"]["facts"] = facts_of(step.config, config.sequence_length)
     write_record(out / RESULTS / STUDY, small)
 

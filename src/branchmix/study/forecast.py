@@ -28,6 +28,8 @@ TEXT_SECONDS = 60.0
 """For extracting what is installed."""
 READING_SECONDS = 3.0
 """For reading data and writing a model, in each step."""
+COUNTING_SECONDS = 2.0
+"""For the text of a domain that gates are fitted on: reading it, counting, and choosing temperature and decay."""
 SHARED = 1.25
 """Times the work of one process, where several exchange gradients: two take 0.63 of the time of one."""
 EVALUATION = 0.4
@@ -157,8 +159,8 @@ def _row(study: StudyFile, name: str, steps: list[Step], left: set[str], seconds
 
 
 def _memory(step: Step) -> int:
-    """Bytes of a training step; of anything else the weights in fp32."""
-    if step.config is None or step.kind == "upcycle":
+    """Bytes of a training step; of a merge alone nothing, of anything else the weights in fp32."""
+    if step.config is None or (step.kind == "upcycle" and not step.recipe.get("gates")):
         return 0
     if step.kind != "train":
         return 4 * parameters(step.config).total
@@ -284,7 +286,7 @@ def _seconds(study: StudyFile, step: Step, graph: Graph, speed: Speed) -> float:
     if step.kind == "text":
         return TEXT_SECONDS
     if step.kind == "upcycle":
-        return start
+        return start + (_calibration(study, step, speed) if step.recipe.get("gates") else 0.0)
     if step.kind == "inference":
         assert study.inference is not None
         models = [graph.steps[name].config for name in step.needs.names]
@@ -302,6 +304,19 @@ def _seconds(study: StudyFile, step: Step, graph: Graph, speed: Speed) -> float:
     members = len(study.expert_names) + 1 if step.kind == "ensemble" else 1
     own_process = step.kind == "ensemble" or step.needs.model is None
     return READING_SECONDS + (speed.start if own_process else 0.0) + members * evaluated
+
+
+def _calibration(study: StudyFile, step: Step, speed: Speed) -> float:
+    """What fitting gates takes: passes over the measured text, and the counting of all of it."""
+    from branchmix.upcycling.gates.fit import PENALTIES, SHARPNESS
+    from branchmix.upcycling.gates.text import MEASURED_TOKENS
+
+    assert step.config is not None
+    passes = 2 + step.config["num_experts"] + len(SHARPNESS)
+    if step.recipe["gates"]["token_only"]:
+        passes += 2 + len(PENALTIES)
+    tokens = passes * MEASURED_TOKENS * len(study.domains)
+    return COUNTING_SECONDS * len(study.domains) + tokens * speed.step(step.config) / study.step_tokens * EVALUATION
 
 
 def _makespan(steps: Sequence[Step], seconds: dict[str, float], at_once: int) -> float:

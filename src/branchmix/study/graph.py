@@ -14,15 +14,15 @@ from typing import Any, Literal
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import RecipeError
 
-StepKind = Literal["text", "train", "upcycle", "scores", "ensemble", "routes", "inference"]
+StepKind = Literal["text", "train", "upcycle", "scores", "ensemble", "forced", "routes", "inference"]
 Group = Literal["dense", "methods", "ablations"]
-Role = Literal["seed", "expert", "upcycle", "merge", "step 0", "ensemble", "reference", "trained"]
+Role = Literal["seed", "expert", "upcycle", "merge", "step 0", "ensemble", "forced", "reference", "trained"]
 TRAINED: tuple[Role, ...] = ("trained", "reference")
-UNTRAINED: tuple[Role, ...] = ("merge", "step 0", "ensemble")
+UNTRAINED: tuple[Role, ...] = ("merge", "step 0", "ensemble", "forced")
 """Roles of models that methods make."""
 FORMAT = 1
 """Version of keys and results: another one makes every step a new one."""
-AFTER_A_MODEL = ("scores", "routes")
+AFTER_A_MODEL = ("scores", "forced", "routes")
 """Kinds of steps that the process which makes their model does too."""
 NEGLIGIBLE = 0.005
 """Where as many tokens cost as many FLOPs to within this share, equal data and equal compute are one run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from branchmix.study.figures import FIRST
-from branchmix.study.labels import Numbers, intervals_are
+from branchmix.study.labels import Numbers, intervals_are, merge_label
 from branchmix.study.statistics import SEED_NOISE
 from branchmix.study.tables import percent
 
@@ -22,7 +22,7 @@ def headline(study: Numbers) -> list[str]:
     trained = [model for model in of_methods if model["role"] == "trained"]
     presets = {model["preset"] for model in trained}
     described = [name for name in FIRST if name in presets] or sorted(presets)  # all others are in the tables
-    lines = []
+    lines = _before_training(study, models)
     for match, what in (("dm", "At equal data"), ("cm", "At equal compute")):
         parts = [
             f"{model['label']} {_verdict(study['comparisons'][model['title']], reference['label'])}"
@@ -45,6 +45,18 @@ def headline(study: Numbers) -> list[str]:
         lines.append(f"The mixtures were trained for {steps} steps: enough to see that all works, too few to judge.")
     lines.append(_trust(study))
     return [*lines, f"{done}."] if study["steps_done"] < study["steps"] else lines
+
+
+def _before_training(study: Numbers, models: dict[str, Numbers]) -> list[str]:
+    """The best mixture that was not trained, beside the soup."""
+    rows = [row for row in study["before_training"] if models[row["title"]]["role"] == "step 0" and row["soup"]]
+    if not rows:
+        return []
+    best = min(rows, key=lambda row: models[row["title"]]["geometric_mean"])
+    text = f"Before any training, {merge_label(models[best['title']])} {_verdict(best['soup'], 'the soup')}"
+    if best["closed"] is not None:
+        text += f": {100 * best['closed']:.0f} % of what forced gates gain"
+    return [f"{text}."]
 
 
 def _verdict(comparison: Numbers, reference: str) -> str:

@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens of a document.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ class HeldOutText:
     """The held-out documents of a study's domains, and how models read them.
 
     Models compute as runs do: weights in fp32, matrix products in bf16 where ``bf16`` says so, or, if that is None,
-    where the device is faster in it. ``measure`` and ``measure_ensemble`` return
+    where the device is faster in it. The ``measure`` functions return
     ``{"documents": {domain: [[nats, predicted tokens, bytes], ...]}, "routing": ...}``; only mixtures have a routing.
     """
 
@@ -67,6 +67,18 @@ class HeldOutText:
             sequences = self._corpus(tokenizer).held_out(sequence_length=self.max_length)
             routing = _routing(loaded, sequences, monitor, packing) if packing else None
         return {"documents": _rows(scored), "routing": rounded(routing)}
+
+    def measure_forced(self, model: Path, experts: Mapping[str, str]) -> dict[str, Any]:
+        """Scores of a mixture with all gates forced to one expert, ``experts`` by domain."""
+        from branchmix.models.routers import one_hot_gates
+
+        loaded, tokenizer, computing = self._load(model)
+        scored: Scored = {}
+        with computing.autocast():
+            for domain, expert in experts.items():
+                with one_hot_gates(loaded, loaded.config.expert_names.index(expert)):
+                    scored |= self._scored(loaded, tokenizer, [domain])
+        return {"documents": _rows({domain: scored[domain] for domain in self.sources}), "routing": None}
 
     def measure_ensemble(self, models: Sequence[Path]) -> dict[str, Any]:
         """Scores of models with one tokenizer together, weighted by the posterior of the domain (BTM)."""
@@ -105,16 +117,36 @@ class HeldOutText:
 
         return open_corpus(dict(self.sources), tokenizer, folder=self.folder, cache=None, held_out=self.held_out)
 
-    def _scored(self, model: Any, tokenizer: Any) -> Scored:
+    def _scored(self, model: Any, tokenizer: Any, domains: Iterable[str] | None = None) -> Scored:
         from branchmix.evaluate.perplexity import score_documents
 
         corpus = self._corpus(tokenizer)
         scored = {}
-        for domain in self.sources:
+        for domain in self.sources if domains is None else domains:
             texts = corpus.held_out_texts(domain)
             of_number = dict(score_documents(model, tokenizer, texts, max_length=self.max_length))
             scored[domain] = [of_number[number] for number in sorted(of_number)]
         return scored
+
+
+def distance(model: Path, seed: Path) -> dict[str, float]:
+    """How far a model's attention and FFN went from its seed: the norm of the difference over that of the seed's."""
+    import numpy as np
+
+    from branchmix.checkpoint.expressions import Source as Stored
+    from branchmix.checkpoint.index import CheckpointIndex
+    from branchmix.train.record import part_of
+    from branchmix.upcycling.layers import cast
+
+    ours, theirs = (CheckpointIndex.open(folder).tensors for folder in (model, seed))
+    squares = {"attention": [0.0, 0.0], "ffn": [0.0, 0.0]}
+    for name in ours.keys() & theirs.keys():
+        if (part := part_of(name)) in squares:
+            a, b = (cast(Stored(refs[name]), "F32") for refs in (ours, theirs))
+            went_from = b.rows(0, b.num_rows)
+            for place, values in enumerate((a.rows(0, a.num_rows) - went_from, went_from)):
+                squares[part][place] += float(np.square(values, dtype=np.float64).sum())
+    return {part: (went / size) ** 0.5 for part, (went, size) in squares.items()}
 
 
 def _rows(scored: Scored) -> dict[str, list[list[float]]]:

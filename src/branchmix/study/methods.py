@@ -9,7 +9,7 @@ from typing import Any, Literal
 from branchmix.settings import read_yaml
 
 Match = Literal["dm", "cm"]
-Kind = Literal["mixture", "merge", "dense", "ensemble"]
+Kind = Literal["mixture", "merge", "forced", "dense", "ensemble"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Preset:
     label: str
     what: str
     kind: Kind = "mixture"
-    """``mixture``: merged and trained. ``merge``: merged only. ``dense``: the seed, trained on the mixtures' data.
+    """``mixture``: merged and trained. ``merge``: merged only. ``forced``: merged only, and measured with all gates
+    forced to each domain's best expert, the bound for any gates. ``dense``: the seed, trained on the mixtures' data.
     ``ensemble``: all dense models, nothing trained."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Keys of the recipe."""

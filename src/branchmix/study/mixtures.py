@@ -7,8 +7,10 @@ from typing import Any
 
 from branchmix.accounting import active_parameters, parameters
 from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe
 from branchmix.settings import overlaid, parse
+from branchmix.study.folder import DATA
 from branchmix.study.methods import METHODS
 from branchmix.study.settings import Method, StudyFile
 from branchmix.train.config import NewModel
@@ -62,6 +64,13 @@ class Mixtures:
             fields["seed_copies"] = len(experts)
         if preset.larger is not None and "seed_copies" not in method.recipe:
             fields |= self._larger(fields, preset.larger)
+        gates, where = fields.get("gates"), f"method {method.title}: gates"
+        if isinstance(gates, dict):
+            if "data" in gates:
+                raise RecipeError(f"{where}.data: a study fits gates on its own text: leave it out")
+            fields["gates"] = {"data": DATA, **gates}
+        elif preset.kind == "forced":
+            raise RecipeError(f"{where}: the fit says which expert is the best one: give gates: {{}}")
         return parse(Recipe, fields, f"method {method.title}")
 
     def _larger(self, fields: dict[str, Any], match: str) -> dict[str, Any]:
@@ -83,7 +92,7 @@ class Mixtures:
     def config(self, recipe: Recipe) -> dict[str, Any]:
         """The config of the mixture that a recipe makes."""
         attention = recipe.routing.attention.top_k if recipe.attention in ("kv_experts", "kv_sharing") else None
-        return {
+        config = {
             "model_type": "branchmix",
             "seed_config": self.seed_config,
             "attention": recipe.attention,
@@ -93,3 +102,13 @@ class Mixtures:
             "attention_num_experts_per_tok": attention,
             "shared_router": recipe.routing.shared,
         }
+        if recipe.gates is None:
+            return config
+        from branchmix.upcycling.gates.fit import Routing
+
+        own = Routing(recipe.num_experts_per_tok, True, 1.0, attention, True)
+        fitted = own.calibrated(len(recipe.expert_names))
+        config |= {name: getattr(fitted, name) for name in ("num_experts_per_tok", "attention_num_experts_per_tok")}
+        if not recipe.gates.token_only:  # the decay is fitted; it costs the same whatever it is
+            config["document_gate"] = {"domains": self.study.domains, "decay": 1.0}
+        return config

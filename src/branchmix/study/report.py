@@ -123,6 +123,7 @@ def _html(study: Numbers, lines: list[str], made: list[Table], pictures: dict[st
         perplexity=shown("table-1"),
         bits=shown("bits-per-byte"),
         dots=drawn("perplexity"),
+        untrained=shown("before-training", "distances"),
         findings=shown("directions", "variants", "table-4", "table-5", "table-6"),
         warnings=sorted({f"{model['label']}: {model['warning']}" for model in study["models"] if model["warning"]}),
         training=drawn("curves", "compute"),

@@ -13,7 +13,7 @@ from typing import Any
 from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import DataError
 from branchmix.evaluate.ratio import ratio
-from branchmix.study.comparisons import against_dense, budgets, claims, comparison, slopes, variants
+from branchmix.study.comparisons import against_dense, before_training, budgets, claims, comparison, slopes, variants
 from branchmix.study.folder import RESULTS, STUDY
 from branchmix.study.graph import TRAINED, UNTRAINED, About
 from branchmix.study.labels import Numbers, label_of
@@ -65,6 +65,7 @@ def collect(folder: Path) -> Numbers:
         "reference": reference["title"] if reference else None,
         "comparisons": comparisons,
         "against_dense": against_dense(models),
+        "before_training": before_training(models) if _has_fitted_gates(records) else [],
         "budgets": budgets(models, reference),
         "claims": claims(models),
         "variants": variants(models),
@@ -101,6 +102,7 @@ _PARTS = {
     "upcycle": ("merge",),
     "scores": ("documents", "routing"),
     "ensemble": ("documents", "routing"),
+    "forced": ("documents", "routing"),
     "routes": ("routes",),
     "inference": ("inference",),
 }
@@ -231,6 +233,10 @@ def _sunk(made: str, steps: Records, records: Records) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Around it
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _has_fitted_gates(records: Records) -> bool:
+    return any(record.get("merge", {}).get("recipe", {}).get("gates") for record in records.values())
 
 
 def _text(records: Records, runs: Records) -> dict[str, Any]:

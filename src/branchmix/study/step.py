@@ -21,7 +21,7 @@ from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.data.config import Source
 from branchmix.errors import BranchMixError
-from branchmix.study.folder import MODEL, PAGE, PLAN, RESULT, STEPS, TEXT, write_record
+from branchmix.study.folder import DATA, MODEL, PAGE, PLAN, RESULT, STEPS, TEXT, write_record
 from branchmix.study.graph import Step
 from branchmix.study.labels import label_of
 from branchmix.study.settings import SEED, InstalledText, StudyFile
@@ -108,6 +108,11 @@ class _Work:
         write_text(file, f"# A step of a study. By hand: branchmix {command}\n\n{text}")
         return file
 
+    def write_data(self, command: str) -> Path:
+        """The study's text and what it holds out, as commands take it."""
+        content = {"data": _as_json(self.sources()), "held_out": self.study.held_out.model_dump()}
+        return self.write_yaml(DATA, command, content)
+
     # ---- kinds ----
 
     def text(self) -> dict[str, Any]:
@@ -156,6 +161,7 @@ class _Work:
             return {}
         record = report.record
         clips = run["optimizer"]["max_grad_norm"] > 0
+        is_expert = self.step.about is not None and self.step.about.role == "expert"
         return {
             "training": {
                 **{key: record[key] for key in ("steps", "tokens", "flops", "seconds", "peak_learning_rate")},
@@ -165,6 +171,7 @@ class _Work:
                 "text": record["data"]["domains"],
                 "resumed": len(record["resumed"]),
                 **{key: record[key] for key in ("started", "ended")},
+                **({"from_seed": self._from_seed()} if is_expert else {}),
             },
             **{key: record[key] for key in ("model", "computing")},
             "machine": {**record["machine"], "cpu": _cpu_name()},
@@ -175,6 +182,13 @@ class _Work:
             },
         }
 
+    def _from_seed(self) -> dict[str, float]:
+        """How far the trained expert went from the seed."""
+        from branchmix.study.measure import distance, rounded
+
+        went = distance(self.folder / MODEL, self.model_of(self.step.needs.model))
+        return dict(rounded(went))
+
     def _given(self) -> str:
         """As the study names its seed: a Hub id, or an absolute folder."""
         resolved = self.given()
@@ -183,6 +197,7 @@ class _Work:
     def upcycle(self) -> dict[str, Any]:
         """A merge; ``recipe.yaml`` stays beside it."""
         from branchmix.recipe import Recipe
+        from branchmix.study.measure import rounded
         from branchmix.upcycling import upcycle
 
         out, of_steps = self.folder / MODEL, self.step.needs.members
@@ -194,18 +209,33 @@ class _Work:
             "experts": [{"name": name, "model": models[name]} for name in experts],
             **{key: value for key, value in self.step.recipe.items() if value != defaults[key].get_default()},
         }
+        if recipe.get("gates"):
+            self.write_data("calibrate MIXTURE --data data.yaml")
         file = self.write_yaml("recipe.yaml", "upcycle recipe.yaml MIXTURE", _without_none(recipe))
         report = upcycle(file, out, force=out.exists())
         print(f"merged in {report.seconds:.1f} s", file=sys.stderr)
-        return {
-            "merge": {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": experts},
-        }
+        merge = {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": experts}
+        if report.gates is not None:
+            merge["gates"] = rounded(report.gates.as_dict())
+        return {"merge": merge}
 
     def scores(self) -> dict[str, Any]:
         """A model on every domain."""
         from branchmix.study.measure import HeldOutText
 
         return HeldOutText.of(self.study, self.sources(), self.folder).measure(self.model_of(self.step.needs.model))
+
+    def forced(self) -> dict[str, Any]:
+        """A mixture on every domain, with all gates forced to that domain's best expert."""
+        from branchmix.study.measure import HeldOutText
+
+        made = self.step.needs.model
+        assert made is not None
+        record = json.loads((self.folder_of(made) / RESULT).read_text(encoding="utf-8"))
+        fitted = record["merge"]["gates"]["domains"]
+        experts = {domain["name"]: _best_expert(domain["name"], domain["forced"]) for domain in fitted}
+        text = HeldOutText.of(self.study, self.sources(), self.folder)
+        return {**text.measure_forced(self.model_of(made), experts), "forced": experts}
 
     def ensemble(self) -> dict[str, Any]:
         """All dense models together."""
@@ -221,8 +251,7 @@ class _Work:
         from branchmix.study.measure import rounded
 
         assert self.step.about is not None
-        content = {"data": _as_json(self.sources()), "held_out": self.study.held_out.model_dump()}
-        file = self.write_yaml("data.yaml", "routes MIXTURE --data data.yaml", content)
+        file = self.write_data("routes MIXTURE --data data.yaml")
         routed = routes(
             str(self.model_of(self.step.needs.model)),
             data=EvalData.load(file),
@@ -252,6 +281,11 @@ def _as_json(sources: dict[str, Source]) -> dict[str, Any]:
     return {
         name: source.model_dump(mode="json", exclude_none=True, exclude_unset=True) for name, source in sources.items()
     }
+
+
+def _best_expert(domain: str, losses: dict[str, float]) -> str:
+    """The expert of the domain's name; where there is none, that of the least loss on text that was not held out."""
+    return domain if domain in losses else min(losses, key=lambda name: losses[name])
 
 
 def _without_none(value: Any) -> Any:

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 from branchmix.study.cost_tables import budgets, components, costs, inference_flops, latency, text
-from branchmix.study.labels import Numbers, intervals_are, marked_label
+from branchmix.study.labels import Numbers, intervals_are, marked_label, merge_label
 from branchmix.study.results import GROUPS
+from branchmix.study.statistics import mean
 
 
 def tables(study: Numbers) -> list[Table]:
     """Those that there are numbers for."""
     made = [
-        *(perplexities(study), bits(study), directions(study), variants(study)),
+        *(perplexities(study), bits(study), before_training(study), distances(study)),
+        *(directions(study), variants(study)),
         *(selection(study, *wanted) for wanted in SELECTIONS),
         *(inference_flops(study), components(study), latency(study)),
         *(budgets(study), costs(study), text(study)),
@@ -108,6 +110,40 @@ def percent(interval: Numbers, *, significant: bool) -> str:
 
 def _label(study: Numbers, title: str) -> str:
     return str(next(model["label"] for model in study["models"] if model["title"] == title))
+
+
+def before_training(study: Numbers) -> Table:
+    """What gates are worth that know the domain, guess it from text, or know nothing."""
+    models = {model["title"]: model for model in study["models"]}
+    rows = []
+    for row in sorted(study["before_training"], key=lambda row: -models[row["title"]]["geometric_mean"]):
+        model, soup = models[row["title"]], row["soup"]
+        perplexities = [*model["perplexity"].values(), model["geometric_mean"]]
+        beside = percent(soup["log_perplexity"], significant=soup["significant"]) if soup else ""
+        closed = f"{100 * row['closed']:.0f} %" if row["closed"] is not None else ""
+        rows.append([merge_label(model), *(f"{value:,.2f}" for value in perplexities), beside, closed])
+    note = (
+        "From the worst to the best; nothing here was trained after the merge. Forced gates send every token to the "
+        "best expert of its domain, and are the bound for any gates of the same merge. The last column: how much of "
+        "the way from the soup to forced gates, in log perplexity, a mixture's own gates go."
+    )
+    head = ["", *_domains(study), "Geo. mean", "against the soup", "of the gap to forced gates"]
+    return Table(head, rows, "before-training", "Before training", note)
+
+
+def distances(study: Numbers) -> Table:
+    """What attention experts are worth grows with how far attention went."""
+    rows = []
+    for model in study["models"]:
+        trained = [r["training"] for r in model["repetitions"] if r["training"] and "from_seed" in r["training"]]
+        if trained:
+            means = (mean([run["from_seed"][part] for run in trained]) for part in ("attention", "ffn"))
+            rows.append([marked_label(study, model), *(f"{100 * value:.1f} %" for value in means)])
+    note = (
+        "Norm of the difference between the expert's weights and the seed's, over the norm of the seed's. What experts "
+        "of a part are worth, beside its average, grows with it."
+    )
+    return Table(["", "attention", "FFN"], rows, "distances", "How far the experts went from the seed", note)
 
 
 def directions(study: Numbers) -> Table:
