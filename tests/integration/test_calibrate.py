@@ -174,7 +174,8 @@ def test_forced_losses_are_those_of_one_hot_gates(home: Path, mixture: Path, cal
         def one_hot(module: Any, args: Any, output: Any, number: int = number) -> Any:
             if isinstance(module, BranchMixAttentionRouter):
                 return output[0], torch.zeros_like(output[1]).index_fill_(-1, torch.tensor([number]), 1.0)
-            return output[0], torch.ones_like(output[1]), torch.full_like(output[2], number)
+            first = torch.zeros_like(output[1]).index_fill_(-1, torch.tensor([0]), 1.0)  # of the k chosen
+            return output[0], first, torch.full_like(output[2], number)
 
         hooks = [m.register_forward_hook(one_hot) for m in model.modules() if isinstance(m, BranchMixRouter)]
         for domain in ("north", "west"):

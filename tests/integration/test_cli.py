@@ -79,7 +79,12 @@ def test_upcycle_prints_the_plan_and_the_proof(home: Path, tmp_path: Path) -> No
         assert text in done.stdout, text
     for text in ("tensors (", "byte-identical", "gates one-hot", "largest difference"):
         assert text in done.stdout, text
-    assert "note: raw top-1 gates" in done.stderr and "note:" not in done.stdout
+    assert "note:" not in done.stderr + done.stdout
+    write_recipe(tmp_path / "paper.yaml", start="paper")
+    for name in ("seed", "code", "math"):
+        (tmp_path / name).symlink_to(home / name)
+    paper = run(tmp_path, "upcycle", "paper.yaml", "paper", "--dry-run")
+    assert "note: raw top-1 gates" in paper.stderr and "note:" not in paper.stdout
     assert "\x1b" not in done.stdout + done.stderr  # no colours, no bars where nobody watches
 
 
