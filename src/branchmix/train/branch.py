@@ -207,9 +207,10 @@ attention: kv_experts # BAM, Expert KV: every expert keeps its own q, k, v and o
 ffn: experts # every expert keeps its own FFN; with `average` here and for attention it is a soup
 
 routing:
-  ffn: {{top_k: 1, normalize: false, soft: false}} # a token goes to one FFN expert, times its raw gate
+  ffn: {{top_k: 2, normalize: true}} # a token goes to two FFN experts, whose gates sum to 1
   # attention: {{soft: true}} # a token attends with all experts, weighted by the gate; not for `average`
-routed_scaling_factor: auto # experts / top_k; the paper: 1.0
+# start: paper # instead of routing.ffn: one FFN expert a token, times its raw gate, which has to be trained
+# gates: {{data: data.yaml}} # fit the gates on text, so that the mixture needs no training
 """
 
 
