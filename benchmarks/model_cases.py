@@ -306,6 +306,38 @@ def prefill_cases(data: Path, envs: Path) -> Iterator[Case]:
     yield Case("smollm2", what, 256, lambda: _steps(_models(data, envs, "smollm2", length=256), more=PEERS))
 
 
+def kept_cases(data: Path, envs: Path) -> Iterator[Case]:
+    """Mixtures of which only some experts are kept, against the dense model and the whole mixture."""
+    for attention in BOTH:
+        for part, tokens in (("decode", 1), ("prefill", 256)):
+            what = f"SmolLM2-135M and three siblings, 30 layers, bf16, {attention}; " + (
+                "64 tokens before" if part == "decode" else "1 x 256 tokens"
+            )
+            yield Case(f"{part} {attention}", what, tokens, lambda a=attention, p=part: _kept(data, envs, a, p))
+
+
+def _kept(data: Path, envs: Path, attention: str, part: str) -> dict[str, Once]:
+    models = _models(data, envs, "smollm2", sizes={"num_hidden_layers": 30})
+    ids = torch.randint(3, 4096, (1, 257), generator=torch.Generator().manual_seed(0))
+    whole = models.get(attention).eval()
+    _use(whole, "branchmix")
+    candidates = {
+        "dense": models.get("dense").eval(),
+        "one expert kept": whole.keep_experts([1]),
+        "two experts kept": whole.keep_experts([1, 2]),
+        "all experts": whole,
+    }
+
+    def step(model: Any) -> Seconds:
+        with torch.no_grad():
+            if part == "prefill":
+                return {"": seconds_of(lambda: model(ids[:, :256], use_cache=True, logits_to_keep=1))}
+            cache = model(ids[:, :64], use_cache=True).past_key_values
+            return {"": min(seconds_of(lambda: _one(model, ids[:, :65], cache)) for _ in range(3))}
+
+    return {name: (lambda model=model: step(model)) for name, model in candidates.items()}
+
+
 def training_cases(data: Path, envs: Path) -> Iterator[Case]:
     what = "2 layers of width 1024, 16/4 heads, FFN 2048, 8 experts, top-2, vocabulary 4096, 1 x 512 tokens"
     for precision in DTYPES:
@@ -412,6 +444,7 @@ def _growth(data: Path, envs: Path, at: dict[str, int]) -> dict[str, Once]:
 GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
     "attention": attention_cases,
     "decode": decode_cases,
+    "kept": kept_cases,
     "prefill": prefill_cases,
     "training": training_cases,
     "growth": growth_cases,
@@ -419,6 +452,7 @@ GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
 TITLES = {
     "attention": "Attention of one layer: 4 experts of 16 heads over 4 K/V heads, width 1024",
     "decode": "One step of decoding",
+    "kept": "Mixtures of which only some experts are kept",
     "prefill": "Forward pass, by part",
     "training": "Training step, by part",
     "growth": "Growth of a forward pass",
