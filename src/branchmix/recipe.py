@@ -191,8 +191,8 @@ class Recipe(Settings):
     """The dense model that all experts grew from: local folder or Hub id, with ``@revision``."""
     start: Literal["even", "paper"] = "even"
     """``routing.ffn`` where the recipe gives neither it nor ``routed_scaling_factor`` nor ``sparse_upcycling``.
-    ``even``: top-2 with gates that sum to 1, which keeps the dense model's scale, so that a mixture with random gates is about as
-    good as a soup. ``paper``: raw top-1 gates (BAM section 3.3), which have to be trained."""
+    ``even``: top-2 with gates that sum to 1, which keeps the dense model's scale, so that a mixture with random gates
+    is about as good as a soup. ``paper``: raw top-1 gates (BAM section 3.3), which have to be trained."""
     include_seed: bool = True
     """The seed is expert 0, and takes part in averages."""
     experts: list[Expert] = []

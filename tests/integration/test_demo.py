@@ -26,6 +26,7 @@ from branchmix.study.forecast import MARGIN, fit, fitted
 from branchmix.study.report import report
 from branchmix.study.settings import DEMO, InstalledText, StudyFile
 from branchmix.study.speed import Speed, _measure, kind_of
+from branchmix.upcycling.gates.text import MEASURED_TOKENS
 from pages import checked
 
 TINY = ["minutes=0.5", "seed.hidden_size=32", "seed.intermediate_size=64", "seed.num_attention_heads=4"]
@@ -81,7 +82,7 @@ def test_the_time_of_fitting_gates_is_planned() -> None:
         seconds = {row.name: row.seconds for row in found.rows}
         fitted, merged = seconds["upcycle.bam-expert-kv-calibrated"], seconds["upcycle.bam-expert-kv"]
         assert fitted is not None and merged is not None
-        tokens = (4 + 3 + 2) * 4000 * 4  # each expert, each sharpness, before and after; 4,000 tokens of 4 domains
+        tokens = (4 + 3 + 2) * MEASURED_TOKENS * 4  # each expert, each sharpness, before and after; of 4 domains
         share = tokens / demo().step_tokens * forecast.EVALUATION
         assert fitted - merged == pytest.approx(4 * forecast.COUNTING_SECONDS + share * 2.0 * times)
 

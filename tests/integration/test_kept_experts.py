@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from branchmix.models.documents_branchmix import _mixed
 from branchmix.models.kept_branchmix import chosen_experts, expert_shares, keep_experts, of_kept_experts
 from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixRouter
@@ -105,7 +106,8 @@ def test_document_gates_are_cut_to_the_experts_kept_and_say_which() -> None:
         close(expert_shares(mixture, ids), shares)
         close(expert_shares(mixture, padded, mask), shares)
         some = keep_experts(mixture, [0, 2])
-        close(some.document_gate(ids)[0].ffn, logits.ffn[..., [0, 2]])
+        posterior = torch.eye(4)[0].expand(2, 11, 4)
+        close(_mixed(posterior, some.document_gate.ffn), gate.ffn[[0, 2], 0].log_softmax(0).expand(2, 11, 2))
         assert some.document_gate.evidence.data_ptr() == gate.evidence.data_ptr()
         one = keep_experts(mixture, [1])
         assert one.document_gate is None

@@ -75,11 +75,14 @@ def test_every_command_ignores_the_left_over_adapter(
     found = evaluate([str(models["merged"]), str(models["both"])], tmp_path / "data.yaml", max_length=16)
     perplexities = [model.domains["prose"].perplexity for model in found.models]
     assert perplexities[0] == perplexities[1] and [note for note in found.notes if NOTE in note]
+    answers, notes = [], ""
     for name in ("merged", "both"):
         assert command(monkeypatch, "generate", models[name], "the", "--max-new-tokens", 8, "--json") == 0
-    told = capsys.readouterr()
-    first, second = (json.loads(line) for line in told.out.splitlines() if line.startswith("{"))
-    assert first["text"] == second["text"] and told.err.count(NOTE) == 1
+        printed = capsys.readouterr()
+        answers.append(json.loads(printed.out))
+        notes += printed.err
+    first, second = answers
+    assert first["text"] == second["text"] and notes.count(NOTE) == 1
 
     report = branchmix.upcycle(recipe({"seed": models["seed"], "both": models["both"]}), tmp_path / "mixture")
     other = branchmix.upcycle(recipe({"seed": models["seed"], "both": models["merged"]}), tmp_path / "other")

@@ -57,7 +57,7 @@ class BranchMixSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
         if self.experts.num_experts == 1:  # its gate is 1: see ``keep_experts``
-            return self.dropout(self.experts.only(hidden_states))
+            return self.dropout(self.experts.only(hidden_states) * self.scaling)
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
