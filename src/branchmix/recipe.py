@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SEED_COPY = "seed-copy-"
 """How the names of the seed's copies begin."""
 
-_ALWAYS_1 = "normalize with top_k 1 makes every gate 1, so the router never learns: leave normalize out"
+_ALWAYS_1 = "normalize with top_k 1 makes every gate 1, so the router never learns: give top_k: 2 or more, or leave normalize out"
 
 
 class Expert(Settings):
@@ -235,8 +235,10 @@ class Recipe(Settings):
     def _start(cls, data: Any) -> Any:
         if not isinstance(data, dict) or data.get("start", "even") != "even":
             return data
-        routing = data.get("routing") or {}
-        given = not isinstance(routing, dict) or routing.get("ffn") is not None
+        routing = data.get("routing", {})
+        if isinstance(routing, Routing):
+            routing = routing.model_dump(exclude_unset=True)
+        given = not isinstance(routing, dict) or "ffn" in routing
         if given or data.get("ffn") == "average" or "routed_scaling_factor" in data or "sparse_upcycling" in data:
             return data
         return {**data, "routing": {**routing, "ffn": {"top_k": 2, "normalize": True}}}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from branchmix.models.documents_branchmix import _mixed
 from branchmix.models.kept_branchmix import chosen_experts, expert_shares, keep_experts, of_kept_experts
@@ -130,10 +131,41 @@ def test_weights_are_shared_and_follow_the_mixture() -> None:
     own = {parameter.untyped_storage().data_ptr() for parameter in mixture.parameters()}
     assert all(parameter.untyped_storage().data_ptr() in own for parameter in kept.parameters())
     assert of_kept_experts(mixture, (1,)) is kept and kept.config.expert_names == ["code"]
+    apart = of_kept_experts(mixture, (0, 2))
+    for name, parameter in apart.named_parameters():
+        assert parameter.untyped_storage().data_ptr() in own or "self_attn" in name or "gate.weight" in name
+    assert mixture.keep_experts("code").config.expert_names == ["code"]
+    for rows in ((0,), (2,), (0, 1), (1, 2)):
+        of_kept_experts(mixture, rows)
+    assert of_kept_experts(mixture, (1,)) is not kept, "the last few are remembered"
     with torch.no_grad():
         mixture.model.model.layers[0].self_attn.o_proj.weight.mul_(2.0)
         assert of_kept_experts(mixture, (0, 2)) is not None
         close(of_kept_experts(mixture, (1,))(ids).logits, keep_experts(mixture, ["code"])(ids).logits)
+
+
+def test_rows_of_several_choices_are_padded_as_transformers_pads() -> None:
+    """With the end of text where there is no padding token, and as a generation config says."""
+    mixture, ids = random_mixture("llama"), tokens(3)
+    mixture.generation_config.pad_token_id = None
+    with torch.no_grad():
+        mixture.model.model.embed_tokens.weight[ids[1]] += 3.0
+    choices = chosen_experts(mixture, 1, ids)
+    assert len(set(choices)) > 1
+    kept = keep_experts(mixture, choices[0])
+    end = int(kept.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=1, do_sample=False)[0, -1])
+    settings = GenerationConfig(eos_token_id=end, max_new_tokens=5, do_sample=False)
+    out = mixture.generate(ids, attention_mask=torch.ones_like(ids), experts=1, generation_config=settings)
+    assert set(out[0, ids.shape[1] :].tolist()) == {end}, "it ends at once"
+    settings.return_dict_in_generate = True
+    with pytest.raises(ValueError, match="return more than ids"):
+        mixture.generate(ids, experts=1, generation_config=settings)
+
+
+def test_inference_tensors() -> None:
+    with torch.inference_mode():
+        mixture = random_mixture("llama")
+        assert greedy(mixture, tokens(), experts=1).shape[1] == tokens().shape[1] + 6
 
 
 def test_the_cache_is_that_of_the_experts_kept() -> None:

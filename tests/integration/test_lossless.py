@@ -17,7 +17,7 @@ from branchmix.accounting import inspect
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.models.routers import one_hot_gates
 from branchmix.upcycling.plan import open_expert
-from families import NAMES
+from families import BY_NAME, NAMES
 from mixtures import close, load, recipe, tokens
 
 WEIGHTS = "model.safetensors"
@@ -99,6 +99,32 @@ def test_folded_norms_and_the_seeds_trunk(siblings: Siblings, tmp_path: Path) ->
     given = recipe(models, merge={"fold_norms": True})
     report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)
     assert report.plan.lossless is True and report.verification is not None and report.verification.lossless
+
+
+def test_a_seed_of_another_vocabulary_that_is_left_out(siblings: Siblings, tmp_path: Path) -> None:
+    """The experts' common embeddings have fewer rows than the seed's, whose config the mixture has: it still loads."""
+    vocabulary = {"model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(90)}, "merges": []}, "added_tokens": []}
+    models = on_the_seeds_trunk(siblings("llama"), tmp_path)
+    models["seed"] = BY_NAME["llama"].save(tmp_path / "padded", 0, vocab_size=104)
+    for folder in models.values():
+        (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    report = branchmix.upcycle(recipe(models, include_seed=False), tmp_path / "mixture")
+    assert report.plan.lossless is False
+    assert load(tmp_path / "mixture")(tokens()).logits.shape[-1] == 104
+
+
+def test_shared_keys_of_the_seed_alone(siblings: Siblings, tmp_path: Path) -> None:
+    """Experts agree on keys and values, but the mixture takes the seed's."""
+    models = on_the_seeds_trunk(siblings("llama"), tmp_path, keys_and_values=True)
+    change(models["math"], "model.layers.0.self_attn.k_proj.weight")
+    tensors = load_file(models["math"] / WEIGHTS)
+    code = load_file(models["code"] / WEIGHTS)
+    code["model.layers.0.self_attn.k_proj.weight"] = tensors["model.layers.0.self_attn.k_proj.weight"]
+    save_file(code, models["code"] / WEIGHTS, metadata={"format": "pt"})
+    given = recipe(models, attention="kv_sharing", include_seed=False)
+    assert branchmix.upcycle(given, tmp_path / "a", dry_run=True).plan.lossless is True
+    given["merge"] = {"kv_init": "seed"}
+    assert branchmix.upcycle(given, tmp_path / "b", dry_run=True).plan.lossless is False
 
 
 def test_changed_experts_are_not_the_dense_models(siblings: Siblings, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from branchmix.errors import RecipeError
-from branchmix.recipe import Recipe
+from branchmix.recipe import AttentionRouting, FFNRouting, Recipe, Routing
 
 EXPERTS = [{"name": "code", "model": "./code"}, {"name": "math", "model": "org/math@main"}]
 
@@ -37,6 +37,14 @@ def test_the_smallest_recipe_is_bam_with_gates_that_keep_the_scale() -> None:
 def test_what_a_recipe_says_of_its_gates_is_all_there_is(given: dict[str, Any]) -> None:
     found = recipe(**given)
     assert (found.num_experts_per_tok, found.routing.ffn.normalize) == (1, False)
+
+
+def test_the_start_of_routing_given_as_an_object() -> None:
+    attention = AttentionRouting(top_k=2)
+    assert recipe(routing=Routing(attention=attention)).routing == recipe(routing={"attention": {"top_k": 2}}).routing
+    assert recipe(routing=Routing(ffn=FFNRouting())).num_experts_per_tok == 1
+    with pytest.raises(RecipeError, match="routing"):
+        recipe(routing=None)
 
 
 def test_the_papers_start() -> None:

@@ -50,7 +50,7 @@ def experts_to_keep(given: str, config: dict[str, Any]) -> str | int | list[str]
     if config.get("model_type") != "branchmix":
         raise RecipeError("--experts: this model is not a mixture: leave --experts out")
     count = config["num_experts"]
-    names = config.get("expert_names") or []
+    names = config.get("expert_names") or [f"expert-{row}" for row in range(count)]
     if given.isdecimal() and given not in names:
         if not 1 <= int(given) <= count:
             raise RecipeError(f"--experts {given}: give 1 to {count}, this mixture has {count} experts")

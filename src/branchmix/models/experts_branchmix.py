@@ -52,6 +52,8 @@ class BranchMixSparseMoeBlock(nn.Module):
             hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
         )
         self.experts = experts
+        self.rows: torch.Tensor | None = None
+        """Of the experts that a router's rows stand for, where only some of the stack are kept (``keep_experts``)."""
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -60,6 +62,8 @@ class BranchMixSparseMoeBlock(nn.Module):
             return self.dropout(self.experts.only(hidden_states) * self.scaling)
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
+        if self.rows is not None:
+            index_Sk = self.rows[index_Sk]
         out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
         return self.dropout(out_SD.reshape(hidden_states.shape))
 

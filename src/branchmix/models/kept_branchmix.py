@@ -19,7 +19,7 @@ from torch import nn
 
 from .attention_branchmix import BranchMixAttention, BranchMixExpertNorm, BranchMixExpertRotary, HeadOrder
 from .documents_branchmix import BranchMixDocumentGate, DocumentLogits
-from .experts_branchmix import BranchMixExperts
+from .experts_branchmix import BranchMixExperts, BranchMixSparseMoeBlock
 from .linear_branchmix import BranchMixLinear
 from .routing_branchmix import BranchMixRouter
 
@@ -33,6 +33,7 @@ def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
     Raises:
         ValueError: there is no such expert, or none was given.
     """
+    experts = [experts] if isinstance(experts, str) else experts
     names = config.expert_names or [f"expert-{number}" for number in range(config.num_experts)]
     rows = []
     for expert in experts:
@@ -48,17 +49,19 @@ def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
 def keep_experts(model: Any, experts: Sequence[str | int]) -> Any:
     """A mixture of some of a mixture's experts. Its gates are a softmax over these; with one expert they are 1.
 
-    Weights are those of ``model``: views where the experts kept are neighbours, or where FFN experts are chosen by
-    index anyway; attention's projections of experts that are not are copied. Do not train either of the two.
+    Weights are those of ``model``, but attention's projections of several experts are copied where they are not side by
+    side in its wide matrices. Do not train either of the two.
 
     Args:
         model: a mixture with a language-modelling head.
         experts: names or rows.
 
     Raises:
-        ValueError: there is no such expert.
+        ValueError: there is no such expert, or the model is spread over devices.
     """
     rows = expert_numbers(model.config, experts)
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or any(p.is_meta for p in model.parameters()):
+        raise ValueError("experts cannot be kept of a model that is spread over devices or offloaded: load it on one")
     with torch.device("meta"):
         kept = type(model)(_config(model.config, rows))
     layout = model.config.layout
@@ -88,7 +91,7 @@ def _config(config: Any, rows: list[int]) -> Any:
 def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
     """Give a module of the smaller mixture, and the modules in it, the tensors of its counterpart."""
     for name, value in vars(kept).items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) or name == "max_seq_len_cached":  # dynamic rotary grows with its buffers
             setattr(kept, name, getattr(whole, name))
     kept._parameters, kept._buffers = dict(whole._parameters), dict(whole._buffers)
     one_an_expert = isinstance(kept, (BranchMixExpertNorm, BranchMixExpertRotary))
@@ -96,14 +99,22 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
         _share(child, whole[rows[int(name)]] if one_an_expert else getattr(whole, name), rows, query)
     if isinstance(kept, BranchMixDocumentGate):
         _cut(kept, rows, names=DocumentLogits._fields)
-    elif isinstance(kept, (BranchMixExperts, BranchMixRouter)):
+    elif isinstance(kept, BranchMixRouter) or (isinstance(kept, BranchMixExperts) and _side_by_side(rows)):
         _cut(kept, rows)
+    elif isinstance(kept, BranchMixExperts):
+        kept.num_experts = whole.num_experts
+    elif isinstance(kept, BranchMixSparseMoeBlock) and not _side_by_side(rows):
+        kept.rows = torch.tensor(rows, device=whole.gate.weight.device)
     elif isinstance(kept, BranchMixAttention):
         _cut(kept, rows)  # o_bias
         _cut(kept.o_proj, rows, whole.order, dim=1)
         for name, projection in kept.heads.named_children():
             if isinstance(projection, BranchMixLinear) and (name == query or not whole.order.kv_sharing):
                 _cut(projection, rows, whole.order if name == query else whole.order.of_keys())
+
+
+def _side_by_side(rows: list[int]) -> bool:
+    return rows[-1] - rows[0] + 1 == len(rows)
 
 
 def _cut(
@@ -126,7 +137,7 @@ def _cut(
     for name, value in module._parameters.items():
         if value is not None and (names is None or name in names):
             wide = value.detach().unflatten(dim, sizes)
-            if rows[-1] - rows[0] + 1 == len(rows):
+            if _side_by_side(rows):
                 some = wide.narrow(dim + axis, rows[0], len(rows))
             else:
                 some = wide.index_select(dim + axis, torch.tensor(rows, device=wide.device))
@@ -138,7 +149,9 @@ def _cut(
 # ---------------------------------------------------------------------------------------------------------------------
 
 _KEPT: WeakKeyDictionary[Any, tuple[Any, dict[tuple[int, ...], Any]]] = WeakKeyDictionary()
-"""By mixture: the state of its tensors, and the smaller mixtures made of them."""
+"""By mixture: the state of its tensors, and the smaller mixtures made of them, the last used last."""
+MOST_KEPT = 4
+"""Smaller mixtures of one mixture that are remembered; each may hold copies of attention's projections."""
 
 
 @torch.no_grad()
@@ -202,13 +215,16 @@ def of_kept_experts(model: Any, rows: tuple[int, ...]) -> Any:
     """``keep_experts``, made once for each choice of experts as long as the mixture's tensors stay."""
     if len(rows) == model.config.num_experts:
         return model
-    state = [(tensor.data_ptr(), tensor._version) for tensor in (*model.parameters(), *model.buffers())]
+    tensors = (*model.parameters(), *model.buffers())
+    state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
     if model not in _KEPT or _KEPT[model][0] != state:
         _KEPT[model] = (state, {})
     made = _KEPT[model][1]
-    if rows not in made:
-        made[rows] = keep_experts(model, rows)
-    return made[rows]
+    made[rows] = kept = made.pop(rows, None) or keep_experts(model, rows)
+    while len(made) > MOST_KEPT:
+        del made[next(iter(made))]
+    kept.generation_config = model.generation_config
+    return kept.train(model.training)
 
 
 def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | None, args: Any, kwargs: Any) -> Any:
@@ -226,7 +242,14 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
     ids_BT = kwargs.pop("input_ids", None) if inputs is None else inputs
     if ids_BT is None or kwargs.get("past_key_values") is not None:
         raise ValueError("experts are chosen by the ids of the whole prompt: give input_ids, and no past_key_values")
-    choices = chosen_experts(model, wanted, ids_BT, kwargs.get("attention_mask"))
+    config = kwargs.get("generation_config") or model.generation_config
+    ends = kwargs.get("eos_token_id", config.eos_token_id)
+    ends = ends if isinstance(ends, list) else [ends]
+    padding = kwargs.get("pad_token_id", config.pad_token_id)
+    mask = kwargs.get("attention_mask")
+    if mask is None and padding is not None and padding not in ends:  # as transformers finds it
+        mask = (ids_BT != padding).long()
+    choices = chosen_experts(model, wanted, ids_BT, mask)
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, choice in enumerate(choices):
         groups.setdefault(choice, []).append(row)
@@ -234,7 +257,7 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
         return of_kept_experts(model, choices[0]).generate(
             ids_BT, *args, experts=len(choices[0]), **kwargs
         )  # all of its
-    if kwargs.get("return_dict_in_generate") or kwargs.get("streamer") is not None:
+    if kwargs.get("return_dict_in_generate", config.return_dict_in_generate) or kwargs.get("streamer") is not None:
         raise ValueError("prompts that keep different experts cannot be streamed, or return more than ids: give one")
     written: list[torch.Tensor] = []
     places: list[int] = []
@@ -247,6 +270,6 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
         times = len(out) // len(rows)
         written += list(out)
         places += [row * times + number for row in rows for number in range(times)]
-    padding = kwargs.get("pad_token_id", model.generation_config.pad_token_id)
-    padded = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=padding or 0)
+    filler = padding if padding is not None else ends[0] if ends[0] is not None else 0
+    padded = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=filler)
     return padded[torch.tensor(places, device=padded.device).argsort()]

@@ -91,7 +91,11 @@ def _in_blocks(model: Any, *kinds: str) -> Iterator[nn.Parameter]:
     else:
         frame, layout = model, layout_of(family_of(config.to_dict()))
     modules = tuple(f"{layout[kind]}." for kind in kinds)
-    for block in frame.get_submodule(layout["layers"]):
+    try:
+        blocks = frame.get_submodule(layout["layers"])
+    except AttributeError:  # a family without a table entry
+        blocks = [nn.Identity()]
+    for block in blocks:
         named = [(name, parameter) for name, parameter in block.named_parameters() if name.startswith(modules)]
         if not named:  # a family without a table entry
             place = f"{layout['layers']}.*.{layout[kinds[0]]}"

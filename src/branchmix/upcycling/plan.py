@@ -252,7 +252,8 @@ class _Mixture:
             ):
                 yield f"{family.attention}.{name}", part
             if kv_sharing and self.lossless:
-                self.lossless = same_keys_and_values(experts, layer, self.dtype)
+                averaged = [m for m, weight in zip(self.kv_models, self._kv_weights(), strict=True) if weight]
+                self.lossless = same_keys_and_values([*experts, *averaged], layer, self.dtype)
         if self.has_ffn_experts:
             for name, part in ffn_tensors(experts, layer):
                 yield f"{family.ffn}.{name}", self._sparse(layer, name, part)
@@ -324,7 +325,7 @@ class _Mixture:
         if self.lossless:
             first = 0 if of_seed or self.seed_is_expert or self.weights[0] else 1
             parts = [Source(model.tensors[name]) for model in self.models[first:]]
-            if all_same(parts, self.dtype):
+            if parts[0].shape == shape and all_same(parts, self.dtype):
                 return parts[0]
             self.lossless = False
         if of_seed:

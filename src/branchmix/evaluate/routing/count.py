@@ -51,7 +51,7 @@ class RouterCounts:
         self.shown_gates_TM = np.zeros((shown, most), dtype=np.float32)
 
     def add(self, output: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """ModelCounts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
+        """Counts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
         read = self.place.read(output)
         if len(read.logits_SE) != batch.size:
             raise CheckpointError(f"the router {self.place.name} does not give one row of logits for each token")
