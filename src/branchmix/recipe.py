@@ -21,7 +21,9 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _SEED_COPY = "seed-copy-"
 """How the names of the seed's copies begin."""
 
-_ALWAYS_1 = "normalize with top_k 1 makes every gate 1, so the router never learns: give top_k: 2 or more, or leave normalize out"
+_ALWAYS_1 = (
+    "normalize with top_k 1 makes every gate 1, so the router never learns: give top_k: 2 or more, or leave it out"
+)
 
 
 class Expert(Settings):

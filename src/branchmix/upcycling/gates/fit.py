@@ -20,8 +20,8 @@ import torch
 from branchmix.likelihood.forward import evaluating, log_probs, logits_at
 from branchmix.models.documents_branchmix import BranchMixDocumentGate
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
+from branchmix.models.kept_branchmix import keep_experts
 from branchmix.models.modeling_branchmix import document_gate
-from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter, BranchMixSharedRouter
 
 SHARPNESS = (0.3, 0.1, 0.03)
@@ -171,8 +171,7 @@ def forced_losses(
     """
     columns = []
     for expert in range(num_experts):
-        with one_hot_gates(model, expert):
-            columns.append(list(losses(model, text).values()))
+        columns.append(list(losses(keep_experts(model, [expert]), text).values()))  # without computing the others
         tell()
     return np.array(columns).T
 
