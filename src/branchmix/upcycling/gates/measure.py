@@ -107,15 +107,15 @@ def text_for(
     given = model.given
     if not shape.routers:
         raise RecipeError(f"{given}: everything is averaged, so there are no experts to choose from")
-    names = [*shape.domains, *(name for name in data.data if name not in shape.domains)]
+    text = read(data, load_tokenizer(model.folder, given=given, trust_remote_code=trust_remote_code))
+    names = [*shape.domains, *(name for name in text if name not in shape.domains)]
     if len(names) < 2:
         raise RecipeError(f"data: {names[0]!r} is the only domain, and gates need two or more to distinguish")
-    if token_only and (lacking := [name for name in names if name not in data.data]):
+    if token_only and (lacking := [name for name in names if name not in text]):
         raise RecipeError(
             f"data: lacks text of {', '.join(lacking)}, and token gates are fitted to the text of all domains at once: "
             "add it to the data file"
         )
-    text = read(data, load_tokenizer(model.folder, given=given, trust_remote_code=trust_remote_code))
     vocab_size = shape.sizes.vocab_size
     largest = max(int(tokens.max()) for found in text.values() for tokens in (*found.counted, *found.measured))
     if largest >= vocab_size:
