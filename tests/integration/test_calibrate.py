@@ -7,13 +7,14 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -29,9 +30,11 @@ from branchmix.evaluate.perplexity import aggregate, score_documents
 from branchmix.models import chunked_branchmix
 from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter
-from branchmix.upcycling.gates import calibrate
+from branchmix.upcycling import execute
+from branchmix.upcycling.gates import calibrate, measure, run
 from branchmix.upcycling.gates import text as reading
 from branchmix.upcycling.gates.fit import NEARLY, log_shares
+from branchmix.upcycling.mixture import OpenedMixture
 from mixtures import load
 
 EXPERTS = ("seed", *dialects.DOMAINS)
@@ -161,6 +164,39 @@ def test_bad_data_is_refused(home: Path, mixture: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_recipes_refuse_bad_text_before_anything_is_merged(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execute, "write_output", lambda *args, **kw: pytest.fail("merged"))
+    short = dialects.write(tmp_path, documents=3)
+    for name, text in (("all", "held_out: all\n"), ("one", ""), ("lost", "")):
+        file = "lost" if name == "lost" else f"{home}/north"
+        other = f", south: {{files: {home}/south.jsonl}}" if name == "lost" else ""
+        (tmp_path / f"{name}.yaml").write_text(f"{text}data: {{north: {{files: {file}.jsonl}}{other}}}")
+    (tmp_path / "all.yaml").write_text("held_out: all\n" + (home / "data.yaml").read_text().partition("\n")[2])
+    for data, kind, reason in (
+        (short, DataError, r"data.north: has only \d+ tokens"),
+        (tmp_path / "all.yaml", RecipeError, "held_out: all leaves no document"),
+        (tmp_path / "one.yaml", RecipeError, "'north' is the only domain"),
+        (tmp_path / "lost.yaml", DataError, "lost.jsonl"),
+    ):
+        for dry_run in (False, True):
+            with pytest.raises(kind, match=reason):
+                branchmix.upcycle(recipe_of(home, gates={"data": str(data)}), tmp_path / "out", dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_replaced_is_not_calibrated(
+    home: Path, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the user's beside the mixture is found before the minutes of the fit."""
+    copy = Path(shutil.copytree(mixture, tmp_path / "mixture"))
+    (copy / "notes.md").write_text("mine")
+    monkeypatch.setattr(run, "fit", lambda *args, **kw: pytest.fail("fitted"))
+    with pytest.raises(OutputError, match=r"holds notes\.md.*--out"):
+        calibrate(copy, home / "data.yaml")
+
+
 # ---- what is fitted ----
 
 
@@ -233,6 +269,25 @@ def test_routers_that_know_something_are_kept(home: Path, mixture: Path, tmp_pat
     assert np.mean([d.after for d in again.domains]) < np.mean([d.before for d in again.domains]) + NEARLY
 
 
+def test_mixtures_that_may_be_trained(home: Path, mixture: Path, calibrated: Any, tmp_path: Path) -> None:
+    """Also after calibrate, experts that come or go, and an upload, which all write a record."""
+
+    def may_be_trained(folder: Path) -> bool:
+        return OpenedMixture(str(folder), otherwise="").may_be_trained
+
+    assert not may_be_trained(mixture) and not may_be_trained(home / "calibrated")
+    trained = Path(shutil.copytree(mixture, tmp_path / "trained", ignore=shutil.ignore_patterns("branchmix.json")))
+    (trained / "training.json").write_text(json.dumps({"config": {"model": str(mixture)}, "tokens": 1}))
+    branchmix.remove_expert(trained, "west", tmp_path / "smaller")
+    branchmix.add_expert(tmp_path / "smaller", "west", home / "west", tmp_path / "again")
+    pushed = {file.name: file.content for file in branchmix.push(trained, "org/name", dry_run=True).files}
+    downloaded = Path(shutil.copytree(mixture, tmp_path / "downloaded"))
+    (downloaded / "branchmix.json").write_bytes(pushed["branchmix.json"])
+    for folder in (trained, tmp_path / "smaller", tmp_path / "again", downloaded):
+        assert may_be_trained(folder), folder
+        assert branchmix.inspect(folder).lossless is None, "that was said of the merge"
+
+
 # ---- what is written ----
 
 
@@ -242,6 +297,28 @@ def test_only_gates_change(mixture: Path, home: Path, calibrated: Any) -> None:
     assert after.keys() - before.keys() == new and before.keys() <= after.keys()
     for key in before:
         assert key.endswith(("mlp.gate.weight", "expert_gate.weight")) or torch.equal(before[key], after[key]), key
+
+
+def test_what_the_merge_found_stays_on_record(
+    home: Path, mixture: Path, tmp_path: Path, calibrated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it lost anything, and its notes, before those of the fit."""
+    assert branchmix.inspect(mixture).lossless is branchmix.inspect(home / "calibrated").lossless is True
+    twice = recipe_of(home, gates={"data": str(home / "data.yaml")})
+    twice["experts"][2] = {"name": "west", "model": twice["experts"][0]["model"]}
+    real = measure.fit
+    monkeypatch.setattr(measure, "fit", lambda *args, **kw: replace(real(*args, **kw), notes=["of the fit"]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(twice))
+    shown = CliRunner().invoke(app, ["upcycle", str(recipe), str(tmp_path / "out")])
+    assert shown.exit_code == 0, shown.output
+    record = json.loads((tmp_path / "out" / "branchmix.json").read_text())
+    assert record["lossless"] is True and branchmix.inspect(tmp_path / "out").lossless is True
+    assert any("is the same model as" in note for note in record["notes"]) and record["notes"][-1] == "of the fit"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Lossless" in card
+    for note in record["notes"]:
+        assert f"note: {note}" in shown.stderr and f"- {note}" in card
 
 
 def test_in_place_and_again(home: Path, mixture: Path, tmp_path: Path, calibrated: Any) -> None:
@@ -267,8 +344,6 @@ def test_in_place_and_again(home: Path, mixture: Path, tmp_path: Path, calibrate
 def test_a_failed_fit_leaves_nothing(
     home: Path, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from branchmix.upcycling.gates import run
-
     copy = Path(shutil.copytree(mixture, tmp_path / "mixture"))
     before = {file.name: file.read_bytes() for file in copy.iterdir()}
 
@@ -299,6 +374,26 @@ def test_removed_experts_leave_the_gates(home: Path, tmp_path: Path, calibrated:
         assert found["smaller"][domain] < 1.01 * found["calibrated"][domain]
 
 
+def test_domains_go_to_the_next_best_expert(home: Path, tmp_path: Path, calibrated: Any) -> None:
+    """Also where the expert that leaves had everything, so that what the gates hold of the others says nothing."""
+    sure = Path(shutil.copytree(home / "calibrated", tmp_path / "sure"))
+    config, tensors = json.loads((sure / "config.json").read_text()), load_file(sure / "model.safetensors")
+    config["document_gate"]["losses"]["south"] = {"seed": 4.0, "north": 5.0, "south": 0.5, "west": 3.8}
+    config["document_gate"]["sharpness"]["south"] = 0.1
+    row = np.array([4.0, 5.0, 0.5, 3.8])
+    for kind in ("attention", "ffn"):
+        tensors[f"document_gate.{kind}"][:, 1] = torch.from_numpy(log_shares(row, 0.1))
+        assert (tensors[f"document_gate.{kind}"][[0, 1, 3], 1] == -30).all()
+    (sure / "config.json").write_text(json.dumps(config))
+    save_file(tensors, sure / "model.safetensors", metadata={"format": "pt"})
+    branchmix.remove_expert(sure, "south", tmp_path / "left")
+    left = load_file(tmp_path / "left" / "model.safetensors")
+    for kind in ("attention", "ffn"):
+        shares = left[f"document_gate.{kind}"]
+        np.testing.assert_allclose(shares[:, 1], log_shares(row[[0, 1, 3]], 0.1), atol=1e-5)
+        assert torch.equal(shares[:, [0, 2]], tensors[f"document_gate.{kind}"][[0, 1, 3]][:, [0, 2]])
+
+
 def test_added_experts_are_silent_until_there_is_text(home: Path, tmp_path: Path) -> None:
     """And then their own domain's text is enough: counts and losses of the others are in the checkpoint."""
     two = {**recipe_of(home, merge={"fold_norms": True}), "gates": {"data": str(home / "data.yaml")}}
@@ -313,6 +408,8 @@ def test_added_experts_are_silent_until_there_is_text(home: Path, tmp_path: Path
     assert added["north"] == pytest.approx(before["north"], rel=1e-3)
     own = home / "west.yaml"
     own.write_text(f"held_out: {{share: 0.2}}\ndata: {{west: {{files: {home}/west.jsonl}}}}")
+    with pytest.raises(RecipeError, match="data: lacks text of north, south"):
+        calibrate(tmp_path / "three", own, tmp_path / "tokens", token_only=True)
     fitted = calibrate(tmp_path / "three", own, tmp_path / "fitted").fitted
     assert [domain.name for domain in fitted.domains] == ["north", "south", "west"]
     assert any("west: not measured on north" in note for note in fitted.notes)

@@ -150,6 +150,19 @@ def test_it_is_recorded_and_follows_experts_that_join_and_leave(siblings: Siblin
     assert inspect(models["seed"]).lossless is None
 
 
+def test_dense_models_have_nothing_to_say_about_it(siblings: Siblings, tmp_path: Path) -> None:
+    """Soups and exports, also those that an earlier version recorded as false."""
+    models = siblings("llama")
+    branchmix.upcycle(recipe(models, attention="average", ffn="average"), tmp_path / "soup")
+    branchmix.upcycle(recipe(models), tmp_path / "mixture")
+    branchmix.export_model(tmp_path / "mixture", tmp_path / "dense", to="dense", expert="code")
+    for folder in (tmp_path / "soup", tmp_path / "dense"):
+        record = json.loads((folder / "branchmix.json").read_text())
+        assert record["lossless"] is None
+        (folder / "branchmix.json").write_text(json.dumps({**record, "lossless": False}))
+        assert inspect(folder).lossless is None
+
+
 def test_lora_experts_share_the_trunk(siblings: Siblings, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)

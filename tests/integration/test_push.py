@@ -381,6 +381,8 @@ def test_exports_and_trained_models(siblings: Siblings, tmp_path: Path) -> None:
     assert "| law | 600 | 9.50 | 8.25 |" in report.card and "attention: average" in report.card
     assert "modeling_branchmix.py" in {file.name for file in report.files}
     assert "training.json" not in {file.name for file in report.files}
+    (record,) = (json.loads(file.content) for file in report.files if file.name == "branchmix.json")
+    assert record["trained"] is True and "lossless" not in record, "what the merge was is not what the model is"
 
 
 def test_code_of_strangers_is_not_uploaded(mixture: Path, tmp_path: Path) -> None:

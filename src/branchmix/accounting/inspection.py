@@ -236,7 +236,9 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
             f"{shape.num_experts} are computed and cached, and the FLOPs and KV bytes say so"
         )
     active, flops, model_type = active_parameters(config), flops_of(shape, context), config["model_type"]
-    lossless = (read_object(folder / "branchmix.json") or {}).get("lossless") if folder is not None else None
+    lossless = None
+    if folder is not None and model_type == "branchmix":
+        lossless = (read_object(folder / "branchmix.json") or {}).get("lossless")
     counts = (shape, context, dtype, total, active, flops, stored)
     return Accounting(name, model_type, "config", *counts, tuple(notices), lossless)
 

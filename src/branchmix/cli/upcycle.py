@@ -85,7 +85,7 @@ def warn_of_leftovers(out: Path) -> None:
 
 def show(report: UpcycleReport, *, as_json: bool) -> None:
     """Print what was done, as tables or as JSON."""
-    console.print_notes(report.plan.notes)
+    console.print_notes((*report.plan.notes, *(report.gates.notes if report.gates else ())))
     if as_json:
         console.print_json(as_dict(report))
         return
@@ -113,7 +113,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "free_bytes": free_bytes(report.out),
         "peak_memory_bytes": PEAK_MEMORY_BYTES,
         "groups": [group.as_dict() for group in plan.groups],
-        "lossless": plan.lossless,
+        "lossless": None if plan.is_dense else plan.lossless,
         "notes": list(plan.notes),
         "seconds": round(report.seconds, 3),
         "accounting": inspect(plan.config).as_dict(),

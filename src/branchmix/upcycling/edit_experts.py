@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from branchmix.checkpoint.expressions import Expression, Rows, Source, Stack
 from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
-from branchmix.checkpoint.generated_tensors import Constant, Normal
+from branchmix.checkpoint.generated_tensors import Constant, Held, Normal
 from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.numbers import widened
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError
@@ -163,10 +166,6 @@ Router = Callable[[str, list[Expression]], Expression]
 class _EditedMixture(OpenedMixture):
     """An existing mixture, ready to be rebuilt with other experts."""
 
-    @property
-    def lossless(self) -> bool:
-        return self.provenance().get("lossless") is True
-
     def shares_trunk_with(self, newcomer: DenseExpert) -> bool:
         """Whether everything that is not an expert's is the same in the mixture and in a dense model."""
         kv_sharing = self.config["attention"] == "kv_sharing"
@@ -222,7 +221,12 @@ class _EditedMixture(OpenedMixture):
         return config, notes
 
     def plan(
-        self, experts: Sequence[ExpertSource], config: Config, router: Router, notes: Sequence[str], lossless: bool
+        self,
+        experts: Sequence[ExpertSource],
+        config: Config,
+        router: Router,
+        notes: Sequence[str],
+        lossless: bool | None,
     ) -> Plan:
         """All tensors again, with these experts in the new order of the routers' rows."""
         tensors = tuple(OutputTensor(name, cast(part, self.dtype)) for name, part in self._tensors(experts, router))
@@ -252,10 +256,12 @@ class _EditedMixture(OpenedMixture):
             elif not of_experts.match(name):
                 yield name, Source(ref)
 
-    @staticmethod
-    def _wanted_experts(logits_EM: Expression, experts: Sequence[ExpertSource]) -> Expression:
-        """What the document gates give the experts, [E, M]: those who stay keep theirs, new ones get nothing."""
-        return Stack(
+    def _wanted_experts(self, logits_EM: Expression, experts: Sequence[ExpertSource]) -> Expression:
+        """What the document gates give the experts, [E, M]: those who stay keep theirs, new ones get nothing.
+
+        A domain that wanted none of those who stay gets their shares by the losses that are on record.
+        """
+        wanted_EM = Stack(
             tuple(
                 Rows(logits_EM, ((expert.number, expert.number + 1),))
                 if isinstance(expert, MixtureExpert)
@@ -263,6 +269,21 @@ class _EditedMixture(OpenedMixture):
                 for expert in experts
             )
         )
+        values_EM = widened(wanted_EM.rows(0, len(experts)), wanted_EM.dtype).astype(np.float32)
+        gate = self.config["document_gate"]
+        losses, sharpness = gate.get("losses") or {}, gate.get("sharpness") or {}
+        left = [m for m in (values_EM.max(0) <= _NEVER_CHOSEN).nonzero()[0] if self.shape.domains[m] in sharpness]
+        if not left:
+            return wanted_EM
+        from branchmix.upcycling.gates.fit import log_shares
+
+        for m in left:
+            domain = self.shape.domains[m]
+            row = losses.get(domain, {})
+            known = [e for e, expert in enumerate(experts) if expert.name in row]
+            if known:
+                values_EM[known, m] = log_shares(np.array([row[experts[e].name] for e in known]), sharpness[domain])
+        return Held(values_EM, "F32")
 
     def write(
         self,

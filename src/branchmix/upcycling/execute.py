@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
+from branchmix.accounting.shape import shape_of
 from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, is_adapter
 from branchmix.checkpoint.folder import (
     atomic_folder,
@@ -42,6 +43,7 @@ from branchmix.upcycling.sources import who
 
 if TYPE_CHECKING:
     from branchmix.upcycling.gates.measure import Fitted
+    from branchmix.upcycling.gates.text import DomainText
     from branchmix.upcycling.verify import Verification
 
 CODE_FILES = tuple(sorted((Path(__file__).parent.parent / "models").glob("*_branchmix.py")))
@@ -136,6 +138,10 @@ def upcycle(
         plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
         if dry_run and any(source.adapter for source in sources):
             plan = replace(plan, lossless=None)  # their headers are the seed's
+        if recipe.gates:
+            from branchmix.upcycling.gates.measure import text_for
+
+            gates_text = text_for(shape_of(plan.config), seed.model, gates_data, token_only=recipe.gates.token_only)
         written = verification = gates = None
         if dry_run and recipe.gates:
             plan = replace(plan, notes=(*plan.notes, f"gates: fitted on {recipe.gates.data} once this is written"))
@@ -160,17 +166,20 @@ def upcycle(
 
                     verification = verify_plan(plan, merged, progress=progress)
                 if recipe.gates:
-                    gates = _calibrate(recipe, gates_data, merged, folder, progress)
+                    gates = _calibrate(recipe, gates_text, plan.notes, merged, folder, progress)
                     plan = replace(plan, config={**plan.config, **gates.config})
     return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
 
 
-def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, progress: Any) -> Fitted:
+def _calibrate(
+    recipe: Recipe, text: Mapping[str, DomainText], notes: Sequence[str], merged: Path, folder: Path, progress: Any
+) -> Fitted:
     """Fit gates for a mixture that was just written, and move it with them into its folder.
 
     Args:
         recipe: with ``gates``.
-        data: its ``EvalData``.
+        text: of ``text_for``.
+        notes: of the merge.
         merged: folder of the mixture, which is removed.
         folder: to fill.
         progress: as for ``upcycle``.
@@ -180,9 +189,10 @@ def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, progress: 
 
     assert recipe.gates is not None
     mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
-    fitted = fit(mixture, data, token_only=recipe.gates.token_only, progress=progress)
+    fitted = fit(mixture, text, token_only=recipe.gates.token_only, progress=progress)
     record = fitted.added_to(mixture.provenance())
     plan = plan_with_gates(mixture, fitted)
+    plan = replace(plan, notes=(*notes, *plan.notes))
     write_output(plan, folder, merged, lambda: record, recipe.max_shard_bytes, check=False, progress=progress)
     shutil.rmtree(merged)
     return fitted
@@ -214,7 +224,8 @@ def write_output(
 
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
     versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
-    record = {"versions": versions, **provenance(), "lossless": plan.lossless, "notes": list(plan.notes)}
+    record = {"versions": versions, **provenance(), "lossless": None if plan.is_dense else plan.lossless}
+    record["notes"] = list(plan.notes)
     try:
         for name in (*tokenizer_files(companions), "generation_config.json"):
             if (companions / name).is_file():

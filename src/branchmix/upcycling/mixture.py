@@ -113,6 +113,17 @@ class OpenedMixture:
             for name in ("evidence", "counts"):
                 yield f"document_gate.{name}", (dims.vocab_size, domains)
 
+    @property
+    def lossless(self) -> bool | None:
+        """``Plan.lossless``, as recorded; None where nothing is on record, or the mixture was trained."""
+        return self.provenance().get("lossless")
+
+    @property
+    def may_be_trained(self) -> bool:
+        """Whether its routers may be more than what a recipe started them with, or a fit of gates."""
+        folder, record = self.resolved.folder, self.provenance()
+        return not record["recipe"] or bool(record.get("trained")) or (folder / "training.json").is_file()
+
     def provenance(self) -> dict[str, Any]:
         """Recipe, sources and changes; without a record of its own (it was trained since) the mixture is the source."""
         folder, given = self.resolved.folder, self.resolved.given
@@ -124,7 +135,10 @@ class OpenedMixture:
 
 
 def provenance_of(folder: Path) -> dict[str, Any] | None:
-    """The ``branchmix.json`` of a checkpoint folder; for a trained model, that of the mixture it was trained from."""
+    """The ``branchmix.json`` of a checkpoint folder; for a trained model, that of the mixture it was trained from.
+
+    That one then says ``trained``, and not whether the merge was lossless.
+    """
     if (folder / "branchmix.json").is_file():
         return _record(folder)
     training = read_object(folder / "training.json") or {}
@@ -137,7 +151,9 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
         ancestors = [phase["key"] for phase in training.get("ancestors") or []]
         if [phase.key for phase in lineage(start)] != ancestors:
             return None
-    return _record(start)
+    if (record := _record(start)) is None:
+        return None
+    return {**{key: value for key, value in record.items() if key != "lossless"}, "trained": True}
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from branchmix.accounting.shape import Shape
 from branchmix.checkpoint.expressions import Expression, Source
 from branchmix.checkpoint.generated_tensors import Held
+from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.data.evaluation import EvalData
 from branchmix.errors import CheckpointError, RecipeError
@@ -84,32 +85,58 @@ class Fitted:
         }
 
 
-def fit(
-    mixture: OpenedMixture,
+def text_for(
+    shape: Shape,
+    model: ResolvedModel,
     data: EvalData,
     *,
     token_only: bool = False,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Fitted:
-    """Fit gates for a mixture. Arguments and errors as for ``calibrate``."""
+) -> dict[str, DomainText]:
+    """Text to fit a mixture's gates on, by domain; errors as for ``calibrate``, before anything is written.
+
+    Args:
+        shape: of the mixture.
+        model: whose tokenizer it has.
+        data: domains of text.
+        token_only: as for ``calibrate``.
+        trust_remote_code: run code of the tokenizer's.
+    """
     from branchmix.likelihood.loading import load_tokenizer
 
-    if not (mixture.has_attention_experts or mixture.has_ffn_experts):
-        raise RecipeError(f"{mixture.resolved.given}: everything is averaged, so there are no experts to choose from")
-    tokenizer = load_tokenizer(mixture.resolved.folder, trust_remote_code=trust_remote_code)
-    text = read(data, tokenizer)
-    known = _Known.of(mixture)
-    names = [*known.counts, *(name for name in text if name not in known.counts)]
+    given = model.given
+    if not shape.routers:
+        raise RecipeError(f"{given}: everything is averaged, so there are no experts to choose from")
+    text = read(data, load_tokenizer(model.folder, given=given, trust_remote_code=trust_remote_code))
+    names = [*shape.domains, *(name for name in text if name not in shape.domains)]
     if len(names) < 2:
         raise RecipeError(f"data: {names[0]!r} is the only domain, and gates need two or more to distinguish")
-    vocab_size = mixture.dims.vocab_size
+    if token_only and (lacking := [name for name in names if name not in text]):
+        raise RecipeError(
+            f"data: lacks text of {', '.join(lacking)}, and token gates are fitted to the text of all domains at once: "
+            "add it to the data file"
+        )
+    vocab_size = shape.sizes.vocab_size
     largest = max(int(tokens.max()) for found in text.values() for tokens in (*found.counted, *found.measured))
     if largest >= vocab_size:
         raise CheckpointError(
-            f"{mixture.resolved.given}: the tokenizer gives token {largest:,}, but the model has only {vocab_size:,} "
+            f"{given}: the tokenizer gives token {largest:,}, but the model has only {vocab_size:,} "
             "embeddings: give the folder its own tokenizer"
         )
+    return text
+
+
+def fit(
+    mixture: OpenedMixture,
+    text: Mapping[str, DomainText],
+    *,
+    token_only: bool = False,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit gates for a mixture to the text that ``text_for`` gives; other arguments as for ``calibrate``."""
+    known = _Known.of(mixture)
+    names = [*known.counts, *(name for name in text if name not in known.counts)]
+    vocab_size = mixture.dims.vocab_size
     counts = known.counts | {name: count(found.counted, vocab_size) for name, found in text.items()}
     counts_VM = np.stack([counts[name] for name in names], axis=1)
     if known.posterior is None or set(text) == set(names):
@@ -167,7 +194,7 @@ def _measure(
     folder, given = mixture.resolved.folder, mixture.resolved.given
     model = load_language_model(folder, given=given, dtype=dtype).eval().to(device)
     experts = mixture.names
-    passes = len(fitting.PENALTIES) + 3 if token_only else 1 + 2 * _may_be_trained(mixture.resolved.folder)
+    passes = len(fitting.PENALTIES) + 3 if token_only else 1 + 2 * mixture.may_be_trained
     steps = _Steps(progress, 1 + len(experts) + len(fitting.SHARPNESS) + passes)
     measured = {name: found.measured for name, found in text.items()}
     before = fitting.losses(model, measured)
@@ -199,7 +226,7 @@ def _measure(
     else:
         routers, routing, after = "zeros", calibrated, fitting.losses(model, measured)
         steps.done()
-        if _may_be_trained(mixture.resolved.folder):  # then routers may know more than nothing
+        if mixture.may_be_trained:  # then routers may know more than nothing
             gated.set_routers(gated.weights)
             for option in (calibrated, own):
                 option.apply(model)
@@ -248,11 +275,6 @@ def _measure(
     return Fitted(domains, posterior, config, tensors, routers, notes)
 
 
-def _may_be_trained(folder: Path) -> bool:
-    """Whether a mixture's routers may be more than what a recipe started them with, or an earlier fit's."""
-    return (folder / "training.json").is_file() or not (folder / "branchmix.json").is_file()
-
-
 def _matrix(losses: dict[str, dict[str, float]], experts: list[str]) -> tuple[np.ndarray, list[str]]:
     """Losses [M, E], and notes: an expert that was never measured on a domain counts as the worst one there."""
     rows, notes = [], []
@@ -292,4 +314,5 @@ def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Pla
         tuple(fitted.notes if fitted else ()),
         tuple(mixture.experts),
         tuple(group_tensors(tensors, mixture.family)),
+        mixture.lossless,
     )

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.folder import TEMPLATES, atomic_folder
+from branchmix.checkpoint.folder import TEMPLATES, atomic_folder, require_replaceable
 from branchmix.checkpoint.writer import WriteReport
 from branchmix.data.evaluation import EvalData
 from branchmix.errors import OutputError, RecipeError
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
-from branchmix.upcycling.gates.measure import Fitted, Progress, fit, plan_with_gates
+from branchmix.upcycling.gates.measure import Fitted, Progress, fit, plan_with_gates, text_for
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
 
 
@@ -73,11 +73,12 @@ def calibrate(
     if in_place and not (out is None or force):
         raise OutputError(f"{target}: exists already: choose another folder, or --force to replace it")
     if in_place:
-        _refuse_folders(source)
+        _require_replaceable(source)
     else:
         refuse_overlap(target, [source], files, force=force)
     require_space(target, plan_with_gates(mixture))  # before the minutes that the fit takes
-    fitted = fit(mixture, data, token_only=token_only, trust_remote_code=trust_remote_code, progress=progress)
+    text = text_for(mixture.shape, mixture.resolved, data, token_only=token_only, trust_remote_code=trust_remote_code)
+    fitted = fit(mixture, text, token_only=token_only, progress=progress)
     largest = max(file.stat().st_size for file in mixture.index.files)
     shard_bytes = largest if len(mixture.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
     with atomic_folder(target, force=in_place or force) as folder:
@@ -94,8 +95,12 @@ def calibrate(
     return CalibrationReport(target, fitted, written, time.perf_counter() - start)
 
 
-def _refuse_folders(folder: Path) -> None:
-    """What a folder inside the mixture's holds would be lost, or no longer belong to it."""
+def _require_replaceable(folder: Path) -> None:
+    """Refuse, before the fit, a mixture that cannot be replaced: what a folder in it holds would be lost, say."""
+    try:
+        require_replaceable(folder, force=True)
+    except OutputError as error:
+        raise OutputError(f"{error}; --out writes a copy") from None
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and entry.name not in (TEMPLATES, "__pycache__", ".cache"):
             raise OutputError(
