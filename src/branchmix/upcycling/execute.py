@@ -89,6 +89,7 @@ def upcycle(
     force: bool = False,
     check: bool = True,
     hashes: bool = True,
+    trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> UpcycleReport:
     """Turn a seed and its specialised siblings into one mixture of experts (BAM, arXiv 2408.08274, section 4).
@@ -101,6 +102,7 @@ def upcycle(
         force: replace ``out`` if it exists. A folder that is an input is never replaced.
         check: refuse NaN and Inf in the sources while streaming.
         hashes: record a hash of every source file, computed beside the writing.
+        trust_remote_code: run code of the tokenizer's, where ``gates`` or ``router_init`` read text.
         progress: called with the step's name, bytes done and bytes in all.
 
     Raises:
@@ -130,7 +132,9 @@ def upcycle(
 
             texts = router_texts(recipe)
             if not dry_run:
-                router_rows, router_notes = hidden_state_routers(recipe, seed.index, texts)
+                router_rows, router_notes = hidden_state_routers(
+                    recipe, seed.index, texts, trust_remote_code=trust_remote_code
+                )
         indexes = [expert.index for expert in experts]
         plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
         plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
@@ -160,12 +164,12 @@ def upcycle(
 
                     verification = verify_plan(plan, merged, progress=progress)
                 if recipe.gates:
-                    gates = _calibrate(recipe, gates_data, merged, folder, progress)
+                    gates = _calibrate(recipe, gates_data, merged, folder, trust_remote_code, progress)
                     plan = replace(plan, config={**plan.config, **gates.config})
     return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
 
 
-def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, progress: Any) -> Fitted:
+def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, trusted: bool, progress: Any) -> Fitted:
     """Fit gates for a mixture that was just written, and move it with them into its folder.
 
     Args:
@@ -173,6 +177,7 @@ def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, progress: 
         data: its ``EvalData``.
         merged: folder of the mixture, which is removed.
         folder: to fill.
+        trusted: whether to run code of the tokenizer's.
         progress: as for ``upcycle``.
     """
     from branchmix.upcycling.gates.measure import fit, plan_with_gates
@@ -180,7 +185,7 @@ def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, progress: 
 
     assert recipe.gates is not None
     mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
-    fitted = fit(mixture, data, token_only=recipe.gates.token_only, progress=progress)
+    fitted = fit(mixture, data, token_only=recipe.gates.token_only, trust_remote_code=trusted, progress=progress)
     record = fitted.added_to(mixture.provenance())
     plan = plan_with_gates(mixture, fitted)
     write_output(plan, folder, merged, lambda: record, recipe.max_shard_bytes, check=False, progress=progress)
