@@ -15,12 +15,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from test_study import STEP, settings, write_study
+from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
 from branchmix.checkpoint.folder import write_json
 from branchmix.cli import app
 from branchmix.data.sources import is_held_out
-from branchmix.errors import BranchMixError
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.study.build import build
 from branchmix.study.measure import distance, rounded
@@ -33,6 +33,16 @@ from branchmix.study.tables import distances
 from branchmix.upcycling.gates import text as reading
 
 METHODS = ["soup", "bam-expert-kv-calibrated", "bam-expert-kv-forced"]
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+
+class Own(PreTrainedTokenizerFast):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        Path({ran!r}).touch()
+"""
 
 
 class Done:
@@ -152,29 +162,28 @@ def test_a_part_whose_distance_is_not_known_is_left_empty(done: Done, tmp_path: 
     assert distances(collect(tmp_path)).rows == [["Code expert", "", "25.0 %"]]
 
 
-def test_gates_are_fitted_with_a_tokenizer_that_has_code_of_its_own_only_where_it_is_trusted(
-    done: Done, tmp_path: Path
+def test_gates_are_fitted_with_the_seeds_tokenizer_whose_code_runs_only_where_it_is_trusted(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, name, trust = tmp_path / "out", "r1.upcycle.bam-expert-kv-calibrated", "--trust-remote-code"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    out, ran, trust = tmp_path / "out", tmp_path / "ran", "--trust-remote-code"
+    name = "r1.upcycle.bam-expert-kv-calibrated"
     shutil.copytree(done.out, out)
-    for member in ("seed", "code"):
-        folder = next(out.glob(f"steps/r1.train.{member}-*")) / "model"
-        (folder / "own.py").write_text("from transformers import PreTrainedTokenizerFast as Own\n")
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        write_json(folder / "tokenizer_config.json", {**config, "auto_map": {"AutoTokenizer": [None, "own.Own"]}})
-    step = next(out.glob(f"steps/{name}-*"))
-    with pytest.raises(BranchMixError, match=trust):
-        do(out, name)
+    seed, merge = (next(out.glob(f"steps/{step}-*")) for step in ("r1.train.seed", name))
+    (seed / "model" / "own.py").write_text(OWN_CODE.format(ran=str(ran)))
+    file = seed / "model" / "tokenizer_config.json"
+    write_json(file, {**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": [None, "own.Own"]}})
+    do(out, name)
+    assert not ran.exists()
     plan = json.loads((out / "plan.json").read_text())
     write_json(out / "plan.json", {**plan, "settings": {**plan["settings"], "trust_remote_code": True}})
     do(out, name)
-    made = json.loads((step / "result.json").read_text())["merge"]["gates"]
-    assert made["domains"] == done.result(name)["merge"]["gates"]["domains"]
-    assert f"branchmix upcycle recipe.yaml MIXTURE {trust}\n" in (step / "recipe.yaml").read_text()
-    by_hand = ["upcycle", str(step / "recipe.yaml"), str(tmp_path / "mixture")]
-    refused = CliRunner().invoke(app, by_hand)
-    assert refused.exit_code == 2 and trust in refused.output and not (tmp_path / "mixture").exists()
-    assert CliRunner().invoke(app, [*by_hand, trust]).exit_code == 0
+    ran.unlink()
+    assert f"branchmix upcycle recipe.yaml MIXTURE {trust}\n" in (merge / "recipe.yaml").read_text()
+    by_hand = ["upcycle", str(merge / "recipe.yaml"), str(tmp_path / "mixture")]
+    assert CliRunner().invoke(app, by_hand).exit_code == 0 and not ran.exists()
+    assert CliRunner().invoke(app, [*by_hand, "--force", trust]).exit_code == 0 and ran.exists()
 
 
 def test_the_report_shows_what_gates_are_worth_before_training(done: Done, tmp_path: Path) -> None:

@@ -164,12 +164,15 @@ def upcycle(
 
                     verification = verify_plan(plan, merged, progress=progress)
                 if recipe.gates:
-                    gates = _calibrate(recipe, gates_data, merged, folder, trust_remote_code, progress)
+                    from branchmix.likelihood.loading import load_tokenizer
+
+                    tokenizer = load_tokenizer(seed.index.folder, trust_remote_code=trust_remote_code)
+                    gates = _calibrate(recipe, gates_data, merged, folder, tokenizer, progress)
                     plan = replace(plan, config={**plan.config, **gates.config})
     return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
 
 
-def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, trusted: bool, progress: Any) -> Fitted:
+def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, tokenizer: Any, progress: Any) -> Fitted:
     """Fit gates for a mixture that was just written, and move it with them into its folder.
 
     Args:
@@ -177,7 +180,7 @@ def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, trusted: b
         data: its ``EvalData``.
         merged: folder of the mixture, which is removed.
         folder: to fill.
-        trusted: whether to run code of the tokenizer's.
+        tokenizer: the seed's, since the mixture has no code of other people's.
         progress: as for ``upcycle``.
     """
     from branchmix.upcycling.gates.measure import fit, plan_with_gates
@@ -185,7 +188,7 @@ def _calibrate(recipe: Recipe, data: Any, merged: Path, folder: Path, trusted: b
 
     assert recipe.gates is not None
     mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
-    fitted = fit(mixture, data, token_only=recipe.gates.token_only, trust_remote_code=trusted, progress=progress)
+    fitted = fit(mixture, data, token_only=recipe.gates.token_only, tokenizer=tokenizer, progress=progress)
     record = fitted.added_to(mixture.provenance())
     plan = plan_with_gates(mixture, fitted)
     write_output(plan, folder, merged, lambda: record, recipe.max_shard_bytes, check=False, progress=progress)

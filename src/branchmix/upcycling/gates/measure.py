@@ -90,14 +90,15 @@ def fit(
     *,
     token_only: bool = False,
     trust_remote_code: bool = False,
+    tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Fit gates for a mixture. Arguments and errors as for ``calibrate``."""
+    """Fit gates for a mixture. Arguments and errors as for ``calibrate``; ``tokenizer`` if not that of its folder."""
     from branchmix.likelihood.loading import load_tokenizer
 
     if not (mixture.has_attention_experts or mixture.has_ffn_experts):
         raise RecipeError(f"{mixture.resolved.given}: everything is averaged, so there are no experts to choose from")
-    tokenizer = load_tokenizer(mixture.resolved.folder, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(mixture.resolved.folder, trust_remote_code=trust_remote_code)
     text = read(data, tokenizer)
     known = _Known.of(mixture)
     names = [*known.counts, *(name for name in text if name not in known.counts)]
