@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_study import STEP, settings, write_study
+from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
 from branchmix.checkpoint.folder import write_json
@@ -22,12 +23,26 @@ from branchmix.cli import app
 from branchmix.data.sources import is_held_out
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.study.build import build
+from branchmix.study.measure import distance, rounded
 from branchmix.study.report import report
+from branchmix.study.results import collect
 from branchmix.study.scheduler import StudyReport, study
 from branchmix.study.settings import StudyFile
+from branchmix.study.step import do
+from branchmix.study.tables import distances
 from branchmix.upcycling.gates import text as reading
 
 METHODS = ["soup", "bam-expert-kv-calibrated", "bam-expert-kv-forced"]
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+
+class Own(PreTrainedTokenizerFast):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        Path({ran!r}).touch()
+"""
 
 
 class Done:
@@ -119,6 +134,56 @@ def test_how_far_an_expert_went_from_the_seed(done: Done) -> None:
         expected = float((ours - theirs).norm() / theirs.norm())
         assert done.result("r1.train.code")["training"]["from_seed"][part] == pytest.approx(expected, abs=1e-4) != 0
     assert "from_seed" not in done.result("r1.train.seed")["training"]
+
+
+def test_distances_of_a_seed_that_was_saved_as_a_base_model_and_of_what_cannot_be_compared(
+    done: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert, seed = done.folder("r1.train.code") / "model", tmp_path / "seed"
+    shutil.copytree(done.folder("r1.train.seed") / "model", seed)
+    stored = {name.removeprefix("model."): tensor for name, tensor in load_file(seed / "model.safetensors").items()}
+    save_file(stored, seed / "model.safetensors", {"format": "pt"})
+    assert rounded(distance(expert, seed)) == done.result("r1.train.code")["training"]["from_seed"]
+    save_file({name: 0 * t if "attn" in name else t for name, t in stored.items()}, seed / "model.safetensors")
+    assert set(distance(expert, seed)) == {"ffn"}
+    save_file({name: t[..., :-1].contiguous() for name, t in stored.items()}, seed / "model.safetensors")
+    assert distance(expert, seed) == {}
+    (seed / "model.safetensors").write_bytes(b"")
+    assert distance(expert, seed) == {}
+    assert "how far it went from the seed is not known: " in capsys.readouterr().err
+
+
+def test_a_part_whose_distance_is_not_known_is_left_empty(done: Done, tmp_path: Path) -> None:
+    shutil.copytree(done.out / "results", tmp_path / "results")
+    file = tmp_path / "results" / "r1.train.code.json"
+    record = json.loads(file.read_text())
+    record["training"]["from_seed"] = {"ffn": 0.25}
+    file.write_text(json.dumps(record))
+    assert distances(collect(tmp_path)).rows == [["Code expert", "", "25.0 %"]]
+
+
+def test_gates_are_fitted_with_the_seeds_tokenizer_whose_code_runs_only_where_it_is_trusted(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    out, ran, trust = tmp_path / "out", tmp_path / "ran", "--trust-remote-code"
+    name = "r1.upcycle.bam-expert-kv-calibrated"
+    shutil.copytree(done.out, out)
+    seed, merge = (next(out.glob(f"steps/{step}-*")) for step in ("r1.train.seed", name))
+    (seed / "model" / "own.py").write_text(OWN_CODE.format(ran=str(ran)))
+    file = seed / "model" / "tokenizer_config.json"
+    write_json(file, {**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": [None, "own.Own"]}})
+    do(out, name)
+    assert not ran.exists()
+    plan = json.loads((out / "plan.json").read_text())
+    write_json(out / "plan.json", {**plan, "settings": {**plan["settings"], "trust_remote_code": True}})
+    do(out, name)
+    ran.unlink()
+    assert f"branchmix upcycle recipe.yaml MIXTURE {trust}\n" in (merge / "recipe.yaml").read_text()
+    by_hand = ["upcycle", str(merge / "recipe.yaml"), str(tmp_path / "mixture")]
+    assert CliRunner().invoke(app, by_hand).exit_code == 0 and not ran.exists()
+    assert CliRunner().invoke(app, [*by_hand, "--force", trust]).exit_code == 0 and ran.exists()
 
 
 def test_the_report_shows_what_gates_are_worth_before_training(done: Done, tmp_path: Path) -> None:

@@ -308,6 +308,23 @@ def test_gates_are_fitted_on_the_studys_own_text() -> None:
     assert config is not None and "document_gate" not in config and config["num_experts_per_tok"] == 2
 
 
+def test_gates_of_the_whole_study_are_for_merges_with_experts() -> None:
+    """Also of merges with copies of the seed, whose number is found from recipes with the gates."""
+    methods = ["btx", "soup", "btx-total-match", "btx-active-match"]
+    found = graph(methods=methods, recipe={"gates": {}}).steps
+    gates = {name: step.recipe.get("gates") for name, step in found.items() if step.kind == "upcycle"}
+    fitted = {"data": "data.yaml", "token_only": False}
+    assert gates == {f"r1.upcycle.{name}": None if name == "soup" else fitted for name in methods}
+    plain = graph(methods=methods).steps
+    assert found["r1.upcycle.soup"].key == plain["r1.upcycle.soup"].key
+    for name in ("btx-total-match", "btx-active-match"):
+        own = graph(methods=["btx", {"method": name, "recipe": {"gates": {}}}]).steps[f"r1.upcycle.{name}"]
+        assert own.recipe["gates"] == fitted
+        assert own.recipe["seed_copies"] == plain[f"r1.upcycle.{name}"].recipe["seed_copies"]
+    with pytest.raises(RecipeError, match="method soup: gates: a soup has no experts to choose from"):
+        graph(methods=["btx", {"method": "soup", "recipe": {"gates": {}}}])
+
+
 def test_data_order_is_paired_within_a_repetition() -> None:
     found = graph(random_seeds=[5, 6])
     by_repetition: dict[int, set[int]] = {0: set(), 1: set()}

@@ -70,7 +70,7 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
             record |= {"computing": {"precision": "bf16"}, "versions": {"torch": "2"}, "run": {}}
             record["machine"] = {"cpu": "A & B", "cores": 2, "threads": 1}
         elif step.kind == "upcycle":
-            record["merge"] = {"recipe": step.recipe}
+            record["merge"] = {"recipe": step.recipe, "experts": [n for n in step.needs.members if n != "seed"]}
         elif step.kind in ("scores", "forced"):
             assert step.about is not None
             title, repetition = step.about.title, step.about.repetition
@@ -156,6 +156,47 @@ def test_what_merging_alone_gives(tmp_path: Path) -> None:
     no_soup = collect(finished(tmp_path / "no soup", methods=[methods[0], *methods[3:]]))
     assert {row["closed"] for row in no_soup["before_training"]} == {None}
     assert not headline(no_soup)[0].startswith("Before")
+
+
+def test_only_merges_of_the_same_weights_are_measured_by_their_forced_gates(tmp_path: Path) -> None:
+    own = [
+        {"method": "bam-expert-kv-calibrated", "name": name, "recipe": recipe}
+        for name, recipe in (("others", {"merge": {"method": "seed"}}), ("tokens", {"gates": {"token_only": True}}))
+    ]
+    same = ["bam-expert-kv", "bam-no-balance", "bam-no-z-loss", "bam-unscaled", "bam-soft-ffn", "bam-shared-router"]
+    methods = ["btx", "soup", "bam-expert-kv-forced", "btx-forced", *same, "bam-norm-folding", "bam-without-seed"]
+    folder = finished(tmp_path, methods=[*methods, "btx-calibrated", "btx-total-match", "bam-shared-kv", *own], seeds=2)
+    rows = {row["title"]: row["closed"] for row in collect(folder)["before_training"]}
+    measured = {title.removesuffix("-step0") for title, closed in rows.items() if closed is not None}
+    assert measured == {*same, "tokens"} and "btx-calibrated-step0" in rows, (
+        "BTX's forced gates are no better than the soup here"
+    )
+
+
+def test_shares_are_of_the_same_repetitions(tmp_path: Path) -> None:
+    methods = ["btx", "soup", "bam-expert-kv-forced", "bam-expert-kv-calibrated"]
+    folder = finished(tmp_path, methods=methods, seeds=3)
+    (folder / "results" / "r3.scores.bam-expert-kv-forced.json").unlink()
+    calibrated = folder / "results" / "r2.scores.bam-expert-kv-calibrated-step0.json"
+    record = calibrated.read_text()
+    calibrated.unlink()  # as many repetitions, but others
+    assert {row["closed"] for row in collect(folder)["before_training"]} == {None}
+    calibrated.write_text(record)
+    (folder / "results" / "r3.scores.bam-expert-kv-calibrated-step0.json").unlink()
+    assert {row["closed"] for row in collect(folder)["before_training"]} != {None}
+    (folder / "results" / "r1.upcycle.bam-expert-kv-forced.json").unlink()
+    assert {row["closed"] for row in collect(folder)["before_training"]} == {None}, "of an unknown merge"
+
+
+def test_the_headline_has_no_share_of_a_mixture_that_is_worse_than_the_soup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LEVELS, "bam-expert-kv-calibrated-step0", 1.2)
+    methods = ["soup", "bam-expert-kv-forced", "bam-expert-kv-calibrated"]
+    found = collect(finished(tmp_path, methods=methods, reference=methods[-1]))
+    assert [row["closed"] for row in found["before_training"]] == [None, None, pytest.approx(-0.2 / 0.9)]
+    expected = "Before any training, BAM Expert KV calibrated is worse than the soup (+22.1 ±0.0 %)."
+    assert headline(found)[0] == expected
 
 
 def test_noise_is_no_finding(tmp_path: Path) -> None:

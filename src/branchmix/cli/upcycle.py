@@ -45,6 +45,7 @@ def upcycle_command(
     force: console.Force = False,
     no_check: console.NoCheck = False,
     no_hashes: Annotated[bool, typer.Option("--no-hashes", help="Do not record hashes of the source files.")] = False,
+    trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
 ) -> None:
     """Merge dense models fine-tuned from one seed into a mixture of experts."""
@@ -64,6 +65,7 @@ def upcycle_command(
             force=force,
             check=not no_check,
             hashes=not no_hashes,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     show(report, as_json=as_json)

@@ -41,27 +41,27 @@ def before_training(models: list[Numbers]) -> list[dict[str, Any]]:
     """What was not trained beside the soup, and how much of the way to forced gates its own gates go.
 
     ``closed`` is the share of the soup's distance, in log perplexity, to the same merge with forced gates; None where a
-    study does not measure that in as many repetitions, or where it is no better than the soup.
+    study does not measure that in the same repetitions, or where it is no better than the soup.
     """
     merged = [model for model in models if model["group"] == "merged"]
     soup = next((model for model in merged if model["preset"] == "soup"), None)
-    bounds = {_attention(model): model for model in merged if model["role"] == "forced"}
+    forced = [model for model in merged if model["role"] == "forced" and model["merge"] is not None]
     rows = []
     for model in merged:
         beside = comparison(model, soup) if soup is not None and model is not soup else None
-        bound = bounds.get(_attention(model)) if model["role"] == "step 0" else None
-        most = comparison(bound, soup) if bound is not None and soup is not None else None
+        bounds = (other for other in forced if other["merge"] == model["merge"] and model["role"] == "step 0")
         closed = None
-        if beside is not None and most is not None and most.mean.value < 0 and beside.mean.n == most.mean.n:
-            closed = beside.mean.value / most.mean.value
+        if soup is not None and (bound := next(bounds, None)) is not None:
+            most = comparison(bound, soup)
+            same = _repetitions(soup) & _repetitions(model) == _repetitions(soup) & _repetitions(bound)
+            if beside is not None and most is not None and most.mean.value < 0 and same:
+                closed = beside.mean.value / most.mean.value
         rows.append({"title": model["title"], "soup": beside.as_dict() if beside else None, "closed": closed})
     return rows
 
 
-def _attention(model: Numbers) -> str | None:
-    """How a model's method merges attention; None where it merges nothing."""
-    preset = METHODS.get(model["preset"] or "")
-    return preset.recipe.get("attention") if preset else None
+def _repetitions(model: Numbers) -> set[int]:
+    return {repetition["repetition"] for repetition in model["repetitions"]}
 
 
 def budgets(models: list[Numbers], reference: Numbers | None) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def _before_training(study: Numbers, models: dict[str, Numbers]) -> list[str]:
         return []
     best = min(rows, key=lambda row: models[row["title"]]["geometric_mean"])
     text = f"Before any training, {merge_label(models[best['title']])} {_verdict(best['soup'], 'the soup')}"
-    if best["closed"] is not None:
+    if best["closed"] is not None and best["closed"] > 0:
         text += f": {100 * best['closed']:.0f} % of what forced gates gain"
     return [f"{text}."]
 

@@ -6,9 +6,11 @@ Shapes: B sequences, T tokens of a document.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,23 +132,32 @@ class HeldOutText:
 
 
 def distance(model: Path, seed: Path) -> dict[str, float]:
-    """How far a model's attention and FFN went from its seed: the norm of the difference over that of the seed's."""
+    """How far a model's attention and FFN went from its seed: the norm of the difference over that of the seed's.
+
+    A part that cannot be compared is left out.
+    """
     import numpy as np
 
     from branchmix.checkpoint.expressions import Source as Stored
     from branchmix.checkpoint.index import CheckpointIndex
+    from branchmix.errors import BranchMixError
     from branchmix.train.record import part_of
     from branchmix.upcycling.layers import cast
+    from branchmix.upcycling.plan import open_expert
 
-    ours, theirs = (CheckpointIndex.open(folder).tensors for folder in (model, seed))
     squares = {"attention": [0.0, 0.0], "ffn": [0.0, 0.0]}
-    for name in ours.keys() & theirs.keys():
-        if (part := part_of(name)) in squares:
-            a, b = (cast(Stored(refs[name]), "F32") for refs in (ours, theirs))
-            went_from = b.rows(0, b.num_rows)
-            for place, values in enumerate((a.rows(0, a.num_rows) - went_from, went_from)):
-                squares[part][place] += float(np.square(values, dtype=np.float64).sum())
-    return {part: (went / size) ** 0.5 for part, (went, size) in squares.items()}
+    try:
+        ours, theirs = (open_expert(folder.name, CheckpointIndex.open(folder)).tensors for folder in (model, seed))
+        for name in ours.keys() & theirs.keys():
+            if (part := part_of(name)) in squares and ours[name].shape == theirs[name].shape:
+                a, b = (cast(Stored(refs[name]), "F32") for refs in (ours, theirs))
+                went_from = b.rows(0, b.num_rows)
+                for place, values in enumerate((a.rows(0, a.num_rows) - went_from, went_from)):
+                    squares[part][place] += float(np.square(values, dtype=np.float64).sum())
+    except BranchMixError as error:  # the training that this is told about is done
+        print(f"note: how far it went from the seed is not known: {error}", file=sys.stderr)
+        return {}
+    return {part: (went / size) ** 0.5 for part, (went, size) in squares.items() if size > 0 and isfinite(went / size)}
 
 
 def _rows(scored: Scored) -> dict[str, list[list[float]]]:

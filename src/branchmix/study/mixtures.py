@@ -60,10 +60,9 @@ class Mixtures:
         init = {"method": init} if isinstance(init, str) else init
         if isinstance(init, dict):
             fields["router_init"] = {"seed": random_seed, **init}
-        if method.method == "sparse-upcycling" and "seed_copies" not in method.recipe:
-            fields["seed_copies"] = len(experts)
-        if preset.larger is not None and "seed_copies" not in method.recipe:
-            fields |= self._larger(fields, preset.larger)
+        is_soup = fields.get("ffn") == "average" and fields.get("attention") in ("average", "seed")
+        if is_soup and "gates" not in method.recipe:  # those of the study are for merges with experts
+            fields.pop("gates", None)
         gates, where = fields.get("gates"), f"method {method.title}: gates"
         if isinstance(gates, dict):
             if "data" in gates:
@@ -71,6 +70,10 @@ class Mixtures:
             fields["gates"] = {"data": DATA, **gates}
         elif preset.kind == "forced":
             raise RecipeError(f"{where}: the fit says which expert is the best one: give gates: {{}}")
+        if method.method == "sparse-upcycling" and "seed_copies" not in method.recipe:
+            fields["seed_copies"] = len(experts)
+        if preset.larger is not None and "seed_copies" not in method.recipe:
+            fields |= self._larger(fields, preset.larger)
         return parse(Recipe, fields, f"method {method.title}")
 
     def _larger(self, fields: dict[str, Any], match: str) -> dict[str, Any]:

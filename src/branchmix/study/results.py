@@ -188,12 +188,28 @@ def _model(title: str, names: list[str], scored: Records, records: Records, step
         "deviation": deviation(logs),
         "bits_per_byte": {d: mean([r["bits_per_byte"][d] for r in repetitions]) for d in perplexity},
         "stderr": {domain: _bits(rows)[1] for domain, rows in repetitions[0]["documents"].items()},
+        "merge": _merge(records.get(steps[names[0]]["needs"].get("model"), {}).get("merge")),
         "facts": steps[names[0]]["facts"],
         **{key: trained[key] if trained else 0 for key in ("tokens", "flops", "optimizer_flops")},
         "sunk_flops": repetitions[0]["sunk_flops"],
         "seconds": mean([r["training"]["seconds"] for r in repetitions if r["training"]]) if trained else 0.0,
         "repetitions": repetitions,
     }
+
+
+_OF_ROUTERS = (
+    *("start", "routing", "routed_scaling_factor", "router_init", "gates"),
+    *("router_aux_loss_coef", "router_z_loss_coef"),
+)
+"""Keys of recipes that experts and averages do not depend on."""
+
+
+def _merge(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What determines all weights of an untrained merge but those of its routers; None for other models."""
+    if record is None:
+        return None
+    recipe = {key: value for key, value in record["recipe"].items() if key not in _OF_ROUTERS}
+    return {"recipe": recipe, "experts": record.get("experts")}
 
 
 def _repetition(name: str, record: dict[str, Any], records: Records, steps: Records) -> Numbers:

@@ -211,8 +211,9 @@ class _Work:
         }
         if recipe.get("gates"):
             self.write_data("calibrate MIXTURE --data data.yaml")
-        file = self.write_yaml("recipe.yaml", "upcycle recipe.yaml MIXTURE", _without_none(recipe))
-        report = upcycle(file, out, force=out.exists())
+        command = "upcycle recipe.yaml MIXTURE" + " --trust-remote-code" * self.study.trust_remote_code
+        file = self.write_yaml("recipe.yaml", command, _without_none(recipe))
+        report = upcycle(file, out, force=out.exists(), trust_remote_code=self.study.trust_remote_code)
         print(f"merged in {report.seconds:.1f} s", file=sys.stderr)
         merge = {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": experts}
         if report.gates is not None:

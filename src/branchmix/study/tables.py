@@ -137,8 +137,9 @@ def distances(study: Numbers) -> Table:
     for model in study["models"]:
         trained = [r["training"] for r in model["repetitions"] if r["training"] and "from_seed" in r["training"]]
         if trained:
-            means = (mean([run["from_seed"][part] for run in trained]) for part in ("attention", "ffn"))
-            rows.append([marked_label(study, model), *(f"{100 * value:.1f} %" for value in means)])
+            parts = ([run["from_seed"][p] for run in trained if p in run["from_seed"]] for p in ("attention", "ffn"))
+            shown = (f"{100 * mean(values):.1f} %" if values else "" for values in parts)
+            rows.append([marked_label(study, model), *shown])
     note = (
         "Norm of the difference between the expert's weights and the seed's, over the norm of the seed's. What experts "
         "of a part are worth, beside its average, grows with it."

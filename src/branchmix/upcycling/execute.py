@@ -91,6 +91,7 @@ def upcycle(
     force: bool = False,
     check: bool = True,
     hashes: bool = True,
+    trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> UpcycleReport:
     """Turn a seed and its specialised siblings into one mixture of experts (BAM, arXiv 2408.08274, section 4).
@@ -103,6 +104,7 @@ def upcycle(
         force: replace ``out`` if it exists. A folder that is an input is never replaced.
         check: refuse NaN and Inf in the sources while streaming.
         hashes: record a hash of every source file, computed beside the writing.
+        trust_remote_code: run code of the tokenizer's, where ``gates`` or ``router_init`` read text.
         progress: called with the step's name, bytes done and bytes in all.
 
     Raises:
@@ -132,7 +134,9 @@ def upcycle(
 
             texts = router_texts(recipe)
             if not dry_run:
-                router_rows, router_notes = hidden_state_routers(recipe, seed.index, texts)
+                router_rows, router_notes = hidden_state_routers(
+                    recipe, seed.index, texts, trust_remote_code=trust_remote_code
+                )
         indexes = [expert.index for expert in experts]
         plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
         plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
@@ -141,7 +145,8 @@ def upcycle(
         if recipe.gates:
             from branchmix.upcycling.gates.measure import text_for
 
-            gates_text = text_for(shape_of(plan.config), seed.model, gates_data, token_only=recipe.gates.token_only)
+            options = {"token_only": recipe.gates.token_only, "trust_remote_code": trust_remote_code}
+            gates_text = text_for(shape_of(plan.config), seed.model, gates_data, **options)
         written = verification = gates = None
         if dry_run and recipe.gates:
             plan = replace(plan, notes=(*plan.notes, f"gates: fitted on {recipe.gates.data} once this is written"))
@@ -182,6 +187,7 @@ def _calibrate(
         notes: of the merge.
         merged: folder of the mixture, which is removed.
         folder: to fill.
+        tokenizer: the seed's, since the mixture has no code of other people's.
         progress: as for ``upcycle``.
     """
     from branchmix.upcycling.gates.measure import fit, plan_with_gates

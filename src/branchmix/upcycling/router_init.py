@@ -53,12 +53,12 @@ def router_texts(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def hidden_state_routers(
-    recipe: Recipe, seed_index: CheckpointIndex, texts: dict[str, list[str]]
+    recipe: Recipe, seed_index: CheckpointIndex, texts: dict[str, list[str]], *, trust_remote_code: bool = False
 ) -> tuple[dict[str, Expression], list[str]]:
     """Routers [E, D] of every layer, by output name, and notes for the user.
 
     The seed is loaded in fp32 and run on the texts, one or more of every expert. Raises RecipeError if it has no
-    tokenizer that loads without code of its own, CheckpointError if it cannot be loaded.
+    tokenizer that loads without code of its own or with code that is trusted, CheckpointError if it cannot be loaded.
     """
     import torch
 
@@ -66,7 +66,7 @@ def hidden_state_routers(
 
     seed = open_expert("seed", seed_index)
     try:
-        tokenizer = load_tokenizer(seed_index.folder)
+        tokenizer = load_tokenizer(seed_index.folder, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         raise RecipeError(f"router_init: the seed has no tokenizer to read prompts with: {error}") from None
     model = load_language_model(seed_index.folder, dtype=torch.float32).eval()
