@@ -162,7 +162,7 @@ def test_a_part_whose_distance_is_not_known_is_left_empty(done: Done, tmp_path: 
     assert distances(collect(tmp_path)).rows == [["Code expert", "", "25.0 %"]]
 
 
-def test_gates_are_fitted_with_the_seeds_tokenizer_whose_code_runs_only_where_it_is_trusted(
+def test_merges_read_text_with_the_seeds_tokenizer_whose_code_runs_only_where_it_is_trusted(
     done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -183,6 +183,12 @@ def test_gates_are_fitted_with_the_seeds_tokenizer_whose_code_runs_only_where_it
     assert f"branchmix upcycle recipe.yaml MIXTURE {trust}\n" in (merge / "recipe.yaml").read_text()
     by_hand = ["upcycle", str(merge / "recipe.yaml"), str(tmp_path / "mixture")]
     assert CliRunner().invoke(app, by_hand).exit_code == 0 and not ran.exists()
+    assert CliRunner().invoke(app, [*by_hand, "--force", trust]).exit_code == 0 and ran.exists()
+    ran.unlink()
+    recipe = yaml.safe_load((merge / "recipe.yaml").read_text())
+    recipe |= {"gates": None, "router_init": {"prompts": {"seed": ["a word"], "code": ["A WORD"]}}}
+    write_json(merge / "recipe.yaml", recipe)
+    assert CliRunner().invoke(app, [*by_hand, "--force"]).exit_code == 0 and not ran.exists()
     assert CliRunner().invoke(app, [*by_hand, "--force", trust]).exit_code == 0 and ran.exists()
 
 
