@@ -382,7 +382,7 @@ RECIPES = [
          recipe={"merge": {"weighted": {"cod": 2}}}),
     Case("weights all zero", "recipe.yaml: | merge.weights: all are zero | give one model a weight",
          recipe={"merge": {"weighted": {"seed": 0, "code": 0, "math": 0}}}),
-    Case("normalize with top-1", "recipe.yaml: | routing.ffn: normalize with top_k 1 | never learns | leave normalize",
+    Case("normalize with top-1", "recipe.yaml: | routing.ffn: normalize with top_k 1 | never learns | leave it out",
          recipe=ffn(normalize=True)),
     Case("zeros with top-1", "recipe.yaml: | router_init: zeros | top-k of the FFN router | soft routing",
          recipe={"router_init": "zeros"}),
