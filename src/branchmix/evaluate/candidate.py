@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +9,6 @@ from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.evaluate.perplexity import Progress
 from branchmix.likelihood.models import TextModel, prefix_token
 from branchmix.likelihood.records import model_hash
-from branchmix.models.routers import one_hot_gates
 
 
 class Candidate(TextModel):
@@ -61,17 +59,11 @@ class ForcedCandidate(Candidate):
         super().__init__(found, dtype, trust_remote_code)
         names = self.config.expert_names or [f"expert-{row}" for row in range(self.config.num_experts)]
         self.given, self.number = f"{found.given}: {names[number]} only", number
-        self._forced = ExitStack()
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         return {**super().facts, "forced_to": self.number}
 
     def load(self, **options: Any) -> Any:
-        model = super().load(**options)
-        self._forced.enter_context(one_hot_gates(model, self.number))
-        return model
-
-    def release(self) -> None:
-        self._forced.close()
-        super().release()
+        """The mixture with this expert alone, at the dense model's cost."""
+        return super().load(**options).keep_experts([self.number])

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 LEAST_SHARE = 1e-13
-"""Of an expert, so that its logit is finite."""
+"""Smallest share of an expert, which keeps its logit finite."""
 BLOCK = 64
 """Tokens that one matrix of decays covers; sums are carried from block to block."""
 
@@ -69,7 +69,7 @@ class BranchMixDocumentGate(nn.Module):
         # How often each token was counted in each domain: what the evidence is fitted from. Not used here.
         self.register_buffer("counts", torch.zeros(vocab_size, num_domains, dtype=torch.int32))
         self.logits: DocumentLogits | None = None
-        """Of the forward pass that is running; blocks take it as an argument."""
+        """Logits of the forward pass that is running; blocks take them as an argument."""
 
     def forward(
         self,

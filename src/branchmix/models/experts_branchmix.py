@@ -53,7 +53,7 @@ class BranchMixSparseMoeBlock(nn.Module):
         )
         self.experts = experts
         self.rows: torch.Tensor | None = None
-        """Of the experts that a router's rows stand for, where only some of the stack are kept (``keep_experts``)."""
+        """Numbers of the experts that the router's rows mean, if only some of the stack are kept (``keep_experts``)."""
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -72,14 +72,11 @@ class HeldOutText:
 
     def measure_forced(self, model: Path, experts: Mapping[str, str]) -> dict[str, Any]:
         """Scores of a mixture with all gates forced to one expert, ``experts`` by domain."""
-        from branchmix.models.routers import one_hot_gates
-
         loaded, tokenizer, computing = self._load(model)
         scored: Scored = {}
         with computing.autocast():
             for domain, expert in experts.items():
-                with one_hot_gates(loaded, loaded.config.expert_names.index(expert)):
-                    scored |= self._scored(loaded, tokenizer, [domain])
+                scored |= self._scored(loaded.keep_experts([expert]), tokenizer, [domain])
         return {"documents": _rows({domain: scored[domain] for domain in self.sources}), "routing": None}
 
     def measure_ensemble(self, models: Sequence[Path]) -> dict[str, Any]:

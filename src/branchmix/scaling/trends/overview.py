@@ -93,7 +93,7 @@ class Entry:
     cause: str
     description: str
     example: Example | None
-    """One of ours for an official task: the official data are not shown."""
+    """For an official task, an example that branchmix wrote: the official data are not shown."""
     metrics: tuple[str, ...]
 
 

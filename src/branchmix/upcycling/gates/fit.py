@@ -29,7 +29,7 @@ SHARPNESS = (0.3, 0.1, 0.03)
 NEARLY = 0.002
 """Nats a token by which a softer choice may be worse: a difference of a few thousand tokens is no more certain."""
 LEAST_LOG = -30.0
-"""Of an expert's probability; about 1e-13."""
+"""Smallest log of an expert's probability; about 1e-13 as a probability."""
 BATCH_TOKENS = 1024
 
 
@@ -211,7 +211,7 @@ def best_sharpness(
 # ---------------------------------------------------------------------------------------------------------------------
 
 SAMPLED_TOKENS = 2000
-"""Of each domain, whose inputs token gates are fitted on."""
+"""Tokens of each domain whose router inputs the token gates are fitted on."""
 PENALTIES = (0.001, 0.01, 0.1)
 """Candidates for the weight of the squared norm in the logistic regression."""
 

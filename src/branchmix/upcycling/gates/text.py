@@ -29,7 +29,7 @@ LEAST_TOKENS = 200
 PIECE = 512
 """Tokens of a document that are used while there are enough documents."""
 _CHARACTERS = 8
-"""Of a token at most, as a rule; what is kept of a source is that much longer than the tokens that are wanted."""
+"""Characters that a token has at most, as a rule: so much text is kept for each token that is wanted."""
 
 
 @dataclass(frozen=True)
