@@ -287,6 +287,9 @@ def test_padding_carries_no_evidence() -> None:
     padded = torch.cat((pad, own), dim=1)
     close(logits_of(model, padded, attention_mask=mask, position_ids=positions)[:, 3:], alone)
     close(logits_of(model, torch.cat((own, pad), dim=1), attention_mask=mask.flip(1))[:, :6], alone)
+    with torch.no_grad():
+        gate = model.document_gate
+        close(gate(padded, mask)[0].ffn[:, 3:], gate(own)[0].ffn)  # positions restart nowhere here
 
 
 # ---- training ----
