@@ -184,6 +184,9 @@ class Gates(Settings):
     """YAML file with domains of text, in the format of ``branchmix eval --data``; held-out documents are not read."""
     token_only: bool = False
     """Gates that see one token only, for servers that keep no state of the document, and for export."""
+    keep_top_k: bool = False
+    """Keep ``top_k`` and raw gates as ``routing`` has them. Otherwise two experts or more share gates that sum to 1,
+    which is better before training, at the cost of the second expert."""
 
 
 class Recipe(Settings):

@@ -37,6 +37,10 @@ def calibrate_command(
         bool,
         typer.Option("--token-only", help="Gates that see one token only: for vLLM, and for export."),
     ] = False,
+    keep_top_k: Annotated[
+        bool,
+        typer.Option("--keep-top-k", help="Leave the number of experts a token has, and raw gates, as they are."),
+    ] = False,
     force: console.Force = False,
     trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
@@ -53,6 +57,7 @@ def calibrate_command(
             data,
             out,
             token_only=token_only,
+            keep_top_k=keep_top_k,
             force=force,
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -108,9 +108,10 @@ class _Builder:
             about = About("dense", repetition, "expert", f"{expert.capitalize()} expert", title=expert)
             share = study.general_share if expert != study.general else 0.0
             mix = {expert: 1.0 - share, study.general: share} if share else {expert: 1.0}
-            run = {"mix": mix, **self._rate(study.learning_rate.expert)}
+            run = overlaid({"mix": mix, **self._rate(study.learning_rate.expert)}, study.expert_train)
             steps, place = study.tokens.expert // self.per_step, (*order, number)
-            step = self._train(Needs(model=seed), run, steps, _EXPERT_PHASE, place, self.seed_config, about)
+            cost = step_cost(study, self.seed_config, study.expert_train)
+            step = self._train(Needs(model=seed), run, steps, _EXPERT_PHASE, place, self.seed_config, about, cost)
             self._scores(step, (*place, 1), self.seed_config, about)
 
     def _method(self, method: Method, repetition: int, order: Order, group: Group) -> None:

@@ -112,13 +112,13 @@ _OF_THE_STUDY = (
 """Keys of runs that the study decides; and LoRA, whose adapters are no model that a study could measure."""
 
 
-def _check_train(train: dict[str, Any], *, without: Sequence[str]) -> None:
+def _check_train(train: dict[str, Any], *, without: Sequence[str], where: str = "train") -> None:
     """The keys of ``train``; what their values may be, ``_check_runs`` knows."""
     known = [name for name in RunConfig.model_fields if name not in without]
     for key in train:
         if key not in known:
             beside = f": the study has {key} itself" if key in StudyFile.model_fields else nearest(key, known)
-            raise ValueError(f"train.{key}: a run here has no such key{beside}")
+            raise ValueError(f"{where}.{key}: a run here has no such key{beside}")
 
 
 class Inference(Settings):
@@ -166,6 +166,8 @@ class StudyFile(Settings):
     """Keys of every mixture's recipe; the method's own keys take precedence."""
     train: dict[str, Any] = {}
     """Keys of every run, such as ``precision``."""
+    expert_train: dict[str, Any] = {}
+    """Keys of the experts' runs, such as ``freeze: [trunk]``; they replace those of ``train``."""
     methods: list[Method] = Field(min_length=1)
     """Methods to compare. All their repetitions run first."""
     ablations: list[Method] = []
@@ -208,6 +210,7 @@ class StudyFile(Settings):
                 raise ValueError(f"recipe.{key}: a recipe here has no such key{nearest(key, known)}")
         whole = ("learning_rate", "optimizer", "micro_batch_size")
         _check_train(self.train, without=(*_OF_THE_STUDY, "freeze", "adapters", *whole))
+        _check_train(self.expert_train, without=(*_OF_THE_STUDY, "adapters", *whole), where="expert_train")
         self._check_runs()
         if not 0 < self.held_out.share < 1:
             raise ValueError(f"held_out.share: {self.held_out.share:g} leaves no text to measure or none to train on")
@@ -242,10 +245,11 @@ class StudyFile(Settings):
 
     def _check_runs(self) -> None:
         """Whether all runs can be settings of ``branchmix train``, before any of them has cost an hour."""
-        for method in (None, *self.all_methods):
-            preset = METHODS[method.method].train if method else {}
-            where = f"methods: {method.title}: train" if method else "train"
-            run = self.run_of({"learning_rate": {"peak": 1.0}}, preset, method.train if method else {})
+        runs = [("train", {}), ("expert_train", self.expert_train)]
+        for method in self.all_methods:
+            runs.append((f"methods: {method.title}: train", overlaid(METHODS[method.method].train, method.train)))
+        for where, train in runs:
+            run = self.run_of({"learning_rate": {"peak": 1.0}}, train)
             given = {"model": "seed", "out": "run", "data": {"text": {"files": "text"}}, "budget": {"steps": 1}}
             try:
                 parse(RunConfig, run | given, where)

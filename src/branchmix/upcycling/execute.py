@@ -195,7 +195,8 @@ def _calibrate(
 
     assert recipe.gates is not None
     mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
-    fitted = fit(mixture, text, token_only=recipe.gates.token_only, progress=progress)
+    options = {"token_only": recipe.gates.token_only, "keep_top_k": recipe.gates.keep_top_k}
+    fitted = fit(mixture, text, **options, progress=progress)
     record = fitted.added_to(mixture.provenance())
     plan = plan_with_gates(mixture, fitted)
     plan = replace(plan, notes=(*notes, *plan.notes))

@@ -11,7 +11,7 @@ Shapes: V vocabulary, M domains, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,15 @@ class Routing:
         """What a mixture's config says."""
         return cls(*(getattr(config, name) for name in cls.__dataclass_fields__))
 
-    def calibrated(self, num_experts: int) -> Routing:
-        """Gates that sum to 1, of two experts or more: with one, a router would get no gradient."""
+    def calibrated(self, num_experts: int, *, keep_top_k: bool = False) -> Routing:
+        """Gates that sum to 1, of two experts or more: with one, a router would get no gradient.
+
+        With ``keep_top_k`` the gates are chosen and used as they are now, but without a scale that made up for random
+        ones: they are no longer near 1 / N.
+        """
         attention = self.attention_num_experts_per_tok
+        if keep_top_k:
+            return replace(self, routed_scaling_factor=1.0)
         return Routing(
             max(self.num_experts_per_tok, min(2, num_experts)),
             True,

@@ -131,6 +131,7 @@ def fit(
     text: Mapping[str, DomainText],
     *,
     token_only: bool = False,
+    keep_top_k: bool = False,
     progress: Progress | None = None,
 ) -> Fitted:
     """Fit gates for a mixture to the text that ``text_for`` gives; other arguments as for ``calibrate``."""
@@ -144,7 +145,8 @@ def fit(
         posterior = fit_posterior(counts_VM, measured)
     else:  # a fit to some of the domains would favour them
         posterior = known.posterior
-    return _measure(mixture, names, counts_VM, posterior, text, known, token_only=token_only, progress=progress)
+    options = {"token_only": token_only, "keep_top_k": keep_top_k}
+    return _measure(mixture, names, counts_VM, posterior, text, known, **options, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def _measure(
     known: _Known,
     *,
     token_only: bool,
+    keep_top_k: bool,
     progress: Progress | None,
 ) -> Fitted:
     """Losses of the mixture under forced gates, and what follows from them."""
@@ -203,7 +206,7 @@ def _measure(
     evidence_VM = evidence_table(counts_VM, posterior.smoothing) / posterior.temperature
     gated = fitting.Gated(model, names, posterior.decay, evidence_VM)
     own = gated.own_routing
-    calibrated = own.calibrated(len(experts))
+    calibrated = own.calibrated(len(experts), keep_top_k=keep_top_k)
     forced = fitting.forced_losses(model, len(experts), measured, steps.done)
     losses = {name: dict(known.losses.get(name, {})) for name in names}
     for name, row in zip(measured, forced, strict=True):

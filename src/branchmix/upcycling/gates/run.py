@@ -40,6 +40,7 @@ def calibrate(
     out: str | Path | None = None,
     *,
     token_only: bool = False,
+    keep_top_k: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -51,6 +52,7 @@ def calibrate(
         data: domains of text, in the format of ``eval --data``. Held-out documents are never read.
         out: folder to write; the mixture itself if not given.
         token_only: gates that see one token only, for servers that keep no state of the document.
+        keep_top_k: leave the number of experts a token has, and raw gates, as they are.
         force: replace ``out``.
         trust_remote_code: run code of the tokenizer's.
         progress: called with the step's name, done and total.
@@ -78,7 +80,7 @@ def calibrate(
         refuse_overlap(target, [source], files, force=force)
     require_space(target, plan_with_gates(mixture))  # before the minutes that the fit takes
     text = text_for(mixture.shape, mixture.resolved, data, token_only=token_only, trust_remote_code=trust_remote_code)
-    fitted = fit(mixture, text, token_only=token_only, progress=progress)
+    fitted = fit(mixture, text, token_only=token_only, keep_top_k=keep_top_k, progress=progress)
     largest = max(file.stat().st_size for file in mixture.index.files)
     shard_bytes = largest if len(mixture.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
     with atomic_folder(target, force=in_place or force) as folder:
