@@ -79,7 +79,7 @@ def refusal(model_type: str, changes: dict[str, Any] | None = None) -> str | Non
     """
     from transformers import CONFIG_MAPPING
 
-    from branchmix.checkpoint.unfit import why_unfit
+    from branchmix.checkpoint.families import why_unfit
 
     try:
         config = CONFIG_MAPPING[model_type](**LACKING.get(model_type, {}), **(changes or {}))

@@ -224,7 +224,7 @@ def families_page() -> str:
         "",
         "Families with an entry of their own. Any other family of transformers whose tensors have Llama's names is",
         "taken by inference from those names, and refused with the reason if they do not fit. A new family is one",
-        "entry in `src/branchmix/checkpoint/families.py` and one line in `tests/families.py`.",
+        "entry in `src/branchmix/checkpoint/families.yaml` and one line in `tests/families.py`.",
         "",
         "| family | block | attention | q/k norms | FFN | rotary base per expert | norm folding |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -15,11 +15,11 @@ import torch
 from transformers import AutoConfig
 
 import branchmix
-from branchmix.accounting import FACTS
+from branchmix.checkpoint.families import FAMILIES
 from branchmix.cli import main
 from branchmix.errors import CheckpointError, CompatibilityError, OutputError, RecipeError, VerificationError
 from branchmix.export import conversion
-from branchmix.export.native import NATIVES, SEED_BLOCKS
+from branchmix.export.native import NATIVES
 from branchmix.models.routers import one_hot_gates
 from checkpoints import config, in_dtype, weights
 from families import BY_NAME, NAMES
@@ -404,12 +404,12 @@ def test_planning_reads_no_weights(siblings: Siblings, tmp_path: Path) -> None:
 
 def test_table_has_transformers_defaults() -> None:
     """For config.json files that leave keys out."""
-    for name, block in SEED_BLOCKS.items():
+    for name, family in FAMILIES.items():
         default = AutoConfig.for_model(name)
-        if hasattr(default, "rms_norm_eps") and block.special is None:
-            assert default.rms_norm_eps == block.rms_norm_eps, name
-        if FACTS[name].windowed == "all":
-            assert default.sliding_window == FACTS[name].window, name
+        if hasattr(default, "rms_norm_eps") and family.native_norms is not None and family.special is None:
+            assert default.rms_norm_eps == family.defaults.get("rms_norm_eps", 1e-6), name
+        if family.windowed == "all":
+            assert default.sliding_window == family.window, name
 
 
 def test_written_configs_hold_what_their_classes_know(siblings: Siblings, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from branchmix.accounting import (
-    FACTS,
     active_parameters,
     flops_per_token,
     inspect,
@@ -319,7 +318,7 @@ CASES = [
 
 
 def test_every_family_has_facts_and_a_test() -> None:
-    assert set(FACTS) == set(FAMILIES) == set(VARIANTS)
+    assert set(FAMILIES) == set(VARIANTS)
 
 
 @pytest.mark.parametrize("config", CASES)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from branchmix.checkpoint.families import dimensions, family_of
-from branchmix.checkpoint.unfit import has_experts, why_bidirectional, why_unfit
+from branchmix.checkpoint.families import dimensions, family_of, has_experts, why_bidirectional, why_unfit
 from branchmix.errors import CheckpointError
 
 LLAMA: dict[str, Any] = {

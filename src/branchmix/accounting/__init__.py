@@ -18,13 +18,11 @@ from branchmix.accounting.formulas import (
     parameters,
 )
 from branchmix.accounting.inspection import Accounting, inspect
-from branchmix.accounting.shape import FACTS, Config, Facts, Shape, shape_of
+from branchmix.accounting.shape import Config, Shape, shape_of
 
 __all__ = [
-    "FACTS",
     "Accounting",
     "Config",
-    "Facts",
     "Flops",
     "LayerFlops",
     "ParameterCounts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from branchmix.accounting.shape import FACTS, Facts, Shape, shape_of
+from branchmix.accounting.shape import Shape, shape_of
 from branchmix.checkpoint.families import FAMILIES, Config, nearest
 from branchmix.errors import CheckpointError
 
@@ -79,7 +79,7 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
     if has(facts.qk_norm):
         q_size, k_size = (s.head_dim, s.head_dim) if shape.family.norm_over == "head" else (q_width, kv_width)
         qk_norm = (attention_experts * q_size + kv_experts * k_size) * (1 + facts.qk_norm_bias)
-    final_norm = all(bool(shape.seed.get(key, wanted)) == wanted for key, wanted in facts.final_norm_needs)
+    final_norm = all(bool(shape.seed.get(key, wanted)) == wanted for key, wanted in facts.final_norm_needs.items())
 
     token_width, projections = _embedding_widths(shape)
     positions = 0
@@ -89,7 +89,7 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
         embeddings=s.vocab_size * token_width + positions + projections,
         lm_head=(0 if s.tied_embeddings else s.vocab_size * token_width) + facts.head_bias * s.vocab_size,
         attention=s.num_layers * attention,
-        ffn=s.num_layers * (ffn + facts.activation),
+        ffn=s.num_layers * (ffn + facts.activation_parameters),
         norms=s.num_layers * ((len(in_front) + facts.post_norms) * norm + qk_norm) + final_norm * norm,
         routers=s.num_layers * len(shape.routers) * shape.num_experts * d + shape.document_gate_parameters,
     )
@@ -233,7 +233,7 @@ def windows(shape: Shape) -> list[int | None]:
     seed, num_layers = shape.seed, shape.sizes.num_layers
     if num_layers > MOST_LAYERS:
         raise CheckpointError(f"config.json: num_hidden_layers is {num_layers:,}, more than any model has")
-    facts = FACTS.get(shape.family.model_type, Facts(windowed="all"))
+    facts = shape.family
     window = seed.get("sliding_window", facts.window)
     switched_off = facts.windowed == "never" or (facts.window_switch and not seed.get(facts.window_switch))
     if not isinstance(window, int) or switched_off:

@@ -21,14 +21,13 @@ from branchmix.accounting.formulas import (
     parameters,
     windows,
 )
-from branchmix.accounting.shape import FACTS, Shape, shape_of
+from branchmix.accounting.shape import Shape, shape_of
 from branchmix.checkpoint.adapters import refuse_adapter
-from branchmix.checkpoint.families import FAMILIES, is_tied, nearest
+from branchmix.checkpoint.families import FAMILIES, Config, is_tied, nearest, why_unfit
 from branchmix.checkpoint.hub import expanded, is_there, resolve
 from branchmix.checkpoint.index import CheckpointIndex, read_json_object
 from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.tying import as_stored, head_and_embeddings
-from branchmix.checkpoint.unfit import Config, why_unfit
 from branchmix.errors import BranchMixError, CheckpointError, short
 
 DEFAULT_CONTEXT = 4096
@@ -206,7 +205,7 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
     check_context(context)
     dtype = dtype_of(config, dtype)
     reason = why_unfit(seed)
-    if seed.get("model_type") in FACTS and (reason is None or folder is None):
+    if seed.get("model_type") in FAMILIES and (reason is None or folder is None):
         return _by_formula(name, config, folder, context, dtype)
     return _by_weights(name, config, folder, context, dtype, reason)
 
@@ -254,7 +253,7 @@ def _by_weights(
     lacking = reason or f"no formula for the family {family!r}"
     if folder is None:
         raise CheckpointError(
-            f"{name}: {lacking}{'' if reason else nearest(family, [*FACTS])}: "
+            f"{name}: {lacking}{'' if reason else nearest(family, [*FAMILIES])}: "
             "give the checkpoint folder, whose weights can be counted instead"
         )
     index = as_stored(CheckpointIndex.open(folder))

@@ -1,108 +1,21 @@
-"""What the formulas need to know of a model: its sizes, its experts, and what its family's blocks are made of."""
+"""What the formulas need to know of a model: its sizes, its experts and its family."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, family_of, nearest
+from branchmix.checkpoint.families import (
+    FAMILIES,
+    Config,
+    Dimensions,
+    Family,
+    Flag,
+    dimensions,
+    family_of,
+    nearest,
+)
 from branchmix.errors import CheckpointError
-
-Flag = bool | tuple[str, bool]
-"""A fact of the family, or the config key that decides and transformers' default for it."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a family's counts need beyond its names and sizes. The defaults are Mistral's: no biases, RMSNorm."""
-
-    qkv_bias: Flag = False
-    out_bias: Flag = False
-    ffn_bias: Flag = False
-    head_bias: bool = False
-    """lm_head has a bias."""
-    activation: int = 0
-    """Parameters of a layer's activation, which all experts share."""
-    norm_gain: Flag = True
-    norm_bias: Flag = False
-    post_norms: int = 0
-    """Norms of a block after attention and FFN, in addition to those before them that ``Family`` names."""
-    qk_norm: Flag = False
-    qk_norm_bias: bool = False
-    final_norm_needs: tuple[tuple[str, bool], ...] = ()
-    """Config keys that must have (or default to) these values for a final norm to exist."""
-    positions_offset: int | None = None
-    """Number of extra rows of learned position embeddings; None: no learned positions."""
-    window: int | None = None
-    """Default of ``sliding_window``: keys that a query sees, itself included."""
-    window_switch: str | None = None
-    """Config key without which ``sliding_window`` is ignored."""
-    windowed: Literal["never", "all", "late", "most", "no_rope"] = "never"
-    """Layers with a window when the config lists no ``layer_types``: none, whatever ``sliding_window`` says; all; those
-    from ``max_window_layers`` on; all but every ``full_every``-th; or those without rotary positions."""
-    full_every: int = 1
-
-
-def _biases(key: str, default: bool, *which: str) -> dict[str, Any]:
-    """One config key decides about several flags."""
-    return dict.fromkeys(which or ("qkv_bias", "out_bias", "ffn_bias"), (key, default))
-
-
-_ATTENTION_BIAS = _biases("attention_bias", False, "qkv_bias", "out_bias")
-_MLP_BIAS = _biases("mlp_bias", False, "ffn_bias")
-_ALL_BIASES: dict[str, Any] = dict.fromkeys(("qkv_bias", "out_bias", "ffn_bias", "norm_bias"), True)
-
-FACTS: dict[str, Facts] = {
-    "llama": Facts(**_ATTENTION_BIAS, **_MLP_BIAS),
-    "mistral": Facts(window=4096, windowed="all"),
-    "ministral": Facts(window=4096, windowed="all"),
-    "qwen2": Facts(qkv_bias=True, window=4096, window_switch="use_sliding_window", windowed="late"),
-    "qwen3": Facts(**_ATTENTION_BIAS, qk_norm=True, window=4096, window_switch="use_sliding_window", windowed="late"),
-    "gemma": Facts(**_ATTENTION_BIAS),
-    "gemma2": Facts(**_ATTENTION_BIAS, post_norms=2, window=4096, windowed="most", full_every=2),
-    "gemma3_text": Facts(**_ATTENTION_BIAS, post_norms=2, qk_norm=True, window=4096, windowed="most", full_every=6),
-    "olmo": Facts(**_ATTENTION_BIAS, norm_gain=False),
-    "olmo2": Facts(**_ATTENTION_BIAS, post_norms=2, qk_norm=True),
-    "olmo3": Facts(**_ATTENTION_BIAS, post_norms=2, qk_norm=True, window=4096, windowed="most", full_every=4),
-    "cohere": Facts(**_ATTENTION_BIAS, qk_norm=("use_qk_norm", False)),
-    "cohere2": Facts(**_ATTENTION_BIAS, window=4096, windowed="most", full_every=4),
-    "phi": Facts(**_ALL_BIASES, head_bias=True, qk_norm=("qk_layernorm", False), qk_norm_bias=True),
-    "phi3": Facts(windowed="all"),
-    "gpt_neox": Facts(**_biases("attention_bias", True, "qkv_bias", "out_bias"), ffn_bias=True, norm_bias=True),
-    "gptj": Facts(ffn_bias=True, head_bias=True, norm_bias=True),
-    "gpt2": Facts(**_ALL_BIASES, positions_offset=0),
-    "opt": Facts(
-        **_biases("enable_bias", True),
-        **_biases("layer_norm_elementwise_affine", True, "norm_gain", "norm_bias"),
-        final_norm_needs=(("do_layer_norm_before", True), ("_remove_final_layer_norm", False)),
-        positions_offset=2,
-    ),
-    "falcon": Facts(**_biases("bias", False), norm_bias=True),
-    "stablelm": Facts(qkv_bias=("use_qkv_bias", False), norm_bias=True, qk_norm=("qk_layernorm", False)),
-    "starcoder2": Facts(**_biases("use_bias", True), norm_bias=True, windowed="all"),
-    "granite": Facts(**_ATTENTION_BIAS, **_MLP_BIAS),
-    "smollm3": Facts(**_ATTENTION_BIAS, **_MLP_BIAS, window_switch="use_sliding_window", windowed="no_rope"),
-    "glm": Facts(qkv_bias=("attention_bias", True)),
-    "glm4": Facts(qkv_bias=("attention_bias", True), post_norms=2),
-    "nemotron": Facts(**_ATTENTION_BIAS, **_MLP_BIAS, norm_bias=True),
-    "arcee": Facts(**_ATTENTION_BIAS, **_MLP_BIAS),
-    "jais2": Facts(
-        **_biases("attention_bias", True, "qkv_bias", "out_bias"),
-        **_biases("mlp_bias", True, "ffn_bias"),
-        norm_bias=True,
-    ),
-    "nanochat": Facts(**_ATTENTION_BIAS, norm_gain=False),
-    "apertus": Facts(**_ATTENTION_BIAS, qk_norm=True, activation=2),
-    "exaone4": Facts(post_norms=2, qk_norm=True, window=4096, windowed="most", full_every=4),
-    "hunyuan_v1_dense": Facts(**_ATTENTION_BIAS, qk_norm=True),
-    "granitemoehybrid": Facts(**_ATTENTION_BIAS),
-    "persimmon": Facts(**_ALL_BIASES, qk_norm=("qk_layernorm", True), qk_norm_bias=True),
-    "codegen": Facts(ffn_bias=True, head_bias=True, norm_bias=True),
-    "gpt_bigcode": Facts(**_ALL_BIASES, positions_offset=0),
-    "biogpt": Facts(**_ALL_BIASES, positions_offset=2),
-    "xglm": Facts(**_ALL_BIASES),
-}
-
 
 MIXTURE_DEFAULTS: Config = {
     "attention": "kv_experts",
@@ -184,14 +97,14 @@ class Shape:
         return len(self.domains) * (self.sizes.vocab_size + 1 + kinds * self.num_experts)
 
     @property
-    def facts(self) -> Facts:
-        """Raises CheckpointError for a family whose parameters cannot be counted from a config."""
-        if self.family.model_type not in FACTS:
+    def facts(self) -> Family:
+        """The family; raises CheckpointError for one whose parameters cannot be counted from a config."""
+        if self.family.inferred:
             raise CheckpointError(
-                f"no formula for the family {self.family.model_type!r}{nearest(self.family.model_type, [*FACTS])}: "
+                f"no formula for the family {self.family.model_type!r}{nearest(self.family.model_type, [*FAMILIES])}: "
                 "give the checkpoint folder, whose weights can be counted instead of its config"
             )
-        return FACTS[self.family.model_type]
+        return self.family
 
     def has(self, flag: Flag) -> bool:
         """What the config says about ``flag``."""

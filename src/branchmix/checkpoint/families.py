@@ -1,19 +1,27 @@
-"""What each transformers family calls its parts: names as data, read by the planner, the accounting and the models.
+"""What each transformers family calls its parts and is made of, read by planner, accounting, export and models.
 
-A new family is one entry of ``FAMILIES`` and one line in ``tests/families.py``. Code asks ``family_of(config)`` and
-never compares model types. Imports nothing but the standard library.
+``families.yaml`` has an entry for every family, and says which cannot be a seed. Code asks ``family_of(config)`` and
+never compares model types.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
-from branchmix.checkpoint.unfit import Config, why_unfit
+import yaml
+
 from branchmix.errors import CheckpointError, short
+
+Config = dict[str, Any]
+Flag = bool | tuple[str, bool]
+"""A fact of the family, or the config key that decides and transformers' default for it."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,50 @@ class Family:
     """Config key of the FFN's inner width."""
     kv_heads: str | int | None = "num_key_value_heads"
     """Config key of the number of key/value heads, or that number. None: as many as query heads."""
-    variant: Callable[[Family, Config], Family] | None = None
-    """From this entry and a config to the entry of that config's variant."""
+    four_times_wide: bool = False
+    """The inner width, where the config does not give it, is four times the model's width."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """transformers' values for keys that config.json files leave out. A ``rope_local_base_freq`` among them is the base
+    of layers with a sliding window, which rotate differently from the others."""
+    renamed_rope_types: Mapping[str, str] = field(default_factory=dict)
+    """Rope types that the family's config class takes for another one."""
+    old_rope_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    """Keys of the base and of the rotated part of a head, beside the rotary parameters."""
+
+    # What parameters and FLOPs are counted from, beside names and sizes.
+    qkv_bias: Flag = False
+    out_bias: Flag = False
+    ffn_bias: Flag = False
+    head_bias: bool = False
+    """lm_head has a bias."""
+    activation_parameters: int = 0
+    """Parameters of a layer's activation, which all experts share."""
+    norm_gain: Flag = True
+    norm_bias: Flag = False
+    post_norms: int = 0
+    """Norms of a block after attention and FFN, in addition to those before them."""
+    qk_norm: Flag = False
+    """Whether there are the norms that ``query_norm`` and ``key_norm`` name."""
+    qk_norm_bias: bool = False
+    final_norm_needs: Mapping[str, bool] = field(default_factory=dict)
+    """Config keys that must have (or default to) these values for a final norm to exist."""
+    positions_offset: int | None = None
+    """Number of extra rows of learned position embeddings; None: no learned positions."""
+    window: int | None = None
+    """Default of ``sliding_window``: keys that a query sees, itself included."""
+    window_switch: str | None = None
+    """Config key without which ``sliding_window`` is ignored."""
+    windowed: Literal["never", "all", "late", "most", "no_rope"] = "never"
+    """Layers with a window when the config lists no ``layer_types``: none, whatever ``sliding_window`` says; all; those
+    from ``max_window_layers`` on; all but every ``full_every``-th; or those without rotary positions."""
+    full_every: int = 1
+
+    # What export to a class with experts compares, as far as tensors do not say it. None: no class is known to fit.
+    native_norms: str | None = None
+    """``pre`` or ``post``: RMS norms before or behind attention and FFN; ``layer``: LayerNorms; or in words."""
+    native_qk_norms: Literal["none", "head", "wide"] = "none"
+    special: str | None = None
+    """What no class with experts has."""
 
     inferred: bool = False
     """True when no entry exists and the names were taken to be the standard ones."""
@@ -97,29 +147,20 @@ class Family:
         return names | ({"ffn": f"{self.ffn}.gate.weight"} if ffn else {})
 
 
-Names = dict[str, Any]
-"""Fields of ``Family`` that several families share."""
-_QK_NORM: Names = {"query_norm": "q_norm", "key_norm": "k_norm"}
-_QK_LAYERNORM: Names = {"query_norm": "q_layernorm", "key_norm": "k_layernorm"}
-_POST_NORM: Names = {"attention_input_norm": None, "ffn_input_norm": None}
-_ONE_NORM: Names = {"ffn_input_norm": "input_layernorm", "block": "parallel"}
-"""Attention and FFN side by side, behind the same norm."""
-_FUSED_GATE: Names = {"fused_gate_up": "mlp.gate_up_proj", "activation": "mlp.activation_fn"}
-_FC1: Names = {"gate": None, "up": "mlp.fc1", "down": "mlp.fc2", "activation": "mlp.activation_fn"}
-_C_FC: Names = {"gate": None, "up": "mlp.c_fc", "down": "mlp.c_proj", "activation": "mlp.act"}
-_4H: Names = {"gate": None, "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h", "activation": "mlp.act"}
-_FC_IN: Names = {"gate": None, "up": "mlp.fc_in", "down": "mlp.fc_out", "activation": "mlp.act"}
-_FUSED_QKV: Names = {"fused_qkv": "query_key_value", "output": "dense", "attention_code": "split"}
-_LEARNED_POSITIONS: Names = {"attention_code": "split", "rotary": "none"}
-_GPT2_PATHS: Names = {"layers": "transformer.h", "embeddings": "transformer.wte", "attention": "attn"}
-_GPT2_NORMS: Names = {"attention_input_norm": "ln_1", "ffn_input_norm": "ln_2"}
-_GPT2: Names = {**_GPT2_PATHS, "fused_qkv": "c_attn", "output": "c_proj", **_LEARNED_POSITIONS, **_C_FC, **_GPT2_NORMS}
-_GPTJ_NORMS: Names = {"attention_input_norm": "ln_1", "ffn_input_norm": "ln_1", "block": "parallel"}
-_GPTJ_ATTENTION: Names = {"output": "out_proj", "attention_code": "split", "rotary": "interleaved"}
-_GPTJ: Names = {**_GPT2_PATHS, **_GPTJ_ATTENTION, **_FC_IN, **_GPTJ_NORMS}
-_OPT_FFN: Names = {"ffn": "fc1", "gate": None, "up": "fc1", "down": "fc2", "activation": "activation_fn"}
-_OPT_NORMS: Names = {"attention_input_norm": "self_attn_layer_norm", "ffn_input_norm": "final_layer_norm"}
-_OPT: Names = {"output": "out_proj", **_LEARNED_POSITIONS, **_OPT_FFN, **_OPT_NORMS}
+_TABLE: dict[str, dict[str, Any]] = yaml.load(
+    Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"),
+    Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader),
+)
+
+
+def _entry(model_type: str, fields: dict[str, Any]) -> Family:
+    return Family(
+        model_type, **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    )
+
+
+FAMILIES: dict[str, Family] = {name: _entry(name, fields) for name, fields in _TABLE["families"].items()}
+_UNFIT: dict[str, str] = _TABLE["unfit"]
 
 
 def _falcon(family: Family, config: Config) -> Family:
@@ -146,87 +187,27 @@ def _gpt_neox(family: Family, config: Config) -> Family:
 
 
 def _stablelm(family: Family, config: Config) -> Family:
-    return replace(family, **_ONE_NORM) if config.get("use_parallel_residual") else family
+    if not config.get("use_parallel_residual"):
+        return family
+    return replace(family, ffn_input_norm="input_layernorm", block="parallel")
 
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family("llama", plain_attention=True),
-        Family("mistral", plain_attention=True),
-        Family("ministral"),
-        Family("qwen2", plain_attention=True),
-        Family("qwen3", **_QK_NORM, plain_attention=True),
-        Family("gemma", gain_offset=1.0),
-        Family("gemma2", ffn_input_norm="pre_feedforward_layernorm", gain_offset=1.0),
-        Family("gemma3_text", **_QK_NORM, norm_axis=-3, ffn_input_norm="pre_feedforward_layernorm", gain_offset=1.0),
-        Family("olmo"),
-        Family("olmo2", **_QK_NORM, norm_over="all", **_POST_NORM),
-        Family("olmo3", **_QK_NORM, norm_over="all", **_POST_NORM),
-        Family("cohere", **_QK_NORM, norm_over="heads", **_ONE_NORM),
-        Family("cohere2", **_ONE_NORM),
-        Family("phi", output="dense", **_QK_LAYERNORM, norm_axis=-3, **_FC1, **_ONE_NORM),
-        Family("phi3", fused_qkv="qkv_proj", attention_code="split", plain_attention=True, **_FUSED_GATE),
-        Family(
-            "gpt_neox",
-            layers="gpt_neox.layers",
-            embeddings="gpt_neox.embed_in",
-            attention="attention",
-            **_FUSED_QKV,
-            qkv_layout="heads",
-            plain_attention=True,
-            **_4H,
-            block="parallel",
-            variant=_gpt_neox,
-        ),
-        Family("gptj", **_GPTJ),
-        Family("gpt2", **_GPT2, transposed=True),
-        Family("opt", layers="model.decoder.layers", embeddings="model.decoder.embed_tokens", **_OPT),
-        Family(
-            "falcon",
-            layers="transformer.h",
-            embeddings="transformer.word_embeddings",
-            attention="self_attention",
-            **_FUSED_QKV,
-            **_4H,
-            variant=_falcon,
-        ),
-        Family("stablelm", **_QK_LAYERNORM, norm_over="heads", norm_axis=-3, variant=_stablelm),
-        Family("starcoder2", **_C_FC, plain_attention=True),
-        Family("granite", plain_attention=True),
-        Family("smollm3"),
-        Family("glm", **_FUSED_GATE),
-        Family("glm4", **_FUSED_GATE),
-        Family("nemotron", gate=None),
-        Family("arcee", gate=None, plain_attention=True),
-        Family("jais2", gate=None, plain_attention=True),
-        Family("nanochat", **_FC1),
-        Family(
-            "apertus",
-            **_QK_NORM,
-            norm_axis=-3,
-            gate=None,
-            learned_activation=True,
-            attention_input_norm="attention_layernorm",
-            ffn_input_norm="feedforward_layernorm",
-        ),
-        Family("exaone4", **_QK_NORM, norm_axis=-3, **_POST_NORM),
-        Family("hunyuan_v1_dense", query_norm="query_layernorm", key_norm="key_layernorm", norm_axis=-3),
-        Family(
-            "granitemoehybrid",  # without experts and state-space layers
-            ffn="shared_mlp",
-            fused_gate_up="shared_mlp.input_linear",
-            down="shared_mlp.output_linear",
-            activation="shared_mlp.activation",
-            inner_size="shared_intermediate_size",
-        ),
-        Family("persimmon", **_FUSED_QKV, qkv_layout="heads", **_QK_LAYERNORM, **_4H),
-        Family("codegen", fused_qkv="qkv_proj", qkv_layout="shards", **_GPTJ),
-        Family("gpt_bigcode", **_GPT2, variant=_multi_query),
-        Family("biogpt", layers="biogpt.layers", embeddings="biogpt.embed_tokens", **_OPT),
-        Family("xglm", **_OPT),
-    )
+_VARIANTS: dict[str, Callable[[Family, Config], Family]] = {
+    "falcon": _falcon,
+    "gpt_bigcode": _multi_query,
+    "gpt_neox": _gpt_neox,
+    "stablelm": _stablelm,
 }
+"""From a family's entry and a config to the entry of that config's variant."""
+
+
+def entry_of(config: Config) -> Family:
+    """The table's entry for a config, whatever its variant and even if it cannot be a seed; Llama's names if none."""
+    model_type = str(config.get("model_type"))
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    norms: dict[str, Any] = {"attention_input_norm": None, "ffn_input_norm": None}
+    return Family(model_type, **norms, windowed="all", defaults=_TABLE["defaults"].get(model_type, {}), inferred=True)
 
 
 def family_of(config: Config) -> Family:
@@ -243,10 +224,8 @@ def family_of(config: Config) -> Family:
     reason = why_unfit(config)
     if reason is not None:
         raise CheckpointError(reason)
-    family = FAMILIES.get(model_type)
-    if family is None:
-        return Family(model_type, attention_input_norm=None, ffn_input_norm=None, inferred=True)
-    return family if family.variant is None else family.variant(family, config)
+    family = entry_of(config)
+    return _VARIANTS[model_type](family, config) if model_type in _VARIANTS else family
 
 
 def layout_of(family: Family, *, per_expert_rotary: bool = False) -> dict[str, Any]:
@@ -276,30 +255,6 @@ class Dimensions:
     intermediate_size: int
     vocab_size: int
     tied_embeddings: bool
-
-
-_TIED = (
-    "gemma gemma2 gemma3_text gpt2 opt falcon cohere cohere2 starcoder2 smollm3 ernie4_5 granite_swa vaultgemma biogpt "
-    "gpt_bigcode xglm"
-).split()
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "head_dim": dict.fromkeys(("gemma", "gemma2", "gemma3_text"), 256) | dict.fromkeys(("qwen3", "glm", "glm4"), 128),
-    "num_key_value_heads": {
-        **dict.fromkeys(("starcoder2", "glm", "glm4"), 2),
-        **dict.fromkeys(("gemma2", "gemma3_text", "smollm3"), 4),
-        **dict.fromkeys(("mistral", "ministral"), 8),
-        "gemma": 16,
-        **dict.fromkeys(("qwen2", "qwen3", "stablelm", "exaone4"), 32),
-    },
-    "hidden_act": dict.fromkeys(("nemotron", "arcee", "jais2", "nanochat", "persimmon", "bitnet"), "relu2"),
-    "tie_word_embeddings": dict.fromkeys(_TIED, True),
-}
-"""transformers' defaults for keys that old config.json files leave out, by key and family."""
-_FOUR_TIMES_WIDE = {"gpt2", "gptj", "falcon", "opt", "codegen", "gpt_bigcode"}
-
-
-def _default(config: Config, key: str, otherwise: Any) -> Any:
-    return _DEFAULTS[key].get(str(config.get("model_type")), otherwise)
 
 
 LARGEST_SIZE = 2**31 - 1
@@ -335,17 +290,17 @@ def dimensions(config: Config) -> Dimensions:
     num_heads = size("num_attention_heads", "n_head", "num_heads", "attention_heads")
     if isinstance(family.kv_heads, str):
         missing = family.kv_heads not in config  # null means "as many as query heads"
-        default_kv_heads = _default(config, "num_key_value_heads", num_heads) if missing else num_heads
+        default_kv_heads = family.defaults.get("num_key_value_heads", num_heads) if missing else num_heads
         num_kv_heads = size(family.kv_heads, default=default_kv_heads)
     else:
         num_kv_heads = family.kv_heads or num_heads
-    four_times = 4 * hidden_size if family.model_type in _FOUR_TIMES_WIDE else None
+    four_times = 4 * hidden_size if family.four_times_wide else None
     return Dimensions(
         num_layers=size("num_hidden_layers", "n_layer", "num_layers"),
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=size("head_dim", default=_default(config, "head_dim", hidden_size // num_heads)),
+        head_dim=size("head_dim", default=family.defaults.get("head_dim", hidden_size // num_heads)),
         intermediate_size=size(family.inner_size, "ffn_hidden_size", "n_inner", "ffn_dim", default=four_times),
         vocab_size=size("vocab_size"),
         tied_embeddings=is_tied(config),
@@ -354,12 +309,12 @@ def dimensions(config: Config) -> Dimensions:
 
 def is_tied(config: Config) -> bool:
     """Whether ``config`` of a dense model says that the output layer is the token embeddings."""
-    return bool(config.get("tie_word_embeddings", _default(config, "tie_word_embeddings", False)))
+    return bool(config.get("tie_word_embeddings", entry_of(config).defaults.get("tie_word_embeddings", False)))
 
 
 def squares_activation(config: Config) -> bool:
     """Whether a dense model's FFN has the square of a ReLU, by its config or its family's default."""
-    return bool(config.get("hidden_act", _default(config, "hidden_act", None)) == "relu2")
+    return bool(config.get("hidden_act", entry_of(config).defaults.get("hidden_act")) == "relu2")
 
 
 def is_head(name: str) -> bool:
@@ -371,3 +326,98 @@ def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
     """`` (did you mean 'x'?)`` for the closest of ``choices``, or nothing."""
     close = get_close_matches(word, choices, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# ---- Models that cannot be a seed. Kinds are recognised by keys of the config, so that families which appear later get
+# the right reason too; the table has those that no key reveals. ----
+
+_CAUSAL = "seed and experts must be causal language models without an encoder"
+_LATENT = "compresses keys and values in its attention (latent attention), which has no heads to put side by side"
+_SOFTMAX_LAYERS = {"full_attention", "sliding_attention", "attention"}
+
+
+def why_unfit(config: Config) -> str | None:
+    """Why the model of a ``config.json`` can be neither seed nor expert, in one line; None if nothing rules it out."""
+    model_type = str(config.get("model_type"))
+    if model_type in _UNFIT:
+        return f"{model_type} {_UNFIT[model_type]}"
+    text = config.get("text_config")
+    if isinstance(text, dict) and "hidden_size" not in config:
+        return _multimodal(model_type, text)
+    reasons = {
+        "is a mixture of experts already: seed and experts must be dense models": has_experts(config),
+        f"is an encoder-decoder: {_CAUSAL}": config.get("is_encoder_decoder"),
+        f"is one half of an encoder-decoder: {_CAUSAL}": any(
+            key.startswith(("encoder_", "decoder_l")) for key in config
+        ),
+        f"has cross-attention, which reads what an encoder has read: {_CAUSAL}": (
+            config.get("add_cross_attention") or config.get("cross_attention_layers")
+        ),
+        _hybrid(config): bool(_hybrid(config)),
+        _LATENT: config.get("kv_lora_rank"),
+        _UNFIT["bloom"]: config.get("alibi") or _mapping(config, "attn_config").get("alibi"),
+        _UNFIT["bert-generation"]: "type_vocab_size" in config,
+    }
+    return next((f"{model_type} {reason}" for reason, holds in reasons.items() if holds), None)
+
+
+def has_experts(config: Config) -> bool:
+    """Whether it is the config of a mixture of experts, ours or another; one expert alone is dense."""
+    if config.get("is_moe") is False:
+        return False
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    config = {**_mapping(config, "ffn_config"), **config}
+    counts = [config[name] for name in names if isinstance(config.get(name), int)]
+    return any(count > 1 for count in counts) if counts else bool(config.get("moe_intermediate_size"))
+
+
+def why_bidirectional(config: Config) -> str | None:
+    """The key of a config that lets tokens see later ones, with its value; None: the model is causal."""
+    if config.get("is_causal") is False:
+        return "is_causal: false"
+    asked = config.get("use_bidirectional_attention")
+    return f"use_bidirectional_attention: {str(asked).lower()}" if asked in (True, "all") else None
+
+
+def _hybrid(config: Config) -> str:
+    """Layers that are not softmax attention, by the list of layers or, where there is none, by their settings."""
+    kinds = config.get("layer_types") or config.get("layers_block_type") or []
+    if kinds:
+        others = sorted({str(kind) for kind in kinds} - _SOFTMAX_LAYERS) if isinstance(kinds, list) else []
+        words = " and ".join(others)
+        return f"has {words} layers: every layer of seed and experts must have softmax attention" if others else ""
+    signs = ("mamba_", "ssm_", "conv_L_", "linear_conv_", "lru_", "mamba2_")
+    return _UNFIT["rwkv"] if "state_size" in config or any(key.startswith(signs) for key in config) else ""
+
+
+def _multimodal(model_type: str, text: Config) -> str:
+    inner = text.get("model_type")
+    if not isinstance(inner, str):
+        return f"{model_type} is a multimodal model: save its text part as a causal language model, and give that"
+    if (reason := why_unfit(text)) is not None:
+        return f"{model_type} is a multimodal model, and its text part cannot be widened either: {reason}"
+    if not transformers_knows(inner):
+        return (
+            f"{model_type} is a multimodal model, whose text part, {inner}, has no causal language model of its own in "
+            "transformers: convert the text part to a family that has one"
+        )
+    return (
+        f"{model_type} is a multimodal model, whose text part is {inner}: save the text part alone, as "
+        "docs/families.md shows, and give that"
+    )
+
+
+@cache
+def transformers_knows(model_type: str) -> bool:
+    """Whether it has a causal language model: looked up in the text of its own table, which takes no seconds."""
+    spec = find_spec("transformers")
+    places = spec.submodule_search_locations if spec is not None else None
+    table = Path(next(iter(places or ()), "")) / "models" / "auto" / "modeling_auto.py"
+    text = table.read_text(encoding="utf-8") if table.is_file() else ""
+    start = text.find("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")
+    return start < 0 or f'("{model_type}", ' in text[start : text.find("\n)", start)]
+
+
+def _mapping(config: Config, key: str) -> Config:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
+from branchmix.checkpoint.families import entry_of, is_head, is_tied
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 
 _CHUNK = 1 << 20
@@ -38,7 +38,7 @@ def head_and_embeddings(index: CheckpointIndex) -> tuple[TensorRef | None, Tenso
     """Weights of the output layer and of the token embeddings, each None where a model or a mixture stores none."""
     seed = index.config.get("seed_config")
     config, below = (seed, "model.") if isinstance(seed, dict) else (index.config, "")
-    family = FAMILIES.get(str(config.get("model_type")), Family(""))
+    family = entry_of(config)
     heads = (name for name in index.tensors if is_head(name.removeprefix(below)) and name.endswith(".weight"))
     # Base models, saved without their output layer, lack the first part of their names.
     embeddings = (f"{below}{family.embeddings}.weight", f"{family.embeddings.partition('.')[2]}.weight")

@@ -10,8 +10,8 @@ from typing import Any
 
 from branchmix import __version__
 from branchmix.accounting import inspect
+from branchmix.checkpoint.families import has_experts
 from branchmix.checkpoint.json_text import read_json
-from branchmix.checkpoint.unfit import has_experts
 from branchmix.errors import BranchMixError, RecipeError
 from branchmix.upcycling.model_card import front_matter, history, method_of, source_table, sources_of, usage
 

@@ -17,48 +17,15 @@ from branchmix.checkpoint.rotary import POSITIONS, rope_of
 from branchmix.upcycling.mixture import OpenedMixture
 from branchmix.upcycling.sources import DenseExpert
 
-PRE_NORM = "RMS norms before attention and FFN"
-POST_NORM = "RMS norms behind attention and FFN"
-LAYER_NORM = "LayerNorms"
-NO_QK_NORM = "no query and key norms"
-HEAD_QK_NORM = "a query and a key norm over each head"
-WIDE_QK_NORM = "a query and a key norm over all heads together"
-
-
-@dataclass(frozen=True)
-class SeedBlock:
-    """What a dense family's block computes, as far as its tensors do not say."""
-
-    norms: str = PRE_NORM
-    qk_norms: str = NO_QK_NORM
-    special: str | None = None
-    """What no class with experts has."""
-    rms_norm_eps: float = 1e-6
-    """transformers' default, for config.json files that leave it out."""
-
-
-_LAYER_NORMS = SeedBlock(norms=LAYER_NORM)
-SEED_BLOCKS: dict[str, SeedBlock] = {
-    "llama": SeedBlock(),
-    "mistral": SeedBlock(),
-    "phi3": SeedBlock(rms_norm_eps=1e-5),
-    "qwen2": SeedBlock(),
-    "qwen3": SeedBlock(qk_norms=HEAD_QK_NORM),
-    "olmo2": SeedBlock(norms=POST_NORM, qk_norms=WIDE_QK_NORM, rms_norm_eps=1e-5),
-    "olmo": SeedBlock(norms="LayerNorms without gains", special="clipped queries, keys and values if clip_qkv is set"),
-    "olmo3": SeedBlock(
-        norms=POST_NORM, qk_norms=WIDE_QK_NORM, special="rotary embeddings and windows that differ between layers"
-    ),
-    "ministral": SeedBlock(special="windows that differ between layers"),
-    "gemma": SeedBlock(special="norm gains stored less 1 and scaled embeddings"),
-    "gemma2": SeedBlock(special="two norms around attention and FFN, soft caps and scaled embeddings"),
-    "gemma3_text": SeedBlock(special="two norms around attention and FFN and scaled embeddings"),
-    "granite": SeedBlock(special="multipliers of embeddings, residuals, attention and logits"),
-    "smollm3": SeedBlock(special="layers without rotary embeddings"),
-    "glm": SeedBlock(special="rotary embeddings of interleaved halves"),
-    "glm4": SeedBlock(special="rotary embeddings of interleaved halves and norms behind attention and FFN"),
-    **dict.fromkeys("stablelm starcoder2 nemotron cohere cohere2 phi gpt_neox gptj falcon".split(), _LAYER_NORMS),
-    **dict.fromkeys(("gpt2", "opt"), SeedBlock(norms=LAYER_NORM, special="learned positions")),
+_NORMS = {
+    "pre": "RMS norms before attention and FFN",
+    "post": "RMS norms behind attention and FFN",
+    "layer": "LayerNorms",
+}
+_QK_NORMS = {
+    "none": "no query and key norms",
+    "head": "a query and a key norm over each head",
+    "wide": "a query and a key norm over all heads together",
 }
 
 
@@ -68,8 +35,8 @@ class Native:
 
     model_type: str
     architecture: str
-    norms: str = PRE_NORM
-    qk_norms: str = NO_QK_NORM
+    norms: str = "pre"
+    qk_norms: str = "none"
     biases: Literal["none", "qkv", "qkvo"] = "none"
     """Attention biases that it may have: of no, of q, k and v, or of all four projections or none."""
     bias_key: str | None = None
@@ -123,14 +90,14 @@ NATIVES: dict[str, Native] = {
         Native(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
-            qk_norms=HEAD_QK_NORM,
+            qk_norms="head",
             biases="qkvo",
             bias_key="attention_bias",
             windows=True,
             inner=("moe_intermediate_size", "intermediate_size"),
         ),
-        Native("olmoe", "OlmoeForCausalLM", qk_norms=WIDE_QK_NORM, biases="qkvo", bias_key="attention_bias"),
-        Native("flex_olmo", "FlexOlmoForCausalLM", POST_NORM, WIDE_QK_NORM, biases="qkvo", bias_key="attention_bias"),
+        Native("olmoe", "OlmoeForCausalLM", qk_norms="wide", biases="qkvo", bias_key="attention_bias"),
+        Native("flex_olmo", "FlexOlmoForCausalLM", "post", "wide", biases="qkvo", bias_key="attention_bias"),
     )
 }
 
@@ -171,17 +138,17 @@ def _gate_problems(config: Config, native: Native) -> Iterator[str]:
 def _block_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[str]:
     family, config = mixture.family, mixture.seed_config
     name, target = family.model_type, native.model_type
-    block = SEED_BLOCKS.get(name)
-    if block is None:
+    if family.native_norms is None:
         yield f"what a block of {name} computes is not in the table of native forms: --to dense keeps the family"
         return
     if family.block == "parallel":
         yield f"attention and FFN of {name} run side by side in a block, and {target}'s one after the other"
-    for ours, theirs in ((block.norms, native.norms), (block.qk_norms, native.qk_norms)):
-        if ours != theirs:
-            yield f"{name} has {ours}, {target} has {theirs}"
-    if block.special:
-        yield f"{name} has {block.special}, which {target} has not"
+    if family.native_norms != native.norms:
+        yield f"{name} has {_NORMS.get(family.native_norms, family.native_norms)}, {target} has {_NORMS[native.norms]}"
+    if family.native_qk_norms != native.qk_norms:
+        yield f"{name} has {_QK_NORMS[family.native_qk_norms]}, {target} has {_QK_NORMS[native.qk_norms]}"
+    if family.special:
+        yield f"{name} has {family.special}, which {target} has not"
     if family.gate is None and family.fused_gate_up is None:
         yield f"the FFN of {name} has no gate, that of {target} has one"
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
@@ -230,7 +197,7 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dt
 
     Rotary parameters are in the form that every version of every tool reads; ``dtype`` is transformers' name.
     """
-    seed, dims, block = mixture.seed_config, mixture.dims, SEED_BLOCKS[mixture.family.model_type]
+    seed, dims = mixture.seed_config, mixture.dims
     config: Config = {
         "architectures": [native.architecture],
         "model_type": native.model_type,
@@ -242,7 +209,7 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dt
         "num_key_value_heads": dims.num_kv_heads,
         "head_dim": dims.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": seed.get("rms_norm_eps", block.rms_norm_eps),
+        "rms_norm_eps": seed.get("rms_norm_eps", mixture.family.defaults.get("rms_norm_eps", 1e-6)),
         "tie_word_embeddings": dims.tied_embeddings,
         **_rope_keys(rope_of(seed)),
         "attention_dropout": seed.get("attention_dropout", 0.0),

@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, is_head
+from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, is_head, why_bidirectional
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.tying import same_values
-from branchmix.checkpoint.unfit import why_bidirectional
 from branchmix.recipe import Recipe
 from branchmix.upcycling.config_match import config_differences
 from branchmix.upcycling.sources import KINDS, SAME_SEED, DenseExpert, ExpertSource, MixtureExpert, Role, who

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from branchmix.checkpoint.families import FAMILIES, Family, is_head, is_tied
+from branchmix.checkpoint.families import entry_of, is_head, is_tied
 from branchmix.checkpoint.folder import MERGED, beside
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header, read_json_object
@@ -62,8 +62,7 @@ def _unties(settings: dict[str, Any], refs: list[TensorRef], seed: CheckpointInd
 
     Tokens trained one by one (``trainable_token_indices``) change both, unless each lists tokens of its own.
     """
-    family = FAMILIES.get(str(seed.config.get("model_type")), Family(""))
-    ends = (family.embeddings.rpartition(".")[2], "lm_head", "embed_out")
+    ends = (entry_of(seed.config).embeddings.rpartition(".")[2], "lm_head", "embed_out")
     trained = {ref.name.partition(".lora_")[0].rpartition(".")[2] for ref in refs if ".lora_" in ref.name}
     trained |= {str(name).rpartition(".")[2] for name in settings.get("modules_to_save") or ()}
     if settings.get("ensure_weight_tying") and trained & {"embed_tokens", "lm_head"}:  # peft knows no other names

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from branchmix.accounting.shape import MIXTURE_DEFAULTS
-from branchmix.checkpoint.unfit import Config, has_experts
+from branchmix.checkpoint.families import Config, has_experts
 from branchmix.upcycling.plan import Plan
 
 _METHODS = {

@@ -10,10 +10,8 @@ from collections.abc import Iterator
 
 from branchmix.accounting.formulas import configured_positions
 from branchmix.accounting.inspection import too_few_parameters
-from branchmix.accounting.shape import FACTS
 from branchmix.checkpoint.expressions import Expression
-from branchmix.checkpoint.families import is_head
-from branchmix.checkpoint.unfit import transformers_knows
+from branchmix.checkpoint.families import is_head, transformers_knows
 from branchmix.errors import CheckpointError
 from branchmix.upcycling.sources import DenseExpert, Role
 
@@ -62,8 +60,7 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
 
 def _rows_unlike_config(model: DenseExpert) -> Iterator[str]:
     """Embeddings, output embeddings or learned positions with other rows than config.json asks for."""
-    facts = FACTS.get(model.family.model_type)
-    extra = None if facts is None else facts.positions_offset
+    extra = model.family.positions_offset
     for name, ref in model.tensors.items():
         if name.startswith(f"{model.family.layers}.") or not ref.shape:
             continue
