@@ -198,8 +198,8 @@ def targets() -> list[Target]:
     """All readers; imported here, as the test's file is collected by every run."""
     from branchmix import export_model, inspect, push, upcycle
     from branchmix.accounting.lineage import lineage
+    from branchmix.checkpoint.companions import licence_of_folder
     from branchmix.checkpoint.index import CheckpointIndex
-    from branchmix.checkpoint.licence import licence_of_folder
     from branchmix.likelihood.records import Journal
     from branchmix.recipe import Recipe
     from branchmix.scaling.family import FamilyFile, subjects

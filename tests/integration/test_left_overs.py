@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import branchmix
 import corpora
 from bad_inputs import config as edit_config
-from branchmix.checkpoint.folder import TEMPLATES
+from branchmix.checkpoint.companions import TEMPLATES
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.errors import BranchMixError, CheckpointError
 from branchmix.evaluate.evaluation import evaluate

@@ -16,7 +16,7 @@ import yaml
 
 import branchmix
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.licence import licence_of_folder
+from branchmix.checkpoint.companions import licence_of_folder
 from branchmix.errors import CheckpointError, OutputError, RecipeError
 from branchmix.upcycling.execute import CODE_FILES
 from branchmix.upcycling.plan import AUTO_MAP

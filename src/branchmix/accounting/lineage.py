@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.hashes import key_of
-from branchmix.checkpoint.json_text import read_object
+from branchmix.checkpoint.json_text import key_of, read_object
 from branchmix.errors import BranchMixError
 
 RUN, MERGE = "training.json", "branchmix.json"

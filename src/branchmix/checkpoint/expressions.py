@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,6 +80,10 @@ class Expression(ABC):
     def block_nbytes(self) -> int:
         """How many bytes of rows to ask for at a time: few enough for the cache, many enough for numpy."""
         return max((part.block_nbytes for part in self.parts_read()), default=1 << 20)
+
+    def _row_shape(self, columns: Span | None) -> Shape:
+        """Shape of a row of ``rows(..., columns)``."""
+        return self.shape[1:] if columns is None else (columns[1] - columns[0],)
 
     def _become(self, dtype: str, shape: Shape) -> None:
         """Sets dtype and shape, which follow from the fields of a frozen dataclass."""
@@ -169,69 +173,63 @@ def read_into(fd: int, file: Path, offset: int, block: Array) -> None:
 
 
 @dataclass(frozen=True)
-class Rows(Derived):
-    """Ranges of rows of a part, in this order; adjacent ranges are merged.
+class _Below(Expression):
+    """Ranges of rows of parts below each other: (part, start, stop), of one dtype and one row shape."""
+
+    segments: tuple[tuple[Expression, int, int], ...]
+
+    def __post_init__(self) -> None:
+        first = self.segments[0][0]
+        for part, start, stop in self.segments:
+            assert part.dtype == first.dtype and part.shape[1:] == first.shape[1:] and part.shape, "parts don't stack"
+            assert 0 <= start <= stop <= part.num_rows, f"rows {start}:{stop} of {part.num_rows}"
+        self._become(first.dtype, (sum(stop - start for _, start, stop in self.segments), *first.shape[1:]))
+
+    def parts_read(self) -> tuple[Expression, ...]:
+        return tuple(dict.fromkeys(part for part, _, _ in self.segments))
+
+    def ranges(self) -> list[ByteRange] | None:
+        whole = {part: part.ranges() for part in self.parts_read()}
+        size, pieces = self.row_nbytes, []
+        for part, start, stop in self.segments:
+            if (ranges := whole[part]) is None:
+                return None
+            pieces += cut_ranges(ranges, start * size, stop * size)
+        return merge_ranges(pieces)
+
+    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
+        pieces, top = [], 0
+        for part, first, last in self.segments:
+            low, high = max(start - top, 0), min(stop - top, last - first)
+            if low < high:
+                pieces.append(part.rows(first + low, first + high, columns))
+            top += last - first
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate(pieces) if pieces else np.empty((0, *self._row_shape(columns)), storage(self.dtype))
+
+
+class Rows(_Below):
+    """Ranges of rows of a part, in this order; adjacent ranges are one.
 
     Example: Rows(Source(qkv), ((0, 64), (128, 192))) has 128 rows.
     """
 
-    spans: tuple[Span, ...]
-
-    def __post_init__(self) -> None:
-        merged: list[Span] = []
-        for start, stop in self.spans:
-            assert 0 <= start <= stop <= self.part.num_rows, f"rows {start}:{stop} of {self.part.num_rows}"
-            if merged and merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], stop)
-            elif start < stop:
-                merged.append((start, stop))
-        object.__setattr__(self, "spans", tuple(merged))
-        self._become(self.part.dtype, (sum(b - a for a, b in merged), *self.part.shape[1:]))
-
-    def ranges(self) -> list[ByteRange] | None:
-        whole = self.part.ranges()
-        if whole is None:
-            return None
-        size = self.part.row_nbytes
-        return merge_ranges([piece for a, b in self.spans for piece in cut_ranges(whole, a * size, b * size)])
-
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        pieces = [self.part.rows(a, b, columns) for a, b in _overlaps(self.spans, start, stop)]
-        return _joined(pieces, self, columns)
+    def __init__(self, part: Expression, spans: Iterable[Span]):
+        merged: list[tuple[Expression, int, int]] = []
+        for start, stop in spans:
+            if merged and merged[-1][2] == start:
+                merged[-1] = (part, merged[-1][1], stop)
+            elif start != stop or not merged:
+                merged.append((part, start, stop))
+        super().__init__(tuple(merged))
 
 
-@dataclass(frozen=True)
-class Stack(Expression):
+class Stack(_Below):
     """Parts below each other (dim 0), of one dtype and one row shape."""
 
-    parts: tuple[Expression, ...]
-
-    def __post_init__(self) -> None:
-        first = self.parts[0]
-        for part in self.parts:
-            assert part.dtype == first.dtype and part.shape[1:] == first.shape[1:] and part.shape, "parts don't stack"
-        self._become(first.dtype, (sum(part.num_rows for part in self.parts), *first.shape[1:]))
-
-    def parts_read(self) -> tuple[Expression, ...]:
-        return self.parts
-
-    def ranges(self) -> list[ByteRange] | None:
-        ranges: list[ByteRange] = []
-        for part in self.parts:
-            piece = part.ranges()
-            if piece is None:
-                return None
-            ranges += piece
-        return merge_ranges(ranges)
-
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        pieces, top = [], 0
-        for part in self.parts:
-            a, b = max(start - top, 0), min(stop - top, part.num_rows)
-            if a < b:
-                pieces.append(part.rows(a, b, columns))
-            top += part.num_rows
-        return _joined(pieces, self, columns)
+    def __init__(self, parts: Iterable[Expression]):
+        super().__init__(tuple((part, 0, part.num_rows) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -337,9 +335,8 @@ class Mean(Expression):
         return self.parts[0].ranges() if len(self.parts) == 1 and self.parts[0].dtype == self.dtype else None
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        width = self.shape[1:] if columns is None else (columns[1] - columns[0],)
         wide = max((accumulator(part.dtype) for part in self.parts), key=lambda kind: np.dtype(kind).itemsize)
-        total = np.empty((stop - start, *width), wide)
+        total = np.empty((stop - start, *self._row_shape(columns)), wide)
         edges = sorted({start, stop, *(part.num_rows for part in self.parts if start < part.num_rows < stop)})
         with np.errstate(over="ignore", invalid="ignore"):
             for low, high in pairwise(edges):
@@ -357,8 +354,21 @@ class Mean(Expression):
         return from_float32(total, self.dtype)
 
 
+class Elementwise(Derived):
+    """A part of floats, computed number by number in the accumulator's dtype and rounded once."""
+
+    @abstractmethod
+    def computed(self, values: Array, columns: Span | None) -> Array:
+        """The result of a block of the part's values."""
+
+    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
+        values = widened(self.part.rows(start, stop, columns), self.part.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return from_float32(self.computed(values, columns), self.dtype)
+
+
 @dataclass(frozen=True)
-class Scaled(Derived):
+class Scaled(Elementwise):
     """A part times a constant."""
 
     factor: float
@@ -370,14 +380,12 @@ class Scaled(Derived):
     def ranges(self) -> list[ByteRange] | None:
         return self.part.ranges() if self.factor == 1.0 else None
 
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        values = widened(self.part.rows(start, stop, columns), self.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return from_float32(values * values.dtype.type(self.factor), self.dtype)
+    def computed(self, values: Array, columns: Span | None) -> Array:
+        return values * values.dtype.type(self.factor)
 
 
 @dataclass(frozen=True)
-class Gained(Derived):
+class Gained(Elementwise):
     """Column j of a matrix [out, in] times (gain[j] + offset): a norm's gain folded into the projection behind it."""
 
     gain: Expression
@@ -392,32 +400,26 @@ class Gained(Derived):
     def parts_read(self) -> tuple[Expression, ...]:
         return (self.part, self.gain)
 
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        low, high = columns or (0, self.shape[1])
-        values = widened(self.part.rows(start, stop, columns), self.dtype)
-        gain = widened(self.gain.rows(low, high), self.gain.dtype).astype(values.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return from_float32(values * (gain + values.dtype.type(self.offset)), self.dtype)
+    def computed(self, values: Array, columns: Span | None) -> Array:
+        gain = widened(self.gain.rows(*(columns or (0, self.shape[1]))), self.gain.dtype).astype(values.dtype)
+        return values * (gain + values.dtype.type(self.offset))
 
 
 @dataclass(frozen=True)
-class Cast(Derived):
+class Cast(Elementwise):
     """A part in another float dtype."""
 
     dtype: str
 
     def __post_init__(self) -> None:
-        assert {self.part.dtype, self.dtype} <= set(FLOAT_DTYPES) or self.part.dtype == self.dtype, (
-            "only floats are cast"
-        )
+        assert {self.part.dtype, self.dtype} <= set(FLOAT_DTYPES), "only floats are cast"
         self._become(self.dtype, self.part.shape)
 
     def ranges(self) -> list[ByteRange] | None:
         return self.part.ranges() if self.part.dtype == self.dtype else None
 
-    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        values = self.part.rows(start, stop, columns)
-        return values if self.part.dtype == self.dtype else from_float32(widened(values, self.part.dtype), self.dtype)
+    def computed(self, values: Array, columns: Span | None) -> Array:
+        return values
 
 
 def same_values(first: Expression, other: Expression) -> bool:
@@ -429,6 +431,13 @@ def same_values(first: Expression, other: Expression) -> bool:
     step = max(1, _CHUNK_BYTES // max(1, first.row_nbytes))
     spans = ((start, min(start + step, first.num_rows)) for start in range(0, first.num_rows, step))
     return all(np.array_equal(first.rows(*span), other.rows(*span)) for span in spans)
+
+
+def same_numbers(one: TensorRef, other: TensorRef) -> bool:
+    """Whether two tensors hold the same numbers, whatever the float dtypes that they are stored in."""
+    parts = Source(one), Source(other)
+    floats = {one.dtype, other.dtype} <= {*FLOAT_DTYPES}
+    return same_values(*parts) or (floats and same_values(*(Cast(part, "F32") for part in parts)))
 
 
 def merge_ranges(ranges: list[ByteRange]) -> list[ByteRange]:
@@ -452,22 +461,3 @@ def cut_ranges(ranges: list[ByteRange], start: int, stop: int) -> list[ByteRange
             cut.append((file, offset + a, b - a))
         top += nbytes
     return cut
-
-
-def _overlaps(spans: tuple[Span, ...], start: int, stop: int) -> Iterator[Span]:
-    """The sub-spans that make up rows [start, stop) of the spans laid end to end."""
-    top = 0
-    for a, b in spans:
-        low, high = max(start - top, 0), min(stop - top, b - a)
-        if low < high:
-            yield a + low, a + high
-        top += b - a
-
-
-def _joined(pieces: list[Array], expression: Expression, columns: Span | None) -> Array:
-    if len(pieces) == 1:
-        return pieces[0]
-    if pieces:
-        return np.concatenate(pieces)
-    width = expression.shape[1:] if columns is None else (columns[1] - columns[0],)
-    return np.empty((0, *width), storage(expression.dtype))

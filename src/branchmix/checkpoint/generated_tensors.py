@@ -28,10 +28,10 @@ class Constant(Expression):
     dtype: str
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
-        width = self.shape[1:] if columns is None else (columns[1] - columns[0],)
+        shape = (stop - start, *self._row_shape(columns))
         if self.dtype not in FLOAT_DTYPES:
-            return np.full((stop - start, *width), self.value, storage(self.dtype))
-        return from_float32(np.full((stop - start, *width), self.value, accumulator(self.dtype)), self.dtype)
+            return np.full(shape, self.value, storage(self.dtype))
+        return from_float32(np.full(shape, self.value, accumulator(self.dtype)), self.dtype)
 
 
 @dataclass(frozen=True, eq=False)

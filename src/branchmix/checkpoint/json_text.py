@@ -67,6 +67,13 @@ def json_document(content: Any, *, allow_nan: bool = False) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
 
 
+def key_of(content: Any) -> str:
+    """A short name for JSON that a result depends on."""
+    from xxhash import xxh3_128_hexdigest
+
+    return str(xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+
+
 def _whole_number(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"there is a whole number of {len(digits):,} digits")

@@ -6,14 +6,10 @@ both are stored and differ, as in a merged adapter that trained the output layer
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from branchmix.checkpoint.families import entry_of, is_head, is_tied
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
-
-_CHUNK = 1 << 20
-"""Elements compared at once: a few MB of memory, however large the embeddings are."""
 
 
 def as_stored(index: CheckpointIndex) -> CheckpointIndex:
@@ -26,7 +22,11 @@ def as_stored(index: CheckpointIndex) -> CheckpointIndex:
     if not is_tied(config):
         return index
     head, embeddings = head_and_embeddings(index)
-    if head is None or embeddings is None or same_values(head, embeddings):
+    if head is None or embeddings is None:
+        return index
+    from branchmix.checkpoint.expressions import same_numbers  # here, since `branchmix inspect` seldom needs numpy
+
+    if same_numbers(head, embeddings):
         return index
     untied = {"tie_word_embeddings": False}
     if config is seed:
@@ -44,27 +44,3 @@ def head_and_embeddings(index: CheckpointIndex) -> tuple[TensorRef | None, Tenso
     embeddings = (f"{below}{family.embeddings}.weight", f"{family.embeddings.partition('.')[2]}.weight")
     stored = (name for name in embeddings if name in index.tensors)
     return index.tensors.get(next(heads, "")), index.tensors.get(next(stored, ""))
-
-
-def same_values(one: TensorRef, other: TensorRef) -> bool:
-    """Whether two tensors hold the same numbers, whatever the dtypes that they are stored in."""
-    import numpy as np  # here, since `branchmix inspect` seldom needs it
-
-    from branchmix.checkpoint.numbers import FLOAT_DTYPES, storage, to_float32
-
-    if one.shape != other.shape:
-        return False
-    count, dtypes = math.prod(one.shape), [storage(ref.dtype) for ref in (one, other)]
-    for start in range(0, count, _CHUNK):
-        length = min(_CHUNK, count - start)
-        mine, theirs = (
-            np.memmap(ref.file, dtype, "r", ref.offset + start * dtype.itemsize, (length,))
-            for ref, dtype in zip((one, other), dtypes, strict=True)
-        )
-        if one.dtype == other.dtype and np.array_equal(mine.view(np.uint8), theirs.view(np.uint8)):
-            continue
-        if not {one.dtype, other.dtype} <= {*FLOAT_DTYPES}:
-            return False
-        if not np.array_equal(to_float32(mine, one.dtype), to_float32(theirs, other.dtype)):
-            return False
-    return True

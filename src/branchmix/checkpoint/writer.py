@@ -12,10 +12,11 @@ import ctypes
 import errno
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,9 +25,8 @@ from typing import Any
 import numpy as np
 
 from branchmix.checkpoint.expressions import ByteRange, Expression, cut_ranges, opened, read_into
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import libc, writing
 from branchmix.checkpoint.index import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorRef
-from branchmix.checkpoint.moves import libc
 from branchmix.checkpoint.numbers import Array, storage
 from branchmix.errors import CheckpointError
 
@@ -372,3 +372,47 @@ def _start_write_back(task: _Task) -> None:
     sync = libc("sync_file_range")
     if sync is not None:
         sync(task.fd, ctypes.c_int64(task.offset), ctypes.c_int64(task.nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+
+
+class FileHashes:
+    """Hashes of a mixture's source files, computed in a thread while it is written; leaving the context stops that.
+
+    XXH3 of 128 bits, which `xxh128sum` prints: it identifies files and does not protect against forgery. BLAKE3 took a
+    quarter of the merge's CPU time, SHA-256 more than twice that. Files of the Hub's cache are named by their SHA-256
+    already and are not read.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(1, "branchmix-hashes", initializer=_wait_for_others)
+        self._hashes = {file: self._pool.submit(self._hash_of, file) for file in dict.fromkeys(files)}
+
+    def __enter__(self) -> FileHashes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def of(self, file: Path) -> dict[str, str]:
+        """``{"xxh3_128": ...}`` or ``{"sha256": ...}``, waiting if need be; empty for a file that was not asked for."""
+        return self._hashes[file].result() if file in self._hashes else {}
+
+    def _hash_of(self, file: Path) -> dict[str, str]:
+        from xxhash import xxh3_128
+
+        target = file.resolve()
+        if target.parent.name == "blobs" and len(target.name) == 64:
+            return {"sha256": target.name}
+        digest, buffer = xxh3_128(), memoryview(bytearray(BUFFER_BYTES))
+        with file.open("rb", buffering=0) as opened:
+            while (count := opened.readinto(buffer)) and not self._stop.is_set():
+                digest.update(buffer[:count])
+        return {"xxh3_128": digest.hexdigest()}
+
+
+def _wait_for_others() -> None:
+    """Processors belong to the writing first: hashes fill the time in which it waits for the disk."""
+    if sys.platform.startswith("linux"):  # elsewhere it would be the whole process
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

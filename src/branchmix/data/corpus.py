@@ -17,8 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from branchmix.checkpoint.folder import write_text, writing
-from branchmix.checkpoint.hashes import key_of
-from branchmix.checkpoint.json_text import json_document
+from branchmix.checkpoint.json_text import json_document, key_of
 from branchmix.checkpoint.text import replaced_note
 from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Encoder, Plan, Progress
 from branchmix.data.config import HeldOut, Source

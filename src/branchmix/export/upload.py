@@ -11,12 +11,10 @@ from typing import Any
 
 from branchmix import __version__
 from branchmix.accounting import inspect
-from branchmix.checkpoint.folder import tokenizer_files
+from branchmix.checkpoint.companions import licence_of_folder, metadata_of, rewritten, shareable, tokenizer_files
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.index import INDEX_FILE, CheckpointIndex
 from branchmix.checkpoint.json_text import json_document, read_json
-from branchmix.checkpoint.licence import licence_of_folder, metadata_of
-from branchmix.checkpoint.portable_configs import rewritten, with_own_code
 from branchmix.errors import CheckpointError, OutputError, RecipeError, short
 from branchmix.export.hub_card import UNKNOWN, hub_card, without_paths
 from branchmix.upcycling.execute import CODE_FILES
@@ -195,7 +193,7 @@ def _notes_on_code(folder: Path, files: tuple[Upload, ...]) -> list[str]:
             with suppress(ValueError):  # not JSON: uploaded unchanged
                 config = read_json(folder / name)
                 named = config.get("auto_map") if isinstance(config, dict) else None
-                if named and named != with_own_code(config).get("auto_map"):
+                if named and named != shareable(config).get("auto_map"):
                     notes.append(
                         f"{folder / name}: auto_map names code that is not uploaded: {short(named)} is left out"
                     )

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.hashes import key_of
 from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.json_text import key_of
 from branchmix.data.config import Source
 from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe
@@ -350,7 +350,7 @@ def _identity_of_text(study: StudyFile) -> dict[str, Any]:
 
 
 def _identity_of_source(source: Source, folder: Path) -> dict[str, Any]:
-    from branchmix.checkpoint.hashes import FileHashes
+    from branchmix.checkpoint.writer import FileHashes
     from branchmix.data.sources import find_files
 
     if source.files is None:

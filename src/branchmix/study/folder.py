@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.folder import write_json, write_text, writing
-from branchmix.checkpoint.moves import in_order_of_removal
+from branchmix.checkpoint.folder import in_order_of_removal, write_json, write_text, writing
 from branchmix.errors import OutputError
 from branchmix.study.facts import facts_of
 from branchmix.study.graph import Graph, Step

@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG
+from branchmix.checkpoint.folder import fsync_folder
 from branchmix.checkpoint.json_text import read_object
-from branchmix.checkpoint.moves import fsync_folder
 from branchmix.errors import OutputError
 from branchmix.pages.numbers import too_little_space
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchmix.checkpoint.adapters import refuse_adapter
+from branchmix.checkpoint.companions import tokenizer_files
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.folder import tokenizer_files
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import CheckpointError, RecipeError

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from branchmix.checkpoint.folder import TEMPLATES, TOKENIZER_FILES, require_name, write_json, writing
+from branchmix.checkpoint.companions import TEMPLATES, TOKENIZER_FILES
+from branchmix.checkpoint.folder import in_order_of_removal, require_name, write_json, writing
 from branchmix.checkpoint.json_text import read_object
-from branchmix.checkpoint.moves import in_order_of_removal
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.pages.numbers import too_little_space
 from branchmix.settings import parse

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from branchmix.checkpoint.expressions import same_numbers
 from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, is_head, why_bidirectional
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
-from branchmix.checkpoint.tying import same_values
 from branchmix.recipe import Recipe
 from branchmix.upcycling.config_match import config_differences
 from branchmix.upcycling.sources import KINDS, SAME_SEED, DenseExpert, ExpertSource, MixtureExpert, Role, who
@@ -238,7 +238,7 @@ def _tensor_problems(label: str, seed: DenseExpert, expert: DenseExpert) -> Iter
         if mine != other and not (_is_vocabulary(name, seed) and mine[1:] == other[1:]):
             yield f"{label}: {name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
         elif not {ours[name].dtype, theirs[name].dtype} <= {*FLOAT_DTYPES} and (
-            ours[name].dtype != theirs[name].dtype or not same_values(ours[name], theirs[name])
+            ours[name].dtype != theirs[name].dtype or not same_numbers(ours[name], theirs[name])
         ):
             yield (
                 f"{label}: {name} is stored as {theirs[name].dtype} and not equal to the seed's ({ours[name].dtype}): "

@@ -13,12 +13,11 @@ from branchmix.checkpoint.expressions import Expression, Rows, Source, Stack
 from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.generated_tensors import Constant, Held, Normal
-from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import widened
 from branchmix.checkpoint.rotary import rope_of
-from branchmix.checkpoint.writer import OutputTensor
+from branchmix.checkpoint.writer import FileHashes, OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError
 from branchmix.recipe import Expert, RouterInit
 from branchmix.settings import parse

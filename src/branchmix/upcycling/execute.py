@@ -19,20 +19,17 @@ from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
 from branchmix.accounting.shape import shape_of
 from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, is_adapter
+from branchmix.checkpoint.companions import licence_of_folder, rewritten, shareable, tokenizer_files
 from branchmix.checkpoint.folder import (
     atomic_folder,
     require_name,
     require_replaceable,
-    tokenizer_files,
     write_json,
     write_text,
 )
-from branchmix.checkpoint.hashes import FileHashes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.checkpoint.licence import licence_of_folder
-from branchmix.checkpoint.portable_configs import rewritten, with_own_code, without_local_paths
-from branchmix.checkpoint.writer import WriteReport, write_checkpoint
+from branchmix.checkpoint.writer import FileHashes, WriteReport, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
@@ -248,7 +245,7 @@ def write_output(
         raise OutputError(f"{folder}: cannot be written: {error.strerror or error}: free space, or mend it") from error
     write_json(folder / "branchmix.json", record)
     write_text(folder / "README.md", card(plan, record))
-    write_json(folder / "config.json", with_own_code(without_local_paths(plan.config)))
+    write_json(folder / "config.json", shareable(plan.config))
     return written
 
 

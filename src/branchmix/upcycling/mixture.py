@@ -10,11 +10,11 @@ from typing import Any
 from branchmix.accounting.inspection import too_few_parameters
 from branchmix.accounting.lineage import as_records, lineage
 from branchmix.accounting.shape import MIXTURE_DEFAULTS, Shape, shape_of
+from branchmix.checkpoint.companions import licence_of_folder
 from branchmix.checkpoint.families import Config, Dimensions, Family
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.json_text import read_object
-from branchmix.checkpoint.licence import licence_of_folder
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError, short
 from branchmix.recipe import DTYPES

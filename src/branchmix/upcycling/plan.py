@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from branchmix import __version__
+from branchmix.checkpoint.companions import AUTO_MAP
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack
 from branchmix.checkpoint.families import (
     Config,
@@ -25,7 +26,6 @@ from branchmix.checkpoint.families import (
 from branchmix.checkpoint.generated_tensors import Constant, Normal, PartlyRedrawn
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
-from branchmix.checkpoint.portable_configs import AUTO_MAP
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.tying import as_stored
 from branchmix.checkpoint.writer import OutputTensor

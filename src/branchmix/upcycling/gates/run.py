@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.folder import TEMPLATES, atomic_folder, require_replaceable
+from branchmix.checkpoint.companions import TEMPLATES
+from branchmix.checkpoint.folder import atomic_folder, require_replaceable
 from branchmix.checkpoint.writer import WriteReport
 from branchmix.data.evaluation import EvalData
 from branchmix.errors import OutputError, RecipeError

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from branchmix.checkpoint import moves
+from branchmix.checkpoint import folder as folders
 from branchmix.checkpoint.folder import (
     atomic_folder,
     holds_model,
@@ -26,7 +26,7 @@ CONFIG = '{"model_type": "%s"}'
 RUN = """
 import os, shutil, signal, sys
 from pathlib import Path
-from branchmix.checkpoint import moves
+from branchmix.checkpoint import folder as folders
 from branchmix.checkpoint.folder import atomic_folder
 
 def kill():
@@ -46,9 +46,9 @@ def killing(function, at, when):
 
 kind, at, when = sys.argv[2], int(sys.argv[3]), sys.argv[4]
 if kind == "exchange":
-    moves.exchange = killing(moves.exchange, at, when)
+    folders.exchange = killing(folders.exchange, at, when)
 elif kind == "fallback":
-    moves.exchange = lambda first, second: False
+    folders.exchange = lambda first, second: False
     os.rename = killing(os.rename, at, when)
 else:
     os.unlink = killing(os.unlink, at, when)
@@ -134,10 +134,10 @@ def test_a_removal_begins_with_what_makes_a_model(tmp_path: Path, monkeypatch: p
     folder = tmp_path / "model"
     for inner in (folder, folder / "ema"):
         inner.mkdir()
-        for name in (*moves.MAKES_A_MODEL, "model-00001-of-00002.safetensors"):
+        for name in (*folders.MAKES_A_MODEL, "model-00001-of-00002.safetensors"):
             (inner / name).touch()
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
-    moves.discard(folder)
+    folders.discard(folder)
     left = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     assert left == ["ema/model-00001-of-00002.safetensors", "model-00001-of-00002.safetensors"]
 
@@ -147,11 +147,11 @@ def test_exchange_is_one_step_here(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    if not moves.exchange(tmp_path / "a", tmp_path / "b"):
+    if not folders.exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system has no exchange")
     assert [(tmp_path / name / "file").read_text() for name in "ab"] == ["b", "a"]
     with pytest.raises(FileNotFoundError):
-        moves.exchange(tmp_path / "a", tmp_path / "none")
+        folders.exchange(tmp_path / "a", tmp_path / "none")
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
