@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -127,46 +128,32 @@ def sentencepieces(model: bytes) -> list[str] | None:
     The model is a serialised ``ModelProto``: its field 1 is a piece, whose field 1 is the text.
     """
     try:
-        texts = [
-            next(text for field, text in _fields(value) if field == 1 and isinstance(text, bytes))
-            for number, value in _fields(model)
-            if number == 1 and isinstance(value, bytes)
-        ]
-        return [text.decode("utf-8") for text in texts] or None
-    except (ValueError, IndexError, StopIteration):
+        pieces = [dict(_fields(piece)) for field, piece in _fields(model) if field == 1 and isinstance(piece, bytes)]
+        return [str(piece[1], "utf-8") for piece in pieces] or None  # type: ignore[arg-type]
+    except (ValueError, LookupError, TypeError, OverflowError):
         return None
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Number and value of each field of a protocol buffer message; raises ValueError if it is not one."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(message, at)
-            yield tag >> 3, value
+    """Number and value of each field of a protocol buffer message; raises ValueError or LookupError if it is not one."""
+    stream = BytesIO(message)
+    while stream.tell() < len(message):
+        tag = _varint(stream)
+        if tag & 7 == 0:
+            yield tag >> 3, _varint(stream)
             continue
-        if kind == 2:
-            size, at = _varint(message, at)
-        elif kind in (1, 5):
-            size = {1: 8, 5: 4}[kind]
-        else:
-            raise ValueError(f"wire type {kind}")
-        if at + size > len(message):
+        size = _varint(stream) if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+        value = stream.read(size)
+        if len(value) < size:
             raise ValueError("cut off")
-        yield tag >> 3, message[at : at + size]
-        at += size
+        yield tag >> 3, value
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        at += 1
+def _varint(stream: BytesIO) -> int:
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = stream.read(1)[0]
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("not a varint")
+            return value
+    raise ValueError("not a varint")

@@ -39,14 +39,19 @@ class Findings:
     expert_rope_parameters: list[dict[str, Any]] | None = None
     """Rotary parameters of each expert of the mixture, where they differ and may."""
 
+    def about(self, model: DenseExpert, problems: Iterable[str] = (), notes: Iterable[str] = ()) -> None:
+        """Add lines that name the model."""
+        self.problems += [f"{who(model.name)}: {problem}" for problem in problems]
+        self.notes += [f"{who(model.name)}: {note}" for note in notes]
+
 
 def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Findings:
     """Compare every expert with the seed. The recipe decides whether experts may have rotary settings of their own."""
     findings = Findings()
     for model in (seed, *experts):
-        findings.notes += [f"{who(model.name)}: {note}" for note in model.index.notes]
+        findings.about(model, notes=model.index.notes)
     seeds_own = [*contradictions(seed), *structure_problems(seed)] or list(incompleteness(seed))
-    findings.problems += [f"seed: {problem}" for problem in seeds_own]
+    findings.about(seed, seeds_own)
     if (key := why_bidirectional(seed.index.config)) is not None:
         findings.notes.append(
             f"attention is not causal ({key}): tokens see later ones, so generating with a cache and without differ in "
@@ -54,15 +59,13 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
         )
     related = [expert for expert in experts if expert.family.model_type == seed.family.model_type]
     different = _config_problems(seed.index.config, related) if not seeds_own else {}
-    findings.problems += different.pop("seed", [])
+    findings.about(seed, different.get("seed", ()))
     for model in (seed, *experts):
         if model.own_head:
-            findings.notes.append(
-                f"{who(model.name)}: config.json ties the output layer to the embeddings, but the weights of the two "
-                "differ: taken as untied"
-            )
+            note = "config.json ties the output layer to the embeddings, but the weights of the two differ"
+            findings.about(model, notes=[f"{note}: taken as untied"])
     for expert in experts:
-        _compare(seed, expert, recipe, findings, of_the_seed=seeds_own, different=different.get(expert.name, []))
+        _compare(seed, expert, recipe, findings, of_the_seed=seeds_own, different=different.get(expert.name, ()))
     _check_rotary(recipe, seed, related, findings)
     if recipe.merge.fold_norms:
         findings.problems += _fold_problems(recipe, seed)
@@ -71,53 +74,51 @@ def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Find
 
 def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpert) -> Findings:
     """Compare a dense model with a mixture, of this config, that it shall join."""
-    findings, label, seed_config = Findings(), who(newcomer.name), config["seed_config"]
-    theirs = newcomer.index.config
-    if theirs.get("model_type") != seed_config.get("model_type"):
-        findings.problems.append(
-            f"{label}: model_type is {theirs.get('model_type')}, but the mixture's seed is "
-            f"{seed_config.get('model_type')}: {SAME_SEED}"
-        )
+    findings, seed_config, theirs = Findings(), config["seed_config"], newcomer.index.config
+    if _is_other_type(newcomer, seed_config, "the mixture's seed is", findings):
         return findings
-    findings.notes += [f"{label}: {note}" for note in newcomer.index.notes]
+    findings.about(newcomer, notes=newcomer.index.notes)
     dims = dimensions(seed_config)
     sizes_fit = _check_structure(newcomer, dims, findings)
-    findings.problems += [text for texts in _config_problems(seed_config, [newcomer]).values() for text in texts]
+    findings.about(newcomer, (text for texts in _config_problems(seed_config, [newcomer]).values() for text in texts))
     if sizes_fit and not any(structure_problems(newcomer)):
-        findings.problems += _part_problems(label, MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer)
+        findings.about(newcomer, _part_problems(MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer))
     _check_tokenizer(mixture, newcomer, findings)
     if _rotated_part(theirs) != _rotated_part(seed_config):
-        findings.problems.append(_other_part(label, theirs, seed_config))
+        findings.about(newcomer, [_other_part(theirs, seed_config)])
     elif rope_of(theirs) != rope_of(seed_config):
         if config["attention"] == "kv_experts" and _may_rotate_apart(newcomer.family, (newcomer,)):
-            findings.notes.append(f"{label}: keeps its own rotary settings, {_rope_words(theirs)}")
+            findings.about(newcomer, notes=[f"keeps its own rotary settings, {_rope_words(theirs)}"])
         else:
-            findings.problems.append(
-                f"{label}: rotary settings are {_rope_words(theirs)}, but the mixture's are "
-                f"{_rope_words(seed_config)}: only attention: kv_experts of a family with plain rotary attention lets "
-                "experts keep their own"
+            problem = (
+                f"rotary settings are {_rope_words(theirs)}, but the mixture's are {_rope_words(seed_config)}: only "
+                "attention: kv_experts of a family with plain rotary attention lets experts keep their own"
             )
+            findings.about(newcomer, [problem])
     return findings
+
+
+def _is_other_type(model: DenseExpert, reference: Config, whose: str, findings: Findings) -> bool:
+    ours, theirs = reference.get("model_type"), model.index.config.get("model_type")
+    if ours != theirs:
+        findings.about(model, [f"model_type is {theirs}, but {whose} {ours}: {SAME_SEED}"])
+    return bool(ours != theirs)
 
 
 def _check_structure(
     model: DenseExpert, dims: Dimensions, findings: Findings, *, of_the_seed: Collection[str] = ()
 ) -> bool:
     """What is wrong with a model itself, apart from the seed's own problems, and with its sizes: whether they fit."""
-    label, contradicting = who(model.name), list(contradictions(model))
+    contradicting = list(contradictions(model))
     structure = [*contradicting, *structure_problems(model)]
-    findings.problems += [f"{label}: {problem}" for problem in structure if problem not in of_the_seed]
-    sizes = [] if contradicting else list(_size_problems(label, dims, model.dims))
-    findings.problems += sizes
+    sizes = [] if contradicting else list(_size_problems(dims, model.dims))
+    findings.about(model, [*(problem for problem in structure if problem not in of_the_seed), *sizes])
     return not sizes and not contradicting
 
 
 def _check_tokenizer(reference: CheckpointIndex, model: DenseExpert, findings: Findings) -> TokenizerComparison:
     tokenizer = compare_tokenizers(reference.folder, model.index.folder)
-    if tokenizer.problem:
-        findings.problems.append(f"{who(model.name)}: {tokenizer.problem}")
-    if tokenizer.note:
-        findings.notes.append(f"{who(model.name)}: {tokenizer.note}")
+    findings.about(model, filter(None, [tokenizer.problem]), filter(None, [tokenizer.note]))
     return tokenizer
 
 
@@ -128,33 +129,31 @@ def _compare(
     findings: Findings,
     *,
     of_the_seed: Collection[str],
-    different: list[str],
+    different: Iterable[str],
 ) -> None:
-    label, ours, theirs = who(expert.name), seed.index.config, expert.index.config
-    if ours.get("model_type") != theirs.get("model_type"):
-        findings.problems.append(
-            f"{label}: model_type is {theirs.get('model_type')}, but the seed's is {ours.get('model_type')}: "
-            f"{SAME_SEED}"
-        )
+    ours, theirs = seed.index.config, expert.index.config
+    if _is_other_type(expert, ours, "the seed's is", findings):
         return
     sizes_fit = _check_structure(expert, seed.dims, findings, of_the_seed=of_the_seed)
     if not any(contradictions(expert)) and seed.dims.tied_embeddings != expert.dims.tied_embeddings:
-        findings.problems.append(_tying_problem(label, seed, expert))
+        findings.about(expert, [_tying_problem(seed, expert)])
         sizes_fit = False
-    findings.problems += different
+    findings.about(expert, different)
     if sizes_fit:
-        findings.problems += _tensor_problems(label, seed, expert)
-    for key in ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
-        if ours.get(key) != theirs.get(key):
-            findings.notes.append(f"{label}: {key} is {theirs.get(key)}, the mixture takes the seed's {ours.get(key)}")
-    _check_vocabulary(label, seed, expert, _check_tokenizer(seed.index, expert, findings), findings)
+        findings.about(expert, _tensor_problems(seed, expert))
+    keys = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    other = [key for key in keys if ours.get(key) != theirs.get(key)]
+    findings.about(
+        expert, notes=(f"{key} is {theirs.get(key)}, the mixture takes the seed's {ours.get(key)}" for key in other)
+    )
+    _check_vocabulary(seed, expert, _check_tokenizer(seed.index, expert, findings), findings)
     dtypes = ["+".join(sorted({ref.dtype for ref in model.tensors.values()})) for model in (expert, seed)]
     if dtypes[0] != dtypes[1]:
         target = recipe.dtype or "the seed's dtype"
-        findings.notes.append(f"{label}: stored as {dtypes[0]}, the seed as {dtypes[1]}: cast to {target}")
+        findings.about(expert, notes=[f"stored as {dtypes[0]}, the seed as {dtypes[1]}: cast to {target}"])
 
 
-def _size_problems(label: str, ours: Dimensions, theirs: Dimensions) -> Iterator[str]:
+def _size_problems(ours: Dimensions, theirs: Dimensions) -> Iterator[str]:
     names = {
         "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
@@ -168,30 +167,27 @@ def _size_problems(label: str, ours: Dimensions, theirs: Dimensions) -> Iterator
     for attribute, name in names.items():
         mine, other = getattr(ours, attribute), getattr(theirs, attribute)
         if mine != other:
-            yield f"{label}: {name} is {other}, but the seed's is {mine}: {SAME_SEED}"
+            yield f"{name} is {other}, but the seed's is {mine}: {SAME_SEED}"
 
 
-def _tying_problem(label: str, seed: DenseExpert, expert: DenseExpert) -> str:
-    words = [
-        "tied"
-        if model.dims.tied_embeddings
-        else "untied" + (" (its config.json ties them, but the weights of the two differ)" if model.own_head else "")
-        for model in (expert, seed)
-    ]
+def _tying_problem(seed: DenseExpert, expert: DenseExpert) -> str:
+    own = " (its config.json ties them, but the weights of the two differ)"
+    theirs, ours = (
+        "tied" if model.dims.tied_embeddings else "untied" + own * model.own_head for model in (expert, seed)
+    )
     return (
-        f"{label}: input and output embeddings are {words[0]}, but the seed's are {words[1]}: untie the tied one (load "
-        "it with tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
+        f"input and output embeddings are {theirs}, but the seed's are {ours}: untie the tied one (load it with "
+        "tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
     )
 
 
 def _config_problems(seed_config: Config, experts: list[DenseExpert]) -> dict[str, list[str]]:
     """By expert, how its config differs in what it computes; only of those whose config and weights fit together."""
     sound = {e.name: e.index.config for e in experts if not any(contradictions(e)) and not any(structure_problems(e))}
-    differences = config_differences(seed_config, sound)
-    return {name: [f"{who(name)}: {text}" for text in texts] for name, texts in differences.items()}
+    return config_differences(seed_config, sound)
 
 
-def _part_problems(label: str, member: MixtureExpert, newcomer: DenseExpert) -> Iterator[str]:
+def _part_problems(member: MixtureExpert, newcomer: DenseExpert) -> Iterator[str]:
     """The first thing (bias, norm, matrix) in which a newcomer differs from the experts that a mixture has."""
     config = member.index.config
     for layer in range(newcomer.dims.num_layers):
@@ -202,7 +198,7 @@ def _part_problems(label: str, member: MixtureExpert, newcomer: DenseExpert) -> 
                     f"has shape {list(parts[name])}" if name in parts else "is missing" for parts in (theirs, ours)
                 ]
                 yield (
-                    f"{label}: its {name} of layer {layer} {shapes[0]}, but that of the mixture's experts {shapes[1]}: "
+                    f"its {name} of layer {layer} {shapes[0]}, but that of the mixture's experts {shapes[1]}: "
                     f"{SAME_SEED}"
                 )
                 return
@@ -224,51 +220,48 @@ def _parts(model: ExpertSource, layer: int, config: Config) -> dict[str, tuple[i
     return shapes
 
 
-def _tensor_problems(label: str, seed: DenseExpert, expert: DenseExpert) -> Iterator[str]:
+def _tensor_problems(seed: DenseExpert, expert: DenseExpert) -> Iterator[str]:
     ours, theirs = seed.tensors, expert.tensors
     reported = {*missing_tensors(seed), *missing_tensors(expert), *unplaced_tensors(seed), *unplaced_tensors(expert)}
     missing = [name for name in ours if name not in theirs and name not in reported]
     extra = [name for name in theirs if name not in ours and name not in reported]
     if missing:
-        yield f"{label}: lacks {count_tensors(missing)} that the seed has, first {missing[0]}: {SAME_SEED}"
+        yield f"lacks {count_tensors(missing)} that the seed has, first {missing[0]}: {SAME_SEED}"
     if extra:
-        yield f"{label}: has {count_tensors(extra)} that the seed lacks, first {extra[0]}: {SAME_SEED}"
+        yield f"has {count_tensors(extra)} that the seed lacks, first {extra[0]}: {SAME_SEED}"
     for name in (name for name in ours if name in theirs):
         mine, other = ours[name].shape, theirs[name].shape
         if mine != other and not (_is_vocabulary(name, seed) and mine[1:] == other[1:]):
-            yield f"{label}: {name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
+            yield f"{name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
         elif not {ours[name].dtype, theirs[name].dtype} <= {*FLOAT_DTYPES} and (
             ours[name].dtype != theirs[name].dtype or not same_numbers(ours[name], theirs[name])
         ):
             yield (
-                f"{label}: {name} is stored as {theirs[name].dtype} and not equal to the seed's ({ours[name].dtype}): "
+                f"{name} is stored as {theirs[name].dtype} and not equal to the seed's ({ours[name].dtype}): "
                 f"whole numbers have no mean, {SAME_SEED}"
             )
 
 
 def _check_vocabulary(
-    label: str, seed: DenseExpert, expert: DenseExpert, tokenizer: TokenizerComparison, findings: Findings
+    seed: DenseExpert, expert: DenseExpert, tokenizer: TokenizerComparison, findings: Findings
 ) -> None:
     ours, theirs = seed.dims.vocab_size, expert.dims.vocab_size
     if ours == theirs or tokenizer.problem:
         return
-    size = tokenizer.size
-    if not tokenizer.same or size is None:
-        findings.problems.append(
-            f"{label}: vocab_size is {theirs}, but the seed's is {ours}, and without both tokenizers it is unknown "
-            "whether the rest is padding: put the tokenizers beside the weights"
+    size, said = tokenizer.size, f"vocab_size is {theirs}, but the seed's is {ours}, and"
+    if size is None:
+        fate = (
+            "without both tokenizers it is unknown whether the rest is padding: put the tokenizers beside the weights"
         )
+        findings.about(expert, [f"{said} {fate}"])
     elif size > min(ours, theirs):
-        findings.problems.append(
-            f"{label}: vocab_size is {theirs}, but the seed's is {ours}, and the tokenizer has {size} tokens, "
-            "so rows in use are missing: resize the embeddings to the tokenizer first"
-        )
+        fate = "so rows in use are missing: resize the embeddings to the tokenizer first"
+        findings.about(expert, [f"{said} the tokenizer has {size} tokens, {fate}"])
     elif theirs > ours:
-        findings.notes.append(f"{label}: rows {ours} to {theirs - 1} of its embeddings are padding, they are left out")
+        findings.about(expert, notes=[f"rows {ours} to {theirs - 1} of its embeddings are padding, they are left out"])
     else:
-        findings.notes.append(
-            f"{label}: has no rows {theirs} to {ours - 1} of the padded embeddings, they are averaged over the others"
-        )
+        note = f"has no rows {theirs} to {ours - 1} of the padded embeddings, they are averaged over the others"
+        findings.about(expert, notes=[note])
 
 
 def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert], findings: Findings) -> None:
@@ -276,7 +269,7 @@ def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert],
     for expert in experts:
         theirs = expert.index.config
         if _rotated_part(theirs) != _rotated_part(ours):
-            findings.problems.append(_other_part(who(expert.name), theirs, ours))
+            findings.about(expert, [_other_part(theirs, ours)])
         elif rope_of(theirs) != rope_of(ours):
             different.append(expert)
     if different and recipe.attention == "kv_experts" and _may_rotate_apart(seed.family, (seed, *experts)):
@@ -285,16 +278,12 @@ def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert],
         names = ", ".join(f"{expert.name} {_rope_words(expert.index.config)}" for expert in different)
         findings.notes.append(f"rotary settings differ (seed {_rope_words(ours)}; {names}): each expert keeps its own")
         return
+    reason = f"{seed.family.model_type} cannot give experts their own"
+    if recipe.attention != "kv_experts":
+        reason = "only attention: kv_experts lets experts keep their own"
     for expert in different:
-        reason = (
-            "only attention: kv_experts lets experts keep their own"
-            if recipe.attention != "kv_experts"
-            else f"{seed.family.model_type} cannot give experts their own"
-        )
-        findings.problems.append(
-            f"{who(expert.name)}: rotary settings are {_rope_words(expert.index.config)}, but the seed's are "
-            f"{_rope_words(ours)}: {reason}"
-        )
+        own = _rope_words(expert.index.config)
+        findings.about(expert, [f"rotary settings are {own}, but the seed's are {_rope_words(ours)}: {reason}"])
 
 
 def _may_rotate_apart(family: Family, models: Iterable[DenseExpert]) -> bool:
@@ -310,9 +299,9 @@ def _rotated_part(config: Config) -> Any:
     return {kind: given.get("partial_rotary_factor", 1.0) for kind, given in rope.items()}
 
 
-def _other_part(label: str, theirs: Config, ours: Config) -> str:
+def _other_part(theirs: Config, ours: Config) -> str:
     return (
-        f"{label}: partial_rotary_factor is {json.dumps(_rotated_part(theirs))}, but the seed's is "
+        f"partial_rotary_factor is {json.dumps(_rotated_part(theirs))}, but the seed's is "
         f"{json.dumps(_rotated_part(ours))}: the rotated parts of all experts' heads must be equal, {SAME_SEED}"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +15,15 @@ from branchmix.upcycling.sources import SAME_SEED
 class TokenizerComparison:
     """Outcome of comparing two checkpoints' tokenizers."""
 
-    same: bool
     problem: str | None = None
     note: str | None = None
+    """Why they could not be compared."""
     folder: Path | None = None
     """The seed's, if both have a vocabulary that can be read and they are the same."""
+
+    @property
+    def same(self) -> bool:
+        return self.problem is None and self.note is None
 
     @property
     def size(self) -> int | None:
@@ -39,59 +42,51 @@ def compare_tokenizers(ours: Path, theirs: Path) -> TokenizerComparison:
     mine, other = vocabulary_of(ours), vocabulary_of(theirs)
     if mine is None or other is None:
         whose = "the seed has" if mine is None else "it has"
-        return TokenizerComparison(same=False, note=f"{whose} no tokenizer files: that token ids agree is not checked")
+        return TokenizerComparison(note=f"{whose} no tokenizer files: that token ids agree is not checked")
     try:
-        for file in _present((theirs, ours), FILES):
-            with file.open("rb") as opened:
-                refuse_lfs_pointer(file, opened.read(64))
+        for file in (folder / name for folder in (theirs, ours) for name in FILES):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    refuse_lfs_pointer(file, opened.read(64))
         if added_tokens(ours) == added_tokens(theirs) and _same_vocabulary(ours, theirs):
-            return TokenizerComparison(same=True, folder=ours)  # parsing takes a tenth of a second each
+            return TokenizerComparison(folder=ours)  # parsing takes a tenth of a second each
         first, second = token_ids(ours), token_ids(theirs)
     except CheckpointError as error:
-        return TokenizerComparison(same=False, problem=str(error))
-    if first is None or second is None:
-        return _compare_bytes(mine, other)
-    return _compare_ids(ours, theirs, first, second, stored_alike=mine.name == other.name)
-
-
-def _present(folders: Iterable[Path], names: Iterable[str]) -> list[Path]:
-    return [folder / name for folder in folders for name in names if (folder / name).is_file()]
+        return TokenizerComparison(problem=str(error))
+    if first is not None and second is not None:
+        problem = _difference(ours, theirs, first, second, stored_alike=mine.name == other.name)
+        return TokenizerComparison(problem=problem, folder=None if problem else ours)
+    if mine.name != other.name:
+        return TokenizerComparison(
+            note=f"tokenizers are stored differently ({other.name} beside {mine.name}): not compared"
+        )
+    differ = mine.read_bytes() != other.read_bytes()
+    problem = f"{mine.name} is not the seed's: token ids mean different text, {SAME_SEED}" if differ else None
+    return TokenizerComparison(problem=problem)
 
 
 def _same_vocabulary(ours: Path, theirs: Path) -> bool:
     """Whether two vocabularies are one byte for byte, and at a first look a vocabulary at all."""
-    files = (*VOCABULARIES, "merges.txt")
-    mine, other = ([(file.name, file.read_bytes()) for file in _present([f], files)] for f in (ours, theirs))
-    return mine == other and all(raw.lstrip().startswith(b"{") for name, raw in mine if name.endswith(".json"))
+    mine, other = (
+        {name: (folder / name).read_bytes() for name in (*VOCABULARIES, "merges.txt") if (folder / name).is_file()}
+        for folder in (ours, theirs)
+    )
+    return mine == other and all(raw.lstrip().startswith(b"{") for name, raw in mine.items() if name.endswith(".json"))
 
 
-def _compare_bytes(mine: Path, other: Path) -> TokenizerComparison:
-    if mine.name != other.name:
-        note = f"tokenizers are stored differently ({other.name} beside {mine.name}): not compared"
-        return TokenizerComparison(same=False, note=note)
-    if mine.read_bytes() != other.read_bytes():
-        problem = f"{mine.name} is not the seed's: token ids mean different text, {SAME_SEED}"
-        return TokenizerComparison(same=False, problem=problem)
-    return TokenizerComparison(same=True)
-
-
-def _compare_ids(
-    ours: Path, theirs: Path, first: TokenIds, second: TokenIds, *, stored_alike: bool
-) -> TokenizerComparison:
+def _difference(ours: Path, theirs: Path, first: TokenIds, second: TokenIds, *, stored_alike: bool) -> str | None:
     if first.ids != second.ids or not (first.agreed and second.agreed):
         first, second = _as_loaded(ours, first), _as_loaded(theirs, second)
     if first.ids != second.ids:
         text = next(token for token in {**first.ids, **second.ids} if first.ids.get(token) != second.ids.get(token))
         mine, other = (f"id {ids[text]}" if text in ids else "absent" for ids in (first.ids, second.ids))
-        problem = (
+        return (
             f"its tokenizer is not the seed's: token {text!r} is {other}, in the seed's it is {mine}: averaged "
             f"embeddings would mix different tokens, {SAME_SEED}"
         )
-        return TokenizerComparison(same=False, problem=problem)
     if stored_alike and first.merges != second.merges:
-        problem = f"its tokenizer has the seed's tokens but other merge rules: {SAME_SEED}"
-        return TokenizerComparison(same=False, problem=problem)
-    return TokenizerComparison(same=True, folder=ours)
+        return f"its tokenizer has the seed's tokens but other merge rules: {SAME_SEED}"
+    return None
 
 
 def _as_loaded(folder: Path, stored: TokenIds) -> TokenIds:
