@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -147,19 +147,22 @@ class Family:
         return names | ({"ffn": f"{self.ffn}.gate.weight"} if ffn else {})
 
 
+Entry = TypeVar("Entry")
 _TABLE: dict[str, dict[str, Any]] = yaml.load(
     Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"),
     Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader),
 )
 
 
-def _entry(model_type: str, fields: dict[str, Any]) -> Family:
-    return Family(
-        model_type, **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    )
+def entries(section: str, kind: Callable[..., Entry]) -> dict[str, Entry]:
+    """The entries of a section of the table, by model type."""
+    return {
+        name: kind(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        for name, fields in _TABLE[section].items()
+    }
 
 
-FAMILIES: dict[str, Family] = {name: _entry(name, fields) for name, fields in _TABLE["families"].items()}
+FAMILIES: dict[str, Family] = entries("families", Family)
 _UNFIT: dict[str, str] = _TABLE["unfit"]
 
 

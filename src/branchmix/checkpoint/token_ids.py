@@ -135,7 +135,7 @@ def sentencepieces(model: bytes) -> list[str] | None:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Number and value of each field of a protocol buffer message; raises ValueError or LookupError if it is not one."""
+    """Number and value of each field of a protocol buffer message; ValueError or LookupError if it is not one."""
     stream = BytesIO(message)
     while stream.tell() < len(message):
         tag = _varint(stream)

@@ -1,7 +1,6 @@
 """Export mixtures: as checkpoints of classes that other tools know (``export_model``), and to the Hub (``push``).
 
-``native`` (which class computes the same), ``conversion_plan`` (what becomes of every tensor), ``conversion``
-(write and verify), ``upload`` and ``hub_card`` (the Hub).
+``native`` (which class computes the same), ``conversion`` (plan, write and verify), ``upload`` (the Hub).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from branchmix.accounting.formulas import windows
-from branchmix.checkpoint.families import Config
+from branchmix.checkpoint.families import Config, entries
 from branchmix.checkpoint.rotary import POSITIONS, rope_of
 from branchmix.upcycling.mixture import OpenedMixture
 from branchmix.upcycling.sources import DenseExpert
@@ -52,55 +52,16 @@ class Native:
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_expert: bool = False
     """It also has an expert for every token, which is written as zeros."""
-
-    def fixed(self) -> Config:
-        """What else its config needs."""
-        fixed: Config = {}
-        if "moe_intermediate_size" in self.inner:  # Qwen's classes can have dense layers between
-            fixed |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-        if self.shared_expert:
-            fixed["shared_expert_intermediate_size"] = SHARED_EXPERT_WIDTH
-        return fixed
+    gguf_normalises: bool | None = None
+    """Whether llama.cpp always normalises the gates of this class, or never does; it never asks the config (its
+    src/models, 2026-10). None: as transformers."""
 
 
 SHARED_EXPERT_WIDTH = 256
 """Width of the expert of zeros that Qwen2-MoE needs: the smallest that GGUF's quantisations and eight devices can
 split."""
 
-NATIVES: dict[str, Native] = {
-    native.model_type: native
-    for native in (
-        Native(
-            "mixtral",
-            "MixtralForCausalLM",
-            windows=True,
-            always_normalises=True,
-            num_experts="num_local_experts",
-            ffn="block_sparse_moe",
-            names=("w1", "w3", "w2"),
-        ),
-        Native(
-            "qwen2_moe",
-            "Qwen2MoeForCausalLM",
-            biases="qkv",
-            bias_key="qkv_bias",
-            inner=("moe_intermediate_size", "intermediate_size"),
-            shared_expert=True,
-        ),
-        Native(
-            "qwen3_moe",
-            "Qwen3MoeForCausalLM",
-            qk_norms="head",
-            biases="qkvo",
-            bias_key="attention_bias",
-            windows=True,
-            inner=("moe_intermediate_size", "intermediate_size"),
-        ),
-        Native("olmoe", "OlmoeForCausalLM", qk_norms="wide", biases="qkvo", bias_key="attention_bias"),
-        Native("flex_olmo", "FlexOlmoForCausalLM", "post", "wide", biases="qkvo", bias_key="attention_bias"),
-    )
-}
-
+NATIVES: dict[str, Native] = entries("native", Native)
 TARGETS = (*NATIVES, "dense")
 """What ``--to`` takes."""
 
@@ -218,8 +179,11 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dt
         **dict.fromkeys(native.inner, dims.intermediate_size),
         "output_router_logits": False,
         "router_aux_loss_coef": mixture.config.get("router_aux_loss_coef", 0.01),
-        **native.fixed(),
     }
+    if "moe_intermediate_size" in native.inner:  # Qwen's classes can have dense layers between
+        config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    if native.shared_expert:
+        config["shared_expert_intermediate_size"] = SHARED_EXPERT_WIDTH
     if not native.always_normalises:
         config["norm_topk_prob"] = bool(mixture.config.get("norm_topk_prob", False))
     if native.bias_key:

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS
 from branchmix.checkpoint.folder import writing
-from branchmix.checkpoint.json_text import parse_json
-from branchmix.checkpoint.writer import FileHashes, key_of
+from branchmix.checkpoint.json_text import key_of, parse_json
+from branchmix.checkpoint.writer import FileHashes
 from branchmix.errors import OutputError
 
 FILE = "records.jsonl"
