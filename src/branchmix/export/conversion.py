@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -102,10 +102,7 @@ def export_model(
         to: ``mixtral``, ``qwen2_moe``, ``qwen3_moe``, ``olmoe``, ``flex_olmo``, or ``dense``.
         expert: for ``dense``, whose dense model: the one that the mixture is with all gates on that expert.
         verify: compare the logits of both on text before the folder gets its name (needs both in fp32).
-        dry_run: plan and check only.
-        force: replace ``out``.
-        check: refuse NaN and Inf in the mixture.
-        progress: called with the step's name, bytes done and bytes in all.
+        dry_run, force, check, progress: as for ``upcycle``.
 
     Raises:
         CompatibilityError: the target cannot compute what the mixture does; with all reasons.
@@ -120,16 +117,13 @@ def export_model(
     mixture = OpenedMixture(str(model), otherwise="there is nothing to export")
     plan = plan_export(mixture, to, expert)
     chosen = chosen_expert(mixture, expert) if to == "dense" else None
+    name = chosen.name if chosen else None
     refuse_overlap(out, [mixture.resolved.folder], force=force)
     written = verification = None
     if not dry_run:
         require_space(out, plan)
-        exported = {
-            "to": to,
-            "expert": chosen.name if chosen else None,
-            "model": mixture.resolved.given,
-            "revision": mixture.resolved.revision,
-        }
+        source = mixture.resolved
+        exported = {"to": to, "expert": name, "model": source.given, "revision": source.revision}
         with atomic_folder(out, force=force) as folder:
             written = write_output(
                 plan,
@@ -144,9 +138,7 @@ def export_model(
             if verify:
                 one_hot = chosen.number if chosen is not None and expert is not None else None
                 verification = _verify(mixture, plan, folder, one_hot, progress)
-    return ExportReport(
-        out, to, chosen.name if chosen else None, plan, written, verification, time.perf_counter() - start
-    )
+    return ExportReport(out, to, name, plan, written, verification, time.perf_counter() - start)
 
 
 def _verify(
@@ -167,19 +159,17 @@ def _verify(
     theirs = float32_bytes(plan.nbytes, mixture.dtype)
     require_memory(ours + theirs, "comparing logits", "--no-verify leaves it out")
     compared, nbytes = compare_bytes(plan, CheckpointIndex.open(folder), progress)
-    tokens = sample_tokens(
-        mixture.resolved.folder, mixture.dims.vocab_size, most=configured_positions(mixture.seed_config)
-    )
+    source = mixture.resolved.folder
+    tokens = sample_tokens(source, mixture.dims.vocab_size, most=configured_positions(mixture.seed_config))
     logits = []
-    for number, (name, where) in enumerate((("mixture", mixture.resolved.folder), ("export", folder))):
+    for number, (loader, where) in enumerate(((BranchMixForCausalLM, source), (AutoModelForCausalLM, folder))):
         if progress is not None:
             progress("comparing logits", number, 2)
-        loader = BranchMixForCausalLM if name == "mixture" else AutoModelForCausalLM
         model, info = loader.from_pretrained(
             where, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **without_adapter(where)
         )
         refuse_strangers(model, info, where.name)
-        gates = one_hot_gates(model, one_hot) if name == "mixture" and one_hot is not None else nullcontext()
+        gates = one_hot_gates(model, one_hot) if where == source and one_hot is not None else nullcontext()
         with torch.no_grad(), gates:
             logits.append(model.eval()(tokens).logits)
     difference, greatest = difference_of(logits[1], logits[0])
@@ -214,9 +204,8 @@ def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> P
         others = [name for name, other in NATIVES.items() if name != to and not problems(mixture, trunk, other)]
         hint = [f"--to {' or '.join(others)} computes the same"] if others else []
         raise CompatibilityError([f"{mixture.resolved.given}: {problem}" for problem in [*reasons, *hint]])
-    tensors = tuple(_native_tensors(mixture, trunk, native))
     config = native_config(mixture, trunk, native, _dtype_name(mixture))
-    return _plan(mixture, tensors, config, tuple(_native_notes(mixture, native)))
+    return _plan(mixture, _native_tensors(mixture, trunk, native), config, _native_notes(mixture, native))
 
 
 def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert | None:
@@ -225,22 +214,18 @@ def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert |
     Raises RecipeError if there is no such expert, or none was named and there are several.
     """
     names = ", ".join(mixture.names)
+    given, count = mixture.resolved.given, len(mixture.experts)
     if not (mixture.has_attention_experts or mixture.has_ffn_experts):
         if expert is not None:
-            raise RecipeError(f"--expert {expert}: {mixture.resolved.given} is averaged throughout: leave --expert out")
+            raise RecipeError(f"--expert {expert}: {given} is averaged throughout: leave --expert out")
         return None
-    if expert is None and len(mixture.experts) == 1:
+    if expert is None and count == 1:
         return mixture.experts[0]
     if expert is None:
-        raise RecipeError(
-            f"{mixture.resolved.given}: has {len(mixture.experts)} experts, and a dense model is one of them: "
-            f"--expert NAME, of {names}"
-        )
+        raise RecipeError(f"{given}: has {count} experts, and a dense model is one of them: --expert NAME, of {names}")
     if expert not in mixture.names:
-        raise RecipeError(
-            f"--expert {expert}: {mixture.resolved.given} has no such expert{nearest(expert, mixture.names)}; "
-            f"it has {names}"
-        )
+        close = nearest(expert, mixture.names)
+        raise RecipeError(f"--expert {expert}: {given} has no such expert{close}; it has {names}")
     return mixture.experts[mixture.names.index(expert)]
 
 
@@ -260,9 +245,9 @@ def _shared(mixture: OpenedMixture, trunk: DenseExpert, modules: Sequence[str]) 
             yield name, Source(ref)
 
 
-def _plan(mixture: OpenedMixture, tensors: tuple[OutputTensor, ...], config: dict, notes: tuple[str, ...]) -> Plan:
-    groups = tuple(group_tensors(tensors, mixture.family))
-    return Plan(tensors, config, notes, (), groups)
+def _plan(mixture: OpenedMixture, parts: Iterator[tuple[str, Expression]], config: dict, notes: Iterable[str]) -> Plan:
+    tensors = tuple(OutputTensor(name, cast(part, mixture.dtype)) for name, part in parts)
+    return Plan(tensors, config, tuple(notes), (), tuple(group_tensors(tensors, mixture.family)))
 
 
 def _dtype_name(mixture: OpenedMixture) -> str:
@@ -272,41 +257,37 @@ def _dtype_name(mixture: OpenedMixture) -> str:
 # ---- Native ----
 
 
-def _native_tensors(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[OutputTensor]:
+def _native_tensors(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[tuple[str, Expression]]:
     """Attention and experts of each layer, then what both call the same: embeddings, norms and head."""
-    dtype = mixture.dtype
     for layer in range(mixture.dims.num_layers):
         block = f"model.layers.{layer}"
         for role in ROLES:
             for kind in KINDS:
-                part = trunk.attention(layer, role, kind)
-                if part is not None:
-                    yield OutputTensor(f"{block}.self_attn.{role}_proj.{kind}", cast(part, dtype))
-        for role in ("q", "k"):
-            for name, part in trunk.attention_norm(layer, role).items():  # type: ignore[arg-type]
-                yield OutputTensor(f"{block}.self_attn.{role}_norm.{name}", cast(part, dtype))
+                if (part := trunk.attention(layer, role, kind)) is not None:
+                    yield f"{block}.self_attn.{role}_proj.{kind}", part
+        for role in ROLES[:2]:
+            for name, norm in trunk.attention_norm(layer, role).items():  # type: ignore[arg-type]
+                yield f"{block}.self_attn.{role}_norm.{name}", norm
         yield from _experts(mixture, native, layer, f"{block}.{native.ffn}")
-    for name, part in _shared(mixture, trunk, (mixture.family.attention, mixture.family.ffn)):
-        yield OutputTensor(name, cast(part, dtype))
+    yield from _shared(mixture, trunk, (mixture.family.attention, mixture.family.ffn))
 
 
-def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) -> Iterator[OutputTensor]:
-    family, dtype = mixture.family, mixture.dtype
-    gate, up, down = native.names
-    names = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
+def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) -> Iterator[tuple[str, Expression]]:
+    family = mixture.family
+    names = dict(zip(("gate_proj.weight", "up_proj.weight", "down_proj.weight"), native.names, strict=True))
     router = mixture.index.tensors[f"model.{family.layers}.{layer}.{family.ffn}.gate.weight"]
-    yield OutputTensor(f"{module}.gate.weight", cast(Source(router), dtype))
+    yield f"{module}.gate.weight", Source(router)
     factor = float(mixture.config.get("routed_scaling_factor", 1.0))
     for number, expert in enumerate(mixture.experts):
         for name, part in expert.ffn(layer).items():
             scaled = Scaled(part, factor) if name == "down_proj.weight" and factor != 1.0 else part
-            yield OutputTensor(f"{module}.experts.{number}.{names[name]}.weight", cast(scaled, dtype))
+            yield f"{module}.experts.{number}.{names[name]}.weight", scaled
     if native.shared_expert:
         hidden = mixture.dims.hidden_size
         wide, tall = (SHARED_EXPERT_WIDTH, hidden), (hidden, SHARED_EXPERT_WIDTH)
         for name, shape in {"gate_proj": wide, "up_proj": wide, "down_proj": tall}.items():
-            yield OutputTensor(f"{module}.shared_expert.{name}.weight", Constant(shape, 0.0, dtype))
-        yield OutputTensor(f"{module}.shared_expert_gate.weight", Constant((1, hidden), 0.0, dtype))
+            yield f"{module}.shared_expert.{name}.weight", Constant(shape, 0.0, mixture.dtype)
+        yield f"{module}.shared_expert_gate.weight", Constant((1, hidden), 0.0, mixture.dtype)
 
 
 def _native_notes(mixture: OpenedMixture, native: Native) -> Iterator[str]:
@@ -349,28 +330,29 @@ def _plan_dense(mixture: OpenedMixture, name: str | None) -> Plan:
     factor = 1.0
     if name is None and mixture.has_ffn_experts:  # the only one: its gate is 1
         factor = float(mixture.config.get("routed_scaling_factor", 1.0))
-    tensors = tuple(_dense_tensors(mixture, expert, factor))
-    notes: tuple[str, ...] = ()
+    notes = []
     if expert is not None and len(mixture.experts) > 1:
         others = ", ".join(other for other in mixture.names if other != expert.name)
-        notes = (f"{expert.name} alone, on what all experts share; the routers and {others} are left out",)
-    return _plan(mixture, tensors, config, notes)
+        notes = [f"{expert.name} alone, on what all experts share; the routers and {others} are left out"]
+    return _plan(mixture, _dense_tensors(mixture, expert, factor), config, notes)
 
 
-def _dense_tensors(mixture: OpenedMixture, expert: MixtureExpert | None, factor: float) -> Iterator[OutputTensor]:
+def _dense_tensors(
+    mixture: OpenedMixture, expert: MixtureExpert | None, factor: float
+) -> Iterator[tuple[str, Expression]]:
     """One expert's tensors under the seed family's names, and what all share."""
-    dtype, family = mixture.dtype, mixture.family
-    of_expert = [family.attention] * mixture.has_attention_experts + [family.ffn] * mixture.has_ffn_experts
-    for layer in range(mixture.dims.num_layers if expert is not None else 0):
-        assert expert is not None
-        if mixture.has_attention_experts:
-            for name, part in _attention(mixture, expert, layer):
-                yield OutputTensor(f"{family.layers}.{layer}.{family.attention}.{name}", cast(part, dtype))
-        if mixture.has_ffn_experts:
-            for name, part in _ffn(mixture, expert, layer, factor):
-                yield OutputTensor(f"{family.layers}.{layer}.{name}", cast(part, dtype))
-    for name, part in _shared(mixture, trunk_of(mixture), of_expert if expert is not None else []):
-        yield OutputTensor(name, cast(part, dtype) if part.dtype in DTYPES.values() else part)
+    family = mixture.family
+    of_expert = []
+    if expert is not None:
+        of_expert = [family.attention] * mixture.has_attention_experts + [family.ffn] * mixture.has_ffn_experts
+        for layer in range(mixture.dims.num_layers):
+            if mixture.has_attention_experts:
+                for name, part in _attention(mixture, expert, layer):
+                    yield f"{family.layers}.{layer}.{family.attention}.{name}", part
+            if mixture.has_ffn_experts:
+                for name, part in _ffn(mixture, expert, layer, factor):
+                    yield f"{family.layers}.{layer}.{name}", part
+    yield from _shared(mixture, trunk_of(mixture), of_expert)
 
 
 def _attention(mixture: OpenedMixture, expert: MixtureExpert, layer: int) -> Iterator[tuple[str, Expression]]:
