@@ -95,7 +95,7 @@ def attempt(model_type: str, changes: dict[str, Any] | None = None) -> str:
         model_type: of a causal language model.
         changes: settings beside its default config.
     """
-    from branchmix.checkpoint.families import FAMILIES
+    from branchmix.checkpoint.families import families
     from branchmix.errors import CompatibilityError
 
     reason = refusal(model_type, changes)
@@ -118,7 +118,7 @@ def attempt(model_type: str, changes: dict[str, Any] | None = None) -> str:
             return str(error).split("\n")[0].removeprefix("seed: ").strip()
     if not greatest <= TOLERANCE:
         return f"fails: logits differ by {greatest:.1g}"
-    return "works" if model.config.model_type in FAMILIES else "works, by inference"
+    return "works" if model.config.model_type in families() else "works, by inference"
 
 
 def _not_tried(error: Exception) -> str:

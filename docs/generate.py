@@ -19,7 +19,7 @@ import causal_types
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from branchmix.checkpoint.families import FAMILIES
+from branchmix.checkpoint.families import families
 from branchmix.cli import app
 from branchmix.recipe import Recipe
 from branchmix.study.methods import METHODS
@@ -229,7 +229,7 @@ def families_page() -> str:
         "| family | block | attention | q/k norms | FFN | rotary base per expert | norm folding |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, family in FAMILIES.items():
+    for name, family in families().items():
         block = {"config": "as the config says"}.get(family.block, family.block)
         fused = f"fused `{family.fused_qkv}`" if family.fused_qkv else "q, k, v"
         code = "family's own, widened" if family.attention_code == "family" else "computed by the mixture"
@@ -239,7 +239,7 @@ def families_page() -> str:
         rotary = "yes" if family.plain_attention else "-"
         fold = "where its norms have gains only" if family.attention_input_norm else "-"
         lines.append(f"| {name} | {block} | {fused}; {code} | {norms} | {ffn} | {rotary} | {fold} |")
-    learned = ", ".join(name for name, family in FAMILIES.items() if family.learned_activation)
+    learned = ", ".join(name for name, family in families().items() if family.learned_activation)
     lines += [
         "",
         f"Activations with learned parameters ({learned}) are shared by all experts of a mixture and merged as norms",

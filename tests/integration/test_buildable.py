@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import branchmix
 from bad_inputs import config as edit_config
+from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.rotary import rope_of
-from branchmix.errors import BranchMixError
-from branchmix.upcycling.buildable import _KEYS, is_ordinary, unbuildable
+from branchmix.errors import BranchMixError, CompatibilityError
+from branchmix.upcycling.transformers_view import _KEYS, is_ordinary, require_buildable
 from families import BY_NAME
 from mixtures import recipe
 
@@ -62,8 +63,10 @@ def test_what_is_taken_as_ordinary_can_be_built(name: str) -> None:
 def test_what_all_share_is_told_once() -> None:
     config = {**json.loads(BY_NAME["llama"].config().to_json_string()), "hidden_act": "strange"}
     other = {**config, "rms_norm_eps": "small"}
-    lines = list(unbuildable([("seed", config), ("expert 'a'", config), ("expert 'b'", other)]))
-    assert [line.split(":")[0] for line in lines] == ["seed", "expert 'b'"]
+    models = (("seed", config), ("a", config), ("b", other))
+    with pytest.raises(CompatibilityError) as refused:
+        require_buildable([(name, CheckpointIndex(Path(), content, {}, ())) for name, content in models])
+    assert [line.split(":")[0] for line in refused.value.problems] == ["seed", "expert 'b'"]
 
 
 def test_an_ordinary_merge_imports_neither_torch_nor_transformers(siblings: Siblings, tmp_path: Path) -> None:

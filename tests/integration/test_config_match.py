@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 import branchmix
 from branchmix.errors import CompatibilityError, VerificationError
-from branchmix.upcycling.config_match import _SAME_ACTIVATION, as_transformers_reads, config_differences
+from branchmix.upcycling.transformers_view import _SAME_ACTIVATION, as_transformers_reads, config_differences
 from branchmix.upcycling.verify import sample_length
 from families import BY_NAME
 from mixtures import recipe
@@ -217,7 +217,7 @@ def test_configs_are_read_without_loading_torch() -> None:
     }
     script = (
         "import json, sys\n"
-        "from branchmix.upcycling.config_match import config_differences\n"
+        "from branchmix.upcycling.transformers_view import config_differences\n"
         "found = config_differences(*json.loads(sys.argv[1]))\n"
         "print(json.dumps([found, sorted({'torch', 'transformers'} & sys.modules.keys())]))"
     )

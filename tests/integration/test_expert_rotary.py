@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import branchmix
 from bad_inputs import config as edit_config
-from branchmix.checkpoint.families import FAMILIES as TABLE
+from branchmix.checkpoint.families import families
 from branchmix.errors import BranchMixError
 from branchmix.models.routers import one_hot_gates
 from families import BY_NAME
@@ -177,7 +177,7 @@ def test_an_expert_that_joins_later_keeps_its_positions(tmp_path: Path) -> None:
 
 
 def test_positions_that_a_config_leaves_out_are_those_of_the_familys_class() -> None:
-    positions = {name: family.defaults.get("max_position_embeddings") for name, family in TABLE.items()}
+    positions = {name: family.defaults.get("max_position_embeddings") for name, family in families().items()}
     assert len([number for number in positions.values() if number]) > 20
     for model_type, number in positions.items():
         assert number in (None, CONFIG_MAPPING[model_type]().max_position_embeddings), model_type

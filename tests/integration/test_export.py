@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 import branchmix
-from branchmix.checkpoint.families import FAMILIES
+from branchmix.checkpoint.families import families
 from branchmix.cli import main
 from branchmix.errors import CheckpointError, CompatibilityError, OutputError, RecipeError, VerificationError
 from branchmix.export import conversion
@@ -404,7 +404,7 @@ def test_planning_reads_no_weights(siblings: Siblings, tmp_path: Path) -> None:
 
 def test_table_has_transformers_defaults() -> None:
     """For config.json files that leave keys out."""
-    for name, family in FAMILIES.items():
+    for name, family in families().items():
         default = AutoConfig.for_model(name)
         if hasattr(default, "rms_norm_eps") and family.native_norms is not None and family.special is None:
             assert default.rms_norm_eps == family.defaults.get("rms_norm_eps", 1e-6), name

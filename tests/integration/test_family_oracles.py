@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import branchmix
-from branchmix.checkpoint.families import FAMILIES as TABLE
+from branchmix.checkpoint.families import families
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import VerificationError
 from branchmix.upcycling.verify import _dense, verify_plan
@@ -18,7 +18,7 @@ from families import BY_NAME, NAMES
 from mixtures import BOTH, close, load, recipe, tokens
 from naive import build_naive
 
-FOLDABLE = [name for name in NAMES if BY_NAME[name].gains_only and BY_NAME[name].model_type in TABLE]
+FOLDABLE = [name for name in NAMES if BY_NAME[name].gains_only and BY_NAME[name].model_type in families()]
 Siblings = Callable[..., dict[str, Path]]
 
 

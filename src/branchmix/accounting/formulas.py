@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from branchmix.accounting.shape import Shape, shape_of
-from branchmix.checkpoint.families import FAMILIES, Config, nearest
+from branchmix.checkpoint.families import Config, entry_of, nearest
 from branchmix.errors import CheckpointError
 
 MOST_LAYERS = 10_000
@@ -38,7 +38,7 @@ class ParameterCounts:
 
 
 def parameters(config: Config) -> ParameterCounts:
-    """Parameters of the whole model (Table 9's "total"), exact for every family of ``FAMILIES``.
+    """Parameters of the whole model (Table 9's "total"), exact for every family of the table.
 
     Raises:
         CheckpointError: the config does not describe a model, or its family has no formula.
@@ -114,8 +114,7 @@ def table_positions(config: Config) -> int | None:
     """Positions that a dense model or a mixture looks up in a table, learned (GPT-2, OPT) or computed once (GPT-J): its
     longest sequence. None: it computes them as they come."""
     seed = config.get("seed_config") or config
-    family = FAMILIES.get(str(seed.get("model_type")))
-    return configured_positions(seed) if family is not None and family.rotary != "half" else None
+    return configured_positions(seed) if entry_of(seed).rotary != "half" else None
 
 
 @dataclass(frozen=True)

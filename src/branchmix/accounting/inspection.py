@@ -23,7 +23,7 @@ from branchmix.accounting.formulas import (
 )
 from branchmix.accounting.shape import Shape, shape_of
 from branchmix.checkpoint.adapters import refuse_adapter
-from branchmix.checkpoint.families import FAMILIES, Config, is_tied, nearest, why_unfit
+from branchmix.checkpoint.families import Config, entry_of, families, is_tied, nearest, why_unfit
 from branchmix.checkpoint.hub import expanded, is_there, resolve
 from branchmix.checkpoint.index import CheckpointIndex, read_json_object
 from branchmix.checkpoint.json_text import read_object
@@ -205,7 +205,7 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
     check_context(context)
     dtype = dtype_of(config, dtype)
     reason = why_unfit(seed)
-    if seed.get("model_type") in FAMILIES and (reason is None or folder is None):
+    if not entry_of(seed).inferred and (reason is None or folder is None):
         return _by_formula(name, config, folder, context, dtype)
     return _by_weights(name, config, folder, context, dtype, reason)
 
@@ -253,7 +253,7 @@ def _by_weights(
     lacking = reason or f"no formula for the family {family!r}"
     if folder is None:
         raise CheckpointError(
-            f"{name}: {lacking}{'' if reason else nearest(family, [*FAMILIES])}: "
+            f"{name}: {lacking}{'' if reason else nearest(family, [*families()])}: "
             "give the checkpoint folder, whose weights can be counted instead"
         )
     index = as_stored(CheckpointIndex.open(folder))
@@ -324,7 +324,7 @@ def _count_tensors(
 def too_few_parameters(index: CheckpointIndex) -> str | None:
     """Says that weights hold fewer parameters than their config describes; None if not, or for unknown families."""
     config = index.config
-    if (config.get("seed_config") or config).get("model_type") not in FAMILIES:
+    if entry_of(config.get("seed_config") or config).inferred:
         return None
     described, tied = parameters(config).total, shape_of(config).sizes.tied_embeddings
     stored = _count_tensors(index, tied=tied)[0].total

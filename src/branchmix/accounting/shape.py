@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from branchmix.checkpoint.families import (
-    FAMILIES,
     Config,
     Dimensions,
     Family,
     Flag,
     dimensions,
+    families,
     family_of,
     nearest,
 )
@@ -101,7 +101,7 @@ class Shape:
         """The family; raises CheckpointError for one whose parameters cannot be counted from a config."""
         if self.family.inferred:
             raise CheckpointError(
-                f"no formula for the family {self.family.model_type!r}{nearest(self.family.model_type, [*FAMILIES])}: "
+                f"no formula for the family {self.family.model_type!r}{nearest(self.family.model_type, [*families()])}: "
                 "give the checkpoint folder, whose weights can be counted instead of its config"
             )
         return self.family

@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from branchmix.errors import CheckpointError, short
 
 Config = dict[str, Any]
@@ -148,22 +146,28 @@ class Family:
 
 
 Entry = TypeVar("Entry")
-_TABLE: dict[str, dict[str, Any]] = yaml.load(
-    Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"),
-    Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader),
-)
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    import yaml  # here, since `branchmix --help` does without
+
+    text = Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
+    return dict(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def entries(section: str, kind: Callable[..., Entry]) -> dict[str, Entry]:
-    """The entries of a section of the table, by model type."""
+    """The entries of a section of ``families.yaml``, by model type."""
     return {
         name: kind(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
-        for name, fields in _TABLE[section].items()
+        for name, fields in _table()[section].items()
     }
 
 
-FAMILIES: dict[str, Family] = entries("families", Family)
-_UNFIT: dict[str, str] = _TABLE["unfit"]
+@cache
+def families() -> dict[str, Family]:
+    """All entries of the table, by model type."""
+    return entries("families", Family)
 
 
 def _falcon(family: Family, config: Config) -> Family:
@@ -207,10 +211,10 @@ _VARIANTS: dict[str, Callable[[Family, Config], Family]] = {
 def entry_of(config: Config) -> Family:
     """The table's entry for a config, whatever its variant and even if it cannot be a seed; Llama's names if none."""
     model_type = str(config.get("model_type"))
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    if model_type in families():
+        return families()[model_type]
     norms: dict[str, Any] = {"attention_input_norm": None, "ffn_input_norm": None}
-    return Family(model_type, **norms, windowed="all", defaults=_TABLE["defaults"].get(model_type, {}), inferred=True)
+    return Family(model_type, **norms, windowed="all", defaults=_table()["defaults"].get(model_type, {}), inferred=True)
 
 
 def family_of(config: Config) -> Family:
@@ -342,8 +346,9 @@ _SOFTMAX_LAYERS = {"full_attention", "sliding_attention", "attention"}
 def why_unfit(config: Config) -> str | None:
     """Why the model of a ``config.json`` can be neither seed nor expert, in one line; None if nothing rules it out."""
     model_type = str(config.get("model_type"))
-    if model_type in _UNFIT:
-        return f"{model_type} {_UNFIT[model_type]}"
+    unfit = _table()["unfit"]
+    if model_type in unfit:
+        return f"{model_type} {unfit[model_type]}"
     text = config.get("text_config")
     if isinstance(text, dict) and "hidden_size" not in config:
         return _multimodal(model_type, text)
@@ -358,8 +363,8 @@ def why_unfit(config: Config) -> str | None:
         ),
         _hybrid(config): bool(_hybrid(config)),
         _LATENT: config.get("kv_lora_rank"),
-        _UNFIT["bloom"]: config.get("alibi") or _mapping(config, "attn_config").get("alibi"),
-        _UNFIT["bert-generation"]: "type_vocab_size" in config,
+        unfit["bloom"]: config.get("alibi") or _mapping(config, "attn_config").get("alibi"),
+        unfit["bert-generation"]: "type_vocab_size" in config,
     }
     return next((f"{model_type} {reason}" for reason, holds in reasons.items() if holds), None)
 
@@ -390,7 +395,9 @@ def _hybrid(config: Config) -> str:
         words = " and ".join(others)
         return f"has {words} layers: every layer of seed and experts must have softmax attention" if others else ""
     signs = ("mamba_", "ssm_", "conv_L_", "linear_conv_", "lru_", "mamba2_")
-    return _UNFIT["rwkv"] if "state_size" in config or any(key.startswith(signs) for key in config) else ""
+    return (
+        str(_table()["unfit"]["rwkv"]) if "state_size" in config or any(key.startswith(signs) for key in config) else ""
+    )
 
 
 def _multimodal(model_type: str, text: Config) -> str:

@@ -16,7 +16,6 @@ from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.recipe import Recipe
-from branchmix.upcycling.config_match import config_differences
 from branchmix.upcycling.sources import KINDS, SAME_SEED, DenseExpert, ExpertSource, MixtureExpert, Role, who
 from branchmix.upcycling.structure import (
     TOKEN_TABLES,
@@ -28,6 +27,7 @@ from branchmix.upcycling.structure import (
     unplaced_tensors,
 )
 from branchmix.upcycling.tokenizer_match import TokenizerComparison, compare_tokenizers
+from branchmix.upcycling.transformers_view import config_differences
 
 
 @dataclass

@@ -28,7 +28,6 @@ from branchmix.upcycling.execute import (
     describe,
     naming_sources,
     refuse_overlap,
-    require_buildable,
     require_space,
     write_output,
 )
@@ -36,6 +35,7 @@ from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_te
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert, inside
+from branchmix.upcycling.transformers_view import require_buildable
 
 Progress = Callable[[str, int, int], None]
 
@@ -70,10 +70,7 @@ def add_expert(
         router_std: standard deviation of the routers' new rows, above 0; the mixture's ``initializer_range`` if not
             given.
         router_seed: seed of their random numbers.
-        dry_run: plan and check only.
-        force: replace ``out``.
-        check: refuse NaN and Inf in the sources.
-        progress: as for ``upcycle``.
+        dry_run, force, check, progress: as for ``upcycle``.
 
     Raises:
         CompatibilityError: the expert does not fit the mixture; with all problems.
@@ -131,10 +128,7 @@ def remove_expert(
         model: the mixture.
         name: of the expert to leave out.
         out: folder to write.
-        dry_run: plan and check only.
-        force: replace ``out``.
-        check: refuse NaN and Inf in the mixture.
-        progress: as for ``upcycle``.
+        dry_run, force, check, progress: as for ``upcycle``.
 
     Raises:
         RecipeError: there is no such expert, or fewer than two would be left.

@@ -33,10 +33,10 @@ from branchmix.checkpoint.writer import FileHashes, WriteReport, write_checkpoin
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
-from branchmix.upcycling.buildable import unbuildable
 from branchmix.upcycling.model_card import model_card
 from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
 from branchmix.upcycling.sources import who
+from branchmix.upcycling.transformers_view import require_buildable
 
 if TYPE_CHECKING:
     from branchmix.upcycling.gates.measure import Fitted
@@ -176,17 +176,7 @@ def upcycle(
 def _calibrate(
     recipe: Recipe, text: Mapping[str, DomainText], notes: Sequence[str], merged: Path, folder: Path, progress: Any
 ) -> Fitted:
-    """Fit gates for a mixture that was just written, and move it with them into its folder.
-
-    Args:
-        recipe: with ``gates``.
-        text: of ``text_for``.
-        notes: of the merge.
-        merged: folder of the mixture, which is removed.
-        folder: to fill.
-        tokenizer: the seed's, since the mixture has no code of other people's.
-        progress: as for ``upcycle``.
-    """
+    """Fit gates for the mixture just written to ``merged``, which is moved with them into its parent ``folder``."""
     from branchmix.upcycling.gates.measure import fit, plan_with_gates
     from branchmix.upcycling.mixture import OpenedMixture
 
@@ -227,7 +217,7 @@ def write_output(
             progress("writing", done, total)
 
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
-    versions = {"branchmix": __version__, "transformers": _version("transformers"), "numpy": _version("numpy")}
+    versions = {"branchmix": __version__, **{name: metadata.version(name) for name in ("transformers", "numpy")}}
     record = {"versions": versions, **provenance(), "lossless": None if plan.is_dense else plan.lossless}
     record["notes"] = list(plan.notes)
     try:
@@ -250,11 +240,7 @@ def write_output(
 
 
 def resolve_all(recipe: Recipe) -> list[ResolvedModel]:
-    """Folders of the seed and of all experts.
-
-    Raises:
-        CompatibilityError: with all models that cannot be found.
-    """
+    """Folders of the seed and of all experts; raises CompatibilityError with all that cannot be found."""
     models: list[ResolvedModel] = []
     problems: list[str] = []
     for name, given in [("seed", recipe.seed), *((expert.name, expert.model) for expert in recipe.experts)]:
@@ -311,17 +297,6 @@ def open_sources(
         yield opened, fit
 
 
-def require_buildable(models: Iterable[tuple[str, CheckpointIndex | None]]) -> None:
-    """Refuse, before anything is written, models of which transformers could not load a mixture.
-
-    Raises:
-        CompatibilityError: with transformers' reasons.
-    """
-    problems = list(unbuildable((who(name), index.config) for name, index in models if index is not None))
-    if problems:
-        raise CompatibilityError(problems)
-
-
 def _notes_on_same_models(sources: Sequence[Sourced]) -> list[str]:
     """Experts whose weights are the very files of the seed or of an expert before them, by whatever path."""
     notes: list[str] = []
@@ -367,11 +342,8 @@ def describe(sources: Sequence[Sourced], hashes: FileHashes) -> list[dict[str, A
 
 
 def refuse_overlap(out: Path, sources: Sequence[Path], files: Sequence[Path] = (), *, force: bool) -> None:
-    """Refuses an output that is, holds or lies in a source folder, or holds a file that is read, also with ``--force``.
-
-    Raises:
-        OutputError: it does, or it cannot be replaced.
-    """
+    """Raises OutputError for an output that is, holds or lies in a source folder, or holds a file that is read, also
+    with ``--force``, and for one that cannot be replaced."""
     require_name(out)
     target = out.resolve()
     for source in sources:
@@ -385,11 +357,7 @@ def refuse_overlap(out: Path, sources: Sequence[Path], files: Sequence[Path] = (
 
 
 def require_space(out: Path, plan: Plan, *, copies: int = 1) -> None:
-    """Refuse beforehand what cannot fit so many times.
-
-    Raises:
-        OutputError: with bytes needed and free.
-    """
+    """Raises OutputError, with bytes needed and free, where so many copies cannot fit."""
     needed, free = copies * plan.nbytes, free_bytes(out)
     if needed > free:
         raise OutputError(
@@ -403,10 +371,3 @@ def free_bytes(out: Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -23,10 +23,10 @@ from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
 from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
-from branchmix.upcycling.config_match import transformers_config
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, fused_rows
+from branchmix.upcycling.transformers_view import transformers_config
 
 if TYPE_CHECKING:
     import torch
