@@ -100,8 +100,9 @@ class Shape:
     def facts(self) -> Family:
         """The family; raises CheckpointError for one whose parameters cannot be counted from a config."""
         if self.family.inferred:
+            name = self.family.model_type
             raise CheckpointError(
-                f"no formula for the family {self.family.model_type!r}{nearest(self.family.model_type, [*families()])}: "
+                f"no formula for the family {name!r}{nearest(name, [*families()])}: "
                 "give the checkpoint folder, whose weights can be counted instead of its config"
             )
         return self.family

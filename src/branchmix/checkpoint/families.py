@@ -395,9 +395,8 @@ def _hybrid(config: Config) -> str:
         words = " and ".join(others)
         return f"has {words} layers: every layer of seed and experts must have softmax attention" if others else ""
     signs = ("mamba_", "ssm_", "conv_L_", "linear_conv_", "lru_", "mamba2_")
-    return (
-        str(_table()["unfit"]["rwkv"]) if "state_size" in config or any(key.startswith(signs) for key in config) else ""
-    )
+    recurrent = "state_size" in config or any(key.startswith(signs) for key in config)
+    return str(_table()["unfit"]["rwkv"]) if recurrent else ""
 
 
 def _multimodal(model_type: str, text: Config) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -105,33 +105,21 @@ class DenseExpert(ExpertSource):
         name = self.family.query_norm if role == "q" else self.family.key_norm
         if name is None:
             return {}
-        prefix = f"{self._block(layer)}.{self.family.attention}.{name}."
-        return {full.removeprefix(prefix): Source(ref) for full, ref in self.tensors.items() if full.startswith(prefix)}
+        return _below(f"{self._block(layer)}.{self.family.attention}.{name}.", self.tensors)
 
     def ffn(self, layer: int) -> dict[str, Expression]:
         family, block = self.family, self._block(layer)
         gain = self._gain(layer, family.ffn_input_norm)
         tensors: dict[str, Expression] = {}
+        paths = {"gate_proj": family.gate, "up_proj": family.up} if family.gate else {"in_proj": family.up}
         for kind in KINDS:
-            firsts: dict[str, Expression | None] = {}
-            if family.fused_gate_up is not None:
-                fused = self._matrix(f"{block}.{family.fused_gate_up}", kind)
-                inner = 0 if fused is None else fused.shape[0] // 2
-                if fused is not None:
-                    firsts = {"gate_proj": Rows(fused, ((0, inner),)), "up_proj": Rows(fused, ((inner, 2 * inner),))}
-            elif family.gate is not None:
-                firsts = {
-                    "gate_proj": self._matrix(f"{block}.{family.gate}", kind),
-                    "up_proj": self._matrix(f"{block}.{family.up}", kind),
-                }
-            else:
-                firsts = {"in_proj": self._matrix(f"{block}.{family.up}", kind)}
-            for name, first in firsts.items():
-                if first is not None:
-                    tensors[f"{name}.{kind}"] = self._folded(first, gain if kind == "weight" else None)
-            down = self._matrix(f"{block}.{family.down}", kind)
-            if down is not None:
-                tensors[f"down_proj.{kind}"] = down
+            firsts = {name: self._matrix(f"{block}.{path}", kind) for name, path in paths.items()}
+            if family.fused_gate_up and (fused := self._matrix(f"{block}.{family.fused_gate_up}", kind)) is not None:
+                inner = fused.shape[0] // 2
+                firsts = {"gate_proj": Rows(fused, ((0, inner),)), "up_proj": Rows(fused, ((inner, 2 * inner),))}
+            parts = {name: self._folded(first, gain if kind == "weight" else None) for name, first in firsts.items()}
+            parts["down_proj"] = self._matrix(f"{block}.{family.down}", kind)
+            tensors |= {f"{name}.{kind}": part for name, part in parts.items() if part is not None}
         return tensors
 
     def expert_tensors(self, attention: bool, ffn: bool) -> set[str]:
@@ -140,16 +128,13 @@ class DenseExpert(ExpertSource):
         pattern = inside(family, [family.attention] * attention + [family.ffn, family.up, family.down] * ffn)
         return {name for name in self.tensors if pattern.match(name)}
 
-    def expected_tensors(self, layer: int) -> Iterator[str]:
+    def expected_tensors(self, layer: int) -> list[str]:
         """Names of the projections that must be there, for the compatibility check."""
-        family, block = self.family, self._block(layer)
+        family = self.family
         names = (family.fused_qkv,) if family.fused_qkv else (family.query, family.key, family.value)
-        for name in (*names, family.output):
-            yield f"{block}.{family.attention}.{name}.weight"
         first = (family.fused_gate_up,) if family.fused_gate_up else (family.gate, family.up)
-        for path in (*first, family.down):
-            if path:
-                yield f"{block}.{path}.weight"
+        paths = [*(f"{family.attention}.{name}" for name in (*names, family.output)), *first, family.down]
+        return [f"{self._block(layer)}.{path}.weight" for path in paths if path]
 
     def _block(self, layer: int) -> str:
         return f"{self.family.layers}.{layer}"
@@ -207,11 +192,11 @@ class MixtureExpert(ExpertSource):
         prefix = f"model.{self.family.layers}.{layer}.{self.family.attention}.heads.{name}."
         if not (role == "k" and self.kv_sharing):
             prefix += f"{self.number}."
-        return {n.removeprefix(prefix): Source(ref) for n, ref in self.index.tensors.items() if n.startswith(prefix)}
+        return _below(prefix, self.index.tensors)
 
     def ffn(self, layer: int) -> dict[str, Expression]:
         prefix = f"model.{self.family.layers}.{layer}.{self.family.ffn}.experts.{self.number}."
-        return {n.removeprefix(prefix): Source(ref) for n, ref in self.index.tensors.items() if n.startswith(prefix)}
+        return _below(prefix, self.index.tensors)
 
     def router_row(self, name: str) -> Expression:
         """This expert's row of a router [1, D]."""
@@ -246,6 +231,11 @@ def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int,
         return tuple((start + low * size, start + high * size) for start in base)
     edges = [0, num_heads * size, (num_heads + num_kv_heads) * size, (num_heads + 2 * num_kv_heads) * size]
     return ((edges[part], edges[part + 1]),)
+
+
+def _below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
+    """The stored tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): Source(ref) for name, ref in tensors.items() if name.startswith(prefix)}
 
 
 def inside(family: Family, modules: Sequence[str], *, prefix: str = "") -> re.Pattern[str]:

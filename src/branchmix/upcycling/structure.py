@@ -13,7 +13,7 @@ from branchmix.accounting.inspection import too_few_parameters
 from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.families import is_head, transformers_knows
 from branchmix.errors import CheckpointError
-from branchmix.upcycling.sources import DenseExpert, Role
+from branchmix.upcycling.sources import ROLES, DenseExpert
 
 TOKEN_TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 """Last parts of the names of the modules that hold a row for each token..."""
@@ -38,15 +38,10 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
     dims = model.dims
     yield from _rows_unlike_config(model)
     width, query, shared = dims.hidden_size, dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-    wanted: dict[Role, tuple[int, int]] = {
-        "q": (query, width),
-        "k": (shared, width),
-        "v": (shared, width),
-        "o": (width, query),
-    }
+    wanted = zip(ROLES, ((query, width), (shared, width), (shared, width), (width, query)), strict=True)
     matrices: list[tuple[str, Expression | None, tuple[int, int]]] = []
     try:
-        matrices += [(role, model.attention(0, role, "weight"), shape) for role, shape in wanted.items()]
+        matrices += [(role, model.attention(0, role, "weight"), shape) for role, shape in wanted]
     except AssertionError:
         yield f"the fused projection of layer 0 is smaller than config.json's head counts ask for: {together}"
     matrices.append(("down", model.ffn(0).get("down_proj.weight"), (width, dims.intermediate_size)))
