@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from branchmix.errors import CheckpointError
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
-from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixFFNRouter
+from branchmix.models.routing_branchmix import BranchMixAttentionRouter
 
 KINDS = ("ffn", "attention")
 
@@ -211,26 +212,18 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
         gates[..., number] = 1.0
         return output[0], gates
 
-    def force_ffn(scaling: float) -> Callable[..., Any]:
-        def hook(module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
-            gates, index = torch.zeros_like(output[1]), torch.full_like(output[2], number)
-            gates[..., 0] = 1.0 / scaling
-            return output[0], gates, index
+    def force_ffn(scaling: float, module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> Any:
+        gates, index = torch.zeros_like(output[1]), torch.full_like(output[2], number)
+        gates[..., 0] = 1.0 / scaling
+        return output[0], gates, index
 
-        return hook
-
-    hooks = []
-    for module in mixture.modules():
-        if isinstance(module, BranchMixAttentionRouter):
-            hooks.append(module.register_forward_hook(force_attention))
-        elif isinstance(module, BranchMixSparseMoeBlock):
-            assert isinstance(module.gate, BranchMixFFNRouter)
-            hooks.append(module.gate.register_forward_hook(force_ffn(module.scaling)))
-    try:
+    with ExitStack() as hooks:
+        for module in mixture.modules():
+            if isinstance(module, BranchMixAttentionRouter):
+                hooks.enter_context(module.register_forward_hook(force_attention))
+            elif isinstance(module, BranchMixSparseMoeBlock):
+                hooks.enter_context(module.gate.register_forward_hook(partial(force_ffn, module.scaling)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---- Counting ----
