@@ -34,10 +34,12 @@ from branchmix.upcycling.execute import (
 from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_tensors, same_keys_and_values
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, MixtureExpert, inside
+from branchmix.upcycling.sources import DenseExpert, MixtureExpert, inside
 from branchmix.upcycling.transformers_view import require_buildable
 
 Progress = Callable[[str, int, int], None]
+Members = Sequence[MixtureExpert | DenseExpert]
+"""Experts that stay or join, in the order of the routers' rows."""
 
 _NOT_CALIBRATED = (
     "the document gates know nothing of {name!r} yet and send nothing to it: run branchmix calibrate with text that it "
@@ -90,20 +92,8 @@ def add_expert(
         raise CompatibilityError(findings.problems)
     require_buildable([(name, newcomer.index)])
     newcomer = with_folded_norms(newcomer, mixture.config.get("folded_norms") or ())
-    config, notes = mixture.resized([*mixture.names, name])
-    rope, ours = rope_of(newcomer.index.config), mixture.config.get("expert_rope_parameters")
-    if ours or rope != rope_of(mixture.seed_config):
-        config["expert_rope_parameters"] = [*(ours or [rope_of(mixture.seed_config)] * len(mixture.names)), rope]
-        config["layout"] = layout_of(mixture.family, per_expert_rotary=True)
-
-    def router(tensor: str, rows: list[Expression]) -> Expression:
-        width = rows[0].shape[1]
-        return Stack((*rows, Normal((1, width), std, router_seed, f"{tensor}/{name}", rows[0].dtype)))
-
     lossless = mixture.lossless and mixture.shares_trunk_with(newcomer)
-    if mixture.shape.domains:
-        notes = [*notes, _NOT_CALIBRATED.format(name=name)]
-    plan = mixture.plan([*mixture.experts, newcomer], config, router, [*findings.notes, *notes], lossless)
+    plan = mixture.plan([*mixture.experts, newcomer], findings.notes, lossless, std, router_seed)
     added = Sourced(name, dense, newcomer.index)
 
     def step(hashes: FileHashes) -> dict[str, Any]:
@@ -142,18 +132,8 @@ def remove_expert(
     staying = [expert for expert in mixture.experts if expert.name != name]
     if len(staying) < 2:
         raise RecipeError(f"{model}: only {staying[0].name!r} would be left, a mixture needs two or more experts")
-    config, notes = mixture.resized([expert.name for expert in staying])
-    if mixture.config.get("expert_rope_parameters"):
-        ropes = [mixture.config["expert_rope_parameters"][expert.number] for expert in staying]
-        as_the_seed = all(rope == rope_of(mixture.seed_config) for rope in ropes)
-        config["expert_rope_parameters"] = None if as_the_seed else ropes
-        config["layout"] = layout_of(mixture.family, per_expert_rotary=not as_the_seed)
-    plan = mixture.plan(staying, config, lambda tensor, rows: Stack(tuple(rows)), notes, mixture.lossless)
+    plan = mixture.plan(staying, (), mixture.lossless)
     return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, start, dry_run, force, check, progress)
-
-
-Router = Callable[[str, list[Expression]], Expression]
-"""From a router's name and the rows of the experts that stay to the new router."""
 
 
 class _EditedMixture(OpenedMixture):
@@ -177,11 +157,12 @@ class _EditedMixture(OpenedMixture):
                 return False
         return True
 
-    def resized(self, names: list[str]) -> tuple[Config, list[str]]:
-        """The config for other experts, and notes: soft routing stays soft, ``auto`` scaling stays N / k.
+    def resized(self, experts: Members) -> tuple[Config, list[str]]:
+        """The config for these experts, and notes: soft routing stays soft, ``auto`` scaling stays N / k.
 
         A config says neither (soft is k = N there), but the recipe does. Where none is recorded, k and the factor stay.
         """
+        names = [expert.name for expert in experts]
         old, new = self.config["num_experts"], len(names)
         config = {**self.config, "num_experts": new, "expert_names": names}
         if (gate := self.config.get("document_gate")) and isinstance(gate.get("losses"), dict):
@@ -189,6 +170,17 @@ class _EditedMixture(OpenedMixture):
                 domain: {e: loss for e, loss in row.items() if e in names} for domain, row in gate["losses"].items()
             }
             config["document_gate"] = {**gate, "losses": kept}
+        ropes, of_seed = self.config.get("expert_rope_parameters"), rope_of(self.seed_config)
+        owned = [
+            (ropes[expert.number] if ropes else of_seed)
+            if isinstance(expert, MixtureExpert)
+            else rope_of(expert.index.config)
+            for expert in experts
+        ]
+        apart = any(rope != of_seed for rope in owned)
+        if ropes or apart:
+            config["expert_rope_parameters"] = owned if apart else None
+            config["layout"] = layout_of(self.family, per_expert_rotary=apart)
         old_k, scaling = self.config["num_experts_per_tok"], self.config.get("routed_scaling_factor", 1.0)
         recipe = (provenance_of(self.resolved.folder) or {}).get("recipe") or {}
         soft = old_k == old and ((recipe.get("routing") or {}).get("ffn") or {}).get("soft", False)
@@ -214,21 +206,21 @@ class _EditedMixture(OpenedMixture):
         return config, notes
 
     def plan(
-        self,
-        experts: Sequence[ExpertSource],
-        config: Config,
-        router: Router,
-        notes: Sequence[str],
-        lossless: bool | None,
+        self, experts: Members, notes: Sequence[str], lossless: bool | None, std: float = 0.0, seed: int = 0
     ) -> Plan:
-        """All tensors again, with these experts in the new order of the routers' rows."""
-        tensors = tuple(OutputTensor(name, cast(part, self.dtype)) for name, part in self._tensors(experts, router))
+        """All tensors again, with these experts in the new order of the routers' rows; new rows are N(0, std^2)."""
+        config, more = self.resized(experts)
+        if self.shape.domains:
+            more += [_NOT_CALIBRATED.format(name=expert.name) for expert in experts if isinstance(expert, DenseExpert)]
+        parts = self._tensors(experts, std, seed)
+        tensors = tuple(OutputTensor(name, cast(part, self.dtype)) for name, part in parts)
         groups = tuple(group_tensors(tensors, self.family))
-        return Plan(tensors, config, tuple(notes), tuple(experts), groups, lossless)
+        return Plan(tensors, config, (*notes, *more), tuple(experts), groups, lossless)
 
-    def _tensors(self, experts: Sequence[ExpertSource], router: Router) -> Iterator[tuple[str, Expression]]:
+    def _tensors(self, experts: Members, std: float, seed: int) -> Iterator[tuple[str, Expression]]:
         family = self.family
         staying = [expert for expert in experts if isinstance(expert, MixtureExpert)]
+        joining = [expert for expert in experts if isinstance(expert, DenseExpert)]
         for layer in range(self.dims.num_layers):
             block = f"model.{family.layers}.{layer}"
             if self.has_attention_experts:
@@ -240,7 +232,9 @@ class _EditedMixture(OpenedMixture):
                 for name, part in ffn_tensors(experts, layer):
                     yield f"{block}.{family.ffn}.{name}", part
             for name in (f"{block}.{below}" for below in self.shape.routers.values()):
-                yield name, router(name, [expert.router_row(name) for expert in staying])
+                rows = [expert.router_row(name) for expert in staying]
+                shape, dtype = (1, self.dims.hidden_size), rows[0].dtype
+                yield name, Stack((*rows, *(Normal(shape, std, seed, f"{name}/{new.name}", dtype) for new in joining)))
         modules = [family.attention] * self.has_attention_experts + [family.ffn] * self.has_ffn_experts
         of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
@@ -249,7 +243,7 @@ class _EditedMixture(OpenedMixture):
             elif not of_experts.match(name):
                 yield name, Source(ref)
 
-    def _wanted_experts(self, logits_EM: Expression, experts: Sequence[ExpertSource]) -> Expression:
+    def _wanted_experts(self, logits_EM: Expression, experts: Members) -> Expression:
         """What the document gates give the experts, [E, M]: those who stay keep theirs, new ones get nothing.
 
         A domain that wanted none of those who stay gets their shares by the losses that are on record.
