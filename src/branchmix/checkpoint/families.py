@@ -148,12 +148,16 @@ class Family:
 Entry = TypeVar("Entry")
 
 
-@cache
-def _table() -> dict[str, dict[str, Any]]:
+def read_table(file: Path) -> dict[str, Any]:
+    """The content of a YAML file of the package."""
     import yaml  # here, since `branchmix --help` does without
 
-    text = Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
-    return dict(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    return dict(yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    return read_table(Path(__file__).with_name("families.yaml"))
 
 
 def entries(section: str, kind: Callable[..., Entry]) -> dict[str, Entry]:

@@ -18,30 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.families import Config, dimensions
+from branchmix.checkpoint.families import Config, dimensions, read_table
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.errors import BranchMixError, CompatibilityError
 from branchmix.upcycling.sources import SAME_SEED, who
 
-# Keys that do not change what a model computes from its weights, or that have a check of their own.
-_IGNORED = frozenset(
-    """
-    _name_or_path name_or_path architectures transformers_version torch_dtype dtype use_cache initializer_range
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
-    attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout layerdrop activation_dropout
-    residual_dropout embedding_dropout classifier_dropout resid_dropout attn_dropout
-    id2label label2id num_labels auto_map output_attentions output_hidden_states return_dict problem_type
-    chunk_size_feed_forward task_specific_params pretraining_tp gradient_checkpointing
-    tie_word_embeddings vocab_size rope_theta rope_scaling rope_parameters rotary_emb_base partial_rotary_factor
-    rotary_pct rope_local_base_freq max_position_embeddings original_max_position_embeddings model_type model_max_length
-    hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head num_key_value_heads num_kv_heads
-    intermediate_size n_inner ffn_dim ffn_hidden_size head_dim n_positions n_ctx
-    temperature top_p top_k do_sample max_length min_length repetition_penalty num_beams
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    _attn_implementation_autoset attn_implementation unsloth_version unsloth_fixed
-    """.split()
-)
+_TABLE: dict[str, Any] = read_table(Path(__file__).with_name("config_keys.yaml"))
+_IGNORED = frozenset(_TABLE["without_effect"].split())
 
 _SAME_ACTIVATION = {
     "swish": "silu",
@@ -245,68 +229,38 @@ def _build_problem(config: Config) -> str | None:
 
 # ---- What is ordinary. The values are those of JSON, whose whole numbers are never of type bool. ----
 
-Kind = Callable[[Any], bool]
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _whole(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _real(value: Any) -> bool:
-    return type(value) is float and math.isfinite(value)
-
-
-def _tokens(value: Any) -> bool:
-    return _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
-
-
-def _of_type(kind: type) -> Kind:
-    return lambda value: isinstance(value, kind)
-
-
-def _maybe(kind: Kind) -> Kind:
-    return lambda value: value is None or kind(value)
-
-
-def _share(value: Any) -> bool:
-    return _number(value) and 0 <= value < 1
-
-
-def _one_of(*words: str) -> Kind:
-    return lambda value: isinstance(value, str) and value in words
-
-
-_FLAG, _ANY = _of_type(bool), _of_type(object)
-_ACTIVATION = _one_of("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
-_KEYS: dict[str, Kind] = {
-    key: kind
-    for keys, kind in (
-        ("hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head vocab_size ffn_dim", _whole),
-        ("intermediate_size max_position_embeddings n_positions max_window_layers pretraining_tp", _whole),
-        ("original_max_position_embeddings num_key_value_heads head_dim", _whole),
-        ("n_inner sliding_window bos_token_id pad_token_id", _maybe(_whole)),
-        ("eos_token_id", _maybe(_tokens)),
-        ("tie_word_embeddings use_cache attention_bias mlp_bias use_sliding_window use_qk_norm qk_layernorm", _FLAG),
-        ("use_parallel_residual use_qkv_bias use_bias multi_query new_decoder_architecture parallel_attn bias", _FLAG),
-        ("rms_norm_eps layer_norm_eps layer_norm_epsilon norm_epsilon norm_eps logit_scale", _real),
-        ("initializer_range", lambda value: _real(value) and 0 <= value <= 1),
-        ("attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop residual_dropout", _share),
-        ("embedding_dropout classifier_dropout", _share),
-        ("rotary_pct partial_rotary_factor rope_theta rotary_emb_base rope_local_base_freq", _number),
-        ("hidden_act activation_function hidden_activation", _ACTIVATION),
-        ("dtype torch_dtype", _one_of("float32", "float16", "bfloat16")),
-        ("attn_implementation _attn_implementation", _maybe(_one_of("eager", "sdpa"))),
-        ("rope_parameters rope_scaling", _maybe(_of_type(dict))),  # ``rope_of`` both, and lists, are looked at below
-        ("layer_types architectures model_type transformers_version _name_or_path name_or_path auto_map", _ANY),
-        ("_attn_implementation_autoset unsloth_version unsloth_fixed", _ANY),
-    )
-    for key in keys.split()
+_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "any": lambda value: True,
+    "flag": lambda value: isinstance(value, bool),
+    "mapping": lambda value: isinstance(value, dict),
+    "number": _number,
+    "whole": _whole,
+    "tokens": lambda value: _whole(value) or (isinstance(value, list) and all(map(_whole, value))),
+    "real": lambda value: type(value) is float and math.isfinite(value),
+    "real to 1": lambda value: type(value) is float and 0 <= value <= 1,
+    "share": lambda value: _number(value) and 0 <= value < 1,
+    "activation": lambda value: value in _ACTIVATIONS,
+    "dtype": lambda value: value in ("float32", "float16", "bfloat16"),
+    "attention": lambda value: value in ("eager", "sdpa"),
 }
-"""Keys that most decoders have, each with a check of its value."""
+_KEYS = {key: kind for kind, keys in _TABLE["ordinary"].items() for key in keys.split()}
+"""Keys that most decoders have, with the kind of their values, such as ``whole or null``."""
+
+
+def _is_ordinary_value(key: str, value: Any) -> bool:
+    kind = _KEYS[key].removesuffix(" or null")
+    return (value is None and kind != _KEYS[key]) or _KINDS[kind](value)
+
 
 _SCALINGS = {
     "linear": ("factor",),
@@ -321,7 +275,7 @@ _SCALED = ("llama", "mistral", "qwen2", "qwen3")
 
 def is_ordinary(config: Config) -> bool:
     """Whether transformers will certainly build the model of a config.json whose sizes fit its weights."""
-    if not all(key in _KEYS and _KEYS[key](value) for key, value in config.items()):
+    if not all(key in _KEYS and _is_ordinary_value(key, value) for key, value in config.items()):
         return False
     sizes, rope = dimensions(config), rope_of(config)
     kinds = config.get("layer_types")
