@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,13 +50,8 @@ class OutputTensor:
 
     name: str
     expression: Expression
-
-
-@dataclass(frozen=True)
-class PlacedTensor(OutputTensor):
-    """An output tensor and its absolute byte offset in its file."""
-
-    offset: int
+    offset: int = -1
+    """In bytes, from the beginning of its file, once that is planned."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Shard:
     name: str
     header: bytes
     """Everything before the data: length and padded JSON."""
-    tensors: tuple[PlacedTensor, ...]
+    tensors: tuple[OutputTensor, ...]
     nbytes: int
     """Size of the whole file."""
 
@@ -181,10 +176,7 @@ def _laid_out(name: str, tensors: list[OutputTensor], metadata: Mapping[str, str
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    placed = tuple(
-        PlacedTensor(tensor.name, tensor.expression, start + header[tensor.name]["data_offsets"][0])
-        for tensor in ordered
-    )
+    placed = tuple(replace(tensor, offset=start + header[tensor.name]["data_offsets"][0]) for tensor in ordered)
     return Shard(name, len(text).to_bytes(8, "little") + text, placed, start + end)
 
 
@@ -207,7 +199,7 @@ class _Task:
     file: Path
     offset: int
     nbytes: int
-    tensor: PlacedTensor
+    tensor: OutputTensor
     source: ByteRange | None
     start: int = 0
     stop: int = 0
@@ -311,7 +303,7 @@ def all_finite(block: Array, dtype: str) -> bool:
     return int(bits.max()) < limit and int(bits.view(unsigned).max()) < limit | sign
 
 
-def _blame(tensor: PlacedTensor) -> None:
+def _blame(tensor: OutputTensor) -> None:
     """Raises for the first NaN or Inf among the tensor's sources; if there is none, the result has overflowed."""
     for ref in dict.fromkeys(tensor.expression.sources()):
         if ref.dtype in _FINITE_BELOW and (first := _first_non_finite(ref)):
