@@ -5,16 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from branchmix.checkpoint.families import (
-    Config,
-    Dimensions,
-    Family,
-    Flag,
-    dimensions,
-    families,
-    family_of,
-    nearest,
-)
+from branchmix.checkpoint.families import Config, Dimensions, Family, Flag, dimensions, families, family_of, nearest
 from branchmix.errors import CheckpointError
 
 MIXTURE_DEFAULTS: Config = {

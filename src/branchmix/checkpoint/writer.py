@@ -140,10 +140,7 @@ def write_checkpoint(
 
 
 def shard_plan(
-    tensors: Sequence[OutputTensor],
-    *,
-    max_shard_bytes: int = 5_000_000_000,
-    metadata: Mapping[str, str] = PT_METADATA,
+    tensors: Sequence[OutputTensor], *, max_shard_bytes: int = 5_000_000_000, metadata: Mapping[str, str] = PT_METADATA
 ) -> tuple[Shard, ...]:
     """Files, headers and offsets of the checkpoint that ``write_checkpoint`` would write; reads and writes nothing.
 

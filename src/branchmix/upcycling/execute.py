@@ -20,13 +20,7 @@ from branchmix.accounting.lineage import as_records, lineage
 from branchmix.accounting.shape import shape_of
 from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, is_adapter
 from branchmix.checkpoint.companions import licence_of_folder, rewritten, shareable, tokenizer_files
-from branchmix.checkpoint.folder import (
-    atomic_folder,
-    require_name,
-    require_replaceable,
-    write_json,
-    write_text,
-)
+from branchmix.checkpoint.folder import atomic_folder, require_name, require_replaceable, write_json, write_text
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.writer import FileHashes, WriteReport, write_checkpoint

@@ -115,10 +115,7 @@ def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, tuple[A
 
     family = seed.family
     folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
-    readers = {
-        "attention": (family.attention, family.attention_input_norm),
-        "ffn": (family.ffn, family.ffn_input_norm),
-    }
+    readers = {"attention": (family.attention, family.attention_input_norm), "ffn": (family.ffn, family.ffn_input_norm)}
     routers = family.routers(
         attention=recipe.attention in ("kv_experts", "kv_sharing"),
         ffn=recipe.ffn == "experts",
