@@ -66,18 +66,6 @@ class Shard:
     """Size of the whole file."""
 
 
-@dataclass(frozen=True)
-class WriteReport:
-    """What ``write_checkpoint`` has written."""
-
-    files: tuple[Path, ...]
-    """The weight files and, if there are several, their index."""
-    copied_nbytes: int
-    """Tensor bytes that are verbatim source bytes."""
-    computed_nbytes: int
-    """Tensor bytes that were computed."""
-
-
 def write_checkpoint(
     tensors: Sequence[OutputTensor],
     folder: Path,
@@ -87,7 +75,7 @@ def write_checkpoint(
     threads: int | None = None,
     metadata: Mapping[str, str] = PT_METADATA,
     progress: Callable[[int], None] | None = None,
-) -> WriteReport:
+) -> tuple[Path, ...]:
     """Writes ``tensors`` into the existing ``folder``: model.safetensors, or shards and their index file.
 
     The index file is written last. On an error the folder holds unfinished files: use it inside ``atomic_folder``.
@@ -97,6 +85,9 @@ def write_checkpoint(
         check: refuse NaN and Inf in what is read, and values that overflow in what is computed.
         threads: default: as many as there are processors, at most 4.
         progress: called with the tensor bytes done so far, from the writing threads, one at a time.
+
+    Returns:
+        The weight files and, if there are several, their index.
 
     Raises:
         CheckpointError: a source cannot be read, or holds NaN or Inf (with tensor, file and index).
@@ -136,7 +127,7 @@ def write_checkpoint(
     if len(shards) > 1:
         files.append(folder / INDEX_FILE)
         _write_index(files[-1], shards)
-    return WriteReport(tuple(files), state.copied, state.computed)
+    return tuple(files)
 
 
 def shard_plan(
@@ -229,8 +220,7 @@ class _Run:
         self.progress = progress
         self.lock = threading.Lock()
         self.stop = threading.Event()
-        self.copied = 0
-        self.computed = 0
+        self.done = 0
         self.checked: set[ByteRange] = set()
 
     def work(self, queues: Sequence[Iterator[_Task]]) -> None:
@@ -250,10 +240,9 @@ class _Run:
                     self._compute(task)
                 _start_write_back(task)
                 with self.lock:
-                    self.copied += task.nbytes if task.source is not None else 0
-                    self.computed += task.nbytes if task.source is None else 0
+                    self.done += task.nbytes
                     if self.progress is not None:
-                        self.progress(self.copied + self.computed)
+                        self.progress(self.done)
         except BaseException:
             self.stop.set()
             raise

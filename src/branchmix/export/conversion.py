@@ -18,7 +18,7 @@ from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.generated_tensors import Constant
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.rotary import with_rope
-from branchmix.checkpoint.writer import OutputTensor, WriteReport
+from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError, VerificationError
 from branchmix.export.native import NATIVES, SHARED_EXPERT_WIDTH, TARGETS, Native, native_config, problems
 from branchmix.recipe import DTYPES
@@ -76,8 +76,8 @@ class ExportReport:
     expert: str | None
     """Whose dense model it is; None for targets that take all experts."""
     plan: Plan
-    written: WriteReport | None
-    """None after a dry run."""
+    written: tuple[Path, ...] | None
+    """As of ``upcycle``."""
     verification: LogitCheck | None
     seconds: float
 

@@ -23,7 +23,7 @@ from branchmix.checkpoint.companions import licence_of_folder, rewritten, sharea
 from branchmix.checkpoint.folder import atomic_folder, require_name, require_replaceable, write_json, write_text
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.checkpoint.writer import FileHashes, WriteReport, write_checkpoint
+from branchmix.checkpoint.writer import FileHashes, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
@@ -63,8 +63,8 @@ class UpcycleReport:
 
     out: Path
     plan: Plan
-    written: WriteReport | None
-    """None after a dry run."""
+    written: tuple[Path, ...] | None
+    """The weight files, with their index if there are several; None after a dry run."""
     verification: Verification | None
     seconds: float
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -196,7 +196,7 @@ def write_output(
     check: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
     card: Callable[[Plan, dict[str, Any]], str] = model_card,
-) -> WriteReport:
+) -> tuple[Path, ...]:
     """Weights first, config.json last, so that an interrupted folder cannot be loaded.
 
     Args:

@@ -13,7 +13,6 @@ from typing import Any
 
 from branchmix.checkpoint.companions import TEMPLATES
 from branchmix.checkpoint.folder import atomic_folder, require_replaceable
-from branchmix.checkpoint.writer import WriteReport
 from branchmix.data.evaluation import EvalData
 from branchmix.errors import OutputError, RecipeError
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
@@ -27,7 +26,7 @@ class CalibrationReport:
 
     out: Path
     fitted: Fitted
-    written: WriteReport | None
+    written: tuple[Path, ...] | None
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
