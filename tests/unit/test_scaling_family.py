@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from branchmix.accounting import flops_per_token, inspect
-from branchmix.accounting.lineage import as_records, lineage, total_flops, total_tokens
+from branchmix.accounting.lineage import as_records, lineage, total
 from branchmix.errors import RecipeError
 from branchmix.scaling.family import FamilyFile, subjects
 from branchmix.upcycling import add_expert, upcycle
@@ -78,13 +78,13 @@ def test_an_upcycled_mixture_counts_seed_and_experts_once(models: dict[str, Path
     trained(models["seed"], 1000, {"model_type": "llama"})
     for name, tokens in (("code", 300), ("math", 200)):
         trained(models[name], tokens, str(models["seed"]))
-    assert total_tokens(lineage(models["code"])) == 1300
+    assert total(lineage(models["code"]), "tokens") == 1300
     upcycle(recipe(models), tmp_path / "mix")
     for name in models:  # what the merge wrote down is enough
         shutil.rmtree(models[name])
     phases = lineage(tmp_path / "mix")
     assert [(phase.name, phase.tokens) for phase in phases] == [("seed", 1000), ("code", 300), ("math", 200)]
-    assert (total_tokens(phases), total_flops(phases)) == (1500, 15_000)
+    assert (total(phases, "tokens"), total(phases, "flops")) == (1500, 15_000)
     trained(tmp_path / "mix", 50, "../elsewhere/mix", [vars(phase) for phase in phases])
     (subject,) = family(tmp_path, "mix")
     assert (subject.tokens, subject.flops) == (1550, 15_500)
@@ -100,13 +100,13 @@ def test_an_expert_that_joined_later_counts_too(
     late = trained(Path(shutil.copytree(siblings("llama")["code"], tmp_path / "late")), 70, str(models["seed"]))
     upcycle(recipe(models), tmp_path / "mix")
     add_expert(tmp_path / "mix", "late", late, tmp_path / "more")
-    assert total_tokens(lineage(tmp_path / "more")) == 1570
+    assert total(lineage(tmp_path / "more"), "tokens") == 1570
     # A run leaves no branchmix.json: what joins its result still grows from that run too.
     ancestors = as_records(lineage(tmp_path / "mix"))
     result = trained(Path(shutil.copytree(tmp_path / "mix", tmp_path / "run")), 50, str(tmp_path / "mix"), ancestors)
     (result / "branchmix.json").unlink()
     add_expert(result, "late", late, tmp_path / "most")
-    assert total_tokens(lineage(tmp_path / "most")) == 1620
+    assert total(lineage(tmp_path / "most"), "tokens") == 1620
 
 
 def test_base_tokens_stand_for_a_root_without_a_record(models: dict[str, Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from branchmix.checkpoint.json_text import key_of, read_object
 from branchmix.errors import BranchMixError
@@ -83,18 +83,10 @@ def once(phases: Iterable[Phase]) -> list[Phase]:
     return list(by_key.values())
 
 
-def total_tokens(phases: Sequence[Phase]) -> int | None:
-    """Sum of all trainings' tokens; None if one is not on record."""
-    return _sum([phase.tokens for phase in phases])
-
-
-def total_flops(phases: Sequence[Phase]) -> float | None:
-    """Sum of all trainings' FLOPs; None if one is not on record."""
-    return _sum([phase.flops for phase in phases])
-
-
-def _sum(values: Sequence[Any]) -> Any:
-    return None if any(value is None for value in values) else sum(values)
+def total(phases: Sequence[Phase], what: Literal["tokens", "flops"]) -> Any:
+    """Sum of all trainings' tokens or FLOPs; None if one is not on record."""
+    values = [getattr(phase, what) for phase in phases]
+    return None if None in values else sum(values)
 
 
 def _recorded(holder: dict[str, Any], key: str, model: str, within: tuple[Path, ...]) -> list[Phase]:

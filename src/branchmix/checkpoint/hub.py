@@ -60,31 +60,20 @@ def is_there(path: Path) -> bool:
 
 
 def _download(given: str, name: str, revision: str | None, local: Path) -> ResolvedModel:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
+    nowhere = f"no such folder ({local}), and"
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_DOUBLED))
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{given}: the model is gated: accept its terms on the Hub, then `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{given}: the Hub's model {name} has no revision {revision!r}") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise CheckpointError(
-            f"{given}: no such folder ({local}), and no such model on the Hub: check the name"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{given}: no such folder ({local}), and the Hub cannot be reached for it ({type(error).__name__}): "
-            "check the path, or the network and HF_HUB_OFFLINE"
-        ) from None
-    return ResolvedModel(given, folder, folder.name)
+    except errors.GatedRepoError:
+        problem = "the model is gated: accept its terms on the Hub, then `hf auth login`"
+    except errors.RevisionNotFoundError:
+        problem = f"the Hub's model {name} has no revision {revision!r}"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        problem = f"{nowhere} no such model on the Hub: check the name"
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        advice = "check the path, or the network and HF_HUB_OFFLINE"
+        problem = f"{nowhere} the Hub cannot be reached for it ({type(error).__name__}): {advice}"
+    else:
+        return ResolvedModel(given, folder, folder.name)
+    raise CheckpointError(f"{given}: {problem}")

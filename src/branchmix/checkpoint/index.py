@@ -217,9 +217,18 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE], {}
-    if not (folder / INDEX_FILE).is_file():
+    file = folder / INDEX_FILE
+    if not file.is_file():
         raise CheckpointError(_why_no_weights(folder))
-    weight_map = _read_weight_map(folder)
+    weight_map = read_json_object(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{file}: has no weight_map of tensor names to files: download or save it again")
+    for shard in weight_map.values():
+        if not is_entry(shard):
+            raise CheckpointError(
+                f"{file}: names the shard {short(shard)}, which is not a file name in this folder: download or save "
+                "the checkpoint again"
+            )
     shards = [folder / name for name in sorted(set(weight_map.values()))]
     missing = [file.name for file in shards if not file.is_file()]
     if missing:
@@ -229,20 +238,6 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
             "finish the download, or copy it here"
         )
     return shards, weight_map
-
-
-def _read_weight_map(folder: Path) -> dict[str, str]:
-    file = folder / INDEX_FILE
-    weight_map = read_json_object(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{file}: has no weight_map of tensor names to files: download or save it again")
-    outside = next((shard for shard in weight_map.values() if not is_entry(shard)), None)
-    if outside is not None:
-        raise CheckpointError(
-            f"{file}: names the shard {short(outside)}, which is not a file name in this folder: download or save the "
-            "checkpoint again"
-        )
-    return weight_map
 
 
 def _require_folder(folder: Path) -> None:

@@ -61,25 +61,18 @@ class RouterPlace:
             raise CheckpointError(f"the router {self.name} does not give one logit for each token and expert")
         logits_SE = logits.detach().float().flatten(0, -2)
         tokens, experts = logits_SE.shape
-        weights_Sk = index_Sk = None
-        for place, part in enumerate(parts):
-            if place == self.logits_index or not isinstance(part, torch.Tensor) or part.dim() < 2:
-                continue
-            rows = part.detach().flatten(0, -2)
-            if len(rows) != tokens or rows.shape[1] > experts:
-                continue
-            if rows.is_floating_point():
-                weights_Sk = rows.float() if weights_Sk is None else weights_Sk
-            elif rows.dtype in (torch.int64, torch.int32) and index_Sk is None:
-                index_Sk = rows.long()
+        others = [part for place, part in enumerate(parts) if place != self.logits_index]
+        rows = [part.detach().flatten(0, -2) for part in others if isinstance(part, torch.Tensor) and part.dim() >= 2]
+        rows = [row for row in rows if len(row) == tokens and row.shape[1] <= experts]
+        weights_Sk = next((row.float() for row in rows if row.is_floating_point()), None)
+        index_Sk = next((row.long() for row in rows if row.dtype in (torch.int64, torch.int32)), None)
         if index_Sk is None:
-            top_k = self.top_k or experts
-            index_Sk = logits_SE.topk(min(top_k, experts), dim=-1).indices
-            if weights_Sk is not None and weights_Sk.shape[1] == experts:  # one for each expert, 0 for those not chosen
-                index_Sk = weights_Sk.topk(min(top_k, experts), dim=-1).indices
+            top_k = min(self.top_k or experts, experts)
+            if weights_Sk is not None and weights_Sk.shape[1] == experts:  # one for each, 0 for those not chosen
+                index_Sk = weights_Sk.topk(top_k, dim=-1).indices
                 weights_Sk = weights_Sk.gather(1, index_Sk)
             else:
-                weights_Sk = None
+                index_Sk, weights_Sk = logits_SE.topk(top_k, dim=-1).indices, None
         if weights_Sk is not None and weights_Sk.shape != index_Sk.shape:
             weights_Sk = None
         return RouterOutput(logits_SE, index_Sk, weights_Sk)

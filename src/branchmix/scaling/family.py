@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from branchmix.accounting import inspect
-from branchmix.accounting.lineage import lineage, total_flops, total_tokens
+from branchmix.accounting.lineage import lineage, total
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.names import is_file_name
 from branchmix.errors import BranchMixError, RecipeError
@@ -189,8 +189,8 @@ def _cost(
         cost = roots[0].flops_per_token
         known = replace(roots[0], tokens=member.base_tokens, flops=cost and cost * member.base_tokens)
         phases = [known if phase is roots[0] else phase for phase in phases]
-    tokens = member.tokens if member.tokens is not None else total_tokens(phases)
-    flops = float(member.flops) if member.flops is not None else total_flops(phases)
+    tokens = member.tokens if member.tokens is not None else total(phases, "tokens")
+    flops = float(member.flops) if member.flops is not None else total(phases, "flops")
     is_root = len(phases) == 1 and bool(roots)
     if flops is None and tokens is not None and is_root and forward is not None:
         flops = 3.0 * forward * tokens  # a plain model: forward, and twice that backward
