@@ -20,7 +20,14 @@ from branchmix.accounting.lineage import as_records, lineage
 from branchmix.accounting.shape import shape_of
 from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, is_adapter
 from branchmix.checkpoint.companions import licence_of_folder, rewritten, shareable, tokenizer_files
-from branchmix.checkpoint.folder import atomic_folder, require_name, require_replaceable, write_json, write_text
+from branchmix.checkpoint.folder import (
+    atomic_folder,
+    require_name,
+    require_replaceable,
+    write_json,
+    write_text,
+    writing,
+)
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.writer import FileHashes, write_checkpoint
@@ -204,29 +211,20 @@ def write_output(
         provenance: returns recipe and sources, for ``branchmix.json`` and the model card; called after the weights.
         card: writes README.md, from the plan and the provenance.
     """
-    total = plan.nbytes
-
-    def report(done: int) -> None:
-        if progress is not None:
-            progress("writing", done, total)
-
+    report = None if progress is None else lambda done, total=plan.nbytes: progress("writing", done, total)
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
     versions = {"branchmix": __version__, **{name: metadata.version(name) for name in ("transformers", "numpy")}}
     record = {"versions": versions, **provenance(), "lossless": None if plan.is_dense else plan.lossless}
     record["notes"] = list(plan.notes)
-    try:
-        for name in (*tokenizer_files(companions), "generation_config.json"):
-            if (companions / name).is_file():
+    files = {name: companions / name for name in (*tokenizer_files(companions), "generation_config.json")}
+    files |= {} if plan.is_dense else {file.name: file for file in CODE_FILES}
+    with writing(folder):
+        for name, file in files.items():
+            if (content := rewritten(file)) is not None:
+                (folder / name).write_bytes(content)
+            elif file.is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
-                content = rewritten(companions / name)
-                if content is None:
-                    shutil.copyfile(companions / name, folder / name)
-                else:
-                    (folder / name).write_bytes(content)
-        for file in () if plan.is_dense else CODE_FILES:
-            shutil.copyfile(file, folder / file.name)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}: free space, or mend it") from error
+                shutil.copyfile(file, folder / name)
     write_json(folder / "branchmix.json", record)
     write_text(folder / "README.md", card(plan, record))
     write_json(folder / "config.json", shareable(plan.config))
@@ -262,15 +260,16 @@ def open_sources(
     from branchmix.upcycling.lora import check_adapter, merged_adapter
 
     names = ["seed", *(expert.name for expert in recipe.experts)]
+    adapters = [model.folder if number and is_adapter(model.folder) else None for number, model in enumerate(folders)]
     problems: list[str] = []
     indexes: list[CheckpointIndex | None] = []
-    for name, model in zip(names, folders, strict=True):
-        index, adapter = None, name != "seed" and is_adapter(model.folder)
+    for name, model, adapter in zip(names, folders, adapters, strict=True):
+        index = None
         try:
-            if not adapter:
+            if adapter is None:
                 index = CheckpointIndex.open(model.folder)
             elif indexes[0] is not None:
-                check_adapter(model.folder, indexes[0])
+                check_adapter(adapter, indexes[0])
                 index = indexes[0]  # the merged model has the seed's tensors
         except BranchMixError as error:
             problems.append(f"{who(name)}: {error}")
@@ -280,14 +279,13 @@ def open_sources(
 
     with ExitStack() as temporary:
         opened: list[Sourced] = []
-        for name, model, index in zip(names, folders, indexes, strict=True):
+        for name, model, index, adapter in zip(names, folders, indexes, adapters, strict=True):
             assert index is not None, "check_fit raises for what cannot be read"
-            adapter = name != "seed" and is_adapter(model.folder)
-            if adapter and not dry_run:
-                folder = merged_adapter(model.folder, folders[0], out)
+            if adapter is not None and not dry_run:
+                folder = merged_adapter(adapter, folders[0], out)
                 temporary.callback(shutil.rmtree, folder, ignore_errors=True)
                 index, fit = CheckpointIndex.open(folder), None
-            opened.append(Sourced(name, model, index, adapter=model.folder if adapter else None))
+            opened.append(Sourced(name, model, index, adapter))
         yield opened, fit
 
 
@@ -362,6 +360,4 @@ def require_space(out: Path, plan: Plan, *, copies: int = 1) -> None:
 def free_bytes(out: Path) -> int:
     """Free bytes on the disk that ``out`` will lie on."""
     place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
