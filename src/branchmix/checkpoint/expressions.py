@@ -186,15 +186,15 @@ class _Below(Expression):
         self._become(first.dtype, (sum(stop - start for _, start, stop in self.segments), *first.shape[1:]))
 
     def parts_read(self) -> tuple[Expression, ...]:
-        return tuple(dict.fromkeys(part for part, _, _ in self.segments))
+        return tuple({id(part): part for part, _, _ in self.segments}.values())
 
     def ranges(self) -> list[ByteRange] | None:
-        whole = {part: part.ranges() for part in self.parts_read()}
+        whole = {id(part): part.ranges() for part in self.parts_read()}
         size, pieces = self.row_nbytes, []
         for part, start, stop in self.segments:
-            if (ranges := whole[part]) is None:
+            if (ranges := whole[id(part)]) is None:
                 return None
-            pieces += cut_ranges(ranges, start * size, stop * size)
+            pieces += ranges if stop - start == part.num_rows else cut_ranges(ranges, start * size, stop * size)
         return merge_ranges(pieces)
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
