@@ -7,7 +7,7 @@ never compares model types.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -96,6 +96,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """transformers' values for keys that config.json files leave out. A ``rope_local_base_freq`` among them is the base
     of layers with a sliding window, which rotate differently from the others."""
+    variants: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = ()
+    """Where the config has all of these values, these fields are others; each in turn."""
     renamed_rope_types: Mapping[str, str] = field(default_factory=dict)
     """Rope types that the family's config class takes for another one."""
     old_rope_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
@@ -174,44 +176,6 @@ def families() -> dict[str, Family]:
     return entries("families", Family)
 
 
-def _falcon(family: Family, config: Config) -> Family:
-    """Falcon's three generations: 40B and 11B (grouped), 7B (one KV head), and the multi-head variant."""
-    if config.get("new_decoder_architecture"):
-        two_norms = config.get("num_ln_in_parallel_attn") in (None, 2)
-        norms = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "input_layernorm")
-        family = replace(family, attention_input_norm=norms[0], ffn_input_norm=norms[1], block="parallel")
-        return replace(family, qkv_layout="groups", kv_heads="num_kv_heads")
-    if config.get("parallel_attn", True):
-        family = replace(family, ffn_input_norm="input_layernorm", block="parallel")
-    return _multi_query(family, config)
-
-
-def _multi_query(family: Family, config: Config) -> Family:
-    """One key/value head, or as many as query heads and all three of a head side by side."""
-    if config.get("multi_query", True):
-        return replace(family, qkv_layout="blocks", kv_heads=1)
-    return replace(family, qkv_layout="heads", kv_heads=None)
-
-
-def _gpt_neox(family: Family, config: Config) -> Family:
-    return family if config.get("use_parallel_residual", True) else replace(family, block="sequential")
-
-
-def _stablelm(family: Family, config: Config) -> Family:
-    if not config.get("use_parallel_residual"):
-        return family
-    return replace(family, ffn_input_norm="input_layernorm", block="parallel")
-
-
-_VARIANTS: dict[str, Callable[[Family, Config], Family]] = {
-    "falcon": _falcon,
-    "gpt_bigcode": _multi_query,
-    "gpt_neox": _gpt_neox,
-    "stablelm": _stablelm,
-}
-"""From a family's entry and a config to the entry of that config's variant."""
-
-
 def entry_of(config: Config) -> Family:
     """The table's entry for a config, whatever its variant and even if it cannot be a seed; Llama's names if none."""
     model_type = str(config.get("model_type"))
@@ -236,7 +200,12 @@ def family_of(config: Config) -> Family:
     if reason is not None:
         raise CheckpointError(reason)
     family = entry_of(config)
-    return _VARIANTS[model_type](family, config) if model_type in _VARIANTS else family
+    values = {**family.defaults, **config}
+    for when, fields in family.variants:
+        given = ((values.get(key), wanted) for key, wanted in when.items())
+        if all((bool(value) if isinstance(wanted, bool) else value) == wanted for value, wanted in given):
+            family = replace(family, **fields)
+    return family
 
 
 def layout_of(family: Family, *, per_expert_rotary: bool = False) -> dict[str, Any]:
