@@ -216,21 +216,17 @@ class MixtureExpert(ExpertSource):
 
 def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int, int], ...]:
     """Spans of q, k or v among the rows of a family's fused projection, in head order."""
-    num_heads, num_kv_heads, size = dims.num_heads, dims.num_kv_heads, dims.head_dim
-    part = {"q": 0, "k": 1, "v": 2}[role]
-    if family.qkv_layout == "heads":
-        starts = [(3 * head + part) * size for head in range(num_heads)]
-        return tuple((start, start + size) for start in starts)
-    if family.qkv_layout == "shards":  # of q, v and k, in this order
-        shard, place = num_heads // 4 * size, (0, 2, 1)[part]
-        return tuple(((3 * i + place) * shard, (3 * i + place + 1) * shard) for i in range(4))
-    if family.qkv_layout == "groups":
-        group = num_heads // num_kv_heads
-        base = [kv * (group + 2) * size for kv in range(num_kv_heads)]
-        low, high = {"q": (0, group), "k": (group, group + 1), "v": (group + 1, group + 2)}[role]
-        return tuple((start + low * size, start + high * size) for start in base)
-    edges = [0, num_heads * size, (num_heads + num_kv_heads) * size, (num_heads + 2 * num_kv_heads) * size]
-    return ((edges[part], edges[part + 1]),)
+    repeats, order = {
+        "blocks": (1, "qkv"),
+        "heads": (dims.num_heads, "qkv"),
+        "groups": (dims.num_kv_heads, "qkv"),
+        "shards": (4, "qvk"),
+    }[family.qkv_layout]
+    heads = {"q": dims.num_heads, "k": dims.num_kv_heads, "v": dims.num_kv_heads}
+    widths = [heads[other] // repeats * dims.head_dim for other in order]
+    start, width = sum(widths[: order.index(role)]), widths[order.index(role)]
+    starts = [start + number * sum(widths) for number in range(repeats)]
+    return tuple((first, first + width) for first in starts)
 
 
 def _below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
