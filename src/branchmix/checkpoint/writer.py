@@ -14,12 +14,11 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,6 @@ BUFFER_BYTES = 1 << 18
 """Fits the second-level cache beside everything else; 1 MiB was half as fast."""
 TASK_BYTES = 1 << 24
 """The work of a thread at a time, and the bytes handed to write-back at once."""
-PT_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 _SYNC_FILE_RANGE_WRITE = 2
 _FINITE_BELOW = {
     "BF16": (np.int16, np.uint16, 0x7F80),
@@ -73,7 +71,6 @@ def write_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     check: bool = True,
     threads: int | None = None,
-    metadata: Mapping[str, str] = PT_METADATA,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Path, ...]:
     """Writes ``tensors`` into the existing ``folder``: model.safetensors, or shards and their index file.
@@ -93,7 +90,7 @@ def write_checkpoint(
         CheckpointError: a source cannot be read, or holds NaN or Inf (with tensor, file and index).
         OutputError: the disk is full, or a file cannot be written.
     """
-    shards = shard_plan(tensors, max_shard_bytes=max_shard_bytes, metadata=metadata)
+    shards = shard_plan(tensors, max_shard_bytes=max_shard_bytes)
     state = _Run(check=check, progress=progress)
     num_threads = threads or min(4, os.cpu_count() or 1)
     if not hasattr(os, "pwrite"):
@@ -130,9 +127,7 @@ def write_checkpoint(
     return tuple(files)
 
 
-def shard_plan(
-    tensors: Sequence[OutputTensor], *, max_shard_bytes: int = 5_000_000_000, metadata: Mapping[str, str] = PT_METADATA
-) -> tuple[Shard, ...]:
+def shard_plan(tensors: Sequence[OutputTensor], *, max_shard_bytes: int = 5_000_000_000) -> tuple[Shard, ...]:
     """Files, headers and offsets of the checkpoint that ``write_checkpoint`` would write; reads and writes nothing.
 
     Shards are filled greedily in the given order. Within one, larger elements come first, which aligns every tensor
@@ -149,12 +144,12 @@ def shard_plan(
         used += tensor.expression.nbytes
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [SINGLE_FILE]
-    return tuple(_laid_out(name, group, metadata) for name, group in zip(names, groups, strict=True))
+    return tuple(_laid_out(name, group) for name, group in zip(names, groups, strict=True))
 
 
-def _laid_out(name: str, tensors: list[OutputTensor], metadata: Mapping[str, str]) -> Shard:
+def _laid_out(name: str, tensors: list[OutputTensor]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.expression.dtype])
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in ordered:
         value = tensor.expression

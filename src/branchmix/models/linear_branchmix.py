@@ -30,14 +30,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out.view(*x.shape[:-1], -1)
 
 
-def fastest_on_cpu(calls: Mapping[str, Callable[[], object]], rounds: int = 5) -> str:
+def fastest_on_cpu(calls: Mapping[str, Callable[[], object]]) -> str:
     """Name of the call that takes the least CPU time of one thread, in turn, after a first one that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            for number in range(1 + rounds):
+            for number in range(6):
                 for name, call in calls.items():
                     begin = time.thread_time()
                     call()

@@ -84,18 +84,13 @@ class Group:
         }
 
 
-def open_expert(name: str, index: CheckpointIndex, *, fold_norms: bool = False) -> DenseExpert:
-    """A dense checkpoint as an expert.
-
-    Raises:
-        CheckpointError: it is not a dense causal language model; the message names the expert.
-    """
+def open_expert(name: str, index: CheckpointIndex) -> DenseExpert:
+    """A dense checkpoint as an expert; raises CheckpointError, which names it, for other models."""
     try:
         family = family_of(index.config)
         rope_of(index.config)
         stored = as_stored(index)
-        own_head = stored is not index
-        return DenseExpert(name, stored, family, dimensions(stored.config), fold_norms, own_head)
+        return DenseExpert(name, stored, family, dimensions(stored.config), own_head=stored is not index)
     except CheckpointError as error:
         raise CheckpointError(f"{who(name)}: {error}") from None
 
