@@ -22,9 +22,8 @@ from typer.testing import CliRunner
 from branchmix.checkpoint.families import families
 from branchmix.cli import app
 from branchmix.recipe import Recipe
-from branchmix.study.methods import METHODS
 from branchmix.study.report import report
-from branchmix.study.settings import InstalledText, StudyFile
+from branchmix.study.settings import METHODS, InstalledText, StudyFile
 from branchmix.study.tables import perplexities
 from branchmix.train.config import BranchConfig, RunConfig
 

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.names import EXPERT, is_expert_name
-from branchmix.settings import Settings, parse, read_yaml
+from branchmix.settings import Settings, SettingsFile, parse
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Names of output dtypes, and their codes in safetensors."""
@@ -189,7 +189,7 @@ class Gates(Settings):
     which is better before training, at the cost of the second expert."""
 
 
-class Recipe(Settings):
+class Recipe(SettingsFile):
     """Everything that ``branchmix upcycle`` needs to know."""
 
     seed: str
@@ -231,9 +231,6 @@ class Recipe(Settings):
     """Dtype of the output; the seed's own if not given."""
     max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?\s*[KMG]B$")
     """Greatest size of one weights file."""
-
-    _folder: Path = Path()
-    _file: Path | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -355,28 +352,11 @@ class Recipe(Settings):
         return max(1, int(float(number) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit]))
 
     @property
-    def folder(self) -> Path:
-        """Folder that relative paths start from: that of the recipe's file."""
-        return self._folder
-
-    @property
     def files(self) -> list[Path]:
         """The files it was read from: its own, if there is one, and the texts for routers and gates."""
         texts = [self.folder / path for path in (self.router_init.text or {}).values()]
         texts += [self.folder / self.gates.data] if self.gates else []
         return texts if self._file is None else [self._file, *texts]
-
-    @classmethod
-    def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe file.
-
-        Raises:
-            RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
-        """
-        path = Path(path)
-        recipe = parse(cls, read_yaml(path), str(path))
-        recipe._folder, recipe._file = path.parent, path
-        return recipe
 
     @classmethod
     def of(cls, given: Recipe | dict[str, Any] | str | Path) -> Recipe:

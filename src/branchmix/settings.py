@@ -6,11 +6,11 @@ A kind of file is a subclass of ``Settings``: ``recipe.py`` has that of a merge,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -19,6 +19,9 @@ from branchmix.checkpoint.json_text import MAX_DIGITS
 from branchmix.checkpoint.names import PLAIN, is_file_name
 from branchmix.checkpoint.text import whole_characters
 from branchmix.errors import RecipeError, short
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
 
@@ -54,6 +57,33 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+class SettingsFile(Settings):
+    """The settings of a whole file."""
+
+    _folder: Path = Path()
+    _file: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Folder that relative paths start from: that of the file."""
+        return self._folder
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a file; ``overrides`` are ``key=value`` with dots (``budget.tokens=2M``), values as YAML.
+
+        Raises:
+            RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
+        """
+        path = Path(path)
+        data = read_yaml(path)
+        for words in overrides:
+            _override(data, words)
+        settings: Self = parse(cls, data, str(path))
+        settings._folder, settings._file = path.parent, path
+        return settings
 
 
 def read_yaml(path: Path) -> Any:
@@ -124,6 +154,24 @@ def _strict_loader() -> Any:
             return super().construct_mapping(node, deep)
 
     return Loader
+
+
+def _override(data: Any, words: str) -> None:
+    """Change ``data``, what a YAML file says, by one ``key=value``; dots lead into mappings.
+
+    Raises:
+        RecipeError: it is not ``key=value``, or the file has no such mapping.
+    """
+    keys, equals, value = words.partition("=")
+    if not equals or not keys:
+        raise RecipeError(f"{words}: is not key=value, such as budget.tokens=2M")
+    *parents, last = keys.split(".")
+    place = data
+    for key in parents:
+        place = place.setdefault(key, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise RecipeError(f"{words}: cannot be set in this file: {'.'.join(parents)} is not a mapping")
+    place[last] = parse_yaml(value, words)
 
 
 def overlaid(*layers: Mapping[str, Any]) -> dict[str, Any]:

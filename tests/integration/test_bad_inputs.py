@@ -478,7 +478,7 @@ COMMANDS = [
     Case("inspect: an adapter with a config", "models/seed: is a LoRA adapter folder, not a full checkpoint | merge",
          lambda i: ((i.seed / WEIGHTS).unlink(), (i.seed / "adapter_config.json").write_text("{}")),
          args=lambda i: ["inspect", str(i.seed)]),
-    Case("generate: bad dtype", "--dtype int3 | give auto, bfloat16",
+    Case("generate: bad dtype", "dtype: 'int3' is none of auto, bfloat16",
          args=lambda i: ["generate", str(i.seed), "hi", "--dtype", "int3"]),
     Case("generate: empty prompt", "PROMPT is empty | give some text", args=lambda i: ["generate", str(i.seed), ""]),
     Case("generate: broken tokenizer", "models/seed: transformers cannot load it",

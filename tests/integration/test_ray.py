@@ -173,7 +173,7 @@ def test_the_cores_of_this_machine_say_nothing_about_the_clusters(
     """A step of a study that asked for this machine's share of cores would wait for ever where others have fewer."""
     from test_study import write_study
 
-    from branchmix.study import processes, scheduler
+    from branchmix.study import forecast, scheduler
 
     asked: list[tuple[int, str]] = []
 
@@ -181,7 +181,7 @@ def test_the_cores_of_this_machine_say_nothing_about_the_clusters(
         asked.extend((num_cpus, job.env["OMP_NUM_THREADS"]) for job in jobs)
         return Outcome([JobState(job) for job in jobs], None)
 
-    monkeypatch.setattr(processes, "cores", lambda: 64)
+    monkeypatch.setattr(forecast, "cores", lambda: 64)
     monkeypatch.setattr(cluster_module, "run_on_ray", pretended)
     for threads in (None, 3):
         scheduler.study(write_study(tmp_path, threads=threads), tmp_path / "out", launcher="ray", progress=False)

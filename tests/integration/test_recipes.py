@@ -408,7 +408,7 @@ def test_padded_vocabulary_without_the_seed(siblings: Siblings, tmp_path: Path) 
 
 
 def test_a_dry_run_tells_and_writes_nothing(siblings: Siblings, tmp_path: Path) -> None:
-    from branchmix.cli.upcycle import as_dict
+    from branchmix.cli.merging import as_dict
 
     for name, options in (("bam", {}), ("soup", {"attention": "average", "ffn": "average"})):
         given = recipe(siblings("llama"), **options)

@@ -19,7 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from branchmix.cli import app
-from branchmix.data.config import HeldOut, Source
+from branchmix.data.config import Source
 from branchmix.data.sequences import Sequences
 from branchmix.errors import DataError, OutputError, RecipeError
 from branchmix.evaluate.evaluation import evaluate
@@ -32,6 +32,7 @@ from branchmix.study.report import report
 from branchmix.study.results import collect
 from branchmix.study.scheduler import StudyReport, study
 from branchmix.study.settings import StudyFile
+from branchmix.study.speed import Speed, kind_of
 from branchmix.train import train
 from branchmix.train.config import RunConfig
 from corpora import tokenizer, write_jsonl
@@ -277,10 +278,10 @@ def test_mixtures_are_measured_in_bf16(tmp_path: Path) -> None:
     folder = write_study(tmp_path).parent
     random_mixture("cohere", num_experts_per_tok=1, seed_changes={"vocab_size": 300}).save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")
-    found = {}
+    found, source = {}, Source(files="general.jsonl")
     for bf16 in (False, True):
-        sources = {"general": Source(files="general.jsonl")}
-        text = HeldOutText(sources, folder, HeldOut(share=0.2, tokens=300), 64, bf16)
+        changes = {"sequence_length": 64, "train": {"precision": "bf16" if bf16 else "fp32"}}
+        text = HeldOutText(parse(StudyFile, settings(**changes), "study"), {"general": source}, folder)
         found[bf16] = text.measure(folder / "model")
     for layers in zip(found[True]["routing"]["attention"], found[False]["routing"]["attention"], strict=True):
         assert layers[0]["by_domain"]["general"] == pytest.approx(layers[1]["by_domain"]["general"], abs=0.02)
@@ -306,12 +307,14 @@ def test_another_folder_is_not_touched(done: Any, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_writes_nothing(done: Any, tmp_path: Path) -> None:
-    found = forecast(StudyFile.load(done.file), tmp_path / "none", measured=False)
+    steps_of_it = build(StudyFile.load(done.file)).steps.values()
+    speed = Speed(1.0, {kind_of(step.config): 1.0 for step in steps_of_it if step.config is not None})
+    found = forecast(StudyFile.load(done.file), tmp_path / "none", speed=speed)
     assert not (tmp_path / "none").exists()
     rows = {row.name: row for row in found.rows}
     assert rows["train.btx"].tokens == 12 * STEP and rows["train.btx"].status == ""
     assert "bam-expert-kv-cm" in "\n".join(found.lines())
-    again = forecast(StudyFile.load(done.file), done.out, measured=True)
+    again = forecast(StudyFile.load(done.file), done.out)
     assert {row.status for row in again.rows} == {"done"} and again.seconds == 0
 
 

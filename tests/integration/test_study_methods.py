@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_study import STEP, write_study
 
-from branchmix.study.methods import METHODS
 from branchmix.study.report import report
 from branchmix.study.scheduler import study
+from branchmix.study.settings import METHODS
 from corpora import write_jsonl
 
 

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from branchmix.cli.inspect import inspect_command
+from branchmix.cli.models import inspect_command
 from branchmix.errors import CheckpointError
 
 CONFIG: dict[str, Any] = {
@@ -116,7 +116,7 @@ def test_help_has_examples() -> None:
 
 def test_json_needs_neither_torch_nor_rich_tables(config_file: Path) -> None:
     code = (
-        "import sys, typer; from branchmix.cli.inspect import inspect_command;"
+        "import sys, typer; from branchmix.cli.models import inspect_command;"
         f"inspect_command({str(config_file)!r}, as_json=True);"
         "print({'torch', 'transformers', 'numpy', 'pydantic', 'rich.table'} & set(sys.modules), file=sys.stderr)"
     )

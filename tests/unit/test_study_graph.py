@@ -11,12 +11,11 @@ import pytest
 from branchmix.accounting import active_parameters, flops_per_token, parameters
 from branchmix.errors import RecipeError
 from branchmix.settings import parse
-from branchmix.study import processes
+from branchmix.study import forecast
 from branchmix.study.build import build
+from branchmix.study.forecast import processes_of
 from branchmix.study.graph import Graph
-from branchmix.study.methods import METHODS
-from branchmix.study.processes import processes_of
-from branchmix.study.settings import DEMO, StudyFile
+from branchmix.study.settings import DEMO, METHODS, StudyFile
 from branchmix.train.schedule import optimizer_flops
 
 MODEL = {
@@ -340,8 +339,8 @@ def test_data_order_is_paired_within_a_repetition() -> None:
 
 
 def test_only_what_runs_alone_is_shared_by_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "cores", lambda: 6)
-    monkeypatch.setattr(processes, "gpus", list)
+    monkeypatch.setattr(forecast, "cores", lambda: 6)
+    monkeypatch.setattr(forecast, "gpus", list)
 
     def shared(**changes: Any) -> dict[str, int]:
         file = study(**changes)
@@ -353,7 +352,7 @@ def test_only_what_runs_alone_is_shared_by_all_cores(monkeypatch: pytest.MonkeyP
     assert shared(micro_batch_size=2) == {"text": 6, "r1.train.seed": 2}
     assert shared(**TWICE) == {"text": 6}
     assert shared(threads=1) == {}
-    monkeypatch.setattr(processes, "gpus", lambda: ["0"])
+    monkeypatch.setattr(forecast, "gpus", lambda: ["0"])
     assert shared() == {}
 
 

@@ -9,9 +9,9 @@ import torch
 
 from branchmix.accounting import parameters
 from branchmix.study.memory import activation_bytes, training_bytes
-from branchmix.study.speed import new_model
+from branchmix.study.models import new_model
 from branchmix.train.losses import DomainLoss
-from branchmix.train.models import Computing
+from branchmix.train.models import Computing, attention_options
 
 VOCABULARY = 48
 SEED: dict[str, Any] = {
@@ -42,7 +42,7 @@ def mixture(seed: dict[str, Any], attention: str, top_k: int = 1, **options: Any
 def kept_bytes(config: dict[str, Any], rows: int, length: int, *, bf16: bool) -> int:
     """Of what autograd keeps of a micro-batch of packed documents, without parameters and logits."""
     computing = Computing(torch.device("cpu"), bf16)
-    model = new_model(config, computing, length).train()
+    model = new_model(config, **attention_options(config["model_type"], computing, length)).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
 

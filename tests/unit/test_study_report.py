@@ -46,12 +46,7 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
     graph = build(study)
     write_plan(study, graph, folder)
     for name, step in graph.steps.items():
-        record: dict[str, Any] = {
-            "step": name,
-            "kind": step.kind,
-            "key": step.key,
-            "about": step.about.as_dict() if step.about else {},
-        }
+        record: dict[str, Any] = {"step": name, **step.summary()}
         if step.kind == "train":
             points = [{"step": n, "tokens": n * 64, "flops": n * 1e6, "loss": 5 - n / 10} for n in (1, 2, 3)]
             domains = {

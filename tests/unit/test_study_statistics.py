@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from branchmix.study.statistics import compare, difference, log_perplexity, t_interval
+from branchmix.study.comparisons import compare, difference, log_perplexity, t_interval
 
 
 def documents(*nats: float, tokens: int = 10) -> list[list[float]]:
@@ -42,8 +42,8 @@ def test_repetitions_are_paired() -> None:
     found = compare(ours, theirs)
     assert found.over == "repetitions"
     assert found.repetitions == pytest.approx([-0.1, -0.12])
-    assert found.mean.value == pytest.approx(-0.11)
-    assert found.mean.half_width == pytest.approx(
+    assert found.value == pytest.approx(-0.11)
+    assert found.log_perplexity.half_width == pytest.approx(
         12.7062047 * 0.01, rel=1e-5
     )  # t of 1 degree, deviation 0.0141 / sqrt 2
     assert not found.significant
@@ -54,7 +54,7 @@ def test_domains_count_alike() -> None:
     ours = [{"a": documents(10, 10, tokens=1000), "b": documents(13, 13)}] * 3
     theirs = [{"a": documents(10, 10, tokens=1000), "b": documents(10, 10)}] * 3
     found = compare(ours, theirs)
-    assert found.mean.value == pytest.approx(0.15)
+    assert found.value == pytest.approx(0.15)
     assert found.by_domain["b"].value == pytest.approx(0.3) and found.by_domain["a"].value == 0
 
 
@@ -64,8 +64,8 @@ def test_one_repetition_has_only_the_error_over_documents() -> None:
     theirs = {"a": documents(10, 20), "b": documents(10, 20)}
     found = compare([ours], [theirs])
     assert found.over == "documents"
-    assert found.mean.value == pytest.approx(0.3)
-    assert found.mean.half_width == pytest.approx(math.sqrt(0.02))
+    assert found.value == pytest.approx(0.3)
+    assert found.log_perplexity.half_width == pytest.approx(math.sqrt(0.02))
     assert found.significant
     alone = compare([{"a": documents(1)}], [{"a": documents(2)}])
-    assert alone.mean.half_width is None and not alone.significant
+    assert alone.log_perplexity.half_width is None and not alone.significant

@@ -10,51 +10,16 @@ import sys
 
 import typer
 
-from branchmix.cli import (
-    branch,
-    calibrate,
-    demo,
-    experts,
-    export,
-    generate,
-    inspect,
-    push,
-    routes,
-    serve,
-    study,
-    train,
-    upcycle,
-)
-from branchmix.cli import eval as evaluate
-from branchmix.cli.scaling import scaling_app
+from branchmix.cli import evaluate, merging, models, routes, scaling, serve, study, training  # noqa: F401  their commands
+from branchmix.cli.console import app
 from branchmix.errors import BranchMixError, short
 
-app = typer.Typer(
-    name="branchmix",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Merge models fine-tuned from the same base into one mixture of attention and FFN experts (BAM).",
-)
-app.command("train", epilog=train.EPILOG)(train.train_command)
-app.command("branch", epilog=branch.EPILOG)(branch.branch_command)
-app.command("upcycle", epilog=upcycle.EPILOG)(upcycle.upcycle_command)
-app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)
-app.command("eval", epilog=evaluate.EPILOG)(evaluate.eval_command)
-app.command("routes", epilog=routes.EPILOG)(routes.routes_command)
-app.command("demo", epilog=demo.EPILOG)(demo.demo_command)
-app.command("study", epilog=study.STUDY_EPILOG)(study.study_command)
-app.command("report", epilog=study.REPORT_EPILOG)(study.report_command)
-app.add_typer(scaling_app, name="scaling")
-app.command("inspect")(inspect.inspect_command)
-app.command("generate", epilog=generate.EPILOG)(generate.generate_command)
-app.command("add-expert", epilog=experts.ADD_EPILOG)(experts.add_expert_command)
-app.command("remove-expert", epilog=experts.REMOVE_EPILOG)(experts.remove_expert_command)
-app.command("export", epilog=export.EPILOG)(export.export_command)
-app.command("push", epilog=push.EPILOG)(push.push_command)
-app.command("serve", epilog=serve.EPILOG, context_settings=serve.CONTEXT)(serve.serve_command)
+_IN_ORDER = (
+    "train branch upcycle calibrate eval routes demo study report inspect generate add-expert remove-expert "
+    "export push serve"
+).split()
+"""How ``--help`` lists the commands."""
+app.registered_commands.sort(key=lambda command: _IN_ORDER.index(command.name or ""))
 
 _INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it; newer typer returns it, older ones raise."""

@@ -1,4 +1,4 @@
-"""What commands share: options, how they print results and notices, how they stop, and a progress bar."""
+"""What commands share: the app, options, how they print results and notices, how they stop, and a progress bar."""
 
 from __future__ import annotations
 
@@ -12,28 +12,43 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer import Argument, Option
 
 from branchmix.errors import RecipeError
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
-NoCheck = Annotated[bool, typer.Option("--no-check", help="Do not look for NaN and Inf in the sources (faster).")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
-Mixture = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace settings of the file.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a forward pass; changes rounding only.")]
+app = typer.Typer(
+    name="branchmix",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Merge models fine-tuned from the same base into one mixture of attention and FFN experts (BAM).",
+)
+"""Each file of this package adds its commands."""
+
+AsJson = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Check and plan; write nothing.")]
+Force = Annotated[bool, Option("--force", help="Replace OUT if it exists.")]
+NoCheck = Annotated[bool, Option("--no-check", help="Do not look for NaN and Inf in the sources (faster).")]
+Out = Annotated[Path, Argument(metavar="OUT", help="Folder to write.")]
+Model = Annotated[str, Argument(metavar="MODEL", help="Folder or Hub id.")]
+Mixture = Annotated[str, Argument(metavar="MODEL", help="Folder or Hub id of a mixture.")]
+Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Replace settings of the file.")]
+Data = Annotated[Path | None, Option("--data", metavar="FILE", help="YAML: domains, as in a run.")]
+Dtype = Annotated[str, Option(help="bfloat16, float16, float32, or auto: as stored.")]
+BatchTokens = Annotated[int, Option(min=1, help="Tokens of a forward pass; changes rounding only.")]
+Shots = Annotated[int, Option(min=0, metavar="K", help="Other examples, with answers, before each prompt.")]
 Experts = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="auto|K|NAMES",
         help="Experts of the mixture that run: auto (those that the gates choose for the prompt), how many, or names "
         "(comma-separated).",
         show_default="all",
     ),
 ]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code included in a checkpoint.")]
+TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run code included in a checkpoint.")]
 
 
 def names_of(listed: str) -> list[str]:
@@ -56,12 +71,14 @@ def experts_to_keep(given: str, config: dict[str, Any]) -> str | int | list[str]
             raise RecipeError(f"--experts {given}: give 1 to {count}, this mixture has {count} experts")
         return int(given)
     wanted = names_of(given)
-    for name in wanted:
-        if name not in names and wanted != ["auto"]:
-            raise RecipeError(f"--experts {given}: no expert is called {name!r}: give some of {', '.join(names)}")
     if not wanted:
         raise RecipeError("--experts is empty: give auto, a number or names")
-    return given if wanted == ["auto"] else wanted
+    if wanted == ["auto"]:
+        return given
+    for name in wanted:
+        if name not in names:
+            raise RecipeError(f"--experts {given}: no expert is called {name!r}: give some of {', '.join(names)}")
+    return wanted
 
 
 def notice(line: str) -> None:
@@ -75,9 +92,13 @@ def print_notes(notes: Iterable[str]) -> None:
         notice(f"note: {note}")
 
 
-def print_json(content: Any) -> None:
-    """Print a result for programs."""
-    typer.echo(json.dumps(content, indent=2))
+def output(as_json: bool, content: Callable[[], Any], show: Callable[[], Any], notes: Iterable[str] = ()) -> None:
+    """Print a result, after its notes: ``content`` as JSON for programs, or what ``show`` prints."""
+    print_notes(notes)
+    if as_json:
+        typer.echo(json.dumps(content(), indent=2))
+    else:
+        show()
 
 
 def quiet_libraries() -> None:
@@ -97,10 +118,14 @@ def exit_stopped(line: str, number: int) -> NoReturn:
 
 
 @contextmanager
-def resumable(records: Path | None) -> Iterator[None]:
-    """On Ctrl-C inside the block, exit with 130 and say how to resume from the records in a folder, if there is one."""
+def progress_bar(records: Path | None = None) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback ``(step, done, total)`` that draws a bar for each step if stderr is a terminal.
+
+    On Ctrl-C inside the block, exit with 130 and say how to resume from the records in a folder, if there is one.
+    """
     try:
-        yield
+        with _progress() as update:
+            yield update
     except KeyboardInterrupt:
         if records is None:
             raise
@@ -108,8 +133,7 @@ def resumable(records: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback ``(step, done, total)`` that draws a bar for each step if stderr is a terminal."""
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda step, done, total: None
         return
@@ -117,12 +141,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     tasks: dict[str, TaskID] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
+    percent = TextColumn("{task.percentage:>3.0f}%")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
 
         def update(step: str, done: int, total: int) -> None:
@@ -131,3 +151,22 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[step], completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def writing_model(out: Path) -> Iterator[Callable[[str, int, int], None]]:
+    """``progress_bar`` for a model that is written to ``out``.
+
+    First, what a killed run moved aside is put back, and what it left behind is reported.
+    """
+    from branchmix.checkpoint.folder import holds_model, put_back, stale_folders
+
+    if put_back(out):
+        notice(f"note: {out}: put back; a run that was killed while it replaced this model had moved it aside")
+    for folder in stale_folders(out):
+        what = "it holds no model: remove it"
+        if holds_model(folder):
+            what = f"it holds a complete model, which {out} had before or would have had next: keep it or remove it"
+        notice(f"note: {folder} was left behind by a killed run; {what}")
+    with progress_bar() as progress:
+        yield progress

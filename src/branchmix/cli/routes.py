@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
+from branchmix.checkpoint.folder import require_new_file
 from branchmix.cli import console
+from branchmix.cli.console import app
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -27,35 +30,34 @@ _LINES = 12
 """Maximum number of layers to print one by one."""
 
 
+@app.command("routes", epilog=EPILOG)
 def routes_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a mixture.")],
+    model: console.Mixture,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="TEXT", help="A text, @FILE, or - for standard input; may be repeated."),
+        Option("--text", metavar="TEXT", help="A text, @FILE, or - for standard input; may be repeated."),
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", metavar="FILE", help="YAML: domains, as in a run.")] = None,
+    data: console.Data = None,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write a page: each token coloured by its expert.")
+        Path | None, Option("--html", metavar="FILE", help="Write a page: each token coloured by its expert.")
     ] = None,
-    plots: Annotated[Path | None, typer.Option("--plots", metavar="DIR", help="Write pictures, PNG and PDF.")] = None,
+    plots: Annotated[Path | None, Option("--plots", metavar="DIR", help="Write pictures, PNG and PDF.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="PATH", help="Write the numbers: a folder (JSON and CSV), or a file *.json."),
+        Option("--out", metavar="PATH", help="Write the numbers: a folder (JSON and CSV), or a file *.json."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")
+        int | None, Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")
     ] = None,
     batch_tokens: console.BatchTokens = 2048,
     dtype: console.Dtype = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of a domain at most.")] = None,
-    page_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the page, in all.")] = 4000,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    limit: Annotated[int | None, Option(min=1, help="Documents of a domain at most.")] = None,
+    page_tokens: Annotated[int, Option(min=1, help="Tokens of the page, in all.")] = 4000,
+    force: Annotated[bool, Option("--force", help="Replace files that exist.")] = False,
     trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
 ) -> None:
     """Which expert each token uses, by layer and domain: FFN routers, and the attention gates of BAM."""
-    from branchmix.checkpoint.folder import require_new_file
-
     console.quiet_libraries()
     from branchmix.evaluate.routing.plots import plot_files, write_plots
     from branchmix.evaluate.routing.routes import number_files, read_texts, routes, write_numbers
@@ -63,20 +65,10 @@ def routes_command(
     numbers, pictures = number_files(out) if out else [], plot_files(plots) if plots else []
     for file in (*numbers, *pictures, *([html] if html else [])):
         require_new_file(file, force=force)
+    options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens, "dtype": dtype, "limit": limit}
+    options |= {"shown_tokens": page_tokens, "trust_remote_code": trust_remote_code}
     with console.progress_bar() as progress:
-        routed = routes(
-            model,
-            data=data,
-            texts=read_texts(text or []),
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            dtype=dtype,
-            limit=limit,
-            shown_tokens=page_tokens,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    console.print_notes(routed.report.notes)
+        routed = routes(model, data=data, texts=read_texts(text or []), **options, progress=progress)
     written: list[Path] = []
     if out is not None:
         written += write_numbers(routed.report, out)
@@ -86,10 +78,7 @@ def routes_command(
         from branchmix.evaluate.routing.token_page import write
 
         written.append(write(routed, html))
-    if as_json:
-        console.print_json(routed.report.as_dict())
-    else:
-        _print(routed.report)
+    console.output(as_json, routed.report.as_dict, lambda: _print(routed.report), routed.report.notes)
     for file in written:
         console.notice(f"written: {file}")
 

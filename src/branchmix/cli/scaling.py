@@ -1,4 +1,4 @@
-"""``branchmix scaling``: how performance moves with scale."""
+"""``branchmix scaling``: how performance moves with scale. Data, a family's scores on them, and verdicts."""
 
 from __future__ import annotations
 
@@ -7,23 +7,222 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.folder import require_name, require_new_file
 from branchmix.cli import console
-from branchmix.cli.scaling_data import data_app
-from branchmix.cli.scaling_run import EPILOG as RUN_EPILOG
-from branchmix.cli.scaling_run import run_command
+from branchmix.cli.console import app
+from branchmix.errors import OutputError, RecipeError
+from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
+    from branchmix.scaling.results import ScalingRun, TaskResult
     from branchmix.scaling.trends.judge import Judged, Report, Tell
 
+data_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Data of the 11 tasks: the prize's own files, and fresh examples that no model has seen.",
+)
 scaling_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Inverse scaling: do models get better or worse at a task as they grow?",
 )
+app.add_typer(scaling_app, name="scaling")
+scaling_app.add_typer(data_app, name="data")
 
-TRENDS_EPILOG = """\b
+# ---------------------------------------------------------------------------------------------------------------------
+# scaling data
+# ---------------------------------------------------------------------------------------------------------------------
+
+DIR = Annotated[Path, Argument(metavar="DIR", help="Folder of the files.")]
+
+VERIFY = """\b
+Examples:
+  branchmix scaling data verify official
+  branchmix scaling data verify official --json
+
+\b
+A line for each of the 11 files: ok, missing, wrong size or wrong hash. Exit code 0 if all are ok, else 1.
+"""
+FETCH = """\b
+Examples:
+  branchmix scaling data fetch official
+  branchmix scaling data fetch official --from ./mirror      a folder with the same files
+
+\b
+Rerun the command to resume a stopped download; finished files are kept. The files are under CC BY 4.0; their authors
+ask to keep them out of training data.
+"""
+MAKE = """\b
+Examples:
+  branchmix scaling data make fresh --seed 7
+  branchmix scaling data make fresh --seed 7 --num 10000 --tasks memo-trap,neqa
+  branchmix scaling data make fresh-4shot --seed 7 --shots 4
+
+\b
+The same seed and version give the same bytes, and fewer examples are the first of more. No model can have seen them, so
+a model that gains more than others on the official files has probably seen those. Fresh examples are not exactly as
+hard, though: compare the gap between models.
+"""
+
+
+@data_app.command("verify", epilog=VERIFY)
+def verify_command(folder: DIR, as_json: console.AsJson = False) -> None:
+    """Compare files with the sizes and hashes of the official ones."""
+    from branchmix.scaling.official import verify
+
+    found = verify(folder)
+    complete = all(file.state == "ok" for file in found)
+    files = [{"task": f.task, "file": f.file, "state": f.state, "detail": f.detail} for f in found]
+    lines = "\n".join(file.line for file in found)
+    console.output(as_json, lambda: {"ok": complete, "files": files}, lambda: typer.echo(lines))
+    if not complete:
+        raise typer.Exit(1)
+
+
+@data_app.command("fetch", epilog=FETCH)
+def fetch_command(
+    folder: DIR,
+    source: Annotated[
+        str | None,
+        Option("--from", metavar="REPO", help="Data set on the Hub, or a folder.", show_default="the known one"),
+    ] = None,
+    force: Annotated[
+        bool, Option("--force", help="Replace files of these names that are not the official ones.")
+    ] = False,
+) -> None:
+    """Download the 11 official files; each gets its name once its hash is right."""
+    from branchmix.scaling.official import REPOSITORY, fetch
+
+    fetch(folder, repository=source or REPOSITORY, force=force, progress=typer.echo)
+
+
+@data_app.command("make", epilog=MAKE)
+def make_command(
+    folder: DIR,
+    seed: Annotated[int, Option(help="Random seed; different seeds give different examples.")],
+    num: Annotated[int, Option("--num", metavar="N", min=1, help="Examples of each task.")] = 1000,
+    tasks: Annotated[str, Option(metavar="A,B,...", help="Names of tasks, or all.")] = "all",
+    shots: console.Shots = 0,
+    controls: Annotated[
+        bool,
+        Option(
+            "--controls",
+            help="Make half of modus-tollens arguments that are not correct. Officially all are, so that a model that "
+            "always says Yes gets all of them right.",
+        ),
+    ] = False,
+    force: Annotated[bool, Option("--force", help="Replace files of these names; never the official ones.")] = False,
+) -> None:
+    """Write fresh examples of the tasks, in the official format, with answers known and checked."""
+    from branchmix.scaling.generate import make_data
+    from branchmix.scaling.tasks import choose
+
+    chosen = choose(tasks)
+    if shots and (own := [task.name for task in chosen if task.shots_in_prompt]):
+        console.notice(f"note: {', '.join(own)}: the prompts have their own shots, so --shots changes nothing there")
+    made = make_data(folder, seed=seed, num_examples=num, tasks=chosen, shots=shots, controls=controls, force=force)
+    for path in made:
+        typer.echo(f"{path}: {num:,} examples")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scaling run
+# ---------------------------------------------------------------------------------------------------------------------
+
+RUN = """\b
+Examples:
+  branchmix scaling run family.yaml --tasks all --data official --out results
+  branchmix scaling run family.yaml --tasks memo-trap,neqa --data official --fresh fresh --out results
+  branchmix scaling run family.yaml --tasks my-task.yaml
+  branchmix scaling trends results
+
+\b
+The smallest family file:
+  family: pythia
+  models: [EleutherAI/pythia-70m, EleutherAI/pythia-160m, ./runs/mixture]
+A model may also be a mapping such as
+  {model: ./mixture, name: mix-8x, family: mixture, tokens: 300B, seed: 1}
+
+\b
+With --out, rerun the command to resume a stopped run; if you add models, tasks or examples, only those are computed.
+"""
+
+
+@scaling_app.command("run", epilog=RUN)
+def run_command(
+    family: Annotated[Path, Argument(metavar="FAMILY.yaml", help="The models.")],
+    tasks: Annotated[
+        str, Option(metavar="A,B,...", help="Names of tasks, YAML files of your own, or all that have files.")
+    ] = "all",
+    data: Annotated[
+        list[Path] | None, Option(metavar="DIR", help="Folder of the tasks' files; may be repeated.")
+    ] = None,
+    fresh: Annotated[list[Path] | None, Option(metavar="DIR", help="Folder of fresh files, to compare with.")] = None,
+    out: Annotated[Path | None, Option(metavar="DIR", help="Folder for records and results.")] = None,
+    limit: Annotated[int | None, Option(min=1, metavar="N", help="Examples of a task at most.")] = None,
+    shots: console.Shots = 0,
+    bos: Annotated[str, Option(help="BOS before each prompt: default (as the tokenizer does), on or off.")] = (
+        "default"
+    ),
+    dtype: console.Dtype = "auto",
+    batch_tokens: console.BatchTokens = 2048,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
+) -> None:
+    """Score every model of a family on every task: exact log-probabilities, the official metrics."""
+    console.quiet_libraries()
+    from branchmix.scaling.score_family import run
+
+    options: dict[str, Any] = {"tasks": tasks, "data": data or (), "fresh": fresh or (), "out": out, "limit": limit}
+    options |= {"shots": shots, "bos": bos, "dtype": dtype, "batch_tokens": batch_tokens}
+    with console.progress_bar(out) as progress:
+        found = run(family, **options, trust_remote_code=trust_remote_code, progress=progress)
+    console.output(as_json, found.as_dict, lambda: _print_scores(found), found.notes)
+    if out is not None:
+        console.notice(f"judge them: branchmix scaling trends {out}")
+
+
+def _print_scores(run: ScalingRun) -> None:
+    """A row for each task and model."""
+    rows = []
+    labels = [result.selected.label for result in run.results]
+    for result in sorted(run.results, key=lambda result: labels.index(result.selected.label)):
+        sizes = (result.subject.params, result.subject.active_params)
+        counts = ["" if size is None else human_count(size) for size in sizes]
+        means = result.summary.means if result.summary is not None else {}
+        loss = next((name for name in ("loss", "logodds", "absolute_logodds") if name in means), None)
+        cells = [_mean(result, "accuracy"), _mean(result, loss)]
+        coverage = f"{means['coverage'].value:.3f}" if "coverage" in means else ""
+        remarks = [flag.words for flag in result.summary.flags] if result.summary is not None else []
+        if loss not in (None, "loss"):
+            remarks.insert(0, f"loss: {loss}")
+        if result.refused:
+            remarks.append(f"{len(result.refused)} refused")
+        if result.merged:
+            remarks.append(f"{result.merged} merged")
+        names = [result.selected.label, result.subject.label]
+        rows.append([*names, *counts, str(len(result.scored)), *cells, coverage, "; ".join(remarks)])
+    head = ["task", "model", "params", "active", "n", "accuracy", "loss", "coverage", "remarks"]
+    Table(head, rows, left=("model", "remarks")).show()
+
+
+def _mean(result: TaskResult, metric: str | None) -> str:
+    if result.summary is None or metric is None or metric not in result.summary.means:
+        return ""
+    mean = result.summary.means[metric]
+    return f"{mean.value:.4f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scaling trends
+# ---------------------------------------------------------------------------------------------------------------------
+
+TRENDS = """\b
 Examples:
   branchmix scaling trends results.csv
   branchmix scaling trends runs/family --axis active_params --json
@@ -46,48 +245,31 @@ worse), flat, inconclusive, not-testable (fewer than five sizes). The exit code 
 """
 
 
-scaling_app.add_typer(data_app, name="data")
-
-
-scaling_app.command("run", epilog=RUN_EPILOG)(run_command)
-
-
-@scaling_app.command("trends", epilog=TRENDS_EPILOG)
+@scaling_app.command("trends", epilog=TRENDS)
 def trends_command(
-    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.")],
+    results: Annotated[Path, Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.")],
     axis: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Column to look along: flops, params, active_params, tokens, or any other.",
             show_default="flops, or the first that is filled in",
         ),
     ] = None,
-    metric: Annotated[
-        list[str] | None, typer.Option(help="Metric to judge; may be repeated.", show_default="all")
-    ] = None,
+    metric: Annotated[list[str] | None, Option(help="Metric to judge; may be repeated.", show_default="all")] = None,
     lower_is_better: Annotated[
-        list[str] | None, typer.Option(metavar="METRIC", help="A metric of which less is better; losses are known.")
+        list[str] | None, Option(metavar="METRIC", help="A metric of which less is better; losses are known.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Significance level.")] = 0.05,
-    minimum_effect: Annotated[
-        float, typer.Option(help="Smallest change worth mentioning, in units of the metric.")
-    ] = 0.02,
-    correction: Annotated[str, typer.Option(help="For several tasks: bh (Benjamini-Hochberg), holm or none.")] = "bh",
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page that explains itself, in one file.")
-    ] = None,
+    alpha: Annotated[float, Option(help="Significance level.")] = 0.05,
+    minimum_effect: Annotated[float, Option(help="Smallest change worth mentioning, in units of the metric.")] = 0.02,
+    correction: Annotated[str, Option(help="For several tasks: bh (Benjamini-Hochberg), holm or none.")] = "bh",
+    html: Annotated[Path | None, Option(metavar="FILE", help="Write a page that explains itself, in one file.")] = None,
     plots: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG."),
+        Path | None, Option(metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a page and pictures that are there.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace a page and pictures that are there.")] = False,
     as_json: console.AsJson = False,
 ) -> None:
     """Say for each task whether performance gets better, worse, or turns with scale, and how sure that is."""
-    from branchmix.checkpoint.families import nearest
-    from branchmix.checkpoint.folder import require_new_file
-    from branchmix.errors import RecipeError
-
     if not 0 < alpha < 0.5:
         raise RecipeError(f"--alpha {alpha:g}: must be between 0 and 0.5, such as 0.05")
     if not 0 <= minimum_effect < float("inf"):
@@ -123,10 +305,7 @@ def trends_command(
     console.print_notes(report.notes)
     for warning in report.warnings:
         console.notice(f"warning: {warning}")
-    if as_json:
-        console.print_json(report.as_dict())
-    else:
-        _print(report)
+    console.output(as_json, report.as_dict, lambda: _print_verdicts(report))
     for written in (html, plots):
         if written is not None:
             console.notice(f"written: {written}")
@@ -136,8 +315,6 @@ def _write(
     reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Tell
 ) -> None:
     """The page and the pictures that were asked for; nothing of either if something is in the way."""
-    from branchmix.checkpoint.folder import require_name, require_new_file
-    from branchmix.errors import OutputError
     from branchmix.pages import page as pages
     from branchmix.scaling.trends import html_page
     from branchmix.scaling.trends import plots as pictures
@@ -167,7 +344,7 @@ def _command(results: Path, options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _print(report: Report) -> None:
+def _print_verdicts(report: Report) -> None:
     """A table for each metric of each family, then what stands side by side."""
     for part in report.parts:
         tasks = report.tasks(part)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from branchmix.cli import console
+from branchmix.cli.console import app
 from branchmix.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
@@ -29,15 +30,10 @@ max_tokens, is refused (400), and so is a request of more than 32 bytes a positi
 Requires branchmix[serve]. Clients use MODEL, as written here, as the model's name.
 """
 
-CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""All options are passed to the server."""
 
-
-def serve_command(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id.")],
-    experts: console.Experts = None,
-) -> None:
+# Options that are not known here are the server's.
+@app.command("serve", epilog=EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve_command(context: typer.Context, model: console.Model, experts: console.Experts = None) -> None:
     """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
     from branchmix.checkpoint.adapters import ADAPTER_CONFIG, left_over_adapter
     from branchmix.checkpoint.hub import resolve

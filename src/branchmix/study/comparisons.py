@@ -1,4 +1,8 @@
-"""What a study finds between its models: differences, budgets kept, the paper's rows, what one change does.
+"""What a study finds between its models: significant differences, budgets kept, the paper's rows, what one change does.
+
+Differences between models are paired over documents and over repetitions. With two or more repetitions an interval is
+Student's over the repetitions' paired differences: it contains what random seeds do. With one there is only the error
+over held-out documents, which does not.
 
 Models are the entries of ``results.collect``: a title, a preset, the budgets they match, and their repetitions.
 """
@@ -6,19 +10,155 @@ Models are the entries of ``results.collect``: a title, a preset, the budgets th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from branchmix.evaluate.ratio import ratio
 from branchmix.study.graph import NEGLIGIBLE, TRAINED
-from branchmix.study.labels import Numbers
-from branchmix.study.methods import METHODS
-from branchmix.study.statistics import Comparison, compare, t_interval
+from branchmix.study.settings import METHODS
 
+Numbers = dict[str, Any]
+"""What ``results.collect`` returns, or a model in it."""
+Documents = Mapping[str, Sequence[Sequence[float]]]
+"""By domain, ``[nats, predicted tokens, bytes]`` of each document."""
+LEVEL = 0.95
+SEED_NOISE = 0.02
+"""With one repetition, smaller differences are not significant: an allowance for the random seed, not measured."""
 INDISTINGUISHABLE = "statistically indistinguishable"
 
 
-def comparison(ours: Numbers, theirs: Numbers) -> Comparison | None:
-    """Two models in the repetitions that both have; None if there is none."""
-    a, b = ({r["repetition"]: r["documents"] for r in model["repetitions"]} for model in (ours, theirs))
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mean(values: Sequence[float]) -> float:
+    """Their mean, summed exactly."""
+    return math.fsum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation of a sample; None for a single value."""
+    middle = mean(values)
+    squares = math.fsum((value - middle) ** 2 for value in values)
+    return math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None
+
+
+def log_perplexity(documents: Documents) -> dict[str, float]:
+    """Nats a token of each domain."""
+    return {
+        domain: math.fsum(row[0] for row in rows) / sum(row[1] for row in rows) for domain, rows in documents.items()
+    }
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with what it may be off by."""
+
+    value: float
+    half_width: float | None
+    """Half the width of the 95 % interval; None where nothing is known of it."""
+    n: int
+    """Values it is the mean of."""
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether all of the interval lies on one side."""
+        return self.half_width is not None and abs(self.value) > self.half_width
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean of independent values with Student's interval for it, which is unknown for a single one."""
+    n, spread = len(values), deviation(values)
+    if spread is None:
+        return Interval(mean(values), None, n)
+    from scipy import stats
+
+    return Interval(mean(values), float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * spread / math.sqrt(n), n)
+
+
+def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
+    """Mean difference of two models' loss on a domain, in nats a token, with twice its standard error over documents.
+
+    Paired: what makes a document hard for both takes no part in it. The error of a single document is unknown.
+    """
+    pairs = [(a[0] - b[0], a[1]) for a, b in zip(ours, theirs, strict=True) if a[1]]
+    value, stderr = ratio(*zip(*pairs, strict=True))
+    return Interval(float(value), None if stderr is None else 2 * float(stderr), 1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one model differs from another: differences of log perplexity, so that negative is better."""
+
+    log_perplexity: Interval
+    """Mean over domains: difference of the logarithms of perplexities' geometric means."""
+    by_domain: dict[str, Interval]
+    repetitions: list[float]
+    """The mean over domains of each repetition."""
+    over: str
+    """``repetitions`` or ``documents``: what the intervals are over."""
+
+    @property
+    def value(self) -> float:
+        """The difference, in nats a token."""
+        return self.log_perplexity.value
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes no difference; with one repetition, a difference that no seed would make."""
+        return self.log_perplexity.excludes_zero and (self.over == "repetitions" or abs(self.value) > SEED_NOISE)
+
+    @property
+    def relative(self) -> float:
+        """Relative difference of the geometric means of perplexity."""
+        return math.expm1(self.value)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"relative": self.relative, **asdict(self), "significant": self.significant}
+
+    def as_row(self) -> dict[str, Any]:
+        """The difference without its parts."""
+        whole = {"half_width": self.log_perplexity.half_width, "n": self.log_perplexity.n}
+        return {"relative": self.relative, **whole, "over": self.over, "significant": self.significant}
+
+
+def compare(ours: Sequence[Documents], theirs: Sequence[Documents]) -> Comparison:
+    """Two models on the same documents, in the same repetitions in the same order."""
+    domains = list(ours[0])
+    if len(ours) == 1:
+        by_domain = {domain: difference(ours[0][domain], theirs[0][domain]) for domain in domains}
+        value = mean([interval.value for interval in by_domain.values()])
+        known = [interval.half_width for interval in by_domain.values() if interval.half_width is not None]
+        half = math.sqrt(math.fsum(w**2 for w in known)) / len(domains) if len(known) == len(domains) else None
+        return Comparison(Interval(value, half, 1), by_domain, [value], "documents")
+    pairs = [(log_perplexity(a), log_perplexity(b)) for a, b in zip(ours, theirs, strict=True)]
+    by_domain = {domain: t_interval([a[domain] - b[domain] for a, b in pairs]) for domain in domains}
+    means = [mean([a[domain] - b[domain] for domain in domains]) for a, b in pairs]
+    return Comparison(t_interval(means), by_domain, means, "repetitions")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Between the models of a study
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def by_repetition(model: Numbers, key: str) -> dict[int, Any]:
+    """One of a model's numbers in each of its repetitions."""
+    return {repetition["repetition"]: repetition[key] for repetition in model["repetitions"]}
+
+
+def all_flops(model: Numbers) -> int:
+    """FLOPs of a model's own training."""
+    return int(model["flops"] + model["optimizer_flops"])
+
+
+def comparison(ours: Numbers | None, theirs: Numbers | None) -> Comparison | None:
+    """Two models in the repetitions that both have; None if there is none, or one of the models is not there."""
+    if ours is None or theirs is None:
+        return None
+    a, b = (by_repetition(model, "documents") for model in (ours, theirs))
     both = sorted(a.keys() & b.keys())
     return compare([a[number] for number in both], [b[number] for number in both]) if both else None
 
@@ -48,32 +188,26 @@ def before_training(models: list[Numbers]) -> list[dict[str, Any]]:
     forced = [model for model in merged if model["role"] == "forced" and model["merge"] is not None]
     rows = []
     for model in merged:
-        beside = comparison(model, soup) if soup is not None and model is not soup else None
+        beside = comparison(model, soup) if model is not soup else None
         bounds = (other for other in forced if other["merge"] == model["merge"] and model["role"] == "step 0")
-        closed = None
-        if soup is not None and (bound := next(bounds, None)) is not None:
-            most = comparison(bound, soup)
-            same = _repetitions(soup) & _repetitions(model) == _repetitions(soup) & _repetitions(bound)
-            if beside is not None and most is not None and most.mean.value < 0 and same:
-                closed = beside.mean.value / most.mean.value
+        closed, bound = None, next(bounds, None)
+        most = comparison(bound, soup)
+        if beside is not None and most is not None and most.value < 0:
+            a, b, s = (set(by_repetition(one, "repetition")) for one in (model, bound, soup) if one is not None)
+            closed = beside.value / most.value if a & s == b & s else None
         rows.append({"title": model["title"], "soup": beside.as_dict() if beside else None, "closed": closed})
     return rows
-
-
-def _repetitions(model: Numbers) -> set[int]:
-    return {repetition["repetition"] for repetition in model["repetitions"]}
 
 
 def budgets(models: list[Numbers], reference: Numbers | None) -> list[dict[str, Any]]:
     """Whether equal data and equal compute were kept, by what the runs recorded."""
     if reference is None:
         return []
-    total = reference["flops"] + reference["optimizer_flops"]
-    rows = []
+    total, rows = all_flops(reference), []
     for model in models:
         if model["role"] not in TRAINED or not model["tokens"]:
             continue
-        flops = model["flops"] + model["optimizer_flops"]
+        flops = all_flops(model)
         step = flops / model["repetitions"][0]["training"]["steps"]
         kept = {
             "dm": model["tokens"] == reference["tokens"],
@@ -121,13 +255,12 @@ def claims(models: list[Numbers]) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     for table, what, ours, our_match, theirs, their_match in CLAIMS:
-        better, worse = find(ours, our_match), find(theirs, their_match)
-        compared = comparison(better, worse) if better is not None and worse is not None else None
+        compared = comparison(find(ours, our_match), find(theirs, their_match))
         if compared is not None:
-            verdict = "same direction" if compared.mean.value < 0 else "opposite direction"
-            row = {"table": table, "claim": what, **_difference(compared)}
+            verdict = "same direction" if compared.value < 0 else "opposite direction"
+            row = {"table": table, "claim": what, **compared.as_row()}
             row["verdict"] = verdict if compared.significant else f"{INDISTINGUISHABLE} ({verdict})"
-            rows.append({**row, "reproduced": compared.mean.value < 0})
+            rows.append({**row, "reproduced": compared.value < 0})
     return rows
 
 
@@ -142,20 +275,10 @@ def variants(models: list[Numbers]) -> list[dict[str, Any]]:
             shared = [match for match in ("dm", "cm") if match in model["match"] and match in other["match"]]
             compared = comparison(model, other) if shared else None
             if compared is not None:
-                better = "better" if compared.mean.value < 0 else "worse"
-                row = {"title": model["title"], "other": other["title"], "match": shared, **_difference(compared)}
+                better = "better" if compared.value < 0 else "worse"
+                row = {"title": model["title"], "other": other["title"], "match": shared, **compared.as_row()}
                 rows.append({**row, "verdict": better if compared.significant else INDISTINGUISHABLE})
     return rows
-
-
-def _difference(compared: Comparison) -> dict[str, Any]:
-    return {
-        "relative": compared.relative,
-        "half_width": compared.mean.half_width,
-        "n": compared.mean.n,
-        "over": compared.over,
-        "significant": compared.significant,
-    }
 
 
 def slopes(models: list[Numbers], reference: Numbers | None, comparisons: dict[str, Any]) -> list[dict[str, Any]]:
@@ -168,30 +291,26 @@ def slopes(models: list[Numbers], reference: Numbers | None, comparisons: dict[s
     rows: list[dict[str, Any]] = []
     for data in models:
         same_method = (m for m in models if m["method"] == data["method"] and "cm" in m["match"] and m is not data)
-        compute = next(same_method, None)
-        is_pair = data["role"] == "trained" and "dm" in data["match"] and compute is not None
-        if reference is None or not is_pair or compute is None or data["tokens"] == compute["tokens"]:
+        compute, compared = next(same_method, None), comparisons.get(data["title"])
+        if reference is None or compared is None or compute is None or data["tokens"] == compute["tokens"]:
             continue
-        at_compute = {r["repetition"]: r["geometric_mean"] for r in compute["repetitions"]}
+        if data["role"] != "trained" or "dm" not in data["match"]:
+            continue
+        at_data, at_compute = (by_repetition(model, "geometric_mean") for model in (data, compute))
         tokens = math.log(data["tokens"] / compute["tokens"])
-        exponents = [
-            math.log(at_compute[r["repetition"]] / r["geometric_mean"]) / tokens
-            for r in data["repetitions"]
-            if r["repetition"] in at_compute
-        ]
-        compared = comparisons.get(data["title"])
-        if not exponents or compared is None:
+        both = [number for number in at_data if number in at_compute]
+        if not both:
             continue
-        ratio = (data["flops"] + data["optimizer_flops"]) / (reference["flops"] + reference["optimizer_flops"])
-        lead = -compared["log_perplexity"]["value"]
+        exponents = [math.log(at_compute[number] / at_data[number]) / tokens for number in both]
+        lead, times = -compared["log_perplexity"]["value"], all_flops(data) / all_flops(reference)
         rows.append(
             {
                 "method": data["method"],
                 "label": data["label"],
-                "slope": t_interval(exponents).as_dict(),
-                "flops_ratio": ratio,
+                "slope": asdict(t_interval(exponents)),
+                "flops_ratio": times,
                 "lead": lead,
-                "pays_below": lead / math.log(ratio) if lead > 0 and ratio > 1 else None,
+                "pays_below": lead / math.log(times) if lead > 0 and times > 1 else None,
                 "significant": compared["significant"],
             }
         )

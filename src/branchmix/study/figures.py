@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from branchmix.evaluate.routing.plots import shares
-from branchmix.pages.pictures import COLOURS, Figure, figure_with, take_ink
+from branchmix.pages.pictures import COLOURS, Figure, figure_with
+from branchmix.study.comparisons import Numbers, all_flops, by_repetition
 from branchmix.study.graph import TRAINED
-from branchmix.study.labels import Numbers
 
 FIRST = ("bam-expert-kv-calibrated", "bam-expert-kv", "bam-shared-kv", "dense")
 """Methods that reports describe first, where a study has them."""
 ROUTING = "routing-"
 """How the names of heat maps begin; the title of a model follows."""
+FLOPS = "training FLOPs, without the dense models'"
 _DASHES = {"dm": "-", "cm": "--"}
 
 
@@ -93,72 +94,60 @@ def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     models = {model["title"]: model for model in study["models"]}
+    shown = styles(study)
+    runs = {title: by_repetition(models[title], "training").items() for title in shown}
     trained = {
-        title: {
-            r["repetition"]: r["training"]["curve"]
-            for r in models[title]["repetitions"]
-            if (r["training"] or {}).get("curve")
-        }
-        for title in styles(study)
+        title: {n: run["curve"] for n, run in of_one if run and run.get("curve")} for title, of_one in runs.items()
     }
     having = [set(of_one) for of_one in trained.values() if of_one]
     common = set.intersection(*having) if having else set()
     lowest, highest = float("inf"), 0.0
-    for title, (colour, dashes) in styles(study).items():
+    for title, (colour, dashes) in shown.items():
         of_all = [curve for repetition, curve in trained[title].items() if repetition in common or not common]
         if not of_all:
             continue
         end = min(curve[-1][over] for curve in of_all)
         places = [point[over] for point in of_all[0] if point[over] <= end]
-        losses = np.mean([_at(places, curve, over) for curve in of_all], axis=0).tolist()
+        # Runs that were stopped have points at other steps than those that were not.
+        rows = [np.interp(places, [p[over] for p in curve], [p["loss"] for p in curve]) for curve in of_all]
+        losses = np.mean(rows, axis=0).tolist()
         panel.plot(places, losses, dashes, color=colour, label=models[title]["label"], linewidth=1.6)
         lowest, highest = min(lowest, *losses), max(highest, *losses[len(losses) // 10 :])
     if highest:
         room = 0.05 * (highest - lowest) or 0.1
         panel.set_ylim(lowest - room, highest + room)
-    panel.set_xlabel({"tokens": "tokens", "flops": "training FLOPs, without the dense models'"}[over], color=ink)
+    panel.set_xlabel({"tokens": "tokens", "flops": FLOPS}[over], color=ink)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.grid(alpha=0.2)
 
 
-def _at(places: list[float], curve: list[Numbers], over: str) -> Any:
-    """A run's loss at these places. Runs that were stopped have points at other steps than those that were not."""
-    return np.interp(places, [point[over] for point in curve], [point["loss"] for point in curve])
-
-
 def dots(study: Numbers, ink: str) -> Figure:
     """Geometric mean of held-out perplexity of every model; small dots are its repetitions."""
-    from matplotlib.figure import Figure as MatplotlibFigure
-    from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import MaxNLocator
 
     models = study["models"]
-    figure = MatplotlibFigure(figsize=(9.0, 0.6 + 0.26 * len(models)), layout="constrained")
-    panel = figure.subplots()
-    take_ink(panel, ink)
+    figure, (panel,) = figure_with(1, (9.0, 0.6 + 0.26 * len(models)), ink)
     colours = {"dense": COLOURS[7], "merged": COLOURS[3], "methods": COLOURS[2], "ablations": COLOURS[4]}
-    for place, model in enumerate(models):
-        colour = colours[model["group"]]
-        if len(model["repetitions"]) > 1:
-            values = [r["geometric_mean"] for r in model["repetitions"]]
+    means = [model["geometric_mean"] for model in models]
+    beside: Any = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": ink, "fontsize": 7.5}
+    for place, (model, middle) in enumerate(zip(models, means, strict=True)):
+        colour, values = colours[model["group"]], [r["geometric_mean"] for r in model["repetitions"]]
+        if len(values) > 1:
             panel.plot(values, [place] * len(values), ".", color=colour, alpha=0.55, markersize=5)
-        panel.plot(model["geometric_mean"], place, "o", color=colour, markersize=6)
-        text = f"{model['geometric_mean']:.{0 if model['geometric_mean'] >= 100 else 1}f}"
-        beside: Any = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": ink, "fontsize": 7.5}
-        panel.annotate(text, (model["geometric_mean"], place), **beside)
+        panel.plot(middle, place, "o", color=colour, markersize=6)
+        panel.annotate(f"{middle:.{0 if middle >= 100 else 1}f}", (middle, place), **beside)
     panel.set_xscale("log")
     panel.set_yticks(range(len(models)), [model["label"] for model in models])
     panel.set_ylim(len(models) - 0.4, -0.6)
-    low, high = (pick(model["geometric_mean"] for model in models) for pick in (min, max))
+    low, high = min(means), max(means)
     room = max(high / low, 1.02)
     left, right = low / room**0.05, high * room**0.15
     panel.set_xlim(left, right)
     ticks = [t for power in range(7) for t in (10**power * n for n in (1, 1.5, 2, 3, 5, 7)) if left < t < right]
     if len(ticks) < 3:
         ticks = [float(t) for t in MaxNLocator(6).tick_values(left, right) if left < t < right]
-    panel.xaxis.set_major_locator(FixedLocator(ticks))
-    panel.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_xticks([], minor=True)
     panel.grid(axis="x", alpha=0.2)
     panel.set_title("Held-out perplexity, geometric mean over domains", color=ink, loc="left")
     return figure
@@ -177,7 +166,7 @@ def compute(study: Numbers, ink: str) -> Figure:
     for models in by_method.values():
         models.sort(key=lambda model: model["flops"])
         colour = shown[models[0]["title"]][0]
-        points = [(model["flops"] + model["optimizer_flops"], model["geometric_mean"]) for model in models]
+        points = [(all_flops(model), model["geometric_mean"]) for model in models]
         label = models[-1]["label"].replace(" DM ", " ").split(" (")[0]
         panel.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=6)
         for model, (x, y) in zip(models, points, strict=True):
@@ -185,11 +174,11 @@ def compute(study: Numbers, ink: str) -> Figure:
             if half is not None:
                 panel.errorbar([x], [y], yerr=[[y * half], [y * half]], color=colour, capsize=3, linewidth=1)
     panel.set_yscale("log")
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
-    panel.yaxis.set_minor_formatter(lambda value, _: f"{value:.4g}")
+    for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:.4g}")
     panel.tick_params(axis="y", which="both", labelsize=7.5)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    panel.set_xlabel("training FLOPs, without the dense models'", color=ink)
+    panel.set_xlabel(FLOPS, color=ink)
     panel.set_ylabel("held-out perplexity, geometric mean", color=ink)
     _legend(figure, panel, ink)
     panel.grid(alpha=0.2, which="both")

@@ -6,17 +6,18 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.folder import in_order_of_removal, write_json, write_text, writing
 from branchmix.errors import OutputError
-from branchmix.study.facts import facts_of
-from branchmix.study.graph import Graph, Step
+from branchmix.study.graph import SCORES, Graph, Step
+from branchmix.study.models import facts_of
 from branchmix.study.settings import StudyFile
 from branchmix.train.launch import JobState
 
-PLAN, RESULT, PAGE, DATA = "plan.json", "result.json", "routes.html", "data.yaml"
+PLAN, RESULT, PAGE = "plan.json", "result.json", "routes.html"
 MODEL, TEXT, STEPS = "model", "text", "steps"
 RESULTS, STUDY = "results", "study.json"
 _LOCK = ".lock"
@@ -31,13 +32,12 @@ def write_record(file: Path, content: dict[str, Any]) -> None:
 def write_plan(config: StudyFile, graph: Graph, out: Path) -> None:
     """``plan.json``, which steps read, and ``results/study.json``, which reports read."""
     settings = config.model_dump(mode="json")
-    steps = {name: step.as_dict() for name, step in graph.steps.items()}
+    steps = {name: asdict(step) for name, step in graph.steps.items()}
     write_json(out / PLAN, {"settings": settings, "base": str(config.folder.absolute()), "steps": steps})
     small: dict[str, Any] = {"settings": settings}
     for name, step in graph.steps.items():
-        shown = {"kind": step.kind, "needs": step.needs.by_role()}
-        small[f"step {name}"] = shown | {key: steps[name][key] for key in ("key", "cost", "about")}
-        if step.kind in ("scores", "ensemble", "forced") and step.config is not None:
+        small[f"step {name}"] = {**step.summary(), "needs": step.needs.by_role(), "cost": asdict(step.cost)}
+        if step.kind in SCORES and step.config is not None:
             small[f"step {name}"]["facts"] = facts_of(step.config, config.sequence_length)
     write_record(out / RESULTS / STUDY, small)
 
@@ -52,7 +52,9 @@ def alone(out: Path) -> Iterator[None]:
     """While a study runs in its folder: another one is refused. The system ends it with the process."""
     from filelock import FileLock, Timeout
 
-    if out.exists() and (not out.is_dir() or (_has_files(out) and not (out / PLAN).is_file())):
+    is_file = out.exists() and not out.is_dir()
+    has_files = out.is_dir() and any(file.name != _LOCK for file in out.iterdir())
+    if is_file or (has_files and not (out / PLAN).is_file()):
         raise OutputError(f"{out}: exists, and is not the folder of a study: choose another")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -69,45 +71,32 @@ def alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _has_files(out: Path) -> bool:
-    return any(file.name != _LOCK for file in out.iterdir())
-
-
 class StudyFolder:
     """What is on the disk, and what may go."""
 
     def __init__(self, out: Path, graph: Graph, config: StudyFile):
         self.out, self.graph, self.config = out, graph, config
-        self.noted: set[str] = set()
         self.copied: set[str] = set()
 
     def todo(self, wanted: Sequence[Step]) -> list[Step]:
         """Steps that are not done, and those that are, but whose weights are gone and needed again."""
         names: set[str] = set()
-
-        def need(step: Step) -> None:
+        left = [step for step in wanted if not is_done(self.out, step)]
+        while left:
+            step = left.pop()
             if step.name not in names:
                 names.add(step.name)
-                for name in step.needs.names:
-                    needed = self.graph.steps[name]
-                    if not is_done(self.out, needed) or (
-                        needed.kind in ("train", "upcycle") and not self._kept(needed)
-                    ):
-                        need(needed)
-
-        for step in wanted:
-            if not is_done(self.out, step):
-                need(step)
+                needed = [self.graph.steps[name] for name in step.needs.names]
+                left += [one for one in needed if not is_done(self.out, one) or not self._has_its_model(one)]
         return [step for step in self.graph.steps.values() if step.name in names]
 
-    def _kept(self, step: Step) -> bool:
-        return (self.out / STEPS / step.folder / MODEL / "config.json").is_file()
+    def _has_its_model(self, step: Step) -> bool:
+        makes_one = step.kind in ("train", "upcycle")
+        return not makes_one or (self.out / STEPS / step.folder / MODEL / "config.json").is_file()
 
     def note(self, states: list[JobState]) -> None:
         """Take what was finished since the last call."""
-        new = {state.job.name for state in states if state.status == "done"} - self.noted
-        if new:
-            self.noted |= new
+        if any(state.status == "done" and state.job.name not in self.copied for state in states):
             self.collect()
 
     def collect(self) -> None:
@@ -120,23 +109,20 @@ class StudyFolder:
                     file.unlink()
             for step in self.graph.steps.values():
                 if step.name not in self.copied and is_done(self.out, step):
-                    self._copy(step)
+                    for file in (self.out / STEPS / step.folder / made for made in (PAGE, RESULT)):
+                        if file.is_file():
+                            part = results / f".{step.name}.part"
+                            shutil.copyfile(file, part)
+                            part.replace(results / f"{step.name}{file.suffix}")
                     self.copied.add(step.name)
         if self.config.keep == "results":
             self._make_room()
 
-    def _copy(self, step: Step) -> None:
-        part = self.out / RESULTS / f".{step.name}.part"
-        for made in (PAGE, RESULT):
-            source = self.out / STEPS / step.folder / made
-            if source.is_file():
-                shutil.copyfile(source, part)
-                part.replace(self.out / RESULTS / f"{step.name}{source.suffix}")
-
     def _make_room(self) -> None:
         """Removes weights of merges and mixtures that nothing waits for."""
-        for step in self.graph.steps.values():
-            later = self.graph.dependents(step.name) if step.may_go else []
+        steps = self.graph.steps.values()
+        for step in steps:
+            later = [one for one in steps if step.name in one.needs.names]
             if step.may_go and all(is_done(self.out, one) for one in (step, *later)):
                 for entry in in_order_of_removal((self.out / STEPS / step.folder / MODEL).glob("*")):
                     if entry.name != "log.txt":

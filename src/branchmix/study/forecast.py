@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from branchmix.study.build import build
 from branchmix.study.folder import PLAN, is_done
 from branchmix.study.graph import Graph, Step, has_routers
 from branchmix.study.memory import training_bytes
-from branchmix.study.processes import MOST_PROCESSES, processes_of, side_by_side
 from branchmix.study.settings import InstalledText, StudyFile
 from branchmix.study.speed import Speed, in_bf16, measure_speed
+from branchmix.train.launch import cores, gpus, share_machine
 from branchmix.train.progress import duration
 
+MOST_PROCESSES = 8
+"""That share a training run, or measure the speed of this machine."""
 TEXT_SECONDS = 60.0
 """For extracting what is installed."""
 READING_SECONDS = 3.0
@@ -39,6 +41,39 @@ MARGIN = 0.9
 LEAST_STEPS = 5
 LEAST_TEXT = 500_000
 """Bytes of each domain, where the study allows as many."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How steps share this machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def side_by_side(config: StudyFile, num_steps: int) -> tuple[int, int, list[dict[str, str]]]:
+    """Steps at a time, threads of each, and the environments of their places."""
+    at_once, threads, places = share_machine(config.at_once, config.threads, num_steps)
+    return at_once, threads or cores(), places
+
+
+def processes_of(config: StudyFile, graph: Graph, step: Step) -> int:
+    """How many processes share a step on CPUs: as many as there are cores where no other step can run beside it.
+
+    A mixture's balance loss is that of each process's share of a batch, so mixtures are trained by one.
+    """
+    can_be_shared = step.kind == "text" or (step.kind == "train" and not has_routers(step.config))
+    if not can_be_shared or config.threads is not None or gpus():
+        return 1
+    related = {other.name for other in graph.with_needs([step.name])}
+    related |= {other.name for other in graph.steps.values() if step in graph.with_needs([other.name])}
+    if len(related) < len(graph.steps):
+        return 1
+    count = min(cores(), MOST_PROCESSES)
+    shares = config.batch_size // (config.micro_batch_size or 1)
+    return count if step.kind == "text" else max(n for n in range(1, count + 1) if shares % n == 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it takes
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -57,7 +92,7 @@ class StepForecast:
     memory: int
     disk: int
     seconds: float | None
-    """None if all are done, or nothing was measured."""
+    """None if all are done."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +100,7 @@ class Forecast:
     """All steps, and sums."""
 
     rows: list[StepForecast]
-    seconds: float | None
+    seconds: float
     """Wall time of what is not done."""
     disk: int
     at_once: int
@@ -78,58 +113,50 @@ class Forecast:
     """FLOPs of the first repetition's trained models against the reference's."""
     warnings: list[str]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def lines(self) -> list[str]:
         """Sums and warnings, for people."""
-        time = "" if self.seconds is None else f"; about {duration(self.seconds)} with nothing else to do"
         steps = sum(row.times for row in self.rows)
-        lines = [
+        budgets = [
+            f"  {row['title']:32} {', '.join(row['match']).upper():12} {row['tokens']:>12,} tokens "
+            f"({row['tokens_share']:.3f} of the reference's)  {row['flops']:.5g} FLOPs ({row['flops_share']:.4f})"
+            for row in self.budgets
+        ]
+        return [
             "",
-            f"{steps} steps, {self.at_once} at once with {self.threads} threads each{time}",
+            f"{steps} steps, {self.at_once} at once with {self.threads} threads each; about {duration(self.seconds)} "
+            "with nothing else to do",
             f"{self.tokens:,} tokens, {self.flops:.4g} training FLOPs, of which seeds and experts "
             f"{self.sunk_flops:.4g}; {self.disk / 1e9:.2f} GB of disk",
             "",
             "equal budgets, of each repetition:",
+            *budgets,
+            *(f"warning: {warning}" for warning in self.warnings),
         ]
-        for row in self.budgets:
-            match = ", ".join(word.upper() for word in row["match"])
-            lines.append(
-                f"  {row['title']:32} {match:12} {row['tokens']:>12,} tokens ({row['tokens_share']:.3f} of the "
-                f"reference's)  {row['flops']:.5g} FLOPs ({row['flops_share']:.4f})"
-            )
-        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
 
-def forecast(
-    study: StudyFile, out: Path, *, only: Sequence[str] = (), measured: bool = True, speed: Speed | None = None
-) -> Forecast:
+def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), speed: Speed | None = None) -> Forecast:
     """Plan without running.
 
     Args:
         study: the settings.
         out: folder of the study, to see what is done.
         only: as for ``Graph.chosen``.
-        measured: calibrate, which takes some seconds for each kind of model; without, times are unknown.
-        speed: of this machine, if it has been measured.
+        speed: of this machine, if it has been measured; that takes some seconds for each kind of model.
     """
     graph = build(study)
     steps = graph.chosen(only)
     at_once, threads, _ = side_by_side(study, len(steps))
     left = [step for step in steps if not is_done(out, step)]
-    seconds: dict[str, float] = {}
-    if measured:
-        needed = {step.name for step in left} | {n for s in left if s.kind == "inference" for n in s.needs.names}
-        speed = speed or _measured(study, (graph.steps[name] for name in sorted(needed)), at_once, threads)
-        seconds = {step.name: _seconds(study, step, graph, speed) for step in left}
+    needed = {step.name for step in left} | {n for s in left if s.kind == "inference" for n in s.needs.names}
+    speed = speed or _measured(study, (graph.steps[name] for name in sorted(needed)), at_once, threads)
+    seconds = {step.name: _seconds(study, step, graph, speed) for step in left}
     same_work: dict[str, list[Step]] = {}
     for step in steps:
         same_work.setdefault(re.sub(r"^r\d+\.", "", step.name), []).append(step)
     trained = [step for step in steps if step.kind == "train"]
     return Forecast(
         rows=[_row(study, name, group, {step.name for step in left}, seconds) for name, group in same_work.items()],
-        seconds=_makespan(left, seconds, at_once) if measured else None,
+        seconds=_makespan(left, seconds, at_once),
         disk=sum(_disk(study, step) for step in steps),
         at_once=at_once,
         threads=threads,
@@ -142,20 +169,13 @@ def forecast(
 
 
 def _row(study: StudyFile, name: str, steps: list[Step], left: set[str], seconds: dict[str, float]) -> StepForecast:
-    step = steps[0]
+    step, times = steps[0], len(steps)
     done = sum(step.name not in left for step in steps)
-    return StepForecast(
-        name=name,
-        status="" if not done else "done" if done == len(steps) else f"{done} done",
-        times=len(steps),
-        parameters=parameters(step.config).total if step.config else 0,
-        tokens=step.cost.tokens,
-        flops=step.cost.flops,
-        optimizer=step.cost.optimizer,
-        memory=_memory(step),
-        disk=_disk(study, step),
-        seconds=max((seconds[step.name] for step in steps if step.name in seconds), default=None),
-    )
+    status = "" if not done else "done" if done == times else f"{done} done"
+    count = parameters(step.config).total if step.config else 0
+    cost, slowest = step.cost, max((seconds[step.name] for step in steps if step.name in seconds), default=None)
+    sizes = (count, cost.tokens, cost.flops, cost.optimizer, _memory(step), _disk(study, step))
+    return StepForecast(name, status, times, *sizes, slowest)
 
 
 def _memory(step: Step) -> int:
@@ -169,10 +189,10 @@ def _memory(step: Step) -> int:
 
 def _disk(study: StudyFile, step: Step) -> int:
     """Bytes of the step's weights that stay."""
-    made = step.config is not None and step.kind in ("train", "upcycle")
-    if not made or (study.keep == "results" and step.may_go):
+    goes = study.keep == "results" and step.may_go
+    if step.config is None or step.kind not in ("train", "upcycle") or goes:
         return 0
-    return 4 * parameters(step.config or {}).total
+    return 4 * parameters(step.config).total
 
 
 def _budgets(graph: Graph) -> list[dict[str, Any]]:
@@ -232,9 +252,8 @@ def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = N
 
 def begun_with(out: Path) -> dict[str, Any] | None:
     """Settings of the study that was begun in a folder; None if there is none."""
-    if not (out / PLAN).is_file():
-        return None
-    return dict(json.loads((out / PLAN).read_text(encoding="utf-8"))["settings"])
+    plan = out / PLAN
+    return dict(json.loads(plan.read_text(encoding="utf-8"))["settings"]) if plan.is_file() else None
 
 
 def fit(study: StudyFile, speed: Speed, at_once: int) -> tuple[StudyFile, float]:

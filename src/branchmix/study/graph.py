@@ -7,21 +7,22 @@ steps that depend on it. ``build`` makes the graph of a study's settings.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, Literal
 
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import RecipeError
 
 StepKind = Literal["text", "train", "upcycle", "scores", "ensemble", "forced", "routes", "inference"]
+SCORES: tuple[StepKind, ...] = ("scores", "ensemble", "forced")
+"""Kinds of steps that measure a model on held-out text; all are called ``scores``."""
 Group = Literal["dense", "methods", "ablations"]
 Role = Literal["seed", "expert", "upcycle", "merge", "step 0", "ensemble", "forced", "reference", "trained"]
 TRAINED: tuple[Role, ...] = ("trained", "reference")
 UNTRAINED: tuple[Role, ...] = ("merge", "step 0", "ensemble", "forced")
 """Roles of models that methods make."""
-FORMAT = 1
-"""Version of keys and results: another one makes every step a new one."""
 AFTER_A_MODEL = ("scores", "forced", "routes")
 """Kinds of steps that the process which makes their model does too."""
 NEGLIGIBLE = 0.005
@@ -66,15 +67,16 @@ class About:
     match: tuple[str, ...] = ()
     """Budgets of the reference that the run has: ``dm``, ``cm``."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, without what is empty."""
-        return {key: value for key, value in asdict(self).items() if value not in ("", ())}
-
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> About:
-        """From JSON, also that of older versions."""
-        given = {field.name: content[field.name] for field in fields(cls) if field.name in content}
-        return cls(**{**given, "match": tuple(given.get("match", ()))})
+    @property
+    def full_label(self) -> str:
+        """As the paper's rows are called: BAM DM Expert KV."""
+        if self.role == "step 0":
+            return f"{self.label}, step 0"
+        if self.role != "trained":
+            return self.label
+        match = "/".join(self.match).upper()
+        family, _, rest = self.label.partition(" ")
+        return f"{family} {match} {rest}" if family == "BAM" else f"{self.label} ({match})"
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,6 @@ class Step:
     kind: StepKind
     needs: Needs
     key: str
-    order: tuple[int, ...]
-    """Steps begin in this order, where they can."""
     run: dict[str, Any] = field(default_factory=dict)
     """Settings of the training run, without those that name files."""
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -127,17 +127,14 @@ class Step:
     @property
     def may_go(self) -> bool:
         """Whether ``keep: results`` removes the weights that the step makes."""
-        made = self.kind in ("train", "upcycle") and self.about is not None
-        return made and self.about.role not in ("seed", "expert")  # type: ignore[union-attr]
+        is_dense = self.about is None or self.about.role in ("seed", "expert")
+        return self.kind in ("train", "upcycle") and not is_dense
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "about": self.about.as_dict() if self.about else {}}
-
-    @classmethod
-    def of(cls, content: dict[str, Any]) -> Step:
-        """From JSON."""
-        parts = {"needs": Needs(**content["needs"]), "cost": Cost(**content["cost"]), "order": tuple(content["order"])}
-        return cls(**{**content, **parts, "about": About.of(content["about"]) if content["about"] else None})
+    def summary(self) -> dict[str, Any]:
+        """What records say of it, as JSON; of the model only what is not empty."""
+        about = asdict(self.about) if self.about else {}
+        about = {key: value for key, value in about.items() if value not in ("", ())}
+        return {"kind": self.kind, "key": self.key, "about": about}
 
 
 def has_routers(config: dict[str, Any] | None) -> bool:
@@ -147,13 +144,9 @@ def has_routers(config: dict[str, Any] | None) -> bool:
 
 @dataclass(frozen=True)
 class Graph:
-    """All steps, in the order in which they begin."""
+    """All steps, in the order in which they begin where they can."""
 
     steps: dict[str, Step]
-
-    def dependents(self, name: str) -> list[Step]:
-        """Steps that need this one."""
-        return [step for step in self.steps.values() if name in step.needs.names]
 
     def with_needs(self, names: Iterable[str]) -> list[Step]:
         """These steps and all that they need."""
@@ -173,14 +166,11 @@ class Graph:
             RecipeError: nothing fits.
         """
         names: list[str] = []
+        parts = {name: [name, *name.split(".")] for name in self.steps}
         for wanted in only:
-            fitting = [name for name in self.steps if any(fnmatchcase(part, wanted) for part in _parts(name))]
+            fitting = [name for name in parts if any(fnmatchcase(part, wanted) for part in parts[name])]
             if not fitting:
-                near = nearest(wanted, sorted({part for name in self.steps for part in _parts(name)}))
+                near = nearest(wanted, sorted({*chain(*parts.values())}))
                 raise RecipeError(f"--only: no step is called {wanted!r}{near}; --dry-run lists them all")
             names += fitting
         return self.with_needs(names) if names else list(self.steps.values())
-
-
-def _parts(name: str) -> list[str]:
-    return [name, *name.split(".")]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from branchmix.study.comparisons import SEED_NOISE, Numbers
 from branchmix.study.figures import FIRST
-from branchmix.study.labels import Numbers, intervals_are, merge_label
-from branchmix.study.statistics import SEED_NOISE
-from branchmix.study.tables import percent
+from branchmix.study.tables import intervals_are, merge_label, percent
 
 FEW_STEPS = 100
 """Steps of a mixture below which models have hardly learned anything."""

@@ -14,7 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from branchmix.data.config import HeldOut, Source
+from branchmix.data.config import Source
 from branchmix.study.settings import Inference, StudyFile
 
 if TYPE_CHECKING:
@@ -35,25 +35,16 @@ Scored = dict[str, list["ScoredDocument"]]
 class HeldOutText:
     """The held-out documents of a study's domains, and how models read them.
 
-    Models compute as runs do: weights in fp32, matrix products in bf16 where ``bf16`` says so, or, if that is None,
-    where the device is faster in it. The ``measure`` functions return
+    Models compute as runs do: weights in fp32, matrix products as the study's precision says, or, if that is ``auto``,
+    in bf16 where the device is faster in it. The ``measure`` functions return
     ``{"documents": {domain: [[nats, predicted tokens, bytes], ...]}, "routing": ...}``; only mixtures have a routing.
     """
 
+    study: StudyFile
+    """The window has the tokens of a training sequence."""
     sources: Mapping[str, Source]
     folder: Path
     """Where relative paths of the sources start from."""
-    held_out: HeldOut
-    max_length: int
-    """Tokens of the window, those of a training sequence."""
-    bf16: bool | None = None
-    trust_remote_code: bool = False
-
-    @classmethod
-    def of(cls, study: StudyFile, sources: Mapping[str, Source], folder: Path) -> HeldOutText:
-        """As a study's settings say."""
-        bf16 = None if study.precision == "auto" else study.precision == "bf16"
-        return cls(sources, folder, study.held_out, study.sequence_length, bf16, study.trust_remote_code)
 
     def measure(self, model: Path) -> dict[str, Any]:
         """Scores of one model, and the load of each expert by domain, of each layer's routers."""
@@ -66,7 +57,7 @@ class HeldOutText:
         packing = packing_method(loaded) if monitor.options else None
         with computing.autocast():
             scored = self._scored(loaded, tokenizer)
-            sequences = self._corpus(tokenizer).held_out(sequence_length=self.max_length)
+            sequences = self._corpus(tokenizer).held_out(sequence_length=self.study.sequence_length)
             routing = _routing(loaded, sequences, monitor, packing) if packing else None
         return {"documents": _rows(scored), "routing": rounded(routing)}
 
@@ -95,26 +86,22 @@ class HeldOutText:
         return {"documents": _rows(together), "routing": None}
 
     def _load(self, folder: Path) -> tuple[Any, Any, Computing]:
-        import torch
-        from transformers.utils import logging
-
         from branchmix.checkpoint.hub import ResolvedModel
         from branchmix.likelihood.models import TextModel
-        from branchmix.models.chunked_branchmix import faster_in_bf16
         from branchmix.train.models import Computing, attention_options
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        computing = Computing(device, faster_in_bf16(device) if self.bf16 is None else self.bf16)
-        model = TextModel(ResolvedModel(str(folder), folder), "float32", self.trust_remote_code)
-        options = attention_options(model.config.model_type, computing, self.max_length)
+        device, in_bf16 = _device()
+        precision = self.study.precision
+        computing = Computing(device, in_bf16 if precision == "auto" else precision == "bf16")
+        model = TextModel(ResolvedModel(str(folder), folder), "float32", self.study.trust_remote_code)
+        options = attention_options(model.config.model_type, computing, self.study.sequence_length)
         return model.load(**options), model.tokenizer, computing
 
     def _corpus(self, tokenizer: Any) -> Any:
         from branchmix.data.corpus import open_corpus
 
-        return open_corpus(dict(self.sources), tokenizer, folder=self.folder, cache=None, held_out=self.held_out)
+        held_out = self.study.held_out
+        return open_corpus(dict(self.sources), tokenizer, folder=self.folder, cache=None, held_out=held_out)
 
     def _scored(self, model: Any, tokenizer: Any, domains: Iterable[str] | None = None) -> Scored:
         from branchmix.evaluate.perplexity import score_documents
@@ -123,9 +110,22 @@ class HeldOutText:
         scored = {}
         for domain in self.sources if domains is None else domains:
             texts = corpus.held_out_texts(domain)
-            of_number = dict(score_documents(model, tokenizer, texts, max_length=self.max_length))
+            of_number = dict(score_documents(model, tokenizer, texts, max_length=self.study.sequence_length))
             scored[domain] = [of_number[number] for number in sorted(of_number)]
         return scored
+
+
+def _device() -> tuple[Any, bool]:
+    """A GPU if there is one, and whether it is faster in bf16; transformers' advice is turned off."""
+    import torch
+    from transformers.utils import logging
+
+    from branchmix.models.chunked_branchmix import faster_in_bf16
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, faster_in_bf16(device)
 
 
 def distance(model: Path, seed: Path) -> dict[str, float]:
@@ -170,27 +170,25 @@ def rounded(value: Any) -> Any:
         return round(value, 4)
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return value
+    return [rounded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _routing(model: Any, held_out: dict[str, Any], monitor: RouterMonitor, packing: Packing) -> dict[str, Any]:
     import torch
 
-    from branchmix.data.packing import collate, packed_inputs
+    from branchmix.data.packing import collate
     from branchmix.train.losses import IGNORED
+    from branchmix.train.measure import model_inputs
 
     with torch.inference_mode():
         for number, sequences in enumerate(held_out.values()):
-            count = min(len(sequences), ROUTED_SEQUENCES)
-            for start in range(0, count, BATCH):
-                batch = collate([sequences[place] for place in range(start, min(start + BATCH, count))])
-                batch = {name: value.to(model.device) for name, value in batch.items()}
-                labels_BT = batch["labels"]
-                domain_B = torch.full((len(labels_BT),), number, device=model.device)
-                output = model(**packed_inputs(batch, packing), **monitor.options)
-                monitor.add(output, domain_B, labels_BT != IGNORED)
+            rows = range(min(len(sequences), ROUTED_SEQUENCES))
+            for start in rows[::BATCH]:
+                batch = collate([sequences[place] for place in rows[start : start + BATCH]])
+                inputs = model_inputs(batch, packing, model.device)
+                labels_BT = inputs.pop("labels")
+                output = model(**inputs, **monitor.options)
+                monitor.add(output, torch.full_like(labels_BT[:, 0], number), labels_BT != IGNORED)
     return monitor.read().as_dict()
 
 
@@ -204,19 +202,17 @@ def measure_inference(
     all of them; they have to fit into memory together.
     """
     import torch
-    from transformers.utils import logging
 
     from branchmix.likelihood.loading import load_language_model
-    from branchmix.models.chunked_branchmix import faster_in_bf16
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if faster_in_bf16(device) else torch.float32
+    device, in_bf16 = _device()
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
     loaded = {
         name: load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
         for name, folder in models.items()
     }
+    length = {"max_new_tokens": settings.new_tokens, "min_new_tokens": settings.new_tokens}
+    options = {"do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0, **length}
     measured: dict[str, Any] = {name: {"seconds": []} for name in loaded}
     for run in range(settings.runs + 1):
         for name, model in loaded.items():
@@ -224,15 +220,7 @@ def measure_inference(
             generator = torch.Generator().manual_seed(run)
             ids = torch.randint(0, vocabulary, (1, settings.prompt), generator=generator).to(device)
             begin = time.perf_counter()
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=settings.new_tokens,
-                min_new_tokens=settings.new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-                pad_token_id=0,
-            )
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if run:

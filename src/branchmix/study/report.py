@@ -13,15 +13,14 @@ from branchmix.checkpoint.folder import require_new_file
 from branchmix.pages import page
 from branchmix.pages.pictures import png, save, svg
 from branchmix.pages.table import Table
+from branchmix.study.comparisons import Numbers
 from branchmix.study.figures import ROUTING, Picture, pictures_of
 from branchmix.study.graph import UNTRAINED
 from branchmix.study.headline import headline
-from branchmix.study.labels import Numbers, merge_label
 from branchmix.study.results import collect, results_folder
-from branchmix.study.tables import tables
+from branchmix.study.tables import merge_label, tables
 
 TITLE = "Methods compared at equal data and equal compute"
-Writer = Callable[[Path], Path]
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,21 @@ def report(
         texts["tables.md"] = lambda: _markdown(study, lines, made)
     if not kinds or "latex" in kinds:
         texts["tables.tex"] = lambda: "\n".join(table.latex() for table in made)
-    writers: dict[str, Writer] = {}
+    drawn: dict[str, Callable[[Path], Path]] = {}
     if not kinds:
         texts |= {f"tables/{table.name}.csv": table.csv for table in made}
-        content = {**numbers, "headline": lines}
-        texts["report.json"] = lambda: json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        texts["report.json"] = lambda: json.dumps({**numbers, "headline": lines}, indent=1, ensure_ascii=False) + "\n"
         for name, picture in pictures.items():
-            writers[f"figures/{name}.png"] = partial(png, picture.draw)
-            writers[f"figures/{name}.pdf"] = partial(save, picture.draw)
-    writers = {name: partial(_write, text) for name, text in texts.items()} | writers
+            drawn |= {
+                f"figures/{name}.png": partial(png, picture.draw),
+                f"figures/{name}.pdf": partial(save, picture.draw),
+            }
     is_ours = (out.exists() and out.samefile(folder)) or (out / "report.json").is_file()
-    for name in writers if not is_ours else ():
+    for name in (*texts, *drawn) if not is_ours else ():
         require_new_file(out / name, force=force)
-    return WrittenReport(numbers, lines, made, [write(out / name) for name, write in writers.items()])
+    files = [page.write(out / name, text()) for name, text in texts.items()]
+    files += [draw(out / name) for name, draw in drawn.items()]
+    return WrittenReport(numbers, lines, made, files)
 
 
 def routes_page(title: str) -> str:
@@ -84,14 +85,9 @@ def routes_page(title: str) -> str:
     return f"routes-{title}.html"
 
 
-def _write(text: Callable[[], str], file: Path) -> Path:
-    return page.write(file, text())
-
-
 def _without_documents(model: Numbers) -> Numbers:
-    repetitions = [
-        {key: value for key, value in r.items() if key not in ("documents", "training")} for r in model["repetitions"]
-    ]
+    left_out = ("documents", "training")
+    repetitions = [{key: r[key] for key in r if key not in left_out} for r in model["repetitions"]]
     return {**model, "repetitions": repetitions}
 
 

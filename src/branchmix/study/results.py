@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import DataError
 from branchmix.evaluate.ratio import ratio
-from branchmix.study.comparisons import against_dense, before_training, budgets, claims, comparison, slopes, variants
+from branchmix.study import comparisons
+from branchmix.study.comparisons import Numbers, deviation, log_perplexity, mean
 from branchmix.study.folder import RESULTS, STUDY
-from branchmix.study.graph import TRAINED, UNTRAINED, About
-from branchmix.study.labels import Numbers, label_of
-from branchmix.study.statistics import deviation, log_perplexity, mean
+from branchmix.study.graph import SCORES, TRAINED, UNTRAINED, About
 
 GROUPS = {
     "dense": "Dense models",
@@ -51,10 +52,12 @@ def collect(folder: Path) -> Numbers:
     settings = study["settings"]
     models = _models(scored, records, steps)
     reference = next((model for model in models if model["role"] == "reference"), None)
-    compared = {m["title"]: comparison(m, reference) for m in models if reference is not None and m is not reference}
-    comparisons = {title: row.as_dict() for title, row in compared.items() if row is not None}
+    compared = {m["title"]: comparisons.comparison(m, reference) for m in models if m is not reference}
+    against_reference = {title: row.as_dict() for title, row in compared.items() if row is not None}
     runs = {name: record for name, record in records.items() if "training" in record}
+    merges = {name: record["merge"] for name, record in records.items() if "merge" in record}
     documents = next(iter(scored.values()))["documents"]
+    has_fitted_gates = any(merge["recipe"].get("gates") for merge in merges.values())
     return {
         "settings": settings,
         "domains": list(documents),
@@ -63,19 +66,19 @@ def collect(folder: Path) -> Numbers:
         "repetitions": len(settings["random_seeds"]),
         "models": models,
         "reference": reference["title"] if reference else None,
-        "comparisons": comparisons,
-        "against_dense": against_dense(models),
-        "before_training": before_training(models) if _has_fitted_gates(records) else [],
-        "budgets": budgets(models, reference),
-        "claims": claims(models),
-        "variants": variants(models),
-        "slopes": slopes(models, reference, comparisons),
+        "comparisons": against_reference,
+        "against_dense": comparisons.against_dense(models),
+        "before_training": comparisons.before_training(models) if has_fitted_gates else [],
+        "budgets": comparisons.budgets(models, reference),
+        "claims": comparisons.claims(models),
+        "variants": comparisons.variants(models),
+        "slopes": comparisons.slopes(models, reference, against_reference),
         "routes": {record["about"]["title"]: name for name, record in records.items() if "routes" in record},
         "inference": records.get("inference"),
         "text": _text(records, runs),
         "held_out_documents": {domain: len(rows) for domain, rows in documents.items()},
         "machines": _machines(runs),
-        "recipes": {name: record["merge"]["recipe"] for name, record in records.items() if "merge" in record},
+        "recipes": {name: merge["recipe"] for name, merge in merges.items()},
         "runs": {name: record["run"] for name, record in runs.items()},
         "keys": {name: record["key"] for name, record in records.items()},
     }
@@ -96,13 +99,11 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-_PARTS = {
+_PARTS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "train": ("training", "computing", "machine", "versions", "run"),
     "upcycle": ("merge",),
-    "scores": ("documents", "routing"),
-    "ensemble": ("documents", "routing"),
-    "forced": ("documents", "routing"),
+    **dict.fromkeys(SCORES, ("documents", "routing")),
     "routes": ("routes",),
     "inference": ("inference",),
 }
@@ -163,20 +164,29 @@ def _models(scored: Records, records: Records, steps: Records) -> list[Numbers]:
     return sorted(models, key=lambda model: (groups.index(model["group"]), model["role"] != "seed"))
 
 
+_OF_ROUTERS = (
+    *("start", "routing", "routed_scaling_factor", "router_init", "gates"),
+    *("router_aux_loss_coef", "router_z_loss_coef"),
+)
+"""Keys of recipes that experts and averages do not depend on."""
+
+
 def _model(title: str, names: list[str], scored: Records, records: Records, steps: Records) -> Numbers:
-    about = About.of(scored[names[0]]["about"])
+    about = TypeAdapter(About).validate_python(scored[names[0]]["about"])
     repetitions = [_repetition(name, scored[name], records, steps) for name in names]
-    perplexity = {
-        domain: math.exp(mean([math.log(r["perplexity"][domain]) for r in repetitions]))
-        for domain in repetitions[0]["perplexity"]
-    }
+    first = repetitions[0]
+    perplexity = {d: math.exp(mean([math.log(r["perplexity"][d]) for r in repetitions])) for d in first["perplexity"]}
     logs = [math.log(r["geometric_mean"]) for r in repetitions]
-    trained = repetitions[0]["training"]
+    trained = first["training"]
+    merge = records.get(steps[names[0]]["needs"].get("model"), {}).get("merge")
+    if merge is not None:  # what determines all weights of an untrained merge but those of its routers
+        recipe = {key: value for key, value in merge["recipe"].items() if key not in _OF_ROUTERS}
+        merge = {"recipe": recipe, "experts": merge.get("experts")}
     return {
         "title": title,
         "method": about.method or None,
         "preset": about.preset or None,
-        "label": label_of(about),
+        "label": about.full_label,
         "what": about.what,
         "warning": about.warning,
         "group": "merged" if about.role in UNTRAINED else about.group,
@@ -187,29 +197,14 @@ def _model(title: str, names: list[str], scored: Records, records: Records, step
         "geometric_mean": math.exp(mean(logs)),
         "deviation": deviation(logs),
         "bits_per_byte": {d: mean([r["bits_per_byte"][d] for r in repetitions]) for d in perplexity},
-        "stderr": {domain: _bits(rows)[1] for domain, rows in repetitions[0]["documents"].items()},
-        "merge": _merge(records.get(steps[names[0]]["needs"].get("model"), {}).get("merge")),
+        "stderr": {domain: _bits(rows)[1] for domain, rows in first["documents"].items()},
+        "merge": merge,
         "facts": steps[names[0]]["facts"],
         **{key: trained[key] if trained else 0 for key in ("tokens", "flops", "optimizer_flops")},
-        "sunk_flops": repetitions[0]["sunk_flops"],
+        "sunk_flops": first["sunk_flops"],
         "seconds": mean([r["training"]["seconds"] for r in repetitions if r["training"]]) if trained else 0.0,
         "repetitions": repetitions,
     }
-
-
-_OF_ROUTERS = (
-    *("start", "routing", "routed_scaling_factor", "router_init", "gates"),
-    *("router_aux_loss_coef", "router_z_loss_coef"),
-)
-"""Keys of recipes that experts and averages do not depend on."""
-
-
-def _merge(record: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What determines all weights of an untrained merge but those of its routers; None for other models."""
-    if record is None:
-        return None
-    recipe = {key: value for key, value in record["recipe"].items() if key not in _OF_ROUTERS}
-    return {"recipe": recipe, "experts": record.get("experts")}
 
 
 def _repetition(name: str, record: dict[str, Any], records: Records, steps: Records) -> Numbers:
@@ -249,10 +244,6 @@ def _sunk(made: str, steps: Records, records: Records) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Around it
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _has_fitted_gates(records: Records) -> bool:
-    return any(record.get("merge", {}).get("recipe", {}).get("gates") for record in records.values())
 
 
 def _text(records: Records, runs: Records) -> dict[str, Any]:

@@ -12,19 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from branchmix.errors import BranchMixError, RecipeError
+from branchmix.errors import BranchMixError
 from branchmix.study.build import build
 from branchmix.study.folder import MODEL, STEPS, StudyFolder, alone, is_done, write_plan
-from branchmix.study.forecast import fitted
+from branchmix.study.forecast import fitted, processes_of, side_by_side
 from branchmix.study.graph import AFTER_A_MODEL, Graph, Step
-from branchmix.study.processes import processes_of, side_by_side
 from branchmix.study.settings import StudyFile
 from branchmix.train.job_display import JobDisplay
-from branchmix.train.launch import USER_ERROR, Job, JobState, cores, run_processes, startable
+from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, run_processes, startable
 
 Launcher = Literal["local", "ray", "inline"]
 Chain = Sequence[Step]
@@ -54,7 +52,6 @@ def study(
     out: str | Path,
     *,
     only: Sequence[str] = (),
-    overrides: Sequence[str] = (),
     launcher: Launcher = "local",
     progress: bool = True,
 ) -> StudyReport:
@@ -64,7 +61,6 @@ def study(
         config: settings, or their YAML file.
         out: folder of the study.
         only: steps to run, with all they need (see ``Graph.chosen``).
-        overrides: ``key=value`` over the file's.
         launcher: ``local`` for processes on this machine, ``ray`` for a cluster with a shared file system, ``inline``
             for one step after another in this process: no time is lost with starting processes.
         progress: show on stderr what happens.
@@ -72,10 +68,7 @@ def study(
     Raises:
         BranchMixError: the settings make no sense, something is missing, or ``out`` is something else's folder.
     """
-    if not isinstance(config, StudyFile):
-        config = StudyFile.load(config, list(overrides))
-    elif overrides:
-        raise RecipeError("overrides are for files: change the StudyFile itself")
+    config = config if isinstance(config, StudyFile) else StudyFile.load(config)
     out = Path(out)
     graph = build(config)
     graph.chosen(only)  # what makes no sense is refused before anything is written or measured
@@ -95,31 +88,29 @@ def study(
                 display(states)
                 folder.note(states)
 
-            run = _run_inline if launcher == "inline" else partial(_run, launcher=launcher)
-            states, stopped_by = run(config, graph, out, todo, watch=watch)
+            if launcher == "inline":
+                outcome = _run_inline(config, out, todo, watch)
+            else:
+                outcome = _run(config, graph, out, todo, watch, launcher)
         folder.collect()
-    redone = {step.name for step in todo}
-    statuses = {step.name: "kept" for step in wanted if step.name not in redone}
-    statuses |= {step.name: "done" if is_done(out, step) else "waiting" for step in todo}
-    failed = {}
-    for state in states:
-        if statuses.get(state.job.name) == "waiting":
-            statuses[state.job.name] = state.status
-        if state.status == "failed":
-            failed[state.job.name] = f"{state.reason} (its output: {state.job.log})"
-    return StudyReport(out, {step.name: statuses[step.name] for step in wanted}, failed, stopped_by)
+    of_jobs = {state.job.name: state for state in outcome.jobs}
+    statuses = {step.name: "kept" for step in wanted}
+    for step in todo:
+        state = of_jobs.get(step.name)
+        statuses[step.name] = "done" if is_done(out, step) else state.status if state else "waiting"
+    reasons = {name: state for name, state in of_jobs.items() if state.status == "failed"}
+    failed = {name: f"{state.reason} (its output: {state.job.log})" for name, state in reasons.items()}
+    return StudyReport(out, {step.name: statuses[step.name] for step in wanted}, failed, outcome.stopped_by)
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _run(
-    config: StudyFile, graph: Graph, out: Path, todo: list[Step], *, launcher: Launcher, watch: Watch
-) -> tuple[list[JobState], int | None]:
+def _run(config: StudyFile, graph: Graph, out: Path, todo: list[Step], watch: Watch, launcher: Launcher) -> Outcome:
     """All steps but the timed one, and that alone at the end."""
     timed = [step for step in todo if step.kind == "inference"]
-    states: list[JobState] = []
+    states, outcome = list[JobState](), Outcome([])
     for steps in ([step for step in todo if step not in timed], timed):
         undone = {state.job.name for state in states if state.status != "done"}
         if not steps or any(name in undone for step in steps for name in step.needs.names):
@@ -139,13 +130,11 @@ def _run(
             outcome = run_processes(jobs, at_once, retries=config.retries, places=places, watch=watch)
         states += outcome.jobs
         if outcome.stopped_by is not None:
-            return states, outcome.stopped_by
-    return states, None
+            break
+    return Outcome(states, outcome.stopped_by)
 
 
-def _run_inline(
-    config: StudyFile, graph: Graph, out: Path, todo: list[Step], *, watch: Watch
-) -> tuple[list[JobState], int | None]:
+def _run_inline(config: StudyFile, out: Path, todo: list[Step], watch: Watch) -> Outcome:
     """The same in this process, without retries."""
     from branchmix.study.step import StepStoppedError, do
 
@@ -168,14 +157,14 @@ def _run_inline(
                 state.status, state.exit_code, state.last_line = "failed", USER_ERROR, " ".join(str(error).splitlines())
             except (StepStoppedError, KeyboardInterrupt) as stop:
                 state.status = "stopped"
-                return states, getattr(stop, "signal", signal.SIGINT)
+                return Outcome(states, getattr(stop, "signal", signal.SIGINT))
             finally:
                 state.seconds += time.monotonic() - begun
             watch(states)
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return states, None
+    return Outcome(states)
 
 
 def _chains(steps: Sequence[Step]) -> list[list[Step]]:
@@ -189,18 +178,18 @@ def _chains(steps: Sequence[Step]) -> list[list[Step]]:
 
 def _job(out: Path, chain: Chain, chains: Sequence[Chain], threads: int, processes: int = 1) -> Job:
     """Named after the first of its steps; several processes share it if it is a training run."""
-    first = chain[0]
-    folder = out.absolute() / STEPS / first.folder
+    first, out = chain[0], out.absolute()
+    folder = out / STEPS / first.folder
     log = folder / MODEL / "log.txt" if first.kind == "train" else folder / "log.txt"
-    env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    env["BRANCHMIX_CACHE"] = os.environ.get("BRANCHMIX_CACHE", str(out.absolute() / "cache"))
-    step = ["-m", "branchmix.study.step", str(out.absolute()), *(step.name for step in chain)]
-    command = again = [sys.executable, *step]
-    if processes > 1 and first.kind == "text":
-        env["OMP_NUM_THREADS"] = str(processes)
-    elif processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += step
+    shared = first.kind != "text" and processes > 1
+    env = {
+        "OMP_NUM_THREADS": str(threads if shared or processes == 1 else processes),
+        "TOKENIZERS_PARALLELISM": "false",
+        "BRANCHMIX_CACHE": os.environ.get("BRANCHMIX_CACHE", str(out / "cache")),
+    }
+    step = ["-m", "branchmix.study.step", str(out), *(step.name for step in chain)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if shared else []
     needed = {name for step in chain for name in step.needs.names}
     after = [other[0].name for other in chains if other is not chain and needed & {step.name for step in other}]
-    return Job(first.name, command, log, again=again, env=env, after=after)
+    again = [sys.executable, *step]
+    return Job(first.name, [sys.executable, *torchrun, *step], log, again=again, env=env, after=after)

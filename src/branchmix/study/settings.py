@@ -1,28 +1,68 @@
 """The YAML file of ``branchmix study``: a seed, domains, budgets, methods, repetitions. Unknown keys are refused.
 
-``StudyFile.load(path)``. The reference page in the docs is generated from the docstrings below.
+``StudyFile.load(path)``. The reference page in the docs is generated from the docstrings below. ``METHODS`` is what a
+study can compare, from ``methods.yaml``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.names import is_expert_name
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe
-from branchmix.settings import Count, FileName, Settings, Share, overlaid, parse, read_yaml
-from branchmix.study.methods import METHODS, Match
-from branchmix.train.config import Mix, NewModel, Optimizer, RunConfig, apply_override
+from branchmix.settings import Count, FileName, Settings, SettingsFile, Share, overlaid, parse, read_yaml
+from branchmix.train.config import Mix, NewModel, Optimizer, RunConfig
+
+Match = Literal["dm", "cm"]
 
 SEED = "seed"
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 """The study of ``branchmix demo``."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method that papers describe."""
+
+    label: str
+    what: str
+    kind: Literal["mixture", "merge", "forced", "dense", "ensemble"] = "mixture"
+    """``mixture``: merged and trained. ``merge``: merged only. ``forced``: merged only, and measured with all gates
+    forced to each domain's best expert, the bound for any gates. ``dense``: the seed, trained on the mixtures' data.
+    ``ensemble``: all dense models, nothing trained."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Keys of the recipe, with those of the method that it varies."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Keys of the run that trains the mixture."""
+    match: Sequence[Match] = ("dm", "cm")
+    larger: Literal["total", "active"] | None = None
+    """Copies of the seed are added until the parameters (and for ``active`` top-k until the active ones) are those of
+    BAM Expert KV."""
+    varies: str | None = None
+    """The method that this one differs from in one thing: a report compares both."""
+    warning: str = ""
+
+
+def _presets() -> dict[str, Preset]:
+    content: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("methods.yaml"))
+
+    def recipe(name: str) -> dict[str, Any]:
+        fields = content[name]
+        return {**(recipe(fields["varies"]) if "varies" in fields else {}), **fields.get("recipe", {})}
+
+    return {name: Preset(**{**fields, "recipe": recipe(name)}) for name, fields in content.items()}
+
+
+METHODS: dict[str, Preset] = _presets()
+"""By the name that a study's YAML uses."""
 
 
 class InstalledText(Settings):
@@ -92,17 +132,24 @@ class Method(Settings):
         if self.method not in METHODS:
             near = nearest(self.method, list(METHODS))
             raise ValueError(f"there is no method {self.method!r}{near}; there are {', '.join(METHODS)}")
-        for key in self.recipe:
-            if key not in Recipe.model_fields or key in ("seed", "experts"):
-                known = [name for name in Recipe.model_fields if name not in ("seed", "experts")]
-                raise ValueError(f"recipe.{key}: a recipe here has no such key{nearest(key, known)}")
-        _check_train(self.train, without=_OF_THE_STUDY)
+        _check_keys("recipe", self.recipe, Recipe, without=("seed", "experts"))
+        _check_keys("train", self.train, RunConfig, without=_OF_THE_STUDY)
         return self
 
     @property
     def title(self) -> str:
         """Its name in the study."""
         return self.name or self.method
+
+    @property
+    def preset(self) -> Preset:
+        """What it is an instance of."""
+        return METHODS[self.method]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """All keys of the run that trains it, the preset's too."""
+        return overlaid(self.preset.train, self.train)
 
 
 _OF_THE_STUDY = (
@@ -112,13 +159,14 @@ _OF_THE_STUDY = (
 """Keys of runs that the study decides; and LoRA, whose adapters are no model that a study could measure."""
 
 
-def _check_train(train: dict[str, Any], *, without: Sequence[str], where: str = "train") -> None:
-    """The keys of ``train``; what their values may be, ``_check_runs`` knows."""
-    known = [name for name in RunConfig.model_fields if name not in without]
-    for key in train:
+def _check_keys(where: str, given: dict[str, Any], kind: type[Settings], *, without: Collection[str]) -> None:
+    """Keys of recipes and runs that a study may have; what their values may be, ``_check_runs`` knows."""
+    known = [name for name in kind.model_fields if name not in without]
+    for key in given:
         if key not in known:
             beside = f": the study has {key} itself" if key in StudyFile.model_fields else nearest(key, known)
-            raise ValueError(f"{where}.{key}: a run here has no such key{beside}")
+            what = "recipe" if kind is Recipe else "run"
+            raise ValueError(f"{where}.{key}: a {what} here has no such key{beside}")
 
 
 class Inference(Settings):
@@ -132,7 +180,7 @@ class Inference(Settings):
     """Number of runs; the report gives their mean."""
 
 
-class StudyFile(Settings):
+class StudyFile(SettingsFile):
     """A whole study."""
 
     seed: str | NewModel
@@ -192,8 +240,6 @@ class StudyFile(Settings):
     trust_remote_code: bool = False
     """Run code from the seed's checkpoint."""
 
-    _folder: Path = PrivateAttr(default=Path())
-
     @model_validator(mode="after")
     def _makes_sense(self) -> StudyFile:
         self._check_domains()
@@ -204,13 +250,10 @@ class StudyFile(Settings):
             raise ValueError("tokens.seed, seed_mix: the seed is given, it is not trained here: leave them out")
         if len(set(self.random_seeds)) < len(self.random_seeds):
             raise ValueError("random_seeds: one is listed twice, which would be no repetition")
-        for key in self.recipe:
-            if key not in Recipe.model_fields or key in ("seed", "experts", "attention", "ffn"):
-                known = list(Recipe.model_fields)
-                raise ValueError(f"recipe.{key}: a recipe here has no such key{nearest(key, known)}")
-        whole = ("learning_rate", "optimizer", "micro_batch_size")
-        _check_train(self.train, without=(*_OF_THE_STUDY, "freeze", "adapters", *whole))
-        _check_train(self.expert_train, without=(*_OF_THE_STUDY, "adapters", *whole), where="expert_train")
+        _check_keys("recipe", self.recipe, Recipe, without=("seed", "experts", "attention", "ffn"))
+        whole = (*_OF_THE_STUDY, "adapters", "learning_rate", "optimizer", "micro_batch_size")
+        _check_keys("train", self.train, RunConfig, without=(*whole, "freeze"))
+        _check_keys("expert_train", self.expert_train, RunConfig, without=whole)
         self._check_runs()
         if not 0 < self.held_out.share < 1:
             raise ValueError(f"held_out.share: {self.held_out.share:g} leaves no text to measure or none to train on")
@@ -240,28 +283,24 @@ class StudyFile(Settings):
                 raise ValueError(f"methods: {name!r} is the name of a dense model here: give the method another")
         if self.reference not in titles:
             raise ValueError(f"reference: no method is called {self.reference!r}{nearest(self.reference, titles)}")
-        if METHODS[self.method(self.reference).method].kind not in ("mixture", "dense"):
+        if self.method(self.reference).preset.kind not in ("mixture", "dense"):
             raise ValueError(f"reference: {self.reference} is not trained, so it has no budget to match")
 
     def _check_runs(self) -> None:
         """Whether all runs can be settings of ``branchmix train``, before any of them has cost an hour."""
-        runs = [("train", {}), ("expert_train", self.expert_train)]
-        for method in self.all_methods:
-            runs.append((f"methods: {method.title}: train", overlaid(METHODS[method.method].train, method.train)))
-        for where, train in runs:
-            run = self.run_of({"learning_rate": {"peak": 1.0}}, train)
-            given = {"model": "seed", "out": "run", "data": {"text": {"files": "text"}}, "budget": {"steps": 1}}
+        given = {"model": "seed", "out": "run", "data": {"text": {"files": "text"}}, "budget": {"steps": 1}}
+        runs = {f"methods: {method.title}: train": method.run for method in self.all_methods}
+        runs |= {"train": {}, "expert_train": self.expert_train}
+        for where, own in runs.items():
             try:
-                parse(RunConfig, run | given, where)
+                parse(RunConfig, self.run_of({"learning_rate": {"peak": 1.0}}, own) | given, where)
             except RecipeError as error:
                 raise ValueError("; ".join(str(error).splitlines())) from None
 
     @property
     def domains(self) -> list[str]:
         """Names of all domains."""
-        if isinstance(self.data, InstalledText):
-            return list(self.data.domains)
-        return list(self.data)
+        return list(self.data.domains if isinstance(self.data, InstalledText) else self.data)
 
     @property
     def expert_names(self) -> list[str]:
@@ -300,23 +339,3 @@ class StudyFile(Settings):
     def step_tokens(self) -> int:
         """Tokens of an optimizer step."""
         return self.sequence_length * self.batch_size
-
-    @property
-    def folder(self) -> Path:
-        """Folder that relative paths start from: that of the file."""
-        return self._folder
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None) -> StudyFile:
-        """Read a study file; ``overrides`` are ``key=value`` with dots, values as YAML.
-
-        Raises:
-            RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
-        """
-        path = Path(path)
-        data = read_yaml(path)
-        for words in overrides or []:
-            apply_override(data, words)
-        study: StudyFile = parse(cls, data, str(path))
-        study._folder = path.parent
-        return study

@@ -15,10 +15,9 @@ from queue import Empty
 from typing import Any
 
 from branchmix.errors import BranchMixError
+from branchmix.study.models import Config, new_model
 from branchmix.study.settings import StudyFile
 from branchmix.train.models import Computing, attention_options
-
-Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,18 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
         keep_freed_memory()  # as runs do: without it, half of a step can be page faults
         study = StudyFile.model_validate(settings)
         computing = Computing(torch.device("cpu"), in_bf16(study.precision))
-        first = new_model(json.loads(kinds[0]), computing, study.sequence_length)  # imports the rest
+
+        def made(config: Config) -> Any:
+            """With attention as a run chooses it."""
+            return new_model(config, **attention_options(config["model_type"], computing, study.sequence_length))
+
+        first = made(json.loads(kinds[0]))  # imports the rest
         start, steps = time.time() - begun, {}
         micro = study.micro_batch_size or study.batch_size
         options: dict[str, Any] = {"micro": micro, "accumulation": study.batch_size // micro}
         for number, kind in enumerate(kinds):
             config = json.loads(kind)
-            model = new_model(config, computing, study.sequence_length) if number else first
+            model = made(config) if number else first
             texts = _random_sequences(config, micro, study.sequence_length)
             barrier.wait()
             steps[kind] = seconds_per_step(model, texts, computing, packing="position_ids", **options)
@@ -118,23 +122,3 @@ def _random_sequences(config: Config, count: int, length: int) -> list[dict[str,
     vocabulary = int(config.get("seed_config", config)["vocab_size"])
     ids_BT = np.random.default_rng(0).integers(0, vocabulary, (count, length))
     return [packed(np.split(ids_T, [length // 2]), length) for ids_T in ids_BT]
-
-
-def new_model(config: Config, computing: Computing | None = None, length: int = 0) -> Any:
-    """A dense model or a mixture of random weights, from a config with ``model_type`` (and ``seed_config``).
-
-    Attention is as a run chooses it for ``computing`` and sequences of ``length`` tokens; the model's own if None.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from branchmix.models import mixture_config
-
-    logging.set_verbosity_error()
-    fields = dict(config)
-    if fields.pop("model_type") == "branchmix":
-        made = mixture_config(fields.pop("seed_config"), **fields)
-    else:
-        made = AutoConfig.for_model(config["model_type"], **fields)
-    options = {} if computing is None else attention_options(made.model_type, computing, length)
-    return AutoModelForCausalLM.from_config(made, **options)

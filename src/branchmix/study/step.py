@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.data.config import Source
 from branchmix.errors import BranchMixError
-from branchmix.study.folder import DATA, MODEL, PAGE, PLAN, RESULT, STEPS, TEXT, write_record
+from branchmix.study.folder import MODEL, PAGE, PLAN, RESULT, STEPS, TEXT, write_record
 from branchmix.study.graph import Step
-from branchmix.study.labels import label_of
+from branchmix.study.measure import HeldOutText, distance, measure_inference, rounded
+from branchmix.study.models import DATA
 from branchmix.study.settings import SEED, InstalledText, StudyFile
 
 CURVE_POINTS = 60
@@ -55,9 +57,7 @@ def do(out: Path, name: str) -> None:
     work.folder.mkdir(parents=True, exist_ok=True)
     result = getattr(work, work.step.kind)()
     if _is_main():
-        step, about = work.step, work.step.about
-        shown = {"step": name, "kind": step.kind, "key": step.key, "about": about.as_dict() if about else {}}
-        write_record(work.folder / RESULT, {**shown, **result})
+        write_record(work.folder / RESULT, {"step": name, **work.step.summary(), **result})
 
 
 def _is_main() -> bool:
@@ -70,14 +70,15 @@ class _Work:
 
     def __init__(self, out: Path, name: str):
         plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        self.steps, self.base = plan["steps"], Path(plan["base"])
+        self.steps = TypeAdapter(dict[str, Step]).validate_python(plan["steps"])
+        self.base = Path(plan["base"])
         self.study: StudyFile = StudyFile.model_validate(plan["settings"])
-        self.step = Step.of(self.steps[name])
+        self.step = self.steps[name]
         self.out = out
         self.folder = self.folder_of(name)
 
     def folder_of(self, name: str) -> Path:
-        return self.out / STEPS / Step.of(self.steps[name]).folder
+        return self.out / STEPS / self.steps[name].folder
 
     def model_of(self, name: str | None) -> Path:
         """The folder of the model that a step makes; that of the given seed for None."""
@@ -87,6 +88,15 @@ class _Work:
         """The seed, if it is not trained here."""
         assert isinstance(self.study.seed, str)
         return resolve(self.study.seed, self.base)
+
+    def given_name(self) -> str:
+        """As the study names its seed: a Hub id, or an absolute folder."""
+        given = self.given()
+        return given.given if given.revision else str(given.folder.absolute())
+
+    def relative(self, name: str) -> str:
+        """The path of a step's model from this step's folder."""
+        return os.path.relpath(self.model_of(name), self.folder)
 
     def members(self) -> dict[str, Path]:
         """Folders of several models by name, the seed first."""
@@ -101,6 +111,13 @@ class _Work:
         assert not isinstance(self.study.data, InstalledText)
         return {name: source.absolute(self.base, out=self.out) for name, source in self.study.data.items()}
 
+    def sources_as_json(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"mode": "json", "exclude_none": True, "exclude_unset": True}
+        return {name: source.model_dump(**options) for name, source in self.sources().items()}
+
+    def held_out(self) -> HeldOutText:
+        return HeldOutText(self.study, self.sources(), self.folder)
+
     def write_yaml(self, name: str, command: str, content: dict[str, Any]) -> Path:
         """A file with which the step can be repeated by hand."""
         file = self.folder / name
@@ -110,7 +127,7 @@ class _Work:
 
     def write_data(self, command: str) -> Path:
         """The study's text and what it holds out, as commands take it."""
-        content = {"data": _as_json(self.sources()), "held_out": self.study.held_out.model_dump()}
+        content = {"data": self.sources_as_json(), "held_out": self.study.held_out.model_dump()}
         return self.write_yaml(DATA, command, content)
 
     # ---- kinds ----
@@ -147,10 +164,10 @@ class _Work:
         run, needed = dict(self.step.run), self.step.needs.model
         is_given = "model" not in run and needed is None
         if "model" not in run:
-            run["model"] = self._given() if is_given else os.path.relpath(self.model_of(needed), self.folder)
+            run["model"] = self.given_name() if needed is None else self.relative(needed)
         run |= {
             "out": MODEL,
-            "data": _as_json(self.sources()),
+            "data": self.sources_as_json(),
             "evaluation": {"at_start": False},
             "logging": {"steps": max(1, self.step.cost.steps // CURVE_POINTS)},
         }
@@ -161,59 +178,45 @@ class _Work:
             return {}
         record = report.record
         clips = run["optimizer"]["max_grad_norm"] > 0
-        is_expert = self.step.about is not None and self.step.about.role == "expert"
+        training = {
+            **{key: record[key] for key in ("steps", "tokens", "flops", "seconds", "peak_learning_rate")},
+            "optimizer_flops": int(record["steps"] * optimizer_flops(record["model"]["trained"], clips=clips)),
+            "domains": record["domains"],
+            "curve": _curve(self.folder / MODEL / "metrics.jsonl"),
+            "text": record["data"]["domains"],
+            "resumed": len(record["resumed"]),
+            **{key: record[key] for key in ("started", "ended")},
+        }
+        if self.step.about is not None and self.step.about.role == "expert":
+            training["from_seed"] = rounded(distance(self.folder / MODEL, self.model_of(needed)))
+        seed = {"model": self.study.seed} if is_given else {}  # results travel: no path of this machine
         return {
-            "training": {
-                **{key: record[key] for key in ("steps", "tokens", "flops", "seconds", "peak_learning_rate")},
-                "optimizer_flops": int(record["steps"] * optimizer_flops(record["model"]["trained"], clips=clips)),
-                "domains": record["domains"],
-                "curve": _curve(self.folder / MODEL / "metrics.jsonl"),
-                "text": record["data"]["domains"],
-                "resumed": len(record["resumed"]),
-                **{key: record[key] for key in ("started", "ended")},
-                **({"from_seed": self._from_seed()} if is_expert else {}),
-            },
+            "training": training,
             **{key: record[key] for key in ("model", "computing")},
             "machine": {**record["machine"], "cpu": _cpu_name()},
             "versions": record["versions"],
-            "run": {
-                **{key: value for key, value in run.items() if key not in ("data", "out")},
-                **({"model": self.study.seed} if is_given else {}),  # results travel: no path of this machine
-            },
+            "run": {**{key: value for key, value in run.items() if key not in ("data", "out")}, **seed},
         }
-
-    def _from_seed(self) -> dict[str, float]:
-        """How far the trained expert went from the seed."""
-        from branchmix.study.measure import distance, rounded
-
-        went = distance(self.folder / MODEL, self.model_of(self.step.needs.model))
-        return dict(rounded(went))
-
-    def _given(self) -> str:
-        """As the study names its seed: a Hub id, or an absolute folder."""
-        resolved = self.given()
-        return resolved.given if resolved.revision else str(resolved.folder.absolute())
 
     def upcycle(self) -> dict[str, Any]:
         """A merge; ``recipe.yaml`` stays beside it."""
         from branchmix.recipe import Recipe
-        from branchmix.study.measure import rounded
         from branchmix.upcycling import upcycle
 
-        out, of_steps = self.folder / MODEL, self.step.needs.members
-        models = {name: os.path.relpath(self.model_of(step), self.folder) for name, step in of_steps.items()}
+        out, trusted = self.folder / MODEL, self.study.trust_remote_code
+        models = {name: self.relative(step) for name, step in self.step.needs.members.items()}
         experts = [name for name in models if name != SEED]
         defaults = Recipe.model_fields
         recipe = {
-            "seed": models.get(SEED) or self._given(),
+            "seed": models.get(SEED) or self.given_name(),
             "experts": [{"name": name, "model": models[name]} for name in experts],
             **{key: value for key, value in self.step.recipe.items() if value != defaults[key].get_default()},
         }
         if recipe.get("gates"):
             self.write_data("calibrate MIXTURE --data data.yaml")
-        command = "upcycle recipe.yaml MIXTURE" + " --trust-remote-code" * self.study.trust_remote_code
+        command = "upcycle recipe.yaml MIXTURE" + " --trust-remote-code" * trusted
         file = self.write_yaml("recipe.yaml", command, _without_none(recipe))
-        report = upcycle(file, out, force=out.exists(), trust_remote_code=self.study.trust_remote_code)
+        report = upcycle(file, out, force=out.exists(), trust_remote_code=trusted)
         print(f"merged in {report.seconds:.1f} s", file=sys.stderr)
         merge = {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": experts}
         if report.gates is not None:
@@ -222,44 +225,41 @@ class _Work:
 
     def scores(self) -> dict[str, Any]:
         """A model on every domain."""
-        from branchmix.study.measure import HeldOutText
-
-        return HeldOutText.of(self.study, self.sources(), self.folder).measure(self.model_of(self.step.needs.model))
+        return self.held_out().measure(self.model_of(self.step.needs.model))
 
     def forced(self) -> dict[str, Any]:
-        """A mixture on every domain, with all gates forced to that domain's best expert."""
-        from branchmix.study.measure import HeldOutText
+        """A mixture on every domain, with all gates forced to that domain's best expert.
 
+        That is the expert of the domain's name; where there is none, that of the least loss on text that was not held
+        out.
+        """
         made = self.step.needs.model
         assert made is not None
         record = json.loads((self.folder_of(made) / RESULT).read_text(encoding="utf-8"))
-        fitted = record["merge"]["gates"]["domains"]
-        experts = {domain["name"]: _best_expert(domain["name"], domain["forced"]) for domain in fitted}
-        text = HeldOutText.of(self.study, self.sources(), self.folder)
-        return {**text.measure_forced(self.model_of(made), experts), "forced": experts}
+        experts = {}
+        for domain in record["merge"]["gates"]["domains"]:
+            name, losses = domain["name"], domain["forced"]
+            experts[name] = name if name in losses else min(losses, key=losses.__getitem__)
+        return {**self.held_out().measure_forced(self.model_of(made), experts), "forced": experts}
 
     def ensemble(self) -> dict[str, Any]:
         """All dense models together."""
-        from branchmix.study.measure import HeldOutText
-
-        return HeldOutText.of(self.study, self.sources(), self.folder).measure_ensemble([*self.members().values()])
+        return self.held_out().measure_ensemble([*self.members().values()])
 
     def routes(self) -> dict[str, Any]:
         """Which expert each held-out token of a mixture uses: numbers, and a page beside them."""
         from branchmix.data.evaluation import EvalData
         from branchmix.evaluate.routing.routes import routes
         from branchmix.evaluate.routing.token_page import write
-        from branchmix.study.measure import rounded
 
         assert self.step.about is not None
-        file = self.write_data("routes MIXTURE --data data.yaml")
         routed = routes(
             str(self.model_of(self.step.needs.model)),
-            data=EvalData.load(file),
+            data=EvalData.load(self.write_data("routes MIXTURE --data data.yaml")),
             max_length=self.study.sequence_length,
             trust_remote_code=self.study.trust_remote_code,
         )
-        routed = replace(routed, report=replace(routed.report, model=label_of(self.step.about)))
+        routed = replace(routed, report=replace(routed.report, model=self.step.about.full_label))
         write(routed, self.folder / PAGE)
         numbers = routed.report.as_dict()
         for layer in (*numbers.get("attention", []), *numbers.get("ffn", [])):
@@ -268,7 +268,6 @@ class _Work:
 
     def inference(self) -> dict[str, Any]:
         """Latency and memory of all merges, and of the seed."""
-        from branchmix.study.measure import measure_inference
         from branchmix.train.record import versions
 
         assert self.study.inference is not None
@@ -276,17 +275,6 @@ class _Work:
             self.members(), self.study.inference, trust_remote_code=self.study.trust_remote_code
         )
         return {"inference": measured, "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()}, "versions": versions()}
-
-
-def _as_json(sources: dict[str, Source]) -> dict[str, Any]:
-    return {
-        name: source.model_dump(mode="json", exclude_none=True, exclude_unset=True) for name, source in sources.items()
-    }
-
-
-def _best_expert(domain: str, losses: dict[str, float]) -> str:
-    """The expert of the domain's name; where there is none, that of the least loss on text that was not held out."""
-    return domain if domain in losses else min(losses, key=lambda name: losses[name])
 
 
 def _without_none(value: Any) -> Any:
@@ -326,8 +314,7 @@ def main(out: Path, names: list[str]) -> int:
     """Exit code: 0; 2 if the input is wrong; 128 and the signal's number after one."""
     from branchmix.train.memory import keep_freed_memory
 
-    threads = os.environ.get("OMP_NUM_THREADS")
-    if threads:
+    if threads := os.environ.get("OMP_NUM_THREADS"):
         import torch
 
         torch.set_num_threads(int(threads))
@@ -336,8 +323,7 @@ def main(out: Path, names: list[str]) -> int:
         for name in names if _is_main() else names[:1]:
             do(out, name)
     except BranchMixError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     except StepStoppedError as stop:
         return 128 + stop.signal

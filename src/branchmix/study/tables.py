@@ -1,7 +1,4 @@
-"""A study's tables in the form of BAM's Tables 1, 4, 5, 6, 7 and 10, with costs and budgets.
-
-Those of scores are here, those of costs in ``cost_tables``.
-"""
+"""A study's tables in the form of BAM's Tables 1, 4, 5, 6, 7 and 10, with costs and budgets."""
 
 from __future__ import annotations
 
@@ -10,10 +7,9 @@ from collections.abc import Callable
 
 from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
-from branchmix.study.cost_tables import budgets, components, costs, inference_flops, latency, text
-from branchmix.study.labels import Numbers, intervals_are, marked_label, merge_label
+from branchmix.study.comparisons import Numbers, all_flops, mean
 from branchmix.study.results import GROUPS
-from branchmix.study.statistics import mean
+from branchmix.train.progress import duration
 
 
 def tables(study: Numbers) -> list[Table]:
@@ -28,13 +24,72 @@ def tables(study: Numbers) -> list[Table]:
     return [table for table in made if table is not None and table.rows]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What cells and sentences share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def marked_label(study: Numbers, model: Numbers) -> str:
+    """A model's label, and how many repetitions of it are done if not all."""
+    done = len(model["repetitions"])
+    return model["label"] + (f" ({done} of {study['repetitions']} repetitions)" if done < study["repetitions"] else "")
+
+
+def merge_label(model: Numbers) -> str:
+    """The label of a merge without a word on its training."""
+    return str(model["label"].removesuffix(", step 0"))
+
+
+def intervals_are(study: Numbers) -> str:
+    """What the ± of comparisons with the reference is: over repetitions where there are several."""
+    kinds = {row["over"] for row in study["comparisons"].values()}
+    students = "Student's 95 % interval over repetitions with other random seeds, paired by the order of the data"
+    documents = "twice the standard error over held-out documents"
+    if kinds == {"documents"}:
+        return f"{documents}, of one repetition"
+    return f"{students}; for rows of one repetition, {documents}" if "documents" in kinds else students
+
+
+def percent(interval: Numbers, *, significant: bool) -> str:
+    """A difference of logarithms as per cent of perplexity."""
+    half = interval["half_width"]
+    relative = math.expm1(interval["value"])
+    text = f"{100 * relative:+.1f}" + (f" ±{100 * half * (1 + relative):.1f}" if half is not None else "")
+    return f"{text} %{' *' if significant else ''}"
+
+
+def _difference(row: Numbers | None) -> str:
+    return percent(row["log_perplexity"], significant=row["significant"]) if row else ""
+
+
+def _label(study: Numbers, title: str) -> str:
+    return str(next(model["label"] for model in study["models"] if model["title"] == title))
+
+
+def _domains(study: Numbers) -> list[str]:
+    return [domain.capitalize() for domain in study["domains"]]
+
+
+def _perplexities(model: Numbers) -> list[str]:
+    values = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
+    return [f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" for value in values]
+
+
+def _counts(*numbers: int) -> list[str]:
+    return [f"{number:,}" for number in numbers]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def perplexities(study: Numbers) -> Table:
     """Table 1, with baselines that the paper does not have, and which differences are significant."""
     reference = study["reference"]
-    compared = [f"against {_label(study, reference)}"] if reference else []
 
     def cells(model: Numbers) -> list[str]:
-        return [*_perplexities(model), *([_difference(study, model)] if compared else [])]
+        return [*_perplexities(model), *([_difference(study["comparisons"].get(model["title"]))] if reference else [])]
 
     over = "Geometric means over repetitions. " if study["repetitions"] > 1 else ""
     note = (
@@ -42,6 +97,7 @@ def perplexities(study: Numbers) -> Table:
         f"domains; the last column compares geometric means; ±: {intervals_are(study)}. * marks significant "
         f"differences. {over}Bold: the best of a column among the trained."
     )
+    compared = [f"against {_label(study, reference)}"] if reference else []
     head = [*_domains(study), "Avg", "Geo. mean"]
     return _grouped("table-1", "Perplexity (BAM, Table 1)", study, head, compared, cells, note)
 
@@ -86,42 +142,15 @@ def _grouped(
     return Table(["", *head, *more], rows, name, title, note, bold)
 
 
-def _domains(study: Numbers) -> list[str]:
-    return [domain.capitalize() for domain in study["domains"]]
-
-
-def _perplexities(model: Numbers) -> list[str]:
-    values = [*model["perplexity"].values(), model["average"], model["geometric_mean"]]
-    return [f"{value:,.0f}" if value >= 1000 else f"{value:.2f}" for value in values]
-
-
-def _difference(study: Numbers, model: Numbers) -> str:
-    row = study["comparisons"].get(model["title"])
-    return percent(row["log_perplexity"], significant=row["significant"]) if row else ""
-
-
-def percent(interval: Numbers, *, significant: bool) -> str:
-    """A difference of logarithms as per cent of perplexity."""
-    half = interval["half_width"]
-    relative = math.expm1(interval["value"])
-    text = f"{100 * relative:+.1f}" + (f" ±{100 * half * (1 + relative):.1f}" if half is not None else "")
-    return f"{text} %{' *' if significant else ''}"
-
-
-def _label(study: Numbers, title: str) -> str:
-    return str(next(model["label"] for model in study["models"] if model["title"] == title))
-
-
 def before_training(study: Numbers) -> Table:
     """What gates are worth that know the domain, guess it from text, or know nothing."""
     models = {model["title"]: model for model in study["models"]}
     rows = []
     for row in sorted(study["before_training"], key=lambda row: -models[row["title"]]["geometric_mean"]):
-        model, soup = models[row["title"]], row["soup"]
-        perplexities = [*model["perplexity"].values(), model["geometric_mean"]]
-        beside = percent(soup["log_perplexity"], significant=soup["significant"]) if soup else ""
+        model = models[row["title"]]
+        perplexities = [f"{value:,.2f}" for value in (*model["perplexity"].values(), model["geometric_mean"])]
         closed = f"{100 * row['closed']:.0f} %" if row["closed"] is not None else ""
-        rows.append([merge_label(model), *(f"{value:,.2f}" for value in perplexities), beside, closed])
+        rows.append([merge_label(model), *perplexities, _difference(row["soup"]), closed])
     note = (
         "From the worst to the best; nothing here was trained after the merge. Forced gates send every token to the "
         "best expert of its domain, and are the bound for any gates of the same merge. The last column: how much of "
@@ -208,19 +237,140 @@ def selection(
     study: Numbers, name: str, title: str, note: str, needs: str, wanted: tuple[tuple[str, str], ...]
 ) -> Table | None:
     """Some methods with their sizes."""
-    models = [
-        model
-        for preset, match in wanted
-        for model in study["models"]
-        if model["preset"] == preset and match in model["match"]
-    ]
+    models = [m for preset, match in wanted for m in study["models"] if m["preset"] == preset and match in m["match"]]
     if not any(model["preset"] == needs for model in models):
         return None
     rows = []
     for model in models:
-        facts = model["facts"]
-        sizes = [human_count(facts["parameters"]), human_count(facts["active_parameters"])]
-        counts = [str(facts["experts"]), str(facts["top_k"])]
-        rows.append([marked_label(study, model), *counts, *sizes, *_perplexities(model), _difference(study, model)])
+        beside = _difference(study["comparisons"].get(model["title"]))
+        rows.append([marked_label(study, model), *_experts(model), *_sizes(model), *_perplexities(model), beside])
     numbers = [*_domains(study), "Avg", "Geo. mean", "against the reference"]
     return Table(["", "experts", "top-k", "total", "active", *numbers], rows, name, title, note)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Costs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _experts(model: Numbers) -> list[str]:
+    return [str(model["facts"]["experts"]), str(model["facts"]["top_k"])]
+
+
+def _sizes(model: Numbers) -> list[str]:
+    return [human_count(model["facts"]["parameters"]), human_count(model["facts"]["active_parameters"])]
+
+
+def _shapes(study: Numbers) -> list[Numbers]:
+    """One model of each shape: the seed and all merges."""
+    return [m for m in study["models"] if m["role"] in ("seed", "merge", "step 0")]
+
+
+def inference_flops(study: Numbers) -> Table:
+    """Table 7."""
+    head = ["", "experts", "top-k", "total", "active", "attention", "FFN", "layer", "whole model"]
+    rows = []
+    for model in _shapes(study):
+        facts, flops = model["facts"], model["facts"]["layer_flops"]
+        sizes = _counts(facts["parameters"], facts["active_parameters"])
+        parts = _counts(flops["attention"], flops["ffn"], flops["total"], facts["forward_flops_per_token"])
+        rows.append([merge_label(model), *_experts(model), *sizes, *parts])
+    note = (
+        f"Forward FLOPs of a token in one layer, context {study['settings']['sequence_length']}, by the formulas of "
+        "the paper's Table 10; whole model: all layers and the output layer."
+    )
+    return Table(head, rows, "table-7", "FLOPs of a token (BAM, Table 7)", note)
+
+
+def components(study: Numbers) -> Table:
+    """Table 10, with numbers for its letters."""
+    parts = {
+        "attention_router": "attention router",
+        "qkv": "q, k, v",
+        "context": "mask",
+        "output": "out",
+        "ffn_router": "FFN router",
+        "ffn": "FFN",
+    }
+    rows = []
+    for model in _shapes(study):
+        for what in ("parameters", "FLOPs"):
+            numbers = model["facts"][f"layer_{what.lower()}"]
+            cells = [f"{numbers[part]:,}" if part in numbers else "" for part in parts]
+            rows.append([f"{merge_label(model)}, {what}", *cells])
+    note = "Of one layer; FLOPs of one token, forward."
+    return Table(["", *parts.values()], rows, "table-10", "Parts of a layer (BAM, Table 10)", note)
+
+
+def latency(study: Numbers) -> Table | None:
+    """Section 7.3."""
+    record = study["inference"]
+    if record is None:
+        return None
+    measured = record["inference"]
+    labels = {model["method"]: merge_label(model) for model in _shapes(study) if model["method"]}
+    rows = []
+    for name, row in measured["models"].items():
+        seconds = sorted(row["seconds"])
+        times = [f"{sum(seconds) / len(seconds):.4f}", f"{seconds[0]:.4f} to {seconds[-1]:.4f}"]
+        rows.append([labels.get(name, name.capitalize()), *times, f"{row['kv_cache_bytes']:,}"])
+    note = (
+        f"{measured['new_tokens']} new tokens after a prompt of {measured['prompt']}, mean of {measured['runs']} runs "
+        f"in turn; {measured['dtype']}, {measured['threads']} threads of {record['machine']['cpu']}. The merges before "
+        "training."
+    )
+    head = ["", "seconds", "of the runs", "KV cache, bytes"]
+    return Table(head, rows, "inference", "Latency and memory of generation (BAM, section 7.3)", note)
+
+
+def budgets(study: Numbers) -> Table:
+    """Whether equal data and equal compute were kept."""
+    of = "of the reference's"
+    head = ["", "tokens", of, "training FLOPs", of, "time, of the reference's", "kept"]
+    rows = []
+    for row in study["budgets"]:
+        kept = ", ".join(f"{match.upper()} {'yes' if ok else 'NO'}" for match, ok in row["kept"].items())
+        data = [f"{row['tokens']:,}", f"{row['tokens_share']:.4f}"]
+        compute = [f"{row['flops']:.6g}", f"{row['flops_share']:.4f}"]
+        time = f"{row['seconds_share']:.2f}" if row["seconds_share"] is not None else ""
+        rows.append([row["label"], *data, *compute, time, kept or "the reference"])
+    note = (
+        "As the runs recorded them. FLOPs of forward, backward and optimizer; equal compute means as many whole steps "
+        "as the reference's FLOPs pay for, or the same steps where that makes less than 0.5 %. Times are of wall, "
+        "while other runs worked beside, and no measure of anything else."
+    )
+    return Table(head, rows, "budgets", "Were budgets kept?", note)
+
+
+def costs(study: Numbers) -> Table:
+    """What everything took."""
+    sizes = ["parameters", "active", "KV bytes a token"]
+    head = ["", *sizes, "tokens", "forward and backward", "AdamW", "sunk before", "all FLOPs", "time"]
+    rows = []
+    for model in study["models"]:
+        if model["tokens"] or model["role"] == "merge":
+            sunk = model["sunk_flops"]
+            counts = _counts(model["facts"]["kv_cache_bytes_per_token"], model["tokens"])
+            flops = [f"{model['flops']:.4g}", f"{model['optimizer_flops']:.3g}", f"{sunk:.4g}"]
+            whole = [f"{all_flops(model) + sunk:.4g}", duration(model["seconds"]) if model["seconds"] else ""]
+            rows.append([marked_label(study, model), *_sizes(model), *counts, *flops, *whole])
+    note = (
+        "FLOPs of one repetition. Sunk: the dense models that it was made from. Time: of wall, mean over repetitions, "
+        "while other steps worked beside."
+    )
+    return Table(head, rows, "costs", "Costs", note)
+
+
+def text(study: Numbers) -> Table:
+    """The domains."""
+    head = ["", "documents", "tokens", "held out", "of these measured", "most passes of a run"]
+    rows = []
+    for domain, row in study["text"].items():
+        measured = study["held_out_documents"].get(domain, 0)
+        counts = _counts(row["documents"], row["tokens"], row["held_out_documents"], measured)
+        rows.append([domain, *counts, f"{row['most_epochs']:.1f}"])
+    note = (
+        "Whole documents are held out, the same ones from every run. A domain that a run passed more than four times "
+        "was too small for it."
+    )
+    return Table(head, rows, "text", "The text", note)

@@ -5,20 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.names import EXPERT, is_expert_name
 from branchmix.data.config import HeldOut, Source
-from branchmix.errors import RecipeError
-from branchmix.settings import Count, Settings, Share, parse, parse_yaml, read_yaml
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from branchmix.settings import Count, Settings, SettingsFile, Share
 
 
 def _listed(value: Any) -> Any:
@@ -171,7 +165,7 @@ class Parallel(Settings):
         return self
 
 
-class _Training(Settings):
+class _Training(SettingsFile):
     """The settings that a run and the runs of a study share."""
 
     data: dict[str, Source] = Field(min_length=1)
@@ -215,27 +209,6 @@ class _Training(Settings):
     parallel: Parallel = Parallel()
     trust_remote_code: bool = False
     """Run code that is included with a model or tokenizer."""
-
-    _folder: Path = Path()
-
-    @property
-    def folder(self) -> Path:
-        """Folder that relative paths start from: the YAML file's."""
-        return self._folder
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a file; ``overrides`` are ``key=value`` with dots (``budget.tokens=2M``), values as YAML.
-
-        Raises:
-            RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
-        """
-        data = read_yaml(Path(path))
-        for words in overrides:
-            apply_override(data, words)
-        config: Self = parse(cls, data, str(path))
-        config._folder = Path(path).parent
-        return config
 
     def _check_mix(self, where: str, mix: dict[str, float] | str | None) -> None:
         if not isinstance(mix, dict):
@@ -334,21 +307,3 @@ class BranchConfig(_Training):
         if self.general is None or domain == self.general:
             return {domain: 1.0}
         return {domain: 1.0 - self.general_share, self.general: self.general_share}
-
-
-def apply_override(data: Any, words: str) -> None:
-    """Change ``data``, what a YAML file says, by one ``key=value``; dots lead into mappings.
-
-    Raises:
-        RecipeError: it is not ``key=value``, or the file has no such mapping.
-    """
-    keys, equals, value = words.partition("=")
-    if not equals or not keys:
-        raise RecipeError(f"{words}: is not key=value, such as budget.tokens=2M")
-    *parents, last = keys.split(".")
-    place = data
-    for key in parents:
-        place = place.setdefault(key, {}) if isinstance(place, dict) else None
-    if not isinstance(place, dict):
-        raise RecipeError(f"{words}: cannot be set in this file: {'.'.join(parents)} is not a mapping")
-    place[last] = parse_yaml(value, words)

@@ -1,0 +1,200 @@
+"""The models of a study from configs alone: what its methods merge into, how large that is, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from branchmix.accounting import active_parameters, flops_per_token, kv_cache_bytes_per_token, parameters, shape_of
+from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.errors import RecipeError
+from branchmix.recipe import Recipe
+from branchmix.settings import overlaid, parse
+from branchmix.study.graph import Cost
+from branchmix.study.settings import Method, StudyFile
+from branchmix.train.config import NewModel
+from branchmix.train.schedule import optimizer_flops, token_flops
+
+Config = dict[str, Any]
+DATA = "data.yaml"
+"""The file of a step that names the study's text, such as for gates."""
+
+
+def seed_config(study: StudyFile, given: ResolvedModel | None) -> Config:
+    """The config of the seed that is given, or else of the new one.
+
+    Raises:
+        BranchMixError: there is no such model, or its keys make no new one.
+    """
+    from branchmix.train.models import new_config, require_model_type, training_tokenizer
+
+    if given is not None:
+        return require_model_type(given)
+    new = study.seed
+    assert isinstance(new, NewModel)
+    vocabulary = new.train_tokenizer
+    if vocabulary is None:
+        folder = resolve(new.tokenizer or "", study.folder)
+        vocabulary = len(training_tokenizer(folder, trust_remote_code=study.trust_remote_code))
+    return dict(new_config(new, vocabulary).to_dict())
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """What the methods of a study merge into."""
+
+    study: StudyFile
+    seed_config: Config
+
+    def recipe(self, method: Method, random_seed: int) -> Recipe:
+        """A method's recipe, with names instead of models; ``random_seed`` is the routers'.
+
+        Raises:
+            RecipeError: its keys make no sense together.
+        """
+        study, preset, where = self.study, method.preset, f"method {method.title}"
+        experts = [{"name": name, "model": name} for name in study.expert_names]
+        own: dict[str, Any] = {"seed": "seed", "experts": experts, "routed_scaling_factor": "auto", "dtype": "float32"}
+        fields = overlaid(own, study.recipe, preset.recipe, method.recipe)
+        init = fields.get("router_init", {})
+        init = {"method": init} if isinstance(init, str) else init
+        if isinstance(init, dict):
+            fields["router_init"] = {"seed": random_seed, **init}
+        is_soup = fields.get("ffn") == "average" and fields.get("attention") in ("average", "seed")
+        if is_soup and "gates" not in method.recipe:  # those of the study are for merges with experts
+            fields.pop("gates", None)
+        gates = fields.get("gates")
+        if isinstance(gates, dict):
+            if "data" in gates:
+                raise RecipeError(f"{where}: gates.data: a study fits gates on its own text: leave it out")
+            fields["gates"] = {"data": DATA, **gates}
+        elif preset.kind == "forced":
+            raise RecipeError(f"{where}: gates: the fit says which expert is the best one: give gates: {{}}")
+        if "seed_copies" not in method.recipe:
+            if method.method == "sparse-upcycling":
+                fields["seed_copies"] = len(experts)
+            if preset.larger is not None:
+                fields |= self._larger(fields, preset.larger)
+        return parse(Recipe, fields, where)
+
+    def _larger(self, fields: dict[str, Any], match: str) -> dict[str, Any]:
+        """Copies of the seed, and top-k, that come nearest to the parameters of BAM Expert KV."""
+        goal = self.config(self.recipe(Method(method="bam-expert-kv"), 0))
+
+        def larger(copies: int, top_k: int) -> dict[str, Any]:
+            return {"seed_copies": copies, "routing": {"ffn": {"top_k": top_k, "normalize": False}}}
+
+        def gap(count: Any, copies: int, top_k: int) -> int:
+            config = self.config(parse(Recipe, fields | larger(copies, top_k), "recipe"))
+            return abs(count(config).total - count(goal).total)
+
+        copies = min(range(1, 17), key=lambda copies: gap(parameters, copies, 1))
+        if match == "total":
+            return {"seed_copies": copies}
+        largest = 1 + len(fields["experts"]) + copies
+        return larger(copies, min(range(1, largest + 1), key=lambda top_k: gap(active_parameters, copies, top_k)))
+
+    def config(self, recipe: Recipe) -> Config:
+        """The config of the mixture that a recipe makes."""
+        attention = recipe.routing.attention.top_k if recipe.attention in ("kv_experts", "kv_sharing") else None
+        config = {
+            "model_type": "branchmix",
+            "seed_config": self.seed_config,
+            "attention": recipe.attention,
+            "ffn": recipe.ffn,
+            "num_experts": len(recipe.expert_names),
+            "num_experts_per_tok": recipe.num_experts_per_tok,
+            "attention_num_experts_per_tok": attention,
+            "shared_router": recipe.routing.shared,
+        }
+        if recipe.gates is None:
+            return config
+        from branchmix.upcycling.gates.fit import Routing
+
+        own = Routing(recipe.num_experts_per_tok, True, 1.0, attention, True)
+        fitted = own.calibrated(len(recipe.expert_names), keep_top_k=recipe.gates.keep_top_k)
+        config |= {name: getattr(fitted, name) for name in ("num_experts_per_tok", "attention_num_experts_per_tok")}
+        if not recipe.gates.token_only:  # the decay is fitted; it costs the same whatever it is
+            config["document_gate"] = {"domains": self.study.domains, "decay": 1.0}
+        return config
+
+
+def step_cost(study: StudyFile, config: Config, train: dict[str, Any]) -> Cost:
+    """What one optimizer step of a run costs.
+
+    Args:
+        study: for the batch and the optimizer.
+        config: of the model.
+        train: keys of the run that say what is trained.
+
+    Raises:
+        RecipeError: there is no formula for the family's FLOPs.
+    """
+    shares, lora, trained = None, 0, parameters(config).total
+    if train.get("freeze") or train.get("adapters"):
+        shares, lora, trained = _what_is_trained(config, train)
+    flops = token_flops(config, study.sequence_length, shares, lora)
+    if flops is None:
+        model_type = config.get("seed_config", config)["model_type"]
+        raise RecipeError(f"seed: there is no formula for the FLOPs of {model_type}, and no equal compute without")
+    clips = study.run_of(train)["optimizer"]["max_grad_norm"] > 0
+    return Cost(1, study.step_tokens, flops.training * study.step_tokens, optimizer_flops(trained, clips=clips))
+
+
+def _what_is_trained(config: Config, train: dict[str, Any]) -> tuple[dict[str, float], int, int]:
+    """Shares by part, LoRA's parameters, and all trained parameters, of a model without storage."""
+    import torch
+
+    from branchmix.train import adapters, freeze
+    from branchmix.train.record import trained_parts
+
+    with torch.device("meta"):
+        model = new_model(config)
+    if train.get("adapters"):
+        adapters.add(model)
+    if named := train.get("freeze"):
+        freeze.apply(model, [named] if isinstance(named, str) else named)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return *trained_parts(model), trained
+
+
+def new_model(config: Config, **options: Any) -> Any:
+    """A dense model or a mixture of random weights, from a config with ``model_type`` (and ``seed_config``).
+
+    ``options`` are those of ``from_config``, such as the attention that a run chooses.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from branchmix.models import mixture_config
+
+    logging.set_verbosity_error()
+    fields = dict(config)
+    if fields.pop("model_type") == "branchmix":
+        made = mixture_config(fields.pop("seed_config"), **fields)
+    else:
+        made = AutoConfig.for_model(config["model_type"], **fields)
+    return AutoModelForCausalLM.from_config(made, **options)
+
+
+def facts_of(config: Config, context: int) -> dict[str, Any]:
+    """Sizes of a model from its config: parameters, active ones, FLOPs of a token, bytes of its cache in bf16."""
+    flops, counts, layers = flops_per_token(config, context), parameters(config), shape_of(config).sizes.num_layers
+    layer = flops.layer
+    return {
+        "parameters": counts.total,
+        "active_parameters": active_parameters(config).total,
+        "forward_flops_per_token": flops.total,
+        "layer_flops": {**asdict(layer), "attention": layer.attention, "total": layer.total},
+        # In the parts of the paper's Table 10; a matrix takes two FLOPs for each of its parameters.
+        "layer_parameters": {
+            "attention_router": layer.attention_router // 2,
+            "qkv": layer.qkv // 2,
+            "output": counts.attention // layers - layer.qkv // 2,
+            "ffn_router": layer.ffn_router // 2,
+            "ffn": counts.ffn // layers,
+        },
+        "experts": config.get("num_experts", 1),
+        "top_k": config.get("num_experts_per_tok", 1),
+        "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config, "bfloat16"),
+    }
