@@ -104,8 +104,7 @@ def _embedding_widths(shape: Shape) -> tuple[int, int]:
 
 def configured_positions(config: Config) -> int | None:
     """Positions that a config.json says the model was made for, with the defaults of families that have tables."""
-    defaults = {"gpt2": 1024, "opt": 2048, "gpt_bigcode": 1024, "biogpt": 1024, "gptj": 2048}
-    default = defaults.get(config.get("model_type", ""))
+    default = entry_of(config).defaults.get("n_positions")
     value = config.get("max_position_embeddings", config.get("n_positions", default))
     return value if isinstance(value, int) and value > 0 else None
 

@@ -95,7 +95,8 @@ class Family:
     """The inner width, where the config does not give it, is four times the model's width."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """transformers' values for keys that config.json files leave out. A ``rope_local_base_freq`` among them is the base
-    of layers with a sliding window, which rotate differently from the others."""
+    of layers with a sliding window, which rotate differently from the others; ``n_positions`` are those of families
+    that look them up in a table."""
     variants: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]] = ()
     """Where the config has all of these values, these fields are others; each in turn."""
     renamed_rope_types: Mapping[str, str] = field(default_factory=dict)
