@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.names import EXPERT, is_expert_name
+from branchmix.checkpoint.folder import EXPERT, is_expert_name
 from branchmix.settings import Settings, SettingsFile, parse
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

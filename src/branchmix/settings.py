@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.folder import PLAIN, is_file_name
 from branchmix.checkpoint.json_text import MAX_DIGITS
-from branchmix.checkpoint.names import PLAIN, is_file_name
 from branchmix.checkpoint.text import whole_characters
 from branchmix.errors import RecipeError, short
 

@@ -9,8 +9,8 @@ import pytest
 
 from branchmix.accounting.lineage import lineage
 from branchmix.checkpoint import index, json_text
+from branchmix.checkpoint.folder import is_entry, is_expert_name, is_file_name
 from branchmix.checkpoint.json_text import MAX_DEPTH, MAX_DIGITS, parse_json, read_json
-from branchmix.checkpoint.names import is_entry, is_expert_name, is_file_name
 from branchmix.errors import MOST, CheckpointError, CompatibilityError, RecipeError, short
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe

@@ -22,7 +22,7 @@ from branchmix.accounting.formulas import (
     windows,
 )
 from branchmix.accounting.shape import Shape, shape_of
-from branchmix.checkpoint.adapters import refuse_adapter
+from branchmix.checkpoint.companions import refuse_adapter
 from branchmix.checkpoint.families import Config, entry_of, families, is_tied, nearest, why_unfit
 from branchmix.checkpoint.hub import expanded, is_there, resolve
 from branchmix.checkpoint.index import CheckpointIndex, read_json_object

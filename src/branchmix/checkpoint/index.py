@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, adapter_message, left_over_adapter, refuse_adapter
+from branchmix.checkpoint.companions import ADAPTER_WEIGHTS, adapter_message, left_over_adapter, refuse_adapter
+from branchmix.checkpoint.folder import is_entry
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.json_text import MAX_BYTES, parse_json
-from branchmix.checkpoint.names import is_entry
 from branchmix.checkpoint.rotary import with_current_names
 from branchmix.errors import BranchMixError, CheckpointError, short
 

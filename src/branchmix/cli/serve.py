@@ -35,7 +35,7 @@ Requires branchmix[serve]. Clients use MODEL, as written here, as the model's na
 @app.command("serve", epilog=EPILOG, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve_command(context: typer.Context, model: console.Model, experts: console.Experts = None) -> None:
     """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
-    from branchmix.checkpoint.adapters import ADAPTER_CONFIG, left_over_adapter
+    from branchmix.checkpoint.companions import ADAPTER_CONFIG, left_over_adapter
     from branchmix.checkpoint.hub import resolve
     from branchmix.checkpoint.index import CheckpointIndex, left_over_quantisation
 

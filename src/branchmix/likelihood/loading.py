@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
+from branchmix.checkpoint.companions import left_over_adapter, refuse_adapter
 from branchmix.checkpoint.index import left_over_quantisation, without_quantisation
 from branchmix.checkpoint.token_ids import sentencepieces, vocabulary_of
 from branchmix.errors import CheckpointError

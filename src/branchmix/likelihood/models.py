@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.adapters import left_over_adapter, refuse_adapter
+from branchmix.checkpoint.companions import left_over_adapter, refuse_adapter
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import left_over_quantisation
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters

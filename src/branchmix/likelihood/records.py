@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS
+from branchmix.checkpoint.companions import ADAPTER_WEIGHTS
 from branchmix.checkpoint.folder import writing
 from branchmix.checkpoint.json_text import key_of, parse_json
 from branchmix.checkpoint.writer import FileHashes

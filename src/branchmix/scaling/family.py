@@ -15,8 +15,8 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from branchmix.accounting import inspect
 from branchmix.accounting.lineage import lineage, total
+from branchmix.checkpoint.folder import is_file_name
 from branchmix.checkpoint.hub import ResolvedModel, resolve
-from branchmix.checkpoint.names import is_file_name
 from branchmix.errors import BranchMixError, RecipeError
 from branchmix.scaling.trends.table import AXES, KNOWN
 from branchmix.settings import Count, FileName, Settings, parse, read_yaml

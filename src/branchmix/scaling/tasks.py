@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.names import is_file_name
+from branchmix.checkpoint.folder import is_file_name
 from branchmix.errors import DataError, RecipeError
 from branchmix.scaling.examples import Metric
 from branchmix.settings import Settings, parse, read_yaml

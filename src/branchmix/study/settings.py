@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.names import is_expert_name
+from branchmix.checkpoint.folder import is_expert_name
 from branchmix.data.config import HeldOut, Source
 from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe

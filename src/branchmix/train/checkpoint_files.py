@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from branchmix.checkpoint.adapters import ADAPTER_CONFIG
+from branchmix.checkpoint.companions import ADAPTER_CONFIG
 from branchmix.checkpoint.folder import fsync_folder
 from branchmix.checkpoint.json_text import read_object
 from branchmix.errors import OutputError

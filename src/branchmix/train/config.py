@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.names import EXPERT, is_expert_name
+from branchmix.checkpoint.folder import EXPERT, is_expert_name
 from branchmix.data.config import HeldOut, Source
 from branchmix.settings import Count, Settings, SettingsFile, Share
 

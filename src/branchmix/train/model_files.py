@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
-from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS
+from branchmix.checkpoint.companions import ADAPTER_WEIGHTS
 from branchmix.errors import CheckpointError
 from branchmix.likelihood.loading import refuse_missing
 from branchmix.train.checkpoint_files import TRAINING

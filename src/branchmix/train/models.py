@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from branchmix.checkpoint.adapters import refuse_adapter
-from branchmix.checkpoint.companions import tokenizer_files
+from branchmix.checkpoint.companions import refuse_adapter, tokenizer_files
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.json_text import read_json

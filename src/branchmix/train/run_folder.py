@@ -16,8 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from branchmix.checkpoint.companions import TEMPLATES, TOKENIZER_FILES
+from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TEMPLATES, TOKENIZER_FILES
 from branchmix.checkpoint.folder import in_order_of_removal, require_name, write_json, writing
 from branchmix.checkpoint.json_text import read_object
 from branchmix.errors import BranchMixError, OutputError

@@ -17,7 +17,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from branchmix.accounting.lineage import as_records, lineage
-from branchmix.checkpoint.adapters import left_over_adapter
+from branchmix.checkpoint.companions import left_over_adapter
 from branchmix.checkpoint.folder import write_json, writing
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import left_over_quantisation

@@ -18,8 +18,14 @@ from typing import TYPE_CHECKING, Any
 from branchmix import __version__
 from branchmix.accounting.lineage import as_records, lineage
 from branchmix.accounting.shape import shape_of
-from branchmix.checkpoint.adapters import ADAPTER_WEIGHTS, is_adapter
-from branchmix.checkpoint.companions import licence_of_folder, rewritten, shareable, tokenizer_files
+from branchmix.checkpoint.companions import (
+    ADAPTER_WEIGHTS,
+    is_adapter,
+    licence_of_folder,
+    rewritten,
+    shareable,
+    tokenizer_files,
+)
 from branchmix.checkpoint.folder import (
     atomic_folder,
     require_name,

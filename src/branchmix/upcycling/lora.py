@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.families import entry_of, is_head, is_tied
 from branchmix.checkpoint.folder import MERGED, beside
 from branchmix.checkpoint.hub import ResolvedModel

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from branchmix.checkpoint.folder import is_entry
 from branchmix.checkpoint.json_text import parse_json
-from branchmix.checkpoint.names import is_entry
 from branchmix.errors import DataError
 from branchmix.scaling.trends.table import DATA, Row
 
