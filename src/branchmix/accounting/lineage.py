@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from branchmix.checkpoint.json_text import key_of, read_object
@@ -19,6 +20,8 @@ from branchmix.errors import BranchMixError
 RUN, MERGE = "training.json", "branchmix.json"
 _SAMPLE = 1 << 16
 """Bytes at each end of a weights file that distinguish models."""
+_COST = (int, float, NoneType)
+_TYPES = {"key": (str,), "name": (str,), "tokens": (int, NoneType), "flops": _COST, "flops_per_token": _COST}
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,12 @@ def lineage(folder: Path, name: str | None = None, *, within: tuple[Path, ...] =
     """
     within = (*within, folder.resolve())
     record = read_object(folder / RUN)
-    if record is not None and isinstance(record.get("config"), dict) and _is_count(record.get("tokens", "")):
+    if record is not None and isinstance(record.get("config"), dict) and "tokens" in record and _fits(record, "tokens"):
         own = Phase(
             key_of({key: record.get(key) for key in ("config", "started", "ended", "tokens")}),
             folder.name,
             record["tokens"],
-            record.get("flops") if _is_cost(record.get("flops")) else None,
+            record.get("flops") if _fits(record, "flops") else None,
         )
         start = record["config"].get("model")
         if isinstance(start, dict):  # made from nothing
@@ -92,7 +95,7 @@ def total(phases: Sequence[Phase], what: Literal["tokens", "flops"]) -> Any:
 def _recorded(holder: dict[str, Any], key: str, model: str, within: tuple[Path, ...]) -> list[Phase]:
     """The phases that a record holds; older records do not, so then those of the model it names, if that is there."""
     recorded = holder.get(key)
-    if isinstance(recorded, list) and all(map(_is_phase, recorded)):
+    if isinstance(recorded, list) and all(isinstance(phase, dict) and _fits(phase, *_TYPES) for phase in recorded):
         return once(Phase(**{field.name: phase.get(field.name) for field in fields(Phase)}) for phase in recorded)
     path = Path(model)
     if path.is_absolute() and os.path.isdir(path) and path.resolve() not in within:  # noqa: PTH112 (any name will do)
@@ -100,19 +103,9 @@ def _recorded(holder: dict[str, Any], key: str, model: str, within: tuple[Path, 
     return [Phase(key_of({"model": model}), _called(model), None, None)]
 
 
-def _is_phase(value: Any) -> bool:
-    """Whether a record holds what ``as_records`` wrote; others may have edited it."""
-    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("key", "name")):
-        return False
-    return _is_count(value.get("tokens")) and all(map(_is_cost, (value.get("flops"), value.get("flops_per_token"))))
-
-
-def _is_count(value: Any) -> bool:
-    return value is None or type(value) is int
-
-
-def _is_cost(value: Any) -> bool:
-    return _is_count(value) or isinstance(value, float)
+def _fits(record: dict[str, Any], *keys: str) -> bool:
+    """Whether a record has values of their types for these fields of a phase; others may have edited it."""
+    return all(type(record.get(key)) in _TYPES[key] for key in keys)
 
 
 def _objects(values: Any) -> list[dict[str, Any]]:
