@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,17 +72,15 @@ def hidden_state_routers(
         raise RecipeError(f"router_init: the seed has no tokenizer to read prompts with: {error}") from None
     model = load_language_model(seed_index.folder, dtype=torch.float32).eval()
     dtype = output_dtype(recipe, seed)
-    watched = _watched(recipe, seed, model)
-
     length = min(MAX_TOKENS, table_positions(seed_index.config) or MAX_TOKENS)
-    states: dict[str, list[np.ndarray]] = {name: [] for name in watched}
+    states: dict[str, list[np.ndarray]] = {}
     for name in recipe.expert_names:
-        with torch.no_grad(), _mean_inputs(watched) as means:
+        with torch.no_grad(), _mean_inputs(recipe, seed, model) as means:
             for text in texts[name]:
                 ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=length).input_ids
                 model(ids, use_cache=False)
         for router, (total, count) in means.items():
-            states[router].append((total / count).numpy())
+            states.setdefault(router, []).append((total / count).numpy())
 
     rows: dict[str, Expression] = {}
     worst = 0.0
@@ -106,8 +105,9 @@ def _centred(matrix_ED: np.ndarray, std: float) -> np.ndarray:
     return (centred_ED / np.maximum(lengths_E1, 1e-12) * std * matrix_ED.shape[1] ** 0.5).astype(np.float32)
 
 
-def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, tuple[Any, Any]]:
-    """By the routers' output names: the module whose inputs a router will read once a second module is applied to them.
+@contextmanager
+def _mean_inputs(recipe: Recipe, seed: DenseExpert, model: Any) -> Iterator[dict[str, tuple[Any, int]]]:
+    """Sum and number of the states that routers would read while the block runs, by the routers' output names.
 
     A router reads what attention or FFN reads; where the norm before them is folded, it has a gain of 1 in the mixture.
     """
@@ -121,37 +121,25 @@ def _watched(recipe: Recipe, seed: DenseExpert, model: Any) -> dict[str, tuple[A
         ffn=recipe.ffn == "experts",
         shared=recipe.routing.shared,
     )
-    watched = {}
-    for layer in range(seed.dims.num_layers):
-        path = f"{family.layers}.{layer}"
-        block = model.get_submodule(path)
-        for kind, router in routers.items():
-            reader, norm = readers[kind]
-            module, applied = block.get_submodule(reader), torch.nn.Identity()
-            if norm in folded:
-                module = block.get_submodule(norm)
-                applied = copy.deepcopy(module)
-                with torch.no_grad():
-                    applied.weight.fill_(1.0 - family.gain_offset)  # a gain of 1
-            watched[f"model.{path}.{router}"] = module, applied
-    return watched
+    sums: dict[str, tuple[Any, int]] = {}
 
-
-@contextmanager
-def _mean_inputs(watched: dict[str, tuple[Any, Any]]) -> Iterator[dict[str, Any]]:
-    """Sum and number of the states that each router would see, while the block runs."""
-    sums: dict[str, Any] = {}
-
-    def watch(name: str, applied: Any) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = applied(args[0] if args else kwargs["hidden_states"])
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            total, count = sums.get(name, (0.0, 0))
-            sums[name] = (total + flat.sum(0), count + flat.shape[0])
-
-        return hook
+    def add(name: str, applied: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = applied(args[0] if args else kwargs["hidden_states"])
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        total, count = sums.get(name, (0.0, 0))
+        sums[name] = (total + flat.sum(0), count + flat.shape[0])
 
     with ExitStack() as hooks:
-        for name, (module, applied) in watched.items():
-            hooks.enter_context(module.register_forward_pre_hook(watch(name, applied), with_kwargs=True))
+        for path in (f"{family.layers}.{layer}" for layer in range(seed.dims.num_layers)):
+            block = model.get_submodule(path)
+            for kind, router in routers.items():
+                reader, norm = readers[kind]
+                module, applied = block.get_submodule(reader), torch.nn.Identity()
+                if norm in folded:
+                    module = block.get_submodule(norm)
+                    applied = copy.deepcopy(module)
+                    with torch.no_grad():
+                        applied.weight.fill_(1.0 - family.gain_offset)  # a gain of 1
+                hook = partial(add, f"model.{path}.{router}", applied)
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield sums
