@@ -148,20 +148,17 @@ def decayed_sums(
     powers_S1 = torch.full_like(evidence_BTM[0, :1, :1], decay) ** steps_S1
     if carry_BM is None:
         carry_BM = evidence_BTM.new_zeros(batch, num_domains)
-    if starts_BT is None:
-        inner_BNSM = within_SS @ blocks_BNSM
-        ends_BNM = torch.cat((carry_BM[:, None], inner_BNSM[:, :-1, -1]), dim=1)
-        sums = inner_BNSM + powers_S1 * (across_NN @ ends_BNM)[:, :, None]
-    else:
+    same = across_same = reached = 1.0  # of one document, if several meet
+    if starts_BT is not None:
         document_BT = F.pad(starts_BT.long().cumsum(1), (0, num_blocks * size - length), mode="replicate")
         document_BNS = document_BT.view(batch, num_blocks, size)
-        same_BNSS = document_BNS[..., :, None] == document_BNS[..., None, :]
-        inner_BNSM = (within_SS * same_BNSS) @ blocks_BNSM
-        ends_BNM = torch.cat((carry_BM[:, None], inner_BNSM[:, :-1, -1]), dim=1)
+        same = document_BNS[..., :, None] == document_BNS[..., None, :]
         last_BN = F.pad(document_BNS[:, :-1, -1], (1, 0))  # document 0 is the one that the carry belongs to
-        across_BNN = across_NN * (last_BN[..., :, None] == last_BN[..., None, :])
-        reached_BNS1 = (document_BNS == last_BN[..., None])[..., None]
-        sums = inner_BNSM + powers_S1 * reached_BNS1 * (across_BNN @ ends_BNM)[:, :, None]
+        across_same = last_BN[..., :, None] == last_BN[..., None, :]
+        reached = (document_BNS == last_BN[..., None])[..., None]
+    inner_BNSM = (within_SS * same) @ blocks_BNSM
+    ends_BNM = torch.cat((carry_BM[:, None], inner_BNSM[:, :-1, -1]), dim=1)
+    sums = inner_BNSM + powers_S1 * reached * ((across_NN * across_same) @ ends_BNM)[:, :, None]
     return sums.reshape(batch, num_blocks * size, num_domains)[:, :length]
 
 
