@@ -148,7 +148,7 @@ def decayed_sums(
     powers_S1 = torch.full_like(evidence_BTM[0, :1, :1], decay) ** steps_S1
     if carry_BM is None:
         carry_BM = evidence_BTM.new_zeros(batch, num_domains)
-    same = across_same = reached = 1.0  # of one document, if several meet
+    same = across_same = reached = evidence_BTM.new_ones(())  # 1 within one document
     if starts_BT is not None:
         document_BT = F.pad(starts_BT.long().cumsum(1), (0, num_blocks * size - length), mode="replicate")
         document_BNS = document_BT.view(batch, num_blocks, size)
