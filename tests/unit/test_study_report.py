@@ -19,8 +19,7 @@ from branchmix.settings import parse
 from branchmix.study.build import build
 from branchmix.study.figures import curves, dots
 from branchmix.study.folder import STUDY, write_plan, write_record
-from branchmix.study.headline import headline
-from branchmix.study.report import report
+from branchmix.study.report import headline, report
 from branchmix.study.results import collect
 from branchmix.study.settings import StudyFile
 from branchmix.study.tables import percent, tables

@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.folder import require_name, require_new_file
+from branchmix.checkpoint.folder import require_name, require_new_file, write_text
 from branchmix.cli import console
 from branchmix.cli.console import app
 from branchmix.errors import OutputError, RecipeError
@@ -315,7 +315,6 @@ def _write(
     reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Tell
 ) -> None:
     """The page and the pictures that were asked for; nothing of either if something is in the way."""
-    from branchmix.pages import page as pages
     from branchmix.scaling.trends import html_page
     from branchmix.scaling.trends import plots as pictures
     from branchmix.scaling.trends.overview import Overview
@@ -328,7 +327,7 @@ def _write(
         for name in pictures.names(overview):
             require_new_file(plots / name, force=force)
     if html is not None:
-        pages.write(html, html_page.html(overview, command=command))
+        write_text(html, html_page.html(overview, command=command))
     if plots is not None:
         total = len(pictures.names(overview))
         for done, _ in enumerate(pictures.write(overview, plots), 1):
