@@ -66,7 +66,6 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
         elif step.kind == "upcycle":
             record["merge"] = {"recipe": step.recipe, "experts": [n for n in step.needs.members if n != "seed"]}
         elif step.kind in ("scores", "forced"):
-            assert step.about is not None
             title, repetition = step.about.title, step.about.repetition
             level = 4.0 + repetition + LEVELS.get(title, 1.0) + (wobble * repetition if title != "btx" else 0.0)
             rows = [[round((level + number / 10) * 100, 6), 100, 300] for number in range(6)]
