@@ -269,9 +269,7 @@ class _Builder:
         return steps, steps * step_cost(study, config, method.run).total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What distinguishes one seed, text or merge from another: part of the keys of all steps that depend on them
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What distinguishes one seed, text or merge from another: part of the keys of all steps that depend on them ----
 
 
 def _identity_of_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -43,9 +43,7 @@ LEAST_TEXT = 500_000
 """Bytes of each domain, where the study allows as many."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How steps share this machine
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- How steps share this machine ----
 
 
 def side_by_side(config: StudyFile, num_steps: int) -> tuple[int, int, list[dict[str, str]]]:
@@ -71,9 +69,7 @@ def processes_of(config: StudyFile, graph: Graph, step: Step) -> int:
     return count if step.kind == "text" else max(n for n in range(1, count + 1) if shares % n == 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it takes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What it takes ----
 
 
 @dataclass(frozen=True)
@@ -215,9 +211,7 @@ def _budgets(graph: Graph) -> list[dict[str, Any]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Time ----
 
 
 def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = None) -> tuple[StudyFile, Speed | None]:

@@ -142,9 +142,7 @@ def _markdown(study: Numbers, lines: list[str], made: list[Table]) -> str:
     return "\n".join([*parts, *(table.markdown() for table in made), "### Machine", "", *machines, ""])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a study found, in sentences
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What a study found, in sentences ----
 
 
 def headline(study: Numbers) -> list[str]:

@@ -24,9 +24,7 @@ def tables(study: Numbers) -> list[Table]:
     return [table for table in made if table is not None and table.rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What cells and sentences share
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What cells and sentences share ----
 
 
 def marked_label(study: Numbers, model: Numbers) -> str:
@@ -79,9 +77,7 @@ def _counts(*numbers: int) -> list[str]:
     return [f"{number:,}" for number in numbers]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Scores ----
 
 
 def perplexities(study: Numbers) -> Table:
@@ -242,9 +238,7 @@ def selection(
     return Table(["", "experts", "top-k", "total", "active", *numbers], rows, name, title, note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Costs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Costs ----
 
 
 def _experts(model: Numbers) -> list[str]:
