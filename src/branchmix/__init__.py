@@ -13,13 +13,17 @@ from branchmix._registration import install as _install
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from branchmix.accounting import inspect
-    from branchmix.export import export_model, push
-    from branchmix.models.configuration_branchmix import BranchMixConfig
-    from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel
-    from branchmix.recipe import Recipe
-    from branchmix.upcycling import add_expert, remove_expert, upcycle
-    from branchmix.upcycling.gates import calibrate
+    from branchmix.accounting import inspect as inspect
+    from branchmix.export import export_model as export_model
+    from branchmix.export import push as push
+    from branchmix.models.configuration_branchmix import BranchMixConfig as BranchMixConfig
+    from branchmix.models.modeling_branchmix import BranchMixForCausalLM as BranchMixForCausalLM
+    from branchmix.models.modeling_branchmix import BranchMixModel as BranchMixModel
+    from branchmix.recipe import Recipe as Recipe
+    from branchmix.upcycling import add_expert as add_expert
+    from branchmix.upcycling import remove_expert as remove_expert
+    from branchmix.upcycling import upcycle as upcycle
+    from branchmix.upcycling.gates import calibrate as calibrate
 
 _HOME = {
     "Recipe": "branchmix.recipe",
@@ -35,20 +39,7 @@ _HOME = {
     "BranchMixForCausalLM": "branchmix.models.modeling_branchmix",
 }
 
-__all__ = [
-    "BranchMixConfig",
-    "BranchMixForCausalLM",
-    "BranchMixModel",
-    "Recipe",
-    "__version__",
-    "add_expert",
-    "calibrate",
-    "export_model",
-    "inspect",
-    "push",
-    "remove_expert",
-    "upcycle",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import PLAIN, is_file_name
@@ -60,15 +60,15 @@ class Settings(BaseModel):
 
 
 class SettingsFile(Settings):
-    """The settings of a whole file."""
+    """Settings that fill a YAML file."""
 
-    _folder: Path = Path()
-    _file: Path | None = None
+    _file: Path | None = PrivateAttr(default=None)
+    """The file they were read from, or will be written to."""
 
     @property
     def folder(self) -> Path:
-        """Folder that relative paths start from: that of the file."""
-        return self._folder
+        """Folder that relative paths start from: the file's."""
+        return Path() if self._file is None else self._file.parent
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -77,13 +77,26 @@ class SettingsFile(Settings):
         Raises:
             RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
         """
-        path = Path(path)
-        data = read_yaml(path)
+        data = read_yaml(Path(path))
         for words in overrides:
             _override(data, words)
         settings: Self = parse(cls, data, str(path))
-        settings._folder, settings._file = path.parent, path
+        settings._file = Path(path)
         return settings
+
+
+def _override(data: Any, words: str) -> None:
+    """Change ``data``, what a YAML file says, by one ``key=value``; dots lead into mappings."""
+    keys, equals, value = words.partition("=")
+    if not equals or not keys:
+        raise RecipeError(f"{words}: is not key=value, such as budget.tokens=2M")
+    *parents, last = keys.split(".")
+    place = data
+    for key in parents:
+        place = place.setdefault(key, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise RecipeError(f"{words}: cannot be set in this file: {'.'.join(parents)} is not a mapping")
+    place[last] = parse_yaml(value, words)
 
 
 def read_yaml(path: Path) -> Any:
@@ -154,24 +167,6 @@ def _strict_loader() -> Any:
             return super().construct_mapping(node, deep)
 
     return Loader
-
-
-def _override(data: Any, words: str) -> None:
-    """Change ``data``, what a YAML file says, by one ``key=value``; dots lead into mappings.
-
-    Raises:
-        RecipeError: it is not ``key=value``, or the file has no such mapping.
-    """
-    keys, equals, value = words.partition("=")
-    if not equals or not keys:
-        raise RecipeError(f"{words}: is not key=value, such as budget.tokens=2M")
-    *parents, last = keys.split(".")
-    place = data
-    for key in parents:
-        place = place.setdefault(key, {}) if isinstance(place, dict) else None
-    if not isinstance(place, dict):
-        raise RecipeError(f"{words}: cannot be set in this file: {'.'.join(parents)} is not a mapping")
-    place[last] = parse_yaml(value, words)
 
 
 def overlaid(*layers: Mapping[str, Any]) -> dict[str, Any]:

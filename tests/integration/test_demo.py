@@ -42,7 +42,7 @@ def demo(minutes: float = 15) -> StudyFile:
 
 def speed(times: float = 1.0) -> Speed:
     """Of a machine on which a mixture's step takes twice as long as a dense model's."""
-    kinds = {kind_of(step.config): step.config for step in build(demo()).steps.values() if step.config is not None}
+    kinds = {kind_of(step.config): step.config for step in build(demo()).steps.values() if step.config}
     return Speed(8.0, {kind: times * (2.0 if "attention" in config else 1.0) for kind, config in kinds.items()})
 
 
@@ -134,7 +134,7 @@ def test_the_speed_of_every_kind_of_model_is_measured(monkeypatch: pytest.Monkey
     """One of the processes, here; where a model cannot be made, the others are not left waiting."""
     monkeypatch.setattr("branchmix.train.memory.keep_freed_memory", lambda: None)
     study = StudyFile.load(DEMO, [*TINY, "train.precision=fp32"])
-    kinds = sorted({kind_of(step.config) for step in build(study).steps.values() if step.config is not None})
+    kinds = sorted({kind_of(step.config) for step in build(study).steps.values() if step.config})
     barrier, queue = Barrier(1), Queue[Speed]()
     _measure(study.model_dump(mode="json"), kinds, 1, time.time(), barrier, queue)
     measured = queue.get_nowait()

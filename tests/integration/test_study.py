@@ -308,7 +308,7 @@ def test_another_folder_is_not_touched(done: Any, tmp_path: Path) -> None:
 
 def test_a_dry_run_writes_nothing(done: Any, tmp_path: Path) -> None:
     steps_of_it = build(StudyFile.load(done.file)).steps.values()
-    speed = Speed(1.0, {kind_of(step.config): 1.0 for step in steps_of_it if step.config is not None})
+    speed = Speed(1.0, {kind_of(step.config): 1.0 for step in steps_of_it if step.config})
     found = forecast(StudyFile.load(done.file), tmp_path / "none", speed=speed)
     assert not (tmp_path / "none").exists()
     rows = {row.name: row for row in found.rows}

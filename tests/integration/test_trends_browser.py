@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from branchmix.pages import page as pages
 from branchmix.scaling.trends import html_page
 from branchmix.scaling.trends.judge import trends_by_axis
 from branchmix.scaling.trends.overview import Overview
@@ -25,7 +24,9 @@ return [...document.querySelectorAll('.chart svg')].filter(svg => svg.getClientR
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     found = Overview(trends_by_axis(write(folder / "table.csv", study(sizes=5))))
-    return pages.write(folder / "page.html", html_page.html(found, command="branchmix scaling trends table.csv"))
+    page = folder / "page.html"
+    page.write_text(html_page.html(found, command="branchmix scaling trends table.csv"))
+    return page
 
 
 def test_it_loads_alone_and_shows_one_chart_a_task(file: Path, open_page: Callable[..., Any]) -> None:

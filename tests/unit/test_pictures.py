@@ -38,7 +38,8 @@ def test_a_small_picture_is_not_stretched_and_is_readable(tmp_path: Path, open_p
         "lead": ["A page."],
         "pictures": page.safe("".join(pictures)),
     }
-    file = page.write(tmp_path / "pictures.html", page.render(template, **content))
+    file = tmp_path / "pictures.html"
+    file.write_text(page.render(template, **content))
     shown = open_page(file, width=1200, dark=dark)
     small, large = shown.run(
         "return [...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().width)"

@@ -138,7 +138,7 @@ def test_recipes_can_be_loaded(file: Path) -> None:
 
 def test_every_method_has_a_graph() -> None:
     found = graph(methods=list(METHODS))
-    titles = {step.about.method for step in found.steps.values() if step.about}
+    titles = {step.about.method for step in found.steps.values()}
     assert titles - {""} == set(METHODS)
 
 
@@ -328,7 +328,7 @@ def test_data_order_is_paired_within_a_repetition() -> None:
     found = graph(random_seeds=[5, 6])
     by_repetition: dict[int, set[int]] = {0: set(), 1: set()}
     for step in found.steps.values():
-        if step.kind == "train" and step.about is not None and step.about.group == "methods":
+        if step.kind == "train" and step.about.group == "methods":
             by_repetition[step.about.repetition].add(step.run["random_seed"])
     assert len(by_repetition[0]) == len(by_repetition[1]) == 1 and by_repetition[0] != by_repetition[1]
     runs = [step.run["random_seed"] for step in found.steps.values() if step.name in ("r1.train.seed", "r1.train.code")]

@@ -19,8 +19,7 @@ from branchmix.settings import parse
 from branchmix.study.build import build
 from branchmix.study.figures import curves, dots
 from branchmix.study.folder import STUDY, write_plan, write_record
-from branchmix.study.headline import headline
-from branchmix.study.report import report
+from branchmix.study.report import headline, report
 from branchmix.study.results import collect
 from branchmix.study.settings import StudyFile
 from branchmix.study.tables import percent, tables
@@ -67,7 +66,6 @@ def finished(folder: Path, *, wobble: float = 0.001, seeds: int = 3, **changes: 
         elif step.kind == "upcycle":
             record["merge"] = {"recipe": step.recipe, "experts": [n for n in step.needs.members if n != "seed"]}
         elif step.kind in ("scores", "forced"):
-            assert step.about is not None
             title, repetition = step.about.title, step.about.repetition
             level = 4.0 + repetition + LEVELS.get(title, 1.0) + (wobble * repetition if title != "btx" else 0.0)
             rows = [[round((level + number / 10) * 100, 6), 100, 300] for number in range(6)]

@@ -152,18 +152,17 @@ def _print(report: EvalReport) -> None:
 
 
 def _domains(models: list[ModelReport]) -> Table:
-    """Models in rows, domains in columns."""
     columns = models[0].domains or {}
-    best = {name: min((model.domains or {})[name].bits_per_byte for model in models) for name in columns}
-    rows = []
-    for model in models:
-        rows.append([model.model])
-        for name, score in (model.domains or {}).items():
-            mark = _mark(models, score.bits_per_byte == best[name])
-            rows[-1].append(f"{mark}{_number(score.bits_per_byte, score.stderr)} ({score.perplexity:.2f})")
-    head = ["model", *(f"{name}, {human_count(score.bytes)}B" for name, score in columns.items())]
+    head = [f"{name}, {human_count(score.bytes)}B" for name, score in columns.items()]
+    cells = [
+        [
+            (-score.bits_per_byte, f"{_number(score.bits_per_byte, score.stderr)} ({score.perplexity:.2f})")
+            for score in (model.domains or {}).values()
+        ]
+        for model in models
+    ]
     note = f"window {models[0].max_length} tokens, stride {models[0].stride}"
-    return _table(head, rows, "bits per byte ± standard error (perplexity)", note)
+    return _of_models(models, head, cells, "bits per byte ± standard error (perplexity)", note)
 
 
 def _tasks(models: list[ModelReport]) -> Table:
@@ -197,18 +196,21 @@ def _below(tasks: dict[str, TaskScore]) -> set[str]:
 
 
 def _suites(models: list[ModelReport]) -> Table:
-    """The form of the paper's Table 3: models in rows, suites in columns, percent."""
-    columns = models[0].suites
-    best = {name: max(model.suites[name].score.value for model in models) for name in columns}
-    rows = []
-    for model in models:
-        rows.append([model.model])
-        for name, suite in model.suites.items():
-            mark, stderr = _mark(models, suite.score.value == best[name]), suite.score.stderr
-            percent = _number(100 * suite.score.value, None if stderr is None else 100 * stderr, digits=2)
-            rows[-1].append(mark + percent)
-    head = ["model", *(suite.title for suite in columns.values())]
-    return _table(head, rows, "suites of the BAM paper, % ± standard error")
+    """The form of the paper's Table 3, in percent."""
+    head = [suite.title for suite in models[0].suites.values()]
+    scores = [[suite.score for suite in model.suites.values()] for model in models]
+    cells = [[(s.value, _number(100 * s.value, s.stderr and 100 * s.stderr, digits=2)) for s in row] for row in scores]
+    return _of_models(models, head, cells, "suites of the BAM paper, % ± standard error")
+
+
+def _of_models(
+    models: list[ModelReport], head: list[str], cells: list[list[tuple[float, str]]], title: str, note: str = ""
+) -> Table:
+    """Models in rows; of each cell how good it is, and what it says."""
+    best = [max(value for value, _ in column) for column in zip(*cells, strict=True)]
+    marked = [[_mark(models, cell[0] == top) + cell[1] for cell, top in zip(row, best, strict=True)] for row in cells]
+    rows = [[model.model, *row] for model, row in zip(models, marked, strict=True)]
+    return _table(["model", *head], rows, title, note)
 
 
 def _table(head: list[str], rows: list[list[str]], title: str, note: str = "", left: Collection[str] = ()) -> Table:

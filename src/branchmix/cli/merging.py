@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 PEAK_MEMORY_BYTES = 150_000_000
 """Anonymous memory of a merge, for any size and number of models (measured: benchmarks/upcycle.py memory)."""
 
-# ---------------------------------------------------------------------------------------------------------------------
-# upcycle, add-expert, remove-expert
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- upcycle, add-expert, remove-expert ----
 
 UPCYCLE = """\b
 Examples:
@@ -208,9 +206,7 @@ def _method(report: UpcycleReport) -> str:
     return method
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# calibrate
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- calibrate ----
 
 CALIBRATE = """\b
 Examples:
@@ -276,9 +272,7 @@ def _print_gates(fitted: Fitted) -> None:
     Table(head, rows, title="perplexity on documents that no gate was fitted to", left=("experts wanted",)).show()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# export
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- export ----
 
 EXPORT = """\b
 Examples:

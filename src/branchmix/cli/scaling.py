@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.folder import require_name, require_new_file
+from branchmix.checkpoint.folder import require_name, require_new_file, write_text
 from branchmix.cli import console
 from branchmix.cli.console import app
 from branchmix.errors import OutputError, RecipeError
@@ -34,9 +34,7 @@ scaling_app = typer.Typer(
 app.add_typer(scaling_app, name="scaling")
 scaling_app.add_typer(data_app, name="data")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scaling data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- scaling data ----
 
 DIR = Annotated[Path, Argument(metavar="DIR", help="Folder of the files.")]
 
@@ -130,9 +128,7 @@ def make_command(
         typer.echo(f"{path}: {num:,} examples")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scaling run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- scaling run ----
 
 RUN = """\b
 Examples:
@@ -218,9 +214,7 @@ def _mean(result: TaskResult, metric: str | None) -> str:
     return f"{mean.value:.4f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.4f}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# scaling trends
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- scaling trends ----
 
 TRENDS = """\b
 Examples:
@@ -315,7 +309,6 @@ def _write(
     reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Tell
 ) -> None:
     """The page and the pictures that were asked for; nothing of either if something is in the way."""
-    from branchmix.pages import page as pages
     from branchmix.scaling.trends import html_page
     from branchmix.scaling.trends import plots as pictures
     from branchmix.scaling.trends.overview import Overview
@@ -328,7 +321,7 @@ def _write(
         for name in pictures.names(overview):
             require_new_file(plots / name, force=force)
     if html is not None:
-        pages.write(html, html_page.html(overview, command=command))
+        write_text(html, html_page.html(overview, command=command))
     if plots is not None:
         total = len(pictures.names(overview))
         for done, _ in enumerate(pictures.write(overview, plots), 1):

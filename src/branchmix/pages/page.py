@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.folder import write_text
-
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -31,13 +29,3 @@ def safe(html: str) -> Any:
     from markupsafe import Markup
 
     return Markup(html)
-
-
-def write(file: Path, html: str) -> Path:
-    """Writes a page whole or not at all, and returns its path.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    write_text(file, html)
-    return file

@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from branchmix.pages.page import TEMPLATES, render
 
@@ -40,17 +40,12 @@ class Table:
     def markdown(self) -> str:
         """With its title."""
         rows = [
-            [f"**{row[0]}**", *[""] * (len(self.head) - 1)] if len(row) == 1 else self._marked(n, row, "**{}**")
-            for n, row in enumerate(self.rows)
+            [f"**{c}**" if c and self._stands_out(n, i) else c for i, c in enumerate(r)]
+            for n, r in enumerate(self.rows)
         ]
-        lines = [
-            f"### {self.title}",
-            "",
-            _pipes(self.head),
-            _pipes(["---", *["---:"] * (len(self.head) - 1)]),
-            *map(_pipes, rows),
-        ]
-        return "\n".join([*lines, *(["", self.note] if self.note else []), ""])
+        rows = [[*row, *[""] * (len(self.head) - len(row))] for row in rows]
+        lines = map(_pipes, [self.head, ["---", *["---:"] * (len(self.head) - 1)], *rows])
+        return "\n".join([f"### {self.title}", "", *lines, *(["", self.note] if self.note else []), ""])
 
     def latex(self) -> str:
         """A ``table`` of the package booktabs."""
@@ -88,13 +83,11 @@ class Table:
             caption_justify="left",
         )
         for number, name in enumerate(self.head):
-            if number == 0 or name in self.left:
-                shown.add_column(Text(name), overflow="fold")
-            else:
-                shown.add_column(Text(name), justify="right", no_wrap=True)
+            is_words = number == 0 or name in self.left
+            options: Any = {"overflow": "fold"} if is_words else {"justify": "right", "no_wrap": True}
+            shown.add_column(Text(name), **options)
         for number, row in enumerate(self.rows):
-            is_bold = [len(row) == 1 or (number, column) in self.bold for column in range(len(row))]
-            shown.add_row(*(Text(cell, style="bold" * bold) for cell, bold in zip(row, is_bold, strict=True)))
+            shown.add_row(*(Text(cell, style="bold" * self._stands_out(number, n)) for n, cell in enumerate(row)))
         return shown
 
     def show(self, stream: TextIO | None = None) -> None:
@@ -112,8 +105,8 @@ class Table:
         writer.writerows(self.rows)
         return file.getvalue()
 
-    def _marked(self, number: int, row: Sequence[str], mark: str) -> list[str]:
-        return [mark.format(cell) if (number, n) in self.bold and cell else cell for n, cell in enumerate(row)]
+    def _stands_out(self, row: int, column: int) -> bool:
+        return (row, column) in self.bold or len(self.rows[row]) == 1
 
 
 def _pipes(cells: Sequence[str]) -> str:

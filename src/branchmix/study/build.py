@@ -29,7 +29,7 @@ HELD_OUT_WHILE_TRAINING = 2048
 """Tokens of a domain that a run itself evaluates at its end; the scores are a step of their own."""
 _HASHED_BYTES = 4 << 30
 """Text up to this size is known by its content, above by sizes and dates."""
-_LATER: dict[str, Any] = {"routing": {"shared": False}, "gates": None, "start": "even"}
+_LATER: dict[str, Any] = {"routing": {"shared": False}, "gates": {"keep_top_k": False}, "start": "even"}
 """Options of recipes that came after `FORMAT` 1, with the values that mean what was done before there were any.
 
 Left out of keys at these values, so that a study which an older version began is resumed."""
@@ -208,7 +208,7 @@ class _Builder:
     def _routes(self) -> None:
         """Pages of the first repetition's routers, token by token: of a method's first trained run."""
         options = {name: value for name, value in self.evaluation.items() if name != "precision"}
-        runs = {s.about.method: s for s in reversed(self._of_first("train")) if s.about and has_routers(s.config)}
+        runs = {s.about.method: s for s in reversed(self._of_first("train")) if has_routers(s.config)}
         for method in self.study.routes:
             if method not in runs:
                 trained = [m.title for m in self.study.all_methods if m.preset.kind == "mixture"]
@@ -223,8 +223,7 @@ class _Builder:
         if self.study.inference is None:
             return
         models = {SEED: seed} if (seed := self._seed_step(0)) else {}
-        merges = [step for step in self._of_first("upcycle") if step.about and step.about.group == "methods"]
-        models |= {step.about.method: step.name for step in merges if step.about}
+        models |= {s.about.method: s.name for s in self._of_first("upcycle") if s.about.group == "methods"}
         options = {**self.study.inference.model_dump(), **self.given_identity}
         self._add("inference", options, Needs(members=models))
 
@@ -239,14 +238,14 @@ class _Builder:
             raise RecipeError(f"methods: two of them make {name}: give one another name")
         keys = {role: self.steps[needed].key for role, needed in needs.by_role().items()}
         key = key_of({"format": FORMAT, "kind": kind, "options": options, "needs": keys})
-        self.steps[name] = Step(name, kind, needs, key, about=about, **more)
+        self.steps[name] = Step(name, kind, needs, key, about=about or About(), **more)
         return name
 
     # ---- parts ----
 
     def _of_first(self, kind: StepKind) -> list[Step]:
         """Steps of one kind in the first repetition, in the order in which they were added."""
-        return [step for step in self.steps.values() if step.kind == kind and step.about and not step.about.repetition]
+        return [step for step in self.steps.values() if step.kind == kind and not step.about.repetition]
 
     def _random(self, repetition: int, phase: int) -> int:
         """Phases draw different numbers: an expert's general text is not the seed's first."""
@@ -270,9 +269,7 @@ class _Builder:
         return steps, steps * step_cost(study, config, method.run).total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What distinguishes one seed, text or merge from another: part of the keys of all steps that depend on them
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What distinguishes one seed, text or merge from another: part of the keys of all steps that depend on them ----
 
 
 def _identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -282,12 +279,14 @@ def _identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def _without(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A mapping without the keys that have their default, at any depth."""
-    return {
-        key: _without(value, default) if isinstance(default := defaults.get(key, ...), dict) else value
-        for key, value in content.items()
-        if value != defaults.get(key, ...)
-    }
+    """A mapping without the keys that have their default, at any depth; that of a mapping is None."""
+    left = {}
+    for key, value in content.items():
+        default = defaults.get(key, ...)
+        is_mapping = isinstance(default, dict)
+        if value != (None if is_mapping else default):
+            left[key] = _without(value, default) if is_mapping else value
+    return left
 
 
 def _identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:

@@ -28,9 +28,7 @@ SEED_NOISE = 0.02
 INDISTINGUISHABLE = "statistically indistinguishable"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Statistics ----
 
 
 def mean(values: Sequence[float]) -> float:
@@ -139,9 +137,7 @@ def compare(ours: Sequence[Documents], theirs: Sequence[Documents]) -> Compariso
     return Comparison(t_interval(means), by_domain, means, "repetitions")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Between the models of a study
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Between the models of a study ----
 
 
 def by_repetition(model: Numbers, key: str) -> dict[int, Any]:

@@ -37,7 +37,7 @@ def write_plan(config: StudyFile, graph: Graph, out: Path) -> None:
     small: dict[str, Any] = {"settings": settings}
     for name, step in graph.steps.items():
         small[f"step {name}"] = {**step.summary(), "needs": step.needs.by_role(), "cost": asdict(step.cost)}
-        if step.kind in SCORES and step.config is not None:
+        if step.kind in SCORES:
             small[f"step {name}"]["facts"] = facts_of(step.config, config.sequence_length)
     write_record(out / RESULTS / STUDY, small)
 

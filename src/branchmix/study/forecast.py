@@ -43,9 +43,7 @@ LEAST_TEXT = 500_000
 """Bytes of each domain, where the study allows as many."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How steps share this machine
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- How steps share this machine ----
 
 
 def side_by_side(config: StudyFile, num_steps: int) -> tuple[int, int, list[dict[str, str]]]:
@@ -71,9 +69,7 @@ def processes_of(config: StudyFile, graph: Graph, step: Step) -> int:
     return count if step.kind == "text" else max(n for n in range(1, count + 1) if shares % n == 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it takes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What it takes ----
 
 
 @dataclass(frozen=True)
@@ -162,9 +158,9 @@ def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), speed: Sp
         threads=threads,
         tokens=sum(step.cost.tokens for step in trained),
         flops=sum(step.cost.total for step in trained),
-        sunk_flops=sum(step.cost.total for step in trained if step.about and step.about.group == "dense"),
+        sunk_flops=sum(step.cost.total for step in trained if step.about.group == "dense"),
         budgets=_budgets(graph),
-        warnings=sorted({f"{s.about.label}: {s.about.warning}" for s in steps if s.about and s.about.warning}),
+        warnings=sorted({f"{s.about.label}: {s.about.warning}" for s in steps if s.about.warning}),
     )
 
 
@@ -180,7 +176,7 @@ def _row(study: StudyFile, name: str, steps: list[Step], left: set[str], seconds
 
 def _memory(step: Step) -> int:
     """Bytes of a training step; of a merge alone nothing, of anything else the weights in fp32."""
-    if step.config is None or (step.kind == "upcycle" and not step.recipe.get("gates")):
+    if not step.config or (step.kind == "upcycle" and not step.recipe.get("gates")):
         return 0
     if step.kind != "train":
         return 4 * parameters(step.config).total
@@ -190,7 +186,7 @@ def _memory(step: Step) -> int:
 def _disk(study: StudyFile, step: Step) -> int:
     """Bytes of the step's weights that stay."""
     goes = study.keep == "results" and step.may_go
-    if step.config is None or step.kind not in ("train", "upcycle") or goes:
+    if step.kind not in ("train", "upcycle") or goes:
         return 0
     return 4 * parameters(step.config).total
 
@@ -199,7 +195,7 @@ def _budgets(graph: Graph) -> list[dict[str, Any]]:
     trained = [
         (step.about, step.cost)
         for step in graph.steps.values()
-        if step.kind == "train" and step.about and step.about.group != "dense" and step.about.repetition == 0
+        if step.kind == "train" and step.about.group != "dense" and step.about.repetition == 0
     ]
     reference = next(cost for about, cost in trained if about.role == "reference")
     return [
@@ -215,9 +211,7 @@ def _budgets(graph: Graph) -> list[dict[str, Any]]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Time ----
 
 
 def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = None) -> tuple[StudyFile, Speed | None]:
@@ -293,7 +287,7 @@ def _with_budgets(study: StudyFile, tokens: dict[str, int | None], installed: in
 
 
 def _measured(study: StudyFile, steps: Iterable[Step], at_once: int, threads: int) -> Speed:
-    configs = [step.config for step in steps if step.config is not None]
+    configs = [step.config for step in steps if step.config]
     if not configs:
         return Speed(0.0, {})
     return measure_speed(study, configs, processes=min(at_once, MOST_PROCESSES), threads=threads)
@@ -309,10 +303,9 @@ def _seconds(study: StudyFile, step: Step, graph: Graph, speed: Speed) -> float:
     if step.kind == "inference":
         assert study.inference is not None
         models = [graph.steps[name].config for name in step.needs.names]
-        forward = sum(speed.step(config) for config in models if config is not None) / study.step_tokens / 3
+        forward = sum(speed.step(config) for config in models) / study.step_tokens / 3
         tokens = (study.inference.prompt + 10 * study.inference.new_tokens) * (study.inference.runs + 1)
         return start + tokens * forward
-    assert step.config is not None
     one = speed.step(step.config)
     if step.kind == "train":
         processes = processes_of(study, graph, step)
@@ -330,7 +323,6 @@ def _calibration(study: StudyFile, step: Step, speed: Speed) -> float:
     from branchmix.upcycling.gates.fit import PENALTIES, SHARPNESS
     from branchmix.upcycling.gates.text import MEASURED_TOKENS
 
-    assert step.config is not None
     passes = 2 + step.config["num_experts"] + len(SHARPNESS)
     if step.recipe["gates"]["token_only"]:
         passes += 2 + len(PENALTIES)

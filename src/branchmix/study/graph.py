@@ -48,12 +48,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class About:
-    """The model that a step makes or measures, for reports. It is not part of the step's key."""
+    """The model that a step makes or measures, for reports; empty if it does neither. It is not part of the key."""
 
-    group: Group
-    repetition: int
-    role: Role
-    label: str
+    group: Group | Literal[""] = ""
+    repetition: int = 0
+    role: Role | Literal[""] = ""
+    label: str = ""
     """In tables and pictures."""
     title: str = ""
     """Name of the model, the same in all repetitions."""
@@ -113,11 +113,10 @@ class Step:
     """Settings of the training run, without those that name files."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Recipe of the merge, without the models."""
-    config: dict[str, Any] | None = None
-    """Config of the model that the step makes or measures."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Config of the model that the step makes or measures; empty if there is none."""
     cost: Cost = Cost()
-    about: About | None = None
-    """For steps that make or measure a model."""
+    about: About = About()
 
     @property
     def folder(self) -> str:
@@ -127,19 +126,17 @@ class Step:
     @property
     def may_go(self) -> bool:
         """Whether ``keep: results`` removes the weights that the step makes."""
-        is_dense = self.about is None or self.about.role in ("seed", "expert")
-        return self.kind in ("train", "upcycle") and not is_dense
+        return self.kind in ("train", "upcycle") and self.about.role not in ("seed", "expert")
 
     def summary(self) -> dict[str, Any]:
         """What records say of it, as JSON; of the model only what is not empty."""
-        about = asdict(self.about) if self.about else {}
-        about = {key: value for key, value in about.items() if value not in ("", ())}
+        about = {key: value for key, value in asdict(self.about).items() if self.about.title and value not in ("", ())}
         return {"kind": self.kind, "key": self.key, "about": about}
 
 
-def has_routers(config: dict[str, Any] | None) -> bool:
+def has_routers(config: dict[str, Any]) -> bool:
     """Whether a model has losses of its own, which look at one micro-batch at a time."""
-    return config is not None and bool(config["model_type"] == "branchmix")
+    return config.get("model_type") == "branchmix"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from branchmix.data.config import Source
 from branchmix.study.settings import Inference, StudyFile
+from branchmix.study.speed import in_bf16
 
 if TYPE_CHECKING:
     from branchmix.data.packing import Packing
@@ -90,9 +91,8 @@ class HeldOutText:
         from branchmix.likelihood.models import TextModel
         from branchmix.train.models import Computing, attention_options
 
-        device, in_bf16 = _device()
-        precision = self.study.precision
-        computing = Computing(device, in_bf16 if precision == "auto" else precision == "bf16")
+        device = _device()
+        computing = Computing(device, in_bf16(self.study.precision, device))
         model = TextModel(ResolvedModel(str(folder), folder), "float32", self.study.trust_remote_code)
         options = attention_options(model.config.model_type, computing, self.study.sequence_length)
         return model.load(**options), model.tokenizer, computing
@@ -115,17 +115,14 @@ class HeldOutText:
         return scored
 
 
-def _device() -> tuple[Any, bool]:
-    """A GPU if there is one, and whether it is faster in bf16; transformers' advice is turned off."""
+def _device() -> Any:
+    """A GPU if there is one; transformers' advice is turned off."""
     import torch
     from transformers.utils import logging
 
-    from branchmix.models.chunked_branchmix import faster_in_bf16
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device, faster_in_bf16(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def distance(model: Path, seed: Path) -> dict[str, float]:
@@ -205,8 +202,8 @@ def measure_inference(
 
     from branchmix.likelihood.loading import load_language_model
 
-    device, in_bf16 = _device()
-    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    device = _device()
+    dtype = torch.bfloat16 if in_bf16("auto", device) else torch.float32
     loaded = {
         name: load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
         for name, folder in models.items()

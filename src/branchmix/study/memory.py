@@ -59,9 +59,7 @@ def _tokens(run: dict[str, Any]) -> int:
     return int((run.get("micro_batch_size") or run["batch_size"]) * run["sequence_length"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes of one token in one layer; ``half`` is a matrix product's bytes of a value
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Bytes of one token in one layer; ``half`` is a matrix product's bytes of a value ----
 
 
 def _norms(shape: Shape, half: int) -> int:

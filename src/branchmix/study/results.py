@@ -147,9 +147,7 @@ def _scored(place: Path, records: Records, steps: Records) -> Records:
     return scored
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ----
 
 
 def _models(scored: Records, records: Records, steps: Records) -> list[Numbers]:
@@ -241,9 +239,7 @@ def _sunk(made: str, steps: Records, records: Records) -> int:
     return sum(int(run["flops"] + run["optimizer_flops"]) for run in training)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Around it
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Around it ----
 
 
 def _text(records: Records, runs: Records) -> dict[str, Any]:

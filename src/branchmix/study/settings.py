@@ -289,8 +289,8 @@ class StudyFile(SettingsFile):
     def _check_runs(self) -> None:
         """Whether all runs can be settings of ``branchmix train``, before any of them has cost an hour."""
         given = {"model": "seed", "out": "run", "data": {"text": {"files": "text"}}, "budget": {"steps": 1}}
-        runs = {f"methods: {method.title}: train": method.run for method in self.all_methods}
-        runs |= {"train": {}, "expert_train": self.expert_train}
+        runs = {"train": {}, "expert_train": self.expert_train}
+        runs |= {f"methods: {method.title}: train": method.run for method in self.all_methods}
         for where, own in runs.items():
             try:
                 parse(RunConfig, self.run_of({"learning_rate": {"peak": 1.0}}, own) | given, where)

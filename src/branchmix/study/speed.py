@@ -104,13 +104,13 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
         raise
 
 
-def in_bf16(precision: str) -> bool:
-    """Whether a run of this precision computes in bf16 on this machine's CPUs."""
+def in_bf16(precision: str, device: Any = None) -> bool:
+    """Whether a run of this precision computes in bf16 on a device, or on this machine's CPUs."""
     import torch
 
     from branchmix.models.chunked_branchmix import faster_in_bf16
 
-    return faster_in_bf16(torch.device("cpu")) if precision == "auto" else precision == "bf16"
+    return faster_in_bf16(device or torch.device("cpu")) if precision == "auto" else precision == "bf16"
 
 
 def _random_sequences(config: Config, count: int, length: int) -> list[dict[str, Any]]:

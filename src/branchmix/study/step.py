@@ -187,7 +187,7 @@ class _Work:
             "resumed": len(record["resumed"]),
             **{key: record[key] for key in ("started", "ended")},
         }
-        if self.step.about is not None and self.step.about.role == "expert":
+        if self.step.about.role == "expert":
             training["from_seed"] = rounded(distance(self.folder / MODEL, self.model_of(needed)))
         seed = {"model": self.study.seed} if is_given else {}  # results travel: no path of this machine
         return {
@@ -252,7 +252,6 @@ class _Work:
         from branchmix.evaluate.routing.routes import routes
         from branchmix.evaluate.routing.token_page import write
 
-        assert self.step.about is not None
         routed = routes(
             str(self.model_of(self.step.needs.model)),
             data=EvalData.load(self.write_data("routes MIXTURE --data data.yaml")),

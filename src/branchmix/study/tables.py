@@ -24,9 +24,7 @@ def tables(study: Numbers) -> list[Table]:
     return [table for table in made if table is not None and table.rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What cells and sentences share
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- What cells and sentences share ----
 
 
 def marked_label(study: Numbers, model: Numbers) -> str:
@@ -79,9 +77,7 @@ def _counts(*numbers: int) -> list[str]:
     return [f"{number:,}" for number in numbers]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Scores ----
 
 
 def perplexities(study: Numbers) -> Table:
@@ -99,7 +95,8 @@ def perplexities(study: Numbers) -> Table:
     )
     compared = [f"against {_label(study, reference)}"] if reference else []
     head = [*_domains(study), "Avg", "Geo. mean"]
-    return _grouped("table-1", "Perplexity (BAM, Table 1)", study, head, compared, cells, note)
+    rows, bold = _grouped(study, cells, len(head))
+    return Table(["", *head, *compared], rows, "table-1", "Perplexity (BAM, Table 1)", note, bold)
 
 
 def bits(study: Numbers) -> Table:
@@ -112,21 +109,15 @@ def bits(study: Numbers) -> Table:
         return [*values, f"{sum(rates.values()) / len(domains):.3f}"]
 
     note = "Mean over repetitions; ± is the standard error over the documents, which all models have in common."
-    return _grouped("bits-per-byte", "Bits per byte", study, _domains(study), ["Mean"], cells, note)
+    rows, bold = _grouped(study, cells, len(domains))
+    return Table(["", *_domains(study), "Mean"], rows, "bits-per-byte", "Bits per byte", note, bold)
 
 
 def _grouped(
-    name: str,
-    title: str,
-    study: Numbers,
-    head: list[str],
-    more: list[str],
-    cells: Callable[[Numbers], list[str]],
-    note: str,
-) -> Table:
-    """All models in groups; in the columns of ``head``, the best of the trained ones is bold."""
-    rows: list[list[str]] = []
-    trained: list[int] = []
+    study: Numbers, cells: Callable[[Numbers], list[str]], num_columns: int
+) -> tuple[list[list[str]], set[tuple[int, int]]]:
+    """All models in groups, and the cells to print bold: in the first columns, the best of the trained ones."""
+    rows, trained = list[list[str]](), list[int]()
     for group, heading in GROUPS.items():
         of_group = [model for model in study["models"] if model["group"] == group]
         rows += [[heading]] if of_group else []
@@ -137,9 +128,8 @@ def _grouped(
     def number(row: int, column: int) -> float:
         return float(rows[row][column].split(" ")[0].replace(",", ""))
 
-    columns = range(1, 1 + len(head)) if trained else []
-    bold = {(min(trained, key=lambda row: number(row, column)), column) for column in columns}
-    return Table(["", *head, *more], rows, name, title, note, bold)
+    columns = range(1, 1 + num_columns) if trained else ()
+    return rows, {(min(trained, key=lambda row: number(row, column)), column) for column in columns}
 
 
 def before_training(study: Numbers) -> Table:
@@ -248,9 +238,7 @@ def selection(
     return Table(["", "experts", "top-k", "total", "active", *numbers], rows, name, title, note)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Costs
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Costs ----
 
 
 def _experts(model: Numbers) -> list[str]:

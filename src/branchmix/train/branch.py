@@ -161,7 +161,7 @@ def _run(config: BranchConfig, name: str) -> RunConfig:
         "mix": config.mix_of(name),
     }
     run = RunConfig(**settings)
-    run._folder = Path(run.out)  # where its file will be
+    run._file = Path(run.out) / "run.yaml"
     return run
 
 

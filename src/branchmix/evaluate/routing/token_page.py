@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from branchmix.checkpoint.folder import write_text
 from branchmix.evaluate.routing import plots
 from branchmix.evaluate.routing.routes import Routes
 from branchmix.evaluate.routing.routing_report import LayerRouting
@@ -32,7 +33,8 @@ def write(routed: Routes, file: Path) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
-    return page.write(file, html(routed))
+    write_text(file, html(routed))
+    return file
 
 
 def html(routed: Routes) -> str:

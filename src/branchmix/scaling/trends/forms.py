@@ -23,7 +23,7 @@ _LEVEL_SLOPE = 2 / 3
 
 
 @dataclass(frozen=True)
-class Step:
+class Jump:
     """A change between two neighbouring sizes."""
 
     start: float
@@ -51,7 +51,7 @@ class Form:
     change: float
     interval: Interval
     """From end to end of the best monotone fit."""
-    jump: Step | None
+    jump: Jump | None
     """More than half of the change between two neighbouring sizes."""
     level_until: Level | None
     """A plateau at the small end."""
@@ -81,7 +81,7 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
         change_N = fit_NK[:, step + 1] - fit_NK[:, step]
         change = float(change_N[0])
         interval = _one_way(about(change, change_N[1:], alpha), rises=rises)
-        jump = Step(float(curve.x_K[step]), float(curve.x_K[step + 1]), change, interval)
+        jump = Jump(float(curve.x_K[step]), float(curve.x_K[step + 1]), change, interval)
     return Form(
         change=float(range_N[0]),
         interval=_one_way(about(float(range_N[0]), range_N[1:], alpha), rises=rises),

@@ -15,7 +15,7 @@ from branchmix.scaling.tasks import TASKS
 from branchmix.scaling.trends.fit import Curve, curve
 from branchmix.scaling.trends.multiple import Correction, compare_families, contamination, disagreements, judge_together
 from branchmix.scaling.trends.series import NOT_JUDGED, Series, all_series, flags_of, is_lower_better
-from branchmix.scaling.trends.table import AXES, DATA, Table, is_share, read_table
+from branchmix.scaling.trends.table import AXES, DATA, ResultsTable, is_share, read_table
 from branchmix.scaling.trends.verdict import Evidence, Label, Limits, Verdict
 
 
@@ -191,7 +191,7 @@ def cause_of(series: Series) -> str:
     return next((row.cause for row in series.rows if row.cause), (task.cause or "") if task else "")
 
 
-def _known(table: Table, there: list[str], asked: Sequence[str]) -> list[str]:
+def _known(table: ResultsTable, there: list[str], asked: Sequence[str]) -> list[str]:
     for metric in asked:
         if metric.lower() not in there:
             hint = nearest(metric.lower(), there)

@@ -11,7 +11,7 @@ from branchmix.errors import DataError
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.examples import read_scores, resampled_deviations
 from branchmix.scaling.trends.fit import NUM_DRAWS
-from branchmix.scaling.trends.table import Row, Table, is_any_of
+from branchmix.scaling.trends.table import ResultsTable, Row, is_any_of
 
 LOWER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "error", "brier", "logodds", "absolute_logodds")
 """Metrics, and endings of metrics after `_`, of which less is better. The log-odds metrics say how far a model is
@@ -57,7 +57,9 @@ class Series:
         return all(axis in row.axes for row in self.rows)
 
 
-def all_series(table: Table, *, metrics: list[str], lower_is_better: tuple[str, ...], notes: list[str]) -> list[Series]:
+def all_series(
+    table: ResultsTable, *, metrics: list[str], lower_is_better: tuple[str, ...], notes: list[str]
+) -> list[Series]:
     """Every curve of the table with one of ``metrics``, paired over examples where their scores are there."""
     groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in table.rows:

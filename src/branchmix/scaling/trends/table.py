@@ -74,7 +74,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultsTable:
     """All rows of a file, in its order."""
 
     path: Path
@@ -112,7 +112,7 @@ class Table:
         return axis
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> ResultsTable:
     """The table of a csv file, or of `results.csv` in a folder that may hold scores of single examples as well.
 
     Raises:
@@ -149,7 +149,7 @@ def read_table(path: Path) -> Table:
             )
         seen[key] = row.line
     examples = folder / "examples" if folder and (folder / "examples").is_dir() else None
-    return Table(file, rows, axes, examples, not_axes)
+    return ResultsTable(file, rows, axes, examples, not_axes)
 
 
 def _lines(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
