@@ -581,6 +581,9 @@ COMMANDS = [
     Case("mixture: changes are words", "mixture/branchmix.json: changes.0 names no expert that joined or left: copy",
          broken_mixture(lambda f: record(f, lambda r: r.update(changes=["x"]))),
          args=of_mixture("push", "org/name", "--dry-run")),
+    Case("mixture: losses are words", "branchmix.json: changes.0.calibrated.losses are not losses before and after",
+         broken_mixture(lambda f: record(f, lambda r: r.update(changes=[{"calibrated": {"domains": {}, "losses": {
+             "law": "x"}}}]))), args=of_mixture("push", "org/name", "--dry-run")),
     Case("push: a licence that is a link", "mixture/LICENSE: is a link to | outside the folder: put the file itself",
          broken_mixture(lambda f: (f / "LICENSE").symlink_to("/etc/hostname")),
          args=of_mixture("push", "org/name", "--dry-run")),

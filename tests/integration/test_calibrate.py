@@ -114,9 +114,17 @@ def test_recipes_calibrate_at_once(home: Path, calibrated: Any) -> None:
     assert not (home / "from-recipe" / "uncalibrated").exists()
     record = json.loads((home / "from-recipe" / "branchmix.json").read_text())
     assert record["recipe"]["gates"]["data"] == gates["data"]
-    assert set(record["changes"][-1]["calibrated"]["domains"]) == set(dialects.DOMAINS)
     card = (home / "from-recipe" / "README.md").read_text()
     assert "calibrated on text of north, south, west" in card and "train the mixture" not in card
+    later = json.loads((home / "calibrated" / "branchmix.json").read_text())
+    assert record["changes"] == later["changes"] and record["notes"] == later["notes"], "by either way"
+    (fit,) = (step["calibrated"] for step in record["changes"])
+    assert set(fit["domains"]) == set(dialects.DOMAINS)
+    for domain in report.gates.domains:
+        assert fit["losses"][domain.name] == pytest.approx({"before": domain.before, "after": domain.after}, abs=1e-5)
+        assert f"{domain.name} {math.exp(domain.before):.2f} -> {math.exp(domain.after):.2f}" in card
+    (line,) = (line for line in card.splitlines() if "were calibrated on" in line)
+    assert line in (home / "calibrated" / "README.md").read_text()
 
 
 # ---- what is read ----
@@ -302,7 +310,7 @@ def test_only_gates_change(mixture: Path, home: Path, calibrated: Any) -> None:
 def test_what_the_merge_found_stays_on_record(
     home: Path, mixture: Path, tmp_path: Path, calibrated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it lost anything, and its notes, before those of the fit."""
+    """Whether it lost anything, and its notes beside those of the fit, also when it is calibrated later."""
     assert branchmix.inspect(mixture).lossless is branchmix.inspect(home / "calibrated").lossless is True
     twice = recipe_of(home, gates={"data": str(home / "data.yaml")})
     twice["experts"][2] = {"name": "west", "model": twice["experts"][0]["model"]}
@@ -312,13 +320,18 @@ def test_what_the_merge_found_stays_on_record(
     recipe.write_text(json.dumps(twice))
     shown = CliRunner().invoke(app, ["upcycle", str(recipe), str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output
-    record = json.loads((tmp_path / "out" / "branchmix.json").read_text())
-    assert record["lossless"] is True and branchmix.inspect(tmp_path / "out").lossless is True
-    assert any("is the same model as" in note for note in record["notes"]) and record["notes"][-1] == "of the fit"
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "Lossless" in card
-    for note in record["notes"]:
-        assert f"note: {note}" in shown.stderr and f"- {note}" in card
+    del twice["gates"]
+    branchmix.upcycle(twice, tmp_path / "later")
+    monkeypatch.setattr(run, "fit", measure.fit)
+    calibrate(tmp_path / "later", home / "data.yaml")
+    for folder in (tmp_path / "out", tmp_path / "later"):
+        record = json.loads((folder / "branchmix.json").read_text())
+        assert record["lossless"] is True and branchmix.inspect(folder).lossless is True
+        (note,) = record["notes"]
+        assert "is the same model as" in note and record["changes"][-1]["calibrated"]["notes"] == ["of the fit"]
+        card = (folder / "README.md").read_text()
+        assert "Lossless" in card and "; of the fit" in card and f"- {note}" in card
+        assert f"note: {note}" in shown.stderr and "note: of the fit" in shown.stderr
 
 
 def test_in_place_and_again(home: Path, mixture: Path, tmp_path: Path, calibrated: Any) -> None:
@@ -350,7 +363,7 @@ def test_a_failed_fit_leaves_nothing(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "write_output", fail)
+    monkeypatch.setattr(execute, "write_output", fail)
     with pytest.raises(KeyboardInterrupt):
         calibrate(copy, home / "data.yaml")
     assert {file.name: file.read_bytes() for file in copy.iterdir()} == before
@@ -411,6 +424,7 @@ def test_added_experts_are_silent_until_there_is_text(home: Path, tmp_path: Path
     with pytest.raises(RecipeError, match="data: lacks text of north, south"):
         calibrate(tmp_path / "three", own, tmp_path / "tokens", token_only=True)
     fitted = calibrate(tmp_path / "three", own, tmp_path / "fitted").fitted
+    assert "know nothing of" not in (tmp_path / "fitted" / "README.md").read_text()
     assert [domain.name for domain in fitted.domains] == ["north", "south", "west"]
     assert any("west: not measured on north" in note for note in fitted.notes)
     assert max(fitted.domains[2].shares, key=fitted.domains[2].shares.__getitem__) == "west"

@@ -32,7 +32,7 @@ from branchmix.upcycling.execute import (
     write_output,
 )
 from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_tensors, same_keys_and_values
-from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture, provenance_of
+from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, NOT_CALIBRATED, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
 from branchmix.upcycling.sources import DenseExpert, MixtureExpert, inside
 from branchmix.upcycling.transformers_view import require_buildable
@@ -41,10 +41,6 @@ Progress = Callable[[str, int, int], None]
 Members = Sequence[MixtureExpert | DenseExpert]
 """Experts that stay or join, in the order of the routers' rows."""
 
-_NOT_CALIBRATED = (
-    "the document gates know nothing of {name!r} yet and send nothing to it: run branchmix calibrate with text that it "
-    "is meant for"
-)
 _NEVER_CHOSEN = -30.0
 """Logit of an expert that document gates know nothing of, as the least that a fit gives (``gates.fit``)."""
 
@@ -211,7 +207,7 @@ class _EditedMixture(OpenedMixture):
         """All tensors again, with these experts in the new order of the routers' rows; new rows are N(0, std^2)."""
         config, more = self.resized(experts)
         if self.shape.domains:
-            more += [_NOT_CALIBRATED.format(name=expert.name) for expert in experts if isinstance(expert, DenseExpert)]
+            more += [NOT_CALIBRATED.format(name=expert.name) for expert in experts if isinstance(expert, DenseExpert)]
         parts = self._tensors(experts, std, seed)
         tensors = tuple(OutputTensor(name, cast(part, self.dtype)) for name, part in parts)
         groups = tuple(group_tensors(tensors, self.family))

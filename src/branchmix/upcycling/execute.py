@@ -48,6 +48,7 @@ from branchmix.upcycling.transformers_view import require_buildable
 if TYPE_CHECKING:
     from branchmix.upcycling.gates.measure import Fitted
     from branchmix.upcycling.gates.text import DomainText
+    from branchmix.upcycling.mixture import OpenedMixture
     from branchmix.upcycling.verify import Verification
 
 CODE_FILES = tuple(sorted((Path(__file__).parent.parent / "models").glob("*_branchmix.py")))
@@ -175,28 +176,40 @@ def upcycle(
 
                     verification = verify_plan(plan, merged, progress=progress)
                 if recipe.gates:
-                    gates = _calibrate(recipe, gates_text, plan.notes, merged, folder, progress)
+                    gates = _calibrate(recipe, gates_text, merged, folder, progress)
                     plan = replace(plan, config={**plan.config, **gates.config})
     return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
 
 
-def _calibrate(
-    recipe: Recipe, text: Mapping[str, DomainText], notes: Sequence[str], merged: Path, folder: Path, progress: Any
-) -> Fitted:
+def _calibrate(recipe: Recipe, text: Mapping[str, DomainText], merged: Path, folder: Path, progress: Any) -> Fitted:
     """Fit gates for the mixture just written to ``merged``, which is moved with them into its parent ``folder``."""
-    from branchmix.upcycling.gates.measure import fit, plan_with_gates
+    from branchmix.upcycling.gates.measure import fit
     from branchmix.upcycling.mixture import OpenedMixture
 
     assert recipe.gates is not None
     mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
     options = {"token_only": recipe.gates.token_only, "keep_top_k": recipe.gates.keep_top_k}
     fitted = fit(mixture, text, **options, progress=progress)
-    record = fitted.added_to(mixture.provenance())
-    plan = plan_with_gates(mixture, fitted)
-    plan = replace(plan, notes=(*notes, *plan.notes))
-    write_output(plan, folder, merged, lambda: record, recipe.max_shard_bytes, check=False, progress=progress)
+    write_calibrated(mixture, fitted, folder, recipe.max_shard_bytes, check=False, progress=progress)
     shutil.rmtree(merged)
     return fitted
+
+
+def write_calibrated(
+    mixture: OpenedMixture,
+    fitted: Fitted,
+    folder: Path,
+    max_shard_bytes: int,
+    *,
+    check: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Path, ...]:
+    """A mixture with the gates that were fitted for it; record and model card say how good they are."""
+    from branchmix.upcycling.gates.measure import plan_with_gates
+
+    plan, record = plan_with_gates(mixture, fitted), fitted.added_to(mixture.provenance())
+    companions = mixture.resolved.folder
+    return write_output(plan, folder, companions, lambda: record, max_shard_bytes, check=check, progress=progress)
 
 
 def write_output(

@@ -21,6 +21,11 @@ from branchmix.recipe import DTYPES
 from branchmix.upcycling.sources import FFN_NAMES, MixtureExpert
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+NOT_CALIBRATED = (
+    "the document gates know nothing of {name!r} yet and send nothing to it: run branchmix calibrate with text that it "
+    "is meant for"
+)
+"""Note on an expert that joined a calibrated mixture."""
 
 
 class OpenedMixture:
@@ -119,6 +124,12 @@ class OpenedMixture:
         return self.provenance().get("lossless")
 
     @property
+    def notes(self) -> list[str]:
+        """What was noted when it was merged, or an expert joined."""
+        notes = (read_object(self.resolved.folder / "branchmix.json") or {}).get("notes")
+        return notes if isinstance(notes, list) else []
+
+    @property
     def may_be_trained(self) -> bool:
         """Whether its routers may be more than what a recipe started them with, or a fit of gates."""
         folder, record = self.resolved.folder, self.provenance()
@@ -179,8 +190,12 @@ def _problem_of(record: dict[str, Any]) -> str | None:
         if isinstance(added, dict) and {"expert", "router_std", "router_seed"} <= added.keys():
             models[f"changes.{number}"] = added["expert"]
         elif isinstance(step, dict) and isinstance(step.get("calibrated"), dict):
-            if not isinstance(step["calibrated"].get("domains"), dict):
+            fit = step["calibrated"]
+            if not isinstance(fit.get("domains"), dict):
                 return f"changes.{number}.calibrated has no domains"
+            losses = fit.get("losses", {}).values() if isinstance(fit.get("losses", {}), dict) else [None]
+            if not all(isinstance(loss, dict) and {"before", "after"} <= loss.keys() for loss in losses):
+                return f"changes.{number}.calibrated.losses are not losses before and after by domain"
         elif not (isinstance(step, dict) and isinstance(step.get("removed"), str)):
             return f"changes.{number} names no expert that joined or left"
     for place, source in models.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,9 +126,7 @@ def _change(step: dict[str, Any]) -> str:
     if "removed" in step:
         return f"expert `{step['removed']}` left"
     if "calibrated" in step:
-        domains = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in step["calibrated"]["domains"].items())
-        kind = "document gates" if step["calibrated"].get("document_gate") else "token gates"
-        return f"{kind} were calibrated on {domains}"
+        return _calibrated(step["calibrated"])
     added = step["added"]
     expert = added["expert"]
     revision = f" at {expert['revision']}" if expert.get("revision") else ""
@@ -135,3 +134,16 @@ def _change(step: dict[str, Any]) -> str:
         f"expert `{expert['name']}` joined from {expert['model']}{revision}; its router rows were drawn with deviation "
         f"{added['router_std']} and seed {added['router_seed']}"
     )
+
+
+def _calibrated(fit: dict[str, Any]) -> str:
+    """One line for gates that were fitted: on what text, what they are worth on other documents of it, and notes."""
+    kind = "document gates" if fit.get("document_gate") else "token gates"
+    domains = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in fit["domains"].items())
+    parts = [f"{kind} were calibrated on {domains}"]
+    if losses := fit.get("losses"):
+        changes = (
+            f"{name} {math.exp(loss['before']):.2f} -> {math.exp(loss['after']):.2f}" for name, loss in losses.items()
+        )
+        parts.append(f"perplexity on other documents before and after: {', '.join(changes)}")
+    return "; ".join([*parts, *fit.get("notes", [])])

@@ -22,7 +22,7 @@ from branchmix.errors import CheckpointError, RecipeError
 from branchmix.upcycling.gates.evidence import Posterior, count, evidence_table, fit_posterior
 from branchmix.upcycling.gates.text import DomainText, read
 from branchmix.upcycling.layers import cast
-from branchmix.upcycling.mixture import OpenedMixture
+from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture
 from branchmix.upcycling.plan import Plan, group_tensors
 
 Progress = Callable[[str, int, int], None]
@@ -63,11 +63,17 @@ class Fitted:
     notes: list[str] = field(default_factory=list)
 
     def added_to(self, provenance: dict[str, Any]) -> dict[str, Any]:
-        """A mixture's provenance with this fit among its changes."""
+        """A mixture's provenance with this fit, its measurements and its notes among the changes."""
         step = {
             "calibrated": {
                 "domains": {domain.name: domain.counted_tokens for domain in self.domains},
+                "losses": {
+                    domain.name: {"before": round(domain.before, 5), "after": round(domain.after, 5)}
+                    for domain in self.domains
+                    if domain.before is not None and domain.after is not None
+                },
                 "document_gate": self.config["document_gate"] is not None,
+                "notes": self.notes,
             }
         }
         steps = [step] if self.routers != "unchanged" else []
@@ -308,13 +314,14 @@ class _Steps:
 def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Plan:
     """All tensors of a mixture, with new gates in place of its own; without any gates of documents if None."""
     new = fitted.tensors if fitted else {}
+    calibrated_now = [NOT_CALIBRATED.format(name=name) for name in mixture.names]
     stored = mixture.index.tensors.items()
     tensors = [OutputTensor(name, Source(ref)) for name, ref in stored if not (name in new or name.startswith(PREFIX))]
     tensors += [OutputTensor(name, cast(part, mixture.dtype)) for name, part in new.items()]
     return Plan(
         tuple(tensors),
         {**mixture.config, **(fitted.config if fitted else {})},
-        tuple(fitted.notes if fitted else ()),
+        tuple(note for note in mixture.notes if note not in calibrated_now),
         tuple(mixture.experts),
         tuple(group_tensors(tensors, mixture.family)),
         mixture.lossless,

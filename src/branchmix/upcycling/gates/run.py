@@ -15,7 +15,7 @@ from branchmix.checkpoint.companions import TEMPLATES
 from branchmix.checkpoint.folder import atomic_folder, require_replaceable
 from branchmix.data.evaluation import EvalData
 from branchmix.errors import OutputError, RecipeError
-from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
+from branchmix.upcycling.execute import refuse_overlap, require_space, write_calibrated
 from branchmix.upcycling.gates.measure import Fitted, Progress, fit, plan_with_gates, text_for
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
 
@@ -84,14 +84,7 @@ def calibrate(
     largest = max(file.stat().st_size for file in mixture.index.files)
     shard_bytes = largest if len(mixture.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
     with atomic_folder(target, force=in_place or force) as folder:
-        written = write_output(
-            plan_with_gates(mixture, fitted),
-            folder,
-            source,
-            lambda: fitted.added_to(mixture.provenance()),
-            shard_bytes,
-            progress=progress,
-        )
+        written = write_calibrated(mixture, fitted, folder, shard_bytes, progress=progress)
         if in_place:
             _keep_others(source, folder)
     return CalibrationReport(target, fitted, written, time.perf_counter() - start)
