@@ -158,7 +158,7 @@ class BranchMixAttention(nn.Module):
         gate_BTE = gate_BTE.to(heads_BTHC.dtype)
         sizes, axis = self.order.sizes, self.order.expert_axis
         if chosen is None:
-            # Gate and heads meet as [B, T, *sizes with 1 for all but the experts] and [B, T, *sizes with C in the last].
+            # They meet as [B, T, *sizes with 1 for all but the experts] and [B, T, *sizes with C in the last].
             gate = gate_BTE.view(
                 *gate_BTE.shape[:2], *(self.order.num_experts if i == axis else 1 for i in range(len(sizes)))
             )
