@@ -79,9 +79,9 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None
 def test_chosen_experts_alone_give_the_same_logits_and_gradients(
     name: str, attention: str, top_k: int, sparse: Any
 ) -> None:
-    model = random_mixture(name, attention, attention_num_experts_per_tok=top_k)
-    if attention == "kv_experts":  # their own for some families is eager, which computes all experts' heads
-        model.set_attn_implementation(AUTOMATIC)
+    # Some families' default is eager, which computes all experts' heads.
+    own = {"attn_implementation": AUTOMATIC} if attention == "kv_experts" else {}
+    model = random_mixture(name, attention, attention_num_experts_per_tok=top_k, **own)
     ids, mask = padded()
     with sparse(False) as layers:
         expected = trained(model, input_ids=ids, attention_mask=mask)

@@ -200,7 +200,7 @@ def test_top_k_attention_is_charged_for_the_chosen_experts_heads() -> None:
 
 
 def test_bytes_that_a_decoding_step_reads() -> None:
-    """Counted by hand: the matrices of the chosen experts, all keys' and values', lm_head, norms, routers; the cache."""
+    """Counted by hand: matrices of the chosen experts and of all keys and values, lm_head, norms, routers; cache."""
     d, layers, context, embeddings = 1024, 6, 512, 256_000 * 1024
     rest = embeddings + layers * (d + 2 * 4 * d + 3 * d * 2048) + d
     cache = layers * context * 2 * d * 2  # of one expert, in bf16
