@@ -177,13 +177,43 @@ def test_dtype_of_the_config_counts() -> None:
 
 def test_soft_ffn_and_top_k_attention_activity() -> None:
     assert active_parameters(mixture(num_experts_per_tok=4)).total == 776_002_560
-    attention_expert = 6 * 4 * 1024**2
+    queries_and_outputs = 6 * 2 * 1024**2  # of one expert
     config = mixture(attention_num_experts_per_tok=2)
-    assert active_parameters(config).total == 662_756_352 - 2 * attention_expert
-    assert flops_per_token(config, 256) == flops_per_token(mixture(), 256), "all experts are computed"
-    assert any("all 4 are computed" in notice for notice in inspect(config).notices)
+    assert active_parameters(config).total == 662_756_352 - 2 * queries_and_outputs, "all keys and values stay active"
+    assert any("and all keys and values" in notice for notice in inspect(config).notices)
     shared = mixture(attention="kv_sharing", attention_num_experts_per_tok=1)
-    assert active_parameters(shared).total == 625_007_616 - 3 * attention_expert // 2, "shared k and v stay active"
+    assert active_parameters(shared).total == 625_007_616 - 3 * queries_and_outputs, "so do shared ones"
+
+
+def test_top_k_attention_is_charged_for_the_chosen_experts_heads() -> None:
+    """Shared KV top-1 costs what BTX costs, but for the router; Expert KV the other experts' keys and values more."""
+    btx = flops_per_token(mixture(attention="average"), 256)
+    shared = flops_per_token(mixture(attention="kv_sharing", attention_num_experts_per_tok=1), 256)
+    own = flops_per_token(mixture(attention_num_experts_per_tok=1), 256)
+    router, keys_and_values = 6 * 2 * 4 * 1024, 6 * 2 * 3 * 2 * 1024**2
+    assert shared.total == btx.total + router
+    assert own.total == btx.total + router + keys_and_values
+    assert own.layer.context == btx.layer.context and own.last_token == btx.last_token
+    for attention in ("kv_experts", "kv_sharing"):
+        soft = flops_per_token(mixture(attention=attention), 256)
+        assert flops_per_token(mixture(attention=attention, attention_num_experts_per_tok=4), 256) == soft
+
+
+def test_bytes_that_a_decoding_step_reads() -> None:
+    """Counted by hand: matrices of the chosen experts and of all keys and values, lm_head, norms, routers; cache."""
+    d, layers, context, embeddings = 1024, 6, 512, 256_000 * 1024
+    rest = embeddings + layers * (d + 2 * 4 * d + 3 * d * 2048) + d
+    cache = layers * context * 2 * d * 2  # of one expert, in bf16
+    for attention, top_k, matrices, copies in (
+        ("kv_experts", None, 16, 4),
+        ("kv_experts", 1, 2 + 8, 1),
+        ("kv_sharing", 1, 4, 1),
+        ("kv_sharing", 2, 6, 1),
+    ):
+        found = inspect(mixture(attention=attention, attention_num_experts_per_tok=top_k), context=context)
+        assert found.decoding_bytes == 2 * (rest + layers * matrices * d * d) + copies * cache
+    tied = {**SMALL, "tie_word_embeddings": True}
+    assert inspect(tied, context=context).decoding_bytes == inspect(SMALL, context=context).decoding_bytes
 
 
 def test_averaged_ffn_has_no_router() -> None:

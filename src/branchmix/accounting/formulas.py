@@ -50,13 +50,15 @@ def parameters(config: Config) -> ParameterCounts:
 def active_parameters(config: Config) -> ParameterCounts:
     """Parameters that a token uses (Table 9's "active"): k FFN experts, all of soft attention, both whole routers.
 
-    With top-k attention only the k chosen attention experts count as active, though the implementation computes all:
-    an expert's keys and values are needed at every position that any later token may attend to. Embeddings count
-    in full, as in the paper.
+    With top-k attention these are the queries and outputs of the k chosen attention experts, and the keys and values of
+    all: any later token may choose another expert. Embeddings count in full, as in the paper.
     """
-    shape = shape_of(config)
-    chosen = min(shape.attention_num_experts_per_tok or shape.attention_experts, shape.attention_experts)
-    return _count(shape, chosen, min(chosen, shape.kv_experts), min(shape.num_experts_per_tok, shape.ffn_experts))
+    return _active(shape_of(config))
+
+
+def _active(shape: Shape) -> ParameterCounts:
+    ffn_experts = min(shape.num_experts_per_tok, shape.ffn_experts)
+    return _count(shape, shape.active_attention_experts, shape.kv_experts, ffn_experts)
 
 
 def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: int) -> ParameterCounts:
@@ -122,7 +124,8 @@ class LayerFlops:
     rotary positions and softmax are not counted."""
 
     qkv: int
-    """2d(NH + 2NK)D, with one k and v for Shared KV: the paper's 6Nd^2."""
+    """2d(NH + 2NK)D, with one k and v for Shared KV: the paper's 6Nd^2. With top-k attention the H query heads, here
+    and below, are those of k experts; keys and values are of all N."""
     context: int
     """Scores and weighted values, 2 n_ctx NHD: the paper's "mask". That is 4NHD for each of the n_ctx / 2 keys that
     a token of a causal sequence of n_ctx tokens sees on average."""
@@ -184,7 +187,8 @@ class Flops:
 def flops_per_token(config: Config, context: int) -> Flops:
     """Forward FLOPs of one token of a causal sequence of ``context`` tokens (Tables 7 and 10).
 
-    All N attention experts are counted, since all are computed even if ``attention_num_experts_per_tok`` is less.
+    With top-k attention, queries, context and outputs are those of the k chosen experts, as the model computes them
+    wherever that is faster than computing all N and multiplying N - k by zero. Keys and values are those of all.
 
     Raises:
         CheckpointError: ``context`` is not positive, the config does not describe a model, or there is no formula.
@@ -198,7 +202,7 @@ def flops_per_token(config: Config, context: int) -> Flops:
 def flops_of(shape: Shape, context: int) -> Flops:
     s = shape.sizes
     d, q_width, kv_width = s.hidden_size, s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
-    wide = shape.attention_experts * q_width
+    wide = shape.active_attention_experts * q_width
 
     def layer(window: int | None) -> LayerFlops:
         # Keys seen by all n tokens together, doubled: n^2 of a causal triangle, less what lies outside the window.
@@ -267,6 +271,23 @@ def kv_cache_bytes_per_token(config: Config, dtype: str | None = None) -> int:
 
 def kv_bytes_per_layer(shape: Shape, dtype: str) -> int:
     return 2 * shape.kv_experts * shape.sizes.num_kv_heads * shape.sizes.head_dim * DTYPE_BYTES[dtype]
+
+
+def decoding_bytes(shape: Shape, context: int, dtype: str) -> int:
+    """Bytes of weights and cached keys and values that generating one token of one sequence reads, exact for matrices.
+
+    Weights: all active parameters but the tables that are only looked up in (embeddings that are not also lm_head, and
+    the evidence of document gates). Cache: ``context`` tokens before it, in layers with a window at most the window; of
+    Expert KV with top-k attention, the k chosen experts' keys and values.
+    """
+    active = _active(shape)
+    token_width, _ = _embedding_widths(shape)
+    looked_up = active.embeddings - (shape.sizes.vocab_size * token_width if shape.sizes.tied_embeddings else 0)
+    weights = active.total - looked_up - len(shape.domains) * shape.sizes.vocab_size
+    tokens = sum(context if size is None else min(context, size) for size in windows(shape))
+    copies = min(shape.active_attention_experts, shape.kv_experts)
+    cache = tokens * kv_bytes_per_layer(shape, dtype) // shape.kv_experts * copies
+    return weights * DTYPE_BYTES[dtype] + cache
 
 
 def dtype_of(config: Config, dtype: str | None) -> str:

@@ -15,6 +15,7 @@ from branchmix.accounting.formulas import (
     active_parameters,
     check_context,
     configured_positions,
+    decoding_bytes,
     dtype_of,
     flops_of,
     kv_bytes_per_layer,
@@ -72,6 +73,11 @@ class Accounting:
         return tokens * kv_bytes_per_layer(self.shape, self.dtype)
 
     @property
+    def decoding_bytes(self) -> int | None:
+        """Weights and KV cache that are read to generate one token behind ``context`` others."""
+        return decoding_bytes(self.shape, self.context, self.dtype) if self.shape and self.source == "config" else None
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters in ``dtype``."""
         return self.total.total * DTYPE_BYTES[self.dtype]
@@ -100,6 +106,7 @@ class Accounting:
             "flops_per_token": _describe_flops(self.flops) if self.flops else None,
             "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
             "kv_cache_bytes": self.kv_cache_bytes,
+            "decoding_bytes": self.decoding_bytes,
             "paper": self.paper(),
             "lossless": self.lossless,
             "notices": list(self.notices),
@@ -121,7 +128,8 @@ class Accounting:
         if second_router:
             notes.append("Table 9's active parameters leave out one of the two routers")
         if shape.attention == "kv_sharing":
-            queries = shape.attention_experts * shape.sizes.hidden_size * shape.sizes.num_heads * shape.sizes.head_dim
+            heads = shape.active_attention_experts * shape.sizes.num_heads
+            queries = shape.sizes.hidden_size * heads * shape.sizes.head_dim
             omitted += shape.sizes.num_layers * (flops.layer.qkv // 2 - queries)
             notes.append("Table 9's active parameters leave out the shared keys and values")
         return {
@@ -231,8 +239,8 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
         notices.append(f"a context of {context:,} exceeds the model's {positions:,} positions")
     if shape.attention_num_experts_per_tok and shape.attention_router:
         notices.append(
-            f"active counts the {shape.attention_num_experts_per_tok} chosen attention experts; all "
-            f"{shape.num_experts} are computed and cached, and the FLOPs and KV bytes say so"
+            f"active parameters and FLOPs count the queries and outputs of the {shape.attention_num_experts_per_tok} "
+            f"chosen attention experts, and {'all keys' if shape.kv_experts > 1 else 'the shared keys'} and values"
         )
     active, flops, model_type = active_parameters(config), flops_of(shape, context), config["model_type"]
     lossless = None
@@ -280,7 +288,7 @@ def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int])
         return None
     if not any(".gate_proj" in tensor or "gate_up" in tensor for tensor in index.tensors):
         shape = replace(shape, family=replace(shape.family, gate=None))
-    flops = flops_of(shape, context)
+    flops = flops_of(replace(shape, attention_num_experts_per_tok=None), context)
     ffn = flops.model("ffn") // min(shape.num_experts_per_tok, shape.ffn_experts) * shape.ffn_experts
     expected = (flops.model("qkv") + flops.model("output"), ffn)
     return shape if expected == (2 * matrices["attention"], 2 * matrices["ffn"]) else None

@@ -55,6 +55,11 @@ class Shape:
         return self.num_experts if self.attention in ("kv_experts", "kv_sharing") else 1
 
     @property
+    def active_attention_experts(self) -> int:
+        """Copies of q and o that a token uses: with top-k attention those of the k experts it chooses."""
+        return min(self.attention_num_experts_per_tok or self.num_experts, self.attention_experts)
+
+    @property
     def kv_experts(self) -> int:
         """Copies of k and v in a layer, and of the KV cache."""
         return self.num_experts if self.attention == "kv_experts" else 1

@@ -87,6 +87,9 @@ def _print_accounting(accounting: Accounting) -> None:
             f"KV cache in {accounting.dtype}: {accounting.kv_cache_bytes_per_token:,} bytes per token, "
             f"{human_bytes(accounting.kv_cache_bytes)} for {accounting.context:,} tokens"
         )
+    if accounting.decoding_bytes is not None:
+        read = human_bytes(accounting.decoding_bytes)
+        typer.echo(f"a decoding step behind {accounting.context:,} tokens reads {read}")
     paper = accounting.paper()
     if paper is not None:
         printed = paper["table_7_per_layer"]

@@ -1,12 +1,15 @@
-"""Attention experts: all experts' heads in one call, gated and projected outside. Saved with every checkpoint.
+"""Attention experts: all experts' heads in one call, gated and projected outside; or, with top-k routing, the heads of
+each token's chosen experts only. Saved with every checkpoint.
 
-Shapes: B batch, T tokens, D model width, E experts, H query heads and K key/value heads of one expert, G = H / K,
-C head dimension.
+Shapes: B batch, T tokens, S = B * T, D model width, E experts, k experts chosen for a token, H query heads and K
+key/value heads of one expert, G = H / K, C head dimension; J pieces of an expert's heads, P = S * k.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .chosen_branchmix import Chosen, combine, project
+from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import BranchMixConfig
 from .linear_branchmix import BranchMixLinear, linear
 from .routing_branchmix import BranchMixAttentionRouter
@@ -54,17 +59,71 @@ class HeadOrder:
     def wide_kv_heads(self) -> int:
         return self.num_kv_heads if self.kv_sharing else self.num_experts * self.num_kv_heads
 
+    @property
+    def pieces(self) -> tuple[int, int, int]:
+        """J, E, and the channels of a piece: an expert's heads are J stretches of the wide axis."""
+        num_pieces = self.num_kv_heads if self.kv_sharing else 1
+        return num_pieces, self.num_experts, self.num_heads // num_pieces * self.head_dim
+
     def of_keys(self) -> HeadOrder:
         """The order of the K/V heads, for Expert KV."""
         return HeadOrder(self.num_experts, self.num_kv_heads, self.num_kv_heads, self.head_dim, False)
 
 
+class BranchMixQueries(BranchMixLinear):
+    """Queries of all experts' heads; of the chosen experts' heads only, slot by slot, while ``chosen`` is given."""
+
+    chosen: Chosen | None = None
+
+    def __init__(self, hidden_size: int, order: HeadOrder, bias: bool):
+        super().__init__(hidden_size, order.wide_heads * order.head_dim, bias=bias)
+        self.order = order
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] to [B, T, E * H * C], or [B, T, k * H * C] ordered (piece, slot, channel)."""
+        if self.chosen is None:
+            return super().forward(x_BTD)
+        pieces = self.order.pieces
+        bias_JEO = None if self.bias is None else self.bias.view(pieces)
+        q_SkJO = project(x_BTD.flatten(0, 1), self.weight.view(*pieces, -1), bias_JEO, self.chosen)
+        return q_SkJO.transpose(1, 2).reshape(*x_BTD.shape[:2], -1)
+
+
+class BranchMixOutputs(BranchMixLinear):
+    """Output projections of all experts' heads, summed; of the chosen experts' heads only, if ``chosen`` is given."""
+
+    def __init__(self, hidden_size: int, order: HeadOrder):
+        super().__init__(order.wide_heads * order.head_dim, hidden_size, bias=False)
+        self.order = order
+
+    def forward(self, x: torch.Tensor, chosen: Chosen | None = None) -> torch.Tensor:
+        """[B, T, E * H * C] to [B, T, D]; or [S, k, J, O] to [S, D]."""
+        if chosen is None:
+            return super().forward(x)
+        return combine(x, self.weight.unflatten(1, self.order.pieces).permute(1, 2, 3, 0), chosen)
+
+
+LEAST_SAVED = {True: 1 << 21, False: 1 << 21}
+"""Multiplications of a layer's projections that the chosen experts' heads must save to be computed alone, for Shared KV
+and for Expert KV; a product of few rows counts as one of ``FEW_ROWS``, as it costs what reading its matrix costs."""
+FEW_ROWS = 16
+_ANY_HEADS = ("eager", "sdpa", AUTOMATIC, CHUNKED, "flash_attention_2", "flash_attention_3")
+"""Attention that takes any number of query heads over the K/V heads."""
+_OF_CHOSEN_KEYS = (AUTOMATIC, CHUNKED)
+"""Attention in which a token's heads see the keys of their own expert."""
+
+
 class BranchMixAttention(nn.Module):
-    """Mixture of Attention with soft routing (BAM section 4.1): ``sum_i g_i(x) Attn_i(x)``.
+    """Mixture of Attention (BAM section 4.1): ``sum_i g_i(x) Attn_i(x)``.
 
     One wide attention: ``sum_i g_i O_i H_i = [O_1 .. O_N] [g_1 H_1; ..; g_N H_N]``. ``heads`` computes all experts'
-    heads, concatenated; they are gated and projected here, so that no value travels through a hidden attribute.
+    heads, concatenated; they are gated and projected here. With top-k routing most gates are 0: then ``heads`` computes
+    k experts' heads for each token, where that is faster, and the same code sees k * H heads instead of E * H.
     """
+
+    sparse: bool | None = None
+    """With top-k routing: whether only the chosen experts' heads are computed. None: where that was measured to be
+    faster. True still computes all where it must: see ``_may_be_sparse``."""
 
     def __init__(self, heads: nn.Module, output: Any, order: HeadOrder, config: BranchMixConfig, dropout: float = 0.0):
         super().__init__()
@@ -77,38 +136,112 @@ class BranchMixAttention(nn.Module):
             config.attention_num_experts_per_tok or config.num_experts,
             config.attention_norm_topk_prob,
         )
-        self.o_proj = BranchMixLinear(order.wide_heads * order.head_dim, hidden_size, bias=False)
+        self.o_proj = BranchMixOutputs(hidden_size, order)
+        split = config.layout["attention_code"] == "split"
+        self._queries = "q_proj" if split else config.layout["query"]
+        self._query_norm = config.layout["query_norm"]
         self.o_bias = nn.Parameter(torch.empty(config.num_experts, hidden_size)) if output.bias is not None else None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """Takes and returns what the family's attention does: output [B, T, D] and attention weights or None."""
-        heads_BTHC, attention_weights = self.heads(hidden_states, *args, **kwargs)[:2]
-        width = self.order.wide_heads * self.order.head_dim
+        if self.order.num_experts == 1:  # its gate is 1: see ``keep_experts``
+            heads_BTHC, attention_weights = self._heads(None, hidden_states, *args, **kwargs)
+            bias = None if self.o_bias is None else self.o_bias[0]
+            return self.dropout(linear(heads_BTHC, self.o_proj.weight, bias)), attention_weights
+        _, gate_BTE = self.expert_gate(hidden_states)
+        gates_BTk = chosen = None
+        if self._computes_chosen_only(hidden_states, kwargs.get("attention_mask")):
+            gates_BTk, index_BTk = gate_BTE.topk(self.expert_gate.top_k, dim=-1)
+            chosen = Chosen(index_BTk, self.order.num_experts)
+        heads_BTHC, attention_weights = self._heads(chosen, hidden_states, *args, **kwargs)
+        gate_BTE = gate_BTE.to(heads_BTHC.dtype)
+        sizes, axis = self.order.sizes, self.order.expert_axis
+        if chosen is None:
+            # They meet as [B, T, *sizes with 1 for all but the experts] and [B, T, *sizes with C in the last].
+            gate = gate_BTE.view(
+                *gate_BTE.shape[:2], *(self.order.num_experts if i == axis else 1 for i in range(len(sizes)))
+            )
+            gated = heads_BTHC.reshape(*gate_BTE.shape[:2], *sizes[:-1], -1) * gate
+            out_BTD = self.o_proj(gated.reshape(*gate_BTE.shape[:2], -1))
+        else:
+            num_pieces, _, channels = self.order.pieces
+            heads_SkJO = heads_BTHC.reshape(-1, num_pieces, chosen.top_k, channels).transpose(1, 2)
+            gates_Sk11 = gates_BTk.to(heads_SkJO.dtype).view(-1, chosen.top_k, 1, 1)
+            out_BTD = self.o_proj(heads_SkJO * gates_Sk11, chosen).view(*hidden_states.shape[:2], -1)
+        if self.o_bias is not None:
+            out_BTD = out_BTD + gate_BTE @ self.o_bias.to(gate_BTE.dtype)
+        return self.dropout(out_BTD), attention_weights
+
+    def _heads(self, chosen: Chosen | None, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """All experts' heads [B, T, E * H * C] or the chosen ones' [B, T, k * H * C], and attention weights or None."""
+        if chosen is None:
+            heads_BTHC, attention_weights = self.heads(*args, **kwargs)[:2]
+        else:
+            with self._only(chosen):
+                heads_BTHC, attention_weights = self.heads(*args, **kwargs)[:2]
+        width = (
+            (self.order.num_experts if chosen is None else chosen.top_k) * self.order.num_heads * self.order.head_dim
+        )
         if heads_BTHC.shape[-1] != width:
             raise RuntimeError(
                 f"attention handed back {heads_BTHC.shape[-1]} values a token where the experts' heads have {width}: "
                 "this family cannot be widened, or its heads were sharded by a plan that does not gather them"
             )
-        if self.order.num_experts == 1:  # its gate is 1: see ``keep_experts``
-            bias = None if self.o_bias is None else self.o_bias[0]
-            return self.dropout(linear(heads_BTHC, self.o_proj.weight, bias)), attention_weights
-        _, gate_BTE = self.expert_gate(hidden_states)
-        gate_BTE = gate_BTE.to(heads_BTHC.dtype)
-        sizes, axis = self.order.sizes, self.order.expert_axis
-        # Gate and heads meet as [B, T, *sizes with 1 for all but the experts] and [B, T, *sizes with C in the last].
-        gate = gate_BTE.view(
-            *gate_BTE.shape[:2], *(self.order.num_experts if i == axis else 1 for i in range(len(sizes)))
-        )
-        gated = heads_BTHC.reshape(*gate_BTE.shape[:2], *sizes[:-1], -1) * gate
-        out_BTD = self.o_proj(gated.reshape(*gate_BTE.shape[:2], width))
-        if self.o_bias is not None:
-            out_BTD = out_BTD + gate_BTE @ self.o_bias.to(gate_BTE.dtype)
-        return self.dropout(out_BTD), attention_weights
+        return heads_BTHC, attention_weights
+
+    @contextmanager
+    def _only(self, chosen: Chosen) -> Iterator[None]:
+        """While the family's code runs, its queries and their norm are those of the chosen experts, and it counts their
+        heads; with Expert KV ``heads`` has the choice too, for attention and rotary positions."""
+        parts = [getattr(self.heads, self._queries)]
+        norm = getattr(self.heads, self._query_norm, None) if self._query_norm else None
+        if isinstance(norm, BranchMixExpertNorm):
+            parts.append(norm)
+        if not self.order.kv_sharing:
+            parts.append(self.heads)
+        _set_head_counts(self.heads, chosen.top_k, self.order)
+        for part in parts:
+            part.chosen = chosen
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.chosen = None
+            _set_head_counts(self.heads, self.order.num_experts, self.order)
+
+    def _computes_chosen_only(self, hidden_states: torch.Tensor, mask: Any) -> bool:
+        """Whether only the chosen experts' heads are computed, and not all of them with gates of 0.
+
+        Never where shapes have to be static (``torch.compile``), where attention wants the heads that the config
+        counts (vLLM) or each head has its own mask, and where the projections are not plain matrices of all experts:
+        LoRA, quantisation, tensor parallelism.
+        """
+        order, top_k = self.order, self.expert_gate.top_k
+        if self.sparse is False or top_k == order.num_experts or torch.compiler.is_compiling():
+            return False
+        if self.heads.config._attn_implementation not in (_ANY_HEADS if order.kv_sharing else _OF_CHOSEN_KEYS):
+            return False
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+            return False
+        queries = getattr(self.heads, self._queries)
+        if not (isinstance(queries, BranchMixQueries) and isinstance(self.o_proj, BranchMixOutputs)):
+            return False
+        if any(type(parameter) is not nn.Parameter for parameter in (*queries.parameters(), *self.o_proj.parameters())):
+            return False
+        if self.sparse:
+            return True
+        if hidden_states.device.type != "cpu":
+            return False
+        rows = max(FEW_ROWS, hidden_states.shape[:-1].numel())
+        saved = (order.num_experts - top_k) * order.num_heads * order.head_dim * hidden_states.shape[-1] * 2
+        return rows * saved >= LEAST_SAVED[order.kv_sharing]
 
 
 class BranchMixExpertNorm(nn.ModuleList):
     """Query or key norm with every expert's own gains: the family's own norm, once for each expert's heads."""
+
+    chosen: Chosen | None = None
 
     def __init__(self, norm: nn.Module, order: HeadOrder, norm_over: str, axis: int):
         super().__init__(copy.deepcopy(norm) for _ in range(order.num_experts))
@@ -116,7 +249,10 @@ class BranchMixExpertNorm(nn.ModuleList):
         self.axis = -1 if norm_over == "all" else axis
 
     def forward(self, wide: torch.Tensor) -> torch.Tensor:
-        """[B, T, H, C], [B, H, T, C] or [B, T, H * C], as the family calls its norm; H counts all experts' heads."""
+        """[B, T, H, C], [B, H, T, C] or [B, T, H * C], as the family calls its norm; H counts all experts' heads, or
+        those of the chosen experts."""
+        if self.chosen is not None:
+            return self._of_chosen(wide, self.chosen)
         sizes, expert_axis = self.order.sizes, self.order.expert_axis
         axis = wide.dim() + self.axis
         split = wide.unflatten(axis, (*sizes[:-1], -1)).unbind(axis + expert_axis)
@@ -128,6 +264,23 @@ class BranchMixExpertNorm(nn.ModuleList):
             split = [part.unflatten(axis, (sizes[0], -1)) for part in split]
         return torch.stack(split, axis + expert_axis).reshape(wide.shape)
 
+    def _of_chosen(self, wide: torch.Tensor, chosen: Chosen) -> torch.Tensor:
+        num_pieces, _, channels = self.order.pieces
+        x_BTX = wide.transpose(1, 2) if self.axis == -3 else wide
+        x_SJkO = x_BTX.reshape(-1, num_pieces, chosen.top_k, channels)
+        x_PHC = chosen.sorted(x_SJkO.transpose(1, 2).reshape(-1, self.order.num_heads, self.order.head_dim))
+        normed = []
+        for norm, x_nHC in zip(self, x_PHC.split(chosen.counts), strict=True):  # also of no rows: its gradient is 0
+            if self.axis == -1:
+                normed.append(norm(x_nHC.flatten(1)))
+            elif self.axis == -2:
+                normed.append(norm(x_nHC[None])[0].flatten(1))
+            else:
+                normed.append(norm(x_nHC.transpose(0, 1)[None])[0].transpose(0, 1).flatten(1))
+        y_SkJO = chosen.unsorted(torch.cat(normed)).view(-1, chosen.top_k, num_pieces, channels)
+        y_BTX = y_SkJO.transpose(1, 2).reshape(x_BTX.shape)
+        return y_BTX.transpose(1, 2) if self.axis == -3 else y_BTX
+
 
 class BranchMixSplitAttention(nn.Module):
     """Heads from separate q, k and v projections, for families whose own attention cannot be widened.
@@ -136,6 +289,8 @@ class BranchMixSplitAttention(nn.Module):
     (OPT, GPT-J), or the experts have different rotary parameters.
     """
 
+    chosen: Chosen | None = None
+
     def __init__(self, dense: nn.Module, seed_config: Any, order: HeadOrder, layout: dict[str, Any], bias: bool):
         super().__init__()
         hidden_size = seed_config.hidden_size
@@ -143,7 +298,6 @@ class BranchMixSplitAttention(nn.Module):
         self.layer_idx = dense.layer_idx
         self.head_dim = order.head_dim
         self.num_key_value_groups = order.wide_heads // order.wide_kv_heads
-        self.num_experts = order.num_experts
         self.scaling = getattr(dense, "scaling", order.head_dim**-0.5)
         self.sliding_window = getattr(dense, "sliding_window", getattr(seed_config, "sliding_window", None))
         self.is_causal = True
@@ -151,7 +305,7 @@ class BranchMixSplitAttention(nn.Module):
         self.rotary_dim = getattr(seed_config, "rotary_dim", None) or order.head_dim
         dropout = getattr(dense, "attn_dropout", getattr(dense, "attention_dropout", getattr(dense, "dropout", 0.0)))
         self.attention_dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
-        self.q_proj = BranchMixLinear(hidden_size, order.wide_heads * order.head_dim, bias=bias)
+        self.q_proj = BranchMixQueries(hidden_size, order, bias)
         self.k_proj = BranchMixLinear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
         self.v_proj = BranchMixLinear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
         for name in (layout["query_norm"], layout["key_norm"]):
@@ -182,7 +336,10 @@ class BranchMixSplitAttention(nn.Module):
             q_BHTC, k_BKTC = _rotate_pairs(q_BHTC, cos, sin), _rotate_pairs(k_BKTC, cos, sin)
         elif self.rotary == "half":
             cos, sin = position_embeddings
-            q_BHTC, k_BKTC = _rotate_halves(q_BHTC, cos, sin), _rotate_halves(k_BKTC, cos, sin)
+            k_BKTC = _rotate_halves(k_BKTC, cos, sin)
+            if self.chosen is not None and cos.dim() == 4:
+                cos, sin = self.chosen.of_chosen(cos), self.chosen.of_chosen(sin)
+            q_BHTC = _rotate_halves(q_BHTC, cos, sin)
 
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
@@ -292,24 +449,31 @@ def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAtten
     else:
         heads = dense
         setattr(heads, layout["output"], nn.Identity())
-        for name, num_heads in (
-            (layout["query"], order.wide_heads),
-            (layout["key"], order.wide_kv_heads),
-            (layout["value"], order.wide_kv_heads),
-        ):
-            projection = getattr(dense, name)
-            wide = BranchMixLinear(projection.in_features, num_heads * order.head_dim, bias=projection.bias is not None)
-            setattr(heads, name, wide)
-        for name, value in (
-            ("num_heads", order.wide_heads),
-            ("num_attention_heads", order.wide_heads),
-            ("num_key_value_heads", order.wide_kv_heads),
-            ("num_key_value_groups", order.wide_heads // order.wide_kv_heads),
-        ):
-            if hasattr(heads, name):
-                setattr(heads, name, value)
+        query = getattr(dense, layout["query"])
+        setattr(heads, layout["query"], BranchMixQueries(query.in_features, order, query.bias is not None))
+        for name in (layout["key"], layout["value"]):
+            projection, width = getattr(dense, name), order.wide_kv_heads * order.head_dim
+            setattr(heads, name, BranchMixLinear(projection.in_features, width, bias=projection.bias is not None))
+        _set_head_counts(heads, order.num_experts, order)
     _widen_norms(heads, order, layout)
     return BranchMixAttention(heads, output, order, config, dropout)
+
+
+def _set_head_counts(heads: nn.Module, num_experts: int, order: HeadOrder) -> None:
+    """Tell the family's code how many heads it computes where it asks its attributes: the query heads of so many
+    experts, over the K/V heads of all."""
+    num_heads = num_experts * order.num_heads
+    for name, value in (
+        ("num_heads", num_heads),
+        ("num_attention_heads", num_heads),
+        ("num_key_value_heads", order.wide_kv_heads),
+        (
+            "num_key_value_groups",
+            num_heads // order.num_kv_heads if order.kv_sharing else order.num_heads // order.num_kv_heads,
+        ),
+    ):
+        if hasattr(heads, name):
+            setattr(heads, name, value)
 
 
 def _widen_norms(heads: nn.Module, order: HeadOrder, layout: dict[str, Any]) -> None:

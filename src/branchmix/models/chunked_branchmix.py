@@ -14,19 +14,21 @@ w keys that they may see.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .chosen_branchmix import Chosen
 from .linear_branchmix import fastest_on_cpu
 
 AUTOMATIC, CHUNKED = "branchmix", "branchmix_chunked"
@@ -37,6 +39,9 @@ _CHUNKS = (32, 128)
 """Bounds on the queries of a chunk. Causal attention wastes half a chunk of keys on each."""
 _SCORES_BYTES, _SCORES_BYTES_FP32 = 8 << 20, 2 << 20
 """Scores held at once, over all rows of a product; in fp32 they have to stay in a core's own cache."""
+_LEAST_FILLED, _ALONE = 0.75, 256
+"""Of the queries that are computed at once for several experts' keys, at most a quarter is padding; from so many
+queries on an expert's keys are taken alone, without a copy."""
 SHORTEST, SHORTEST_FORWARD = 64, 256
 """Fewer queries than this are not worth the chunks' overhead, in the backward and in the forward pass."""
 
@@ -59,6 +64,9 @@ def automatic_attention_forward(
     """
     if kwargs.get("s_aux") is not None:  # transformers' sdpa would leave them out without a word
         raise ValueError(f'attn_implementation="{AUTOMATIC}" has no sinks: use "eager"')
+    if (chosen := getattr(module, "chosen", None)) is not None:
+        attend = partial(automatic_attention_forward, dropout=dropout, scaling=scaling, **kwargs)
+        return _by_expert(module, chosen, query, key, value, attention_mask, is_causal, attend), None
     soft_cap = kwargs.get("softcap")
     if not (_unsupported(dropout, attention_mask, kwargs) or torch.compiler.is_compiling()):
         q, k, v = _in_autocast_dtype(query, key, value)
@@ -87,6 +95,9 @@ def chunked_attention_forward(
     reason = _unsupported(dropout, attention_mask, kwargs)
     if reason:
         raise ValueError(f'attn_implementation="{CHUNKED}" has no {reason}: use "{AUTOMATIC}", "sdpa" or "eager"')
+    if (chosen := getattr(module, "chosen", None)) is not None:
+        attend = partial(chunked_attention_forward, scaling=scaling, **kwargs)
+        return _by_expert(module, chosen, query, key, value, attention_mask, is_causal, attend), None
     soft_cap = kwargs.get("softcap")
     if soft_cap is None and (query.shape[2] == 1 or torch.compiler.is_compiling()):
         return sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs)
@@ -191,6 +202,90 @@ def _run(
         key, value = key[:, :, :length], value[:, :, :length]
     with torch.autocast(query.device.type, enabled=False):
         return _ChunkedAttention.apply(query, key, value, mask, settings, forward_in_chunks)
+
+
+# ---- Experts with keys of their own, each for the tokens that chose it ----
+
+
+def _by_expert(
+    module: Any,
+    chosen: Chosen,
+    q_BHTC: torch.Tensor,
+    k_BKSC: torch.Tensor,
+    v_BKSC: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool | None,
+    attend: Callable[..., tuple[torch.Tensor, None]],
+) -> torch.Tensor:
+    """Attention of each token to its experts' own keys and values, [B, T, H, C].
+
+    All tokens of a sequence that chose an expert are the queries of one attention to this expert's keys, whose mask
+    says where in the sequence they are. Sequences and experts with about as many queries are computed at once.
+
+    Args:
+        module: the attention, for its ``is_causal``.
+        chosen: k experts of each token.
+        q_BHTC: heads are ordered (slot, head of an expert).
+        k_BKSC, v_BKSC: heads are ordered (expert, head of an expert).
+        mask: [B or 1, 1, T, S], as for all of this file.
+        is_causal: as for all of this file.
+        attend: attention of (module, q, k, v, mask, is_causal=).
+    """
+    (batch, _, length, width), num_experts = q_BHTC.shape, chosen.num_experts
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and mask is None and length > 1
+    if causal:  # a static cache has more
+        k_BKSC, v_BKSC = k_BKSC[:, :, :length], v_BKSC[:, :, :length]
+    q_PHC = chosen.sorted(q_BHTC.transpose(1, 2).reshape(batch * length * chosen.top_k, -1, width))
+    counts = torch.bincount(
+        chosen.experts_P * batch + chosen.tokens_P // length, minlength=num_experts * batch
+    ).tolist()
+    queries, times = q_PHC.split(counts), (chosen.tokens_P % length).split(counts)
+    # One [K, S, C] for each expert and sequence, as the queries are sorted.
+    keys, values = (
+        [
+            row
+            for expert in zip(*(x.unbind(0) for x in x_BKSC.unflatten(1, (num_experts, -1)).unbind(0)), strict=True)
+            for row in expert
+        ]
+        for x_BKSC in (k_BKSC, v_BKSC)
+    )
+    like = SimpleNamespace(
+        num_key_value_groups=q_PHC.shape[1] // len(keys[0]), is_causal=False, training=module.training
+    )
+    heads = list(queries)
+    for places in _alike(counts):
+        q_RMHC, times_RM = _padded([queries[place] for place in places]), _padded([times[place] for place in places])
+        k_RKSC, v_RKSC = (_stacked([x[place] for place in places]) for x in (keys, values))
+        seen = None
+        if causal:
+            seen = (torch.arange(length, device=times_RM.device) <= times_RM[..., None])[:, None]
+        elif mask is not None:
+            rows_R1 = torch.tensor([place % batch for place in places], device=times_RM.device)[:, None]
+            seen = mask.expand(batch, -1, -1, -1)[rows_R1, 0, times_RM][:, None]
+        out_RMHC, _ = attend(like, q_RMHC.transpose(1, 2), k_RKSC, v_RKSC, seen, is_causal=False)
+        for place, out_MHC in zip(places, out_RMHC.unbind(0), strict=True):
+            heads[place] = out_MHC[: counts[place]]
+    return chosen.unsorted(torch.cat(heads)).view(batch, length, -1, heads[0].shape[-1])
+
+
+def _alike(counts: list[int]) -> Iterator[list[int]]:
+    """Places of positive counts, in groups in which none is less than ``_LEAST_FILLED`` of another."""
+    places = sorted((place for place, count in enumerate(counts) if count), key=lambda place: -counts[place])
+    while places:
+        alike = [place for place in places if counts[place] >= _LEAST_FILLED * counts[places[0]]]
+        if counts[places[0]] >= _ALONE:
+            alike = alike[:1]
+        yield alike
+        places = places[len(alike) :]
+
+
+def _padded(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0][None] if len(parts) == 1 else pad_sequence(parts, batch_first=True)
+
+
+def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 # ---- The chunks ----

@@ -181,6 +181,7 @@ def facts_of(config: Config, context: int) -> dict[str, Any]:
     """Sizes of a model from its config: parameters, active ones, FLOPs of a token, bytes of its cache in bf16."""
     flops, counts, layers = flops_per_token(config, context), parameters(config), shape_of(config).sizes.num_layers
     layer = flops.layer
+    qkv = flops_per_token({**config, "attention_num_experts_per_tok": None}, context).layer.qkv // 2  # of all experts
     return {
         "parameters": counts.total,
         "active_parameters": active_parameters(config).total,
@@ -189,8 +190,8 @@ def facts_of(config: Config, context: int) -> dict[str, Any]:
         # In the parts of the paper's Table 10; a matrix takes two FLOPs for each of its parameters.
         "layer_parameters": {
             "attention_router": layer.attention_router // 2,
-            "qkv": layer.qkv // 2,
-            "output": counts.attention // layers - layer.qkv // 2,
+            "qkv": qkv,
+            "output": counts.attention // layers - qkv,
             "ffn_router": layer.ffn_router // 2,
             "ffn": counts.ffn // layers,
         },
