@@ -223,6 +223,9 @@ class Recipe(SettingsFile):
     """How routers start."""
     gates: Gates | None = None
     """Calibrate the gates on text once the mixture is merged, as ``branchmix calibrate`` does."""
+    trunk: Literal["average", "experts"] = "average"
+    """Embeddings, norms and head. ``average``: one of each, by ``merge``. ``experts``: every expert keeps its own, and
+    document gates choose; needs ``gates``. Lossless for any experts, for N times the memory of the embeddings."""
     merge: Merge = Merge()
     """What becomes of what is not an expert."""
     sparse_upcycling: SparseUpcycling = SparseUpcycling()
@@ -271,6 +274,8 @@ class Recipe(SettingsFile):
         self._check_routing()
         if self.gates and self.ffn == "average" and self.attention in ("average", "seed"):
             raise ValueError("gates: a soup has no experts to choose from: leave gates out, or give ffn: experts")
+        if self.trunk == "experts" and (self.gates is None or self.gates.token_only):
+            raise ValueError("trunk: experts needs gates: {data: FILE}, without token_only: the document chooses them")
         return self
 
     def _check_merge(self) -> None:

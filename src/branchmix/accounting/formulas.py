@@ -44,14 +44,15 @@ def parameters(config: Config) -> ParameterCounts:
         CheckpointError: the config does not describe a model, or its family has no formula.
     """
     shape = shape_of(config)
-    return _count(shape, shape.attention_experts, shape.kv_experts, shape.ffn_experts)
+    return _count(shape, shape.attention_experts, shape.kv_experts, shape.ffn_experts, heads=shape.trunk_experts)
 
 
 def active_parameters(config: Config) -> ParameterCounts:
     """Parameters that a token uses (Table 9's "active"): k FFN experts, all of soft attention, both whole routers.
 
     With top-k attention these are the queries and outputs of the k chosen attention experts, and the keys and values of
-    all: any later token may choose another expert. Embeddings count in full, as in the paper.
+    all: any later token may choose another expert. Embeddings count in full, as in the paper; of a trunk with experts
+    so do all embeddings and norms, and one head.
     """
     return _active(shape_of(config))
 
@@ -61,8 +62,8 @@ def _active(shape: Shape) -> ParameterCounts:
     return _count(shape, shape.active_attention_experts, shape.kv_experts, ffn_experts)
 
 
-def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: int) -> ParameterCounts:
-    """Parameters of a model with the given numbers of copies of q/o, of k/v and of the FFN in each layer."""
+def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: int, heads: int = 1) -> ParameterCounts:
+    """Parameters of a model with the given numbers of copies of q/o, of k/v and of the FFN in each layer, and heads."""
     s, facts, has = shape.sizes, shape.facts, shape.has
     d, q_width, kv_width = s.hidden_size, s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
 
@@ -77,6 +78,8 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
 
     norm = d * (has(facts.norm_gain) + has(facts.norm_bias))
     in_front = {shape.family.attention_input_norm, shape.family.ffn_input_norm} - {None}
+    trunks, folded = shape.trunk_experts, len(in_front.intersection(shape.folded_norms))
+    block_norms = trunks * (len(in_front) - folded + facts.post_norms) + folded
     qk_norm = 0
     if has(facts.qk_norm):
         q_size, k_size = (s.head_dim, s.head_dim) if shape.family.norm_over == "head" else (q_width, kv_width)
@@ -88,11 +91,11 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
     if facts.positions_offset is not None:
         positions = ((configured_positions(shape.seed) or 0) + facts.positions_offset) * d
     return ParameterCounts(
-        embeddings=s.vocab_size * token_width + positions + projections,
-        lm_head=(0 if s.tied_embeddings else s.vocab_size * token_width) + facts.head_bias * s.vocab_size,
+        embeddings=trunks * (s.vocab_size * token_width + positions + projections),
+        lm_head=heads * ((0 if s.tied_embeddings else s.vocab_size * token_width) + facts.head_bias * s.vocab_size),
         attention=s.num_layers * attention,
         ffn=s.num_layers * (ffn + facts.activation_parameters),
-        norms=s.num_layers * ((len(in_front) + facts.post_norms) * norm + qk_norm) + final_norm * norm,
+        norms=s.num_layers * (block_norms * norm + qk_norm) + trunks * final_norm * norm,
         routers=s.num_layers * len(shape.routers) * shape.num_experts * d + shape.document_gate_parameters,
     )
 

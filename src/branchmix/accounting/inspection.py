@@ -157,6 +157,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         "attention_num_experts_per_tok": shape.attention_num_experts_per_tok,
         "shared_router": shape.shared_router,
         "document_gate": list(shape.domains) or None,
+        **({"trunk": shape.trunk} if shape.trunk == "experts" else {}),
     }
 
 

@@ -16,6 +16,7 @@ MIXTURE_DEFAULTS: Config = {
     "expert_names": None,
     "expert_rope_parameters": None,
     "ffn": "experts",
+    "folded_norms": None,
     "initializer_range": 0.02,
     "norm_topk_prob": False,
     "num_experts": 4,
@@ -24,6 +25,7 @@ MIXTURE_DEFAULTS: Config = {
     "router_aux_loss_coef": 0.01,
     "router_z_loss_coef": 0.001,
     "shared_router": False,
+    "trunk": "average",
 }
 """What ``BranchMixConfig`` takes for keys that a mixture's config.json leaves out; it needs transformers."""
 
@@ -46,6 +48,10 @@ class Shape:
     """None is soft: every attention expert, the paper's choice."""
     shared_router: bool = False
     """Both routers have one set of weights."""
+    trunk: str = "average"
+    """``average``, or the mixture's ``experts``."""
+    folded_norms: tuple[str, ...] = ()
+    """Norms of a block whose gains are in the experts' projections."""
     domains: tuple[str, ...] = ()
     """That the document gates distinguish; empty: there are no such gates."""
 
@@ -70,6 +76,11 @@ class Shape:
         return self.num_experts if self.ffn == "experts" else 1
 
     @property
+    def trunk_experts(self) -> int:
+        """Copies of the embeddings, the head and the norms."""
+        return self.num_experts if self.trunk == "experts" else 1
+
+    @property
     def attention_router(self) -> int:
         """Rows of the attention router; 0: there is none."""
         return self.num_experts if self.attention in ("kv_experts", "kv_sharing") else 0
@@ -89,7 +100,7 @@ class Shape:
     @property
     def document_gate_parameters(self) -> int:
         """Elements of the document gates: evidence of each token, prior, and a matrix for each kind of experts."""
-        kinds = (self.attention_router > 0) + (self.ffn_router > 0)
+        kinds = (self.attention_router > 0) + (self.ffn_router > 0) + (self.trunk == "experts")
         return len(self.domains) * (self.sizes.vocab_size + 1 + kinds * self.num_experts)
 
     @property
@@ -150,6 +161,8 @@ def shape_of(config: Config) -> Shape:
         num_experts_per_tok=count("num_experts_per_tok", num_experts),
         attention_num_experts_per_tok=None if soft else count("attention_num_experts_per_tok", num_experts),
         shared_router=bool(config["shared_router"]),
+        trunk=choice("trunk", ("average", "experts")),
+        folded_norms=tuple(config["folded_norms"] or ()),
         domains=_domains(config["document_gate"]),
     )
 

@@ -83,7 +83,9 @@ def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list
 
 
 def _gate_problems(config: Config, native: Native) -> Iterator[str]:
-    if config.get("document_gate"):
+    if config.get("trunk") == "experts":
+        yield "its trunk has experts, and no class has several: --to dense --expert NAME gives one of them whole"
+    elif config.get("document_gate"):
         yield (
             "its document gates have no native form: branchmix calibrate --token-only fits gates that see one token "
             "only, which have"

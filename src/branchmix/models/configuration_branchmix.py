@@ -59,6 +59,9 @@ class BranchMixConfig(PreTrainedConfig):
         output_router_logits: return both routers' logits, and add the losses outside training too.
         expert_rope_parameters: rotary parameters of each expert where they differ (``kv_experts`` only), with its
             ``max_position_embeddings`` among them where the type scales by it.
+        trunk: ``average`` (one, merged), or ``experts``: every expert has its own embeddings, norms and head, which the
+            document gate chooses.
+        folded_norms: norms of a block whose gains were folded into the experts' projections.
         document_gate: None, or what ``branchmix calibrate`` fitted: the names of its ``domains``, the ``decay`` of the
             evidence for each token, and a record of the fit (``branchmix.upcycling.gates``).
         initializer_range: standard deviation of newly drawn routers.
@@ -83,6 +86,8 @@ class BranchMixConfig(PreTrainedConfig):
     router_z_loss_coef: float = 0.001
     output_router_logits: bool = False
     expert_rope_parameters: list[dict[str, Any]] | None = None
+    trunk: str = "average"
+    folded_norms: list[str] | None = None
     document_gate: dict[str, Any] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -107,6 +112,8 @@ class BranchMixConfig(PreTrainedConfig):
             raise ValueError(f"attention is {self.attention!r}, not kv_experts, kv_sharing, average or seed")
         if self.ffn not in ("experts", "average"):
             raise ValueError(f"ffn is {self.ffn!r}, not experts or average")
+        if self.trunk not in ("average", "experts"):
+            raise ValueError(f"trunk is {self.trunk!r}, not average or experts")
         for name in ("num_experts_per_tok", "attention_num_experts_per_tok"):
             top_k = getattr(self, name)
             if top_k is not None and not 1 <= top_k <= self.num_experts:

@@ -2,7 +2,8 @@
 
 A token alone says little about its domain; the document so far says nearly everything. A table gives each token's
 evidence for M domains, a causal decayed sum over the document becomes a posterior over domains, and the posterior
-becomes logits of the experts: one set for all attention routers and one for all FFN routers. The sum is kept in the KV
+becomes logits of the experts: one set for all attention routers, one for all FFN routers, and one for the experts of
+the trunk. The sum is kept in the KV
 cache as one more layer, so that beam search, cropping, batching and offloading treat it like keys and values.
 
 Saved with every checkpoint, so it imports only torch and transformers.
@@ -12,6 +13,7 @@ Shapes: B batch, T tokens, V vocabulary, M domains, E experts, N blocks of S tok
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +28,12 @@ BLOCK = 64
 
 
 class DocumentLogits(NamedTuple):
-    """What a forward pass adds to the logits of all routers of a kind: [B, T, E], or None where there are none."""
+    """What a forward pass adds to the logits of all routers of a kind, and the logits of the trunk's experts:
+    [B, T, E], or None where there are none."""
 
     attention: torch.Tensor | None
     ffn: torch.Tensor | None
+    trunk: torch.Tensor | None = None
 
 
 class DocumentState(NamedTuple):
@@ -53,7 +57,7 @@ class BranchMixDocumentGate(nn.Module):
         num_experts: E.
         decay: factor on the sum for each token, 0 to 1. With 1 nothing is forgotten; otherwise about
             1 / (1 - decay) tokens are remembered.
-        kinds: ``attention``, ``ffn`` or both: the routers that there are.
+        kinds: of ``attention``, ``ffn`` and ``trunk``, what there is.
     """
 
     counts: torch.Tensor
@@ -70,6 +74,8 @@ class BranchMixDocumentGate(nn.Module):
         self.register_buffer("counts", torch.zeros(vocab_size, num_domains, dtype=torch.int32))
         self.logits: DocumentLogits | None = None
         """Logits of the forward pass that is running; blocks take them as an argument."""
+        self.outside: tuple[tuple[nn.Module, bool], ...] = ()
+        """Experts of the trunk that are in no block, and whether they are the head's."""
 
     def forward(
         self,
@@ -106,6 +112,19 @@ class BranchMixDocumentGate(nn.Module):
             by_kind = (getattr(self, kind) for kind in DocumentLogits._fields)
             logits = DocumentLogits(*(None if A_EM is None else _mixed(posterior_BTM, A_EM) for A_EM in by_kind))
         return logits, DocumentState(sums_BTM, positions_BT)
+
+    def tell(self, logits: DocumentLogits | None, logits_to_keep: int | torch.Tensor = 0) -> None:
+        """Hand the logits of a forward pass to all who read them; None when it is over.
+
+        Args:
+            logits: for every token.
+            logits_to_keep: the tokens that the head sees, as in the family's ``forward``.
+        """
+        self.logits = logits
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        trunk: Any = None if logits is None else logits.trunk
+        for module, is_head in self.outside:
+            module.document_logits = trunk[:, kept] if is_head and trunk is not None else trunk
 
     def resize(self, vocab_size: int) -> None:
         """Follow the embeddings to another size; new tokens carry no evidence."""
@@ -276,29 +295,29 @@ def documented(block_class: type[nn.Module]) -> type[nn.Module]:
             return super().__call__(*args, document_logits=self._document_gate[0].logits, **kwargs)
 
         def forward(self, *args: Any, document_logits: DocumentLogits | None = None, **kwargs: Any) -> Any:
-            for kind, router in self._document_routers:
-                router.document_logits = None if document_logits is None else getattr(document_logits, kind)
+            for kind, reader in self._document_readers:
+                reader.document_logits = None if document_logits is None else getattr(document_logits, kind)
             outputs = super().forward(*args, **kwargs)
-            for _, router in self._document_routers:
-                router.document_logits = None
+            for _, reader in self._document_readers:
+                reader.document_logits = None
             return outputs
 
     Documented.__name__, Documented.__qualname__ = block_class.__name__, block_class.__qualname__
     return Documented
 
 
-def add_document_gate(block: nn.Module, gate: BranchMixDocumentGate, routers: dict[str, nn.Module]) -> None:
-    """Let a block's routers hear the document gate.
+def add_document_gate(block: nn.Module, gate: BranchMixDocumentGate, readers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Let a block's routers, and the experts of its norms, hear the document gate.
 
     Args:
         block: of a widened model, changed in place.
         gate: of the whole model; takes the place of an earlier one.
-        routers: of the block, by kind: ``attention`` or ``ffn``.
+        readers: modules in the block and what they are: ``attention``, ``ffn`` or ``trunk``.
     """
     if not hasattr(block, "_document_gate"):
         block.__class__ = documented(type(block))  # type: ignore[arg-type]
     block._document_gate = (gate,)  # type: ignore[assignment]  # a tuple, so that weights keep one name
-    block._document_routers = tuple(routers.items())  # type: ignore[assignment]
+    block._document_readers = tuple(readers)  # type: ignore[assignment]
 
 
 __all__ = ["BranchMixDocumentGate"]

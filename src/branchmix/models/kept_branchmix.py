@@ -22,6 +22,7 @@ from .documents_branchmix import BranchMixDocumentGate, DocumentLogits
 from .experts_branchmix import BranchMixExperts, BranchMixSparseMoeBlock
 from .linear_branchmix import BranchMixLinear
 from .routing_branchmix import BranchMixRouter
+from .trunk_branchmix import BranchMixTrunkExperts
 
 SURE = 0.5
 """``auto`` keeps the experts whose share of the gates is at least this part of the largest share."""
@@ -94,7 +95,7 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
         if isinstance(value, torch.Tensor) or name == "max_seq_len_cached":  # dynamic rotary grows with its buffers
             setattr(kept, name, getattr(whole, name))
     kept._parameters, kept._buffers = dict(whole._parameters), dict(whole._buffers)
-    one_an_expert = isinstance(kept, (BranchMixExpertNorm, BranchMixExpertRotary))
+    one_an_expert = isinstance(kept, (BranchMixExpertNorm, BranchMixExpertRotary, BranchMixTrunkExperts))
     for name, child in kept.named_children():
         _share(child, whole[rows[int(name)]] if one_an_expert else getattr(whole, name), rows, query)
     if isinstance(kept, BranchMixDocumentGate):

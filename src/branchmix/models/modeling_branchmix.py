@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, E experts.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSpa
 from .kept_branchmix import generate_with_kept_experts, keep_experts
 from .losses_branchmix import router_losses
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
+from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_trunk
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +60,8 @@ def widen(model: Any, config: BranchMixConfig) -> None:
             attention = getattr(block, layout["attention"])
             own = attention.expert_gate
             attention.expert_gate = BranchMixSharedRouter(getattr(block, layout["ffn"]).gate, own.top_k, own.normalize)
+    if config.trunk == "experts":
+        widen_trunk(model, config)
     if config.expert_rope_parameters is not None:
         base = getattr(model, model.base_model_prefix, model)
         base.rotary_emb = BranchMixExpertRotary(base.rotary_emb, config.seed_config, config.expert_rope_parameters)
@@ -74,7 +78,8 @@ def blocks_of(model: Any, config: BranchMixConfig) -> Any:
 
 
 def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate | None:
-    """The gate that all routers of a widened family model share, connected to them; None where the config has none.
+    """The gate that all routers and the trunk of a widened family model share, connected to them; None where the config
+    has none.
 
     Args:
         family: the family's causal LM or its base model, widened.
@@ -86,15 +91,20 @@ def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate
     places = {"attention": f"{layout['attention']}.expert_gate", "ffn": f"{layout['ffn']}.gate"}
     has = {"attention": config.has_attention_experts, "ffn": config.has_ffn_experts}
     kinds = tuple(kind for kind in places if has[kind])
+    trunk = [module for module in family.modules() if isinstance(module, BranchMixTrunkExperts)]
     gate = BranchMixDocumentGate(
         family.get_input_embeddings().weight.shape[0],
         len(config.document_gate["domains"]),
         config.num_experts,
         config.document_gate["decay"],
-        kinds,
+        (*kinds, "trunk") if trunk else kinds,
     )
     for block in blocks_of(family, config):
-        add_document_gate(block, gate, {kind: block.get_submodule(places[kind]) for kind in kinds})
+        inside = [module for module in block.modules() if isinstance(module, BranchMixTrunkExperts)]
+        trunk = [module for module in trunk if module not in inside]
+        readers = [(kind, block.get_submodule(places[kind])) for kind in kinds]
+        add_document_gate(block, gate, [*readers, *(("trunk", module) for module in inside)])
+    gate.outside = tuple((module, isinstance(module, BranchMixTrunkHead)) for module in trunk)
     return gate
 
 
@@ -131,6 +141,8 @@ def parallel_plans(
     """
     first = model.get_submodule(layers)[0]  # type: ignore[index]
     attention, ffn = getattr(first, layout["attention"]), getattr(first, layout["ffn"])
+    # A rank's part of a vocabulary would need its own part of the choice: experts of the trunk are not sharded.
+    whole = {re.sub(r"\.\d+\.", ".*.", n) for n, m in model.named_modules() if isinstance(m, BranchMixTrunkExperts)}
     replaced, tensor_rules, expert_rules = [], {}, {}
     if isinstance(attention, BranchMixAttention):
         replaced.append(layout["attention"])
@@ -150,7 +162,7 @@ def parallel_plans(
     kept = {
         rule: style
         for rule, style in inherited.items()
-        if not any(f"{rule}.".startswith(f"{block}{module}.") for module in replaced)
+        if not any(f"{rule}.".startswith(f"{block}{module}.") for module in replaced) and rule not in whole
     }
     tensor_rules = kept | {block + rule: style for rule, style in tensor_rules.items()}
     return tensor_rules, {block + rule: style for rule, style in expert_rules.items()}
@@ -234,6 +246,23 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         if self.document_gate is not None:
             self.document_gate.resize(len(embeddings.weight))
         return embeddings
+
+    def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Where the trunk has experts, one after the other, as transformers does it."""
+        tables, heads = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(tables, BranchMixTrunkExperts):
+            return super()._resize_token_embeddings(*args, **kwargs)
+        for number in range(len(tables)):
+            self.set_input_embeddings(tables[number])
+            if heads is not None:
+                self.set_output_embeddings(heads[number])
+            tables[number] = super()._resize_token_embeddings(*args, **kwargs)
+            if heads is not None:
+                heads[number] = self.get_output_embeddings()
+        self.set_input_embeddings(tables)
+        if heads is not None:
+            self.set_output_embeddings(heads)
+        return tables
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -339,9 +368,10 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if document_mask is None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             document_mask = mask
-        gate.logits, state = gate(input_ids, document_mask, kwargs.get("position_ids"), cache)
+        logits, state = gate(input_ids, document_mask, kwargs.get("position_ids"), cache)
+        gate.tell(logits, kwargs.get("logits_to_keep", 0))
         outputs = family(input_ids=input_ids, return_dict=True, **kwargs)
-        gate.logits = None
+        gate.tell(None)
         remember(outputs.get("past_key_values") if cache is None else cache, state)
         return outputs
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from branchmix.errors import CheckpointError
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter
+from branchmix.models.trunk_branchmix import BranchMixTrunkExperts
 
 KINDS = ("ffn", "attention")
 
@@ -193,7 +194,7 @@ def _configured_top_k(config: Any) -> int | None:
 
 @contextmanager
 def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
-    """Every router of a mixture sends everything to one expert, with a gate of 1.
+    """Every router of a mixture sends everything to one expert, with a gate of 1, and the trunk is that expert's.
 
     Args:
         mixture: a BranchMix model.
@@ -210,12 +211,20 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
         gates[..., 0] = 1.0 / scaling
         return output[0], gates, index
 
+    def force_trunk(module: Any, args: Any) -> None:
+        logits_E = torch.full((mixture.config.num_experts,), float("-inf"))
+        logits_E[number] = 0.0
+        module.document_logits = logits_E
+
     with ExitStack() as hooks:
         for module in mixture.modules():
             if isinstance(module, BranchMixAttentionRouter):
                 hooks.enter_context(module.register_forward_hook(force_attention))
             elif isinstance(module, BranchMixSparseMoeBlock):
                 hooks.enter_context(module.gate.register_forward_hook(partial(force_ffn, module.scaling)))
+            elif isinstance(module, BranchMixTrunkExperts):
+                hooks.callback(setattr, module, "document_logits", None)
+                hooks.enter_context(module.register_forward_pre_hook(force_trunk))
         yield
 
 

@@ -29,7 +29,12 @@ HELD_OUT_WHILE_TRAINING = 2048
 """Tokens of a domain that a run itself evaluates at its end; the scores are a step of their own."""
 _HASHED_BYTES = 4 << 30
 """Text up to this size is known by its content, above by sizes and dates."""
-_LATER: dict[str, Any] = {"routing": {"shared": False}, "gates": {"keep_top_k": False}, "start": "even"}
+_LATER: dict[str, Any] = {
+    "routing": {"shared": False},
+    "gates": {"keep_top_k": False},
+    "start": "even",
+    "trunk": "average",
+}
 """Options of recipes that came after `FORMAT` 1, with the values that mean what was done before there were any.
 
 Left out of keys at these values, so that a study which an older version began is resumed."""

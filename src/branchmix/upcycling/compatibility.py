@@ -16,7 +16,7 @@ from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.recipe import Recipe
-from branchmix.upcycling.sources import KINDS, SAME_SEED, DenseExpert, ExpertSource, MixtureExpert, Role, who
+from branchmix.upcycling.sources import KINDS, SAME_SEED, DenseExpert, ExpertSource, MixtureExpert, Role, of_trunk, who
 from branchmix.upcycling.structure import (
     TOKEN_TABLES,
     contradictions,
@@ -83,6 +83,8 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
     findings.about(newcomer, (text for texts in _config_problems(seed_config, [newcomer]).values() for text in texts))
     if sizes_fit and not any(structure_problems(newcomer)):
         findings.about(newcomer, _part_problems(MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer))
+    if config.get("trunk") == "experts":
+        findings.about(newcomer, _trunk_problems(mixture, config, newcomer))
     _check_tokenizer(mixture, newcomer, findings)
     if _rotated_part(theirs) != _rotated_part(seed_config):
         findings.about(newcomer, [_other_part(theirs, seed_config)])
@@ -103,6 +105,15 @@ def _is_other_type(model: DenseExpert, reference: Config, whose: str, findings: 
     if ours != theirs:
         findings.about(model, [f"model_type is {theirs}, but {whose} {ours}: {SAME_SEED}"])
     return bool(ours != theirs)
+
+
+def _trunk_problems(mixture: CheckpointIndex, config: Config, newcomer: DenseExpert) -> Iterator[str]:
+    """Embeddings, norms and heads that are not like those of the experts that a mixture has."""
+    for name in sorted(newcomer.trunk_tensors(config.get("folded_norms") or ())):
+        ours, shape = mixture.tensors.get(f"model.{of_trunk(name, 0)}"), list(newcomer.tensors[name].shape)
+        if ours is None or list(ours.shape) != shape:
+            had = "have none" if ours is None else f"have {list(ours.shape)}"
+            yield f"its {name} has shape {shape}, but the mixture's experts {had}"
 
 
 def _check_structure(

@@ -34,7 +34,7 @@ from branchmix.upcycling.execute import (
 from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_tensors, same_keys_and_values
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, NOT_CALIBRATED, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
-from branchmix.upcycling.sources import DenseExpert, MixtureExpert, inside
+from branchmix.upcycling.sources import DenseExpert, MixtureExpert, in_trunk, inside, of_trunk
 from branchmix.upcycling.transformers_view import require_buildable
 
 Progress = Callable[[str, int, int], None]
@@ -145,6 +145,8 @@ class _EditedMixture(OpenedMixture):
             return False
         folded = tuple(f".{norm}.weight" for norm in self.config.get("folded_norms") or ())
         owned = newcomer.expert_tensors(self.has_attention_experts, self.has_ffn_experts)
+        if self.shape.trunk == "experts":
+            owned |= newcomer.trunk_tensors()
         for name, ref in newcomer.tensors.items():
             ours = self.index.tensors.get(f"model.{name}")
             if name in owned or name.endswith(folded):
@@ -234,9 +236,15 @@ class _EditedMixture(OpenedMixture):
         modules = [family.attention] * self.has_attention_experts + [family.ffn] * self.has_ffn_experts
         of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
-            if name in ("document_gate.attention", "document_gate.ffn"):
+            if name in ("document_gate.attention", "document_gate.ffn", "document_gate.trunk"):
                 yield name, self._wanted_experts(Source(ref), experts)
-            elif not of_experts.match(name):
+            elif of_experts.match(name):
+                continue
+            elif self.shape.trunk == "experts" and (place := in_trunk(name.removeprefix("model."))):
+                if place[1] == 0:
+                    for number, expert in enumerate(experts):
+                        yield f"model.{of_trunk(place[0], number)}", expert.trunk(place[0])
+            else:
                 yield name, Source(ref)
 
     def _wanted_experts(self, logits_EM: Expression, experts: Members) -> Expression:

@@ -114,6 +114,7 @@ class OpenedMixture:
                         yield f"{ffn}.experts.{number}.{matrix}.weight", (width, inner) if down else (inner, width)
         if domains := len(shape.domains):
             kinds = {"attention": self.has_attention_experts, "ffn": self.has_ffn_experts}
+            kinds["trunk"] = self.shape.trunk == "experts"
             yield from ((f"document_gate.{kind}", (count, domains)) for kind, there in kinds.items() if there)
             for name in ("evidence", "counts"):
                 yield f"document_gate.{name}", (dims.vocab_size, domains)

@@ -33,7 +33,7 @@ from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.recipe import DTYPES, Recipe
 from branchmix.upcycling.compatibility import Findings, check, foldable_norms
 from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_tensors, mean, same_keys_and_values
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, who
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, of_trunk, who
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,7 @@ class _Mixture:
             by_name.get(name) or replace(by_name["seed"], name=name) for name in recipe.expert_names
         ]
         self.kv_models = list(by_name.values())
+        self.trunk = seed.trunk_tensors(self.folded) if recipe.trunk == "experts" else set()
         self.copies_of_seed = {"seed", *recipe.seed_copy_names}
         self.lossless = self.has_attention_experts or self.has_ffn_experts
         """Whether the tensors that experts share are the same in all of them, as far as ``tensors`` has come."""
@@ -229,7 +230,11 @@ class _Mixture:
                 done.add(layer)
                 for below, part in self._layer(layer):
                     yield self._out(f"model.{self.family.layers}.{layer}.{below}", part)
-            if name not in owned:
+            if name in self.trunk:
+                for number, expert in enumerate(self.experts):
+                    part = self._of_shape(expert.trunk(name), name, ref.shape)
+                    yield self._out(prefix + of_trunk(name, number), part)
+            elif name not in owned:
                 yield self._out(prefix + name, self._shared(name, ref.shape))
 
     def _layer(self, layer: int) -> Iterator[tuple[str, Expression]]:
@@ -326,13 +331,18 @@ class _Mixture:
         if of_seed:
             return own
         merged = mean([Source(model.tensors[name]) for model in self.models], self.weights, self.dtype)
-        rows = merged.num_rows
-        if shape and rows > shape[0]:  # an expert's embeddings are padded further than the seed's
-            return Rows(merged, ((0, shape[0]),))
-        if shape and rows < shape[0]:  # the seed's are, and it takes no part in the mean
-            padding = Rows(own, ((rows, shape[0]),))
-            return Stack((cast(merged, self.dtype), cast(padding, self.dtype)))
-        return merged
+        return self._of_shape(merged, name, shape)
+
+    def _of_shape(self, part: Expression, name: str, shape: tuple[int, ...]) -> Expression:
+        """``part`` with as many rows as the seed's tensor of this name has: vocabularies may be padded differently."""
+        rows = part.num_rows
+        if not shape or rows == shape[0]:
+            return part
+        self.lossless = False
+        if rows > shape[0]:
+            return Rows(part, ((0, shape[0]),))
+        padding = Rows(Source(self.seed.tensors[name]), ((rows, shape[0]),))
+        return Stack((cast(part, self.dtype), cast(padding, self.dtype)))
 
     def _merge_weights(self) -> list[float]:
         """Weight of the seed and of each expert in averages."""
@@ -395,6 +405,7 @@ class _Mixture:
             "seed_config": {**seed_config, "dtype": dtype},
             "shared_router": recipe.routing.shared,
             "tie_word_embeddings": self.dims.tied_embeddings,
+            "trunk": recipe.trunk,
             **({"folded_norms": self.folded} if self.folded else {}),  # for experts that join later
         }
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Source, Transposed
 from branchmix.checkpoint.families import Dimensions, Family, is_head
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
+from branchmix.checkpoint.numbers import FLOAT_DTYPES
 
 Role = Literal["q", "k", "v", "o"]
 Kind = Literal["weight", "bias"]
@@ -57,6 +58,10 @@ class ExpertSource(ABC):
     @abstractmethod
     def ffn(self, layer: int) -> dict[str, Expression]:
         """FFN matrices and biases by on-disk name, such as ``gate_proj.weight`` [I, D]."""
+
+    @abstractmethod
+    def trunk(self, name: str) -> Expression:
+        """A tensor outside attention and FFNs, where the trunk has experts; by its name in a dense model."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,27 @@ class DenseExpert(ExpertSource):
             tensors |= {f"{name}.{kind}": part for name, part in parts.items() if part is not None}
         return tensors
 
+    def trunk(self, name: str) -> Expression:
+        return Source(self.tensors[name])
+
     def expert_tensors(self, attention: bool, ffn: bool) -> set[str]:
         """Names of this checkpoint's tensors that belong to experts, in every layer."""
         family = self.family
         pattern = inside(family, [family.attention] * attention + [family.ffn, family.up, family.down] * ffn)
         return {name for name in self.tensors if pattern.match(name)}
+
+    def trunk_tensors(self, folded: Sequence[str] = ()) -> set[str]:
+        """Names of the tensors that every expert keeps where the trunk has experts: those outside attention and FFNs.
+
+        Args:
+            folded: norms of a block that no expert keeps, since their gains are folded.
+        """
+        family = self.family
+        shared = inside(family, folded)
+        activation = re.compile(rf"{re.escape(family.layers)}\.\d+\.{re.escape(family.activation)}\.")
+        owned = self.expert_tensors(attention=True, ffn=True)
+        floats = (name for name, ref in self.tensors.items() if ref.dtype in FLOAT_DTYPES)
+        return {n for n in floats if not (n in owned or shared.match(n) or activation.match(n))}
 
     def expected_tensors(self, layer: int) -> list[str]:
         """Names of the projections that must be there, for the compatibility check."""
@@ -198,6 +219,9 @@ class MixtureExpert(ExpertSource):
         prefix = f"model.{self.family.layers}.{layer}.{self.family.ffn}.experts.{self.number}."
         return _below(prefix, self.index.tensors)
 
+    def trunk(self, name: str) -> Expression:
+        return Source(self.index.tensors[f"model.{of_trunk(name, self.number)}"])
+
     def router_row(self, name: str) -> Expression:
         """This expert's row of a router [1, D]."""
         return Rows(Source(self.index.tensors[name]), ((self.number, self.number + 1),))
@@ -212,6 +236,18 @@ class MixtureExpert(ExpertSource):
         group = num_heads // num_kv_heads * size
         starts = [(kv * self.num_experts + self.number) * group for kv in range(num_kv_heads)]
         return tuple((start, start + group) for start in starts)
+
+
+def of_trunk(name: str, number: int) -> str:
+    """A dense model's name of a tensor of the trunk, as a mixture has it for each expert."""
+    module, _, kind = name.rpartition(".")
+    return f"{module}.{number}.{kind}"
+
+
+def in_trunk(name: str) -> tuple[str, int] | None:
+    """The inverse of ``of_trunk`` for a name outside attention and FFNs; None if all experts share the tensor."""
+    parts = name.rsplit(".", 2)
+    return (f"{parts[0]}.{parts[2]}", int(parts[1])) if len(parts) == 3 and parts[1].isdecimal() else None
 
 
 def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int, int], ...]:

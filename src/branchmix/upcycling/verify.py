@@ -25,7 +25,7 @@ from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, fused_rows
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, fused_rows, of_trunk
 from branchmix.upcycling.transformers_view import transformers_config
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _compare_logits(
             continue
         with torch.no_grad(), one_hot_gates(mixture, number):
             ours = mixture(tokens).logits
-        dense = _dense(plan, index, expert)
+        dense = _dense(plan, index, expert, number)
         with torch.no_grad():
             theirs = dense(tokens).logits
         del dense
@@ -239,7 +239,7 @@ def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
     return transformers_config(config)
 
 
-def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
+def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> Any:
     """Dense model i in its family's own class: its experts' tensors from its checkpoint; the rest, unless the trunk is
     lossless, from the mixture."""
     import torch
@@ -252,7 +252,8 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert) -> Any:
     state = {}
     floats = {name: ref for name, ref in expert.tensors.items() if ref.dtype in FLOAT_DTYPES}
     for name, ref in floats.items():  # other numbers are buffers, which the class computes
-        source = ref if plan.lossless or name in owned else index.tensors.get(f"model.{name}", ref)
+        shared = index.tensors.get(f"model.{name}") or index.tensors.get(f"model.{of_trunk(name, number)}", ref)
+        source = ref if plan.lossless or name in owned else shared
         state[name] = _tensor(cast(Source(source), dtype))  # the output's dtype may be narrower than the source's
     if expert.fold_norms:
         _unfold(state, expert)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from branchmix.likelihood.forward import evaluating, log_probs, logits_at
-from branchmix.models.documents_branchmix import BranchMixDocumentGate
+from branchmix.models.documents_branchmix import BranchMixDocumentGate, DocumentLogits
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.kept_branchmix import keep_experts
 from branchmix.models.modeling_branchmix import document_gate
@@ -112,8 +112,8 @@ class Gated:
 
     @property
     def kinds(self) -> list[str]:
-        """``attention``, ``ffn`` or both."""
-        return [kind for kind in ("attention", "ffn") if getattr(self.gate, kind) is not None]
+        """Of ``attention``, ``ffn`` and ``trunk``, what there is."""
+        return [kind for kind in DocumentLogits._fields if getattr(self.gate, kind) is not None]
 
     @torch.no_grad()
     def set_experts(self, log_ME: np.ndarray) -> None:

@@ -113,6 +113,8 @@ def text_for(
     given = model.given
     if not shape.routers:
         raise RecipeError(f"{given}: everything is averaged, so there are no experts to choose from")
+    if token_only and shape.trunk == "experts":
+        raise RecipeError(f"{given}: its trunk has experts, which the document chooses: leave --token-only out")
     text = read(data, load_tokenizer(model.folder, given=given, trust_remote_code=trust_remote_code))
     names = [*shape.domains, *(name for name in text if name not in shape.domains)]
     if len(names) < 2:
@@ -206,7 +208,8 @@ def _measure(
     passes = len(fitting.PENALTIES) + 3 if token_only else 1 + 2 * mixture.may_be_trained
     steps = _Steps(progress, 1 + len(experts) + len(fitting.SHARPNESS) + passes)
     measured = {name: found.measured for name, found in text.items()}
-    before = fitting.losses(model, measured)
+    no_trunk = mixture.shape.trunk == "experts" and not mixture.shape.domains  # nothing chooses one yet
+    before = {} if no_trunk else fitting.losses(model, measured)
     steps.done()
 
     evidence_VM = evidence_table(counts_VM, posterior.smoothing) / posterior.temperature
@@ -260,7 +263,7 @@ def _measure(
         for kind in gated.kinds:
             tensors[f"{PREFIX}{kind}"] = Held(np.ascontiguousarray(shares_ME.T, np.float32), "F32")
     tensors |= {f"{name}.weight": Held(w.float().cpu().numpy(), "F32") for name, w in weights.items()}
-    gain = np.mean(list(before.values())) - np.mean(list(after.values()))
+    gain = np.mean(list(before.values())) - np.mean(list(after.values())) if before else 0.0
     if not token_only and gain < -fitting.NEARLY:
         notes.append(
             f"the gates that the mixture has are better than a fit's, by {-gain:.3f} nats a token, so they are kept"
