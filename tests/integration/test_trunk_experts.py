@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,8 @@ from families import BY_NAME, NAMES
 from mixtures import GATE, close, gated, load, recipe, tokens
 
 Siblings = Callable[..., dict[str, Path]]
+KINDS = ("llama", "gemma3", "olmo2", "cohere-qk-norm", "phi", "gpt-neox", "gpt2", "opt", "stablelm", "apertus")
+"""Every kind of trunk: tied and untied, biased heads, norms behind, learned positions, and so on."""
 SOME = ("llama", "llama-bias", "gemma3", "gpt2", "opt")
 
 
@@ -69,25 +72,33 @@ def with_silent_gates(folder: Path) -> Path:
 # ---- lossless ----
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_forced_gates_are_the_whole_experts(name: str, siblings: Siblings, tmp_path: Path) -> None:
-    """By ``--verify``, and by each kept alone. Apertus shares the numbers of its activation."""
-    models = siblings(name)
-    plan = merge(models, tmp_path / "mixture")
+    """To 1e-5, by ``--verify``. Apertus shares the numbers of its activation."""
+    plan = merge({kind: folder for kind, folder in siblings(name).items() if kind != "math"}, tmp_path / "mixture")
     verification = verify_plan(plan, tmp_path / "mixture")
     assert plan.lossless is verification.lossless is (name != "apertus")
-    mixture, ids = load(tmp_path / "mixture"), tokens()
-    for number, folder in enumerate(models.values() if plan.lossless else ()):  # which verify has forced
-        close(logits_of(keep_experts(mixture, [number]), ids), logits_of(load(folder), ids))
+    assert all(
+        check.skipped is None and check.difference < 1e-5 * max(1, check.greatest_logit)
+        for check in verification.experts
+    )
     if BY_NAME[name].model_type in FACTS:
-        assert parameters(plan.config).total == sum(parameter.numel() for parameter in mixture.parameters())
+        assert parameters(plan.config).total == sum(
+            math.prod(tensor.expression.shape) for tensor in plan.tensors if not tensor.name.endswith(("beta", "eps"))
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "cohere"])
 def test_folded_norms_have_no_experts(name: str, siblings: Siblings, tmp_path: Path) -> None:
-    plan = merge(siblings(name), tmp_path / "mixture", merge={"fold_norms": True})
-    assert verify_plan(plan, tmp_path / "mixture").lossless
+    models, ids = siblings(name), tokens()
+    plan = merge(models, tmp_path / "mixture", merge={"fold_norms": True})
+    assert plan.lossless
     mixture = load(tmp_path / "mixture")
+    for number, folder in enumerate(models.values()):
+        whole = logits_of(load(folder), ids)
+        close(logits_of(keep_experts(mixture, [number]), ids), whole)
+        with one_hot_gates(mixture, number):
+            close(logits_of(mixture, ids), whole)
     assert parameters(plan.config).total == sum(parameter.numel() for parameter in mixture.parameters())
     for norm in plan.config["folded_norms"]:
         assert not isinstance(mixture.model.model.layers[0].get_submodule(norm), BranchMixTrunkExperts)
