@@ -194,13 +194,13 @@ def test_kept_experts_are_the_mixture_without_the_others(name: str, rows: list[i
     close(logits_of(kept, ids), logits_of(model, ids), 1e-4)
 
 
-@pytest.mark.slow  # compiles
-def test_compiled() -> None:
+@pytest.mark.slow  # traces for a minute
+def test_its_graph_has_no_breaks() -> None:
     model, ids = of_trunks("llama"), tokens()
     expected = logits_of(model, ids)
     torch._dynamo.reset()
     with torch.no_grad():
-        close(torch.compile(model, fullgraph=True)(ids, use_cache=False).logits, expected)
+        close(torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "gpt2"])
