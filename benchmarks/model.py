@@ -30,7 +30,7 @@ import model_cases as cases
 import peers
 import training
 from branchmix.models.chunked_branchmix import has_amx
-from branchmix.train.memory import keep_freed_memory
+from branchmix.train.models import keep_freed_memory
 
 EXAMPLES = """examples:
   python benchmarks/model.py run                                    all groups, 7 rounds

@@ -29,7 +29,7 @@ import transformers
 import measure
 import peers
 import steps
-from branchmix.train.memory import keep_freed_memory
+from branchmix.train.models import keep_freed_memory
 
 CACHE = Path(".cache/bench")
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainingArguments
 
-from branchmix.train.checkpoints import SafeTrainer, StopSignals
+from branchmix.train.checkpoints import SafeTrainer
+from branchmix.train.config import Checkpoints
+from branchmix.train.signals import StopSignals
 from families import BY_NAME
 from mixtures import random_mixture
 
@@ -29,6 +31,14 @@ class Sequences(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return {"input_ids": ids, "labels": ids}
 
 
+class Trainer(SafeTrainer):
+    """Evaluates as transformers does."""
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.may_stop_here()
+        return super().prediction_step(*args, **kwargs)
+
+
 def dense(dropout: float = 0.2) -> Any:
     """A dense model with tied embeddings."""
     return BY_NAME["llama-bias"].model(0, attention_dropout=dropout)
@@ -46,7 +56,7 @@ def trainer(
     folder: Path,
     model: Any,
     *,
-    kind: type[SafeTrainer] = SafeTrainer,
+    kind: type[SafeTrainer] = Trainer,
     num_steps: int = 12,
     num_sequences: int = 30,
     keep: int = 2,
@@ -80,10 +90,8 @@ def trainer(
         train_dataset=Sequences(num_sequences),
         eval_dataset=Sequences(6, seed=1),
         checkpoints=folder / "checkpoints",
-        keep=keep,
-        minutes=minutes,
-        steps=steps,
-        signals=signals,
+        when=Checkpoints(minutes=minutes or 1e9, steps=steps, keep=keep),
+        signals=signals or StopSignals(),
         callbacks=list(callbacks),
     )
     made.pop_callback(PrinterCallback)

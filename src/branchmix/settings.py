@@ -5,6 +5,7 @@ A kind of file is a subclass of ``Settings``: ``recipe.py`` has that of a merge,
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -97,6 +98,11 @@ def _override(data: Any, words: str) -> None:
     if not isinstance(place, dict):
         raise RecipeError(f"{words}: cannot be set in this file: {'.'.join(parents)} is not a mapping")
     place[last] = parse_yaml(value, words)
+
+
+def absolute(path: str | Path, base: Path) -> Path:
+    """The path as seen from ``base``, for processes in other folders; links are not followed."""
+    return Path(os.path.abspath(base / Path(path).expanduser()))  # noqa: PTH100 (resolve() follows links)
 
 
 def read_yaml(path: Path) -> Any:
@@ -197,10 +203,8 @@ def parse(model: type[Any], data: Any, where: str) -> Any:
 def _place(detail: Any) -> tuple[Any, ...]:
     """Where a problem is, without the labels that pydantic adds for the members of a union."""
     *parents, last = detail["loc"] or ("",)
-    if detail["type"] != "extra_forbidden" and _is_label(last):  # else it is what somebody wrote
-        return tuple(part for part in parents if not _is_label(part))
-    whole = last != "" or detail["type"] == "extra_forbidden"
-    return (*(part for part in parents if not _is_label(part)), *([last] if whole else []))
+    is_key = detail["type"] == "extra_forbidden" or not (last == "" or _is_label(last))  # that somebody wrote
+    return (*(part for part in parents if not _is_label(part)), *([last] if is_key else []))
 
 
 def _is_label(part: Any) -> bool:
@@ -258,8 +262,6 @@ def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 if part in annotation.model_fields:
                     below.append(annotation.model_fields[part].annotation)
-                elif part == annotation.__name__:  # pydantic's label of a member of a union
-                    below.append(annotation)
             else:  # an element of a list, a value of a mapping
                 below += get_args(annotation)[-1:]
         annotations = [inner for annotation in below for inner in _members(annotation)]

@@ -42,7 +42,7 @@ from transformers.distributed import DistributedConfig
 from branchmix.errors import BranchMixError
 from branchmix.train import checkpoints
 from branchmix.train.checkpoints import StopSignals
-from branchmix.train.sharding import leave_group
+from branchmix.train.models import leave_group
 from runs import MODELS, history, trainer
 
 rank = int(os.environ["RANK"])

@@ -18,9 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from branchmix.errors import RecipeError
+from branchmix.train.checks import require_shardable
 from branchmix.train.config import RunConfig
 from branchmix.train.run import train
-from branchmix.train.sharding import require_possible
 from corpora import tokenizer
 from families import BY_NAME
 from mixtures import random_mixture
@@ -44,7 +44,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from branchmix.train.run import train
-from branchmix.train.sharding import leave_group
+from branchmix.train.models import leave_group
 from branchmix.train.trainer import BranchTrainer
 
 rank = int(os.environ["RANK"])
@@ -202,6 +202,6 @@ def test_what_many_processes_cannot_do_is_refused(changes: dict[str, Any], messa
     if run.model == "dense":
         described = {"model_type": "llama"}
     with pytest.raises(RecipeError, match=message):
-        require_possible(run, described, 2)
+        require_shardable(run, described, 2)
     if run.model == "mixture":
-        require_possible(run, described, 1)  # a single process can
+        require_shardable(run, described, 1)  # a single process can

@@ -20,8 +20,8 @@ from branchmix.errors import RecipeError
 from branchmix.models.attention_branchmix import BranchMixAttention
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.routing_branchmix import BranchMixRouter
-from branchmix.train import adapters, model_files
-from branchmix.train.checkpoint_files import TRAINING
+from branchmix.train import saved_state, trained_parts
+from branchmix.train.run_folder import TRAINING
 from families import BY_NAME
 from mixtures import BOTH, close, random_mixture, tokens
 
@@ -121,7 +121,7 @@ def explicit_adapters(model: Any, linears: dict[str, torch.Tensor]) -> Iterator[
 def test_a_linear_after_each_expert(name: str, attention: str) -> None:
     plain = random_mixture(name, attention, routed_scaling_factor=1.5)
     model = copy.deepcopy(plain)
-    adapters.add(model)
+    trained_parts.add_adapters(model)
     linears = drawn(model)
     ids = tokens()
     out = model(ids, labels=ids)
@@ -146,7 +146,7 @@ def test_identity_at_the_start_and_trained_alone(name: str, experts: str) -> Non
     before = model(ids).logits
     weights = {path: parameter.detach().clone() for path, parameter in model.named_parameters()}
     routers = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, BranchMixRouter)}
-    adapters.add(model)
+    trained_parts.add_adapters(model)
     assert torch.equal(model(ids).logits, before)
     trained = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
     assert {path for path in trained if not path.endswith("adapter.delta")} == routers
@@ -171,12 +171,12 @@ def test_identity_at_the_start_and_trained_alone(name: str, experts: str) -> Non
 def test_folded_it_is_an_ordinary_mixture(name: str, attention: str, tmp_path: Path) -> None:
     model = random_mixture(name, attention)
     shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
-    adapters.add(model)
+    trained_parts.add_adapters(model)
     drawn(model)
     ids = tokens()
     with torch.no_grad():
         adapted = model(ids).logits
-        adapters.fold(model)
+        trained_parts.fold_adapters(model)
         assert torch.equal(model(ids).logits, adapted)
     assert {path: parameter.shape for path, parameter in model.named_parameters()} == shapes
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
@@ -192,7 +192,7 @@ def test_a_checkpoint_is_a_mixture_and_goes_on_exactly(name: str, tmp_path: Path
     """Biases share the adapter of their matrix, which is then stored once."""
     start, ids = random_mixture(name), tokens()
     model = copy.deepcopy(start)
-    adapters.add(model)
+    trained_parts.add_adapters(model)
     drawn(model)
     with torch.no_grad():
         for module in model.modules():
@@ -200,12 +200,12 @@ def test_a_checkpoint_is_a_mixture_and_goes_on_exactly(name: str, tmp_path: Path
                 module.weight.mul_(1.1)
         adapted = model(ids).logits
     (tmp_path / TRAINING).mkdir()
-    model_files.write(model, None, model_files.gather(model), tmp_path, resumable=True)
+    saved_state.write(model, None, saved_state.gather(model), tmp_path, resumable=True)
     with torch.no_grad():
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits, adapted)
     resumed = copy.deepcopy(start)
-    adapters.add(resumed)
-    model_files.read(resumed, tmp_path)
+    trained_parts.add_adapters(resumed)
+    saved_state.read(resumed, tmp_path)
     state = model.state_dict()
     assert resumed.state_dict().keys() == state.keys()
     assert all(torch.equal(tensor, state[path]) for path, tensor in resumed.state_dict().items())
@@ -213,7 +213,7 @@ def test_a_checkpoint_is_a_mixture_and_goes_on_exactly(name: str, tmp_path: Path
 
 def test_copies_have_adapters_of_their_own() -> None:
     model = random_mixture("gpt2")
-    adapters.add(model)
+    trained_parts.add_adapters(model)
     drawn(model)
     twin, ids = copy.deepcopy(model), tokens()
     before = model(ids).logits
@@ -231,7 +231,7 @@ def test_copies_have_adapters_of_their_own() -> None:
 def test_checkpointing_and_autocast_change_nothing(name: str, experts: str, bf16: bool) -> None:
     model = random_mixture(name, seed_changes={"num_hidden_layers": 2} if name == "llama" else None)
     model.set_experts_implementation(experts)
-    adapters.add(model)
+    trained_parts.add_adapters(model)
     drawn(model)
     ids, grads = tokens(), []
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
@@ -254,7 +254,7 @@ def test_checkpointing_and_autocast_change_nothing(name: str, experts: str, bf16
 def test_dense_models_are_refused() -> None:
     for model in (BY_NAME["llama"].model(0), random_mixture("llama", "average", ffn="average")):
         with pytest.raises(RecipeError, match=r"^adapters: the .* has no experts: .*lora$"):
-            adapters.add(model)
+            trained_parts.add_adapters(model)
 
 
 WORKER = """
@@ -266,18 +266,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/integration"]
 from branchmix.errors import RecipeError
-from branchmix.train import adapters, model_files
-from branchmix.train.checkpoint_files import TRAINING
-from branchmix.train.sharding import leave_group
+from branchmix.train import saved_state, trained_parts
+from branchmix.train.run_folder import TRAINING
+from branchmix.train.models import leave_group
 from mixtures import random_mixture, tokens
 from test_adapters import drawn
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 whole, ids = random_mixture("gpt2", "kv_sharing"), tokens(2, 9)
-adapters.add(whole)
+trained_parts.add_adapters(whole)
 drawn(whole)
 sharded = random_mixture("gpt2", "kv_sharing")
-adapters.add(sharded)
+trained_parts.add_adapters(sharded)
 drawn(sharded)
 mesh = init_device_mesh("cpu", (2,))
 for block in sharded.model.transformer.h:
@@ -290,18 +290,18 @@ for name, parameter in sharded.named_parameters():
     if name in grads:
         torch.testing.assert_close(parameter.grad.full_tensor(), grads.pop(name), rtol=0, atol=1e-6)
 assert not grads
-weights, folder = model_files.gather(sharded), Path(sys.argv[2])
+weights, folder = saved_state.gather(sharded), Path(sys.argv[2])
 if dist.get_rank() == 0:
-    model_files.write(sharded, None, weights, folder, resumable=True)
+    saved_state.write(sharded, None, weights, folder, resumable=True)
     fresh = random_mixture("gpt2", "kv_sharing")
-    adapters.add(fresh)
-    model_files.read(fresh, folder)  # sharded before, by one process now
+    trained_parts.add_adapters(fresh)
+    saved_state.read(fresh, folder)  # sharded before, by one process now
     state = whole.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items())
 late = random_mixture("gpt2")
 fully_shard(late, mesh=mesh)
 try:
-    adapters.add(late)
+    trained_parts.add_adapters(late)
 except RecipeError as error:
     assert "spread over processes: remove expert_parallel" in str(error)
 else:

@@ -336,7 +336,7 @@ def test_nothing_is_written_when_it_cannot_work(tmp_path: Path) -> None:
 
 
 def test_the_display_shows_what_runs_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from branchmix.train import job_display
+    from branchmix.train import progress
     from branchmix.train.launch import Job
 
     out = tmp_path / "code"
@@ -345,8 +345,8 @@ def test_the_display_shows_what_runs_report(tmp_path: Path, monkeypatch: pytest.
     rows = [row, {"step": 1000, "held_out/code": 1.0}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10')
     state = JobState(Job("code", ["true"], out / "log.txt"), status="running")
-    assert job_display._line(state) == "code: step 1,000 of 2,000, loss 2.500, tokens/s 12,346, left 1:01:40"
+    assert progress._line(state) == "code: step 1,000 of 2,000, loss 2.500, tokens/s 12,346, left 1:01:40"
     assert (
-        job_display._line(JobState(Job("law", ["true"], tmp_path / "law" / "log.txt"), status="running"))
+        progress._line(JobState(Job("law", ["true"], tmp_path / "law" / "log.txt"), status="running"))
         == "law: starting"
     )

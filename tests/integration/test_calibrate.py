@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import branchmix
 import dialects
 from branchmix.cli import app
-from branchmix.data.evaluation import EvalData
+from branchmix.data.config import EvalData
 from branchmix.data.sources import is_held_out
 from branchmix.errors import CheckpointError, DataError, OutputError, RecipeError
 from branchmix.evaluate.documents import select

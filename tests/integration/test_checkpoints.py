@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from branchmix.errors import CheckpointError, OutputError, TrainingError
-from branchmix.train import checkpoint_files, checkpoints, model_files, training_state
+from branchmix.train import checkpoints, run_folder, saved_state
 from branchmix.train.checkpoints import SafeTrainer, StopSignals, latest_checkpoint
 from processes import started
 from runs import MODELS, dense, history, mixture, trainer
@@ -75,10 +75,10 @@ def test_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
 @pytest.mark.parametrize("harm", ["truncated", "missing", "no list"])
 def test_damaged_checkpoint_is_passed_over(harm: str, tmp_path: Path) -> None:
     for step in (3, 20):
-        checkpoint_files.start(checkpoint_files.checkpoint_of(tmp_path, step), num_bytes=0)
+        run_folder.start_checkpoint(run_folder.checkpoint_of(tmp_path, step), num_bytes=0)
         part = tmp_path / f".step-{step:08d}.part"
         (part / "model.safetensors").write_bytes(b"weights" * 100)
-        checkpoint_files.complete(checkpoint_files.checkpoint_of(tmp_path, step))
+        run_folder.complete_checkpoint(run_folder.checkpoint_of(tmp_path, step))
     notices: list[str] = []
     newest = tmp_path / "step-00000020"
     assert latest_checkpoint(tmp_path, notice=notices.append) == newest and not notices
@@ -100,7 +100,7 @@ def test_weights_that_are_not_there_are_not_drawn(tmp_path: Path) -> None:
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"the weights lack model\.norm\.weight"):
-        model_files.read(model, tmp_path)
+        saved_state.read(model, tmp_path)
 
 
 def test_frozen_parameters_and_a_changed_choice(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_time_between_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_no_room_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path, dense(), num_steps=4, steps=2)
     usage = shutil.disk_usage(tmp_path)
-    real = checkpoint_files.start
+    real = run_folder.start_checkpoint
 
     def start(target: Path, *, num_bytes: int) -> None:
         stored = sum(tensor.numel() * 4 for tensor in run.model.parameters())
@@ -244,7 +244,7 @@ def test_no_room_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.Monk
             monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
         real(target, num_bytes=num_bytes)
 
-    monkeypatch.setattr(checkpoint_files, "start", start)
+    monkeypatch.setattr(run_folder, "start_checkpoint", start)
     with pytest.raises(
         OutputError,
         match=r"step-00000004: .* is full: a checkpoint needs 1.\d+ MB, but only 10 kB are free.*step-00000002",
@@ -384,7 +384,7 @@ def test_signal_saves_stops_and_goes_on(number: int, where: dict[str, Any], whol
     assert run.stopped_by == signals.received == number
     assert run.state.global_step == where["step"] + (not send.evaluating)
     newest = latest_checkpoint(tmp_path / "checkpoints")
-    assert newest == checkpoint_files.checkpoint_of(tmp_path / "checkpoints", run.state.global_step)
+    assert newest == run_folder.checkpoint_of(tmp_path / "checkpoints", run.state.global_step)
     resumed = trainer(tmp_path, dense(), per_device_eval_batch_size=2)
     resumed.train(newest)
     assert resumed.stopped_by is None
@@ -456,7 +456,7 @@ def test_random_numbers_survive_a_file(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     random.gauss(0, 1), np.random.standard_normal(), torch.rand(3)
-    save_file(training_state.random_numbers(), tmp_path / "rng")
+    save_file(saved_state.random_numbers(), tmp_path / "rng")
 
     def draw() -> list[float]:
         numbers = [random.gauss(0, 1), random.random(), *np.random.standard_normal(2), *torch.rand(2).tolist()]
@@ -464,7 +464,7 @@ def test_random_numbers_survive_a_file(tmp_path: Path) -> None:
 
     expected = draw()
     assert draw() != expected
-    training_state.set_random_numbers(load_file(tmp_path / "rng"))
+    saved_state.set_random_numbers(load_file(tmp_path / "rng"))
     assert draw() == expected
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
-from branchmix.data.packing import isolates_documents
+from branchmix.data.sequences import isolates_documents
 from branchmix.models import chunked_branchmix as chunked
 from branchmix.models import mixture_config
 from branchmix.models.modeling_branchmix import BranchMixForCausalLM, BranchMixModel

@@ -132,7 +132,7 @@ def test_the_command_says_how_to_resume(tmp_path: Path) -> None:
 
 def test_the_speed_of_every_kind_of_model_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the processes, here; where a model cannot be made, the others are not left waiting."""
-    monkeypatch.setattr("branchmix.train.memory.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("branchmix.train.models.keep_freed_memory", lambda: None)
     study = StudyFile.load(DEMO, [*TINY, "train.precision=fp32"])
     kinds = sorted({kind_of(step.config) for step in build(study).steps.values() if step.config})
     barrier, queue = Barrier(1), Queue[Speed]()

@@ -18,11 +18,11 @@ from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from branchmix.accounting.formulas import parameters
-from branchmix.data.packing import packed_inputs, packing_method
+from branchmix.data.sequences import packed_inputs, packing_method
 from branchmix.models.documents_branchmix import BLOCK, decayed_sums
 from branchmix.models.modeling_branchmix import BranchMixForCausalLM
-from branchmix.train import adapters, freeze
-from branchmix.train.record import part_of
+from branchmix.train import trained_parts
+from branchmix.train.schedule import part_of
 from families import NAMES
 from mixtures import BOTH, GATE, close, gated, load, random_mixture, tokens
 
@@ -315,12 +315,12 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, attention: str) -
 
 def test_gates_are_trained_like_routers() -> None:
     model = gated("llama")
-    freeze.apply(model, ["all_but_routers"])
+    trained_parts.freeze(model, ["all_but_routers"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     own = {f"document_gate.{name}" for name in ("evidence", "prior", "attention", "ffn")}
     assert own < trained and all(part_of(name) == "routers" for name in trained)
     model = gated("llama")
-    adapters.add(model)
+    trained_parts.add_adapters(model)
     assert own < {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

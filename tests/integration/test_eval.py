@@ -20,8 +20,7 @@ from typer.testing import CliRunner
 
 import corpora
 from branchmix.cli import app
-from branchmix.data.config import HeldOut, Source
-from branchmix.data.evaluation import EvalData
+from branchmix.data.config import EvalData, HeldOut, Source
 from branchmix.errors import CheckpointError, DataError, RecipeError
 from branchmix.evaluate import document_records
 from branchmix.evaluate.document_records import DocumentRecords

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import branchmix
 from branchmix.errors import RecipeError
-from branchmix.train import freeze, lora
+from branchmix.train import trained_parts
 from branchmix.train.config import Lora
 from families import BY_NAME, NAMES
 from mixtures import load, random_mixture, tokens
@@ -47,7 +47,7 @@ def test_put_on_every_family(name: str) -> None:
         for path, parameter in model.named_parameters()
         if parameter.dim() == 2 and not any(word in path for word in no_layers)
     }
-    tuned = lora.add(model, Lora(rank=2))
+    tuned = trained_parts.add_lora(model, Lora(rank=2))
     assert torch.equal(tuned.eval()(input_ids=ids).logits, before)
     found = {path for path, parameter in tuned.named_parameters() if parameter.requires_grad}
     assert {path.removeprefix("base_model.model.").partition(".lora_")[0] for path in found} == matrices
@@ -59,7 +59,8 @@ def test_the_result_is_an_expert(name: str, siblings: Siblings, tmp_path: Path) 
     seed = siblings(name)["seed"]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*fan_in_fan_out.*")
-        tuned = lora.add(AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32), Lora(rank=4, alpha=8))
+        dense = AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32)
+        tuned = trained_parts.add_lora(dense, Lora(rank=4, alpha=8))
     settings = tuned.peft_config["default"]
     assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (4, 8, 0.0)
     losses = trained(tuned, 3)
@@ -80,8 +81,8 @@ def test_the_result_is_an_expert(name: str, siblings: Siblings, tmp_path: Path) 
 
 
 def test_chosen_layers_and_frozen_parts() -> None:
-    tuned = lora.add(BY_NAME["llama"].model(0), Lora(targets=["q_proj", "mlp.down_proj"]))
-    freeze.apply(tuned, ["attention"])
+    tuned = trained_parts.add_lora(BY_NAME["llama"].model(0), Lora(targets=["q_proj", "mlp.down_proj"]))
+    trained_parts.freeze(tuned, ["attention"])
     found = {path.split(".")[-4] for path, parameter in tuned.named_parameters() if parameter.requires_grad}
     assert found == {"down_proj"}
 
@@ -95,15 +96,15 @@ def test_chosen_layers_and_frozen_parts() -> None:
 )
 def test_layers_that_are_not_there(target: str, words: str) -> None:
     with pytest.raises(RecipeError, match=f"^lora.targets: the llama model has no linear layer {words}.*$"):
-        lora.add(BY_NAME["llama"].model(0), Lora(targets=["v_proj", target]))
+        trained_parts.add_lora(BY_NAME["llama"].model(0), Lora(targets=["v_proj", target]))
 
 
 def test_mixtures_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"^lora: the branchmix model is a mixture, .* remove lora, and use adapters"):
-        lora.add(random_mixture("llama"), Lora())
+        trained_parts.add_lora(random_mixture("llama"), Lora())
 
 
 def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RecipeError, match=r"^lora: needs peft.*: pip install 'branchmix\[lora\]'$"):
-        lora.add(BY_NAME["llama"].model(0), Lora())
+        trained_parts.add_lora(BY_NAME["llama"].model(0), Lora())

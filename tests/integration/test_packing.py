@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from branchmix.data.packing import Packing, isolates_documents, packed_inputs, packing_method
+from branchmix.data.sequences import Packing, isolates_documents, packed_inputs, packing_method
 from branchmix.errors import CompatibilityError
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture, tokens

@@ -18,8 +18,8 @@ import branchmix
 from branchmix.data.sources import is_held_out
 from branchmix.errors import RecipeError
 from branchmix.train import train
+from branchmix.train.prepared import PreparedRun
 from branchmix.train.trainer import BranchTrainer
-from branchmix.train.training_run import TrainingRun
 from checkpoints import same_bytes, weights
 from training import command, rows, settings, training, write_run, write_text
 
@@ -379,14 +379,14 @@ def test_minutes_of_training_are_counted_from_the_first_step(
     models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it takes until then: another run's training time can be given as it is on record."""
-    prepare = TrainingRun._prepare_machine
+    prepare = PreparedRun._prepare_machine
 
-    def half_a_minute_later(self: TrainingRun) -> None:
+    def half_a_minute_later(self: PreparedRun) -> None:
         prepare(self)
         self.started -= 30
 
     monkeypatch.setattr("branchmix.train.measure.seconds_per_step", lambda *args, **kwargs: 6.0)
-    monkeypatch.setattr(TrainingRun, "_prepare_machine", half_a_minute_later)
+    monkeypatch.setattr(PreparedRun, "_prepare_machine", half_a_minute_later)
     steps = {}
     for key in ("minutes", "training_minutes"):
         file = run(tmp_path, text, models["seed"], budget={key: 1.0}, out=key, evaluation={"at_start": False})

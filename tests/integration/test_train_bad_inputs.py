@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     "missing weights": (lacking, "model: the weights lack model.norm.weight"),
     "config is no JSON": (
         lambda place, run: (place / "model" / "config.json").write_text("{"),
-        "config.json: cannot be read as JSON",
+        "config.json: is not valid JSON",
     ),
     "larger tokenizer": (key(model="small"), "small: the tokenizer has 300 tokens, but the model only 97 embeddings"),
     "no family": (new(model_type="coher"), "'coher' is not a family of dense language models (did you mean 'cohere'?)"),

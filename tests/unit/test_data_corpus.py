@@ -16,10 +16,10 @@ import pytest
 
 import branchmix.data.corpus as corpus_module
 from branchmix.data import build
+from branchmix.data.build import chunk_file, chunks_in
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.corpus import Corpus, default_cache, open_corpus
 from branchmix.data.sources import hash_of, is_held_out
-from branchmix.data.tokens import chunk_file, chunks_in
 from branchmix.errors import DataError, OutputError
 from corpora import corpus, hub_folder, text, texts_in, tokenizer, write_jsonl
 
@@ -51,8 +51,8 @@ def test_counts(tmp_path: Path) -> None:
     texts = [text(n) for n in range(200)]
     rows = [*texts, texts[3], texts[5], texts[3], ""]  # two of them twice, one three times
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    steps: list[tuple[str, int, int]] = []
-    domain = corpus(tmp_path, FILES, progress=lambda *step: steps.append(step)).domains["a"]
+    steps: list[str] = []
+    domain = corpus(tmp_path, FILES, progress=steps.append).domains["a"]
     held_out = [t for t in texts if is_held_out(t, 0.1)]
     kept = [t for t in texts if not is_held_out(t, 0.1)]
     num_tokens = lambda some: sum(len(tokenizer()(t)["input_ids"]) + 1 for t in some)  # noqa: E731
@@ -60,7 +60,7 @@ def test_counts(tmp_path: Path) -> None:
     assert (domain.counts.tokens, domain.counts.held_out_tokens) == (num_tokens(kept), num_tokens(held_out))
     assert (domain.counts.bytes, domain.counts.held_out_bytes) == (len("".join(kept)), len("".join(held_out)))
     assert domain.counts.duplicates == 3 and domain.complete
-    assert steps[-1][0] == "tokenising a" and 0 < steps[0][1] <= steps[-1][1] <= steps[-1][2]
+    assert set(steps) == {"tokenising a"}
 
 
 def test_special_tokens(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_stream_is_read_only_as_far_as_wanted(tmp_path: Path, encoded: list[st
     held_out = opened.held_out_texts("a")
     sequences = opened.train("equal", sequence_length=32, num_sequences=200, random_seed=0)
     first = [sequences[n]["input_ids"].tolist() for n in range(200)]
-    assert sequences.seconds_waited > 0 and len(encoded) < 400, "the rest was read by another process"
+    assert len(encoded) < 400, "the rest was read by another process"
     assert 200 * 32 <= domain.counts.tokens < 200 * 32 + 3 * 2000 and not domain.complete
     assert sequences.epochs() == {"a": None}
     # More is wanted later, by this process or by another; what was seen stays the same, and so does what is held out.

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from branchmix.errors import CheckpointError
-from branchmix.train import adapters
-from branchmix.train.ema import Ema
+from branchmix.train import trained_parts
+from branchmix.train.trainer import Ema
 from mixtures import random_mixture, tokens
 
 
@@ -102,7 +102,7 @@ def test_another_models_average_is_refused() -> None:
 def test_of_adapters() -> None:
     model = random_mixture("gpt2")
     before = model(tokens()).logits
-    adapters.add(model)
+    trained_parts.add_adapters(model)
     ema = Ema(model, 0.5)
     assert all(name == "num_updates" or "delta" in name or "gate" in name for name in ema.state())
     own = steps(model, ema, 5) and model(tokens()).logits
@@ -120,8 +120,8 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/unit"]
-from branchmix.train.ema import Ema
-from branchmix.train.sharding import leave_group
+from branchmix.train.trainer import Ema
+from branchmix.train.models import leave_group
 from test_ema import small
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

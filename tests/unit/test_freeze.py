@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import RecipeError
 from branchmix.models.routing_branchmix import BranchMixRouter
-from branchmix.train import config, freeze
+from branchmix.train import config, trained_parts
 from branchmix.upcycling.plan import open_expert
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture, tokens
@@ -32,7 +32,7 @@ def routers(model: Any) -> set[str]:
 
 def test_parts_are_those_of_the_run_file() -> None:
     (allowed,) = get_args(config.RunConfig.model_fields["freeze"].annotation)
-    assert set(get_args(allowed)) == set(freeze._PARTS)
+    assert set(get_args(allowed)) == set(trained_parts._PARTS)
 
 
 @pytest.mark.parametrize("attention", (*BOTH, "average"))
@@ -48,7 +48,7 @@ def test_experts_of_every_family(name: str, attention: str) -> None:
         module = path.removeprefix(f"model.{layout['layers']}.").split(".")[1]
         if not path.startswith(f"model.{layout['layers']}.") or module not in behind:
             expected.add(path)
-    report = freeze.apply(model, ["experts"])
+    report = trained_parts.freeze(model, ["experts"])
     assert trained(model) == expected | routers(model)
     assert name in ("olmo", "nanochat") or any(
         "norm" in path or "ln_" in path for path in trained(model)
@@ -62,7 +62,7 @@ def test_experts_of_every_family(name: str, attention: str) -> None:
 def test_attention_and_embeddings_of_every_family(name: str, dense: bool) -> None:
     model = BY_NAME[name].model(0) if dense else random_mixture(name)
     everything = trained(model)
-    freeze.apply(model, ["attention"])
+    trained_parts.freeze(model, ["attention"])
     gone = everything - trained(model)
     assert not gone & routers(model)
     assert not {path for path in gone if "mlp" in path or "experts" in path or "embed" in path or "wte" in path}
@@ -70,7 +70,7 @@ def test_attention_and_embeddings_of_every_family(name: str, dense: bool) -> Non
     assert words & {"o_proj", "dense", "out_proj", "c_proj"}
     assert words & {"q_proj", "qkv_proj", "query_key_value", "c_attn"}
     before = trained(model)
-    freeze.apply(model, ["embeddings"])
+    trained_parts.freeze(model, ["embeddings"])
     tables = [*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()]
     assert before - trained(model) == names_of(model, lambda parameter: any(parameter is table for table in tables))
 
@@ -82,17 +82,17 @@ def test_trunk_is_what_the_experts_of_every_family_share(name: str, tmp_path: Pa
     dense.save_pretrained(tmp_path)
     owned = open_expert(name, CheckpointIndex.open(tmp_path)).expert_tensors(attention=True, ffn=True)
     everything = trained(dense)
-    freeze.apply(dense, ["trunk"])
+    trained_parts.freeze(dense, ["trunk"])
     assert trained(dense) == everything & owned
     layers = f"{model.config.layout['layers']}."
-    freeze.apply(model, ["trunk"])
+    trained_parts.freeze(model, ["trunk"])
     assert trained(model) >= routers(model) and all(layers in path for path in trained(model))
 
 
 @pytest.mark.parametrize("attention", (*BOTH, "average"))
 def test_all_but_routers(attention: str) -> None:
     model = random_mixture("gpt2", attention)
-    report = freeze.apply(model, ["all_but_routers"])
+    report = trained_parts.freeze(model, ["all_but_routers"])
     assert trained(model) == routers(model)
     kinds = 1 if attention == "average" else 2
     assert report.trained == kinds * 2 * 3 * 32
@@ -103,7 +103,7 @@ def test_dense_models_have_no_experts(part: str) -> None:
     with pytest.raises(
         RecipeError, match=f"freeze: {part} applies to mixtures, but the llama model has no routers"
     ) as caught:
-        freeze.apply(BY_NAME["llama"].model(0), [part])
+        trained_parts.freeze(BY_NAME["llama"].model(0), [part])
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -112,13 +112,13 @@ def test_nothing_left_to_train() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("self_attn" in name or "embed" in name)
     with pytest.raises(RecipeError, match="with attention and embeddings frozen, the llama model has nothing left"):
-        freeze.apply(model, ["attention", "embeddings"])
+        trained_parts.freeze(model, ["attention", "embeddings"])
 
 
 @pytest.mark.parametrize("parts", [["experts"], ["all_but_routers"], ["attention", "embeddings"]])
 def test_weight_decay_leaves_frozen_parts_alone(parts: list[str], tmp_path: Path) -> None:
     model = random_mixture("llama")
-    freeze.apply(model, parts)
+    trained_parts.freeze(model, parts)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     rows = [{"input_ids": row, "labels": row} for row in tokens(4)]
     settings: dict[str, Any] = {"weight_decay": 0.5, "learning_rate": 1e-2, "max_steps": 2}

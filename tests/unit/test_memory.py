@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import resource, sys
-from branchmix.train.memory import keep_freed_memory
+from branchmix.train.models import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():

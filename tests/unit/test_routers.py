@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from branchmix.models.routing_branchmix import BranchMixFFNRouter, BranchMixRouter
-from branchmix.train.routers import PATIENCE, RouterMonitor, RouterReading
+from branchmix.train.counters import PATIENCE, RouterMonitor, RouterReading
 from families import BY_NAME
 from mixtures import random_mixture, tokens
 
@@ -130,7 +130,7 @@ def test_a_dense_model_has_nothing_to_watch() -> None:
     model = BY_NAME["llama"].model(0)
     monitor = RouterMonitor(model.config, DOMAINS)
     monitor.add(model(tokens(), **monitor.options), torch.tensor([0, 1]))
-    assert monitor.read().scalars() == {} and monitor.collapsed() == [] and monitor.options == {}
+    assert monitor.read().scalars() == {} and monitor.read().collapsed == [] and monitor.options == {}
 
 
 def test_a_collapse_is_told_once_until_it_recovers() -> None:
@@ -144,8 +144,7 @@ def test_a_collapse_is_told_once_until_it_recovers() -> None:
         for _ in range(number):
             with torch.no_grad():
                 monitor.add(model(tokens(4, 20), **monitor.options), torch.tensor([0, 1, 2, 0]))
-            monitor.read()
-            lines += monitor.collapsed()
+            lines += monitor.read().collapsed
         return lines
 
     def collapse(router: Any) -> None:
@@ -179,8 +178,8 @@ WORKER = """
 import json, os, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from branchmix.train.routers import RouterMonitor
-from branchmix.train.sharding import leave_group
+from branchmix.train.counters import RouterMonitor
+from branchmix.train.models import leave_group
 from mixtures import random_mixture, tokens
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -10,7 +10,7 @@ import torch
 from branchmix.accounting import parameters
 from branchmix.study.memory import activation_bytes, training_bytes
 from branchmix.study.models import new_model
-from branchmix.train.losses import DomainLoss
+from branchmix.train.counters import DomainLoss
 from branchmix.train.models import Computing, attention_options
 
 VOCABULARY = 48

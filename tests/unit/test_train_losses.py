@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from branchmix.train.losses import DomainLoss
+from branchmix.train.counters import DomainLoss
 from families import BY_NAME, NAMES
 from mixtures import close, random_mixture, tokens
 
@@ -78,8 +78,8 @@ def test_adds_up_each_domain_over_batches(name: str) -> None:
 
 def test_names_the_domain_that_is_no_number() -> None:
     domains = DomainLoss(["code", "law"])
-    assert domains.not_finite() == []
+    assert domains.blamed() == []
     logits_BTV = torch.zeros(2, 3, 5)
     logits_BTV[1, 1, 2] = torch.nan
     domains(logits_BTV, torch.tensor([[1, 2, 3], [1, 2, 3]]), vocab_size=5, domain_B=torch.tensor([0, 1]))
-    assert domains.not_finite() == ["law"]
+    assert domains.blamed() == ["law"]

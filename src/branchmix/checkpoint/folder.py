@@ -71,7 +71,7 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
         yield temporary
         require_replaceable(out, force=force)  # again, as others may have written there meanwhile
         with writing(out):
-            fsync_folder(temporary)
+            fsync_path(temporary)
             if target.exists():
                 replace_folder(temporary, target, aside=beside(target, REPLACED))
             else:
@@ -81,7 +81,7 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
                     if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise
                     raise OutputError(f"{out}: {_EXISTS}") from None  # another process was faster
-            fsync_folder(target.parent)
+            fsync_path(target.parent)
     except BaseException as error:
         discard(temporary)
         if isinstance(error, BranchMixError):
@@ -275,10 +275,10 @@ def in_order_of_removal(entries: Iterable[Path], *, last: Iterable[str] = ()) ->
     return sorted(entries, key=lambda entry: (entry.name in late, entry.name not in MAKES_A_MODEL, entry.name))
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes new names in ``folder`` survive a power cut, where the platform opens folders."""
+def fsync_path(path: Path) -> None:
+    """Makes a file's content, or new names in a folder where the platform opens folders, survive a power cut."""
     with suppress(PermissionError, IsADirectoryError):
-        fd = os.open(folder, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
         finally:
@@ -325,6 +325,28 @@ def writing(file: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{file}: the disk is full (or your quota): free space, or write elsewhere") from error
         raise OutputError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(file: Path, *, wait: float = -1) -> Iterator[bool]:
+    """Hold the lock of ``file`` inside the block, which gets False if others still hold it after ``wait`` seconds.
+
+    A negative ``wait`` has no end. The folder is made if need be. The system frees the lock if the process dies.
+
+    Raises:
+        OutputError: the lock's folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(file)
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout):
+            lock.acquire(timeout=wait)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 def write_json(file: Path, content: Any, *, allow_nan: bool = False) -> None:

@@ -49,9 +49,9 @@ def train_command(
     as_json: console.AsJson = False,
 ) -> None:
     """Train a dense model or a mixture with the settings of a run file."""
+    from branchmix.train.models import leave_group
     from branchmix.train.run import train
     from branchmix.train.run_folder import is_main_process
-    from branchmix.train.sharding import leave_group
 
     again = shlex.join(["branchmix", "train", str(run), *(overrides or [])])
     try:

@@ -3,12 +3,17 @@
 Local files are read once, split into documents to train on and documents held out, and then shuffled as a whole. A
 streamed source becomes chunks in the order it is read, as far as it is needed; the rest is done in the background.
 A process that writes into a domain's folder holds its lock, which the system frees when the process dies.
+
+A chunk is a safetensors file, mapped into memory when read. It holds whole documents end to end (``tokens``, and
+``ends`` of each), the hashes of their texts, and the documents held out, with their text. It appears complete or not at
+all, by a rename; its header has the counts of what it holds and the place in the source after it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,33 +21,27 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from branchmix.checkpoint.folder import write_json
+from branchmix.checkpoint.folder import locked, write_json, writing
+from branchmix.checkpoint.index import read_header
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.data.config import Source
-from branchmix.data.sources import Reader, frozen, hash_of, open_source
-from branchmix.data.tokens import (
-    Chunk,
-    Counts,
-    Documents,
-    chunk_file,
-    chunks_in,
-    dtype_for,
-    utf8,
-    write_chunk,
-)
-from branchmix.errors import BranchMixError, DataError
+from branchmix.data.sources import Reader, hash_of, open_source
+from branchmix.errors import BranchMixError, CheckpointError, DataError
 
 CHUNK_TOKENS = 4_000_000
 """Tokens of a chunk, approximately: 8 MB on disk, and what is lost when a process is killed."""
 SHUFFLE_SEED = 20240815
 
-Progress = Callable[[str, int, int], None]
-TOKENIZER_FILE, PLAN_FILE, FAILURE_FILE = "tokenizer.json", "plan.json", "failure.json"
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64, "U64": np.uint64}
+Progress = Callable[[str], None]
+TOKENIZER_FILE, PLAN_FILE, FAILURE_FILE, LOCK = "tokenizer.json", "plan.json", "failure.json", "lock"
 
 
 class Encoder:
@@ -55,7 +54,7 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.eos_token_id = eos_token_id
-        self.dtype = dtype_for(self.tokenizer.get_vocab_size(with_added_tokens=True))
+        self.dtype: Any = np.uint16 if self.tokenizer.get_vocab_size(with_added_tokens=True) <= 2**16 else np.uint32
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         with _parallel_tokenizers():
@@ -90,16 +89,9 @@ def _parallel_tokenizers() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-class Plan(TypedDict):
-    """What a domain's tokens are made of, as JSON."""
-
-    name: str
-    source: dict[str, Any]
-    folder: str
-    """Where the source's relative paths start from."""
-    held_out_share: float
-    eos_token_id: int | None
-    chunk_tokens: int
+Plan = dict[str, Any]
+"""What a domain's tokens are made of, as JSON: its ``name`` and ``source``, the ``folder`` that the source's relative
+paths start from, ``held_out_share``, ``eos_token_id`` and ``chunk_tokens``."""
 
 
 def build(
@@ -137,89 +129,77 @@ def _tokenise(
     # Of about 1 MB, so that many threads have something to do, and a chunk ends near where it should.
     batches = _batches(reader.read(chunks[-1].header["state"] if chunks else None), plan["chunk_tokens"] // 4)
     number = len(chunks)
-    while tokens < wanted():
-        content = _Content(plan["held_out_share"], hold_one=number == 0)
+    last = False
+    while not last and tokens < wanted():
+        train: list[_Document] = []
+        held_out: list[_Document] = []
+        new_tokens = duplicates = replaced = 0
         last, state = True, None
-        for texts, state in batches:
+        for texts in batches:
+            state = reader.state()
             whole = [whole_characters(text) for text in texts]
-            content.replaced += sum(text is not given for text, given in zip(whole, texts, strict=True))
-            hashed = {hash_of(text): text for text in whole}
-            new = {text_hash: text for text_hash, text in hashed.items() if text_hash not in seen}
+            replaced += sum(text is not given for text, given in zip(whole, texts, strict=True))
+            new = {text_hash: text for text in whole if (text_hash := hash_of(text)) not in seen}
             seen.update(new)
-            content.duplicates += len(texts) - len(new)
+            duplicates += len(texts) - len(new)
             for (text_hash, text), ids in zip(new.items(), encoder(list(new.values())), strict=True):
-                content.add(text, text_hash, ids)
-            done, total = reader.bytes_read(state)
-            if not total:
-                done, total = min(tokens + content.train.num_tokens, wanted()), wanted()
-            progress(f"tokenising {plan['name']}", done, total)
-            if content.train.num_tokens >= plan["chunk_tokens"]:
+                is_held_out = text_hash < plan["held_out_share"] * 2**64
+                (held_out if is_held_out else train).append(_Document(ids, text_hash, text.encode()))
+                new_tokens += 0 if is_held_out else len(ids)
+            progress(f"tokenising {plan['name']}")
+            if new_tokens >= plan["chunk_tokens"]:
                 last = False
                 break
-        if last and number == 0 and not content.train.tokens and not content.held_out.tokens:
+        forced = None
+        if not number and not train and not held_out:
             raise DataError("there is no text in it")
-        arrays, counts = content.finished(encoder.dtype)
-        write_chunk(chunk_file(folder, number), arrays, counts, last=last, state=state, forced=content.forced)
+        if not number and not held_out and len(train) > 1 and plan["held_out_share"] > 0:
+            # One to evaluate on, though its hash does not say so.
+            held_out = [train.pop(min(range(len(train)), key=lambda place: train[place].hash))]
+            forced = held_out[0].hash
+        counts = Counts(*_sizes(train), *_sizes(held_out), duplicates, replaced)
+        arrays = {
+            **_arrays(train, "", encoder.dtype),
+            **_arrays(held_out, "held_out_", encoder.dtype),
+            "held_out_text": np.frombuffer(b"".join(document.text for document in held_out), dtype=np.uint8),
+            "held_out_text_ends": np.cumsum([len(document.text) for document in held_out], dtype=np.int64),
+        }
+        write_chunk(chunk_file(folder, number), arrays, counts, last=last, state=state, forced=forced)
         number += 1
         tokens += counts.tokens
-        if last:
-            return
 
 
-class _Content:
-    """A chunk while it is being filled."""
-
-    def __init__(self, held_out_share: float, *, hold_one: bool):
-        self.limit = held_out_share * 2**64
-        self.hold_one = hold_one and held_out_share > 0
-        self.train, self.held_out = Documents(), Documents()
-        self.texts: list[str] = []
-        self.duplicates = self.replaced = 0
-        self.forced: int | None = None
-        """Hash of a document that is held out though its hash does not say so."""
-        self._lowest: tuple[int, str, int] | None = None
-
-    def add(self, text: str, text_hash: int, ids: np.ndarray) -> None:
-        num_bytes = len(text.encode())
-        if text_hash < self.limit:
-            self.held_out.add(ids, text_hash, num_bytes)
-            self.texts.append(text)
-            return
-        if self.hold_one and (self._lowest is None or text_hash < self._lowest[0]):
-            self._lowest = (text_hash, text, len(self.train.tokens))
-        self.train.add(ids, text_hash, num_bytes)
-
-    def finished(self, dtype: Any) -> tuple[dict[str, np.ndarray], Counts]:
-        """Arrays as ``write_chunk`` takes them; the first chunk has a document to evaluate on, if it has two."""
-        if self.hold_one and not self.texts and self._lowest is not None and len(self.train.tokens) > 1:
-            text_hash, text, place = self._lowest
-            num_bytes = len(text.encode())
-            self.held_out.add(self.train.remove(place, num_bytes), text_hash, num_bytes)
-            self.texts.append(text)
-            self.forced = text_hash
-        content, ends = utf8(self.texts)
-        arrays = {
-            **self.train.arrays("", dtype),
-            **self.held_out.arrays("held_out_", dtype),
-            "held_out_text": content,
-            "held_out_text_ends": ends,
-        }
-        train, held_out = ((len(part.tokens), part.num_tokens, part.bytes) for part in (self.train, self.held_out))
-        return arrays, Counts(*train, *held_out, self.duplicates, self.replaced)
+class _Document(NamedTuple):
+    tokens: np.ndarray
+    hash: int
+    text: bytes
 
 
-def _batches(documents: Iterator[tuple[str, Any]], size: int) -> Iterator[tuple[list[str], Any]]:
-    """Documents in lists of about ``size`` characters, each with the state after it."""
+def _sizes(documents: list[_Document]) -> tuple[int, int, int]:
+    """How many documents, tokens and bytes."""
+    return len(documents), sum(len(d.tokens) for d in documents), sum(len(d.text) for d in documents)
+
+
+def _arrays(documents: list[_Document], prefix: str, dtype: Any) -> dict[str, np.ndarray]:
+    return {
+        f"{prefix}tokens": np.concatenate([np.zeros(0, dtype), *(d.tokens for d in documents)]).astype(dtype),
+        f"{prefix}ends": np.cumsum([len(d.tokens) for d in documents], dtype=np.int64),
+        f"{prefix}hashes": np.array([d.hash for d in documents], dtype=np.uint64),
+    }
+
+
+def _batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
+    """Documents in lists of about ``size`` characters."""
     texts: list[str] = []
     characters = 0
-    for text, state in documents:
+    for text in documents:
         texts.append(text)
         characters += len(text)
         if characters >= size:
-            yield texts, frozen(state)
+            yield texts
             texts, characters = [], 0
     if texts:
-        yield texts, frozen(state)
+        yield texts
 
 
 def _shuffle(chunks: list[Chunk], folder: Path, dtype: Any, chunk_tokens: int) -> None:
@@ -228,30 +208,28 @@ def _shuffle(chunks: list[Chunk], folder: Path, dtype: Any, chunk_tokens: int) -
     places = np.concatenate([np.stack([np.full(len(s), i), np.arange(len(s))]) for i, s in enumerate(sizes)], axis=1)
     order = permutation(places.shape[1], SHUFFLE_SEED)
     ends = np.cumsum(np.concatenate(sizes)[order])
-    num_chunks = max(1, round(int(ends[-1]) / chunk_tokens)) if len(ends) else 1
-    cuts = np.searchsorted(ends, np.arange(1, num_chunks) * (int(ends[-1]) / num_chunks if len(ends) else 0))
+    total = int(ends[-1]) if len(ends) else 0
+    num_chunks = max(1, round(total / chunk_tokens))
+    cuts = np.searchsorted(ends, np.arange(1, num_chunks) * (total / num_chunks))
     for number, part in enumerate(np.split(order, cuts)):
         last = number == num_chunks - 1
-        train = Documents()
-        for chunk_index, document in places[:, part].T.tolist():
-            arrays = chunks[chunk_index].arrays
-            end = int(arrays["ends"][document])
-            train.add(
-                arrays["tokens"][end - int(sizes[chunk_index][document]) : end], int(arrays["hashes"][document]), 0
-            )
+        train = [
+            _Document(chunks[i].piece("tokens", "ends", place), int(chunks[i].arrays["hashes"][place]), b"")
+            for i, place in places[:, part].T.tolist()
+        ]
         # Held-out documents stay in their order, in any chunk.
         beside = chunks[number:] if last else chunks[number : number + 1]
         counts = sum((chunk.counts for chunk in beside), Counts())
+        counts.documents, counts.tokens, _ = _sizes(train)
         held_out: dict[str, np.ndarray] = {}
         for key in ("held_out_tokens", "held_out_hashes", "held_out_text"):
             held_out[key] = np.concatenate([chunk.arrays[key] for chunk in beside] or [np.zeros(0, np.uint8)])
         for key in ("held_out_ends", "held_out_text_ends"):
             lengths = [np.diff(chunk.arrays[key], prepend=0) for chunk in beside]
             held_out[key] = np.cumsum(np.concatenate(lengths or [np.zeros(0, np.int64)]))
-        counts.documents, counts.tokens = len(train.tokens), train.num_tokens
+        arrays = {**_arrays(train, "", dtype), **held_out}
         forced = chunks[0].header["forced"] if number == 0 else None
-        file = chunk_file(folder, number)
-        write_chunk(file, {**train.arrays("", dtype), **held_out}, counts, last=last, state=None, forced=forced)
+        write_chunk(chunk_file(folder, number), arrays, counts, last=last, state=None, forced=forced)
 
 
 def permutation(length: int, *seed: int) -> np.ndarray:
@@ -261,14 +239,107 @@ def permutation(length: int, *seed: int) -> np.ndarray:
     return np.argsort(bits, kind="stable")
 
 
+# ---- Chunks on disk ----
+
+
+@dataclass
+class Counts:
+    """How much text there is: of a chunk, or of a domain."""
+
+    documents: int = 0
+    """Documents to train on."""
+    tokens: int = 0
+    bytes: int = 0
+    """Size of their text in UTF-8."""
+    held_out_documents: int = 0
+    held_out_tokens: int = 0
+    held_out_bytes: int = 0
+    duplicates: int = 0
+    """Documents that repeated an earlier one, and were dropped."""
+    replaced: int = 0
+    """Documents in which half of a surrogate pair, which is not a character, became U+FFFD."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+def write_chunk(file: Path, arrays: dict[str, np.ndarray], counts: Counts, **facts: Any) -> None:
+    """Writes a chunk, all or nothing; ``facts`` go into its header, as JSON.
+
+    The arrays are ``tokens``, ``ends``, ``hashes``, the same with ``held_out_``, and ``held_out_text`` with its
+    ``_ends``. Raises OutputError if the disk is full, or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    metadata = {"branchmix": json.dumps({"counts": asdict(counts), **facts})}
+    with writing(file):
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+            temporary.replace(file)
+        except SafetensorError as error:  # it wraps what the system says: "... (os error 28)"
+            code = re.search(r"os error (\d+)", str(error))
+            raise (OSError(int(code[1]), str(error)) if code else OSError(str(error))) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class Chunk:
+    """A chunk on disk; its arrays are mapped when first used."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """Counts, and what ``write_chunk`` was told."""
+        with self.file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            return dict(json.loads(json.loads(stream.read(length))["__metadata__"]["branchmix"]))
+
+    @cached_property
+    def counts(self) -> Counts:
+        return Counts(**self.header["counts"])
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by name, as views of the file."""
+        content = np.memmap(self.file, dtype=np.uint8, mode="r")
+        return {
+            ref.name: content[ref.offset : ref.offset + ref.nbytes].view(_DTYPES[ref.dtype])
+            for ref in read_header(self.file)
+        }
+
+    def piece(self, values: str, ends: str, place: int) -> np.ndarray:
+        """The part of ``values`` that belongs to document ``place``."""
+        start = int(self.arrays[ends][place - 1]) if place else 0
+        return self.arrays[values][start : int(self.arrays[ends][place])]
+
+    def held_out_tokens(self, place: int) -> np.ndarray:
+        return self.piece("held_out_tokens", "held_out_ends", place)
+
+    def held_out_text(self, place: int) -> str:
+        return self.piece("held_out_text", "held_out_text_ends", place).tobytes().decode()
+
+
+def chunk_file(folder: Path, number: int) -> Path:
+    return folder / f"chunk-{number:06d}.safetensors"
+
+
+def chunks_in(folder: Path, first: int = 0) -> list[Chunk]:
+    """The chunks from ``first`` on without a gap; a damaged one counts as missing."""
+    chunks: list[Chunk] = []
+    while (file := chunk_file(folder, first + len(chunks))).exists():
+        try:
+            read_header(file)
+        except CheckpointError:
+            break
+        chunks.append(Chunk(file))
+    return chunks
+
+
 # ---- In a process of its own ----
-
-
-def folder_lock(folder: Path) -> Any:
-    """Held by the process that writes into ``folder``; the system frees it when that process dies."""
-    from filelock import FileLock
-
-    return FileLock(folder / "lock")
 
 
 def main(folder: Path) -> int:
@@ -287,7 +358,7 @@ def main(folder: Path) -> int:
         reader = open_source(Source(**plan["source"]), folder=Path(plan["folder"]))
         encoder = Encoder((folder / TOKENIZER_FILE).read_text(encoding="utf-8"), plan["eos_token_id"])
         while not is_complete(folder):
-            with folder_lock(folder):  # released after each round: other runs may want more than this one
+            with locked(folder / LOCK):  # released after each round: other runs may want more than this one
                 build(folder, plan, reader, encoder, wanted=lambda: wanted[0], progress=lambda *_: None)
             time.sleep(0.2)
     except Exception as error:

@@ -1,15 +1,14 @@
-"""Settings of the text: where each domain comes from, and how much of it is held out."""
+"""Settings of the text: where each domain comes from, what is held out, and the YAML file of ``--data``."""
 
 from __future__ import annotations
 
 import glob
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import model_validator
 
-from branchmix.settings import Count, Settings, Share
+from branchmix.settings import Count, Settings, SettingsFile, Share, absolute
 
 
 class Source(Settings):
@@ -51,16 +50,12 @@ class Source(Settings):
         """The same text for a process in any folder: paths start from ``base``, files in ``out`` are left out."""
         changes: dict[str, Any] = {}
         if self.files is not None:
-            start = glob.escape(os.path.abspath(base))  # noqa: PTH100 (resolve() would follow links)
-            changes["files"] = [_absolute(file, start) for file in self.patterns]
-            changes["exclude"] = [*(_absolute(file, start) for file in self.exclude), f"{glob.escape(str(out))}/**"]
+            start = Path(glob.escape(str(absolute(base, Path()))))
+            changes["files"] = [str(absolute(file, start)) for file in self.patterns]
+            changes["exclude"] = [*(str(absolute(file, start)) for file in self.exclude), f"{glob.escape(str(out))}/**"]
         elif self.hub is not None and (base / self.hub).expanduser().exists():
-            changes["hub"] = _absolute(self.hub, str(base))
+            changes["hub"] = str(absolute(self.hub, base))
         return self.model_copy(update=changes)
-
-
-def _absolute(path: str, base: str) -> str:
-    return os.path.abspath(Path(base) / Path(path).expanduser())  # noqa: PTH100
 
 
 class HeldOut(Settings):
@@ -70,3 +65,44 @@ class HeldOut(Settings):
     """Share of a domain's documents."""
     tokens: Count = 65536
     """Tokens of them that an evaluation reads, of each domain."""
+
+
+class Selection(Settings):
+    """The documents that training with the same ``share`` and ``tokens`` holds out, and evaluates."""
+
+    share: Share = HeldOut().share
+    """Share of a domain's documents, by the hash of their text."""
+    tokens: Count | None = HeldOut().tokens
+    """Maximum of each domain, counted as training counts them, with the first model's tokenizer."""
+    documents: Count | None = None
+    """Maximum of each domain, instead of ``tokens``."""
+
+    @model_validator(mode="after")
+    def _one_maximum(self) -> Selection:
+        if "documents" in self.model_fields_set:
+            if "tokens" in self.model_fields_set:
+                raise ValueError("give either tokens or documents")
+            self.tokens = None
+        return self
+
+
+class EvalData(SettingsFile):
+    """Domains by name, and which of their documents count. A file of ``train`` or ``branch`` works too."""
+
+    data: dict[str, Source]
+    """As in a run: ``{code: {files: ...}, law: {hub: ...}}``."""
+    held_out: Selection | Literal["all"] = Selection()
+    """``all``: every document. Otherwise those that training never sees."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_run(cls, content: Any) -> Any:
+        if isinstance(content, dict) and ("budget" in content or "learning_rate" in content):
+            return {key: value for key, value in content.items() if key in cls.model_fields}
+        return content
+
+    @model_validator(mode="after")
+    def _some_domain(self) -> EvalData:
+        if not self.data:
+            raise ValueError("data: there is no domain")
+        return self

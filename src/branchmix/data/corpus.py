@@ -7,22 +7,18 @@ and the share held out. ``Corpus.train`` and ``Corpus.held_out`` cut it into seq
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-
-from branchmix.checkpoint.folder import write_text, writing
+from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.json_text import json_document, key_of
 from branchmix.checkpoint.text import replaced_note
-from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Encoder, Plan, Progress
+from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Chunk, Encoder, Plan, Progress
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.domain import Domain
-from branchmix.data.sequences import HeldOutSequences, Sequences
+from branchmix.data.sequences import Sequences, held_out_sequences
 from branchmix.data.sources import naming_domain, open_source
 from branchmix.errors import DataError, OutputError
 
@@ -67,7 +63,7 @@ def open_corpus(
         folder: where relative paths start from.
         leave_out: folder whose files are not data: the run's own.
         cache: folder for tokens; ``default_cache()`` if None.
-        progress: called with step, done, total.
+        progress: called with what is done, such as tokenising a domain, again and again.
 
     Raises:
         DataError: a source cannot be found or read, or has no text.
@@ -81,50 +77,36 @@ def open_corpus(
         )
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
     encoder = Encoder(tokenizer_json, tokenizer.eos_token_id)
+    tokenised = {
+        "held_out_share": held_out.share,
+        "eos_token_id": tokenizer.eos_token_id,
+        "chunk_tokens": CHUNK_TOKENS,
+    }
     readers = {}
     for name, source in sources.items():  # all of them before the first is tokenised
         with naming_domain(name):
             readers[name] = open_source(source, folder=folder, leave_out=leave_out)
     domains = {}
     for name, source in sources.items():
-        plan: Plan = {
-            "name": name,
-            "source": source.model_dump(exclude_none=True),
-            "folder": str(folder.absolute()),
-            "held_out_share": held_out.share,
-            "eos_token_id": tokenizer.eos_token_id,
-            "chunk_tokens": CHUNK_TOKENS,
-        }
-        key = {
-            "text": readers[name].identity(),
-            "tokenizer": xxh3_128_hexdigest(tokenizer_json.encode()),
-            "held_out_share": held_out.share,
-            "eos_token_id": tokenizer.eos_token_id,
-            "chunk_tokens": CHUNK_TOKENS,
-            "format": FORMAT,
-        }
+        described = source.model_dump(exclude_none=True)
+        plan: Plan = {"name": name, "source": described, "folder": str(folder.absolute()), **tokenised}
+        hashed = xxh3_128_hexdigest(tokenizer_json.encode())
+        key = {"text": readers[name].identity(), "tokenizer": hashed, **tokenised, "format": FORMAT}
         place = (cache or default_cache()) / "tokens" / key_of(key)
-        with _writing_cache(place):
-            texts = {TOKENIZER_FILE: tokenizer_json, PLAN_FILE: json_document({**plan, "key": key}, allow_nan=True)}
+        texts = {TOKENIZER_FILE: tokenizer_json, PLAN_FILE: json_document({**plan, "key": key}, allow_nan=True)}
+        try:
             for file, text in texts.items():
                 if not (place / file).exists():
                     write_text(place / file, text)
+        except OutputError as error:
+            raise OutputError(f"{error}; BRANCHMIX_CACHE chooses another folder for tokens") from error
         domains[name] = Domain(place, plan, streamed=readers[name].streamed)
         with naming_domain(name):
-            domains[name].make_ready(readers[name], encoder, progress or (lambda step, done, total: None))
+            domains[name].make_ready(readers[name], encoder, progress or (lambda step: None))
     forced = {domain.chunks[0].header["forced"] for domain in domains.values()} - {None}
     for domain in domains.values():
         domain.excluded = forced
     return Corpus(domains, held_out, pad_token_id=tokenizer.pad_token_id)
-
-
-@contextmanager
-def _writing_cache(place: Path) -> Iterator[None]:
-    try:
-        with writing(place):
-            yield
-    except OutputError as error:
-        raise OutputError(f"{error}; BRANCHMIX_CACHE chooses another folder for tokens") from error
 
 
 def up_to(most: int, sized: Iterable[tuple[int, Item]]) -> Iterator[Item]:
@@ -153,8 +135,7 @@ class Corpus:
         ``mix`` is the share of each domain, ``equal``, or ``proportional`` to their tokens.
 
         Raises:
-            DataError: a domain is unknown or has less than one sequence, or shares by size are asked for of a domain
-                whose size is unknown.
+            DataError: a domain has less than one sequence, or shares by size are asked for of one of unknown size.
         """
         shares = self._shares(mix)
         for name, share in shares.items():
@@ -177,35 +158,28 @@ class Corpus:
                         "proportional to it: give shares, or streaming: false"
                     )
             weights = {name: float(domain.counts.tokens) for name, domain in self.domains.items()}
-        elif mix == "equal":
-            weights = dict.fromkeys(self.domains, 1.0)
         else:
-            assert isinstance(mix, dict)
-            if unknown := [name for name in mix if name not in self.domains]:
-                raise DataError(f"mix: there is no domain {unknown[0]!r}; there are {', '.join(self.domains)}")
-            weights = {name: float(mix.get(name, 0)) for name in self.domains}
+            given = dict.fromkeys(self.domains, 1.0) if mix == "equal" else mix
+            weights = {name: float(given.get(name, 0)) for name in self.domains}
         total = sum(weights.values())
-        if total <= 0:
-            raise DataError("mix: all shares are zero")
         return {name: weight / total for name, weight in weights.items() if weight > 0}
 
-    def held_out(self, *, sequence_length: int) -> dict[str, HeldOutSequences]:
+    def held_out(self, *, sequence_length: int) -> dict[str, list[dict[str, Any]]]:
         """Held-out documents of each domain as sequences, the same ones whatever is trained on.
 
         The last sequence may be padded. A domain that holds nothing out is left out.
         """
-        found = {}
+        held_out = {}
         for name in self.domains:
-            documents = [tokens for tokens, _ in self._held_out(name)]
-            if documents:
-                found[name] = HeldOutSequences(name, documents, sequence_length, self.pad_token_id or 0)
-        return found
+            documents = (chunk.held_out_tokens(place) for chunk, place in self._held_out(name))
+            held_out[name] = held_out_sequences(documents, sequence_length, self.pad_token_id or 0)
+        return {name: items for name, items in held_out.items() if items}
 
     def held_out_texts(self, domain: str) -> list[str]:
         """The texts of the same documents."""
-        return [text() for _, text in self._held_out(domain)]
+        return [chunk.held_out_text(place) for chunk, place in self._held_out(domain)]
 
-    def _held_out(self, name: str) -> Iterator[tuple[np.ndarray, Callable[[], str]]]:
+    def _held_out(self, name: str) -> Iterator[tuple[Chunk, int]]:
         """Whole documents up to ``HeldOut.tokens``, by the hash of their text; of a stream, from its first chunk."""
         domain = self.domains[name]
         entries = [
@@ -213,10 +187,9 @@ class Corpus:
             for chunk in (domain.chunks[:1] if domain.streamed else domain.chunks)
             for place, text_hash in enumerate(chunk.arrays["held_out_hashes"].tolist())
         ]
-        in_order = [(chunk, place) for _, chunk, place in sorted(entries, key=lambda entry: entry[0])]
-        pieces = ((chunk.piece("held_out_tokens", "held_out_ends", place), chunk, place) for chunk, place in in_order)
-        for tokens, chunk, place in up_to(self.settings.tokens, ((len(piece[0]), piece) for piece in pieces)):
-            yield tokens, partial(chunk.held_out_text, place)
+        in_order = ((chunk, place) for _, chunk, place in sorted(entries, key=lambda entry: entry[0]))
+        sized = ((len(chunk.held_out_tokens(place)), (chunk, place)) for chunk, place in in_order)
+        return up_to(self.settings.tokens, sized)
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each domain's text, which shows whether the text has changed."""

@@ -9,13 +9,23 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from branchmix.data.build import FAILURE_FILE, Encoder, Plan, Progress, build, folder_lock, is_complete
+from branchmix.checkpoint.folder import locked
+from branchmix.data.build import (
+    FAILURE_FILE,
+    LOCK,
+    Chunk,
+    Counts,
+    Encoder,
+    Plan,
+    Progress,
+    build,
+    chunks_in,
+    is_complete,
+)
 from branchmix.data.sources import Reader
-from branchmix.data.tokens import Chunk, Counts, chunks_in
 from branchmix.errors import DataError
 
 _PATIENCE = 30.0
@@ -34,9 +44,7 @@ class Domain:
         self.complete = False
         self.excluded: set[int] = set()
         """Hashes of documents that are not trained on because another domain holds them out."""
-        self.seconds_waited = 0.0
         self._producer: subprocess.Popen[str] | None = None
-        self._owner = os.getpid()
 
     @property
     def counts(self) -> Counts:
@@ -58,16 +66,13 @@ class Domain:
 
     def make_ready(self, reader: Reader, encoder: Encoder, progress: Progress) -> None:
         """Tokenise in this process, or wait for another that does: all of it, or the first chunk if it is streamed."""
-        from filelock import Timeout
-
         while not self._ready():
-            try:
-                with folder_lock(self.folder).acquire(timeout=0.5):
-                    if not self._ready():
-                        (self.folder / FAILURE_FILE).unlink(missing_ok=True)
-                        build(self.folder, self._plan, reader, encoder, wanted=lambda: 1, progress=progress)
-            except Timeout:
-                progress(f"waiting for {self.name}, which another process tokenises", 0, 1)
+            with locked(self.folder / LOCK, wait=0.5) as held:
+                if not held:
+                    progress(f"waiting for {self.name}, which another process tokenises")
+                elif not self._ready():
+                    (self.folder / FAILURE_FILE).unlink(missing_ok=True)
+                    build(self.folder, self._plan, reader, encoder, wanted=lambda: 1, progress=progress)
         self.refresh()
 
     def _ready(self) -> bool:
@@ -84,7 +89,9 @@ class Domain:
         self.refresh()
         if self.complete or self.counts.tokens >= tokens or int(os.environ.get("LOCAL_RANK", 0)):
             return
+        lines = f"{tokens}\n"
         if self._producer is None:
+            lines = f"{json.dumps(self._plan)}\n{lines}"
             (self.folder / FAILURE_FILE).unlink(missing_ok=True)
             self._producer = subprocess.Popen(
                 [sys.executable, "-m", "branchmix.data.build", str(self.folder)],
@@ -92,49 +99,36 @@ class Domain:
                 text=True,
                 start_new_session=True,  # Ctrl-C lets the run finish its step, which may need more text
             )
-            self._tell(json.dumps(self._plan))
-        self._tell(str(tokens))
-
-    def _tell(self, line: str) -> None:
-        assert self._producer is not None and self._producer.stdin is not None
+        assert self._producer.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, which is noticed once its text is needed
-            self._producer.stdin.write(f"{line}\n")
+            self._producer.stdin.write(lines)
             self._producer.stdin.flush()
 
-    def chunk(self, number: int) -> Chunk | None:
-        """A chunk, waited for if it is still being read; None beyond the end of the source.
+    def wait_for_more(self) -> None:
+        """Wait for the next chunk or the end of the source.
 
-        Raises DataError if no process reads the source any more, or reading has failed.
+        Raises:
+            DataError: no process reads the source any more, or reading has failed.
         """
-        if number >= len(self.chunks) and not self.complete:
-            started = time.monotonic()
-            while number >= len(self.chunks) and not self.complete:
-                self.refresh()
-                self._require_life(time.monotonic() - started)
-                time.sleep(0.05)
-            self.seconds_waited += time.monotonic() - started
-        return self.chunks[number] if number < len(self.chunks) else None
+        known, started = len(self.chunks), time.monotonic()
+        while len(self.chunks) == known and not self.complete:
+            self.refresh()
+            self._require_life(time.monotonic() - started)
+            time.sleep(0.05)
 
     def _require_life(self, waited: float) -> None:
         failure = self.folder / FAILURE_FILE
         if failure.exists():
             raise DataError(f"data.{self.name}: {json.loads(failure.read_text(encoding='utf-8'))['error']}")
-        if self._producer is not None and self._owner == os.getpid():
+        if self._producer is not None:
             if (code := self._producer.poll()) is not None and not is_complete(self.folder):
                 raise DataError(f"data.{self.name}: reading in the background has ended with code {code}: start again")
         elif waited > _PATIENCE:
-            from filelock import Timeout
-
-            try:
-                with folder_lock(self.folder).acquire(timeout=0):
+            with locked(self.folder / LOCK, wait=0) as held:
+                if held:
                     raise DataError(
                         f"data.{self.name}: the process that reads it in the background is gone: start again"
                     )
-            except Timeout:
-                pass
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_producer": None}
 
     def lengths(self, number: int) -> np.ndarray:
         """Tokens of each document of a chunk, 0 for those not trained on."""

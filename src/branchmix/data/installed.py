@@ -26,11 +26,8 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-
-from branchmix.checkpoint.folder import write_json
 
 HELD_OUT_SHARE = 0.2  # much, because `law` has few documents
 MIN_CHARS = 400  # documents shorter than this, after de-duplication, are left out
@@ -77,14 +74,11 @@ class Extract:
     bytes: int
 
 
-Read = Callable[[str, Path], list[Document]]
-"""All documents of one file: (name, path) -> documents."""
-
-
 @dataclass(frozen=True)
 class Domain:
     files: Callable[[], list[tuple[str, Path]]]
-    read: Read
+    read: Callable[[str, Path], list[Document]]
+    """All documents of one file: (name, path) -> documents."""
     by_paragraph: bool = True
 
 
@@ -96,7 +90,7 @@ def write(
     domains: Sequence[str] = FOUR,
     max_chars: int = MAX_CHARS,
 ) -> dict[str, Extract]:
-    """Write `{domain}.jsonl` for every domain: a document a line, with its `text` and its `name`.
+    """Write `{domain}.jsonl` for every domain: a document a line, with its `text` and its `name`. Counts go to stderr.
 
     Args:
         enough_bytes: bytes of UTF-8 text in a domain; the last document is written whole.
@@ -106,21 +100,32 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
-    with _pool(processes) as mapped:
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for name in domains:
             domain = DOMAINS[name]
             path, part = folder / f"{name}.jsonl", folder / f"{name}.jsonl.part"
             documents, chars, size = 0, 0, 0
+            texts = _read(domain, pool, 64 * processes)
             with part.open("w", encoding="utf-8") as file:
-                for document in _deduplicated(mapped(domain), by_paragraph=domain.by_paragraph, max_chars=max_chars):
+                for document in _deduplicated(texts, by_paragraph=domain.by_paragraph, max_chars=max_chars):
                     file.write(json.dumps({"text": document.text, "name": document.name}, ensure_ascii=False) + "\n")
                     documents, chars = documents + 1, chars + len(document.text)
                     size += len(document.text.encode())
                     if size >= enough_bytes:
                         break
             part.rename(path)
+            print(f"{name:8} {documents:6,} documents {chars:12,} characters", file=sys.stderr)
             written[name] = Extract(path, documents, chars, size)
     return written
+
+
+def _read(domain: Domain, pool: ProcessPoolExecutor, ahead: int) -> Iterator[Document]:
+    """A domain's documents in order, read in processes ``ahead`` files at a time, as little may be enough."""
+    files = domain.files()
+    for start in range(0, len(files), ahead):
+        names, paths = zip(*files[start : start + ahead], strict=True)
+        for documents in pool.map(domain.read, names, paths, chunksize=8):
+            yield from documents
 
 
 def documents(domain: str, *, held_out: bool) -> Iterator[Document]:
@@ -132,23 +137,6 @@ def documents(domain: str, *, held_out: bool) -> Iterator[Document]:
     texts = (document for name, path in source.files() for document in source.read(name, path))
     distinct = _deduplicated(texts, by_paragraph=source.by_paragraph)
     return (document for document in distinct if document.held_out == held_out)
-
-
-@contextmanager
-def _pool(processes: int) -> Iterator[Callable[[Domain], Iterator[Document]]]:
-    """Reads the files of a domain in processes, in order. What has been begun ahead is given up with its domain."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-
-        def mapped(domain: Domain) -> Iterator[Document]:
-            files, size = domain.files(), 64 * processes
-            # By and by: `map` would read everything, also when little is enough.
-            for start in range(0, len(files), size):
-                names, paths = zip(*files[start : start + size], strict=True)
-                for documents in pool.map(domain.read, names, paths, chunksize=8):
-                    yield from documents
-
-        yield mapped
 
 
 def _deduplicated(texts: Iterable[Document], *, by_paragraph: bool, max_chars: int = MAX_CHARS) -> Iterator[Document]:
@@ -289,13 +277,5 @@ def _share_of_letters(text: str) -> float:
     return sum(char.isalpha() or char in " \n,." for char in text) / len(text)
 
 
-def main(folder: Path, enough_bytes: int, processes: int) -> None:
-    written = write(folder, enough_bytes=enough_bytes, processes=processes)
-    for name, extract in written.items():
-        print(f"{name:8} {extract.documents:6,} documents {extract.chars:12,} characters")
-    rows = {name: {**asdict(extract), "path": extract.path.name} for name, extract in written.items()}
-    write_json(folder / "extract.json", rows)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    write(Path(sys.argv[1]), enough_bytes=int(sys.argv[2]), processes=int(sys.argv[3]))

@@ -3,13 +3,19 @@
 Two steps lead from n to tokens. ``MixOrder`` says which domain sequence n is of, and the how-manieth of it, so that the
 shares of the mix are met at every n. ``DomainOrder`` finds the k-th sequence of a domain: its documents end to end, in
 another order each epoch. A document that does not fit continues in the next sequence.
+
+In a model, the documents of a sequence must not see each other. transformers recognises packed documents by position
+ids that start again, if there is no attention mask and no cache. Models that don't take the hint get a 4-D mask
+instead. Which of the two works is found out on the model itself.
+Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,12 +23,18 @@ from torch.utils.data import Dataset
 
 from branchmix.data.build import permutation
 from branchmix.data.domain import Domain
-from branchmix.data.mix import MixOrder
 from branchmix.data.sources import hash_of
-from branchmix.errors import DataError
+from branchmix.errors import CompatibilityError, DataError
 
 IGNORED = -100
 """Label of tokens that are not predicted."""
+Packing = Literal["position_ids", "mask"]
+_LENGTHS = (6, 9, 8)
+"""Tokens of the documents of the probe."""
+_BLOCK = 1024
+"""Sequences that are ordered at once."""
+_SWEEPS = 64
+"""Rounds of swaps; a sequence moves by about the square root of that, if the mix allows it."""
 
 
 class Sequences(Dataset[dict[str, Any]]):
@@ -42,8 +54,7 @@ class Sequences(Dataset[dict[str, Any]]):
         random_seed: int,
     ):
         self.domains = list(domains)
-        self.sequence_length = sequence_length
-        self.num_sequences = num_sequences
+        self.sequence_length, self.num_sequences = sequence_length, num_sequences
         self._orders = [DomainOrder(domain, sequence_length, random_seed) for domain in domains.values()]
         self._mix = MixOrder(shares, random_seed)
 
@@ -60,48 +71,33 @@ class Sequences(Dataset[dict[str, Any]]):
         """Number of sequences of each domain."""
         return dict(zip(self.domains, self._mix.counts(self.num_sequences), strict=True))
 
-    @property
-    def seconds_waited(self) -> float:
-        """Time spent waiting for text that was not read and tokenised yet, in this process."""
-        return sum(order.domain.seconds_waited for order in self._orders)
-
     def epochs(self) -> dict[str, float | None]:
         """How often all sequences go through each domain; None where its size is not known yet."""
-        passes: dict[str, float | None] = {}
-        for order, count in zip(self._orders, self.counts().values(), strict=True):
-            passes[order.domain.name] = count / order.per_epoch() if order.domain.complete else None
-        return passes
+        return {
+            order.domain.name: count / order.per_epoch() if order.domain.complete else None
+            for order, count in zip(self._orders, self.counts().values(), strict=True)
+        }
 
 
-class HeldOutSequences(Dataset[dict[str, Any]]):
-    """Held-out documents of one domain end to end; the last sequence is padded, and predicts nothing there."""
-
-    def __init__(self, domain: str, documents: Sequence[np.ndarray], sequence_length: int, pad_token_id: int):
-        self.domains = [domain]
-        self.num_tokens = sum(len(document) for document in documents)
-        self.sequence_length = sequence_length
-        self._items = []
-        pieces: list[np.ndarray] = []
-        room = sequence_length
-        for document in documents:
-            while len(document):
-                pieces.append(document[:room])
-                room -= len(pieces[-1])
-                document = document[len(pieces[-1]) :]
-                if not room:
-                    self._items.append(packed(pieces, sequence_length))
-                    pieces, room = [], sequence_length
-        if pieces:
-            padding = np.full(room, pad_token_id, dtype=np.int64)
-            item = packed([*pieces, padding], sequence_length)
-            item["labels"][sequence_length - room :] = IGNORED
-            self._items.append(item)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, n: int) -> dict[str, Any]:
-        return {**self._items[n], "domain": 0}
+def held_out_sequences(
+    documents: Iterable[np.ndarray], sequence_length: int, pad_token_id: int
+) -> list[dict[str, torch.Tensor]]:
+    """Documents end to end, as items like those of ``Sequences``; the last is padded, and predicts nothing there."""
+    items = []
+    pieces: list[np.ndarray] = []
+    room = sequence_length
+    for document in documents:
+        while len(document):
+            pieces.append(document[:room])
+            room -= len(pieces[-1])
+            document = document[len(pieces[-1]) :]
+            if not room:
+                items.append(packed(pieces, sequence_length))
+                pieces, room = [], sequence_length
+    if pieces:
+        items.append(packed([*pieces, np.full(room, pad_token_id, dtype=np.int64)], sequence_length))
+        items[-1]["labels"][sequence_length - room :] = IGNORED
+    return items
 
 
 def packed(pieces: Sequence[np.ndarray], sequence_length: int) -> dict[str, torch.Tensor]:
@@ -130,15 +126,11 @@ class DomainOrder:
     def __init__(self, domain: Domain, sequence_length: int, random_seed: int):
         self.domain = domain
         self.sequence_length = sequence_length
-        self.random_seed = random_seed
         self.seed = (random_seed, hash_of(domain.name))
         self._layout = lru_cache(maxsize=4)(self._lay_out)
         self._epoch = lru_cache(maxsize=4)(self._order_chunks)
         if domain.complete:
             self.per_epoch()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DomainOrder, (self.domain, self.sequence_length, self.random_seed)  # what is cached stays behind
 
     def per_epoch(self) -> int:
         """Sequences of an epoch of a domain that is complete; raises DataError if there is not one."""
@@ -170,15 +162,13 @@ class DomainOrder:
             _, ends = self._epoch(0, len(self.domain.chunks))
             if ends[-1] >= (k + 1) * self.sequence_length:
                 return 0, k
-            self.domain.chunk(len(self.domain.chunks))
+            self.domain.wait_for_more()
         return divmod(k, self.per_epoch())
 
     def _order_chunks(self, epoch: int, num_chunks: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the chunks in an epoch, and the tokens up to the end of each."""
-        if self.domain.streamed and not epoch:
-            order = np.arange(num_chunks)
-        else:
-            order = permutation(num_chunks, *self.seed, epoch)
+        as_read = self.domain.streamed and not epoch
+        order = np.arange(num_chunks) if as_read else permutation(num_chunks, *self.seed, epoch)
         return order, np.cumsum([self.domain.num_tokens(int(number)) for number in order])
 
     def _lay_out(self, number: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,3 +192,173 @@ class DomainOrder:
                 yield tokens[offset + start : offset + min(end, stop)]
                 start = min(end, stop)
             document += 1
+
+
+class MixOrder:
+    """Which domain sequence n is of, and how many of that domain came before it.
+
+    After any n sequences, every domain has had its share of n to within less than one (``shares`` sum to 1).
+    Earliest deadline first keeps to that (jobs whose windows are given by that very bound); in blocks, its order is
+    then shuffled as far as the bound allows, since it would otherwise be periodic, and in step with batches or
+    processes.
+    """
+
+    def __init__(self, shares: Sequence[float], random_seed: int):
+        self.weights = [max(1, round(share * 2**30)) for share in shares]  # whole numbers: the bound is exact
+        self.total = sum(self.weights)
+        self.random_seed = random_seed
+        self._starts = [[0] * len(self.weights)]
+        self._block = lru_cache(maxsize=4)(self._order_block)
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        block, place = divmod(n, _BLOCK)
+        order, before = self._block(block)
+        return int(order[place]), int(before[place])
+
+    def counts(self, n: int) -> list[int]:
+        """Sequences of each domain among the first ``n``."""
+        block, place = divmod(n, _BLOCK)
+        order, _ = self._block(block)
+        return [start + int((order[:place] == domain).sum()) for domain, start in enumerate(self._starts[block])]
+
+    def _order_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        while len(self._starts) <= block:
+            self._starts.append(self._earliest_deadlines(len(self._starts) - 1)[1])
+        order = np.array(self._earliest_deadlines(block)[0])
+        self._shuffle(order, block)
+        before = np.empty(_BLOCK, dtype=np.int64)
+        for domain, start in enumerate(self._starts[block]):
+            mine = order == domain
+            before[mine] = start + np.arange(mine.sum())
+        return order, before
+
+    def _earliest_deadlines(self, block: int) -> tuple[list[int], list[int]]:
+        """Domains of a block, and each domain's number of sequences after it."""
+        weights, total = self.weights, self.total
+        counts = list(self._starts[block])
+        releases = [c * total // w for c, w in zip(counts, weights, strict=True)]
+        deadlines = [-(-(c + 1) * total // w) for c, w in zip(counts, weights, strict=True)]
+        order = []
+        for n in range(block * _BLOCK, (block + 1) * _BLOCK):
+            chosen = -1
+            for domain, release in enumerate(releases):
+                if release <= n and (chosen < 0 or deadlines[domain] < deadlines[chosen]):
+                    chosen = domain
+            counts[chosen] += 1
+            count, weight = counts[chosen], weights[chosen]
+            releases[chosen] = count * total // weight
+            deadlines[chosen] = -(-(count + 1) * total // weight)
+            order.append(chosen)
+        return order, counts
+
+    def _shuffle(self, order: np.ndarray, block: int) -> None:
+        """Swap neighbours at random, all even or all odd pairs at once, wherever the bound still holds between them."""
+        weights = np.array(self.weights, dtype=np.int64)
+        n = block * _BLOCK + 1 + np.arange(_BLOCK - 1)
+        bits = np.random.PCG64(np.random.SeedSequence((self.random_seed, block)))
+        for sweep in range(_SWEEPS):
+            counts = np.zeros((_BLOCK, len(weights)), dtype=np.int64)
+            counts[np.arange(_BLOCK), order] = 1
+            counts = np.array(self._starts[block]) + np.cumsum(counts, axis=0)
+            first = np.arange(sweep % 2, _BLOCK - 1, 2)
+            left, right = order[first], order[first + 1]
+            lag_left = (counts[first, left] - 1) * self.total - n[first] * weights[left]
+            lag_right = (counts[first, right] + 1) * self.total - n[first] * weights[right]
+            swap = (lag_left > -self.total) & (lag_right < self.total) & (bits.random_raw(len(first)) % 2 == 1)
+            order[first[swap]], order[first[swap] + 1] = right[swap], left[swap]
+
+
+# ---- As a model's inputs ----
+
+
+def packed_inputs(batch: dict[str, torch.Tensor], how: Packing) -> dict[str, Any]:
+    """Keyword arguments for the model's forward pass, without labels, from ``input_ids`` and ``position_ids`` [B, T].
+
+    ``how`` is the model's ``packing_method``.
+    """
+    inputs: dict[str, Any] = {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "use_cache": False,  # with a cache, transformers takes the positions for those of a continuation
+    }
+    if how == "mask":
+        inputs["attention_mask"] = block_mask(batch["position_ids"])
+    return inputs
+
+
+def block_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """[B, 1, T, T] to add to attention scores: 0 where a token sees another, an earlier one of its piece or itself.
+
+    In float32, which eager attention and SDPA take in every precision (a boolean one eager attention would add).
+    """
+    piece_BT = (position_ids == 0).cumsum(-1)
+    seen_BTT = (piece_BT.unsqueeze(-1) == piece_BT.unsqueeze(-2)).tril()
+    hidden = torch.finfo(torch.float32).min
+    return torch.zeros(seen_BTT.shape, device=seen_BTT.device).masked_fill(~seen_BTT, hidden).unsqueeze(1)
+
+
+def packing_method(model: Any) -> Packing:
+    """How documents are kept apart in this model, found by trying; raises CompatibilityError if neither way works."""
+
+    for how in ("position_ids", "mask"):
+        if isolates_documents(model, how):
+            return how
+    raise CompatibilityError(
+        [
+            f"{model.config.model_type}: packed documents would see each other in this model (attention: "
+            f"{model.config._attn_implementation}), with position ids and with a mask alike: train a family that has "
+            "softmax attention alone and takes position ids"
+        ]
+    )
+
+
+def isolates_documents(model: Any, how: Packing = "position_ids") -> bool:
+    """Whether a document among others in a sequence gives the logits that it gives alone, whatever its neighbours are.
+
+    Works for causal LMs on any device, in any floating-point type; leaves model and random numbers unchanged.
+    """
+    if how == "mask" and _has_windows(model.config):
+        return False  # one mask for all layers would open the windows
+    embeddings = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    documents = [
+        torch.randint(0, embeddings.shape[0], (2, length), generator=generator).to(embeddings.device)
+        for length in _LENGTHS
+    ]
+    documents[-1] = own_BT = documents[-1][:1].expand(2, -1)
+    positions_T = torch.cat([torch.arange(length, device=embeddings.device) for length in _LENGTHS])
+    batch = {"input_ids": torch.cat(documents, dim=1), "position_ids": positions_T.expand(2, -1)}
+    with _undisturbed(model), torch.no_grad():
+        try:
+            packed_BTV = model(**packed_inputs(batch, how)).logits[:, -_LENGTHS[-1] :].float()
+        except (TypeError, ValueError, IndexError, RuntimeError):
+            return False  # it takes no positions, or no such mask
+        alone_BTV = model(input_ids=own_BT[:1], use_cache=False).logits.float()
+    # By the mean and not by the worst, which is a choice between two equally good experts. Neighbours leave no trace
+    # at all, while one and the same document at another place is rounded differently.
+    scale = alone_BTV.abs().mean()
+    by_neighbours = (packed_BTV[0] - packed_BTV[1]).abs().mean() / scale
+    by_place = (packed_BTV[0] - alone_BTV[0]).abs().mean() / scale
+    half = embeddings.dtype in (torch.bfloat16, torch.float16)
+    return bool(by_neighbours < (1e-3 if half else 1e-5)) and bool(by_place < (5e-2 if half else 1e-4))
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layers see only the last so many tokens."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
+    return bool(getattr(config, "sliding_window", None)) or any("full" not in k and "global" not in k for k in kinds)
+
+
+@contextmanager
+def _undisturbed(model: Any) -> Any:
+    """Evaluation mode within the block; the modules' modes and the random numbers are restored after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -15,8 +15,9 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,6 @@ from branchmix.checkpoint.index import refuse_lfs_pointer
 from branchmix.checkpoint.text import whole_characters
 from branchmix.data.config import Source
 from branchmix.errors import BranchMixError, DataError
-
-State = dict[str, Any]
-"""How far a reader has come, as JSON."""
 
 _COMPRESSED = (".gz", ".zst")
 _UNREADABLE = {
@@ -52,7 +50,7 @@ def documents(
     such source, or it cannot be read.
     """
     reader = open_source(source, folder=folder, leave_out=leave_out)
-    for given, _ in reader.read(None):
+    for given in reader.read(None):
         text = whole_characters(given)
         if replaced is not None and text is not given:
             replaced.add(hash_of(text))
@@ -92,33 +90,28 @@ class FileReader:
 
     def __init__(self, source: Source, folder: Path, leave_out: Path | None = None):
         self.column = source.column
-        self.files = find_files(source.patterns, folder, exclude=source.exclude, leave_out=leave_out)
-        self.sizes = [file.stat().st_size for file in self.files]
+        self.files = find_files(source, folder, leave_out)
+        self._state: dict[str, Any] = {}
 
     def identity(self) -> dict[str, Any]:
         """What the text depends on, as JSON: if it changes, so may the text."""
         stats = [(str(file), file.stat()) for file in self.files]
         return {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], "column": self.column}
 
-    def read(self, state: State | None) -> Iterator[tuple[str, State]]:
-        """Documents that are not empty, unchanged (see ``whole_characters``), each with the state after it.
-
-        Reading resumes from ``state``; None is the start.
-        """
+    def read(self, state: dict[str, Any] | None) -> Iterator[str]:
+        """Documents that are not empty, unchanged (see ``whole_characters``), from ``state`` on; None is the start."""
         first, skip = (state["file"], state["row"]) if state else (0, 0)
         for number in range(first, len(self.files)):
-            file = self.files[number]
-            characters = 0
-            with _naming(file):
-                for row, text in enumerate(_rows(file, self.column), 1):
-                    characters += len(text or "")
+            with _naming(self.files[number]):
+                for row, text in enumerate(_rows(self.files[number], self.column), 1):
                     if text and row > skip:
-                        yield text, {"file": number, "row": row, "characters": characters}
+                        self._state = {"file": number, "row": row}
+                        yield text
             skip = 0
 
-    def bytes_read(self, state: State) -> tuple[int, int]:
-        """How far ``state`` is, about, and of how much; (0, 0) if that is unknown."""
-        return sum(self.sizes[: state["file"]]) + min(state["characters"], self.sizes[state["file"]]), sum(self.sizes)
+    def state(self) -> dict[str, Any]:
+        """Where the document that was read last ends, as JSON."""
+        return self._state
 
 
 def require_files(sources: Mapping[str, Source], *, folder: Path, leave_out: Path | None = None) -> None:
@@ -126,7 +119,7 @@ def require_files(sources: Mapping[str, Source], *, folder: Path, leave_out: Pat
     for name, source in sources.items():
         if source.files is not None:
             with naming_domain(name):
-                find_files(source.patterns, folder, exclude=source.exclude, leave_out=leave_out)
+                find_files(source, folder, leave_out)
 
 
 @contextmanager
@@ -138,31 +131,25 @@ def naming_domain(name: str) -> Iterator[None]:
         raise DataError(f"data.{name}: {error}") from error
 
 
-def find_files(
-    patterns: list[str], folder: Path, *, exclude: Sequence[str] = (), leave_out: Path | None = None
-) -> list[Path]:
-    """All files that match, absolute, sorted, each once.
+def find_files(source: Source, folder: Path, leave_out: Path | None = None) -> list[Path]:
+    """All files of a source, absolute, sorted, each once.
 
     Args:
-        patterns: paths or globs; ``**`` stands for folders at any depth, ``~`` for the home folder.
-        folder: where relative ones start from.
-        exclude: patterns of files to leave out.
+        source: ``**`` in its patterns stands for folders at any depth, ``~`` for the home folder.
+        folder: where relative patterns start from.
         leave_out: folder whose files to leave out: the run's own, whose files would change the text on resuming.
 
     Raises:
         DataError: a pattern matches no file.
     """
     files: set[str] = set()
-    excluded = {name for pattern in exclude for name in _matches(pattern, folder)}
-    for pattern in patterns:
-        absolute = folder.absolute() / Path(pattern).expanduser()
+    excluded = {name for pattern in source.exclude for name in _matches(pattern, folder)}
+    is_left_out = cache(lambda parent: leave_out is not None and parent.resolve().is_relative_to(leave_out.resolve()))
+    for pattern in source.patterns:
         matches = [name for name in _matches(pattern, folder) if name not in excluded]
-        if leave_out is not None:
-            inside = leave_out.resolve()
-            parents = {Path(name).parent for name in matches}
-            theirs = {parent for parent in parents if parent.resolve().is_relative_to(inside)}
-            matches = [name for name in matches if Path(name).parent not in theirs]
+        matches = [name for name in matches if not is_left_out(Path(name).parent)]
         if not matches:
+            absolute = folder.absolute() / Path(pattern).expanduser()
             what = "is a folder: name its files, as in" if absolute.is_dir() else "no file matches; looked for"
             where = f"{pattern.rstrip('/')}/**/*" if absolute.is_dir() else str(absolute)
             raise DataError(f"files {pattern!r}: {what} {where}")
@@ -184,7 +171,7 @@ def _matches(pattern: str, folder: Path) -> list[str]:
 
 def _rows(file: Path, column: str) -> Iterator[str | None]:
     """Every row's text; None and "" where a row has none."""
-    suffix = _suffix(file)
+    suffix, _ = _suffixes(file)
     if suffix == ".parquet":
         yield from _parquet_rows(file, column)
     elif suffix in (".csv", ".tsv"):
@@ -229,13 +216,14 @@ def _json_rows(file: Path, column: str) -> Iterator[str | None]:
 def _text_of(row: Any, column: str, where: str) -> str | None:
     if not isinstance(row, dict):
         raise DataError(f"{where}: is a {type(row).__name__}, not a JSON object with a key {column!r}")
-    if column not in row:
-        raise DataError(f"{where}: {_no_column(column, list(row))}")
+    _require_column(column, list(row), where)
     return _checked(row[column], column, where)
 
 
-def _no_column(column: str, there: list[str]) -> str:
-    return f"there is no column {column!r}{nearest(column, there)}; there are {', '.join(there) or 'none'}"
+def _require_column(column: str, there: list[str], where: object) -> None:
+    if column not in there:
+        listed = ", ".join(there) or "none"
+        raise DataError(f"{where}: there is no column {column!r}{nearest(column, there)}; there are {listed}")
 
 
 def _checked(value: Any, column: str, where: str) -> str | None:
@@ -253,9 +241,7 @@ def _csv_rows(file: Path, column: str, suffix: str) -> Iterator[str | None]:
         delimiter = "\t" if suffix == ".tsv" else max(",\t;", key=header.count)
         rows = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
         try:
-            names = list(rows.fieldnames or ())
-            if column not in names:
-                raise DataError(f"{file}: {_no_column(column, names)}")
+            _require_column(column, list(rows.fieldnames or ()), file)
             for row in rows:
                 if None in row:
                     raise DataError(
@@ -271,22 +257,17 @@ def _parquet_rows(file: Path, column: str) -> Iterator[str | None]:
     import pyarrow.parquet as pq
 
     with _opened(file) as stream:
-        table = pq.ParquetFile(io.BytesIO(stream.read()) if _packing(file) else stream)
-        if column not in table.schema_arrow.names:
-            raise DataError(f"{file}: {_no_column(column, table.schema_arrow.names)}")
+        table = pq.ParquetFile(io.BytesIO(stream.read()) if _suffixes(file)[1] else stream)
+        _require_column(column, table.schema_arrow.names, file)
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0).to_pylist():
                 yield _checked(value, column, str(file))
 
 
-def _suffix(file: Path) -> str:
-    """The suffix that says the format: ``.jsonl`` of ``a.jsonl.gz``."""
-    return (Path(file.stem) if _packing(file) else file).suffix.lower()
-
-
-def _packing(file: Path) -> str | None:
-    """How the file is compressed, by its suffix."""
-    return suffix if (suffix := file.suffix.lower()) in _COMPRESSED else None
+def _suffixes(file: Path) -> tuple[str, str]:
+    """The suffix that says the format, and the one that says how it is compressed: ``.jsonl`` and ``.gz``, or ""."""
+    suffix = file.suffix.lower()
+    return (Path(file.stem).suffix.lower(), suffix) if suffix in _COMPRESSED else (suffix, "")
 
 
 @contextmanager
@@ -294,29 +275,22 @@ def _opened(file: Path) -> Iterator[Any]:
     """The file's bytes, decompressed if its suffix says so."""
     import pyarrow as pa
 
-    refuse_pointer(file)
-    if _packing(file) == ".gz":
-        with gzip.open(file) as unpacked:
-            yield unpacked
-        return
-    with file.open("rb") as stream:
-        if _packing(file) == ".zst":
-            yield io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), 1 << 20)
-        else:
-            yield stream
+    _refuse_pointer(file)
+    _, packing = _suffixes(file)
+    with gzip.open(file) if packing == ".gz" else file.open("rb") as stream:
+        yield io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), 1 << 20) if packing == ".zst" else stream
 
 
-def refuse_pointer(file: Path) -> None:
-    """Raises DataError for a Git LFS pointer instead of the data, OSError for a file that cannot be read."""
+def _refuse_pointer(file: Path) -> None:
     with file.open("rb") as stream:
         refuse_lfs_pointer(file, stream.read(64), DataError)
 
 
 def refuse_pointers(folder: Path) -> None:
-    """``refuse_pointer`` for all files of a folder that ``datasets`` reads."""
+    """Raises DataError if a file that ``datasets`` reads is a Git LFS pointer instead of the data."""
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file.stat().st_size < _POINTER_BYTES:
-            refuse_pointer(file)
+            _refuse_pointer(file)
 
 
 def _decoded(content: bytes) -> str:
@@ -377,7 +351,7 @@ class HubReader:
             "column": self.source.column,
         }
 
-    def read(self, state: State | None) -> Iterator[tuple[str, State]]:
+    def read(self, state: dict[str, Any] | None) -> Iterator[str]:
         source = self.source
         with _naming_data_set(source.hub or ""):
             if self.streamed and "[" not in source.split:
@@ -385,48 +359,28 @@ class HubReader:
             else:
                 self._builder.download_and_prepare()
                 rows = self._builder.as_dataset(split=source.split).to_iterable_dataset()
-            column_names = rows.column_names
-            if column_names is not None and source.column not in column_names:
-                raise DataError(f"{source.hub}: {_no_column(source.column, column_names)}")
+            if rows.column_names is not None:
+                _require_column(source.column, rows.column_names, source.hub)
             done = state["row"] if state else 0
             if state and state["iterable"] is not None:
                 rows.load_state_dict(state["iterable"])
             elif done:
                 rows = rows.skip(done)
-            for number, row in enumerate(rows, done + 1):
-                if source.column not in row:
-                    raise DataError(f"{source.hub}, row {number}: {_no_column(source.column, list(row))}")
-                text = _checked(row[source.column], source.column, f"{source.hub}, row {number}")
-                if text:
-                    yield text, _HubState(row=number, iterable=rows)
+            self._rows = rows
+            for self._row, row in enumerate(rows, done + 1):
+                if text := _text_of(row, source.column, f"{source.hub}, row {self._row}"):
+                    yield text
 
-    def bytes_read(self, state: State) -> tuple[int, int]:
-        split = (self._builder.info.splits or {}).get(self.source.split)
-        return (state["row"], split.num_examples) if split and split.num_examples else (0, 0)
+    def state(self) -> dict[str, Any]:
+        try:
+            iterable = self._rows.state_dict()
+            json.dumps(iterable)
+        except (TypeError, ValueError, NotImplementedError, AttributeError):
+            iterable = None
+        return {"row": self._row, "iterable": iterable}
 
 
 Reader = FileReader | HubReader
-
-
-class _HubState(dict[str, Any]):
-    """Row number and state of the iterable, which is only taken when asked for: that is not free."""
-
-    def __init__(self, row: int, iterable: Any):
-        super().__init__(row=row)
-        self._iterable = iterable
-
-    def frozen(self) -> State:
-        try:
-            state = self._iterable.state_dict()
-            json.dumps(state)
-        except (TypeError, ValueError, NotImplementedError, AttributeError):
-            state = None
-        return {"row": self["row"], "iterable": state}
-
-
-def frozen(state: State) -> State:
-    """``state`` as plain JSON, of the document read last."""
-    return state.frozen() if isinstance(state, _HubState) else dict(state)
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from branchmix.checkpoint.text import LONG, parts_of, whole_characters
 from branchmix.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
+CHARACTERS = 20_000_000
+"""Maximum amount of text to train on; more text changes few merges."""
 _BATCH = 1000
 
 
@@ -55,3 +57,18 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
                 batch, characters = [], 0
     if batch:
         yield batch
+
+
+def equal_text(documents: dict[str, Iterator[str]]) -> Iterator[str]:
+    """Documents of all domains, always from the domain with the least text so far, up to ``CHARACTERS`` in all."""
+    taken = dict.fromkeys(documents, 0)
+    left = CHARACTERS
+    while taken and left > 0:
+        name = min(taken, key=lambda domain: taken[domain])
+        text = next(documents[name], None)
+        if text is None:  # the domain is exhausted
+            del taken[name]
+            continue
+        taken[name] += len(text)
+        left -= len(text)
+        yield text

@@ -8,8 +8,8 @@ from itertools import islice
 from typing import Any
 
 from branchmix.checkpoint.text import whole_characters
+from branchmix.data.config import EvalData, Selection
 from branchmix.data.corpus import up_to
-from branchmix.data.evaluation import EvalData, Selection
 from branchmix.data.sources import documents as documents_of
 from branchmix.data.sources import hash_of, is_held_out
 from branchmix.errors import DataError

@@ -13,7 +13,7 @@ from pathlib import Path
 from branchmix.checkpoint.folder import write_json
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.text import replaced_note
-from branchmix.data.evaluation import EvalData
+from branchmix.data.config import EvalData
 from branchmix.errors import RecipeError
 from branchmix.evaluate.candidate import Candidate, ForcedCandidate
 from branchmix.evaluate.document_records import DocumentReader, DocumentRecords

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from branchmix.checkpoint.companions import ADAPTER_WEIGHTS
-from branchmix.checkpoint.folder import writing
+from branchmix.checkpoint.folder import locked, writing
 from branchmix.checkpoint.json_text import key_of, parse_json
 from branchmix.checkpoint.writer import FileHashes
 from branchmix.errors import OutputError
@@ -39,10 +39,8 @@ class Lines:
         """Append objects, on disk at once."""
         if self.file is None or not records:
             return
-        from filelock import FileLock
-
         lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
-        with writing(self.file), FileLock(self.file.with_suffix(".lock")), self.file.open("ab+") as file:
+        with writing(self.file), locked(self.file.with_suffix(".lock")), self.file.open("ab+") as file:
             if _ends_within_a_line(file):
                 lines = b"\n" + lines
             file.write(lines)

@@ -8,10 +8,9 @@ file says the tokens, and FLOPs follow by the exact accounting.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from branchmix.accounting import inspect
 from branchmix.accounting.lineage import lineage, total
@@ -19,7 +18,7 @@ from branchmix.checkpoint.folder import is_file_name
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.errors import BranchMixError, RecipeError
 from branchmix.scaling.trends.table import AXES, KNOWN
-from branchmix.settings import Count, FileName, Settings, parse, read_yaml
+from branchmix.settings import Count, FileName, Settings, SettingsFile
 
 
 class Member(Settings):
@@ -67,31 +66,13 @@ class Member(Settings):
         return axes
 
 
-class FamilyFile(Settings):
+class FamilyFile(SettingsFile):
     """The whole file."""
 
     family: str = ""
     """Name of the family."""
     models: list[Member] = Field(min_length=1)
     """The models, in any order."""
-    _folder: Path = PrivateAttr(default=Path())
-
-    @classmethod
-    def load(cls, path: str | Path) -> FamilyFile:
-        """Read a family file.
-
-        Raises:
-            RecipeError: it is missing, no YAML, or does not make sense; all problems at once.
-        """
-        path = Path(path)
-        family: FamilyFile = parse(cls, read_yaml(path), str(path))
-        family._folder = path.parent
-        return family
-
-    @property
-    def folder(self) -> Path:
-        """Where relative paths start from."""
-        return self._folder
 
 
 @dataclass(frozen=True)

@@ -318,8 +318,7 @@ def _identity_of_source(source: Source, folder: Path) -> dict[str, Any]:
 
     if source.files is None:
         return source.model_dump(exclude_none=True)
-    patterns = [source.files] if isinstance(source.files, str) else source.files
-    files = find_files(patterns, folder, exclude=source.exclude)
+    files = find_files(source, folder)
     if sum(file.stat().st_size for file in files) > _HASHED_BYTES:
         known: list[Any] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     else:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.folder import in_order_of_removal, write_json, write_text, writing
+from branchmix.checkpoint.folder import in_order_of_removal, locked, write_json, write_text, writing
 from branchmix.errors import OutputError
 from branchmix.study.graph import SCORES, Graph, Step
 from branchmix.study.models import facts_of
@@ -50,25 +50,14 @@ def is_done(out: Path, step: Step) -> bool:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """While a study runs in its folder: another one is refused. The system ends it with the process."""
-    from filelock import FileLock, Timeout
-
     is_file = out.exists() and not out.is_dir()
     has_files = out.is_dir() and any(file.name != _LOCK for file in out.iterdir())
     if is_file or (has_files and not (out / PLAN).is_file()):
         raise OutputError(f"{out}: exists, and is not the folder of a study: choose another")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise OutputError(
-                f"{out}: another process runs this study: wait for its end, or choose another folder"
-            ) from None
-    try:
+    with locked(out / _LOCK, wait=0) as held:
+        if not held:
+            raise OutputError(f"{out}: another process runs this study: wait for its end, or choose another folder")
         yield
-    finally:
-        lock.release()
 
 
 class StudyFolder:

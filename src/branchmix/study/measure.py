@@ -19,10 +19,10 @@ from branchmix.study.settings import Inference, StudyFile
 from branchmix.study.speed import in_bf16
 
 if TYPE_CHECKING:
-    from branchmix.data.packing import Packing
+    from branchmix.data.sequences import Packing
     from branchmix.evaluate.perplexity import ScoredDocument
+    from branchmix.train.counters import RouterMonitor
     from branchmix.train.models import Computing
-    from branchmix.train.routers import RouterMonitor
 
 ROUTED_SEQUENCES = 64
 """Sequences of a domain, for the routing by domain."""
@@ -49,8 +49,8 @@ class HeldOutText:
 
     def measure(self, model: Path) -> dict[str, Any]:
         """Scores of one model, and the load of each expert by domain, of each layer's routers."""
-        from branchmix.data.packing import packing_method
-        from branchmix.train.routers import RouterMonitor
+        from branchmix.data.sequences import packing_method
+        from branchmix.train.counters import RouterMonitor
 
         loaded, tokenizer, computing = self._load(model)
         # Found out without autocast, as runs do: what bf16 rounds away would be taken for other documents.
@@ -135,7 +135,7 @@ def distance(model: Path, seed: Path) -> dict[str, float]:
     from branchmix.checkpoint.expressions import Source as Stored
     from branchmix.checkpoint.index import CheckpointIndex
     from branchmix.errors import BranchMixError
-    from branchmix.train.record import part_of
+    from branchmix.train.schedule import part_of
     from branchmix.upcycling.layers import cast
     from branchmix.upcycling.plan import open_expert
 
@@ -172,16 +172,16 @@ def rounded(value: Any) -> Any:
 
 def _routing(model: Any, held_out: dict[str, Any], monitor: RouterMonitor, packing: Packing) -> dict[str, Any]:
     import torch
+    from torch.utils.data import default_collate
 
-    from branchmix.data.packing import collate
-    from branchmix.train.losses import IGNORED
+    from branchmix.data.sequences import IGNORED
     from branchmix.train.measure import model_inputs
 
     with torch.inference_mode():
         for number, sequences in enumerate(held_out.values()):
             rows = range(min(len(sequences), ROUTED_SEQUENCES))
             for start in rows[::BATCH]:
-                batch = collate([sequences[place] for place in rows[start : start + BATCH]])
+                batch = default_collate([sequences[place] for place in rows[start : start + BATCH]])
                 inputs = model_inputs(batch, packing, model.device)
                 labels_BT = inputs.pop("labels")
                 output = model(**inputs, **monitor.options)

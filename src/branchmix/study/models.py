@@ -145,17 +145,17 @@ def _what_is_trained(config: Config, train: dict[str, Any]) -> tuple[dict[str, f
     """Shares by part, LoRA's parameters, and all trained parameters, of a model without storage."""
     import torch
 
-    from branchmix.train import adapters, freeze
-    from branchmix.train.record import trained_parts
+    from branchmix.train import trained_parts
+    from branchmix.train.schedule import shares_trained
 
     with torch.device("meta"):
         model = new_model(config)
     if train.get("adapters"):
-        adapters.add(model)
+        trained_parts.add_adapters(model)
     if named := train.get("freeze"):
-        freeze.apply(model, [named] if isinstance(named, str) else named)
+        trained_parts.freeze(model, [named] if isinstance(named, str) else named)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return *trained_parts(model), trained
+    return *shares_trained(model), trained
 
 
 def new_model(config: Config, **options: Any) -> Any:

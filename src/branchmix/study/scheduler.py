@@ -21,8 +21,8 @@ from branchmix.study.folder import MODEL, STEPS, StudyFolder, alone, is_done, wr
 from branchmix.study.forecast import fitted, processes_of, side_by_side
 from branchmix.study.graph import AFTER_A_MODEL, Graph, Step
 from branchmix.study.settings import StudyFile
-from branchmix.train.job_display import JobDisplay
 from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, run_processes, startable
+from branchmix.train.progress import JobDisplay
 
 Launcher = Literal["local", "ray", "inline"]
 Chain = Sequence[Step]

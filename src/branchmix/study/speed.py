@@ -76,7 +76,7 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
     import torch
 
     from branchmix.train.measure import seconds_per_step
-    from branchmix.train.memory import keep_freed_memory
+    from branchmix.train.models import keep_freed_memory
 
     try:
         torch.set_num_threads(threads)

@@ -149,11 +149,12 @@ class _Work:
         )
         shutil.rmtree(self.folder / TEXT, ignore_errors=True)
         part.rename(self.folder / TEXT)
-        sizes = {}
-        for name, extract in extracts.items():
-            sizes[name] = {"documents": extract.documents, "characters": extract.chars, "bytes": extract.bytes}
-            print(f"{name:8} {extract.documents:6,} documents {extract.chars:12,} characters", file=sys.stderr)
-        return {"text": sizes}
+        return {
+            "text": {
+                name: {"documents": extract.documents, "characters": extract.chars, "bytes": extract.bytes}
+                for name, extract in extracts.items()
+            }
+        }
 
     def train(self) -> dict[str, Any]:
         """A training run; ``run.yaml`` stays beside its result."""
@@ -248,7 +249,7 @@ class _Work:
 
     def routes(self) -> dict[str, Any]:
         """Which expert each held-out token of a mixture uses: numbers, and a page beside them."""
-        from branchmix.data.evaluation import EvalData
+        from branchmix.data.config import EvalData
         from branchmix.evaluate.routing.routes import routes
         from branchmix.evaluate.routing.token_page import write
 
@@ -267,7 +268,7 @@ class _Work:
 
     def inference(self) -> dict[str, Any]:
         """Latency and memory of all merges, and of the seed."""
-        from branchmix.train.record import versions
+        from branchmix.train.measure import versions
 
         assert self.study.inference is not None
         measured = measure_inference(
@@ -311,7 +312,7 @@ def _cpu_name() -> str:
 
 def main(out: Path, names: list[str]) -> int:
     """Exit code: 0; 2 if the input is wrong; 128 and the signal's number after one."""
-    from branchmix.train.memory import keep_freed_memory
+    from branchmix.train.models import keep_freed_memory
 
     if threads := os.environ.get("OMP_NUM_THREADS"):
         import torch

@@ -20,17 +20,18 @@ from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.hub import resolve
 from branchmix.data.sources import require_files
 from branchmix.errors import RecipeError
-from branchmix.settings import parse_yaml
+from branchmix.settings import absolute, parse_yaml
 from branchmix.train.config import BranchConfig, RunConfig
-from branchmix.train.job_display import JobDisplay
 from branchmix.train.launch import Job, JobState, Outcome, Status, run_processes, share_machine
+from branchmix.train.progress import JobDisplay
 from branchmix.train.run_folder import RunFolder, result_of
 
 Launcher = Literal["local", "ray"]
 TRAIN = (sys.executable, "-m", "branchmix", "train")
 """The command of a run, without its file."""
-LOG = "log.txt"
-"""Name of the file with a run's output."""
+TEMPLATE = Path(__file__).with_name("mixture_recipe.yaml")
+FILE, LOG = "run.yaml", "log.txt"
+"""Names of the files with a run's settings, and its output."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,13 @@ def branch(
     elif overrides:
         raise RecipeError("overrides apply to files: change the BranchConfig itself")
     names = _chosen(config, only)
-    out = _absolute(config.out, config.folder)
+    out = absolute(config.out, config.folder)
     require_files(config.data, folder=config.folder)  # once, rather than in every run
     runs = {name: _run(config, name) for name in names}
     # Before anything is written: runs with other settings are refused here, rather than by one process after another.
     finished = {name for name in names if RunFolder(runs[name]).look(runs[name], force=force) == "finished"}
     if dry_run:
-        statuses: dict[str, Status] = {name: "done" if name in finished else "waiting" for name in names}
-        return BranchReport(out, [_report(runs[name], name, statuses[name]) for name in names], dry_run=True)
+        return BranchReport(out, [_report(runs[name], name, finished) for name in names], dry_run=True)
 
     left = [name for name in names if name not in finished]
     with JobDisplay(total=len(names), finished=len(finished), enabled=progress) as watch:
@@ -128,14 +128,15 @@ def branch(
             from branchmix.train.cluster import run_on_ray
 
             jobs = [_job(runs[name], name, config.threads, force=force) for name in left]
-            cluster: dict[str, Any] = {"shared": out, "num_cpus": config.threads or 1}
-            outcome = run_on_ray(jobs, config.at_once, **cluster, retries=config.retries, watch=watch)
+            outcome = run_on_ray(
+                jobs, config.at_once, shared=out, num_cpus=config.threads or 1, retries=config.retries, watch=watch
+            )
         else:
             at_once, threads, places = share_machine(config.at_once, config.threads, len(left))
             jobs = [_job(runs[name], name, threads, force=force) for name in left]
             outcome = run_processes(jobs, at_once, retries=config.retries, places=places, watch=watch)
     states = {state.job.name: state for state in outcome.jobs}
-    experts = [_report(runs[name], name, "done", states.get(name)) for name in names]
+    experts = [_report(runs[name], name, finished, states.get(name)) for name in names]
     recipe, notes = _write_recipe(config, out)
     return BranchReport(out, experts, recipe, notes, outcome.stopped_by)
 
@@ -152,21 +153,17 @@ def _chosen(config: BranchConfig, only: Sequence[str]) -> list[str]:
 
 def _run(config: BranchConfig, name: str) -> RunConfig:
     """The settings of the expert's run, with absolute paths, so that its file works from any folder."""
-    seed, out = resolve(config.seed, config.folder), _absolute(config.out, config.folder)
+    seed, out = resolve(config.seed, config.folder), absolute(config.out, config.folder)
     settings = {key: getattr(config, key) for key in config.model_fields_set if key in RunConfig.model_fields}
     settings |= {
-        "model": config.seed if seed.revision else str(_absolute(str(seed.folder), Path())),
+        "model": config.seed if seed.revision else str(absolute(seed.folder, Path())),
         "out": str(out / name),
         "data": {domain: source.absolute(config.folder, out=out) for domain, source in config.data.items()},
         "mix": config.mix_of(name),
     }
     run = RunConfig(**settings)
-    run._file = Path(run.out) / "run.yaml"
+    run._file = Path(run.out) / FILE
     return run
-
-
-def _absolute(path: str, base: Path) -> Path:
-    return Path(os.path.abspath(base / Path(path).expanduser()))  # noqa: PTH100 (resolve() would follow links)
 
 
 def _job(run: RunConfig, name: str, threads: int | None, *, force: bool) -> Job:
@@ -174,7 +171,7 @@ def _job(run: RunConfig, name: str, threads: int | None, *, force: bool) -> Job:
     import yaml
 
     out = Path(run.out)
-    file = out / "run.yaml"
+    file = out / FILE
     settings = run.model_dump(mode="json", exclude_unset=True)
     if threads is not None:
         settings["threads"] = threads
@@ -186,32 +183,12 @@ def _job(run: RunConfig, name: str, threads: int | None, *, force: bool) -> Job:
     return Job(name, [*command, "--force"] if force else command, out / LOG, again=command, env=env)
 
 
-def _report(run: RunConfig, name: str, status: Status, state: JobState | None = None) -> ExpertReport:
+def _report(run: RunConfig, name: str, finished: set[str], state: JobState | None = None) -> ExpertReport:
     out = Path(run.out)
-    state = state or JobState(Job(name, (), out / LOG), status)
+    state = state or JobState(Job(name, (), out / LOG), "done" if name in finished else "waiting")
     reason = state.reason if state.status == "failed" else ""
     training = result_of(out) if state.status == "done" else None
     return ExpertReport(name, out, run.mix, state.status, state.attempts, state.seconds, reason, training)
-
-
-_RECIPE = """\
-# Written by branchmix branch. The mixture of these experts:
-#   branchmix upcycle {recipe} MIXTURE --verify
-
-seed: {seed}
-experts:
-{experts}
-attention: kv_experts # BAM, Expert KV: every expert keeps its own q, k, v and o
-# attention: kv_sharing # BAM, Shared KV: own q and o, one averaged k and v; the KV cache of the dense seed
-# attention: average # BTX: one averaged attention
-ffn: experts # every expert keeps its own FFN; with `average` here and for attention it is a soup
-
-routing:
-  ffn: {{top_k: 2, normalize: true}} # a token goes to two FFN experts, whose gates sum to 1
-  # attention: {{soft: true}} # a token attends with all experts, weighted by the gate; not for `average`
-# start: paper # instead of routing.ffn: one FFN expert a token, times its raw gate, which has to be trained
-# gates: {{data: data.yaml}} # fit the gates on text, so that the mixture needs no training
-"""
 
 
 def _write_recipe(config: BranchConfig, out: Path) -> tuple[Path | None, tuple[str, ...]]:
@@ -220,9 +197,9 @@ def _write_recipe(config: BranchConfig, out: Path) -> tuple[Path | None, tuple[s
         return None, ()
     seed = resolve(config.seed, config.folder)
     path = out / "recipe.yaml"
-    text = _RECIPE.format(
+    text = TEMPLATE.read_text(encoding="utf-8").format(
         recipe=path,
-        seed=json.dumps(config.seed if seed.revision else os.path.relpath(_absolute(str(seed.folder), Path()), out)),
+        seed=json.dumps(config.seed if seed.revision else os.path.relpath(absolute(seed.folder, Path()), out)),
         experts="".join(f"  - {{name: {_word(name)}, model: ./{name}}}\n" for name in config.experts),
     )
     if path.is_file() and path.read_text(encoding="utf-8") != text:

@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
@@ -28,13 +29,11 @@ from transformers.trainer_utils import SaveStrategy
 
 from branchmix.errors import OutputError, TrainingError
 from branchmix.pages.numbers import human_bytes
-from branchmix.train import checkpoint_files as files
-from branchmix.train import model_files
-from branchmix.train import training_state as saved
-from branchmix.train.checkpoint_files import TRAINING, latest_checkpoint
+from branchmix.train import run_folder as files
+from branchmix.train import saved_state as saved
+from branchmix.train.config import Checkpoints
+from branchmix.train.run_folder import TRAINING, existing, latest_checkpoint
 from branchmix.train.signals import StopSignals
-
-__all__ = ["SafeTrainer", "StopSignals", "latest_checkpoint"]
 
 
 class SafeTrainer(Trainer, TrainerCallback):
@@ -46,9 +45,7 @@ class SafeTrainer(Trainer, TrainerCallback):
     Args:
         model, args, **kwargs: of ``transformers.Trainer``.
         checkpoints: folder of the checkpoints.
-        keep: how many of the newest checkpoints to keep.
-        minutes: wall time between checkpoints, measured on the main process; None turns this off.
-        steps: optimizer steps between checkpoints; None turns this off.
+        when: how often to write them, by the main process's clock, and how many of the newest to keep.
         signals: handler for SIGTERM and Ctrl-C, entered by the caller.
 
     Attributes:
@@ -62,18 +59,12 @@ class SafeTrainer(Trainer, TrainerCallback):
         args: TrainingArguments,
         *,
         checkpoints: Path,
-        keep: int = 2,
-        minutes: float | None = None,
-        steps: int | None = None,
-        signals: StopSignals | None = None,
+        when: Checkpoints,
+        signals: StopSignals,
         **kwargs: Any,
     ) -> None:
-        self.checkpoints = checkpoints
-        self.keep = keep
-        self.stop_signals = signals
+        self.checkpoints, self.when, self.signals = checkpoints, when, signals
         self.stopped_by: int | None = None
-        self._every_seconds = math.inf if minutes is None else 60 * minutes
-        self._every_steps = steps
         self._saved_step = 0
         self._saved_at = self._began_at = time.monotonic()
         self._seconds_before = 0.0
@@ -109,17 +100,12 @@ class SafeTrainer(Trainer, TrainerCallback):
             CheckpointError: the checkpoint does not fit the model or its optimizer.
             KeyboardInterrupt: the second Ctrl-C.
         """
-        deferred = self.stop_signals.deferred() if self.stop_signals else contextlib.nullcontext()
         folder = None if resume_from_checkpoint is None else str(Path(resume_from_checkpoint) / TRAINING)
-        at_start = self.args.eval_on_start
         self._began_at = self._saved_at = time.monotonic()
         # transformers evaluates "at the start" of a resumed run too, which the uninterrupted one would not have done.
-        self.args.eval_on_start = at_start and folder is None
-        try:
-            with deferred:
-                return super().train(resume_from_checkpoint=folder, **kwargs)
-        finally:
-            self.args.eval_on_start = at_start
+        self.args.eval_on_start &= folder is None
+        with self.signals.deferred():
+            return super().train(resume_from_checkpoint=folder, **kwargs)
 
     @property
     def seconds(self) -> float:
@@ -136,18 +122,15 @@ class SafeTrainer(Trainer, TrainerCallback):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Called right before the optimizer's step. Reading the numbers here makes an accelerator wait once a step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        bad_loss = not math.isfinite(float(self._tr_loss))
         bad_norm = norm is not None and not math.isfinite(float(norm))
-        bad_loss, bad_norm = (bool(flag) for flag in self._most(bad_loss, bad_norm))
-        if bad_loss or bad_norm:
-            self._not_finite("loss" if bad_loss else "gradient")
-        return norm
-
-    def _not_finite(self, what: str) -> NoReturn:
-        batches = sorted({text for text in self._everywhere(self.describe_batch()) if text})
+        bad_loss, bad_norm = map(bool, self._most(not math.isfinite(float(self._tr_loss)), bad_norm))
+        if not bad_loss and not bad_norm:
+            return norm
+        batches = sorted({text for text in gather_object([self.describe_batch()]) if text})
         of = f" on {', '.join(batches)}" if batches else ""
         last = latest_checkpoint(self.checkpoints)
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        what = "loss" if bad_loss else "gradient"
         raise TrainingError(
             f"step {self.state.global_step + 1}{of}: the {what} is not a finite number, so the step was not applied: "
             f"{good}; try a lower learning_rate, or precision: fp32"
@@ -159,10 +142,6 @@ class SafeTrainer(Trainer, TrainerCallback):
         """Stop an evaluation here if a signal came. All processes call it for every batch."""
         if self.is_in_train and (stop := self._stop_asked()):
             raise _StoppedError(stop)
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.may_stop_here()
-        return super().prediction_step(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         random_numbers = saved.random_numbers()  # a data loader draws one when it starts
@@ -180,7 +159,7 @@ class SafeTrainer(Trainer, TrainerCallback):
 
     def _stop_asked(self) -> int | None:
         """The signal that any process received, or None."""
-        (stop,) = self._most((self.stop_signals.received if self.stop_signals else None) or 0)
+        (stop,) = self._most(self.signals.received or 0)
         return int(stop) or None
 
     def _stop(self, control: TrainerControl) -> None:
@@ -191,8 +170,8 @@ class SafeTrainer(Trainer, TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Decide whether to save or stop: the same on all processes, by the main one's clock and anyone's signal."""
         main = self.is_world_process_zero()
-        late = main and time.monotonic() - self._saved_at >= self._every_seconds
-        due = self._every_steps is not None and self.state.global_step % self._every_steps == 0
+        late = main and time.monotonic() - self._saved_at >= 60 * self.when.minutes
+        due = self.when.steps is not None and self.state.global_step % self.when.steps == 0
         control.should_save |= any(self._most(late or due))
         if stop := self._stop_asked():
             self.stopped_by = stop
@@ -208,9 +187,9 @@ class SafeTrainer(Trainer, TrainerCallback):
         num_bytes = self._num_bytes()
         write = partial(self._write, target, num_bytes=num_bytes)
         with self._removed_on_failure(files.part_of(target)) as part:
-            write(lambda: files.start(target, num_bytes=num_bytes))
-            weights = model_files.gather(self.model)
-            write(partial(model_files.write, self.model, self.processing_class, weights, part, resumable=True))
+            write(lambda: files.start_checkpoint(target, num_bytes=num_bytes))
+            weights = saved.gather(self.model)
+            write(partial(saved.write, self.model, self.processing_class, weights, part, resumable=True))
             weights = None  # before the optimizer takes twice as much
             tensors, optimizer = saved.optimizer_state(self.model, self._optimizer)
             extra = self.extra_state()
@@ -218,9 +197,9 @@ class SafeTrainer(Trainer, TrainerCallback):
             own = {**saved.random_numbers(), "loss": self._tr_loss.detach().double().cpu()}
             rank = self.args.process_index
             write(lambda: save_file(own, part / TRAINING / f"rng-{rank}.safetensors"), everywhere=True)
-            write(lambda: files.complete(target))
+            write(lambda: files.complete_checkpoint(target))
         if self.is_world_process_zero():
-            files.remove_others(target, keep=self.keep)
+            files.remove_others(target, keep=self.when.keep)
         self._saved_step, self._saved_at = self.state.global_step, time.monotonic()
 
     @contextlib.contextmanager
@@ -260,12 +239,12 @@ class SafeTrainer(Trainer, TrainerCallback):
         Raises:
             OutputError: it cannot be written; ``out`` and the checkpoints are unchanged.
         """
-        weights = model_files.gather(self.model)
+        weights = saved.gather(self.model)
 
         def write(part: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            model_files.write(self.model, self.processing_class, weights, part, resumable=False)
+            saved.write(self.model, self.processing_class, weights, part, resumable=False)
             if also is not None:
                 also(part)
             files.publish(part, out)
@@ -284,7 +263,7 @@ class SafeTrainer(Trainer, TrainerCallback):
                 problem = f"the disk is full: {error}"
             except (OSError, SafetensorError) as error:
                 problem = _problem(error, place, num_bytes)
-        problem = max(self._everywhere(problem))
+        problem = max(gather_object([problem]))
         if problem:
             last = latest_checkpoint(self.checkpoints)
             again = f"rerun the command to resume from {last}" if last else "then start again"
@@ -292,7 +271,7 @@ class SafeTrainer(Trainer, TrainerCallback):
 
     def _num_bytes(self, *, optimizer: bool = True) -> int:
         """Approximate size of a checkpoint."""
-        tensors: list[torch.Tensor] = model_files.to_write(self.model)
+        tensors: list[torch.Tensor] = saved.to_write(self.model)
         if optimizer:
             states = self._optimizer.state.values()
             tensors += [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
@@ -302,7 +281,7 @@ class SafeTrainer(Trainer, TrainerCallback):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
-        model_files.read(model, Path(resume_from_checkpoint).parent)
+        saved.read(model, Path(resume_from_checkpoint).parent)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -348,9 +327,6 @@ class SafeTrainer(Trainer, TrainerCallback):
         losses = [float(load_file(folder / f"rng-{rank}.safetensors")["loss"]) for rank in ranks]
         return sum(losses) / len(losses)
 
-    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
-        return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
-
     # Helpers.
 
     @property
@@ -365,14 +341,6 @@ class SafeTrainer(Trainer, TrainerCallback):
         numbers = torch.tensor([float(value) for value in values], device=self.args.device)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return tuple(numbers.tolist())
-
-    def _everywhere(self, text: str) -> list[str]:
-        """The text of each process."""
-        if self.args.world_size == 1:
-            return [text]
-        texts = [""] * self.args.world_size
-        dist.all_gather_object(texts, text)
-        return texts
 
 
 class _StoppedError(Exception):
@@ -393,7 +361,6 @@ def _problem(error: Exception, place: Path, num_bytes: int) -> str:
     if number_in_text:
         number = int(number_in_text.group(1))
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        there = next(folder for folder in (place, *place.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing(place)).free
         return f"the disk is full: a checkpoint needs {human_bytes(num_bytes)}, and {human_bytes(free)} are free"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

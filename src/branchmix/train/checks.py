@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from branchmix.accounting import inspect
@@ -16,7 +17,6 @@ from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.models import new_config, require_model_type
 from branchmix.train.run_folder import DONE, RunFolder
 from branchmix.train.schedule import Batching, steps_of
-from branchmix.train.sharding import require_possible
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,30 @@ def check(config: RunConfig, folder: RunFolder, *, force: bool) -> Checked:
         if folder.path.resolve() == model.folder.resolve():
             raise RecipeError(f"out: {folder.path} is the model itself: choose another folder")
         described = require_model_type(model)
-    require_possible(config, described, num_processes)
+    require_shardable(config, described, num_processes)
     peak_rate = config.learning_rate.peak or _peak_of(model, config)
     require_files(config.data, folder=config.folder, leave_out=folder.path)
     folder.require_space(_bytes_needed(described, model, config))
     return Checked(state, model, tokenizer, peak_rate, batching)
+
+
+def require_shardable(config: RunConfig, described: dict[str, Any], num_processes: int) -> None:
+    """Refuse settings that cannot be combined with many processes, given the model's config.json."""
+    sharded, spread = config.parallel.fsdp or config.parallel.expert_parallel, config.parallel.expert_parallel
+    if spread and described.get("ffn") != "experts":
+        raise RecipeError("parallel.expert_parallel: the model has no FFN experts: remove it, or use fsdp")
+    if num_processes > 1 and sharded and config.budget.is_time:
+        raise RecipeError("budget: a sharded model's time per step is not measured: give tokens or steps")
+    if num_processes > 1 and spread and (config.lora or config.adapters):
+        key = "lora" if config.lora else "adapters"
+        raise RecipeError(
+            f"parallel.expert_parallel: {key} does not work with experts that are spread over processes: use fsdp"
+        )
+    if num_processes > 1 and spread and gcd(described["num_experts"], num_processes) == 1:
+        raise RecipeError(
+            f"parallel.expert_parallel: {described['num_experts']} experts cannot be spread equally over "
+            f"{num_processes} processes: start as many as there are experts, or a divisor or multiple of it"
+        )
 
 
 def _peak_of(model: ResolvedModel | None, config: RunConfig) -> float:

@@ -6,7 +6,6 @@ command that can be restarted and that ends cleanly when it receives a signal.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from branchmix.checkpoint.folder import libc
 from branchmix.errors import OutputError
 
 Status = Literal["waiting", "running", "done", "failed", "stopped"]
@@ -26,6 +26,7 @@ Status = Literal["waiting", "running", "done", "failed", "stopped"]
 USER_ERROR = 2
 """Exit code of a command whose input is wrong, so that a retry would fail too."""
 
+_SIGNALS = {number.value: number.name for number in signal.Signals}
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 10.0
 """How long processes may take to end if the scheduler itself fails."""
@@ -58,14 +59,10 @@ class JobState:
     attempts: int = 0
     exit_code: int | None = None
     """Exit code of the last attempt; minus the signal's number if a signal killed it."""
-    started: float | None = None
-    """Time of the first attempt, in seconds since the epoch."""
     seconds: float = 0.0
     """Run time of all attempts together, without waiting."""
     last_line: str = ""
     """The last line in the log of the last attempt, once it has ended."""
-    pid: int | None = None
-    """Id of the running process."""
 
     @property
     def command(self) -> list[str]:
@@ -76,9 +73,8 @@ class JobState:
     def reason(self) -> str:
         """Why it failed, in one line."""
         if self.exit_code is not None and self.exit_code < 0:
-            return f"killed by {_signal_name(-self.exit_code)}" + (
-                f" after: {self.last_line}" if self.last_line else ""
-            )
+            after = f" after: {self.last_line}" if self.last_line else ""
+            return f"killed by {_SIGNALS.get(-self.exit_code, f'signal {-self.exit_code}')}{after}"
         return self.last_line.removeprefix("error: ") or f"exit code {self.exit_code}, without any output in its log"
 
 
@@ -110,11 +106,9 @@ def run_processes(
     Raises:
         OutputError: a log cannot be written, or a command cannot be started.
     """
-
-    def start(state: JobState, place: int) -> _Process:
-        return _Process(state, places[place % len(places)], orphans_get)
-
-    return run_jobs(jobs, start, at_once, **others)
+    return run_jobs(
+        jobs, lambda state, place: _Process(state, places[place % len(places)], orphans_get), at_once, **others
+    )
 
 
 def run_jobs(
@@ -152,14 +146,13 @@ def run_jobs(
                         del running[place]
                         attempt.close()
                         attempt.state.status = _status_after(attempt.state, retries=retries, stopping=bool(received))
-                for place in range(at_once):
-                    state = next(
-                        (s for s in startable(states) if all(s is not a.state for a in running.values())), None
-                    )
-                    if state is not None and place not in running and not received:
-                        running[place] = start(state, place)
+                begun = [id(attempt.state) for attempt in running.values()]
+                todo = [] if received else [state for state in startable(states) if id(state) not in begun]
+                free = [place for place in range(at_once) if place not in running]
+                for place, state in zip(free, todo, strict=False):
+                    running[place] = start(state, place)
                 watch(states)
-                if not running and (received or next(startable(states), None) is None):
+                if not running:
                     return Outcome(states, received[0] if received else None)
                 time.sleep(poll_seconds)
     finally:
@@ -242,7 +235,6 @@ class Attempt(ABC):
         """Note in the state that it has started."""
         self.state.status = "running"
         self.state.attempts += 1
-        self.state.started = self.state.started or time.time()
 
     def pass_on(self, received: Sequence[int]) -> None:
         """Send it the signals it has not received yet; the third kills."""
@@ -288,7 +280,7 @@ class _Process(Attempt):
         except OSError as error:
             self.log.close()
             raise OutputError(f"{job.name}: {command[0]} cannot be started: {error.strerror}") from None
-        state.pid, state.exit_code = self.process.pid, None
+        state.exit_code = None
         self.begin()
 
     def is_over(self) -> bool:
@@ -307,7 +299,7 @@ class _Process(Attempt):
         state = self.state
         self.signal(signal.SIGKILL)
         self.log.close()
-        state.exit_code, state.pid = self.process.wait(), None
+        state.exit_code = self.process.wait()
         state.seconds += time.monotonic() - self.begun
         state.last_line = _last_line(state.job.log, self.log_start)
 
@@ -317,7 +309,7 @@ def _before_it_starts(orphans_get: int) -> Callable[[], None]:
 
     Ray's workers block SIGINT, and their children would inherit that.
     """
-    prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform.startswith("linux") else None
+    prctl = libc("prctl") if sys.platform.startswith("linux") else None
     parent = os.getpid()
 
     def prepare() -> None:
@@ -339,10 +331,3 @@ def _last_line(log: Path, start: int) -> str:
         lines = file.read().decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
     return ""
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -1,4 +1,4 @@
-"""Measurements of a model and a machine: held-out loss by domain, seconds per step, matmul peak, memory.
+"""Measurements of a model and a machine: held-out loss by domain, seconds per step, matmul peak, memory, versions.
 
 Shapes: B sequences, T tokens.
 """
@@ -6,20 +6,24 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 import math
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from itertools import pairwise
 from statistics import median_high
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
-from branchmix.data.packing import Packing, collate, packed_inputs
-from branchmix.train.losses import IGNORED, DomainLoss
-from branchmix.train.models import Computing
-from branchmix.train.sharding import reshard
+from branchmix import __version__
+from branchmix.data.sequences import IGNORED, Packing, packed_inputs
+from branchmix.train.counters import DomainLoss
+from branchmix.train.models import Computing, reshard
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def _dealt(sequences: Any, batch_size: int, rank: int, num_processes: int) -> It
     passes = math.ceil(math.ceil(len(sequences) / num_processes) / batch_size)
     for number in range(passes):
         indices = mine[number * batch_size : (number + 1) * batch_size]
-        batch = collate([sequences[index] for index in indices or [0]])
+        batch = default_collate([sequences[index] for index in indices or [0]])
         if not indices:
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
         yield batch
@@ -91,7 +95,7 @@ def seconds_per_step(
         packing: how this model separates packed documents.
     """
     batches = [
-        collate([sequences[(number * micro + row) % len(sequences)] for row in range(micro)])
+        default_collate([sequences[(number * micro + row) % len(sequences)] for row in range(micro)])
         for number in range(min(accumulation, 4))
     ]
     training = model.training
@@ -149,3 +153,17 @@ def memory_bytes(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine(device: Any) -> dict[str, Any]:
+    """The machine that the run was computed on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": device.type, "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that affect the numbers."""
+    names = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+    return {"branchmix": __version__, "python": platform.python_version()} | {
+        name: metadata.version(name) for name in names
+    }

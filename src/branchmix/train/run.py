@@ -1,7 +1,7 @@
 """One training run from its settings to the folder of the result: what ``branchmix train`` does.
 
 Cheap checks come first: whatever can be refused is refused within seconds, before torch is imported, data is read or a
-model is loaded. ``training_run`` does the rest.
+model is loaded. ``prepared`` and ``training_run`` do the rest.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ def train(
         display.line(f"{folder.path}: this run is already done; use --force to start over")
         return RunReport(folder.path, "finished before", record)
     checked = check(config, folder, force=force)
-    from branchmix.train.training_run import TrainingRun
+    from branchmix.train.prepared import PreparedRun
+    from branchmix.train.training_run import execute
 
-    run = TrainingRun(config, checked, folder, display, clock, force)
     with StopSignals() as signals:
         try:
-            return run.execute(signals, dry_run=dry_run)
+            run = PreparedRun(config, checked, folder, display, clock)
+            return RunReport(folder.path, "dry run", run.plan) if dry_run else execute(run, signals, force=force)
         except KeyboardInterrupt:
             if signals.received != signal.SIGTERM:
                 raise

@@ -1,23 +1,26 @@
 """The folder of a run: whether it holds this run or another one, and what a run writes into it.
 
 During a run it holds ``run.json`` (the settings, and what was fixed at the start), ``metrics.jsonl`` and
-``checkpoints/``; after it, the model, ``training.json`` and ``metrics.jsonl``. This module does not import torch.
+``checkpoints/``; after it, the model, ``training.json`` and ``metrics.jsonl``. ``checkpoints/step-00000120/`` holds the
+model as ``save_pretrained`` writes it, and in ``training/`` what a run needs to resume; ``training/files.json`` lists
+all files with their sizes. All processes of a run must see the same file system. This module does not import torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TEMPLATES, TOKENIZER_FILES
-from branchmix.checkpoint.folder import in_order_of_removal, require_name, write_json, writing
+from branchmix.checkpoint.folder import fsync_path, in_order_of_removal, locked, require_name, write_json, writing
 from branchmix.checkpoint.json_text import read_object
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.pages.numbers import too_little_space
@@ -46,6 +49,12 @@ FREE_TO_CHANGE = {
     *("gradient_checkpointing", "trust_remote_code"),
 }
 """Settings that may change when resuming: they do not change the result, up to rounding."""
+
+TRAINING = "training"
+"""Folder inside a checkpoint."""
+FILES = f"{TRAINING}/files.json"
+LAST = (ADAPTER_CONFIG, "config.json", "training.json")
+"""Files by which others recognise a model and a finished run, so they are moved last."""
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -85,7 +94,7 @@ class RunFolder:
         """
         require_name(self.path)
         if not self.path.exists():
-            parent = next(folder for folder in self.path.absolute().parents if folder.exists())
+            parent = existing(self.path)
             if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
                 raise OutputError(f"{self.path}: {parent} is not a writable folder: choose another place")
             return "new"
@@ -134,25 +143,17 @@ class RunFolder:
         Raises:
             OutputError: another process holds the lock, or the folder cannot be written.
         """
-        from filelock import FileLock, Timeout
-
-        file = self.path / LOCK
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(file)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
+        with locked(self.path / LOCK, wait=0) as held:
+            if not held:
                 raise OutputError(
                     f"{self.path}: another process is training here: wait until it ends, or choose another folder (if "
                     f"no process is running, remove {LOCK} there)"
-                ) from None
-        try:
-            yield
-        finally:
-            if (self.path / DONE).is_file():
-                file.unlink(missing_ok=True)
-            lock.release()
+                )
+            try:
+                yield
+            finally:
+                if (self.path / DONE).is_file():
+                    (self.path / LOCK).unlink(missing_ok=True)
 
     def write_run(self, record: dict[str, Any]) -> None:
         """Write ``run.json``."""
@@ -170,10 +171,7 @@ class RunFolder:
         Raises:
             OutputError: with bytes needed and free.
         """
-        place = self.path.absolute()
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(existing(self.path)).free
         if self.path.is_dir() and self.record() is not None:  # what is there already makes room for what replaces it
             files = (file for entry in self._ours() for file in (entry, *entry.rglob("*")))
             free += sum(file.stat().st_size for file in files if file.is_file())
@@ -182,6 +180,11 @@ class RunFolder:
                 f"{self.path}: checkpoints and result need {too_little_space(num_bytes, free)}: make room, "
                 "lower checkpoints.keep, or choose a folder on another disk"
             )
+
+
+def existing(path: Path) -> Path:
+    """The path itself or, if it does not exist yet, the innermost folder around it that does."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -200,14 +203,124 @@ def _difference(record: dict[str, Any], config: RunConfig) -> str | None:
 
 def _first_difference(theirs: Any, ours: Any, path: str) -> str | None:
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in [*theirs, *(key for key in ours if key not in theirs)]:
-            place = f"{path}.{key}" if path else key
-            if place in FREE_TO_CHANGE:
-                continue
-            difference = _first_difference(theirs.get(key), ours.get(key), place)
-            if difference:
-                return difference
-        return None
-    if theirs == ours:
-        return None
-    return f"{path} {json.dumps(theirs)} instead of {json.dumps(ours)}"
+        inner = [(f"{path}{key}", theirs.get(key), ours.get(key)) for key in {**theirs, **ours}]
+        differences = (_first_difference(a, b, f"{place}.") for place, a, b in inner if place not in FREE_TO_CHANGE)
+        return next(filter(None, differences), None)
+    return None if theirs == ours else f"{path[:-1]} {json.dumps(theirs)} instead of {json.dumps(ours)}"
+
+
+# ---- Checkpoints: written under a temporary name, renamed when complete, and checked before use ----
+
+
+def latest_checkpoint(folder: Path, *, notice: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest complete checkpoint in ``folder``, which need not exist, or None.
+
+    Damaged checkpoints are skipped with a ``notice`` of one line; unfinished ones of killed writers are ignored.
+    """
+    for _, checkpoint in sorted(_by_step(folder).items(), reverse=True):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        notice(f"note: {checkpoint}: {problem}, so it is not used")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, by names and sizes of its files; None if it is complete."""
+    sizes = read_object(checkpoint / FILES)
+    if sizes is None:
+        return f"{FILES} is missing or unreadable"
+    for name, size in sizes.items():
+        try:
+            actual = (checkpoint / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if actual != size:
+            return f"{name} has {actual:,} bytes instead of {size:,}"
+    return None
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Path of the checkpoint of a step."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def part_of(target: Path) -> Path:
+    """Temporary path of a checkpoint until it is complete; the same on all processes."""
+    return target.with_name(f".{target.name}.part")
+
+
+def start_checkpoint(target: Path, *, num_bytes: int) -> None:
+    """Make an empty folder for ``target``, and remove the leftovers of killed runs.
+
+    Raises:
+        OutputError: less than ``num_bytes`` are free.
+        OSError: the folder cannot be created.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (*target.parent.glob(".step-*.part"), *target.parent.glob(".step-*.gone")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    free = shutil.disk_usage(target.parent).free
+    if num_bytes > free:
+        raise OutputError(f"a checkpoint needs {too_little_space(num_bytes, free)}")
+    part_of(target).mkdir()
+    (part_of(target) / TRAINING).mkdir()
+
+
+def complete_checkpoint(target: Path) -> None:
+    """List and sync the files written, and move the checkpoint to its final name."""
+    part = part_of(target)
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    sizes = {str(file.relative_to(part)): file.stat().st_size for file in files}
+    (part / FILES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    fsync(part)
+    if target.exists():  # damaged, and rewritten by a run that resumed from an earlier one
+        _remove(target)
+    part.rename(target)
+    fsync_path(target.parent)
+
+
+def remove_others(target: Path, *, keep: int) -> None:
+    """Keep the newest ``keep`` checkpoints up to ``target``; later ones belong to a run that was set back."""
+    steps = _by_step(target.parent)
+    earlier = sorted(step for step in steps if step <= step_of(target))
+    for step in steps.keys() - set(earlier[-keep:]):
+        _remove(steps[step])
+
+
+def publish(part: Path, out: Path) -> None:
+    """Move the content of ``part`` into ``out``, file by file, the config last, and remove ``part``."""
+    fsync(part)
+    entries = sorted(part.iterdir(), key=lambda entry: (LAST.index(entry.name) if entry.name in LAST else -1, entry))
+    for entry in entries:
+        place = out / entry.name
+        if entry.is_dir() and place.is_dir():
+            shutil.rmtree(place)
+        entry.replace(place)
+    fsync_path(out)
+    part.rmdir()
+
+
+def fsync(folder: Path) -> None:
+    """Make all files and names in ``folder`` survive a power cut."""
+    for path in (*folder.rglob("*"), folder):
+        fsync_path(path)
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {step_of(path): path for path in paths if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()}
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename first, so that an interrupted removal leaves nothing that looks like a checkpoint."""
+    gone = checkpoint.with_name(f".{checkpoint.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        checkpoint.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from typing import Any
 
 from branchmix.accounting import Config, flops_per_token
 from branchmix.errors import CheckpointError, RecipeError
@@ -14,8 +16,6 @@ from branchmix.train.config import Budget, LearningRate, RunConfig
 class Batching:
     """How a global batch is divided among processes and micro-batches."""
 
-    sequences: int
-    """Sequences in one optimizer step, over all processes."""
     micro: int
     """Sequences that a process computes at once."""
     accumulation: int
@@ -36,7 +36,7 @@ class Batching:
                 f"micro_batch_size is {micro}, which does not divide the {share} sequences of each of "
                 f"{num_processes} processes: choose a divisor of {share}"
             )
-        return cls(config.batch_size, micro, share // micro)
+        return cls(micro, share // micro)
 
 
 def warmup_steps(warmup: float, num_steps: int) -> int:
@@ -115,6 +115,36 @@ def token_flops(
     }
     frozen = sum(round(weights[part] * (1 - share)) for part, share in (trained or {}).items())
     return TokenFlops(flops.total, 3 * flops.total - frozen + 6 * lora_parameters)
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a parameter belongs to, by its name, for counting FLOPs."""
+    if re.search(r"expert_gate|mlp\.gate\.weight$|router|document_gate", name):
+        return "routers"
+    if "norm" in name or ".ln_" in name:
+        return "norms"
+    if re.search(r"attn|attention", name):
+        return "attention"
+    if re.search(r"mlp|feed_forward|ffn|experts|\.(fc1|fc2)\.", name):
+        return "ffn"
+    return "embeddings"
+
+
+def shares_trained(model: Any) -> tuple[dict[str, float], int]:
+    """The trained share of each part's parameters, for ``token_flops``, and the number of LoRA's parameters."""
+    counts = {part: [0, 0] for part in ("attention", "ffn", "routers", "lm_head")}
+    lora = 0
+    head = model.get_output_embeddings()
+    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            lora += parameter.numel()
+            continue
+        part = "lm_head" if id(parameter) in heads else part_of(name)
+        if part in counts:
+            counts[part][0] += parameter.numel() * parameter.requires_grad
+            counts[part][1] += parameter.numel()
+    return {part: trained / total for part, (trained, total) in counts.items() if total}, lora
 
 
 ADAMW_FLOPS = 14

@@ -8,62 +8,44 @@ Shapes: B sequences, T tokens.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import default_collate
 from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from branchmix.data.packing import Packing, collate
+from branchmix.errors import CheckpointError
 from branchmix.train.checkpoints import SafeTrainer
-from branchmix.train.config import RunConfig
-from branchmix.train.ema import Ema
-from branchmix.train.losses import DomainLoss
-from branchmix.train.measure import held_out_losses, memory_bytes, model_inputs
-from branchmix.train.models import Computing
-from branchmix.train.progress import Clock, Display, Metrics
-from branchmix.train.routers import RouterMonitor
-from branchmix.train.schedule import Batching, TokenFlops, rate_at
+from branchmix.train.counters import DomainLoss, RouterMonitor
+from branchmix.train.measure import held_out_losses, matmul_peak, memory_bytes, model_inputs
+from branchmix.train.models import TokenizerFiles, reshard
+from branchmix.train.prepared import PreparedRun
+from branchmix.train.progress import Clock, Metrics, seconds_of
+from branchmix.train.run_folder import step_of
+from branchmix.train.schedule import rate_at
+from branchmix.train.signals import StopSignals
+
+UPDATES = "num_updates"
+"""Name of the counter in ``state``; parameters have dots in theirs."""
 
 
 class BranchTrainer(SafeTrainer):
-    """Trains a dense model or a mixture on ``Sequences``.
+    """Trains the dense model or mixture of a run on its sequences."""
 
-    Args:
-        out: folder of the run.
-        model: in its final form, except that it is not wrapped for several processes.
-        train_dataset: ``Sequences``.
-        held_out: sequences by domain.
-        num_steps: of the whole run.
-        peak_rate: peak learning rate.
-        peak_flops: FLOP/s of plain matrix products on all devices together.
-        seconds: time that the run took before it was resumed.
-        **options: of ``SafeTrainer``.
-    """
-
-    def __init__(
-        self,
-        *,
-        run: RunConfig,
-        out: Path,
-        model: Any,
-        train_dataset: Any,
-        held_out: dict[str, Any],
-        computing: Computing,
-        packing: Packing,
-        batching: Batching,
-        num_steps: int,
-        peak_rate: float,
-        flops: TokenFlops | None,
-        peak_flops: float,
-        metrics: Metrics,
-        display: Display,
-        seconds: float,
-        **options: Any,
-    ):
+    def __init__(self, run: PreparedRun, signals: StopSignals):
+        config, device, batching, num_steps = run.config, run.computing.device, run.checked.batching, run.fixed["steps"]
+        out = run.folder.path
+        os.environ.setdefault("WANDB_DIR", str(out))  # W&B would write into the current folder
         # Schedule, autocast and saving are not among Trainer's arguments: they are done here.
         args = TrainingArguments(
             output_dir=str(out),
@@ -71,46 +53,51 @@ class BranchTrainer(SafeTrainer):
             per_device_train_batch_size=batching.micro,
             gradient_accumulation_steps=batching.accumulation,
             train_sampling_strategy="sequential",
-            learning_rate=peak_rate,
+            learning_rate=run.fixed["peak_learning_rate"],
             optim="adamw_torch_fused",
-            adam_beta1=run.optimizer.betas[0],
-            adam_beta2=run.optimizer.betas[1],
-            adam_epsilon=run.optimizer.eps,
-            weight_decay=run.optimizer.weight_decay,
-            max_grad_norm=run.optimizer.max_grad_norm,
-            seed=run.random_seed,
-            logging_steps=run.logging.steps,
+            adam_beta1=config.optimizer.betas[0],
+            adam_beta2=config.optimizer.betas[1],
+            adam_epsilon=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            seed=config.random_seed,
+            logging_steps=config.logging.steps,
             eval_strategy="steps",
-            eval_steps=run.evaluation.steps or num_steps,
-            eval_on_start=run.evaluation.at_start,
-            report_to=list(run.logging.to) or "none",
-            project=run.logging.project,
+            eval_steps=config.evaluation.steps or num_steps,
+            eval_on_start=config.evaluation.at_start,
+            report_to=list(config.logging.to) or "none",
+            project=config.logging.project,
             disable_tqdm=True,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
-            use_cpu=computing.device.type == "cpu",
-            dataloader_pin_memory=computing.device.type == "cuda",
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
         )
         args._n_gpu = min(1, args.n_gpu)  # one process uses one device: no DataParallel over all that it sees
-        config = model.config
-        kept = {name: config.__dict__[name] for name in ("use_cache",) if name in config.__dict__}
+        settings = vars(run.model.config)
+        kept = {key: settings[key] for key in ("use_cache",) if key in settings}
         super().__init__(
-            model,
+            run.model,
             args,
-            train_dataset=train_dataset,
-            eval_dataset=held_out,
-            data_collator=collate,
-            **run.checkpoints.model_dump(),
-            **options,
+            train_dataset=run.sequences,
+            eval_dataset=run.held_out,
+            data_collator=default_collate,
+            processing_class=TokenizerFiles(run.tokenizer, run.checked.model),
+            checkpoints=run.folder.checkpoints,
+            when=config.checkpoints,
+            signals=signals,
         )
         # Trainer sets use_cache in the config, which would be saved; forward passes here set it themselves.
-        config.__dict__.pop("use_cache", None)
-        config.__dict__.update(kept)
-        self.run, self.computing, self.packing, self.batching = run, computing, packing, batching
-        self.held_out, self.flops, self.peak_flops = held_out, flops, peak_flops
-        self.metrics, self.display, self.clock = metrics, display, Clock(seconds)
-        self.domain_loss = DomainLoss(train_dataset.domains)
-        self.routers = RouterMonitor(config, train_dataset.domains)
+        settings.pop("use_cache", None)
+        settings.update(kept)
+        self.run = run
+        self.metrics = Metrics(out, writes=run.process.is_main_process)
+        before = self.metrics.rewind(-1 if run.checkpoint is None else step_of(run.checkpoint))
+        self.display, self.clock = run.display, Clock(seconds_of(before))
+        peak = matmul_peak(device, torch.bfloat16 if run.computing.bf16 else torch.float32)
+        self.peak_flops = peak * run.process.num_processes
+        self.domain_loss = DomainLoss(run.sequences.domains)
+        self.routers = RouterMonitor(run.model.config, run.sequences.domains)
         self.ema: Ema | None = None
         self._logged_step = 0
         self.pop_callback(PrinterCallback)
@@ -126,7 +113,7 @@ class BranchTrainer(SafeTrainer):
     def compute_loss_context_manager(self) -> Any:
         """Autocast around the forward pass."""
         stack = super().compute_loss_context_manager()
-        stack.enter_context(self.computing.autocast())
+        stack.enter_context(self.run.computing.autocast())
         return stack
 
     def compute_loss(
@@ -134,18 +121,16 @@ class BranchTrainer(SafeTrainer):
     ) -> Any:
         """The model's own loss; it and the routers' choices are counted for the domains of the sequences."""
         domain_B = inputs["domain"]
-        inputs = {**model_inputs(inputs, self.packing, self.args.device), **self.routers.options}
+        inputs = {**model_inputs(inputs, self.run.packing, self.args.device), **self.routers.options}
         with self.domain_loss.counting(model, domain_B):
             loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.routers.add(output, domain_B)
         return (loss, output) if return_outputs else loss
 
     def describe_batch(self) -> str:
-        """Domains whose loss is not finite, or all domains in the batch, for the error message."""
-        return ", ".join(self.domain_loss.not_finite() or self.domain_loss.last_domains())
+        return ", ".join(self.domain_loss.blamed())
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        """State of the moving average, if there is one."""
         return {} if self.ema is None else self.ema.state()
 
     def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -159,14 +144,13 @@ class BranchTrainer(SafeTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Linear warm-up, cosine to a share of the peak (BAM section 5). Also starts the moving average, because here
         the model is in its final form, sharded or not, and no checkpoint has been read yet."""
-        if self.run.ema is not None:
-            self.ema = Ema(self.model, self.run.ema)
-        scheduler: Any = getattr(self, "lr_scheduler", None)
-        if scheduler is None:
-            rate = self.run.learning_rate
-            scheduler = LambdaLR(optimizer or self.optimizer, lambda step: rate_at(step, num_training_steps, rate))
-            self.lr_scheduler, self._created_lr_scheduler = scheduler, True
-        return scheduler
+        if self.run.config.ema is not None:
+            self.ema = Ema(self.model, self.run.config.ema)
+        if getattr(self, "lr_scheduler", None) is None:
+            rate = self.run.config.learning_rate
+            schedule = LambdaLR(optimizer or self.optimizer, lambda step: rate_at(step, num_training_steps, rate))
+            self.lr_scheduler, self._created_lr_scheduler = schedule, True
+        return self.lr_scheduler
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Also write a row with every checkpoint, so that a resumed run loses no metrics."""
@@ -185,7 +169,7 @@ class BranchTrainer(SafeTrainer):
         losses = self.domain_loss.read(self.args.device)
         seconds, span, waiting = self.clock.read()
         steps, self._logged_step = step - self._logged_step, step
-        tokens = self.batching.sequences * self.run.sequence_length
+        tokens = self.run.fixed["tokens_per_step"]
         row: dict[str, Any] = {
             "step": step,
             "steps": self.state.max_steps,
@@ -201,15 +185,15 @@ class BranchTrainer(SafeTrainer):
             "memory_bytes": memory_bytes(self.args.device),
             "eta_seconds": (self.state.max_steps - step) * span / max(1, steps),
         }
-        if self.flops is not None:
-            row["flops"] = step * tokens * self.flops.training
-            row["flops_per_second"] = self.flops.training * row["tokens_per_second"]
+        if self.run.flops is not None:
+            row["flops"] = step * tokens * self.run.flops.training
+            row["flops_per_second"] = self.run.flops.training * row["tokens_per_second"]
             row["share_of_peak"] = row["flops_per_second"] / self.peak_flops
         reading = self.routers.read(self.args.device)
         row |= reading.scalars()
         self.metrics.add({**row, **({"routers": reading.as_dict()} if reading.routers else {})})
         self.display.row(row, self.state.max_steps)
-        for line in self.routers.collapsed():
+        for line in reading.collapsed:
             self.display.line(f"warning: step {step}: {line}")
         numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
         self.control: Any = self.callback_handler.on_log(self.args, self.state, self.control, numbers)
@@ -217,17 +201,17 @@ class BranchTrainer(SafeTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure held-out loss by domain at this step, in nats per token, and write it as a row. A collective call."""
         step = self.state.global_step
-        if not self.held_out:
+        if not self.run.held_out:
             return {}
         with self.clock.counting("paused"):
             losses = held_out_losses(
                 self.model_wrapped,
-                self.held_out,
-                self.computing,
-                batch_size=self.batching.micro,
+                self.run.held_out,
+                self.run.computing,
+                batch_size=self.run.checked.batching.micro,
                 rank=self.args.process_index,
                 num_processes=self.args.world_size,
-                packing=self.packing,
+                packing=self.run.packing,
                 between=self.may_stop_here,
             )
         row = {f"held_out/{name}": value for name, value in losses.items()}
@@ -250,3 +234,70 @@ class BranchTrainer(SafeTrainer):
             self.ema.update()
         self.display.step(state.global_step)
         control.should_log |= state.global_step >= state.max_steps
+
+
+class Ema:
+    """``e <- d e + (1 - d) w`` after each step, for all trained weights.
+
+    The n-th update uses ``d = min(decay, n / (n + 9))``, so that the average of a short run does not include its start.
+    The average is in fp32, sharded like the weights, and takes as much memory as they do. The model must have its final
+    form: frozen, with adapters, and sharded.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.num_updates = 0
+        self._model = model
+        self._average = {name: weight.detach().float().clone() for name, weight in self._trained()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the current weights to the average. Call it after each optimizer step."""
+        self.num_updates += 1
+        decay = min(self.decay, self.num_updates / (self.num_updates + 9))
+        weights = [weight.detach().float() for _, weight in self._trained()]
+        get_ema_multi_avg_fn(decay)(list(self._average.values()), weights, self.num_updates)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Give the model the averaged weights inside the block, and restore its own afterwards, bit for bit."""
+        own = {name: weight.detach().clone() for name, weight in self._trained()}
+        try:
+            self._set(self._average)
+            yield
+        finally:
+            self._set(own)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Whole fp32 tensors by name, and the number of updates, for a checkpoint. All processes have to call it."""
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in self._average.items()}
+        return {UPDATES: torch.tensor(self.num_updates), **whole}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore ``state``. All processes have to call it with the same state.
+
+        Raises:
+            CheckpointError: it belongs to another model.
+        """
+        differing = state.keys() ^ {UPDATES, *self._average}
+        differing |= {name for name in state.keys() & self._average if state[name].shape != self._average[name].shape}
+        if differing:
+            raise CheckpointError(
+                f"the moving average in the checkpoint belongs to another model ({min(differing)} differs): start over "
+                "with --force"
+            )
+        self.num_updates = int(state[UPDATES])
+        for name, average in self._average.items():
+            whole = state[name].to(average.device)
+            if isinstance(average, DTensor):
+                whole = distribute_tensor(whole, average.device_mesh, average.placements)
+            average.copy_(whole)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        reshard(self._model)
+        return ((name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad)
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, torch.Tensor]) -> None:
+        for name, weight in self._trained():
+            weight.copy_(values[name])

@@ -126,7 +126,7 @@ def upcycle(
     recorded = recipe.model_dump(mode="json")
     folders = resolve_all(recipe)
     if recipe.gates:
-        from branchmix.data.evaluation import EvalData
+        from branchmix.data.config import EvalData
 
         gates_data = EvalData.load(recipe.folder / recipe.gates.data)
     refuse_overlap(out, [model.folder for model in folders], recipe.files, force=force)

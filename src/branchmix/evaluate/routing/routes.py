@@ -13,7 +13,7 @@ import numpy as np
 from branchmix.checkpoint.folder import write_json, write_text
 from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.text import LONG, replaced_note
-from branchmix.data.evaluation import EvalData
+from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.documents import HashedDocument, select
 from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress

@@ -17,7 +17,7 @@ from branchmix.checkpoint.expressions import Expression, Source
 from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.writer import OutputTensor
-from branchmix.data.evaluation import EvalData
+from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.upcycling.gates.evidence import Posterior, count, evidence_table, fit_posterior
 from branchmix.upcycling.gates.text import DomainText, read

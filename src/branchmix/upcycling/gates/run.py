@@ -13,7 +13,7 @@ from typing import Any
 
 from branchmix.checkpoint.companions import TEMPLATES
 from branchmix.checkpoint.folder import atomic_folder, require_replaceable
-from branchmix.data.evaluation import EvalData
+from branchmix.data.config import EvalData
 from branchmix.errors import OutputError, RecipeError
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_calibrated
 from branchmix.upcycling.gates.measure import Fitted, Progress, fit, plan_with_gates, text_for

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.data.evaluation import EvalData
+from branchmix.data.config import EvalData
 from branchmix.data.sources import documents as documents_of
 from branchmix.data.sources import hash_of, is_held_out
 from branchmix.errors import DataError, RecipeError

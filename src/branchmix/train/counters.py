@@ -1,0 +1,315 @@
+"""What is counted in forward passes: the loss of each domain, and the choices of the routers.
+
+transformers lets a model's ``loss_function`` be set. This one computes what ``ForCausalLMLoss`` does, but keeps the
+negative log-likelihood of every token long enough to sum it by domain. There is no second pass over the logits, and no
+wait for the device: the sums stay there until they are read.
+Shapes: B sequences, T tokens, V vocabulary, N domains, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from branchmix.data.sequences import IGNORED
+from branchmix.models.routers import entropy_of, load_of
+
+STARVED = 0.01
+"""An expert with less than this fraction of its fair share 1 / E counts as unused."""
+DOMINANT = 0.95
+"""An expert with more than this share of the load leaves the others almost no tokens."""
+PATIENCE = 5
+"""Consecutive readings before a collapse is reported, since a single batch may have no tokens for an expert."""
+
+
+@dataclass(frozen=True)
+class DomainLosses:
+    """The sums between two readings, over all processes."""
+
+    sums: dict[str, float]
+    """Negative log-likelihood in nats, summed over predicted tokens."""
+    tokens: dict[str, int]
+    """Predicted tokens, which a document's first token in a sequence is not."""
+
+    @property
+    def by_domain(self) -> dict[str, float]:
+        """Mean loss of each domain that occurred, in nats a token."""
+        return {name: self.sums[name] / count for name, count in self.tokens.items() if count}
+
+    @property
+    def mean(self) -> float:
+        """Mean loss over all tokens; NaN if there were none."""
+        count = sum(self.tokens.values())
+        return sum(self.sums.values()) / count if count else math.nan
+
+
+class DomainSums:
+    """Sums by domain of numbers of sequences, in fp64 where the device has it, as fp32 cannot count beyond 2^24.
+
+    They stay on the device until they are read. ``shape`` is that of a sequence's numbers.
+    """
+
+    def __init__(self, num_domains: int, *shape: int):
+        self.shape = (num_domains, *shape)
+        self.local: torch.Tensor | None = None
+        """[N, *shape], of this process since the last reading; None if there was nothing."""
+
+    def add(self, domain_B: torch.Tensor, values: torch.Tensor) -> None:
+        """Add the numbers [B, *shape] of sequences of these domains."""
+        if self.local is None or self.local.device != values.device:
+            self.local = self._zeros(values.device)
+        self.local.index_add_(0, domain_B.to(values.device, non_blocking=True), values.to(self.local.dtype))
+
+    def read(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the sums [N, *shape] since the last reading, over all processes, and reset them. A collective call.
+
+        It needs the process's device if this process may not have added anything yet.
+        """
+        sums = self._zeros(device) if self.local is None else self.local
+        self.local = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        return sums.cpu().double()
+
+    def _zeros(self, device: torch.device | None) -> torch.Tensor:
+        exact = torch.float32 if device is not None and device.type == "mps" else torch.float64
+        return torch.zeros(self.shape, dtype=exact, device=device)
+
+
+class DomainLoss:
+    """A ``loss_function`` for causal LMs that also adds up the loss by domain.
+
+    Args:
+        domains: names, in the order of the numbers that batches hold.
+
+    Example:
+        >>> loss = DomainLoss(["code", "law"])
+        >>> with loss.counting(model, batch["domain"]):
+        ...     model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
+        >>> loss.read().by_domain
+    """
+
+    def __init__(self, domains: Sequence[str]):
+        self.domains = list(domains)
+        self._last_B = torch.zeros(0, dtype=torch.long)
+        self._sums = DomainSums(len(self.domains), 2)  # of losses and of predicted tokens
+
+    @contextmanager
+    def counting(self, model: nn.Module, domain_B: torch.Tensor) -> Iterator[None]:
+        """Compute the loss of ``model`` with this function inside the block, and count it for the batch's domains.
+
+        A mixture still adds its router losses. The model may be wrapped by DDP or PEFT.
+        """
+        models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+        family: Any = next(module for module in models if module.config.model_type != "branchmix")
+        before, family.loss_function = family.loss_function, partial(self, domain_B=domain_B)
+        try:
+            yield
+        finally:
+            family.loss_function = before
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        *,
+        domain_B: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = IGNORED,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """As transformers' ``ForCausalLMLoss``, of logits [B, T, V] and labels [B, T], which are shifted here: the
+        mean, or the sum divided by ``num_items_in_batch``."""
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        target_BT = shift_labels.to(logits.device)
+        nll = F.cross_entropy(
+            logits.float().view(-1, vocab_size), target_BT.reshape(-1), ignore_index=ignore_index, reduction="none"
+        )
+        total = nll.sum()
+        counted_BT = target_BT != ignore_index
+        sum_B = nll.detach().view(target_BT.shape).sum(-1, dtype=torch.float32 if nll.is_mps else torch.float64)
+        self._sums.add(domain_B, torch.stack((sum_B, counted_BT.sum(-1).to(sum_B)), dim=-1))
+        self._last_B = domain_B
+        count = counted_BT.sum() if num_items_in_batch is None else num_items_in_batch
+        return total / (count.to(total.device) if torch.is_tensor(count) else count)
+
+    def blamed(self) -> list[str]:
+        """Names of the domains whose sum is not finite on this process, or else of those in its last batch."""
+        sums_N = [] if self._sums.local is None else self._sums.local[:, 0].tolist()
+        not_finite = [number for number, total in enumerate(sums_N) if not math.isfinite(total)]
+        return [self.domains[number] for number in not_finite or self._last_B.unique().tolist()]
+
+    def read(self, device: torch.device | None = None) -> DomainLosses:
+        """Return and reset the sums since the last reading, as ``DomainSums.read`` does."""
+        losses, counts = self._sums.read(device).T.tolist()
+        return DomainLosses(
+            dict(zip(self.domains, losses, strict=True)), dict(zip(self.domains, map(int, counts), strict=True))
+        )
+
+
+class RouterMonitor:
+    """Accumulates the choices of all routers of a mixture, of both kinds, from the logits that the model returns.
+
+    Call ``add`` with the output of each forward pass, and ``read`` every few steps. ``add`` does not wait for the
+    device. A dense model has no routers: ``add`` does nothing then, and readings are empty.
+
+    Attributes:
+        options: keyword arguments for the model's forward pass, so that it returns what ``add`` needs.
+    """
+
+    def __init__(self, config: Any, domains: Sequence[str]):
+        self.domains = list(domains)
+        self._kinds: list[_Kind] = []
+        self._experts: list[str] = []
+        self._streaks = Counter[tuple[str, int, str]]()
+        if config.model_type == "branchmix":
+            self._experts = list(config.expert_names or map(str, range(config.num_experts)))
+            size = (config.num_hidden_layers, len(self.domains), config.num_experts)
+            if config.has_attention_experts:
+                top_k = config.attention_num_experts_per_tok or config.num_experts
+                self._kinds.append(_Kind("attention", "attention_router_logits", top_k, *size))
+            if config.has_ffn_experts:
+                self._kinds.append(_Kind("ffn", "router_logits", config.num_experts_per_tok, *size))
+        self.options = {"output_router_logits": True} if self._kinds else {}
+
+    def add(self, output: Any, domain_B: torch.Tensor, mask_BT: torch.Tensor | None = None) -> None:
+        """Count a forward pass by the output of the model, called with ``options``.
+
+        Tokens that count have 1 in the mask, padding has 0; without one, all count.
+        """
+        for kind in self._kinds:
+            kind.add(output, domain_B, mask_BT)
+
+    def read(self, device: torch.device | None = None) -> RouterReading:
+        """Return everything counted since the last reading, by all processes, and reset it.
+
+        With more than one process all have to call it. Sums are added over all processes and divided afterwards. If
+        several processes see the same tokens (expert parallelism), these are counted several times in numerator and
+        denominator, which does not change shares and means.
+        """
+        routers = [router for kind in self._kinds for router in kind.read(self.domains, device)]
+        reading = RouterReading(self._experts if self._kinds else [], routers)
+        fair = 1 / max(1, len(self._experts))
+        for key, load in reading.loads():
+            collapsed = fair < 1 and (load < STARVED * fair or load > DOMINANT)
+            self._streaks[key] = self._streaks[key] + 1 if collapsed else 0
+        reading.collapsed = self._collapsed(reading, fair)
+        return reading
+
+    def _collapsed(self, reading: RouterReading, fair: float) -> list[str]:
+        routers: dict[tuple[str, int], list[str]] = {}
+        for key, load in reading.loads():
+            if self._streaks[key] == PATIENCE:
+                routers.setdefault(key[:2], []).append(f"expert {key[2]} gets {100 * load:.1f} %")
+        balanced = {kind.name for kind in self._kinds if kind.balanced}
+        return [
+            f"layer {layer} {kind} router: {', '.join(experts)} of the load (fair: {100 * fair:.0f} %), for {PATIENCE} "
+            f"readings: {'raise router_aux_loss_coef or ' if kind in balanced else ''}lower the learning rate"
+            for (kind, layer), experts in routers.items()
+        ]
+
+
+@dataclass
+class RouterReading:
+    """The choices of all routers since the last reading; empty if there are no routers or nothing was counted."""
+
+    experts: list[str]
+    routers: list[RouterShares]
+    collapsed: list[str] = field(default_factory=list)
+    """One line for each router that has now been collapsed for ``PATIENCE`` consecutive readings: each collapse is
+    reported once, and again only if the expert recovered in between."""
+
+    def loads(self) -> Iterator[tuple[tuple[str, int, str], float]]:
+        """The load of each expert of each router, by (kind, layer, name)."""
+        for router in self.routers:
+            for expert, load in zip(self.experts, router.load, strict=True):
+                yield (router.kind, router.layer, expert), load
+
+    def scalars(self) -> dict[str, float]:
+        """For loggers: ``router/ffn/03/entropy`` and the like."""
+        values = {}
+        for router in self.routers:
+            name = f"router/{router.kind}/{router.layer:02d}"
+            for measure in ("entropy", "entropy_share", "load_max_over_mean"):
+                values[f"{name}/{measure}"] = getattr(router, measure)
+            values |= {f"{name}/load/{expert}": load for expert, load in zip(self.experts, router.load, strict=True)}
+        return values
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: ``{"experts": [...], "ffn": [a dictionary for each layer], "attention": [...]}``."""
+        layers: dict[str, Any] = {"experts": self.experts}
+        for router in self.routers:
+            shares = asdict(router)
+            layers.setdefault(shares.pop("kind"), []).append(shares)
+        return layers
+
+
+@dataclass(frozen=True)
+class RouterShares:
+    """The choices of one router."""
+
+    kind: str
+    """``attention`` or ``ffn``."""
+    layer: int
+    load: list[float]
+    """Share of each expert, summing to 1: of the top-k choices, or of the gates where all experts are chosen."""
+    entropy: float
+    """Entropy of the gates before top-k, averaged over tokens, in nats: log E if uniform, 0 for a single expert."""
+    by_domain: dict[str, list[float]]
+    """``load`` within each domain that occurred."""
+    entropy_share: float
+    """``entropy`` as a share of its maximum, log E."""
+    load_max_over_mean: float
+    """The largest load, times E: 1 for perfect balance, E for a single expert."""
+
+
+class _Kind:
+    """The sums of all routers of one kind. All layers are counted together, in a few calls."""
+
+    def __init__(self, name: str, output: str, top_k: int, num_layers: int, num_domains: int, num_experts: int):
+        self.name, self.output, self.top_k, self.num_experts = name, output, top_k, num_experts
+        self.balanced = top_k < num_experts
+        """Whether a loss balances it, which soft routers do not have."""
+        self._sums = DomainSums(num_domains, num_layers, num_experts + 2)
+
+    @torch.no_grad()
+    def add(self, output: Any, domain_B: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """Add the logits of one forward pass."""
+        logits_LSE = torch.stack([logits.detach() for logits in output[self.output]])
+        gates_LBTE = logits_LSE.unflatten(1, (len(domain_B), -1)).softmax(-1)
+        # Computed from the logits rather than from the router's gates, which may be normalised.
+        load_LBTE = load_of(gates_LBTE, gates_LBTE.topk(self.top_k, dim=-1).indices if self.balanced else None)
+        # For each token: its load, its entropy, and a one that counts it.
+        entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)
+        values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)
+        if mask_BT is not None:
+            values_LBTX = values_LBTX * mask_BT.to(values_LBTX).unsqueeze(-1)
+        self._sums.add(domain_B, values_LBTX.sum(2).transpose(0, 1))
+
+    def read(self, domains: list[str], device: torch.device | None) -> Iterator[RouterShares]:
+        """Yield the shares of each layer over all processes since the last reading."""
+        for layer, sums_NX in enumerate(self._sums.read(device).unbind(1)):
+            total_X = sums_NX.sum(0)
+            if total_X[-1] == 0:
+                continue
+            by_domain = {
+                name: (sums_X[: self.num_experts] / sums_X[-1]).tolist()
+                for name, sums_X in zip(domains, sums_NX, strict=True)
+                if sums_X[-1] > 0
+            }
+            *load, entropy, _ = (total_X / total_X[-1]).tolist()
+            share = entropy / math.log(len(load)) if len(load) > 1 else 1.0
+            yield RouterShares(self.name, layer, load, entropy, by_domain, share, max(load) * len(load))
