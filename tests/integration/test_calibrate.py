@@ -26,7 +26,8 @@ from branchmix.data.sources import is_held_out
 from branchmix.errors import CheckpointError, DataError, OutputError, RecipeError
 from branchmix.evaluate.documents import select
 from branchmix.evaluate.evaluation import evaluate
-from branchmix.evaluate.perplexity import aggregate, score_documents
+from branchmix.evaluate.perplexity import score_documents
+from branchmix.evaluate.scores import aggregate
 from branchmix.models import chunked_branchmix
 from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter

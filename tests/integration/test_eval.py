@@ -22,13 +22,12 @@ import corpora
 from branchmix.cli import app
 from branchmix.data.config import EvalData, HeldOut, Source
 from branchmix.errors import CheckpointError, DataError, RecipeError
-from branchmix.evaluate import document_records
-from branchmix.evaluate.document_records import DocumentRecords
+from branchmix.evaluate import evaluation
 from branchmix.evaluate.documents import select
-from branchmix.evaluate.ensemble import ensemble_log_probs
 from branchmix.evaluate.evaluation import evaluate
-from branchmix.evaluate.perplexity import ScoredDocument, aggregate, score_documents
-from branchmix.likelihood.records import model_hash
+from branchmix.evaluate.perplexity import score_documents
+from branchmix.evaluate.scores import ScoredDocument, aggregate, ensemble_log_probs
+from branchmix.likelihood.records import FILE, Journal, model_hash
 from branchmix.upcycling import upcycle
 from mixtures import load, recipe
 
@@ -150,13 +149,13 @@ def test_a_killed_evaluation_goes_on(
     file.write_bytes(file.read_bytes()[:-40])  # the last line is torn, as after a power cut
     kept = file.read_bytes()
     computed = []
-    score = document_records.score_documents
+    score = evaluation.score_documents
 
     def counted(model: Any, tokenizer: Any, texts: Any, **options: Any) -> Any:
         computed.append(len(texts))
         return score(model, tokenizer, texts, **options)
 
-    monkeypatch.setattr(document_records, "score_documents", counted)
+    monkeypatch.setattr(evaluation, "score_documents", counted)
     resumed = evaluate(names, data, out=out, max_length=MAX_LENGTH)
     assert file.read_bytes().startswith(kept)
     assert [len(computed), computed[1]] == [2, 20] and 0 < computed[0] < 40  # of the mixture, what was missing
@@ -251,32 +250,31 @@ def test_a_model_is_known_by_its_content(models: dict[str, Path], tmp_path: Path
 
 def test_many_may_write_at_once(tmp_path: Path) -> None:
     def work(writer: int) -> None:
-        records = DocumentRecords(tmp_path)
+        journal = Journal(tmp_path, FILE, "document")
         for number in range(25):
-            log_probs = np.full(3000, writer + number / 100, dtype=np.float32)
-            records.add(f"model {writer % 2}", str(number), "prose", ScoredDocument(log_probs, number))
+            scored = ScoredDocument(np.full(3000, writer + number / 100, dtype=np.float32), number)
+            journal.add({"model": f"model {writer % 2}", "document": str(number), **scored.as_record()})
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     lines = (tmp_path / "records.jsonl").read_text().splitlines()
     assert len([json.loads(line) for line in lines]) == 100
-    records = DocumentRecords(tmp_path)
+    journal = Journal(tmp_path, FILE, "document")
     for writer in range(2):
         for number in range(25):
-            found = records.get(f"model {writer}", str(number))
-            assert found is not None and (found.tokens, found.bytes) == (3000, number)
+            found = ScoredDocument.from_record(journal.find(f"model {writer}", str(number)) or {})
+            assert (found.tokens, found.bytes) == (3000, number)
             assert found.log_probs[0] in (np.float32(writer + number / 100), np.float32(writer + 2 + number / 100))
 
 
 def test_a_line_waits_for_the_one_being_written(tmp_path: Path) -> None:
-    records = DocumentRecords(tmp_path)
-    records.describe("model", {})
+    Journal(tmp_path, FILE, "document").add({"model": "model"})
     file = tmp_path / "records.jsonl"
     with ThreadPoolExecutor(1) as pool:
         with FileLock(tmp_path / "records.lock"), file.open("ab") as other:
             other.write(b'{"model": "other", ')
             other.flush()
-            waiting = pool.submit(DocumentRecords(tmp_path).describe, "mine", {})
+            waiting = pool.submit(Journal(tmp_path, FILE, "document").add, {"model": "mine"})
             time.sleep(0.3)
             other.write(b'"path": null}\n')
         waiting.result()

@@ -18,8 +18,7 @@ from branchmix.errors import RecipeError
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.evaluate.scores import Measured
 from branchmix.evaluate.tasks.definitions.quac.scoring import process_results
-from branchmix.evaluate.tasks.options import TaskOptions
-from branchmix.evaluate.tasks.suites import SUITES, chosen_suites
+from branchmix.evaluate.tasks.options import SUITES, TaskOptions
 
 pytest.importorskip("lm_eval")
 
@@ -97,8 +96,8 @@ def test_code_of_suites_is_refused_before_anything_is_read(name: str) -> None:
 
 
 def test_which_suites() -> None:
-    assert list(chosen_suites(("bam",))) == list(SUITES)
-    assert list(chosen_suites(("bam-mmlu", "arc_easy", "bam-math"))) == ["bam-math", "bam-mmlu"]
+    assert list(TaskOptions(("bam",)).suites) == list(SUITES)
+    assert list(TaskOptions(("bam-mmlu", "arc_easy", "bam-math")).suites) == ["bam-math", "bam-mmlu"]
 
 
 def test_a_mean_and_its_error() -> None:

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import corpora
 import downstream
 from branchmix.cli import app
-from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.evaluate.tasks.options import TaskOptions
+from branchmix.likelihood.models import TextModel
 from branchmix.upcycling import upcycle
 from mixtures import load, recipe
 from processes import started
@@ -186,8 +186,8 @@ def test_a_model_is_not_loaded_when_all_is_on_record(
     name = str(models["seed"])
     first = evaluate([name], tasks=options(tasks), out=tmp_path, limit=5)
     loads = []
-    load_weights = Candidate.model
-    monkeypatch.setattr(Candidate, "model", lambda self: loads.append(self.given) or load_weights(self))
+    load_weights = TextModel.model
+    monkeypatch.setattr(TextModel, "model", lambda self: loads.append(self.given) or load_weights(self))
     again = evaluate([name], tasks=options(tasks), out=tmp_path, limit=5)
     assert not loads and numbers(again.as_dict()) == numbers(first.as_dict())
     moved = Path(shutil.copytree(models["seed"], tmp_path / "moved"))

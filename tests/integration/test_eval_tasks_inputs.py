@@ -19,10 +19,10 @@ import downstream
 from branchmix.checkpoint.hub import resolve
 from branchmix.cli import app, main
 from branchmix.errors import BranchMixError, DataError, RecipeError
-from branchmix.evaluate.candidate import Candidate
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.evaluate.tasks import options as options_module
 from branchmix.evaluate.tasks.options import TaskOptions
+from branchmix.likelihood.models import TextModel
 from mixtures import load
 from scaling_runs import naive
 
@@ -56,10 +56,10 @@ def model(siblings: Callable[..., dict[str, Path]], tmp_path_factory: pytest.Tem
 def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is loaded in this test."""
 
-    def refuse(self: Candidate) -> Any:
+    def refuse(self: TextModel) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(Candidate, "model", refuse)
+    monkeypatch.setattr(TextModel, "model", refuse)
 
 
 @pytest.fixture
@@ -117,10 +117,8 @@ def test_what_only_the_model_shows_is_one_line_too(model: str, tasks: Path) -> N
 
 
 def test_the_same_task_with_two_numbers_of_examples(model: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from branchmix.evaluate.tasks import suites
-
-    suite = suites.Suite("Test", (suites.SuiteTask("choice", 1, "acc"),))
-    monkeypatch.setitem(suites.SUITES, "bam-test", suite)
+    suite = options_module.Suite("Test", (options_module.SuiteTask("choice", 1, "acc"),))
+    monkeypatch.setitem(options_module.SUITES, "bam-test", suite)
     with pytest.raises(RecipeError, match="choice is listed twice, with 1 and with 2 examples"):
         evaluate([model], tasks=TaskOptions(("bam-test", "choice"), include_path=(tasks,)), limit=1)
     report = evaluate([model], tasks=TaskOptions(("bam-test", "choice"), 1, include_path=(tasks,)), limit=1)
@@ -241,13 +239,14 @@ def test_halves_of_surrogate_pairs_in_task_data(model: str, tmp_path: Path) -> N
     """`datasets` reads none; what a task's own code makes is replaced and counted."""
     from lm_eval.api.instance import Instance
 
-    from branchmix.evaluate.tasks.answers import Answers, RecordedModel
+    from branchmix.evaluate.tasks.answers import FILE, RecordedModel
+    from branchmix.likelihood.records import Journal
 
     with pytest.raises(BranchMixError) as caught:
         evaluate([model], tasks=choosing(tmp_path, [MERGES, {**MERGES, "question": "half \ud83d"}]))
     assert "\n" not in str(caught.value)
-    candidate = Candidate(resolve(model), "float32", False)
-    asked = RecordedModel(candidate, Answers(None), max_length=64, batch_tokens=100)
+    candidate = TextModel(resolve(model), "float32", False)
+    asked = RecordedModel(candidate, Journal(None, FILE, "request"), max_length=64, batch_tokens=100)
     found = []
     for texts in (("half \ud83d", " a"), ("half \ufffd", " a")):
         found += asked.loglikelihood([Instance("loglikelihood", {}, texts, 0, metadata=("t", 0, 1))])

@@ -127,7 +127,7 @@ def check(found: Routes, expected: dict[str, Any]) -> None:
         router
     ) in found.counts.routers:  # among the chosen, which a bias or a group may have made others than the greatest
         wanted = expected["routers"][router.place.kind, router.place.layer]
-        assert router.strongest_NE.sum(0).tolist() == wanted["strongest"]
+        assert router.strongest_E.tolist() == wanted["strongest"]
     assert {pair.layer for pair in report.agreement} == set(expected["agreement"])
     for pair in report.agreement:
         assert (pair.same, pair.overlap) == pytest.approx(expected["agreement"][pair.layer], abs=1e-5)

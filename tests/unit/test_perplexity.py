@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.perplexity import ScoredDocument, TextScore, aggregate, score_documents, token_log_probs
+from branchmix.evaluate.perplexity import score_documents, token_log_probs
+from branchmix.evaluate.scores import ScoredDocument, TextScore, aggregate
 from branchmix.likelihood.models import encode, prefix_token
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from branchmix.evaluate.routing.statistics import (
+from branchmix.evaluate.routing.routing_report import (
     chance_of_agreement,
     entropy_bits,
     mutual_information,

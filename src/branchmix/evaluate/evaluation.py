@@ -1,29 +1,29 @@
 """``evaluate(models, data, tasks=...)``: several models, and ensembles of them, on the same documents and tasks.
 
 What is on record in ``out`` is not computed again; every number is computed from the records of all documents and all
-requests.
+requests. A result is found again by what it was computed from: the model's files, dtype, tokenizer, window and the
+document's text. Names of folders and domains play no part, so moving a model or regrouping documents loses nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from branchmix.checkpoint.folder import write_json
-from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.text import replaced_note
 from branchmix.data.config import EvalData
-from branchmix.errors import RecipeError
-from branchmix.evaluate.candidate import Candidate, ForcedCandidate
-from branchmix.evaluate.document_records import DocumentReader, DocumentRecords
+from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.documents import HashedDocument, select
-from branchmix.evaluate.ensemble import mixed
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
-from branchmix.evaluate.scores import EvalReport, ModelReport
+from branchmix.evaluate.perplexity import BATCH_TOKENS, score_documents
+from branchmix.evaluate.scores import EvalReport, ModelReport, ScoredDocument, aggregate, mixed
 from branchmix.evaluate.tasks.options import TaskOptions
 from branchmix.likelihood.forward import max_positions
-from branchmix.likelihood.models import check_dtype
+from branchmix.likelihood.models import Progress, TextModel, check_dtype
+from branchmix.likelihood.records import FILE, Journal
 
 MAX_LENGTH = 2048
 """Tokens of the window if none is given and all models have as many positions."""
@@ -51,23 +51,10 @@ def evaluate(
 ) -> EvalReport:
     """Bits per byte and perplexity of every model on every domain, and what it makes of downstream tasks.
 
-    Args:
-        models: folders or Hub ids, dense or mixtures.
-        data: the documents (see ``EvalData``), or the YAML file that names them.
-        tasks: lm-eval's tasks, groups and tags, and suites (see ``TaskOptions``), or just their names.
-        out: folder for the records, from which a later call resumes, for ``results.json`` and the tasks' examples.
-        max_length: tokens of the window; on documents ``MAX_LENGTH`` or the least that a model has positions for if not
-            given, on tasks as many as the model has positions for, as lm-eval does.
-        stride: tokens by which the window advances; the whole window if not given, so that windows do not overlap.
-        batch_tokens: tokens of a forward pass.
-        dtype: of the weights: ``auto`` as stored.
-        limit: documents of a domain, and examples of a task, at most.
-        ensemble: ``seed,code,law``, or with their prior ``seed=0.5,code=0.25,law=0.25``: models given, by their name or
-            their folder's.
-        posterior: weight the ensemble by the posterior of the domain (see ``ensemble_log_probs``), not just the prior.
-        forced: of each mixture, also every expert: the mixture with all its gates forced to it.
-        trust_remote_code: run code that checkpoints bring along.
-        progress: called with step, done, total.
+    The arguments are the options of ``branchmix eval``; ``data`` and ``tasks`` may also be given ready-made. Without
+    ``max_length`` the window on documents is ``MAX_LENGTH`` or the least that a model has positions for, and on tasks
+    as many as the model has positions for, as in lm-eval. Without ``posterior`` an ensemble keeps its prior.
+    ``progress`` is called with step, done, total.
 
     Raises:
         RecipeError: data file, tasks, options or ensemble do not make sense.
@@ -85,10 +72,10 @@ def evaluate(
             options.check()  # at once, before anything is read
         if data is not None and not isinstance(data, EvalData):
             data = EvalData.load(data)
-        candidates = [Candidate(resolve(given), dtype, trust_remote_code) for given in models]
+        candidates = [TextModel(resolve(given), dtype, trust_remote_code) for given in models]
         members = _members(ensemble, candidates) if ensemble else {}
         if forced:
-            candidates = [one for candidate in candidates for one in _with_forced(candidate, trust_remote_code)]
+            candidates = [one for candidate in candidates for one in (candidate, *_experts_of(candidate))]
         length = _window(candidates, max_length)
         folder = Path(out) if out is not None else None
         report = EvalReport([ModelReport(candidate.given, dtype) for candidate in candidates])
@@ -96,33 +83,32 @@ def evaluate(
         if options is not None:
             from branchmix.evaluate.tasks.task_evaluation import TaskEvaluation
 
-            loaded = stack.enter_context(TaskEvaluation.open(options, folder, limit=limit, progress=progress))
-            report.notes += loaded.notes
+            on_tasks = stack.enter_context(TaskEvaluation.open(options, folder, limit=limit, progress=progress))
+            report.notes += on_tasks.loaded.notes
         if data is not None:
             documents = select(data, candidates[0].tokenizer, limit=limit)
             report.notes += _notes(data, documents, candidates)
-            records = DocumentRecords(folder)
+            journal = Journal(folder, FILE, "document")
         readers = {}
         for number, candidate in enumerate(candidates):
             if data is not None:
-                reader = DocumentReader(
-                    candidate, records, max_length=length, stride=length if stride is None else stride
-                )
-                readers[candidate] = reader
+                reader = readers[candidate] = _Reader(candidate, journal, length, length if stride is None else stride)
                 for domain, chosen in documents.items():
                     reader.read(domain, chosen, batch_tokens, progress)
-                every = [document for chosen in documents.values() for document in chosen]
-                if known := sum(records.was_there(reader.key, document.hash) for document in every):
+                every = [document.hash for chosen in documents.values() for document in chosen]
+                if known := reader.records.num_earlier(every):
                     report.notes.append(f"{candidate.given}: {known} of {len(every)} documents were on record")
                 report.models[number] = reader.report(
                     {domain: map(reader.scored, chosen) for domain, chosen in documents.items()}
                 )
             if options is not None:
-                of_tasks = loaded.evaluate(
-                    candidate, max_length=max_length, batch_tokens=batch_tokens, progress=progress
+                report.notes += on_tasks.evaluate(
+                    candidate,
+                    report.models[number],
+                    max_length=max_length,
+                    batch_tokens=batch_tokens,
+                    progress=progress,
                 )
-                report.models[number].tasks, report.models[number].suites = of_tasks.tasks, of_tasks.suites
-                report.notes += of_tasks.notes
             candidate.release()
         if data is not None and members:
             weights = {readers[member]: share for member, share in members.items()}
@@ -132,16 +118,60 @@ def evaluate(
     return report
 
 
-def _with_forced(candidate: Candidate, trust_remote_code: bool) -> Iterator[Candidate]:
-    """A model, and if it is a mixture, with its gates forced to each expert."""
-    yield candidate
-    if candidate.config.model_type == "branchmix":
-        resolved = ResolvedModel(candidate.given, candidate.folder, candidate.revision)
-        for number in range(candidate.config.num_experts):
-            yield ForcedCandidate(resolved, candidate.dtype, trust_remote_code, number)
+class _Reader:
+    """A model with its window on documents."""
+
+    def __init__(self, candidate: TextModel, journal: Journal, max_length: int, stride: int):
+        self.candidate = candidate
+        self.window: dict[str, Any] = {"max_length": max_length, "stride": stride}
+        facts = {**candidate.facts, "prefix": candidate.prefix, **self.window}
+        self.records = journal.of(facts, **candidate.source)
+
+    def read(
+        self, domain: str, documents: Sequence[HashedDocument], batch_tokens: int, progress: Progress | None
+    ) -> None:
+        """Computes what is not on record.
+
+        Raises:
+            RecipeError: the window does not fit the model.
+            CheckpointError: the model cannot be loaded, or computes no numbers.
+        """
+        candidate = self.candidate
+        texts = {document.hash: document.text for document in documents}
+        for keys, known in self.records.missing(texts, batch_tokens):
+            options = {**self.window, "batch_tokens": batch_tokens, "known": known}
+            options["progress"] = candidate.named(progress, domain)
+            asked = [texts[key] for key in keys]
+            scores = score_documents(candidate.model(), candidate.tokenizer, asked, **options)
+            try:
+                for number, scored in scores:
+                    self.records.add(keys[number], domain=domain, **scored.as_record())
+            except CheckpointError as error:
+                raise CheckpointError(f"{candidate.given}: {error}") from error
+
+    def scored(self, document: HashedDocument) -> ScoredDocument:
+        """A document's result, which is on record."""
+        return ScoredDocument.from_record(self.records[document.hash])
+
+    def report(self, domains: Mapping[str, Iterable[ScoredDocument]]) -> ModelReport:
+        """The result of the whole model, from those of every domain's documents."""
+        candidate = self.candidate
+        scores = {name: aggregate(scored) for name, scored in domains.items()}
+        return ModelReport(candidate.given, candidate.dtype, _prefix_name(candidate), **self.window, domains=scores)
 
 
-def _window(candidates: Sequence[Candidate], max_length: int | None) -> int:
+def _prefix_name(candidate: TextModel) -> str | None:
+    prefix = candidate.prefix
+    return None if prefix is None else str(candidate.tokenizer.convert_ids_to_tokens(prefix))
+
+
+def _experts_of(candidate: TextModel) -> list[TextModel]:
+    """A mixture with its gates forced to each of its experts; none of a dense model."""
+    is_mixture = candidate.config.model_type == "branchmix"
+    return [candidate.forced(number) for number in range(candidate.config.num_experts if is_mixture else 0)]
+
+
+def _window(candidates: Sequence[TextModel], max_length: int | None) -> int:
     """The same window for all models: they are compared with as much context."""
     positions = {c.given: limit for c in candidates if (limit := max_positions(c.config)) is not None}
     if max_length is None:
@@ -152,7 +182,7 @@ def _window(candidates: Sequence[Candidate], max_length: int | None) -> int:
     return max_length
 
 
-def _notes(data: EvalData, documents: Documents, candidates: Sequence[Candidate]) -> list[str]:
+def _notes(data: EvalData, documents: Documents, candidates: Sequence[TextModel]) -> list[str]:
     notes = []
     for name, chosen in documents.items():
         if count := sum(document.replaced for document in chosen):
@@ -160,9 +190,9 @@ def _notes(data: EvalData, documents: Documents, candidates: Sequence[Candidate]
     if "held_out" not in data.model_fields_set:
         counts = ", ".join(f"{len(chosen)} of {name}" for name, chosen in documents.items())
         notes.append(f"held-out documents only, as in training: {counts}; `held_out: all` takes every document")
-    prefixes = {candidate.prefix_name for candidate in candidates}
-    if len(prefixes) > 1:
-        words = ", ".join(f"{c.prefix_name!r} ({c.given})" for c in candidates)
+    prefixes = [_prefix_name(candidate) for candidate in candidates]
+    if len(set(prefixes)) > 1:
+        words = ", ".join(f"{prefix!r} ({c.given})" for prefix, c in zip(prefixes, candidates, strict=True))
         notes.append(f"the models predict a document's first token from different ones: {words}")
     if len({candidate.tokenizer_hash for candidate in candidates}) > 1:
         notes.append("the models' tokenizers differ: compare bits per byte, not perplexities")
@@ -172,13 +202,13 @@ def _notes(data: EvalData, documents: Documents, candidates: Sequence[Candidate]
 # ---- ensembles ----
 
 
-def _members(ensemble: str, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
+def _members(ensemble: str, candidates: Sequence[TextModel]) -> dict[TextModel, float]:
     """The members of an ensemble, each with its share of the prior.
 
     Raises:
         RecipeError: a name fits none or several of the models, or the members do not fit together.
     """
-    members: dict[Candidate, float | None] = {}
+    members: dict[TextModel, float | None] = {}
     for part in ensemble.split(","):
         name, _, share = part.strip().partition("=")
         exact = [c for c in candidates if c.given == name]
@@ -203,18 +233,16 @@ def _members(ensemble: str, candidates: Sequence[Candidate]) -> dict[Candidate, 
     return {member: share / sum(shares) for member, share in zip(members, shares, strict=True)}
 
 
-def _ensemble(members: dict[DocumentReader, float], posterior: bool, documents: Documents) -> ModelReport:
+def _ensemble(members: dict[_Reader, float], posterior: bool, documents: Documents) -> ModelReport:
     """Mixes the members' probabilities of every token, from the records."""
     prior = list(members.values())
-    report = next(iter(members)).report(
-        {
-            domain: [
-                mixed([member.scored(document) for member in members], prior_E=prior, posterior=posterior)
-                for document in chosen
-            ]
-            for domain, chosen in documents.items()
-        }
-    )
+    domains = {
+        domain: [
+            mixed([m.scored(document) for m in members], prior_E=prior, posterior=posterior) for document in chosen
+        ]
+        for domain, chosen in documents.items()
+    }
+    report = next(iter(members)).report(domains)
     report.model = f"ensemble of {', '.join(member.candidate.folder.name for member in members)}"
     report.ensemble = {
         "members": {member.candidate.given: share for member, share in members.items()},

@@ -1,11 +1,131 @@
-"""What an evaluation found, model by model, and the form in which programs read it."""
+"""What models make of text and tasks, as numbers, and the form in which programs read them. No torch.
+
+Shapes: N documents, X any further axes, T predicted tokens of one document, E members of an ensemble.
+"""
 
 from __future__ import annotations
 
+import base64
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from branchmix.evaluate.perplexity import TextScore
+import numpy as np
+
+from branchmix.errors import RecipeError
+
+# ---- documents ----
+
+
+@dataclass(frozen=True)
+class ScoredDocument:
+    """What a model makes of one document."""
+
+    log_probs: np.ndarray
+    """Log-probability of each predicted token, [T], in nats."""
+    bytes: int
+    """Size of what is predicted, in UTF-8."""
+
+    @property
+    def nll(self) -> float:
+        """Negative log-likelihood of all predicted tokens, in nats."""
+        return -float(self.log_probs.sum(dtype=np.float64))
+
+    @property
+    def tokens(self) -> int:
+        """Number of predicted tokens."""
+        return len(self.log_probs)
+
+    def as_record(self) -> dict[str, Any]:
+        """Fields of a line of JSON."""
+        coded = base64.b64encode(self.log_probs.astype("<f4").tobytes()).decode()
+        return {"nll": self.nll, "tokens": self.tokens, "bytes": self.bytes, "log_probs": coded}
+
+    @classmethod
+    def from_record(cls, line: dict[str, Any]) -> ScoredDocument:
+        """The document of such a line."""
+        return cls(np.frombuffer(base64.b64decode(line["log_probs"]), dtype="<f4"), line["bytes"])
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """What a model makes of a set of documents."""
+
+    bits_per_byte: float
+    stderr: float | None
+    """Standard error of ``bits_per_byte`` over documents (see ``ratio``); None for a single document."""
+    perplexity: float
+    """Per token."""
+    tokens: int
+    bytes: int
+    documents: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def aggregate(documents: Iterable[ScoredDocument]) -> TextScore:
+    """One number for many documents: all their nats over all their bytes."""
+    documents = [document for document in documents if document.tokens]
+    num_bytes, tokens = sum(document.bytes for document in documents), sum(document.tokens for document in documents)
+    if not num_bytes or not tokens:
+        raise RecipeError("there is no text to evaluate: all documents are empty")
+    nats = [document.nll for document in documents]
+    rate, error = ratio([nll / math.log(2) for nll in nats], [document.bytes for document in documents])
+    perplexity = math.exp(min(math.fsum(nats) / tokens, 700.0))
+    return TextScore(
+        float(rate), None if error is None else float(error), perplexity, tokens, num_bytes, len(documents)
+    )
+
+
+def ratio(a_NX: Any, b_N: Any) -> tuple[Any, Any]:
+    """``sum_i a_i / sum_i b_i``, such as of the bits and bytes of documents, and its standard error.
+
+    The error is that of the delta method for independent documents:
+    ``sqrt(n / (n - 1) * sum_i (a_i - R b_i)^2) / sum_i b_i``; None for a single document.
+    """
+    a_NX, b_N = np.asarray(a_NX, dtype=np.float64), np.asarray(b_N, dtype=np.float64)
+    count, size = len(b_N), b_N.sum()
+    value_X = a_NX.sum(0) / size
+    if count < 2:
+        return value_X, None
+    squares_X = ((a_NX - np.multiply.outer(b_N, value_X)) ** 2).sum(0)
+    return value_X, np.sqrt(count / (count - 1) * squares_X) / size
+
+
+# ---- ensembles ----
+
+
+def mixed(members: Sequence[ScoredDocument], **options: Any) -> ScoredDocument:
+    """A document under an ensemble; options as for ``ensemble_log_probs``."""
+    return ScoredDocument(ensemble_log_probs([member.log_probs for member in members], **options), members[0].bytes)
+
+
+def ensemble_log_probs(logp_ET: Any, *, prior_E: Sequence[float] | None = None, posterior: bool = True) -> np.ndarray:
+    """Log-probabilities [T] (nats) of a document's tokens under an ensemble of experts by their outputs.
+
+    ``p(x_t | x_<t) = sum_i w_i,t p_i(x_t | x_<t)``, where ``w_i,t`` is the posterior of the domain of expert i after
+    the text before t: proportional to ``prior_i * prod_(s<t) p_i(x_s | x_<s)`` (Branch-Train-Merge, arXiv 2208.03306,
+    section 2.2). It needs no more than each member's probabilities of the text's own tokens.
+
+    Args:
+        logp_ET: of each member, for the same tokens.
+        prior_E: weights before the first token, which sum to 1; equal ones if not given.
+        posterior: learn from the text so far which member to trust; otherwise the prior stays.
+    """
+    logp_ET = np.asarray(logp_ET, dtype=np.float64)
+    prior = np.full(len(logp_ET), 1 / len(logp_ET)) if prior_E is None else np.asarray(prior_E, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        logw_ET = np.repeat(np.log(prior)[:, None], logp_ET.shape[1], axis=1)
+    if posterior:
+        logw_ET[:, 1:] += np.cumsum(logp_ET, axis=1)[:, :-1]
+        logw_ET -= np.logaddexp.reduce(logw_ET, axis=0)
+    mixed_T: np.ndarray = np.logaddexp.reduce(logw_ET + logp_ET, axis=0)
+    return mixed_T
+
+
+# ---- tasks ----
 
 
 @dataclass(frozen=True)
@@ -37,9 +157,8 @@ class TaskScore:
             name: {**asdict(measured), "higher_is_better": self.higher_is_better.get(name.split(",")[0])}
             for name, measured in self.metrics.items()
         }
-        subtasks = {"subtasks": list(self.subtasks)} if self.subtasks else {}
         facts = {"num_fewshot": self.num_fewshot, "examples": self.examples, "version": self.version}
-        return {"metrics": metrics, **facts, **subtasks}
+        return {"metrics": metrics, **facts, **({"subtasks": list(self.subtasks)} if self.subtasks else {})}
 
 
 @dataclass(frozen=True)
@@ -53,6 +172,9 @@ class SuiteScore:
 
     def as_dict(self) -> dict[str, Any]:
         return {"title": self.title, **asdict(self.score), **({"metrics": self.members} if self.members else {})}
+
+
+# ---- reports ----
 
 
 @dataclass
@@ -78,11 +200,10 @@ class ModelReport:
         if self.domains is not None:
             content |= {"prefix": self.prefix, "max_length": self.max_length, "stride": self.stride}
             content |= {"ensemble": self.ensemble} if self.ensemble else {}
-            content["domains"] = {name: score.as_dict() for name, score in self.domains.items()}
-        if self.tasks is not None:
-            content["tasks"] = {name: score.as_dict() for name, score in self.tasks.items()}
-            if self.suites:
-                content["suites"] = {name: suite.as_dict() for name, suite in self.suites.items()}
+        parts: dict[str, Any] = {"domains": self.domains, "tasks": self.tasks, "suites": self.suites or None}
+        for name, scores in parts.items():
+            if scores is not None:
+                content[name] = {key: score.as_dict() for key, score in scores.items()}
         return content
 
 

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of the longest, N wanted positions, D model width, V vo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,21 +25,34 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 def logits_at(
     model: Any, inputs: Sequence[np.ndarray], rows_N: np.ndarray, places_N: np.ndarray, targets_N: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's logits [N, V] at ``places_N`` of the inputs ``rows_N``, and the targets on its device.
+    """The model's logits [N, V] at ``places_N`` of the inputs ``rows_N``, and the targets on its device."""
+    logits_NV, _ = forward(model, inputs, torch.from_numpy(rows_N), torch.from_numpy(places_N), use_cache=False)
+    return logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)
 
-    Padding is on the right, where causal attention never sees it, so no mask is needed and attention takes its fastest
-    way. The head runs on the predicted positions only.
+
+def forward(
+    model: Any,
+    inputs: Sequence[Sequence[int] | np.ndarray],
+    rows_N: torch.Tensor,
+    places_N: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, Any]:
+    """The logits [N, V] at ``places_N`` of the inputs ``rows_N``, where alone the head runs, and the model's output.
+
+    Attention takes its fastest way, without a mask (see ``padded``).
     """
-    length = max(map(len, inputs))
-    inputs_BT = np.empty((len(inputs), length), dtype=np.int64)
+    with head_at(model, rows_N, places_N) as narrowed:
+        output = model(input_ids=padded(inputs).to(model.device), **options)
+    return output.logits.squeeze(0) if narrowed else output.logits[rows_N, places_N], output
+
+
+def padded(inputs: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
+    """Rows of tokens as [B, T], padded on the right: causal attention never sees that, so no mask is needed."""
+    inputs_BT = np.empty((len(inputs), max(map(len, inputs))), dtype=np.int64)
     for row, tokens in enumerate(inputs):
         inputs_BT[row, : len(tokens)] = tokens
         inputs_BT[row, len(tokens) :] = tokens[-1]
-    wanted = (torch.from_numpy(rows_N), torch.from_numpy(places_N))
-    with head_at(model, *wanted) as narrowed:
-        output = model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
-    logits_NV = output.logits.squeeze(0) if narrowed else output.logits[wanted]
-    return logits_NV, torch.from_numpy(targets_N).to(logits_NV.device)
+    return torch.from_numpy(inputs_BT)
 
 
 def log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> np.ndarray:
@@ -95,6 +108,16 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def check_tokens(model: Any, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
+    """Refuse tokens that the model has no embedding for; raises CheckpointError."""
+    known = model.get_input_embeddings().weight.shape[0]
+    greatest = max((int(np.max(row)) for row in rows if len(row)), default=0)
+    if greatest >= known:
+        raise CheckpointError(
+            f"the tokenizer gives token {greatest}, but the model knows {known}: it is not the model's"
+        )
 
 
 def max_positions(config: Any) -> int | None:

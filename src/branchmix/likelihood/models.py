@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,13 @@ from branchmix.checkpoint.index import left_over_quantisation
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
-from branchmix.likelihood.records import tokenizer_hash
+from branchmix.likelihood.records import model_hash, tokenizer_hash
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TOKENIZED_AT_ONCE = 256
+
+Progress = Callable[[str, int, int], None]
+"""Receives a step, how much of it is done, and how much there is."""
 
 
 def check_dtype(dtype: str) -> None:
@@ -28,8 +33,11 @@ def check_dtype(dtype: str) -> None:
 class TextModel:
     """A model's config and tokenizer; its weights are loaded when they are asked for.
 
-    ``notes`` say what of its folder does not count.
+    ``notes`` say what of its folder does not count; ``prefix`` is what a text's first token is predicted from.
     """
+
+    forced_to: int | None = None
+    """Number of the expert that all gates are forced to."""
 
     def __init__(self, resolved: ResolvedModel, dtype: str, trust_remote_code: bool):
         from transformers import AutoConfig
@@ -49,13 +57,54 @@ class TextModel:
         self.config = load(AutoConfig, self.folder, **self._options)
         self.tokenizer = load_tokenizer(self.folder, **self._options)
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
+        self.prefix = prefix_token(self.tokenizer, self.config)
+        self._weights: Any = None
+
+    def forced(self, number: int) -> TextModel:
+        """The same mixture with all gates forced to one expert, at the dense model's cost."""
+        names = self.config.expert_names or [f"expert-{row}" for row in range(self.config.num_experts)]
+        one = copy.copy(self)
+        one.given, one.forced_to = f"{self.given}: {names[number]} only", number
+        return one
+
+    @cached_property
+    def _hash(self) -> str:
+        return model_hash(self.folder)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every result of the model depends on."""
+        facts = {"weights": self._hash, "dtype": self.dtype, "tokenizer": self.tokenizer_hash}
+        return facts if self.forced_to is None else {**facts, "forced_to": self.forced_to}
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the model came from, which no result depends on."""
+        return {"path": self.given, "revision": self.revision}
 
     def load(self, **options: Any) -> Any:
         """The causal LM, ready for evaluation, on a GPU if there is one; ``options`` of ``from_pretrained``."""
         import torch
 
         model = load_language_model(self.folder, dtype=self.dtype, **self._options, **options)
-        return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        return model if self.forced_to is None else model.keep_experts([self.forced_to])
+
+    def model(self) -> Any:
+        """What ``load`` returns, loaded at the first call and kept until ``release``."""
+        if self._weights is None:
+            self._weights = self.load()
+        return self._weights
+
+    def release(self) -> None:
+        """Lets go of the weights: the next model needs their memory."""
+        self._weights = None
+
+    def named(self, progress: Progress | None, what: str) -> Progress | None:
+        """``progress`` with the model's name and ``what`` as the step."""
+        if progress is None:
+            return None
+        return lambda _, done, total: progress(f"{self.folder.name}: {what}", done, total)
 
 
 def prefix_token(tokenizer: Any, config: Any) -> int | None:
@@ -82,8 +131,7 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special: bool = False) -> li
             pieces = tokens_in_pieces(part[0], lambda text: _window(tokenizer, text, options))
             documents.append(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in pieces]))
         else:
-            encoded = tokenizer(part, **options)
-            documents += [np.asarray(tokens, dtype=np.int64) for tokens in encoded["input_ids"]]
+            documents += [np.asarray(tokens, dtype=np.int64) for tokens in tokenizer(part, **options)["input_ids"]]
     return documents
 
 

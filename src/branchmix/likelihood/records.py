@@ -1,12 +1,12 @@
-"""Results that outlive a killed process: an append-only file of JSON lines; and keys for what results depend on."""
+"""Results that outlive a killed process: an append-only file of JSON lines; and hashes of what results depend on."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from branchmix.checkpoint.companions import ADAPTER_WEIGHTS
 from branchmix.checkpoint.folder import locked, writing
@@ -17,35 +17,41 @@ from branchmix.errors import OutputError
 FILE = "records.jsonl"
 
 
-class Lines:
-    """JSON objects in a file of a folder, ``records.jsonl`` by default; nothing is kept if there is none.
+class Journal:
+    """Lines about a model and an item each, found again by both; in memory only if there is no folder.
 
-    Any number of processes may add to one file at once: each line is written whole, under a lock. What a killed writer
-    left of its last line is passed over. The folder is made if need be.
+    ``item`` is the field that says what a line is about, such as ``document``. Any number of processes may add to one
+    file at once: each line is written whole, under a lock. What a killed writer left of its last line is passed over.
+    The folder is made if need be.
+
+    Numbers depend on the batch in their last bits. So lines called ``round`` say which items were to be computed
+    together, and what a killed process left of them is computed in the batches of all of them: a resumed run has the
+    numbers of one that was not stopped, bit for bit. Items that are new, or whose batches have another size now, are a
+    round of their own, for which nothing is computed again.
 
     Raises:
         OutputError: the folder is a file, or cannot be read or written.
     """
 
-    def __init__(self, folder: Path | None, file: str = FILE):
+    def __init__(self, folder: Path | None, file: str, item: str):
         self.file = folder / file if folder is not None else None
+        self.item = item
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        self.described: set[str] = set()
+        """Keys of models that a line says the meaning of."""
+        self._rounds: dict[tuple[str, int, str], list[str]] = {}
         if folder is not None:
             if folder.exists() and not folder.is_dir():
                 raise OutputError(f"{folder}: is a file: choose a folder")
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+        for line in self._read():
+            if isinstance(line.get("model"), str) and isinstance(line.get(item, ""), str):  # else somebody else's line
+                self._keep(line)
+        self.earlier = set(self._known)
+        """What was on the disk before this process began to write."""
 
-    def add(self, *records: dict[str, Any]) -> None:
-        """Append objects, on disk at once."""
-        if self.file is None or not records:
-            return
-        lines = b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
-        with writing(self.file), locked(self.file.with_suffix(".lock")), self.file.open("ab+") as file:
-            if _ends_within_a_line(file):
-                lines = b"\n" + lines
-            file.write(lines)
-
-    def read(self) -> Iterator[dict[str, Any]]:
+    def _read(self) -> Iterator[dict[str, Any]]:
         """All objects that are whole."""
         if self.file is None:
             return
@@ -63,94 +69,82 @@ class Lines:
         except OSError as error:
             raise OutputError(f"{self.file}: cannot be read: {error.strerror}: choose another folder") from error
 
+    def _keep(self, line: dict[str, Any]) -> None:
+        if isinstance(items := line.get("round"), list):
+            self._rounds |= dict.fromkeys(((line["model"], line["batch_tokens"], item) for item in items), items)
+        elif self.item in line:
+            self._known[line["model"], line[self.item]] = line
+        else:
+            self.described.add(line["model"])
 
-class Rounds:
-    """Which items a process set out to compute together, in which order.
-
-    Numbers depend on the batch in their last bits. So what a killed process left of its items is computed in the
-    batches of all of them, and a resumed run has the numbers of one that was not stopped, bit for bit. Items that are
-    new, or whose batches have another size now, are a round of their own, for which nothing is computed again.
-    """
-
-    def __init__(self, lines: Lines):
-        self._lines = lines
-        self._last: dict[tuple[str, int, str], list[str]] = {}
-
-    def keep(self, line: dict[str, Any]) -> bool:
-        """Take in a line if it is about a round."""
-        if not isinstance(items := line.get("round"), list):
-            return False
-        self._last |= dict.fromkeys(((line["model"], line["batch_tokens"], item) for item in items), items)
-        return True
-
-    def of(self, model: str, batch_tokens: int, items: Iterable[str], known: Container[str]) -> list[list[str]]:
-        """The rounds of all items that are not ``known``, each with its known ones too."""
-        there = dict.fromkeys(items)
-        todo = dict.fromkeys(item for item in there if item not in known)
-        rounds = []
-        for item in list(todo):
-            whole = self._last.get((model, batch_tokens, item))
-            if item in todo and whole is not None and there.keys() >= set(whole):
-                rounds.append(whole)
-                for one in whole:
-                    todo.pop(one, None)
-        if todo:
-            line = {"model": model, "batch_tokens": batch_tokens, "round": list(todo)}
-            self.keep(line)
-            self._lines.add(line)
-            rounds.append(list(todo))
-        return rounds
-
-
-class Journal:
-    """Lines about a model and an item each, found again by both; in memory only if there is no folder.
-
-    ``item`` is the field that says what a line is about, such as ``document``. Folder, file and errors: see ``Lines``.
-    """
-
-    def __init__(self, folder: Path | None, file: str, item: str):
-        self._lines = Lines(folder, file)
-        self._item = item
-        self._known: dict[tuple[str, str], dict[str, Any]] = {}
-        self._described: set[str] = set()
-        self.rounds = Rounds(self._lines)
-        for line in self._lines.read():
-            if isinstance(line.get("model"), str) and isinstance(line.get(item, ""), str):  # else somebody else's line
-                self._keep(line)
-        self._earlier = set(self._known)
-
-    def was_there(self, model: str, item: str) -> bool:
-        """Whether the line about an item was on the disk before this process began to write."""
-        return (model, item) in self._earlier
+    def add(self, line: dict[str, Any]) -> None:
+        """Keep a line, on disk at once."""
+        self._keep(line)
+        if self.file is None:
+            return
+        content = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with writing(self.file), locked(self.file.with_suffix(".lock")), self.file.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # within a line that a killed writer left
+                    content = b"\n" + content
+            file.write(content)
 
     def find(self, model: str, item: str) -> dict[str, Any] | None:
         """The line about an item, if there is one."""
         return self._known.get((model, item))
 
-    def describe(self, model: str, facts: dict[str, Any]) -> None:
-        """Keeps what a model's key means, once."""
-        if model not in self._described:
-            self.add_line({"model": model, **facts})
+    def of(self, facts: dict[str, Any], **source: Any) -> ModelRecords:
+        """The lines about the model with these facts; ``source`` says where it came from, which nothing depends on."""
+        return ModelRecords(self, key_of(facts), {**source, **facts})
 
-    def add_line(self, line: dict[str, Any]) -> None:
-        """Keep a line, on disk at once."""
-        self._keep(line)
-        self._lines.add(line)
+    def rounds(self, model: str, batch_tokens: int, items: Iterable[str]) -> list[list[str]]:
+        """Items to be computed together: all that have no line yet, and those of their rounds that have one."""
+        there = dict.fromkeys(items)
+        todo = {item: None for item in there if self.find(model, item) is None}
+        rounds = []
+        for item in list(todo):
+            whole = self._rounds.get((model, batch_tokens, item))
+            if item in todo and whole is not None and there.keys() >= set(whole):
+                rounds.append(whole)
+                for one in whole:
+                    todo.pop(one, None)
+        if todo:
+            rounds.append(list(todo))
+            self.add({"model": model, "batch_tokens": batch_tokens, "round": rounds[-1]})
+        return rounds
 
-    def _keep(self, line: dict[str, Any]) -> None:
-        if self.rounds.keep(line):
-            return
-        if self._item in line:
-            self._known[line["model"], line[self._item]] = line
-        else:
-            self._described.add(line["model"])
 
+class ModelRecords:
+    """The lines of a journal about one model, under the hash of all that its results depend on."""
 
-def _ends_within_a_line(file: BinaryIO) -> bool:
-    if not (end := file.seek(0, os.SEEK_END)):
-        return False
-    file.seek(end - 1)
-    return file.read(1) != b"\n"
+    def __init__(self, journal: Journal, key: str, facts: dict[str, Any]):
+        self.key = key
+        self._journal, self._facts = journal, facts
+
+    def find(self, item: str) -> dict[str, Any] | None:
+        """The line about an item, if there is one."""
+        return self._journal.find(self.key, item)
+
+    def __getitem__(self, item: str) -> dict[str, Any]:
+        line = self.find(item)
+        assert line is not None, item
+        return line
+
+    def add(self, item: str, **fields: Any) -> None:
+        """Keep a line about an item, on disk at once."""
+        self._journal.add({"model": self.key, self._journal.item: item, **fields})
+
+    def missing(self, items: Iterable[str], batch_tokens: int) -> Iterator[tuple[list[str], set[int]]]:
+        """The rounds of all items that are not on record, each with the places of those of its items that are."""
+        for together in self._journal.rounds(self.key, batch_tokens, items):
+            if self.key not in self._journal.described:
+                self._journal.add({"model": self.key, **self._facts})
+            yield together, {place for place, item in enumerate(together) if self.find(item) is not None}
+
+    def num_earlier(self, items: Iterable[str]) -> int:
+        """How many items were on record before this process began to write."""
+        return sum((self.key, item) in self._journal.earlier for item in items)
 
 
 def model_hash(folder: Path) -> str:

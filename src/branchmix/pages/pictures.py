@@ -135,7 +135,6 @@ def heat(
     ink: str,
     *,
     rows: bool = True,
-    columns: bool = True,
 ) -> None:
     """Shares of 1 as coloured cells; each says its number, so that colour is not needed to read it.
 
@@ -143,7 +142,7 @@ def heat(
         panel: where to.
         shares: row by row.
         row_names: of the rows, shown if ``rows``.
-        column_names: of the columns, shown if ``columns``.
+        column_names: of the columns.
         ink: colour of the names.
     """
     from matplotlib import colormaps
@@ -159,9 +158,7 @@ def heat(
             panel.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=text, fontsize=8)
     panel.set_xlim(0, len(column_names))
     panel.set_ylim(len(shares), 0)
-    panel.set_xticks(
-        [place + 0.5 for place in range(len(column_names))], column_names if columns else [""] * len(column_names)
-    )
+    panel.set_xticks([place + 0.5 for place in range(len(column_names))], column_names)
     panel.set_yticks([place + 0.5 for place in range(len(shares))], row_names if rows else [""] * len(shares))
     panel.tick_params(length=0, colors=ink)
     for spine in panel.spines.values():

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from branchmix.evaluate.ratio import ratio
+from branchmix.evaluate.scores import ratio
 from branchmix.study.graph import NEGLIGIBLE, TRAINED
 from branchmix.study.settings import METHODS
 

@@ -20,7 +20,7 @@ from branchmix.study.speed import in_bf16
 
 if TYPE_CHECKING:
     from branchmix.data.sequences import Packing
-    from branchmix.evaluate.perplexity import ScoredDocument
+    from branchmix.evaluate.scores import ScoredDocument
     from branchmix.train.counters import RouterMonitor
     from branchmix.train.models import Computing
 
@@ -73,7 +73,7 @@ class HeldOutText:
 
     def measure_ensemble(self, models: Sequence[Path]) -> dict[str, Any]:
         """Scores of models with one tokenizer together, weighted by the posterior of the domain (BTM)."""
-        from branchmix.evaluate.ensemble import mixed
+        from branchmix.evaluate.scores import mixed
 
         of_models: list[Scored] = []
         for model in models:

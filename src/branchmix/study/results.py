@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from branchmix.checkpoint.json_text import read_json
 from branchmix.errors import DataError
-from branchmix.evaluate.ratio import ratio
+from branchmix.evaluate.scores import ratio
 from branchmix.study import comparisons
 from branchmix.study.comparisons import Numbers, deviation, log_perplexity, mean
 from branchmix.study.folder import RESULTS, STUDY

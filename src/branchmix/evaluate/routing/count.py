@@ -6,7 +6,7 @@ Shapes: S counted tokens of a batch, N documents, V kinds of tokens, E experts, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from branchmix.errors import CheckpointError
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress, TokenWindow, batches, check_window, sorted_windows
-from branchmix.likelihood.forward import evaluating, head_at, length_dependent
+from branchmix.evaluate.perplexity import BATCH_TOKENS, TokenWindow, batches, check_window, sorted_windows
+from branchmix.likelihood.forward import evaluating, head_at, length_dependent, padded
+from branchmix.likelihood.models import Progress
 from branchmix.models.routers import RouterPlace, Rule, entropy_of, load_of
 
 KINDS_OF_TOKENS = 8192
@@ -38,14 +39,14 @@ class RouterCounts:
         self.experts, self.top_k = experts, top_k
         self.load_NE = torch.zeros(documents, experts, dtype=torch.float64)
         """What a document's tokens give to each expert: 1/k to each chosen one, or the gates if all are chosen."""
-        self.gates_NE = torch.zeros(documents, experts, dtype=torch.float64)
+        self.gates_NE = torch.zeros_like(self.load_NE)
         """Probabilities before top-k."""
-        self.strongest_NE = torch.zeros(documents, experts, dtype=torch.float64)
+        self.strongest_E = torch.zeros(experts, dtype=torch.float64)
         """Tokens whose strongest expert it is."""
         self.entropy_N = torch.zeros(documents, dtype=torch.float64)
         """Nats, of each token's probabilities."""
         self.load_VE = torch.zeros(kinds, experts, dtype=torch.float64)
-        most = min(experts, max(top_k, min(SHOWN, experts)))
+        most = min(experts, max(top_k, SHOWN))
         self.shown_index_TM = np.zeros((shown, most), dtype=np.uint16)
         """Experts of each shown token: the chosen ones first, the strongest of them first; then the rest."""
         self.shown_gates_TM = np.zeros((shown, most), dtype=np.float32)
@@ -62,22 +63,17 @@ class RouterCounts:
             self._begin(read.logits_SE.shape[1], read.index_Sk.shape[1])
         rows_S = batch.rows_S.to(read.logits_SE.device)
         gates_SE = self.rule.probabilities(read.logits_SE[rows_S]).cpu()
-        index_Sk = read.index_Sk[rows_S].cpu()
         soft = self.top_k == self.experts
-        load_SE = load_of(gates_SE, None if soft else index_Sk)
+        load_SE = load_of(gates_SE, None if soft else read.index_Sk[rows_S].cpu())
         # The chosen before all others, whatever a bias or a group did to the choice.
         order_SE = gates_SE if soft else gates_SE + 2 * (load_SE > 0)
         strongest_S = order_SE.argmax(-1)
-        document_S = batch.document_S
-        self.load_NE.index_add_(0, document_S, load_SE.double())
-        self.gates_NE.index_add_(0, document_S, gates_SE.double())
-        self.entropy_N.index_add_(0, document_S, entropy_of(gates_SE.double()))
-        self.strongest_NE.index_put_(
-            (document_S, strongest_S), torch.ones(len(strongest_S), dtype=torch.float64), accumulate=True
-        )
-        known = batch.kind_S >= 0
+        self.load_NE.index_add_(0, batch.document_S, load_SE.double())
+        self.gates_NE.index_add_(0, batch.document_S, gates_SE.double())
+        self.entropy_N.index_add_(0, batch.document_S, entropy_of(gates_SE.double()))
+        self.strongest_E += torch.bincount(strongest_S, minlength=self.experts)
+        known, shown = batch.kind_S >= 0, batch.shown_S >= 0
         self.load_VE.index_add_(0, batch.kind_S[known], load_SE[known].double())
-        shown = batch.shown_S >= 0
         if bool(shown.any()):
             index_SM = order_SE[shown].topk(self.shown_index_TM.shape[1], dim=-1).indices
             places = batch.shown_S[shown].numpy()
@@ -86,21 +82,14 @@ class RouterCounts:
         return gates_SE, strongest_S
 
 
-class Agreement:
-    """How often the FFN router and the attention gate of a layer prefer the same expert: sums over each document."""
-
-    def __init__(self, layer: int, documents: int):
-        self.layer = layer
-        self.same_N = torch.zeros(documents, dtype=torch.float64)
-        self.overlap_N = torch.zeros(documents, dtype=torch.float64)
-
-
 @dataclass(frozen=True)
 class ModelCounts:
     """What all routers of a model do with the documents."""
 
     routers: list[RouterCounts]
-    agreement: list[Agreement]
+    agreement: dict[int, tuple[float, float]]
+    """By layer, over all tokens: how many of them the FFN router and the attention gate give to the same expert first,
+    and the sum of the smaller of both probabilities."""
     tokens_N: np.ndarray
     kinds_V: np.ndarray
     """Token ids of the kinds, in the order of ``load_VE``."""
@@ -152,22 +141,22 @@ def count(
     # Windows are made for predictions, and a row's last token makes none: here it counts.
     windows = sorted_windows([len(row) + 1 for row in texts.rows], max_length, stride)
     routers = [RouterCounts(place, len(documents), len(texts.kinds_V), sum(shown)) for place in places]
-    layers = {kind: [place.layer for place in places if place.kind == kind] for kind in ("ffn", "attention")}
-    agreement = [Agreement(layer, len(documents)) for layer in layers["ffn"] if layer in layers["attention"]]
+    gated = {place.layer for place in places if place.kind == "attention"}
+    agreement = {place.layer: (0.0, 0.0) for place in places if place.kind == "ffn" and place.layer in gated}
     done, total = 0, sum(map(len, documents))
     with evaluating(model), _outputs_of(places) as output_of:
         for chosen in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             inputs_BT, batch = texts.batch(chosen)
             with head_at(model, torch.tensor([0]), torch.tensor([0])):  # nobody wants the logits
-                model(input_ids=torch.from_numpy(inputs_BT).to(model.device), use_cache=False)
+                model(input_ids=inputs_BT.to(model.device), use_cache=False)
             chosen_by = {}
             for router in routers:
                 chosen_by[router.place.kind, router.place.layer] = router.add(output_of(router.place), batch)
-            for pair in agreement:
-                (ffn_SE, ffn_S), (gates_SE, gate_S) = (chosen_by[kind, pair.layer] for kind in ("ffn", "attention"))
+            for layer, (same, overlap) in agreement.items():
+                (ffn_SE, ffn_S), (gates_SE, gate_S) = (chosen_by[kind, layer] for kind in ("ffn", "attention"))
                 if ffn_SE.shape == gates_SE.shape:
-                    pair.same_N.index_add_(0, batch.document_S, (ffn_S == gate_S).double())
-                    pair.overlap_N.index_add_(0, batch.document_S, torch.minimum(ffn_SE, gates_SE).double().sum(-1))
+                    smaller_SE = torch.minimum(ffn_SE, gates_SE).double()
+                    agreement[layer] = same + int((ffn_S == gate_S).sum()), overlap + float(smaller_SE.sum())
             done += len(batch.rows_S)
             if progress is not None:
                 progress("tokens", done, total)
@@ -190,24 +179,20 @@ class _Texts:
         self._place_of = np.full(int(kinds.max()) + 1, -1)
         self._place_of[self.kinds_V] = np.arange(len(common))
 
-    def batch(self, windows: Sequence[TokenWindow]) -> tuple[np.ndarray, _Batch]:
+    def batch(self, windows: Sequence[TokenWindow]) -> tuple[torch.Tensor, _Batch]:
         """Inputs [B, T], padded on the right, and which of them are what."""
-        length = max(window.end - window.start for window in windows)
-        inputs_BT = np.empty((len(windows), length), dtype=np.int64)
+        inputs_BT = padded([self.rows[window.document][window.start : window.end] for window in windows])
         rows, documents, positions = [], [], []
         for row, window in enumerate(windows):
-            inputs = self.rows[window.document][window.start : window.end]
-            inputs_BT[row, : len(inputs)] = inputs
-            inputs_BT[row, len(inputs) :] = inputs[-1]
             counted = np.arange(max(window.first, self._ahead), window.end)
-            rows.append(row * length + counted - window.start)
+            rows.append(row * inputs_BT.shape[1] + counted - window.start)
             documents.append(np.full(len(counted), window.document))
             positions.append(counted - self._ahead)
         rows_S, document_S, position_S = map(np.concatenate, (rows, documents, positions))
-        kind_S = self._place_of[inputs_BT.reshape(-1)[rows_S]]
+        kind_S = self._place_of[inputs_BT.numpy().reshape(-1)[rows_S]]
         is_shown_S = position_S < self._shown_N[document_S]
         shown_S = np.where(is_shown_S, self._first_shown_N[document_S] + position_S, -1)
-        return inputs_BT, _Batch(inputs_BT.size, *map(torch.from_numpy, (rows_S, document_S, kind_S, shown_S)))
+        return inputs_BT, _Batch(inputs_BT.numel(), *map(torch.from_numpy, (rows_S, document_S, kind_S, shown_S)))
 
 
 @contextmanager
@@ -215,20 +200,16 @@ def _outputs_of(places: Sequence[RouterPlace]) -> Iterator[Callable[[RouterPlace
     """Keeps what each router gave back in a forward pass; yields a function that takes it out."""
     outputs: dict[str, Any] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            outputs.setdefault(name, output)
-
-        return hook
-
     def take(place: RouterPlace) -> Any:
         if place.name not in outputs:
             raise CheckpointError(f"the router {place.name} was not asked about the text")
         return outputs.pop(place.name)
 
-    hooks = [place.module.register_forward_hook(keep(place.name)) for place in places]
-    try:
+    with ExitStack() as stack:
+        for place in places:
+
+            def keep(module: Any, args: Any, output: Any, name: str = place.name) -> None:
+                outputs.setdefault(name, output)
+
+            stack.callback(place.module.register_forward_hook(keep).remove)
         yield take
-    finally:
-        for hook in hooks:
-            hook.remove()

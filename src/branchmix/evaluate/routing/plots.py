@@ -5,8 +5,9 @@ Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg`` and ``s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,73 +30,66 @@ def shares(routing: dict[str, Any], ink: str, *, domains: Sequence[str]) -> Figu
         ink: colour of names.
         domains: in their order.
     """
-    kinds = [kind for kind in TITLES if routing.get(kind)]
-    layers = max(len(routing[kind]) for kind in kinds)
-    draw = _by_layer if layers <= _PANELS and len(routing["experts"]) <= 8 else _by_domain
-    return draw(routing, kinds, list(domains), ink)
-
-
-def _by_layer(routing: dict[str, Any], kinds: list[str], domains: list[str], ink: str) -> Figure:
-    columns = max(len(routing[kind]) for kind in kinds)
-    width = max(2.25, 0.55 * len(routing["experts"])) * columns + 0.6
-    height = max(1.2, 0.42 * len(domains)) + 0.42
-    figure, panels = _grid(kinds, columns, (width, height * len(kinds) + 0.2), ink)
-    for row, kind in enumerate(kinds):
-        for column in range(columns):
-            panel = panels[row][column]
-            if column >= len(routing[kind]):
-                panel.set_axis_off()
-                continue
-            layer = routing[kind][column]
-            by_domain = [layer["by_domain"][domain] for domain in domains]
-            names = routing["experts"][: len(by_domain[0])]
-            heat(panel, by_domain, domains, names, ink, rows=column == 0, columns=row == len(kinds) - 1)
-            panel.set_title(f"{TITLES[kind]}, layer {layer['layer']}", color=ink, fontsize=8.5)
-    return figure
-
-
-def _by_domain(routing: dict[str, Any], kinds: list[str], domains: list[str], ink: str) -> Figure:
-    from matplotlib import colormaps
-
-    num_layers, num_experts = max(len(routing[kind]) for kind in kinds), len(routing["experts"])
-    width = min(7.0, max(1.5, 0.16 * num_experts), max(1.2, 24.0 / len(domains))) * len(domains) + 1.6
-    height = min(6.0, max(1.6, 0.11 * num_layers)) + 0.45
-    figure, panels = _grid(kinds, len(domains), (width, height * len(kinds) + 0.3), ink)
-    for row, kind in enumerate(kinds):
-        layers = routing[kind]
-        brightest = max(value for layer in layers for shares in layer["by_domain"].values() for value in shares)
-        for panel, domain in zip(panels[row], domains, strict=True):
-            values = [layer["by_domain"][domain] for layer in layers]
-            edges = {"vmin": 0.0, "vmax": brightest, "cmap": colormaps["cividis"]}
-            picture = panel.imshow(values, aspect="auto", interpolation="nearest", **edges)
-            ticks = range(0, len(layers), max(1, len(layers) // 8))
-            first = panel is panels[row][0]
-            panel.set_yticks(ticks, [str(layers[tick]["layer"]) if first else "" for tick in ticks])
-            names = routing["experts"][: len(values[0])]
-            ticks = range(0, len(names), 1 if len(names) <= 8 else -(-len(names) // 8))
-            named = [names[tick] if row == len(kinds) - 1 else "" for tick in ticks]
-            upright = len(names) <= 8 and max(map(len, names)) > 2
-            panel.set_xticks(ticks, named, rotation=45 if upright else 0, ha="right" if upright else "center")
-            panel.set_title(f"{TITLES[kind]}: {domain}", color=ink, fontsize=8.5)
-            for spine in panel.spines.values():
-                spine.set_visible(False)
-        panels[row][0].set_ylabel("layer", color=ink)
-        bar = figure.colorbar(picture, ax=list(panels[row]), shrink=0.9, pad=0.01)
-        bar.ax.tick_params(colors=ink)
-        bar.outline.set_visible(False)
-        bar.set_label("share of tokens", color=ink)
-    return figure
-
-
-def _grid(kinds: list[str], columns: int, size: tuple[float, float], ink: str) -> tuple[Figure, Any]:
-    """A row of panels for each kind of router."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    figure = MatplotlibFigure(figsize=size, layout="constrained")
+    kinds = [kind for kind in TITLES if routing.get(kind)]
+    layers, experts = max(len(routing[kind]) for kind in kinds), len(routing["experts"])
+    by_layer = layers <= _PANELS and experts <= 8
+    if by_layer:
+        columns, width, height, above = layers, max(2.25, 0.55 * experts) * layers + 0.6, 0.42 * len(domains), 0.2
+        height = max(1.2, height) + 0.42
+    else:
+        columns, above = len(domains), 0.3
+        width = min(7.0, max(1.5, 0.16 * experts), max(1.2, 24.0 / columns)) * columns + 1.6
+        height = min(6.0, max(1.6, 0.11 * layers)) + 0.45
+    figure = MatplotlibFigure(figsize=(width, height * len(kinds) + above), layout="constrained")
     panels = figure.subplots(len(kinds), columns, squeeze=False)
     for panel in panels.flat:
         take_ink(panel, ink)
-    return figure, panels
+    for kind, row in zip(kinds, panels, strict=True):
+        names = [name if kind == kinds[-1] else "" for name in routing["experts"]]
+        if by_layer:
+            _by_layer(row, kind, routing[kind], list(domains), names, ink)
+        else:
+            _by_domain(figure, row, kind, routing[kind], domains, names, ink)
+    return figure
+
+
+def _by_layer(row: Any, kind: str, layers: list[Any], domains: list[str], names: list[str], ink: str) -> None:
+    for panel, layer in zip_longest(row, layers):
+        if layer is None:
+            panel.set_axis_off()
+            continue
+        by_domain = [layer["by_domain"][domain] for domain in domains]
+        heat(panel, by_domain, domains, names[: len(by_domain[0])], ink, rows=panel is row[0])
+        panel.set_title(f"{TITLES[kind]}, layer {layer['layer']}", color=ink, fontsize=8.5)
+
+
+def _by_domain(
+    figure: Figure, row: Any, kind: str, layers: list[Any], domains: Sequence[str], names: list[str], ink: str
+) -> None:
+    from matplotlib import colormaps
+
+    brightest = max(value for layer in layers for shares in layer["by_domain"].values() for value in shares)
+    for panel, domain in zip(row, domains, strict=True):
+        values = [layer["by_domain"][domain] for layer in layers]
+        edges = {"vmin": 0.0, "vmax": brightest, "cmap": colormaps["cividis"]}
+        picture = panel.imshow(values, aspect="auto", interpolation="nearest", **edges)
+        ticks = range(0, len(layers), max(1, len(layers) // 8))
+        panel.set_yticks(ticks, [str(layers[tick]["layer"]) if panel is row[0] else "" for tick in ticks])
+        count = len(values[0])
+        ticks = range(0, count, 1 if count <= 8 else -(-count // 8))
+        upright = count <= 8 and max(map(len, names[:count])) > 2
+        turned = {"rotation": 45 if upright else 0, "ha": "right" if upright else "center"}
+        panel.set_xticks(ticks, [names[tick] for tick in ticks], **turned)
+        panel.set_title(f"{TITLES[kind]}: {domain}", color=ink, fontsize=8.5)
+        for spine in panel.spines.values():
+            spine.set_visible(False)
+    row[0].set_ylabel("layer", color=ink)
+    bar = figure.colorbar(picture, ax=list(row), shrink=0.9, pad=0.01)
+    bar.ax.tick_params(colors=ink)
+    bar.outline.set_visible(False)
+    bar.set_label("share of tokens", color=ink)
 
 
 def through_layers(routing: dict[str, Any], ink: str) -> Figure:
@@ -107,44 +101,36 @@ def through_layers(routing: dict[str, Any], ink: str) -> Figure:
     """
     kinds = [kind for kind in _STYLES if routing.get(kind)]
     known = all(layer["mutual_information"] is not None for kind in kinds for layer in routing[kind])
-    panels_wanted = [*(["information"] if known else []), "entropy", *(["agreement"] if routing["agreement"] else [])]
-    figure, panels = figure_with(len(panels_wanted), (3.4 * len(panels_wanted) + 0.2, 3.1), ink)
-    for wanted, panel in zip(panels_wanted, panels, strict=True):
+    gates, agreement = [(routing[kind], *_STYLES[kind], TITLES[kind]) for kind in kinds], routing["agreement"]
+    information = "mutual_information_corrected"
+    wanted = [
+        ("What the expert tells of the domain, bits", [(*one, information) for one in gates if known]),
+        ("How undecided a token's gate is, bits", [(*one, "token_entropy") for one in gates]),
+        ("FFN and attention agree, share", [(agreement, *one) for one in _AGREEMENT if agreement]),
+    ]
+    wanted = [(title, lines) for title, lines in wanted if lines]
+    figure, panels = figure_with(len(wanted), (3.4 * len(wanted) + 0.2, 3.1), ink)
+    for (title, lines), panel in zip(wanted, panels, strict=True):
         panel.set_xlabel("layer", color=ink)
         panel.grid(alpha=0.2)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        for layers, values, (colour, dashes, mark), label in _lines(routing, kinds, wanted):
-            panel.plot(layers, values, dashes, color=colour, marker=mark, markersize=4, label=label)
-        panel.set_title(_PANEL_TITLES[wanted], color=ink, loc="left")
-        panel.set_ylim(0, 1.02 if wanted == "agreement" else None)
+        for layers, colour, dashes, mark, label, key in lines:
+            values = [layer[key] for layer in layers]
+            look = {"color": colour, "marker": mark, "markersize": 4, "label": label}
+            panel.plot([layer["layer"] for layer in layers], values, dashes, **look)
+        panel.set_title(title, color=ink, loc="left")
+        panel.set_ylim(0, 1.02 if lines[0][0] is agreement else None)
         panel.legend(frameon=False, labelcolor=ink, fontsize=8, loc="upper left", bbox_to_anchor=(-0.02, -0.2), ncols=2)
     return figure
 
 
 _STYLES = {"attention": (COLOURS[0], "-", "o"), "ffn": (COLOURS[5], "--", "s")}
-_AGREEMENT = {
-    "same": ((COLOURS[2], "-", "o"), "same expert first"),
-    "same_by_chance": ((COLOURS[7], ":", ""), "that by chance"),
-    "overlap": ((COLOURS[1], "--", "s"), "overlap of gates"),
-}
-_PANEL_TITLES = {
-    "information": "What the expert tells of the domain, bits",
-    "entropy": "How undecided a token's gate is, bits",
-    "agreement": "FFN and attention agree, share",
-}
-
-
-def _lines(routing: dict[str, Any], kinds: list[str], wanted: str) -> Iterator[tuple[list[int], list[float], Any, str]]:
-    """Layers, values, style and label of each line of a panel."""
-    if wanted == "agreement":
-        layers = [layer["layer"] for layer in routing["agreement"]]
-        for key, (style, label) in _AGREEMENT.items():
-            yield layers, [layer[key] for layer in routing["agreement"]], style, label
-        return
-    key = {"information": "mutual_information_corrected", "entropy": "token_entropy"}[wanted]
-    for kind in kinds:
-        layers = [layer["layer"] for layer in routing[kind]]
-        yield layers, [layer[key] for layer in routing[kind]], _STYLES[kind], TITLES[kind]
+"""Colour, dashes and marks of lines."""
+_AGREEMENT = (
+    (COLOURS[2], "-", "o", "same expert first", "same"),
+    (COLOURS[7], ":", "", "that by chance", "same_by_chance"),
+    (COLOURS[1], "--", "s", "overlap of gates", "overlap"),
+)
 
 
 def write_plots(routing: dict[str, Any], folder: Path) -> list[Path]:

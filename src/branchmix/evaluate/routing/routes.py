@@ -16,11 +16,11 @@ from branchmix.checkpoint.text import LONG, replaced_note
 from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.documents import HashedDocument, select
-from branchmix.evaluate.perplexity import BATCH_TOKENS, Progress
+from branchmix.evaluate.perplexity import BATCH_TOKENS
 from branchmix.evaluate.routing.count import ModelCounts, count
 from branchmix.evaluate.routing.routing_report import RoutingReport, report
 from branchmix.likelihood.forward import max_positions
-from branchmix.likelihood.models import TextModel, check_dtype, encode, prefix_token
+from branchmix.likelihood.models import Progress, TextModel, check_dtype, encode
 from branchmix.models.routers import find_routers
 
 MAX_LENGTH = 2048
@@ -69,13 +69,9 @@ def routes(
 ) -> Routes:
     """Which expert each token uses: in every layer, of the FFN router and, in BAM, of the attention gate.
 
-    Args:
-        model: a mixture of ours or of transformers, as a folder or Hub id.
-        data: documents by domain, as in ``evaluate``; held-out ones unless ``data`` says ``all``.
-        texts: instead of ``data``, each a document of one domain.
-        max_length: tokens of the window: each token has at least half as many before it, if the document has.
-        shown_tokens: of the page; the beginnings of as many documents of every domain.
-        batch_tokens, dtype, limit, trust_remote_code, progress: as in ``evaluate``.
+    The arguments are the options of ``branchmix routes``: ``data`` as in ``evaluate``, or ``texts``, each a document of
+    one domain. Each token has at least half a window before it, if the document has. ``shown_tokens`` of the page are
+    the beginnings of as many documents of every domain.
 
     Raises:
         RecipeError: no text, both kinds of it, or options that make no sense.
@@ -93,7 +89,7 @@ def routes(
         by_domain = {TEXTS: [HashedDocument.of(text) for text in texts][:limit]}
     else:
         by_domain = select(config, candidate.tokenizer, limit=limit)
-    documents, tokens = _tokenised(by_domain, candidate.tokenizer)
+    documents = _tokenised(by_domain, candidate.tokenizer)
     positions = max_positions(candidate.config)
     window = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
     if positions is not None and window > positions:
@@ -105,11 +101,11 @@ def routes(
     places = find_routers(loaded)
     if not places:
         raise CheckpointError(f"{model}: {_why_none(candidate.config)}")
-    shown = _shown_of(documents, tokens, shown_tokens)
-    prefix = prefix_token(candidate.tokenizer, candidate.config)
+    shown = _shown_of(documents, shown_tokens)
     options: dict[str, Any] = {"max_length": window, "batch_tokens": batch_tokens, "progress": progress}
     try:
-        counts = count(loaded, places, tokens, prefix=prefix, shown=shown, **options)
+        tokens = [row for *_, row in documents]
+        counts = count(loaded, places, tokens, prefix=candidate.prefix, shown=shown, **options)
     except CheckpointError as error:
         raise CheckpointError(f"{model}: {error}") from error
     result = report(
@@ -117,7 +113,7 @@ def routes(
         candidate.tokenizer,
         model=model,
         expert_names=getattr(candidate.config, "expert_names", None),
-        domains={name: sum(domain == name for domain, _ in documents) for name in by_domain},
+        domains={name: sum(domain == name for domain, *_ in documents) for name in by_domain},
         max_length=window,
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
@@ -127,7 +123,7 @@ def routes(
             result.notes.append(f"{domain}: {replaced_note(replaced)}")
     texts_shown = [
         ShownText(domain, _pieces(candidate.tokenizer, text, row[:most]), most < len(row))
-        for (domain, text), row, most in zip(documents, tokens, shown, strict=True)
+        for (domain, text, row), most in zip(documents, shown, strict=True)
         if most
     ]
     return Routes(result, counts, texts_shown)
@@ -178,26 +174,24 @@ def read_texts(given: Sequence[str]) -> list[str]:
 # ---- the texts ----
 
 
-def _tokenised(
-    by_domain: dict[str, list[HashedDocument]], tokenizer: Any
-) -> tuple[list[tuple[str, str]], list[np.ndarray]]:
-    """All documents that have tokens, domain after domain, as (domain, text), and their tokens."""
-    pairs = [(domain, document.text) for domain, chosen in by_domain.items() for document in chosen]
-    tokens = encode(tokenizer, [text for _, text in pairs])
-    kept = [number for number, row in enumerate(tokens) if len(row)]
-    documents = [pairs[number] for number in kept]
-    for domain in by_domain:
-        if not any(name == domain for name, _ in documents):
+def _tokenised(by_domain: dict[str, list[HashedDocument]], tokenizer: Any) -> list[tuple[str, str, np.ndarray]]:
+    """All documents that have tokens, domain after domain, as (domain, text, tokens)."""
+    documents = []
+    for domain, chosen in by_domain.items():
+        texts = [document.text for document in chosen]
+        rows = [(domain, text, row) for text, row in zip(texts, encode(tokenizer, texts), strict=True) if len(row)]
+        if not rows:
             raise RecipeError(f"{domain}: has no text: all its documents are empty")
-    return documents, [tokens[number] for number in kept]
+        documents += rows
+    return documents
 
 
-def _shown_of(documents: Sequence[tuple[str, str]], tokens: Sequence[np.ndarray], most: int) -> list[int]:
+def _shown_of(documents: Sequence[tuple[str, str, np.ndarray]], most: int) -> list[int]:
     """How many tokens of each document are shown: about as many of every domain, from its first documents on."""
-    domains = list(dict.fromkeys(domain for domain, _ in documents))
+    domains = {domain for domain, *_ in documents}
     left = dict.fromkeys(domains, max(1, most // len(domains)))
     shown = []
-    for (domain, _), row in zip(documents, tokens, strict=True):
+    for domain, _, row in documents:
         shown.append(min(len(row), left[domain]))
         left[domain] -= shown[-1]
     return shown
@@ -217,10 +211,9 @@ def _pieces(tokenizer: Any, text: str, tokens: np.ndarray) -> list[str]:
 
 
 def _why_none(config: Any) -> str:
-    text = config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    if config.model_type != "branchmix" and any((getattr(text, name, None) or 0) > 1 for name in names):
-        return f"transformers' class for {config.model_type} does not say which of its modules are routers"
     if config.model_type == "branchmix":
         return "a mixture without FFN and attention experts: it has no routers to show"
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if any((getattr(config.get_text_config(), name, None) or 0) > 1 for name in names):
+        return f"transformers' class for {config.model_type} does not say which of its modules are routers"
     return f"a dense model ({config.model_type}): it has no routers to show; give a mixture"

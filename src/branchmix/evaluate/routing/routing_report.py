@@ -1,25 +1,20 @@
-"""What the routers of a model do with texts, as numbers: one dictionary, and a table of shares as CSV."""
+"""What the routers of a model do with texts, as numbers: one dictionary, and a table of shares as CSV.
+
+Shapes: N documents, n documents of one domain, D domains, E experts, V kinds of tokens.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from branchmix.evaluate.routing.count import ModelCounts, RouterCounts
-from branchmix.evaluate.routing.statistics import (
-    chance_of_agreement,
-    entropy_bits,
-    mutual_information,
-    mutual_information_bias,
-    typical_tokens,
-)
+from branchmix.evaluate.scores import ratio
 from branchmix.models.routers import KINDS
+from branchmix.pages.table import Table
 
 
 @dataclass(frozen=True)
@@ -42,9 +37,9 @@ class LayerRouting:
     """Entropy of a token's probabilities before top-k, mean over tokens: how undecided the router is."""
     token_entropy_by_domain: dict[str, float]
     mutual_information: float | None
-    """Between expert and domain, in bits (see ``statistics.mutual_information``); None for one domain."""
+    """Between expert and domain, in bits (see ``mutual_information``); None for one domain."""
     mutual_information_corrected: float | None
-    """Without what a sample of documents gives too much (``statistics.mutual_information_bias``), 0 at least."""
+    """Without what a sample of documents gives too much (``mutual_information_bias``), 0 at least."""
     typical: list[list[dict[str, Any]]]
     """For each expert: tokens that it gets more of than others, the most telling first, with the share of their
     occurrences that go to it and their count."""
@@ -99,19 +94,17 @@ class RoutingReport:
 
     def as_csv(self) -> str:
         """Shares by kind, layer, domain and expert: a row each."""
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["router", "layer", "domain", "expert", "load", "gate"])
-        rows.writerows(self._rows())
-        return text.getvalue()
-
-    def _rows(self) -> Iterator[list[Any]]:
-        for kind, layers in self.layers.items():
-            for layer in layers:
-                for domain in self.domains:
-                    both = zip(layer.by_domain[domain], layer.gate_by_domain[domain], strict=True)
-                    for name, (load, gate) in zip(self.names(kind), both, strict=True):
-                        yield [kind, layer.layer, domain, name, f"{load:.6f}", f"{gate:.6f}"]
+        head = ["router", "layer", "domain", "expert", "load", "gate"]
+        rows = [
+            [kind, str(layer.layer), domain, name, f"{load:.6f}", f"{gate:.6f}"]
+            for kind, layers in self.layers.items()
+            for layer in layers
+            for domain in self.domains
+            for name, load, gate in zip(
+                self.names(kind), layer.by_domain[domain], layer.gate_by_domain[domain], strict=True
+            )
+        ]
+        return Table(head, rows).csv()
 
 
 def report(
@@ -138,7 +131,6 @@ def report(
     layers: dict[str, list[LayerRouting]] = {}
     routers: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    total = counts.tokens_N.sum()
     tokens = [shown_token(tokenizer, int(kind)) for kind in counts.kinds_V]
     for kind in KINDS:
         of_kind = [router for router in counts.routers if router.place.kind == kind]
@@ -148,13 +140,12 @@ def report(
             layers[kind] = [_layer(router, counts, domain_N, list(domains), tokens) for router in of_kind]
     first_of = {(r.place.kind, r.place.layer): r for r in reversed(counts.routers)}
     agreement = []
-    for pair in counts.agreement:
-        ffn, attention = first_of["ffn", pair.layer], first_of["attention", pair.layer]
-        if ffn.experts != attention.experts:
-            continue
-        strongest = [router.strongest_NE.sum(0).numpy() / total for router in (ffn, attention)]
-        same, overlap = (float(sums_N.sum()) / total for sums_N in (pair.same_N, pair.overlap_N))
-        agreement.append(LayerAgreement(pair.layer, same, chance_of_agreement(*strongest), overlap))
+    total = float(counts.tokens_N.sum())
+    for layer, (same, overlap) in counts.agreement.items():
+        ffn_E, attention_E = (first_of[kind, layer].strongest_E.numpy() / total for kind in ("ffn", "attention"))
+        if len(ffn_E) == len(attention_E):
+            by_chance = chance_of_agreement(ffn_E, attention_E)
+            agreement.append(LayerAgreement(layer, same / total, by_chance, overlap / total))
     if len(domains) > 1 and min(domains.values()) == 1:
         alone = ", ".join(name for name, documents in domains.items() if documents == 1)
         notes.append(
@@ -189,16 +180,14 @@ def _notes(kind: str, facts: dict[str, Any]) -> list[str]:
 def _layer(
     router: RouterCounts, counts: ModelCounts, domain_N: np.ndarray, domains: list[str], tokens: list[str]
 ) -> LayerRouting:
-    load_NE, gates_NE, entropy_N = (
-        sums.numpy() for sums in (router.load_NE, router.gates_NE, router.entropy_N / math.log(2))
-    )
+    load_NE, gates_NE, load_VE = router.load_NE.numpy(), router.gates_NE.numpy(), router.load_VE.numpy()
+    entropy_N = router.entropy_N.numpy() / math.log(2)
     total = counts.tokens_N.sum()
 
     def by_domain(sums_NX: np.ndarray) -> dict[str, Any]:
-        return {
-            name: (sums_NX[domain_N == number].sum(0) / counts.tokens_N[domain_N == number].sum()).tolist()
-            for number, name in enumerate(domains)
-        }
+        parts = [domain_N == number for number in range(len(domains))]
+        means = ((sums_NX[part].sum(0) / counts.tokens_N[part].sum()).tolist() for part in parts)
+        return dict(zip(domains, means, strict=True))
 
     loads = by_domain(load_NE)
     load_E = load_NE.sum(0) / total
@@ -206,7 +195,6 @@ def _layer(
     if len(domains) > 1:
         information = max(0.0, mutual_information(np.array(list(loads.values()))))
         corrected = max(0.0, information - mutual_information_bias(load_NE, counts.tokens_N, domain_N))
-    load_VE = router.load_VE.numpy()
     typical = [
         [
             {"token": tokens[v], "share": round(share, 4), "count": int(counts.count_V[v])}
@@ -234,3 +222,86 @@ def shown_token(tokenizer: Any, token: int) -> str:
     """A token as it is written in a text, or by its name in the vocabulary where it is only a part of a character."""
     text = str(tokenizer.decode([token]))
     return str(tokenizer.convert_ids_to_tokens(token)) if not text or "�" in text else text
+
+
+# ---- what shares of experts say ----
+
+
+def entropy_bits(shares_E: np.ndarray) -> float:
+    """``- sum_e p_e log2 p_e`` of shares that sum to 1, in bits: log2 E if all are alike, 0 for one expert alone."""
+    positive = shares_E[shares_E > 0]
+    return float(-(positive * np.log2(positive)).sum()) + 0.0
+
+
+def mutual_information(shares_DE: np.ndarray) -> float:
+    """Mutual information of expert and domain in bits, domains weighing alike:
+
+        I = 1/D sum_d sum_e p(e|d) log2( p(e|d) / p(e) ),    p(e) = 1/D sum_d p(e|d)
+
+    0 if every domain uses the experts alike; log2 D, its greatest value, if no two domains share an expert. It is also
+    the Jensen-Shannon divergence of the domains' shares, which are the rows of ``shares_DE``. As computed from a sample
+    it is too large on average; see ``mutual_information_bias``.
+    """
+    return entropy_bits(shares_DE.mean(0)) - float(np.mean([entropy_bits(shares_E) for shares_E in shares_DE]))
+
+
+def mutual_information_bias(load_NE: np.ndarray, tokens_N: np.ndarray, domain_N: np.ndarray) -> float:
+    """About how much too large ``mutual_information`` comes out of a sample of documents, in bits.
+
+    Second order of a Taylor series in the errors of the shares, as in the Miller-Madow correction of entropies:
+
+        bias = 1 / (2 ln 2) * ( 1/D sum_d sum_e v(e|d) / p(e|d)  -  1/D^2 sum_d sum_e v(e|d) / p(e) )
+
+    ``v(e|d)`` is the squared standard error of ``p(e|d)``, a ratio of sums over documents, which are independent where
+    their tokens are not. Of a domain with a single document nothing is known but its tokens: then ``p (1 - p) /
+    tokens``, as if those were independent, which is too little. It assumes that errors are small beside the shares.
+
+    Args:
+        load_NE: of each document, the sum over its tokens of what they give to each expert (1 for each token).
+        tokens_N: tokens of each document, none of them 0.
+        domain_N: number of each document's domain, from 0.
+    """
+    shares, variances = [], []
+    for domain in range(int(domain_N.max()) + 1):
+        load_nE, tokens_n = load_NE[domain_N == domain], tokens_N[domain_N == domain]
+        shares_E, errors_E = ratio(load_nE, tokens_n)
+        shares.append(shares_E)
+        variances.append(shares_E * (1 - shares_E) / tokens_n.sum() if errors_E is None else errors_E**2)
+    shares_DE, variances_DE = np.array(shares), np.array(variances)
+    within = _divided(variances_DE, shares_DE).sum() / len(shares)
+    between = _divided(variances_DE.sum(0), shares_DE.mean(0)).sum() / len(shares) ** 2
+    return float((within - between) / (2 * math.log(2)))
+
+
+def _divided(values: np.ndarray, by: np.ndarray) -> np.ndarray:
+    return np.divide(values, by, out=np.zeros_like(values), where=by > 0)
+
+
+def chance_of_agreement(first_E: np.ndarray, second_E: np.ndarray) -> float:
+    """How often two routers would choose the same expert if neither knew of the other: ``sum_e a_e b_e``.
+
+    Both are the shares of tokens whose strongest expert is e.
+    """
+    return float((first_E * second_E).sum())
+
+
+def typical_tokens(load_VE: np.ndarray, count_V: np.ndarray, expert: int, *, most: int = 12) -> list[tuple[int, float]]:
+    """The most telling kinds of tokens of an expert, best first, each with the share of its occurrences that go there.
+
+    A kind's score is ``p(v|e) log2( p(v|e) / p(v) )``, its part of how the expert's tokens differ from all tokens:
+    often used there, and more often than elsewhere. Kinds that the expert gets no more of than others are left out.
+
+    Args:
+        load_VE: what all tokens of a kind give to each expert.
+        count_V: tokens of a kind.
+        expert: which one.
+        most: tokens at most.
+    """
+    load_V = load_VE[:, expert]
+    if not (total := load_V.sum()) > 0:
+        return []
+    of_expert_V, of_all_V = load_V / total, count_V / count_V.sum()
+    ratio_V = _divided(of_expert_V, of_all_V)
+    score_V = of_expert_V * np.log2(np.maximum(ratio_V, 1e-30))
+    order = np.argsort(-score_V, kind="stable")[:most]
+    return [(int(v), float(load_V[v] / count_V[v])) for v in order if ratio_V[v] > 1 + 1e-9]

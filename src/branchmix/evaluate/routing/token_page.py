@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,11 @@ def _scores(facts: dict[str, Any]) -> str:
 def _data(routed: Routes) -> dict[str, Any]:
     """What the script reads: texts, and of each kind of router its layers' numbers and every shown token's gates."""
     report = routed.report
-    numbers: dict[str, int] = {}
+    numbers: Counter[str] = Counter()
     texts = []
     for text in routed.shown:
-        numbers[text.domain] = numbers.get(text.domain, 0) + 1
-        texts.append({"domain": text.domain, "number": numbers[text.domain], "pieces": text.pieces, "cut": text.cut})
+        numbers[text.domain] += 1
+        texts.append({**vars(text), "number": numbers[text.domain]})
     kinds = {}
     for kind, title in TITLES.items():
         if kind not in report.layers:
@@ -113,8 +114,8 @@ def _data(routed: Routes) -> dict[str, Any]:
             **{key: facts[key] for key in ("experts", "top_k", "soft")},
             "kept": kept,
             "wide": wide,
-            "index": _base64(index_LTM.astype("<u2" if wide else "u1")),
-            "gates": _base64(np.rint(gates_LTM * 255).astype("u1")),
+            "index": base64.b64encode(index_LTM.astype("<u2" if wide else "u1").tobytes()).decode(),
+            "gates": base64.b64encode(np.rint(gates_LTM * 255).astype("u1").tobytes()).decode(),
             "layers": [_layer(layer) for layer in report.layers[kind]],
         }
     return {
@@ -129,16 +130,10 @@ def _data(routed: Routes) -> dict[str, Any]:
 
 def _layer(layer: LayerRouting) -> dict[str, Any]:
     kept = ("layer", "load_entropy", "token_entropy", "mutual_information", "mutual_information_corrected")
+    typical = [[list(token.values()) for token in tokens[:_TYPICAL]] for tokens in layer.typical]
     return {
         **{name: getattr(layer, name) for name in kept},
         "load": [round(share, 5) for share in layer.load],
         "by_domain": {name: [round(share, 5) for share in shares] for name, shares in layer.by_domain.items()},
-        "typical": [
-            [[token["token"], token["share"], token["count"]] for token in tokens[:_TYPICAL]]
-            for tokens in layer.typical
-        ],
+        "typical": typical,
     }
-
-
-def _base64(array: np.ndarray) -> str:
-    return base64.b64encode(array.tobytes()).decode()

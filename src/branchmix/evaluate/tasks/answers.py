@@ -1,56 +1,59 @@
-"""What models answered to lm-eval's requests, on record; a model is loaded only for what is not.
+"""A model as lm-eval asks it: answers that are on record, and for the others a live model with our forward passes.
 
-A line is found again by the model's content, dtype, tokenizer and window, and by the request's own text and settings,
-so the same prompt in another task is not computed twice.
+Tokens, prompts and stops are lm-eval's. Batch size and order change a result by rounding only: inputs are padded on the
+right without a mask where causal attention never sees it, prompts of generation on the left with one, and sampled text
+draws from a seed of its own.
+Shapes: N predicted tokens of a batch.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 
-from branchmix.checkpoint.text import whole_characters
+from branchmix.checkpoint.json_text import key_of
+from branchmix.checkpoint.text import LONG, whole_characters
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.perplexity import Progress
-from branchmix.evaluate.tasks.live import LiveModel
-from branchmix.likelihood.records import Journal, key_of
+from branchmix.evaluate.perplexity import TokenWindow, batches, token_log_probs
+from branchmix.likelihood.forward import check_tokens, evaluating, length_dependent, log_probs, logits_at
+from branchmix.likelihood.models import Progress, TextModel, encode
+from branchmix.likelihood.records import Journal
 
 FILE = "requests.jsonl"
-
-
-class Answers(Journal):
-    """The answers to all requests so far."""
-
-    def __init__(self, folder: Path | None):
-        super().__init__(folder, FILE, "request")
-
-    def add(self, model: str, request: str, kind: str, task: str | None, result: Any, **facts: bool) -> None:
-        """Keep an answer, on disk at once, with what is true of the request: ``shortened``, ``merged``."""
-        true = {name: True for name, value in facts.items() if value}
-        self.add_line({"model": model, "request": request, "kind": kind, "task": task, "result": result, **true})
+Pair = tuple[list[int], list[int]]
+"""The tokens of a request's context and of its continuation."""
 
 
 class RecordedModel(LM):
-    """A candidate, as lm-eval asks it."""
+    """A model that is asked only what is not on record, and loaded only then.
+
+    A line is found again by the model's content, dtype, tokenizer and window, and by the request's own text and
+    settings, so the same prompt in another task is not computed twice.
+    """
 
     def __init__(
         self,
-        candidate: Candidate,
-        answers: Answers,
+        candidate: TextModel,
+        answers: Journal,
         *,
         max_length: int,
         batch_tokens: int,
         progress: Progress | None = None,
     ):
         super().__init__()
-        self._candidate, self._answers = candidate, answers
-        self._max_length, self._batch_tokens, self._progress = max_length, batch_tokens, progress
-        self._facts = {**candidate.facts, "max_length": max_length, "lm_eval": version("lm_eval")}
-        self._key = key_of(self._facts)
+        self._candidate, self._progress = candidate, progress
+        self._lengths = {"max_length": max_length, "batch_tokens": batch_tokens}
+        facts = {"prefix": candidate.prefix, "max_length": max_length, "lm_eval": version("lm_eval")}
+        self._answers = answers.of({**candidate.facts, **facts}, **candidate.source)
         self._live: LiveModel | None = None
         self.known = self.asked = 0
         """Requests that were on record before this run, and all of them."""
@@ -62,7 +65,7 @@ class RecordedModel(LM):
     @property
     def name(self) -> str:
         """Short, and different for models of different content."""
-        return self._key[:8]
+        return self._answers.key[:8]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation in nats, and whether it is the greedy one."""
@@ -80,50 +83,45 @@ class RecordedModel(LM):
         return [str(text) for text in self._results("generate_until", requests)]
 
     def _results(self, kind: str, requests: list[Any]) -> list[Any]:
-        arguments = [_whole(request.args) for request in requests]
+        arguments = [
+            tuple(whole_characters(value) if isinstance(value, str) else value for value in request.args)
+            for request in requests
+        ]
         self.replaced += sum(given != request.args for given, request in zip(arguments, requests, strict=True))
         keys = _keys(kind, arguments)
         self.asked += len(requests)
-        self.known += sum(self._answers.was_there(self._key, key) for key in keys)
+        self.known += self._answers.num_earlier(keys)
         first = {key: number for number, key in reversed(list(enumerate(keys)))}
-        known = {key for key in first if self._answers.find(self._key, key) is not None}
-        for together in self._answers.rounds.of(self._key, self._batch_tokens, keys, known):
+        for together, known in self._answers.missing(keys, self._lengths["batch_tokens"]):
             chosen = [first[key] for key in together]
-            self._ask(kind, together, [arguments[n] for n in chosen], [requests[n] for n in chosen])
-        lines = [line for key in keys if (line := self._answers.find(self._key, key)) is not None]
+            self._ask(kind, together, known, [arguments[n] for n in chosen], [requests[n] for n in chosen])
+        lines = [self._answers[key] for key in keys]
         self.shortened += sum(line.get("shortened", False) for line in lines)
         self.merged += sum(line.get("merged", False) for line in lines)
         return [line["result"] for line in lines]
 
-    def _ask(self, kind: str, keys: list[str], arguments: list[Any], requests: list[Any]) -> None:
-        progress = self._candidate.named(self._progress, {"generate_until": "writing"}.get(kind, "reading"))
+    def _ask(self, kind: str, keys: list[str], known: set[int], arguments: list[Any], requests: list[Any]) -> None:
+        candidate = self._candidate
         try:
-            live = self._live = self._live or self._load()
-            answers = live.answers(
+            if self._live is None:
+                self._live = LiveModel(candidate.model(), candidate.tokenizer, prefix=candidate.prefix, **self._lengths)
+            answers = self._live.answers(
                 kind,
                 arguments,
                 [int(key[:15], 16) for key in keys],
-                progress,
+                candidate.named(self._progress, "writing" if kind == "generate_until" else "reading"),
                 names=[f"tasks: {request.task_name}, document {request.doc_id}" for request in requests],
-                known={n for n, key in enumerate(keys) if self._answers.find(self._key, key) is not None},
+                known=known,
             )
             for number, result in answers:
-                facts = {"shortened": number in live.shortened, "merged": number in live.merged}
-                self._answers.add(self._key, keys[number], kind, requests[number].task_name, result, **facts)
+                places = {"shortened": self._live.shortened, "merged": self._live.merged}
+                true = {name: True for name, numbers in places.items() if number in numbers}
+                task = requests[number].task_name
+                self._answers.add(keys[number], kind=kind, task=task, result=result, **true)
         except CheckpointError as error:
-            if str(error).startswith(self._candidate.given):
+            if str(error).startswith(candidate.given):
                 raise
-            raise CheckpointError(f"{self._candidate.given}: {error}") from error
-
-    def _load(self) -> LiveModel:
-        candidate = self._candidate
-        self._answers.describe(self._key, {**candidate.source, **self._facts})
-        lengths = {"max_length": self._max_length, "batch_tokens": self._batch_tokens}
-        return LiveModel(candidate.model(), candidate.tokenizer, prefix=candidate.prefix, **lengths)
-
-
-def _whole(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(whole_characters(value) if isinstance(value, str) else value for value in arguments)
+            raise CheckpointError(f"{candidate.given}: {error}") from error
 
 
 def _keys(kind: str, requests: list[tuple[Any, ...]]) -> list[str]:
@@ -138,3 +136,202 @@ def _keys(kind: str, requests: list[tuple[Any, ...]]) -> list[str]:
             key = key_of({**facts, "sample": counts[key]})
         keys.append(key)
     return keys
+
+
+class LiveModel(HFLM):
+    """A causal LM of transformers, dense or a mixture, in evaluation mode.
+
+    Requests longer than ``max_length`` lose their beginning, as in lm-eval. ``prefix`` is what a text's first token is
+    predicted from; a CheckpointError is raised if tokenizer and config know none.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, prefix: int | None, max_length: int, batch_tokens: int):
+        if prefix is None:
+            raise CheckpointError("its tokenizer and config name neither BOS nor EOS, which lm-eval starts a text from")
+        tokenizer = copy.deepcopy(tokenizer)  # lm-eval gives it a padding token
+        if tokenizer.pad_token_id is None:  # lm-eval would add a token that the model has no embedding for
+            tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else prefix
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, prefix_token_id=prefix, max_length=max_length, batch_size=1
+        )
+        self._budget = batch_tokens
+        self._equal_lengths = length_dependent(model.config)
+        self.shortened: set[int] = set()
+        """Numbers of the last call's requests that were longer than ``max_length`` and lost their beginning."""
+        self.merged: set[int] = set()
+        """Numbers of the last call's requests whose continuation merges with the last token of the context."""
+
+    def answers(
+        self,
+        kind: str,
+        arguments: Sequence[tuple[Any, ...]],
+        seeds: Sequence[int],
+        progress: Progress | None,
+        *,
+        names: Sequence[str],
+        known: Collection[int] = (),
+    ) -> Iterator[tuple[int, Any]]:
+        """The result of each request that is not known, as (its number, result), as soon as there is one.
+
+        Args:
+            kind: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``.
+            arguments: of the requests, as lm-eval has them.
+            seeds: for each request that samples.
+            progress: called with (kind, done, total).
+            names: of the requests, for errors: task and document.
+            known: numbers of requests that are not asked again, though batches are made of all of them.
+
+        Raises:
+            RecipeError: a request leaves nothing to predict, or is longer than the window.
+            CheckpointError: the tokenizer is not the model's, or the logits are not finite.
+        """
+        self.shortened.clear()
+        self.merged.clear()
+        self._names, self._known = names, known
+        done, total = 0, len(arguments) - len(known)
+        with evaluating(self.model):
+            results: Iterator[tuple[int, Any]]
+            if kind == "generate_until":
+                results = self._generations(arguments, seeds)
+            elif kind == "loglikelihood":
+                results = self._scored([self._pair(number, *texts) for number, texts in enumerate(arguments)])
+            else:
+                results = self._texts([text for (text,) in arguments])
+            for number, result in results:
+                if number not in known:
+                    yield number, result
+                    done += 1
+                    if progress is not None:
+                        progress(kind, done, total)
+
+    # ---- log-likelihoods ----
+
+    def _pair(self, number: int, context: str, continuation: str) -> Pair:
+        """A request's tokens, split as lm-eval and ``scaling`` split them: spaces at the context's end move to the
+        continuation, whose tokens are those that both texts have beyond as many as the context has."""
+        if context == "":
+            start, after = [], self.tok_encode(continuation, add_special_tokens=False)
+            if after[:1] == [self.prefix_token_id] and len(after) > 1:  # the text begins with BOS already
+                start, after = after[:1], after[1:]
+        else:
+            start, whole = self.tok_encode(context.rstrip()), self.tok_encode(context + continuation)
+            after = whole[len(start) :]
+            if whole[: len(start)] != start:
+                self.merged.add(number)
+        if not after:
+            raise RecipeError(
+                f"{self._names[number]}: the answer {continuation[:40]!r} has no token of its own after the prompt: it "
+                "is empty, or the tokenizer merges it with the prompt's end: change target_delimiter or the answers"
+            )
+        return start or [self.prefix_token_id], after
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any
+    ) -> list[int]:
+        """lm-eval's tokens of a text; of a long one in pieces."""
+        if len(string) <= LONG:
+            return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **options))
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        tokens: list[int] = encode(self.tokenizer, [string], special=add_special_tokens)[0].tolist()
+        return tokens[-left_truncate_len:] if left_truncate_len else tokens
+
+    def _texts(self, texts: Sequence[str]) -> Iterator[tuple[int, float]]:
+        rows = [np.asarray(self.tok_encode(text), dtype=np.int64) for text in texts]
+        for number, row in enumerate(rows):
+            if texts[number] and not len(row):
+                raise RecipeError(f"{self._names[number]}: the tokenizer makes no tokens of its text: leave it out")
+        options: dict[str, Any] = {"max_length": self.max_length, "batch_tokens": self._budget, "known": self._known}
+        for number, logp_T in token_log_probs(self.model, rows, prefix=self.prefix_token_id, **options):
+            yield number, float(logp_T.sum(dtype=np.float64))
+
+    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Log-probability of each request's continuation, and whether it is what the model would write.
+
+        Requests with the same inputs, such as the one-letter answers of one question, share a row of the forward pass.
+        """
+        inputs: list[np.ndarray] = []
+        users: dict[bytes, tuple[int, list[int]]] = {}
+        for number, (context, continuation) in enumerate(pairs):
+            if len(continuation) > self.max_length:
+                raise RecipeError(
+                    f"max_length: {self.max_length} is less than the {len(continuation)} tokens of a continuation"
+                )
+            whole = np.asarray(context + continuation, dtype=np.int64)
+            if len(whole) > self.max_length + 1:
+                self.shortened.add(number)
+            tokens = whole[-(self.max_length + 1) :][:-1]
+            row, numbers = users.setdefault(tokens.tobytes(), (len(inputs), []))
+            if row == len(inputs):
+                inputs.append(tokens)
+            numbers.append(number)
+        check_tokens(self.model, [continuation for _, continuation in pairs] + inputs)
+        of_row = [numbers for _, numbers in users.values()]
+        windows = [TokenWindow(row, 0, 0, len(tokens)) for row, tokens in enumerate(inputs)]
+        windows.sort(key=lambda window: (-window.end, window.document))
+        for batch in batches(windows, self._budget, equal_lengths=self._equal_lengths):
+            asked = [(place, number) for place, window in enumerate(batch) for number in of_row[window.document]]
+            if all(number in self._known for _, number in asked):
+                continue
+            targets = [np.asarray(pairs[number][1], dtype=np.int64) for _, number in asked]
+            counts = [len(target) for target in targets]
+            rows_N = np.repeat([row for row, _ in asked], counts)
+            ends = [(batch[row].end, count) for (row, _), count in zip(asked, counts, strict=True)]
+            places_N = np.concatenate([np.arange(end - count, end) for end, count in ends])
+            rows = [inputs[window.document] for window in batch]
+            logits_NV, targets_N = logits_at(self.model, rows, rows_N, places_N, np.concatenate(targets))
+            cuts = np.cumsum(counts)[:-1]
+            logps = np.split(log_probs(logits_NV, targets_N), cuts)
+            greedy = np.split((logits_NV.argmax(-1) == targets_N).cpu().numpy(), cuts)
+            for (_, number), logp, is_greedy in zip(asked, logps, greedy, strict=True):
+                yield number, (float(logp.sum(dtype=np.float64)), bool(is_greedy.all()))
+
+    # ---- generation ----
+
+    def _generations(self, arguments: Sequence[Any], seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """lm-eval's greedy or sampled text, in batches of prompts of about one length and the same settings."""
+        if self.tokenizer.eos_token_id is None:
+            raise CheckpointError("its tokenizer has no EOS, which ends what the model writes")
+        prompts = []
+        for number, (prompt, settings) in enumerate(arguments):
+            room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+            if room <= 0:
+                raise RecipeError(
+                    f"max_length: {self.max_length} is too short for a task that lets the model write "
+                    f"{self.max_length - room} tokens"
+                )
+            length = len(self.tok_encode(prompt))
+            if not length:  # as for a text: BOS or EOS is what the first token is predicted from
+                prompt = self.tokenizer.decode([self.prefix_token_id])
+                if not (length := len(self.tok_encode(prompt))):
+                    raise RecipeError(f"{self._names[number]}: the tokenizer makes no tokens of its prompt")
+            if length > room:
+                self.shortened.add(number)
+            starts = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
+            group = (repr(sorted(settings.items(), key=str)), starts)
+            prompts.append((group, -min(length, room), prompt, number))
+        prompts.sort(key=lambda entry: entry[:3])
+        batch: list[tuple[Any, int, str, int]] = []
+        for entry in prompts:
+            if batch:
+                length = -batch[0][1]
+                alike = entry[0] == batch[0][0] and (-entry[1] == length or not self._equal_lengths)
+                samples = arguments[entry[3]][1].get("do_sample")
+                if samples or not alike or length * (len(batch) + 1) > self._budget:
+                    yield from self._written(batch, arguments, seeds)
+                    batch = []
+            batch.append(entry)
+        yield from self._written(batch, arguments, seeds)
+
+    def _written(
+        self, batch: Sequence[tuple[Any, int, str, int]], arguments: Sequence[Any], seeds: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        numbers = [number for *_, number in batch]
+        if all(number in self._known for number in numbers):
+            return
+        requests = [Instance("generate_until", {}, (text, arguments[n][1]), n) for *_, text, n in batch]
+        self.batch_size_per_gpu = len(requests)
+        with torch.random.fork_rng():
+            torch.random.manual_seed(seeds[numbers[0]])
+            texts = self.generate_until(requests, disable_tqdm=True)
+        yield from zip(numbers, texts, strict=True)

@@ -1,15 +1,26 @@
-"""From names to lm-eval's tasks with their data and requests, before any model is loaded."""
+"""From names to lm-eval's tasks with their data and requests, before any model is loaded; and lm-eval kept quiet.
+
+Data sets and metrics come from a local folder first, the Hub otherwise.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
+import evaluate
+import lm_eval.api.metrics
+import lm_eval.api.task
 import numpy as np
 import torch
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -17,14 +28,14 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind, TaskIndex
 
 from branchmix.checkpoint.families import nearest
+from branchmix.data.sources import refuse_pointers
 from branchmix.errors import BranchMixError, DataError, RecipeError
-from branchmix.evaluate.perplexity import Progress
-from branchmix.evaluate.tasks.options import TaskOptions
-from branchmix.evaluate.tasks.sources import first_line
-from branchmix.evaluate.tasks.suites import EVERYTHING, SUITES, chosen_suites
+from branchmix.evaluate.tasks.options import EVERYTHING, SUITES, TaskOptions
+from branchmix.likelihood.models import Progress
 
 DEFINITIONS = Path(__file__).parent / "definitions"
 """Our own task files, for what the suites need and lm-eval does not have."""
+_CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
 
 
 @dataclass
@@ -52,16 +63,14 @@ def load(
         DataError: a data set cannot be loaded.
     """
     say = progress or (lambda step, done, total: None)
-    shots: dict[str, int | None] = {
-        member.task: member.num_fewshot for suite in chosen_suites(options.names).values() for member in suite.members
-    }
+    shots = {member.task: member.num_fewshot for suite in options.suites.values() for member in suite.members}
     plain = [name for name in options.names if name not in SUITES and name != EVERYTHING]
     manager = _manager([*shots, *plain], options.include_path, say)
     named = dict.fromkeys(name for given in plain for name in _matching(given, manager.task_index))
     _refuse_code([*shots, *named], manager.task_index, options)
     loaded = LoadedTasks()
     fewshot: dict[str, int] = {}
-    wanted = [*shots.items(), *((name, None) for name in named)]
+    wanted: list[tuple[str, int | None]] = [*shots.items(), *((name, None) for name in named)]
     for number, (name, of_suite) in enumerate(wanted, start=1):
         try:
             with _one_line(name):
@@ -86,21 +95,6 @@ def load(
     return loaded
 
 
-@contextmanager
-def seeded() -> Iterator[None]:
-    """lm-eval's seeds inside the block, and the generators as they were after it."""
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.random.manual_seed(DEFAULT_OTHER_SEED)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.set_rng_state(states[2])
-
-
 # ---- names ----
 
 
@@ -116,8 +110,7 @@ def _manager(names: Sequence[str], include_path: Sequence[Path], say: Progress) 
 
 
 def _complete(name: str, index: dict[str, Any]) -> bool:
-    entry = index.get(name)
-    return entry is not None and all(_complete(child, index) for child in _children(entry))
+    return name in index and all(_complete(child, index) for child in _children(index[name]))
 
 
 def _children(entry: Any) -> list[str]:
@@ -153,12 +146,10 @@ def _refuse_code(names: Sequence[str], index: dict[str, Any], options: TaskOptio
 def _tasks_with_code(name: str, index: dict[str, Any]) -> Iterator[str]:
     with _one_line(name):
         entry = index.get(name) or TaskIndex.entry_from_path(Path(name))
-    if entry is None:
-        return
-    if entry.kind in (Kind.GROUP, Kind.TAG):
+    if entry is not None and entry.kind in (Kind.GROUP, Kind.TAG):
         for child in _children(entry):
             yield from _tasks_with_code(child, index)
-    elif (entry.cfg or {}).get("unsafe_code"):
+    elif entry is not None and (entry.cfg or {}).get("unsafe_code"):
         yield entry.name
 
 
@@ -202,7 +193,121 @@ def _one_line(name: str) -> Iterator[None]:
         yield
     except BranchMixError:
         raise
-    except ModuleNotFoundError as error:
-        raise RecipeError(f"tasks: {name}: needs a package that is not installed: {first_line(error)}") from error
     except Exception as error:
-        raise RecipeError(f"tasks: {name}: lm-eval cannot make a task of it: {first_line(error)}") from error
+        lacks = isinstance(error, ModuleNotFoundError)
+        what = "needs a package that is not installed" if lacks else "lm-eval cannot make a task of it"
+        raise RecipeError(f"tasks: {name}: {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits into one line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+# ---- where lm-eval works ----
+
+
+@contextmanager
+def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[list[DataError]]:
+    """Inside the block ``datasets`` and ``evaluate`` look into ``task_data`` before they ask the Hub.
+
+    Args:
+        task_data: holds data sets as ``ORG/NAME`` or ``NAME``, and metrics as ``evaluate-metric/NAME`` or ``NAME``.
+        allow_code_execution: let Hugging Face's metric of code run what it is given.
+
+    Yields:
+        What could not be loaded so far: lm-eval passes over a metric that it does not find.
+    """
+    load_dataset, load_metric = datasets.load_dataset, evaluate.load
+    failed: list[DataError] = []
+    check = "check the network and HF_HUB_OFFLINE, or give --task-data a folder with"
+
+    def local(path: str, name: str | None = None, *args: Any, **options: Any) -> Any:
+        copy, where, config = _below(task_data, path), path, name
+        what = f"{path} ({name})" if name else path
+        if copy is not None:
+            where = str(copy)
+            # A copy of a Hub repository has its configurations in its README.
+            if name is not None and not (copy / "README.md").is_file():
+                where, config = str(copy / name if (copy / name).is_dir() else copy), None
+            refuse_pointers(Path(where))
+        try:
+            return load_dataset(where, config, *args, **options)
+        except Exception as error:  # of the network, of pyarrow, of the Hub's client
+            if copy is not None:
+                raise DataError(f"{where}: the data set {what} cannot be read: {_first_line(error)}") from error
+            line = f"the data set {what} cannot be loaded: {_first_line(error)}: {check} {path} in it"
+            raise DataError(line) from error
+
+    def local_metric(path: str, *args: Any, **options: Any) -> Any:
+        name = f"evaluate-metric/{path}"
+        copy = _below(task_data, name)
+        try:
+            return load_metric(path if copy is None else str(copy / f"{copy.name}.py"), *args, **options)
+        except Exception as error:
+            line = f"the metric {path} cannot be loaded: {_first_line(error)}: {check} {name} in it"
+            failed.append(DataError(line))
+            raise failed[-1] from error
+
+    with (
+        mock.patch.object(datasets, "load_dataset", local),
+        mock.patch.object(evaluate, "load", local_metric),
+        mock.patch.dict(os.environ, {_CODE_SWITCH: "1" if allow_code_execution else "0"}),
+    ):
+        yield failed
+
+
+def _below(folder: Path | None, path: str) -> Path | None:
+    """The local copy of what the Hub calls ``path``."""
+    if folder is None or Path(path).is_absolute() or path.startswith("."):
+        return None
+    return next((copy for copy in (folder / path, folder / Path(path).name) if copy.is_dir()), None)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Logs and progress bars of lm-eval and of the Hub's client have no place between our lines.
+
+    What a task prints goes to stderr.
+    """
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels, bars = [logger.level for logger in loggers], datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    with (
+        mock.patch.object(lm_eval.api.task, "tqdm", lambda items, **_: items),
+        mock.patch.object(lm_eval.api.metrics, "bootstrap_stderr", _bootstrap_stderr),
+        redirect_stdout(sys.stderr),
+    ):
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if not bars:
+                datasets.enable_progress_bars()
+
+
+def _bootstrap_stderr(metric: Any, values: Any, iters: int) -> float:
+    """lm-eval's own numbers, draw by draw, without its prints and without forking a process full of threads."""
+    from lm_eval.api.metrics import _bootstrap_internal, sample_stddev
+
+    chunk = min(1000, iters)
+    drawn = [value for seed in range(iters // chunk) for value in _bootstrap_internal(metric, chunk)((seed, values))]
+    return float(sample_stddev(drawn))
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """lm-eval's seeds inside the block, and the generators as they were after it."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.random.manual_seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])

@@ -1,4 +1,4 @@
-"""Which downstream tasks, and how; no lm-eval is needed to say so."""
+"""Which downstream tasks, and how; and the groups of tasks that the BAM paper reports, as named suites. No lm-eval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,34 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from branchmix.errors import RecipeError
-from branchmix.evaluate.tasks.suites import SUITES, chosen_suites
+from branchmix.settings import read_yaml
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """A task of a suite."""
+
+    task: str
+    num_fewshot: int
+    metric: str
+    """The one that counts for the suite, as ``TaskScore.metrics`` has it."""
+    runs_code: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks whose mean is one column of the paper's Table 3."""
+
+    title: str
+    members: tuple[SuiteTask, ...]
+
+
+EVERYTHING = "bam"
+SUITES: dict[str, Suite] = {
+    name: Suite(suite["title"], tuple(SuiteTask(**member) for member in suite["members"]))
+    for name, suite in read_yaml(Path(__file__).with_name("suites.yaml")).items()
+}
+"""In the order of the paper's columns; ``bam`` is all of them."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +43,7 @@ class TaskOptions:
     """Tasks by name, and where they and their data sets come from."""
 
     names: tuple[str, ...]
-    """lm-eval's tasks, groups, tags, wildcards and YAML files, and suites (see ``suites.py``)."""
+    """lm-eval's tasks, groups, tags, wildcards and YAML files, and suites (see ``SUITES``)."""
     num_fewshot: int | None = None
     """Examples in the prompt, instead of what task or suite say; tasks that are fixed at 0 stay so, as in lm-eval."""
     include_path: tuple[Path, ...] = ()
@@ -25,6 +52,11 @@ class TaskOptions:
     """Folder of data sets that are used instead of the Hub's, as ``ORG/NAME`` or ``NAME`` in it."""
     allow_code_execution: bool = False
     """Run the code that models write for code tasks."""
+
+    @property
+    def suites(self) -> dict[str, Suite]:
+        """The suites among the names."""
+        return {name: suite for name, suite in SUITES.items() if {name, EVERYTHING} & {*self.names}}
 
     def check(self) -> None:
         """Whether this can be meant, without reading a task.
@@ -36,9 +68,9 @@ class TaskOptions:
             raise RecipeError("tasks: give names, such as --tasks arc_easy,hellaswag")
         if find_spec("lm_eval") is None:
             raise RecipeError("tasks: lm-eval is not installed: pip install 'branchmix[tasks]'")
-        members = [member for suite in SUITES.values() for member in suite.members if member.runs_code]
-        of_suites = {member.task for suite in chosen_suites(self.names).values() for member in suite.members}
-        if unsafe := [member.task for member in members if member.task in of_suites or member.task in self.names]:
+        chosen = {*self.names, *(member.task for suite in self.suites.values() for member in suite.members)}
+        members = [member for suite in SUITES.values() for member in suite.members]
+        if unsafe := [member.task for member in members if member.runs_code and member.task in chosen]:
             self.refuse_code(unsafe)
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise RecipeError(f"num_fewshot: {self.num_fewshot} should be 0 or more")

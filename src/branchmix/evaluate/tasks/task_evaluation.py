@@ -15,39 +15,29 @@ from lm_eval.models.utils import DEFAULT_MAX_LENGTH
 
 from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.text import replaced_note
-from branchmix.evaluate.candidate import Candidate
-from branchmix.evaluate.perplexity import Progress
-from branchmix.evaluate.scores import Measured, SuiteScore, TaskScore
-from branchmix.evaluate.tasks.answers import Answers, RecordedModel
-from branchmix.evaluate.tasks.loading import LoadedTasks, load, seeded
-from branchmix.evaluate.tasks.options import TaskOptions
-from branchmix.evaluate.tasks.sources import quiet, sources
-from branchmix.evaluate.tasks.suites import EVERYTHING, chosen_suites
+from branchmix.evaluate.scores import Measured, ModelReport, SuiteScore, TaskScore
+from branchmix.evaluate.tasks.answers import FILE, RecordedModel
+from branchmix.evaluate.tasks.loading import LoadedTasks, load, quiet, seeded, sources
+from branchmix.evaluate.tasks.options import EVERYTHING, TaskOptions
 from branchmix.likelihood.forward import max_positions
+from branchmix.likelihood.models import Progress, TextModel
+from branchmix.likelihood.records import Journal
 
 EXAMPLES = "examples"
 """Folder of every example's prompt, answer and metrics, below that of the results."""
-
 BOOTSTRAP = 1000
 """Draws for standard errors that have no formula: within 2 %. lm-eval draws 100,000, which takes minutes."""
 
 
-@dataclass
-class TaskResults:
-    """What a model makes of all tasks."""
-
-    tasks: dict[str, TaskScore]
-    suites: dict[str, SuiteScore]
-    notes: list[str]
-
-
+@dataclass(frozen=True)
 class TaskEvaluation:
     """All tasks with their data, ready for any number of models."""
 
-    def __init__(self, options: TaskOptions, loaded: LoadedTasks, folder: Path | None, limit: int | None):
-        self._options, self._loaded, self._folder, self._limit = options, loaded, folder, limit
-        self._answers = Answers(folder)
-        self.notes = loaded.notes
+    options: TaskOptions
+    loaded: LoadedTasks
+    folder: Path | None
+    limit: int | None
+    answers: Journal
 
     @classmethod
     @contextmanager
@@ -62,36 +52,42 @@ class TaskEvaluation:
         with quiet(), sources(options.task_data, allow_code_execution=options.allow_code_execution) as failed:
             with seeded():
                 loaded = load(options, failed, limit=limit, progress=progress)
-            yield cls(options, loaded, folder, limit)
+            yield cls(options, loaded, folder, limit, Journal(folder, FILE, "request"))
 
     def evaluate(
-        self, candidate: Candidate, *, max_length: int | None, batch_tokens: int, progress: Progress | None
-    ) -> TaskResults:
-        """A model on all tasks.
+        self,
+        candidate: TextModel,
+        report: ModelReport,
+        *,
+        max_length: int | None,
+        batch_tokens: int,
+        progress: Progress | None,
+    ) -> list[str]:
+        """Put what a model makes of all tasks into its report; returns notes.
 
         Raises:
             RecipeError: its window is too short for a task.
             CheckpointError: it cannot be loaded, or computes no numbers.
         """
         length = max_length or max_positions(candidate.config) or DEFAULT_MAX_LENGTH
-        model = RecordedModel(candidate, self._answers, max_length=length, batch_tokens=batch_tokens, progress=progress)
+        model = RecordedModel(candidate, self.answers, max_length=length, batch_tokens=batch_tokens, progress=progress)
         with seeded():
             results = lm_evaluate(
                 lm=model,
-                task_dict={"tasks": self._loaded.tasks, "groups": self._loaded.groups},
-                limit=self._limit,
+                task_dict={"tasks": self.loaded.tasks, "groups": self.loaded.groups},
+                limit=self.limit,
                 bootstrap_iters=BOOTSTRAP,
-                log_samples=self._folder is not None,
-                confirm_run_unsafe_code=self._options.allow_code_execution,
+                log_samples=self.folder is not None,
+                confirm_run_unsafe_code=self.options.allow_code_execution,
             )
-        if self._folder is not None:
-            folder = self._folder / EXAMPLES / f"{candidate.folder.name}-{model.name}"
+        if self.folder is not None:
+            folder = self.folder / EXAMPLES / f"{candidate.folder.name}-{model.name}"
             for name, samples in results["samples"].items():
                 lines = "".join(json.dumps(sample, default=_plain) + "\n" for sample in samples)
                 write_text(folder / f"{name.replace('/', '_')}.jsonl", lines)
-        scores = _scores(results)
-        notes = [f"{candidate.given}: {note}" for note in _notes(model)]
-        return TaskResults(scores, _suites(self._options.names, scores), notes)
+        report.tasks = _scores(results)
+        report.suites = _suites(self.options, report.tasks)
+        return [f"{candidate.given}: {note}" for note in _notes(model)]
 
 
 def _notes(model: RecordedModel) -> Iterator[str]:
@@ -158,14 +154,14 @@ def _metrics(values: dict[str, Any]) -> dict[str, Measured]:
     return metrics
 
 
-def _suites(names: tuple[str, ...], tasks: dict[str, TaskScore]) -> dict[str, SuiteScore]:
+def _suites(options: TaskOptions, tasks: dict[str, TaskScore]) -> dict[str, SuiteScore]:
     """The paper's columns."""
     suites = {}
-    for name, suite in chosen_suites(names).items():
+    for name, suite in options.suites.items():
         members = {member.task: member.metric for member in suite.members}
         mean = _mean([tasks[task].metrics[metric] for task, metric in members.items()])
         suites[name] = SuiteScore(suite.title, mean, members)
-    if EVERYTHING in names:
+    if EVERYTHING in options.names:
         suites[EVERYTHING] = SuiteScore("Avg", _mean([suite.score for suite in suites.values()]), {})
     return suites
 
