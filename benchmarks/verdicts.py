@@ -32,8 +32,7 @@ import scipy
 from scipy import stats
 
 from branchmix.scaling.trends.fit import NUM_DRAWS, curve
-from branchmix.scaling.trends.multiple import judge_together
-from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Limits
+from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Limits, judge_together
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TURNED = ("u-shaped", "inverted-u")

@@ -10,9 +10,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from branchmix.scaling.trends.judge import Report, trends_by_axis
+
 PYTHIA = Path(__file__).parent / "data" / "pythia"
 HEADER = "task,model,params,metric,value,stderr,n"
 UNITS = {"m": 1e6, "b": 1e9}
+
+
+def trends(path: Path, **options: Any) -> Report:
+    """The report along the axis asked for alone; options as for ``trends_by_axis``."""
+    return trends_by_axis(path, **options)[0]
 
 
 def pythia(*, step: int | None = None) -> list[dict[str, Any]]:

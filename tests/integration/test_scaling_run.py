@@ -308,13 +308,13 @@ def _slow_run(family: Path, task: Path, out: Path) -> None:
 
     from branchmix.likelihood import records
 
-    add = records.Lines.add
+    add = records.Journal.add
 
-    def slowly(self: Any, *found: dict[str, Any]) -> None:
-        add(self, *found)
+    def slowly(self: Any, line: dict[str, Any]) -> None:
+        add(self, line)
         time.sleep(0.05)
 
-    records.Lines.add = slowly  # type: ignore[method-assign]
+    records.Journal.add = slowly  # type: ignore[method-assign]
     run(family, tasks=str(task), out=out, dtype="float32", batch_tokens=1)
 
 

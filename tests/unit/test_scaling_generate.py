@@ -1,4 +1,4 @@
-"""Fresh examples: 10,000 of each task are valid, unique and balanced, and a generator that errs is caught."""
+"""Fresh examples: 10,000 of each task are valid, unique and balanced, and solvers catch a generator that errs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling import generate
 from branchmix.scaling.examples import Example, load_examples
-from branchmix.scaling.generate import GENERATORS, make_data, make_examples, modus_tollens, neqa
+from branchmix.scaling.generate import GENERATORS, make_data, make_examples
 from branchmix.scaling.generate.vocabulary import VOCABULARY
 from branchmix.scaling.tasks import TASKS
+from inverse_scaling_solvers import NEQA, SOLVERS
 
 MANY = 10_000
 
@@ -28,7 +28,7 @@ def test_ten_thousand_examples_are_valid(name: str) -> None:
     """Solved from a copy that has lost everything but prompt, classes and the place of the classes."""
     examples = make_examples(TASKS[name], seed=11, num_examples=MANY)
     assert len(examples) == len({example.prompt for example in examples}) == MANY
-    solve = GENERATORS[name].solve
+    solve = SOLVERS[name]
     for example in examples:
         assert solve(Example(example.prompt, example.classes)) == (
             example.answer_index if example.classes else example.completion
@@ -72,17 +72,10 @@ FLIPPED["prompt-injection"] = lambda example: replace(example, completion=exampl
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_wrong_answer_is_caught(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    good = GENERATORS[name]
-
-    def make(random: random.Random, number: int) -> Example:
-        example = good.make(random, number)
-        return FLIPPED[name](example) if number == 17 else example
-
-    monkeypatch.setitem(generate.GENERATORS, name, SimpleNamespace(make=make, solve=good.solve))
-    with pytest.raises(AssertionError, match=f"{name} 17: made with answer"):
-        make_examples(TASKS[name], seed=0, num_examples=20)
-    assert len(make_examples(TASKS[name], seed=0, num_examples=17)) == 17
+def test_a_wrong_answer_is_caught(name: str) -> None:
+    for example in make_examples(TASKS[name], seed=0, num_examples=20):
+        wrong = FLIPPED[name](example)
+        assert SOLVERS[name](example) != (wrong.answer_index if wrong.classes else wrong.completion)
 
 
 BROKEN_TEXTS: dict[str, tuple[str, str]] = {
@@ -103,7 +96,7 @@ BROKEN_TEXTS: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("name", TASKS)
 def test_a_wrong_text_is_caught(name: str) -> None:
     """The solver reads the text: another text has another answer or is no example of the task."""
-    solve = GENERATORS[name].solve
+    solve = SOLVERS[name]
     caught = 0
     examples = make_examples(TASKS[name], seed=9, num_examples=50)
     for example in examples:
@@ -139,14 +132,14 @@ def test_modus_tollens_and_its_controls() -> None:
         ("drives a van", "cannot swim", "does not drive a van", " No"),
     ]:
         example = Example(text.format(first, second, claim), (" No", " Yes"))
-        assert example.classes[int(modus_tollens.solve(example))] == wanted
+        assert example.classes[int(SOLVERS["modus-tollens"](example))] == wanted
 
 
 def test_the_tables_contradict_themselves_nowhere() -> None:
     """A thing is of one kind, sizes and uses are unique, and no word fits before its own negation."""
-    things = [thing for members in neqa._TEXTS.kinds.values() for thing in members]
+    things = [thing for members in NEQA.kinds.values() for thing in members]
     assert len(things) == len(set(things))
-    uses, sizes, lines = neqa._TEXTS.uses, neqa._TEXTS.sizes, VOCABULARY.lines
+    uses, sizes, lines = NEQA.uses, NEQA.sizes, VOCABULARY.lines
     assert len(set(uses.values())) == len(uses) and len(set(sizes)) == len(sizes)
     assert len({start for start, _, _ in lines}) == len(lines)
     for pool in (*VOCABULARY.endings.values(), VOCABULARY.names):
@@ -202,7 +195,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RecipeError, match="one example at least"):
         make_examples(task, seed=1, num_examples=0)
     good = GENERATORS["neqa"]
-    few = SimpleNamespace(make=lambda _, number: good.make(random.Random(number % 4), number), solve=good.solve)
+    few = lambda _, number: good(random.Random(number % 4), number)  # noqa: E731
     monkeypatch.setitem(generate.GENERATORS, "neqa", few)
     with pytest.raises(RecipeError, match="no more than 4 different examples of neqa"):
         make_examples(task, seed=1, num_examples=5)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from branchmix.errors import DataError, RecipeError
-from branchmix.scaling.examples import Example, Metric, jsonl, load_examples
-from branchmix.scaling.fewshot import fewshot
+from branchmix.scaling.examples import Example, Metric, fewshot, jsonl, load_examples
 from branchmix.scaling.tasks import CAUSES, TASKS, UserTask, choose, data_file
 
 ROW = {

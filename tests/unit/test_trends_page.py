@@ -126,7 +126,7 @@ def test_names_are_text_and_files_and_anchors_never_collide(tmp_path: Path) -> N
     assert "<b>&\"x'" not in html and "&lt;b&gt;&amp;&quot;x&#x27;" in html and "My &lt;own&gt; cause" in html
     slugs = [entry.slug for entry in found.entries]
     assert len(set(slugs)) == 5 and all(re.fullmatch(r"[a-z0-9-]+", slug) for slug in slugs)
-    files = plots.names(found)
+    files = list(plots.pictures(found))
     assert len(set(files)) == len(files) == 2 * 6
 
 

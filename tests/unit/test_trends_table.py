@@ -10,10 +10,9 @@ import pytest
 
 from branchmix.cli import main
 from branchmix.errors import DataError
-from branchmix.scaling.trends.examples import read_scores
-from branchmix.scaling.trends.judge import trends
+from branchmix.scaling.trends.series import read_scores
 from branchmix.scaling.trends.table import read_table
-from trend_tables import HEADER, rows_of, write, write_examples
+from trend_tables import HEADER, rows_of, trends, write, write_examples
 
 ROW = "memo-trap,m0,1e7,accuracy,0.8,0.01,900"
 
@@ -251,8 +250,8 @@ def test_scores_that_are_not_those_of_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: is no JSON"),
-        ("[1]", "line 1: there is no key"),
+        ("{", "line 1: is not JSON"),
+        ("[1]", "line 1: is not a JSON object with keys"),
         (json.dumps({"correct": 1}), "line 1: there is no key"),
         (json.dumps({"key": 1, "correct": "yes"}), "line 1: correct is 'yes', which is no number"),
         ('{"key": 1, "correct": 1}\n{"key": 1, "correct": 1}', "line 2: the key '1' stands twice"),

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from branchmix.cli import main
-from branchmix.scaling.trends.judge import Report, trends
+from branchmix.scaling.trends.judge import Report
 from branchmix.scaling.trends.verdict import Limits, Verdict
-from trend_tables import pythia, rows_of, write, write_examples
+from trend_tables import pythia, rows_of, trends, write, write_examples
 
 FINAL = 143000
 
@@ -343,7 +343,7 @@ def test_the_command_prints_a_table_and_json(
 def test_neither_torch_nor_transformers_is_imported(tmp_path: Path) -> None:
     file = write(tmp_path / "table.csv", rows_of([0.9, 0.8, 0.7, 0.6, 0.5]))
     code = (
-        "import sys; from pathlib import Path; from branchmix.scaling.trends.judge import trends;"
-        f"trends(Path({str(file)!r})); print({{'torch', 'transformers'}} & set(sys.modules))"
+        "import sys; from pathlib import Path; from branchmix.scaling.trends.judge import trends_by_axis;"
+        f"trends_by_axis(Path({str(file)!r})); print({{'torch', 'transformers'}} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -269,8 +269,7 @@ def trends_command(
     if not 0 <= minimum_effect < float("inf"):
         raise RecipeError(f"--minimum-effect {minimum_effect:g}: must not be negative")
     from branchmix.scaling.trends.judge import trends_by_axis
-    from branchmix.scaling.trends.multiple import CORRECTIONS
-    from branchmix.scaling.trends.verdict import Limits
+    from branchmix.scaling.trends.verdict import CORRECTIONS, Limits
 
     chosen = next((word for word in CORRECTIONS if word == correction), None)
     if chosen is None:
@@ -318,12 +317,12 @@ def _write(
         require_name(plots)
         if plots.exists() and not plots.is_dir():
             raise OutputError(f"{plots}: is a file: choose a folder")
-        for name in pictures.names(overview):
+        for name in pictures.pictures(overview):
             require_new_file(plots / name, force=force)
     if html is not None:
         write_text(html, html_page.html(overview, command=command))
     if plots is not None:
-        total = len(pictures.names(overview))
+        total = len(pictures.pictures(overview))
         for done, _ in enumerate(pictures.write(overview, plots), 1):
             tell("pictures", done, total)
 

@@ -1,4 +1,4 @@
-"""Examples of a task, and the two kinds of file that hold them: jsonl as the prize released it, and csv.
+"""Examples of a task, their few-shot versions, and the two kinds of file that hold them: jsonl as released, and csv.
 
 A line of the release is ``{"prompt":..., "classes":"[' A', ' B']", "answer_index":0, "round":1, "part":1}``: its
 classes are a *string* that holds a Python list. Sequence probability has ``completion`` in place of classes and answer.
@@ -10,8 +10,9 @@ import ast
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from branchmix.checkpoint.index import refuse_lfs_pointer
 from branchmix.checkpoint.text import whole_characters
 from branchmix.errors import DataError
 
+SEPARATOR = "\n\n\n"
+"""Between the examples of a few-shot prompt."""
 Metric = Literal["classification", "sequence_prob", "logodds", "absolute_logodds"]
 
 
@@ -60,18 +63,42 @@ def load_examples(path: Path, metric: Metric) -> list[Example]:
     Raises:
         DataError: the file or a row of it cannot be meant; says which row.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reasons: dict[type, str] = {FileNotFoundError: "there is no such file", UnicodeDecodeError: "is not UTF-8 text"}
-        reason = reasons.get(type(error)) or f"cannot be read: {getattr(error, 'strerror', error)}"
-        raise DataError(f"{path}: {reason}") from None
+    text = read_text(path)
+    if text is None:
+        raise DataError(f"{path}: there is no such file")
     refuse_lfs_pointer(path, text[:64].encode("utf-8", "replace"), DataError)
-    rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else _jsonl_rows(path, text)
+    rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else jsonl_rows(path, text)
     examples = [_example(row, metric, where) for where, row in rows]
     if not examples:
         raise DataError(f"{path}: has no example")
     return examples
+
+
+def read_text(path: Path) -> str | None:
+    """The text of a file, without a byte order mark; None if there is no such file, DataError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def jsonl_rows(path: Path, text: str, parse: Callable[[str], Any] = json.loads) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of lines of JSON, each after words for where it is; raises DataError for anything else."""
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at U+2028 too
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = parse(line)
+        except ValueError as error:
+            raise DataError(f"{where}: is not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: is not a JSON object with keys such as prompt")
+        yield where, row
 
 
 def jsonl(examples: Iterable[Example]) -> bytes:
@@ -93,20 +120,6 @@ def jsonl(examples: Iterable[Example]) -> bytes:
             row["template"] = example.template
         lines.append(json.dumps(row, separators=(",", ":")).replace("/", "\\/"))
     return ("\n".join(lines) + "\n").encode("ascii")
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at U+2028 too
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: is not a JSON object with keys such as prompt")
-        yield where, row
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,13 +150,14 @@ def _example(row: dict[str, Any], metric: Metric, where: str) -> Example:
             given["other_prompt"] = _text(row, "other_prompt", where)
             if len(classes) != 2:
                 raise DataError(f"{where}: has {len(classes)} classes, and {metric} compares exactly 2")
-    whole: dict[str, Any] = {key: whole_characters(text) for key, text in given.items() if isinstance(text, str)}
+    whole: dict[str, Any] = {
+        key: whole_characters(value) if isinstance(value, str) else value for key, value in given.items()
+    }
     if "classes" in given:
         whole["classes"] = tuple(map(whole_characters, given["classes"]))
-    replaced = any(whole[key] != given[key] for key in whole)
-    numbers = {key: _number(row, key, where) for key in ("round", "part")}
+    whole |= {key: _number(row, key, where) for key in ("round", "part")}
     template = None if row.get("template") is None else str(row["template"])
-    return Example(**{**given, **numbers, **whole}, template=template, replaced=replaced)
+    return Example(**whole, template=template, replaced=not given.items() <= whole.items())
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
@@ -182,3 +196,29 @@ def _number(row: dict[str, Any], key: str, where: str) -> int | None:
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{where}: {key} is not a whole number: {value!r}") from None
     return int(number)
+
+
+def fewshot(examples: Sequence[Example], shots: int, seed: int) -> list[Example]:
+    """Put ``shots`` other examples with their right answers before each prompt, three newlines between them.
+
+    So the prize's organisers built theirs (README of the data release). They are sampled without replacement from all
+    other examples, anew for each prompt and depending on nothing but the seed and the example's place, so that a run on
+    the first few examples sees the same prompts as one on all.
+
+    Raises:
+        DataError: there are not enough other examples.
+    """
+    if shots == 0:
+        return list(examples)
+    if shots >= len(examples):
+        raise DataError(f"{shots} shots need {shots + 1} examples at least, and there are {len(examples)}")
+    with_shots = []
+    for number, example in enumerate(examples):
+        sampled = random.Random(f"fewshot/{seed}/{number}").sample(range(len(examples) - 1), shots)
+        shown = [examples[place + (place >= number)] for place in sampled]  # all places but its own
+        before = [one.prompt + one.answer for one in shown]
+        prompt, other = (
+            None if last is None else SEPARATOR.join([*before, last]) for last in (example.prompt, example.other_prompt)
+        )
+        with_shots.append(replace(example, prompt=prompt or "", other_prompt=other))
+    return with_shots

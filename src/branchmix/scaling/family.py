@@ -98,6 +98,19 @@ class Subject:
     def label(self) -> str:
         return self.name + (f" (seed {self.seed})" if self.seed else "")
 
+    def as_dict(self) -> dict[str, Any]:
+        counted = ("params", "active_params", "tokens", "flops", "forward_flops_per_token")
+        return {
+            "name": self.name,
+            "family": self.family,
+            "seed": self.seed or None,
+            "model": self.model.given,
+            "revision": self.model.revision,
+            **{name: getattr(self, name) for name in counted},
+            "training": list(self.training),
+            **({"axes": self.axes} if self.axes else {}),
+        }
+
 
 def subjects(file: FamilyFile) -> list[Subject]:
     """All models of the file, found and counted.
@@ -106,18 +119,17 @@ def subjects(file: FamilyFile) -> list[Subject]:
         RecipeError: two runs have the same name and seed.
         CheckpointError: a model is not there.
     """
-    chosen: list[Subject] = []
+    chosen: dict[tuple[str, str], Subject] = {}
     for member in file.models:
         given = member.model + (f"@{member.revision}" if member.revision else "")
         subject = _subject(file, member, resolve(given, file.folder))
-        for other in chosen:
-            if (other.name, other.seed) == (subject.name, subject.seed):
-                raise RecipeError(
-                    f"models: {other.model.given} and {given} are both called {subject.label}: give each a `name`, or "
-                    "runs of one model a `seed`"
-                )
-        chosen.append(subject)
-    return chosen
+        other = chosen.setdefault((subject.name, subject.seed), subject)
+        if other is not subject:
+            raise RecipeError(
+                f"models: {other.model.given} and {given} are both called {subject.label}: give each a `name`, or "
+                "runs of one model a `seed`"
+            )
+    return list(chosen.values())
 
 
 def _subject(file: FamilyFile, member: Member, model: ResolvedModel) -> Subject:
@@ -155,31 +167,31 @@ def _subject(file: FamilyFile, member: Member, model: ResolvedModel) -> Subject:
 def _cost(
     member: Member, model: ResolvedModel, forward: int | None, name: str, notes: list[str]
 ) -> tuple[int | None, float | None, tuple[dict[str, Any], ...]]:
-    """Tokens and FLOPs of all training, by the file or by the records."""
-    if member.tokens is not None and member.flops is not None:
-        return member.tokens, float(member.flops), ()
+    """Tokens and FLOPs of all training, by the file or by the records, and the trainings on record."""
+    given = (member.tokens, None if member.flops is None else float(member.flops))
+    if None not in given:
+        return *given, ()
     phases = lineage(model.folder, name)
     roots = [phase for phase in phases if not phase.is_known]
+    names = ", ".join(root.name for root in roots)
     if member.base_tokens is not None:
         if len(roots) != 1:
-            names = ", ".join(root.name for root in roots) or "none"
             raise RecipeError(
                 f"models: {name}: base_tokens is for the one model without a record that it grew from, and there are "
-                f"{len(roots)} ({names}): give tokens and flops instead"
+                f"{len(roots)} ({names or 'none'}): give tokens and flops instead"
             )
         cost = roots[0].flops_per_token
         known = replace(roots[0], tokens=member.base_tokens, flops=cost and cost * member.base_tokens)
         phases = [known if phase is roots[0] else phase for phase in phases]
-    tokens = member.tokens if member.tokens is not None else total(phases, "tokens")
-    flops = float(member.flops) if member.flops is not None else total(phases, "flops")
+    tokens = total(phases, "tokens") if given[0] is None else given[0]
+    flops = total(phases, "flops") if given[1] is None else given[1]
     is_root = len(phases) == 1 and bool(roots)
     if flops is None and tokens is not None and is_root and forward is not None:
         flops = 3.0 * forward * tokens  # a plain model: forward, and twice that backward
-    if tokens is None or flops is None:
-        unknown = ", ".join(root.name for root in roots) or name
-        lacking = " and ".join(word for word, value in (("tokens", tokens), ("flops", flops)) if value is None)
+    if lacking := [word for word, value in (("tokens", tokens), ("flops", flops)) if value is None]:
         hint = "tokens" if is_root else "base_tokens, or tokens and flops"
-        notes.append(f"{name}: no training of {unknown} is on record, so its {lacking} are empty: give {hint}")
-    if member.tokens is not None or member.flops is not None or is_root:
-        return tokens, flops, ()
-    return tokens, flops, tuple({"name": p.name, "tokens": p.tokens, "flops": p.flops} for p in phases)
+        empty = " and ".join(lacking)
+        notes.append(f"{name}: no training of {names or name} is on record, so its {empty} are empty: give {hint}")
+    is_on_record = given == (None, None) and not is_root
+    training = ({"name": p.name, "tokens": p.tokens, "flops": p.flops} for p in phases if is_on_record)
+    return tokens, flops, tuple(training)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from branchmix.scaling.examples import Example, Metric
@@ -64,13 +64,17 @@ class Summary:
     """Share of examples for which the model predicts a class, by class."""
     chance: dict[str, float] = field(default_factory=dict)
     """Accuracy and loss of equal probabilities for all classes."""
-    flags: tuple[Flag, ...] = ()
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        return tuple(_flags(self)) if self.predictions else ()
 
 
 def classification(logprobs: Sequence[float], answer_index: int) -> Score:
     """Accuracy, loss and coverage of one example; of equal classes the first is predicted."""
-    total = _logsumexp(logprobs)
-    predicted = max(range(len(logprobs)), key=logprobs.__getitem__)
+    top = max(logprobs)
+    total = top if math.isinf(top) else top + math.log(math.fsum(math.exp(value - top) for value in logprobs))
+    predicted = logprobs.index(top)
     return Score(total - logprobs[answer_index], predicted == answer_index, predicted, math.exp(total))
 
 
@@ -100,22 +104,23 @@ def score(
     return logodds(logprobs, other_logprobs, example.answer_index, absolute=metric == "absolute_logodds")
 
 
+def loss_name(metric: Metric) -> str:
+    """What results call the loss of an example: ``loss``, or the metric itself for log-odds."""
+    return metric if metric in ("logodds", "absolute_logodds") else "loss"
+
+
 def summarise(metric: Metric, examples: Sequence[Example], scores: Sequence[Score]) -> Summary:
-    """Averages of a task's examples, with baselines and flags."""
-    name: str = metric if metric in ("logodds", "absolute_logodds") else "loss"
-    means: dict[str, Mean] = {name: mean([score.loss for score in scores])}
+    """Averages of a task's examples, with baselines."""
+    means = {loss_name(metric): mean([score.loss for score in scores])}
     if metric == "sequence_prob":
         return Summary(means)
     means = {"accuracy": mean([float(bool(score.correct)) for score in scores]), **means}
-    coverage = [score.coverage for score in scores if score.coverage is not None]
-    if coverage:
-        means["coverage"] = mean(coverage)
-    baselines = constant_class_baselines(examples)
-    predictions = _shares(examples, [score.predicted or 0 for score in scores])
     chance = {"accuracy": math.fsum(1 / len(example.classes) for example in examples) / len(examples)}
     if metric == "classification":
+        means["coverage"] = mean([score.coverage or 0.0 for score in scores])
         chance["loss"] = math.fsum(math.log(len(example.classes)) for example in examples) / len(examples)
-    return Summary(means, baselines, predictions, chance, _flags(means, baselines, predictions))
+    predictions = _shares(examples, [score.predicted or 0 for score in scores])
+    return Summary(means, constant_class_baselines(examples), predictions, chance)
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -148,24 +153,14 @@ def _shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, flo
     return {name: counts[name] / len(examples) for name in names}
 
 
-def _flags(means: dict[str, Mean], baselines: dict[str, float], predictions: dict[str, float]) -> tuple[Flag, ...]:
-    accuracy = means["accuracy"]
-    flags = [
-        Flag("constant", f"predicts {name!r} for {share:.1%} of the examples")
-        for name, share in predictions.items()
-        if share > CONSTANT_SHARE
-    ]
-    flags += [
-        Flag("baseline", f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}")
-        for name, baseline in baselines.items()
-        if abs(accuracy.value - baseline) < 0.5 / accuracy.n
-    ]
-    if "coverage" in means and means["coverage"].value < LOW_COVERAGE:
-        words = f"gives the classes only {means['coverage'].value:.2%} of the probability: it would say something else"
-        flags.append(Flag("coverage", words))
-    return tuple(flags)
-
-
-def _logsumexp(values: Sequence[float]) -> float:
-    top = max(values)
-    return top if math.isinf(top) else top + math.log(math.fsum(math.exp(value - top) for value in values))
+def _flags(summary: Summary) -> Iterator[Flag]:
+    accuracy, coverage = summary.means["accuracy"], summary.means.get("coverage")
+    for name, share in summary.predictions.items():
+        if share > CONSTANT_SHARE:
+            yield Flag("constant", f"predicts {name!r} for {share:.1%} of the examples")
+    for name, baseline in summary.baselines.items():
+        if abs(accuracy.value - baseline) < 0.5 / accuracy.n:
+            yield Flag("baseline", f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}")
+    if coverage is not None and coverage.value < LOW_COVERAGE:
+        words = f"gives the classes only {coverage.value:.2%} of the probability: it would say something else"
+        yield Flag("coverage", words)

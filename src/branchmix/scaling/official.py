@@ -6,6 +6,7 @@ They are under CC BY 4.0, whose authors ask that they stay out of training data:
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,22 +20,21 @@ from branchmix.scaling.tasks import TASKS, Task
 
 REPOSITORY = "inverse-scaling-ttc/inverse_scaling_prize"
 """A data set on the Hub that has the 11 files under their official names."""
-State = Literal["ok", "missing", "wrong size", "wrong hash"]
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """One of the 11 files, as it was found."""
+    """One of the 11 files against the release."""
 
     task: str
     file: str
-    state: State
+    state: Literal["ok", "missing", "wrong size", "wrong hash"]
     detail: str = ""
-    """What was found instead."""
+    """What was there instead."""
 
     @property
     def line(self) -> str:
-        """``missing     neqa_classification.jsonl``, and what was found instead."""
+        """``missing     neqa_classification.jsonl``, and what was there instead."""
         return f"{self.state:<10}  {self.file}{f': {self.detail}' if self.detail else ''}"
 
 
@@ -92,72 +92,61 @@ def fetch(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        return _fill(folder, repository, force=force, progress=progress)
+        files = verify(folder)
+        wrong = [file for file in files if file.state not in ("ok", "missing")]
+        if wrong and not force:
+            raise OutputError(
+                f"{folder / wrong[0].file}: is there and is not the official file ({wrong[0].detail}): choose another "
+                "folder, or --force to replace it"
+            )
+        problems = []
+        for file in files:
+            problem = "" if file.state == "ok" else _fetch(folder, repository, TASKS[file.task])
+            if problem:
+                problems.append(problem)
+            else:
+                progress(f"{'there' if file.state == 'ok' else 'fetched':<10}  {file.file}")
+        if problems:
+            raise DataError("\n".join(problems))
+        return verify(folder)
     finally:
         if is_new:
             with suppress(OSError):
                 folder.rmdir()  # nothing came
 
 
-def _fill(folder: Path, repository: str, *, force: bool, progress: Callable[[str], None]) -> list[FileCheck]:
-    files = verify(folder)
-    wrong = [file for file in files if file.state not in ("ok", "missing")]
-    if wrong and not force:
-        raise OutputError(
-            f"{folder / wrong[0].file}: is there and is not the official file ({wrong[0].detail}): choose another "
-            "folder, or --force to replace it"
-        )
-    problems = []
-    for file in files:
-        if file.state == "ok":
-            progress(f"there       {file.file}")
-            continue
-        task = TASKS[file.task]
-        with writing(folder), tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
-            path = _download(repository, task.file, Path(temporary))
-            if path is None:
-                problems.append(f"{repository}: has no {task.file}")
-                continue
-            got = check(path, task)
-            if got.state != "ok":
-                problems.append(f"{repository}: its {task.file} is not the official one ({got.detail}); not kept")
-                continue
-            path.replace(folder / task.file)
-        progress(f"fetched     {file.file}")
-    if problems:
-        raise DataError("\n".join(problems))
-    return verify(folder)
+def _fetch(folder: Path, repository: str, task: Task) -> str:
+    """Fetch one file; returns why it was not kept, if it was not."""
+    with writing(folder), tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as temporary:
+        path = _download(repository, task.file, Path(temporary))
+        if path is None:
+            return f"{repository}: has no {task.file}"
+        got = check(path, task)
+        if got.state != "ok":
+            return f"{repository}: its {task.file} is not the official one ({got.detail}); not kept"
+        path.replace(folder / task.file)
+    return ""
 
 
 def _download(repository: str, file: str, temporary: Path) -> Path | None:
     """A file of the repository as a file of its own in ``temporary``; None if it has none of that name."""
     if Path(repository).is_dir():
-        source, copy = Path(repository) / file, temporary / file
-        if not source.is_file():
-            return None
-        copy.write_bytes(source.read_bytes())
-        return copy
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+        source = Path(repository) / file
+        return Path(shutil.copyfile(source, temporary / file)) if source.is_file() else None
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset", local_dir=temporary))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise DataError(f"{repository}: is gated: accept its terms on the Hub, then `hf auth login`") from None
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise DataError(f"{repository}: is neither a data set on the Hub nor a folder: check --from") from None
     except Exception as error:  # the Hub's client passes on those of its transports, too
-        unreachable = HfHubHTTPError | ConnectionError | TimeoutError | LocalEntryNotFoundError
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        lacks_local = isinstance(error, errors.LocalEntryNotFoundError)
+        if isinstance(error, errors.EntryNotFoundError) and not lacks_local:
             return None
-        if isinstance(error, OSError) and not isinstance(error, unreachable):
+        unreachable = isinstance(error, errors.HfHubHTTPError | ConnectionError | TimeoutError)
+        if isinstance(error, OSError) and not (unreachable or lacks_local):
             raise  # the disk's
         raise DataError(
             f"{repository}: the Hub cannot be reached for it ({type(error).__name__}): check the network and "

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.folder import write_text
+from branchmix.checkpoint.folder import write_json, write_text
 from branchmix.scaling.examples import Example
 from branchmix.scaling.family import Subject
-from branchmix.scaling.metrics import Score, Summary
+from branchmix.scaling.metrics import Score, Summary, loss_name
 from branchmix.scaling.selection import Selected
-from branchmix.scaling.trends.examples import FIELDS
+from branchmix.scaling.trends.series import FIELDS
 from branchmix.scaling.trends.table import AXES, DATA, FILE, FLAG_COLUMNS
 
 RESULTS = "results.json"
@@ -39,9 +39,8 @@ class Answer:
     """Time of computing, a share of the run's."""
 
     @classmethod
-    def of(cls, line: dict[str, Any] | None) -> Answer:
+    def of(cls, line: dict[str, Any]) -> Answer:
         """The answer of a line of the records."""
-        assert line is not None
         given = {name: line[name] for name in ("merged", "refused", "seconds") if name in line}
         return cls(tuple(line.get("logprobs", ())), tuple(line.get("tokens", ())), **given)
 
@@ -65,6 +64,79 @@ class TaskResult:
     seconds: float = 0.0
     """Time of computing, whenever that was."""
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of the table, one for each metric."""
+        for metric, mean in self.summary.means.items() if self.summary is not None else ():
+            if metric == "coverage":
+                continue  # no performance: a column of accuracy
+            row: dict[str, Any] = {
+                "task": self.selected.task.name,
+                "model": self.subject.name,
+                **{axis: getattr(self.subject, axis) for axis in AXES},
+                "family": self.subject.family,
+                "seed": self.subject.seed,
+                "data": self.selected.data,
+                "cause": self.selected.task.cause,
+                **self.subject.axes,
+                "metric": metric,
+                **asdict(mean),
+            }
+            if metric == "accuracy" and self.summary is not None:
+                coverage = self.summary.means.get("coverage")
+                row |= {
+                    "constant_share": max(self.summary.predictions.values()),
+                    "constant_baselines": "|".join(map(str, self.summary.baselines.values())),
+                    "coverage": coverage and coverage.value,
+                    "chance": self.summary.chance["accuracy"],
+                }
+            yield row
+
+    def example_lines(self) -> Iterator[dict[str, Any]]:
+        """A line for each example; the key is its place in the file, the same for all models."""
+        for number, example, numbers, answer in self.scored:
+            line: dict[str, Any] = {"key": str(number)}
+            if example.template is not None:
+                line["template"] = example.template
+            if numbers.correct is not None:
+                line |= {FIELDS["accuracy"]: int(numbers.correct), "predicted": numbers.predicted}
+            line[loss_name(self.selected.task.metric)] = numbers.loss
+            if numbers.coverage is not None:
+                line["coverage"] = numbers.coverage
+            yield line | {"logprobs": list(answer.logprobs), "tokens": list(answer.tokens)}
+        for number, reason in self.refused:
+            yield {"key": str(number), "refused": reason}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        subject, selected, summary = self.subject, self.selected, self.summary
+        content: dict[str, Any] = {
+            "model": subject.name,
+            "family": subject.family,
+            "seed": subject.seed or None,
+            "task": selected.task.name,
+            "data": selected.data,
+            "metric": selected.task.metric,
+            "file": selected.file.name,
+            "is_release": selected.is_release,
+            "shots": selected.shots,
+            "examples": len(selected.examples),
+            "examples_in_file": selected.num_available,
+            "n": len(self.scored),
+            "refused": dict(Counter(reason for _, reason in self.refused)),
+            "merged": self.merged,
+        }
+        if summary is not None:
+            means = {name: asdict(mean) for name, mean in summary.means.items()}
+            content |= {"metrics": means, "baselines": summary.baselines, "predictions": summary.predictions}
+            content |= {"chance": summary.chance, "flags": [flag.words for flag in summary.flags]}
+        rate = len(self.scored) / self.seconds if self.seconds else None
+        return content | {
+            "dtype": self.facts["dtype"],
+            "bos": {"policy": self.facts["bos"], "tokens": self.facts["bos_tokens"]},
+            "seconds": round(self.seconds, 3),
+            "examples_per_second": round(rate, 3) if rate else None,
+        }
+
 
 @dataclass
 class ScalingRun:
@@ -77,131 +149,24 @@ class ScalingRun:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {
-            "versions": self.versions,
-            "models": [_model(subject) for subject in self.subjects],
-            "results": [_result(result) for result in self.results],
-        }
+        models = [subject.as_dict() for subject in self.subjects]
+        return {"versions": self.versions, "models": models, "results": [result.as_dict() for result in self.results]}
 
+    def write(self, out: Path) -> None:
+        """All files of a run as far as it has come; each appears whole."""
+        for result in self.results:  # where ``trends.series.read_scores`` looks for them
+            subject, data = result.subject, result.selected.data
+            folder = out / EXAMPLES / subject.name / (f"seed-{subject.seed}" if subject.seed else "")
+            name = result.selected.task.name + ("" if data == DATA[0] else f".{data}") + ".jsonl"
+            write_text(folder / name, "".join(json.dumps(line) + "\n" for line in result.example_lines()))
+        write_json(out / RESULTS, self.as_dict())
+        write_text(out / FILE, self.table())
 
-def write_results(out: Path, run: ScalingRun) -> None:
-    """All files of a run as far as it has come; each appears whole."""
-    for result in run.results:
-        write_text(_examples_file(out, result), "".join(json.dumps(line) + "\n" for line in example_lines(result)))
-    write_text(out / RESULTS, json.dumps(run.as_dict(), indent=2, allow_nan=False) + "\n")
-    write_text(out / FILE, table(run))
-
-
-def table(run: ScalingRun) -> str:
-    """The csv table that ``branchmix scaling trends`` reads."""
-    further = dict.fromkeys(axis for subject in run.subjects for axis in subject.axes)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*_COLUMNS, *_MORE, *further], restval="", lineterminator="\n")
-    writer.writeheader()
-    for result in run.results:
-        for row in _rows(result):
-            writer.writerow({name: "" if value is None else value for name, value in row.items()})
-    return text.getvalue()
-
-
-def _rows(result: TaskResult) -> Iterator[dict[str, Any]]:
-    subject, selected, summary = result.subject, result.selected, result.summary
-    if summary is None:
-        return
-    common = {
-        "task": selected.task.name,
-        "model": subject.name,
-        **{axis: getattr(subject, axis) for axis in AXES},
-        "family": subject.family,
-        "seed": subject.seed,
-        "data": selected.data,
-        "cause": selected.task.cause,
-        **subject.axes,
-    }
-    coverage = summary.means.get("coverage")
-    for metric, mean in summary.means.items():
-        if metric == "coverage":
-            continue  # no performance: a column of accuracy
-        row = {**common, "metric": metric, "value": mean.value, "stderr": mean.stderr, "n": mean.n}
-        if metric == "accuracy":
-            row |= {
-                "constant_share": max(summary.predictions.values()),
-                "constant_baselines": "|".join(map(str, summary.baselines.values())),
-                "coverage": coverage.value if coverage is not None else None,
-                "chance": summary.chance.get(metric),
-            }
-        yield row
-
-
-def example_lines(result: TaskResult) -> Iterator[dict[str, Any]]:
-    """A line for each example; the key is its place in the file, the same for all models."""
-    name = result.selected.task.metric
-    loss = name if name in ("logodds", "absolute_logodds") else "loss"
-    for number, example, numbers, answer in result.scored:
-        line: dict[str, Any] = {"key": str(number)}
-        if example.template is not None:
-            line["template"] = example.template
-        if numbers.correct is not None:
-            line |= {FIELDS["accuracy"]: int(numbers.correct), "predicted": numbers.predicted}
-        line[loss] = numbers.loss
-        if numbers.coverage is not None:
-            line["coverage"] = numbers.coverage
-        yield line | {"logprobs": list(answer.logprobs), "tokens": list(answer.tokens)}
-    for number, reason in result.refused:
-        yield {"key": str(number), "refused": reason}
-
-
-def _examples_file(out: Path, result: TaskResult) -> Path:
-    """Where ``scaling/trends/examples.py`` looks for it."""
-    subject, data = result.subject, result.selected.data
-    folder = out / EXAMPLES / subject.name / (f"seed-{subject.seed}" if subject.seed else "")
-    return folder / (result.selected.task.name + ("" if data == DATA[0] else f".{data}") + ".jsonl")
-
-
-def _model(subject: Subject) -> dict[str, Any]:
-    counted = ("params", "active_params", "tokens", "flops", "forward_flops_per_token")
-    return {
-        "name": subject.name,
-        "family": subject.family,
-        "seed": subject.seed or None,
-        "model": subject.model.given,
-        "revision": subject.model.revision,
-        **{name: getattr(subject, name) for name in counted},
-        "training": list(subject.training),
-        **({"axes": subject.axes} if subject.axes else {}),
-    }
-
-
-def _result(result: TaskResult) -> dict[str, Any]:
-    subject, selected, summary = result.subject, result.selected, result.summary
-    content: dict[str, Any] = {
-        "model": subject.name,
-        "family": subject.family,
-        "seed": subject.seed or None,
-        "task": selected.task.name,
-        "data": selected.data,
-        "metric": selected.task.metric,
-        "file": selected.file.name,
-        "is_release": selected.is_release,
-        "shots": selected.shots,
-        "examples": len(selected.examples),
-        "examples_in_file": selected.num_available,
-        "n": len(result.scored),
-        "refused": dict(Counter(reason for _, reason in result.refused)),
-        "merged": result.merged,
-    }
-    if summary is not None:
-        content |= {
-            "metrics": {name: asdict(mean) for name, mean in summary.means.items()},
-            "baselines": summary.baselines,
-            "predictions": summary.predictions,
-            "chance": summary.chance,
-            "flags": [flag.words for flag in summary.flags],
-        }
-    rate = len(result.scored) / result.seconds if result.seconds else None
-    return content | {
-        "dtype": result.facts["dtype"],
-        "bos": {"policy": result.facts["bos"], "tokens": result.facts["bos_tokens"]},
-        "seconds": round(result.seconds, 3),
-        "examples_per_second": round(rate, 3) if rate else None,
-    }
+    def table(self) -> str:
+        """The csv table that ``branchmix scaling trends`` reads."""
+        further = dict.fromkeys(axis for subject in self.subjects for axis in subject.axes)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [*_COLUMNS, *_MORE, *further], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for result in self.results for row in result.rows())
+        return text.getvalue()

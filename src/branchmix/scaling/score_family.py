@@ -9,25 +9,25 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from branchmix import __version__
+from branchmix.checkpoint.json_text import key_of
 from branchmix.errors import CheckpointError
-from branchmix.likelihood.models import TextModel, check_dtype
-from branchmix.likelihood.records import FILE, Journal, key_of, model_hash
+from branchmix.likelihood.models import Progress, TextModel, check_dtype
+from branchmix.likelihood.records import FILE, Journal
 from branchmix.scaling.family import FamilyFile, Subject, subjects
 from branchmix.scaling.metrics import score, summarise
-from branchmix.scaling.results import Answer, ScalingRun, TaskResult, write_results
+from branchmix.scaling.results import Answer, ScalingRun, TaskResult
 from branchmix.scaling.scoring.plan import BATCH_TOKENS
 from branchmix.scaling.scoring.tokens import Bos, Question, encode_questions
 from branchmix.scaling.selection import Selected, select
 
 _AT_ONCE = 2048
 """Questions that are searched together for what they share."""
-Progress = Callable[[str, int, int], None]
 
 
 def run(
@@ -63,29 +63,22 @@ def run(
     versions |= {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     scaling_run = ScalingRun([], chosen, notes, versions)
     for subject in chosen:
-        model = _Model(subject, dtype, bos, trust_remote_code, journal, batch_tokens, progress)
-        notes += model.text.notes
+        text = TextModel(subject.model, dtype, trust_remote_code)
+        model = _Model(subject, text, Bos.of(text.tokenizer, text.config, bos), journal, batch_tokens, progress)
+        notes += text.notes
         scaling_run.results += [model.result(one) for one in selected]
         if model.known:
             notes.append(f"{subject.label}: {model.known} of {model.asked} answers were on record")
         if out is not None:
-            write_results(Path(out), scaling_run)
+            scaling_run.write(Path(out))
     for result in scaling_run.results:
-        notes += _warnings(result)
+        where = f"{result.subject.label}, {result.selected.label}"
+        count = len(result.selected.examples)
+        reasons = Counter(reason for _, reason in result.refused)
+        notes += [f"{where}: {number} of {count} examples refused: {reason}" for reason, number in reasons.items()]
+        if result.merged:
+            notes.append(f"{where}: in {result.merged} examples a class merges with the prompt's last token")
     return scaling_run
-
-
-def _warnings(result: TaskResult) -> list[str]:
-    where = f"{result.subject.label}, {result.selected.label}"
-    count = len(result.selected.examples)
-    reasons = Counter(reason for _, reason in result.refused)
-    lines = [f"{where}: {number} of {count} examples refused: {reason}" for reason, number in reasons.items()]
-    if result.merged:
-        lines.append(f"{where}: in {result.merged} examples a class merges with the prompt's last token")
-    return lines
-
-
-# ---- one model ----
 
 
 class _Model:
@@ -94,27 +87,18 @@ class _Model:
     def __init__(
         self,
         subject: Subject,
-        dtype: str,
-        bos: str,
-        trust_remote_code: bool,
+        text: TextModel,
+        bos: Bos,
         journal: Journal,
         batch_tokens: int,
         progress: Progress | None,
     ):
-        self.subject, self.journal, self.batch_tokens, self.progress = subject, journal, batch_tokens, progress
-        self.text = TextModel(subject.model, dtype, trust_remote_code)
-        self.bos = Bos.of(self.text.tokenizer, self.text.config, bos)
-        self.facts: dict[str, Any] = {
-            "weights": model_hash(self.text.folder),
-            "dtype": dtype,
-            "tokenizer": self.text.tokenizer_hash,
-            "bos": self.bos.policy,
-            "bos_tokens": list(self.bos.tokens),
-        }
-        self.key = key_of(self.facts)
+        self.subject, self.text, self.bos = subject, text, bos
+        self.batch_tokens, self.progress = batch_tokens, progress
+        self.facts: dict[str, Any] = {**text.facts, "bos": bos.policy, "bos_tokens": list(bos.tokens)}
+        self.records = journal.of(self.facts, path=subject.model.given)
         self.known = self.asked = 0
         """Answers that were on record before this run, and all of them."""
-        self._weights: Any = None
 
     def result(self, selected: Selected) -> TaskResult:
         """Answers for all examples, from the records or computed now."""
@@ -125,24 +109,20 @@ class _Model:
             questions = [Question(prompt, example.options) for prompt in prompts]
             keys.append([key_of({"prompt": one.prompt, "options": one.options}) for one in questions])
             asked |= zip(keys[-1], questions, strict=True)
-        self.known += sum(self.journal.was_there(self.key, key) for key in asked)
+        self.known += self.records.num_earlier(asked)
         self.asked += len(asked)
-        known = {key for key in asked if self.journal.find(self.key, key) is not None}
-        if len(known) < len(asked):
-            self.journal.describe(self.key, {"path": self.subject.model.given, **self.facts})
-        step = f"{self.subject.label}: {selected.label}"
-        for part in self.journal.rounds.of(self.key, self.batch_tokens, asked, known):
-            self._compute({key: asked[key] for key in part}, step)
-        answers = {key: Answer.of(self.journal.find(self.key, key)) for key in asked}
+        for part, known in self.records.missing(asked, self.batch_tokens):
+            on_record = {part[place] for place in known}
+            self._compute({key: asked[key] for key in part}, on_record, f"{self.subject.label}: {selected.label}")
         scored, refused = [], []
         for number, (example, own) in enumerate(zip(selected.examples, keys, strict=True)):
-            first, *other = [answers[key] for key in own]
-            reason = next((answer.refused for answer in (first, *other) if answer.refused), None)
+            answers = [Answer.of(self.records[key]) for key in own]
+            reason = next((answer.refused for answer in answers if answer.refused), None)
             if reason is not None:
                 refused.append((number, reason))
-                continue
-            numbers = score(selected.task.metric, example, first.logprobs, *(answer.logprobs for answer in other))
-            scored.append((number, example, numbers, first))
+            else:
+                numbers = score(selected.task.metric, example, *(answer.logprobs for answer in answers))
+                scored.append((number, example, numbers, answers[0]))
         examples, scores = [one[1] for one in scored], [one[2] for one in scored]
         return TaskResult(
             subject=self.subject,
@@ -152,17 +132,16 @@ class _Model:
             refused=refused,
             merged=sum(answer.merged for *_, answer in scored),
             facts=self.facts,
-            seconds=sum(answer.seconds for answer in answers.values()),
+            seconds=sum(self.records[key].get("seconds", 0.0) for key in asked),
         )
 
-    def _compute(self, asked: dict[str, Question], step: str) -> None:
-        """Put the answers that are missing on record, each as soon as it is there."""
+    def _compute(self, asked: dict[str, Question], known: set[str], step: str) -> None:
+        """Put the answers that are not known on record, each as soon as it is there."""
         from branchmix.likelihood.forward import max_positions
         from branchmix.scaling.scoring.passes import can_share, score_options
 
         encoded = encode_questions(self.text.tokenizer, list(asked.values()), self.bos, max_positions(self.text.config))
         tokens = dict(zip(asked, encoded, strict=True))
-        known = {key for key in asked if self.journal.find(self.key, key) is not None}
         for key, question in tokens.items():
             if question.refused is not None and key not in known:
                 self._keep(key, question.merged, refused=question.refused)
@@ -171,16 +150,15 @@ class _Model:
         done, total = 0, len(set(left) - known)
         if not total:
             return
-        if self._weights is None:
-            self._weights = self.text.load()
-        share = can_share(self._weights)
+        model = self.text.model()
+        share = can_share(model)
         for start in range(0, len(left), _AT_ONCE):
             part = left[start : start + _AT_ONCE]
             on_record = {place for place, key in enumerate(part) if key in known}
             options: dict[str, Any] = {"batch_tokens": self.batch_tokens, "share": share, "known": on_record}
             last = time.perf_counter()
             try:
-                for place, logprobs in score_options(self._weights, [tokens[key] for key in part], **options):
+                for place, logprobs in score_options(model, [tokens[key] for key in part], **options):
                     now = time.perf_counter()
                     question, seconds = tokens[part[place]], round(now - last, 6)
                     lengths = [len(option) for option in question.options]
@@ -192,4 +170,4 @@ class _Model:
                 raise CheckpointError(f"{self.subject.model.given}: {error}") from error
 
     def _keep(self, key: str, merged: bool, **answer: Any) -> None:
-        self.journal.add_line({"model": self.key, "question": key, **answer, **({"merged": True} if merged else {})})
+        self.records.add(key, **answer, **({"merged": True} if merged else {}))

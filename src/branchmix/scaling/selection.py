@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from branchmix.checkpoint.text import replaced_note
-from branchmix.errors import BranchMixError, DataError, RecipeError
-from branchmix.scaling.examples import Example, load_examples
-from branchmix.scaling.fewshot import fewshot
+from branchmix.errors import DataError, RecipeError
+from branchmix.scaling.examples import Example, fewshot, load_examples
 from branchmix.scaling.generate import GENERATED_ROUND
 from branchmix.scaling.official import check
 from branchmix.scaling.tasks import TASKS, Task, UserTask, choose, data_file
@@ -62,30 +61,24 @@ def select(
     named = [word for word in words if word not in own]
     everything = "all" in named
     official = choose("all" if everything else ",".join(named)) if named or not own else []
-    for folder in (*data, *fresh):
+    folders = [*((folder, False) for folder in data), *((folder, True) for folder in fresh)]
+    for folder, _ in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: there is no such folder: `branchmix scaling data make` or `fetch` fills one")
-    if official and not data and not fresh:
+    if official and not folders:
         raise RecipeError("--data: give the folder of the tasks' files")
-    selected: list[Selected] = []
-    notes: list[str] = []
+    chosen: list[tuple[Task, Path, bool]] = []
     missing: list[str] = []
     for task in official:
-        files = []
-        for number, folder in enumerate((*data, *fresh)):
-            try:
-                files.append((data_file(folder, task), number >= len(data)))
-            except BranchMixError:
-                if not everything:
-                    raise
-        if not files:
-            missing.append(task.name)
-        selected += [_selected(task, file, must_be_fresh, shots, limit, notes) for file, must_be_fresh in files]
-    for word in own:
-        task, file = UserTask.load(Path(word))
-        selected.append(_selected(task, file, False, shots, limit, notes))
-    if not selected:
+        files = [(data_file(folder, task, required=not everything), is_fresh) for folder, is_fresh in folders]
+        there = [(task, file, is_fresh) for file, is_fresh in files if file is not None]
+        chosen += there
+        missing += [] if there else [task.name]
+    chosen += [(*UserTask.load(Path(word)), False) for word in own]
+    if not chosen:
         raise DataError(f"{', '.join(map(str, (*data, *fresh)))}: has no file of any task, such as {official[0].file}")
+    notes: list[str] = []
+    selected = [_selected(task, file, is_fresh, shots, limit, notes) for task, file, is_fresh in chosen]
     if missing:
         notes.append(f"no files of {', '.join(missing)}: left out")
     seen: dict[tuple[str, str], Path] = {}

@@ -40,8 +40,6 @@ class Task:
     cause: str | None = None
     round: int | None = None
     """Round of the prize in which the released version was submitted."""
-    stem: str | None = None
-    """The file's name in the release, without its ending."""
     num_examples: int | None = None
     bytes: int | None = None
     sha256: str | None = None
@@ -50,20 +48,15 @@ class Task:
 
     @property
     def file(self) -> str:
-        """Name of its file in the release, and of those we make."""
-        return f"{self.stem or self.name}.jsonl"
+        """Name of an official task's file in the release, and of those we make."""
+        kind = "sequence-probability" if self.metric == "sequence_prob" else self.metric
+        return f"{self.name}_{kind}.jsonl"
 
 
-def _official() -> dict[str, Task]:
-    tasks = {}
-    for name, facts in read_yaml(Path(__file__).with_suffix(".yaml")).items():
-        metric = facts.pop("metric", "classification")
-        kind = "sequence-probability" if metric == "sequence_prob" else metric
-        tasks[name] = Task(name, metric, stem=f"{name}_{kind}", **facts)
-    return tasks
-
-
-TASKS = _official()
+TASKS = {
+    name: Task(name=name, **{"metric": "classification", **facts})
+    for name, facts in read_yaml(Path(__file__).with_suffix(".yaml")).items()
+}
 """The tasks that won a prize, by name; sizes and hashes are those of the released files."""
 
 
@@ -125,13 +118,14 @@ def choose(names: str) -> list[Task]:
     return [task for task in TASKS.values() if task.name in wanted]
 
 
-def data_file(folder: Path, task: Task) -> Path:
+def data_file(folder: Path, task: Task, *, required: bool = True) -> Path | None:
     """Where a task's examples are in a folder: its official name as ``.jsonl``, or the same as ``.csv``.
 
     Raises:
-        DataError: it has neither.
+        DataError: it has neither, and they are required; otherwise None stands for that.
     """
-    for place in (folder / task.file, (folder / task.file).with_suffix(".csv")):
-        if place.is_file():
-            return place
-    raise DataError(f"{folder}: has no {task.file}: `branchmix scaling data fetch` or `data make` puts it there")
+    places = (folder / task.file, (folder / task.file).with_suffix(".csv"))
+    place = next((place for place in places if place.is_file()), None)
+    if place is None and required:
+        raise DataError(f"{folder}: has no {task.file}: `branchmix scaling data fetch` or `data make` puts it there")
+    return place

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from branchmix.errors import CheckpointError
-from branchmix.likelihood.forward import evaluating, head_at, length_dependent, log_probs
+from branchmix.likelihood.forward import check_tokens, evaluating, forward, length_dependent, log_probs
 from branchmix.scaling.scoring.plan import BATCH_TOKENS, Branch, Row, batches, plan
 from branchmix.scaling.scoring.tokens import Encoded
 
@@ -39,19 +38,17 @@ def score_options(
     Raises:
         CheckpointError: the tokenizer is not the model's, or the logits are not finite.
     """
-    _check(model, questions)
+    check_tokens(model, (part for question in questions for part in (question.context, *question.options)))
     share = can_share(model) if share is None else share
     equal = length_dependent(model.config)
     sums: dict[int, list[list[float]]] = {}
     with evaluating(model):
         for trunk in plan(questions, share=share):
-            wanted = [
-                batch
-                for batch in batches(trunk, batch_tokens, equal_lengths=equal)
-                if any(row.question not in known for row in batch)
-            ]
-            with_trunk = bool(wanted and trunk.tokens)
-            cache = _run(model, [Branch(trunk.tokens, ())], None, keep=True)[1] if with_trunk else None
+            every = batches(trunk, batch_tokens, equal_lengths=equal)
+            wanted = [batch for batch in every if any(row.question not in known for row in batch)]
+            cache = None
+            if wanted and trunk.tokens:
+                _, cache = _run(model, [Branch(trunk.tokens, ())], None, keep=True)
             for batch in wanted:
                 for number, option, value in _score(model, batch, cache, batch_tokens):
                     parts = sums.setdefault(number, [[] for _ in questions[number].options])
@@ -97,21 +94,18 @@ def _run(
 ) -> tuple[list[tuple[int, int, float]], Any]:
     """One pass: (place in the batch, option, log-probability) of each target, and the cache if it is to be kept.
 
-    Padding is on the right, where causal attention never sees it, so no mask is needed; routers of mixtures drop no
-    token, so what padding does there touches no other. Positions count from the cache's end by themselves.
+    Routers of mixtures drop no token, so what padding does there touches no other. Positions count from the cache's end
+    by themselves.
     """
-    length = max(len(row.tokens) for row in batch)
-    inputs_BT = torch.tensor([[*row.tokens, *row.tokens[-1:] * (length - len(row.tokens))] for row in batch])
     wanted = [(number, target) for number, row in enumerate(batch) for target in row.targets]
-    places = list(dict.fromkeys((number, target.place) for number, target in wanted)) or [(0, length - 1)]
-    at = (torch.tensor([row for row, _ in places]), torch.tensor([place for _, place in places]))
-    options = {"past_key_values": cache} if cache is not None else {}
-    with head_at(model, *at) as narrowed:
-        output = model(input_ids=inputs_BT.to(model.device), use_cache=keep or cache is not None, **options)
+    places = list(dict.fromkeys((number, target.place) for number, target in wanted)) or [(0, 0)]
+    at = [torch.tensor(index) for index in zip(*places, strict=True)]
+    options: dict[str, Any] = {"past_key_values": cache} if cache is not None else {}
+    options["use_cache"] = keep or cache is not None
+    logits_NV, output = forward(model, [row.tokens for row in batch], *at, **options)
     kept = output.past_key_values if keep else None
     if not wanted:
         return [], kept
-    logits_NV = output.logits.squeeze(0) if narrowed else output.logits[at]
     number_of = {place: number for number, place in enumerate(places)}
     index_M = torch.tensor([number_of[number, target.place] for number, target in wanted])
     tokens_M = torch.tensor([target.token for _, target in wanted], device=logits_NV.device)
@@ -128,13 +122,3 @@ def _select(cache: Any, rows: list[int]) -> Any:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]  # tensors are replaced in them, never written
     chosen.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))
     return chosen
-
-
-def _check(model: Any, questions: Sequence[Encoded]) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    tokens = (token for question in questions for part in (question.context, *question.options) for token in part)
-    greatest = max(tokens, default=0)
-    if greatest >= rows:
-        raise CheckpointError(
-            f"the tokenizer gives token {greatest}, but the model knows {rows}: it is not the model's"
-        )

@@ -87,19 +87,16 @@ def encode_questions(
     tokenizer: Any, questions: Sequence[Question], bos: Bos, max_positions: int | None
 ) -> list[Encoded]:
     """Tokens of every question. One that is longer than the model's context is refused, never cut."""
-    contexts, wholes = [], []
-    for question in questions:
-        context = question.prompt.rstrip()
-        spaces = question.prompt[len(context) :]
-        contexts.append(context)
-        wholes += [context + spaces + option for option in question.options]
-    context_tokens = iter(encode(tokenizer, contexts))
-    whole_tokens = iter(encode(tokenizer, wholes))
+    contexts = iter(encode(tokenizer, [question.prompt.rstrip() for question in questions]))
+    wholes = iter(
+        encode(tokenizer, [question.prompt + option for question in questions for option in question.options])
+    )
     encoded = []
     for question in questions:
         before = bos.before(question.prompt)
-        start = before + tuple(map(int, next(context_tokens)))
-        whole = [before + tuple(map(int, next(whole_tokens))) for _ in question.options]
+        start, *whole = [
+            before + tuple(map(int, next(rows))) for rows in (contexts, *(wholes for _ in question.options))
+        ]
         encoded.append(_split(start, whole, bos, max_positions))
     return encoded
 

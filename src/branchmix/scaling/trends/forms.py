@@ -6,6 +6,7 @@ Letters as in ``order``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,18 @@ class Form:
     level_from: Level | None
     """A plateau at the large end."""
 
+    def as_dict(self) -> dict[str, Any]:
+        levels = {"level_until": self.level_until, "level_from": self.level_from}
+        content: dict[str, Any] = {
+            name: {"axis": 10**level.edge, "value": level.value, "interval": list(level.interval)}
+            for name, level in levels.items()
+            if level is not None
+        }
+        if (jump := self.jump) is not None:
+            ends = {"from": 10**jump.start, "to": 10**jump.end}
+            content["jump"] = {**ends, "effect": jump.change, "interval": list(jump.interval)}
+        return content
+
 
 def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
     """Jump and plateaus of the best monotone fit, each claimed only if all but ``alpha`` of the draws have it.
@@ -76,25 +89,22 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
     along_K = (curve.x_K - curve.x_K[0]) / curve.span
     steps_NK = np.diff(share_NK, axis=1)
     step = int(steps_NK[0].argmax())
+
+    def change_of(change_N: np.ndarray) -> tuple[float, Interval]:
+        """With its interval. The direction is what the trend's test has established; the interval is about the size."""
+        low, high = about(float(change_N[0]), change_N[1:], alpha)
+        return float(change_N[0]), (max(low, 0.0), high) if rises else (low, min(high, 0.0))
+
     jump = None
     if np.quantile(steps_NK[1:, step], alpha) > max(0.5, 2 * (along_K[step + 1] - along_K[step])):
         change_N = fit_NK[:, step + 1] - fit_NK[:, step]
-        change = float(change_N[0])
-        interval = _one_way(about(change, change_N[1:], alpha), rises=rises)
-        jump = Jump(float(curve.x_K[step]), float(curve.x_K[step + 1]), change, interval)
+        jump = Jump(float(curve.x_K[step]), float(curve.x_K[step + 1]), *change_of(change_N))
     return Form(
-        change=float(range_N[0]),
-        interval=_one_way(about(float(range_N[0]), range_N[1:], alpha), rises=rises),
+        *change_of(range_N),
         jump=jump,
         level_until=_level(curve, y_NK, share_NK, along_K, alpha=alpha),
         level_from=_level(curve, y_NK, 1 - share_NK, 1 - along_K, alpha=alpha),
     )
-
-
-def _one_way(interval: Interval, *, rises: bool) -> Interval:
-    """The direction is what the trend's test has established; the interval is about the size."""
-    low, high = interval
-    return (max(low, 0.0), high) if rises else (low, min(high, 0.0))
 
 
 def _calmer(curve: Curve, fit_K: np.ndarray) -> float:

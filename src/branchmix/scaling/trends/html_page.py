@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,7 @@ def _beside(entry: Entry, panel: Panel, report: Report) -> Iterator[tuple[str, b
         yield sentences.contamination_sentences(differences, metric, report.limits), False
     flags: dict[str, list[str]] = {}
     for one, name in panel.named:
-        for flag in one.verdict.flags:
-            kind, _, models = flag.partition(": ")
+        for kind, _, models in (flag.partition(": ") for flag in one.verdict.flags):
             flags.setdefault(kind, []).append(models or name)
     for kind, names in flags.items():
         of_all = set(names) == set(panel.names)  # all models of all curves: no names needed
@@ -121,36 +120,34 @@ def _beside(entry: Entry, panel: Panel, report: Report) -> Iterator[tuple[str, b
 def _results(overview: Overview, entry: Entry) -> Table:
     """A row for each run, with the columns that any of them fills; ± is the standard error."""
     judged = [one for one in overview.reports[0].judged if one.series.task == entry.name]
-    has_fresh = any(is_fresh(one) for one in judged)
+    has_fresh = any(map(is_fresh, judged))
     rows: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
-    for one in judged:
-        series, name = one.series, sentences.metric_name(one.series.metric)
+    for series in (one.series for one in judged):
         for row, stderr in zip(series.rows, series.stderr, strict=True):
             run = {"model": row.model, "family": series.family, "questions": series.data if has_fresh else ""}
-            places = {sentences.axis_name(axis): sentences.axis_value(axis, row.axes[axis]) for axis in overview.axes}
-            run |= {"seed": row.seed, **places, "number of questions": f"{row.n:,}" if row.n else ""}
+            run["seed"] = row.seed
+            run |= {sentences.axis_name(axis): sentences.axis_value(axis, row.axes[axis]) for axis in overview.axes}
+            run["number of questions"] = f"{row.n:,}" if row.n else ""
             error = sentences.shown(series.metric, float(stderr)).removesuffix(sentences.PERCENT)
-            cells = rows.setdefault(tuple(run.items()), run)
-            cells[name] = f"{sentences.shown(series.metric, row.value)} ± {error}"
+            value = f"{sentences.shown(series.metric, row.value)} ± {error}"
+            rows.setdefault(tuple(run.items()), run)[sentences.metric_name(series.metric)] = value
     head = list(dict.fromkeys(name for cells in rows.values() for name, cell in cells.items() if cell))
-    return Table(
-        head, [[cells.get(name, "") for name in head] for cells in rows.values()], title=f"Results of {entry.name}"
-    )
+    cells = [[run.get(name, "") for name in head] for run in rows.values()]
+    return Table(head, cells, title=f"Results of {entry.name}")
 
 
 def _verdicts(overview: Overview, entry: Entry) -> Table:
     """A row for each curve."""
     rows = []
-    for report in overview.reports:
-        for metric in entry.metrics:
-            for one, name in overview.panel(entry, metric, report).named:
-                verdict, (low, high) = one.verdict, one.verdict.interval
-                which = (sentences.axis_name(report.axis), sentences.metric_name(metric), name)
-                interval = f"{sentences.difference(metric, low, unit=False)} to {sentences.difference(metric, high)}"
-                p = ["" if p is None else f"{p:.2g}" for p in (verdict.p, verdict.p_adjusted)]
-                change = sentences.difference(metric, verdict.effect)
-                scatter = sentences.difference(metric, verdict.jitter, plus=False)
-                counts = [str(verdict.sizes), str(verdict.runs)]
-                rows.append([", ".join(filter(None, which)), verdict.label, change, interval, *p, *counts, scatter])
+    for report, metric in product(overview.reports, entry.metrics):
+        for one, name in overview.panel(entry, metric, report).named:
+            verdict, (low, high) = one.verdict, one.verdict.interval
+            which = (sentences.axis_name(report.axis), sentences.metric_name(metric), name)
+            change = sentences.difference(metric, verdict.effect)
+            interval = f"{sentences.difference(metric, low, unit=False)} to {sentences.difference(metric, high)}"
+            p = ["" if p is None else f"{p:.2g}" for p in (verdict.p, verdict.p_adjusted)]
+            scatter = sentences.difference(metric, verdict.jitter, plus=False)
+            counts = [str(verdict.sizes), str(verdict.runs)]
+            rows.append([", ".join(filter(None, which)), verdict.label, change, interval, *p, *counts, scatter])
     head = ["", "verdict", "change", "interval", "p", "p corrected", "sizes", "runs", "scatter of models"]
     return Table(head, rows, title=f"Verdicts on {entry.name}")

@@ -227,8 +227,8 @@ class Turn:
     legs: Interval
     """Change from the smallest size to the turning point, and from there to the largest."""
     leg_intervals: tuple[Interval, Interval]
-    change: float
     change_interval: Interval
+    """The interval of both legs together."""
 
 
 def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
@@ -244,33 +244,21 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     turns, dips = (_turns(sign * curve.y_K[None], weight_K).squares[0] for sign in (1, -1))
     is_u = bool(dips.max() > turns.max())
     sign, split = (-1, int(dips.argmax())) if is_u else (1, int(turns.argmax()))
-    fit_K = _unimodal(sign * curve.y_K, weight_K, split)
+    # Up to the split nondecreasing, beyond it nonincreasing.
+    before = climb(sign * curve.y_K[None, : split + 1], weight_K[: split + 1]).fit[0]
+    after = climb(sign * curve.y_K[None, :split:-1], weight_K[:split:-1]).fit[0, ::-1]
+    fit_K = np.concatenate([before, after])
     place = int(fit_K.argmax())
-    legs = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
-    p = _turn_p(curve, weight_K, legs) if min(map(abs, legs)) > least else 1.0
-    leg_intervals, change_interval = ((legs[0], legs[0]), (legs[1], legs[1])), (sum(legs), sum(legs))
+    first, second = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
+    p = _turn_p(curve, weight_K, (first, second)) if min(abs(first), abs(second)) > least else 1.0
+    intervals: list[Interval] = [(change, change) for change in (first, second, first + second)]
     if p < alpha:
         drawn = _turns(fit_K + sign * wide_noise(curve), weight_K)
         first_B, last_B = sign * drawn.rise.first[:, split], sign * drawn.fall.first[:, -2 - split]
         peak_B = sign * np.maximum(drawn.rise.last_NK[:, split], drawn.fall.last_NK[:, -2 - split])
-        leg_intervals = (about(legs[0], peak_B - first_B, alpha), about(legs[1], last_B - peak_B, alpha))
-        change_interval = about(sum(legs), last_B - first_B, alpha)
-    return Turn(
-        p=p,
-        is_u=is_u,
-        turning=float(curve.x_K[place]),
-        legs=legs,
-        leg_intervals=leg_intervals,
-        change=sum(legs),
-        change_interval=change_interval,
-    )
-
-
-def _unimodal(y_K: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
-    """Up to the split nondecreasing, beyond it nonincreasing."""
-    before = climb(y_K[None, : split + 1], weight_K[: split + 1]).fit[0]
-    after = climb(y_K[None, :split:-1], weight_K[:split:-1]).fit[0, ::-1]
-    return np.concatenate([before, after])
+        draws = ((first, peak_B - first_B), (second, last_B - peak_B), (first + second, last_B - first_B))
+        intervals = [about(change, draws_B, alpha) for change, draws_B in draws]
+    return Turn(p, is_u, float(curve.x_K[place]), (first, second), (intervals[0], intervals[1]), intervals[2])
 
 
 def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:

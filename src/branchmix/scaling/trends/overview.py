@@ -51,14 +51,9 @@ class Panel:
     def names(self) -> list[str]:
         """What distinguishes each curve from the others: family, kind of questions; empty for a single curve."""
         series = [one.series for one in self.curves]
-        kinds = len({one.data for one in series})
+        has_families, has_kinds = len(self.families) > 1, len({one.data for one in series}) > 1
         return [
-            ", ".join(
-                [
-                    *([one.family or "no family"] if len(self.families) > 1 else []),
-                    *([f"{one.data} questions"] if kinds > 1 else []),
-                ]
-            )
+            ", ".join([(one.family or "no family")] * has_families + [f"{one.data} questions"] * has_kinds)
             for one in series
         ]
 
@@ -101,31 +96,25 @@ class Overview:
     """The tasks of a table, from reports on it along one axis or several, of which the first is the one asked for."""
 
     def __init__(self, reports: Sequence[Report]):
-        def moves(report: Report) -> bool:
-            return any(one.curve.sizes > 1 for one in report.judged)
-
-        self.reports = [report for report in reports if report is reports[0] or moves(report)]
+        main = reports[0]
+        self.reports = [one for one in reports if one is main or any(c.curve.sizes > 1 for c in one.judged)]
         self.axes = [report.axis for report in self.reports]
-        series = [one.series for one in self.reports[0].judged]
-        names = list(dict.fromkeys(one.task for one in series))
+        series = [one.series for one in main.judged]
+        by_task: dict[str, list[Series]] = {}
+        for one in series:
+            by_task.setdefault(one.task, []).append(one)
         slugs: set[str] = set()
-        entries = [_entry(name, [one for one in series if one.task == name], slugs) for name in names]
-        known = list(TASKS)
-        places = {name: known.index(name) if name in TASKS else len(known) for name in names}
+        entries = [_entry(name, of_task, slugs) for name, of_task in by_task.items()]
         causes = [*CAUSES, *sorted({entry.cause for entry in entries} - {*CAUSES, ""}), ""]
-        self.entries = sorted(entries, key=lambda entry: (causes.index(entry.cause), places[entry.name]))
+        places = {name: number for number, name in enumerate(TASKS)}
+        self.entries = sorted(entries, key=lambda e: (causes.index(e.cause), places.get(e.name, len(places))))
         self.metrics = list(dict.fromkeys(one.metric for one in series))
         """In the table's order."""
         self.models = len({(one.family, row.model) for one in series for row in one.rows})
         """How many there are; several runs of one are one."""
-
-    @property
-    def groups(self) -> dict[str, list[Entry]]:
+        self.groups = {cause: [e for e in self.entries if e.cause == cause] for cause in causes}
+        self.groups = {cause: of_cause for cause, of_cause in self.groups.items() if of_cause}
         """Tasks by cause, in the paper's order."""
-        groups: dict[str, list[Entry]] = {}
-        for entry in self.entries:
-            groups.setdefault(entry.cause, []).append(entry)
-        return groups
 
     @property
     def main_metric(self) -> str:

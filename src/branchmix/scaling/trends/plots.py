@@ -23,6 +23,7 @@ from branchmix.scaling.tasks import CAUSES
 from branchmix.scaling.trends import sentences
 from branchmix.scaling.trends.judge import Judged
 from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
+from branchmix.scaling.trends.series import several
 from branchmix.scaling.trends.table import Row
 from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
@@ -43,9 +44,14 @@ _LEAST_SPAN = 0.2
 """Shortest axis of an accuracy, so that a change of a point or two does not look like a cliff."""
 
 
-def names(overview: Overview) -> list[str]:
-    """Names of all files, in the order they are written."""
-    return [f"{stem}.{kind}" for stem, _ in _pictures(overview) for kind in ("png", "svg")]
+def pictures(overview: Overview) -> dict[str, Draw]:
+    """Drawings by the names of their files: the sheet, and each metric of each task along the axis asked for."""
+    drawings: dict[str, Draw] = {SHEET: partial(sheet, overview)}
+    for entry in overview.entries:
+        for metric in entry.metrics:
+            panel = overview.panel(entry, metric, overview.reports[0])
+            drawings[f"{entry.slug}-{slug(metric)}"] = partial(chart, panel, title=entry.name)
+    return {f"{stem}.{kind}": draw for stem, draw in drawings.items() for kind in ("png", "svg")}
 
 
 def write(overview: Overview, folder: Path) -> Iterator[Path]:
@@ -54,18 +60,8 @@ def write(overview: Overview, folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: a file cannot be written.
     """
-    for stem, draw in _pictures(overview):
-        yield png(draw, folder / f"{stem}.png")
-        yield save(draw, folder / f"{stem}.svg")
-
-
-def _pictures(overview: Overview) -> Iterator[tuple[str, Draw]]:
-    """The sheet, and each metric of each task along the axis asked for."""
-    yield SHEET, partial(sheet, overview)
-    for entry in overview.entries:
-        for metric in entry.metrics:
-            panel = overview.panel(entry, metric, overview.reports[0])
-            yield f"{entry.slug}-{slug(metric)}", partial(chart, panel, title=entry.name)
+    for name, draw in pictures(overview).items():
+        yield png(draw, folder / name) if name.endswith(".png") else save(draw, folder / name)
 
 
 def chart(panel: Panel, ink: str, *, title: str = "") -> Figure:
@@ -84,12 +80,9 @@ def chart(panel: Panel, ink: str, *, title: str = "") -> Figure:
     _references(axes, panel, ink, low, high, with_names=True)
     step = 0.012 * float(np.ptp(axes.get_xlim()))  # curves side by side, so that their bars do not cover each other
     middle = (len(panel.curves) - 1) / 2
-    drawn = [
-        _curve(axes, panel, one, panel.colour(one), shift=step * (number - middle))
-        for number, one in enumerate(panel.curves)
-    ]
-    if any(panel.names):
-        # Given as labels, names may begin with "_", which matplotlib leaves out otherwise.
+    shifts = [step * (number - middle) for number in range(len(panel.curves))]
+    drawn = [_curve(axes, panel, one, panel.colour(one), shift=x) for one, x in zip(panel.curves, shifts, strict=True)]
+    if any(panel.names):  # given as labels, names may begin with "_", which matplotlib leaves out otherwise
         labels, columns = (_verdicts(panel), 1) if title else (panel.names, 2)
         look = {"loc": "outside upper left", "ncols": columns, "frameon": False, "fontsize": 8.5}
         legend = figure.legend(drawn, labels, labelcolor=ink, title=title, alignment="left", **look)
@@ -286,6 +279,5 @@ def _title(panel: Panel, one: Judged, members: Sequence[Row], value: float, half
 
 
 def _who(members: Sequence[Row]) -> str:
-    models = list(dict.fromkeys(row.model for row in members))
     seed = f", seed {members[0].seed}" if len(members) == 1 and members[0].seed else ""
-    return ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "") + seed
+    return several(list(dict.fromkeys(row.model for row in members))) + seed

@@ -1,6 +1,6 @@
 """What the page says: names of axes and metrics, numbers with their units, and a verdict in sentences.
 
-For readers who have never heard of inverse scaling, or of p.
+For readers who have never heard of inverse scaling, or of p. The words are in ``terms.yaml``.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.forms import Level
 from branchmix.scaling.trends.judge import Caution, Judged, Report
 from branchmix.scaling.trends.table import DATA, is_share
-from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, Interval, Limits
+from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, Interval, Limits, p_text
 from branchmix.settings import read_yaml
 
 _TERMS = read_yaml(Path(__file__).with_name("terms.yaml"))
-AXES, METRICS = _TERMS["axes"], _TERMS["metrics"]
+AXES, METRICS, _VERBS, _SAY = (_TERMS[name] for name in ("axes", "metrics", "verbs", "sentences"))
 MEANINGS = {label: meaning.format(min_sizes=MIN_SIZES) for label, meaning in _TERMS["verdicts"].items()}
-_VERBS = _TERMS["verbs"]
 MINUS, TIMES, SPACE = "\u2212", "\u00d7", "\u00a0"
 PERCENT = f"{SPACE}%"
 _CEILING = 0.95
@@ -38,7 +37,7 @@ def axis_value(axis: str, value: float) -> str:
         return human_count(float(f"{value:.3g}"))
     if 0.001 <= value < 1e5:
         return f"{value:.4g}"
-    mantissa, exponent = f"{value:.2g}".split("e") if "e" in f"{value:.2g}" else f"{value:.1e}".split("e")
+    mantissa, exponent = f"{value:.1e}".split("e")
     power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10{power}" if float(mantissa) == 1 else f"{float(mantissa):g}{TIMES}10{power}"
 
@@ -73,8 +72,7 @@ def between(metric: str, interval: Interval | Sequence[float]) -> str:
 
 def moves(metric: str, effect: float, interval: Interval | Sequence[float], limits: Limits) -> str:
     """``falls by about 20.6 points (95 % interval: 12.7 to 27.0)``."""
-    verb = "falls" if effect < 0 else "rises"
-    return f"{verb} by about {_size(metric, effect, interval, limits)}"
+    return f"{'falls' if effect < 0 else 'rises'} by about {_size(metric, effect, interval, limits)}"
 
 
 def _size(metric: str, effect: float, interval: Interval | Sequence[float], limits: Limits) -> str:
@@ -92,34 +90,57 @@ def percent_of(limits: Limits) -> str:
     return f"{100 * (1 - limits.alpha):g}{PERCENT}"
 
 
+def _p(p: float) -> str:
+    return p_text(p).replace(" ", SPACE)
+
+
+def _share(p: float) -> str:
+    if p < 0.001:
+        return "less than 1 in 1,000"
+    return f"{100 * p:.0f}{PERCENT}" if p >= 0.095 else f"{100 * p:.2g}{PERCENT}"
+
+
 # ---- a verdict in sentences ----
 
 
 def sentences(one: Judged, report: Report) -> str:
     """The verdict on a curve, and why it is that or why there is none."""
-    verdict, metric = one.verdict, one.series.metric
-    least = difference(metric, report.limits.minimum_effect, plus=False)
-    ends = f"From the smallest to the largest of {verdict.sizes} sizes, {metric_name(metric)}"
-    if verdict.label == "not-testable":
-        return _not_testable(one)
+    verdict, metric, limits = one.verdict, one.series.metric, report.limits
+    words: dict[str, Any] = {"metric": metric_name(metric), "sizes": verdict.sizes}
+    if verdict.p is None or verdict.p_adjusted is None:
+        return _not_testable(one, words)
+    tasks = _num_tested(one, report)
+    words |= {
+        "Metric": metric_name(metric).capitalize(),
+        "tasks": tasks,
+        "p": _p(verdict.p),
+        "p_adjusted": _p(verdict.p_adjusted),
+        "after": f"; {_p(verdict.p_adjusted)} after the correction for {tasks} tasks" if tasks > 1 else "",
+        "share": _share(verdict.p),
+        "alpha": f"{limits.alpha:g}",
+        "sure": percent_of(limits),
+        "least": difference(metric, limits.minimum_effect, plus=False),
+        "moves": moves(metric, verdict.effect, verdict.interval, limits),
+        "between": between(metric, verdict.interval),
+        "alone": _VERBS[verdict.alone],
+    }
     if verdict.label in SHAPES:
-        first, second = (moves(metric, leg["effect"], leg["interval"], report.limits) for leg in verdict.legs.values())
-        turn = place(report.axis, verdict.turning_point or math.nan)
-        return (
-            f"{metric_name(metric).capitalize()} first {first} and then {second}; it turns at about {turn}. "
-            f"{_chance(one, report, 'A rise and a fall as clear as these')}"
-        )
-    if verdict.label in DIRECTED:
-        change = moves(metric, verdict.effect, verdict.interval, report.limits)
-        return " ".join(
-            [f"{ends} {change}.", *form_sentences(one, report), _chance(one, report, "A trend as clear as this")]
-        )
-    if verdict.label == "flat":
-        return (
-            f"{ends} changes by something {between(metric, verdict.interval)}, for {percent_of(report.limits)} sure: "
-            f"less than the {least} that count as a change, and no sizes in between differ by more either."
-        )
-    return _inconclusive(one, report, f"{ends} may change by anything {between(metric, verdict.interval)}", least)
+        kind = "turn"
+        legs = [moves(metric, leg["effect"], leg["interval"], limits) for leg in verdict.legs.values()]
+        words |= {"first": legs[0], "second": legs[1], "turn": place(report.axis, verdict.turning_point or math.nan)}
+    elif verdict.label in DIRECTED:
+        kind = "trend"
+        words["form"] = "".join(f"{sentence} " for sentence in form_sentences(one, report))
+    elif verdict.label == "flat":
+        kind = "flat"
+    elif verdict.alone in DIRECTED:
+        kind = "only alone"
+    else:
+        kind = "small" if verdict.p_adjusted < limits.alpha else "nothing"
+        jitter = difference(metric, verdict.jitter, plus=False)
+        is_wild = verdict.jitter > limits.minimum_effect
+        words["scatter"] = f" {_SAY['scatter'].format(jitter=jitter)}" if is_wild else ""
+    return str(_SAY[kind].format(**words))
 
 
 def brief(one: Judged, report: Report) -> str:
@@ -142,87 +163,45 @@ def form_sentences(one: Judged, report: Report) -> Iterator[str]:
         return
     is_better = one.verdict.label == "standard"
 
-    def level(at: Level, *, is_best: bool) -> str:
+    def level(at: Level, *, is_best: bool) -> dict[str, str]:
         name = "floor" if not is_best else "ceiling" if is_share(metric) and at.value >= _CEILING else "plateau"
         ends = (shown(metric, value).removesuffix(PERCENT) for value in at.interval)
-        return f"a {name} of {shown(metric, at.value)} {_interval(ends, report.limits)}"
+        words = f"a {name} of {shown(metric, at.value)} {_interval(ends, report.limits)}"
+        return {"edge": place(report.axis, 10**at.edge), "level": words}
 
     if form.jump is not None:
         start, end = (place(report.axis, 10**x) for x in (form.jump.start, form.jump.end))
         size = _size(metric, form.jump.change, form.jump.interval, report.limits)
-        yield f"Most of that is a jump between two neighbouring sizes, {start} and {end}: {size}."
+        yield _SAY["jump"].format(start=start, end=end, size=size)
     if form.level_until is not None:
-        edge = place(report.axis, 10**form.level_until.edge)
-        yield f"Up to {edge} it stays on {level(form.level_until, is_best=not is_better)}."
+        yield _SAY["level until"].format(**level(form.level_until, is_best=not is_better))
     if form.level_from is not None:
-        edge = place(report.axis, 10**form.level_from.edge)
         verb = "saturates, on" if is_better else "stays on"
-        yield f"From {edge} on it {verb} {level(form.level_from, is_best=is_better)}."
+        yield _SAY["level from"].format(verb=verb, **level(form.level_from, is_best=is_better))
 
 
-def _chance(one: Judged, report: Report, what: str) -> str:
-    """How often chance alone would do as much."""
-    verdict, tasks = one.verdict, _num_tested(one, report)
-    assert verdict.p is not None and verdict.p_adjusted is not None
-    after = f"; {_p(verdict.p_adjusted)} after the correction for {tasks} tasks" if tasks > 1 else ""
-    return f"{what} would come about by chance in {_share(verdict.p)} of cases ({_p(verdict.p)}{after})."
-
-
-def _inconclusive(one: Judged, report: Report, change: str, least: str) -> str:
-    verdict, metric = one.verdict, one.series.metric
-    assert verdict.p is not None and verdict.p_adjusted is not None
-    if verdict.alone in DIRECTED:
-        return (
-            f"By itself one would say that it {_VERBS[verdict.alone]} ({_p(verdict.p)}). But with "
-            f"{_num_tested(one, report)} tasks some look like that by chance, and after the correction for their "
-            f"number it is {_p(verdict.p_adjusted)}, not below {report.limits.alpha:g}. {change}."
-        )
-    if verdict.p_adjusted < report.limits.alpha:
-        return f"There is a trend ({_p(verdict.p)}), but not for sure one of more than {least}. {change}."
-    scatter = ""
-    if verdict.jitter > report.limits.minimum_effect:
-        scatter = (
-            f" Models scatter by about {difference(metric, verdict.jitter, plus=False)} about a smooth curve, more "
-            "than questions alone explain; that hides smaller trends."
-        )
-    chance = f"A trend as clear as this comes about by chance in {_share(verdict.p)} of cases ({_p(verdict.p)})."
-    return f"{change}. {chance}{scatter}"
-
-
-def _not_testable(one: Judged) -> str:
-    verdict, metric = one.verdict, one.series.metric
+def _not_testable(one: Judged, words: dict[str, Any]) -> str:
+    verdict = one.verdict
     if verdict.sizes < 2:
-        return "There is one size only, and nothing to compare it with."
+        return str(_SAY["one size"])
     move = {"increasing": "gets better from size to size", "decreasing": "gets worse from size to size"}.get(
         verdict.description,
         f"goes {verdict.description}" if "then" in verdict.description else f"is {verdict.description}",
     )
     odds = math.factorial(verdict.sizes) // 2
     chance = "always comes in some order" if odds == 1 else f"comes about by chance in 1 of {odds} cases"
-    return (
-        f"There are {verdict.sizes} sizes, and {MIN_SIZES} are needed: even a perfect order of {verdict.sizes} "
-        f"{chance}. What can be seen, and may be chance: performance {move}, and {metric_name(metric)} changes by "
-        f"{difference(metric, verdict.effect)} from the smallest to the largest."
-    )
+    change = difference(one.series.metric, verdict.effect)
+    return str(_SAY["few sizes"].format(**words, min_sizes=MIN_SIZES, move=move, chance=chance, change=change))
 
 
 def _num_tested(one: Judged, report: Report) -> int:
     """Tasks that shared the correction with this one."""
-    key = (one.series.metric, one.series.family, one.series.data)
-    return sum(
-        (other.series.metric, other.series.family, other.series.data) == key and other.verdict.p is not None
-        for other in report.judged
-    ) * (report.correction != "none")
 
+    def key(judged: Judged) -> tuple[str, ...]:
+        return judged.series.metric, judged.series.family, judged.series.data
 
-def _p(p: float) -> str:
-    return ("p < 0.001" if p < 0.001 else f"p = {p:.2g}").replace(" ", SPACE)
-
-
-def _share(p: float) -> str:
-    if p < 0.001:
-        return "less than 1 in 1,000"
-    return f"{100 * p:.0f}{PERCENT}" if p >= 0.095 else f"{100 * p:.2g}{PERCENT}"
+    tested = [other for other in report.judged if key(other) == key(one) and other.verdict.p is not None]
+    return len(tested) if report.correction != "none" else 0
 
 
 # ---- comparisons ----
@@ -232,19 +211,22 @@ def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool)
     """The interaction of two families with scale."""
     first, second = (name or "no family" for name in pair["families"])
     one, other = (difference(metric, slope) for slope in pair["slopes_per_decade"])
-    kind = f" (on {pair['data']} questions)" if pair.get("data", DATA[0]) != DATA[0] else ""
-    better = (pair["difference"] > 0) != lower_is_better
-    told = (
-        f"so scale does {'more good or less harm' if better else 'more harm or less good'} to {second} than to {first}"
-        if pair["differs"]
-        else "which may be chance: no difference between the two is shown"
-        if pair["testable"]
-        else f"which cannot be judged: each needs {MIN_SIZES} sizes"
-    )
-    return (
-        f"For ten times the {axis_name(pair['axis'])}, {metric_name(metric)} changes by {one} for {first} and by "
-        f"{other} for {second}{kind}. The difference is {difference(metric, pair['difference'])} "
-        f"({between(metric, pair['interval'])}), {told}."
+    is_better = (pair["difference"] > 0) != lower_is_better
+    kind = "not different" if pair["testable"] else "not comparable"
+    kind = ("better" if is_better else "worse") if pair["differs"] else kind
+    return str(
+        _SAY["families"].format(
+            axis=axis_name(pair["axis"]),
+            metric=metric_name(metric),
+            one=one,
+            other=other,
+            first=first,
+            second=second,
+            kind=f" (on {pair['data']} questions)" if pair.get("data", DATA[0]) != DATA[0] else "",
+            difference=difference(metric, pair["difference"]),
+            between=between(metric, pair["interval"]),
+            told=_SAY[kind].format(first=first, second=second, min_sizes=MIN_SIZES),
+        )
     )
 
 
@@ -252,37 +234,23 @@ def contamination_sentences(differences: Sequence[dict[str, Any]], metric: str, 
     """Official against fresh questions, for one family after the other."""
     families = []
     for one in differences:
-        by, how = (
-            difference(metric, abs(one["difference"]), plus=False),
-            "better" if one["difference"] >= 0 else "worse",
-        )
+        how = "better" if one["difference"] >= 0 else "worse"
+        by = difference(metric, abs(one["difference"]), plus=False)
         interval = _interval((difference(metric, end, unit=False) for end in one["interval"]), limits)
         families.append(f"{one.get('family', '')} models do {by} {how} on the public ones {interval}".lstrip())
     suspected = [one.get("family", "") for one in differences if one["suspected"]]
-    verdict = "There is no sign that the public questions were part of what the models were trained on."
-    if suspected:
-        who = f"For {' and '.join(suspected)}: either" if len(suspected) < len(differences) else "Either"
-        verdict = (
-            f"{who} the public questions, which have been on the web since 2023, were part of what the models were "
-            "trained on, or our fresh ones are harder; models trained before 2023 can tell which."
-        )
-    intro = f"Public against fresh questions, {metric_name(metric)}, mean of all models"
-    return f"{intro}: {'; '.join(families)}. {verdict}"
+    who = f"For {' and '.join(suspected)}: either" if len(suspected) < len(differences) else "Either"
+    verdict = _SAY["suspected" if suspected else "not suspected"].format(who=who)
+    return str(_SAY["public"].format(metric=metric_name(metric), families="; ".join(families), verdict=verdict))
 
 
 def caution_sentence(caution: Caution) -> str:
     """Two metrics or axes that disagree."""
-    (one, here), (other, label) = caution.first, caution.second
-    who = f"{caution.who}: " if caution.who else ""
-    if caution.metric:
-        return (
-            f"{who}the axis matters. Along {axis_name(one)}, {metric_name(caution.metric)} {_VERBS[here]}; along "
-            f"{axis_name(other)}, it {_VERBS[label]}."
-        )
-    return (
-        f"{who}the metric matters. By {metric_name(one)} performance {_VERBS[here]}, by {metric_name(other)} it "
-        f"{_VERBS[label]}."
-    )
+    (one, here), (other, there) = caution.first, caution.second
+    name_of = axis_name if caution.metric else metric_name
+    words = {"one": name_of(one), "here": _VERBS[here], "other": name_of(other), "there": _VERBS[there]}
+    words |= {"who": f"{caution.who}: " if caution.who else "", "metric": metric_name(caution.metric)}
+    return str(_SAY["axes" if caution.metric else "metrics"].format(**words))
 
 
 def flag_sentence(kind: str, names: str) -> str:

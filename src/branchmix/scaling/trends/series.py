@@ -1,25 +1,39 @@
-"""Rows of a table as curves: a series is one metric of one task, for one family on one kind of data."""
+"""Rows of a table as curves: a series is one metric of one task, for one family on one kind of data.
+
+Scores of single examples lie beside the table, for a bootstrap in which all models meet the same questions:
+`examples/<model>/<task>.jsonl`, a line for each example with `key` (the same for all models), `template` (examples of
+one template are drawn together), `correct` (0 or 1) and further metrics by name, such as `loss`. Fresh data lies in
+`<task>.fresh.jsonl`, a run with a seed in `<model>/seed-<seed>/`.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from branchmix.checkpoint.folder import is_entry
+from branchmix.checkpoint.json_text import parse_json
 from branchmix.errors import DataError
+from branchmix.scaling.examples import jsonl_rows, read_text
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
-from branchmix.scaling.trends.examples import read_scores, resampled_deviations
 from branchmix.scaling.trends.fit import NUM_DRAWS
-from branchmix.scaling.trends.table import ResultsTable, Row, is_any_of
+from branchmix.scaling.trends.table import DATA, ResultsTable, Row, is_any_of
 
 LOWER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "error", "brier", "logodds", "absolute_logodds")
 """Metrics, and endings of metrics after `_`, of which less is better. The log-odds metrics say how far a model is
 swayed from the right answer."""
 NOT_JUDGED = ("coverage", "label_coverage")
 """Metrics that are no performance."""
+FIELDS = {"accuracy": "correct"}
+"""Metrics whose field in the scores of examples has another name."""
 _MANY_AT_CHANCE = 2.0
 """Standard errors within which a model is at chance."""
+_CHUNK = 2_000_000
+"""Draws times clusters held in memory at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,111 +75,171 @@ def all_series(
     table: ResultsTable, *, metrics: list[str], lower_is_better: tuple[str, ...], notes: list[str]
 ) -> list[Series]:
     """Every curve of the table with one of ``metrics``, paired over examples where their scores are there."""
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in table.rows:
         if row.metric in metrics:
             groups.setdefault((row.task, row.metric, row.family, row.data), []).append(row)
-    return [
-        _series(table.path, table.examples, *key, rows, is_lower_better(key[1], lower_is_better), notes)
-        for key, rows in groups.items()
-    ]
+    return [_series(table, rows, is_lower_better(key[1], lower_is_better), notes) for key, rows in groups.items()]
 
 
 def is_lower_better(metric: str, named: tuple[str, ...] = ()) -> bool:
     return metric in named or is_any_of(metric, LOWER_IS_BETTER)
 
 
-def _series(
-    path: Path,
-    examples: Path | None,
-    task: str,
-    metric: str,
-    family: str,
-    data: str,
-    rows: list[Row],
-    lower: bool,
-    notes: list[str],
-) -> Series:
-    deviations_BN, errors = _paired(examples, rows, notes)
-    if deviations_BN is not None and errors is not None:
+def _series(table: ResultsTable, rows: list[Row], is_lower: bool, notes: list[str]) -> Series:
+    first, told_N = rows[0], np.array([row.stderr or 0.0 for row in rows])
+    curve = (first.task, first.metric, first.family, first.data, is_lower, rows)
+    if table.examples is not None and (drawn := _paired(table.examples, rows, notes)) is not None:
+        deviations_BN, stderr_N = drawn
         # Resampling never draws a wrong answer of a model that has none, so there the error is the table's.
-        given = np.where(errors == 0, [row.stderr or 0.0 for row in rows], 0.0)
-        errors = errors + given
-        deviations_BN = deviations_BN + np.random.default_rng(0).standard_normal(deviations_BN.shape) * given
-        return Series(task, metric, family, data, lower, rows, errors, deviations_BN)
+        told_N = np.where(stderr_N == 0, told_N, 0.0)
+        noise_BN = np.random.default_rng(0).standard_normal(deviations_BN.shape) * told_N
+        return Series(*curve, stderr_N + told_N, deviations_BN + noise_BN)
     without = next((row for row in rows if row.stderr is None), None)
     if without is not None:
         raise DataError(
-            f"{path}, line {without.line}: {metric} has no stderr: give it, or the scores of single examples beside "
-            "the table"
+            f"{table.path}, line {without.line}: {first.metric} has no stderr: give it, or the scores of single "
+            "examples beside the table"
         )
-    least = 1e-6 * max(1e-3, float(np.ptp([row.value for row in rows])))
-    stderr = np.array([max(row.stderr or 0.0, least) for row in rows])
-    return Series(task, metric, family, data, lower, rows, stderr)
+    return Series(*curve, np.maximum(told_N, 1e-6 * max(1e-3, float(np.ptp([row.value for row in rows])))))
 
 
-def _paired(
-    examples: Path | None, rows: list[Row], notes: list[str]
-) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    if examples is None:
-        return None, None
+# ---- scores of single examples ----
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A metric of one model on single examples."""
+
+    values: dict[str, float]
+    """By key."""
+    clusters: dict[str, str]
+    """Template by key."""
+
+
+def read_scores(folder: Path, row: Row) -> Scores | None:
+    """Scores behind a row of the table; None if there are none.
+
+    Raises:
+        DataError: a line without a key, a key that stands twice, or a score that is no number.
+    """
+    name = f"{row.task}.jsonl" if row.data == DATA[0] else f"{row.task}.{row.data}.jsonl"
+    file = folder / row.model / (f"seed-{row.seed}" if row.seed else "") / name
+    is_name = all(map(is_entry, (*row.model.split("/"), f"seed-{row.seed}", name)))  # else nobody's files are called so
+    text = read_text(file) if is_name else None
+    if text is None:
+        return None
+    field = FIELDS.get(row.metric, row.metric)
+    scores, keys = Scores({}, {}), set()
+    for where, record in jsonl_rows(file, text, parse_json):
+        if "key" not in record:
+            raise DataError(f"{where}: there is no key: each line is an object with a key that all models share")
+        key = str(record["key"])
+        if key in keys:
+            raise DataError(f"{where}: the key {key!r} stands twice")
+        keys.add(key)
+        if record.get(field) is None:  # refused examples and other metrics' files
+            continue
+        try:
+            scores.values[key] = float(record[field])
+        except (TypeError, ValueError):
+            scores.values[key] = math.nan
+        if not math.isfinite(scores.values[key]):
+            raise DataError(f"{where}: {field} is {record[field]!r}, which is no number")
+        scores.clusters[key] = str(record.get("template") or key)
+    return scores if scores.values else None
+
+
+def _paired(examples: Path, rows: list[Row], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """``resampled_deviations`` of all runs, where each has scores of its own and they share examples."""
     what = f"{rows[0].task}, {rows[0].metric}"
     runs = [(row.model, row.seed) for row in rows]
-    twice = next((run for run in runs if runs.count(run) > 1), None)
-    if twice is not None:
-        notes.append(f"{what}: {twice[0]} stands at several places, which examples are not told apart by: no bootstrap")
-        return None, None
-    read = [read_scores(examples, row) for row in rows]
-    absent = [row for row, scores in zip(rows, read, strict=True) if scores is None]
-    scores = [one for one in read if one is not None]
-    if absent:
-        if scores:
-            notes.append(f"{what}: {absent[0].model} has no scores of single examples, so no bootstrap over them")
-        return None, None
-    for row, one in zip(rows, scores, strict=True):
-        mean = float(np.mean(list(one.values.values())))
+    if twice := [run for run in runs if runs.count(run) > 1]:
+        notes.append(
+            f"{what}: {twice[0][0]} stands at several places, which examples are not told apart by: no bootstrap"
+        )
+        return None
+    read = [(row, read_scores(examples, row)) for row in rows]
+    scored = [(row, scores) for row, scores in read if scores is not None]
+    if len(scored) < len(rows):
+        if scored:
+            absent = next(row for row, scores in read if scores is None)
+            notes.append(f"{what}: {absent.model} has no scores of single examples, so no bootstrap over them")
+        return None
+    for row, scores in scored:
+        mean = float(np.mean(list(scores.values.values())))
         if abs(mean - row.value) > 1e-3 * max(1.0, abs(row.value)):
             notes.append(
                 f"{what}: {row.model} has {row.value:g} in the table, but its examples have a mean of {mean:.4g}"
             )
-    shared = set.intersection(*(set(one.values) for one in scores))
-    most = max(len(one.values) for one in scores)
-    if len(shared) < 0.5 * most:
-        notes.append(f"{what}: models share {len(shared)} of up to {most} examples: too few for a bootstrap over them")
-        return None, None
-    drawn = resampled_deviations(scores, num_draws=NUM_DRAWS)
-    return drawn if drawn is not None else (None, None)
+    keys = [set(scores.values) for _, scores in scored]
+    shared, most = len(set.intersection(*keys)), max(map(len, keys))
+    if shared < 0.5 * most:
+        notes.append(f"{what}: models share {shared} of up to {most} examples: too few for a bootstrap over them")
+        return None
+    return resampled_deviations([scores for _, scores in scored], num_draws=NUM_DRAWS)
+
+
+def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """[B, N] means over resampled examples minus the mean, and [N] their standard errors; None if nothing is shared.
+
+    Whole clusters are drawn with replacement, the same for all runs, so what is hard for all models moves all curves'
+    points together and leaves the trend alone.
+    """
+    keys = sorted(set.intersection(*(set(score.values) for score in scores)))
+    if len(keys) < 2:
+        return None
+    names, cluster_of = np.unique([scores[0].clusters[key] for key in keys], return_inverse=True)
+    if len(names) < 2:  # all of one template: nothing to draw but examples
+        names, cluster_of = np.array(keys), np.arange(len(keys))
+    values_NX = np.array([[score.values[key] for key in keys] for score in scores])
+    sums_NC = np.stack([np.bincount(cluster_of, row, len(names)) for row in values_NX])
+    counts_C = np.bincount(cluster_of, minlength=len(names)).astype(float)
+    random = np.random.default_rng(0)
+    step = max(1, _CHUNK // len(names))
+    means = []
+    for start in range(0, num_draws, step):
+        number = min(step, num_draws - start)
+        drawn_BC = random.multinomial(len(names), np.full(len(names), 1 / len(names)), number).astype(float)
+        means.append((drawn_BC @ sums_NC.T) / (drawn_BC @ counts_C)[:, None])
+    deviations_BN = np.concatenate(means) - values_NX.mean(1)
+    return deviations_BN, deviations_BN.std(0, ddof=1)
+
+
+# ---- models that did not do the task ----
 
 
 def flags_of(series: Series) -> list[str]:
     """Signs that a model did not do the task at all, from the table's optional columns."""
-    if series.metric != "accuracy":
-        return []
-    flags = []
+    return list(_flags(series)) if series.metric == "accuracy" else []
+
+
+def _flags(series: Series) -> Iterator[str]:
+    def of(flag: str, rows: list[Row]) -> Iterator[str]:
+        if names := list(dict.fromkeys(row.model for row in rows)):
+            yield f"{flag}: {several(names)}"
+
     rows = series.rows
-    constant = [row for row in rows if row.constant_share is not None and row.constant_share > CONSTANT_SHARE]
-    if constant:
-        flags.append(f"nearly always the same answer: {_names(constant)}")
+    constant = [row for row in rows if (row.constant_share or 0) > CONSTANT_SHARE]
     equal = [
         row
         for row in rows
-        if row not in constant
-        and any(abs(row.value - baseline) <= 0.5 / (row.n or 1000) for baseline in row.constant_baselines)
+        if row not in constant and any(abs(row.value - b) <= 0.5 / (row.n or 1000) for b in row.constant_baselines)
     ]
-    if equal:
-        flags.append(f"exactly what a constant answer scores: {_names(equal)}")
-    unlikely = [row for row in rows if row.coverage is not None and row.coverage < LOW_COVERAGE]
-    if unlikely:
-        flags.append(f"hardly any probability on the classes: {_names(unlikely)}")
+    yield from of("nearly always the same answer", constant)
+    yield from of("exactly what a constant answer scores", equal)
+    yield from of(
+        "hardly any probability on the classes",
+        [row for row in rows if row.coverage is not None and row.coverage < LOW_COVERAGE],
+    )
     at_chance = [
         row.chance is not None and abs(row.value - row.chance) <= _MANY_AT_CHANCE * float(stderr)
         for row, stderr in zip(rows, series.stderr, strict=True)
     ]
     if len(rows) > 1 and all(at_chance):
-        flags.append("every model is at chance")
-    return flags
+        yield "every model is at chance"
 
 
-def _names(rows: list[Row]) -> str:
-    names = list(dict.fromkeys(row.model for row in rows))
+def several(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

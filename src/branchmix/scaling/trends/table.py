@@ -20,13 +20,15 @@ from typing import Any
 
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
+from branchmix.scaling.examples import read_text
 
 REQUIRED = ("task", "model", "metric", "value")
 FLAG_COLUMNS = ("constant_share", "constant_baselines", "coverage", "chance")
 """For accuracy: the share of the most frequent answer; what each constant answer would score, as `0.45|0.55`; the
 probability mass on the classes; what guessing scores. Rows of other metrics may have `chance` as well."""
 _FLAG_NUMBERS = ("constant_share", "coverage", "chance")
-KNOWN = (*REQUIRED, "stderr", "n", "family", "seed", "data", "cause", "description", *FLAG_COLUMNS)
+_WORDS = ("family", "seed", "cause", "description")
+KNOWN = (*REQUIRED, "stderr", "n", "data", *_WORDS, *FLAG_COLUMNS)
 AXES = ("flops", "params", "active_params", "tokens")
 """Axes known by name, the default first."""
 DATA = ("official", "fresh")
@@ -120,34 +122,35 @@ def read_table(path: Path) -> ResultsTable:
     """
     folder = path if path.is_dir() else None
     file = path / FILE if folder else path
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    text = read_text(file)
+    if text is None:
         what = f"has no {FILE}" if folder else "there is no such file"
-        raise DataError(f"{path}: {what}: give a csv table or the folder of a run") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise DataError(f"{file}: {reason}: give a csv table") from None
+        raise DataError(f"{path}: {what}: give a csv table or the folder of a run")
     lines = _lines(file, text)
     _, first = next(lines, (0, []))
     header = [name.lower() for name in first]
     _check_header(file, header)
-    not_axes: dict[str | None, str] = {}
     cells = [(number, dict(zip(header, values, strict=True))) for number, values in lines]
-    axes = [name for name in header if name and name not in KNOWN and _is_axis(name, cells, not_axes)]
-    axes.sort(key=lambda name: AXES.index(name) if name in AXES else len(AXES))
+    axes: list[str] = []
+    not_axes: dict[str | None, str] = {}
+    for name in sorted(header, key=lambda name: AXES.index(name) if name in AXES else len(AXES)):
+        given = [(number, cell[name]) for number, cell in cells if name and name not in KNOWN and cell[name]]
+        bad = next((place for place in given if name not in AXES and not (_number(place[1]) or 0) > 0), None)
+        if bad is not None:
+            not_axes[name] = f"line {bad[0]} has {bad[1]!r} as {name}, which is not a positive number"
+        elif given:
+            axes.append(name)
     rows = [_row(f"{file}, line {number}", number, cell, axes) for number, cell in cells]
     if not rows:
         raise DataError(f"{file}: has a header but no rows: add a row for each task, model and metric")
     seen: dict[tuple[object, ...], int] = {}
     for row in rows:
         key = (row.task, row.model, row.family, row.data, row.metric, row.seed, *sorted(row.axes.items()))
-        if key in seen:
+        if seen.setdefault(key, row.line) != row.line:
             raise DataError(
                 f"{file}, line {row.line}: {row.metric} of {row.model} on {row.task} is already in line {seen[key]}: "
                 "remove one, or distinguish the runs in a column `seed`"
             )
-        seen[key] = row.line
     examples = folder / "examples" if folder and (folder / "examples").is_dir() else None
     return ResultsTable(file, rows, axes, examples, not_axes)
 
@@ -155,8 +158,7 @@ def read_table(path: Path) -> ResultsTable:
 def _lines(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     """Line numbers and fields, the header first; every line has as many fields as the header."""
     first = text.lstrip().split("\n", 1)[0]
-    delimiter = max(",\t;", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",\t;", key=first.count), strict=True)
     width = 0
     try:
         for fields in reader:
@@ -175,64 +177,60 @@ def _check_header(file: Path, header: list[str]) -> None:
         raise DataError(f"{file}: is empty: the header is {','.join(REQUIRED)},stderr,n and an axis such as params")
     for name in REQUIRED:
         if name not in header:
-            hint = nearest(name, [other for other in header if other not in KNOWN])
-            raise DataError(
-                f"{file}: there is no column {name!r}{hint.replace('did you mean', 'is it')}; columns: "
-                f"{', '.join(header)}"
-            )
+            hint = nearest(name, [other for other in header if other not in KNOWN]).replace("did you mean", "is it")
+            raise DataError(f"{file}: there is no column {name!r}{hint}; columns: {', '.join(header)}")
     if "stderr" not in header and "n" not in header:
         raise DataError(f"{file}: there is neither a column 'stderr' nor 'n': one of them must say how sure values are")
-    twice = next((name for number, name in enumerate(header) if name in header[:number]), None)
+    twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{file}: the column {twice!r} appears twice: rename one")
 
 
-def _is_axis(name: str, cells: list[tuple[int, dict[str, str]]], not_axes: dict[str | None, str]) -> bool:
-    """Whether a column holds positive numbers (or nothing); for one that doesn't, ``not_axes`` says where."""
-    for number, cell in cells:
-        if name not in AXES and cell[name] and not (_number(cell[name]) or 0) > 0:
-            not_axes[name] = f"line {number} has {cell[name]!r} as {name}, which is not a positive number"
-            return False
-    return any(cell[name] for _, cell in cells)
-
-
 def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
+    def refuse(what: str) -> DataError:
+        return DataError(f"{where}: {what}")
+
+    def parsed(name: str, word: str) -> float | None:
+        """The number in a column; None where it is empty."""
+        number = _number(word) if word else None
+        if word and number is None:
+            raise refuse(f"{name} is {word!r}, which is not a number")
+        return number
+
     for name in ("task", "model", "metric"):
         if not cell[name]:
-            raise DataError(f"{where}: the {name} is empty")
+            raise refuse(f"the {name} is empty")
     metric = cell["metric"].lower()
-    value = _parsed(where, "value", cell["value"])
+    value = parsed("value", cell["value"])
     if value is None:
-        raise DataError(f"{where}: the value is empty: leave the row out if there is no result")
+        raise refuse("the value is empty: leave the row out if there is no result")
     if is_share(metric) and not 0 <= value <= 1:
-        raise DataError(f"{where}: {metric} is {cell['value']}: write a share of 1, such as 0.53, not percent")
-    numbers = {name: _parsed(where, name, cell.get(name, "")) for name in ("n", "stderr", *_FLAG_NUMBERS)}
-    size, stderr = numbers.pop("n"), numbers.pop("stderr")
+        raise refuse(f"{metric} is {cell['value']}: write a share of 1, such as 0.53, not percent")
+    size, stderr = (parsed(name, cell.get(name, "")) for name in ("n", "stderr"))
     if size is not None and (size < 1 or size != int(size)):
-        raise DataError(f"{where}: n is {cell['n']}: write the number of examples")
+        raise refuse(f"n is {cell['n']}: write the number of examples")
     n = None if size is None else int(size)
     if stderr is not None and stderr < 0:
-        raise DataError(f"{where}: the stderr is {cell['stderr']}: a standard error is never negative")
+        raise refuse(f"the stderr is {cell['stderr']}: a standard error is never negative")
     if is_any_of(metric, COUNTED):
         stderr = _share_stderr(value, stderr, n)
         if not stderr and value in (0, 1):
-            raise DataError(
-                f"{where}: {metric} is {value:g} with no error: no model is known to be without, so give the number of "
-                "examples as n"
+            raise refuse(
+                f"{metric} is {value:g} with no error: no model is known to be without, so give the number of examples "
+                "as n"
             )
     data = cell.get("data", "").lower() or DATA[0]
     if data not in DATA:
-        raise DataError(f"{where}: data is {data!r}{nearest(data, DATA)}: write {' or '.join(DATA)}")
-    places = {axis: _parsed(where, axis, cell[axis]) for axis in axes}
+        raise refuse(f"data is {data!r}{nearest(data, DATA)}: write {' or '.join(DATA)}")
+    places = {axis: place for axis in axes if (place := parsed(axis, cell[axis])) is not None}
     for axis, position in places.items():
-        if position is not None and position <= 0:
-            raise DataError(f"{where}: {axis} is {cell[axis]}: it must be greater than 0, as the axis is logarithmic")
-    words = cell.get("constant_baselines", "").split("|")
-    baselines = [_parsed(where, "constant_baselines", word.strip()) for word in words]
-    more: dict[str, Any] = {name: cell.get(name, "") for name in ("family", "seed", "cause", "description")} | numbers
-    more["axes"] = {axis: position for axis, position in places.items() if position is not None}
+        if position <= 0:
+            raise refuse(f"{axis} is {cell[axis]}: it must be greater than 0, as the axis is logarithmic")
+    baselines = (parsed("constant_baselines", w.strip()) for w in cell.get("constant_baselines", "").split("|"))
+    more: dict[str, Any] = {name: cell.get(name, "") for name in _WORDS}
+    more |= {name: parsed(name, cell.get(name, "")) for name in _FLAG_NUMBERS}
     more["constant_baselines"] = tuple(number for number in baselines if number is not None)
-    return Row(line, cell["task"], cell["model"], metric, value, stderr, n, data=data, **more)
+    return Row(line, cell["task"], cell["model"], metric, value, stderr, n, data=data, axes=places, **more)
 
 
 def _share_stderr(value: float, stderr: float | None, n: int | None) -> float | None:
@@ -245,18 +243,7 @@ def _share_stderr(value: float, stderr: float | None, n: int | None) -> float | 
     if stderr is None:
         stderr = math.sqrt(value * (1 - value) / (n - 1))
     inside = (0.5 + value * n) / (n + 1)
-    floor = math.sqrt(inside * (1 - inside) / (n - 1)) if value in (0, 1) else 0.0
-    return max(stderr, floor)
-
-
-def _parsed(where: str, name: str, word: str) -> float | None:
-    """The number in a column; None where it is empty."""
-    if not word:
-        return None
-    number = _number(word)
-    if number is None:
-        raise DataError(f"{where}: {name} is {word!r}, which is not a number")
-    return number
+    return max(stderr, math.sqrt(inside * (1 - inside) / (n - 1)) if value in (0, 1) else 0.0)
 
 
 def _number(word: str) -> float | None:

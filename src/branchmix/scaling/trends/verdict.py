@@ -12,15 +12,16 @@ the metric's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
 from branchmix.scaling.trends.fit import Curve
-from branchmix.scaling.trends.forms import Form, Level, form
+from branchmix.scaling.trends.forms import Form, form
 from branchmix.scaling.trends.order import Interval, Trend, Turn, is_flat, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
@@ -36,6 +37,8 @@ WORDS: dict[str, str] = {
     "inconclusive": "cannot be told",
     "not-testable": "too few sizes to judge",
 }
+Correction = Literal["bh", "holm", "none"]
+CORRECTIONS: tuple[Correction, ...] = ("bh", "holm", "none")
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,11 @@ class Verdict:
     interval: Interval
     sizes: int
     runs: int
-    reason: str
     alone: Label
     """The label if this were the only task."""
-    description: str = ""
+    description: str
     """What performance does from size to size, without any claim."""
+    reason: str
     turning_point: float | None = None
     legs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`drop` and `rise` of the metric for a U or inverted-U, each with effect and interval."""
@@ -78,24 +81,13 @@ class Verdict:
     flags: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "verdict": self.label,
-            "p": self.p,
-            "p_adjusted": self.p_adjusted,
-            "effect": self.effect,
-            "interval": list(self.interval),
-            "sizes": self.sizes,
-            "runs": self.runs,
-            "alone": self.alone,
-            "description": self.description,
-            "reason": self.reason,
-            "turning_point": self.turning_point,
-            **self.legs,
-            **({} if self.form is None else _form_as_dict(self.form)),
-            "jitter": self.jitter,
-            "paired": self.paired,
-            "flags": self.flags,
-        }
+        content: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name in ("legs", "form"):
+                content |= value.as_dict() if isinstance(value, Form) else value or {}
+            else:
+                content["verdict" if name == "label" else name] = list(value) if name == "interval" else value
+        return content
 
 
 class Evidence:
@@ -112,12 +104,8 @@ class Evidence:
         largest: float = math.inf,
     ):
         """``largest`` is the greatest change that the metric allows: intervals end there."""
-        self.curve = curve
-        self.runs = runs
+        self.curve, self.runs, self.paired, self.largest, self.limits = curve, runs, paired, largest, limits
         self.sign = -1 if lower_is_better else 1
-        self.paired = paired
-        self.largest = largest
-        self.limits = limits
         self.trend: Trend = trend(curve, alpha=limits.alpha)
         self.turn: Turn | None = None
         if curve.sizes >= MIN_SIZES:
@@ -131,66 +119,57 @@ class Evidence:
         """Whether the curve turns for sure, were it the only one."""
         return self.turn is not None and self.turn.p < self.limits.alpha
 
-    def judge(self, p: float | None, p_adjusted: float | None, *, as_shape: bool) -> tuple[Label, str]:
-        """The label for a test's p after correction, and why, in a sentence."""
-        limits = self.limits
-        if self.turn is None:
-            sizes = f"{self.curve.sizes} size" + "s" * (self.curve.sizes != 1)
-            return "not-testable", f"{sizes}, and no test can say anything below {MIN_SIZES}"
-        assert p is not None and p_adjusted is not None
-        if as_shape and p_adjusted < limits.alpha:
-            is_u = self.turn.is_u == (self.sign > 0)
-            return ("u-shaped" if is_u else "inverted-u"), f"no monotone curve explains both legs ({_p(p)})"
-        move, sure = self.trend.move, p_adjusted < limits.alpha
-        if not as_shape and sure and abs(move) > limits.minimum_effect:
-            return ("standard" if move * self.sign > 0 else "inverse"), f"a trend over all sizes ({_p(p)})"
-        if is_flat(self.curve, alpha=limits.alpha, least=limits.minimum_effect):
-            return "flat", f"every change between two sizes lies within ±{limits.minimum_effect:g} for sure"
-        if not as_shape and sure:
-            return "inconclusive", f"a trend ({_p(p)}) of less than {limits.minimum_effect:g}"
-        if p < limits.alpha:
-            what = "the turn is" if as_shape else "the trend is"
-            after = f"{_p(p_adjusted)} after correction"
-            return "inconclusive", f"{what} significant alone ({_p(p)}), but not as one of several tasks ({after})"
-        possible = f"more than ±{limits.minimum_effect:g} remains possible"
-        return "inconclusive", f"no significant trend ({_p(p)}); {possible}"
-
     def p_of(self, *, as_shape: bool) -> float | None:
         if self.turn is None:
             return None
         return self.turn.p if as_shape else self.trend.p
 
+    def judge(self, p_adjusted: float | None, *, as_shape: bool) -> tuple[Label, str]:
+        """The label for a test's p after correction, and why, in a sentence."""
+        p, least = self.p_of(as_shape=as_shape), self.limits.minimum_effect
+        if self.turn is None or p is None or p_adjusted is None:
+            sizes = f"{self.curve.sizes} size" + "s" * (self.curve.sizes != 1)
+            return "not-testable", f"{sizes}, and no test can say anything below {MIN_SIZES}"
+        move, is_sure = self.trend.move, p_adjusted < self.limits.alpha
+        if as_shape and is_sure:
+            is_u = self.turn.is_u == (self.sign > 0)
+            return ("u-shaped" if is_u else "inverted-u"), f"no monotone curve explains both legs ({p_text(p)})"
+        if is_sure and abs(move) > least:
+            return ("standard" if move * self.sign > 0 else "inverse"), f"a trend over all sizes ({p_text(p)})"
+        if is_flat(self.curve, alpha=self.limits.alpha, least=least):
+            return "flat", f"every change between two sizes lies within ±{least:g} for sure"
+        if is_sure:
+            return "inconclusive", f"a trend ({p_text(p)}) of less than {least:g}"
+        if p < self.limits.alpha:
+            what, after = "the turn is" if as_shape else "the trend is", f"{p_text(p_adjusted)} after correction"
+            return "inconclusive", f"{what} significant alone ({p_text(p)}), but not as one of several tasks ({after})"
+        return "inconclusive", f"no significant trend ({p_text(p)}); more than ±{least:g} remains possible"
+
     def _possible(self, interval: Interval) -> Interval:
         return max(interval[0], -self.largest), min(interval[1], self.largest)
 
     def verdict(self, p_adjusted: float | None, *, as_shape: bool, alone_as_shape: bool) -> Verdict:
-        p = self.p_of(as_shape=as_shape)
-        label, reason = self.judge(p, p_adjusted, as_shape=as_shape)
-        p_alone = self.p_of(as_shape=alone_as_shape)
-        alone, _ = self.judge(p_alone, p_alone, as_shape=alone_as_shape)
+        label, reason = self.judge(p_adjusted, as_shape=as_shape)
         verdict = Verdict(
             label=label,
-            p=p,
+            p=self.p_of(as_shape=as_shape),
             p_adjusted=p_adjusted,
             effect=self.trend.change,
             interval=self._possible(self.trend.interval),
             sizes=self.curve.sizes,
             runs=self.runs,
             reason=reason,
-            alone=alone,
+            alone=self.judge(self.p_of(as_shape=alone_as_shape), as_shape=alone_as_shape)[0],
             description=describe(self.curve.y_K * self.sign),
             jitter=self.curve.jitter,
             paired=self.paired,
         )
-        if label in SHAPES:
-            assert self.turn is not None
-            verdict.effect, verdict.interval = self.turn.change, self._possible(self.turn.change_interval)
+        if label in SHAPES and self.turn is not None:
+            verdict.effect, verdict.interval = sum(self.turn.legs), self._possible(self.turn.change_interval)
             verdict.turning_point = 10**self.turn.turning
             for effect, interval in zip(self.turn.legs, self.turn.leg_intervals, strict=True):
-                verdict.legs["rise" if effect > 0 else "drop"] = {
-                    "effect": effect,
-                    "interval": list(self._possible(interval)),
-                }
+                leg = {"effect": effect, "interval": list(self._possible(interval))}
+                verdict.legs["rise" if effect > 0 else "drop"] = leg
         elif label in DIRECTED:
             verdict.form = form(self.curve, rises=self.trend.move > 0, alpha=self.limits.alpha)
             verdict.effect, verdict.interval = verdict.form.change, self._possible(verdict.form.interval)
@@ -209,17 +188,6 @@ def _form_in_words(form: Form) -> Iterator[str]:
         yield f"level from {10**form.level_from.edge:.2g} on, at {form.level_from.value:.3g}"
 
 
-def _form_as_dict(form: Form) -> dict[str, Any]:
-    def level(name: str, one: Level | None) -> dict[str, Any]:
-        return {} if one is None else {name: {"axis": 10**one.edge, "value": one.value, "interval": list(one.interval)}}
-
-    told = level("level_until", form.level_until) | level("level_from", form.level_from)
-    if form.jump is not None:
-        ends = {"from": 10**form.jump.start, "to": 10**form.jump.end}
-        told["jump"] = {**ends, "effect": form.jump.change, "interval": list(form.jump.interval)}
-    return told
-
-
 def describe(y_K: np.ndarray) -> str:
     """What values do from size to size: `decreasing`, `down, then up`; no claim that it is more than chance."""
     steps = np.sign(np.diff(y_K))
@@ -227,12 +195,53 @@ def describe(y_K: np.ndarray) -> str:
     turns = sum(first != second for first, second in pairwise(moves))
     if not moves:
         return "unchanged" if len(y_K) > 1 else "a single size"
+    first_up = moves[0] > 0
     if turns == 0:
-        return "increasing" if moves[0] > 0 else "decreasing"
-    if turns == 1:
-        return "up, then down" if moves[0] > 0 else "down, then up"
-    return "up and down"
+        return "increasing" if first_up else "decreasing"
+    return "up and down" if turns > 1 else "up, then down" if first_up else "down, then up"
 
 
-def _p(p: float) -> str:
+def p_text(p: float) -> str:
+    """``p = 0.012``"""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+# ---- many tasks ----
+
+
+def adjusted(p: Sequence[float], correction: Correction) -> list[float]:
+    """p after Benjamini and Hochberg (1995) or Holm (1979)."""
+    if correction == "none" or len(p) < 2:
+        return list(p)
+    values = np.asarray(p, dtype=float)
+    if correction == "bh":
+        return [float(value) for value in stats.false_discovery_control(values, method="bh")]
+    order = np.argsort(values)
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    return [float(value) for value in np.minimum(stepped, 1)[np.argsort(order)]]
+
+
+def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, limits: Limits) -> dict[str, Verdict]:
+    """Verdicts of tasks that were tested side by side: a metric of one family.
+
+    Each task brings one p: that of the shape if the curve turns significantly by itself, else that of the trend. A
+    shape that does not survive the correction leaves its place to the trend, and all are corrected again.
+    """
+    alone = {task: evidence.has_shape() for task, evidence in tasks.items()}
+    as_shape = dict(alone)
+    while True:
+        raw = {task: evidence.p_of(as_shape=as_shape[task]) for task, evidence in tasks.items()}
+        tested = {task: p for task, p in raw.items() if p is not None}
+        corrected = dict(zip(tested, adjusted(list(tested.values()), correction), strict=True))
+        lost = [
+            task
+            for task, p in corrected.items()
+            if as_shape[task] and p >= limits.alpha and tasks[task].trend.p < limits.alpha
+        ]
+        if not lost:
+            break
+        as_shape |= dict.fromkeys(lost, False)
+    return {
+        task: evidence.verdict(corrected.get(task), as_shape=as_shape[task], alone_as_shape=alone[task])
+        for task, evidence in tasks.items()
+    }
