@@ -116,7 +116,7 @@ def make_command(
     ] = False,
     force: Annotated[bool, Option("--force", help="Replace files of these names; never the official ones.")] = False,
 ) -> None:
-    """Write fresh examples of the tasks, in the official format, with answers known and checked."""
+    """Write fresh examples of the tasks, in the official format, with answers that are known."""
     from branchmix.scaling.generate import make_data
     from branchmix.scaling.tasks import choose
 
