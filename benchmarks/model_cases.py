@@ -53,7 +53,7 @@ class Case:
 
 BOTH = ("kv_experts", "kv_sharing")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BASELINES = ("loop", "mixtral grouped_mm", "mixtral eager", "mixtral batched_mm", "dense", "floor")
+BASELINES = ("loop", "mixtral grouped_mm", "mixtral eager", "mixtral batched_mm", "dense", "btx", "floor")
 """Candidates that others are compared with, where they take part."""
 
 
@@ -441,6 +441,71 @@ def _growth(data: Path, envs: Path, at: dict[str, int]) -> dict[str, Once]:
     return {name: lambda name=name: {"": found[name]()[""]} for name in ("dense", "btx", "expert kv", "shared kv")}
 
 
+# ---- top-k attention ----
+
+SPARSE: dict[str, tuple[str, bool | None]] = {
+    "btx": ("average", None),
+    "shared kv top-1": ("kv_sharing top-1", True),
+    "shared kv top-1, all computed": ("kv_sharing top-1", False),
+    "shared kv top-2": ("kv_sharing top-2", True),
+    "expert kv top-1": ("kv_experts top-1", True),
+    "expert kv top-1, all computed": ("kv_experts top-1", False),
+}
+"""Kind of attention, and whether only the chosen experts' heads are computed."""
+
+
+def sparse_cases(data: Path, envs: Path) -> Iterator[Case]:
+    """Attention experts that compute what is chosen, against BTX, which has the FLOPs of Shared KV top-1."""
+    sizes = "2 layers of width 1024, 16/4 heads, FFN 2048, top-1, vocabulary 4096"
+    for length in (512, 2048):
+        names = [name for name in SPARSE if length == 512 or "all" not in name]
+        for part in ("training", "prefill"):
+            for precision in DTYPES:
+                yield Case(
+                    f"{part} {length} {precision}",
+                    f"{sizes}, 4 experts, 1 x {length} tokens, {precision}",
+                    length,
+                    lambda t=length, p=part, d=precision, n=names: _sparse(data, envs, p, d, t, 4, n),
+                )
+    for precision in DTYPES:
+        what = f"{sizes}, 4 experts, {precision}; 512 tokens before"
+        yield Case(
+            f"decode {precision}", what, 1, lambda d=precision: _sparse(data, envs, "decode", d, 512, 4, list(SPARSE))
+        )
+    few = ["btx", "shared kv top-1", "expert kv top-1"]
+    for experts in (2, 4, 8, 16):
+        yield Case(
+            f"{experts} experts",
+            f"{sizes}, {experts} experts, prefill of 1 x 512 tokens, fp32",
+            512,
+            lambda n=experts: _sparse(data, envs, "prefill", "fp32", 512, n, few),
+        )
+
+
+def _sparse(
+    data: Path, envs: Path, part: str, precision: str, length: int, experts: int, names: list[str]
+) -> dict[str, Once]:
+    models = _models(data, envs, precision=precision, length=length, num_experts=experts, top_k=1)
+    ids = torch.randint(3, 4096, (1, length + 1), generator=torch.Generator().manual_seed(0))
+
+    def step(name: str) -> Seconds:
+        which, sparse = SPARSE[name]
+        model = models.get(which).train(part == "training")
+        for module in model.modules():
+            if isinstance(module, BranchMixAttention):
+                module.sparse = sparse
+        _use(model, "branchmix")
+        if part == "training":
+            return {"": steps.step(model, ids[:, :length], precision)}
+        with torch.no_grad():
+            if part == "prefill":
+                return {"": seconds_of(lambda: model(ids[:, :length], use_cache=True, logits_to_keep=1))}
+            cache = model(ids[:, :length], use_cache=True, logits_to_keep=1).past_key_values
+            return {"": min(seconds_of(lambda: _one(model, ids[:, -65:], cache)) for _ in range(3))}
+
+    return {name: lambda name=name: step(name) for name in names}
+
+
 GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
     "attention": attention_cases,
     "decode": decode_cases,
@@ -448,6 +513,7 @@ GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
     "prefill": prefill_cases,
     "training": training_cases,
     "growth": growth_cases,
+    "sparse": sparse_cases,
 }
 TITLES = {
     "attention": "Attention of one layer: 4 experts of 16 heads over 4 K/V heads, width 1024",
@@ -456,6 +522,7 @@ TITLES = {
     "prefill": "Forward pass, by part",
     "training": "Training step, by part",
     "growth": "Growth of a forward pass",
+    "sparse": "Top-k attention that computes what is chosen",
 }
 
 

@@ -165,8 +165,12 @@ class Models:
             config.num_key_value_heads *= self.shape.num_experts if attention == "kv_experts" else 1
         return AutoModelForCausalLM.from_config(config, **self.options)
 
-    def _mixture(self, attention: str) -> Any:
+    def _mixture(self, name: str) -> Any:
+        """``name`` is a kind of attention, with " top-k" behind it where it is not soft."""
+        attention, _, attention_top_k = name.partition(" top-")
         routing = {"num_experts": self.shape.num_experts, "num_experts_per_tok": self.shape.top_k}
+        if attention_top_k:
+            routing["attention_num_experts_per_tok"] = int(attention_top_k)
         if self.shape.seed is not None:
             config = mixture_config(self._seed_config(), attention=attention, **routing)
             return BranchMixForCausalLM._from_config(config, **self.options)

@@ -68,7 +68,7 @@ class AttentionRouting(Settings):
     soft: bool = True
     """All experts, weighted by the gate: the paper's choice."""
     top_k: int | None = Field(None, ge=1)
-    """Only the best k (the paper's ablation, Table 6). All experts are computed all the same."""
+    """Only the best k (the paper's ablation, Table 6). Only their queries and outputs are computed."""
     normalize: bool = False
     """Divide the chosen gates by their sum."""
 

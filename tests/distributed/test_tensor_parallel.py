@@ -27,6 +27,8 @@ MIXTURES = [  # family, attention: every kind of attention code, FFN, block and 
     ("gpt-neox", "kv_experts"),
     ("gpt2", "kv_sharing"),
     ("opt", "kv_experts"),
+    ("qwen3", "top-1 kv_experts"),  # only the chosen experts' heads, where the projections are whole
+    ("llama", "top-1 kv_sharing"),
     ("llama", "gated kv_experts"),  # with document gates
     ("cohere", "gated average"),
 ]
@@ -45,6 +47,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 import branchmix
+from branchmix.models.attention_branchmix import BranchMixAttention
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -63,6 +66,7 @@ def close(ours, theirs, what):
 
 
 def check(folder, **sizes):
+    BranchMixAttention.sparse = "top-1" in folder.name or None
     expected = load_file(folder / "expected.safetensors")
     ids = expected["ids"]
     config = DistributedConfig(**sizes)
@@ -131,7 +135,8 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, attention in MIXTURES:
         folder = root / f"{name}-{attention.replace(' ', '-')}"
         options = {"document_gate": GATE} if "gated" in attention else {}
-        model = random_mixture(name, attention.removeprefix("gated "), num_experts=4, **options)
+        options |= {"attention_num_experts_per_tok": 1} if "top-1" in attention else {}
+        model = random_mixture(name, attention.split()[-1], num_experts=4, **options)
         model.save_pretrained(folder)
         with torch.no_grad():
             expected = {"ids": ids, "logits": model(ids).logits}

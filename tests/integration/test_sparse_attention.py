@@ -225,7 +225,7 @@ def test_all_experts_are_computed_where_heads_must_be_all_or_chosen_ones_would_n
     with torch.no_grad(), sparse(None) as layers:
         small(ids)
         assert not layers
-        sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2}
+        sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
         large = random_mixture("llama", "kv_sharing", attention_num_experts_per_tok=1, seed_changes=sizes)
         large(ids)
         assert len(layers) == 2

@@ -103,10 +103,11 @@ class BranchMixOutputs(BranchMixLinear):
         return combine(x, self.weight.unflatten(1, self.order.pieces).permute(1, 2, 3, 0), chosen)
 
 
-LEAST_SAVED = {True: 1 << 21, False: 1 << 21}
-"""Multiplications of a layer's projections that the chosen experts' heads must save to be computed alone, for Shared KV
-and for Expert KV; a product of few rows counts as one of ``FEW_ROWS``, as it costs what reading its matrix costs."""
-FEW_ROWS = 16
+LEAST_SAVED = {"fp32": (1 << 24, 1 << 26), "bf16": (1 << 28, 1 << 28)}
+"""For Shared KV and for Expert KV: multiplications of a layer's queries and outputs that must be saved for the chosen
+experts' heads to be computed alone, on a CPU. Measured on one core with AMX (docs/speed.md)."""
+FEW_ROWS = {"fp32": 16, "bf16": 64}
+"""Rows of a product that cost what reading its matrix costs: fewer tokens count as so many."""
 _ANY_HEADS = ("eager", "sdpa", AUTOMATIC, CHUNKED, "flash_attention_2", "flash_attention_3")
 """Attention that takes any number of query heads over the K/V heads."""
 _OF_CHOSEN_KEYS = (AUTOMATIC, CHUNKED)
@@ -123,7 +124,7 @@ class BranchMixAttention(nn.Module):
 
     sparse: bool | None = None
     """With top-k routing: whether only the chosen experts' heads are computed. None: where that was measured to be
-    faster. True still computes all where it must: see ``_may_be_sparse``."""
+    faster. True still computes all where it must: see ``_computes_chosen_only``."""
 
     def __init__(self, heads: nn.Module, output: Any, order: HeadOrder, config: BranchMixConfig, dropout: float = 0.0):
         super().__init__()
@@ -233,9 +234,12 @@ class BranchMixAttention(nn.Module):
             return True
         if hidden_states.device.type != "cpu":
             return False
-        rows = max(FEW_ROWS, hidden_states.shape[:-1].numel())
-        saved = (order.num_experts - top_k) * order.num_heads * order.head_dim * hidden_states.shape[-1] * 2
-        return rows * saved >= LEAST_SAVED[order.kv_sharing]
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+        precision = "bf16" if autocast.itemsize < 4 else "fp32"
+        rows = max(FEW_ROWS[precision], hidden_states.shape[:-1].numel())
+        unchosen = (order.num_experts - top_k) * order.num_heads * order.head_dim
+        least_saved = LEAST_SAVED[precision][0 if order.kv_sharing else 1]
+        return rows * 2 * unchosen * hidden_states.shape[-1] >= least_saved
 
 
 class BranchMixExpertNorm(nn.ModuleList):

@@ -31,10 +31,9 @@ class Chosen:
         pairs_P = index_BTk.flatten()
         self.experts_P, self.order_P = pairs_P.sort(stable=True)
         """Expert and number of each pair, sorted by expert and then by number."""
-        self.ranks_P = torch.empty_like(self.order_P)
+        self.ranks_P = self.order_P.argsort() if len(pairs_P) > 1 else self.order_P
         """Where each pair is in that order."""
-        self.ranks_P[self.order_P] = torch.arange(len(pairs_P), device=pairs_P.device)
-        self.tokens_P = self.order_P // self.top_k
+        self.tokens_P = self.order_P // self.top_k if self.top_k > 1 else self.order_P
         self.counts: list[int] = torch.bincount(pairs_P, minlength=num_experts).tolist()
         """Pairs of each expert."""
 
