@@ -151,7 +151,7 @@ class BranchMixAttention(nn.Module):
             bias = None if self.o_bias is None else self.o_bias[0]
             return self.dropout(linear(heads_BTHC, self.o_proj.weight, bias)), attention_weights
         _, gate_BTE = self.expert_gate(hidden_states)
-        gates_BTk = chosen = None
+        chosen, gates_BTk = None, gate_BTE
         if self._computes_chosen_only(hidden_states, kwargs.get("attention_mask")):
             gates_BTk, index_BTk = gate_BTE.topk(self.expert_gate.top_k, dim=-1)
             chosen = Chosen(index_BTk, self.order.num_experts)
@@ -221,11 +221,12 @@ class BranchMixAttention(nn.Module):
         order, top_k = self.order, self.expert_gate.top_k
         if self.sparse is False or top_k == order.num_experts or torch.compiler.is_compiling():
             return False
-        if self.heads.config._attn_implementation not in (_ANY_HEADS if order.kv_sharing else _OF_CHOSEN_KEYS):
+        heads: Any = self.heads
+        if heads.config._attn_implementation not in (_ANY_HEADS if order.kv_sharing else _OF_CHOSEN_KEYS):
             return False
         if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
             return False
-        queries = getattr(self.heads, self._queries)
+        queries = getattr(heads, self._queries)
         if not (isinstance(queries, BranchMixQueries) and isinstance(self.o_proj, BranchMixOutputs)):
             return False
         if any(type(parameter) is not nn.Parameter for parameter in (*queries.parameters(), *self.o_proj.parameters())):
