@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from branchmix.data.packing import packed_inputs, packing_method
 from safetensors.torch import save_file
 from test_document_gates import generate, logits_of
 from test_remote_code import LOAD_ALL, WITHOUT_BRANCHMIX
@@ -24,7 +25,6 @@ from branchmix.accounting import inspect
 from branchmix.accounting.formulas import active_parameters, parameters
 from branchmix.accounting.shape import FACTS
 from branchmix.checkpoint.index import CheckpointIndex
-from branchmix.data.packing import packed_inputs, packing_method
 from branchmix.errors import CompatibilityError, RecipeError
 from branchmix.likelihood.forward import log_probs, logits_at
 from branchmix.models.kept_branchmix import keep_experts
