@@ -148,6 +148,9 @@ def shape_of(config: Config) -> Shape:
             raise CheckpointError(f"config.json: {name} is {value}, but num_experts is {largest}")
         return value
 
+    folded = config["folded_norms"] or []
+    if not isinstance(folded, list) or not all(isinstance(norm, str) for norm in folded):
+        raise CheckpointError("config.json: folded_norms is not a list of names")
     num_experts = count("num_experts")
     _check_experts(config, num_experts)
     soft = config["attention_num_experts_per_tok"] is None
@@ -162,7 +165,7 @@ def shape_of(config: Config) -> Shape:
         attention_num_experts_per_tok=None if soft else count("attention_num_experts_per_tok", num_experts),
         shared_router=bool(config["shared_router"]),
         trunk=choice("trunk", ("average", "experts")),
-        folded_norms=tuple(config["folded_norms"] or ()),
+        folded_norms=tuple(folded),
         domains=_domains(config["document_gate"]),
     )
 

@@ -111,7 +111,8 @@ def _headline(accounting: Accounting) -> str:
         attention = f"{shape.attention} ({gate})" if shape.attention_router else shape.attention
         ffn = f"{shape.ffn} (top-{shape.num_experts_per_tok})" if shape.ffn_router else shape.ffn
         gates = f"; document gates: {', '.join(shape.domains)}" if shape.domains else ""
-        kind = f"mixture of {shape.num_experts} x {kind}; attention {attention}, ffn {ffn}{gates}"
+        trunk = ", trunk experts" if shape.trunk == "experts" else ""
+        kind = f"mixture of {shape.num_experts} x {kind}; attention {attention}, ffn {ffn}{trunk}{gates}"
     return (
         f"{accounting.model}: {kind}; {s.num_layers} layers, width {s.hidden_size}, "
         f"{s.num_heads} heads ({s.num_kv_heads} key/value) of {s.head_dim}, FFN {s.intermediate_size}"

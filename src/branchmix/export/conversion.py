@@ -27,7 +27,17 @@ from branchmix.upcycling.layers import cast
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
 from branchmix.upcycling.model_card import model_card
 from branchmix.upcycling.plan import Plan, group_tensors
-from branchmix.upcycling.sources import KINDS, ROLES, DenseExpert, Kind, MixtureExpert, Role, fused_rows, inside
+from branchmix.upcycling.sources import (
+    KINDS,
+    ROLES,
+    DenseExpert,
+    Kind,
+    MixtureExpert,
+    Role,
+    fused_rows,
+    in_trunk,
+    inside,
+)
 from branchmix.upcycling.verify import (
     FOLDED_TOLERANCE,
     TOLERANCE,
@@ -229,10 +239,21 @@ def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert |
     return mixture.experts[mixture.names.index(expert)]
 
 
-def trunk_of(mixture: OpenedMixture) -> DenseExpert:
-    """A mixture's tensors under the names of a dense checkpoint of the seed's family; experts' keep their own."""
+def trunk_of(mixture: OpenedMixture, number: int = 0) -> DenseExpert:
+    """A mixture's tensors under the names of a dense checkpoint of the seed's family; experts' keep their own.
+
+    Where the trunk has experts, it is that of expert ``number``.
+    """
     stored = mixture.index.tensors.items()
     tensors = {name.removeprefix("model."): ref for name, ref in stored if not name.startswith("document_gate.")}
+    if mixture.shape.trunk == "experts":
+        of_experts = inside(mixture.family, [mixture.family.attention, mixture.family.ffn])
+        places = {name: None if of_experts.match(name) else in_trunk(name) for name in tensors}
+        tensors = {
+            place[0] if place else name: tensors[name]
+            for name, place in places.items()
+            if place is None or place[1] == number
+        }
     index = replace(mixture.index, config=mixture.seed_config, tensors=tensors)
     return DenseExpert("trunk", index, mixture.family, mixture.dims)
 
@@ -352,7 +373,7 @@ def _dense_tensors(
             if mixture.has_ffn_experts:
                 for name, part in _ffn(mixture, expert, layer, factor):
                     yield f"{family.layers}.{layer}.{name}", part
-    yield from _shared(mixture, trunk_of(mixture), of_expert)
+    yield from _shared(mixture, trunk_of(mixture, 0 if expert is None else expert.number), of_expert)
 
 
 def _attention(mixture: OpenedMixture, expert: MixtureExpert, layer: int) -> Iterator[tuple[str, Expression]]:

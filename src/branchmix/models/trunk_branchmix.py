@@ -53,12 +53,12 @@ class BranchMixTrunkMix(BranchMixTrunkExperts):
     @property
     def weight(self) -> torch.Tensor:
         """The first expert's, for those who want to know its size, dtype or device."""
-        return self[0].weight
+        return self[0].weight  # type: ignore[return-value]
 
     @property
     def num_embeddings(self) -> int:
         """Rows of token embeddings."""
-        return self[0].num_embeddings
+        return len(self.weight)
 
 
 class BranchMixTrunkHead(BranchMixTrunkExperts):

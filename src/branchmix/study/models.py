@@ -106,6 +106,7 @@ class Mixtures:
             "num_experts_per_tok": recipe.num_experts_per_tok,
             "attention_num_experts_per_tok": attention,
             "shared_router": recipe.routing.shared,
+            "trunk": recipe.trunk,
         }
         if recipe.gates is None:
             return config

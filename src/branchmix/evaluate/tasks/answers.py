@@ -265,7 +265,7 @@ class LiveModel(HFLM):
             if row == len(inputs):
                 inputs.append(tokens)
             numbers.append(number)
-        check_tokens(self.model, [continuation for _, continuation in pairs] + inputs)
+        check_tokens(self.model, [*(continuation for _, continuation in pairs), *inputs])
         of_row = [numbers for _, numbers in users.values()]
         windows = [TokenWindow(row, 0, 0, len(tokens)) for row, tokens in enumerate(inputs)]
         windows.sort(key=lambda window: (-window.end, window.document))
