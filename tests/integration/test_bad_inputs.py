@@ -703,7 +703,7 @@ def test_disk_full_while_the_tokenizer_is_copied(make: Any, monkeypatch: Any, ca
 
     monkeypatch.setattr(shutil, "copyfile", copyfile)
     lines = refused(upcycle(inputs, inputs.out), inputs.root, monkeypatch, capsys)
-    check_lines(lines, f"{inputs.out}: cannot be written: No space left on device | free space")
+    check_lines(lines, f"{inputs.out}: the disk is full | free space")
 
 
 @pytest.mark.parametrize(

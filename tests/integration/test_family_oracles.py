@@ -54,7 +54,7 @@ def test_wide_equals_the_naive_sum_and_so_do_gradients(
     report = branchmix.upcycle(given, out)
     mixture = load(out)
     index = CheckpointIndex.open(out)
-    dense = [_dense(report.plan, index, expert) for expert in report.plan.sources]
+    dense = [_dense(report.plan, index, expert, number) for number, expert in enumerate(report.plan.sources)]
     naive = build_naive(mixture, dense)
     ids = tokens()
     ours = mixture(ids, labels=ids, use_cache=False)

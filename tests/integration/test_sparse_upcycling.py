@@ -12,7 +12,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import branchmix
-from branchmix.checkpoint.families import FAMILIES, squares_activation
+from branchmix.checkpoint.families import families, squares_activation
 from checkpoints import Tensors, config, ffn_expert, weights
 from families import BY_NAME
 from mixtures import load, recipe, tokens
@@ -83,7 +83,7 @@ def test_weight_scaling_with_raw_uniform_gates_is_the_seed(name: str, changes: d
 
 
 def test_families_that_square_by_default() -> None:
-    for name in FAMILIES.keys() & CONFIG_MAPPING.keys():
+    for name in families().keys() & CONFIG_MAPPING.keys():
         default = getattr(CONFIG_MAPPING[name](), "hidden_act", None)
         assert squares_activation({"model_type": name}) == (default == "relu2"), name
 

@@ -48,13 +48,11 @@ def test_experts_of_every_family(name: str, attention: str) -> None:
         module = path.removeprefix(f"model.{layout['layers']}.").split(".")[1]
         if not path.startswith(f"model.{layout['layers']}.") or module not in behind:
             expected.add(path)
-    report = trained_parts.freeze(model, ["experts"])
+    trained_parts.freeze(model, ["experts"])
     assert trained(model) == expected | routers(model)
     assert name in ("olmo", "nanochat") or any(
         "norm" in path or "ln_" in path for path in trained(model)
     )  # theirs have no gains
-    assert report.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert report.trained + report.frozen == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -92,10 +90,10 @@ def test_trunk_is_what_the_experts_of_every_family_share(name: str, tmp_path: Pa
 @pytest.mark.parametrize("attention", (*BOTH, "average"))
 def test_all_but_routers(attention: str) -> None:
     model = random_mixture("gpt2", attention)
-    report = trained_parts.freeze(model, ["all_but_routers"])
+    trained_parts.freeze(model, ["all_but_routers"])
     assert trained(model) == routers(model)
     kinds = 1 if attention == "average" else 2
-    assert report.trained == kinds * 2 * 3 * 32
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == kinds * 2 * 3 * 32
 
 
 @pytest.mark.parametrize("part", ["experts", "all_but_routers"])

@@ -29,10 +29,11 @@ def rope_of(config: Config) -> dict[str, Any]:
         rope = dict(defaults.get("rope_parameters", {}))
     theta = config.get(family.old_rope_keys[0], defaults.get("rope_theta", 10000.0))
     part = config.get(family.old_rope_keys[1], defaults.get("partial_rotary_factor", 1.0))
-    if window_theta := defaults.get("rope_local_base_freq"):
+    local = defaults.get("rope_local_base_freq")
+    if window_theta := defaults.get("sliding_rope_theta", config.get("rope_local_base_freq", local) if local else None):
         whole, windowed = (_mapping(rope.get(kind), f"{kind} of rope_parameters") for kind in _LAYER_TYPES)
         whole = {"rope_type": "default", **whole, **scaling}  # transformers 5 overlooks the older name "type" here
-        both = ((whole, theta), (windowed, config.get("rope_local_base_freq", window_theta)))
+        both = ((whole, theta), (windowed, window_theta))
         return {kind: _filled(*given, part, config) for kind, given in zip(_LAYER_TYPES, both, strict=True)}
     nested = {kind: given for kind, given in rope.items() if isinstance(given, dict)}
     if nested and not scaling:

@@ -406,7 +406,7 @@ class _Mixture:
             "shared_router": recipe.routing.shared,
             "tie_word_embeddings": self.dims.tied_embeddings,
             "trunk": recipe.trunk,
-            **({"folded_norms": self.folded} if self.folded else {}),  # for experts that join later
+            "folded_norms": self.folded or None,  # for experts that join later
         }
 
 
