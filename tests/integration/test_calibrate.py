@@ -464,6 +464,24 @@ def test_the_command(home: Path, mixture: Path, tmp_path: Path) -> None:
     assert re.search(r"north +[\d,]+ +[\d.]+ +[\d.]+ +[\d.]+ \(north\)", shown.stdout)
 
 
+def test_top_k_and_raw_gates_stay_where_that_is_asked_for(home: Path, tmp_path: Path) -> None:
+    """By the recipe and by the command alike; but for that, gates of top-1 become those of two experts."""
+    top1 = {"routing": {"ffn": {"top_k": 1, "normalize": False}, "attention": {"top_k": 1}}}
+    raw = recipe_of(home, **top1, routed_scaling_factor="auto")
+    branchmix.upcycle({**raw, "gates": {"data": str(home / "data.yaml"), "keep_top_k": True}}, tmp_path / "recipe")
+    branchmix.upcycle(raw, tmp_path / "raw")
+    for out, option in (("kept", ["--keep-top-k"]), ("shared", [])):
+        command = ["calibrate", str(tmp_path / "raw"), "--data", str(home / "data.yaml"), "--out", str(tmp_path / out)]
+        assert CliRunner().invoke(app, [*command, *option]).exit_code == 0
+    names = ("num_experts_per_tok", "attention_num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor")
+    configs = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("recipe", "kept", "shared")}
+    assert [configs["shared"][name] for name in names] == [2, 2, True, 1.0]
+    assert [configs["kept"][name] for name in names] == [1, 1, False, 1.0]
+    assert configs["recipe"] == configs["kept"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("recipe", "kept"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_better_gates_are_kept(home: Path, tmp_path: Path, calibrated: Any) -> None:
     """Such as trained ones: here, a fit to text whose domains are mixed up."""
     rows = [json.dumps({"text": dialects.document(domain, n)}) for n in range(30) for domain in dialects.DOMAINS]

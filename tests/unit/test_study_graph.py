@@ -81,6 +81,11 @@ def new(before: Graph, after: Graph) -> set[str]:
         ({"train": {"precision": "fp8"}}, "train: precision: 'fp8' is none of"),
         ({"train": {"optimizer": {"eps": 1}}}, "train.optimizer: a run here has no such key: the study has optimizer"),
         ({"train": {"learning_rate": {"peak": 9.0}}}, "train.learning_rate: a run here has no such key"),
+        (
+            {"expert_train": {"freez": ["trunk"]}},
+            "expert_train.freez: a run here has no such key, did you mean 'freeze'",
+        ),
+        ({"expert_train": {"freeze": ["x"]}}, "expert_train: freeze.0: 'x'"),
         ({"methods": ["btx", {"method": "dense", "train": {"lora": {}}}]}, "train.lora: a run here has no such key"),
         ({"methods": ["btx", {"method": "dense", "train": {"freeze": ["x"]}}]}, "methods: dense: train: freeze.0: 'x'"),
         ({"minutes": 0}, "minutes: input should be greater than 0"),
@@ -122,6 +127,16 @@ def test_a_methods_own_settings_of_its_run_are_its_runs() -> None:
     assert (run["ema"], own["ema"]) == (0.5, 0.9)
     unclipped = graph(methods=["btx", {"method": "dense", "train": {"optimizer": {"max_grad_norm": 0}}}])
     assert unclipped.steps["r1.train.dense-dm"].cost.optimizer < found.steps["r1.train.dense-dm"].cost.optimizer
+
+
+def test_experts_are_trained_with_keys_of_their_own() -> None:
+    """Seeds and mixtures are not; experts with a frozen trunk cost less, and what depends on them is made anew."""
+    plain, frozen = graph(), graph(expert_train={"freeze": ["trunk"]})
+    experts = {f"r1.train.{name}" for name in ("code", "law", "math")}
+    assert {name for name, step in frozen.steps.items() if step.run.get("freeze") == ["trunk"]} == experts
+    assert all(frozen.steps[name].cost.total < plain.steps[name].cost.total for name in experts)
+    untouched = {name for name in plain.steps if name == "text" or name.endswith(".seed") or "dense" in name}
+    assert plain.steps.keys() - new(plain, frozen) == untouched
 
 
 def test_a_budget_below_one_step_is_refused() -> None:

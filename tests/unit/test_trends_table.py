@@ -207,7 +207,7 @@ def test_checkpoints_of_one_name_have_no_examples_of_their_own(tmp_path: Path) -
     write(tmp_path / "results.csv", rows)
     write_examples(tmp_path, "m", "memo-trap", [{"key": k, "correct": int(k < 2)} for k in range(4)])
     found = trends(tmp_path)
-    assert not found.judged[0].verdict.paired and "m stands at several places" in found.notes[-1]
+    assert not found.judged[0].verdict.paired and "m is in several rows" in found.notes[-1]
 
 
 def test_templates_are_drawn_whole(tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_scores_that_are_not_those_of_the_table(tmp_path: Path) -> None:
         ("{", "line 1: is not JSON"),
         ("[1]", "line 1: is not a JSON object with keys"),
         (json.dumps({"correct": 1}), "line 1: there is no key"),
-        (json.dumps({"key": 1, "correct": "yes"}), "line 1: correct is 'yes', which is no number"),
-        ('{"key": 1, "correct": 1}\n{"key": 1, "correct": 1}', "line 2: the key '1' stands twice"),
+        (json.dumps({"key": 1, "correct": "yes"}), "line 1: correct is 'yes', which is not a number"),
+        ('{"key": 1, "correct": 1}\n{"key": 1, "correct": 1}', "line 2: the key '1' occurs twice"),
     ],
 )
 def test_bad_scores_are_one_line(line: str, message: str, tmp_path: Path) -> None:

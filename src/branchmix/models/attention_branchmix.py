@@ -465,8 +465,8 @@ def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAtten
 
 
 def _set_head_counts(heads: nn.Module, num_experts: int, order: HeadOrder) -> None:
-    """Tell the family's code how many heads it computes where it asks its attributes: the query heads of so many
-    experts, over the K/V heads of all."""
+    """Tell the family's code how many heads it computes where it asks its attributes: the query heads of
+    ``num_experts`` experts, over the K/V heads of all."""
     num_heads = num_experts * order.num_heads
     for name, value in (
         ("num_heads", num_heads),

@@ -40,8 +40,8 @@ _CHUNKS = (32, 128)
 _SCORES_BYTES, _SCORES_BYTES_FP32 = 8 << 20, 2 << 20
 """Scores held at once, over all rows of a product; in fp32 they have to stay in a core's own cache."""
 _LEAST_FILLED, _ALONE = 0.75, 256
-"""Of the queries that are computed at once for several experts' keys, at most a quarter is padding; from so many
-queries on an expert's keys are taken alone, without a copy."""
+"""Least share of real queries, the rest is padding, where several experts' queries are computed in one call; and the
+number of queries from which an expert gets a call of its own, whose keys need no copy."""
 SHORTEST, SHORTEST_FORWARD = 64, 256
 """Fewer queries than this are not worth the chunks' overhead, in the backward and in the forward pass."""
 

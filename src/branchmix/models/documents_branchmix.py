@@ -57,7 +57,7 @@ class BranchMixDocumentGate(nn.Module):
         num_experts: E.
         decay: factor on the sum for each token, 0 to 1. With 1 nothing is forgotten; otherwise about
             1 / (1 - decay) tokens are remembered.
-        kinds: of ``attention``, ``ffn`` and ``trunk``, what there is.
+        kinds: ``attention``, ``ffn`` and ``trunk``, those that the mixture routes.
     """
 
     counts: torch.Tensor

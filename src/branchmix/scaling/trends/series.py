@@ -121,7 +121,7 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
     """Scores behind a row of the table; None if there are none.
 
     Raises:
-        DataError: a line without a key, a key that stands twice, or a score that is no number.
+        DataError: a line has no key, a key occurs twice, or a score is not a number.
     """
     name = f"{row.task}.jsonl" if row.data == DATA[0] else f"{row.task}.{row.data}.jsonl"
     file = folder / row.model / (f"seed-{row.seed}" if row.seed else "") / name
@@ -136,7 +136,7 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
             raise DataError(f"{where}: there is no key: each line is an object with a key that all models share")
         key = str(record["key"])
         if key in keys:
-            raise DataError(f"{where}: the key {key!r} stands twice")
+            raise DataError(f"{where}: the key {key!r} occurs twice")
         keys.add(key)
         if record.get(field) is None:  # refused examples and other metrics' files
             continue
@@ -145,7 +145,7 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
         except (TypeError, ValueError):
             scores.values[key] = math.nan
         if not math.isfinite(scores.values[key]):
-            raise DataError(f"{where}: {field} is {record[field]!r}, which is no number")
+            raise DataError(f"{where}: {field} is {record[field]!r}, which is not a number")
         scores.clusters[key] = str(record.get("template") or key)
     return scores if scores.values else None
 
@@ -155,9 +155,7 @@ def _paired(examples: Path, rows: list[Row], notes: list[str]) -> tuple[np.ndarr
     what = f"{rows[0].task}, {rows[0].metric}"
     runs = [(row.model, row.seed) for row in rows]
     if twice := [run for run in runs if runs.count(run) > 1]:
-        notes.append(
-            f"{what}: {twice[0][0]} stands at several places, which examples are not told apart by: no bootstrap"
-        )
+        notes.append(f"{what}: {twice[0][0]} is in several rows, and its examples do not say which: no bootstrap")
         return None
     read = [(row, read_scores(examples, row)) for row in rows]
     scored = [(row, scores) for row, scores in read if scores is not None]

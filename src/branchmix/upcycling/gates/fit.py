@@ -112,7 +112,7 @@ class Gated:
 
     @property
     def kinds(self) -> list[str]:
-        """Of ``attention``, ``ffn`` and ``trunk``, what there is."""
+        """The kinds of routers that the gates have logits for: of ``attention``, ``ffn`` and ``trunk``."""
         return [kind for kind in DocumentLogits._fields if getattr(self.gate, kind) is not None]
 
     @torch.no_grad()
