@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -98,10 +99,17 @@ def sentencepiece() -> Any:
 
 @cache
 def unigram() -> Any:
-    core = Tokenizer(models.Unigram())
+    """Frequent strings of one to four characters, with scores that no two segmentations share.
+
+    Its trainer makes another vocabulary in each process. A string of one repeated character is left out: with ``"`` and
+    three of them, four are one of each in either order, and rounding decides.
+    """
+    texts = [text.replace(" ", "▁") for text in (CODE, PROSE)]
+    counts = Counter(text[n : n + size] for text in texts for size in range(1, 5) for n in range(len(text)))
+    often = [text for text, _ in counts.most_common(600) if len(text) == 1 or len(set(text)) > 1]
+    vocabulary = [("<unk>", 0.0), *((text, -5 - 0.01 * rank**0.9) for rank, text in enumerate(often))]
+    core = Tokenizer(models.Unigram(vocabulary, unk_id=0))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    trainer = trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
-    core.train_from_iterator([CODE[:30_000], PROSE[:10_000]], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
 
 

@@ -5,7 +5,7 @@ is tokenised in windows of about that length, each with ``CONTEXT`` characters o
 two windows agree on the tokens around a cut, one continues where the other ends, and the result is that of the whole
 text: what a tokenizer does at one place depends on the text near it. Where they disagree (the same letter a million
 times), the text is cut there, after a line or a word if there is one (``_cut``), and both sides are tokenised as texts
-of their own.
+of their own. A unigram vocabulary can have two segmentations of equal score: rounding decides, in one go as in windows.
 """
 
 from __future__ import annotations
