@@ -7,11 +7,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from markupsafe import Markup
 
 from branchmix.evaluate.routing.plots import shares
 from branchmix.pages import page
 from branchmix.pages.numbers import human_bytes, human_count
-from branchmix.pages.pictures import PAPER, Figure, figure_with, png, save, set_title, svg
+from branchmix.pages.pictures import PAPER, Figure, figure_with, save, set_title, svg
 
 TEMPLATE = '{% extends "page.html" %}{% block head %}{% endblock %}{% block content %}{{ pictures }}{% endblock %}'
 
@@ -36,7 +37,7 @@ def test_a_small_picture_is_not_stretched_and_is_readable(tmp_path: Path, open_p
         "title": "Pictures",
         "kicker": "branchmix",
         "lead": ["A page."],
-        "pictures": page.safe("".join(pictures)),
+        "pictures": Markup("".join(pictures)),
     }
     file = tmp_path / "pictures.html"
     file.write_text(page.render(template, **content))
@@ -76,7 +77,7 @@ def test_names_are_no_mathematics(tmp_path: Path) -> None:
     for kind in ("svg", "pdf"):
         for drawing in (draw, lambda ink: shares(found, ink, domains=NAMES)):
             save(drawing, tmp_path / f"a.{kind}")
-    png(draw, tmp_path / "b.png")
+    save(draw, tmp_path / "b.png", dpi=160)
     text = svg(draw, "n", "a picture")
     assert text.count("US$ \\frac A$") >= 3 and "a_b^c" in text and ">$<" in text
 

@@ -7,19 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from branchmix.evaluate.routing.routing_report import (
-    chance_of_agreement,
-    entropy_bits,
-    mutual_information,
-    mutual_information_bias,
-    typical_tokens,
-)
-
-
-def test_entropy_in_bits() -> None:
-    assert entropy_bits(np.full(8, 1 / 8)) == pytest.approx(3.0)
-    assert entropy_bits(np.array([0.0, 1.0])) == 0.0
-    assert entropy_bits(np.array([0.5, 0.25, 0.25])) == pytest.approx(1.5)
+from branchmix.evaluate.routing.routing_report import mutual_information, mutual_information_bias, typical_tokens
 
 
 @pytest.mark.parametrize("domains", [2, 3, 4, 8])
@@ -69,11 +57,6 @@ def test_the_correction_is_that_of_miller_and_madow_for_single_documents() -> No
     within = 1 / 50
     between = sum(((0.6 * 0.4 + 0.2 * 0.8) / 50) / 4 / p for p in (0.4, 0.6))
     assert found == pytest.approx((within - between) / (2 * math.log(2)))
-
-
-def test_chance_of_agreement() -> None:
-    assert chance_of_agreement(np.array([0.5, 0.5]), np.array([0.9, 0.1])) == pytest.approx(0.5)
-    assert chance_of_agreement(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == 0.0
 
 
 def test_typical_tokens_are_frequent_and_peculiar() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from branchmix.checkpoint.text import whole_characters
+from branchmix.checkpoint.text import replaced_note, whole_characters
 from branchmix.data.config import EvalData, Selection
 from branchmix.data.corpus import up_to
 from branchmix.data.sources import documents as documents_of
@@ -67,6 +67,12 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
                 f"data.{name}: has no document to evaluate on: is there any text, or held_out.share too small?"
             )
     return chosen
+
+
+def replaced_notes(documents: dict[str, list[HashedDocument]]) -> list[str]:
+    """What to tell users of the domains in which something was not a character."""
+    counts = {name: sum(document.replaced for document in chosen) for name, chosen in documents.items()}
+    return [f"{name}: {replaced_note(count)}" for name, count in counts.items() if count]
 
 
 def _distinct(texts: Iterable[str]) -> Iterator[str]:

@@ -14,19 +14,15 @@ from typing import Any
 
 from branchmix.checkpoint.folder import write_json
 from branchmix.checkpoint.hub import resolve
-from branchmix.checkpoint.text import replaced_note
 from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.documents import HashedDocument, select
-from branchmix.evaluate.perplexity import BATCH_TOKENS, score_documents
+from branchmix.evaluate.documents import HashedDocument, replaced_notes, select
+from branchmix.evaluate.perplexity import BATCH_TOKENS, common_window, score_documents
 from branchmix.evaluate.scores import EvalReport, ModelReport, ScoredDocument, aggregate, mixed
 from branchmix.evaluate.tasks.options import TaskOptions
-from branchmix.likelihood.forward import max_positions
 from branchmix.likelihood.models import Progress, TextModel, check_dtype
 from branchmix.likelihood.records import FILE, Journal
 
-MAX_LENGTH = 2048
-"""Tokens of the window if none is given and all models have as many positions."""
 RESULTS = "results.json"
 
 Documents = dict[str, list[HashedDocument]]
@@ -52,9 +48,8 @@ def evaluate(
     """Bits per byte and perplexity of every model on every domain, and what it makes of downstream tasks.
 
     The arguments are the options of ``branchmix eval``; ``data`` and ``tasks`` may also be given ready-made. Without
-    ``max_length`` the window on documents is ``MAX_LENGTH`` or the least that a model has positions for, and on tasks
-    as many as the model has positions for, as in lm-eval. Without ``posterior`` an ensemble keeps its prior.
-    ``progress`` is called with step, done, total.
+    ``max_length`` the window on documents is ``common_window``'s, and on tasks as many as the model has positions for,
+    as in lm-eval. Without ``posterior`` an ensemble keeps its prior. ``progress`` is called with step, done, total.
 
     Raises:
         RecipeError: data file, tasks, options or ensemble do not make sense.
@@ -76,7 +71,7 @@ def evaluate(
         members = _members(ensemble, candidates) if ensemble else {}
         if forced:
             candidates = [one for candidate in candidates for one in (candidate, *_experts_of(candidate))]
-        length = _window(candidates, max_length)
+        length = common_window(candidates, max_length)
         folder = Path(out) if out is not None else None
         report = EvalReport([ModelReport(candidate.given, dtype) for candidate in candidates])
         report.notes += [note for candidate in candidates for note in candidate.notes]
@@ -171,22 +166,8 @@ def _experts_of(candidate: TextModel) -> list[TextModel]:
     return [candidate.forced(number) for number in range(candidate.config.num_experts if is_mixture else 0)]
 
 
-def _window(candidates: Sequence[TextModel], max_length: int | None) -> int:
-    """The same window for all models: they are compared with as much context."""
-    positions = {c.given: limit for c in candidates if (limit := max_positions(c.config)) is not None}
-    if max_length is None:
-        return min([MAX_LENGTH, *positions.values()])
-    for given, limit in positions.items():
-        if max_length > limit:
-            raise RecipeError(f"max_length: {max_length} is more than the {limit} positions of {given}")
-    return max_length
-
-
 def _notes(data: EvalData, documents: Documents, candidates: Sequence[TextModel]) -> list[str]:
-    notes = []
-    for name, chosen in documents.items():
-        if count := sum(document.replaced for document in chosen):
-            notes.append(f"{name}: {replaced_note(count)}")
+    notes = replaced_notes(documents)
     if "held_out" not in data.model_fields_set:
         counts = ", ".join(f"{len(chosen)} of {name}" for name, chosen in documents.items())
         notes.append(f"held-out documents only, as in training: {counts}; `held_out: all` takes every document")

@@ -18,8 +18,10 @@ import torch
 from branchmix.errors import RecipeError
 from branchmix.evaluate.scores import ScoredDocument
 from branchmix.likelihood.forward import check_tokens, evaluating, length_dependent, log_probs, logits_at, max_positions
-from branchmix.likelihood.models import Progress, encode, prefix_token
+from branchmix.likelihood.models import Progress, TextModel, encode, prefix_token
 
+MAX_LENGTH = 2048
+"""Tokens of the window if none is given and all models have as many positions."""
 BATCH_TOKENS = 2048
 """Tokens of a forward pass, padding included. On a CPU more gains nothing; the logits take this many times the
 vocabulary."""
@@ -152,6 +154,18 @@ def _predict(model: Any, batch: Sequence[TokenWindow], tokens: Sequence[np.ndarr
     places_N = np.concatenate([np.arange(window.first, window.end) - window.start for window in batch])
     targets_N = np.concatenate([tokens[window.document][window.first + 1 : window.end + 1] for window in batch])
     return log_probs(*logits_at(model, inputs, rows_N, places_N, targets_N))
+
+
+def common_window(candidates: Sequence[TextModel], max_length: int | None) -> int:
+    """The same window for all models: they are compared with as much context.
+
+    It is ``MAX_LENGTH`` if none is given, or the least that a model has positions for; a RecipeError if one has fewer.
+    """
+    positions = {c.given: limit for c in candidates if (limit := max_positions(c.config)) is not None}
+    for given, limit in positions.items():
+        if max_length is not None and max_length > limit:
+            raise RecipeError(f"max_length: {max_length} is more than the {limit} positions of {given}")
+    return min([MAX_LENGTH, *positions.values()]) if max_length is None else max_length
 
 
 def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:

@@ -9,7 +9,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: Path, **values: Any) -> str:
-    """HTML from a jinja2 template; text in it is escaped, and what ``safe`` returned is not.
+    """HTML from a jinja2 template; text in it is escaped, and markupsafe's ``Markup`` is not.
 
     Args:
         template: a file, which may extend or include those of ``TEMPLATES`` and of its own folder.
@@ -22,10 +22,3 @@ def render(template: Path, **values: Any) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(template.name).render(**values)
-
-
-def safe(html: str) -> Any:
-    """HTML for a template, which it is not to escape."""
-    from markupsafe import Markup
-
-    return Markup(html)

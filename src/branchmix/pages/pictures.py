@@ -80,11 +80,6 @@ def _with_titles(svg: str) -> str:
     return re.sub(rf"<g id=([\"']){_TITLE}(.*?)\1>", r"<g><title>\2</title>", svg, flags=re.DOTALL)
 
 
-def png(draw: Draw, file: Path) -> Path:
-    """The same on white, for papers and READMEs; returns the file's path."""
-    return save(draw, file, dpi=160)
-
-
 def save(draw: Draw, file: Path, **options: Any) -> Path:
     """A picture on white in the format of the file's name (``.png``, ``.svg``, ``.pdf``), whole or not at all.
 

@@ -100,9 +100,7 @@ class Table:
     def csv(self) -> str:
         """Cells alone."""
         file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(self.head)
-        writer.writerows(self.rows)
+        csv.writer(file, lineterminator="\n").writerows([self.head, *self.rows])
         return file.getvalue()
 
     def _stands_out(self, row: int, column: int) -> bool:
@@ -118,4 +116,4 @@ _TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">":
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(char, char) for char in text)
+    return text.translate(str.maketrans(_TEX))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from branchmix.evaluate.scores import ratio
@@ -29,18 +30,6 @@ INDISTINGUISHABLE = "statistically indistinguishable"
 
 
 # ---- Statistics ----
-
-
-def mean(values: Sequence[float]) -> float:
-    """Their mean, summed exactly."""
-    return math.fsum(values) / len(values)
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample; None for a single value."""
-    middle = mean(values)
-    squares = math.fsum((value - middle) ** 2 for value in values)
-    return math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else None
 
 
 def log_perplexity(documents: Documents) -> dict[str, float]:
@@ -68,12 +57,12 @@ class Interval:
 
 def t_interval(values: Sequence[float]) -> Interval:
     """Mean of independent values with Student's interval for it, which is unknown for a single one."""
-    n, spread = len(values), deviation(values)
-    if spread is None:
-        return Interval(mean(values), None, n)
-    from scipy import stats
+    n, half = len(values), None
+    if n > 1:
+        from scipy import stats
 
-    return Interval(mean(values), float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * spread / math.sqrt(n), n)
+        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    return Interval(fmean(values), half, n)
 
 
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
@@ -127,13 +116,13 @@ def compare(ours: Sequence[Documents], theirs: Sequence[Documents]) -> Compariso
     domains = list(ours[0])
     if len(ours) == 1:
         by_domain = {domain: difference(ours[0][domain], theirs[0][domain]) for domain in domains}
-        value = mean([interval.value for interval in by_domain.values()])
+        value = fmean(interval.value for interval in by_domain.values())
         known = [interval.half_width for interval in by_domain.values() if interval.half_width is not None]
         half = math.sqrt(math.fsum(w**2 for w in known)) / len(domains) if len(known) == len(domains) else None
         return Comparison(Interval(value, half, 1), by_domain, [value], "documents")
     pairs = [(log_perplexity(a), log_perplexity(b)) for a, b in zip(ours, theirs, strict=True)]
     by_domain = {domain: t_interval([a[domain] - b[domain] for a, b in pairs]) for domain in domains}
-    means = [mean([a[domain] - b[domain] for domain in domains]) for a, b in pairs]
+    means = [fmean(a[domain] - b[domain] for domain in domains) for a, b in pairs]
     return Comparison(t_interval(means), by_domain, means, "repetitions")
 
 

@@ -1,6 +1,6 @@
 """A study's pictures: loss against tokens and FLOPs, perplexity with intervals, compute against perplexity.
 
-Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg``, ``png`` and ``save`` of ``pages.pictures``.
+Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg`` and ``save`` of ``pages.pictures``.
 """
 
 from __future__ import annotations

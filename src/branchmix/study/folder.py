@@ -15,7 +15,6 @@ from branchmix.errors import OutputError
 from branchmix.study.graph import SCORES, Graph, Step
 from branchmix.study.models import facts_of
 from branchmix.study.settings import StudyFile
-from branchmix.train.launch import JobState
 
 PLAN, RESULT, PAGE = "plan.json", "result.json", "routes.html"
 MODEL, TEXT, STEPS = "model", "text", "steps"
@@ -50,9 +49,8 @@ def is_done(out: Path, step: Step) -> bool:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """While a study runs in its folder: another one is refused. The system ends it with the process."""
-    is_file = out.exists() and not out.is_dir()
-    has_files = out.is_dir() and any(file.name != _LOCK for file in out.iterdir())
-    if is_file or (has_files and not (out / PLAN).is_file()):
+    others = [file for file in out.iterdir() if file.name != _LOCK] if out.is_dir() else out.exists()
+    if others and not (out / PLAN).is_file():
         raise OutputError(f"{out}: exists, and is not the folder of a study: choose another")
     with locked(out / _LOCK, wait=0) as held:
         if not held:
@@ -69,24 +67,15 @@ class StudyFolder:
 
     def todo(self, wanted: Sequence[Step]) -> list[Step]:
         """Steps that are not done, and those that are, but whose weights are gone and needed again."""
-        names: set[str] = set()
-        left = [step for step in wanted if not is_done(self.out, step)]
-        while left:
-            step = left.pop()
-            if step.name not in names:
-                names.add(step.name)
-                needed = [self.graph.steps[name] for name in step.needs.names]
-                left += [one for one in needed if not is_done(self.out, one) or not self._has_its_model(one)]
-        return [step for step in self.graph.steps.values() if step.name in names]
+        todo = {step.name for step in wanted if not is_done(self.out, step)}
+        for step in reversed(self.graph.steps.values()):  # each comes after all that it needs
+            if step.name in todo:
+                todo |= {name for name in step.needs.names if not self._can_be_used(self.graph.steps[name])}
+        return [step for step in self.graph.steps.values() if step.name in todo]
 
-    def _has_its_model(self, step: Step) -> bool:
-        makes_one = step.kind in ("train", "upcycle")
-        return not makes_one or (self.out / STEPS / step.folder / MODEL / "config.json").is_file()
-
-    def note(self, states: list[JobState]) -> None:
-        """Take what was finished since the last call."""
-        if any(state.status == "done" and state.job.name not in self.copied for state in states):
-            self.collect()
+    def _can_be_used(self, step: Step) -> bool:
+        folder, makes_model = self.out / STEPS / step.folder, step.kind in ("train", "upcycle")
+        return is_done(self.out, step) and (not makes_model or (folder / MODEL / "config.json").is_file())
 
     def collect(self) -> None:
         """``results/``: those of the current graph, and no others."""

@@ -165,30 +165,29 @@ def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), speed: Sp
 
 
 def _row(study: StudyFile, name: str, steps: list[Step], left: set[str], seconds: dict[str, float]) -> StepForecast:
-    step, times = steps[0], len(steps)
+    first, cost, times = steps[0], steps[0].cost, len(steps)
     done = sum(step.name not in left for step in steps)
     status = "" if not done else "done" if done == times else f"{done} done"
-    count = parameters(step.config).total if step.config else 0
-    cost, slowest = step.cost, max((seconds[step.name] for step in steps if step.name in seconds), default=None)
-    sizes = (count, cost.tokens, cost.flops, cost.optimizer, _memory(step), _disk(study, step))
+    sizes = (_parameters(first), cost.tokens, cost.flops, cost.optimizer, _memory(first), _disk(study, first))
+    slowest = max((seconds[step.name] for step in steps if step.name in seconds), default=None)
     return StepForecast(name, status, times, *sizes, slowest)
+
+
+def _parameters(step: Step) -> int:
+    return parameters(step.config).total if step.config else 0
 
 
 def _memory(step: Step) -> int:
     """Bytes of a training step; of a merge alone nothing, of anything else the weights in fp32."""
-    if not step.config or (step.kind == "upcycle" and not step.recipe.get("gates")):
-        return 0
-    if step.kind != "train":
-        return 4 * parameters(step.config).total
-    return training_bytes(step.config, step.run, bf16=in_bf16(step.run.get("precision", "auto")))
+    if step.kind == "train":
+        return training_bytes(step.config, step.run, bf16=in_bf16(step.run.get("precision", "auto")))
+    return 0 if step.kind == "upcycle" and not step.recipe.get("gates") else 4 * _parameters(step)
 
 
 def _disk(study: StudyFile, step: Step) -> int:
     """Bytes of the step's weights that stay."""
-    goes = study.keep == "results" and step.may_go
-    if step.kind not in ("train", "upcycle") or goes:
-        return 0
-    return 4 * parameters(step.config).total
+    stays = step.kind in ("train", "upcycle") and not (study.keep == "results" and step.may_go)
+    return 4 * _parameters(step) if stays else 0
 
 
 def _budgets(graph: Graph) -> list[dict[str, Any]]:

@@ -147,13 +147,10 @@ class Graph:
 
     def with_needs(self, names: Iterable[str]) -> list[Step]:
         """These steps and all that they need."""
-        wanted: set[str] = set()
-        left = list(names)
-        while left:
-            name = left.pop()
-            if name not in wanted:
-                wanted.add(name)
-                left += self.steps[name].needs.names
+        wanted = set(names)
+        for step in reversed(self.steps.values()):  # each comes after all that it needs
+            if step.name in wanted:
+                wanted.update(step.needs.names)
         return [step for step in self.steps.values() if step.name in wanted]
 
     def chosen(self, only: Iterable[str]) -> list[Step]:

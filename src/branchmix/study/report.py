@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from branchmix.checkpoint.folder import require_new_file, write_text
-from branchmix.pages import page
-from branchmix.pages.pictures import png, save, svg
+from branchmix.pages.page import render
+from branchmix.pages.pictures import save, svg
 from branchmix.pages.table import Table
 from branchmix.study.comparisons import SEED_NOISE, Numbers
 from branchmix.study.figures import FIRST, ROUTING, Picture, pictures_of
@@ -69,10 +71,8 @@ def report(
         texts |= {f"tables/{table.name}.csv": table.csv for table in made}
         texts["report.json"] = lambda: json.dumps({**numbers, "headline": lines}, indent=1, ensure_ascii=False) + "\n"
         for name, picture in pictures.items():
-            drawn |= {
-                f"figures/{name}.png": partial(png, picture.draw),
-                f"figures/{name}.pdf": partial(save, picture.draw),
-            }
+            drawn[f"figures/{name}.png"] = partial(save, picture.draw, dpi=160)
+            drawn[f"figures/{name}.pdf"] = partial(save, picture.draw)
     is_ours = (out.exists() and out.samefile(folder)) or (out / "report.json").is_file()
     for name in (*texts, *drawn) if not is_ours else ():
         require_new_file(out / name, force=force)
@@ -105,7 +105,7 @@ def _html(study: Numbers, lines: list[str], made: list[Table], pictures: dict[st
     def drawn(*names: str) -> list[dict[str, Any]]:
         return [
             {
-                "svg": page.safe(svg(picture.draw, name, picture.label)),
+                "svg": Markup(svg(picture.draw, name, picture.label)),
                 "label": picture.label,
                 "link": routes_page(title) if (title := name.removeprefix(ROUTING)) in study["routes"] else None,
             }
@@ -114,7 +114,7 @@ def _html(study: Numbers, lines: list[str], made: list[Table], pictures: dict[st
         ]
 
     recipes = {name: recipe for name, recipe in study["recipes"].items() if name.startswith(("r1.", "upcycle"))}
-    return page.render(
+    return render(
         Path(__file__).parent / "templates" / "report.html",
         title=TITLE,
         kicker="branchmix study",

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from branchmix.checkpoint.json_text import read_json
+from branchmix.checkpoint.json_text import read_object
 from branchmix.errors import DataError
 from branchmix.evaluate.scores import ratio
 from branchmix.study import comparisons
-from branchmix.study.comparisons import Numbers, deviation, log_perplexity, mean
+from branchmix.study.comparisons import Numbers, log_perplexity
 from branchmix.study.folder import RESULTS, STUDY
 from branchmix.study.graph import SCORES, TRAINED, UNTRAINED, About
 
@@ -49,7 +50,6 @@ def collect(folder: Path) -> Numbers:
     scored = _scored(place, records, steps)
     if not scored:
         raise DataError(f"{folder}: no model has been measured yet: run branchmix study first")
-    settings = study["settings"]
     models = _models(scored, records, steps)
     reference = next((model for model in models if model["role"] == "reference"), None)
     compared = {m["title"]: comparisons.comparison(m, reference) for m in models if m is not reference}
@@ -59,11 +59,11 @@ def collect(folder: Path) -> Numbers:
     documents = next(iter(scored.values()))["documents"]
     has_fitted_gates = any(merge["recipe"].get("gates") for merge in merges.values())
     return {
-        "settings": settings,
+        "settings": study["settings"],
         "domains": list(documents),
         "steps_done": len(records),
         "steps": len(steps),
-        "repetitions": len(settings["random_seeds"]),
+        "repetitions": len(study["settings"]["random_seeds"]),
         "models": models,
         "reference": reference["title"] if reference else None,
         "comparisons": against_reference,
@@ -90,12 +90,9 @@ def results_folder(folder: Path) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = read_json(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: is not a record of a study")
+    content = read_object(file)
+    if content is None:
+        raise DataError(f"{file}: is not a record of a study, which is JSON: remove it")
     return content
 
 
@@ -134,16 +131,15 @@ def _scored(place: Path, records: Records, steps: Records) -> Records:
         if "documents" not in record or (is_trained and steps[name]["needs"].get("model") not in records):
             continue
         counts = {domain: len(rows) for domain, rows in record["documents"].items()}
-        empty = next((domain for domain, rows in record["documents"].items() if not any(row[1] for row in rows)), None)
-        if empty is not None or not counts:
-            raise DataError(f"{place / name}.json: has no document of {empty or 'any domain'}: hold more out")
-        if scored and counts != sizes:
+        empty = [domain for domain, rows in record["documents"].items() if not any(row[1] for row in rows)]
+        if empty or not counts:
             raise DataError(
-                f"{place / name}.json: was measured on other documents than {next(iter(scored))}.json: remove the "
-                "wrong one"
+                f"{place / name}.json: has no document of {', '.join(empty) or 'any domain'}: hold more out"
             )
-        sizes = counts
-        scored[name] = record
+        if scored and counts != sizes:
+            first = next(iter(scored))
+            raise DataError(f"{place / name}.json: was measured on other documents than {first}.json: remove one")
+        scored[name], sizes = record, counts
     return scored
 
 
@@ -173,7 +169,7 @@ def _model(title: str, names: list[str], scored: Records, records: Records, step
     about = TypeAdapter(About).validate_python(scored[names[0]]["about"])
     repetitions = [_repetition(name, scored[name], records, steps) for name in names]
     first = repetitions[0]
-    perplexity = {d: math.exp(mean([math.log(r["perplexity"][d]) for r in repetitions])) for d in first["perplexity"]}
+    perplexity = {d: math.exp(fmean(math.log(r["perplexity"][d]) for r in repetitions)) for d in first["perplexity"]}
     logs = [math.log(r["geometric_mean"]) for r in repetitions]
     trained = first["training"]
     merge = records.get(steps[names[0]]["needs"].get("model"), {}).get("merge")
@@ -191,16 +187,16 @@ def _model(title: str, names: list[str], scored: Records, records: Records, step
         "role": about.role,
         "match": list(about.match),
         "perplexity": perplexity,
-        "average": mean(list(perplexity.values())),
-        "geometric_mean": math.exp(mean(logs)),
-        "deviation": deviation(logs),
-        "bits_per_byte": {d: mean([r["bits_per_byte"][d] for r in repetitions]) for d in perplexity},
+        "average": fmean(perplexity.values()),
+        "geometric_mean": math.exp(fmean(logs)),
+        "deviation": stdev(logs) if len(logs) > 1 else None,
+        "bits_per_byte": {d: fmean(r["bits_per_byte"][d] for r in repetitions) for d in perplexity},
         "stderr": {domain: _bits(rows)[1] for domain, rows in first["documents"].items()},
         "merge": merge,
         "facts": steps[names[0]]["facts"],
         **{key: trained[key] if trained else 0 for key in ("tokens", "flops", "optimizer_flops")},
         "sunk_flops": first["sunk_flops"],
-        "seconds": mean([r["training"]["seconds"] for r in repetitions if r["training"]]) if trained else 0.0,
+        "seconds": fmean(r["training"]["seconds"] for r in repetitions if r["training"]) if trained else 0.0,
         "repetitions": repetitions,
     }
 
@@ -211,7 +207,7 @@ def _repetition(name: str, record: dict[str, Any], records: Records, steps: Reco
     return {
         "repetition": record["about"]["repetition"],
         "perplexity": {domain: math.exp(value) for domain, value in logs.items()},
-        "geometric_mean": math.exp(mean(list(logs.values()))),
+        "geometric_mean": math.exp(fmean(logs.values())),
         "bits_per_byte": {domain: _bits(rows)[0] for domain, rows in record["documents"].items()},
         "documents": record["documents"],
         "routing": record["routing"],
@@ -228,13 +224,10 @@ def _bits(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
 
 def _sunk(made: str, steps: Records, records: Records) -> int:
     """Training FLOPs of everything that a model was made from, itself left out."""
-    before: set[str] = set()
-    left = list(steps[made]["needs"].values())
-    while left:
-        name = left.pop()
-        if name not in before:
-            before.add(name)
-            left += steps[name]["needs"].values()
+    before = set(steps[made]["needs"].values())
+    for name in reversed(steps):  # each comes after all that it needs
+        if name in before:
+            before.update(steps[name]["needs"].values())
     training = (records[name]["training"] for name in before if "training" in records.get(name, {}))
     return sum(int(run["flops"] + run["optimizer_flops"]) for run in training)
 

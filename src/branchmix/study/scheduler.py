@@ -86,7 +86,8 @@ def study(
 
             def watch(states: list[JobState]) -> None:
                 display(states)
-                folder.note(states)
+                if any(state.status == "done" and state.job.name not in folder.copied for state in states):
+                    folder.collect()
 
             if launcher == "inline":
                 outcome = _run_inline(config, out, todo, watch)
@@ -98,8 +99,7 @@ def study(
     for step in todo:
         state = of_jobs.get(step.name)
         statuses[step.name] = "done" if is_done(out, step) else state.status if state else "waiting"
-    reasons = {name: state for name, state in of_jobs.items() if state.status == "failed"}
-    failed = {name: f"{state.reason} (its output: {state.job.log})" for name, state in reasons.items()}
+    failed = {s.job.name: f"{s.reason} (its output: {s.job.log})" for s in outcome.jobs if s.status == "failed"}
     return StudyReport(out, {step.name: statuses[step.name] for step in wanted}, failed, outcome.stopped_by)
 
 

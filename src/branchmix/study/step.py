@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,11 @@ SMOOTHED = 8
 """Points of a loss curve that are averaged, those before it: no point knows what comes after it."""
 
 
+@dataclass
 class StepStoppedError(Exception):
-    """A signal came.
+    """A signal came."""
 
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, signal: int):
-        super().__init__(signal)
-        self.signal = signal
+    signal: int
 
 
 def do(out: Path, name: str) -> None:
@@ -112,8 +106,8 @@ class _Work:
         return {name: source.absolute(self.base, out=self.out) for name, source in self.study.data.items()}
 
     def sources_as_json(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"mode": "json", "exclude_none": True, "exclude_unset": True}
-        return {name: source.model_dump(**options) for name, source in self.sources().items()}
+        sources = self.sources().items()
+        return {name: source.model_dump(mode="json", exclude_none=True, exclude_unset=True) for name, source in sources}
 
     def held_out(self) -> HeldOutText:
         return HeldOutText(self.study, self.sources(), self.folder)
@@ -138,17 +132,13 @@ class _Work:
 
         data = self.study.data
         assert isinstance(data, InstalledText)
-        part = self.folder / f".{TEXT}.part"
-        shutil.rmtree(part, ignore_errors=True)
         extracts = installed.write(
-            part,
+            self.folder / TEXT,
             enough_bytes=data.installed,
             processes=max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))),
-            domains=list(data.domains),
+            domains=data.domains,
             max_chars=data.max_chars,
         )
-        shutil.rmtree(self.folder / TEXT, ignore_errors=True)
-        part.rename(self.folder / TEXT)
         return {
             "text": {
                 name: {"documents": extract.documents, "characters": extract.chars, "bytes": extract.bytes}
@@ -204,13 +194,12 @@ class _Work:
         from branchmix.recipe import Recipe
         from branchmix.upcycling import upcycle
 
-        out, trusted = self.folder / MODEL, self.study.trust_remote_code
+        out, trusted, defaults = self.folder / MODEL, self.study.trust_remote_code, Recipe.model_fields
         models = {name: self.relative(step) for name, step in self.step.needs.members.items()}
-        experts = [name for name in models if name != SEED]
-        defaults = Recipe.model_fields
+        seed = models.pop(SEED, None) or self.given_name()
         recipe = {
-            "seed": models.get(SEED) or self.given_name(),
-            "experts": [{"name": name, "model": models[name]} for name in experts],
+            "seed": seed,
+            "experts": [{"name": name, "model": model} for name, model in models.items()],
             **{key: value for key, value in self.step.recipe.items() if value != defaults[key].get_default()},
         }
         if recipe.get("gates"):
@@ -219,7 +208,7 @@ class _Work:
         file = self.write_yaml("recipe.yaml", command, _without_none(recipe))
         report = upcycle(file, out, force=out.exists(), trust_remote_code=trusted)
         print(f"merged in {report.seconds:.1f} s", file=sys.stderr)
-        merge = {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": experts}
+        merge = {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": list(models)}
         if report.gates is not None:
             merge["gates"] = rounded(report.gates.as_dict())
         return {"merge": merge}
@@ -234,14 +223,11 @@ class _Work:
         That is the expert of the domain's name; where there is none, that of the least loss on text that was not held
         out.
         """
-        made = self.step.needs.model
-        assert made is not None
-        record = json.loads((self.folder_of(made) / RESULT).read_text(encoding="utf-8"))
-        experts = {}
-        for domain in record["merge"]["gates"]["domains"]:
-            name, losses = domain["name"], domain["forced"]
-            experts[name] = name if name in losses else min(losses, key=losses.__getitem__)
-        return {**self.held_out().measure_forced(self.model_of(made), experts), "forced": experts}
+        made = self.model_of(self.step.needs.model)
+        record = json.loads((made.parent / RESULT).read_text(encoding="utf-8"))
+        losses = {domain["name"]: domain["forced"] for domain in record["merge"]["gates"]["domains"]}
+        experts = {name: name if name in of_one else min(of_one, key=of_one.get) for name, of_one in losses.items()}
+        return {**self.held_out().measure_forced(made, experts), "forced": experts}
 
     def ensemble(self) -> dict[str, Any]:
         """All dense models together."""
@@ -270,10 +256,9 @@ class _Work:
         """Latency and memory of all merges, and of the seed."""
         from branchmix.train.measure import versions
 
-        assert self.study.inference is not None
-        measured = measure_inference(
-            self.members(), self.study.inference, trust_remote_code=self.study.trust_remote_code
-        )
+        study = self.study
+        assert study.inference is not None
+        measured = measure_inference(self.members(), study.inference, trust_remote_code=study.trust_remote_code)
         return {"inference": measured, "machine": {"cpu": _cpu_name(), "cores": os.cpu_count()}, "versions": versions()}
 
 

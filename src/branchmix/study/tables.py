@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 
 from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
-from branchmix.study.comparisons import Numbers, all_flops, mean
+from branchmix.study.comparisons import Numbers, all_flops
 from branchmix.study.results import GROUPS
 from branchmix.train.progress import duration
 
@@ -157,7 +158,7 @@ def distances(study: Numbers) -> Table:
         trained = [r["training"] for r in model["repetitions"] if r["training"] and "from_seed" in r["training"]]
         if trained:
             parts = ([run["from_seed"][p] for run in trained if p in run["from_seed"]] for p in ("attention", "ffn"))
-            shown = (f"{100 * mean(values):.1f} %" if values else "" for values in parts)
+            shown = (f"{100 * fmean(values):.1f} %" if values else "" for values in parts)
             rows.append([marked_label(study, model), *shown])
     note = (
         "Norm of the difference between the expert's weights and the seed's, over the norm of the seed's. What experts "

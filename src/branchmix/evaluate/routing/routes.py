@@ -12,19 +12,16 @@ import numpy as np
 
 from branchmix.checkpoint.folder import write_json, write_text
 from branchmix.checkpoint.hub import resolve
-from branchmix.checkpoint.text import LONG, replaced_note
+from branchmix.checkpoint.text import LONG
 from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.evaluate.documents import HashedDocument, select
-from branchmix.evaluate.perplexity import BATCH_TOKENS
+from branchmix.evaluate.documents import HashedDocument, replaced_notes, select
+from branchmix.evaluate.perplexity import BATCH_TOKENS, common_window
 from branchmix.evaluate.routing.count import ModelCounts, count
 from branchmix.evaluate.routing.routing_report import RoutingReport, report
-from branchmix.likelihood.forward import max_positions
 from branchmix.likelihood.models import Progress, TextModel, check_dtype, encode
 from branchmix.models.routers import find_routers
 
-MAX_LENGTH = 2048
-"""Tokens of the window if none is given and the model has as many positions."""
 SHOWN_TOKENS = 4000
 """Tokens of the page, in all."""
 TEXTS = "text"
@@ -90,10 +87,7 @@ def routes(
     else:
         by_domain = select(config, candidate.tokenizer, limit=limit)
     documents = _tokenised(by_domain, candidate.tokenizer)
-    positions = max_positions(candidate.config)
-    window = max_length or min(MAX_LENGTH, positions or MAX_LENGTH)
-    if positions is not None and window > positions:
-        raise RecipeError(f"max_length: {window} is more than the {positions} positions of {model}")
+    window = common_window([candidate], max_length)
     say = progress or (lambda step, done, total: None)
     say("loading", 0, 1)
     loaded = candidate.load()
@@ -117,10 +111,7 @@ def routes(
         max_length=window,
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
-    result.notes[:0] = candidate.notes
-    for domain, chosen in by_domain.items():
-        if replaced := sum(document.replaced for document in chosen):
-            result.notes.append(f"{domain}: {replaced_note(replaced)}")
+    result.notes[:] = [*candidate.notes, *result.notes, *replaced_notes(by_domain)]
     texts_shown = [
         ShownText(domain, _pieces(candidate.tokenizer, text, row[:most]), most < len(row))
         for (domain, text, row), most in zip(documents, shown, strict=True)

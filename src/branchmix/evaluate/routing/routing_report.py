@@ -6,10 +6,11 @@ Shapes: N documents, n documents of one domain, D domains, E experts, V kinds of
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.stats import entropy
 
 from branchmix.evaluate.routing.count import ModelCounts, RouterCounts
 from branchmix.evaluate.scores import ratio
@@ -76,17 +77,9 @@ class RoutingReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; ``docs/routing.md`` describes it."""
-        return {
-            "model": self.model,
-            "experts": self.experts,
-            "domains": self.domains,
-            "max_length": self.max_length,
-            "dtype": self.dtype,
-            "routers": self.routers,
-            # Not ``asdict``: that copies every number of the lists.
-            **{kind: [dict(vars(layer)) for layer in layers] for kind, layers in self.layers.items()},
-            "agreement": [dict(vars(layer)) for layer in self.agreement],
-        }
+        content = asdict(self)
+        layers, agreement, _ = (content.pop(name) for name in ("layers", "agreement", "notes"))
+        return {**content, **layers, "agreement": agreement}
 
     def names(self, kind: str) -> list[str]:
         """Names of the experts of a kind of router."""
@@ -128,23 +121,22 @@ def report(
     }
     most = max(router.experts for router in counts.routers)
     names = expert_names if expert_names and len(expert_names) == most else [str(number) for number in range(most)]
-    layers: dict[str, list[LayerRouting]] = {}
-    routers: dict[str, dict[str, Any]] = {}
-    notes: list[str] = []
     tokens = [shown_token(tokenizer, int(kind)) for kind in counts.kinds_V]
-    for kind in KINDS:
-        of_kind = [router for router in counts.routers if router.place.kind == kind]
-        if of_kind:
-            routers[kind] = _facts(of_kind)
-            notes += _notes(kind, routers[kind])
-            layers[kind] = [_layer(router, counts, domain_N, list(domains), tokens) for router in of_kind]
+    every = {kind: [router for router in counts.routers if router.place.kind == kind] for kind in KINDS}
+    by_kind = {kind: of_kind for kind, of_kind in every.items() if of_kind}
+    routers = {kind: _facts(of_kind) for kind, of_kind in by_kind.items()}
+    notes = [note for kind, facts in routers.items() for note in _notes(kind, facts)]
+    layers = {
+        kind: [_layer(router, counts, domain_N, list(domains), tokens) for router in of_kind]
+        for kind, of_kind in by_kind.items()
+    }
     first_of = {(r.place.kind, r.place.layer): r for r in reversed(counts.routers)}
     agreement = []
     total = float(counts.tokens_N.sum())
     for layer, (same, overlap) in counts.agreement.items():
         ffn_E, attention_E = (first_of[kind, layer].strongest_E.numpy() / total for kind in ("ffn", "attention"))
         if len(ffn_E) == len(attention_E):
-            by_chance = chance_of_agreement(ffn_E, attention_E)
+            by_chance = float(ffn_E @ attention_E)  # how often they would agree if neither knew of the other
             agreement.append(LayerAgreement(layer, same / total, by_chance, overlap / total))
     if len(domains) > 1 and min(domains.values()) == 1:
         alone = ", ".join(name for name, documents in domains.items() if documents == 1)
@@ -209,7 +201,7 @@ def _layer(
         gate=(gates_NE.sum(0) / total).tolist(),
         by_domain=loads,
         gate_by_domain=by_domain(gates_NE),
-        load_entropy=entropy_bits(load_E),
+        load_entropy=float(entropy(load_E, base=2)) + 0.0,  # not -0.0
         token_entropy=float(entropy_N.sum() / total),
         token_entropy_by_domain=by_domain(entropy_N),
         mutual_information=information,
@@ -227,12 +219,6 @@ def shown_token(tokenizer: Any, token: int) -> str:
 # ---- what shares of experts say ----
 
 
-def entropy_bits(shares_E: np.ndarray) -> float:
-    """``- sum_e p_e log2 p_e`` of shares that sum to 1, in bits: log2 E if all are alike, 0 for one expert alone."""
-    positive = shares_E[shares_E > 0]
-    return float(-(positive * np.log2(positive)).sum()) + 0.0
-
-
 def mutual_information(shares_DE: np.ndarray) -> float:
     """Mutual information of expert and domain in bits, domains weighing alike:
 
@@ -242,7 +228,7 @@ def mutual_information(shares_DE: np.ndarray) -> float:
     the Jensen-Shannon divergence of the domains' shares, which are the rows of ``shares_DE``. As computed from a sample
     it is too large on average; see ``mutual_information_bias``.
     """
-    return entropy_bits(shares_DE.mean(0)) - float(np.mean([entropy_bits(shares_E) for shares_E in shares_DE]))
+    return float(entropy(shares_DE.mean(0), base=2) - entropy(shares_DE, base=2, axis=1).mean())
 
 
 def mutual_information_bias(load_NE: np.ndarray, tokens_N: np.ndarray, domain_N: np.ndarray) -> float:
@@ -275,14 +261,6 @@ def mutual_information_bias(load_NE: np.ndarray, tokens_N: np.ndarray, domain_N:
 
 def _divided(values: np.ndarray, by: np.ndarray) -> np.ndarray:
     return np.divide(values, by, out=np.zeros_like(values), where=by > 0)
-
-
-def chance_of_agreement(first_E: np.ndarray, second_E: np.ndarray) -> float:
-    """How often two routers would choose the same expert if neither knew of the other: ``sum_e a_e b_e``.
-
-    Both are the shares of tokens whose strongest expert is e.
-    """
-    return float((first_E * second_E).sum())
 
 
 def typical_tokens(load_VE: np.ndarray, count_V: np.ndarray, expert: int, *, most: int = 12) -> list[tuple[int, float]]:

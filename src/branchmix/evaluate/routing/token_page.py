@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from branchmix.checkpoint.folder import write_text
 from branchmix.evaluate.routing import plots
 from branchmix.evaluate.routing.routes import Routes
 from branchmix.evaluate.routing.routing_report import LayerRouting
-from branchmix.pages import page
+from branchmix.pages.page import render
 from branchmix.pages.pictures import COLOURS, svg
 
 TITLES = {"attention": "Attention", "ffn": "FFN"}
@@ -49,15 +50,15 @@ def html(routed: Routes) -> str:
     ]
     # No text can end the script: in JSON a "<" may be written by its number.
     data = json.dumps(_data(routed), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return page.render(
+    return render(
         template,
         title=f"Which expert each token uses: {Path(report.model).name}",
         kicker="branchmix routes",
         lead=_lead(routed),
-        style=page.safe(style),
-        script=page.safe(script),
-        data=page.safe(data),
-        pictures=[page.safe(picture) for picture in pictures],
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(data),
+        pictures=[Markup(picture) for picture in pictures],
         kinds={kind: title for kind, title in TITLES.items() if kind in report.layers},
         domains=domains,
         num_experts=max(facts["experts"] for facts in report.routers.values()),

@@ -12,8 +12,10 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from branchmix import __version__
-from branchmix.pages.page import render, safe
+from branchmix.pages.page import render
 from branchmix.pages.pictures import Draw, svg
 from branchmix.pages.table import Table
 from branchmix.scaling.tasks import CAUSES
@@ -31,7 +33,7 @@ def html(overview: Overview, *, command: str) -> str:
     numbers = count()
 
     def picture(draw: Draw, label: str) -> Any:
-        return safe(svg(draw, f"p{next(numbers)}", label))
+        return Markup(svg(draw, f"p{next(numbers)}", label))
 
     return render(
         _TEMPLATE,
@@ -45,8 +47,8 @@ def html(overview: Overview, *, command: str) -> str:
         chart=lambda entry, panel: picture(partial(plots.chart, panel), _label(entry, panel)),
         small=lambda panel: picture(partial(plots.small, panel), ""),
         beside=_beside,
-        results=lambda entry: safe(_results(overview, entry).html()),
-        verdicts=lambda entry: safe(_verdicts(overview, entry).html()),
+        results=lambda entry: Markup(_results(overview, entry).html()),
+        verdicts=lambda entry: Markup(_verdicts(overview, entry).html()),
         has_fresh=any(data != DATA[0] for _, data in overview.reports[0].parts),
         lower={one.series.metric: one.series.lower_is_better for one in overview.reports[0].judged},
         sure=(*DIRECTED, "flat"),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.pages.pictures import PAPER, Draw, Figure, figure_with, png, save, set_title, take_ink
+from branchmix.pages.pictures import PAPER, Draw, Figure, figure_with, save, set_title, take_ink
 from branchmix.scaling.tasks import CAUSES
 from branchmix.scaling.trends import sentences
 from branchmix.scaling.trends.judge import Judged
@@ -61,7 +61,7 @@ def write(overview: Overview, folder: Path) -> Iterator[Path]:
         OutputError: a file cannot be written.
     """
     for name, draw in pictures(overview).items():
-        yield png(draw, folder / name) if name.endswith(".png") else save(draw, folder / name)
+        yield save(draw, folder / name, **({"dpi": 160} if name.endswith(".png") else {}))
 
 
 def chart(panel: Panel, ink: str, *, title: str = "") -> Figure:
