@@ -111,16 +111,16 @@ def naive(folder: Path, texts: dict[str, list[str]] = TEXTS, window: int = WINDO
 
 def check(found: Routes, expected: dict[str, Any]) -> None:
     report = found.report
-    assert {(kind, layer.layer) for kind, layers in report.layers.items() for layer in layers} == set(
+    assert {(kind, layer["layer"]) for kind, layers in report.layers.items() for layer in layers} == set(
         expected["routers"]
     )
     for kind, layers in report.layers.items():
         for layer in layers:
-            wanted = expected["routers"][kind, layer.layer]
+            wanted = expected["routers"][kind, layer["layer"]]
             for key in ("load", "gate", "token_entropy"):
-                assert getattr(layer, key) == pytest.approx(wanted[key], abs=1e-5), (kind, layer.layer, key)
+                assert layer[key] == pytest.approx(wanted[key], abs=1e-5), (kind, layer["layer"], key)
             for key in ("by_domain", "gate_by_domain"):
-                for domain, shares in getattr(layer, key).items():
+                for domain, shares in layer[key].items():
                     assert shares == pytest.approx(wanted[key][domain], abs=1e-5)
                     assert sum(shares) == pytest.approx(1.0)
     for (
@@ -128,9 +128,9 @@ def check(found: Routes, expected: dict[str, Any]) -> None:
     ) in found.counts.routers:  # among the chosen, which a bias or a group may have made others than the greatest
         wanted = expected["routers"][router.place.kind, router.place.layer]
         assert router.strongest_E.tolist() == wanted["strongest"]
-    assert {pair.layer for pair in report.agreement} == set(expected["agreement"])
+    assert {pair["layer"] for pair in report.agreement} == set(expected["agreement"])
     for pair in report.agreement:
-        assert (pair.same, pair.overlap) == pytest.approx(expected["agreement"][pair.layer], abs=1e-5)
+        assert (pair["same"], pair["overlap"]) == pytest.approx(expected["agreement"][pair["layer"]], abs=1e-5)
 
 
 # ---- numbers ----
@@ -172,7 +172,7 @@ def test_mixtures_of_transformers(tmp_path: Path, model_type: str) -> None:
     assert facts["score_found"] == (facts["top_k"] > 1)
     raw = model_type in ("qwen2_moe", "olmoe")
     assert facts["weights"] == ("raw" if raw else "normalised")
-    layers = [layer.layer for layer in found.report.layers["ffn"]]
+    layers = [layer["layer"] for layer in found.report.layers["ffn"]]
     assert layers == ([1, 2] if model_type == "deepseek_v3" else [0, 1])
     assert any("divided by their sum" in note for note in found.report.notes) == (model_type == "deepseek_v3")
     assert any("softmax is assumed" in note for note in found.report.notes) == (model_type == "qwen3_moe")
@@ -221,12 +221,13 @@ def test_experts_by_domain_are_told_apart_and_typical_tokens_found(tmp_path: Pat
     data = data_file(tmp_path, {"a": [" two" * 9, " two" * 7], "b": [" large" * 8, " large" * 5]})
     report = routes(str(folder), data=data, dtype="float32").report
     layer = report.layers["attention"][0]
-    assert layer.by_domain["a"] == pytest.approx([0, 1, 0], abs=1e-6)
-    assert layer.by_domain["b"] == pytest.approx([0, 0, 1], abs=1e-6)
-    assert layer.mutual_information == pytest.approx(1.0, abs=1e-6)
-    assert layer.mutual_information_corrected == pytest.approx(1.0, abs=1e-6)
-    assert layer.token_entropy == pytest.approx(0.0, abs=1e-6) and layer.load_entropy == pytest.approx(0.993, abs=1e-3)
-    words = [[token["token"] for token in tokens] for tokens in layer.typical]
+    assert layer["by_domain"]["a"] == pytest.approx([0, 1, 0], abs=1e-6)
+    assert layer["by_domain"]["b"] == pytest.approx([0, 0, 1], abs=1e-6)
+    assert layer["mutual_information"] == pytest.approx(1.0, abs=1e-6)
+    assert layer["mutual_information_corrected"] == pytest.approx(1.0, abs=1e-6)
+    assert layer["token_entropy"] == pytest.approx(0.0, abs=1e-6)
+    assert layer["load_entropy"] == pytest.approx(0.993, abs=1e-3)
+    words = [[token["token"] for token in tokens] for tokens in layer["typical"]]
     assert words == [[], [" two"], [" large"]]
     assert (layer.typical[1][0]["share"], layer.typical[1][0]["count"]) == (1.0, 16)
 

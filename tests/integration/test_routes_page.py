@@ -157,7 +157,7 @@ def test_lines_go_up_and_down(file: Path, open_page: Open) -> None:
 
 def test_experts_texts_and_numbers_can_be_chosen(found: Routes, file: Path, open_page: Open) -> None:
     page = open_page(file)
-    shares = found.report.layers["attention"][1].load
+    shares = found.report.layers["attention"][1]["load"]
     words = page.run("return [...document.querySelectorAll('#experts button')].map(b => b.textContent)")
     assert words == [
         f"{n} {name} {100 * share:.0f} %" for n, (name, share) in enumerate(zip(NAMES, shares, strict=True))
@@ -176,13 +176,13 @@ def test_experts_texts_and_numbers_can_be_chosen(found: Routes, file: Path, open
     hidden = page.run("return [...document.querySelectorAll('.document')].map(block => block.hidden)")
     assert hidden == [True, True, False, False]
     table = page.run("return [...document.querySelectorAll('#shares tbody tr')].map(row => row.innerText)")
-    by_domain = found.report.layers["attention"][1].by_domain
+    by_domain = found.report.layers["attention"][1]["by_domain"]
     for row, (domain, values) in zip(table, by_domain.items(), strict=True):
         assert row.split("\t") == [domain, *(f"{100 * value:.{int(value < 0.0995)}f} %" for value in values)]
     facts = page.run("return document.getElementById('facts').innerText")
     pair = found.report.agreement[1]
-    assert f"{100 * pair.same:.0f} % of tokens, {100 * pair.same_by_chance:.0f} % by chance" in facts
-    assert f"{found.report.layers['attention'][1].mutual_information_corrected:.3f}" in facts
+    assert f"{100 * pair['same']:.0f} % of tokens, {100 * pair['same_by_chance']:.0f} % by chance" in facts
+    assert f"{found.report.layers['attention'][1]['mutual_information_corrected']:.3f}" in facts
 
 
 @pytest.mark.parametrize("dark", [False, True])

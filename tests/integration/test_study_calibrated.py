@@ -23,7 +23,8 @@ from branchmix.cli import app
 from branchmix.data.sources import is_held_out
 from branchmix.evaluate.evaluation import evaluate
 from branchmix.study.build import build
-from branchmix.study.measure import distance, rounded
+from branchmix.study.folder import rounded
+from branchmix.study.measure import distance
 from branchmix.study.report import report
 from branchmix.study.results import collect
 from branchmix.study.scheduler import StudyReport, study

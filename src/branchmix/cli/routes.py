@@ -85,7 +85,7 @@ def routes_command(
 
 def _print(report: RoutingReport) -> None:
     """Shares by layer and domain; of a deep model some of the layers."""
-    agreement = {pair.layer: pair for pair in report.agreement}
+    agreement = {pair["layer"]: pair for pair in report.agreement}
     for kind, layers in report.layers.items():
         facts = report.routers[kind]
         names = report.names(kind)
@@ -102,24 +102,21 @@ def _print(report: RoutingReport) -> None:
         rows = []
         step = max(1, -(-len(layers) // _LINES))
         for layer in layers[::step]:
-            cells = [_shares(layer.by_domain[domain], names) for domain in report.domains]
-            known = layer.mutual_information_corrected
-            cells += [
-                f"{layer.load_entropy:.2f}",
-                f"{layer.token_entropy:.2f}",
-                "-" if known is None else f"{known:.3f}",
-            ]
+            cells = [_shares(layer["by_domain"][domain], names) for domain in report.domains]
+            known = layer["mutual_information_corrected"]
+            cells += [f"{layer[name]:.2f}" for name in ("load_entropy", "token_entropy")]
+            cells.append("-" if known is None else f"{known:.3f}")
             if kind == "ffn" and agreement:
-                pair = agreement.get(layer.layer)
-                cells.append("-" if pair is None else f"{pair.same:.0%} ({pair.same_by_chance:.0%} by chance)")
-            rows.append([str(layer.layer), *cells])
+                pair = agreement.get(layer["layer"])
+                cells.append("-" if pair is None else f"{pair['same']:.0%} ({pair['same_by_chance']:.0%} by chance)")
+            rows.append([str(layer["layer"]), *cells])
         note = f"one of {step} of all {len(layers)} layers; all with --json, --out or --html" if step > 1 else ""
         Table(head, rows, title=title, note=note).show()
         typer.echo("")
     for kind, layers in report.layers.items():
-        layer = max(layers, key=lambda layer: layer.mutual_information_corrected or 0.0)
-        typer.echo(f"typical tokens in layer {layer.layer}, {'FFN' if kind == 'ffn' else 'attention'}:")
-        for name, tokens in list(zip(report.names(kind), layer.typical, strict=True))[:_LINES]:
+        layer = max(layers, key=lambda layer: layer["mutual_information_corrected"] or 0.0)
+        typer.echo(f"typical tokens in layer {layer['layer']}, {'FFN' if kind == 'ffn' else 'attention'}:")
+        for name, tokens in list(zip(report.names(kind), layer["typical"], strict=True))[:_LINES]:
             words = " ".join(repr(token["token"]) for token in tokens[:8])
             typer.echo(f"  {name}: {words or '-'}")
 

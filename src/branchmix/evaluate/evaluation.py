@@ -79,7 +79,7 @@ def evaluate(
             from branchmix.evaluate.tasks.task_evaluation import TaskEvaluation
 
             on_tasks = stack.enter_context(TaskEvaluation.open(options, folder, limit=limit, progress=progress))
-            report.notes += on_tasks.loaded.notes
+            report.notes += on_tasks.notes
         if data is not None:
             documents = select(data, candidates[0].tokenizer, limit=limit)
             report.notes += _notes(data, documents, candidates)

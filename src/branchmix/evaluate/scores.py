@@ -34,7 +34,6 @@ class ScoredDocument:
 
     @property
     def tokens(self) -> int:
-        """Number of predicted tokens."""
         return len(self.log_probs)
 
     def as_record(self) -> dict[str, Any]:

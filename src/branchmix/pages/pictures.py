@@ -140,18 +140,12 @@ def heat(
         column_names: of the columns.
         ink: colour of the names.
     """
-    from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
-
-    palette = colormaps["cividis"]
+    cells = panel.pcolormesh(shares, cmap="cividis", vmin=0, vmax=_BRIGHTEST)
     for row, values in enumerate(shares):
         for column, value in enumerate(values):
-            colour = palette(min(1.0, value / _BRIGHTEST))
-            panel.add_patch(Rectangle((column, row), 1, 1, facecolor=colour, edgecolor="none"))
-            bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 0.5
-            text = "black" if bright else "white"
+            red, green, blue, _ = cells.to_rgba(value)
+            text = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
             panel.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=text, fontsize=8)
-    panel.set_xlim(0, len(column_names))
     panel.set_ylim(len(shares), 0)
     panel.set_xticks([place + 0.5 for place in range(len(column_names))], column_names)
     panel.set_yticks([place + 0.5 for place in range(len(shares))], row_names if rows else [""] * len(shares))

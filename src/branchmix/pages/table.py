@@ -98,7 +98,6 @@ class Table:
         Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH).print(self.terminal())
 
     def csv(self) -> str:
-        """Cells alone."""
         file = io.StringIO()
         csv.writer(file, lineterminator="\n").writerows([self.head, *self.rows])
         return file.getvalue()

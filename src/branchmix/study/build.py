@@ -15,7 +15,6 @@ from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.json_text import key_of
 from branchmix.data.config import Source
 from branchmix.errors import RecipeError
-from branchmix.recipe import Recipe
 from branchmix.settings import overlaid
 from branchmix.study.graph import NEGLIGIBLE, SCORES, About, Cost, Graph, Group, Needs, Step, StepKind, has_routers
 from branchmix.study.models import Config, Mixtures, seed_config, step_cost
@@ -63,10 +62,11 @@ class _Builder:
     # ---- the main path ----
 
     def build(self) -> Graph:
-        study = self.study
+        study, self.data = self.study, dict[str, Any]()
         if isinstance(study.data, InstalledText):
             self._add("text", study.data.model_dump(), Needs())
-        self.data = _identity_of_text(study)
+        else:
+            self.data = {name: _identity_of_source(source, study.folder) for name, source in study.data.items()}
         self.evaluation = {
             "held_out": study.held_out.model_dump(),
             "max_length": study.sequence_length,
@@ -99,20 +99,16 @@ class _Builder:
             share = study.general_share if expert != study.general else 0.0
             mix = {expert: 1.0 - share, study.general: share} if share else {expert: 1.0}
             run = overlaid({"mix": mix, **self._rate(study.learning_rate.expert)}, study.expert_train)
-            steps, cost = (
-                study.tokens.expert // study.step_tokens,
-                step_cost(study, self.seed_config, study.expert_train),
-            )
+            cost = step_cost(study, self.seed_config, study.expert_train)
+            steps = study.tokens.expert // study.step_tokens
             step = self._train(seed, run, steps, _EXPERT_PHASE, self.seed_config, about, cost)
             self._scores(step, self.seed_config, about)
         self._scores(seed, self.seed_config, of_seed)
 
     def _method(self, method: Method, repetition: int, group: Group) -> None:
         preset, title = method.preset, method.title
-        label = method.label or preset.label
-        about = About(
-            group, repetition, "upcycle", label, title, title, method.method, what=preset.what, warning=preset.warning
-        )
+        of_method = (method.label or preset.label, title, title, method.method, preset.what, preset.warning)
+        about = About(group, repetition, "upcycle", *of_method)
         seed = self._seed_step(repetition)
         experts = {name: f"r{repetition + 1}.train.{name}" for name in self.study.expert_names}
         dense = ({SEED: seed} if seed else {}) | experts
@@ -125,7 +121,8 @@ class _Builder:
             self._add("ensemble", options, needs, about, config=self.seed_config)
             return
         recipe = self.mixtures.recipe(method, self._random(repetition, _MIXTURE_PHASE))
-        config, content = self.mixtures.config(recipe), _identity_of_recipe(recipe)
+        config = self.mixtures.config(recipe)
+        content = _without(recipe.model_dump(mode="json", exclude={"seed", "experts"}), _LATER)
         names = [expert.name for expert in recipe.experts]
         needs = Needs(members={role: step for role, step in dense.items() if role in (SEED, *names)})
         options = {"recipe": content, "experts": names, **self.given_identity}
@@ -215,13 +212,10 @@ class _Builder:
         options = {name: value for name, value in self.evaluation.items() if name != "precision"}
         runs = {s.about.method: s for s in reversed(self._of_first("train")) if has_routers(s.config)}
         for method in self.study.routes:
-            if method not in runs:
+            if (run := runs.get(method)) is None:
                 trained = [m.title for m in self.study.all_methods if m.preset.kind == "mixture"]
-                raise RecipeError(
-                    f"routes: {method!r} is not a mixture that the study trains{nearest(method, trained)}; there are "
-                    f"{', '.join(trained)}"
-                )
-            run = runs[method]
+                what = f"is not a mixture that the study trains{nearest(method, trained)}"
+                raise RecipeError(f"routes: {method!r} {what}; there are {', '.join(trained)}")
             self._add("routes", options, Needs(self.text, run.name), run.about, config=run.config)
 
     def _inference(self) -> None:
@@ -277,12 +271,6 @@ class _Builder:
 # ---- What distinguishes one seed, text or merge from another: part of the keys of all steps that depend on them ----
 
 
-def _identity_of_recipe(recipe: Recipe) -> dict[str, Any]:
-    """JSON of all that a merge depends on, but for the models themselves."""
-    content: dict[str, Any] = recipe.model_dump(mode="json", exclude={"seed", "experts"})
-    return _without(content, _LATER)
-
-
 def _without(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """A mapping without the keys that have their default, at any depth; that of a mapping is None."""
     left = {}
@@ -303,13 +291,6 @@ def _identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:
     from branchmix.likelihood.records import model_hash
 
     return {"seed": model_hash(given.folder)}
-
-
-def _identity_of_text(study: StudyFile) -> dict[str, Any]:
-    """What the text of all domains depends on; that of a text step is in its key."""
-    if isinstance(study.data, InstalledText):
-        return {}
-    return {name: _identity_of_source(source, study.folder) for name, source in study.data.items()}
 
 
 def _identity_of_source(source: Source, folder: Path) -> dict[str, Any]:

@@ -95,9 +95,9 @@ def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
 
     models = {model["title"]: model for model in study["models"]}
     shown = styles(study)
-    runs = {title: by_repetition(models[title], "training").items() for title in shown}
     trained = {
-        title: {n: run["curve"] for n, run in of_one if run and run.get("curve")} for title, of_one in runs.items()
+        title: {n: run["curve"] for n, run in by_repetition(models[title], "training").items() if run and run["curve"]}
+        for title in shown
     }
     having = [set(of_one) for of_one in trained.values() if of_one]
     common = set.intersection(*having) if having else set()
@@ -175,7 +175,7 @@ def compute(study: Numbers, ink: str) -> Figure:
                 panel.errorbar([x], [y], yerr=[[y * half], [y * half]], color=colour, capsize=3, linewidth=1)
     panel.set_yscale("log")
     for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        set_formatter(lambda value, _: f"{value:.4g}")
+        set_formatter("{x:.4g}")
     panel.tick_params(axis="y", which="both", labelsize=7.5)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.set_xlabel(FLOPS, color=ink)

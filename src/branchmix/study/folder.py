@@ -28,6 +28,15 @@ def write_record(file: Path, content: dict[str, Any]) -> None:
     write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def rounded(value: Any) -> Any:
+    """Floats to four digits, at any depth."""
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list) else value
+
+
 def write_plan(config: StudyFile, graph: Graph, out: Path) -> None:
     """``plan.json``, which steps read, and ``results/study.json``, which reports read."""
     settings = config.model_dump(mode="json")

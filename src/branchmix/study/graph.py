@@ -42,7 +42,6 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """All FLOPs."""
         return self.flops + self.optimizer
 
 
@@ -97,7 +96,6 @@ class Needs:
 
     @property
     def names(self) -> list[str]:
-        """All steps that are needed."""
         return list(self.by_role().values())
 
 

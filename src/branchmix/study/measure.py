@@ -12,23 +12,39 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+from transformers.utils import logging
+
+from branchmix.checkpoint.expressions import Source as Stored
+from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.data.config import Source
+from branchmix.data.corpus import open_corpus
+from branchmix.data.sequences import IGNORED, Packing, packing_method
+from branchmix.errors import BranchMixError
+from branchmix.evaluate.perplexity import score_documents
+from branchmix.evaluate.scores import ScoredDocument, mixed
+from branchmix.likelihood.loading import load_language_model
+from branchmix.likelihood.models import TextModel
+from branchmix.study.folder import rounded
 from branchmix.study.settings import Inference, StudyFile
 from branchmix.study.speed import in_bf16
-
-if TYPE_CHECKING:
-    from branchmix.data.sequences import Packing
-    from branchmix.evaluate.scores import ScoredDocument
-    from branchmix.train.counters import RouterMonitor
-    from branchmix.train.models import Computing
+from branchmix.train.counters import RouterMonitor
+from branchmix.train.measure import model_inputs
+from branchmix.train.models import Computing, attention_options
+from branchmix.train.schedule import part_of
+from branchmix.upcycling.layers import cast
+from branchmix.upcycling.plan import open_expert
 
 ROUTED_SEQUENCES = 64
 """Sequences of a domain, for the routing by domain."""
 BATCH = 16
 
-Scored = dict[str, list["ScoredDocument"]]
+Scored = dict[str, list[ScoredDocument]]
 """By domain, every document that the model predicts."""
 
 
@@ -49,9 +65,6 @@ class HeldOutText:
 
     def measure(self, model: Path) -> dict[str, Any]:
         """Scores of one model, and the load of each expert by domain, of each layer's routers."""
-        from branchmix.data.sequences import packing_method
-        from branchmix.train.counters import RouterMonitor
-
         loaded, tokenizer, computing = self._load(model)
         # Found out without autocast, as runs do: what bf16 rounds away would be taken for other documents.
         monitor = RouterMonitor(loaded.config, list(self.sources))
@@ -73,8 +86,6 @@ class HeldOutText:
 
     def measure_ensemble(self, models: Sequence[Path]) -> dict[str, Any]:
         """Scores of models with one tokenizer together, weighted by the posterior of the domain (BTM)."""
-        from branchmix.evaluate.scores import mixed
-
         of_models: list[Scored] = []
         for model in models:
             loaded, tokenizer, computing = self._load(model)
@@ -87,10 +98,6 @@ class HeldOutText:
         return {"documents": _rows(together), "routing": None}
 
     def _load(self, folder: Path) -> tuple[Any, Any, Computing]:
-        from branchmix.checkpoint.hub import ResolvedModel
-        from branchmix.likelihood.models import TextModel
-        from branchmix.train.models import Computing, attention_options
-
         device = _device()
         computing = Computing(device, in_bf16(self.study.precision, device))
         model = TextModel(ResolvedModel(str(folder), folder), "float32", self.study.trust_remote_code)
@@ -98,14 +105,10 @@ class HeldOutText:
         return model.load(**options), model.tokenizer, computing
 
     def _corpus(self, tokenizer: Any) -> Any:
-        from branchmix.data.corpus import open_corpus
-
         held_out = self.study.held_out
         return open_corpus(dict(self.sources), tokenizer, folder=self.folder, cache=None, held_out=held_out)
 
     def _scored(self, model: Any, tokenizer: Any, domains: Iterable[str] | None = None) -> Scored:
-        from branchmix.evaluate.perplexity import score_documents
-
         corpus = self._corpus(tokenizer)
         scored = {}
         for domain in self.sources if domains is None else domains:
@@ -117,9 +120,6 @@ class HeldOutText:
 
 def _device() -> Any:
     """A GPU if there is one; transformers' advice is turned off."""
-    import torch
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,15 +130,6 @@ def distance(model: Path, seed: Path) -> dict[str, float]:
 
     A part that cannot be compared is left out.
     """
-    import numpy as np
-
-    from branchmix.checkpoint.expressions import Source as Stored
-    from branchmix.checkpoint.index import CheckpointIndex
-    from branchmix.errors import BranchMixError
-    from branchmix.train.schedule import part_of
-    from branchmix.upcycling.layers import cast
-    from branchmix.upcycling.plan import open_expert
-
     squares = {"attention": [0.0, 0.0], "ffn": [0.0, 0.0]}
     try:
         ours, theirs = (open_expert(folder.name, CheckpointIndex.open(folder)).tensors for folder in (model, seed))
@@ -161,22 +152,7 @@ def _rows(scored: Scored) -> dict[str, list[list[float]]]:
     }
 
 
-def rounded(value: Any) -> Any:
-    """Floats to four digits, at any depth."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return [rounded(inner) for inner in value] if isinstance(value, list) else value
-
-
 def _routing(model: Any, held_out: dict[str, Any], monitor: RouterMonitor, packing: Packing) -> dict[str, Any]:
-    import torch
-    from torch.utils.data import default_collate
-
-    from branchmix.data.sequences import IGNORED
-    from branchmix.train.measure import model_inputs
-
     with torch.inference_mode():
         for number, sequences in enumerate(held_out.values()):
             rows = range(min(len(sequences), ROUTED_SEQUENCES))
@@ -198,10 +174,6 @@ def measure_inference(
     first run is not timed. Models are timed in turn, run after run, so that a machine that becomes slower does so for
     all of them; they have to fit into memory together.
     """
-    import torch
-
-    from branchmix.likelihood.loading import load_language_model
-
     device = _device()
     dtype = torch.bfloat16 if in_bf16("auto", device) else torch.float32
     loaded = {

@@ -170,11 +170,9 @@ def new_model(config: Config, **options: Any) -> Any:
     from branchmix.models import mixture_config
 
     logging.set_verbosity_error()
-    fields = dict(config)
-    if fields.pop("model_type") == "branchmix":
-        made = mixture_config(fields.pop("seed_config"), **fields)
-    else:
-        made = AutoConfig.for_model(config["model_type"], **fields)
+    is_mixture = config["model_type"] == "branchmix"
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    made = mixture_config(**fields) if is_mixture else AutoConfig.for_model(config["model_type"], **fields)
     return AutoModelForCausalLM.from_config(made, **options)
 
 

@@ -58,13 +58,14 @@ def report(
     lines, made, pictures = headline(study), tables(study), pictures_of(study)
     numbers = {**study, "models": [_without_documents(model) for model in study["models"]]}
     texts: dict[str, Callable[[], str]] = {}
-    if not kinds or "html" in kinds:
+    wanted = kinds or ("html", "markdown", "latex")
+    if "html" in wanted:
         texts["index.html"] = lambda: _html(study, lines, made, pictures)
         pages = {routes_page(title): results_folder(folder) / f"{step}.html" for title, step in study["routes"].items()}
         texts |= {name: partial(file.read_text, encoding="utf-8") for name, file in pages.items() if file.is_file()}
-    if not kinds or "markdown" in kinds:
+    if "markdown" in wanted:
         texts["tables.md"] = lambda: _markdown(study, lines, made)
-    if not kinds or "latex" in kinds:
+    if "latex" in wanted:
         texts["tables.tex"] = lambda: "\n".join(table.latex() for table in made)
     drawn: dict[str, Callable[[Path], Path]] = {}
     if not kinds:
@@ -206,11 +207,9 @@ def _slope(row: Numbers, reference: str) -> str:
         f"{row['label']} spends {row['flops_ratio']:.2f} times the FLOPs of {reference}, and its perplexity falls like "
         f"tokens^{-row['slope']['value']:.2f}{f' (±{half:.2f})' if half is not None else ''} between its two budgets"
     )
-    if row["pays_below"] is not None and row["significant"]:
-        verb = "pays" if row["slope"]["value"] < row["pays_below"] else "would pay"
-        text += (
-            f"; its lead at equal data {verb} for them where it falls more slowly than tokens^-{row['pays_below']:.2f}"
-        )
+    if (below := row["pays_below"]) is not None and row["significant"]:
+        verb = "pays" if row["slope"]["value"] < below else "would pay"
+        text += f"; its lead at equal data {verb} for them where it falls more slowly than tokens^-{below:.2f}"
     return f"{text}."
 
 
@@ -226,7 +225,7 @@ def _order(claims: list[Numbers]) -> str:
 
 
 def _trust(study: Numbers) -> str:
-    comparisons = list(study["comparisons"].values())
+    comparisons = study["comparisons"].values()
     over_repetitions = sum(row["over"] == "repetitions" for row in comparisons)
     text = f"Perplexities are geometric means over the domains; ± is {intervals_are(study)}."
     if over_repetitions < len(comparisons):

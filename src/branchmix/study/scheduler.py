@@ -43,7 +43,6 @@ class StudyReport:
 
     @property
     def left(self) -> list[str]:
-        """Steps that are not done."""
         return [name for name, status in self.statuses.items() if status not in ("done", "kept")]
 
 

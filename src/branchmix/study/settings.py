@@ -138,7 +138,6 @@ class Method(Settings):
 
     @property
     def title(self) -> str:
-        """Its name in the study."""
         return self.name or self.method
 
     @property
@@ -161,11 +160,10 @@ _OF_THE_STUDY = (
 
 def _check_keys(where: str, given: dict[str, Any], kind: type[Settings], *, without: Collection[str]) -> None:
     """Keys of recipes and runs that a study may have; what their values may be, ``_check_runs`` knows."""
-    known = [name for name in kind.model_fields if name not in without]
+    known, what = kind.model_fields.keys() - set(without), "recipe" if kind is Recipe else "run"
     for key in given:
         if key not in known:
-            beside = f": the study has {key} itself" if key in StudyFile.model_fields else nearest(key, known)
-            what = "recipe" if kind is Recipe else "run"
+            beside = f": the study has {key} itself" if key in StudyFile.model_fields else nearest(key, sorted(known))
             raise ValueError(f"{where}.{key}: a {what} here has no such key{beside}")
 
 
@@ -270,7 +268,7 @@ class StudyFile(SettingsFile):
         for name in self.expert_names:
             if name == SEED or not is_expert_name(name) or "." in name:
                 raise ValueError(
-                    f"experts: {name!r} is not a name for an expert: use letters, digits, - and _, and not 'seed'"
+                    f"experts: {name!r} cannot be an expert's name: use letters, digits, - and _, not 'seed'"
                 )
 
     def _check_methods(self) -> None:
@@ -278,9 +276,8 @@ class StudyFile(SettingsFile):
         for title in titles:
             if titles.count(title) > 1:
                 raise ValueError(f"methods: {title!r} is listed {titles.count(title)} times: give each a name")
-        for name in (*self.expert_names, SEED):
-            if name in titles:
-                raise ValueError(f"methods: {name!r} is the name of a dense model here: give the method another")
+            if title in (*self.expert_names, SEED):
+                raise ValueError(f"methods: {title!r} is the name of a dense model here: give the method another")
         if self.reference not in titles:
             raise ValueError(f"reference: no method is called {self.reference!r}{nearest(self.reference, titles)}")
         if self.method(self.reference).preset.kind not in ("mixture", "dense"):
@@ -299,7 +296,6 @@ class StudyFile(SettingsFile):
 
     @property
     def domains(self) -> list[str]:
-        """Names of all domains."""
         return list(self.data.domains if isinstance(self.data, InstalledText) else self.data)
 
     @property
@@ -309,11 +305,9 @@ class StudyFile(SettingsFile):
 
     @property
     def all_methods(self) -> list[Method]:
-        """Methods and ablations."""
         return [*self.methods, *self.ablations]
 
     def method(self, title: str) -> Method:
-        """The method of a name in the study."""
         return next(method for method in self.all_methods if method.title == title)
 
     def run_of(self, *layers: dict[str, Any]) -> dict[str, Any]:
@@ -337,5 +331,4 @@ class StudyFile(SettingsFile):
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of an optimizer step."""
         return self.sequence_length * self.batch_size

@@ -30,7 +30,6 @@ class Speed:
     """Seconds of a training step, by the model's config as JSON."""
 
     def step(self, config: Config) -> float:
-        """Seconds of a training step of a model."""
         return self.steps[kind_of(config)]
 
 

@@ -21,9 +21,8 @@ from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.data.config import Source
 from branchmix.errors import BranchMixError
-from branchmix.study.folder import MODEL, PAGE, PLAN, RESULT, STEPS, TEXT, write_record
+from branchmix.study.folder import MODEL, PAGE, PLAN, RESULT, STEPS, TEXT, rounded, write_record
 from branchmix.study.graph import Step
-from branchmix.study.measure import HeldOutText, distance, measure_inference, rounded
 from branchmix.study.models import DATA
 from branchmix.study.settings import SEED, InstalledText, StudyFile
 
@@ -109,7 +108,9 @@ class _Work:
         sources = self.sources().items()
         return {name: source.model_dump(mode="json", exclude_none=True, exclude_unset=True) for name, source in sources}
 
-    def held_out(self) -> HeldOutText:
+    def held_out(self) -> Any:
+        from branchmix.study.measure import HeldOutText
+
         return HeldOutText(self.study, self.sources(), self.folder)
 
     def write_yaml(self, name: str, command: str, content: dict[str, Any]) -> Path:
@@ -148,6 +149,7 @@ class _Work:
 
     def train(self) -> dict[str, Any]:
         """A training run; ``run.yaml`` stays beside its result."""
+        from branchmix.study.measure import distance
         from branchmix.train import train
         from branchmix.train.config import RunConfig
         from branchmix.train.schedule import optimizer_flops
@@ -254,6 +256,7 @@ class _Work:
 
     def inference(self) -> dict[str, Any]:
         """Latency and memory of all merges, and of the seed."""
+        from branchmix.study.measure import measure_inference
         from branchmix.train.measure import versions
 
         study = self.study

@@ -16,11 +16,9 @@ from branchmix.train.progress import duration
 def tables(study: Numbers) -> list[Table]:
     """Those that there are numbers for."""
     made = [
-        *(perplexities(study), bits(study), before_training(study), distances(study)),
-        *(directions(study), variants(study)),
+        *(table(study) for table in (perplexities, bits, before_training, distances, directions, variants)),
         *(selection(study, *wanted) for wanted in SELECTIONS),
-        *(inference_flops(study), components(study), latency(study)),
-        *(budgets(study), costs(study), text(study)),
+        *(table(study) for table in (inference_flops, components, latency, budgets, costs, text)),
     ]
     return [table for table in made if table is not None and table.rows]
 
@@ -84,9 +82,10 @@ def _counts(*numbers: int) -> list[str]:
 def perplexities(study: Numbers) -> Table:
     """Table 1, with baselines that the paper does not have, and which differences are significant."""
     reference = study["reference"]
+    compared = [f"against {_label(study, reference)}"] if reference else []
 
     def cells(model: Numbers) -> list[str]:
-        return [*_perplexities(model), *([_difference(study["comparisons"].get(model["title"]))] if reference else [])]
+        return [*_perplexities(model), *(_difference(study["comparisons"].get(model["title"])) for _ in compared)]
 
     over = "Geometric means over repetitions. " if study["repetitions"] > 1 else ""
     note = (
@@ -94,7 +93,6 @@ def perplexities(study: Numbers) -> Table:
         f"domains; the last column compares geometric means; ±: {intervals_are(study)}. * marks significant "
         f"differences. {over}Bold: the best of a column among the trained."
     )
-    compared = [f"against {_label(study, reference)}"] if reference else []
     head = [*_domains(study), "Avg", "Geo. mean"]
     rows, bold = _grouped(study, cells, len(head))
     return Table(["", *head, *compared], rows, "table-1", "Perplexity (BAM, Table 1)", note, bold)
@@ -169,18 +167,16 @@ def distances(study: Numbers) -> Table:
 
 def directions(study: Numbers) -> Table:
     """The paper's order, row by row."""
-    head = ["claim", "from", "difference", "repetitions", "here"]
     rows = [[row["claim"], row["table"], *_verdict(row)] for row in study["claims"]]
     note = (
         "Difference of perplexity, geometric mean over domains: negative is the paper's direction. * marks significant "
         "differences. Table 6 is compute-matched."
     )
-    return Table(head, rows, "directions", "Was the paper's order reproduced?", note)
+    return Table(["claim", "from", *_VERDICT], rows, "directions", "Was the paper's order reproduced?", note)
 
 
 def variants(study: Numbers) -> Table:
     """What one change does, also where the paper leaves it open."""
-    head = ["method", "what it is", "beside", "difference", "repetitions", "here"]
     what = {model["title"]: model["what"] for model in study["models"]}
     rows = [
         [_label(study, row["title"]), what[row["title"]], _label(study, row["other"]), *_verdict(row)]
@@ -190,7 +186,10 @@ def variants(study: Numbers) -> Table:
         "Difference of perplexity, geometric mean over domains: negative is better than the method beside it, at the "
         "same budget. * marks significant differences."
     )
-    return Table(head, rows, "variants", "What does one change do?", note)
+    return Table(["method", "what it is", "beside", *_VERDICT], rows, "variants", "What does one change do?", note)
+
+
+_VERDICT = ("difference", "repetitions", "here")
 
 
 def _verdict(row: Numbers) -> list[str]:
@@ -261,9 +260,8 @@ def inference_flops(study: Numbers) -> Table:
     rows = []
     for model in _shapes(study):
         facts, flops = model["facts"], model["facts"]["layer_flops"]
-        sizes = _counts(facts["parameters"], facts["active_parameters"])
-        parts = _counts(flops["attention"], flops["ffn"], flops["total"], facts["forward_flops_per_token"])
-        rows.append([merge_label(model), *_experts(model), *sizes, *parts])
+        counts = [facts["parameters"], facts["active_parameters"], flops["attention"], flops["ffn"], flops["total"]]
+        rows.append([merge_label(model), *_experts(model), *_counts(*counts, facts["forward_flops_per_token"])])
     note = (
         f"Forward FLOPs of a token in one layer, context {study['settings']['sequence_length']}, by the formulas of "
         "the paper's Table 10; whole model: all layers and the output layer."
@@ -273,14 +271,8 @@ def inference_flops(study: Numbers) -> Table:
 
 def components(study: Numbers) -> Table:
     """Table 10, with numbers for its letters."""
-    parts = {
-        "attention_router": "attention router",
-        "qkv": "q, k, v",
-        "context": "mask",
-        "output": "out",
-        "ffn_router": "FFN router",
-        "ffn": "FFN",
-    }
+    parts = {"attention_router": "attention router", "qkv": "q, k, v", "context": "mask", "output": "out"}
+    parts |= {"ffn_router": "FFN router", "ffn": "FFN"}
     rows = []
     for model in _shapes(study):
         for what in ("parameters", "FLOPs"):
@@ -300,8 +292,7 @@ def latency(study: Numbers) -> Table | None:
     labels = {model["method"]: merge_label(model) for model in _shapes(study) if model["method"]}
     rows = []
     for name, row in measured["models"].items():
-        seconds = sorted(row["seconds"])
-        times = [f"{sum(seconds) / len(seconds):.4f}", f"{seconds[0]:.4f} to {seconds[-1]:.4f}"]
+        times = [f"{fmean(row['seconds']):.4f}", f"{min(row['seconds']):.4f} to {max(row['seconds']):.4f}"]
         rows.append([labels.get(name, name.capitalize()), *times, f"{row['kv_cache_bytes']:,}"])
     note = (
         f"{measured['new_tokens']} new tokens after a prompt of {measured['prompt']}, mean of {measured['runs']} runs "

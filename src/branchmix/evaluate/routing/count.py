@@ -28,15 +28,9 @@ SHOWN = 8
 class RouterCounts:
     """Sums of one router, in fp64, and what it does with the tokens to be shown."""
 
-    def __init__(self, place: RouterPlace, documents: int, kinds: int, shown: int):
-        self.place = place
-        self._sizes = (documents, kinds, shown)
-        self.rule: Rule | None = None
-        self.top_k = self.experts = 0
-
-    def _begin(self, experts: int, top_k: int) -> None:
-        documents, kinds, shown = self._sizes
-        self.experts, self.top_k = experts, top_k
+    def __init__(self, place: RouterPlace, read: Any, documents: int, kinds: int, shown: int):
+        self.place, self.rule = place, Rule.found_in(read)
+        experts, top_k = self.experts, self.top_k = read.logits_SE.shape[1], read.index_Sk.shape[1]
         self.load_NE = torch.zeros(documents, experts, dtype=torch.float64)
         """What a document's tokens give to each expert: 1/k to each chosen one, or the gates if all are chosen."""
         self.gates_NE = torch.zeros_like(self.load_NE)
@@ -51,16 +45,8 @@ class RouterCounts:
         """Experts of each shown token: the chosen ones first, the strongest of them first; then the rest."""
         self.shown_gates_TM = np.zeros((shown, most), dtype=np.float32)
 
-    def add(self, output: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, read: Any, batch: _Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts a batch; returns probabilities and the strongest expert of each token, [S, E] and [S]."""
-        read = self.place.read(output)
-        if len(read.logits_SE) != batch.size:
-            raise CheckpointError(f"the router {self.place.name} does not give one row of logits for each token")
-        if not bool(torch.isfinite(read.logits_SE).all()):
-            raise CheckpointError(f"the logits of {self.place.name} are not finite: the model's weights are broken")
-        if self.rule is None:
-            self.rule = Rule.found_in(read)
-            self._begin(read.logits_SE.shape[1], read.index_Sk.shape[1])
         rows_S = batch.rows_S.to(read.logits_SE.device)
         gates_SE = self.rule.probabilities(read.logits_SE[rows_S]).cpu()
         soft = self.top_k == self.experts
@@ -140,7 +126,8 @@ def count(
     texts = _Texts(documents, prefix, shown)
     # Windows are made for predictions, and a row's last token makes none: here it counts.
     windows = sorted_windows([len(row) + 1 for row in texts.rows], max_length, stride)
-    routers = [RouterCounts(place, len(documents), len(texts.kinds_V), sum(shown)) for place in places]
+    sizes = (len(documents), len(texts.kinds_V), sum(shown))
+    routers: dict[str, RouterCounts] = {}
     gated = {place.layer for place in places if place.kind == "attention"}
     agreement = {place.layer: (0.0, 0.0) for place in places if place.kind == "ffn" and place.layer in gated}
     done, total = 0, sum(map(len, documents))
@@ -150,8 +137,11 @@ def count(
             with head_at(model, torch.tensor([0]), torch.tensor([0])):  # nobody wants the logits
                 model(input_ids=inputs_BT.to(model.device), use_cache=False)
             chosen_by = {}
-            for router in routers:
-                chosen_by[router.place.kind, router.place.layer] = router.add(output_of(router.place), batch)
+            for place in places:
+                read = _read(place, output_of(place), batch.size)
+                if place.name not in routers:
+                    routers[place.name] = RouterCounts(place, read, *sizes)
+                chosen_by[place.kind, place.layer] = routers[place.name].add(read, batch)
             for layer, (same, overlap) in agreement.items():
                 (ffn_SE, ffn_S), (gates_SE, gate_S) = (chosen_by[kind, layer] for kind in ("ffn", "attention"))
                 if ffn_SE.shape == gates_SE.shape:
@@ -161,7 +151,17 @@ def count(
             if progress is not None:
                 progress("tokens", done, total)
     tokens_N = np.array([len(document) for document in documents], dtype=np.float64)
-    return ModelCounts(routers, agreement, tokens_N, texts.kinds_V, texts.count_V)
+    return ModelCounts(list(routers.values()), agreement, tokens_N, texts.kinds_V, texts.count_V)
+
+
+def _read(place: RouterPlace, output: Any, size: int) -> Any:
+    """What a router gave back for ``size`` tokens."""
+    read = place.read(output)
+    if len(read.logits_SE) != size:
+        raise CheckpointError(f"the router {place.name} does not give one row of logits for each token")
+    if not bool(torch.isfinite(read.logits_SE).all()):
+        raise CheckpointError(f"the logits of {place.name} are not finite: the model's weights are broken")
+    return read
 
 
 class _Texts:

@@ -17,46 +17,11 @@ from branchmix.evaluate.scores import ratio
 from branchmix.models.routers import KINDS
 from branchmix.pages.table import Table
 
+Layer = dict[str, Any]
+"""Numbers of one router, by the names that ``docs/routing.md`` describes.
 
-@dataclass(frozen=True)
-class LayerRouting:
-    """One router. Shares sum to 1 over experts; entropies and information are in bits."""
-
-    layer: int
-    """Number of the block, from 0, as in the names of tensors."""
-    module: str
-    load: list[float]
-    """Share of each expert of all tokens: of the top-k choices, or of the gates where all experts are chosen."""
-    gate: list[float]
-    """Mean probability of each expert before top-k, all tokens."""
-    by_domain: dict[str, list[float]]
-    """``load`` of each domain's tokens."""
-    gate_by_domain: dict[str, list[float]]
-    load_entropy: float
-    """Entropy of ``load``: log2 E if all experts do as much, 0 if one does all."""
-    token_entropy: float
-    """Entropy of a token's probabilities before top-k, mean over tokens: how undecided the router is."""
-    token_entropy_by_domain: dict[str, float]
-    mutual_information: float | None
-    """Between expert and domain, in bits (see ``mutual_information``); None for one domain."""
-    mutual_information_corrected: float | None
-    """Without what a sample of documents gives too much (``mutual_information_bias``), 0 at least."""
-    typical: list[list[dict[str, Any]]]
-    """For each expert: tokens that it gets more of than others, the most telling first, with the share of their
-    occurrences that go to it and their count."""
-
-
-@dataclass(frozen=True)
-class LayerAgreement:
-    """FFN router and attention gate of one layer."""
-
-    layer: int
-    same: float
-    """Share of tokens for which both prefer the same expert."""
-    same_by_chance: float
-    """What that would be if neither knew of the other."""
-    overlap: float
-    """Sum over experts of the smaller of both probabilities, mean over tokens: 1 if they are equal."""
+Shares sum to 1 over experts; entropies and information are in bits; ``layer`` counts blocks from 0, as tensors' names.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,8 +36,10 @@ class RoutingReport:
     dtype: str
     routers: dict[str, dict[str, Any]]
     """By kind, ``ffn`` or ``attention``: experts, top_k, whether it is soft, score function, what weights are."""
-    layers: dict[str, list[LayerRouting]]
-    agreement: list[LayerAgreement]
+    layers: dict[str, list[Layer]]
+    """By kind, one entry for each router."""
+    agreement: list[dict[str, Any]]
+    """For each layer with both kinds: how often they prefer the same expert, and that by chance."""
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,12 +56,12 @@ class RoutingReport:
         """Shares by kind, layer, domain and expert: a row each."""
         head = ["router", "layer", "domain", "expert", "load", "gate"]
         rows = [
-            [kind, str(layer.layer), domain, name, f"{load:.6f}", f"{gate:.6f}"]
+            [kind, str(layer["layer"]), domain, name, f"{load:.6f}", f"{gate:.6f}"]
             for kind, layers in self.layers.items()
             for layer in layers
             for domain in self.domains
             for name, load, gate in zip(
-                self.names(kind), layer.by_domain[domain], layer.gate_by_domain[domain], strict=True
+                self.names(kind), layer["by_domain"][domain], layer["gate_by_domain"][domain], strict=True
             )
         ]
         return Table(head, rows).csv()
@@ -137,7 +104,8 @@ def report(
         ffn_E, attention_E = (first_of[kind, layer].strongest_E.numpy() / total for kind in ("ffn", "attention"))
         if len(ffn_E) == len(attention_E):
             by_chance = float(ffn_E @ attention_E)  # how often they would agree if neither knew of the other
-            agreement.append(LayerAgreement(layer, same / total, by_chance, overlap / total))
+            shares = {"same": same / total, "same_by_chance": by_chance, "overlap": overlap / total}
+            agreement.append({"layer": layer, **shares})
     if len(domains) > 1 and min(domains.values()) == 1:
         alone = ", ".join(name for name, documents in domains.items() if documents == 1)
         notes.append(
@@ -150,7 +118,6 @@ def report(
 def _facts(routers: list[RouterCounts]) -> dict[str, Any]:
     """What all routers of a kind have in common."""
     first = routers[0]
-    assert first.rule is not None
     return {
         "experts": max(router.experts for router in routers),
         "top_k": first.top_k,
@@ -171,7 +138,7 @@ def _notes(kind: str, facts: dict[str, Any]) -> list[str]:
 
 def _layer(
     router: RouterCounts, counts: ModelCounts, domain_N: np.ndarray, domains: list[str], tokens: list[str]
-) -> LayerRouting:
+) -> Layer:
     load_NE, gates_NE, load_VE = router.load_NE.numpy(), router.gates_NE.numpy(), router.load_VE.numpy()
     entropy_N = router.entropy_N.numpy() / math.log(2)
     total = counts.tokens_N.sum()
@@ -194,20 +161,20 @@ def _layer(
         ]
         for expert in range(router.experts)
     ]
-    return LayerRouting(
-        layer=router.place.layer,
-        module=router.place.name,
-        load=load_E.tolist(),
-        gate=(gates_NE.sum(0) / total).tolist(),
-        by_domain=loads,
-        gate_by_domain=by_domain(gates_NE),
-        load_entropy=float(entropy(load_E, base=2)) + 0.0,  # not -0.0
-        token_entropy=float(entropy_N.sum() / total),
-        token_entropy_by_domain=by_domain(entropy_N),
-        mutual_information=information,
-        mutual_information_corrected=corrected,
-        typical=typical,
-    )
+    return {
+        "layer": router.place.layer,
+        "module": router.place.name,
+        "load": load_E.tolist(),
+        "gate": (gates_NE.sum(0) / total).tolist(),
+        "by_domain": loads,
+        "gate_by_domain": by_domain(gates_NE),
+        "load_entropy": float(entropy(load_E, base=2)) + 0.0,  # not -0.0
+        "token_entropy": float(entropy_N.sum() / total),
+        "token_entropy_by_domain": by_domain(entropy_N),
+        "mutual_information": information,
+        "mutual_information_corrected": corrected,
+        "typical": typical,
+    }
 
 
 def shown_token(tokenizer: Any, token: int) -> str:

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from branchmix.checkpoint.folder import write_text
 from branchmix.evaluate.routing import plots
 from branchmix.evaluate.routing.routes import Routes
-from branchmix.evaluate.routing.routing_report import LayerRouting
+from branchmix.evaluate.routing.routing_report import Layer
 from branchmix.pages.page import render
 from branchmix.pages.pictures import COLOURS, svg
 
@@ -125,16 +125,15 @@ def _data(routed: Routes) -> dict[str, Any]:
         "colours": _COLOURS,
         "texts": texts,
         "kinds": kinds,
-        "agreement": [vars(pair) for pair in report.agreement],
+        "agreement": report.agreement,
     }
 
 
-def _layer(layer: LayerRouting) -> dict[str, Any]:
+def _layer(layer: Layer) -> dict[str, Any]:
     kept = ("layer", "load_entropy", "token_entropy", "mutual_information", "mutual_information_corrected")
-    typical = [[list(token.values()) for token in tokens[:_TYPICAL]] for tokens in layer.typical]
     return {
-        **{name: getattr(layer, name) for name in kept},
-        "load": [round(share, 5) for share in layer.load],
-        "by_domain": {name: [round(share, 5) for share in shares] for name, shares in layer.by_domain.items()},
-        "typical": typical,
+        **{name: layer[name] for name in kept},
+        "load": [round(share, 5) for share in layer["load"]],
+        "by_domain": {name: [round(share, 5) for share in shares] for name, shares in layer["by_domain"].items()},
+        "typical": [[list(token.values()) for token in tokens[:_TYPICAL]] for tokens in layer["typical"]],
     }

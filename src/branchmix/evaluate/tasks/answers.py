@@ -189,14 +189,14 @@ class LiveModel(HFLM):
         self.merged.clear()
         self._names, self._known = names, known
         done, total = 0, len(arguments) - len(known)
+        results: Iterator[tuple[int, Any]]
+        if kind == "generate_until":
+            results = self._generations(arguments, seeds)
+        elif kind == "loglikelihood":
+            results = self._scored([self._pair(number, *texts) for number, texts in enumerate(arguments)])
+        else:
+            results = self._texts([text for (text,) in arguments])
         with evaluating(self.model):
-            results: Iterator[tuple[int, Any]]
-            if kind == "generate_until":
-                results = self._generations(arguments, seeds)
-            elif kind == "loglikelihood":
-                results = self._scored([self._pair(number, *texts) for number, texts in enumerate(arguments)])
-            else:
-                results = self._texts([text for (text,) in arguments])
             for number, result in results:
                 if number not in known:
                     yield number, result
@@ -292,7 +292,8 @@ class LiveModel(HFLM):
         """lm-eval's greedy or sampled text, in batches of prompts of about one length and the same settings."""
         if self.tokenizer.eos_token_id is None:
             raise CheckpointError("its tokenizer has no EOS, which ends what the model writes")
-        prompts = []
+        prompts: list[str] = []
+        groups: dict[tuple[str, bool], list[TokenWindow]] = {}
         for number, (prompt, settings) in enumerate(arguments):
             room = self.max_length - normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
             if room <= 0:
@@ -308,30 +309,19 @@ class LiveModel(HFLM):
             if length > room:
                 self.shortened.add(number)
             starts = bool(self.tokenizer.bos_token) and prompt.startswith(self.tokenizer.bos_token)
-            group = (repr(sorted(settings.items(), key=str)), starts)
-            prompts.append((group, -min(length, room), prompt, number))
-        prompts.sort(key=lambda entry: entry[:3])
-        batch: list[tuple[Any, int, str, int]] = []
-        for entry in prompts:
-            if batch:
-                length = -batch[0][1]
-                alike = entry[0] == batch[0][0] and (-entry[1] == length or not self._equal_lengths)
-                samples = arguments[entry[3]][1].get("do_sample")
-                if samples or not alike or length * (len(batch) + 1) > self._budget:
-                    yield from self._written(batch, arguments, seeds)
-                    batch = []
-            batch.append(entry)
-        yield from self._written(batch, arguments, seeds)
-
-    def _written(
-        self, batch: Sequence[tuple[Any, int, str, int]], arguments: Sequence[Any], seeds: Sequence[int]
-    ) -> Iterator[tuple[int, str]]:
-        numbers = [number for *_, number in batch]
-        if all(number in self._known for number in numbers):
-            return
-        requests = [Instance("generate_until", {}, (text, arguments[n][1]), n) for *_, text, n in batch]
-        self.batch_size_per_gpu = len(requests)
-        with torch.random.fork_rng():
-            torch.random.manual_seed(seeds[numbers[0]])
-            texts = self.generate_until(requests, disable_tqdm=True)
-        yield from zip(numbers, texts, strict=True)
+            group = groups.setdefault((repr(sorted(settings.items(), key=str)), starts), [])
+            group.append(TokenWindow(number, 0, 0, min(length, room)))
+            prompts.append(prompt)
+        for _, group in sorted(groups.items()):
+            group.sort(key=lambda window: (-window.end, prompts[window.document]))
+            samples = arguments[group[0].document][1].get("do_sample")  # these are alone
+            for batch in batches(group, 0 if samples else self._budget, equal_lengths=self._equal_lengths):
+                numbers = [window.document for window in batch]
+                if all(number in self._known for number in numbers):
+                    continue
+                requests = [Instance("generate_until", {}, (prompts[n], arguments[n][1]), n) for n in numbers]
+                self.batch_size_per_gpu = len(requests)
+                with torch.random.fork_rng():
+                    torch.random.manual_seed(seeds[numbers[0]])
+                    texts = self.generate_until(requests, disable_tqdm=True)
+                yield from zip(numbers, texts, strict=True)

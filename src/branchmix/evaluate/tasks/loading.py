@@ -11,7 +11,6 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -38,19 +37,12 @@ DEFINITIONS = Path(__file__).parent / "definitions"
 _CODE_SWITCH = "HF_ALLOW_CODE_EVAL"
 
 
-@dataclass
-class LoadedTasks:
-    """Tasks with their requests, as lm-eval's ``evaluate`` takes them."""
-
-    tasks: dict[str, Any] = field(default_factory=dict)
-    groups: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 def load(
     options: TaskOptions, failed: Sequence[DataError], *, limit: int | None, progress: Progress | None
-) -> LoadedTasks:
-    """Every task that ``options`` names, with its data set and all its requests.
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Every task that ``options`` names, with its data set and all its requests, as lm-eval's ``evaluate`` takes them.
+
+    Returns notes for the user with them.
 
     Args:
         options: names and settings.
@@ -68,7 +60,7 @@ def load(
     manager = _manager([*shots, *plain], options.include_path, say)
     named = dict.fromkeys(name for given in plain for name in _matching(given, manager.task_index))
     _refuse_code([*shots, *named], manager.task_index, options)
-    loaded = LoadedTasks()
+    tasks, groups, notes = dict[str, Any](), dict[str, Any](), list[str]()
     fewshot: dict[str, int] = {}
     wanted: list[tuple[str, int | None]] = [*shots.items(), *((name, None) for name in named)]
     for number, (name, of_suite) in enumerate(wanted, start=1):
@@ -79,20 +71,20 @@ def load(
             if failed:
                 raise failed[0]
         for task_name, task in of_name["tasks"].items():
-            num_fewshot = _num_fewshot(task, of_suite, options, loaded)
+            num_fewshot = _num_fewshot(task, of_suite, options, notes)
             if fewshot.setdefault(task_name, num_fewshot) != num_fewshot:
                 raise RecipeError(
                     f"tasks: {task_name} is listed twice, with {fewshot[task_name]} and with {num_fewshot} examples in "
                     "the prompt: evaluate them one after the other, or give --num-fewshot"
                 )
-            loaded.tasks[task_name] = task
-        loaded.groups |= of_name.get("groups", {})
+            tasks[task_name] = task
+        groups |= of_name.get("groups", {})
         say("tasks and their data", number, len(wanted))
-    for name, task in loaded.tasks.items():
+    for name, task in tasks.items():
         say(f"requests of {name}", 0, 1)
         _build(name, task, fewshot[name], limit, options)
         say(f"requests of {name}", 1, 1)
-    return loaded
+    return {"tasks": tasks, "groups": groups}, notes
 
 
 # ---- names ----
@@ -156,15 +148,13 @@ def _tasks_with_code(name: str, index: dict[str, Any]) -> Iterator[str]:
 # ---- tasks ----
 
 
-def _num_fewshot(task: Any, of_suite: int | None, options: TaskOptions, loaded: LoadedTasks) -> int:
+def _num_fewshot(task: Any, of_suite: int | None, options: TaskOptions, notes: list[str]) -> int:
     """Examples in the prompt: what the user says, else the suite, else the task; what is fixed at 0 stays there."""
     own = task.get_config("num_fewshot")
     if options.num_fewshot is not None:
         if own != 0 or options.num_fewshot == 0:
             return options.num_fewshot
-        loaded.notes.append(
-            f"{task.task_name}: lm-eval fixes it at 0 examples in the prompt; --num-fewshot is not used"
-        )
+        notes.append(f"{task.task_name}: lm-eval fixes it at 0 examples in the prompt; --num-fewshot is not used")
     return of_suite if of_suite is not None else int(own or 0)
 
 

@@ -17,7 +17,7 @@ from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.text import replaced_note
 from branchmix.evaluate.scores import Measured, ModelReport, SuiteScore, TaskScore
 from branchmix.evaluate.tasks.answers import FILE, RecordedModel
-from branchmix.evaluate.tasks.loading import LoadedTasks, load, quiet, seeded, sources
+from branchmix.evaluate.tasks.loading import load, quiet, seeded, sources
 from branchmix.evaluate.tasks.options import EVERYTHING, TaskOptions
 from branchmix.likelihood.forward import max_positions
 from branchmix.likelihood.models import Progress, TextModel
@@ -34,7 +34,8 @@ class TaskEvaluation:
     """All tasks with their data, ready for any number of models."""
 
     options: TaskOptions
-    loaded: LoadedTasks
+    tasks: dict[str, dict[str, Any]]
+    notes: list[str]
     folder: Path | None
     limit: int | None
     answers: Journal
@@ -51,8 +52,8 @@ class TaskEvaluation:
         """
         with quiet(), sources(options.task_data, allow_code_execution=options.allow_code_execution) as failed:
             with seeded():
-                loaded = load(options, failed, limit=limit, progress=progress)
-            yield cls(options, loaded, folder, limit, Journal(folder, FILE, "request"))
+                tasks, notes = load(options, failed, limit=limit, progress=progress)
+            yield cls(options, tasks, notes, folder, limit, Journal(folder, FILE, "request"))
 
     def evaluate(
         self,
@@ -74,7 +75,7 @@ class TaskEvaluation:
         with seeded():
             results = lm_evaluate(
                 lm=model,
-                task_dict={"tasks": self.loaded.tasks, "groups": self.loaded.groups},
+                task_dict=self.tasks,
                 limit=self.limit,
                 bootstrap_iters=BOOTSTRAP,
                 log_samples=self.folder is not None,
