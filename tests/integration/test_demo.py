@@ -79,7 +79,7 @@ def test_the_time_of_fitting_gates_is_planned() -> None:
     """More of it where a model is slower; a merge alone takes the time of a process."""
     for times in (1.0, 3.0):
         found = forecast.forecast(demo(), Path("none"), speed=speed(times))
-        seconds = {row.name: row.seconds for row in found.rows}
+        seconds = {row["name"]: row["seconds"] for row in found.rows}
         fitted, merged = seconds["upcycle.bam-expert-kv-calibrated"], seconds["upcycle.bam-expert-kv"]
         assert fitted is not None and merged is not None
         tokens = (4 + 3 + 2) * MEASURED_TOKENS * 4  # each expert, each sharpness, before and after; of 4 domains

@@ -311,11 +311,11 @@ def test_a_dry_run_writes_nothing(done: Any, tmp_path: Path) -> None:
     speed = Speed(1.0, {kind_of(step.config): 1.0 for step in steps_of_it if step.config})
     found = forecast(StudyFile.load(done.file), tmp_path / "none", speed=speed)
     assert not (tmp_path / "none").exists()
-    rows = {row.name: row for row in found.rows}
-    assert rows["train.btx"].tokens == 12 * STEP and rows["train.btx"].status == ""
+    rows = {row["name"]: row for row in found.rows}
+    assert rows["train.btx"]["tokens"] == 12 * STEP and rows["train.btx"]["status"] == ""
     assert "bam-expert-kv-cm" in "\n".join(found.lines())
     again = forecast(StudyFile.load(done.file), done.out)
-    assert {row.status for row in again.rows} == {"done"} and again.seconds == 0
+    assert {row["status"] for row in again.rows} == {"done"} and again.seconds == 0
 
 
 def test_commands(done: Any, tmp_path: Path) -> None:

@@ -112,16 +112,11 @@ def _print_forecast(found: Forecast) -> None:
     head = ["step", "", "times", "parameters", "tokens", "FLOPs", "of AdamW", "memory", "disk", "time each"]
     rows = [
         [
-            row.name,
-            row.status,
-            f"{row.times}",
-            human_count(row.parameters) if row.parameters else "",
-            human_count(row.tokens) if row.tokens else "",
-            f"{row.flops:.4g}" if row.flops else "",
-            f"{row.optimizer:.3g}" if row.optimizer else "",
-            human_bytes(row.memory) if row.memory else "",
-            human_bytes(row.disk) if row.disk else "",
-            duration(row.seconds) if row.seconds is not None else "?",
+            *(row["name"], row["status"], f"{row['times']}"),
+            *(human_count(row[key]) if row[key] else "" for key in ("parameters", "tokens")),
+            *(f"{row[key]:{digits}}" if row[key] else "" for key, digits in (("flops", ".4g"), ("optimizer", ".3g"))),
+            *(human_bytes(row[key]) if row[key] else "" for key in ("memory", "disk")),
+            duration(row["seconds"]) if row["seconds"] is not None else "?",
         ]
         for row in found.rows
     ]

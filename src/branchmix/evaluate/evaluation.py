@@ -87,7 +87,7 @@ def evaluate(
         readers = {}
         for number, candidate in enumerate(candidates):
             if data is not None:
-                reader = readers[candidate] = _Reader(candidate, journal, length, length if stride is None else stride)
+                reader = readers[candidate] = _Reader(candidate, journal, length, stride)
                 for domain, chosen in documents.items():
                     reader.read(domain, chosen, batch_tokens, progress)
                 every = [document.hash for chosen in documents.values() for document in chosen]
@@ -116,9 +116,9 @@ def evaluate(
 class _Reader:
     """A model with its window on documents."""
 
-    def __init__(self, candidate: TextModel, journal: Journal, max_length: int, stride: int):
+    def __init__(self, candidate: TextModel, journal: Journal, max_length: int, stride: int | None):
         self.candidate = candidate
-        self.window: dict[str, Any] = {"max_length": max_length, "stride": stride}
+        self.window: dict[str, Any] = {"max_length": max_length, "stride": max_length if stride is None else stride}
         facts = {**candidate.facts, "prefix": candidate.prefix, **self.window}
         self.records = journal.of(facts, **candidate.source)
 
@@ -133,11 +133,10 @@ class _Reader:
         """
         candidate = self.candidate
         texts = {document.hash: document.text for document in documents}
+        options = {**self.window, "batch_tokens": batch_tokens, "progress": candidate.named(progress, domain)}
         for keys, known in self.records.missing(texts, batch_tokens):
-            options = {**self.window, "batch_tokens": batch_tokens, "known": known}
-            options["progress"] = candidate.named(progress, domain)
             asked = [texts[key] for key in keys]
-            scores = score_documents(candidate.model(), candidate.tokenizer, asked, **options)
+            scores = score_documents(candidate.model(), candidate.tokenizer, asked, known=known, **options)
             try:
                 for number, scored in scores:
                     self.records.add(keys[number], domain=domain, **scored.as_record())
@@ -145,14 +144,12 @@ class _Reader:
                 raise CheckpointError(f"{candidate.given}: {error}") from error
 
     def scored(self, document: HashedDocument) -> ScoredDocument:
-        """A document's result, which is on record."""
         return ScoredDocument.from_record(self.records[document.hash])
 
     def report(self, domains: Mapping[str, Iterable[ScoredDocument]]) -> ModelReport:
         """The result of the whole model, from those of every domain's documents."""
-        candidate = self.candidate
-        scores = {name: aggregate(scored) for name, scored in domains.items()}
-        return ModelReport(candidate.given, candidate.dtype, _prefix_name(candidate), **self.window, domains=scores)
+        one, scores = self.candidate, {name: aggregate(scored) for name, scored in domains.items()}
+        return ModelReport(one.given, one.dtype, _prefix_name(one), **self.window, domains=scores)
 
 
 def _prefix_name(candidate: TextModel) -> str | None:
@@ -217,13 +214,11 @@ def _members(ensemble: str, candidates: Sequence[TextModel]) -> dict[TextModel, 
 def _ensemble(members: dict[_Reader, float], posterior: bool, documents: Documents) -> ModelReport:
     """Mixes the members' probabilities of every token, from the records."""
     prior = list(members.values())
-    domains = {
-        domain: [
-            mixed([m.scored(document) for m in members], prior_E=prior, posterior=posterior) for document in chosen
-        ]
-        for domain, chosen in documents.items()
-    }
-    report = next(iter(members)).report(domains)
+
+    def together(document: HashedDocument) -> ScoredDocument:
+        return mixed([member.scored(document) for member in members], prior_E=prior, posterior=posterior)
+
+    report = next(iter(members)).report({domain: map(together, chosen) for domain, chosen in documents.items()})
     report.model = f"ensemble of {', '.join(member.candidate.folder.name for member in members)}"
     report.ensemble = {
         "members": {member.candidate.given: share for member, share in members.items()},

@@ -32,13 +32,8 @@ def score_documents(
 ) -> Iterator[tuple[int, ScoredDocument]]:
     """Score documents with a causal LM, dense or a mixture, as (number of the document, score), when each is done.
 
-    Without BOS and EOS a document's first token is not predicted, and its bytes do not count.
-
-    Args:
-        model: any causal LM of transformers; its mode (training or not) is left as it was.
-        tokenizer: the model's.
-        texts: documents.
-        **options: of ``token_log_probs``, which raises the errors too.
+    Without BOS and EOS a document's first token is not predicted, and its bytes do not count. ``options`` and errors
+    are those of ``token_log_probs``.
     """
     documents, prefix = encode(tokenizer, texts), prefix_token(tokenizer, model.config)
     for number, logp_T in token_log_probs(model, documents, prefix=prefix, **options):
@@ -92,16 +87,14 @@ def token_log_probs(
     done, total = 0, sum(window.end - window.first for batch in wanted for window in batch)
     with evaluating(model):
         for batch in wanted:
-            logp_N = _predict(model, batch, tokens)
-            at = 0
-            for window in batch:
-                count = window.end - window.first
-                results[window.document][window.first : window.end] = logp_N[at : at + count]
-                at += count
+            counts = [window.end - window.first for window in batch]
+            parts = np.split(_predict(model, batch, tokens), np.cumsum(counts)[:-1])
+            for window, logp_T in zip(batch, parts, strict=True):
+                results[window.document][window.first : window.end] = logp_T
                 left[window.document] -= 1
                 if not left[window.document] and window.document not in known:
                     yield window.document, results[window.document]
-            done += at
+            done += sum(counts)
             if progress is not None:
                 progress("tokens", done, total)
 

@@ -13,12 +13,7 @@ def human_bytes(count: float) -> str:
 
 
 def too_little_space(needed: float, free: float) -> str:
-    """What is needed, and how a disk is too small, in units that show the difference: ``5 GB, but only 3 GB are free``.
-
-    Args:
-        needed: bytes.
-        free: bytes, fewer.
-    """
+    """Bytes that are needed, and the fewer that are free, in units that show it: ``5 GB, but only 3 GB are free``."""
     return f"{human_bytes(needed)}, but only {human_bytes(free)} are free ({human_bytes(needed - free)} too few)"
 
 

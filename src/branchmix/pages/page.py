@@ -9,11 +9,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: Path, **values: Any) -> str:
-    """HTML from a jinja2 template; text in it is escaped, and markupsafe's ``Markup`` is not.
+    """HTML from a jinja2 template; text in ``values`` is escaped, and markupsafe's ``Markup`` is not.
 
-    Args:
-        template: a file, which may extend or include those of ``TEMPLATES`` and of its own folder.
-        **values: what it shows.
+    The template may extend or include those of ``TEMPLATES`` and of its own folder.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

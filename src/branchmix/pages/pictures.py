@@ -42,10 +42,8 @@ _BRIGHTEST = 0.8
 def svg(draw: Draw, name: str, label: str) -> str:
     """An inline ``<svg>`` for a page.
 
-    Args:
-        draw: the drawing.
-        name: keeps the ids of several pictures of a page apart.
-        label: for readers who don't see it; a picture without one is skipped by screen readers.
+    ``name`` keeps the ids of several pictures of a page apart. ``label`` is for readers who don't see it; a picture
+    without one is skipped by screen readers.
     """
     import matplotlib
 
@@ -133,12 +131,7 @@ def heat(
 ) -> None:
     """Shares of 1 as coloured cells; each says its number, so that colour is not needed to read it.
 
-    Args:
-        panel: where to.
-        shares: row by row.
-        row_names: of the rows, shown if ``rows``.
-        column_names: of the columns.
-        ink: colour of the names.
+    Names of the rows are shown if ``rows``.
     """
     cells = panel.pcolormesh(shares, cmap="cividis", vmin=0, vmax=_BRIGHTEST)
     for row, values in enumerate(shares):

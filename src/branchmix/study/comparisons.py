@@ -198,16 +198,11 @@ def budgets(models: list[Numbers], reference: Numbers | None) -> list[dict[str, 
             "dm": model["tokens"] == reference["tokens"],
             "cm": 0 <= total - flops < step or abs(total - flops) <= NEGLIGIBLE * total,
         }
-        rows.append(
-            {
-                **{key: model[key] for key in ("title", "label", "match", "tokens")},
-                "tokens_share": model["tokens"] / reference["tokens"],
-                "flops": flops,
-                "flops_share": flops / total,
-                "seconds_share": model["seconds"] / reference["seconds"] if reference["seconds"] else None,
-                "kept": {match: kept[match] for match in model["match"] if match in kept and model is not reference},
-            }
-        )
+        row = {key: model[key] for key in ("title", "label", "match", "tokens")}
+        row |= {"tokens_share": model["tokens"] / reference["tokens"], "flops": flops, "flops_share": flops / total}
+        row["seconds_share"] = model["seconds"] / reference["seconds"] if reference["seconds"] else None
+        row["kept"] = {match: kept[match] for match in model["match"] if model is not reference}
+        rows.append(row)
     return rows
 
 
@@ -254,9 +249,8 @@ def variants(models: list[Numbers]) -> list[dict[str, Any]]:
     trained = [model for model in models if model["role"] in TRAINED]
     rows: list[dict[str, Any]] = []
     for model in trained:
-        preset = METHODS.get(model["preset"] or "")
-        varied = [other for other in trained if preset and preset.varies and other["preset"] == preset.varies]
-        for other in varied:
+        varied = METHODS[model["preset"]].varies if model["preset"] in METHODS else None
+        for other in (other for other in trained if varied and other["preset"] == varied):
             shared = [match for match in ("dm", "cm") if match in model["match"] and match in other["match"]]
             compared = comparison(model, other) if shared else None
             if compared is not None:
@@ -283,10 +277,9 @@ def slopes(models: list[Numbers], reference: Numbers | None, comparisons: dict[s
             continue
         at_data, at_compute = (by_repetition(model, "geometric_mean") for model in (data, compute))
         tokens = math.log(data["tokens"] / compute["tokens"])
-        both = [number for number in at_data if number in at_compute]
-        if not both:
+        exponents = [math.log(at_compute[n] / at_data[n]) / tokens for n in at_data if n in at_compute]
+        if not exponents:
             continue
-        exponents = [math.log(at_compute[number] / at_data[number]) / tokens for number in both]
         lead, times = -compared["log_perplexity"]["value"], all_flops(data) / all_flops(reference)
         rows.append(
             {

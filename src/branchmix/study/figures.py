@@ -5,15 +5,13 @@ Each is a matplotlib figure of an ``ink`` colour on nothing, for ``svg`` and ``s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from branchmix.evaluate.routing.plots import shares
-from branchmix.pages.pictures import COLOURS, Figure, figure_with
+from branchmix.pages.pictures import COLOURS, Draw, Figure, figure_with
 from branchmix.study.comparisons import Numbers, all_flops, by_repetition
 from branchmix.study.graph import TRAINED
 
@@ -25,26 +23,18 @@ FLOPS = "training FLOPs, without the dense models'"
 _DASHES = {"dm": "-", "cm": "--"}
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A drawing, and what it shows."""
-
-    draw: Callable[[str], Figure]
-    label: str
-
-
-def pictures_of(study: Numbers) -> dict[str, Picture]:
-    """All pictures of a study by name."""
-    pictures = {"perplexity": Picture(partial(dots, study), "Held-out perplexity of every model")}
+def pictures_of(study: Numbers) -> dict[str, tuple[Draw, str]]:
+    """All pictures of a study by name: how each is drawn, and what it shows."""
+    pictures: dict[str, tuple[Draw, str]] = {}
+    pictures["perplexity"] = partial(dots, study), "Held-out perplexity of every model"
     if styles(study):
-        pictures["curves"] = Picture(partial(curves, study), "Training loss against tokens and against FLOPs")
-        pictures["compute"] = Picture(partial(compute, study), "Held-out perplexity against training FLOPs")
+        pictures["curves"] = partial(curves, study), "Training loss against tokens and against FLOPs"
+        pictures["compute"] = partial(compute, study), "Held-out perplexity against training FLOPs"
     for model in study["models"]:
         routing = model["repetitions"][0]["routing"]
         if routing and model["role"] in TRAINED:
-            draw = partial(shares, routing, domains=study["domains"])
             label = f"{model['label']}: share of each expert by domain, layer by layer"
-            pictures[f"{ROUTING}{model['title']}"] = Picture(draw, label)
+            pictures[f"{ROUTING}{model['title']}"] = partial(shares, routing, domains=study["domains"]), label
     return pictures
 
 

@@ -98,9 +98,7 @@ class StudyFolder:
                 if step.name not in self.copied and is_done(self.out, step):
                     for file in (self.out / STEPS / step.folder / made for made in (PAGE, RESULT)):
                         if file.is_file():
-                            part = results / f".{step.name}.part"
-                            shutil.copyfile(file, part)
-                            part.replace(results / f"{step.name}{file.suffix}")
+                            write_text(results / f"{step.name}{file.suffix}", file.read_text(encoding="utf-8"))
                     self.copied.add(step.name)
         if self.config.keep == "results":
             self._make_room()

@@ -73,29 +73,13 @@ def processes_of(config: StudyFile, graph: Graph, step: Step) -> int:
 
 
 @dataclass(frozen=True)
-class StepForecast:
-    """Steps that differ in their repetition only; numbers are for each of them."""
-
-    name: str
-    status: str
-    """How many are done, if any."""
-    times: int
-    parameters: int
-    tokens: int
-    flops: int
-    """Forward and backward."""
-    optimizer: int
-    memory: int
-    disk: int
-    seconds: float | None
-    """None if all are done."""
-
-
-@dataclass(frozen=True)
 class Forecast:
     """All steps, and sums."""
 
-    rows: list[StepForecast]
+    rows: list[dict[str, Any]]
+    """Steps that differ in their repetition only, with numbers for each of them: ``name``, ``status`` (how many are
+    done), ``times``, ``parameters``, ``tokens``, ``flops``, those of the ``optimizer``, bytes of ``memory`` and
+    ``disk``, and ``seconds``, None if all are done."""
     seconds: float
     """Wall time of what is not done."""
     disk: int
@@ -111,7 +95,7 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """Sums and warnings, for people."""
-        steps = sum(row.times for row in self.rows)
+        steps = sum(row["times"] for row in self.rows)
         budgets = [
             f"  {row['title']:32} {', '.join(row['match']).upper():12} {row['tokens']:>12,} tokens "
             f"({row['tokens_share']:.3f} of the reference's)  {row['flops']:.5g} FLOPs ({row['flops_share']:.4f})"
@@ -133,11 +117,8 @@ class Forecast:
 def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), speed: Speed | None = None) -> Forecast:
     """Plan without running.
 
-    Args:
-        study: the settings.
-        out: folder of the study, to see what is done.
-        only: as for ``Graph.chosen``.
-        speed: of this machine, if it has been measured; that takes some seconds for each kind of model.
+    ``out`` says what is done, ``only`` is as for ``Graph.chosen``. ``speed`` is that of this machine, if it has been
+    measured: that takes some seconds for each kind of model.
     """
     graph = build(study)
     steps = graph.chosen(only)
@@ -151,7 +132,7 @@ def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), speed: Sp
         same_work.setdefault(re.sub(r"^r\d+\.", "", step.name), []).append(step)
     trained = [step for step in steps if step.kind == "train"]
     return Forecast(
-        rows=[_row(study, name, group, {step.name for step in left}, seconds) for name, group in same_work.items()],
+        rows=[_row(study, name, group, seconds) for name, group in same_work.items()],
         seconds=_makespan(left, seconds, at_once),
         disk=sum(_disk(study, step) for step in steps),
         at_once=at_once,
@@ -164,13 +145,21 @@ def forecast(study: StudyFile, out: Path, *, only: Sequence[str] = (), speed: Sp
     )
 
 
-def _row(study: StudyFile, name: str, steps: list[Step], left: set[str], seconds: dict[str, float]) -> StepForecast:
-    first, cost, times = steps[0], steps[0].cost, len(steps)
-    done = sum(step.name not in left for step in steps)
-    status = "" if not done else "done" if done == times else f"{done} done"
-    sizes = (_parameters(first), cost.tokens, cost.flops, cost.optimizer, _memory(first), _disk(study, first))
-    slowest = max((seconds[step.name] for step in steps if step.name in seconds), default=None)
-    return StepForecast(name, status, times, *sizes, slowest)
+def _row(study: StudyFile, name: str, steps: list[Step], seconds: dict[str, float]) -> dict[str, Any]:
+    first, left = steps[0], [seconds[step.name] for step in steps if step.name in seconds]
+    done = len(steps) - len(left)
+    return {
+        "name": name,
+        "status": "" if not done else f"{done} done" if left else "done",
+        "times": len(steps),
+        "parameters": _parameters(first),
+        "tokens": first.cost.tokens,
+        "flops": first.cost.flops,
+        "optimizer": first.cost.optimizer,
+        "memory": _memory(first),
+        "disk": _disk(study, first),
+        "seconds": max(left, default=None),
+    }
 
 
 def _parameters(step: Step) -> int:
@@ -216,12 +205,8 @@ def _budgets(graph: Graph) -> list[dict[str, Any]]:
 def fitted(study: StudyFile, out: Path, *, say: Callable[[str], None] | None = None) -> tuple[StudyFile, Speed | None]:
     """A study with budgets that fit into its ``minutes``: as it was begun in ``out``, or by a forecast.
 
-    Returns the speed of this machine with it, if that was measured for the forecast.
-
-    Args:
-        study: with ``minutes``, so that ``tokens`` and ``data.installed`` are proportions.
-        out: folder of the study.
-        say: gets lines about the machine and the budgets.
+    Returns the speed of this machine with it, if that was measured for the forecast. ``say`` gets lines about the
+    machine and the budgets.
 
     Raises:
         RecipeError: the study in ``out`` was begun with other minutes.

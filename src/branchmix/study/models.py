@@ -121,12 +121,7 @@ class Mixtures:
 
 
 def step_cost(study: StudyFile, config: Config, train: dict[str, Any]) -> Cost:
-    """What one optimizer step of a run costs.
-
-    Args:
-        study: for the batch and the optimizer.
-        config: of the model.
-        train: keys of the run that say what is trained.
+    """What one optimizer step of a run costs; keys of ``train`` say what is trained.
 
     Raises:
         RecipeError: there is no formula for the family's FLOPs.

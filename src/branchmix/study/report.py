@@ -13,10 +13,10 @@ from markupsafe import Markup
 
 from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.pages.page import render
-from branchmix.pages.pictures import save, svg
+from branchmix.pages.pictures import Draw, save, svg
 from branchmix.pages.table import Table
 from branchmix.study.comparisons import SEED_NOISE, Numbers
-from branchmix.study.figures import FIRST, ROUTING, Picture, pictures_of
+from branchmix.study.figures import FIRST, ROUTING, pictures_of
 from branchmix.study.graph import UNTRAINED
 from branchmix.study.results import collect, results_folder
 from branchmix.study.tables import intervals_are, merge_label, percent, tables
@@ -71,16 +71,16 @@ def report(
     if not kinds:
         texts |= {f"tables/{table.name}.csv": table.csv for table in made}
         texts["report.json"] = lambda: json.dumps({**numbers, "headline": lines}, indent=1, ensure_ascii=False) + "\n"
-        for name, picture in pictures.items():
-            drawn[f"figures/{name}.png"] = partial(save, picture.draw, dpi=160)
-            drawn[f"figures/{name}.pdf"] = partial(save, picture.draw)
+        for name, (draw, _) in pictures.items():
+            drawn[f"figures/{name}.png"] = partial(save, draw, dpi=160)
+            drawn[f"figures/{name}.pdf"] = partial(save, draw)
     is_ours = (out.exists() and out.samefile(folder)) or (out / "report.json").is_file()
     for name in (*texts, *drawn) if not is_ours else ():
         require_new_file(out / name, force=force)
     for name, text in texts.items():
         write_text(out / name, text())
-    for name, draw in drawn.items():
-        draw(out / name)
+    for name, write in drawn.items():
+        write(out / name)
     return WrittenReport(numbers, lines, made, [out / name for name in (*texts, *drawn)])
 
 
@@ -95,7 +95,7 @@ def _without_documents(model: Numbers) -> Numbers:
     return {**model, "repetitions": repetitions}
 
 
-def _html(study: Numbers, lines: list[str], made: list[Table], pictures: dict[str, Picture]) -> str:
+def _html(study: Numbers, lines: list[str], made: list[Table], pictures: dict[str, tuple[Draw, str]]) -> str:
     import yaml
 
     by_name = {table.name: table for table in made}
@@ -106,11 +106,11 @@ def _html(study: Numbers, lines: list[str], made: list[Table], pictures: dict[st
     def drawn(*names: str) -> list[dict[str, Any]]:
         return [
             {
-                "svg": Markup(svg(picture.draw, name, picture.label)),
-                "label": picture.label,
+                "svg": Markup(svg(draw, name, label)),
+                "label": label,
                 "link": routes_page(title) if (title := name.removeprefix(ROUTING)) in study["routes"] else None,
             }
-            for name, picture in pictures.items()
+            for name, (draw, label) in pictures.items()
             if name.startswith(names)
         ]
 

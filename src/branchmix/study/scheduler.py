@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 from branchmix.errors import BranchMixError
 from branchmix.study.build import build
@@ -25,8 +26,6 @@ from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, ru
 from branchmix.train.progress import JobDisplay
 
 Launcher = Literal["local", "ray", "inline"]
-Chain = Sequence[Step]
-"""Steps that one process does one after the other."""
 Watch = Callable[[list[JobState]], None]
 
 
@@ -139,8 +138,7 @@ def _run_inline(config: StudyFile, out: Path, todo: list[Step], watch: Watch) ->
 
     chains = _chains(todo)
     states = [JobState(_job(out, chain, chains, config.threads or cores())) for chain in chains]
-    before = dict(os.environ)
-    try:
+    with mock.patch.dict(os.environ):
         for chain, state in zip(chains, states, strict=True):
             if state not in startable(states):
                 continue
@@ -160,9 +158,6 @@ def _run_inline(config: StudyFile, out: Path, todo: list[Step], watch: Watch) ->
             finally:
                 state.seconds += time.monotonic() - begun
             watch(states)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
     return Outcome(states)
 
 
@@ -175,11 +170,11 @@ def _chains(steps: Sequence[Step]) -> list[list[Step]]:
     return list(chains.values())
 
 
-def _job(out: Path, chain: Chain, chains: Sequence[Chain], threads: int, processes: int = 1) -> Job:
-    """Named after the first of its steps; several processes share it if it is a training run."""
+def _job(out: Path, chain: list[Step], chains: list[list[Step]], threads: int, processes: int = 1) -> Job:
+    """A process that does a chain, named after its first step; several share it if it is a training run."""
     first, out = chain[0], out.absolute()
     folder = out / STEPS / first.folder
-    log = folder / MODEL / "log.txt" if first.kind == "train" else folder / "log.txt"
+    log = (folder / MODEL if first.kind == "train" else folder) / "log.txt"
     shared = first.kind != "text" and processes > 1
     env = {
         "OMP_NUM_THREADS": str(threads if shared or processes == 1 else processes),

@@ -110,16 +110,8 @@ def count(
     """Every token of every document, once, with at least half a window before it in longer documents.
 
     The prefix is context for the first token and counts for none, and so does padding (on the right, where causal
-    attention never sees it).
-
-    Args:
-        model: a causal LM.
-        places: its routers.
-        documents: tokens of each, none empty.
-        prefix: token before each document.
-        max_length: tokens of the window.
-        shown: of each document, how many of its first tokens are to be shown.
-        batch_tokens, progress: as in ``score_documents``.
+    attention never sees it). No document may be empty; ``shown`` says how many of each one's first tokens are to be
+    shown. Other arguments are those of ``token_log_probs``.
     """
     stride = max(1, max_length // 2)
     check_window(model, documents, max_length, stride)
@@ -130,7 +122,8 @@ def count(
     routers: dict[str, RouterCounts] = {}
     gated = {place.layer for place in places if place.kind == "attention"}
     agreement = {place.layer: (0.0, 0.0) for place in places if place.kind == "ffn" and place.layer in gated}
-    done, total = 0, sum(map(len, documents))
+    tokens_N = np.array([len(document) for document in documents], dtype=np.float64)
+    done, total = 0, int(tokens_N.sum())
     with evaluating(model), _outputs_of(places) as output_of:
         for chosen in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             inputs_BT, batch = texts.batch(chosen)
@@ -150,7 +143,6 @@ def count(
             done += len(batch.rows_S)
             if progress is not None:
                 progress("tokens", done, total)
-    tokens_N = np.array([len(document) for document in documents], dtype=np.float64)
     return ModelCounts(list(routers.values()), agreement, tokens_N, texts.kinds_V, texts.count_V)
 
 

@@ -24,11 +24,8 @@ def shares(routing: dict[str, Any], ink: str, *, domains: Sequence[str]) -> Figu
     Of few layers and experts: a panel for each layer, domains down and experts across, with numbers. Otherwise a panel
     for each domain, layers down.
 
-    Args:
-        routing: ``{"experts": [names], "attention": [layers], "ffn": [layers]}``, each layer with ``layer`` and
-            ``by_domain``: what ``RoutingReport.as_dict`` and the readings of a training run have.
-        ink: colour of names.
-        domains: in their order.
+    ``routing`` is ``{"experts": [names], "attention": [layers], "ffn": [layers]}``, each layer with ``layer`` and
+    ``by_domain``: what ``RoutingReport.as_dict`` and the readings of a training run have.
     """
     from matplotlib.figure import Figure as MatplotlibFigure
 
@@ -95,9 +92,7 @@ def _by_domain(
 def through_layers(routing: dict[str, Any], ink: str) -> Figure:
     """What routers know of the domain, how undecided they are, and whether both kinds agree, layer by layer.
 
-    Args:
-        routing: as ``RoutingReport.as_dict`` has it.
-        ink: colour of names.
+    ``routing`` is what ``RoutingReport.as_dict`` returns.
     """
     kinds = [kind for kind in _STYLES if routing.get(kind)]
     known = all(layer["mutual_information"] is not None for kind in kinds for layer in routing[kind])
@@ -136,10 +131,10 @@ _AGREEMENT = (
 def write_plots(routing: dict[str, Any], folder: Path) -> list[Path]:
     """Both pictures as PNG and PDF on white."""
     draw = {
-        "shares": partial(shares, routing, domains=list(routing["domains"])),
-        "layers": partial(through_layers, routing),
+        "routing-shares": partial(shares, routing, domains=list(routing["domains"])),
+        "routing-layers": partial(through_layers, routing),
     }
-    return [save(draw[file.stem.removeprefix("routing-")], file, dpi=200) for file in plot_files(folder)]
+    return [save(draw[file.stem], file, dpi=200) for file in plot_files(folder)]
 
 
 def plot_files(folder: Path) -> list[Path]:

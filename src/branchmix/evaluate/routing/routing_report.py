@@ -235,12 +235,7 @@ def typical_tokens(load_VE: np.ndarray, count_V: np.ndarray, expert: int, *, mos
 
     A kind's score is ``p(v|e) log2( p(v|e) / p(v) )``, its part of how the expert's tokens differ from all tokens:
     often used there, and more often than elsewhere. Kinds that the expert gets no more of than others are left out.
-
-    Args:
-        load_VE: what all tokens of a kind give to each expert.
-        count_V: tokens of a kind.
-        expert: which one.
-        most: tokens at most.
+    ``load_VE`` is what all tokens of a kind give to each expert, ``count_V`` how many there are.
     """
     load_V = load_VE[:, expert]
     if not (total := load_V.sum()) > 0:

@@ -18,14 +18,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from branchmix.checkpoint.json_text import key_of
-from branchmix.checkpoint.text import LONG, whole_characters
+from branchmix.checkpoint.text import whole_characters
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.perplexity import TokenWindow, batches, token_log_probs
 from branchmix.likelihood.forward import check_tokens, evaluating, length_dependent, log_probs, logits_at
-from branchmix.likelihood.models import Progress, TextModel, encode
+from branchmix.likelihood.models import Progress, TextModel
 from branchmix.likelihood.records import Journal
 
 FILE = "requests.jsonl"
@@ -225,17 +225,6 @@ class LiveModel(HFLM):
             )
         return start or [self.prefix_token_id], after
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **options: Any
-    ) -> list[int]:
-        """lm-eval's tokens of a text; of a long one in pieces."""
-        if len(string) <= LONG:
-            return list(super().tok_encode(string, add_special_tokens, left_truncate_len, **options))
-        if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        tokens: list[int] = encode(self.tokenizer, [string], special=add_special_tokens)[0].tolist()
-        return tokens[-left_truncate_len:] if left_truncate_len else tokens
-
     def _texts(self, texts: Sequence[str]) -> Iterator[tuple[int, float]]:
         rows = [np.asarray(self.tok_encode(text), dtype=np.int64) for text in texts]
         for number, row in enumerate(rows):
@@ -274,10 +263,9 @@ class LiveModel(HFLM):
             if all(number in self._known for _, number in asked):
                 continue
             targets = [np.asarray(pairs[number][1], dtype=np.int64) for _, number in asked]
-            counts = [len(target) for target in targets]
+            counts, ends = [len(target) for target in targets], [batch[row].end for row, _ in asked]
             rows_N = np.repeat([row for row, _ in asked], counts)
-            ends = [(batch[row].end, count) for (row, _), count in zip(asked, counts, strict=True)]
-            places_N = np.concatenate([np.arange(end - count, end) for end, count in ends])
+            places_N = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, counts, strict=True)])
             rows = [inputs[window.document] for window in batch]
             logits_NV, targets_N = logits_at(self.model, rows, rows_N, places_N, np.concatenate(targets))
             cuts = np.cumsum(counts)[:-1]

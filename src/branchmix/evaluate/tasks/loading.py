@@ -42,13 +42,8 @@ def load(
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Every task that ``options`` names, with its data set and all its requests, as lm-eval's ``evaluate`` takes them.
 
-    Returns notes for the user with them.
-
-    Args:
-        options: names and settings.
-        failed: what could not be loaded, filled while this works (see ``sources``).
-        limit: examples of a task at most.
-        progress: called with step, done, total.
+    Returns notes for the user with them. ``failed`` is filled with what cannot be loaded while this works (see
+    ``sources``); a task has at most ``limit`` examples.
 
     Raises:
         RecipeError: a name is unknown, a task runs code without leave, or its definition makes no sense.
@@ -224,10 +219,9 @@ def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[l
         try:
             return load_dataset(where, config, *args, **options)
         except Exception as error:  # of the network, of pyarrow, of the Hub's client
-            if copy is not None:
-                raise DataError(f"{where}: the data set {what} cannot be read: {_first_line(error)}") from error
-            line = f"the data set {what} cannot be loaded: {_first_line(error)}: {check} {path} in it"
-            raise DataError(line) from error
+            unread = f"{where}: the data set {what} cannot be read: {_first_line(error)}"
+            unfound = f"the data set {what} cannot be loaded: {_first_line(error)}: {check} {path} in it"
+            raise DataError(unfound if copy is None else unread) from error
 
     def local_metric(path: str, *args: Any, **options: Any) -> Any:
         name = f"evaluate-metric/{path}"
@@ -235,8 +229,7 @@ def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[l
         try:
             return load_metric(path if copy is None else str(copy / f"{copy.name}.py"), *args, **options)
         except Exception as error:
-            line = f"the metric {path} cannot be loaded: {_first_line(error)}: {check} {name} in it"
-            failed.append(DataError(line))
+            failed.append(DataError(f"the metric {path} cannot be loaded: {_first_line(error)}: {check} {name} in it"))
             raise failed[-1] from error
 
     with (
