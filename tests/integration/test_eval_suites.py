@@ -52,16 +52,16 @@ def leaves(name: str, manager: Any) -> list[Any]:
 def test_every_task_exists_with_the_papers_shots(manager: Any) -> None:
     assert list(SUITES) == list(PAPER)
     for name, suite in SUITES.items():
-        for member, (part, shots) in zip(suite.members, PAPER[name].items(), strict=True):
-            assert part in member.task
-            assert member.task in manager.task_index, f"{member.task} is no task"
+        for member, (part, shots) in zip(suite["members"], PAPER[name].items(), strict=True):
+            assert part in member["task"]
+            assert member["task"] in manager.task_index, f"{member['task']} is no task"
             if shots is not None:
-                assert member.num_fewshot == shots
-            for leaf in leaves(member.task, manager):
+                assert member["num_fewshot"] == shots
+            for leaf in leaves(member["task"], manager):
                 own = leaf.cfg.get("num_fewshot")
-                assert member.runs_code == bool(leaf.cfg.get("unsafe_code"))
-                assert own in (None, member.num_fewshot), "lm-eval means another number"
-                if member.num_fewshot:
+                assert member.get("runs_code", False) == bool(leaf.cfg.get("unsafe_code"))
+                assert own in (None, member["num_fewshot"]), "lm-eval means another number"
+                if member["num_fewshot"]:
                     assert {"fewshot_split", "fewshot_config", "training_split"} & set(leaf.cfg), "has no examples"
 
 
@@ -137,10 +137,10 @@ def test_the_whole_paper_without_network(
     found = report.models[0]
     assert found.tasks is not None and list(found.suites) == [*SUITES, "bam"]
     for name, suite in SUITES.items():
-        values = [found.tasks[member.task].metrics[member.metric].value for member in suite.members]
+        values = [found.tasks[member["task"]].metrics[member["metric"]].value for member in suite["members"]]
         assert found.suites[name].score.value == pytest.approx(sum(values) / len(values))
-        for member in suite.members:
-            assert found.tasks[member.task].num_fewshot == member.num_fewshot
+        for member in suite["members"]:
+            assert found.tasks[member["task"]].num_fewshot == member["num_fewshot"]
             assert all(0 <= value <= 1 for value in values)
     (written,) = (tmp_path / "out" / "examples").rglob("humaneval.jsonl")
     assert "def f3():" in written.read_text()

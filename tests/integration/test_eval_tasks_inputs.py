@@ -117,7 +117,7 @@ def test_what_only_the_model_shows_is_one_line_too(model: str, tasks: Path) -> N
 
 
 def test_the_same_task_with_two_numbers_of_examples(model: str, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    suite = options_module.Suite("Test", (options_module.SuiteTask("choice", 1, "acc"),))
+    suite = {"title": "Test", "members": [{"task": "choice", "num_fewshot": 1, "metric": "acc"}]}
     monkeypatch.setitem(options_module.SUITES, "bam-test", suite)
     with pytest.raises(RecipeError, match="choice is listed twice, with 1 and with 2 examples"):
         evaluate([model], tasks=TaskOptions(("bam-test", "choice"), include_path=(tasks,)), limit=1)

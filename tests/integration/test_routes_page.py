@@ -14,7 +14,7 @@ import pytest
 
 import corpora
 from branchmix.evaluate.routing.routes import Routes, routes
-from branchmix.evaluate.routing.token_page import html, write
+from branchmix.evaluate.routing.token_page import html
 from browser import Page
 from routed import NAMES, data_file, ours, theirs
 
@@ -28,6 +28,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Routes:
     folder = tmp_path_factory.mktemp("routes")
     texts = {"prose": [HARD, corpora.text(25)], "ma<th>s": [corpora.text(n) for n in (100, 101)]}
     return routes(str(ours(folder / "model", "kv_experts", 2, None)), data=data_file(folder, texts), dtype="float32")
+
+
+def write(found: Routes, file: Path) -> Path:
+    file.write_text(html(found), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def test_all_texts_are_there_as_they_are(found: Routes, file: Path, open_page: O
     page = open_page(file)
     shown = page.run("return [...document.querySelectorAll('.tokens')].map(body => body.textContent)")
     assert shown == [HARD, corpora.text(25), corpora.text(100), corpora.text(101)]
-    assert [text.domain for text in found.shown] == ["prose", "prose", "ma<th>s", "ma<th>s"]
+    assert [text["domain"] for text in found.shown] == ["prose", "prose", "ma<th>s", "ma<th>s"]
     assert page.run("return document.querySelectorAll('.document h3')[2].textContent").startswith("ma<th>s, text 1")
     assert page.errors == [] and page.requests == []
 
@@ -110,10 +115,10 @@ def test_mouse_and_keyboard_show_the_numbers(found: Routes, file: Path, open_pag
     page = open_page(file)
     page.press("Home", at="#layer")
     page.run(FRAME)
-    token = len(found.shown[0].pieces) + 3  # of the second text
+    token = len(found.shown[0]["pieces"]) + 3  # of the second text
     page.hover(f".t[data-n='{token}']")
     text = numbers_shown(page)
-    assert f"token 4 of {len(found.shown[1].pieces)}, prose, text 2" in text
+    assert f"token 4 of {len(found.shown[1]['pieces'])}, prose, text 2" in text
     for kind in ("attention", "ffn"):
         for said in said_of(found, kind, 0, token):
             assert said in text
@@ -131,7 +136,7 @@ def test_mouse_and_keyboard_show_the_numbers(found: Routes, file: Path, open_pag
     assert said_of(found, "attention", 1, token - 1)[0] in numbers_shown(page)
     page.press("r")
     assert page.run(EXPERTS) == strongest(found, "ffn", 1)
-    for key, place in (("End", len(found.shown[1].pieces) - 1), ("Home", 0)):
+    for key, place in (("End", len(found.shown[1]["pieces"]) - 1), ("Home", 0)):
         page.press(key)
         assert page.run("return document.activeElement.dataset.n") == str(token - 3 + place)
     page.press("ArrowLeft")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
-from branchmix.checkpoint.folder import require_new_file
+from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.cli import console
 from branchmix.cli.console import app
 from branchmix.pages.table import Table
@@ -75,9 +75,10 @@ def routes_command(
     if plots is not None:
         written += write_plots(routed.report.as_dict(), plots)
     if html is not None:
-        from branchmix.evaluate.routing.token_page import write
+        from branchmix.evaluate.routing import token_page
 
-        written.append(write(routed, html))
+        write_text(html, token_page.html(routed))
+        written.append(html)
     console.output(as_json, routed.report.as_dict, lambda: _print(routed.report), routed.report.notes)
     for file in written:
         console.notice(f"written: {file}")

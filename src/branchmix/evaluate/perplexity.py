@@ -163,10 +163,11 @@ def common_window(candidates: Sequence[TextModel], max_length: int | None) -> in
 
 def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
     """Refuses a window or tokens that do not fit the model; errors are those of ``token_log_probs``."""
-    positions = max_positions(model.config)
-    if max_length < 1 or (positions is not None and max_length > positions):
-        limit = "1 or more" if positions is None else f"from 1 to {positions}, as many positions as the model has"
-        raise RecipeError(f"max_length: {max_length} does not fit: should be {limit}")
+    positions = max_positions(model.config) or max(1, max_length)
+    if not 1 <= max_length <= positions:
+        raise RecipeError(
+            f"max_length: {max_length} does not fit: should be from 1 to {positions}, the model's positions"
+        )
     if not 1 <= stride <= max_length:
         raise RecipeError(f"stride: {stride} does not fit: should be from 1 to max_length, {max_length}")
     check_tokens(model, documents)

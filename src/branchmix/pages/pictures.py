@@ -101,12 +101,12 @@ def save(draw: Draw, file: Path, **options: Any) -> Path:
     return file
 
 
-def figure_with(panels: int, size: tuple[float, float], ink: str) -> tuple[Figure, list[Any]]:
-    """A figure of ``size`` (inches) with panels side by side, and the panels."""
+def figure_with(panels: int, size: tuple[float, float], ink: str, *, rows: int = 1) -> tuple[Figure, list[Any]]:
+    """A figure of ``size`` (inches) with panels side by side, and the panels, row by row."""
     from matplotlib.figure import Figure as MatplotlibFigure
 
     figure = MatplotlibFigure(figsize=size, layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(rows, panels, squeeze=False).flat)
     for panel in axes:
         take_ink(panel, ink)
     return figure, axes

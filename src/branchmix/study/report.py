@@ -57,20 +57,20 @@ def report(
     study = collect(folder)
     lines, made, pictures = headline(study), tables(study), pictures_of(study)
     numbers = {**study, "models": [_without_documents(model) for model in study["models"]]}
-    texts: dict[str, Callable[[], str]] = {}
+    texts: dict[str, str] = {}
     wanted = kinds or ("html", "markdown", "latex")
     if "html" in wanted:
-        texts["index.html"] = lambda: _html(study, lines, made, pictures)
+        texts["index.html"] = _html(study, lines, made, pictures)
         pages = {routes_page(title): results_folder(folder) / f"{step}.html" for title, step in study["routes"].items()}
-        texts |= {name: partial(file.read_text, encoding="utf-8") for name, file in pages.items() if file.is_file()}
+        texts |= {name: file.read_text(encoding="utf-8") for name, file in pages.items() if file.is_file()}
     if "markdown" in wanted:
-        texts["tables.md"] = lambda: _markdown(study, lines, made)
+        texts["tables.md"] = _markdown(study, lines, made)
     if "latex" in wanted:
-        texts["tables.tex"] = lambda: "\n".join(table.latex() for table in made)
+        texts["tables.tex"] = "\n".join(table.latex() for table in made)
     drawn: dict[str, Callable[[Path], Path]] = {}
     if not kinds:
-        texts |= {f"tables/{table.name}.csv": table.csv for table in made}
-        texts["report.json"] = lambda: json.dumps({**numbers, "headline": lines}, indent=1, ensure_ascii=False) + "\n"
+        texts |= {f"tables/{table.name}.csv": table.csv() for table in made}
+        texts["report.json"] = json.dumps({**numbers, "headline": lines}, indent=1, ensure_ascii=False) + "\n"
         for name, (draw, _) in pictures.items():
             drawn[f"figures/{name}.png"] = partial(save, draw, dpi=160)
             drawn[f"figures/{name}.pdf"] = partial(save, draw)
@@ -78,7 +78,7 @@ def report(
     for name in (*texts, *drawn) if not is_ours else ():
         require_new_file(out / name, force=force)
     for name, text in texts.items():
-        write_text(out / name, text())
+        write_text(out / name, text)
     for name, write in drawn.items():
         write(out / name)
     return WrittenReport(numbers, lines, made, [out / name for name in (*texts, *drawn)])

@@ -239,7 +239,7 @@ class _Work:
         """Which expert each held-out token of a mixture uses: numbers, and a page beside them."""
         from branchmix.data.config import EvalData
         from branchmix.evaluate.routing.routes import routes
-        from branchmix.evaluate.routing.token_page import write
+        from branchmix.evaluate.routing.token_page import html
 
         routed = routes(
             str(self.model_of(self.step.needs.model)),
@@ -248,7 +248,7 @@ class _Work:
             trust_remote_code=self.study.trust_remote_code,
         )
         routed = replace(routed, report=replace(routed.report, model=self.step.about.full_label))
-        write(routed, self.folder / PAGE)
+        write_text(self.folder / PAGE, html(routed))
         numbers = routed.report.as_dict()
         for layer in (*numbers.get("attention", []), *numbers.get("ffn", [])):
             layer.pop("typical")  # it is on the page

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from branchmix.pages.pictures import COLOURS, Figure, figure_with, heat, save, take_ink
+from branchmix.pages.pictures import COLOURS, Figure, figure_with, heat, save
 
 TITLES = {"attention": "attention gates", "ffn": "FFN experts"}
 _PANELS = 6
@@ -27,8 +27,6 @@ def shares(routing: dict[str, Any], ink: str, *, domains: Sequence[str]) -> Figu
     ``routing`` is ``{"experts": [names], "attention": [layers], "ffn": [layers]}``, each layer with ``layer`` and
     ``by_domain``: what ``RoutingReport.as_dict`` and the readings of a training run have.
     """
-    from matplotlib.figure import Figure as MatplotlibFigure
-
     kinds = [kind for kind in TITLES if routing.get(kind)]
     layers, experts = max(len(routing[kind]) for kind in kinds), len(routing["experts"])
     by_layer = layers <= _PANELS and experts <= 8
@@ -39,11 +37,9 @@ def shares(routing: dict[str, Any], ink: str, *, domains: Sequence[str]) -> Figu
         columns, above = len(domains), 0.3
         width = min(7.0, max(1.5, 0.16 * experts), max(1.2, 24.0 / columns)) * columns + 1.6
         height = min(6.0, max(1.6, 0.11 * layers)) + 0.45
-    figure = MatplotlibFigure(figsize=(width, height * len(kinds) + above), layout="constrained")
-    panels = figure.subplots(len(kinds), columns, squeeze=False)
-    for panel in panels.flat:
-        take_ink(panel, ink)
-    for kind, row in zip(kinds, panels, strict=True):
+    figure, panels = figure_with(columns, (width, height * len(kinds) + above), ink, rows=len(kinds))
+    for number, kind in enumerate(kinds):
+        row = panels[number * columns :][:columns]
         names = [name if kind == kinds[-1] else "" for name in routing["experts"]]
         if by_layer:
             _by_layer(row, kind, routing[kind], list(domains), names, ink)
@@ -83,7 +79,7 @@ def _by_domain(
         for spine in panel.spines.values():
             spine.set_visible(False)
     row[0].set_ylabel("layer", color=ink)
-    bar = figure.colorbar(picture, ax=list(row), shrink=0.9, pad=0.01)
+    bar = figure.colorbar(picture, ax=row, shrink=0.9, pad=0.01)
     bar.ax.tick_params(colors=ink)
     bar.outline.set_visible(False)
     bar.set_label("share of tokens", color=ink)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,23 +33,14 @@ _LONGEST_TOKEN = 128
 
 
 @dataclass(frozen=True)
-class ShownText:
-    """The beginning of a document, token by token."""
-
-    domain: str
-    pieces: list[str]
-    """The text of each token; together they are the text. Empty for further tokens of one character."""
-    cut: bool
-    """Whether the document is longer."""
-
-
-@dataclass(frozen=True)
 class Routes:
     """The numbers, and what the page needs to show the texts themselves."""
 
     report: RoutingReport
     counts: ModelCounts
-    shown: list[ShownText]
+    shown: list[dict[str, Any]]
+    """Beginnings of documents: ``domain``, ``number`` in it, whether the rest is ``cut``, and ``pieces``, the text of
+    each token; empty for further tokens of one character, together they are the text."""
 
 
 def routes(
@@ -112,12 +104,13 @@ def routes(
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
     result.notes[:] = [*candidate.notes, *result.notes, *replaced_notes(by_domain)]
-    texts_shown = [
-        ShownText(domain, _pieces(candidate.tokenizer, text, row[:most]), most < len(row))
-        for (domain, text, row), most in zip(documents, shown, strict=True)
-        if most
-    ]
-    return Routes(result, counts, texts_shown)
+    beginnings, numbers = list[dict[str, Any]](), Counter[str]()
+    for (domain, text, row), most in zip(documents, shown, strict=True):
+        if most:
+            numbers[domain] += 1
+            pieces = _pieces(candidate.tokenizer, text, row[:most])
+            beginnings.append({"domain": domain, "pieces": pieces, "cut": most < len(row), "number": numbers[domain]})
+    return Routes(result, counts, beginnings)
 
 
 def write_numbers(numbers: RoutingReport, out: str | Path) -> list[Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from branchmix.checkpoint.folder import write_text
 from branchmix.evaluate.routing import plots
 from branchmix.evaluate.routing.routes import Routes
 from branchmix.evaluate.routing.routing_report import Layer
@@ -27,16 +25,6 @@ TITLES = {"attention": "Attention", "ffn": "FFN"}
 _TYPICAL = 8
 """Typical tokens of an expert on the page."""
 _COLOURS = COLOURS[:-1]
-
-
-def write(routed: Routes, file: Path) -> Path:
-    """Writes the page; returns its path.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    write_text(file, html(routed))
-    return file
 
 
 def html(routed: Routes) -> str:
@@ -95,11 +83,6 @@ def _scores(facts: dict[str, Any]) -> str:
 def _data(routed: Routes) -> dict[str, Any]:
     """What the script reads: texts, and of each kind of router its layers' numbers and every shown token's gates."""
     report = routed.report
-    numbers: Counter[str] = Counter()
-    texts = []
-    for text in routed.shown:
-        numbers[text.domain] += 1
-        texts.append({**vars(text), "number": numbers[text.domain]})
     kinds = {}
     for kind, title in TITLES.items():
         if kind not in report.layers:
@@ -123,7 +106,7 @@ def _data(routed: Routes) -> dict[str, Any]:
         "experts": report.experts,
         "domains": list(report.domains),
         "colours": _COLOURS,
-        "texts": texts,
+        "texts": routed.shown,
         "kinds": kinds,
         "agreement": report.agreement,
     }

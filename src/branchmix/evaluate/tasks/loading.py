@@ -50,7 +50,7 @@ def load(
         DataError: a data set cannot be loaded.
     """
     say = progress or (lambda step, done, total: None)
-    shots = {member.task: member.num_fewshot for suite in options.suites.values() for member in suite.members}
+    shots = {m["task"]: m["num_fewshot"] for suite in options.suites.values() for m in suite["members"]}
     plain = [name for name in options.names if name not in SUITES and name != EVERYTHING]
     manager = _manager([*shots, *plain], options.include_path, say)
     named = dict.fromkeys(name for given in plain for name in _matching(given, manager.task_index))

@@ -6,36 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from branchmix.errors import RecipeError
 from branchmix.settings import read_yaml
 
-
-@dataclass(frozen=True)
-class SuiteTask:
-    """A task of a suite."""
-
-    task: str
-    num_fewshot: int
-    metric: str
-    """The one that counts for the suite, as ``TaskScore.metrics`` has it."""
-    runs_code: bool = False
-
-
-@dataclass(frozen=True)
-class Suite:
-    """Tasks whose mean is one column of the paper's Table 3."""
-
-    title: str
-    members: tuple[SuiteTask, ...]
-
-
 EVERYTHING = "bam"
-SUITES: dict[str, Suite] = {
-    name: Suite(suite["title"], tuple(SuiteTask(**member) for member in suite["members"]))
-    for name, suite in read_yaml(Path(__file__).with_name("suites.yaml")).items()
-}
-"""In the order of the paper's columns; ``bam`` is all of them."""
+SUITES: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("suites.yaml"))
+"""In the order of the columns of the paper's Table 3; ``bam`` is all of them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +32,7 @@ class TaskOptions:
     """Run the code that models write for code tasks."""
 
     @property
-    def suites(self) -> dict[str, Suite]:
+    def suites(self) -> dict[str, dict[str, Any]]:
         """The suites among the names."""
         return {name: suite for name, suite in SUITES.items() if {name, EVERYTHING} & {*self.names}}
 
@@ -68,9 +46,9 @@ class TaskOptions:
             raise RecipeError("tasks: give names, such as --tasks arc_easy,hellaswag")
         if find_spec("lm_eval") is None:
             raise RecipeError("tasks: lm-eval is not installed: pip install 'branchmix[tasks]'")
-        chosen = {*self.names, *(member.task for suite in self.suites.values() for member in suite.members)}
-        members = [member for suite in SUITES.values() for member in suite.members]
-        if unsafe := [member.task for member in members if member.runs_code and member.task in chosen]:
+        chosen = {*self.names, *(member["task"] for suite in self.suites.values() for member in suite["members"])}
+        run_code = [m["task"] for suite in SUITES.values() for m in suite["members"] if m.get("runs_code")]
+        if unsafe := [task for task in run_code if task in chosen]:
             self.refuse_code(unsafe)
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise RecipeError(f"num_fewshot: {self.num_fewshot} should be 0 or more")

@@ -159,9 +159,9 @@ def _suites(options: TaskOptions, tasks: dict[str, TaskScore]) -> dict[str, Suit
     """The paper's columns."""
     suites = {}
     for name, suite in options.suites.items():
-        members = {member.task: member.metric for member in suite.members}
+        members = {member["task"]: member["metric"] for member in suite["members"]}
         mean = _mean([tasks[task].metrics[metric] for task, metric in members.items()])
-        suites[name] = SuiteScore(suite.title, mean, members)
+        suites[name] = SuiteScore(suite["title"], mean, members)
     if EVERYTHING in options.names:
         suites[EVERYTHING] = SuiteScore("Avg", _mean([suite.score for suite in suites.values()]), {})
     return suites
