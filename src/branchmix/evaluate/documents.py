@@ -39,12 +39,8 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
 
     Training takes held-out documents in the order of their hashes until there are ``tokens`` of them, and so does this:
     for local files they are the same ones. Of a stream, the first ones that are held out are taken, instead of reading
-    all of it; training never sees them either.
-
-    Args:
-        config: sources and selection.
-        tokenizer: counts tokens as training does, for ``held_out.tokens``.
-        limit: documents of a domain at most.
+    all of it; training never sees them either. The tokenizer counts tokens as training does, for ``held_out.tokens``;
+    a domain has at most ``limit`` documents.
 
     Raises:
         DataError: a source cannot be read or has no document that counts.

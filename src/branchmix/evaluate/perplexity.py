@@ -165,9 +165,7 @@ def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, s
     """Refuses a window or tokens that do not fit the model; errors are those of ``token_log_probs``."""
     positions = max_positions(model.config) or max(1, max_length)
     if not 1 <= max_length <= positions:
-        raise RecipeError(
-            f"max_length: {max_length} does not fit: should be from 1 to {positions}, the model's positions"
-        )
+        raise RecipeError(f"max_length: {max_length} does not fit: should be from 1 to {positions}")
     if not 1 <= stride <= max_length:
         raise RecipeError(f"stride: {stride} does not fit: should be from 1 to max_length, {max_length}")
     check_tokens(model, documents)

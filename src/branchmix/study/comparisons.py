@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
@@ -20,7 +19,9 @@ from branchmix.study.graph import NEGLIGIBLE, TRAINED
 from branchmix.study.settings import METHODS
 
 Numbers = dict[str, Any]
-"""What ``results.collect`` returns, or a model in it."""
+"""What ``results.collect`` returns, or a part of it."""
+Interval = dict[str, Any]
+"""A mean, ``value``; ``half_width`` of its 95 % interval, None where nothing is known of it; ``n``, its values."""
 Documents = Mapping[str, Sequence[Sequence[float]]]
 """By domain, ``[nats, predicted tokens, bytes]`` of each document."""
 LEVEL = 0.95
@@ -39,22 +40,6 @@ def log_perplexity(documents: Documents) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean with what it may be off by."""
-
-    value: float
-    half_width: float | None
-    """Half the width of the 95 % interval; None where nothing is known of it."""
-    n: int
-    """Values it is the mean of."""
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether all of the interval lies on one side."""
-        return self.half_width is not None and abs(self.value) > self.half_width
-
-
 def t_interval(values: Sequence[float]) -> Interval:
     """Mean of independent values with Student's interval for it, which is unknown for a single one."""
     n, half = len(values), None
@@ -62,7 +47,7 @@ def t_interval(values: Sequence[float]) -> Interval:
         from scipy import stats
 
         half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / math.sqrt(n)
-    return Interval(fmean(values), half, n)
+    return {"value": fmean(values), "half_width": half, "n": n}
 
 
 def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> Interval:
@@ -72,58 +57,46 @@ def difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]
     """
     pairs = [(a[0] - b[0], a[1]) for a, b in zip(ours, theirs, strict=True) if a[1]]
     value, stderr = ratio(*zip(*pairs, strict=True))
-    return Interval(float(value), None if stderr is None else 2 * float(stderr), 1)
+    return {"value": float(value), "half_width": None if stderr is None else 2 * float(stderr), "n": 1}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How one model differs from another: differences of log perplexity, so that negative is better."""
+def compare(ours: Sequence[Documents], theirs: Sequence[Documents]) -> Numbers:
+    """Two models on the same documents, in the same repetitions in the same order.
 
-    log_perplexity: Interval
-    """Mean over domains: difference of the logarithms of perplexities' geometric means."""
-    by_domain: dict[str, Interval]
-    repetitions: list[float]
-    """The mean over domains of each repetition."""
-    over: str
-    """``repetitions`` or ``documents``: what the intervals are over."""
-
-    @property
-    def value(self) -> float:
-        """The difference, in nats a token."""
-        return self.log_perplexity.value
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes no difference; with one repetition, a difference that no seed would make."""
-        return self.log_perplexity.excludes_zero and (self.over == "repetitions" or abs(self.value) > SEED_NOISE)
-
-    @property
-    def relative(self) -> float:
-        """Relative difference of the geometric means of perplexity."""
-        return math.expm1(self.value)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"relative": self.relative, **asdict(self), "significant": self.significant}
-
-    def as_row(self) -> dict[str, Any]:
-        """The difference without its parts."""
-        whole = {"half_width": self.log_perplexity.half_width, "n": self.log_perplexity.n}
-        return {"relative": self.relative, **whole, "over": self.over, "significant": self.significant}
-
-
-def compare(ours: Sequence[Documents], theirs: Sequence[Documents]) -> Comparison:
-    """Two models on the same documents, in the same repetitions in the same order."""
+    Returns:
+        ``relative`` difference of the geometric means of perplexity, so that negative is better; intervals of the
+        difference of ``log_perplexity``, mean over domains, and ``by_domain``; that mean of each of the
+        ``repetitions``; what the intervals are ``over``, repetitions or documents; and whether it is ``significant``:
+        whether the interval excludes no difference and, with one repetition, what a seed may do.
+    """
     domains = list(ours[0])
     if len(ours) == 1:
-        by_domain = {domain: difference(ours[0][domain], theirs[0][domain]) for domain in domains}
-        value = fmean(interval.value for interval in by_domain.values())
-        known = [interval.half_width for interval in by_domain.values() if interval.half_width is not None]
+        over, by_domain = "documents", {domain: difference(ours[0][domain], theirs[0][domain]) for domain in domains}
+        means = [fmean(interval["value"] for interval in by_domain.values())]
+        known = [w for interval in by_domain.values() if (w := interval["half_width"]) is not None]
         half = math.sqrt(math.fsum(w**2 for w in known)) / len(domains) if len(known) == len(domains) else None
-        return Comparison(Interval(value, half, 1), by_domain, [value], "documents")
-    pairs = [(log_perplexity(a), log_perplexity(b)) for a, b in zip(ours, theirs, strict=True)]
-    by_domain = {domain: t_interval([a[domain] - b[domain] for a, b in pairs]) for domain in domains}
-    means = [fmean(a[domain] - b[domain] for domain in domains) for a, b in pairs]
-    return Comparison(t_interval(means), by_domain, means, "repetitions")
+        whole: Interval = {"value": means[0], "half_width": half, "n": 1}
+    else:
+        pairs = [(log_perplexity(a), log_perplexity(b)) for a, b in zip(ours, theirs, strict=True)]
+        over, by_domain = "repetitions", {d: t_interval([a[d] - b[d] for a, b in pairs]) for d in domains}
+        means = [fmean(a[domain] - b[domain] for domain in domains) for a, b in pairs]
+        whole = t_interval(means)
+    value, half, least = whole["value"], whole["half_width"], SEED_NOISE if over == "documents" else 0.0
+    return {
+        "relative": math.expm1(value),
+        "log_perplexity": whole,
+        "by_domain": by_domain,
+        "repetitions": means,
+        "over": over,
+        "significant": half is not None and abs(value) > max(half, least),
+    }
+
+
+def _row(compared: Numbers) -> Numbers:
+    """A comparison without its parts."""
+    whole = compared["log_perplexity"]
+    numbers = {"relative": compared["relative"], "half_width": whole["half_width"], "n": whole["n"]}
+    return {**numbers, "over": compared["over"], "significant": compared["significant"]}
 
 
 # ---- Between the models of a study ----
@@ -139,7 +112,7 @@ def all_flops(model: Numbers) -> int:
     return int(model["flops"] + model["optimizer_flops"])
 
 
-def comparison(ours: Numbers | None, theirs: Numbers | None) -> Comparison | None:
+def comparison(ours: Numbers | None, theirs: Numbers | None) -> Numbers | None:
     """Two models in the repetitions that both have; None if there is none, or one of the models is not there."""
     if ours is None or theirs is None:
         return None
@@ -158,7 +131,7 @@ def against_dense(models: list[Numbers]) -> dict[str, dict[str, Any]]:
         if dense is None or dense["role"] == "reference":
             continue
         both = {model["title"]: comparison(model, dense) for model in of_match if model is not dense}
-        by_match[match] = {title: {**c.as_dict(), "dense": dense["title"]} for title, c in both.items() if c}
+        by_match[match] = {title: {**c, "dense": dense["title"]} for title, c in both.items() if c}
     return by_match
 
 
@@ -177,10 +150,11 @@ def before_training(models: list[Numbers]) -> list[dict[str, Any]]:
         bounds = (other for other in forced if other["merge"] == model["merge"] and model["role"] == "step 0")
         closed, bound = None, next(bounds, None)
         most = comparison(bound, soup)
-        if beside is not None and most is not None and most.value < 0:
+        if beside is not None and most is not None and most["relative"] < 0:
             a, b, s = (set(by_repetition(one, "repetition")) for one in (model, bound, soup) if one is not None)
-            closed = beside.value / most.value if a & s == b & s else None
-        rows.append({"title": model["title"], "soup": beside.as_dict() if beside else None, "closed": closed})
+            ours, gap = (compared["log_perplexity"]["value"] for compared in (beside, most))
+            closed = ours / gap if a & s == b & s else None
+        rows.append({"title": model["title"], "soup": beside, "closed": closed})
     return rows
 
 
@@ -237,10 +211,10 @@ def claims(models: list[Numbers]) -> list[dict[str, Any]]:
     for table, what, ours, our_match, theirs, their_match in CLAIMS:
         compared = comparison(find(ours, our_match), find(theirs, their_match))
         if compared is not None:
-            verdict = "same direction" if compared.value < 0 else "opposite direction"
-            row = {"table": table, "claim": what, **compared.as_row()}
-            row["verdict"] = verdict if compared.significant else f"{INDISTINGUISHABLE} ({verdict})"
-            rows.append({**row, "reproduced": compared.value < 0})
+            verdict = "same direction" if compared["relative"] < 0 else "opposite direction"
+            row = {"table": table, "claim": what, **_row(compared)}
+            row["verdict"] = verdict if compared["significant"] else f"{INDISTINGUISHABLE} ({verdict})"
+            rows.append({**row, "reproduced": compared["relative"] < 0})
     return rows
 
 
@@ -254,9 +228,9 @@ def variants(models: list[Numbers]) -> list[dict[str, Any]]:
             shared = [match for match in ("dm", "cm") if match in model["match"] and match in other["match"]]
             compared = comparison(model, other) if shared else None
             if compared is not None:
-                better = "better" if compared.value < 0 else "worse"
-                row = {"title": model["title"], "other": other["title"], "match": shared, **compared.as_row()}
-                rows.append({**row, "verdict": better if compared.significant else INDISTINGUISHABLE})
+                better = "better" if compared["relative"] < 0 else "worse"
+                row = {"title": model["title"], "other": other["title"], "match": shared, **_row(compared)}
+                rows.append({**row, "verdict": better if compared["significant"] else INDISTINGUISHABLE})
     return rows
 
 
@@ -285,7 +259,7 @@ def slopes(models: list[Numbers], reference: Numbers | None, comparisons: dict[s
             {
                 "method": data["method"],
                 "label": data["label"],
-                "slope": asdict(t_interval(exponents)),
+                "slope": t_interval(exponents),
                 "flops_ratio": times,
                 "lead": lead,
                 "pays_below": lead / math.log(times) if lead > 0 and times > 1 else None,

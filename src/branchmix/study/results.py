@@ -52,8 +52,8 @@ def collect(folder: Path) -> Numbers:
         raise DataError(f"{folder}: no model has been measured yet: run branchmix study first")
     models = _models(scored, records, steps)
     reference = next((model for model in models if model["role"] == "reference"), None)
-    compared = {m["title"]: comparisons.comparison(m, reference) for m in models if m is not reference}
-    against_reference = {title: row.as_dict() for title, row in compared.items() if row is not None}
+    others = [model for model in models if model is not reference]
+    against_reference = {m["title"]: row for m in others if (row := comparisons.comparison(m, reference)) is not None}
     runs = {name: record for name, record in records.items() if "training" in record}
     merges = {name: record["merge"] for name, record in records.items() if "merge" in record}
     documents = next(iter(scored.values()))["documents"]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from unittest import mock
@@ -72,7 +73,7 @@ def study(
     graph.chosen(only)  # what makes no sense is refused before anything is written or measured
     with alone(out):
         if config.minutes is not None:
-            config, _ = fitted(config, out, say=_say if progress else None)
+            config, _ = fitted(config, out, say=partial(print, file=sys.stderr, flush=True) if progress else None)
             graph = build(config)
         wanted = graph.chosen(only)
         write_plan(config, graph, out)
@@ -99,10 +100,6 @@ def study(
         statuses[step.name] = "done" if is_done(out, step) else state.status if state else "waiting"
     failed = {s.job.name: f"{s.reason} (its output: {s.job.log})" for s in outcome.jobs if s.status == "failed"}
     return StudyReport(out, {step.name: statuses[step.name] for step in wanted}, failed, outcome.stopped_by)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _run(config: StudyFile, graph: Graph, out: Path, todo: list[Step], watch: Watch, launcher: Launcher) -> Outcome:

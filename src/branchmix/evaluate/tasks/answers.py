@@ -173,13 +173,8 @@ class LiveModel(HFLM):
     ) -> Iterator[tuple[int, Any]]:
         """The result of each request that is not known, as (its number, result), as soon as there is one.
 
-        Args:
-            kind: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``.
-            arguments: of the requests, as lm-eval has them.
-            seeds: for each request that samples.
-            progress: called with (kind, done, total).
-            names: of the requests, for errors: task and document.
-            known: numbers of requests that are not asked again, though batches are made of all of them.
+        ``kind`` is the method of lm-eval's models that requests are for. Each has ``arguments``, a seed in case that it
+        samples, and a name for errors: task and document. Batches are made of all, those that are ``known`` too.
 
         Raises:
             RecipeError: a request leaves nothing to predict, or is longer than the window.

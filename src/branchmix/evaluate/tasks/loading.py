@@ -196,12 +196,8 @@ def _first_line(error: BaseException) -> str:
 def sources(task_data: Path | None, *, allow_code_execution: bool) -> Iterator[list[DataError]]:
     """Inside the block ``datasets`` and ``evaluate`` look into ``task_data`` before they ask the Hub.
 
-    Args:
-        task_data: holds data sets as ``ORG/NAME`` or ``NAME``, and metrics as ``evaluate-metric/NAME`` or ``NAME``.
-        allow_code_execution: let Hugging Face's metric of code run what it is given.
-
-    Yields:
-        What could not be loaded so far: lm-eval passes over a metric that it does not find.
+    It holds data sets as ``ORG/NAME`` or ``NAME``, and metrics as ``evaluate-metric/NAME`` or ``NAME``. Yields what
+    could not be loaded so far: lm-eval passes over a metric that it does not find.
     """
     load_dataset, load_metric = datasets.load_dataset, evaluate.load
     failed: list[DataError] = []
