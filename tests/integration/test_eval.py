@@ -117,7 +117,7 @@ def test_models_side_by_side(models: dict[str, Path], data: Path, tmp_path: Path
         for domain, numbers in model["domains"].items():
             scores = score_documents(load(Path(name)), corpora.tokenizer(), texts[domain], max_length=MAX_LENGTH)
             wanted = aggregate(score for _, score in scores)
-            assert numbers == pytest.approx(wanted.as_dict(), rel=1e-5)
+            assert numbers == pytest.approx(vars(wanted), rel=1e-5)
     table = CliRunner().invoke(app, ["eval", *names[:2], *options, "--limit", "3"])
     assert table.exit_code == 0 and table.stdout.count("* ") == 3  # the best of two domains, and the legend
     assert "±" in table.stdout and "held-out" not in table.output
@@ -225,7 +225,7 @@ def test_halves_of_surrogate_pairs_are_replaced_and_counted(models: dict[str, Pa
 def assert_same(ours: Any, theirs: Any) -> None:
     for a, b in zip(ours.models, theirs.models, strict=True):
         for name, score in b.domains.items():
-            assert a.domains[name].as_dict() == pytest.approx(score.as_dict(), rel=1e-5)
+            assert vars(a.domains[name]) == pytest.approx(vars(score), rel=1e-5)
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from xxhash import xxh3_128_hexdigest
+
 from branchmix.checkpoint.text import replaced_note, whole_characters
 from branchmix.data.config import EvalData, Selection
 from branchmix.data.corpus import up_to
@@ -28,8 +30,6 @@ class HashedDocument:
 
     @classmethod
     def of(cls, given: str, *, replaced: bool = False) -> HashedDocument:
-        from xxhash import xxh3_128_hexdigest
-
         text = whole_characters(given)
         return cls(text, xxh3_128_hexdigest(text.encode()), replaced or text is not given)
 
@@ -91,17 +91,14 @@ def _held_out(texts: Iterable[str], selection: Selection, tokenizer: Any, *, in_
 def _by_hash(texts: Iterable[str], share: float) -> Iterator[str]:
     """All held-out texts in the order of their hashes; if there is none, the one that training holds out then."""
     held: dict[int, str] = {}
-    lowest: tuple[int, str] | None = None
-    several = False
+    lowest, highest = (2**64, ""), -1
     for text in texts:
         key = hash_of(text)
         if is_held_out(text, share):
             held[key] = text
         elif not held:
-            several |= lowest is not None and key != lowest[0]
-            if lowest is None or key < lowest[0]:
-                lowest = (key, text)
-    if not held and lowest is not None and several and share > 0:
+            lowest, highest = min(lowest, (key, text)), max(highest, key)
+    if not held and lowest[0] < highest and share > 0:
         held = dict([lowest])
     return (held[key] for key in sorted(held))
 

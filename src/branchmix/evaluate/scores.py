@@ -60,9 +60,6 @@ class TextScore:
     bytes: int
     documents: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def aggregate(documents: Iterable[ScoredDocument]) -> TextScore:
     """One number for many documents: all their nats over all their bytes."""
@@ -199,10 +196,11 @@ class ModelReport:
         if self.domains is not None:
             content |= {"prefix": self.prefix, "max_length": self.max_length, "stride": self.stride}
             content |= {"ensemble": self.ensemble} if self.ensemble else {}
-        parts: dict[str, Any] = {"domains": self.domains, "tasks": self.tasks, "suites": self.suites or None}
-        for name, scores in parts.items():
-            if scores is not None:
-                content[name] = {key: score.as_dict() for key, score in scores.items()}
+            content["domains"] = {name: asdict(score) for name, score in self.domains.items()}
+        if self.tasks is not None:
+            content["tasks"] = {name: score.as_dict() for name, score in self.tasks.items()}
+        if self.suites:
+            content["suites"] = {name: score.as_dict() for name, score in self.suites.items()}
         return content
 
 

@@ -14,9 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+
 from branchmix.checkpoint.folder import writing
 
-Figure = Any
 Draw = Callable[[str], Figure]
 
 INK = "#010203"
@@ -45,8 +47,6 @@ def svg(draw: Draw, name: str, label: str) -> str:
     ``name`` keeps the ids of several pictures of a page apart. ``label`` is for readers who don't see it; a picture
     without one is skipped by screen readers.
     """
-    import matplotlib
-
     with matplotlib.rc_context({**_RC, "svg.fonttype": "none", "svg.hashsalt": name}):
         file = io.StringIO()
         figure = draw(INK)
@@ -84,8 +84,6 @@ def save(draw: Draw, file: Path, **options: Any) -> Path:
     Raises:
         OutputError: the file cannot be written.
     """
-    import matplotlib
-
     part = file.with_name(f".{file.name}.{os.getpid()}")
     with writing(file), matplotlib.rc_context({**_RC, "svg.hashsalt": file.stem}):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +101,7 @@ def save(draw: Draw, file: Path, **options: Any) -> Path:
 
 def figure_with(panels: int, size: tuple[float, float], ink: str, *, rows: int = 1) -> tuple[Figure, list[Any]]:
     """A figure of ``size`` (inches) with panels side by side, and the panels, row by row."""
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-    figure = MatplotlibFigure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(rows, panels, squeeze=False).flat)
     for panel in axes:
         take_ink(panel, ink)

@@ -117,8 +117,8 @@ class _Builder:
             return
         if preset.kind == "ensemble":
             options = {"members": [SEED, *experts], **self.evaluation, **self.given_identity}
-            needs, about = Needs(self.text, members=dense), replace(about, role="ensemble")
-            self._add("ensemble", options, needs, about, config=self.seed_config)
+            needs = Needs(self.text, members=dense)
+            self._add("ensemble", options, needs, replace(about, role="ensemble"), config=self.seed_config)
             return
         recipe = self.mixtures.recipe(method, self._random(repetition, _MIXTURE_PHASE))
         config = self.mixtures.config(recipe)

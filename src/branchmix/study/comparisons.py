@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from scipy import stats
+
 from branchmix.evaluate.scores import ratio
 from branchmix.study.graph import NEGLIGIBLE, TRAINED
 from branchmix.study.settings import METHODS
@@ -44,8 +46,6 @@ def t_interval(values: Sequence[float]) -> Interval:
     """Mean of independent values with Student's interval for it, which is unknown for a single one."""
     n, half = len(values), None
     if n > 1:
-        from scipy import stats
-
         half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return {"value": fmean(values), "half_width": half, "n": n}
 

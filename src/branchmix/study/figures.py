@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from branchmix.evaluate.routing.plots import shares
 from branchmix.pages.pictures import COLOURS, Draw, Figure, figure_with
@@ -66,10 +67,8 @@ def curves(study: Numbers, ink: str) -> Figure:
     These saw the same data in the same order, another repetition's may be harder.
     """
     figure, panels = figure_with(2, (10.0, 4.3), ink)
-    titles = {"tokens": "Over tokens: equal data", "flops": "Over FLOPs: equal compute"}
-    for panel, (over, title) in zip(panels, titles.items(), strict=True):
-        _curves(panel, study, over, ink)
-        panel.set_title(title, color=ink, loc="left")
+    _curves(panels[0], study, "tokens", "Over tokens: equal data", ink)
+    _curves(panels[1], study, "flops", "Over FLOPs: equal compute", ink)
     panels[0].set_ylabel("training loss, nats a token", color=ink)
     _legend(figure, panels[1], ink)
     return figure
@@ -80,9 +79,7 @@ def _legend(figure: Figure, panel: Any, ink: str) -> None:
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
 
 
-def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
-    from matplotlib.ticker import EngFormatter
-
+def _curves(panel: Any, study: Numbers, over: str, title: str, ink: str) -> None:
     models = {model["title"]: model for model in study["models"]}
     shown = styles(study)
     trained = {
@@ -106,6 +103,7 @@ def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
     if highest:
         room = 0.05 * (highest - lowest) or 0.1
         panel.set_ylim(lowest - room, highest + room)
+    panel.set_title(title, color=ink, loc="left")
     panel.set_xlabel({"tokens": "tokens", "flops": FLOPS}[over], color=ink)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.grid(alpha=0.2)
@@ -113,8 +111,6 @@ def _curves(panel: Any, study: Numbers, over: str, ink: str) -> None:
 
 def dots(study: Numbers, ink: str) -> Figure:
     """Geometric mean of held-out perplexity of every model; small dots are its repetitions."""
-    from matplotlib.ticker import MaxNLocator
-
     models = study["models"]
     figure, (panel,) = figure_with(1, (9.0, 0.6 + 0.26 * len(models)), ink)
     colours = {"dense": COLOURS[7], "merged": COLOURS[3], "methods": COLOURS[2], "ablations": COLOURS[4]}
@@ -145,8 +141,6 @@ def dots(study: Numbers, ink: str) -> Figure:
 
 def compute(study: Numbers, ink: str) -> Figure:
     """Held-out perplexity against training FLOPs: a line from each method's CM run to its DM run."""
-    from matplotlib.ticker import EngFormatter
-
     shown = styles(study)
     figure, (panel,) = figure_with(1, (8.0, 4.8), ink)
     by_method: dict[str, list[Numbers]] = {}

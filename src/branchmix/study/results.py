@@ -249,9 +249,8 @@ def _text(records: Records, runs: Records) -> dict[str, Any]:
 
 def _machines(runs: Records) -> list[dict[str, Any]]:
     """Every machine, precision and set of versions that runs were computed with."""
-    machines: list[dict[str, Any]] = []
-    for record in runs.values():
-        machine = {**record["machine"], "precision": record["computing"]["precision"], "versions": record["versions"]}
-        if machine not in machines:
-            machines.append(machine)
-    return machines
+    every = [
+        {**run["machine"], "precision": run["computing"]["precision"], "versions": run["versions"]}
+        for run in runs.values()
+    ]
+    return [machine for number, machine in enumerate(every) if machine not in every[:number]]

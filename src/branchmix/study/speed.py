@@ -82,18 +82,13 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
         keep_freed_memory()  # as runs do: without it, half of a step can be page faults
         study = StudyFile.model_validate(settings)
         computing = Computing(torch.device("cpu"), in_bf16(study.precision))
-
-        def made(config: Config) -> Any:
-            """With attention as a run chooses it."""
-            return new_model(config, **attention_options(config["model_type"], computing, study.sequence_length))
-
-        first = made(json.loads(kinds[0]))  # imports the rest
-        start, steps = time.time() - begun, {}
+        start, steps = 0.0, {}
         micro = study.micro_batch_size or study.batch_size
         options: dict[str, Any] = {"micro": micro, "accumulation": study.batch_size // micro}
-        for number, kind in enumerate(kinds):
+        for kind in kinds:
             config = json.loads(kind)
-            model = made(config) if number else first
+            model = new_model(config, **attention_options(config["model_type"], computing, study.sequence_length))
+            start = start or time.time() - begun  # the first model has imported the rest
             texts = _random_sequences(config, micro, study.sequence_length)
             barrier.wait()
             steps[kind] = seconds_per_step(model, texts, computing, packing="position_ids", **options)

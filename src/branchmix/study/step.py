@@ -82,14 +82,11 @@ class _Work:
         assert isinstance(self.study.seed, str)
         return resolve(self.study.seed, self.base)
 
-    def given_name(self) -> str:
-        """As the study names its seed: a Hub id, or an absolute folder."""
-        given = self.given()
-        return given.given if given.revision else str(given.folder.absolute())
-
-    def relative(self, name: str) -> str:
-        """The path of a step's model from this step's folder."""
-        return os.path.relpath(self.model_of(name), self.folder)
+    def written(self, name: str | None) -> str:
+        """``model_of`` as files have it: a path from this step's folder; the given seed's Hub id or absolute folder."""
+        if name is not None:
+            return os.path.relpath(self.model_of(name), self.folder)
+        return self.given().given if self.given().revision else str(self.model_of(None))
 
     def members(self) -> dict[str, Path]:
         """Folders of several models by name, the seed first."""
@@ -157,7 +154,7 @@ class _Work:
         run, needed = dict(self.step.run), self.step.needs.model
         is_given = "model" not in run and needed is None
         if "model" not in run:
-            run["model"] = self.given_name() if needed is None else self.relative(needed)
+            run["model"] = self.written(needed)
         run |= {
             "out": MODEL,
             "data": self.sources_as_json(),
@@ -197,11 +194,10 @@ class _Work:
         from branchmix.upcycling import upcycle
 
         out, trusted, defaults = self.folder / MODEL, self.study.trust_remote_code, Recipe.model_fields
-        models = {name: self.relative(step) for name, step in self.step.needs.members.items()}
-        seed = models.pop(SEED, None) or self.given_name()
+        experts = {name: step for name, step in self.step.needs.members.items() if name != SEED}
         recipe = {
-            "seed": seed,
-            "experts": [{"name": name, "model": model} for name, model in models.items()],
+            "seed": self.written(self.step.needs.members.get(SEED)),
+            "experts": [{"name": name, "model": self.written(step)} for name, step in experts.items()],
             **{key: value for key, value in self.step.recipe.items() if value != defaults[key].get_default()},
         }
         if recipe.get("gates"):
@@ -210,7 +206,7 @@ class _Work:
         file = self.write_yaml("recipe.yaml", command, _without_none(recipe))
         report = upcycle(file, out, force=out.exists(), trust_remote_code=trusted)
         print(f"merged in {report.seconds:.1f} s", file=sys.stderr)
-        merge = {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": list(models)}
+        merge = {"seconds": round(report.seconds, 3), "recipe": self.step.recipe, "experts": list(experts)}
         if report.gates is not None:
             merge["gates"] = rounded(report.gates.as_dict())
         return {"merge": merge}

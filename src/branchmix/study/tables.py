@@ -233,16 +233,13 @@ def selection(
     rows = []
     for model in models:
         beside = _difference(study["comparisons"].get(model["title"]))
-        rows.append([marked_label(study, model), *_experts(model), *_sizes(model), *_perplexities(model), beside])
+        experts = _counts(model["facts"]["experts"], model["facts"]["top_k"])
+        rows.append([marked_label(study, model), *experts, *_sizes(model), *_perplexities(model), beside])
     numbers = [*_domains(study), "Avg", "Geo. mean", "against the reference"]
     return Table(["", "experts", "top-k", "total", "active", *numbers], rows, name, title, note)
 
 
 # ---- Costs ----
-
-
-def _experts(model: Numbers) -> list[str]:
-    return [str(model["facts"]["experts"]), str(model["facts"]["top_k"])]
 
 
 def _sizes(model: Numbers) -> list[str]:
@@ -260,8 +257,9 @@ def inference_flops(study: Numbers) -> Table:
     rows = []
     for model in _shapes(study):
         facts, flops = model["facts"], model["facts"]["layer_flops"]
-        counts = [facts["parameters"], facts["active_parameters"], flops["attention"], flops["ffn"], flops["total"]]
-        rows.append([merge_label(model), *_experts(model), *_counts(*counts, facts["forward_flops_per_token"])])
+        sizes = [facts[key] for key in ("experts", "top_k", "parameters", "active_parameters")]
+        parts = [*(flops[key] for key in ("attention", "ffn", "total")), facts["forward_flops_per_token"]]
+        rows.append([merge_label(model), *_counts(*sizes, *parts)])
     note = (
         f"Forward FLOPs of a token in one layer, context {study['settings']['sequence_length']}, by the formulas of "
         "the paper's Table 10; whole model: all layers and the output layer."

@@ -5,9 +5,10 @@ Shapes: S counted tokens of a batch, N documents, V kinds of tokens, E experts, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,14 +125,17 @@ def count(
     agreement = {place.layer: (0.0, 0.0) for place in places if place.kind == "ffn" and place.layer in gated}
     tokens_N = np.array([len(document) for document in documents], dtype=np.float64)
     done, total = 0, int(tokens_N.sum())
-    with evaluating(model), _outputs_of(places) as output_of:
+    outputs: dict[str, Any] = {}
+    with evaluating(model), ExitStack() as stack:
+        for place in places:
+            stack.callback(place.module.register_forward_hook(partial(_keep, outputs, place.name)).remove)
         for chosen in batches(windows, batch_tokens, equal_lengths=length_dependent(model.config)):
             inputs_BT, batch = texts.batch(chosen)
             with head_at(model, torch.tensor([0]), torch.tensor([0])):  # nobody wants the logits
                 model(input_ids=inputs_BT.to(model.device), use_cache=False)
             chosen_by = {}
             for place in places:
-                read = _read(place, output_of(place), batch.size)
+                read = _read(place, outputs, batch.size)
                 if place.name not in routers:
                     routers[place.name] = RouterCounts(place, read, *sizes)
                 chosen_by[place.kind, place.layer] = routers[place.name].add(read, batch)
@@ -146,9 +150,15 @@ def count(
     return ModelCounts(list(routers.values()), agreement, tokens_N, texts.kinds_V, texts.count_V)
 
 
-def _read(place: RouterPlace, output: Any, size: int) -> Any:
-    """What a router gave back for ``size`` tokens."""
-    read = place.read(output)
+def _keep(outputs: dict[str, Any], name: str, module: Any, args: Any, output: Any) -> None:
+    outputs.setdefault(name, output)
+
+
+def _read(place: RouterPlace, outputs: dict[str, Any], size: int) -> Any:
+    """What a router gave back for ``size`` tokens, which is taken out of the outputs."""
+    if place.name not in outputs:
+        raise CheckpointError(f"the router {place.name} was not asked about the text")
+    read = place.read(outputs.pop(place.name))
     if len(read.logits_SE) != size:
         raise CheckpointError(f"the router {place.name} does not give one row of logits for each token")
     if not bool(torch.isfinite(read.logits_SE).all()):
@@ -185,23 +195,3 @@ class _Texts:
         is_shown_S = position_S < self._shown_N[document_S]
         shown_S = np.where(is_shown_S, self._first_shown_N[document_S] + position_S, -1)
         return inputs_BT, _Batch(inputs_BT.numel(), *map(torch.from_numpy, (rows_S, document_S, kind_S, shown_S)))
-
-
-@contextmanager
-def _outputs_of(places: Sequence[RouterPlace]) -> Iterator[Callable[[RouterPlace], Any]]:
-    """Keeps what each router gave back in a forward pass; yields a function that takes it out."""
-    outputs: dict[str, Any] = {}
-
-    def take(place: RouterPlace) -> Any:
-        if place.name not in outputs:
-            raise CheckpointError(f"the router {place.name} was not asked about the text")
-        return outputs.pop(place.name)
-
-    with ExitStack() as stack:
-        for place in places:
-
-            def keep(module: Any, args: Any, output: Any, name: str = place.name) -> None:
-                outputs.setdefault(name, output)
-
-            stack.callback(place.module.register_forward_hook(keep).remove)
-        yield take

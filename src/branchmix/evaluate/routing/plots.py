@@ -44,7 +44,7 @@ def shares(routing: dict[str, Any], ink: str, *, domains: Sequence[str]) -> Figu
         if by_layer:
             _by_layer(row, kind, routing[kind], list(domains), names, ink)
         else:
-            _by_domain(figure, row, kind, routing[kind], domains, names, ink)
+            _by_domain(row, kind, routing[kind], domains, names, ink)
     return figure
 
 
@@ -58,15 +58,11 @@ def _by_layer(row: Any, kind: str, layers: list[Any], domains: list[str], names:
         panel.set_title(f"{TITLES[kind]}, layer {layer['layer']}", color=ink, fontsize=8.5)
 
 
-def _by_domain(
-    figure: Figure, row: Any, kind: str, layers: list[Any], domains: Sequence[str], names: list[str], ink: str
-) -> None:
-    from matplotlib import colormaps
-
+def _by_domain(row: Any, kind: str, layers: list[Any], domains: Sequence[str], names: list[str], ink: str) -> None:
     brightest = max(value for layer in layers for shares in layer["by_domain"].values() for value in shares)
     for panel, domain in zip(row, domains, strict=True):
         values = [layer["by_domain"][domain] for layer in layers]
-        edges = {"vmin": 0.0, "vmax": brightest, "cmap": colormaps["cividis"]}
+        edges = {"vmin": 0.0, "vmax": brightest, "cmap": "cividis"}
         picture = panel.imshow(values, aspect="auto", interpolation="nearest", **edges)
         ticks = range(0, len(layers), max(1, len(layers) // 8))
         panel.set_yticks(ticks, [str(layers[tick]["layer"]) if panel is row[0] else "" for tick in ticks])
@@ -79,7 +75,7 @@ def _by_domain(
         for spine in panel.spines.values():
             spine.set_visible(False)
     row[0].set_ylabel("layer", color=ink)
-    bar = figure.colorbar(picture, ax=row, shrink=0.9, pad=0.01)
+    bar = row[0].figure.colorbar(picture, ax=row, shrink=0.9, pad=0.01)
     bar.ax.tick_params(colors=ink)
     bar.outline.set_visible(False)
     bar.set_label("share of tokens", color=ink)

@@ -141,14 +141,14 @@ def read_texts(given: Sequence[str]) -> list[str]:
     texts = []
     for text in given:
         name = "standard input" if text == "-" else text.removeprefix("@")
-        if text == "-":
-            text = sys.stdin.read()
-        elif text.startswith("@"):
-            try:
+        try:
+            if text == "-":
+                text = sys.stdin.read()
+            elif text.startswith("@"):
                 text = Path(name).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "is no UTF-8 text"
-                raise RecipeError(f"--text @{name}: {reason}: give a text file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "is no UTF-8 text"
+            raise RecipeError(f"--text {text}: {reason}: give a text file") from None
         if not text.strip():
             raise RecipeError(f"--text: {name if name.strip() else 'the text'} is empty: there is nothing to route")
         texts.append(text)
