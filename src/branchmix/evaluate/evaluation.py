@@ -125,12 +125,7 @@ class _Reader:
     def read(
         self, domain: str, documents: Sequence[HashedDocument], batch_tokens: int, progress: Progress | None
     ) -> None:
-        """Computes what is not on record.
-
-        Raises:
-            RecipeError: the window does not fit the model.
-            CheckpointError: the model cannot be loaded, or computes no numbers.
-        """
+        """Computes what is not on record; errors are those of ``evaluate``."""
         candidate = self.candidate
         texts = {document.hash: document.text for document in documents}
         options = {**self.window, "batch_tokens": batch_tokens, "progress": candidate.named(progress, domain)}

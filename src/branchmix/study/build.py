@@ -13,8 +13,11 @@ from typing import Any
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.json_text import key_of
+from branchmix.checkpoint.writer import FileHashes
 from branchmix.data.config import Source
+from branchmix.data.sources import find_files
 from branchmix.errors import RecipeError
+from branchmix.likelihood.records import model_hash
 from branchmix.settings import overlaid
 from branchmix.study.graph import NEGLIGIBLE, SCORES, About, Cost, Graph, Group, Needs, Step, StepKind, has_routers
 from branchmix.study.models import Config, Mixtures, seed_config, step_cost
@@ -288,15 +291,10 @@ def _identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:
         return {}
     if given.revision:
         return {"seed": f"{given.given}@{given.revision}"}
-    from branchmix.likelihood.records import model_hash
-
     return {"seed": model_hash(given.folder)}
 
 
 def _identity_of_source(source: Source, folder: Path) -> dict[str, Any]:
-    from branchmix.checkpoint.writer import FileHashes
-    from branchmix.data.sources import find_files
-
     if source.files is None:
         return source.model_dump(exclude_none=True)
     files = find_files(source, folder)

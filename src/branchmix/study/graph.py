@@ -154,8 +154,7 @@ class Graph:
     def chosen(self, only: Iterable[str]) -> list[Step]:
         """Steps whose name, or a part of it between dots, is or fits one of ``only``, and what they need; all for none.
 
-        Raises:
-            RecipeError: nothing fits.
+        What nothing fits is a RecipeError.
         """
         names: list[str] = []
         parts = {name: [name, *name.split(".")] for name in self.steps}

@@ -41,8 +41,7 @@ def kind_of(config: Config) -> str:
 def measure_speed(study: StudyFile, configs: Iterable[Config], *, processes: int, threads: int) -> Speed:
     """Trains a model of each kind for some steps, in ``processes`` at once, with ``threads`` each.
 
-    Raises:
-        BranchMixError: a process failed.
+    A process that fails is a BranchMixError.
     """
     kinds = sorted({kind_of(config) for config in configs})
     context = multiprocessing.get_context("spawn")

@@ -19,12 +19,15 @@ from pydantic import TypeAdapter
 
 from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.hub import ResolvedModel, resolve
-from branchmix.data.config import Source
+from branchmix.data import installed
+from branchmix.data.config import EvalData, Source
 from branchmix.errors import BranchMixError
+from branchmix.recipe import Recipe
 from branchmix.study.folder import MODEL, PAGE, PLAN, RESULT, STEPS, TEXT, rounded, write_record
 from branchmix.study.graph import Step
 from branchmix.study.models import DATA
 from branchmix.study.settings import SEED, InstalledText, StudyFile
+from branchmix.train.config import RunConfig
 
 CURVE_POINTS = 60
 """Points of a training run's loss curve."""
@@ -126,8 +129,6 @@ class _Work:
 
     def text(self) -> dict[str, Any]:
         """Text that is installed."""
-        from branchmix.data import installed
-
         data = self.study.data
         assert isinstance(data, InstalledText)
         extracts = installed.write(
@@ -148,7 +149,6 @@ class _Work:
         """A training run; ``run.yaml`` stays beside its result."""
         from branchmix.study.measure import distance
         from branchmix.train import train
-        from branchmix.train.config import RunConfig
         from branchmix.train.schedule import optimizer_flops
 
         run, needed = dict(self.step.run), self.step.needs.model
@@ -190,7 +190,6 @@ class _Work:
 
     def upcycle(self) -> dict[str, Any]:
         """A merge; ``recipe.yaml`` stays beside it."""
-        from branchmix.recipe import Recipe
         from branchmix.upcycling import upcycle
 
         out, trusted, defaults = self.folder / MODEL, self.study.trust_remote_code, Recipe.model_fields
@@ -233,7 +232,6 @@ class _Work:
 
     def routes(self) -> dict[str, Any]:
         """Which expert each held-out token of a mixture uses: numbers, and a page beside them."""
-        from branchmix.data.config import EvalData
         from branchmix.evaluate.routing.routes import routes
         from branchmix.evaluate.routing.token_page import html
 

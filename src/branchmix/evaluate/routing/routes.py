@@ -114,11 +114,7 @@ def routes(
 
 
 def write_numbers(numbers: RoutingReport, out: str | Path) -> list[Path]:
-    """Writes ``routes.json`` and ``shares.csv`` into a folder, or all numbers into a file called ``*.json``.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Writes ``routes.json`` and ``shares.csv`` into a folder, or all numbers into a file called ``*.json``."""
     files = number_files(out)
     write_json(files[0], numbers.as_dict())
     for file in files[1:]:

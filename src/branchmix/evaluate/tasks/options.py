@@ -57,11 +57,7 @@ class TaskOptions:
                 raise RecipeError(f"{folder}: there is no such folder")
 
     def refuse_code(self, names: Iterable[str]) -> None:
-        """Stops at tasks that run code, unless they may.
-
-        Raises:
-            RecipeError: they may not.
-        """
+        """A RecipeError for tasks that run code, unless they may."""
         if not self.allow_code_execution:
             raise RecipeError(
                 f"tasks: {', '.join(names)}: would run code that the model writes: allow it with "

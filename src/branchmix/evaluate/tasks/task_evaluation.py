@@ -47,8 +47,7 @@ class TaskEvaluation:
     ) -> Iterator[TaskEvaluation]:
         """Loads them; data sets, metrics and leave to run code are as ``options`` say until the block ends.
 
-        Raises:
-            RecipeError, DataError: see ``load``.
+        Errors are those of ``load``.
         """
         with quiet(), sources(options.task_data, allow_code_execution=options.allow_code_execution) as failed:
             with seeded():
