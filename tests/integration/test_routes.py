@@ -229,7 +229,7 @@ def test_experts_by_domain_are_told_apart_and_typical_tokens_found(tmp_path: Pat
     assert layer["load_entropy"] == pytest.approx(0.993, abs=1e-3)
     words = [[token["token"] for token in tokens] for tokens in layer["typical"]]
     assert words == [[], [" two"], [" large"]]
-    assert (layer.typical[1][0]["share"], layer.typical[1][0]["count"]) == (1.0, 16)
+    assert (layer["typical"][1][0]["share"], layer["typical"][1][0]["count"]) == (1.0, 16)
 
 
 def test_what_made_the_weights_is_found_by_trying() -> None:

@@ -97,13 +97,8 @@ def evaluate(
                     {domain: map(reader.scored, chosen) for domain, chosen in documents.items()}
                 )
             if options is not None:
-                report.notes += on_tasks.evaluate(
-                    candidate,
-                    report.models[number],
-                    max_length=max_length,
-                    batch_tokens=batch_tokens,
-                    progress=progress,
-                )
+                how: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens, "progress": progress}
+                report.notes += on_tasks.evaluate(candidate, report.models[number], **how)
             candidate.release()
         if data is not None and members:
             weights = {readers[member]: share for member, share in members.items()}

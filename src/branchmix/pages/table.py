@@ -49,14 +49,9 @@ class Table:
 
     def latex(self) -> str:
         """A ``table`` of the package booktabs."""
-        columns = "l" + "r" * (len(self.head) - 1)
+        columns, head = "l" + "r" * (len(self.head) - 1), " & ".join(map(_tex, self.head)) + r" \\"
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(self.title)}}}", rf"\label{{tab:{self.name}}}"]
-        lines += [
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            " & ".join(map(_tex, self.head)) + r" \\",
-            r"\midrule",
-        ]
+        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
         for number, row in enumerate(self.rows):
             if len(row) == 1:
                 lines.append(rf"\multicolumn{{{len(self.head)}}}{{l}}{{\emph{{{_tex(row[0])}}}}} \\")

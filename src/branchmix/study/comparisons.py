@@ -37,9 +37,7 @@ INDISTINGUISHABLE = "statistically indistinguishable"
 
 def log_perplexity(documents: Documents) -> dict[str, float]:
     """Nats a token of each domain."""
-    return {
-        domain: math.fsum(row[0] for row in rows) / sum(row[1] for row in rows) for domain, rows in documents.items()
-    }
+    return {name: math.fsum(row[0] for row in rows) / sum(row[1] for row in rows) for name, rows in documents.items()}
 
 
 def t_interval(values: Sequence[float]) -> Interval:

@@ -91,10 +91,8 @@ class HeldOutText:
             loaded, tokenizer, computing = self._load(model)
             with computing.autocast():
                 of_models.append(self._scored(loaded, tokenizer))
-        together = {
-            domain: [mixed(of_one) for of_one in zip(*(scored[domain] for scored in of_models), strict=True)]
-            for domain in self.sources
-        }
+        by_domain = {domain: zip(*(scored[domain] for scored in of_models), strict=True) for domain in self.sources}
+        together = {domain: [mixed(of_one) for of_one in documents] for domain, documents in by_domain.items()}
         return {"documents": _rows(together), "routing": None}
 
     def _load(self, folder: Path) -> tuple[Any, Any, Computing]:
@@ -180,8 +178,8 @@ def measure_inference(
         name: load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
         for name, folder in models.items()
     }
-    length = {"max_new_tokens": settings.new_tokens, "min_new_tokens": settings.new_tokens}
-    options = {"do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0, **length}
+    options = {"do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    options |= {"max_new_tokens": settings.new_tokens, "min_new_tokens": settings.new_tokens}
     measured: dict[str, Any] = {name: {"seconds": []} for name in loaded}
     for run in range(settings.runs + 1):
         for name, model in loaded.items():

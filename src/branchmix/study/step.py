@@ -138,12 +138,8 @@ class _Work:
             domains=data.domains,
             max_chars=data.max_chars,
         )
-        return {
-            "text": {
-                name: {"documents": extract.documents, "characters": extract.chars, "bytes": extract.bytes}
-                for name, extract in extracts.items()
-            }
-        }
+        sizes = {n: {"documents": e.documents, "characters": e.chars, "bytes": e.bytes} for n, e in extracts.items()}
+        return {"text": sizes}
 
     def train(self) -> dict[str, Any]:
         """A training run; ``run.yaml`` stays beside its result."""

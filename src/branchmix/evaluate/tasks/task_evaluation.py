@@ -63,12 +63,7 @@ class TaskEvaluation:
         batch_tokens: int,
         progress: Progress | None,
     ) -> list[str]:
-        """Put what a model makes of all tasks into its report; returns notes.
-
-        Raises:
-            RecipeError: its window is too short for a task.
-            CheckpointError: it cannot be loaded, or computes no numbers.
-        """
+        """Put what a model makes of all tasks into its report; returns notes. Errors are those of its requests."""
         length = max_length or max_positions(candidate.config) or DEFAULT_MAX_LENGTH
         model = RecordedModel(candidate, self.answers, max_length=length, batch_tokens=batch_tokens, progress=progress)
         with seeded():
