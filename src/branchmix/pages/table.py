@@ -110,4 +110,4 @@ _TEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">":
 
 
 def _tex(text: str) -> str:
-    return text.translate(str.maketrans(_TEX))
+    return "".join(_TEX.get(char, char) for char in text)
