@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -225,14 +224,11 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
     path = ".".join(str(part) for part in location)
     telling = [d for d in details if d["type"] in ("value_error", "missing", "extra_forbidden")]
     detail = (telling or details)[0]
+    kind, given = detail["type"], short(detail["input"])
     if len(details) > 1 and not telling:  # one for each member of a union that the value does not fit
-        wanted = [other["msg"].split(",")[0].removeprefix("Input should be ") for other in details]
-        wanted = [
-            words.replace("a valid string", "text").replace("a valid dictionary", "a mapping").split(" or ")[0]
-            for words in wanted
-        ]
-        return f"{path}: should be {' or '.join(wanted)}, got {short(detail['input'])}"
-    kind = detail["type"]
+        wanted = [other["msg"].split(",")[0].removeprefix("Input should be ").split(" or ")[0] for other in details]
+        words = " or ".join(wanted).replace("a valid string", "text").replace("a valid dictionary", "a mapping")
+        return f"{path}: should be {words}, got {given}"
     if kind == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         return f"{path}: there is no such key{nearest(str(location[-1]), known)}; known: {', '.join(known)}"
@@ -240,38 +236,28 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
         return f"{path}: is missing, it must be given"
     if kind == "literal_error":
         choices = [word.strip().strip("'") for word in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return (
-            f"{path}: {short(detail['input'])} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
-        )
+        return f"{path}: {given} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
     if kind == "string_pattern_mismatch":
-        words = {"name": "letters, digits, -, _ and . only", "max_shard_size": "a number and a unit, such as 5GB"}
-        return f"{path}: must be {words[str(location[-1])]}, got {short(detail['input'])}"
+        wanted_of = {"name": "letters, digits, -, _ and . only", "max_shard_size": "a number and a unit, such as 5GB"}
+        return f"{path}: must be {wanted_of[str(location[-1])]}, got {given}"
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     message = message.replace("valid dictionary or instance of", "mapping, as of").replace("valid string", "text")
-    return f"{path}: {message[0].lower()}{message[1:]}, got {short(detail['input'])}"
+    return f"{path}: {message[0].lower()}{message[1:]}, got {given}"
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
-    """Names of the fields of the model at ``location``; none if something else is there."""
-    annotations: list[Any] = [model]
+    """Names of the fields of the model at ``location``, or of the nearest one above it."""
+    models = [model]
     for part in location:
-        below: list[Any] = []
-        for annotation in annotations:
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                if part in annotation.model_fields:
-                    below.append(annotation.model_fields[part].annotation)
-            else:  # an element of a list, a value of a mapping
-                below += get_args(annotation)[-1:]
-        annotations = [inner for annotation in below for inner in _members(annotation)]
-    models = [a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)]
-    return [name for model in models for name in model.model_fields]
+        fields = [kind.model_fields[part] for kind in models if part in kind.model_fields]
+        models = [kind for field in fields for kind in _models_in(field.annotation)] or models
+    return [name for kind in models for name in kind.model_fields]
 
 
-def _members(annotation: Any) -> list[Any]:
-    """What a union is made of; anything else is itself."""
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        arguments = get_args(annotation) if get_origin(annotation) is not Annotated else get_args(annotation)[:1]
-        return [inner for argument in arguments for inner in _members(argument)]
-    return [annotation]
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's values are, or hold: of a union, a list or a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in _models_in(inner)]
