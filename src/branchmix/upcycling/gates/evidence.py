@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from scipy.signal import lfilter
+from scipy.special import log_softmax
 
 SMOOTHING = (500.0, 2000.0, 8000.0)
 """Tokens of the domains' mean that are added to each domain's counts."""
@@ -51,16 +53,12 @@ def evidence_table(counts_VM: np.ndarray, smoothing: float) -> np.ndarray:
 
 def decayed_sums(evidence_TM: np.ndarray, decay: float) -> np.ndarray:
     """``c_t = decay * c_(t-1) + evidence_t``, [T, M]."""
-    from scipy.signal import lfilter
-
     return lfilter([1.0], [1.0, -decay], evidence_TM, axis=0)
 
 
 def log_posterior(sums_TM: np.ndarray, temperature: float) -> np.ndarray:
     """``log softmax(c_t / temperature)``, [T, M]."""
-    z_TM = sums_TM / temperature
-    z_TM = z_TM - z_TM.max(1, keepdims=True)
-    return z_TM - np.log(np.exp(z_TM).sum(1, keepdims=True))
+    return log_softmax(sums_TM / temperature, axis=1)
 
 
 def fit_posterior(counts_VM: np.ndarray, measured: Mapping[int, Sequence[np.ndarray]]) -> Posterior:
@@ -74,20 +72,17 @@ def fit_posterior(counts_VM: np.ndarray, measured: Mapping[int, Sequence[np.ndar
         measured: documents of each domain, by its column.
     """
     joined, labels = _joined(measured)
-    best = None
+    found: list[tuple[float, Posterior]] = []
     for smoothing, decay in product(SMOOTHING, DECAYS):
         table_VM = evidence_table(counts_VM, smoothing)
-        alone = {m: [decayed_sums(table_VM[tokens], decay) for tokens in found] for m, found in measured.items()}
+        alone = {m: [decayed_sums(table_VM[tokens], decay) for tokens in texts] for m, texts in measured.items()}
         together_TM = decayed_sums(table_VM[joined], decay)
         for temperature in TEMPERATURES:
             entropy, accuracy = _scores(alone, temperature)
             logp_TM = log_posterior(together_TM, temperature)
             switching = np.mean([-logp_TM[labels == m, m].mean() for m in measured])
-            found = Posterior(smoothing, temperature, decay, entropy, accuracy)
-            if best is None or entropy + switching < best[0]:
-                best = (entropy + switching, found)
-    assert best is not None
-    return best[1]
+            found.append((entropy + switching, Posterior(smoothing, temperature, decay, entropy, accuracy)))
+    return min(found, key=lambda tried: tried[0])[1]
 
 
 def _scores(sums: Mapping[int, Sequence[np.ndarray]], temperature: float) -> tuple[float, float]:

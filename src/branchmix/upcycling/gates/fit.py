@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 
 from branchmix.likelihood.forward import evaluating, log_probs, logits_at
 from branchmix.models.documents_branchmix import BranchMixDocumentGate, DocumentLogits
@@ -165,7 +166,7 @@ def forced_losses(
     model: Any,
     num_experts: int,
     text: Mapping[str, Sequence[np.ndarray]],
-    tell: Callable[[], None] = lambda: None,
+    tell: Callable[[], None],
 ) -> np.ndarray:
     """Loss of a mixture on each domain in ``text`` with all gates forced to each expert, [M, E] in nats.
 
@@ -184,16 +185,14 @@ def forced_losses(
 
 def log_shares(losses_E: np.ndarray, tau: float) -> np.ndarray:
     """``log softmax(-L / tau)``, [..., E]."""
-    z_E = -losses_E / tau
-    z_E = z_E - z_E.max(-1, keepdims=True)
-    return np.maximum(z_E - np.log(np.exp(z_E).sum(-1, keepdims=True)), LEAST_LOG)
+    return np.maximum(log_softmax(-losses_E / tau, axis=-1), LEAST_LOG)
 
 
 def best_sharpness(
     gated: Gated,
     losses_ME: np.ndarray,
     text: Mapping[str, Sequence[np.ndarray]],
-    tell: Callable[[], None] = lambda: None,
+    tell: Callable[[], None],
 ) -> dict[str, float]:
     """tau of each domain in ``text``: the softest with which the mixture's loss on that domain is least, or nearly so.
 
@@ -228,7 +227,7 @@ def fit_token_routers(
     fitted_on: Mapping[str, Sequence[np.ndarray]],
     measured: Mapping[str, Sequence[np.ndarray]],
     routing: Routing,
-    tell: Callable[[], None] = lambda: None,
+    tell: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
     """Weights of every router: logistic regression from its own inputs to what the token's domain wants.
 
@@ -250,23 +249,21 @@ def fit_token_routers(
     gated.set_routers(None)
     everyone = Routing(gated.num_experts, True, 1.0, None, True)
     everyone.apply(gated.model)
-    weights = _regressions(gated, sample, targets_ME, PENALTIES[1])
+    weights = _regressions(_inputs(gated, sample), targets_ME, PENALTIES[1])
     tell()
     routing.apply(gated.model)
     gated.set_routers(weights)
     inputs = _inputs(gated, sample)
     tell()
-    best: tuple[float, dict[str, torch.Tensor]] | None = None
+    found = []
     for penalty in PENALTIES:
-        weights = _regressions(gated, sample, targets_ME, penalty, inputs)
+        weights = _regressions(inputs, targets_ME, penalty)
         gated.set_routers(weights)
-        loss = float(np.mean(list(losses(gated.model, measured).values())))
-        if best is None or loss < best[0]:
-            best = (loss, weights)
+        found.append((float(np.mean(list(losses(gated.model, measured).values()))), weights))
         tell()
-    assert best is not None
-    gated.set_routers(best[1])
-    return best[1]
+    _, best = min(found, key=lambda tried: tried[0])
+    gated.set_routers(best)
+    return best
 
 
 def _sample(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -282,13 +279,9 @@ def _sample(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _regressions(
-    gated: Gated,
-    sample: Mapping[str, Sequence[np.ndarray]],
-    targets_ME: Mapping[str, torch.Tensor],
-    penalty: float,
-    inputs: dict[str, dict[str, torch.Tensor]] | None = None,
+    inputs: Mapping[str, Mapping[str, torch.Tensor]], targets_ME: Mapping[str, torch.Tensor], penalty: float
 ) -> dict[str, torch.Tensor]:
-    inputs = _inputs(gated, sample) if inputs is None else inputs
+    """Weights of every router, from its inputs by domain."""
     found = {}
     for name, by_domain in inputs.items():
         x_SD = torch.cat(list(by_domain.values())).float()
@@ -339,14 +332,3 @@ def _inputs(gated: Gated, sample: Mapping[str, Sequence[np.ndarray]]) -> dict[st
         for name, seen in parts.items():
             found[name][domain] = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
     return found
-
-
-__all__ = [
-    "Gated",
-    "Routing",
-    "best_sharpness",
-    "fit_token_routers",
-    "forced_losses",
-    "log_shares",
-    "losses",
-]

@@ -17,7 +17,7 @@ from branchmix.data.config import EvalData
 from branchmix.errors import OutputError, RecipeError
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_calibrated
 from branchmix.upcycling.gates.measure import Fitted, Progress, fit, plan_with_gates, text_for
-from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
+from branchmix.upcycling.mixture import OpenedMixture
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,8 @@ def calibrate(
     require_space(target, plan_with_gates(mixture))  # before the minutes that the fit takes
     text = text_for(mixture.shape, mixture.resolved, data, token_only=token_only, trust_remote_code=trust_remote_code)
     fitted = fit(mixture, text, token_only=token_only, keep_top_k=keep_top_k, progress=progress)
-    largest = max(file.stat().st_size for file in mixture.index.files)
-    shard_bytes = largest if len(mixture.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
     with atomic_folder(target, force=in_place or force) as folder:
-        written = write_calibrated(mixture, fitted, folder, shard_bytes, progress=progress)
+        written = write_calibrated(mixture, fitted, folder, mixture.shard_bytes, progress=progress)
         if in_place:
             _keep_others(source, folder)
     return CalibrationReport(target, fitted, written, time.perf_counter() - start)
