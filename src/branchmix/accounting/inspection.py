@@ -238,7 +238,7 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
     positions = configured_positions(shape.seed)
     if positions is not None and context > positions:
         notices.append(f"a context of {context:,} exceeds the model's {positions:,} positions")
-    if shape.attention_num_experts_per_tok and shape.attention_router:
+    if shape.attention_num_experts_per_tok and shape.has_attention_experts:
         notices.append(
             f"active parameters and FLOPs count the queries and outputs of the {shape.attention_num_experts_per_tok} "
             f"chosen attention experts, and {'all keys' if shape.kv_experts > 1 else 'the shared keys'} and values"

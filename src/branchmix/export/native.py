@@ -69,13 +69,13 @@ TARGETS = (*NATIVES, "dense")
 def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list[str]:
     """Every reason why a mixture, of this ``trunk_of``, is not what ``native`` computes; empty if it is."""
     reasons: list[str] = []
-    if mixture.has_attention_experts:
+    if mixture.shape.has_attention_experts:
         reasons.append(
             "attention experts have no native form, since no class sums whole attentions under a gate: "
             "--to dense --expert NAME gives one of its experts, and a mixture of averaged attention (BTX) can be native"
         )
-    if not mixture.has_ffn_experts:
-        one = " --expert NAME" if mixture.has_attention_experts else ""
+    if not mixture.shape.has_ffn_experts:
+        one = " --expert NAME" if mixture.shape.has_attention_experts else ""
         reasons.append(f"its FFN is one dense FFN, not experts: --to dense{one}")
     else:
         reasons += _gate_problems(mixture.config, native)
@@ -130,9 +130,9 @@ def _block_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) 
 
 
 def _bias_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[str]:
-    if mixture.has_ffn_experts and any(name.endswith(".bias") for name in mixture.experts[0].ffn(0)):
+    if mixture.shape.has_ffn_experts and any(name.endswith(".bias") for name in mixture.experts[0].ffn(0)):
         yield f"its FFN experts have biases, those of {native.model_type} none"
-    if mixture.has_attention_experts:
+    if mixture.shape.has_attention_experts:
         return
     biased = attention_biases(trunk)
     allowed = {"none": [""], "qkv": ["", "qkv"], "qkvo": ["", "qkvo"]}[native.biases]

@@ -122,12 +122,11 @@ def push(
 
 def _whole(folder: Path) -> CheckpointIndex:
     """Headers of a folder; CheckpointError if it is not a complete checkpoint, or belongs to an unfinished run."""
-    for name in _RUN_FILES:
-        if is_there(folder / name):
-            raise CheckpointError(
-                f"{folder}: holds {name}, so it is a checkpoint of a run and not its result: push the run's folder "
-                "when it is done"
-            )
+    if of_run := next((name for name in _RUN_FILES if is_there(folder / name)), None):
+        raise CheckpointError(
+            f"{folder}: holds {of_run}, so it is a checkpoint of a run and not its result: push the run's folder when "
+            "it is done"
+        )
     if is_there(folder / "run.json") and not is_there(folder / "training.json"):
         raise CheckpointError(f"{folder}: is a run that is not done: the same `branchmix train` finishes it")
     index = CheckpointIndex.open(folder)
@@ -153,15 +152,12 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
     if len(index.files) > 1:
         names.append(INDEX_FILE)
     present = [(name, folder / name) for name in names if (folder / name).is_file()]
+    licences = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()]
     files = [Upload(name, rewritten(file) or file) for name, file in present]
-    files += [Upload(file.name, file) for file in index.files]
-    if is_mixture:
-        files += [Upload(file.name, file) for file in CODE_FILES]
+    files += [Upload(file.name, file) for file in (*index.files, *(CODE_FILES if is_mixture else ()), *licences)]
     if provenance is not None:
         text = json_document(without_paths(provenance), allow_nan=True)
         files.append(Upload("branchmix.json", text.encode()))
-    licences = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()]
-    files += [Upload(file.name, file) for file in licences]
     for file in (*(file for _, file in present), *licences, folder / README):
         _refuse_link_out_of(folder, file)
     return [*files, Upload(README, card.encode())]
@@ -270,11 +266,8 @@ def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool)
         new = {file.name for file in files}
         # Remaining shards with other numbers would be read together with the new ones.
         stale = [name for name in there if name not in new and name.endswith((".safetensors", INDEX_FILE))]
-        contents = ((file.name, file.content) for file in files)
-        operations = [CommitOperationDelete(name) for name in stale] + [
-            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-            for name, content in contents
-        ]
+        operations = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(file.name, file.content) for file in files]
         done = api.create_commit(repo, operations, commit_message="Upload with branchmix")
         return str(done.commit_url), is_private
 

@@ -40,8 +40,9 @@ from branchmix.checkpoint.writer import FileHashes, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
+from branchmix.upcycling.compatibility import Fit, check_fit
 from branchmix.upcycling.model_card import model_card
-from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
+from branchmix.upcycling.plan import Plan, plan_upcycling
 from branchmix.upcycling.sources import who
 from branchmix.upcycling.transformers_view import require_buildable
 
@@ -124,37 +125,33 @@ def upcycle(
     recipe = Recipe.of(recipe)
     out = Path(out)
     recorded = recipe.model_dump(mode="json")
-    folders = resolve_all(recipe)
     if recipe.gates:
         from branchmix.data.config import EvalData
 
         gates_data = EvalData.load(recipe.folder / recipe.gates.data)
-    refuse_overlap(out, [model.folder for model in folders], recipe.files, force=force)
-    with open_sources(recipe, folders, out, dry_run=dry_run) as (sources, fit):
-        seed, *experts = sources
-        router_rows = None
-        router_notes: list[str] = []
+    with open_sources(recipe, out, dry_run=dry_run, force=force) as (sources, fit):
+        seed, router_rows, notes = sources[0], None, _notes_on_same_models(sources)
         if recipe.router_init.method == "hidden":
             from branchmix.upcycling.router_init import hidden_state_routers, router_texts
 
             texts = router_texts(recipe)
             if not dry_run:
-                router_rows, router_notes = hidden_state_routers(
-                    recipe, seed.index, texts, trust_remote_code=trust_remote_code
+                router_rows, of_routers = hidden_state_routers(
+                    recipe, fit.seed, texts, trust_remote_code=trust_remote_code
                 )
-        indexes = [expert.index for expert in experts]
-        plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
-        plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
-        if dry_run and any(source.adapter for source in sources):
-            plan = replace(plan, lossless=None)  # their headers are the seed's
+                notes = [*of_routers, *notes]
+        plan = plan_upcycling(recipe, fit, router_rows=router_rows)
         if recipe.gates:
             from branchmix.upcycling.gates.measure import text_for
 
             options = {"token_only": recipe.gates.token_only, "trust_remote_code": trust_remote_code}
             gates_text = text_for(shape_of(plan.config), seed.model, gates_data, **options)
+            if dry_run:
+                notes.append(f"gates: fitted on {recipe.gates.data} once this is written")
+        plan = replace(plan, notes=(*plan.notes, *notes))
+        if dry_run and any(source.adapter for source in sources):
+            plan = replace(plan, lossless=None)  # their headers are the seed's
         written = verification = gates = None
-        if dry_run and recipe.gates:
-            plan = replace(plan, notes=(*plan.notes, f"gates: fitted on {recipe.gates.data} once this is written"))
         if not dry_run:
             require_space(out, plan, copies=2 if recipe.gates else 1)
             files = [file for source in sources for file in source.files]
@@ -250,62 +247,58 @@ def write_output(
     return written
 
 
-def resolve_all(recipe: Recipe) -> list[ResolvedModel]:
-    """Folders of the seed and of all experts; raises CompatibilityError with all that cannot be found."""
-    models: list[ResolvedModel] = []
-    problems: list[str] = []
-    for name, given in [("seed", recipe.seed), *((expert.name, expert.model) for expert in recipe.experts)]:
-        try:
-            models.append(resolve(given, recipe.folder))
-        except BranchMixError as error:
-            problems.append(f"{who(name)}: {error}")
-    if problems:
-        raise CompatibilityError(problems)
-    return models
-
-
 @contextmanager
-def open_sources(
-    recipe: Recipe, folders: Sequence[ResolvedModel], out: Path, *, dry_run: bool
-) -> Iterator[tuple[list[Sourced], Fit | None]]:
-    """Headers of seed and experts that fit together; LoRA adapters are merged into temporary folders beside ``out``.
+def open_sources(recipe: Recipe, out: Path, *, dry_run: bool, force: bool) -> Iterator[tuple[list[Sourced], Fit]]:
+    """Find seed and experts, and make sure that they fit together and that ``out`` may be written.
 
-    Yields:
-        Seed and experts, and the result of the check; None if adapters were merged, whose new headers must be checked.
+    LoRA adapters are merged into temporary folders beside ``out``, unless ``dry_run``.
 
     Raises:
-        CompatibilityError: with the problems of all sources, those that cannot be read among them.
+        CompatibilityError: with the problems of all sources, those that cannot be found or read among them.
+        OutputError: as ``refuse_overlap``.
     """
     from branchmix.upcycling.lora import check_adapter, merged_adapter
 
-    names = ["seed", *(expert.name for expert in recipe.experts)]
-    adapters = [model.folder if number and is_adapter(model.folder) else None for number, model in enumerate(folders)]
+    given = {"seed": recipe.seed, **{expert.name: expert.model for expert in recipe.experts}}
+    models: dict[str, ResolvedModel] = {}
     problems: list[str] = []
-    indexes: list[CheckpointIndex | None] = []
-    for name, model, adapter in zip(names, folders, adapters, strict=True):
-        index = None
-        try:
-            if adapter is None:
-                index = CheckpointIndex.open(model.folder)
-            elif indexes[0] is not None:
-                check_adapter(adapter, indexes[0])
-                index = indexes[0]  # the merged model has the seed's tensors
-        except BranchMixError as error:
-            problems.append(f"{who(name)}: {error}")
-        indexes.append(index)
-    fit: Fit | None = check_fit(recipe, indexes, problems)
-    require_buildable(zip(names, indexes, strict=True))
+    for name, place in given.items():
+        with _collected(problems, name):
+            models[name] = resolve(place, recipe.folder)
+    if problems:
+        raise CompatibilityError(problems)
+    refuse_overlap(out, [model.folder for model in models.values()], recipe.files, force=force)
+
+    adapters = {name: model.folder for name, model in models.items() if name != "seed" and is_adapter(model.folder)}
+    indexes: dict[str, CheckpointIndex | None] = dict.fromkeys(models)
+    for name, model in models.items():
+        with _collected(problems, name):
+            if name not in adapters:
+                indexes[name] = CheckpointIndex.open(model.folder)
+            elif (seed := indexes["seed"]) is not None:
+                check_adapter(model.folder, seed)
+                indexes[name] = seed  # the merged model has the seed's tensors
+    fit = check_fit(recipe, [*indexes.values()], problems)
+    require_buildable(indexes.items())
 
     with ExitStack() as temporary:
-        opened: list[Sourced] = []
-        for name, model, index, adapter in zip(names, folders, indexes, adapters, strict=True):
-            assert index is not None, "check_fit raises for what cannot be read"
-            if adapter is not None and not dry_run:
-                folder = merged_adapter(adapter, folders[0], out)
-                temporary.callback(shutil.rmtree, folder, ignore_errors=True)
-                index, fit = CheckpointIndex.open(folder), None
-            opened.append(Sourced(name, model, index, adapter))
-        yield opened, fit
+        for name, adapter in adapters.items() if not dry_run else ():
+            folder = merged_adapter(adapter, models["seed"], out)
+            temporary.callback(shutil.rmtree, folder, ignore_errors=True)
+            indexes[name] = CheckpointIndex.open(folder)
+        if adapters and not dry_run:
+            fit = check_fit(recipe, [*indexes.values()])
+        read = {name: index for name, index in indexes.items() if index is not None}
+        yield [Sourced(name, models[name], index, adapters.get(name)) for name, index in read.items()], fit
+
+
+@contextmanager
+def _collected(problems: list[str], name: str) -> Iterator[None]:
+    """Adds what is wrong with this model to the problems."""
+    try:
+        yield
+    except BranchMixError as error:
+        problems.append(f"{who(name)}: {error}")
 
 
 def _notes_on_same_models(sources: Sequence[Sourced]) -> list[str]:

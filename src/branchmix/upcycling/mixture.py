@@ -65,14 +65,13 @@ class OpenedMixture:
         ]
         stored = next(iter(self.index.tensors.values())).dtype
         self.dtype = DTYPES.get(str(self.config.get("dtype")), stored)
+        self.scaling = float(self.config["routed_scaling_factor"])
 
     @property
-    def has_attention_experts(self) -> bool:
-        return self.shape.attention in ("kv_experts", "kv_sharing")
-
-    @property
-    def has_ffn_experts(self) -> bool:
-        return self.shape.ffn == "experts"
+    def shard_bytes(self) -> int:
+        """For writing it again in as many files as now; a single file may grow to the usual size."""
+        largest = max(file.stat().st_size for file in self.index.files)
+        return largest if len(self.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
 
     def _check_tensors(self) -> None:
         """Raises CheckpointError where weights are missing, or of other shapes than the config's."""
@@ -101,21 +100,19 @@ class OpenedMixture:
         for layer in range(dims.num_layers):
             block = f"model.{family.layers}.{layer}"
             attention, ffn = f"{block}.{family.attention}", f"{block}.{family.ffn}"
-            if self.has_attention_experts:
+            if shape.has_attention_experts:
                 for role, rows in (("q", query), ("k", shared), ("v", shared)):
                     yield f"{attention}.heads.{role}_proj.weight", (rows, width)
                 yield f"{attention}.o_proj.weight", (width, query)
             for router in shape.routers.values():
                 yield f"{block}.{router}", (count, width)
-            if self.has_ffn_experts:
+            if shape.has_ffn_experts:
                 for number in range(count):
                     for matrix in FFN_NAMES[family.gate is not None]:
                         down = matrix == "down_proj"
                         yield f"{ffn}.experts.{number}.{matrix}.weight", (width, inner) if down else (inner, width)
         if domains := len(shape.domains):
-            kinds = {"attention": self.has_attention_experts, "ffn": self.has_ffn_experts}
-            kinds["trunk"] = self.shape.trunk == "experts"
-            yield from ((f"document_gate.{kind}", (count, domains)) for kind, there in kinds.items() if there)
+            yield from ((f"document_gate.{kind}", (count, domains)) for kind in shape.gated_kinds)
             for name in ("evidence", "counts"):
                 yield f"document_gate.{name}", (dims.vocab_size, domains)
 

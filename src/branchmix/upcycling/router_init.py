@@ -17,12 +17,11 @@ import numpy as np
 from branchmix.accounting.formulas import table_positions
 from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.generated_tensors import Held
-from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.text import LONG
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.recipe import Recipe
 from branchmix.upcycling.compatibility import foldable_norms
-from branchmix.upcycling.plan import open_expert, output_dtype
+from branchmix.upcycling.plan import output_dtype
 from branchmix.upcycling.sources import DenseExpert
 
 MAX_TOKENS = 512
@@ -54,7 +53,7 @@ def router_texts(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def hidden_state_routers(
-    recipe: Recipe, seed_index: CheckpointIndex, texts: dict[str, list[str]], *, trust_remote_code: bool = False
+    recipe: Recipe, seed: DenseExpert, texts: dict[str, list[str]], *, trust_remote_code: bool = False
 ) -> tuple[dict[str, Expression], list[str]]:
     """Routers [E, D] of every layer, by output name, and notes for the user.
 
@@ -65,14 +64,14 @@ def hidden_state_routers(
 
     from branchmix.likelihood.loading import load_language_model, load_tokenizer
 
-    seed = open_expert("seed", seed_index)
+    folder = seed.index.folder
     try:
-        tokenizer = load_tokenizer(seed_index.folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         raise RecipeError(f"router_init: the seed has no tokenizer to read prompts with: {error}") from None
-    model = load_language_model(seed_index.folder, dtype=torch.float32).eval()
+    model = load_language_model(folder, dtype=torch.float32).eval()
     dtype = output_dtype(recipe, seed)
-    length = min(MAX_TOKENS, table_positions(seed_index.config) or MAX_TOKENS)
+    length = min(MAX_TOKENS, table_positions(seed.index.config) or MAX_TOKENS)
     states: dict[str, list[np.ndarray]] = {}
     for name in recipe.expert_names:
         with torch.no_grad(), _mean_inputs(recipe, seed, model) as means:
@@ -116,11 +115,6 @@ def _mean_inputs(recipe: Recipe, seed: DenseExpert, model: Any) -> Iterator[dict
     family = seed.family
     folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
     readers = {"attention": (family.attention, family.attention_input_norm), "ffn": (family.ffn, family.ffn_input_norm)}
-    routers = family.routers(
-        attention=recipe.attention in ("kv_experts", "kv_sharing"),
-        ffn=recipe.ffn == "experts",
-        shared=recipe.routing.shared,
-    )
     sums: dict[str, tuple[Any, int]] = {}
 
     def add(name: str, applied: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,7 +126,7 @@ def _mean_inputs(recipe: Recipe, seed: DenseExpert, model: Any) -> Iterator[dict
     with ExitStack() as hooks:
         for path in (f"{family.layers}.{layer}" for layer in range(seed.dims.num_layers)):
             block = model.get_submodule(path)
-            for kind, router in routers.items():
+            for kind, router in recipe.routers(family).items():
                 reader, norm = readers[kind]
                 module, applied = block.get_submodule(reader), torch.nn.Identity()
                 if norm in folded:

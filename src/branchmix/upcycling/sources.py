@@ -15,9 +15,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Source, Transposed
-from branchmix.checkpoint.families import Dimensions, Family, is_head
+from branchmix.checkpoint.families import Dimensions, Family, dimensions, family_of, is_head
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
+from branchmix.checkpoint.rotary import rope_of
+from branchmix.checkpoint.tying import as_stored
+from branchmix.errors import CheckpointError
 
 Role = Literal["q", "k", "v", "o"]
 Kind = Literal["weight", "bias"]
@@ -76,6 +79,25 @@ class DenseExpert(ExpertSource):
     own_head: bool = False
     """Its config ties the embeddings, but its weights don't: see ``checkpoint.tying``."""
 
+    @classmethod
+    def open(cls, name: str, index: CheckpointIndex) -> DenseExpert:
+        """A dense checkpoint as an expert; raises CheckpointError, which names it, for other models."""
+        try:
+            family = family_of(index.config)
+            rope_of(index.config)
+            stored = as_stored(index)
+            return cls(name, stored, family, dimensions(stored.config), own_head=stored is not index)
+        except CheckpointError as error:
+            raise CheckpointError(f"{who(name)}: {error}") from None
+
+    def folding(self, norms: Sequence[str]) -> DenseExpert:
+        """This model with the gains of these norms folded into its projections; other norms are hidden from it."""
+        kept = {
+            norm: path if (path := getattr(self.family, norm)) in norms else None
+            for norm in ("attention_input_norm", "ffn_input_norm")
+        }
+        return replace(self, family=replace(self.family, **kept), fold_norms=True) if norms else self
+
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
         """Tensors under the names of the family's causal LM: base-model checkpoints get their prefix, buffers go.
@@ -110,7 +132,7 @@ class DenseExpert(ExpertSource):
         name = self.family.query_norm if role == "q" else self.family.key_norm
         if name is None:
             return {}
-        return _below(f"{self._block(layer)}.{self.family.attention}.{name}.", self.tensors)
+        return below(f"{self._block(layer)}.{self.family.attention}.{name}.", self.tensors)
 
     def ffn(self, layer: int) -> dict[str, Expression]:
         family, block = self.family, self._block(layer)
@@ -213,11 +235,11 @@ class MixtureExpert(ExpertSource):
         prefix = f"model.{self.family.layers}.{layer}.{self.family.attention}.heads.{name}."
         if not (role == "k" and self.kv_sharing):
             prefix += f"{self.number}."
-        return _below(prefix, self.index.tensors)
+        return below(prefix, self.index.tensors)
 
     def ffn(self, layer: int) -> dict[str, Expression]:
         prefix = f"model.{self.family.layers}.{layer}.{self.family.ffn}.experts.{self.number}."
-        return _below(prefix, self.index.tensors)
+        return below(prefix, self.index.tensors)
 
     def trunk(self, name: str) -> Expression:
         return Source(self.index.tensors[f"model.{of_trunk(name, self.number)}"])
@@ -250,14 +272,19 @@ def in_trunk(name: str) -> tuple[str, int] | None:
     return (f"{parts[0]}.{parts[2]}", int(parts[1])) if len(parts) == 3 and parts[1].isdecimal() else None
 
 
-def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int, int], ...]:
-    """Spans of q, k or v among the rows of a family's fused projection, in head order."""
-    repeats, order = {
+def qkv_order(family: Family, dims: Dimensions) -> tuple[int, str]:
+    """How often, and in which order, rows of q, k and v alternate in a family's fused projection."""
+    return {
         "blocks": (1, "qkv"),
         "heads": (dims.num_heads, "qkv"),
         "groups": (dims.num_kv_heads, "qkv"),
         "shards": (4, "qvk"),
     }[family.qkv_layout]
+
+
+def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int, int], ...]:
+    """Spans of q, k or v among the rows of a family's fused projection, in head order."""
+    repeats, order = qkv_order(family, dims)
     heads = {"q": dims.num_heads, "k": dims.num_kv_heads, "v": dims.num_kv_heads}
     widths = [heads[other] // repeats * dims.head_dim for other in order]
     start, width = sum(widths[: order.index(role)]), widths[order.index(role)]
@@ -265,7 +292,7 @@ def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int,
     return tuple((first, first + width) for first in starts)
 
 
-def _below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
+def below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
     """The stored tensors whose names begin with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): Source(ref) for name, ref in tensors.items() if name.startswith(prefix)}
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import Expression, Mean, Source
+from branchmix.checkpoint.expressions import Expression, Mean, Scaled, Source
+from branchmix.checkpoint.generated_tensors import PartlyRedrawn
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
@@ -25,7 +26,7 @@ from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, fused_rows, of_trunk
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, below, fused_rows, of_trunk
 from branchmix.upcycling.transformers_view import transformers_config
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class ExpertCheck:
     """One expert's line of the table."""
 
     name: str
-    difference: float
+    max_difference: float
     """Greatest absolute difference of logits."""
-    greatest_logit: float
+    max_logit: float
     skipped: str | None = None
     """Why the expert could not be compared."""
     tolerance: float = TOLERANCE
@@ -64,38 +65,29 @@ class ExpertCheck:
 
     @property
     def passed(self) -> bool:
-        return self.skipped is not None or self.difference <= self.tolerance * max(self.greatest_logit, 1.0)
+        return self.skipped is not None or self.max_difference <= self.tolerance * max(self.max_logit, 1.0)
 
 
 @dataclass(frozen=True)
 class Verification:
     """What was proved."""
 
-    tensors_compared: int
+    tensors_byte_identical: int
     """Tensors that consist of source bytes only, compared byte for byte."""
     bytes_compared: int
     averages_checked: int
     """Averaged tensors, recomputed in fp64."""
-    experts: tuple[ExpertCheck, ...]
-    tokens: int
+    tokens: int = 0
     """Length of the text."""
-    lossless: bool = False
+    whole_experts: bool = False
     """The logits were compared with those of the whole dense models, their own embeddings, norms and head included."""
+    experts: tuple[ExpertCheck, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {
-            "tensors_byte_identical": self.tensors_compared,
-            "bytes_compared": self.bytes_compared,
-            "averages_checked": self.averages_checked,
-            "tokens": self.tokens,
-            "whole_experts": self.lossless,
-            "experts": [
-                {"name": check.name, "max_difference": check.difference, "max_logit": check.greatest_logit}
-                | ({"skipped": check.skipped} if check.skipped else {})
-                for check in self.experts
-            ],
-        }
+        shown = ("name", "max_difference", "max_logit", "skipped")
+        rows = [{key: vars(check)[key] for key in shown if vars(check)[key] is not None} for check in self.experts]
+        return {**vars(self), "experts": rows}
 
 
 def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int], None] | None = None) -> Verification:
@@ -108,15 +100,15 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
     compared, nbytes = compare_bytes(plan, index, progress)
     averages = _check_averages(plan, index)
     if plan.is_dense:
-        return Verification(compared, nbytes, averages, (), 0)
+        return Verification(compared, nbytes, averages)
     checks, tokens = _compare_logits(plan, folder, index, progress)
     for check in checks:
         if not check.passed:
             raise VerificationError(
                 f"{folder.name}: with the gates on expert {check.name!r} its logits differ from the dense model's by "
-                f"{check.difference:.3g} (greatest logit {check.greatest_logit:.3g}): the mixture is not its experts"
+                f"{check.max_difference:.3g} (greatest logit {check.max_logit:.3g}): the mixture is not its experts"
             )
-    return Verification(compared, nbytes, averages, tuple(checks), tokens, bool(plan.lossless))
+    return Verification(compared, nbytes, averages, tokens, bool(plan.lossless), tuple(checks))
 
 
 def compare_bytes(
@@ -189,8 +181,8 @@ def _compare_logits(
         if progress is not None:
             progress("comparing logits", number, len(plan.sources))
         assert isinstance(expert, DenseExpert), "only an upcycling is verified"
-        skipped = _not_comparable(plan, expert)
-        if skipped:
+        if _changed_on_purpose(plan, number):
+            skipped = "its FFN was changed on purpose (sparse upcycling's options)"
             checks.append(ExpertCheck(expert.name, 0.0, 0.0, skipped))
             continue
         with torch.no_grad(), one_hot_gates(mixture, number):
@@ -219,13 +211,9 @@ def refuse_strangers(model: Any, info: dict[str, Any], name: str) -> None:
         raise VerificationError(f"{name}: {strangers[0]} has no counterpart in {type(model).__name__}")
 
 
-def _not_comparable(plan: Plan, expert: DenseExpert) -> str | None:
-    changed = {
-        type(tensor.expression).__name__
-        for tensor in plan.tensors
-        if f".experts.{[source.name for source in plan.sources].index(expert.name)}." in tensor.name
-    } & {"Scaled", "PartlyRedrawn"}
-    return "its FFN was changed on purpose (sparse upcycling's options)" if changed else None
+def _changed_on_purpose(plan: Plan, number: int) -> bool:
+    ours = [tensor.expression for tensor in plan.tensors if f".experts.{number}." in tensor.name]
+    return any(isinstance(part, Scaled | PartlyRedrawn) for part in ours)
 
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
@@ -295,15 +283,12 @@ def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: Ch
                     continue
                 fused = state[f"{module}.{family.fused_qkv}.{kind}"]
                 rows = fused.T if family.transposed and kind == "weight" else fused
-                position = 0
-                for low, high in fused_rows(family, expert.dims, role):  # type: ignore[arg-type]
-                    rows[low:high] = value[position : position + high - low]
-                    position += high - low
+                spans = fused_rows(family, expert.dims, role)  # type: ignore[arg-type]
+                rows[[row for span in spans for row in range(*span)]] = value
         if family.key_norm:
             prefix = f"model.{module}.heads.{family.key_norm}."
-            for name, ref in index.tensors.items():
-                if name.startswith(prefix):
-                    state[name.removeprefix("model.").replace(".heads.", ".", 1)] = _tensor(Source(ref))
+            for name, part in below(prefix, index.tensors).items():
+                state[f"{module}.{family.key_norm}.{name}"] = _tensor(part)
 
 
 def _tensor(source: Expression) -> Any:
