@@ -139,7 +139,7 @@ class Merge(Settings):
     method: Literal["average", "seed", "weighted"] = "average"
     """``average``: uniform mean over all dense models, the seed among them (BAM section 4). ``seed``: the seed's.
     ``weighted``: with ``weights``."""
-    weights: dict[str, float] | None = None
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Weight of each expert by name, 1 where none is given; ``seed`` is the seed. They are divided by their sum."""
     kv_init: str = "merge"
     """Shared K and V of ``kv_sharing``: ``merge`` (as everything else), ``average``, ``seed``, or an expert's name."""
@@ -160,9 +160,6 @@ class Merge(Settings):
     def _weights_belong_to_weighted(self) -> Merge:
         if (self.method == "weighted") != (self.weights is not None):
             raise ValueError("method weighted needs weights, and only it takes them")
-        for name, weight in (self.weights or {}).items():
-            if weight < 0:
-                raise ValueError(f"weights: {name} is {weight:g}, a weight must not be negative")
         return self
 
 

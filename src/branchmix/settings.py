@@ -137,6 +137,9 @@ def _strict_loader() -> Any:
     """PyYAML's safe loader, but a repeated key is an error, which PyYAML would silently resolve to the last."""
     import yaml
 
+    def wrong(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
     class Loader(yaml.SafeLoader):
         def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
             try:
@@ -146,29 +149,23 @@ def _strict_loader() -> Any:
             except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
                 # 2024-13-45 looks like a date, and `!!int ''` says that it is a number
                 reason = "this is not a value of its kind" if isinstance(error, LookupError) else str(error)
-                raise yaml.MarkedYAMLError(
-                    problem=f"{reason}: in quotes it would be text", problem_mark=node.start_mark
-                ) from None
+                raise wrong(f"{reason}: in quotes it would be text", node) from None
             return value
 
         def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
             given = super().construct_scalar(node)
             text = whole_characters(given) if isinstance(given, str) else given  # JSON's pairs become characters
             if text is not given and text.count("\ufffd") > given.count("\ufffd"):  # names must not change
-                raise yaml.MarkedYAMLError(
-                    problem="half of a surrogate pair is not a character: remove it", problem_mark=node.start_mark
-                )
+                raise wrong("half of a surrogate pair is not a character: remove it", node)
             return text
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             if not isinstance(node, yaml.MappingNode):  # a word with the tag of a mapping
-                raise yaml.MarkedYAMLError(problem="a mapping was expected", problem_mark=node.start_mark)
+                raise wrong("a mapping was expected", node)
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for number, key in enumerate(keys):
                 if key.value in [other.value for other in keys[:number]]:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark
-                    )
+                    raise wrong(f"the key {key.value!r} appears twice", key)
             return super().construct_mapping(node, deep)
 
     return Loader

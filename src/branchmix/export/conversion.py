@@ -230,16 +230,13 @@ def trunk_of(mixture: OpenedMixture, number: int = 0) -> DenseExpert:
 
     Where the trunk has experts, it is that of expert ``number``.
     """
-    stored = mixture.index.tensors.items()
-    tensors = {name.removeprefix("model."): ref for name, ref in stored if not name.startswith("document_gate.")}
-    if mixture.shape.trunk == "experts":
-        of_experts = inside(mixture.family, [mixture.family.attention, mixture.family.ffn])
-        places = {name: None if of_experts.match(name) else in_trunk(name) for name in tensors}
-        tensors = {
-            place[0] if place else name: tensors[name]
-            for name, place in places.items()
-            if place is None or place[1] == number
-        }
+    of_experts = inside(mixture.family, [mixture.family.attention, mixture.family.ffn], prefix=r"model\.")
+    tensors = {}
+    for name, ref in mixture.index.tensors.items():
+        inner, own_trunk = name.removeprefix("model."), mixture.shape.trunk == "experts"
+        place = in_trunk(inner) if own_trunk and not of_experts.match(name) else None
+        if not name.startswith("document_gate.") and (place is None or place[1] == number):
+            tensors[place[0] if place else inner] = ref
     index = replace(mixture.index, config=mixture.seed_config, tensors=tensors)
     return DenseExpert("trunk", index, mixture.family, mixture.dims)
 

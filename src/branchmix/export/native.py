@@ -195,9 +195,8 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dt
         config["sliding_window"] = window
         if native.model_type != "mixtral":
             config["use_sliding_window"] = window is not None
-    for key in ("max_position_embeddings", "initializer_range", "use_cache", *_SPECIAL_TOKENS):
-        if key in seed:
-            config[key] = seed[key]
+    kept = ("max_position_embeddings", "initializer_range", "use_cache", *_SPECIAL_TOKENS)
+    config |= {key: seed[key] for key in kept if key in seed}
     for key in _SPECIAL_TOKENS:
         config.setdefault(key, None)  # not the class's own default, which is another tokenizer's
     return config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from branchmix.checkpoint.expressions import same_numbers
-from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, is_head, why_bidirectional
+from branchmix.checkpoint.families import Config, Dimensions, dimensions, is_head, why_bidirectional
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
@@ -116,14 +116,19 @@ def _check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert], findin
             findings.about(model.name, notes=[f"{note}: taken as untied"])
     for expert in experts:
         _compare(seed, expert, recipe, findings, different.get(expert.name, ()))
-    _check_rotary(recipe, seed, related, findings)
+    if apart := _rotated_apart(seed.index.config, related, recipe.attention, findings):
+        models = [seed] * recipe.include_seed + related + [seed] * recipe.seed_copies
+        findings.expert_rope_parameters = [rope_of(model.index.config) for model in models]
+        names = ", ".join(f"{expert.name} {_rope_words(expert.index.config)}" for expert in apart)
+        ours = _rope_words(seed.index.config)
+        findings.notes.append(f"rotary settings differ (seed {ours}; {names}): each expert keeps its own")
     if recipe.merge.fold_norms:
         findings.problems += _fold_problems(recipe, seed)
 
 
 def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpert) -> Findings:
     """Compare a dense model with a mixture, of this config, that it shall join."""
-    findings, seed_config, theirs = Findings(), config["seed_config"], newcomer.index.config
+    findings, seed_config = Findings(), config["seed_config"]
     if _is_other_type(newcomer, seed_config, "the mixture's seed is", findings):
         return findings
     findings.about(newcomer.name, notes=newcomer.index.notes)
@@ -135,19 +140,16 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
     if sizes_fit and not any(structure_problems(newcomer)):
         findings.about(newcomer.name, _part_problems(MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer))
     if config.get("trunk") == "experts":
-        findings.about(newcomer.name, _trunk_problems(mixture, config, newcomer))
+        for name in sorted(newcomer.trunk_tensors(config.get("folded_norms") or ())):
+            ours, shape = mixture.tensors.get(f"model.{of_trunk(name, 0)}"), newcomer.tensors[name].shape
+            if ours is None or ours.shape != shape:
+                had = "have none" if ours is None else f"have {list(ours.shape)}"
+                problem = f"its {name} has shape {list(shape)}, but the mixture's experts {had}"
+                findings.about(newcomer.name, [problem])
     _check_tokenizer(mixture, newcomer, findings)
-    if _rotated_part(theirs) != _rotated_part(seed_config):
-        findings.about(newcomer.name, [_other_part(theirs, seed_config)])
-    elif rope_of(theirs) != rope_of(seed_config):
-        if config["attention"] == "kv_experts" and _may_rotate_apart(newcomer.family, (newcomer,)):
-            findings.about(newcomer.name, notes=[f"keeps its own rotary settings, {_rope_words(theirs)}"])
-        else:
-            problem = (
-                f"rotary settings are {_rope_words(theirs)}, but the mixture's are {_rope_words(seed_config)}: only "
-                "attention: kv_experts of a family with plain rotary attention lets experts keep their own"
-            )
-            findings.about(newcomer.name, [problem])
+    if _rotated_apart(seed_config, [newcomer], config["attention"], findings):
+        own = _rope_words(newcomer.index.config)
+        findings.about(newcomer.name, notes=[f"keeps its own rotary settings, {own}"])
     return findings
 
 
@@ -156,15 +158,6 @@ def _is_other_type(model: DenseExpert, reference: Config, whose: str, findings: 
     if ours != theirs:
         findings.about(model.name, [f"model_type is {theirs}, but {whose} {ours}: {SAME_SEED}"])
     return bool(ours != theirs)
-
-
-def _trunk_problems(mixture: CheckpointIndex, config: Config, newcomer: DenseExpert) -> Iterator[str]:
-    """Embeddings, norms and heads that are not like those of the experts that a mixture has."""
-    for name in sorted(newcomer.trunk_tensors(config.get("folded_norms") or ())):
-        ours, shape = mixture.tensors.get(f"model.{of_trunk(name, 0)}"), list(newcomer.tensors[name].shape)
-        if ours is None or list(ours.shape) != shape:
-            had = "have none" if ours is None else f"have {list(ours.shape)}"
-            yield f"its {name} has shape {shape}, but the mixture's experts {had}"
 
 
 def _check_structure(model: DenseExpert, dims: Dimensions, findings: Findings) -> bool:
@@ -189,7 +182,15 @@ def _compare(
         return
     sizes_fit = _check_structure(expert, seed.dims, findings)
     if not any(contradictions(expert)) and seed.dims.tied_embeddings != expert.dims.tied_embeddings:
-        findings.about(expert.name, [_tying_problem(seed, expert)])
+        but = " (its config.json ties them, but the weights of the two differ)"
+        other, own = (
+            "tied" if model.dims.tied_embeddings else "untied" + but * model.own_head for model in (expert, seed)
+        )
+        problem = (
+            f"input and output embeddings are {other}, but the seed's are {own}: untie the tied one (load it with "
+            "tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
+        )
+        findings.about(expert.name, [problem])
         sizes_fit = False
     findings.about(expert.name, different)
     if sizes_fit:
@@ -220,17 +221,6 @@ def _size_problems(ours: Dimensions, theirs: Dimensions) -> Iterator[str]:
         mine, other = getattr(ours, attribute), getattr(theirs, attribute)
         if mine != other:
             yield f"{name} is {other}, but the seed's is {mine}: {SAME_SEED}"
-
-
-def _tying_problem(seed: DenseExpert, expert: DenseExpert) -> str:
-    own = " (its config.json ties them, but the weights of the two differ)"
-    theirs, ours = (
-        "tied" if model.dims.tied_embeddings else "untied" + own * model.own_head for model in (expert, seed)
-    )
-    return (
-        f"input and output embeddings are {theirs}, but the seed's are {ours}: untie the tied one (load it with "
-        "tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
-    )
 
 
 def _config_problems(seed_config: Config, experts: list[DenseExpert]) -> dict[str, list[str]]:
@@ -277,7 +267,9 @@ def _tensor_problems(seed: DenseExpert, expert: DenseExpert) -> Iterator[str]:
         yield f"has {count_tensors(extra)} that the seed lacks, first {extra[0]}: {SAME_SEED}"
     for name in (name for name in ours if name in theirs):
         mine, other = ours[name].shape, theirs[name].shape
-        if mine != other and not (_is_vocabulary(name, seed) and mine[1:] == other[1:]):
+        table = is_head(name) or name.rpartition(".")[0].endswith(TOKEN_TABLES)  # which may be padded differently
+        in_block = name.startswith(f"{seed.family.layers}.")
+        if mine != other and not (table and not in_block and mine[1:] == other[1:]):
             yield f"{name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
         elif not {ours[name].dtype, theirs[name].dtype} <= {*FLOAT_DTYPES} and (
             ours[name].dtype != theirs[name].dtype or not same_numbers(ours[name], theirs[name])
@@ -310,31 +302,32 @@ def _check_vocabulary(
     findings.about(expert.name, notes=[padding])
 
 
-def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert], findings: Findings) -> None:
-    ours, different = seed.index.config, []
+def _rotated_apart(ours: Config, experts: list[DenseExpert], attention: str, findings: Findings) -> list[DenseExpert]:
+    """Experts with other rotary settings than the seed's, if the mixture's attention lets them keep their own.
+
+    It can where a family's attention rotates all layers in one way. Settings that cannot be kept are reported.
+    """
+    different, may_differ = [], attention == "kv_experts" and "rope_theta" in rope_of(ours)
     for expert in experts:
         theirs = expert.index.config
         if _rotated_part(theirs) != _rotated_part(ours):
-            findings.about(expert.name, [_other_part(theirs, ours)])
+            problem = (
+                f"partial_rotary_factor is {json.dumps(_rotated_part(theirs))}, but the seed's is "
+                f"{json.dumps(_rotated_part(ours))}: the rotated parts of all experts' heads must be equal, {SAME_SEED}"
+            )
+            findings.about(expert.name, [problem])
         elif rope_of(theirs) != rope_of(ours):
             different.append(expert)
-    if different and recipe.attention == "kv_experts" and _may_rotate_apart(seed.family, (seed, *experts)):
-        models = [seed] * recipe.include_seed + experts + [seed] * recipe.seed_copies
-        findings.expert_rope_parameters = [rope_of(model.index.config) for model in models]
-        names = ", ".join(f"{expert.name} {_rope_words(expert.index.config)}" for expert in different)
-        findings.notes.append(f"rotary settings differ (seed {_rope_words(ours)}; {names}): each expert keeps its own")
-        return
-    reason = f"{seed.family.model_type} cannot give experts their own"
-    if recipe.attention != "kv_experts":
-        reason = "only attention: kv_experts lets experts keep their own"
+            may_differ &= expert.family.plain_attention and "rope_theta" in rope_of(theirs)
+    if may_differ:
+        return different
     for expert in different:
+        reason = f"{expert.family.model_type} cannot give experts their own"
+        if attention != "kv_experts":
+            reason = "only attention: kv_experts lets experts keep their own"
         own = _rope_words(expert.index.config)
         findings.about(expert.name, [f"rotary settings are {own}, but the seed's are {_rope_words(ours)}: {reason}"])
-
-
-def _may_rotate_apart(family: Family, models: Iterable[DenseExpert]) -> bool:
-    """Whether a family's attention can rotate each expert's heads in their own way: one way for all layers."""
-    return family.plain_attention and all("rope_theta" in rope_of(model.index.config) for model in models)
+    return []
 
 
 def _rotated_part(config: Config) -> Any:
@@ -343,13 +336,6 @@ def _rotated_part(config: Config) -> Any:
     if "rope_theta" in rope:
         return rope.get("partial_rotary_factor", 1.0)
     return {kind: given.get("partial_rotary_factor", 1.0) for kind, given in rope.items()}
-
-
-def _other_part(theirs: Config, ours: Config) -> str:
-    return (
-        f"partial_rotary_factor is {json.dumps(_rotated_part(theirs))}, but the seed's is "
-        f"{json.dumps(_rotated_part(ours))}: the rotated parts of all experts' heads must be equal, {SAME_SEED}"
-    )
 
 
 def _rope_words(config: Config) -> str:
@@ -383,9 +369,3 @@ def foldable_norms(recipe: Recipe, seed: DenseExpert) -> list[str]:
         if norm is not None:
             readers.setdefault(norm, []).append(is_expert)
     return [norm for norm, experts in readers.items() if all(experts)]
-
-
-def _is_vocabulary(name: str, seed: DenseExpert) -> bool:
-    return not name.startswith(f"{seed.family.layers}.") and (
-        is_head(name) or name.rpartition(".")[0].endswith(TOKEN_TABLES)
-    )

@@ -218,8 +218,8 @@ class _EditedMixture(OpenedMixture):
         for layer in range(self.dims.num_layers):
             block = f"model.{family.layers}.{layer}"
             if self.shape.has_attention_experts:
-                shared = {"kv_sharing": self.shape.attention == "kv_sharing", "kv_models": staying[:1]}
-                for name, part in attention_tensors(experts, layer, dtype=self.dtype, kv_weights=[1.0], **shared):
+                shared = [(staying[0], 1.0)] if self.shape.attention == "kv_sharing" else []
+                for name, part in attention_tensors(experts, layer, dtype=self.dtype, shared_kv=shared):
                     yield f"{block}.{family.attention}.{name}", part
             if self.shape.has_ffn_experts:
                 for number, expert in enumerate(experts):

@@ -27,7 +27,9 @@ from branchmix.checkpoint.companions import (
     tokenizer_files,
 )
 from branchmix.checkpoint.folder import (
+    MERGED,
     atomic_folder,
+    beside,
     require_name,
     require_replaceable,
     write_json,
@@ -257,7 +259,7 @@ def open_sources(recipe: Recipe, out: Path, *, dry_run: bool, force: bool) -> It
         CompatibilityError: with the problems of all sources, those that cannot be found or read among them.
         OutputError: as ``refuse_overlap``.
     """
-    from branchmix.upcycling.lora import check_adapter, merged_adapter
+    from branchmix.upcycling.lora import check_adapter, merge_adapter
 
     given = {"seed": recipe.seed, **{expert.name: expert.model for expert in recipe.experts}}
     models: dict[str, ResolvedModel] = {}
@@ -283,8 +285,9 @@ def open_sources(recipe: Recipe, out: Path, *, dry_run: bool, force: bool) -> It
 
     with ExitStack() as temporary:
         for name, adapter in adapters.items() if not dry_run else ():
-            folder = merged_adapter(adapter, models["seed"], out)
+            folder = beside(Path(os.path.realpath(out)), MERGED)
             temporary.callback(shutil.rmtree, folder, ignore_errors=True)
+            merge_adapter(adapter, models["seed"], folder)
             indexes[name] = CheckpointIndex.open(folder)
         if adapters and not dry_run:
             fit = check_fit(recipe, [*indexes.values()])

@@ -19,16 +19,15 @@ def attention_tensors(
     layer: int,
     *,
     dtype: str,
-    kv_sharing: bool,
-    kv_models: Sequence[ExpertSource],
-    kv_weights: Sequence[float],
+    shared_kv: Sequence[tuple[ExpertSource, float]],
 ) -> Iterator[tuple[str, Expression]]:
     """Tensors of a layer's ``self_attn`` except the router, by name below it.
 
-    With ``kv_sharing`` all experts have one k and v: the mean of those of ``kv_models``, which need not be experts, by
-    ``kv_weights``, of which zero leaves a model out.
+    With ``shared_kv`` all experts have one k and v: the mean of those of these models, which need not be experts, by
+    their weights.
     """
-    first = experts[0]
+    first, kv_sharing = experts[0], bool(shared_kv)
+    kv_models, kv_weights = [model for model, _ in shared_kv], [weight for _, weight in shared_kv]
     for role in ROLES[:3]:
         for kind in KINDS:
             shared = kv_sharing and role != "q"

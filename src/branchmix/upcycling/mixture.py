@@ -97,20 +97,18 @@ class OpenedMixture:
         shape, dims, family = self.shape, self.dims, self.family
         width, inner, count = dims.hidden_size, dims.intermediate_size, shape.num_experts
         query, shared = count * dims.num_heads * dims.head_dim, shape.kv_experts * dims.num_kv_heads * dims.head_dim
+        wide = {"heads.q_proj": (query, width), "heads.k_proj": (shared, width), "heads.v_proj": (shared, width)}
+        wide["o_proj"] = (width, query)
         for layer in range(dims.num_layers):
             block = f"model.{family.layers}.{layer}"
-            attention, ffn = f"{block}.{family.attention}", f"{block}.{family.ffn}"
-            if shape.has_attention_experts:
-                for role, rows in (("q", query), ("k", shared), ("v", shared)):
-                    yield f"{attention}.heads.{role}_proj.weight", (rows, width)
-                yield f"{attention}.o_proj.weight", (width, query)
+            for name, size in wide.items() if shape.has_attention_experts else ():
+                yield f"{block}.{family.attention}.{name}.weight", size
             for router in shape.routers.values():
                 yield f"{block}.{router}", (count, width)
-            if shape.has_ffn_experts:
-                for number in range(count):
-                    for matrix in FFN_NAMES[family.gate is not None]:
-                        down = matrix == "down_proj"
-                        yield f"{ffn}.experts.{number}.{matrix}.weight", (width, inner) if down else (inner, width)
+            for number in range(count) if shape.has_ffn_experts else ():
+                for matrix in FFN_NAMES[family.gate is not None]:
+                    size = (width, inner) if matrix == "down_proj" else (inner, width)
+                    yield f"{block}.{family.ffn}.experts.{number}.{matrix}.weight", size
         if domains := len(shape.domains):
             yield from ((f"document_gate.{kind}", (count, domains)) for kind in shape.gated_kinds)
             for name in ("evidence", "counts"):

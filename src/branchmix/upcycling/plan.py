@@ -111,36 +111,36 @@ class _Mixture:
         self.rope_parameters = fit.findings.expert_rope_parameters
         self.router_rows = router_rows
         self.models = [seed, *fit.experts]
-        self.weights = self._merge_weights()
+        self.copies_of_seed = {"seed", *recipe.seed_copy_names}
+        merge = recipe.merge
+        self.weights = self._weights("seed" if merge.method == "seed" else None, merge.weights)
         self.folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
         self.dtype = output_dtype(recipe, seed)
         by_name = {model.name: model.folding(self.folded) for model in self.models}
         self.experts: list[DenseExpert] = [
             by_name.get(name) or replace(by_name["seed"], name=name) for name in recipe.expert_names
         ]
-        self.kv_models = list(by_name.values())
+        self.shared_kv: list[tuple[DenseExpert, float]] = []
+        if recipe.attention == "kv_sharing":
+            alone = {"average": None, **dict.fromkeys(self.copies_of_seed, "seed")}.get(merge.kv_init, merge.kv_init)
+            weights = self.weights if merge.kv_init == "merge" else self._weights(alone)
+            self.shared_kv = [pair for pair in zip(by_name.values(), weights, strict=True) if pair[1] > 0]
         self.trunk = seed.trunk_tensors(self.folded) if recipe.trunk == "experts" else set()
-        self.copies_of_seed = {"seed", *recipe.seed_copy_names}
         self.is_dense = not (recipe.has_attention_experts or recipe.has_ffn_experts)
         self.lossless = not self.is_dense
         """Whether the tensors that experts share are the same in all of them, as far as ``tensors`` has come."""
-
-    @property
-    def seed_is_expert(self) -> bool:
-        """Itself or as a copy; copies are counted once in averages."""
-        return bool(self.recipe.include_seed or self.recipe.seed_copies)
 
     def tensors(self) -> Iterator[tuple[str, Expression]]:
         """All output tensors by name, in the seed's order, a layer's experts where the layer begins."""
         owned = self.seed.expert_tensors(self.recipe.has_attention_experts, self.recipe.has_ffn_experts)
         prefix = "" if self.is_dense else "model."
-        done: set[int] = set()
+        done: set[str] = set()
         for name, ref in self.seed.tensors.items():
-            layer = self._layer_of(name)
-            if layer is not None and layer not in done and not self.is_dense:
-                done.add(layer)
-                for below, part in self._layer(layer):
-                    yield f"model.{self.family.layers}.{layer}.{below}", part
+            block = re.match(rf"{re.escape(self.family.layers)}\.(\d+)\.", name)
+            if block and block[0] not in done and not self.is_dense:
+                done.add(block[0])
+                for below, part in self._layer(int(block[1])):
+                    yield f"model.{block[0]}{below}", part
             if name in self.trunk:
                 for number, expert in enumerate(self.experts):
                     yield prefix + of_trunk(name, number), self._of_shape(expert.trunk(name), name, ref.shape)
@@ -151,12 +151,10 @@ class _Mixture:
         """A layer's experts and routers, by name below the block."""
         family, recipe, experts = self.family, self.recipe, self.experts
         if recipe.has_attention_experts:
-            kv_sharing, weights = recipe.attention == "kv_sharing", self._kv_weights()
-            shared = {"kv_sharing": kv_sharing, "kv_models": self.kv_models, "kv_weights": weights}
-            for name, part in attention_tensors(experts, layer, dtype=self.dtype, **shared):
+            for name, part in attention_tensors(experts, layer, dtype=self.dtype, shared_kv=self.shared_kv):
                 yield f"{family.attention}.{name}", part
-            if kv_sharing and self.lossless:
-                averaged = [model for model, weight in zip(self.kv_models, weights, strict=True) if weight]
+            if self.shared_kv and self.lossless:
+                averaged = [model for model, _ in self.shared_kv]
                 self.lossless = same_keys_and_values([*experts, *averaged], layer, self.dtype)
         if recipe.has_ffn_experts:
             for number, expert in enumerate(experts):
@@ -207,7 +205,7 @@ class _Mixture:
             return own
         of_seed = self.recipe.attention == "seed" and below.startswith(f"{self.family.attention}.")
         if self.lossless:
-            first = 0 if of_seed or self.seed_is_expert or self.weights[0] else 1
+            first = 0 if of_seed or self.recipe.include_seed or self.recipe.seed_copies or self.weights[0] else 1
             parts = [Source(model.tensors[name]) for model in self.models[first:]]
             if parts[0].shape == shape and all_same(parts, self.dtype):
                 return parts[0]
@@ -228,30 +226,13 @@ class _Mixture:
         padding = Rows(Source(self.seed.tensors[name]), ((rows, shape[0]),))
         return Stack((cast(part, self.dtype), cast(padding, self.dtype)))
 
-    def _merge_weights(self) -> list[float]:
-        """Weight of the seed and of each expert in averages."""
-        merge = self.recipe.merge
-        if merge.method == "seed":
-            return [1.0] + [0.0] * (len(self.models) - 1)
-        given = merge.weights or {}
-        weights = [given.get(model.name, 1.0) for model in self.models]
-        if not self.seed_is_expert:
-            weights[0] = 0.0
-        return weights
-
-    def _kv_weights(self) -> list[float]:
-        """Weight of the seed and of each expert in the K and V of Shared KV."""
-        choice = self.recipe.merge.kv_init
-        if choice == "merge":
-            return self.weights
-        if choice == "average":
-            return [float(self.seed_is_expert)] + [1.0] * (len(self.models) - 1)
-        chosen = "seed" if choice in self.copies_of_seed else choice
-        return [float(model.name == chosen) for model in self.models]
-
-    def _layer_of(self, name: str) -> int | None:
-        number = re.match(rf"{re.escape(self.family.layers)}\.(\d+)\.", name)
-        return int(number.group(1)) if number else None
+    def _weights(self, alone: str | None, given: dict[str, float] | None = None) -> list[float]:
+        """Weight of the seed and of each expert in a mean of all that take part, or of the one model named."""
+        if alone is not None:
+            return [float(model.name == alone) for model in self.models]
+        weights = [(given or {}).get(model.name, 1.0) for model in self.models]
+        seed_takes_part = self.recipe.include_seed or self.recipe.seed_copies  # copies are counted once
+        return weights if seed_takes_part else [0.0, *weights[1:]]
 
     def config(self) -> Config:
         """Content of config.json."""

@@ -37,9 +37,7 @@ def router_texts(recipe: Recipe) -> dict[str, list[str]]:
     """
     init = recipe.router_init
     texts = {name: list((init.prompts or {}).get(name, [])) for name in recipe.expert_names}
-    for name in texts:
-        if (path := (init.text or {}).get(name)) is None:
-            continue
+    for name, path in (init.text or {}).items():
         file = recipe.folder / path
         try:
             text = file.read_text(encoding="utf-8")
@@ -87,7 +85,10 @@ def hidden_state_routers(
         matrix_ED = np.stack(vectors).astype(np.float64)
         unit_ED = matrix_ED / np.linalg.norm(matrix_ED, axis=1, keepdims=True)
         worst = max(worst, float(np.linalg.cond(unit_ED)))
-        rows[router] = Held(_centred(matrix_ED, recipe.router_init.std), dtype)
+        centred_ED = matrix_ED - matrix_ED.mean(0)
+        lengths_E1 = np.maximum(np.linalg.norm(centred_ED, axis=1, keepdims=True), 1e-12)
+        as_random_ED = centred_ED / lengths_E1 * recipe.router_init.std * matrix_ED.shape[1] ** 0.5
+        rows[router] = Held(as_random_ED.astype(np.float32), dtype)
     notes = []
     if worst > ILL_CONDITIONED:
         notes.append(
@@ -95,13 +96,6 @@ def hidden_state_routers(
             "so the routers start close to one another: give prompts that differ more, or more of them"
         )
     return rows, notes
-
-
-def _centred(matrix_ED: np.ndarray, std: float) -> np.ndarray:
-    """Rows minus their mean over experts, each as long as a random row of deviation ``std``."""
-    centred_ED = matrix_ED - matrix_ED.mean(0)
-    lengths_E1 = np.linalg.norm(centred_ED, axis=1, keepdims=True)
-    return (centred_ED / np.maximum(lengths_E1, 1e-12) * std * matrix_ED.shape[1] ** 0.5).astype(np.float32)
 
 
 @contextmanager

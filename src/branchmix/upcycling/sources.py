@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Source, Transposed
 from branchmix.checkpoint.families import Dimensions, Family, dimensions, family_of, is_head
@@ -121,12 +121,11 @@ class DenseExpert(ExpertSource):
         module = f"{self._block(layer)}.{family.attention}"
         if role == "o":
             return self._matrix(f"{module}.{family.output}", kind)
-        gain = self._gain(layer, family.attention_input_norm) if kind == "weight" else None
-        if family.fused_qkv is None:
-            name = {"q": family.query, "k": family.key, "v": family.value}[role]
-            return self._folded(self._matrix(f"{module}.{name}", kind), gain)
-        fused = self._matrix(f"{module}.{family.fused_qkv}", kind)
-        return None if fused is None else self._folded(Rows(fused, fused_rows(family, self.dims, role)), gain)
+        name = family.fused_qkv or {"q": family.query, "k": family.key, "v": family.value}[role]
+        part = self._matrix(f"{module}.{name}", kind)
+        if part is not None and family.fused_qkv:
+            part = Rows(part, fused_rows(family, self.dims, role))
+        return self._folded(part, layer, family.attention_input_norm, kind)
 
     def attention_norm(self, layer: int, role: Literal["q", "k"]) -> dict[str, Expression]:
         name = self.family.query_norm if role == "q" else self.family.key_norm
@@ -136,7 +135,6 @@ class DenseExpert(ExpertSource):
 
     def ffn(self, layer: int) -> dict[str, Expression]:
         family, block = self.family, self._block(layer)
-        gain = self._gain(layer, family.ffn_input_norm)
         tensors: dict[str, Expression] = {}
         paths = {"gate_proj": family.gate, "up_proj": family.up} if family.gate else {"in_proj": family.up}
         for kind in KINDS:
@@ -144,7 +142,7 @@ class DenseExpert(ExpertSource):
             if family.fused_gate_up and (fused := self._matrix(f"{block}.{family.fused_gate_up}", kind)) is not None:
                 inner = fused.shape[0] // 2
                 firsts = {"gate_proj": Rows(fused, ((0, inner),)), "up_proj": Rows(fused, ((inner, 2 * inner),))}
-            parts = {name: self._folded(first, gain if kind == "weight" else None) for name, first in firsts.items()}
+            parts = {n: self._folded(first, layer, family.ffn_input_norm, kind) for n, first in firsts.items()}
             parts["down_proj"] = self._matrix(f"{block}.{family.down}", kind)
             tensors |= {f"{name}.{kind}": part for name, part in parts.items() if part is not None}
         return tensors
@@ -171,13 +169,14 @@ class DenseExpert(ExpertSource):
         floats = (name for name, ref in self.tensors.items() if ref.dtype in FLOAT_DTYPES)
         return {n for n in floats if not (n in owned or shared.match(n) or activation.match(n))}
 
-    def expected_tensors(self, layer: int) -> list[str]:
-        """Names of the projections that must be there, for the compatibility check."""
+    @property
+    def projections(self) -> list[str]:
+        """The modules of a block that hold the matrices of attention and FFN."""
         family = self.family
-        names = (family.fused_qkv,) if family.fused_qkv else (family.query, family.key, family.value)
+        qkv = (family.fused_qkv,) if family.fused_qkv else (family.query, family.key, family.value)
         first = (family.fused_gate_up,) if family.fused_gate_up else (family.gate, family.up)
-        paths = [*(f"{family.attention}.{name}" for name in (*names, family.output)), *first, family.down]
-        return [f"{self._block(layer)}.{path}.weight" for path in paths if path]
+        paths = [*(f"{family.attention}.{name}" for name in (*qkv, family.output)), *first, family.down]
+        return [path for path in paths if path]
 
     def _block(self, layer: int) -> str:
         return f"{self.family.layers}.{layer}"
@@ -188,13 +187,12 @@ class DenseExpert(ExpertSource):
             return None
         return Transposed(Source(ref)) if self.family.transposed and kind == "weight" else Source(ref)
 
-    def _gain(self, layer: int, norm: str | None) -> Expression | None:
-        if not self.fold_norms or norm is None:
-            return None
-        return Source(self.tensors[f"{self._block(layer)}.{norm}.weight"])
-
-    def _folded(self, part: Expression | None, gain: Expression | None) -> Any:
-        return part if part is None or gain is None else Gained(part, gain, self.family.gain_offset)
+    def _folded(self, part: Expression | None, layer: int, norm: str | None, kind: Kind) -> Expression | None:
+        """A matrix with the gain of the norm before it, where gains are folded."""
+        if part is None or norm is None or kind == "bias" or not self.fold_norms:
+            return part
+        gain = Source(self.tensors[f"{self._block(layer)}.{norm}.weight"])
+        return Gained(part, gain, self.family.gain_offset)
 
 
 @dataclass(frozen=True)

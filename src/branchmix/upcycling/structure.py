@@ -137,7 +137,8 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
 def missing_tensors(model: DenseExpert) -> list[str]:
     """Projections that the family must have, of the layers that are there."""
     layers = sorted(_stored_layers(model)) or [0]
-    return [name for layer in layers for name in model.expected_tensors(layer) if name not in model.tensors]
+    wanted = (f"{model.family.layers}.{layer}.{path}.weight" for layer in layers for path in model.projections)
+    return [name for name in wanted if name not in model.tensors]
 
 
 def _stored_layers(model: DenseExpert) -> set[int]:
@@ -150,17 +151,12 @@ def _stored_layers(model: DenseExpert) -> set[int]:
 def unplaced_tensors(model: DenseExpert) -> set[str]:
     """Tensors inside attention or FFN that the family's entry does not name."""
     family = model.family
-    known = {
-        f"{family.attention}.{name}"
-        for name in (family.fused_qkv, family.query, family.key, family.value, family.output)
-        if name
-    } | {path for path in (family.fused_gate_up, family.gate, family.up, family.down) if path}
     norms = tuple(f"{family.attention}.{name}." for name in (family.query_norm, family.key_norm) if name)
 
     def has_place(name: str) -> bool:
         inner = name.removeprefix(f"{family.layers}.").split(".", 1)[1]
         module, _, kind = inner.rpartition(".")
-        return inner.startswith(norms) or (module in known and kind in KINDS)
+        return inner.startswith(norms) or (module in model.projections and kind in KINDS)
 
     return {name for name in model.expert_tensors(attention=True, ffn=True) if not has_place(name)}
 

@@ -26,7 +26,7 @@ from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.plan import Plan
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, below, fused_rows, of_trunk
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, below, fused_rows, inside, of_trunk
 from branchmix.upcycling.transformers_view import transformers_config
 
 if TYPE_CHECKING:
@@ -60,12 +60,6 @@ class ExpertCheck:
     max_logit: float
     skipped: str | None = None
     """Why the expert could not be compared."""
-    tolerance: float = TOLERANCE
-    """Greatest difference that passes, as a share of the greatest logit."""
-
-    @property
-    def passed(self) -> bool:
-        return self.skipped is not None or self.max_difference <= self.tolerance * max(self.max_logit, 1.0)
 
 
 @dataclass(frozen=True)
@@ -85,8 +79,7 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        shown = ("name", "max_difference", "max_logit", "skipped")
-        rows = [{key: vars(check)[key] for key in shown if vars(check)[key] is not None} for check in self.experts]
+        rows = [{key: value for key, value in vars(check).items() if value is not None} for check in self.experts]
         return {**vars(self), "experts": rows}
 
 
@@ -102,12 +95,6 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
     if plan.is_dense:
         return Verification(compared, nbytes, averages)
     checks, tokens = _compare_logits(plan, folder, index, progress)
-    for check in checks:
-        if not check.passed:
-            raise VerificationError(
-                f"{folder.name}: with the gates on expert {check.name!r} its logits differ from the dense model's by "
-                f"{check.max_difference:.3g} (greatest logit {check.max_logit:.3g}): the mixture is not its experts"
-            )
     return Verification(compared, nbytes, averages, tokens, bool(plan.lossless), tuple(checks))
 
 
@@ -181,7 +168,8 @@ def _compare_logits(
         if progress is not None:
             progress("comparing logits", number, len(plan.sources))
         assert isinstance(expert, DenseExpert), "only an upcycling is verified"
-        if _changed_on_purpose(plan, number):
+        of_expert = [tensor.expression for tensor in plan.tensors if f".experts.{number}." in tensor.name]
+        if any(isinstance(part, Scaled | PartlyRedrawn) for part in of_expert):
             skipped = "its FFN was changed on purpose (sparse upcycling's options)"
             checks.append(ExpertCheck(expert.name, 0.0, 0.0, skipped))
             continue
@@ -195,7 +183,13 @@ def _compare_logits(
         # A folded gain times a weight is rounded to the output's dtype; dense model i multiplies them in fp32.
         rounded = expert.fold_norms and plan.config["dtype"] != "float32"
         tolerance = FOLDED_TOLERANCE if rounded else TOLERANCE
-        checks.append(ExpertCheck(expert.name, *difference_of(ours, theirs), tolerance=tolerance))
+        difference, greatest = difference_of(ours, theirs)
+        if not difference <= tolerance * max(greatest, 1.0):
+            raise VerificationError(
+                f"{folder.name}: with the gates on expert {expert.name!r} its logits differ from the dense model's by "
+                f"{difference:.3g} (greatest logit {greatest:.3g}): the mixture is not its experts"
+            )
+        checks.append(ExpertCheck(expert.name, difference, greatest))
     return checks, tokens.shape[1]
 
 
@@ -209,11 +203,6 @@ def refuse_strangers(model: Any, info: dict[str, Any], name: str) -> None:
     strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
     if strangers:
         raise VerificationError(f"{name}: {strangers[0]} has no counterpart in {type(model).__name__}")
-
-
-def _changed_on_purpose(plan: Plan, number: int) -> bool:
-    ours = [tensor.expression for tensor in plan.tensors if f".experts.{number}." in tensor.name]
-    return any(isinstance(part, Scaled | PartlyRedrawn) for part in ours)
 
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
@@ -236,15 +225,17 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int)
     dense_config = _dense_config(plan, expert)
     attention = plan.config["attention"] in ("kv_experts", "kv_sharing")
     owned = expert.expert_tensors(attention, plan.config["ffn"] == "experts")
-    dtype = DTYPES[plan.config["dtype"]]
+    dtype, family = DTYPES[plan.config["dtype"]], expert.family
+    norms = filter(None, [family.attention_input_norm, family.ffn_input_norm])
+    gains = inside(family, list(norms) if expert.fold_norms else [])
     state = {}
     floats = {name: ref for name, ref in expert.tensors.items() if ref.dtype in FLOAT_DTYPES}
     for name, ref in floats.items():  # other numbers are buffers, which the class computes
         shared = index.tensors.get(f"model.{name}") or index.tensors.get(f"model.{of_trunk(name, number)}", ref)
         source = ref if plan.lossless or name in owned else shared
         state[name] = _tensor(cast(Source(source), dtype))  # the output's dtype may be narrower than the source's
-    if expert.fold_norms:
-        _unfold(state, expert)
+        if gains.match(name):  # which the mixture has folded into its matrices
+            state[name] = _tensor(Source(ref))
     if plan.config["attention"] == "kv_sharing" and not plan.lossless:
         _share_keys_and_values(state, expert, index)
     # As from a checkpoint, so that transformers' own renamings (GPT-NeoX's embed_out) apply.
@@ -253,15 +244,6 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int)
     )
     refuse_strangers(model, info, expert.name)
     return model.eval()
-
-
-def _unfold(state: dict[str, Any], expert: DenseExpert) -> None:
-    """Dense model i keeps its own gains where the mixture has them folded into its matrices."""
-    family = expert.family
-    for layer in range(expert.dims.num_layers):
-        for norm in {family.attention_input_norm, family.ffn_input_norm} - {None}:
-            name = f"{family.layers}.{layer}.{norm}.weight"
-            state[name] = _tensor(Source(expert.tensors[name]))
 
 
 def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: CheckpointIndex) -> None:
@@ -343,12 +325,9 @@ def sample_tokens(folder: Path, vocab_size: int, *, least: int = 0, most: int | 
 
 def require_memory(need: int, what: str, otherwise: str) -> None:
     """Raises VerificationError where ``what`` needs more bytes of memory than the system says are free."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    if need > free:
+    import psutil
+
+    if need > (free := psutil.virtual_memory().available):
         raise VerificationError(
             f"{what} needs about {human_bytes(need)} of memory (fp32), but {human_bytes(free)} are free: use a larger "
             f"machine, or {otherwise}"

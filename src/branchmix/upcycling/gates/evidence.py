@@ -34,11 +34,6 @@ class Posterior:
     """Share of tokens after which the true domain is the most probable, mean over domains."""
 
 
-def count(documents: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """How often each token occurs, [V]."""
-    return sum((np.bincount(tokens, minlength=vocab_size) for tokens in documents), np.zeros(vocab_size, np.int64))
-
-
 def evidence_table(counts_VM: np.ndarray, smoothing: float) -> np.ndarray:
     """``log p(token | domain)`` minus its mean over domains, [V, M]; probabilities smoothed with the domains' mean.
 

@@ -19,7 +19,7 @@ from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.upcycling.gates.evidence import Posterior, count, evidence_table, fit_posterior
+from branchmix.upcycling.gates.evidence import Posterior, evidence_table, fit_posterior
 from branchmix.upcycling.gates.text import DomainText, read
 from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture
 from branchmix.upcycling.plan import Plan
@@ -98,15 +98,8 @@ def text_for(
     token_only: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, DomainText]:
-    """Text to fit a mixture's gates on, by domain; errors as for ``calibrate``, before anything is written.
-
-    Args:
-        shape: of the mixture.
-        model: whose tokenizer it has.
-        data: domains of text.
-        token_only: as for ``calibrate``.
-        trust_remote_code: run code of the tokenizer's.
-    """
+    """Text to fit a mixture's gates on, by domain, read with the tokenizer of ``model``; errors and options as for
+    ``calibrate``, before anything is written."""
     from branchmix.likelihood.loading import load_tokenizer
 
     given = model.given
@@ -152,9 +145,9 @@ def fit(
     from branchmix.upcycling.gates import fit as fitting
 
     earlier = mixture.config.get("document_gate") or {}
-    counts = _stored_counts(mixture) | {
-        name: count(found.counted, mixture.dims.vocab_size) for name, found in text.items()
-    }
+    counts = _stored_counts(mixture)
+    for name, of_domain in text.items():
+        counts[name] = np.bincount(np.concatenate(of_domain.counted), minlength=mixture.dims.vocab_size)
     names, counts_VM = list(counts), np.stack(list(counts.values()), axis=1)
     if set(text) == set(names) or not {"smoothing", "temperature"} <= earlier.keys():
         measured_of = {column: text[name].measured for column, name in enumerate(names) if name in text}
