@@ -108,10 +108,9 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML file; a RecipeError says in which line it is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         reasons: dict[type, str] = {IsADirectoryError: "is a folder", PermissionError: "may not be read"}
+        reasons[FileNotFoundError] = "there is no such file"
         what = reasons.get(type(error)) or getattr(error, "strerror", None) or "is no UTF-8 text"
         raise RecipeError(f"{path}: {what}: give the recipe's YAML file") from None
     return parse_yaml(text, str(path))

@@ -176,7 +176,8 @@ def _check_mixture(config: Config) -> None:
     _require(len(set(names)) == len(names), "expert_names holds a name twice")
     _require(type(scaling) in (int, float), f"routed_scaling_factor is {scaling!r}, not a number")
     if gate is not None:
-        domains, decay = (gate.get("domains"), gate.get("decay")) if isinstance(gate, dict) else (None, None)
+        _require(isinstance(gate, dict), "document_gate has no list of domains")
+        domains, decay = gate.get("domains"), gate.get("decay")
         _require(bool(domains) and _is_list_of(str, domains), "document_gate has no list of domains")
         _require(len(set(domains)) == len(domains), "document_gate names a domain twice")
         in_range = type(decay) in (int, float) and 0 <= decay <= 1
@@ -194,10 +195,8 @@ def _require(holds: bool, problem: str) -> None:
 
 def _checked_dimensions(config: Config) -> Dimensions:
     sizes = dimensions(config)
-    if config.get("head_dim") is None and sizes.hidden_size < sizes.num_heads:
-        raise CheckpointError(f"config.json: {sizes.num_heads} heads do not fit a width of {sizes.hidden_size}")
-    if sizes.num_heads % sizes.num_kv_heads:
-        raise CheckpointError(
-            f"config.json: {sizes.num_heads} query heads are not a multiple of {sizes.num_kv_heads} key/value heads"
-        )
+    heads, kv_heads, width = sizes.num_heads, sizes.num_kv_heads, sizes.hidden_size
+    fits = config.get("head_dim") is not None or width >= heads
+    _require(fits, f"{heads} heads do not fit a width of {width}")
+    _require(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
     return sizes

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from branchmix.accounting.formulas import configured_positions
@@ -22,8 +21,7 @@ from branchmix.export.native import NATIVES, SHARED_EXPERT_WIDTH, TARGETS, Nativ
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
-from branchmix.upcycling.model_card import model_card
-from branchmix.upcycling.plan import Plan
+from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import (
     KINDS,
     ROLES,
@@ -43,8 +41,6 @@ from branchmix.upcycling.verify import (
     require_memory,
     sample_tokens,
 )
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def export_model(
                 DEFAULT_SHARD_BYTES,
                 check=check,
                 progress=progress,
-                card=partial(model_card, exported_from=mixture.config),
+                exported_from=mixture.config,
             )
             if verify:
                 one_hot = chosen.number if chosen is not None and expert is not None else None
@@ -215,9 +211,9 @@ def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert |
         if expert is not None:
             raise RecipeError(f"--expert {expert}: {given} is averaged throughout: leave --expert out")
         return None
-    if expert is None and count == 1:
-        return mixture.experts[0]
     if expert is None:
+        if count == 1:
+            return mixture.experts[0]
         raise RecipeError(f"{given}: has {count} experts, and a dense model is one of them: --expert NAME, of {names}")
     if expert not in mixture.names:
         close = nearest(expert, mixture.names)
@@ -336,13 +332,14 @@ def _dense_tensors(
 ) -> Iterator[tuple[str, Expression]]:
     """One expert's tensors under the seed family's names, and what all share."""
     family, shape = mixture.family, mixture.shape
-    for layer in range(mixture.dims.num_layers) if expert is not None else ():
-        if shape.has_attention_experts:
-            for name, part in _attention(mixture, expert, layer):
-                yield f"{family.layers}.{layer}.{family.attention}.{name}", part
-        if shape.has_ffn_experts:
-            for name, part in _ffn(mixture, expert, layer, factor):
-                yield f"{family.layers}.{layer}.{name}", part
+    if expert is not None:
+        for layer in range(mixture.dims.num_layers):
+            if shape.has_attention_experts:
+                for name, part in _attention(mixture, expert, layer):
+                    yield f"{family.layers}.{layer}.{family.attention}.{name}", part
+            if shape.has_ffn_experts:
+                for name, part in _ffn(mixture, expert, layer, factor):
+                    yield f"{family.layers}.{layer}.{name}", part
     trunk = trunk_of(mixture, 0 if expert is None else expert.number)
     yield from _shared(trunk, attention=shape.has_attention_experts, ffn=shape.has_ffn_experts)
 
@@ -362,7 +359,7 @@ def _attention(mixture: OpenedMixture, expert: MixtureExpert, layer: int) -> Ite
             yield f"{norm}.{name}", part
 
 
-def _fused(mixture: OpenedMixture, parts: Mapping[str, Expression]) -> Expression:
+def _fused(mixture: OpenedMixture, parts: Mapping[Any, Expression]) -> Expression:
     """q, k and v as the rows of the family's fused matrix, the inverse of how they were taken out of it."""
     repeats, order = qkv_order(mixture.family, mixture.dims)
     heights = {role: part.num_rows // repeats for role, part in parts.items()}

@@ -183,11 +183,11 @@ def _compare(
     sizes_fit = _check_structure(expert, seed.dims, findings)
     if not any(contradictions(expert)) and seed.dims.tied_embeddings != expert.dims.tied_embeddings:
         but = " (its config.json ties them, but the weights of the two differ)"
-        other, own = (
+        its, the_seeds = (
             "tied" if model.dims.tied_embeddings else "untied" + but * model.own_head for model in (expert, seed)
         )
         problem = (
-            f"input and output embeddings are {other}, but the seed's are {own}: untie the tied one (load it with "
+            f"input and output embeddings are {its}, but the seed's are {the_seeds}: untie the tied one (load it with "
             "tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
         )
         findings.about(expert.name, [problem])
@@ -207,20 +207,18 @@ def _compare(
 
 
 def _size_problems(ours: Dimensions, theirs: Dimensions) -> Iterator[str]:
-    names = {
+    keys = {
         "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "intermediate_size": "intermediate_size",
     }
+    attributes = ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"]
     if all(dims.head_dim == dims.hidden_size // dims.num_heads for dims in (ours, theirs)):
-        del names["head_dim"]  # follows from the two others
-    for attribute, name in names.items():
+        attributes.remove("head_dim")  # follows from the two others
+    for attribute in attributes:
         mine, other = getattr(ours, attribute), getattr(theirs, attribute)
         if mine != other:
-            yield f"{name} is {other}, but the seed's is {mine}: {SAME_SEED}"
+            yield f"{keys.get(attribute, attribute)} is {other}, but the seed's is {mine}: {SAME_SEED}"
 
 
 def _config_problems(seed_config: Config, experts: list[DenseExpert]) -> dict[str, list[str]]:
@@ -360,12 +358,7 @@ def _fold_problems(recipe: Recipe, seed: DenseExpert) -> Iterator[str]:
 
 def foldable_norms(recipe: Recipe, seed: DenseExpert) -> list[str]:
     """Norms of a block that only experts read, so that their gains can go into the experts' projections."""
-    family = seed.family
-    readers: dict[str, list[bool]] = {}
-    for norm, is_expert in (
-        (family.attention_input_norm, recipe.has_attention_experts),
-        (family.ffn_input_norm, recipe.has_ffn_experts),
-    ):
-        if norm is not None:
-            readers.setdefault(norm, []).append(is_expert)
-    return [norm for norm, experts in readers.items() if all(experts)]
+    norms = (seed.family.attention_input_norm, seed.family.ffn_input_norm)
+    has_experts = (recipe.has_attention_experts, recipe.has_ffn_experts)
+    averaged = {norm for norm, experts in zip(norms, has_experts, strict=True) if not experts}
+    return [norm for norm in dict.fromkeys(norms) if norm is not None and norm not in averaged]

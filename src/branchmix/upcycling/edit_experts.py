@@ -33,11 +33,10 @@ from branchmix.upcycling.execute import (
 )
 from branchmix.upcycling.layers import all_same, attention_tensors, same_keys_and_values
 from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture, provenance_of
-from branchmix.upcycling.plan import Plan
+from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import DenseExpert, MixtureExpert, in_trunk, inside, of_trunk
 from branchmix.upcycling.transformers_view import require_buildable
 
-Progress = Callable[[str, int, int], None]
 Members = Sequence[MixtureExpert | DenseExpert]
 """Experts that stay or join, in the order of the routers' rows."""
 

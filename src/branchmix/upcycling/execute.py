@@ -26,6 +26,7 @@ from branchmix.checkpoint.companions import (
     shareable,
     tokenizer_files,
 )
+from branchmix.checkpoint.families import Config
 from branchmix.checkpoint.folder import (
     MERGED,
     atomic_folder,
@@ -44,7 +45,7 @@ from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
 from branchmix.upcycling.compatibility import Fit, check_fit
 from branchmix.upcycling.model_card import model_card
-from branchmix.upcycling.plan import Plan, plan_upcycling
+from branchmix.upcycling.plan import Plan, Progress, plan_upcycling
 from branchmix.upcycling.sources import who
 from branchmix.upcycling.transformers_view import require_buildable
 
@@ -100,7 +101,7 @@ def upcycle(
     check: bool = True,
     hashes: bool = True,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> UpcycleReport:
     """Turn a seed and its specialised siblings into one mixture of experts (BAM, arXiv 2408.08274, section 4).
 
@@ -201,7 +202,7 @@ def write_calibrated(
     max_shard_bytes: int,
     *,
     check: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Path, ...]:
     """A mixture with the gates that were fitted for it; record and model card say how good they are."""
     from branchmix.upcycling.gates.measure import plan_with_gates
@@ -219,15 +220,15 @@ def write_output(
     max_shard_bytes: int,
     *,
     check: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
-    card: Callable[[Plan, dict[str, Any]], str] = model_card,
+    progress: Progress | None = None,
+    exported_from: Config | None = None,
 ) -> tuple[Path, ...]:
     """Weights first, config.json last, so that an interrupted folder cannot be loaded.
 
     Args:
         companions: folder whose tokenizer, chat template and generation config are copied.
         provenance: returns recipe and sources, for ``branchmix.json`` and the model card; called after the weights.
-        card: writes README.md, from the plan and the provenance.
+        exported_from: config of the mixture that this is an export of, for the model card.
     """
     report = None if progress is None else lambda done, total=plan.nbytes: progress("writing", done, total)
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
@@ -244,7 +245,7 @@ def write_output(
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name)
     write_json(folder / "branchmix.json", record)
-    write_text(folder / "README.md", card(plan, record))
+    write_text(folder / "README.md", model_card(plan, record, exported_from=exported_from))
     write_json(folder / "config.json", shareable(plan.config))
     return written
 

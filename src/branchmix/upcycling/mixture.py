@@ -181,19 +181,20 @@ def _problem_of(record: dict[str, Any]) -> str | None:
         if not isinstance(record.get(key, kind()), kind):
             return f"{key} is {short(record[key])}, not a {'list' if kind is list else 'mapping'}"
     models: dict[str, Any] = {f"sources.{number}": source for number, source in enumerate(record["sources"])}
-    for number, step in enumerate(record.get("changes", [])):
-        added = step.get("added") if isinstance(step, dict) else None
+    for number, change in enumerate(record.get("changes", [])):
+        place, step = f"changes.{number}", change if isinstance(change, dict) else {}
+        added, fit = step.get("added"), step.get("calibrated")
         if isinstance(added, dict) and {"expert", "router_std", "router_seed"} <= added.keys():
-            models[f"changes.{number}"] = added["expert"]
-        elif isinstance(step, dict) and isinstance(step.get("calibrated"), dict):
-            fit = step["calibrated"]
+            models[place] = added["expert"]
+        elif isinstance(fit, dict):
+            losses = fit.get("losses", {})
             if not isinstance(fit.get("domains"), dict):
-                return f"changes.{number}.calibrated has no domains"
-            losses = fit.get("losses", {}).values() if isinstance(fit.get("losses", {}), dict) else [None]
-            if not all(isinstance(loss, dict) and {"before", "after"} <= loss.keys() for loss in losses):
-                return f"changes.{number}.calibrated.losses are not losses before and after by domain"
-        elif not (isinstance(step, dict) and isinstance(step.get("removed"), str)):
-            return f"changes.{number} names no expert that joined or left"
+                return f"{place}.calibrated has no domains"
+            pairs = losses.values() if isinstance(losses, dict) else [None]
+            if not all(isinstance(pair, dict) and {"before", "after"} <= pair.keys() for pair in pairs):
+                return f"{place}.calibrated.losses are not losses before and after by domain"
+        elif not isinstance(step.get("removed"), str):
+            return f"{place} names no expert that joined or left"
     for place, source in models.items():
         for key in ("name", "model"):
             if not isinstance(source, dict) or not isinstance(source.get(key), str):

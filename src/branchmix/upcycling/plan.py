@@ -7,7 +7,7 @@ imports neither torch nor transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,9 @@ from branchmix.recipe import DTYPES, Recipe
 from branchmix.upcycling.compatibility import Fit, foldable_norms
 from branchmix.upcycling.layers import all_same, attention_tensors, cast, mean, same_keys_and_values
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, of_trunk
+
+Progress = Callable[[str, int, int], None]
+"""Called with a step's name, what is done, and the total."""
 
 
 @dataclass(frozen=True)
@@ -274,19 +277,19 @@ class _Mixture:
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
     """Choices that are allowed and known to disappoint."""
-    raw_top_1 = recipe.num_experts_per_tok == 1 and recipe.scaling == 1.0 and not recipe.sparse_upcycling.weight_scaling
-    raw_top_1 = raw_top_1 and recipe.gates is None  # which replace them
-    if recipe.ffn == "experts" and raw_top_1:
+    options = recipe.sparse_upcycling
+    raw_top_1 = recipe.num_experts_per_tok == 1 and recipe.scaling == 1.0 and not options.weight_scaling
+    if raw_top_1 and recipe.has_ffn_experts and recipe.gates is None:  # which replace them
         yield (
             "raw top-1 gates scale the FFN output by about 1/N at the start, so the untrained mixture is worse than a "
             "soup (the paper trains it): routed_scaling_factor: auto, or top_k: 2 with normalize, starts better"
         )
-    if recipe.ffn == "experts" and recipe.attention == "average" and recipe.seed_copies and raw_top_1:
-        yield "more copies of the seed made top-1 BTX worse, not better, in the paper (Table 4)"
+        if recipe.attention == "average" and recipe.seed_copies:
+            yield "more copies of the seed made top-1 BTX worse, not better, in the paper (Table 4)"
     if recipe.merge.kv_init != "merge" and recipe.attention != "kv_sharing":
         yield "merge.kv_init is ignored: only attention: kv_sharing has shared K and V"
-    if recipe.sparse_upcycling.weight_scaling or recipe.sparse_upcycling.redraw_fraction:
-        if recipe.ffn != "experts":
+    if options.weight_scaling or options.redraw_fraction:
+        if not recipe.has_ffn_experts:
             yield "sparse_upcycling is ignored: there are no FFN experts"
         if not (recipe.include_seed or recipe.seed_copies):
             yield "sparse_upcycling is ignored: no expert is a copy of the seed"
@@ -300,18 +303,15 @@ def describe(expression: Expression) -> str:
     words = {
         "Columns": "columns side by side",
         "Mean": "averaged",
-        "Cast": "cast",
         "Normal": "drawn at random",
-        "Constant": "constant",
-        "Scaled": "scaled",
         "Gained": "norm gain folded in",
         "PartlyRedrawn": "partly drawn anew",
-        "Transposed": "transposed",
         "Stack": "stacked",
         "Rows": "rows taken",
         "Held": "computed from text",
     }
-    here = words.get(type(expression).__name__, type(expression).__name__)
+    kind = type(expression).__name__
+    here = words.get(kind, kind.lower())  # cast, constant, scaled, transposed
     inner = [describe(part) for part in expression.parts_read()[:1]]
     return ", ".join([*(word for word in inner if not word.startswith("copied")), here])
 

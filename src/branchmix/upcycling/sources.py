@@ -92,7 +92,7 @@ class DenseExpert(ExpertSource):
 
     def folding(self, norms: Sequence[str]) -> DenseExpert:
         """This model with the gains of these norms folded into its projections; other norms are hidden from it."""
-        kept = {
+        kept: dict[str, Any] = {
             norm: path if (path := getattr(self.family, norm)) in norms else None
             for norm in ("attention_input_norm", "ffn_input_norm")
         }
@@ -207,10 +207,6 @@ class MixtureExpert(ExpertSource):
     """Its row of the routers."""
 
     @property
-    def num_experts(self) -> int:
-        return int(self.index.config["num_experts"])
-
-    @property
     def kv_sharing(self) -> bool:
         return bool(self.index.config["attention"] == "kv_sharing")
 
@@ -254,7 +250,7 @@ class MixtureExpert(ExpertSource):
             start = 0 if self.kv_sharing else self.number * width
             return ((start, start + width),)
         group = num_heads // num_kv_heads * size
-        starts = [(kv * self.num_experts + self.number) * group for kv in range(num_kv_heads)]
+        starts = [(kv * self.index.config["num_experts"] + self.number) * group for kv in range(num_kv_heads)]
         return tuple((start, start + group) for start in starts)
 
 

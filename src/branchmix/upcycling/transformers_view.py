@@ -273,10 +273,10 @@ def is_ordinary(config: Config) -> bool:
         if kind not in _KINDS or not ((or_null and value is None) or _KINDS[kind](value)):
             return False
     sizes, rope, kinds = dimensions(config), rope_of(config), config.get("layer_types")
-    of_each_layer = isinstance(kinds, list) and len(kinds) == sizes.num_layers
-    known = of_each_layer and set(map(str, kinds)) <= {"full_attention", "sliding_attention"}
+    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == sizes.num_layers):
+        return False
     return (
-        (kinds is None or known)
+        set(map(str, kinds or ())) <= {"full_attention", "sliding_attention"}
         and (config.get("pad_token_id") or 0) < sizes.vocab_size
         and not (sizes.head_dim % 2 or sizes.hidden_size % sizes.num_heads)
         and all(_ordinary_rope(given, config) for given in ([rope] if "rope_theta" in rope else rope.values()))

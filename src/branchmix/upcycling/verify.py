@@ -9,7 +9,7 @@ shares no code with the upcycler or the widened model.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from branchmix.errors import VerificationError
 from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
-from branchmix.upcycling.plan import Plan
+from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import DenseExpert, ExpertSource, below, fused_rows, inside, of_trunk
 from branchmix.upcycling.transformers_view import transformers_config
 
@@ -83,7 +83,7 @@ class Verification:
         return {**vars(self), "experts": rows}
 
 
-def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int], None] | None = None) -> Verification:
+def verify_plan(plan: Plan, folder: Path, *, progress: Progress | None = None) -> Verification:
     """Check a folder just written against its plan; ``progress`` gets the step's name, steps done and steps in all.
 
     Raises:
@@ -98,9 +98,7 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
     return Verification(compared, nbytes, averages, tokens, bool(plan.lossless), tuple(checks))
 
 
-def compare_bytes(
-    plan: Plan, index: CheckpointIndex, progress: Callable[[str, int, int], None] | None
-) -> tuple[int, int]:
+def compare_bytes(plan: Plan, index: CheckpointIndex, progress: Progress | None) -> tuple[int, int]:
     """Number and bytes of the tensors that are pure copies, each compared with its source's bytes.
 
     Raises:
@@ -148,7 +146,7 @@ def _check_averages(plan: Plan, index: CheckpointIndex) -> int:
 
 
 def _compare_logits(
-    plan: Plan, folder: Path, index: CheckpointIndex, progress: Callable[[str, int, int], None] | None
+    plan: Plan, folder: Path, index: CheckpointIndex, progress: Progress | None
 ) -> tuple[list[ExpertCheck], int]:
     import torch
 

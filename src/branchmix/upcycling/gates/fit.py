@@ -193,9 +193,7 @@ def best_sharpness(
     return {name: next(tau for tau in SHARPNESS if found[tau][name] <= least[name] + NEARLY) for name in text}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gates that see one token
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Gates that see one token ----
 
 SAMPLED_TOKENS = 2000
 """Tokens of each domain whose router inputs the token gates are fitted on."""

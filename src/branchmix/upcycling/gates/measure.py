@@ -7,7 +7,7 @@ domains only. Shapes: V vocabulary, M domains, E experts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,7 @@ from branchmix.errors import CheckpointError, RecipeError
 from branchmix.upcycling.gates.evidence import Posterior, evidence_table, fit_posterior
 from branchmix.upcycling.gates.text import DomainText, read
 from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture
-from branchmix.upcycling.plan import Plan
-
-Progress = Callable[[str, int, int], None]
+from branchmix.upcycling.plan import Plan, Progress
 
 PREFIX = "document_gate."
 """How the names of the document gates' tensors begin."""

@@ -16,8 +16,9 @@ from branchmix.checkpoint.folder import atomic_folder, require_replaceable
 from branchmix.data.config import EvalData
 from branchmix.errors import OutputError, RecipeError
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_calibrated
-from branchmix.upcycling.gates.measure import Fitted, Progress, fit, plan_with_gates, text_for
+from branchmix.upcycling.gates.measure import Fitted, fit, plan_with_gates, text_for
 from branchmix.upcycling.mixture import OpenedMixture
+from branchmix.upcycling.plan import Progress
 
 
 @dataclass(frozen=True)
