@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from branchmix.accounting.formulas import configured_positions
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack, Transposed
@@ -18,7 +19,6 @@ from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.rotary import with_rope
 from branchmix.errors import CompatibilityError, RecipeError, VerificationError
 from branchmix.export.native import NATIVES, SHARED_EXPERT_WIDTH, TARGETS, Native, native_config, problems
-from branchmix.recipe import DTYPES
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
 from branchmix.upcycling.plan import Plan, Progress
@@ -190,12 +190,11 @@ def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> P
     if expert is not None:
         raise RecipeError(f"--expert {expert}: {to} takes all experts: it goes with --to dense")
     native, trunk = NATIVES[to], trunk_of(mixture)
-    reasons = problems(mixture, trunk, native)
-    if reasons:
+    if reasons := problems(mixture, trunk, native):
         others = [name for name, other in NATIVES.items() if name != to and not problems(mixture, trunk, other)]
         hint = [f"--to {' or '.join(others)} computes the same"] if others else []
         raise CompatibilityError([f"{mixture.resolved.given}: {problem}" for problem in [*reasons, *hint]])
-    config = native_config(mixture, trunk, native, _dtype_name(mixture))
+    config = native_config(mixture, trunk, native)
     tensors, notes = _native_tensors(mixture, trunk, native), tuple(_native_notes(mixture, native))
     return Plan.of(tensors, mixture.dtype, config, notes=notes)
 
@@ -241,10 +240,6 @@ def _shared(trunk: DenseExpert, *, attention: bool, ffn: bool) -> Iterator[tuple
     """Embeddings, norms and head; and attention or FFN, unless they are those of experts."""
     of_experts = trunk.expert_tensors(attention, ffn)
     return ((name, Source(ref)) for name, ref in trunk.tensors.items() if name not in of_experts)
-
-
-def _dtype_name(mixture: OpenedMixture) -> str:
-    return next(name for name, code in DTYPES.items() if code == mixture.dtype)
 
 
 # ---- Native ----
@@ -314,7 +309,7 @@ def rounds_nothing(mixture: OpenedMixture) -> bool:
 def _plan_dense(mixture: OpenedMixture, name: str | None) -> Plan:
     expert = chosen_expert(mixture, name)
     config = {key: value for key, value in mixture.seed_config.items() if key != "torch_dtype"}
-    config["dtype"] = _dtype_name(mixture)
+    config["dtype"] = mixture.dtype_name
     ropes = mixture.config.get("expert_rope_parameters")
     if ropes and expert is not None:
         config = with_rope(config, ropes[expert.number])

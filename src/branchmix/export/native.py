@@ -155,16 +155,16 @@ def _window_of(mixture: OpenedMixture) -> int | Literal["some"] | None:
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dtype: str) -> Config:
+def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Config:
     """config.json of the native checkpoint of a mixture that has no ``problems``.
 
-    Rotary parameters are in the form that every version of every tool reads; ``dtype`` is transformers' name.
+    Rotary parameters are in the form that every version of every tool reads.
     """
     seed, dims = mixture.seed_config, mixture.dims
     config: Config = {
         "architectures": [native.architecture],
         "model_type": native.model_type,
-        "dtype": dtype,
+        "dtype": mixture.dtype_name,
         "vocab_size": dims.vocab_size,
         "hidden_size": dims.hidden_size,
         "num_hidden_layers": dims.num_layers,

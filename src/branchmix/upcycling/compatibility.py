@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from branchmix.checkpoint.expressions import same_numbers
@@ -134,9 +135,7 @@ def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpe
     findings.about(newcomer.name, notes=newcomer.index.notes)
     dims = dimensions(seed_config)
     sizes_fit = _check_structure(newcomer, dims, findings)
-    findings.about(
-        newcomer.name, (text for texts in _config_problems(seed_config, [newcomer]).values() for text in texts)
-    )
+    findings.about(newcomer.name, chain(*_config_problems(seed_config, [newcomer]).values()))
     if sizes_fit and not any(structure_problems(newcomer)):
         findings.about(newcomer.name, _part_problems(MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer))
     if config.get("trunk") == "experts":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -51,7 +51,6 @@ from branchmix.upcycling.transformers_view import require_buildable
 
 if TYPE_CHECKING:
     from branchmix.upcycling.gates.measure import Fitted
-    from branchmix.upcycling.gates.text import DomainText
     from branchmix.upcycling.mixture import OpenedMixture
     from branchmix.upcycling.verify import Verification
 
@@ -145,7 +144,9 @@ def upcycle(
                 notes = [*of_routers, *notes]
         plan = plan_upcycling(recipe, fit, router_rows=router_rows)
         if recipe.gates:
+            from branchmix.upcycling.gates.measure import fit as fit_gates
             from branchmix.upcycling.gates.measure import text_for
+            from branchmix.upcycling.mixture import OpenedMixture
 
             options = {"token_only": recipe.gates.token_only, "trust_remote_code": trust_remote_code}
             gates_text = text_for(shape_of(plan.config), seed.model, gates_data, **options)
@@ -176,23 +177,13 @@ def upcycle(
 
                     verification = verify_plan(plan, merged, progress=progress)
                 if recipe.gates:
-                    gates = _calibrate(recipe, gates_text, merged, folder, progress)
+                    mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
+                    choices = {"token_only": recipe.gates.token_only, "keep_top_k": recipe.gates.keep_top_k}
+                    gates = fit_gates(mixture, gates_text, **choices, progress=progress)
+                    write_calibrated(mixture, gates, folder, recipe.max_shard_bytes, check=False, progress=progress)
+                    shutil.rmtree(merged)
                     plan = replace(plan, config={**plan.config, **gates.config})
     return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
-
-
-def _calibrate(recipe: Recipe, text: Mapping[str, DomainText], merged: Path, folder: Path, progress: Any) -> Fitted:
-    """Fit gates for the mixture just written to ``merged``, which is moved with them into its parent ``folder``."""
-    from branchmix.upcycling.gates.measure import fit
-    from branchmix.upcycling.mixture import OpenedMixture
-
-    assert recipe.gates is not None
-    mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
-    options = {"token_only": recipe.gates.token_only, "keep_top_k": recipe.gates.keep_top_k}
-    fitted = fit(mixture, text, **options, progress=progress)
-    write_calibrated(mixture, fitted, folder, recipe.max_shard_bytes, check=False, progress=progress)
-    shutil.rmtree(merged)
-    return fitted
 
 
 def write_calibrated(

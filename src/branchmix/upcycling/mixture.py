@@ -65,6 +65,7 @@ class OpenedMixture:
         ]
         stored = next(iter(self.index.tensors.values())).dtype
         self.dtype = DTYPES.get(str(self.config.get("dtype")), stored)
+        self.dtype_name = next((name for name, code in DTYPES.items() if code == self.dtype), None)
         self.scaling = float(self.config["routed_scaling_factor"])
 
     @property

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Source, Transposed
 from branchmix.checkpoint.families import Dimensions, Family, dimensions, family_of, is_head

@@ -124,8 +124,7 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
             "part, heads for further tokens or the like): load it with AutoModelForCausalLM and save it again, which "
             "leaves them out"
         )
-    unplaced = sorted(unplaced_tensors(model))
-    if unplaced:
+    if unplaced := sorted(unplaced_tensors(model)):
         reason = unknown.format("layers have parts that Llama's lack")
         reason = reason if family.inferred else "this variant of the family cannot be widened"
         yield (

@@ -126,23 +126,20 @@ def compare_bytes(plan: Plan, index: CheckpointIndex, progress: Progress | None)
 
 def _check_averages(plan: Plan, index: CheckpointIndex) -> int:
     """The first rows of averaged tensors, recomputed in fp64: they must be the nearest value of the output's dtype."""
-    checked = 0
-    for tensor in plan.tensors:
-        mean = tensor.expression
-        if not isinstance(mean, Mean) or not all(isinstance(part, Source) for part in mean.parts):
-            continue
+    means = [(tensor.name, tensor.expression) for tensor in plan.tensors if isinstance(tensor.expression, Mean)]
+    of_stored = [(name, mean) for name, mean in means if all(isinstance(part, Source) for part in mean.parts)]
+    for name, mean in of_stored:
         rows = min(64, *(part.num_rows for part in mean.parts))
         weights = mean.weights or (1.0,) * len(mean.parts)
         exact = sum(
             weight * to_float32(part.rows(0, rows), part.dtype).astype(np.float64)
             for part, weight in zip(mean.parts, weights, strict=True)
         ) / sum(weights)
-        written = to_float32(Source(index.tensors[tensor.name]).rows(0, rows), mean.dtype).astype(np.float64)
+        written = to_float32(Source(index.tensors[name]).rows(0, rows), mean.dtype).astype(np.float64)
         half_step = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-22}[mean.dtype]
         if not np.all(np.abs(written - exact) <= half_step * 1.01 * np.abs(exact) + 1e-7):
-            raise VerificationError(f"{tensor.name}: is not the mean of its sources: write the output again")
-        checked += 1
-    return checked
+            raise VerificationError(f"{name}: is not the mean of its sources: write the output again")
+    return len(of_stored)
 
 
 def _compare_logits(
@@ -198,8 +195,7 @@ def difference_of(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, floa
 
 def refuse_strangers(model: Any, info: dict[str, Any], name: str) -> None:
     """Raises VerificationError if loading a model (with ``output_loading_info``) left tensors over, or lacked some."""
-    strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
-    if strangers:
+    if strangers := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
         raise VerificationError(f"{name}: {strangers[0]} has no counterpart in {type(model).__name__}")
 
 

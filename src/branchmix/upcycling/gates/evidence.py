@@ -66,7 +66,10 @@ def fit_posterior(counts_VM: np.ndarray, measured: Mapping[int, Sequence[np.ndar
         counts_VM: of other documents.
         measured: documents of each domain, by its column.
     """
-    joined, labels = _joined(measured)
+    rounds = range(max(len(texts) for texts in measured.values()))
+    in_turn = [(m, texts[n]) for n in rounds for m, texts in measured.items() if n < len(texts)]
+    joined = np.concatenate([tokens for _, tokens in in_turn])
+    labels = np.concatenate([[m] * len(tokens) for m, tokens in in_turn])
     found: list[tuple[float, Posterior]] = []
     for smoothing, decay in product(SMOOTHING, DECAYS):
         table_VM = evidence_table(counts_VM, smoothing)
@@ -87,10 +90,3 @@ def _scores(sums: Mapping[int, Sequence[np.ndarray]], temperature: float) -> tup
         entropies.append(-logp_TM[:, m].mean())
         hits.append((logp_TM.argmax(1) == m).mean())
     return float(np.mean(entropies)), float(np.mean(hits))
-
-
-def _joined(measured: Mapping[int, Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """All documents one behind the other, domains in turn, and the domain of each token."""
-    rounds = max(len(found) for found in measured.values())
-    order = [(m, found[n]) for n in range(rounds) for m, found in measured.items() if n < len(found)]
-    return np.concatenate([tokens for _, tokens in order]), np.concatenate([[m] * len(tokens) for m, tokens in order])

@@ -84,8 +84,10 @@ def calibrate(
     fitted = fit(mixture, text, token_only=token_only, keep_top_k=keep_top_k, progress=progress)
     with atomic_folder(target, force=in_place or force) as folder:
         written = write_calibrated(mixture, fitted, folder, mixture.shard_bytes, progress=progress)
-        if in_place:
-            _keep_others(source, folder)
+        for file in source.iterdir() if in_place else ():  # beside the mixture's own, such as a licence
+            weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+            if file.is_file() and not weights and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
     return CalibrationReport(target, fitted, written, time.perf_counter() - start)
 
 
@@ -100,11 +102,3 @@ def _require_replaceable(folder: Path) -> None:
             raise OutputError(
                 f"{folder}: holds the folder {entry.name}, which calibrate does not carry over: give --out"
             )
-
-
-def _keep_others(source: Path, folder: Path) -> None:
-    """Copy files beside the mixture's own, such as a licence."""
-    for file in source.iterdir():
-        weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
-        if file.is_file() and not weights and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
