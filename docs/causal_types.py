@@ -136,7 +136,7 @@ def _differences(folder: Path) -> Iterator[float]:
         assert report.verification is not None
         for check in report.verification.experts:
             assert check.skipped is None
-            yield check.difference / max(1.0, check.greatest_logit)
+            yield check.max_difference / max(1.0, check.max_logit)
 
 
 def build(model_type: str, seed: int, changes: dict[str, Any] | None = None) -> Any:

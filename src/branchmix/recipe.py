@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.families import Family, nearest
 from branchmix.checkpoint.folder import EXPERT, is_expert_name
 from branchmix.settings import Settings, SettingsFile, parse
 
@@ -139,7 +139,7 @@ class Merge(Settings):
     method: Literal["average", "seed", "weighted"] = "average"
     """``average``: uniform mean over all dense models, the seed among them (BAM section 4). ``seed``: the seed's.
     ``weighted``: with ``weights``."""
-    weights: dict[str, float] | None = None
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Weight of each expert by name, 1 where none is given; ``seed`` is the seed. They are divided by their sum."""
     kv_init: str = "merge"
     """Shared K and V of ``kv_sharing``: ``merge`` (as everything else), ``average``, ``seed``, or an expert's name."""
@@ -160,9 +160,6 @@ class Merge(Settings):
     def _weights_belong_to_weighted(self) -> Merge:
         if (self.method == "weighted") != (self.weights is not None):
             raise ValueError("method weighted needs weights, and only it takes them")
-        for name, weight in (self.weights or {}).items():
-            if weight < 0:
-                raise ValueError(f"weights: {name} is {weight:g}, a weight must not be negative")
         return self
 
 
@@ -272,7 +269,7 @@ class Recipe(SettingsFile):
                 if name not in self.expert_names and not seed_weight:
                     raise ValueError(f"{section}: no expert is called {name!r}{nearest(name, self.expert_names)}")
         self._check_routing()
-        if self.gates and self.ffn == "average" and self.attention in ("average", "seed"):
+        if self.gates and not (self.has_attention_experts or self.has_ffn_experts):
             raise ValueError("gates: a soup has no experts to choose from: leave gates out, or give ffn: experts")
         if self.trunk == "experts" and (self.gates is None or self.gates.token_only):
             raise ValueError("trunk: experts needs gates: {data: FILE}, without token_only: the document chooses them")
@@ -303,11 +300,10 @@ class Recipe(SettingsFile):
                 raise ValueError(f"{where} is {top_k}, but there are only {count} experts")
         if self.routing.ffn.normalize and self.num_experts_per_tok == 1 and self.ffn == "experts":
             raise ValueError(f"routing.ffn: {_ALWAYS_1}")
-        attention_top_k = self.routing.attention.top_k if self.attention in ("kv_experts", "kv_sharing") else None
+        attention_top_k = self.routing.attention.top_k if self.has_attention_experts else None
         if self.routing.attention.normalize and attention_top_k == 1:
             raise ValueError(f"routing.attention: {_ALWAYS_1}")
-        has_both = self.attention in ("kv_experts", "kv_sharing") and self.ffn == "experts"
-        if self.routing.shared and not has_both:
+        if self.routing.shared and not (self.has_attention_experts and self.has_ffn_experts):
             raise ValueError("routing.shared: one router for both needs attention experts and ffn: experts")
         if self.routing.shared and self.router_init.attention is not None:
             raise ValueError("router_init.attention: with routing.shared, attention has no router: remove it")
@@ -336,6 +332,20 @@ class Recipe(SettingsFile):
     def seed_copy_names(self) -> list[str]:
         """Names of the experts that ``seed_copies`` adds."""
         return [f"{_SEED_COPY}{number}" for number in range(1, self.seed_copies + 1)]
+
+    @property
+    def has_attention_experts(self) -> bool:
+        return self.attention in ("kv_experts", "kv_sharing")
+
+    @property
+    def has_ffn_experts(self) -> bool:
+        return self.ffn == "experts"
+
+    def routers(self, family: Family) -> dict[str, str]:
+        """Names of the routers' weights below a block, by kind."""
+        return family.routers(
+            attention=self.has_attention_experts, ffn=self.has_ffn_experts, shared=self.routing.shared
+        )
 
     @property
     def num_experts_per_tok(self) -> int:

@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -109,10 +108,9 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML file; a RecipeError says in which line it is wrong."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         reasons: dict[type, str] = {IsADirectoryError: "is a folder", PermissionError: "may not be read"}
+        reasons[FileNotFoundError] = "there is no such file"
         what = reasons.get(type(error)) or getattr(error, "strerror", None) or "is no UTF-8 text"
         raise RecipeError(f"{path}: {what}: give the recipe's YAML file") from None
     return parse_yaml(text, str(path))
@@ -138,6 +136,9 @@ def _strict_loader() -> Any:
     """PyYAML's safe loader, but a repeated key is an error, which PyYAML would silently resolve to the last."""
     import yaml
 
+    def wrong(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
     class Loader(yaml.SafeLoader):
         def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
             try:
@@ -147,29 +148,23 @@ def _strict_loader() -> Any:
             except (ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
                 # 2024-13-45 looks like a date, and `!!int ''` says that it is a number
                 reason = "this is not a value of its kind" if isinstance(error, LookupError) else str(error)
-                raise yaml.MarkedYAMLError(
-                    problem=f"{reason}: in quotes it would be text", problem_mark=node.start_mark
-                ) from None
+                raise wrong(f"{reason}: in quotes it would be text", node) from None
             return value
 
         def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
             given = super().construct_scalar(node)
             text = whole_characters(given) if isinstance(given, str) else given  # JSON's pairs become characters
             if text is not given and text.count("\ufffd") > given.count("\ufffd"):  # names must not change
-                raise yaml.MarkedYAMLError(
-                    problem="half of a surrogate pair is not a character: remove it", problem_mark=node.start_mark
-                )
+                raise wrong("half of a surrogate pair is not a character: remove it", node)
             return text
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             if not isinstance(node, yaml.MappingNode):  # a word with the tag of a mapping
-                raise yaml.MarkedYAMLError(problem="a mapping was expected", problem_mark=node.start_mark)
+                raise wrong("a mapping was expected", node)
             keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             for number, key in enumerate(keys):
                 if key.value in [other.value for other in keys[:number]]:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark
-                    )
+                    raise wrong(f"the key {key.value!r} appears twice", key)
             return super().construct_mapping(node, deep)
 
     return Loader
@@ -225,14 +220,11 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
     path = ".".join(str(part) for part in location)
     telling = [d for d in details if d["type"] in ("value_error", "missing", "extra_forbidden")]
     detail = (telling or details)[0]
+    kind, given = detail["type"], short(detail["input"])
     if len(details) > 1 and not telling:  # one for each member of a union that the value does not fit
-        wanted = [other["msg"].split(",")[0].removeprefix("Input should be ") for other in details]
-        wanted = [
-            words.replace("a valid string", "text").replace("a valid dictionary", "a mapping").split(" or ")[0]
-            for words in wanted
-        ]
-        return f"{path}: should be {' or '.join(wanted)}, got {short(detail['input'])}"
-    kind = detail["type"]
+        wanted = [other["msg"].split(",")[0].removeprefix("Input should be ").split(" or ")[0] for other in details]
+        words = " or ".join(wanted).replace("a valid string", "text").replace("a valid dictionary", "a mapping")
+        return f"{path}: should be {words}, got {given}"
     if kind == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         return f"{path}: there is no such key{nearest(str(location[-1]), known)}; known: {', '.join(known)}"
@@ -240,38 +232,28 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
         return f"{path}: is missing, it must be given"
     if kind == "literal_error":
         choices = [word.strip().strip("'") for word in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return (
-            f"{path}: {short(detail['input'])} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
-        )
+        return f"{path}: {given} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
     if kind == "string_pattern_mismatch":
-        words = {"name": "letters, digits, -, _ and . only", "max_shard_size": "a number and a unit, such as 5GB"}
-        return f"{path}: must be {words[str(location[-1])]}, got {short(detail['input'])}"
+        wanted_of = {"name": "letters, digits, -, _ and . only", "max_shard_size": "a number and a unit, such as 5GB"}
+        return f"{path}: must be {wanted_of[str(location[-1])]}, got {given}"
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     message = message.replace("valid dictionary or instance of", "mapping, as of").replace("valid string", "text")
-    return f"{path}: {message[0].lower()}{message[1:]}, got {short(detail['input'])}"
+    return f"{path}: {message[0].lower()}{message[1:]}, got {given}"
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
-    """Names of the fields of the model at ``location``; none if something else is there."""
-    annotations: list[Any] = [model]
+    """Names of the fields of the model at ``location``, or of the nearest one above it."""
+    models = [model]
     for part in location:
-        below: list[Any] = []
-        for annotation in annotations:
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                if part in annotation.model_fields:
-                    below.append(annotation.model_fields[part].annotation)
-            else:  # an element of a list, a value of a mapping
-                below += get_args(annotation)[-1:]
-        annotations = [inner for annotation in below for inner in _members(annotation)]
-    models = [a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)]
-    return [name for model in models for name in model.model_fields]
+        fields = [kind.model_fields[part] for kind in models if part in kind.model_fields]
+        models = [kind for field in fields for kind in _models_in(field.annotation)] or models
+    return [name for kind in models for name in kind.model_fields]
 
 
-def _members(annotation: Any) -> list[Any]:
-    """What a union is made of; anything else is itself."""
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        arguments = get_args(annotation) if get_origin(annotation) is not Annotated else get_args(annotation)[:1]
-        return [inner for argument in arguments for inner in _members(argument)]
-    return [annotation]
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field's values are, or hold: of a union, a list or a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for inner in get_args(annotation) for kind in _models_in(inner)]

@@ -111,7 +111,7 @@ def test_one_function_however_it_is_written(
     report = branchmix.upcycle(recipe(models), tmp_path / "out", verify=True)
     assert report.verification is not None
     for check in report.verification.experts:
-        assert check.difference <= 1e-5 * max(1.0, check.greatest_logit), check.name
+        assert check.max_difference <= 1e-5 * max(1.0, check.max_logit), check.name
 
 
 def test_experts_of_gemma_as_on_the_hub(siblings: Siblings, tmp_path: Path) -> None:

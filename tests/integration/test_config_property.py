@@ -22,7 +22,7 @@ import branchmix
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import BranchMixError
 from branchmix.models.routers import one_hot_gates
-from branchmix.upcycling.plan import open_expert
+from branchmix.upcycling.sources import DenseExpert
 from families import BY_NAME
 from mixtures import close, load, tokens
 
@@ -98,7 +98,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         root = made[name] = tmp_path_factory.mktemp(name)
         seed, other = (BY_NAME[name].save(root / kind, i) for i, kind in enumerate(("seed", "code")))
         tensors, trunk = load_file(other / "model.safetensors"), load_file(seed / "model.safetensors")
-        own = open_expert("code", CheckpointIndex.open(other)).expert_tensors(attention=True, ffn=True)
+        own = DenseExpert.open("code", CheckpointIndex.open(other)).expert_tensors(attention=True, ffn=True)
         mixed = {key: value if key in own else trunk[key] for key, value in tensors.items()}
         save_file(mixed, other / "model.safetensors", metadata={"format": "pt"})
     return made

@@ -97,7 +97,7 @@ def test_native_class_computes_the_mixture(
     native = same_logits(mixture, tmp_path / "native")
     assert type(native).__name__ == NATIVES[to].architecture == config(tmp_path / "native")["architectures"][0]
     check = report.verification
-    assert check is not None and check.difference <= 1e-5 * check.greatest_logit and check.tensors_compared > 20
+    assert check is not None and check.max_difference <= 1e-5 * check.max_logit and check.tensors_byte_identical > 20
     stored = set(weights(tmp_path / "native"))
     assert any(tensor.endswith(f".experts.2.{NATIVES[to].names[2]}.weight") for tensor in stored)
 
@@ -119,7 +119,7 @@ def test_scaling_rounds_16_bit_weights_unless_it_is_a_power_of_two(siblings: Sib
         check = report.verification
         assert check is not None
         assert (check.tolerance < 1e-3) == exact
-        assert (check.difference <= 1e-5 * check.greatest_logit) == exact
+        assert (check.max_difference <= 1e-5 * check.max_logit) == exact
         assert any("rounds" in note for note in report.plan.notes) != exact
 
 

@@ -98,7 +98,7 @@ def test_gates_on_one_expert_give_that_dense_model(
     assert report.verification is not None and len(report.verification.experts) == 3
     for check in report.verification.experts:
         assert check.skipped is None
-        assert check.difference <= 1e-5 * max(1.0, check.greatest_logit), check.name
+        assert check.max_difference <= 1e-5 * max(1.0, check.max_logit), check.name
 
 
 @pytest.mark.parametrize("attention", BOTH)
@@ -108,7 +108,7 @@ def test_folded_norms_keep_each_model_its_own(name: str, attention: str, sibling
     report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)
     assert report.verification is not None
     for check in report.verification.experts:
-        assert check.difference <= 2e-5 * max(1.0, check.greatest_logit), check.name
+        assert check.max_difference <= 2e-5 * max(1.0, check.max_logit), check.name
 
 
 @pytest.mark.parametrize("attention", BOTH)
@@ -162,7 +162,7 @@ def test_verification_holds_in_16_bits(
     report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)
     assert report.verification is not None
     for check in report.verification.experts:
-        assert check.difference <= 1e-5 * max(1.0, check.greatest_logit), check.name
+        assert check.max_difference <= 1e-5 * max(1.0, check.max_logit), check.name
     if name != "gpt-neox":
         branchmix.upcycle({**given, "merge": {"fold_norms": True}}, tmp_path / "folded", verify=True)
 

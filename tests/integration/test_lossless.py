@@ -16,7 +16,7 @@ import branchmix
 from branchmix.accounting import inspect
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.models.routers import one_hot_gates
-from branchmix.upcycling.plan import open_expert
+from branchmix.upcycling.sources import DenseExpert
 from families import BY_NAME, NAMES
 from mixtures import close, load, recipe, tokens
 
@@ -30,7 +30,7 @@ def on_the_seeds_trunk(models: dict[str, Path], root: Path, *, keys_and_values: 
     made = {"seed": models["seed"]}
     for name in ("code", "math"):
         folder = Path(shutil.copytree(models[name], root / name))
-        owned = open_expert(name, CheckpointIndex.open(folder)).expert_tensors(attention=True, ffn=True)
+        owned = DenseExpert.open(name, CheckpointIndex.open(folder)).expert_tensors(attention=True, ffn=True)
         of_seed = ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias", "k_norm.weight")
         if keys_and_values:
             owned = {tensor for tensor in owned if not tensor.endswith(of_seed)}
@@ -55,7 +55,7 @@ def test_forced_gates_are_the_whole_experts(name: str, siblings: Siblings, tmp_p
     models = on_the_seeds_trunk(siblings(name), tmp_path)
     report = branchmix.upcycle(recipe(models), tmp_path / "mixture", verify=True)
     assert report.plan.lossless is True
-    assert report.verification is not None and report.verification.lossless
+    assert report.verification is not None and report.verification.whole_experts
     mixture, ids = load(tmp_path / "mixture"), tokens()
     for number, folder in enumerate(models.values()):
         with torch.no_grad():
@@ -68,7 +68,7 @@ def test_forced_gates_are_the_whole_experts(name: str, siblings: Siblings, tmp_p
 def test_ordinary_siblings_lose_their_trunk(attention: str, siblings: Siblings, tmp_path: Path) -> None:
     report = branchmix.upcycle(recipe(siblings("llama"), attention=attention), tmp_path / "mixture", verify=True)
     assert report.plan.lossless is False
-    assert report.verification is not None and not report.verification.lossless
+    assert report.verification is not None and not report.verification.whole_experts
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_averages_over_what_differs_lose(name: str, siblings: Siblings, tmp_path
         assert branchmix.upcycle(recipe(models, **options), tmp_path / "mixture", dry_run=True).plan.lossless is False
     models = on_the_seeds_trunk(siblings(name), same, keys_and_values=True)
     report = branchmix.upcycle(recipe(models, attention="kv_sharing"), tmp_path / "mixture", verify=True)
-    assert report.plan.lossless is True and report.verification is not None and report.verification.lossless
+    assert report.plan.lossless is True and report.verification is not None and report.verification.whole_experts
 
 
 def test_folded_norms_and_the_seeds_trunk(siblings: Siblings, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_folded_norms_and_the_seeds_trunk(siblings: Siblings, tmp_path: Path) ->
     change(models["math"], "model.layers.1.input_layernorm.weight")
     given = recipe(models, merge={"fold_norms": True})
     report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)
-    assert report.plan.lossless is True and report.verification is not None and report.verification.lossless
+    assert report.plan.lossless is True and report.verification is not None and report.verification.whole_experts
 
 
 def test_a_seed_of_another_vocabulary_that_is_left_out(siblings: Siblings, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_lora_experts_share_the_trunk(siblings: Siblings, tmp_path: Path) -> Non
     given = recipe({"seed": seed, "code": tmp_path / "code"})
     assert branchmix.upcycle(given, tmp_path / "mixture", dry_run=True).plan.lossless is None
     report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)
-    assert report.plan.lossless is True and report.verification is not None and report.verification.lossless
+    assert report.plan.lossless is True and report.verification is not None and report.verification.whole_experts
     assert json.loads((tmp_path / "mixture" / "branchmix.json").read_text())["lossless"] is True
     both = recipe({"seed": seed, "code": tmp_path / "code", "math": tmp_path / "math"})
     assert branchmix.upcycle(both, tmp_path / "other").plan.lossless is False

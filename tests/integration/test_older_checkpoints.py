@@ -49,7 +49,7 @@ def test_configs_of_transformers_4(
     report = branchmix.upcycle(recipe(models, attention=attention), tmp_path / "mixture", verify=True)
     assert report.verification is not None
     for check in report.verification.experts:
-        assert check.difference <= 1e-5 * max(1.0, check.greatest_logit), check.name
+        assert check.max_difference <= 1e-5 * max(1.0, check.max_logit), check.name
     mixture = load(tmp_path / "mixture")
     assert mixture.config.seed_config.rope_parameters["rope_theta"] == 500.0
     assert mixture.config.seed_config.rope_parameters["rope_type"] == ("llama3" if scaling else "default")

@@ -98,7 +98,7 @@ def test_mixtures_and_their_children_keep_the_output_layer(attention: str, tmp_p
     report = branchmix.upcycle(given, tmp_path / "mixture", verify=True)
     assert report.verification is not None
     for check in report.verification.experts:
-        assert check.difference <= 1e-5 * max(1.0, check.greatest_logit), check.name
+        assert check.max_difference <= 1e-5 * max(1.0, check.max_logit), check.name
     assert sum("config.json ties the output layer" in note for note in report.plan.notes) == 3
     mean = torch.stack([load_file(path / WEIGHTS)["lm_head.weight"].double() for path in models.values()]).mean(0)
     close(load(tmp_path / "mixture").get_output_embeddings().weight, mean.float())

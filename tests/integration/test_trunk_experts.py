@@ -31,6 +31,7 @@ from branchmix.models.routers import one_hot_gates
 from branchmix.models.trunk_branchmix import BranchMixTrunkExperts
 from branchmix.recipe import Recipe
 from branchmix.train import trained_parts
+from branchmix.upcycling.compatibility import check_fit
 from branchmix.upcycling.execute import write_output
 from branchmix.upcycling.gates import calibrate
 from branchmix.upcycling.plan import Plan, plan_upcycling
@@ -51,8 +52,7 @@ def of_trunks(name: str, attention: str = "kv_experts", **options: Any) -> Any:
 def merge(models: dict[str, Path], out: Path, **options: Any) -> Plan:
     """A mixture whose trunk has experts, before its gates are fitted."""
     given = Recipe.of(recipe(models, trunk="experts", gates={"data": "not-read.yaml"}, **options))
-    seed, *experts = (CheckpointIndex.open(folder) for folder in models.values())
-    plan = plan_upcycling(given, seed, experts)
+    plan = plan_upcycling(given, check_fit(given, [CheckpointIndex.open(folder) for folder in models.values()]))
     out.mkdir()
     write_output(plan, out, models["seed"], lambda: {"recipe": {}, "sources": []}, 1 << 30)
     return plan
@@ -76,9 +76,9 @@ def test_forced_gates_are_the_whole_experts(name: str, siblings: Siblings, tmp_p
     """To 1e-5, by ``--verify``. Apertus shares the numbers of its activation."""
     plan = merge({kind: folder for kind, folder in siblings(name).items() if kind != "math"}, tmp_path / "mixture")
     verification = verify_plan(plan, tmp_path / "mixture")
-    assert plan.lossless is verification.lossless is (name != "apertus")
+    assert plan.lossless is verification.whole_experts is (name != "apertus")
     assert all(
-        check.skipped is None and check.difference < 1e-5 * max(1, check.greatest_logit)
+        check.skipped is None and check.max_difference < 1e-5 * max(1, check.max_logit)
         for check in verification.experts
     )
     if name not in ("seed-oss", "helium"):  # families without a formula
@@ -108,7 +108,7 @@ def test_what_is_averaged_still_loses(options: dict[str, str], siblings: Sibling
     """And is compared with the dense expert's own trunk around what is averaged."""
     plan = merge(siblings("qwen3"), tmp_path / "mixture", **options)
     verification = verify_plan(plan, tmp_path / "mixture")
-    assert not plan.lossless and not verification.lossless and len(verification.experts) == 3
+    assert not plan.lossless and not verification.whole_experts and len(verification.experts) == 3
 
 
 def test_vocabularies_that_are_padded_differently(siblings: Siblings, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_from_a_recipe_to_a_mixture_that_is_its_experts(tmp_path: Path) -> None:
     data = dialects.write(tmp_path)
     given = recipe(models, gates={"data": str(data)}, merge={"fold_norms": True})
     report = branchmix.upcycle({**given, "trunk": "experts"}, tmp_path / "experts", verify=True)
-    assert report.plan.lossless and report.verification is not None and report.verification.lossless
+    assert report.plan.lossless and report.verification is not None and report.verification.whole_experts
     assert report.gates is not None
     for domain in report.gates.domains:
         assert domain.before is None and domain.after is not None

@@ -13,7 +13,7 @@ from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.errors import RecipeError
 from branchmix.models.routing_branchmix import BranchMixRouter
 from branchmix.train import config, trained_parts
-from branchmix.upcycling.plan import open_expert
+from branchmix.upcycling.sources import DenseExpert
 from families import BY_NAME, NAMES
 from mixtures import BOTH, random_mixture, tokens
 
@@ -78,7 +78,7 @@ def test_trunk_is_what_the_experts_of_every_family_share(name: str, tmp_path: Pa
     """What is trained with a frozen trunk is exactly what an expert brings into a mixture."""
     dense, model = BY_NAME[name].model(0), random_mixture(name)
     dense.save_pretrained(tmp_path)
-    owned = open_expert(name, CheckpointIndex.open(tmp_path)).expert_tensors(attention=True, ffn=True)
+    owned = DenseExpert.open(name, CheckpointIndex.open(tmp_path)).expert_tensors(attention=True, ffn=True)
     everything = trained(dense)
     trained_parts.freeze(dense, ["trunk"])
     assert trained(dense) == everything & owned

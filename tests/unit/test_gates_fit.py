@@ -51,7 +51,9 @@ def test_the_fit_forgets_and_is_not_too_sure() -> None:
     def document(domain: int, echo: int) -> np.ndarray:
         return np.repeat(rng.choice(4, size=100, p=frequencies[domain]), echo)
 
-    counts = np.stack([ev.count([document(m, 1) for _ in range(50)], 4) for m in (0, 1)], axis=1)
+    counts = np.stack(
+        [np.bincount(np.concatenate([document(m, 1) for _ in range(50)]), minlength=4) for m in (0, 1)], axis=1
+    )
     once = ev.fit_posterior(counts, {m: [document(m, 1) for _ in range(10)] for m in (0, 1)})
     eightfold = ev.fit_posterior(counts, {m: [document(m, 8) for _ in range(10)] for m in (0, 1)})
     assert eightfold.temperature >= 4 * once.temperature

@@ -140,7 +140,10 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"merge": {"weighted": {"code": -1}}}, "code is -1, a weight must not be negative"),
+        (
+            {"merge": {"weighted": {"code": -1}}},
+            "merge.weights.code: input should be greater than or equal to 0, got -1",
+        ),
         ({"merge": {"method": "weighted"}}, "method weighted needs weights"),
         ({"merge": {"method": "seed", "weights": {"code": 1}}}, "only it takes them"),
         ({"merge": {"kv_init": "cod"}}, r"'cod' is not one of the choices \(did you mean 'code'\?\)"),

@@ -9,9 +9,6 @@ of which k are active. The paper's d_ff is the fused width 2I.
 from __future__ import annotations
 
 from branchmix.accounting.formulas import (
-    Flops,
-    LayerFlops,
-    ParameterCounts,
     active_parameters,
     flops_per_token,
     kv_cache_bytes_per_token,
@@ -23,9 +20,6 @@ from branchmix.accounting.shape import Config, Shape, shape_of
 __all__ = [
     "Accounting",
     "Config",
-    "Flops",
-    "LayerFlops",
-    "ParameterCounts",
     "Shape",
     "active_parameters",
     "flops_per_token",

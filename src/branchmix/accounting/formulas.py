@@ -216,8 +216,8 @@ def flops_of(shape: Shape, context: int) -> Flops:
             output=2 * wide * d,
             ffn=2 * min(shape.num_experts_per_tok, shape.ffn_experts)
             * (3 if shape.family.gate else 2) * d * s.intermediate_size,
-            attention_router=2 * shape.attention_router * d,
-            ffn_router=2 * shape.ffn_router * d,
+            attention_router=2 * d * shape.num_experts * shape.has_attention_experts,
+            ffn_router=2 * d * shape.num_experts * shape.has_ffn_experts,
         )  # fmt: skip
 
     token_width, projections = _embedding_widths(shape)

@@ -196,13 +196,8 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
     Raises:
         CheckpointError: one line, if the model cannot be found, read or counted, or an argument is nonsense.
     """
-    folder = None
-    if isinstance(model, dict):
-        config, name = model, "config"
-    else:
-        name, path = str(model), _locate(model)
-        folder = path if path.is_dir() else None
-        config = _read_config(path)
+    name = "config" if isinstance(model, dict) else str(model)
+    config, folder = (model, None) if isinstance(model, dict) else _read(model)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{name}: no model_type: give a transformers model's folder or config.json")
     if not isinstance(config.get("seed_config") or {}, dict):
@@ -238,7 +233,7 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
     positions = configured_positions(shape.seed)
     if positions is not None and context > positions:
         notices.append(f"a context of {context:,} exceeds the model's {positions:,} positions")
-    if shape.attention_num_experts_per_tok and shape.attention_router:
+    if shape.attention_num_experts_per_tok and shape.has_attention_experts:
         notices.append(
             f"active parameters and FLOPs count the queries and outputs of the {shape.attention_num_experts_per_tok} "
             f"chosen attention experts, and {'all keys' if shape.kv_experts > 1 else 'the shared keys'} and values"
@@ -342,19 +337,16 @@ def too_few_parameters(index: CheckpointIndex) -> str | None:
     return f"config.json describes {described:,} parameters, but the weights hold only {stored:,}"
 
 
-def _locate(model: str | Path) -> Path:
-    """The folder or file meant by a path or a Hub id."""
+def _read(model: str | Path) -> tuple[Config, Path | None]:
+    """The config that a path or a Hub id means, and its folder; None for a config.json alone."""
     path = expanded(model)
-    if is_there(path):
-        return path
-    if isinstance(model, Path) or path.suffix == ".json" or "/" not in model or is_there(path.parent):
-        raise CheckpointError(f"{model}: no such file or folder, and no Hub id (org/name)")
-    return resolve(model).folder
-
-
-def _read_config(path: Path) -> Config:
+    if not is_there(path):
+        if isinstance(model, Path) or path.suffix == ".json" or "/" not in model or is_there(path.parent):
+            raise CheckpointError(f"{model}: no such file or folder, and no Hub id (org/name)")
+        path = resolve(model).folder
     refuse_adapter(path)
-    file = path / "config.json" if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
+    if not path.is_dir():
+        return read_json_object(path), None
+    if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no config.json in it: give a transformers checkpoint folder")
-    return read_json_object(file)
+    return read_json_object(path / "config.json"), path

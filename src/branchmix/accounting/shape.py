@@ -56,9 +56,17 @@ class Shape:
     """That the document gates distinguish; empty: there are no such gates."""
 
     @property
+    def has_attention_experts(self) -> bool:
+        return self.attention in ("kv_experts", "kv_sharing")
+
+    @property
+    def has_ffn_experts(self) -> bool:
+        return self.ffn == "experts"
+
+    @property
     def attention_experts(self) -> int:
         """Copies of q and o in a layer."""
-        return self.num_experts if self.attention in ("kv_experts", "kv_sharing") else 1
+        return self.num_experts if self.has_attention_experts else 1
 
     @property
     def active_attention_experts(self) -> int:
@@ -73,7 +81,7 @@ class Shape:
     @property
     def ffn_experts(self) -> int:
         """Copies of the FFN in a layer."""
-        return self.num_experts if self.ffn == "experts" else 1
+        return self.num_experts if self.has_ffn_experts else 1
 
     @property
     def trunk_experts(self) -> int:
@@ -81,27 +89,22 @@ class Shape:
         return self.num_experts if self.trunk == "experts" else 1
 
     @property
-    def attention_router(self) -> int:
-        """Rows of the attention router; 0: there is none."""
-        return self.num_experts if self.attention in ("kv_experts", "kv_sharing") else 0
-
-    @property
-    def ffn_router(self) -> int:
-        """Rows of the FFN router; 0: there is none."""
-        return self.num_experts if self.ffn == "experts" else 0
-
-    @property
     def routers(self) -> dict[str, str]:
         """Names of the routers' weights in a block, below the block, by kind."""
         return self.family.routers(
-            attention=self.attention_router > 0, ffn=self.ffn_router > 0, shared=self.shared_router
+            attention=self.has_attention_experts, ffn=self.has_ffn_experts, shared=self.shared_router
         )
+
+    @property
+    def gated_kinds(self) -> list[str]:
+        """The kinds of experts that document gates choose."""
+        kinds = {"attention": self.has_attention_experts, "ffn": self.has_ffn_experts, "trunk": self.trunk == "experts"}
+        return [kind for kind, there in kinds.items() if there]
 
     @property
     def document_gate_parameters(self) -> int:
         """Elements of the document gates: evidence of each token, prior, and a matrix for each kind of experts."""
-        kinds = (self.attention_router > 0) + (self.ffn_router > 0) + (self.trunk == "experts")
-        return len(self.domains) * (self.sizes.vocab_size + 1 + kinds * self.num_experts)
+        return len(self.domains) * (self.sizes.vocab_size + 1 + len(self.gated_kinds) * self.num_experts)
 
     @property
     def facts(self) -> Family:
@@ -131,87 +134,69 @@ def shape_of(config: Config) -> Shape:
     if not isinstance(seed, dict):
         raise CheckpointError("config.json: a branchmix model needs seed_config, the config of the seed's family")
     config = {**MIXTURE_DEFAULTS, **config}
-
-    def choice(name: str, choices: tuple[str, ...]) -> str:
-        value = config[name]
-        if value not in choices:
-            raise CheckpointError(
-                f"config.json: {name} is {value!r}, not one of {', '.join(choices)}{nearest(str(value), choices)}"
-            )
-        return str(value)
-
-    def count(name: str, largest: int | None = None) -> int:
-        value = config[name]
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"config.json: {name} is {value!r}, not a positive whole number")
-        if largest is not None and value > largest:
-            raise CheckpointError(f"config.json: {name} is {value}, but num_experts is {largest}")
-        return value
-
-    folded = config["folded_norms"] or []
-    if not isinstance(folded, list) or not all(isinstance(norm, str) for norm in folded):
-        raise CheckpointError("config.json: folded_norms is not a list of names")
-    num_experts = count("num_experts")
-    _check_experts(config, num_experts)
-    soft = config["attention_num_experts_per_tok"] is None
+    _check_mixture(config)
+    same = ("attention", "ffn", "trunk", "num_experts", "num_experts_per_tok", "attention_num_experts_per_tok")
     return Shape(
         seed=seed,
         family=family_of(seed),
         sizes=_checked_dimensions(seed),
-        attention=choice("attention", ("kv_experts", "kv_sharing", "average", "seed")),
-        ffn=choice("ffn", ("experts", "average")),
-        num_experts=num_experts,
-        num_experts_per_tok=count("num_experts_per_tok", num_experts),
-        attention_num_experts_per_tok=None if soft else count("attention_num_experts_per_tok", num_experts),
+        **{key: config[key] for key in same},
         shared_router=bool(config["shared_router"]),
-        trunk=choice("trunk", ("average", "experts")),
-        folded_norms=tuple(folded),
-        domains=_domains(config["document_gate"]),
+        folded_norms=tuple(config["folded_norms"] or ()),
+        domains=tuple((config["document_gate"] or {}).get("domains", ())),
     )
 
 
-def _domains(gate: Any) -> tuple[str, ...]:
-    """Domains of a config's ``document_gate``, which must be one that the model accepts."""
-    if gate is None:
-        return ()
-    names, decay = (gate.get("domains"), gate.get("decay")) if isinstance(gate, dict) else (None, None)
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError("config.json: document_gate has no list of domains")
-    if len(set(names)) != len(names):
-        raise CheckpointError("config.json: document_gate names a domain twice")
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
-        raise CheckpointError(f"config.json: document_gate: decay is {decay!r}, not a number from 0 to 1")
-    return tuple(names)
+_CHOICES = {
+    "attention": ("kv_experts", "kv_sharing", "average", "seed"),
+    "ffn": ("experts", "average"),
+    "trunk": ("average", "experts"),
+}
 
 
-def _check_experts(config: Config, num_experts: int) -> None:
-    """What a mixture's config says of each expert, and their factor.
-
-    Raises:
-        CheckpointError: there are more or fewer names or rotary settings than experts, or something is of a wrong type.
-    """
-    for name, kind, things in (("expert_names", str, "names"), ("expert_rope_parameters", dict, "mappings")):
+def _check_mixture(config: Config) -> None:
+    """Raises CheckpointError for choices that do not exist, and for numbers and lists that no mixture has."""
+    for name, choices in _CHOICES.items():
         value = config[name]
-        if value is None:
-            continue
-        if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
-            raise CheckpointError(f"config.json: {name} is not a list of {things}")
-        if len(value) != num_experts:
-            raise CheckpointError(f"config.json: num_experts is {num_experts}, but {name} has {len(value)}")
-    names = config["expert_names"] or []
-    if len(set(names)) != len(names):
-        raise CheckpointError("config.json: expert_names holds a name twice")
-    scaling = config["routed_scaling_factor"]
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
-        raise CheckpointError(f"config.json: routed_scaling_factor is {scaling!r}, not a number")
+        close = nearest(str(value), choices)
+        _require(value in choices, f"{name} is {value!r}, not one of {', '.join(choices)}{close}")
+    num_experts = config["num_experts"]
+    for name in ("num_experts", "num_experts_per_tok", "attention_num_experts_per_tok"):
+        value = config[name]
+        if value is not None or name != "attention_num_experts_per_tok":  # which is soft then
+            _require(type(value) is int and value >= 1, f"{name} is {value!r}, not a positive whole number")
+            _require(value <= num_experts, f"{name} is {value}, but num_experts is {num_experts}")
+    for name, kind in (("folded_norms", str), ("expert_names", str), ("expert_rope_parameters", dict)):
+        value = [] if config[name] is None else config[name]
+        things = "names" if kind is str else "mappings"
+        _require(_is_list_of(kind, value), f"{name} is not a list of {things}")
+        fits = name == "folded_norms" or config[name] is None or len(value) == num_experts
+        _require(fits, f"num_experts is {num_experts}, but {name} has {len(value)}")
+    names, scaling, gate = config["expert_names"] or [], config["routed_scaling_factor"], config["document_gate"]
+    _require(len(set(names)) == len(names), "expert_names holds a name twice")
+    _require(type(scaling) in (int, float), f"routed_scaling_factor is {scaling!r}, not a number")
+    if gate is not None:
+        _require(isinstance(gate, dict), "document_gate has no list of domains")
+        domains, decay = gate.get("domains"), gate.get("decay")
+        _require(bool(domains) and _is_list_of(str, domains), "document_gate has no list of domains")
+        _require(len(set(domains)) == len(domains), "document_gate names a domain twice")
+        in_range = type(decay) in (int, float) and 0 <= decay <= 1
+        _require(in_range, f"document_gate: decay is {decay!r}, not a number from 0 to 1")
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise CheckpointError(f"config.json: {problem}")
 
 
 def _checked_dimensions(config: Config) -> Dimensions:
     sizes = dimensions(config)
-    if config.get("head_dim") is None and sizes.hidden_size < sizes.num_heads:
-        raise CheckpointError(f"config.json: {sizes.num_heads} heads do not fit a width of {sizes.hidden_size}")
-    if sizes.num_heads % sizes.num_kv_heads:
-        raise CheckpointError(
-            f"config.json: {sizes.num_heads} query heads are not a multiple of {sizes.num_kv_heads} key/value heads"
-        )
+    heads, kv_heads, width = sizes.num_heads, sizes.num_kv_heads, sizes.hidden_size
+    fits = config.get("head_dim") is not None or width >= heads
+    _require(fits, f"{heads} heads do not fit a width of {width}")
+    _require(heads % kv_heads == 0, f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
     return sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,7 +133,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "free_bytes": free_bytes(report.out),
         "peak_memory_bytes": PEAK_MEMORY_BYTES,
-        "groups": [group.as_dict() for group in plan.groups],
+        "groups": [asdict(group) for group in plan.groups],
         "lossless": None if plan.is_dense else plan.lossless,
         "notes": list(plan.notes),
         "seconds": round(report.seconds, 3),
@@ -168,7 +169,7 @@ def _print(report: UpcycleReport) -> None:
 def _plan_table(plan: Plan) -> Table:
     """A row per kind of tensor: how many, how large, and how they are made."""
     rows = [
-        [group.name, str(group.count), " x ".join(map(str, group.shape)), human_bytes(group.nbytes), group.how]
+        [group.name, str(group.tensors), " x ".join(map(str, group.shape)), human_bytes(group.bytes), group.how]
         for group in plan.groups
     ]
     return Table(["tensors", "count", "shape", "size", ""], rows, left=("shape", ""))
@@ -176,7 +177,7 @@ def _plan_table(plan: Plan) -> Table:
 
 def _print_verification(verification: Any) -> None:
     typer.echo(
-        f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
+        f"\nverified: {verification.tensors_byte_identical} tensors ({human_bytes(verification.bytes_compared)}) "
         f"byte-identical to their sources, {verification.averages_checked} averages recomputed in fp64"
     )
     if not verification.experts:
@@ -185,11 +186,11 @@ def _print_verification(verification: Any) -> None:
     rows = [
         [check.name, check.skipped, ""]
         if check.skipped
-        else [check.name, f"{check.difference:.2e}", f"{check.greatest_logit:.1f}"]
+        else [check.name, f"{check.max_difference:.2e}", f"{check.max_logit:.1f}"]
         for check in verification.experts
     ]
     title = f"gates one-hot, logits of {verification.tokens} tokens against the "
-    title += "whole dense models" if verification.lossless else "dense models on the mixture's trunk"
+    title += "whole dense models" if verification.whole_experts else "dense models on the mixture's trunk"
     Table(["expert", difference, "largest logit"], rows, title=title, left=(difference,)).show()
 
 
@@ -319,9 +320,9 @@ def _print_export(report: ExportReport) -> None:
     verification = report.verification
     if verification is not None:
         typer.echo(
-            f"\nverified: {verification.tensors_compared} tensors ({human_bytes(verification.bytes_compared)}) "
+            f"\nverified: {verification.tensors_byte_identical} tensors ({human_bytes(verification.bytes_compared)}) "
             f"byte-identical to the mixture's; logits of {verification.tokens} tokens differ by at most "
-            f"{verification.difference:.2e} (largest logit {verification.greatest_logit:.1f})"
+            f"{verification.max_difference:.2e} (largest logit {verification.max_logit:.1f})"
         )
     _print_written(report)
 
@@ -338,8 +339,8 @@ def _export_as_dict(report: ExportReport) -> dict[str, Any]:
         "model_type": plan.config["model_type"],
         "bytes": plan.nbytes,
         "free_bytes": free_bytes(report.out),
-        "groups": [group.as_dict() for group in plan.groups],
+        "groups": [asdict(group) for group in plan.groups],
         "notes": list(plan.notes),
-        "verification": report.verification.as_dict() if report.verification else None,
+        "verification": asdict(report.verification) if report.verification else None,
         "seconds": round(report.seconds, 3),
     }

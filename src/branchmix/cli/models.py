@@ -108,8 +108,8 @@ def _headline(accounting: Accounting) -> str:
     kind = f"{shape.family.model_type}, {shape.family.block} blocks"
     if accounting.model_type == "branchmix":
         gate = "soft" if shape.attention_num_experts_per_tok is None else f"top-{shape.attention_num_experts_per_tok}"
-        attention = f"{shape.attention} ({gate})" if shape.attention_router else shape.attention
-        ffn = f"{shape.ffn} (top-{shape.num_experts_per_tok})" if shape.ffn_router else shape.ffn
+        attention = f"{shape.attention} ({gate})" if shape.has_attention_experts else shape.attention
+        ffn = f"{shape.ffn} (top-{shape.num_experts_per_tok})" if shape.has_ffn_experts else shape.ffn
         gates = f"; document gates: {', '.join(shape.domains)}" if shape.domains else ""
         trunk = ", trunk experts" if shape.trunk == "experts" else ""
         kind = f"mixture of {shape.num_experts} x {kind}; attention {attention}, ffn {ffn}{trunk}{gates}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,20 @@ from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.generated_tensors import Constant
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.rotary import with_rope
-from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CompatibilityError, RecipeError, VerificationError
 from branchmix.export.native import NATIVES, SHARED_EXPERT_WIDTH, TARGETS, Native, native_config, problems
-from branchmix.recipe import DTYPES
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
-from branchmix.upcycling.layers import cast
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
-from branchmix.upcycling.model_card import model_card
-from branchmix.upcycling.plan import Plan, group_tensors
+from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import (
     KINDS,
     ROLES,
     DenseExpert,
     Kind,
     MixtureExpert,
-    Role,
-    fused_rows,
     in_trunk,
     inside,
+    qkv_order,
 )
 from branchmix.upcycling.verify import (
     FOLDED_TOLERANCE,
@@ -48,33 +42,20 @@ from branchmix.upcycling.verify import (
     sample_tokens,
 )
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
 class LogitCheck:
-    """The export compared with the mixture, both in fp32, on the sample text."""
+    """The export compared with the mixture, both in fp32, on the sample text; its fields are those of ``--json``."""
 
-    tensors_compared: int
+    tensors_byte_identical: int
     """Tensors that are source bytes only, compared byte for byte."""
     bytes_compared: int
     tokens: int
-    difference: float
+    max_difference: float
     """Greatest absolute difference of logits."""
-    greatest_logit: float
+    max_logit: float
     tolerance: float
     """Greatest difference that passes, as a share of the greatest logit."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {
-            "tensors_byte_identical": self.tensors_compared,
-            "bytes_compared": self.bytes_compared,
-            "tokens": self.tokens,
-            "max_difference": self.difference,
-            "max_logit": self.greatest_logit,
-            "tolerance": self.tolerance,
-        }
 
 
 @dataclass(frozen=True)
@@ -143,7 +124,7 @@ def export_model(
                 DEFAULT_SHARD_BYTES,
                 check=check,
                 progress=progress,
-                card=partial(model_card, exported_from=mixture.config),
+                exported_from=mixture.config,
             )
             if verify:
                 one_hot = chosen.number if chosen is not None and expert is not None else None
@@ -209,13 +190,13 @@ def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> P
     if expert is not None:
         raise RecipeError(f"--expert {expert}: {to} takes all experts: it goes with --to dense")
     native, trunk = NATIVES[to], trunk_of(mixture)
-    reasons = problems(mixture, trunk, native)
-    if reasons:
+    if reasons := problems(mixture, trunk, native):
         others = [name for name, other in NATIVES.items() if name != to and not problems(mixture, trunk, other)]
         hint = [f"--to {' or '.join(others)} computes the same"] if others else []
         raise CompatibilityError([f"{mixture.resolved.given}: {problem}" for problem in [*reasons, *hint]])
-    config = native_config(mixture, trunk, native, _dtype_name(mixture))
-    return _plan(mixture, _native_tensors(mixture, trunk, native), config, _native_notes(mixture, native))
+    config = native_config(mixture, trunk, native)
+    tensors, notes = _native_tensors(mixture, trunk, native), tuple(_native_notes(mixture, native))
+    return Plan.of(tensors, mixture.dtype, config, notes=notes)
 
 
 def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert | None:
@@ -225,13 +206,13 @@ def chosen_expert(mixture: OpenedMixture, expert: str | None) -> MixtureExpert |
     """
     names = ", ".join(mixture.names)
     given, count = mixture.resolved.given, len(mixture.experts)
-    if not (mixture.has_attention_experts or mixture.has_ffn_experts):
+    if not (mixture.shape.has_attention_experts or mixture.shape.has_ffn_experts):
         if expert is not None:
             raise RecipeError(f"--expert {expert}: {given} is averaged throughout: leave --expert out")
         return None
-    if expert is None and count == 1:
-        return mixture.experts[0]
     if expert is None:
+        if count == 1:
+            return mixture.experts[0]
         raise RecipeError(f"{given}: has {count} experts, and a dense model is one of them: --expert NAME, of {names}")
     if expert not in mixture.names:
         close = nearest(expert, mixture.names)
@@ -244,35 +225,21 @@ def trunk_of(mixture: OpenedMixture, number: int = 0) -> DenseExpert:
 
     Where the trunk has experts, it is that of expert ``number``.
     """
-    stored = mixture.index.tensors.items()
-    tensors = {name.removeprefix("model."): ref for name, ref in stored if not name.startswith("document_gate.")}
-    if mixture.shape.trunk == "experts":
-        of_experts = inside(mixture.family, [mixture.family.attention, mixture.family.ffn])
-        places = {name: None if of_experts.match(name) else in_trunk(name) for name in tensors}
-        tensors = {
-            place[0] if place else name: tensors[name]
-            for name, place in places.items()
-            if place is None or place[1] == number
-        }
+    of_experts = inside(mixture.family, [mixture.family.attention, mixture.family.ffn], prefix=r"model\.")
+    tensors = {}
+    for name, ref in mixture.index.tensors.items():
+        inner, own_trunk = name.removeprefix("model."), mixture.shape.trunk == "experts"
+        place = in_trunk(inner) if own_trunk and not of_experts.match(name) else None
+        if not name.startswith("document_gate.") and (place is None or place[1] == number):
+            tensors[place[0] if place else inner] = ref
     index = replace(mixture.index, config=mixture.seed_config, tensors=tensors)
     return DenseExpert("trunk", index, mixture.family, mixture.dims)
 
 
-def _shared(mixture: OpenedMixture, trunk: DenseExpert, modules: Sequence[str]) -> Iterator[tuple[str, Source]]:
-    """What is in none of these modules of a block: embeddings, norms, head, and dense attention or FFN."""
-    of_experts = inside(mixture.family, modules)
-    for name, ref in trunk.tensors.items():
-        if not of_experts.match(name):
-            yield name, Source(ref)
-
-
-def _plan(mixture: OpenedMixture, parts: Iterator[tuple[str, Expression]], config: dict, notes: Iterable[str]) -> Plan:
-    tensors = tuple(OutputTensor(name, cast(part, mixture.dtype)) for name, part in parts)
-    return Plan(tensors, config, tuple(notes), (), tuple(group_tensors(tensors, mixture.family)))
-
-
-def _dtype_name(mixture: OpenedMixture) -> str:
-    return next(name for name, code in DTYPES.items() if code == mixture.dtype)
+def _shared(trunk: DenseExpert, *, attention: bool, ffn: bool) -> Iterator[tuple[str, Source]]:
+    """Embeddings, norms and head; and attention or FFN, unless they are those of experts."""
+    of_experts = trunk.expert_tensors(attention, ffn)
+    return ((name, Source(ref)) for name, ref in trunk.tensors.items() if name not in of_experts)
 
 
 # ---- Native ----
@@ -290,7 +257,7 @@ def _native_tensors(mixture: OpenedMixture, trunk: DenseExpert, native: Native) 
             for name, norm in trunk.attention_norm(layer, role).items():  # type: ignore[arg-type]
                 yield f"{block}.self_attn.{role}_norm.{name}", norm
         yield from _experts(mixture, native, layer, f"{block}.{native.ffn}")
-    yield from _shared(mixture, trunk, (mixture.family.attention, mixture.family.ffn))
+    yield from _shared(trunk, attention=True, ffn=True)
 
 
 def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) -> Iterator[tuple[str, Expression]]:
@@ -298,11 +265,10 @@ def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) ->
     names = dict(zip(("gate_proj.weight", "up_proj.weight", "down_proj.weight"), native.names, strict=True))
     router = mixture.index.tensors[f"model.{family.layers}.{layer}.{family.ffn}.gate.weight"]
     yield f"{module}.gate.weight", Source(router)
-    factor = float(mixture.config.get("routed_scaling_factor", 1.0))
     for number, expert in enumerate(mixture.experts):
         for name, part in expert.ffn(layer).items():
-            scaled = Scaled(part, factor) if name == "down_proj.weight" and factor != 1.0 else part
-            yield f"{module}.experts.{number}.{names[name]}.weight", scaled
+            scaled = name == "down_proj.weight" and mixture.scaling != 1.0
+            yield f"{module}.experts.{number}.{names[name]}.weight", Scaled(part, mixture.scaling) if scaled else part
     if native.shared_expert:
         hidden = mixture.dims.hidden_size
         wide, tall = (SHARED_EXPERT_WIDTH, hidden), (hidden, SHARED_EXPERT_WIDTH)
@@ -313,7 +279,7 @@ def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) ->
 
 def _native_notes(mixture: OpenedMixture, native: Native) -> Iterator[str]:
     config = mixture.config
-    factor = float(config.get("routed_scaling_factor", 1.0))
+    factor = mixture.scaling
     if factor != 1.0:
         rounded = "" if rounds_nothing(mixture) else ", which rounds each of its weights once more"
         yield f"routed_scaling_factor {factor:g} is multiplied into the experts' {native.names[2]}{rounded}"
@@ -334,8 +300,7 @@ def _native_notes(mixture: OpenedMixture, native: Native) -> Iterator[str]:
 
 def rounds_nothing(mixture: OpenedMixture) -> bool:
     """Whether ``routed_scaling_factor`` is a power of two, or the weights are fp32."""
-    factor = float(mixture.config.get("routed_scaling_factor", 1.0))
-    return mixture.dtype == "F32" or math.frexp(factor)[0] == 0.5
+    return mixture.dtype == "F32" or math.frexp(mixture.scaling)[0] == 0.5
 
 
 # ---- Dense ----
@@ -344,73 +309,65 @@ def rounds_nothing(mixture: OpenedMixture) -> bool:
 def _plan_dense(mixture: OpenedMixture, name: str | None) -> Plan:
     expert = chosen_expert(mixture, name)
     config = {key: value for key, value in mixture.seed_config.items() if key != "torch_dtype"}
-    config["dtype"] = _dtype_name(mixture)
+    config["dtype"] = mixture.dtype_name
     ropes = mixture.config.get("expert_rope_parameters")
     if ropes and expert is not None:
         config = with_rope(config, ropes[expert.number])
-    factor = 1.0
-    if name is None and mixture.has_ffn_experts:  # the only one: its gate is 1
-        factor = float(mixture.config.get("routed_scaling_factor", 1.0))
-    notes = []
+    only_one = name is None and mixture.shape.has_ffn_experts  # whose gate is 1
+    factor = mixture.scaling if only_one else 1.0
+    notes: tuple[str, ...] = ()
     if expert is not None and len(mixture.experts) > 1:
         others = ", ".join(other for other in mixture.names if other != expert.name)
-        notes = [f"{expert.name} alone, on what all experts share; the routers and {others} are left out"]
-    return _plan(mixture, _dense_tensors(mixture, expert, factor), config, notes)
+        notes = (f"{expert.name} alone, on what all experts share; the routers and {others} are left out",)
+    return Plan.of(_dense_tensors(mixture, expert, factor), mixture.dtype, config, notes=notes)
 
 
 def _dense_tensors(
     mixture: OpenedMixture, expert: MixtureExpert | None, factor: float
 ) -> Iterator[tuple[str, Expression]]:
     """One expert's tensors under the seed family's names, and what all share."""
-    family = mixture.family
-    of_expert = []
+    family, shape = mixture.family, mixture.shape
     if expert is not None:
-        of_expert = [family.attention] * mixture.has_attention_experts + [family.ffn] * mixture.has_ffn_experts
         for layer in range(mixture.dims.num_layers):
-            if mixture.has_attention_experts:
+            if shape.has_attention_experts:
                 for name, part in _attention(mixture, expert, layer):
                     yield f"{family.layers}.{layer}.{family.attention}.{name}", part
-            if mixture.has_ffn_experts:
+            if shape.has_ffn_experts:
                 for name, part in _ffn(mixture, expert, layer, factor):
                     yield f"{family.layers}.{layer}.{name}", part
-    yield from _shared(mixture, trunk_of(mixture, 0 if expert is None else expert.number), of_expert)
+    trunk = trunk_of(mixture, 0 if expert is None else expert.number)
+    yield from _shared(trunk, attention=shape.has_attention_experts, ffn=shape.has_ffn_experts)
 
 
 def _attention(mixture: OpenedMixture, expert: MixtureExpert, layer: int) -> Iterator[tuple[str, Expression]]:
     family = mixture.family
     names = {"q": family.query, "k": family.key, "v": family.value, "o": family.output}
     for kind in KINDS:
-        parts = {role: expert.attention(layer, role, kind) for role in ROLES}
-        if family.fused_qkv is not None:
-            if parts["q"] is not None:
-                fused = Stack(tuple(_fused_pieces(mixture, parts)))
-                yield f"{family.fused_qkv}.{kind}", _stored(mixture, fused, kind)
-            parts = {"o": parts["o"]}
+        parts = {role: part for role in ROLES if (part := expert.attention(layer, role, kind)) is not None}
+        if family.fused_qkv is not None and "q" in parts:
+            yield f"{family.fused_qkv}.{kind}", _stored(mixture, _fused(mixture, parts), kind)
         for role, part in parts.items():
-            if part is not None:
+            if family.fused_qkv is None or role == "o":
                 yield f"{names[role]}.{kind}", _stored(mixture, part, kind)
     for role, norm in (("q", family.query_norm), ("k", family.key_norm)):
         for name, part in expert.attention_norm(layer, role).items():  # type: ignore[arg-type]
             yield f"{norm}.{name}", part
 
 
-def _fused_pieces(mixture: OpenedMixture, parts: dict[Role, Expression | None]) -> Iterator[Expression]:
+def _fused(mixture: OpenedMixture, parts: Mapping[Any, Expression]) -> Expression:
     """q, k and v as the rows of the family's fused matrix, the inverse of how they were taken out of it."""
-    spans: list[tuple[int, int, Role, int]] = []
-    for role in ROLES[:3]:
-        taken = 0
-        for low, high in fused_rows(mixture.family, mixture.dims, role):
-            spans.append((low, high, role, taken))
-            taken += high - low
-    for low, high, role, start in sorted(spans):
-        part = parts[role]
-        assert part is not None, "q, k and v have a bias, or none has"
-        yield Rows(part, ((start, start + high - low),))
+    repeats, order = qkv_order(mixture.family, mixture.dims)
+    heights = {role: part.num_rows // repeats for role, part in parts.items()}
+    return Stack(
+        Rows(parts[role], [(block * heights[role], (block + 1) * heights[role])])
+        for block in range(repeats)
+        for role in order
+    )
 
 
 def _ffn(mixture: OpenedMixture, expert: MixtureExpert, layer: int, factor: float) -> Iterator[tuple[str, Expression]]:
-    family = mixture.family
-    parts = expert.ffn(layer)
+    family, parts = mixture.family, expert.ffn(layer)
+    names = {"gate_proj": family.gate, "up_proj": family.up, "in_proj": family.up, "down_proj": family.down}
     for kind in KINDS:
         matrices = {name.partition(".")[0]: part for name, part in parts.items() if name.endswith(f".{kind}")}
         if factor != 1.0 and "down_proj" in matrices:
@@ -418,7 +375,6 @@ def _ffn(mixture: OpenedMixture, expert: MixtureExpert, layer: int, factor: floa
         if family.fused_gate_up is not None and "gate_proj" in matrices:
             fused = Stack((matrices.pop("gate_proj"), matrices.pop("up_proj")))
             yield f"{family.fused_gate_up}.{kind}", _stored(mixture, fused, kind)
-        names = {"gate_proj": family.gate, "up_proj": family.up, "in_proj": family.up, "down_proj": family.down}
         for name, part in matrices.items():
             yield f"{names[name]}.{kind}", _stored(mixture, part, kind)
 

@@ -69,13 +69,13 @@ TARGETS = (*NATIVES, "dense")
 def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list[str]:
     """Every reason why a mixture, of this ``trunk_of``, is not what ``native`` computes; empty if it is."""
     reasons: list[str] = []
-    if mixture.has_attention_experts:
+    if mixture.shape.has_attention_experts:
         reasons.append(
             "attention experts have no native form, since no class sums whole attentions under a gate: "
             "--to dense --expert NAME gives one of its experts, and a mixture of averaged attention (BTX) can be native"
         )
-    if not mixture.has_ffn_experts:
-        one = " --expert NAME" if mixture.has_attention_experts else ""
+    if not mixture.shape.has_ffn_experts:
+        one = " --expert NAME" if mixture.shape.has_attention_experts else ""
         reasons.append(f"its FFN is one dense FFN, not experts: --to dense{one}")
     else:
         reasons += _gate_problems(mixture.config, native)
@@ -130,9 +130,9 @@ def _block_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) 
 
 
 def _bias_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[str]:
-    if mixture.has_ffn_experts and any(name.endswith(".bias") for name in mixture.experts[0].ffn(0)):
+    if mixture.shape.has_ffn_experts and any(name.endswith(".bias") for name in mixture.experts[0].ffn(0)):
         yield f"its FFN experts have biases, those of {native.model_type} none"
-    if mixture.has_attention_experts:
+    if mixture.shape.has_attention_experts:
         return
     biased = attention_biases(trunk)
     allowed = {"none": [""], "qkv": ["", "qkv"], "qkvo": ["", "qkvo"]}[native.biases]
@@ -155,16 +155,16 @@ def _window_of(mixture: OpenedMixture) -> int | Literal["some"] | None:
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dtype: str) -> Config:
+def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Config:
     """config.json of the native checkpoint of a mixture that has no ``problems``.
 
-    Rotary parameters are in the form that every version of every tool reads; ``dtype`` is transformers' name.
+    Rotary parameters are in the form that every version of every tool reads.
     """
     seed, dims = mixture.seed_config, mixture.dims
     config: Config = {
         "architectures": [native.architecture],
         "model_type": native.model_type,
-        "dtype": dtype,
+        "dtype": mixture.dtype_name,
         "vocab_size": dims.vocab_size,
         "hidden_size": dims.hidden_size,
         "num_hidden_layers": dims.num_layers,
@@ -195,9 +195,8 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native, dt
         config["sliding_window"] = window
         if native.model_type != "mixtral":
             config["use_sliding_window"] = window is not None
-    for key in ("max_position_embeddings", "initializer_range", "use_cache", *_SPECIAL_TOKENS):
-        if key in seed:
-            config[key] = seed[key]
+    kept = ("max_position_embeddings", "initializer_range", "use_cache", *_SPECIAL_TOKENS)
+    config |= {key: seed[key] for key in kept if key in seed}
     for key in _SPECIAL_TOKENS:
         config.setdefault(key, None)  # not the class's own default, which is another tokenizer's
     return config

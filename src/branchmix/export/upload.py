@@ -15,11 +15,11 @@ from branchmix.checkpoint.companions import licence_of_folder, metadata_of, rewr
 from branchmix.checkpoint.families import has_experts
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.index import INDEX_FILE, CheckpointIndex
-from branchmix.checkpoint.json_text import json_document, read_json
+from branchmix.checkpoint.json_text import json_document, read_json, read_object
 from branchmix.errors import BranchMixError, CheckpointError, OutputError, RecipeError, short
 from branchmix.upcycling.execute import CODE_FILES
 from branchmix.upcycling.mixture import provenance_of
-from branchmix.upcycling.model_card import front_matter, history, method_of, source_table, sources_of, usage
+from branchmix.upcycling.model_card import front_matter, history, method_of, source_table, sources_of, table, usage
 
 README = "README.md"
 UNKNOWN = "unknown"
@@ -105,8 +105,10 @@ def push(
         named = metadata_of(card).get("license")
         licence, notes = named if isinstance(named, str) else None, [unchanged]
     else:
-        licence = licence or _common(licences)
-        unknown = [name for name, known in licences.items() if known == UNKNOWN]
+        known = set(licences.values())
+        if not licence and len(known) == 1:  # else none is claimed
+            licence = next((name for name in known if name != UNKNOWN and not name.startswith("see its")), None)
+        unknown = [name for name, of_source in licences.items() if of_source == UNKNOWN]
         notes = [f"the licence of {name} is unknown: the card says so" for name in unknown]
         if not licence:
             notes.append("the card names no licence for the upload: --license ID sets it")
@@ -122,12 +124,11 @@ def push(
 
 def _whole(folder: Path) -> CheckpointIndex:
     """Headers of a folder; CheckpointError if it is not a complete checkpoint, or belongs to an unfinished run."""
-    for name in _RUN_FILES:
-        if is_there(folder / name):
-            raise CheckpointError(
-                f"{folder}: holds {name}, so it is a checkpoint of a run and not its result: push the run's folder "
-                "when it is done"
-            )
+    if of_run := next((name for name in _RUN_FILES if is_there(folder / name)), None):
+        raise CheckpointError(
+            f"{folder}: holds {of_run}, so it is a checkpoint of a run and not its result: push the run's folder when "
+            "it is done"
+        )
     if is_there(folder / "run.json") and not is_there(folder / "training.json"):
         raise CheckpointError(f"{folder}: is a run that is not done: the same `branchmix train` finishes it")
     index = CheckpointIndex.open(folder)
@@ -153,27 +154,19 @@ def _files(folder: Path, index: CheckpointIndex, provenance: dict[str, Any] | No
     if len(index.files) > 1:
         names.append(INDEX_FILE)
     present = [(name, folder / name) for name in names if (folder / name).is_file()]
-    files = [Upload(name, rewritten(file) or file) for name, file in present]
-    files += [Upload(file.name, file) for file in index.files]
-    if is_mixture:
-        files += [Upload(file.name, file) for file in CODE_FILES]
-    if provenance is not None:
-        text = json_document(without_paths(provenance), allow_nan=True)
-        files.append(Upload("branchmix.json", text.encode()))
     licences = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()]
-    files += [Upload(file.name, file) for file in licences]
+    home = folder.resolve()
     for file in (*(file for _, file in present), *licences, folder / README):
-        _refuse_link_out_of(folder, file)
-    return [*files, Upload(README, card.encode())]
-
-
-def _refuse_link_out_of(folder: Path, file: Path) -> None:
-    """Only weights may be elsewhere; snapshots in the Hub's cache link to their blobs."""
-    target, home = file.resolve(), folder.resolve()
-    if home not in target.parents and home.parent.parent / "blobs" != target.parent:
-        raise CheckpointError(
-            f"{file}: is a link to {target}, outside the folder: put the file itself here, if it is to be published"
-        )
+        target = file.resolve()  # snapshots in the Hub's cache link to their blobs; weights may be anywhere
+        if home not in target.parents and home.parent.parent / "blobs" != target.parent:
+            raise CheckpointError(
+                f"{file}: is a link to {target}, outside the folder: put the file itself here, if it is to be published"
+            )
+    files = [Upload(name, rewritten(file) or file) for name, file in present]
+    files += [Upload(file.name, file) for file in (*index.files, *(CODE_FILES if is_mixture else ()))]
+    if provenance is not None:
+        files.append(Upload("branchmix.json", json_document(without_paths(provenance), allow_nan=True).encode()))
+    return [*files, *(Upload(file.name, file) for file in licences), Upload(README, card.encode())]
 
 
 def _notes_on_code(folder: Path, files: tuple[Upload, ...]) -> list[str]:
@@ -189,15 +182,11 @@ def _notes_on_code(folder: Path, files: tuple[Upload, ...]) -> list[str]:
         )
     if left := sorted(there.keys() - own):
         notes.append(f"{folder}: {', '.join(left[:5])}{' ...' if left[5:] else ''}: Python code is not uploaded")
-    for name in ("config.json", "tokenizer_config.json"):
-        if is_there(folder / name):
-            with suppress(ValueError):  # not JSON: uploaded unchanged
-                config = read_json(folder / name)
-                named = config.get("auto_map") if isinstance(config, dict) else None
-                if named and named != shareable(config).get("auto_map"):
-                    notes.append(
-                        f"{folder / name}: auto_map names code that is not uploaded: {short(named)} is left out"
-                    )
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        config = read_object(file) or {}  # what is not JSON is uploaded unchanged
+        named = config.get("auto_map")
+        if named and named != shareable(config).get("auto_map"):
+            notes.append(f"{file}: auto_map names code that is not uploaded: {short(named)} is left out")
     return notes
 
 
@@ -210,12 +199,6 @@ def _own_card(folder: Path) -> str | None:
     return None if "branchmix" in (metadata_of(text).get("tags") or []) else text
 
 
-def _common(licences: dict[str, str]) -> str | None:
-    """The one licence that all sources have, if each names the same; else none is claimed."""
-    first, *others = set(licences.values()) or {UNKNOWN}
-    return None if others or first == UNKNOWN or first.startswith("see its") else first
-
-
 def _licences(provenance: dict[str, Any] | None, *, ask: bool) -> dict[str, str]:
     """Licence of every source: on record, or from its folder, from the Hub's cache, or (if ``ask``) from the Hub."""
     licences = {}
@@ -225,24 +208,20 @@ def _licences(provenance: dict[str, Any] | None, *, ask: bool) -> dict[str, str]
             licence = _hub_licence(model.partition("@")[0], revision, ask=ask)
         elif not licence and Path(model).is_absolute():  # where a relative path started from is not on record
             licence = licence_of_folder(Path(model))
-        licences[name] = licence or UNKNOWN
+        licences[name] = licence if isinstance(licence, str) and licence else UNKNOWN
     return licences
 
 
-def _hub_licence(name: str, revision: str, *, ask: bool) -> str | None:
+def _hub_licence(name: str, revision: str, *, ask: bool) -> Any:
     from huggingface_hub import model_info, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, README, revision=revision)
     if isinstance(cached, str):
         return licence_of_folder(Path(cached).parent)
-    if not ask:
-        return None
-    try:
-        card = model_info(name, revision=revision, timeout=10).card_data
-    except Exception:  # a licence that cannot be fetched is unknown; the upload itself reports what is wrong
-        return None
-    licence = card.get("license") if card is not None else None
-    return licence if isinstance(licence, str) else None
+    with suppress(Exception):  # a licence that cannot be fetched is unknown; the upload itself reports what is wrong
+        card = model_info(name, revision=revision, timeout=10).card_data if ask else None
+        return card.get("license") if card is not None else None
+    return None
 
 
 def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool) -> tuple[str, bool]:
@@ -270,11 +249,8 @@ def _upload(repo: str, files: tuple[Upload, ...], *, private: bool, force: bool)
         new = {file.name for file in files}
         # Remaining shards with other numbers would be read together with the new ones.
         stale = [name for name in there if name not in new and name.endswith((".safetensors", INDEX_FILE))]
-        contents = ((file.name, file.content) for file in files)
-        operations = [CommitOperationDelete(name) for name in stale] + [
-            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-            for name, content in contents
-        ]
+        operations = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(file.name, file.content) for file in files]
         done = api.create_commit(repo, operations, commit_message="Upload with branchmix")
         return str(done.commit_url), is_private
 
@@ -375,12 +351,12 @@ def _training(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     flops = f", {record['flops']:.3g} FLOPs" if record.get("flops") else ""
-    lines = ["", "## Training", "", f"{tokens:,} tokens{flops}.", ""]
-    lines += ["| domain | tokens | held-out perplexity before | after |", "| --- | --- | --- | --- |"]
+    rows = []
     for name, domain in domains.items():
-        before, after = (f"{side[name]['perplexity']:.2f}" if name in side else "-" for side in (start, end))
-        lines.append(f"| {name} | {domain['tokens']:,} | {before} | {after} |")
-    return lines
+        both = (f"{side[name]['perplexity']:.2f}" if name in side else "-" for side in (start, end))
+        rows.append([name, f"{domain['tokens']:,}", *both])
+    head = ["domain", "tokens", "held-out perplexity before", "after"]
+    return ["", "## Training", "", f"{tokens:,} tokens{flops}.", "", *table(head, rows)]
 
 
 def _accounting(folder: Path) -> list[str]:
@@ -388,14 +364,13 @@ def _accounting(folder: Path) -> list[str]:
         accounting = inspect(folder)
     except BranchMixError:
         return []
-    lines = ["", "## Accounting", "", "| | |", "| --- | --- |", f"| parameters | {accounting.total.total:,} |"]
-    lines.append(f"| active for a token | {accounting.active.total:,} |")
+    rows = {"parameters": f"{accounting.total.total:,}", "active for a token": f"{accounting.active.total:,}"}
     if accounting.flops is not None:
-        context, total = accounting.context, accounting.flops.total
-        lines.append(f"| FLOPs of a token, forward, at a context of {context:,} | {total:.4g} |")
+        what = f"FLOPs of a token, forward, at a context of {accounting.context:,}"
+        rows[what] = f"{accounting.flops.total:.4g}"
     if accounting.kv_cache_bytes_per_token is not None:
-        lines.append(f"| KV cache, bytes a token ({accounting.dtype}) | {accounting.kv_cache_bytes_per_token:,} |")
-    return lines
+        rows[f"KV cache, bytes a token ({accounting.dtype})"] = f"{accounting.kv_cache_bytes_per_token:,}"
+    return ["", "## Accounting", "", *table(["", ""], rows.items())]
 
 
 def _evaluation(results: Path) -> list[str]:
@@ -403,16 +378,15 @@ def _evaluation(results: Path) -> list[str]:
     try:
         models = read_json(results)["models"]
         domains, window = list(models[0]["domains"]), models[0]["max_length"]
-        lines = ["", "## Evaluation", "", f"Bits per byte, window of {window:,} tokens (standard error).", ""]
-        lines += [f"| | {' | '.join(domains)} |", "| --- " * (len(domains) + 1) + "|"]
+        rows = []
         for model in models:
-            cells = []
+            rows.append([Path(model["model"]).name or model["model"]])
             for domain in (model["domains"][name] for name in domains):
                 score, error = domain["bits_per_byte"], domain.get("stderr")
-                cells.append(f"{score:.4f}" + (f" ({error:.4f})" if error is not None else ""))
-            lines.append(f"| {Path(model['model']).name or model['model']} | {' | '.join(cells)} |")
+                rows[-1].append(f"{score:.4f}" + (f" ({error:.4f})" if error is not None else ""))
     except OSError as error:
         raise RecipeError(f"{results}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise RecipeError(f"{results}: is not a results.json of `branchmix eval --out`") from error
-    return lines
+    words = f"Bits per byte, window of {window:,} tokens (standard error)."
+    return ["", "## Evaluation", "", words, "", *table(["", *domains], rows)]

@@ -38,7 +38,7 @@ from branchmix.train.measure import model_inputs
 from branchmix.train.models import Computing, attention_options
 from branchmix.train.schedule import part_of
 from branchmix.upcycling.layers import cast
-from branchmix.upcycling.plan import open_expert
+from branchmix.upcycling.sources import DenseExpert
 
 ROUTED_SEQUENCES = 64
 """Sequences of a domain, for the routing by domain."""
@@ -130,7 +130,7 @@ def distance(model: Path, seed: Path) -> dict[str, float]:
     """
     squares = {"attention": [0.0, 0.0], "ffn": [0.0, 0.0]}
     try:
-        ours, theirs = (open_expert(folder.name, CheckpointIndex.open(folder)).tensors for folder in (model, seed))
+        ours, theirs = (DenseExpert.open(folder.name, CheckpointIndex.open(folder)).tensors for folder in (model, seed))
         for name in ours.keys() & theirs.keys():
             if (part := part_of(name)) in squares and ours[name].shape == theirs[name].shape:
                 a, b = (cast(Stored(refs[name]), "F32") for refs in (ours, theirs))

@@ -82,7 +82,7 @@ def _attention(shape: Shape, run: dict[str, Any], half: int) -> int:
     sizes, length = shape.sizes, run["sequence_length"]
     num_heads = shape.attention_experts * sizes.num_heads
     wide, kv_wide = num_heads * sizes.head_dim, shape.kv_experts * sizes.num_kv_heads * sizes.head_dim
-    heads = half * wide * (3 if shape.attention in ("kv_experts", "kv_sharing") else 2)
+    heads = half * wide * (3 if shape.has_attention_experts else 2)
     kernel = _kernel(shape, run, half)
     if kernel == "chunks":
         return heads + half * 2 * kv_wide

@@ -96,7 +96,7 @@ class Mixtures:
 
     def config(self, recipe: Recipe) -> Config:
         """The config of the mixture that a recipe makes."""
-        attention = recipe.routing.attention.top_k if recipe.attention in ("kv_experts", "kv_sharing") else None
+        attention = recipe.routing.attention.top_k if recipe.has_attention_experts else None
         config = {
             "model_type": "branchmix",
             "seed_config": self.seed_config,

@@ -6,17 +6,29 @@ Reads configs, safetensors headers and tokenizer files, no weights but buffers o
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from branchmix.checkpoint.expressions import same_numbers
-from branchmix.checkpoint.families import Config, Dimensions, Family, dimensions, is_head, why_bidirectional
+from branchmix.checkpoint.families import Config, Dimensions, dimensions, is_head, why_bidirectional
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.rotary import rope_of
+from branchmix.errors import BranchMixError, CompatibilityError
 from branchmix.recipe import Recipe
-from branchmix.upcycling.sources import KINDS, SAME_SEED, DenseExpert, ExpertSource, MixtureExpert, Role, of_trunk, who
+from branchmix.upcycling.sources import (
+    KINDS,
+    ROLES,
+    SAME_SEED,
+    DenseExpert,
+    ExpertSource,
+    MixtureExpert,
+    Role,
+    of_trunk,
+    who,
+)
 from branchmix.upcycling.structure import (
     TOKEN_TABLES,
     contradictions,
@@ -36,160 +48,176 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    of_seed: set[str] = field(default_factory=set)
+    """The seed's own problems, which are not repeated for experts that share them."""
     expert_rope_parameters: list[dict[str, Any]] | None = None
     """Rotary parameters of each expert of the mixture, where they differ and may."""
 
-    def about(self, model: DenseExpert, problems: Iterable[str] = (), notes: Iterable[str] = ()) -> None:
-        """Add lines that name the model."""
-        self.problems += [f"{who(model.name)}: {problem}" for problem in problems]
-        self.notes += [f"{who(model.name)}: {note}" for note in notes]
+    def about(self, name: str, problems: Iterable[str] = (), notes: Iterable[str] = ()) -> None:
+        """Add lines that name the seed, or the expert of this name."""
+        for problem in problems:
+            if name == "seed":
+                self.of_seed.add(problem)
+            if name == "seed" or problem not in self.of_seed:
+                self.problems.append(f"{who(name)}: {problem}")
+        self.notes += [f"{who(name)}: {note}" for note in notes]
 
 
-def check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert]) -> Findings:
-    """Compare every expert with the seed. The recipe decides whether experts may have rotary settings of their own."""
-    findings = Findings()
+class Fit(NamedTuple):
+    """Dense models that fit together."""
+
+    seed: DenseExpert
+    experts: list[DenseExpert]
+    findings: Findings
+
+
+def check_fit(recipe: Recipe, indexes: Sequence[CheckpointIndex | None], unreadable: Sequence[str] = ()) -> Fit:
+    """Open seed and experts and make sure that they fit together.
+
+    The recipe decides whether experts may have rotary settings of their own.
+
+    Args:
+        indexes: headers of the seed and of the recipe's experts, in its order; None for those that cannot be read.
+        unreadable: the problem of each None, reported together with those of the others.
+
+    Raises:
+        CompatibilityError: with all problems of all models; a problem that all share is reported for the seed only.
+    """
+    opened: dict[str, DenseExpert] = {}
+    findings = Findings(list(unreadable))
+    for name, index in zip(["seed", *(expert.name for expert in recipe.experts)], indexes, strict=True):
+        try:
+            if index is not None:
+                opened[name] = DenseExpert.open(name, index)
+        except BranchMixError as error:
+            findings.about(name, [str(error).partition(": ")[2]])
+    seed, experts = opened.pop("seed", None), list(opened.values())
+    if seed is not None:
+        _check(recipe, seed, experts, findings)
+    if findings.problems or seed is None:
+        raise CompatibilityError(findings.problems)
+    return Fit(seed, experts, findings)
+
+
+def _check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert], findings: Findings) -> None:
     for model in (seed, *experts):
-        findings.about(model, notes=model.index.notes)
-    seeds_own = [*contradictions(seed), *structure_problems(seed)] or list(incompleteness(seed))
-    findings.about(seed, seeds_own)
+        findings.about(model.name, notes=model.index.notes)
+    findings.about("seed", [*contradictions(seed), *structure_problems(seed)] or incompleteness(seed))
     if (key := why_bidirectional(seed.index.config)) is not None:
         findings.notes.append(
             f"attention is not causal ({key}): tokens see later ones, so generating with a cache and without differ in "
             "the mixture as they do in the seed"
         )
     related = [expert for expert in experts if expert.family.model_type == seed.family.model_type]
-    different = _config_problems(seed.index.config, related) if not seeds_own else {}
-    findings.about(seed, different.get("seed", ()))
+    different = {} if findings.of_seed else _config_problems(seed.index.config, related)
+    findings.about("seed", different.get("seed", ()))
     for model in (seed, *experts):
         if model.own_head:
             note = "config.json ties the output layer to the embeddings, but the weights of the two differ"
-            findings.about(model, notes=[f"{note}: taken as untied"])
+            findings.about(model.name, notes=[f"{note}: taken as untied"])
     for expert in experts:
-        _compare(seed, expert, recipe, findings, of_the_seed=seeds_own, different=different.get(expert.name, ()))
-    _check_rotary(recipe, seed, related, findings)
+        _compare(seed, expert, recipe, findings, different.get(expert.name, ()))
+    if apart := _rotated_apart(seed.index.config, related, recipe.attention, findings):
+        models = [seed] * recipe.include_seed + related + [seed] * recipe.seed_copies
+        findings.expert_rope_parameters = [rope_of(model.index.config) for model in models]
+        names = ", ".join(f"{expert.name} {_rope_words(expert.index.config)}" for expert in apart)
+        ours = _rope_words(seed.index.config)
+        findings.notes.append(f"rotary settings differ (seed {ours}; {names}): each expert keeps its own")
     if recipe.merge.fold_norms:
         findings.problems += _fold_problems(recipe, seed)
-    return findings
 
 
 def check_newcomer(mixture: CheckpointIndex, config: Config, newcomer: DenseExpert) -> Findings:
     """Compare a dense model with a mixture, of this config, that it shall join."""
-    findings, seed_config, theirs = Findings(), config["seed_config"], newcomer.index.config
+    findings, seed_config = Findings(), config["seed_config"]
     if _is_other_type(newcomer, seed_config, "the mixture's seed is", findings):
         return findings
-    findings.about(newcomer, notes=newcomer.index.notes)
+    findings.about(newcomer.name, notes=newcomer.index.notes)
     dims = dimensions(seed_config)
     sizes_fit = _check_structure(newcomer, dims, findings)
-    findings.about(newcomer, (text for texts in _config_problems(seed_config, [newcomer]).values() for text in texts))
+    findings.about(newcomer.name, chain(*_config_problems(seed_config, [newcomer]).values()))
     if sizes_fit and not any(structure_problems(newcomer)):
-        findings.about(newcomer, _part_problems(MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer))
+        findings.about(newcomer.name, _part_problems(MixtureExpert("", mixture, newcomer.family, dims, 0), newcomer))
     if config.get("trunk") == "experts":
-        findings.about(newcomer, _trunk_problems(mixture, config, newcomer))
+        for name in sorted(newcomer.trunk_tensors(config.get("folded_norms") or ())):
+            ours, shape = mixture.tensors.get(f"model.{of_trunk(name, 0)}"), newcomer.tensors[name].shape
+            if ours is None or ours.shape != shape:
+                had = "have none" if ours is None else f"have {list(ours.shape)}"
+                problem = f"its {name} has shape {list(shape)}, but the mixture's experts {had}"
+                findings.about(newcomer.name, [problem])
     _check_tokenizer(mixture, newcomer, findings)
-    if _rotated_part(theirs) != _rotated_part(seed_config):
-        findings.about(newcomer, [_other_part(theirs, seed_config)])
-    elif rope_of(theirs) != rope_of(seed_config):
-        if config["attention"] == "kv_experts" and _may_rotate_apart(newcomer.family, (newcomer,)):
-            findings.about(newcomer, notes=[f"keeps its own rotary settings, {_rope_words(theirs)}"])
-        else:
-            problem = (
-                f"rotary settings are {_rope_words(theirs)}, but the mixture's are {_rope_words(seed_config)}: only "
-                "attention: kv_experts of a family with plain rotary attention lets experts keep their own"
-            )
-            findings.about(newcomer, [problem])
+    if _rotated_apart(seed_config, [newcomer], config["attention"], findings):
+        own = _rope_words(newcomer.index.config)
+        findings.about(newcomer.name, notes=[f"keeps its own rotary settings, {own}"])
     return findings
 
 
 def _is_other_type(model: DenseExpert, reference: Config, whose: str, findings: Findings) -> bool:
     ours, theirs = reference.get("model_type"), model.index.config.get("model_type")
     if ours != theirs:
-        findings.about(model, [f"model_type is {theirs}, but {whose} {ours}: {SAME_SEED}"])
+        findings.about(model.name, [f"model_type is {theirs}, but {whose} {ours}: {SAME_SEED}"])
     return bool(ours != theirs)
 
 
-def _trunk_problems(mixture: CheckpointIndex, config: Config, newcomer: DenseExpert) -> Iterator[str]:
-    """Embeddings, norms and heads that are not like those of the experts that a mixture has."""
-    for name in sorted(newcomer.trunk_tensors(config.get("folded_norms") or ())):
-        ours, shape = mixture.tensors.get(f"model.{of_trunk(name, 0)}"), list(newcomer.tensors[name].shape)
-        if ours is None or list(ours.shape) != shape:
-            had = "have none" if ours is None else f"have {list(ours.shape)}"
-            yield f"its {name} has shape {shape}, but the mixture's experts {had}"
-
-
-def _check_structure(
-    model: DenseExpert, dims: Dimensions, findings: Findings, *, of_the_seed: Collection[str] = ()
-) -> bool:
-    """What is wrong with a model itself, apart from the seed's own problems, and with its sizes: whether they fit."""
+def _check_structure(model: DenseExpert, dims: Dimensions, findings: Findings) -> bool:
+    """What is wrong with a model itself, and with its sizes: whether they fit."""
     contradicting = list(contradictions(model))
-    structure = [*contradicting, *structure_problems(model)]
     sizes = [] if contradicting else list(_size_problems(dims, model.dims))
-    findings.about(model, [*(problem for problem in structure if problem not in of_the_seed), *sizes])
+    findings.about(model.name, [*contradicting, *structure_problems(model), *sizes])
     return not sizes and not contradicting
 
 
 def _check_tokenizer(reference: CheckpointIndex, model: DenseExpert, findings: Findings) -> TokenizerComparison:
     tokenizer = compare_tokenizers(reference.folder, model.index.folder)
-    findings.about(model, filter(None, [tokenizer.problem]), filter(None, [tokenizer.note]))
+    findings.about(model.name, filter(None, [tokenizer.problem]), filter(None, [tokenizer.note]))
     return tokenizer
 
 
 def _compare(
-    seed: DenseExpert,
-    expert: DenseExpert,
-    recipe: Recipe,
-    findings: Findings,
-    *,
-    of_the_seed: Collection[str],
-    different: Iterable[str],
+    seed: DenseExpert, expert: DenseExpert, recipe: Recipe, findings: Findings, different: Iterable[str]
 ) -> None:
     ours, theirs = seed.index.config, expert.index.config
     if _is_other_type(expert, ours, "the seed's is", findings):
         return
-    sizes_fit = _check_structure(expert, seed.dims, findings, of_the_seed=of_the_seed)
+    sizes_fit = _check_structure(expert, seed.dims, findings)
     if not any(contradictions(expert)) and seed.dims.tied_embeddings != expert.dims.tied_embeddings:
-        findings.about(expert, [_tying_problem(seed, expert)])
+        but = " (its config.json ties them, but the weights of the two differ)"
+        its, the_seeds = (
+            "tied" if model.dims.tied_embeddings else "untied" + but * model.own_head for model in (expert, seed)
+        )
+        problem = (
+            f"input and output embeddings are {its}, but the seed's are {the_seeds}: untie the tied one (load it with "
+            "tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
+        )
+        findings.about(expert.name, [problem])
         sizes_fit = False
-    findings.about(expert, different)
+    findings.about(expert.name, different)
     if sizes_fit:
-        findings.about(expert, _tensor_problems(seed, expert))
+        findings.about(expert.name, _tensor_problems(seed, expert))
     keys = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     other = [key for key in keys if ours.get(key) != theirs.get(key)]
-    findings.about(
-        expert, notes=(f"{key} is {theirs.get(key)}, the mixture takes the seed's {ours.get(key)}" for key in other)
-    )
+    taken = [f"{key} is {theirs.get(key)}, the mixture takes the seed's {ours.get(key)}" for key in other]
+    findings.about(expert.name, notes=taken)
     _check_vocabulary(seed, expert, _check_tokenizer(seed.index, expert, findings), findings)
     dtypes = ["+".join(sorted({ref.dtype for ref in model.tensors.values()})) for model in (expert, seed)]
     if dtypes[0] != dtypes[1]:
         target = recipe.dtype or "the seed's dtype"
-        findings.about(expert, notes=[f"stored as {dtypes[0]}, the seed as {dtypes[1]}: cast to {target}"])
+        findings.about(expert.name, notes=[f"stored as {dtypes[0]}, the seed as {dtypes[1]}: cast to {target}"])
 
 
 def _size_problems(ours: Dimensions, theirs: Dimensions) -> Iterator[str]:
-    names = {
+    keys = {
         "num_layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "intermediate_size": "intermediate_size",
     }
+    attributes = ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"]
     if all(dims.head_dim == dims.hidden_size // dims.num_heads for dims in (ours, theirs)):
-        del names["head_dim"]  # follows from the two others
-    for attribute, name in names.items():
+        attributes.remove("head_dim")  # follows from the two others
+    for attribute in attributes:
         mine, other = getattr(ours, attribute), getattr(theirs, attribute)
         if mine != other:
-            yield f"{name} is {other}, but the seed's is {mine}: {SAME_SEED}"
-
-
-def _tying_problem(seed: DenseExpert, expert: DenseExpert) -> str:
-    own = " (its config.json ties them, but the weights of the two differ)"
-    theirs, ours = (
-        "tied" if model.dims.tied_embeddings else "untied" + own * model.own_head for model in (expert, seed)
-    )
-    return (
-        f"input and output embeddings are {theirs}, but the seed's are {ours}: untie the tied one (load it with "
-        "tie_word_embeddings=False, copy the input embeddings to the output layer, save)"
-    )
+            yield f"{keys.get(attribute, attribute)} is {other}, but the seed's is {mine}: {SAME_SEED}"
 
 
 def _config_problems(seed_config: Config, experts: list[DenseExpert]) -> dict[str, list[str]]:
@@ -205,30 +233,24 @@ def _part_problems(member: MixtureExpert, newcomer: DenseExpert) -> Iterator[str
         ours, theirs = (_parts(model, layer, config) for model in (member, newcomer))
         for name in sorted(ours.keys() | theirs.keys()):
             if ours.get(name) != theirs.get(name):
-                shapes = [
+                own, had = (
                     f"has shape {list(parts[name])}" if name in parts else "is missing" for parts in (theirs, ours)
-                ]
-                yield (
-                    f"its {name} of layer {layer} {shapes[0]}, but that of the mixture's experts {shapes[1]}: "
-                    f"{SAME_SEED}"
                 )
+                yield f"its {name} of layer {layer} {own}, but that of the mixture's experts {had}: {SAME_SEED}"
                 return
 
 
 def _parts(model: ExpertSource, layer: int, config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of an expert's share of a layer, as far as a mixture of this config keeps it for each expert."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    roles: dict[str, tuple[Role, ...]] = {"kv_experts": ("q", "k", "v", "o"), "kv_sharing": ("q", "o")}
-    for role in roles.get(config["attention"], ()):
-        for kind in KINDS:
-            part = model.attention(layer, role, kind)
-            if part is not None:
-                shapes[f"attention's {role} {kind}"] = tuple(part.shape)
+    kept: dict[str, tuple[Role, ...]] = {"kv_experts": ROLES, "kv_sharing": ("q", "o")}
+    roles = kept.get(config["attention"], ())
+    parts = {f"attention's {role} {kind}": model.attention(layer, role, kind) for role in roles for kind in KINDS}
+    for role in roles:
         norm = model.attention_norm(layer, role) if role in ("q", "k") else {}
-        shapes |= {f"attention's {role} norm {name}": tuple(part.shape) for name, part in norm.items()}
+        parts |= {f"attention's {role} norm {name}": part for name, part in norm.items()}
     if config["ffn"] == "experts":
-        shapes |= {f"FFN's {name}": tuple(part.shape) for name, part in model.ffn(layer).items()}
-    return shapes
+        parts |= {f"FFN's {name}": part for name, part in model.ffn(layer).items()}
+    return {name: tuple(part.shape) for name, part in parts.items() if part is not None}
 
 
 def _tensor_problems(seed: DenseExpert, expert: DenseExpert) -> Iterator[str]:
@@ -242,7 +264,9 @@ def _tensor_problems(seed: DenseExpert, expert: DenseExpert) -> Iterator[str]:
         yield f"has {count_tensors(extra)} that the seed lacks, first {extra[0]}: {SAME_SEED}"
     for name in (name for name in ours if name in theirs):
         mine, other = ours[name].shape, theirs[name].shape
-        if mine != other and not (_is_vocabulary(name, seed) and mine[1:] == other[1:]):
+        table = is_head(name) or name.rpartition(".")[0].endswith(TOKEN_TABLES)  # which may be padded differently
+        in_block = name.startswith(f"{seed.family.layers}.")
+        if mine != other and not (table and not in_block and mine[1:] == other[1:]):
             yield f"{name} has shape {list(other)}, but the seed's is {list(mine)}: {SAME_SEED}"
         elif not {ours[name].dtype, theirs[name].dtype} <= {*FLOAT_DTYPES} and (
             ours[name].dtype != theirs[name].dtype or not same_numbers(ours[name], theirs[name])
@@ -259,47 +283,48 @@ def _check_vocabulary(
     ours, theirs = seed.dims.vocab_size, expert.dims.vocab_size
     if ours == theirs or tokenizer.problem:
         return
-    size, said = tokenizer.size, f"vocab_size is {theirs}, but the seed's is {ours}, and"
-    if size is None:
+    size = tokenizer.size
+    if size is None or size > min(ours, theirs):
         fate = (
             "without both tokenizers it is unknown whether the rest is padding: put the tokenizers beside the weights"
+            if size is None
+            else f"the tokenizer has {size} tokens, so rows in use are missing: resize the embeddings to the tokenizer "
+            "first"
         )
-        findings.about(expert, [f"{said} {fate}"])
-    elif size > min(ours, theirs):
-        fate = "so rows in use are missing: resize the embeddings to the tokenizer first"
-        findings.about(expert, [f"{said} the tokenizer has {size} tokens, {fate}"])
-    elif theirs > ours:
-        findings.about(expert, notes=[f"rows {ours} to {theirs - 1} of its embeddings are padding, they are left out"])
-    else:
-        note = f"has no rows {theirs} to {ours - 1} of the padded embeddings, they are averaged over the others"
-        findings.about(expert, notes=[note])
+        findings.about(expert.name, [f"vocab_size is {theirs}, but the seed's is {ours}, and {fate}"])
+        return
+    padding = f"has no rows {theirs} to {ours - 1} of the padded embeddings, they are averaged over the others"
+    if theirs > ours:
+        padding = f"rows {ours} to {theirs - 1} of its embeddings are padding, they are left out"
+    findings.about(expert.name, notes=[padding])
 
 
-def _check_rotary(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert], findings: Findings) -> None:
-    ours, different = seed.index.config, []
+def _rotated_apart(ours: Config, experts: list[DenseExpert], attention: str, findings: Findings) -> list[DenseExpert]:
+    """Experts with other rotary settings than the seed's, if the mixture's attention lets them keep their own.
+
+    It can where a family's attention rotates all layers in one way. Settings that cannot be kept are reported.
+    """
+    different, may_differ = [], attention == "kv_experts" and "rope_theta" in rope_of(ours)
     for expert in experts:
         theirs = expert.index.config
         if _rotated_part(theirs) != _rotated_part(ours):
-            findings.about(expert, [_other_part(theirs, ours)])
+            problem = (
+                f"partial_rotary_factor is {json.dumps(_rotated_part(theirs))}, but the seed's is "
+                f"{json.dumps(_rotated_part(ours))}: the rotated parts of all experts' heads must be equal, {SAME_SEED}"
+            )
+            findings.about(expert.name, [problem])
         elif rope_of(theirs) != rope_of(ours):
             different.append(expert)
-    if different and recipe.attention == "kv_experts" and _may_rotate_apart(seed.family, (seed, *experts)):
-        models = [seed] * recipe.include_seed + experts + [seed] * recipe.seed_copies
-        findings.expert_rope_parameters = [rope_of(model.index.config) for model in models]
-        names = ", ".join(f"{expert.name} {_rope_words(expert.index.config)}" for expert in different)
-        findings.notes.append(f"rotary settings differ (seed {_rope_words(ours)}; {names}): each expert keeps its own")
-        return
-    reason = f"{seed.family.model_type} cannot give experts their own"
-    if recipe.attention != "kv_experts":
-        reason = "only attention: kv_experts lets experts keep their own"
+            may_differ &= expert.family.plain_attention and "rope_theta" in rope_of(theirs)
+    if may_differ:
+        return different
     for expert in different:
+        reason = f"{expert.family.model_type} cannot give experts their own"
+        if attention != "kv_experts":
+            reason = "only attention: kv_experts lets experts keep their own"
         own = _rope_words(expert.index.config)
-        findings.about(expert, [f"rotary settings are {own}, but the seed's are {_rope_words(ours)}: {reason}"])
-
-
-def _may_rotate_apart(family: Family, models: Iterable[DenseExpert]) -> bool:
-    """Whether a family's attention can rotate each expert's heads in their own way: one way for all layers."""
-    return family.plain_attention and all("rope_theta" in rope_of(model.index.config) for model in models)
+        findings.about(expert.name, [f"rotary settings are {own}, but the seed's are {_rope_words(ours)}: {reason}"])
+    return []
 
 
 def _rotated_part(config: Config) -> Any:
@@ -308,13 +333,6 @@ def _rotated_part(config: Config) -> Any:
     if "rope_theta" in rope:
         return rope.get("partial_rotary_factor", 1.0)
     return {kind: given.get("partial_rotary_factor", 1.0) for kind, given in rope.items()}
-
-
-def _other_part(theirs: Config, ours: Config) -> str:
-    return (
-        f"partial_rotary_factor is {json.dumps(_rotated_part(theirs))}, but the seed's is "
-        f"{json.dumps(_rotated_part(ours))}: the rotated parts of all experts' heads must be equal, {SAME_SEED}"
-    )
 
 
 def _rope_words(config: Config) -> str:
@@ -339,18 +357,7 @@ def _fold_problems(recipe: Recipe, seed: DenseExpert) -> Iterator[str]:
 
 def foldable_norms(recipe: Recipe, seed: DenseExpert) -> list[str]:
     """Norms of a block that only experts read, so that their gains can go into the experts' projections."""
-    family = seed.family
-    readers: dict[str, list[bool]] = {}
-    for norm, is_expert in (
-        (family.attention_input_norm, recipe.attention in ("kv_experts", "kv_sharing")),
-        (family.ffn_input_norm, recipe.ffn == "experts"),
-    ):
-        if norm is not None:
-            readers.setdefault(norm, []).append(is_expert)
-    return [norm for norm, experts in readers.items() if all(experts)]
-
-
-def _is_vocabulary(name: str, seed: DenseExpert) -> bool:
-    return not name.startswith(f"{seed.family.layers}.") and (
-        is_head(name) or name.rpartition(".")[0].endswith(TOKEN_TABLES)
-    )
+    norms = (seed.family.attention_input_norm, seed.family.ffn_input_norm)
+    has_experts = (recipe.has_attention_experts, recipe.has_ffn_experts)
+    averaged = {norm for norm, experts in zip(norms, has_experts, strict=True) if not experts}
+    return [norm for norm in dict.fromkeys(norms) if norm is not None and norm not in averaged]

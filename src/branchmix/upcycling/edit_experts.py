@@ -17,7 +17,7 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import widened
 from branchmix.checkpoint.rotary import rope_of
-from branchmix.checkpoint.writer import FileHashes, OutputTensor
+from branchmix.checkpoint.writer import FileHashes
 from branchmix.errors import CompatibilityError, RecipeError
 from branchmix.recipe import Expert, RouterInit
 from branchmix.settings import parse
@@ -31,13 +31,12 @@ from branchmix.upcycling.execute import (
     require_space,
     write_output,
 )
-from branchmix.upcycling.layers import all_same, attention_tensors, cast, ffn_tensors, same_keys_and_values
-from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, NOT_CALIBRATED, OpenedMixture, provenance_of
-from branchmix.upcycling.plan import Plan, group_tensors, open_expert, with_folded_norms
+from branchmix.upcycling.layers import all_same, attention_tensors, same_keys_and_values
+from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture, provenance_of
+from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import DenseExpert, MixtureExpert, in_trunk, inside, of_trunk
 from branchmix.upcycling.transformers_view import require_buildable
 
-Progress = Callable[[str, int, int], None]
 Members = Sequence[MixtureExpert | DenseExpert]
 """Experts that stay or join, in the order of the routers' rows."""
 
@@ -74,20 +73,19 @@ def add_expert(
         CompatibilityError: the expert does not fit the mixture; with all problems.
         RecipeError: the name is taken or not valid, or so are the settings of the routers' new rows.
     """
-    start = time.perf_counter()
     parse(Expert, {"name": name, "model": str(expert)}, f"{name}={expert}")
-    mixture = _EditedMixture(str(model), otherwise="use upcycle")
+    mixture = _EditedMixture(str(model))
     std = router_std if router_std is not None else mixture.config.get("initializer_range", 0.02)
     parse(RouterInit, {"std": std, "seed": router_seed}, "router_std and router_seed")
     if name in mixture.names:
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
     dense = resolve(str(expert))
-    newcomer = open_expert(name, CheckpointIndex.open(dense.folder))
+    newcomer = DenseExpert.open(name, CheckpointIndex.open(dense.folder))
     findings = check_newcomer(mixture.index, mixture.config, newcomer)
     if findings.problems:
         raise CompatibilityError(findings.problems)
     require_buildable([(name, newcomer.index)])
-    newcomer = with_folded_norms(newcomer, mixture.config.get("folded_norms") or ())
+    newcomer = newcomer.folding(mixture.config.get("folded_norms") or ())
     lossless = mixture.lossless and mixture.shares_trunk_with(newcomer)
     plan = mixture.plan([*mixture.experts, newcomer], findings.notes, lossless, std, router_seed)
     added = Sourced(name, dense, newcomer.index)
@@ -95,7 +93,7 @@ def add_expert(
     def step(hashes: FileHashes) -> dict[str, Any]:
         return {"added": {"expert": describe([added], hashes)[0], "router_std": std, "router_seed": router_seed}}
 
-    return mixture.write(plan, Path(out), step, start, dry_run, force, check, progress)
+    return mixture.write(plan, Path(out), step, added, dry_run=dry_run, force=force, check=check, progress=progress)
 
 
 def remove_expert(
@@ -119,8 +117,7 @@ def remove_expert(
     Raises:
         RecipeError: there is no such expert, or fewer than two would be left.
     """
-    start = time.perf_counter()
-    mixture = _EditedMixture(str(model), otherwise="use upcycle")
+    mixture = _EditedMixture(str(model))
     if name not in mixture.names:
         raise RecipeError(
             f"{model}: has no expert {name!r}{nearest(name, mixture.names)}; it has {', '.join(mixture.names)}"
@@ -129,31 +126,31 @@ def remove_expert(
     if len(staying) < 2:
         raise RecipeError(f"{model}: only {staying[0].name!r} would be left, a mixture needs two or more experts")
     plan = mixture.plan(staying, (), mixture.lossless)
-    return mixture.write(plan, Path(out), lambda hashes: {"removed": name}, start, dry_run, force, check, progress)
+    step = {"removed": name}
+    return mixture.write(plan, Path(out), lambda _: step, dry_run=dry_run, force=force, check=check, progress=progress)
 
 
 class _EditedMixture(OpenedMixture):
     """An existing mixture, ready to be rebuilt with other experts."""
 
+    def __init__(self, given: str):
+        self.start = time.perf_counter()
+        super().__init__(given, otherwise="use upcycle")
+
     def shares_trunk_with(self, newcomer: DenseExpert) -> bool:
         """Whether everything that is not an expert's is the same in the mixture and in a dense model."""
-        kv_sharing = self.config["attention"] == "kv_sharing"
-        if kv_sharing and not all(
+        if self.config["attention"] == "kv_sharing" and not all(
             same_keys_and_values([self.experts[0], newcomer], layer, self.dtype)
             for layer in range(self.dims.num_layers)
         ):
             return False
         folded = tuple(f".{norm}.weight" for norm in self.config.get("folded_norms") or ())
-        owned = newcomer.expert_tensors(self.has_attention_experts, self.has_ffn_experts)
+        owned = newcomer.expert_tensors(self.shape.has_attention_experts, self.shape.has_ffn_experts)
         if self.shape.trunk == "experts":
             owned |= newcomer.trunk_tensors()
-        for name, ref in newcomer.tensors.items():
-            ours = self.index.tensors.get(f"model.{name}")
-            if name in owned or name.endswith(folded):
-                continue
-            if ours is None or not all_same([Source(ours), Source(ref)], self.dtype):
-                return False
-        return True
+        shared = {name: Source(ref) for name, ref in newcomer.tensors.items() if name not in owned}
+        ours = {name: self.index.tensors.get(f"model.{name}") for name in shared if not name.endswith(folded)}
+        return all(ref and all_same([Source(ref), shared[name]], self.dtype) for name, ref in ours.items())
 
     def resized(self, experts: Members) -> tuple[Config, list[str]]:
         """The config for these experts, and notes: soft routing stays soft, ``auto`` scaling stays N / k.
@@ -164,9 +161,8 @@ class _EditedMixture(OpenedMixture):
         old, new = self.config["num_experts"], len(names)
         config = {**self.config, "num_experts": new, "expert_names": names}
         if (gate := self.config.get("document_gate")) and isinstance(gate.get("losses"), dict):
-            kept = {
-                domain: {e: loss for e, loss in row.items() if e in names} for domain, row in gate["losses"].items()
-            }
+            rows = gate["losses"].items()
+            kept = {domain: {name: loss for name, loss in row.items() if name in names} for domain, row in rows}
             config["document_gate"] = {**gate, "losses": kept}
         ropes, of_seed = self.config.get("expert_rope_parameters"), rope_of(self.seed_config)
         owned = [
@@ -179,7 +175,7 @@ class _EditedMixture(OpenedMixture):
         if ropes or apart:
             config["expert_rope_parameters"] = owned if apart else None
             config["layout"] = layout_of(self.family, per_expert_rotary=apart)
-        old_k, scaling = self.config["num_experts_per_tok"], self.config.get("routed_scaling_factor", 1.0)
+        old_k, scaling = self.config["num_experts_per_tok"], self.scaling
         recipe = (provenance_of(self.resolved.folder) or {}).get("recipe") or {}
         soft = old_k == old and ((recipe.get("routing") or {}).get("ffn") or {}).get("soft", False)
         top_k = config["num_experts_per_tok"] = new if soft else min(old_k, new)
@@ -190,7 +186,7 @@ class _EditedMixture(OpenedMixture):
         if is_n_over_k and recipe.get("routed_scaling_factor") == "auto":
             config["routed_scaling_factor"] = new / top_k
         notes = []
-        if self.has_ffn_experts and not recipe:
+        if self.shape.has_ffn_experts and not recipe:
             if old_k == old and top_k != new:
                 notes.append(
                     f"each token still goes to {top_k} FFN experts, now of {new}: no recipe says whether routing was "
@@ -211,9 +207,8 @@ class _EditedMixture(OpenedMixture):
         if self.shape.domains:
             more += [NOT_CALIBRATED.format(name=expert.name) for expert in experts if isinstance(expert, DenseExpert)]
         parts = self._tensors(experts, std, seed)
-        tensors = tuple(OutputTensor(name, cast(part, self.dtype)) for name, part in parts)
-        groups = tuple(group_tensors(tensors, self.family))
-        return Plan(tensors, config, (*notes, *more), tuple(experts), groups, lossless)
+        sources, notes = tuple(experts), (*notes, *more)
+        return Plan.of(parts, self.dtype, config, notes=notes, sources=sources, lossless=lossless)
 
     def _tensors(self, experts: Members, std: float, seed: int) -> Iterator[tuple[str, Expression]]:
         family = self.family
@@ -221,19 +216,19 @@ class _EditedMixture(OpenedMixture):
         joining = [expert for expert in experts if isinstance(expert, DenseExpert)]
         for layer in range(self.dims.num_layers):
             block = f"model.{family.layers}.{layer}"
-            if self.has_attention_experts:
-                kv_sharing = self.config["attention"] == "kv_sharing"
-                shared = {"kv_sharing": kv_sharing, "kv_models": staying[:1], "kv_weights": [1.0]}
-                for name, part in attention_tensors(experts, layer, dtype=self.dtype, **shared):
+            if self.shape.has_attention_experts:
+                shared = [(staying[0], 1.0)] if self.shape.attention == "kv_sharing" else []
+                for name, part in attention_tensors(experts, layer, dtype=self.dtype, shared_kv=shared):
                     yield f"{block}.{family.attention}.{name}", part
-            if self.has_ffn_experts:
-                for name, part in ffn_tensors(experts, layer):
-                    yield f"{block}.{family.ffn}.{name}", part
+            if self.shape.has_ffn_experts:
+                for number, expert in enumerate(experts):
+                    for name, part in expert.ffn(layer).items():
+                        yield f"{block}.{family.ffn}.experts.{number}.{name}", part
             for name in (f"{block}.{below}" for below in self.shape.routers.values()):
                 rows = [expert.router_row(name) for expert in staying]
                 shape, dtype = (1, self.dims.hidden_size), rows[0].dtype
                 yield name, Stack((*rows, *(Normal(shape, std, seed, f"{name}/{new.name}", dtype) for new in joining)))
-        modules = [family.attention] * self.has_attention_experts + [family.ffn] * self.has_ffn_experts
+        modules = [family.attention] * self.shape.has_attention_experts + [family.ffn] * self.shape.has_ffn_experts
         of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
             if name in ("document_gate.attention", "document_gate.ffn", "document_gate.trunk"):
@@ -281,23 +276,19 @@ class _EditedMixture(OpenedMixture):
         plan: Plan,
         out: Path,
         step: Callable[[FileHashes], dict[str, Any]],
-        start: float,
+        *added: Sourced,
         dry_run: bool,
         force: bool,
         check: bool,
         progress: Progress | None,
     ) -> UpcycleReport:
         """Write the changed mixture; its provenance is the old one and this step."""
-        added = [expert for expert in plan.sources if isinstance(expert, DenseExpert)]
         named = [(expert.name, expert.index.folder) for expert in added]
         refuse_overlap(out, [self.resolved.folder, *(folder for _, folder in named)], force=force)
         written = None
         if not dry_run:
             require_space(out, plan)
-            # As many files as before, and one more when the last is full; a single file grows to the usual size.
-            largest = max(file.stat().st_size for file in self.index.files)
-            shard_bytes = largest if len(self.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
-            files = [file for expert in added for file in expert.index.files]
+            files = [file for expert in added for file in expert.files]
             with atomic_folder(out, force=force) as folder, FileHashes(files) as hashes, naming_sources(named):
 
                 def provenance() -> dict[str, Any]:
@@ -305,6 +296,6 @@ class _EditedMixture(OpenedMixture):
                     return {**old, "changes": [*old.get("changes", []), step(hashes)]}
 
                 written = write_output(
-                    plan, folder, self.resolved.folder, provenance, shard_bytes, check=check, progress=progress
+                    plan, folder, self.resolved.folder, provenance, self.shard_bytes, check=check, progress=progress
                 )
-        return UpcycleReport(out, plan, written, None, time.perf_counter() - start)
+        return UpcycleReport(out, plan, written, None, time.perf_counter() - self.start)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -26,8 +26,11 @@ from branchmix.checkpoint.companions import (
     shareable,
     tokenizer_files,
 )
+from branchmix.checkpoint.families import Config
 from branchmix.checkpoint.folder import (
+    MERGED,
     atomic_folder,
+    beside,
     require_name,
     require_replaceable,
     write_json,
@@ -40,14 +43,14 @@ from branchmix.checkpoint.writer import FileHashes, write_checkpoint
 from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError, OutputError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
+from branchmix.upcycling.compatibility import Fit, check_fit
 from branchmix.upcycling.model_card import model_card
-from branchmix.upcycling.plan import Fit, Plan, check_fit, plan_upcycling
+from branchmix.upcycling.plan import Plan, Progress, plan_upcycling
 from branchmix.upcycling.sources import who
 from branchmix.upcycling.transformers_view import require_buildable
 
 if TYPE_CHECKING:
     from branchmix.upcycling.gates.measure import Fitted
-    from branchmix.upcycling.gates.text import DomainText
     from branchmix.upcycling.mixture import OpenedMixture
     from branchmix.upcycling.verify import Verification
 
@@ -97,7 +100,7 @@ def upcycle(
     check: bool = True,
     hashes: bool = True,
     trust_remote_code: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> UpcycleReport:
     """Turn a seed and its specialised siblings into one mixture of experts (BAM, arXiv 2408.08274, section 4).
 
@@ -124,37 +127,35 @@ def upcycle(
     recipe = Recipe.of(recipe)
     out = Path(out)
     recorded = recipe.model_dump(mode="json")
-    folders = resolve_all(recipe)
     if recipe.gates:
         from branchmix.data.config import EvalData
 
         gates_data = EvalData.load(recipe.folder / recipe.gates.data)
-    refuse_overlap(out, [model.folder for model in folders], recipe.files, force=force)
-    with open_sources(recipe, folders, out, dry_run=dry_run) as (sources, fit):
-        seed, *experts = sources
-        router_rows = None
-        router_notes: list[str] = []
+    with open_sources(recipe, out, dry_run=dry_run, force=force) as (sources, fit):
+        seed, router_rows, notes = sources[0], None, _notes_on_same_models(sources)
         if recipe.router_init.method == "hidden":
             from branchmix.upcycling.router_init import hidden_state_routers, router_texts
 
             texts = router_texts(recipe)
             if not dry_run:
-                router_rows, router_notes = hidden_state_routers(
-                    recipe, seed.index, texts, trust_remote_code=trust_remote_code
+                router_rows, of_routers = hidden_state_routers(
+                    recipe, fit.seed, texts, trust_remote_code=trust_remote_code
                 )
-        indexes = [expert.index for expert in experts]
-        plan = plan_upcycling(recipe, seed.index, indexes, router_rows=router_rows, fit=fit)
-        plan = replace(plan, notes=(*plan.notes, *router_notes, *_notes_on_same_models(sources)))
-        if dry_run and any(source.adapter for source in sources):
-            plan = replace(plan, lossless=None)  # their headers are the seed's
+                notes = [*of_routers, *notes]
+        plan = plan_upcycling(recipe, fit, router_rows=router_rows)
         if recipe.gates:
+            from branchmix.upcycling.gates.measure import fit as fit_gates
             from branchmix.upcycling.gates.measure import text_for
+            from branchmix.upcycling.mixture import OpenedMixture
 
             options = {"token_only": recipe.gates.token_only, "trust_remote_code": trust_remote_code}
             gates_text = text_for(shape_of(plan.config), seed.model, gates_data, **options)
+            if dry_run:
+                notes.append(f"gates: fitted on {recipe.gates.data} once this is written")
+        plan = replace(plan, notes=(*plan.notes, *notes))
+        if dry_run and any(source.adapter for source in sources):
+            plan = replace(plan, lossless=None)  # their headers are the seed's
         written = verification = gates = None
-        if dry_run and recipe.gates:
-            plan = replace(plan, notes=(*plan.notes, f"gates: fitted on {recipe.gates.data} once this is written"))
         if not dry_run:
             require_space(out, plan, copies=2 if recipe.gates else 1)
             files = [file for source in sources for file in source.files]
@@ -176,23 +177,13 @@ def upcycle(
 
                     verification = verify_plan(plan, merged, progress=progress)
                 if recipe.gates:
-                    gates = _calibrate(recipe, gates_text, merged, folder, progress)
+                    mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
+                    choices = {"token_only": recipe.gates.token_only, "keep_top_k": recipe.gates.keep_top_k}
+                    gates = fit_gates(mixture, gates_text, **choices, progress=progress)
+                    write_calibrated(mixture, gates, folder, recipe.max_shard_bytes, check=False, progress=progress)
+                    shutil.rmtree(merged)
                     plan = replace(plan, config={**plan.config, **gates.config})
     return UpcycleReport(out, plan, written, verification, time.perf_counter() - start, recorded, gates)
-
-
-def _calibrate(recipe: Recipe, text: Mapping[str, DomainText], merged: Path, folder: Path, progress: Any) -> Fitted:
-    """Fit gates for the mixture just written to ``merged``, which is moved with them into its parent ``folder``."""
-    from branchmix.upcycling.gates.measure import fit
-    from branchmix.upcycling.mixture import OpenedMixture
-
-    assert recipe.gates is not None
-    mixture = OpenedMixture(str(merged), otherwise="a mixture was just written")
-    options = {"token_only": recipe.gates.token_only, "keep_top_k": recipe.gates.keep_top_k}
-    fitted = fit(mixture, text, **options, progress=progress)
-    write_calibrated(mixture, fitted, folder, recipe.max_shard_bytes, check=False, progress=progress)
-    shutil.rmtree(merged)
-    return fitted
 
 
 def write_calibrated(
@@ -202,7 +193,7 @@ def write_calibrated(
     max_shard_bytes: int,
     *,
     check: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Path, ...]:
     """A mixture with the gates that were fitted for it; record and model card say how good they are."""
     from branchmix.upcycling.gates.measure import plan_with_gates
@@ -220,15 +211,15 @@ def write_output(
     max_shard_bytes: int,
     *,
     check: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
-    card: Callable[[Plan, dict[str, Any]], str] = model_card,
+    progress: Progress | None = None,
+    exported_from: Config | None = None,
 ) -> tuple[Path, ...]:
     """Weights first, config.json last, so that an interrupted folder cannot be loaded.
 
     Args:
         companions: folder whose tokenizer, chat template and generation config are copied.
         provenance: returns recipe and sources, for ``branchmix.json`` and the model card; called after the weights.
-        card: writes README.md, from the plan and the provenance.
+        exported_from: config of the mixture that this is an export of, for the model card.
     """
     report = None if progress is None else lambda done, total=plan.nbytes: progress("writing", done, total)
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
@@ -245,67 +236,64 @@ def write_output(
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / name)
     write_json(folder / "branchmix.json", record)
-    write_text(folder / "README.md", card(plan, record))
+    write_text(folder / "README.md", model_card(plan, record, exported_from=exported_from))
     write_json(folder / "config.json", shareable(plan.config))
     return written
 
 
-def resolve_all(recipe: Recipe) -> list[ResolvedModel]:
-    """Folders of the seed and of all experts; raises CompatibilityError with all that cannot be found."""
-    models: list[ResolvedModel] = []
+@contextmanager
+def open_sources(recipe: Recipe, out: Path, *, dry_run: bool, force: bool) -> Iterator[tuple[list[Sourced], Fit]]:
+    """Find seed and experts, and make sure that they fit together and that ``out`` may be written.
+
+    LoRA adapters are merged into temporary folders beside ``out``, unless ``dry_run``.
+
+    Raises:
+        CompatibilityError: with the problems of all sources, those that cannot be found or read among them.
+        OutputError: as ``refuse_overlap``.
+    """
+    from branchmix.upcycling.lora import check_adapter, merge_adapter
+
+    given = {"seed": recipe.seed, **{expert.name: expert.model for expert in recipe.experts}}
+    models: dict[str, ResolvedModel] = {}
     problems: list[str] = []
-    for name, given in [("seed", recipe.seed), *((expert.name, expert.model) for expert in recipe.experts)]:
-        try:
-            models.append(resolve(given, recipe.folder))
-        except BranchMixError as error:
-            problems.append(f"{who(name)}: {error}")
+    for name, place in given.items():
+        with _collected(problems, name):
+            models[name] = resolve(place, recipe.folder)
     if problems:
         raise CompatibilityError(problems)
-    return models
+    refuse_overlap(out, [model.folder for model in models.values()], recipe.files, force=force)
+
+    adapters = {name: model.folder for name, model in models.items() if name != "seed" and is_adapter(model.folder)}
+    indexes: dict[str, CheckpointIndex | None] = dict.fromkeys(models)
+    for name, model in models.items():
+        with _collected(problems, name):
+            if name not in adapters:
+                indexes[name] = CheckpointIndex.open(model.folder)
+            elif (seed := indexes["seed"]) is not None:
+                check_adapter(model.folder, seed)
+                indexes[name] = seed  # the merged model has the seed's tensors
+    fit = check_fit(recipe, [*indexes.values()], problems)
+    require_buildable(indexes.items())
+
+    with ExitStack() as temporary:
+        for name, adapter in adapters.items() if not dry_run else ():
+            folder = beside(Path(os.path.realpath(out)), MERGED)
+            temporary.callback(shutil.rmtree, folder, ignore_errors=True)
+            merge_adapter(adapter, models["seed"], folder)
+            indexes[name] = CheckpointIndex.open(folder)
+        if adapters and not dry_run:
+            fit = check_fit(recipe, [*indexes.values()])
+        read = {name: index for name, index in indexes.items() if index is not None}
+        yield [Sourced(name, models[name], index, adapters.get(name)) for name, index in read.items()], fit
 
 
 @contextmanager
-def open_sources(
-    recipe: Recipe, folders: Sequence[ResolvedModel], out: Path, *, dry_run: bool
-) -> Iterator[tuple[list[Sourced], Fit | None]]:
-    """Headers of seed and experts that fit together; LoRA adapters are merged into temporary folders beside ``out``.
-
-    Yields:
-        Seed and experts, and the result of the check; None if adapters were merged, whose new headers must be checked.
-
-    Raises:
-        CompatibilityError: with the problems of all sources, those that cannot be read among them.
-    """
-    from branchmix.upcycling.lora import check_adapter, merged_adapter
-
-    names = ["seed", *(expert.name for expert in recipe.experts)]
-    adapters = [model.folder if number and is_adapter(model.folder) else None for number, model in enumerate(folders)]
-    problems: list[str] = []
-    indexes: list[CheckpointIndex | None] = []
-    for name, model, adapter in zip(names, folders, adapters, strict=True):
-        index = None
-        try:
-            if adapter is None:
-                index = CheckpointIndex.open(model.folder)
-            elif indexes[0] is not None:
-                check_adapter(adapter, indexes[0])
-                index = indexes[0]  # the merged model has the seed's tensors
-        except BranchMixError as error:
-            problems.append(f"{who(name)}: {error}")
-        indexes.append(index)
-    fit: Fit | None = check_fit(recipe, indexes, problems)
-    require_buildable(zip(names, indexes, strict=True))
-
-    with ExitStack() as temporary:
-        opened: list[Sourced] = []
-        for name, model, index, adapter in zip(names, folders, indexes, adapters, strict=True):
-            assert index is not None, "check_fit raises for what cannot be read"
-            if adapter is not None and not dry_run:
-                folder = merged_adapter(adapter, folders[0], out)
-                temporary.callback(shutil.rmtree, folder, ignore_errors=True)
-                index, fit = CheckpointIndex.open(folder), None
-            opened.append(Sourced(name, model, index, adapter))
-        yield opened, fit
+def _collected(problems: list[str], name: str) -> Iterator[None]:
+    """Adds what is wrong with this model to the problems."""
+    try:
+        yield
+    except BranchMixError as error:
+        problems.append(f"{who(name)}: {error}")
 
 
 def _notes_on_same_models(sources: Sequence[Sourced]) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from branchmix.checkpoint.expressions import Cast, Columns, Expression, Mean, Rows, Source, Stack, same_values
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
-from branchmix.upcycling.sources import ExpertSource, Kind, Role
+from branchmix.upcycling.sources import KINDS, ROLES, ExpertSource
 
 
 def attention_tensors(
@@ -19,20 +19,17 @@ def attention_tensors(
     layer: int,
     *,
     dtype: str,
-    kv_sharing: bool,
-    kv_models: Sequence[ExpertSource],
-    kv_weights: Sequence[float],
+    shared_kv: Sequence[tuple[ExpertSource, float]],
 ) -> Iterator[tuple[str, Expression]]:
     """Tensors of a layer's ``self_attn`` except the router, by name below it.
 
-    With ``kv_sharing`` all experts have one k and v: the mean of those of ``kv_models``, which need not be experts, by
-    ``kv_weights``, of which zero leaves a model out.
+    With ``shared_kv`` all experts have one k and v: the mean of those of these models, which need not be experts, by
+    their weights.
     """
-    first = experts[0]
-    roles: tuple[Role, ...] = ("q", "k", "v")
-    kinds: tuple[Kind, ...] = ("weight", "bias")
-    for role in roles:
-        for kind in kinds:
+    first, kv_sharing = experts[0], bool(shared_kv)
+    kv_models, kv_weights = [model for model, _ in shared_kv], [weight for _, weight in shared_kv]
+    for role in ROLES[:3]:
+        for kind in KINDS:
             shared = kv_sharing and role != "q"
             given = _all(model.attention(layer, role, kind) for model in (kv_models if shared else experts))
             if not given:
@@ -64,13 +61,6 @@ def attention_tensors(
             yield f"heads.{first.family.key_norm}.{name}", mean([norm[name] for norm in norms], kv_weights, dtype)
 
 
-def ffn_tensors(experts: Sequence[ExpertSource], layer: int) -> Iterator[tuple[str, Expression]]:
-    """Tensors of a layer's ``mlp`` but the router, by name below it."""
-    for number, expert in enumerate(experts):
-        for name, part in expert.ffn(layer).items():
-            yield f"experts.{number}.{name}", part
-
-
 def mean(parts: Sequence[Expression], weights: Sequence[float], dtype: str) -> Expression:
     """Weighted mean of those parts whose weight is not zero, rounded to ``dtype`` once; one part alone is as it is."""
     used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
@@ -88,9 +78,7 @@ def all_same(parts: Sequence[Expression], dtype: str) -> bool:
 
 def same_keys_and_values(models: Sequence[ExpertSource], layer: int, dtype: str) -> bool:
     """Whether models compute the same keys and values in a layer, which is when sharing them changes nothing."""
-    roles: tuple[Role, ...] = ("k", "v")
-    kinds: tuple[Kind, ...] = ("weight", "bias")
-    wanted = [_all(model.attention(layer, role, kind) for model in models) for role in roles for kind in kinds]
+    wanted = [_all(model.attention(layer, role, kind) for model in models) for role in ROLES[1:3] for kind in KINDS]
     norms = [model.attention_norm(layer, "k") for model in models]
     wanted += [[norm[name] for norm in norms] for name in norms[0]]
     return all(all_same(parts, dtype) for parts in wanted if parts)

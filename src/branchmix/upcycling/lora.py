@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.families import entry_of, is_head, is_tied
-from branchmix.checkpoint.folder import MERGED, beside
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header, read_json_object
 from branchmix.checkpoint.tying import as_stored
@@ -41,9 +38,17 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
         )
     for ref in refs:
         module, lora, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
+        last = ref.name.rpartition(".weight")[0].rpartition(".")[2]
+        if not lora and last in (*TOKEN_TABLES, "lm_head"):
+            ours = next((ref for name, ref in seed.tensors.items() if name.endswith(f"{last}.weight")), None)
+            if ours is not None and ours.shape[0] != ref.shape[0]:
+                raise CheckpointError(
+                    f"{weights}: its vocabulary was resized: {ref.name} has {ref.shape[0]} rows, the seed's "
+                    f"{ours.name} has {ours.shape[0]}: resize the seed to {ref.shape[0]} tokens "
+                    "(resize_token_embeddings, with the adapter's tokenizer) and use that as the seed, or merge the "
+                    "adapter yourself"
+                )
         # Of a checkpoint of the base model alone, names lack the first part.
-        if not lora and ref.name.endswith((*(f"{table}.weight" for table in TOKEN_TABLES), "lm_head.weight")):
-            _require_rows(weights, ref, seed)
         target = seed.tensors.get(f"{module}.weight") or seed.tensors.get(f"{module.partition('.')[2]}.weight")
         if not lora or is_head(module):
             continue
@@ -75,20 +80,8 @@ def _unties(settings: dict[str, Any], refs: list[TensorRef], seed: CheckpointInd
     return next((end for end in ends if end in trained), None)
 
 
-def _require_rows(weights: Path, table: TensorRef, seed: CheckpointIndex) -> None:
-    """Raises CheckpointError for an adapter with whole embeddings of other rows: its vocabulary was resized."""
-    last = table.name.split(".")[-2]
-    ours = next((ref for name, ref in seed.tensors.items() if name.endswith(f"{last}.weight")), None)
-    if ours is not None and ours.shape[0] != table.shape[0]:
-        raise CheckpointError(
-            f"{weights}: its vocabulary was resized: {table.name} has {table.shape[0]} rows, the seed's {ours.name} "
-            f"has {ours.shape[0]}: resize the seed to {table.shape[0]} tokens (resize_token_embeddings, with the "
-            "adapter's tokenizer) and use that as the seed, or merge the adapter yourself"
-        )
-
-
-def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
-    """Merge an adapter's folder into the seed and save the result beside ``out``; the caller removes it.
+def merge_adapter(adapter: Path, seed: ResolvedModel, target: Path) -> None:
+    """Merge an adapter's folder into the seed, and save the result in a new folder.
 
     Raises CheckpointError if peft is not installed, or cannot merge it.
     """
@@ -100,7 +93,6 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
 
     from branchmix.likelihood.loading import load_language_model
 
-    target = beside(Path(os.path.realpath(out)), MERGED)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
@@ -111,13 +103,9 @@ def merged_adapter(adapter: Path, seed: ResolvedModel, out: Path) -> Path:
         if tied:
             _tied_again(merged)
         merged.save_pretrained(target)
-    except BaseException as error:
-        shutil.rmtree(target, ignore_errors=True)
-        if not isinstance(error, Exception):
-            raise
+    except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{adapter}: cannot be merged into the seed: {reason}") from error
-    return target
 
 
 def _given_own_head(model: Any) -> bool:

@@ -65,14 +65,14 @@ class OpenedMixture:
         ]
         stored = next(iter(self.index.tensors.values())).dtype
         self.dtype = DTYPES.get(str(self.config.get("dtype")), stored)
+        self.dtype_name = next((name for name, code in DTYPES.items() if code == self.dtype), None)
+        self.scaling = float(self.config["routed_scaling_factor"])
 
     @property
-    def has_attention_experts(self) -> bool:
-        return self.shape.attention in ("kv_experts", "kv_sharing")
-
-    @property
-    def has_ffn_experts(self) -> bool:
-        return self.shape.ffn == "experts"
+    def shard_bytes(self) -> int:
+        """For writing it again in as many files as now; a single file may grow to the usual size."""
+        largest = max(file.stat().st_size for file in self.index.files)
+        return largest if len(self.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
 
     def _check_tensors(self) -> None:
         """Raises CheckpointError where weights are missing, or of other shapes than the config's."""
@@ -98,24 +98,20 @@ class OpenedMixture:
         shape, dims, family = self.shape, self.dims, self.family
         width, inner, count = dims.hidden_size, dims.intermediate_size, shape.num_experts
         query, shared = count * dims.num_heads * dims.head_dim, shape.kv_experts * dims.num_kv_heads * dims.head_dim
+        wide = {"heads.q_proj": (query, width), "heads.k_proj": (shared, width), "heads.v_proj": (shared, width)}
+        wide["o_proj"] = (width, query)
         for layer in range(dims.num_layers):
             block = f"model.{family.layers}.{layer}"
-            attention, ffn = f"{block}.{family.attention}", f"{block}.{family.ffn}"
-            if self.has_attention_experts:
-                for role, rows in (("q", query), ("k", shared), ("v", shared)):
-                    yield f"{attention}.heads.{role}_proj.weight", (rows, width)
-                yield f"{attention}.o_proj.weight", (width, query)
+            for name, size in wide.items() if shape.has_attention_experts else ():
+                yield f"{block}.{family.attention}.{name}.weight", size
             for router in shape.routers.values():
                 yield f"{block}.{router}", (count, width)
-            if self.has_ffn_experts:
-                for number in range(count):
-                    for matrix in FFN_NAMES[family.gate is not None]:
-                        down = matrix == "down_proj"
-                        yield f"{ffn}.experts.{number}.{matrix}.weight", (width, inner) if down else (inner, width)
+            for number in range(count) if shape.has_ffn_experts else ():
+                for matrix in FFN_NAMES[family.gate is not None]:
+                    size = (width, inner) if matrix == "down_proj" else (inner, width)
+                    yield f"{block}.{family.ffn}.experts.{number}.{matrix}.weight", size
         if domains := len(shape.domains):
-            kinds = {"attention": self.has_attention_experts, "ffn": self.has_ffn_experts}
-            kinds["trunk"] = self.shape.trunk == "experts"
-            yield from ((f"document_gate.{kind}", (count, domains)) for kind, there in kinds.items() if there)
+            yield from ((f"document_gate.{kind}", (count, domains)) for kind in shape.gated_kinds)
             for name in ("evidence", "counts"):
                 yield f"document_gate.{name}", (dims.vocab_size, domains)
 
@@ -186,19 +182,20 @@ def _problem_of(record: dict[str, Any]) -> str | None:
         if not isinstance(record.get(key, kind()), kind):
             return f"{key} is {short(record[key])}, not a {'list' if kind is list else 'mapping'}"
     models: dict[str, Any] = {f"sources.{number}": source for number, source in enumerate(record["sources"])}
-    for number, step in enumerate(record.get("changes", [])):
-        added = step.get("added") if isinstance(step, dict) else None
+    for number, change in enumerate(record.get("changes", [])):
+        place, step = f"changes.{number}", change if isinstance(change, dict) else {}
+        added, fit = step.get("added"), step.get("calibrated")
         if isinstance(added, dict) and {"expert", "router_std", "router_seed"} <= added.keys():
-            models[f"changes.{number}"] = added["expert"]
-        elif isinstance(step, dict) and isinstance(step.get("calibrated"), dict):
-            fit = step["calibrated"]
+            models[place] = added["expert"]
+        elif isinstance(fit, dict):
+            losses = fit.get("losses", {})
             if not isinstance(fit.get("domains"), dict):
-                return f"changes.{number}.calibrated has no domains"
-            losses = fit.get("losses", {}).values() if isinstance(fit.get("losses", {}), dict) else [None]
-            if not all(isinstance(loss, dict) and {"before", "after"} <= loss.keys() for loss in losses):
-                return f"changes.{number}.calibrated.losses are not losses before and after by domain"
-        elif not (isinstance(step, dict) and isinstance(step.get("removed"), str)):
-            return f"changes.{number} names no expert that joined or left"
+                return f"{place}.calibrated has no domains"
+            pairs = losses.values() if isinstance(losses, dict) else [None]
+            if not all(isinstance(pair, dict) and {"before", "after"} <= pair.keys() for pair in pairs):
+                return f"{place}.calibrated.losses are not losses before and after by domain"
+        elif not isinstance(step.get("removed"), str):
+            return f"{place} names no expert that joined or left"
     for place, source in models.items():
         for key in ("name", "model"):
             if not isinstance(source, dict) or not isinstance(source.get(key), str):

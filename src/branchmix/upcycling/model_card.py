@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from branchmix.accounting.shape import MIXTURE_DEFAULTS
@@ -87,12 +87,17 @@ def front_matter(config: Config, provenance: dict[str, Any], **more: Any) -> lis
 
 def source_table(provenance: dict[str, Any], licences: dict[str, str] | None = None) -> list[str]:
     """Seed and experts with their revisions; ``licences`` by the names of ``sources_of`` adds a column."""
-    head = "| | name | model | revision |" + (" licence |" if licences is not None else "")
-    lines = [head, "| --- " * (head.count("|") - 1) + "|"]
-    for number, (name, source) in enumerate(sources_of(provenance).items()):
-        row = f"| {number} | {name} | {source['model']} | {source['revision'] or '-'} |"
-        lines.append(row if licences is None else f"{row} {licences[name]} |")
-    return lines
+    rows = [
+        [number, name, source["model"], source["revision"] or "-", *([licences[name]] if licences is not None else [])]
+        for number, (name, source) in enumerate(sources_of(provenance).items())
+    ]
+    return table(["", "name", "model", "revision", *(["licence"] if licences is not None else [])], rows)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A table's lines in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["|" + "".join(f" {cell} |" if cell != "" else " |" for cell in cells) for cells in lines]
 
 
 def usage(name: str, *, own_code: bool) -> list[str]:

@@ -17,12 +17,11 @@ import numpy as np
 from branchmix.accounting.formulas import table_positions
 from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.generated_tensors import Held
-from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.text import LONG
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.recipe import Recipe
 from branchmix.upcycling.compatibility import foldable_norms
-from branchmix.upcycling.plan import open_expert, output_dtype
+from branchmix.upcycling.plan import output_dtype
 from branchmix.upcycling.sources import DenseExpert
 
 MAX_TOKENS = 512
@@ -38,9 +37,7 @@ def router_texts(recipe: Recipe) -> dict[str, list[str]]:
     """
     init = recipe.router_init
     texts = {name: list((init.prompts or {}).get(name, [])) for name in recipe.expert_names}
-    for name in texts:
-        if (path := (init.text or {}).get(name)) is None:
-            continue
+    for name, path in (init.text or {}).items():
         file = recipe.folder / path
         try:
             text = file.read_text(encoding="utf-8")
@@ -54,7 +51,7 @@ def router_texts(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def hidden_state_routers(
-    recipe: Recipe, seed_index: CheckpointIndex, texts: dict[str, list[str]], *, trust_remote_code: bool = False
+    recipe: Recipe, seed: DenseExpert, texts: dict[str, list[str]], *, trust_remote_code: bool = False
 ) -> tuple[dict[str, Expression], list[str]]:
     """Routers [E, D] of every layer, by output name, and notes for the user.
 
@@ -65,14 +62,14 @@ def hidden_state_routers(
 
     from branchmix.likelihood.loading import load_language_model, load_tokenizer
 
-    seed = open_expert("seed", seed_index)
+    folder = seed.index.folder
     try:
-        tokenizer = load_tokenizer(seed_index.folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
         raise RecipeError(f"router_init: the seed has no tokenizer to read prompts with: {error}") from None
-    model = load_language_model(seed_index.folder, dtype=torch.float32).eval()
+    model = load_language_model(folder, dtype=torch.float32).eval()
     dtype = output_dtype(recipe, seed)
-    length = min(MAX_TOKENS, table_positions(seed_index.config) or MAX_TOKENS)
+    length = min(MAX_TOKENS, table_positions(seed.index.config) or MAX_TOKENS)
     states: dict[str, list[np.ndarray]] = {}
     for name in recipe.expert_names:
         with torch.no_grad(), _mean_inputs(recipe, seed, model) as means:
@@ -88,7 +85,10 @@ def hidden_state_routers(
         matrix_ED = np.stack(vectors).astype(np.float64)
         unit_ED = matrix_ED / np.linalg.norm(matrix_ED, axis=1, keepdims=True)
         worst = max(worst, float(np.linalg.cond(unit_ED)))
-        rows[router] = Held(_centred(matrix_ED, recipe.router_init.std), dtype)
+        centred_ED = matrix_ED - matrix_ED.mean(0)
+        lengths_E1 = np.maximum(np.linalg.norm(centred_ED, axis=1, keepdims=True), 1e-12)
+        as_random_ED = centred_ED / lengths_E1 * recipe.router_init.std * matrix_ED.shape[1] ** 0.5
+        rows[router] = Held(as_random_ED.astype(np.float32), dtype)
     notes = []
     if worst > ILL_CONDITIONED:
         notes.append(
@@ -96,13 +96,6 @@ def hidden_state_routers(
             "so the routers start close to one another: give prompts that differ more, or more of them"
         )
     return rows, notes
-
-
-def _centred(matrix_ED: np.ndarray, std: float) -> np.ndarray:
-    """Rows minus their mean over experts, each as long as a random row of deviation ``std``."""
-    centred_ED = matrix_ED - matrix_ED.mean(0)
-    lengths_E1 = np.linalg.norm(centred_ED, axis=1, keepdims=True)
-    return (centred_ED / np.maximum(lengths_E1, 1e-12) * std * matrix_ED.shape[1] ** 0.5).astype(np.float32)
 
 
 @contextmanager
@@ -116,11 +109,6 @@ def _mean_inputs(recipe: Recipe, seed: DenseExpert, model: Any) -> Iterator[dict
     family = seed.family
     folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
     readers = {"attention": (family.attention, family.attention_input_norm), "ffn": (family.ffn, family.ffn_input_norm)}
-    routers = family.routers(
-        attention=recipe.attention in ("kv_experts", "kv_sharing"),
-        ffn=recipe.ffn == "experts",
-        shared=recipe.routing.shared,
-    )
     sums: dict[str, tuple[Any, int]] = {}
 
     def add(name: str, applied: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,7 +120,7 @@ def _mean_inputs(recipe: Recipe, seed: DenseExpert, model: Any) -> Iterator[dict
     with ExitStack() as hooks:
         for path in (f"{family.layers}.{layer}" for layer in range(seed.dims.num_layers)):
             block = model.get_submodule(path)
-            for kind, router in routers.items():
+            for kind, router in recipe.routers(family).items():
                 reader, norm = readers[kind]
                 module, applied = block.get_submodule(reader), torch.nn.Identity()
                 if norm in folded:

@@ -15,9 +15,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Source, Transposed
-from branchmix.checkpoint.families import Dimensions, Family, is_head
+from branchmix.checkpoint.families import Dimensions, Family, dimensions, family_of, is_head
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
+from branchmix.checkpoint.rotary import rope_of
+from branchmix.checkpoint.tying import as_stored
+from branchmix.errors import CheckpointError
 
 Role = Literal["q", "k", "v", "o"]
 Kind = Literal["weight", "bias"]
@@ -76,6 +79,25 @@ class DenseExpert(ExpertSource):
     own_head: bool = False
     """Its config ties the embeddings, but its weights don't: see ``checkpoint.tying``."""
 
+    @classmethod
+    def open(cls, name: str, index: CheckpointIndex) -> DenseExpert:
+        """A dense checkpoint as an expert; raises CheckpointError, which names it, for other models."""
+        try:
+            family = family_of(index.config)
+            rope_of(index.config)
+            stored = as_stored(index)
+            return cls(name, stored, family, dimensions(stored.config), own_head=stored is not index)
+        except CheckpointError as error:
+            raise CheckpointError(f"{who(name)}: {error}") from None
+
+    def folding(self, norms: Sequence[str]) -> DenseExpert:
+        """This model with the gains of these norms folded into its projections; other norms are hidden from it."""
+        kept: dict[str, Any] = {
+            norm: path if (path := getattr(self.family, norm)) in norms else None
+            for norm in ("attention_input_norm", "ffn_input_norm")
+        }
+        return replace(self, family=replace(self.family, **kept), fold_norms=True) if norms else self
+
     @cached_property
     def tensors(self) -> dict[str, TensorRef]:
         """Tensors under the names of the family's causal LM: base-model checkpoints get their prefix, buffers go.
@@ -99,22 +121,20 @@ class DenseExpert(ExpertSource):
         module = f"{self._block(layer)}.{family.attention}"
         if role == "o":
             return self._matrix(f"{module}.{family.output}", kind)
-        gain = self._gain(layer, family.attention_input_norm) if kind == "weight" else None
-        if family.fused_qkv is None:
-            name = {"q": family.query, "k": family.key, "v": family.value}[role]
-            return self._folded(self._matrix(f"{module}.{name}", kind), gain)
-        fused = self._matrix(f"{module}.{family.fused_qkv}", kind)
-        return None if fused is None else self._folded(Rows(fused, fused_rows(family, self.dims, role)), gain)
+        name = family.fused_qkv or {"q": family.query, "k": family.key, "v": family.value}[role]
+        part = self._matrix(f"{module}.{name}", kind)
+        if part is not None and family.fused_qkv:
+            part = Rows(part, fused_rows(family, self.dims, role))
+        return self._folded(part, layer, family.attention_input_norm, kind)
 
     def attention_norm(self, layer: int, role: Literal["q", "k"]) -> dict[str, Expression]:
         name = self.family.query_norm if role == "q" else self.family.key_norm
         if name is None:
             return {}
-        return _below(f"{self._block(layer)}.{self.family.attention}.{name}.", self.tensors)
+        return below(f"{self._block(layer)}.{self.family.attention}.{name}.", self.tensors)
 
     def ffn(self, layer: int) -> dict[str, Expression]:
         family, block = self.family, self._block(layer)
-        gain = self._gain(layer, family.ffn_input_norm)
         tensors: dict[str, Expression] = {}
         paths = {"gate_proj": family.gate, "up_proj": family.up} if family.gate else {"in_proj": family.up}
         for kind in KINDS:
@@ -122,7 +142,7 @@ class DenseExpert(ExpertSource):
             if family.fused_gate_up and (fused := self._matrix(f"{block}.{family.fused_gate_up}", kind)) is not None:
                 inner = fused.shape[0] // 2
                 firsts = {"gate_proj": Rows(fused, ((0, inner),)), "up_proj": Rows(fused, ((inner, 2 * inner),))}
-            parts = {name: self._folded(first, gain if kind == "weight" else None) for name, first in firsts.items()}
+            parts = {n: self._folded(first, layer, family.ffn_input_norm, kind) for n, first in firsts.items()}
             parts["down_proj"] = self._matrix(f"{block}.{family.down}", kind)
             tensors |= {f"{name}.{kind}": part for name, part in parts.items() if part is not None}
         return tensors
@@ -149,13 +169,14 @@ class DenseExpert(ExpertSource):
         floats = (name for name, ref in self.tensors.items() if ref.dtype in FLOAT_DTYPES)
         return {n for n in floats if not (n in owned or shared.match(n) or activation.match(n))}
 
-    def expected_tensors(self, layer: int) -> list[str]:
-        """Names of the projections that must be there, for the compatibility check."""
+    @property
+    def projections(self) -> list[str]:
+        """The modules of a block that hold the matrices of attention and FFN."""
         family = self.family
-        names = (family.fused_qkv,) if family.fused_qkv else (family.query, family.key, family.value)
+        qkv = (family.fused_qkv,) if family.fused_qkv else (family.query, family.key, family.value)
         first = (family.fused_gate_up,) if family.fused_gate_up else (family.gate, family.up)
-        paths = [*(f"{family.attention}.{name}" for name in (*names, family.output)), *first, family.down]
-        return [f"{self._block(layer)}.{path}.weight" for path in paths if path]
+        paths = [*(f"{family.attention}.{name}" for name in (*qkv, family.output)), *first, family.down]
+        return [path for path in paths if path]
 
     def _block(self, layer: int) -> str:
         return f"{self.family.layers}.{layer}"
@@ -166,13 +187,12 @@ class DenseExpert(ExpertSource):
             return None
         return Transposed(Source(ref)) if self.family.transposed and kind == "weight" else Source(ref)
 
-    def _gain(self, layer: int, norm: str | None) -> Expression | None:
-        if not self.fold_norms or norm is None:
-            return None
-        return Source(self.tensors[f"{self._block(layer)}.{norm}.weight"])
-
-    def _folded(self, part: Expression | None, gain: Expression | None) -> Any:
-        return part if part is None or gain is None else Gained(part, gain, self.family.gain_offset)
+    def _folded(self, part: Expression | None, layer: int, norm: str | None, kind: Kind) -> Expression | None:
+        """A matrix with the gain of the norm before it, where gains are folded."""
+        if part is None or norm is None or kind == "bias" or not self.fold_norms:
+            return part
+        gain = Source(self.tensors[f"{self._block(layer)}.{norm}.weight"])
+        return Gained(part, gain, self.family.gain_offset)
 
 
 @dataclass(frozen=True)
@@ -185,10 +205,6 @@ class MixtureExpert(ExpertSource):
     dims: Dimensions
     number: int
     """Its row of the routers."""
-
-    @property
-    def num_experts(self) -> int:
-        return int(self.index.config["num_experts"])
 
     @property
     def kv_sharing(self) -> bool:
@@ -213,11 +229,11 @@ class MixtureExpert(ExpertSource):
         prefix = f"model.{self.family.layers}.{layer}.{self.family.attention}.heads.{name}."
         if not (role == "k" and self.kv_sharing):
             prefix += f"{self.number}."
-        return _below(prefix, self.index.tensors)
+        return below(prefix, self.index.tensors)
 
     def ffn(self, layer: int) -> dict[str, Expression]:
         prefix = f"model.{self.family.layers}.{layer}.{self.family.ffn}.experts.{self.number}."
-        return _below(prefix, self.index.tensors)
+        return below(prefix, self.index.tensors)
 
     def trunk(self, name: str) -> Expression:
         return Source(self.index.tensors[f"model.{of_trunk(name, self.number)}"])
@@ -234,7 +250,7 @@ class MixtureExpert(ExpertSource):
             start = 0 if self.kv_sharing else self.number * width
             return ((start, start + width),)
         group = num_heads // num_kv_heads * size
-        starts = [(kv * self.num_experts + self.number) * group for kv in range(num_kv_heads)]
+        starts = [(kv * self.index.config["num_experts"] + self.number) * group for kv in range(num_kv_heads)]
         return tuple((start, start + group) for start in starts)
 
 
@@ -250,14 +266,19 @@ def in_trunk(name: str) -> tuple[str, int] | None:
     return (f"{parts[0]}.{parts[2]}", int(parts[1])) if len(parts) == 3 and parts[1].isdecimal() else None
 
 
-def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int, int], ...]:
-    """Spans of q, k or v among the rows of a family's fused projection, in head order."""
-    repeats, order = {
+def qkv_order(family: Family, dims: Dimensions) -> tuple[int, str]:
+    """How often, and in which order, rows of q, k and v alternate in a family's fused projection."""
+    return {
         "blocks": (1, "qkv"),
         "heads": (dims.num_heads, "qkv"),
         "groups": (dims.num_kv_heads, "qkv"),
         "shards": (4, "qvk"),
     }[family.qkv_layout]
+
+
+def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int, int], ...]:
+    """Spans of q, k or v among the rows of a family's fused projection, in head order."""
+    repeats, order = qkv_order(family, dims)
     heads = {"q": dims.num_heads, "k": dims.num_kv_heads, "v": dims.num_kv_heads}
     widths = [heads[other] // repeats * dims.head_dim for other in order]
     start, width = sum(widths[: order.index(role)]), widths[order.index(role)]
@@ -265,7 +286,7 @@ def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int,
     return tuple((first, first + width) for first in starts)
 
 
-def _below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
+def below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
     """The stored tensors whose names begin with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): Source(ref) for name, ref in tensors.items() if name.startswith(prefix)}
 

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 
 from branchmix.accounting.formulas import configured_positions
 from branchmix.accounting.inspection import too_few_parameters
-from branchmix.checkpoint.expressions import Expression
 from branchmix.checkpoint.families import is_head, transformers_knows
 from branchmix.errors import CheckpointError
-from branchmix.upcycling.sources import ROLES, DenseExpert
+from branchmix.upcycling.sources import KINDS, ROLES, DenseExpert
 
 TOKEN_TABLES = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 """Last parts of the names of the modules that hold a row for each token..."""
@@ -39,12 +38,11 @@ def contradictions(model: DenseExpert) -> Iterator[str]:
     yield from _rows_unlike_config(model)
     width, query, shared = dims.hidden_size, dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
     wanted = zip(ROLES, ((query, width), (shared, width), (shared, width), (width, query)), strict=True)
-    matrices: list[tuple[str, Expression | None, tuple[int, int]]] = []
+    matrices = [("down", model.ffn(0).get("down_proj.weight"), (width, dims.intermediate_size))]
     try:
-        matrices += [(role, model.attention(0, role, "weight"), shape) for role, shape in wanted]
+        matrices[:0] = [(role, model.attention(0, role, "weight"), shape) for role, shape in wanted]
     except AssertionError:
         yield f"the fused projection of layer 0 is smaller than config.json's head counts ask for: {together}"
-    matrices.append(("down", model.ffn(0).get("down_proj.weight"), (width, dims.intermediate_size)))
     for name, part, shape in matrices:
         if part is not None and tuple(part.shape) != shape:
             yield (
@@ -103,6 +101,7 @@ def incompleteness(model: DenseExpert) -> Iterator[str]:
 def structure_problems(model: DenseExpert) -> Iterator[str]:
     """A family that cannot be widened, projections that are not there, tensors without a place in the layout."""
     family = model.family
+    unknown = f"{family.model_type} is not in the table of families, and its {{}}, so it cannot be widened"
     if family.inferred and not transformers_knows(family.model_type):
         yield (
             f"transformers has no causal language model of model_type {family.model_type!r}, and code that a "
@@ -114,12 +113,8 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
         yield f"{family.model_type} is a mixture of experts already: seed and experts must be dense models"
         return
     if missing:
-        reason = (
-            f"{family.model_type} is not in the table of families, and its tensors are not named as Llama's, so it "
-            "cannot be widened"
-            if family.inferred
-            else "the checkpoint is incomplete, download or save it again"
-        )
+        reason = unknown.format("tensors are not named as Llama's")
+        reason = reason if family.inferred else "the checkpoint is incomplete, download or save it again"
         yield f"{count_tensors(missing)} missing, first {missing[0]}: {reason}"
         return
     undescribed = [] if family.inferred else undescribed_tensors(model)
@@ -129,14 +124,9 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
             "part, heads for further tokens or the like): load it with AutoModelForCausalLM and save it again, which "
             "leaves them out"
         )
-    unplaced = sorted(unplaced_tensors(model))
-    if unplaced:
-        reason = (
-            f"{family.model_type} is not in the table of families, and its layers have parts that Llama's lack, so it "
-            "cannot be widened"
-            if family.inferred
-            else "this variant of the family cannot be widened"
-        )
+    if unplaced := sorted(unplaced_tensors(model)):
+        reason = unknown.format("layers have parts that Llama's lack")
+        reason = reason if family.inferred else "this variant of the family cannot be widened"
         yield (
             f"{count_tensors(unplaced)} with no place among {family.model_type}'s attention and FFN experts, first "
             f"{unplaced[0]}: {reason}"
@@ -146,7 +136,8 @@ def structure_problems(model: DenseExpert) -> Iterator[str]:
 def missing_tensors(model: DenseExpert) -> list[str]:
     """Projections that the family must have, of the layers that are there."""
     layers = sorted(_stored_layers(model)) or [0]
-    return [name for layer in layers for name in model.expected_tensors(layer) if name not in model.tensors]
+    wanted = (f"{model.family.layers}.{layer}.{path}.weight" for layer in layers for path in model.projections)
+    return [name for name in wanted if name not in model.tensors]
 
 
 def _stored_layers(model: DenseExpert) -> set[int]:
@@ -159,19 +150,14 @@ def _stored_layers(model: DenseExpert) -> set[int]:
 def unplaced_tensors(model: DenseExpert) -> set[str]:
     """Tensors inside attention or FFN that the family's entry does not name."""
     family = model.family
-    known = {
-        f"{family.attention}.{name}"
-        for name in (family.fused_qkv, family.query, family.key, family.value, family.output)
-        if name
-    } | {path for path in (family.fused_gate_up, family.gate, family.up, family.down) if path}
     norms = tuple(f"{family.attention}.{name}." for name in (family.query_norm, family.key_norm) if name)
-    unplaced = set()
-    for name in model.expert_tensors(attention=True, ffn=True):
+
+    def has_place(name: str) -> bool:
         inner = name.removeprefix(f"{family.layers}.").split(".", 1)[1]
         module, _, kind = inner.rpartition(".")
-        if not inner.startswith(norms or ("\0",)) and not (module in known and kind in ("weight", "bias")):
-            unplaced.add(name)
-    return unplaced
+        return inner.startswith(norms) or (module in model.projections and kind in KINDS)
+
+    return {name for name in model.expert_tensors(attention=True, ffn=True) if not has_place(name)}
 
 
 def undescribed_tensors(model: DenseExpert) -> list[str]:

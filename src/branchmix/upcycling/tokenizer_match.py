@@ -22,10 +22,6 @@ class TokenizerComparison:
     """The seed's, if both have a vocabulary that can be read and they are the same."""
 
     @property
-    def same(self) -> bool:
-        return self.problem is None and self.note is None
-
-    @property
     def size(self) -> int | None:
         """Highest token id + 1, where the vocabulary can be read; raises CheckpointError if it is damaged."""
         stored = None if self.folder is None else token_ids(self.folder)

@@ -65,11 +65,9 @@ def config_differences(seed: Config, experts: dict[str, Config]) -> dict[str, li
         for name, config in read.items()
         if "error" in config
     }
-    if "seed" not in problems:
-        for name, config in others.items():
-            if name not in problems:
-                lists = dimensions(seed).num_layers == dimensions(config).num_layers
-                problems[name] = _differences(read["seed"], read[name], lists=lists)
+    for name in others.keys() - problems.keys() if "seed" not in problems else ():
+        lists = dimensions(seed).num_layers == dimensions(others[name]).num_layers
+        problems[name] = _differences(read["seed"], read[name], lists=lists)
     return problems
 
 
@@ -257,11 +255,6 @@ _KEYS = {key: kind for kind, keys in _TABLE["ordinary"].items() for key in keys.
 """Keys that most decoders have, with the kind of their values, such as ``whole or null``."""
 
 
-def _is_ordinary_value(key: str, value: Any) -> bool:
-    kind = _KEYS[key].removesuffix(" or null")
-    return (value is None and kind != _KEYS[key]) or _KINDS[kind](value)
-
-
 _SCALINGS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -275,20 +268,19 @@ _SCALED = ("llama", "mistral", "qwen2", "qwen3")
 
 def is_ordinary(config: Config) -> bool:
     """Whether transformers will certainly build the model of a config.json whose sizes fit its weights."""
-    if not all(key in _KEYS and _is_ordinary_value(key, value) for key, value in config.items()):
-        return False
-    sizes, rope = dimensions(config), rope_of(config)
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != sizes.num_layers:
+    for key, value in config.items():
+        kind, or_null, _ = _KEYS.get(key, "").partition(" or null")
+        if kind not in _KINDS or not ((or_null and value is None) or _KINDS[kind](value)):
             return False
-        if not set(map(str, kinds)) <= {"full_attention", "sliding_attention"}:
-            return False
-    if (config.get("pad_token_id") or 0) >= sizes.vocab_size:
+    sizes, rope, kinds = dimensions(config), rope_of(config), config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == sizes.num_layers):
         return False
-    if sizes.head_dim % 2 or sizes.hidden_size % sizes.num_heads:
-        return False
-    return all(_ordinary_rope(given, config) for given in ([rope] if "rope_theta" in rope else rope.values()))
+    return (
+        set(map(str, kinds or ())) <= {"full_attention", "sliding_attention"}
+        and (config.get("pad_token_id") or 0) < sizes.vocab_size
+        and not (sizes.head_dim % 2 or sizes.hidden_size % sizes.num_heads)
+        and all(_ordinary_rope(given, config) for given in ([rope] if "rope_theta" in rope else rope.values()))
+    )
 
 
 def _ordinary_rope(rope: Any, config: Config) -> bool:

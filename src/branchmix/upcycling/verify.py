@@ -9,7 +9,7 @@ shares no code with the upcycler or the widened model.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import Expression, Mean, Source
+from branchmix.checkpoint.expressions import Expression, Mean, Scaled, Source
+from branchmix.checkpoint.generated_tensors import PartlyRedrawn
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
 from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast
-from branchmix.upcycling.plan import Plan
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, fused_rows, of_trunk
+from branchmix.upcycling.plan import Plan, Progress
+from branchmix.upcycling.sources import DenseExpert, ExpertSource, below, fused_rows, inside, of_trunk
 from branchmix.upcycling.transformers_view import transformers_config
 
 if TYPE_CHECKING:
@@ -54,51 +55,35 @@ class ExpertCheck:
     """One expert's line of the table."""
 
     name: str
-    difference: float
+    max_difference: float
     """Greatest absolute difference of logits."""
-    greatest_logit: float
+    max_logit: float
     skipped: str | None = None
     """Why the expert could not be compared."""
-    tolerance: float = TOLERANCE
-    """Greatest difference that passes, as a share of the greatest logit."""
-
-    @property
-    def passed(self) -> bool:
-        return self.skipped is not None or self.difference <= self.tolerance * max(self.greatest_logit, 1.0)
 
 
 @dataclass(frozen=True)
 class Verification:
     """What was proved."""
 
-    tensors_compared: int
+    tensors_byte_identical: int
     """Tensors that consist of source bytes only, compared byte for byte."""
     bytes_compared: int
     averages_checked: int
     """Averaged tensors, recomputed in fp64."""
-    experts: tuple[ExpertCheck, ...]
-    tokens: int
+    tokens: int = 0
     """Length of the text."""
-    lossless: bool = False
+    whole_experts: bool = False
     """The logits were compared with those of the whole dense models, their own embeddings, norms and head included."""
+    experts: tuple[ExpertCheck, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {
-            "tensors_byte_identical": self.tensors_compared,
-            "bytes_compared": self.bytes_compared,
-            "averages_checked": self.averages_checked,
-            "tokens": self.tokens,
-            "whole_experts": self.lossless,
-            "experts": [
-                {"name": check.name, "max_difference": check.difference, "max_logit": check.greatest_logit}
-                | ({"skipped": check.skipped} if check.skipped else {})
-                for check in self.experts
-            ],
-        }
+        rows = [{key: value for key, value in vars(check).items() if value is not None} for check in self.experts]
+        return {**vars(self), "experts": rows}
 
 
-def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int], None] | None = None) -> Verification:
+def verify_plan(plan: Plan, folder: Path, *, progress: Progress | None = None) -> Verification:
     """Check a folder just written against its plan; ``progress`` gets the step's name, steps done and steps in all.
 
     Raises:
@@ -108,20 +93,12 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Callable[[str, int, int],
     compared, nbytes = compare_bytes(plan, index, progress)
     averages = _check_averages(plan, index)
     if plan.is_dense:
-        return Verification(compared, nbytes, averages, (), 0)
+        return Verification(compared, nbytes, averages)
     checks, tokens = _compare_logits(plan, folder, index, progress)
-    for check in checks:
-        if not check.passed:
-            raise VerificationError(
-                f"{folder.name}: with the gates on expert {check.name!r} its logits differ from the dense model's by "
-                f"{check.difference:.3g} (greatest logit {check.greatest_logit:.3g}): the mixture is not its experts"
-            )
-    return Verification(compared, nbytes, averages, tuple(checks), tokens, bool(plan.lossless))
+    return Verification(compared, nbytes, averages, tokens, bool(plan.lossless), tuple(checks))
 
 
-def compare_bytes(
-    plan: Plan, index: CheckpointIndex, progress: Callable[[str, int, int], None] | None
-) -> tuple[int, int]:
+def compare_bytes(plan: Plan, index: CheckpointIndex, progress: Progress | None) -> tuple[int, int]:
     """Number and bytes of the tensors that are pure copies, each compared with its source's bytes.
 
     Raises:
@@ -149,27 +126,24 @@ def compare_bytes(
 
 def _check_averages(plan: Plan, index: CheckpointIndex) -> int:
     """The first rows of averaged tensors, recomputed in fp64: they must be the nearest value of the output's dtype."""
-    checked = 0
-    for tensor in plan.tensors:
-        mean = tensor.expression
-        if not isinstance(mean, Mean) or not all(isinstance(part, Source) for part in mean.parts):
-            continue
+    means = [(tensor.name, tensor.expression) for tensor in plan.tensors if isinstance(tensor.expression, Mean)]
+    of_stored = [(name, mean) for name, mean in means if all(isinstance(part, Source) for part in mean.parts)]
+    for name, mean in of_stored:
         rows = min(64, *(part.num_rows for part in mean.parts))
         weights = mean.weights or (1.0,) * len(mean.parts)
         exact = sum(
             weight * to_float32(part.rows(0, rows), part.dtype).astype(np.float64)
             for part, weight in zip(mean.parts, weights, strict=True)
         ) / sum(weights)
-        written = to_float32(Source(index.tensors[tensor.name]).rows(0, rows), mean.dtype).astype(np.float64)
+        written = to_float32(Source(index.tensors[name]).rows(0, rows), mean.dtype).astype(np.float64)
         half_step = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-22}[mean.dtype]
         if not np.all(np.abs(written - exact) <= half_step * 1.01 * np.abs(exact) + 1e-7):
-            raise VerificationError(f"{tensor.name}: is not the mean of its sources: write the output again")
-        checked += 1
-    return checked
+            raise VerificationError(f"{name}: is not the mean of its sources: write the output again")
+    return len(of_stored)
 
 
 def _compare_logits(
-    plan: Plan, folder: Path, index: CheckpointIndex, progress: Callable[[str, int, int], None] | None
+    plan: Plan, folder: Path, index: CheckpointIndex, progress: Progress | None
 ) -> tuple[list[ExpertCheck], int]:
     import torch
 
@@ -189,8 +163,9 @@ def _compare_logits(
         if progress is not None:
             progress("comparing logits", number, len(plan.sources))
         assert isinstance(expert, DenseExpert), "only an upcycling is verified"
-        skipped = _not_comparable(plan, expert)
-        if skipped:
+        of_expert = [tensor.expression for tensor in plan.tensors if f".experts.{number}." in tensor.name]
+        if any(isinstance(part, Scaled | PartlyRedrawn) for part in of_expert):
+            skipped = "its FFN was changed on purpose (sparse upcycling's options)"
             checks.append(ExpertCheck(expert.name, 0.0, 0.0, skipped))
             continue
         with torch.no_grad(), one_hot_gates(mixture, number):
@@ -203,7 +178,13 @@ def _compare_logits(
         # A folded gain times a weight is rounded to the output's dtype; dense model i multiplies them in fp32.
         rounded = expert.fold_norms and plan.config["dtype"] != "float32"
         tolerance = FOLDED_TOLERANCE if rounded else TOLERANCE
-        checks.append(ExpertCheck(expert.name, *difference_of(ours, theirs), tolerance=tolerance))
+        difference, greatest = difference_of(ours, theirs)
+        if not difference <= tolerance * max(greatest, 1.0):
+            raise VerificationError(
+                f"{folder.name}: with the gates on expert {expert.name!r} its logits differ from the dense model's by "
+                f"{difference:.3g} (greatest logit {greatest:.3g}): the mixture is not its experts"
+            )
+        checks.append(ExpertCheck(expert.name, difference, greatest))
     return checks, tokens.shape[1]
 
 
@@ -214,18 +195,8 @@ def difference_of(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, floa
 
 def refuse_strangers(model: Any, info: dict[str, Any], name: str) -> None:
     """Raises VerificationError if loading a model (with ``output_loading_info``) left tensors over, or lacked some."""
-    strangers = sorted([*info["missing_keys"], *info["unexpected_keys"]])
-    if strangers:
+    if strangers := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
         raise VerificationError(f"{name}: {strangers[0]} has no counterpart in {type(model).__name__}")
-
-
-def _not_comparable(plan: Plan, expert: DenseExpert) -> str | None:
-    changed = {
-        type(tensor.expression).__name__
-        for tensor in plan.tensors
-        if f".experts.{[source.name for source in plan.sources].index(expert.name)}." in tensor.name
-    } & {"Scaled", "PartlyRedrawn"}
-    return "its FFN was changed on purpose (sparse upcycling's options)" if changed else None
 
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
@@ -248,15 +219,17 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int)
     dense_config = _dense_config(plan, expert)
     attention = plan.config["attention"] in ("kv_experts", "kv_sharing")
     owned = expert.expert_tensors(attention, plan.config["ffn"] == "experts")
-    dtype = DTYPES[plan.config["dtype"]]
+    dtype, family = DTYPES[plan.config["dtype"]], expert.family
+    norms = filter(None, [family.attention_input_norm, family.ffn_input_norm])
+    gains = inside(family, list(norms) if expert.fold_norms else [])
     state = {}
     floats = {name: ref for name, ref in expert.tensors.items() if ref.dtype in FLOAT_DTYPES}
     for name, ref in floats.items():  # other numbers are buffers, which the class computes
         shared = index.tensors.get(f"model.{name}") or index.tensors.get(f"model.{of_trunk(name, number)}", ref)
         source = ref if plan.lossless or name in owned else shared
         state[name] = _tensor(cast(Source(source), dtype))  # the output's dtype may be narrower than the source's
-    if expert.fold_norms:
-        _unfold(state, expert)
+        if gains.match(name):  # which the mixture has folded into its matrices
+            state[name] = _tensor(Source(ref))
     if plan.config["attention"] == "kv_sharing" and not plan.lossless:
         _share_keys_and_values(state, expert, index)
     # As from a checkpoint, so that transformers' own renamings (GPT-NeoX's embed_out) apply.
@@ -265,15 +238,6 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int)
     )
     refuse_strangers(model, info, expert.name)
     return model.eval()
-
-
-def _unfold(state: dict[str, Any], expert: DenseExpert) -> None:
-    """Dense model i keeps its own gains where the mixture has them folded into its matrices."""
-    family = expert.family
-    for layer in range(expert.dims.num_layers):
-        for norm in {family.attention_input_norm, family.ffn_input_norm} - {None}:
-            name = f"{family.layers}.{layer}.{norm}.weight"
-            state[name] = _tensor(Source(expert.tensors[name]))
 
 
 def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: CheckpointIndex) -> None:
@@ -295,15 +259,12 @@ def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: Ch
                     continue
                 fused = state[f"{module}.{family.fused_qkv}.{kind}"]
                 rows = fused.T if family.transposed and kind == "weight" else fused
-                position = 0
-                for low, high in fused_rows(family, expert.dims, role):  # type: ignore[arg-type]
-                    rows[low:high] = value[position : position + high - low]
-                    position += high - low
+                spans = fused_rows(family, expert.dims, role)  # type: ignore[arg-type]
+                rows[[row for span in spans for row in range(*span)]] = value
         if family.key_norm:
             prefix = f"model.{module}.heads.{family.key_norm}."
-            for name, ref in index.tensors.items():
-                if name.startswith(prefix):
-                    state[name.removeprefix("model.").replace(".heads.", ".", 1)] = _tensor(Source(ref))
+            for name, part in below(prefix, index.tensors).items():
+                state[f"{module}.{family.key_norm}.{name}"] = _tensor(part)
 
 
 def _tensor(source: Expression) -> Any:
@@ -358,12 +319,9 @@ def sample_tokens(folder: Path, vocab_size: int, *, least: int = 0, most: int | 
 
 def require_memory(need: int, what: str, otherwise: str) -> None:
     """Raises VerificationError where ``what`` needs more bytes of memory than the system says are free."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    if need > free:
+    import psutil
+
+    if need > (free := psutil.virtual_memory().available):
         raise VerificationError(
             f"{what} needs about {human_bytes(need)} of memory (fp32), but {human_bytes(free)} are free: use a larger "
             f"machine, or {otherwise}"

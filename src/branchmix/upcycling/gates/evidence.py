@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
+from scipy.signal import lfilter
+from scipy.special import log_softmax
 
 SMOOTHING = (500.0, 2000.0, 8000.0)
 """Tokens of the domains' mean that are added to each domain's counts."""
@@ -32,11 +34,6 @@ class Posterior:
     """Share of tokens after which the true domain is the most probable, mean over domains."""
 
 
-def count(documents: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """How often each token occurs, [V]."""
-    return sum((np.bincount(tokens, minlength=vocab_size) for tokens in documents), np.zeros(vocab_size, np.int64))
-
-
 def evidence_table(counts_VM: np.ndarray, smoothing: float) -> np.ndarray:
     """``log p(token | domain)`` minus its mean over domains, [V, M]; probabilities smoothed with the domains' mean.
 
@@ -51,16 +48,12 @@ def evidence_table(counts_VM: np.ndarray, smoothing: float) -> np.ndarray:
 
 def decayed_sums(evidence_TM: np.ndarray, decay: float) -> np.ndarray:
     """``c_t = decay * c_(t-1) + evidence_t``, [T, M]."""
-    from scipy.signal import lfilter
-
     return lfilter([1.0], [1.0, -decay], evidence_TM, axis=0)
 
 
 def log_posterior(sums_TM: np.ndarray, temperature: float) -> np.ndarray:
     """``log softmax(c_t / temperature)``, [T, M]."""
-    z_TM = sums_TM / temperature
-    z_TM = z_TM - z_TM.max(1, keepdims=True)
-    return z_TM - np.log(np.exp(z_TM).sum(1, keepdims=True))
+    return log_softmax(sums_TM / temperature, axis=1)
 
 
 def fit_posterior(counts_VM: np.ndarray, measured: Mapping[int, Sequence[np.ndarray]]) -> Posterior:
@@ -73,21 +66,21 @@ def fit_posterior(counts_VM: np.ndarray, measured: Mapping[int, Sequence[np.ndar
         counts_VM: of other documents.
         measured: documents of each domain, by its column.
     """
-    joined, labels = _joined(measured)
-    best = None
+    rounds = range(max(len(texts) for texts in measured.values()))
+    in_turn = [(m, texts[n]) for n in rounds for m, texts in measured.items() if n < len(texts)]
+    joined = np.concatenate([tokens for _, tokens in in_turn])
+    labels = np.concatenate([[m] * len(tokens) for m, tokens in in_turn])
+    found: list[tuple[float, Posterior]] = []
     for smoothing, decay in product(SMOOTHING, DECAYS):
         table_VM = evidence_table(counts_VM, smoothing)
-        alone = {m: [decayed_sums(table_VM[tokens], decay) for tokens in found] for m, found in measured.items()}
+        alone = {m: [decayed_sums(table_VM[tokens], decay) for tokens in texts] for m, texts in measured.items()}
         together_TM = decayed_sums(table_VM[joined], decay)
         for temperature in TEMPERATURES:
             entropy, accuracy = _scores(alone, temperature)
             logp_TM = log_posterior(together_TM, temperature)
             switching = np.mean([-logp_TM[labels == m, m].mean() for m in measured])
-            found = Posterior(smoothing, temperature, decay, entropy, accuracy)
-            if best is None or entropy + switching < best[0]:
-                best = (entropy + switching, found)
-    assert best is not None
-    return best[1]
+            found.append((entropy + switching, Posterior(smoothing, temperature, decay, entropy, accuracy)))
+    return min(found, key=lambda tried: tried[0])[1]
 
 
 def _scores(sums: Mapping[int, Sequence[np.ndarray]], temperature: float) -> tuple[float, float]:
@@ -97,10 +90,3 @@ def _scores(sums: Mapping[int, Sequence[np.ndarray]], temperature: float) -> tup
         entropies.append(-logp_TM[:, m].mean())
         hits.append((logp_TM.argmax(1) == m).mean())
     return float(np.mean(entropies)), float(np.mean(hits))
-
-
-def _joined(measured: Mapping[int, Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """All documents one behind the other, domains in turn, and the domain of each token."""
-    rounds = max(len(found) for found in measured.values())
-    order = [(m, found[n]) for n in range(rounds) for m, found in measured.items() if n < len(found)]
-    return np.concatenate([tokens for _, tokens in order]), np.concatenate([[m] * len(tokens) for m, tokens in order])

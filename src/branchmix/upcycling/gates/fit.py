@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import log_softmax
 
 from branchmix.likelihood.forward import evaluating, log_probs, logits_at
 from branchmix.models.documents_branchmix import BranchMixDocumentGate, DocumentLogits
@@ -54,16 +55,11 @@ class Routing:
         With ``keep_top_k`` the gates are chosen and used as they are now, but without a scale that made up for random
         ones: they are no longer near 1 / N.
         """
-        attention = self.attention_num_experts_per_tok
         if keep_top_k:
             return replace(self, routed_scaling_factor=1.0)
-        return Routing(
-            max(self.num_experts_per_tok, min(2, num_experts)),
-            True,
-            1.0,
-            None if attention is None else max(attention, min(2, num_experts)),
-            True,
-        )
+        least, attention = min(2, num_experts), self.attention_num_experts_per_tok
+        attention = None if attention is None else max(attention, least)
+        return Routing(max(self.num_experts_per_tok, least), True, 1.0, attention, True)
 
     def apply(self, model: Any) -> None:
         """Set a live model's routers, and its config."""
@@ -82,11 +78,7 @@ class Routing:
 class Gated:
     """A mixture in memory with document gates of its own, whatever it had.
 
-    Args:
-        model: the mixture, which is changed.
-        domains: names of the M columns.
-        decay: of the evidence.
-        evidence_VM: already divided by the temperature.
+    The model is changed. ``evidence_VM`` is already divided by the temperature.
     """
 
     def __init__(self, model: Any, domains: Sequence[str], decay: float, evidence_VM: np.ndarray):
@@ -134,19 +126,18 @@ def losses(model: Any, text: Mapping[str, Sequence[np.ndarray]]) -> dict[str, fl
     Raises:
         CheckpointError: the model's logits are not finite.
     """
+    found = {}
     with evaluating(model):
-        return {name: _loss(model, documents) for name, documents in text.items()}
-
-
-def _loss(model: Any, documents: Sequence[np.ndarray]) -> float:
-    total, number = 0.0, 0
-    for batch in batches(documents):
-        rows = np.concatenate([np.full(len(tokens) - 1, row) for row, tokens in enumerate(batch)])
-        places = np.concatenate([np.arange(len(tokens) - 1) for tokens in batch])
-        targets = np.concatenate([tokens[1:] for tokens in batch])
-        total -= float(log_probs(*logits_at(model, batch, rows, places, targets)).sum())
-        number += len(targets)
-    return total / number
+        for name, documents in text.items():
+            total, number = 0.0, 0
+            for batch in batches(documents):
+                rows = np.concatenate([np.full(len(tokens) - 1, row) for row, tokens in enumerate(batch)])
+                places = np.concatenate([np.arange(len(tokens) - 1) for tokens in batch])
+                targets = np.concatenate([tokens[1:] for tokens in batch])
+                total -= float(log_probs(*logits_at(model, batch, rows, places, targets)).sum())
+                number += len(targets)
+            found[name] = total / number
+    return found
 
 
 def batches(documents: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
@@ -165,15 +156,11 @@ def forced_losses(
     model: Any,
     num_experts: int,
     text: Mapping[str, Sequence[np.ndarray]],
-    tell: Callable[[], None] = lambda: None,
+    tell: Callable[[], None],
 ) -> np.ndarray:
-    """Loss of a mixture on each domain in ``text`` with all gates forced to each expert, [M, E] in nats.
+    """Loss of a mixture on each domain in ``text`` with all gates forced to each of E experts, [M, E] in nats.
 
-    Args:
-        model: the mixture.
-        num_experts: E.
-        text: documents by domain.
-        tell: called after each expert.
+    ``tell`` is called after each expert.
     """
     columns = []
     for expert in range(num_experts):
@@ -184,37 +171,29 @@ def forced_losses(
 
 def log_shares(losses_E: np.ndarray, tau: float) -> np.ndarray:
     """``log softmax(-L / tau)``, [..., E]."""
-    z_E = -losses_E / tau
-    z_E = z_E - z_E.max(-1, keepdims=True)
-    return np.maximum(z_E - np.log(np.exp(z_E).sum(-1, keepdims=True)), LEAST_LOG)
+    return np.maximum(log_softmax(-losses_E / tau, axis=-1), LEAST_LOG)
 
 
 def best_sharpness(
     gated: Gated,
     losses_ME: np.ndarray,
     text: Mapping[str, Sequence[np.ndarray]],
-    tell: Callable[[], None] = lambda: None,
+    tell: Callable[[], None],
 ) -> dict[str, float]:
     """tau of each domain in ``text``: the softest with which the mixture's loss on that domain is least, or nearly so.
 
     Domains hardly meet: each is chosen from passes in which all have the same tau.
     """
-    found: dict[str, list[float]] = {name: [] for name in text}
+    found: dict[float, dict[str, float]] = {}
     for tau in SHARPNESS:
         gated.set_experts(log_shares(losses_ME, tau))
-        for name, loss in losses(gated.model, text).items():
-            found[name].append(loss)
+        found[tau] = losses(gated.model, text)
         tell()
-    good_enough = {name: min(by_tau) + NEARLY for name, by_tau in found.items()}
-    return {
-        name: next(tau for tau, loss in zip(SHARPNESS, by_tau, strict=True) if loss <= good_enough[name])
-        for name, by_tau in found.items()
-    }
+    least = {name: min(of_tau[name] for of_tau in found.values()) for name in text}
+    return {name: next(tau for tau in SHARPNESS if found[tau][name] <= least[name] + NEARLY) for name in text}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gates that see one token
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Gates that see one token ----
 
 SAMPLED_TOKENS = 2000
 """Tokens of each domain whose router inputs the token gates are fitted on."""
@@ -228,7 +207,7 @@ def fit_token_routers(
     fitted_on: Mapping[str, Sequence[np.ndarray]],
     measured: Mapping[str, Sequence[np.ndarray]],
     routing: Routing,
-    tell: Callable[[], None] = lambda: None,
+    tell: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
     """Weights of every router: logistic regression from its own inputs to what the token's domain wants.
 
@@ -236,13 +215,8 @@ def fit_token_routers(
     inputs would betray the expert that was forced, and such routers are useless where their own choices count. The
     first time, all experts take part equally.
 
-    Args:
-        gated: the mixture, whose document gates fall silent.
-        shares_ME: log probabilities of the experts that each domain wants.
-        fitted_on: documents by domain; a sample of ``SAMPLED_TOKENS`` is used.
-        measured: other documents, on which the penalty is chosen by the mixture's loss.
-        routing: of the mixture.
-        tell: called after each pass.
+    ``shares_ME`` are the log probabilities of the experts that each domain wants, and ``routing`` is the mixture's. The
+    penalty is chosen by the mixture's loss on the documents in ``measured``. ``tell`` is called after each pass.
     """
     sample = {name: _sample(documents) for name, documents in fitted_on.items()}
     targets_ME = dict(zip(gated.domains, torch.from_numpy(np.exp(shares_ME)).float(), strict=True))
@@ -250,45 +224,36 @@ def fit_token_routers(
     gated.set_routers(None)
     everyone = Routing(gated.num_experts, True, 1.0, None, True)
     everyone.apply(gated.model)
-    weights = _regressions(gated, sample, targets_ME, PENALTIES[1])
+    weights = _regressions(_inputs(gated, sample), targets_ME, PENALTIES[1])
     tell()
     routing.apply(gated.model)
     gated.set_routers(weights)
     inputs = _inputs(gated, sample)
     tell()
-    best: tuple[float, dict[str, torch.Tensor]] | None = None
+    found = []
     for penalty in PENALTIES:
-        weights = _regressions(gated, sample, targets_ME, penalty, inputs)
+        weights = _regressions(inputs, targets_ME, penalty)
         gated.set_routers(weights)
-        loss = float(np.mean(list(losses(gated.model, measured).values())))
-        if best is None or loss < best[0]:
-            best = (loss, weights)
+        found.append((float(np.mean(list(losses(gated.model, measured).values()))), weights))
         tell()
-    assert best is not None
-    gated.set_routers(best[1])
-    return best[1]
+    _, best = min(found, key=lambda tried: tried[0])
+    gated.set_routers(best)
+    return best
 
 
 def _sample(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The first documents, up to ``SAMPLED_TOKENS``."""
     chosen: list[np.ndarray] = []
-    left = SAMPLED_TOKENS
     for tokens in documents:
-        if left <= 0:
-            break
-        chosen.append(tokens[: min(left, BATCH_TOKENS)])
-        left -= len(chosen[-1])
+        if (left := SAMPLED_TOKENS - sum(map(len, chosen))) > 0:
+            chosen.append(tokens[: min(left, BATCH_TOKENS)])
     return chosen
 
 
 def _regressions(
-    gated: Gated,
-    sample: Mapping[str, Sequence[np.ndarray]],
-    targets_ME: Mapping[str, torch.Tensor],
-    penalty: float,
-    inputs: dict[str, dict[str, torch.Tensor]] | None = None,
+    inputs: Mapping[str, Mapping[str, torch.Tensor]], targets_ME: Mapping[str, torch.Tensor], penalty: float
 ) -> dict[str, torch.Tensor]:
-    inputs = _inputs(gated, sample) if inputs is None else inputs
+    """Weights of every router, from its inputs by domain."""
     found = {}
     for name, by_domain in inputs.items():
         x_SD = torch.cat(list(by_domain.values())).float()
@@ -339,14 +304,3 @@ def _inputs(gated: Gated, sample: Mapping[str, Sequence[np.ndarray]]) -> dict[st
         for name, seen in parts.items():
             found[name][domain] = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
     return found
-
-
-__all__ = [
-    "Gated",
-    "Routing",
-    "best_sharpness",
-    "fit_token_routers",
-    "forced_losses",
-    "log_shares",
-    "losses",
-]

@@ -6,7 +6,8 @@ domains only. Shapes: V vocabulary, M domains, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +17,12 @@ from branchmix.accounting.shape import Shape
 from branchmix.checkpoint.expressions import Expression, Source
 from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.checkpoint.writer import OutputTensor
 from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.upcycling.gates.evidence import Posterior, count, evidence_table, fit_posterior
+from branchmix.upcycling.gates.evidence import Posterior, evidence_table, fit_posterior
 from branchmix.upcycling.gates.text import DomainText, read
-from branchmix.upcycling.layers import cast
 from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture
-from branchmix.upcycling.plan import Plan, group_tensors
-
-Progress = Callable[[str, int, int], None]
+from branchmix.upcycling.plan import Plan, Progress
 
 PREFIX = "document_gate."
 """How the names of the document gates' tensors begin."""
@@ -99,15 +96,8 @@ def text_for(
     token_only: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, DomainText]:
-    """Text to fit a mixture's gates on, by domain; errors as for ``calibrate``, before anything is written.
-
-    Args:
-        shape: of the mixture.
-        model: whose tokenizer it has.
-        data: domains of text.
-        token_only: as for ``calibrate``.
-        trust_remote_code: run code of the tokenizer's.
-    """
+    """Text to fit a mixture's gates on, by domain, read with the tokenizer of ``model``; errors and options as for
+    ``calibrate``, before anything is written."""
     from branchmix.likelihood.loading import load_tokenizer
 
     given = model.given
@@ -142,63 +132,26 @@ def fit(
     keep_top_k: bool = False,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Fit gates for a mixture to the text that ``text_for`` gives; other arguments as for ``calibrate``."""
-    known = _Known.of(mixture)
-    names = [*known.counts, *(name for name in text if name not in known.counts)]
-    vocab_size = mixture.dims.vocab_size
-    counts = known.counts | {name: count(found.counted, vocab_size) for name, found in text.items()}
-    counts_VM = np.stack([counts[name] for name in names], axis=1)
-    if known.posterior is None or set(text) == set(names):
-        measured = {column: text[name].measured for column, name in enumerate(names) if name in text}
-        posterior = fit_posterior(counts_VM, measured)
-    else:  # a fit to some of the domains would favour them
-        posterior = known.posterior
-    options = {"token_only": token_only, "keep_top_k": keep_top_k}
-    return _measure(mixture, names, counts_VM, posterior, text, known, **options, progress=progress)
+    """Fit gates for a mixture to the text that ``text_for`` gives; other arguments as for ``calibrate``.
 
-
-@dataclass(frozen=True)
-class _Known:
-    """What an earlier fit left in the checkpoint, by the names of domains and experts."""
-
-    counts: dict[str, np.ndarray]
-    losses: dict[str, dict[str, float]]
-    sharpness: dict[str, float]
-    posterior: Posterior | None
-
-    @classmethod
-    def of(cls, mixture: OpenedMixture) -> _Known:
-        record = mixture.config.get("document_gate") or {}
-        names = list(mixture.shape.domains)
-        if not names:
-            return cls({}, {}, {}, None)
-        stored = Source(mixture.index.tensors[f"{PREFIX}counts"])
-        counts_VM = stored.rows(0, stored.num_rows).astype(np.int64)
-        posterior = None
-        if {"smoothing", "temperature"} <= record.keys():
-            posterior = Posterior(record["smoothing"], record["temperature"], record["decay"])
-        counts = {name: counts_VM[:, column] for column, name in enumerate(names)}
-        return cls(counts, record.get("losses") or {}, record.get("sharpness") or {}, posterior)
-
-
-def _measure(
-    mixture: OpenedMixture,
-    names: list[str],
-    counts_VM: np.ndarray,
-    posterior: Posterior,
-    text: Mapping[str, DomainText],
-    known: _Known,
-    *,
-    token_only: bool,
-    keep_top_k: bool,
-    progress: Progress | None,
-) -> Fitted:
-    """Losses of the mixture under forced gates, and what follows from them."""
+    What an earlier fit left in the checkpoint counts as well.
+    """
     import torch
 
     from branchmix.likelihood.loading import load_language_model
     from branchmix.models.chunked_branchmix import faster_in_bf16
     from branchmix.upcycling.gates import fit as fitting
+
+    earlier = mixture.config.get("document_gate") or {}
+    counts = _stored_counts(mixture)
+    for name, of_domain in text.items():
+        counts[name] = np.bincount(np.concatenate(of_domain.counted), minlength=mixture.dims.vocab_size)
+    names, counts_VM = list(counts), np.stack(list(counts.values()), axis=1)
+    if set(text) == set(names) or not {"smoothing", "temperature"} <= earlier.keys():
+        measured_of = {column: text[name].measured for column, name in enumerate(names) if name in text}
+        posterior = fit_posterior(counts_VM, measured_of)
+    else:  # a fit to some of the domains would favour them
+        posterior = Posterior(earlier["smoothing"], earlier["temperature"], earlier["decay"])
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "auto" if device.type == "cuda" else torch.bfloat16 if faster_in_bf16(device) else torch.float32
@@ -206,44 +159,49 @@ def _measure(
     model = load_language_model(folder, given=given, dtype=dtype).eval().to(device)
     experts = mixture.names
     passes = len(fitting.PENALTIES) + 3 if token_only else 1 + 2 * mixture.may_be_trained
-    steps = _Steps(progress, 1 + len(experts) + len(fitting.SHARPNESS) + passes)
+    total, done = 1 + len(experts) + len(fitting.SHARPNESS) + passes, itertools.count(1)
+
+    def tell() -> None:
+        if progress is not None:
+            progress("calibrating", next(done), total)
+
     measured = {name: found.measured for name, found in text.items()}
     no_trunk = mixture.shape.trunk == "experts" and not mixture.shape.domains  # nothing chooses one yet
     before = {} if no_trunk else fitting.losses(model, measured)
-    steps.done()
+    tell()
 
     evidence_VM = evidence_table(counts_VM, posterior.smoothing) / posterior.temperature
     gated = fitting.Gated(model, names, posterior.decay, evidence_VM)
     own = gated.own_routing
     calibrated = own.calibrated(len(experts), keep_top_k=keep_top_k)
-    forced = fitting.forced_losses(model, len(experts), measured, steps.done)
-    losses = {name: dict(known.losses.get(name, {})) for name in names}
+    forced = fitting.forced_losses(model, len(experts), measured, tell)
+    losses = {name: dict((earlier.get("losses") or {}).get(name, {})) for name in names}
     for name, row in zip(measured, forced, strict=True):
         losses[name] = dict(zip(experts, map(float, row), strict=True))
     losses_ME, notes = _matrix(losses, experts)
 
     calibrated.apply(model)
     gated.set_routers(None)
-    sharpness = dict.fromkeys(names, fitting.SHARPNESS[1]) | known.sharpness
-    sharpness |= fitting.best_sharpness(gated, losses_ME, measured, steps.done)
+    sharpness = dict.fromkeys(names, fitting.SHARPNESS[1]) | (earlier.get("sharpness") or {})
+    sharpness |= fitting.best_sharpness(gated, losses_ME, measured, tell)
     shares_ME = np.stack([fitting.log_shares(losses_ME[m], sharpness[name]) for m, name in enumerate(names)])
     gated.set_experts(shares_ME)
     tensors: dict[str, Expression] = {}
     record: dict[str, Any] | None = None
     if token_only:
         counted = {name: documents.counted for name, documents in text.items()}
-        weights = fitting.fit_token_routers(gated, shares_ME, counted, measured, calibrated, steps.done)
+        weights = fitting.fit_token_routers(gated, shares_ME, counted, measured, calibrated, tell)
         after, routing, routers = fitting.losses(model, measured), calibrated, "fitted"
-        steps.done()
+        tell()
     else:
         routers, routing, after = "zeros", calibrated, fitting.losses(model, measured)
-        steps.done()
+        tell()
         if mixture.may_be_trained:  # then routers may know more than nothing
             gated.set_routers(gated.weights)
             for option in (calibrated, own):
                 option.apply(model)
                 found = fitting.losses(model, measured)
-                steps.done()
+                tell()
                 if np.mean(list(found.values())) < np.mean(list(after.values())) - fitting.NEARLY:
                     routers, routing, after = "kept", option, found
         weights = {name: torch.zeros_like(w) for name, w in gated.weights.items()} if routers == "zeros" else {}
@@ -271,18 +229,11 @@ def _measure(
         stored = mixture.index.tensors.items()
         tensors = {name: Source(ref) for name, ref in stored if name.startswith(PREFIX)}
         after, routing, routers, record = before, own, "unchanged", mixture.config["document_gate"]
-    domains = [
-        DomainFit(
-            name,
-            int(counts_VM[:, m].sum()),
-            sum(map(len, measured.get(name, []))),
-            before.get(name),
-            after.get(name),
-            losses[name],
-            dict(zip(experts, np.exp(shares_ME[m]).round(4).tolist(), strict=True)),
-        )
-        for m, name in enumerate(names)
-    ]
+    domains = []
+    for m, name in enumerate(names):
+        tokens = int(counts_VM[:, m].sum()), sum(map(len, measured.get(name, [])))
+        shares = dict(zip(experts, np.exp(shares_ME[m]).round(4).tolist(), strict=True))
+        domains.append(DomainFit(name, *tokens, before.get(name), after.get(name), losses[name], shares))
     config = {**vars(routing), "document_gate": record}
     return Fitted(domains, posterior, config, tensors, routers, notes)
 
@@ -302,16 +253,13 @@ def _matrix(losses: dict[str, dict[str, float]], experts: list[str]) -> tuple[np
     return np.array(rows), notes
 
 
-class _Steps:
-    """Passes over the measured text, for the progress bar."""
-
-    def __init__(self, progress: Progress | None, total: int):
-        self.progress, self.total, self.number = progress, total, 0
-
-    def done(self) -> None:
-        self.number += 1
-        if self.progress is not None:
-            self.progress("calibrating", self.number, self.total)
+def _stored_counts(mixture: OpenedMixture) -> dict[str, np.ndarray]:
+    """How often each token occurred in the text of earlier fits, [V] by domain."""
+    if not mixture.shape.domains:
+        return {}
+    stored = Source(mixture.index.tensors[f"{PREFIX}counts"])
+    counts_VM = stored.rows(0, stored.num_rows).astype(np.int64)
+    return dict(zip(mixture.shape.domains, counts_VM.T, strict=True))
 
 
 def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Plan:
@@ -319,13 +267,12 @@ def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Pla
     new = fitted.tensors if fitted else {}
     calibrated_now = [NOT_CALIBRATED.format(name=name) for name in mixture.names]
     stored = mixture.index.tensors.items()
-    tensors = [OutputTensor(name, Source(ref)) for name, ref in stored if not (name in new or name.startswith(PREFIX))]
-    tensors += [OutputTensor(name, cast(part, mixture.dtype)) for name, part in new.items()]
-    return Plan(
-        tuple(tensors),
+    kept = {name: Source(ref) for name, ref in stored if not (name in new or name.startswith(PREFIX))}
+    return Plan.of(
+        [*kept.items(), *new.items()],
+        mixture.dtype,
         {**mixture.config, **(fitted.config if fitted else {})},
-        tuple(note for note in mixture.notes if note not in calibrated_now),
-        tuple(mixture.experts),
-        tuple(group_tensors(tensors, mixture.family)),
-        mixture.lossless,
+        notes=tuple(note for note in mixture.notes if note not in calibrated_now),
+        sources=tuple(mixture.experts),
+        lossless=mixture.lossless,
     )

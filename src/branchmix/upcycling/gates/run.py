@@ -16,8 +16,9 @@ from branchmix.checkpoint.folder import atomic_folder, require_replaceable
 from branchmix.data.config import EvalData
 from branchmix.errors import OutputError, RecipeError
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_calibrated
-from branchmix.upcycling.gates.measure import Fitted, Progress, fit, plan_with_gates, text_for
-from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
+from branchmix.upcycling.gates.measure import Fitted, fit, plan_with_gates, text_for
+from branchmix.upcycling.mixture import OpenedMixture
+from branchmix.upcycling.plan import Progress
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ def calibrate(
     require_space(target, plan_with_gates(mixture))  # before the minutes that the fit takes
     text = text_for(mixture.shape, mixture.resolved, data, token_only=token_only, trust_remote_code=trust_remote_code)
     fitted = fit(mixture, text, token_only=token_only, keep_top_k=keep_top_k, progress=progress)
-    largest = max(file.stat().st_size for file in mixture.index.files)
-    shard_bytes = largest if len(mixture.index.files) > 1 else max(largest, DEFAULT_SHARD_BYTES)
     with atomic_folder(target, force=in_place or force) as folder:
-        written = write_calibrated(mixture, fitted, folder, shard_bytes, progress=progress)
-        if in_place:
-            _keep_others(source, folder)
+        written = write_calibrated(mixture, fitted, folder, mixture.shard_bytes, progress=progress)
+        for file in source.iterdir() if in_place else ():  # beside the mixture's own, such as a licence
+            weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+            if file.is_file() and not weights and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
     return CalibrationReport(target, fitted, written, time.perf_counter() - start)
 
 
@@ -101,11 +102,3 @@ def _require_replaceable(folder: Path) -> None:
             raise OutputError(
                 f"{folder}: holds the folder {entry.name}, which calibrate does not carry over: give --out"
             )
-
-
-def _keep_others(source: Path, folder: Path) -> None:
-    """Copy files beside the mixture's own, such as a licence."""
-    for file in source.iterdir():
-        weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
-        if file.is_file() and not weights and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)

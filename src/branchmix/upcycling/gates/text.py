@@ -6,7 +6,7 @@ Held-out documents are those of lowest hashes; the fit reads those of highest ha
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +43,7 @@ class DomainText:
 
 
 def read(config: EvalData, tokenizer: Any) -> dict[str, DomainText]:
-    """The text of each domain.
-
-    Args:
-        config: sources, and the rule that holds documents out.
-        tokenizer: of the mixture.
+    """The text of each domain, in tokens of the mixture's tokenizer.
 
     Raises:
         RecipeError: every document is held out.
@@ -117,7 +113,9 @@ def _tokens(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
 def _split(documents: list[np.ndarray]) -> DomainText:
     """Every fourth document is measured until there is enough; a few long ones are cut into pieces first."""
     if len(documents) < 8:
-        documents = [piece for tokens in documents for piece in _pieces(tokens)]
+        sizes = [min(PIECE, max(16, len(tokens) // 8)) for tokens in documents]
+        whole = zip(documents, sizes, strict=True)
+        documents = [tokens[start : start + n] for tokens, n in whole for start in range(0, len(tokens), n)]
     text = DomainText([], [])
     measured = counted = 0
     for number, tokens in enumerate(documents):
@@ -130,8 +128,3 @@ def _split(documents: list[np.ndarray]) -> DomainText:
             text.counted.append(tokens[: COUNTED_TOKENS - counted])
             counted += len(text.counted[-1])
     return text
-
-
-def _pieces(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    size = min(PIECE, max(16, len(tokens) // 8))
-    return (tokens[start : start + size] for start in range(0, len(tokens), size))
