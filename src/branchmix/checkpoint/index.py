@@ -1,18 +1,16 @@
-"""What a dense checkpoint folder holds, read from its headers alone: no weights, no torch, no safetensors library.
+"""What a dense checkpoint folder holds, read from its headers alone: no weights, no torch.
 
 ``CheckpointIndex.open(folder)`` parses config.json and the headers of model.safetensors or of its shards, and refuses
 in one line whatever the writer could not copy faithfully: pickles, quantised weights, truncated or overlapping data.
-
-The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,6 @@ from branchmix.errors import BranchMixError, CheckpointError, short
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = MAX_BYTES
-"""The reference implementation's limit."""
 
 DTYPE_BITS = {
     "F4": 4,
@@ -138,76 +134,26 @@ def read_header(file: Path) -> list[TensorRef]:
 
     Raises CheckpointError if the file is truncated or not a safetensors file, or its header contradicts itself.
     """
-    again = "download or save it again"
+    from safetensors import SafetensorError, safe_open  # here, as it brings numpy along
+
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if start.startswith(b"version "):
-                refuse_lfs_pointer(file, start + stream.read(64))
-            if len(start) < 8:
-                raise CheckpointError(f"{file}: truncated, only {size} bytes long: {again}")
-            (length,) = struct.unpack("<Q", start)
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{file}: not a safetensors file (its header would be {length:,} bytes): {again}")
-            if 8 + length > size:
-                raise CheckpointError(
-                    f"{file}: truncated within its header: {size:,} bytes of at least {8 + length:,}: {again}"
-                )
-            raw = stream.read(length)
+        with safe_open(file, framework="np") as stored:  # checks that tensors cover the file without gaps or overlaps
+            parts = {name: stored.get_slice(name) for name in stored.offset_keys()}
+            described = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()]
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):  # Python would silently keep the last
-            twice = next(name for place, name in enumerate(names) if name in names[:place])
-            raise CheckpointError(f"{file}: its header names {twice} twice: {again}")
-        return dict(pairs)
-
-    try:
-        header = parse_json(raw, object_pairs_hook=unique)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a safetensors file (its header is not JSON): {again}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: not a safetensors file (its header is not a JSON object): {again}")
-    header.pop("__metadata__", None)
-    refs = [_tensor_ref(file, name, entry, data_start=8 + length) for name, entry in header.items()]
-    refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
-    end = 8 + length
-    for ref in refs:
-        if ref.offset != end:
-            kind = "overlaps the tensor before it" if ref.offset < end else "leaves a gap before it"
-            raise CheckpointError(f"{file}: tensor {ref.name} {kind}: the file is corrupt, {again}")
-        end += ref.nbytes
-    if size < end:
-        raise CheckpointError(f"{file}: truncated: {size:,} bytes of {end:,}: {again}")
-    if size > end:
-        raise CheckpointError(f"{file}: {size:,} bytes long where its header describes {end:,}: {again}")
-    return refs
-
-
-def _tensor_ref(file: Path, name: str, entry: Any, *, data_start: int) -> TensorRef:
-    def natural(value: Any) -> bool:
-        return type(value) is int and value >= 0
-
-    entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    lists = isinstance(shape, list) and isinstance(offsets, list) and all(map(natural, [*shape, *offsets]))
-    if not (isinstance(dtype, str) and lists and len(offsets) == 2):
-        raise CheckpointError(f"{file}: the header's entry for tensor {name} is malformed: download or save it again")
-    bits = DTYPE_BITS.get(dtype)
-    if bits is None:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        with file.open("rb") as stream:
+            refuse_lfs_pointer(file, stream.read(64))
         raise CheckpointError(
-            f"{file}: tensor {name} has the unknown dtype {dtype}: save the checkpoint in bfloat16, float16 or float32"
-        )
-    begin, end = offsets
-    if end - begin != math.ceil(math.prod(shape) * bits / 8):
-        raise CheckpointError(
-            f"{file}: tensor {name} has {end - begin:,} bytes, which is not {dtype} of shape {shape}: "
-            "the file is corrupt, download or save it again"
-        )
-    return TensorRef(name, dtype, tuple(shape), file, data_start + begin, end - begin)
+            f"{file}: truncated or not a safetensors file ({size:,} bytes; {error}): download or save it again"
+        ) from error
+    sizes = [math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in described]
+    offsets = accumulate(sizes, initial=size - sum(sizes))
+    return [
+        TensorRef(*one, file, offset, nbytes) for one, offset, nbytes in zip(described, offsets, sizes, strict=False)
+    ]
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:

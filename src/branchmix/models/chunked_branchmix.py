@@ -55,56 +55,50 @@ def automatic_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    *,
+    always: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' ``sdpa``, but in chunks where that is faster: see ``_faster_in_chunks``.
 
     Arguments as for transformers' attention functions: query [B, H, T, C], key and value [B, K, S, C]. Returns [B,
-    T, H, C] and None. Raises ValueError for attention sinks, which neither of the two computes.
+    T, H, C] and None.
+
+    With ``always``, chunks for any dtype, length and device; single queries and compiled graphs use ``sdpa``.
+
+    Raises:
+        ValueError: there are attention sinks, which neither of the two computes; or, with ``always``, dropout, position
+            biases or a paged cache.
     """
+    unsupported = _unsupported(dropout, attention_mask, kwargs)
+    if always and unsupported:
+        raise ValueError(f'attn_implementation="{CHUNKED}" has no {unsupported}: use "{AUTOMATIC}", "sdpa" or "eager"')
     if kwargs.get("s_aux") is not None:  # transformers' sdpa would leave them out without a word
         raise ValueError(f'attn_implementation="{AUTOMATIC}" has no sinks: use "eager"')
+    length = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and attention_mask is None and length > 1
     if (chosen := getattr(module, "chosen", None)) is not None:
-        attend = partial(automatic_attention_forward, dropout=dropout, scaling=scaling, **kwargs)
-        return _by_expert(module, chosen, query, key, value, attention_mask, is_causal, attend), None
-    soft_cap = kwargs.get("softcap")
-    if not (_unsupported(dropout, attention_mask, kwargs) or torch.compiler.is_compiling()):
-        q, k, v = _in_autocast_dtype(query, key, value)
-        forward, backward = _faster_in_chunks(q, k, v)
-        forward = forward or soft_cap is not None  # torch's fused attention has no soft caps
-        if forward or backward:
-            return _run(module, q, k, v, attention_mask, scaling, is_causal, soft_cap, forward_in_chunks=forward), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-
-
-def chunked_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Chunks for any dtype, length and device; single queries and compiled graphs use transformers' ``sdpa``.
-
-    Raises ValueError for dropout, sinks, position biases or paged caches, which it does not compute.
-    """
-    reason = _unsupported(dropout, attention_mask, kwargs)
-    if reason:
-        raise ValueError(f'attn_implementation="{CHUNKED}" has no {reason}: use "{AUTOMATIC}", "sdpa" or "eager"')
-    if (chosen := getattr(module, "chosen", None)) is not None:
-        attend = partial(chunked_attention_forward, scaling=scaling, **kwargs)
-        return _by_expert(module, chosen, query, key, value, attention_mask, is_causal, attend), None
-    soft_cap = kwargs.get("softcap")
-    if soft_cap is None and (query.shape[2] == 1 or torch.compiler.is_compiling()):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs)
+        attend = partial(automatic_attention_forward, dropout=dropout, scaling=scaling, always=always, **kwargs)
+        return _by_expert(module, chosen, query, key, value, attention_mask, causal, attend), None
     q, k, v = _in_autocast_dtype(query, key, value)
-    return _run(module, q, k, v, attention_mask, scaling, is_causal, soft_cap, forward_in_chunks=True), None
+    soft_cap = kwargs.get("softcap")  # torch's fused attention has none
+    forward = backward = False
+    if always:
+        forward = soft_cap is not None or not (length == 1 or torch.compiler.is_compiling())
+    elif not (unsupported or torch.compiler.is_compiling()):
+        forward, backward = _faster_in_chunks(q, k, v)
+        forward = forward or soft_cap is not None
+    if not (forward or backward):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    settings = _Settings(q.shape[-1] ** -0.5 if scaling is None else scaling, causal, soft_cap)
+    if causal:  # a static cache has more
+        k, v = k[:, :, :length], v[:, :, :length]
+    with torch.autocast(q.device.type, enabled=False):
+        return _ChunkedAttention.apply(q, k, v, attention_mask, settings, forward), None
 
 
+chunked_attention_forward = partial(automatic_attention_forward, always=True)
 AttentionInterface.register(AUTOMATIC, automatic_attention_forward)
 AttentionInterface.register(CHUNKED, chunked_attention_forward)
 # Masks come as transformers makes them for SDPA: True where a key may be seen, or None for what is just causal.
@@ -182,28 +176,6 @@ def _in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _run(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    is_causal: bool | None,
-    soft_cap: float | None,
-    *,
-    forward_in_chunks: bool,
-) -> torch.Tensor:
-    length = query.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and mask is None and length > 1
-    settings = _Settings(query.shape[-1] ** -0.5 if scaling is None else scaling, causal, soft_cap)
-    if causal and key.shape[2] > length:  # the unused rest of a static cache
-        key, value = key[:, :, :length], value[:, :, :length]
-    with torch.autocast(query.device.type, enabled=False):
-        return _ChunkedAttention.apply(query, key, value, mask, settings, forward_in_chunks)
-
-
 # ---- Experts with keys of their own, each for the tokens that chose it ----
 
 
@@ -214,7 +186,7 @@ def _by_expert(
     k_BKSC: torch.Tensor,
     v_BKSC: torch.Tensor,
     mask: torch.Tensor | None,
-    is_causal: bool | None,
+    causal: bool,
     attend: Callable[..., tuple[torch.Tensor, None]],
 ) -> torch.Tensor:
     """Attention of each token to its experts' own keys and values, [B, T, H, C].
@@ -223,17 +195,15 @@ def _by_expert(
     says where in the sequence they are. Sequences and experts with about as many queries are computed at once.
 
     Args:
-        module: the attention, for its ``is_causal``.
+        module: the attention.
         chosen: k experts of each token.
         q_BHTC: heads are ordered (slot, head of an expert).
         k_BKSC, v_BKSC: heads are ordered (expert, head of an expert).
         mask: [B or 1, 1, T, S], as for all of this file.
-        is_causal: as for all of this file.
+        causal: whether a token sees the keys up to its own, for want of a mask.
         attend: attention of (module, q, k, v, mask, is_causal=).
     """
     (batch, _, length, width), num_experts = q_BHTC.shape, chosen.num_experts
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and mask is None and length > 1
     if causal:  # a static cache has more
         k_BKSC, v_BKSC = k_BKSC[:, :, :length], v_BKSC[:, :, :length]
     q_PHC = chosen.sorted(q_BHTC.transpose(1, 2).reshape(batch * length * chosen.top_k, -1, width))

@@ -7,7 +7,7 @@ Shapes: S = B * T tokens, D model width, E experts, I inner width of an FFN, k e
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -204,22 +204,17 @@ class _AutocastExperts(ExpertsInterface):
     """
 
     def get_interface(self, experts_implementation: str, default: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-        return partial(_run_in_autocast_dtype, ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default))
+        kernel = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
 
+        def run(experts: Any, hidden_SD: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
+            # Gates stay fp32, and so does the sum over a token's experts; the result has autocast's dtype.
+            device = hidden_SD.device.type
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                experts, hidden_SD = _CastExperts(experts, dtype), hidden_SD.to(dtype)
+            return kernel(experts, hidden_SD, *routed)
 
-def _run_in_autocast_dtype(
-    kernel: Callable[..., torch.Tensor],
-    experts: Any,
-    hidden_SD: torch.Tensor,
-    index_Sk: torch.Tensor,
-    gates_Sk: torch.Tensor,
-) -> torch.Tensor:
-    """Gates stay fp32, and so does the sum over a token's experts; the result has autocast's dtype, as a linear has."""
-    device = hidden_SD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        experts, hidden_SD = _CastExperts(experts, dtype), hidden_SD.to(dtype)
-    return kernel(experts, hidden_SD, index_Sk, gates_Sk)
+        return run
 
 
 class _CastExperts:

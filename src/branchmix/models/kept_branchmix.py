@@ -134,7 +134,7 @@ def _cut(
         dim: where the heads are.
         names: of the tensors; all if not given.
     """
-    sizes, axis = ((-1, 1), 0) if order is None else ((*order.sizes, order.head_dim), order.expert_axis)
+    sizes, axis = ((-1, 1), 0) if order is None else (order.pieces, 1)
     for name, value in module._parameters.items():
         if value is not None and (names is None or name in names):
             wide = value.detach().unflatten(dim, sizes)
