@@ -198,10 +198,7 @@ def _require_folder(folder: Path) -> None:
         }
         kind = kinds.get(folder.suffix, "a file: give a checkpoint folder (config.json and safetensors weights)")
         raise CheckpointError(f"{folder}: is {kind}")
-    hint = "check the path"
-    if not folder.is_absolute() and len(folder.parts) == 2 and ".." not in folder.parts:
-        hint += f", or fetch it from the Hub first: hf download {folder.as_posix()} --local-dir {folder.name}"
-    raise CheckpointError(f"{folder}: no such folder: {hint}")
+    raise CheckpointError(f"{folder}: no such folder: check the path")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .chosen_branchmix import Chosen
+from .chosen_branchmix import Chosen, in_autocast_dtype
 from .linear_branchmix import fastest_on_cpu
 
 AUTOMATIC, CHUNKED = "branchmix", "branchmix_chunked"
@@ -81,7 +81,7 @@ def automatic_attention_forward(
     if (chosen := getattr(module, "chosen", None)) is not None:
         attend = partial(automatic_attention_forward, dropout=dropout, scaling=scaling, always=always, **kwargs)
         return _by_expert(module, chosen, query, key, value, attention_mask, causal, attend), None
-    q, k, v = _in_autocast_dtype(query, key, value)
+    q, k, v = in_autocast_dtype(query, key, value)  # rotary angles may have made queries fp32 again
     soft_cap = kwargs.get("softcap")  # torch's fused attention has none
     forward = backward = False
     if always:
@@ -165,15 +165,6 @@ def _unsupported(dropout: float, mask: Any, kwargs: dict[str, Any]) -> str | Non
         if kwargs.get(name) is not None:
             return what
     return None
-
-
-def _in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As autocast does for torch's fused attention; rotary angles may have made queries fp32 again."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 # ---- Experts with keys of their own, each for the tokens that chose it ----

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,8 +33,7 @@ from .configuration_branchmix import BranchMixConfig
 from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, add_document_gate, remember
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .kept_branchmix import generate_with_kept_experts, keep_experts
-from .losses_branchmix import router_losses
-from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
+from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter, router_losses
 from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_trunk
 
 logger = logging.get_logger(__name__)
@@ -204,6 +204,24 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {"router_logits": OutputRecorder(BranchMixRouter, index=0)}
     document_gate: BranchMixDocumentGate | None
+    _causal_lm: ClassVar[bool]
+
+    def __init__(self, config: BranchMixConfig):
+        asked_for = config._attn_implementation
+        super().__init__(config)
+        family = self._build_family(asked_for)
+        # A base model has the name that the family's causal LM gives it, so that tensors have the same names in both.
+        self._family_name = "model" if self._causal_lm else family.base_model_prefix
+        self.add_module(self._family_name, family)
+        self.document_gate = document_gate(family, config)
+        self.post_init()
+        layers = f"model.{config.layout['layers']}" if self._causal_lm else config.layout["layers"]
+        self._tp_plan, self._ep_plan = parallel_plans(self, layers, config.layout, dict(self.tp_plan))
+
+    @property
+    def _family(self) -> PreTrainedModel:
+        """The seed family's own model inside."""
+        return getattr(self, self._family_name)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -274,7 +292,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         implementation = super().get_correct_experts_implementation(requested_experts)
         return EXPERTS_AUTOMATIC if requested_experts is None and implementation == "grouped_mm" else implementation
 
-    def _build_family(self, attention: str | None, *, causal_lm: bool) -> PreTrainedModel:
+    def _build_family(self, attention: str | None) -> PreTrainedModel:
         """The seed family's model, widened, with the attention that was asked for.
 
         If none was asked for and the family supports torch's fused attention, use the one that chooses for each call.
@@ -288,7 +306,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             seed_config._attn_implementation_internal = None
         if config.document_gate is not None and attention == "vllm":
             raise ValueError(f"vLLM keeps no state of document gates between tokens: {WITHOUT_STATE}")
-        model = _family_class(seed_config, causal_lm=causal_lm)(seed_config)
+        model = _family_class(seed_config, causal_lm=self._causal_lm)(seed_config)
         widen(model, config)
         takes_any = config.has_attention_experts or model._can_set_attn_implementation()
         if attention in (AUTOMATIC, CHUNKED) and not takes_any:
@@ -301,11 +319,6 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             config._attn_implementation_internal = seed_config._attn_implementation_internal = attention
         return model
 
-    @property
-    def _family(self) -> PreTrainedModel:
-        """The seed family's own model inside."""
-        raise AttributeError("only models with weights have a family model")
-
     @contextmanager
     def _recorded_routers(self, wanted: bool) -> Iterator[dict[str, list[torch.Tensor]]]:
         """Logits of both kinds of routers, layer by layer, of the forward pass inside the block."""
@@ -315,7 +328,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             for module in self.modules():
                 if isinstance(module, BranchMixRouter):
                     kind = "ffn" if isinstance(module, BranchMixFFNRouter) else "attention"
-                    hooks.append(module.register_forward_hook(_recorder(logits[kind])))
+                    hooks.append(module.register_forward_hook(partial(_record, logits[kind])))
         try:
             yield logits
         finally:
@@ -376,30 +389,14 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         return outputs
 
 
-def _recorder(logits: list[torch.Tensor]) -> Callable[..., None]:
-    def record(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
-        logits.append(output[0].flatten(0, -2))
-
-    return record
+def _record(logits: list[torch.Tensor], module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+    logits.append(output[0].flatten(0, -2))
 
 
 class BranchMixModel(BranchMixPreTrainedModel):
     """The mixture without its language-modelling head: the seed family's base model, widened."""
 
-    def __init__(self, config: BranchMixConfig):
-        asked_for = config._attn_implementation
-        super().__init__(config)
-        family_model = self._build_family(asked_for, causal_lm=False)
-        # Under the name that the family's causal LM gives it, so that both classes share one set of tensor names.
-        self._family_prefix = family_model.base_model_prefix
-        self.add_module(self._family_prefix, family_model)
-        self.document_gate = document_gate(family_model, config)
-        self.post_init()
-        self._tp_plan, self._ep_plan = parallel_plans(self, config.layout["layers"], config.layout, dict(self.tp_plan))
-
-    @property
-    def _family(self) -> PreTrainedModel:
-        return getattr(self, self._family_prefix)
+    _causal_lm = False
 
     def forward(
         self, input_ids: torch.Tensor | None = None, output_router_logits: bool | None = None, **kwargs: Any
@@ -426,18 +423,8 @@ class _Headless:
 class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     """A language model of attention experts and FFN experts: the seed family's own causal LM, widened."""
 
-    def __init__(self, config: BranchMixConfig):
-        asked_for = config._attn_implementation
-        super().__init__(config)
-        self.model = self._build_family(asked_for, causal_lm=True)
-        self.document_gate = document_gate(self.model, config)
-        self.post_init()
-        layers = f"model.{config.layout['layers']}"
-        self._tp_plan, self._ep_plan = parallel_plans(self, layers, config.layout, dict(self.tp_plan))
-
-    @property
-    def _family(self) -> PreTrainedModel:
-        return self.model
+    _causal_lm = True
+    model: Any
 
     @property
     def base_model(self) -> Any:

@@ -115,11 +115,6 @@ def test_missing_folder(tmp_path):
     refused(tmp_path / "nowhere", "nowhere", "no such folder")
 
 
-def test_missing_folder_that_may_be_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(Path("some/model"), "hf download some/model")
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [("m.gguf", "GGUF"), ("m.bin", "never loaded"), ("model.safetensors", "folder that holds it"), ("m.txt", "a file")],
@@ -264,7 +259,7 @@ TWICE = json.dumps(entry("F32", [2], 8, 16)).encode()
         ({"a": GOOD, "b": entry("F33", [2], 8, 16)}, 16, "unknown variant `F33`"),
         ({"a": GOOD, "b": entry("F32", [3], 8, 16)}, 16, "invalid shape, data type, or offset"),
         ({"a": GOOD, "b": entry("F32", [2], 4, 12)}, 12, "invalid offset for tensor `b`"),
-        ({"a": GOOD, "b": GOOD}, 8, "invalid offset for tensor `b`"),
+        ({"a": GOOD, "b": GOOD}, 8, "invalid offset for tensor"),
         ({"a": GOOD, "b": entry("F32", [2], 12, 20)}, 20, "invalid offset for tensor `b`"),
         ({"a": entry("F32", [2], 8, 0)}, 8, "invalid offset for tensor `a`"),
         ({"a": entry("F32", [-2], 0, 8)}, 8, "invalid JSON"),
