@@ -17,7 +17,7 @@ from typing import Any
 from branchmix.checkpoint.companions import ADAPTER_WEIGHTS, adapter_message, left_over_adapter, refuse_adapter
 from branchmix.checkpoint.folder import is_entry
 from branchmix.checkpoint.hub import is_there
-from branchmix.checkpoint.json_text import MAX_BYTES, parse_json
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.rotary import with_current_names
 from branchmix.errors import BranchMixError, CheckpointError, short
 
@@ -214,18 +214,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object that a checkpoint's file holds; raises CheckpointError with what is wrong and what to do."""
     try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
+        value = read_json(file)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    refuse_lfs_pointer(file, raw)
-    if len(raw) > MAX_BYTES:
-        raise CheckpointError(f"{file}: has more than {MAX_BYTES:,} bytes: download or save it again")
-    if not raw.strip():
-        raise CheckpointError(f"{file}: is empty: download or save it again")
-    try:
-        value = parse_json(raw)
     except ValueError as error:
+        with file.open("rb") as stream:
+            refuse_lfs_pointer(file, stream.read(64))
+        if not file.stat().st_size:
+            raise CheckpointError(f"{file}: is empty: download or save it again") from error
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f" ({error})"
         raise CheckpointError(f"{file}: is not valid JSON{where}: download or save it again") from error
     if not isinstance(value, dict):

@@ -142,7 +142,7 @@ def limited_server() -> Iterator[None]:
         positions = max_positions(loaded.model.config) or UNKNOWN_POSITIONS
         get_manager = generation_state.get_manager
         generation_state.get_manager = lambda *args, **options: _limited(get_manager(*args, **options), positions)
-        app.add_middleware(RequestLimits, positions=positions)
+        app.add_middleware(request_limits, positions=positions)
 
         async def refuse(_: Any, error: RequestError) -> Any:
             return JSONResponse(error.content, error.status)
@@ -185,20 +185,15 @@ def _limited(manager: Any, positions: int) -> Any:
     return manager
 
 
-class RequestLimits:
+def request_limits(app: Any, positions: int) -> Any:
     """ASGI middleware: refuses by size and by the tokens asked for, and passes on whole characters."""
 
-    def __init__(self, app: Any, positions: int):
-        self.app = app
-        self.positions = positions
-        self.max_bytes = max(LEAST_BYTES, BYTES_PER_POSITION * positions)
-
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    async def limited(scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await app(scope, receive, send)
             return
         try:
-            body = self._checked(await self._body(receive))
+            body = _checked(await _body(receive, positions), positions)
         except RequestError as error:
             from starlette.responses import JSONResponse
 
@@ -209,48 +204,50 @@ class RequestLimits:
         async def replay() -> dict[str, Any]:
             return next(messages, None) or await receive()
 
-        await self.app(scope, replay, send)
+        await app(scope, replay, send)
 
-    async def _body(self, receive: Receive) -> bytes:
-        """The body; one that is too large is read to its end, so that the client hears why, but not kept."""
-        body, size, more = bytearray(), 0, True
-        while more:
-            message = await receive()
-            part = message.get("body", b"")
-            size += len(part)
-            more = message["type"] == "http.request" and message.get("more_body", False)
-            if size <= self.max_bytes:
-                body += part
-            else:
-                body.clear()
-        if size > self.max_bytes:
-            raise RequestError(
-                f"the request has {size:,} bytes, and at most {self.max_bytes:,} are taken, for the model has "
-                f"{self.positions:,} positions: shorten the prompt",
-                413,
-            )
-        return bytes(body)
+    return limited
 
-    def _checked(self, body: bytes) -> bytes:
-        try:
-            asked = json.loads(body)
-            text = json.dumps(asked, ensure_ascii=False)
-        except RecursionError:
-            raise RequestError("the request's JSON is nested too deeply") from None
-        except ValueError:
-            return body  # not JSON: the server says so itself
-        if isinstance(asked, dict) and asked.get("generation_config") is not None:
-            _check_generation(asked["generation_config"])
-        for key in _LENGTHS if isinstance(asked, dict) else ():
-            value = asked.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value % 1:
-                raise RequestError(f"{key}: should be a whole number from 1 on, got {str(value)[:40]!r}")
-            if value > self.positions:
-                raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {self.positions:,} positions")
-        whole = whole_characters(text)
-        return body if whole == text else whole.encode()
+
+async def _body(receive: Receive, positions: int) -> bytes:
+    """The body; one that is too large is read to its end, so that the client hears why, but not kept."""
+    most, body, size, more = max(LEAST_BYTES, BYTES_PER_POSITION * positions), bytearray(), 0, True
+    while more:
+        message = await receive()
+        part = message.get("body", b"")
+        size += len(part)
+        more = message["type"] == "http.request" and message.get("more_body", False)
+        if size <= most:
+            body += part
+        else:
+            body.clear()
+    if size > most:
+        reason = f"the request has {size:,} bytes, and at most {most:,} are taken, for the model has "
+        raise RequestError(f"{reason}{positions:,} positions: shorten the prompt", 413)
+    return bytes(body)
+
+
+def _checked(body: bytes, positions: int) -> bytes:
+    try:
+        asked = json.loads(body)
+        text = json.dumps(asked, ensure_ascii=False)
+    except RecursionError:
+        raise RequestError("the request's JSON is nested too deeply") from None
+    except ValueError:
+        return body  # not JSON: the server says so itself
+    fields = asked if isinstance(asked, dict) else {}
+    if fields.get("generation_config") is not None:
+        _check_generation(fields["generation_config"])
+    for key in _LENGTHS:
+        value = fields.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value % 1:
+            raise RequestError(f"{key}: should be a whole number from 1 on, got {str(value)[:40]!r}")
+        if value > positions:
+            raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {positions:,} positions")
+    whole = whole_characters(text)
+    return body if whole == text else whole.encode()
 
 
 def _check_generation(asked: Any) -> None:

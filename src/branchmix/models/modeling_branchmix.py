@@ -123,9 +123,7 @@ def _family_class(seed_config: Any, *, causal_lm: bool) -> type[PreTrainedModel]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def parallel_plans(
-    model: nn.Module, layers: str, layout: dict[str, Any], inherited: dict[str, str]
-) -> tuple[dict[str, str], dict[str, str]]:
+def parallel_plans(model: Any, layers: str) -> tuple[dict[str, str], dict[str, str]]:
     """Rules for tensor and for expert parallelism, by module name with ``*`` for the layer.
 
     The family's rules are kept except for the modules that were replaced. The experts' heads are sharded in storage and
@@ -134,12 +132,10 @@ def parallel_plans(
     the bias.
 
     Args:
-        model: a mixture.
+        model: a mixture, whose ``tp_plan`` is that of its family's model.
         layers: path of its list of blocks.
-        layout: of its config.
-        inherited: the tensor-parallel rules that its family's model brings along.
     """
-    first = model.get_submodule(layers)[0]  # type: ignore[index]
+    layout, first = model.config.layout, model.get_submodule(layers)[0]
     attention, ffn = getattr(first, layout["attention"]), getattr(first, layout["ffn"])
     # A rank's part of a vocabulary would need its own part of the choice: experts of the trunk are not sharded.
     whole = {re.sub(r"\.\d+\.", ".*.", n) for n, m in model.named_modules() if isinstance(m, BranchMixTrunkExperts)}
@@ -161,7 +157,7 @@ def parallel_plans(
     block = f"{layers}.*."
     kept = {
         rule: style
-        for rule, style in inherited.items()
+        for rule, style in model.tp_plan.items()
         if not any(f"{rule}.".startswith(f"{block}{module}.") for module in replaced) and rule not in whole
     }
     tensor_rules = kept | {block + rule: style for rule, style in tensor_rules.items()}
@@ -216,7 +212,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         self.document_gate = document_gate(family, config)
         self.post_init()
         layers = f"model.{config.layout['layers']}" if self._causal_lm else config.layout["layers"]
-        self._tp_plan, self._ep_plan = parallel_plans(self, layers, config.layout, dict(self.tp_plan))
+        self._tp_plan, self._ep_plan = parallel_plans(self, layers)
 
     @property
     def _family(self) -> PreTrainedModel:
