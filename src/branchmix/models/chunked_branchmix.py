@@ -282,69 +282,46 @@ class _ChunkedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.settings = settings
         ctx.save_for_backward(q_BHTC, k_BKSC, v_BKSC, mask)
-        if forward_in_chunks:
-            return _forward(q_BHTC, k_BKSC, v_BKSC, mask, settings)
-        return _fused(q_BHTC, k_BKSC, v_BKSC, mask, settings)
+        dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
+        if not forward_in_chunks:  # a forward pass is the same with and without gradients
+            like: Any = SimpleNamespace(num_key_value_groups=q_BHTC.shape[1] // num_kv_heads)
+            options = (mask, 0.0, settings.scale, settings.causal)
+            return sdpa_attention_forward(like, q_BHTC, k_BKSC, v_BKSC, *options)[0]
+        q_BHTC, k_BKSC, v_BKSC = _to_compute(q_BHTC, k_BKSC, v_BKSC)
+        q_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads)
+        out_BTHC = q_BHTC.new_zeros(*q_BHTC.shape[:1], q_BHTC.shape[2], q_BHTC.shape[1], v_BKSC.shape[-1])
+        out_BTKRC = _grouped(out_BTHC, num_kv_heads)
+        for chunk in _chunks(q_BHTC, k_BKSC, mask, settings.causal):
+            q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
+            weights, _ = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
+            _put(out_BTKRC, chunk, torch.bmm(weights, v))
+        return out_BTHC.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_BHTC, k_BKSC, v_BKSC, mask = ctx.saved_tensors
-        return (*_backward(grad_BTHC, q_BHTC, k_BKSC, v_BKSC, mask, ctx.settings), None, None, None)
-
-
-def _fused(
-    q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, v_BKSC: torch.Tensor, mask: torch.Tensor | None, settings: _Settings
-) -> torch.Tensor:
-    """transformers' ``sdpa``, so that a forward pass is the same with and without gradients."""
-    like: Any = SimpleNamespace(num_key_value_groups=q_BHTC.shape[1] // k_BKSC.shape[1])
-    return sdpa_attention_forward(like, q_BHTC, k_BKSC, v_BKSC, mask, 0.0, settings.scale, settings.causal)[0]
-
-
-def _forward(
-    q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, v_BKSC: torch.Tensor, mask: torch.Tensor | None, settings: _Settings
-) -> torch.Tensor:
-    dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
-    q_BHTC, k_BKSC, v_BKSC = _to_compute(q_BHTC, k_BKSC, v_BKSC)
-    q_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads)
-    out_BTHC = q_BHTC.new_zeros(*q_BHTC.shape[:1], q_BHTC.shape[2], q_BHTC.shape[1], v_BKSC.shape[-1])
-    out_BTKRC = _grouped(out_BTHC, num_kv_heads)
-    for chunk in _chunks(q_BHTC, k_BKSC, mask, settings.causal):
-        q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
-        weights, _ = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
-        _put(out_BTKRC, chunk, torch.bmm(weights, v))
-    return out_BTHC.to(dtype)
-
-
-def _backward(
-    grad_BTHC: torch.Tensor,
-    q_BHTC: torch.Tensor,
-    k_BKSC: torch.Tensor,
-    v_BKSC: torch.Tensor,
-    mask: torch.Tensor | None,
-    settings: _Settings,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
-    grad_BTHC, q_BHTC, k_BKSC, v_BKSC = _to_compute(grad_BTHC, q_BHTC, k_BKSC, v_BKSC)
-    q_BTKRC, grad_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads), _grouped(grad_BTHC, num_kv_heads)
-    dq_BTHC = q_BHTC.new_zeros(q_BHTC.shape[0], q_BHTC.shape[2], q_BHTC.shape[1], q_BHTC.shape[3])
-    dq_BTKRC = _grouped(dq_BTHC, num_kv_heads)
-    # Sums over chunks of queries, at least in fp32: bf16 would lose a bit with each.
-    wide = torch.promote_types(k_BKSC.dtype, torch.float32)
-    dk_BKSC, dv_BKSC = torch.zeros_like(k_BKSC, dtype=wide), torch.zeros_like(v_BKSC, dtype=wide)
-    for chunk in _chunks(q_BHTC, k_BKSC, mask, settings.causal):
-        q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
-        grad = _rows_of(grad_BTKRC, chunk)
-        weights, slope = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
-        _add(dv_BKSC, chunk, torch.bmm(weights.transpose(1, 2), grad))
-        d_weights = torch.bmm(grad, v.transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        if slope is not None:
-            d_scores = d_scores * slope
-        _put(dq_BTKRC, chunk, torch.bmm(d_scores, k).mul_(settings.scale))
-        _add(dk_BKSC, chunk, torch.bmm(d_scores.transpose(1, 2), q))
-    dk_BKSC.mul_(settings.scale)
-    return dq_BTHC.transpose(1, 2).to(dtype), dk_BKSC.to(dtype), dv_BKSC.to(dtype)
+        (q_BHTC, k_BKSC, v_BKSC, mask), settings = ctx.saved_tensors, ctx.settings
+        dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
+        grad_BTHC, q_BHTC, k_BKSC, v_BKSC = _to_compute(grad_BTHC, q_BHTC, k_BKSC, v_BKSC)
+        q_BTKRC, grad_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads), _grouped(grad_BTHC, num_kv_heads)
+        dq_BTHC = q_BHTC.new_zeros(q_BHTC.shape[0], q_BHTC.shape[2], q_BHTC.shape[1], q_BHTC.shape[3])
+        dq_BTKRC = _grouped(dq_BTHC, num_kv_heads)
+        # Sums over chunks of queries, at least in fp32: bf16 would lose a bit with each.
+        wide = torch.promote_types(k_BKSC.dtype, torch.float32)
+        dk_BKSC, dv_BKSC = torch.zeros_like(k_BKSC, dtype=wide), torch.zeros_like(v_BKSC, dtype=wide)
+        for chunk in _chunks(q_BHTC, k_BKSC, mask, settings.causal):
+            q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
+            grad = _rows_of(grad_BTKRC, chunk)
+            weights, slope = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
+            _add(dv_BKSC, chunk, torch.bmm(weights.transpose(1, 2), grad))
+            d_weights = torch.bmm(grad, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            if slope is not None:
+                d_scores = d_scores * slope
+            _put(dq_BTKRC, chunk, torch.bmm(d_scores, k).mul_(settings.scale))
+            _add(dk_BKSC, chunk, torch.bmm(d_scores.transpose(1, 2), q))
+        dk_BKSC.mul_(settings.scale)
+        return dq_BTHC.transpose(1, 2).to(dtype), dk_BKSC.to(dtype), dv_BKSC.to(dtype), None, None, None
 
 
 def _to_compute(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
