@@ -91,11 +91,6 @@ class CheckpointIndex:
     notes: tuple[str, ...] = ()
     """For the user: what is ignored in the folder."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
-        return sum(ref.nbytes for ref in self.tensors.values())
-
     @classmethod
     def open(cls, folder: str | Path) -> CheckpointIndex:
         """Reads the config and all headers of ``folder``; raises CheckpointError with what to do about a problem."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -290,8 +289,11 @@ def trends_command(
             tell=tell,
         )
         if html is not None or plots is not None:
-            command = shlex.join(["branchmix", *sys.argv[1:]])
-            _write(reports, html, plots, command=command, force=force, tell=tell)
+            options: dict[str, Any] = {"axis": axis, "metric": metric, "lower-is-better": lower_is_better}
+            options |= {"alpha": alpha if alpha != 0.05 else None}
+            options |= {"minimum-effect": minimum_effect if minimum_effect != 0.02 else None}
+            options |= {"correction": correction if correction != "bh" else None, "html": html, "plots": plots}
+            _write(reports, html, plots, command=_command(results, options), force=force, tell=tell)
     report = reports[0]
     console.print_notes(report.notes)
     for warning in report.warnings:
@@ -323,6 +325,15 @@ def _write(
         total = len(pictures.pictures(overview))
         for done, _ in enumerate(pictures.write(overview, plots), 1):
             tell("pictures", done, total)
+
+
+def _command(results: Path, options: dict[str, Any]) -> str:
+    """What repeats this; only options that were given."""
+    words = ["branchmix", "scaling", "trends", str(results)]
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{name}", str(one)] if one is not None else []
+    return shlex.join(words)
 
 
 def _print_verdicts(report: Report) -> None:

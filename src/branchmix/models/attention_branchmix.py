@@ -422,16 +422,14 @@ def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAtten
 def _set_head_counts(heads: nn.Module, num_experts: int, order: HeadOrder) -> None:
     """Tell the family's code how many heads it computes where it asks its attributes: the query heads of
     ``num_experts`` experts, over the K/V heads of all."""
-    num_heads = num_experts * order.num_heads
-    for name, value in (
-        ("num_heads", num_heads),
-        ("num_attention_heads", num_heads),
-        ("num_key_value_heads", order.wide_kv_heads),
-        (
-            "num_key_value_groups",
-            num_heads // order.num_kv_heads if order.kv_sharing else order.num_heads // order.num_kv_heads,
-        ),
-    ):
+    num_heads, group = num_experts * order.num_heads, order.num_heads // order.num_kv_heads
+    counts = {
+        "num_heads": num_heads,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": order.wide_kv_heads,
+        "num_key_value_groups": group * num_experts if order.kv_sharing else group,
+    }
+    for name, value in counts.items():
         if hasattr(heads, name):
             setattr(heads, name, value)
 
@@ -447,17 +445,10 @@ def _widen_norms(heads: nn.Module, order: HeadOrder, layout: dict[str, Any]) -> 
 
 
 def _head_order(dense: nn.Module, config: BranchMixConfig) -> HeadOrder:
-    layout, seed_config = config.layout, config.seed_config
-    num_heads = seed_config.num_attention_heads
-    head_dim = getattr(dense, "head_dim", None) or getattr(seed_config, "head_dim", None)
-    head_dim = head_dim or seed_config.hidden_size // num_heads
-    if layout["fused_qkv"] is None:
-        num_heads = getattr(dense, layout["query"]).out_features // head_dim
-        num_kv_heads = getattr(dense, layout["key"]).out_features // head_dim
-    else:
-        fused = getattr(dense, layout["fused_qkv"])
-        num_kv_heads = (fused.weight.shape[1 if is_conv1d(fused) else 0] // head_dim - num_heads) // 2
-    return HeadOrder(config.num_experts, num_heads, num_kv_heads, head_dim, config.attention == "kv_sharing")
+    kv_sharing, num_kv_heads = config.attention == "kv_sharing", config.num_key_value_heads
+    num_kv_heads = num_kv_heads if kv_sharing else num_kv_heads // config.num_experts
+    head_dim = getattr(dense, "head_dim", None) or config.head_dim
+    return HeadOrder(config.num_experts, config.seed_config.num_attention_heads, num_kv_heads, head_dim, kv_sharing)
 
 
 def take_output_dropout(module: nn.Module, *names: str) -> float:
