@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import ByteRange, Expression, cut_ranges, opened, read_into
+from branchmix.checkpoint.expressions import ByteRange, Expression, Source, cut_ranges, opened, read_into
 from branchmix.checkpoint.folder import fsync_path, libc, write_json, writing
 from branchmix.checkpoint.index import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorRef
-from branchmix.checkpoint.numbers import Array, storage
+from branchmix.checkpoint.numbers import Array, storage, widened
 from branchmix.errors import CheckpointError
 
 BUFFER_BYTES = 1 << 18
@@ -294,19 +294,12 @@ def _blame(tensor: OutputTensor) -> None:
 
 
 def _first_non_finite(ref: TensorRef) -> tuple[str, tuple[int, ...]] | None:
-    signed, _, limit = _FINITE_BELOW[ref.dtype]
-    buffer = np.empty(BUFFER_BYTES, np.uint8)
-    with opened(ref.file) as stream:
-        for start in range(0, ref.nbytes, BUFFER_BYTES):
-            block = buffer[: min(BUFFER_BYTES, ref.nbytes - start)]
-            read_into(stream, ref.offset + start, block)
-            if all_finite(block, ref.dtype):
-                continue
-            magnitudes = block.view(signed) & ((1 << (DTYPE_BITS[ref.dtype] - 1)) - 1)
-            at = int(np.argmax(magnitudes >= limit))
-            kind = "NaN" if magnitudes[at] > limit else "Inf"
-            flat = start * 8 // DTYPE_BITS[ref.dtype] + at
-            return kind, tuple(int(i) for i in np.unravel_index(flat, ref.shape))
+    source = Source(ref)
+    step = max(1, source.block_nbytes // max(1, source.row_nbytes))
+    for start in range(0, source.num_rows, step):
+        values = widened(source.rows(start, min(start + step, source.num_rows)), ref.dtype)
+        for row, *inner in np.argwhere(~np.isfinite(values)).tolist():
+            return "NaN" if np.isnan(values[(row, *inner)]) else "Inf", (start + row, *inner)
     return None
 
 

@@ -148,9 +148,7 @@ def limited_server() -> Iterator[None]:
             return JSONResponse(error.content, error.status)
 
         async def refuse_messages(_: Any, error: TemplateError) -> Any:
-            return JSONResponse(
-                RequestError(f"the model's chat template does not take the messages: {error}").content, 400
-            )
+            return await refuse(_, RequestError(f"the model's chat template does not take the messages: {error}"))
 
         app.add_exception_handler(RequestError, refuse)
         app.add_exception_handler(TemplateError, refuse_messages)
