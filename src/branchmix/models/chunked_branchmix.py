@@ -204,12 +204,8 @@ def _by_expert(
     queries, times = q_PHC.split(counts), (chosen.tokens_P % length).split(counts)
     # One [K, S, C] for each expert and sequence, as the queries are sorted.
     keys, values = (
-        [
-            row
-            for expert in zip(*(x.unbind(0) for x in x_BKSC.unflatten(1, (num_experts, -1)).unbind(0)), strict=True)
-            for row in expert
-        ]
-        for x_BKSC in (k_BKSC, v_BKSC)
+        [row for expert in x.unflatten(1, (num_experts, -1)).unbind(1) for row in expert.unbind(0)]
+        for x in (k_BKSC, v_BKSC)
     )
     like = SimpleNamespace(
         num_key_value_groups=q_PHC.shape[1] // len(keys[0]), is_causal=False, training=module.training

@@ -188,9 +188,7 @@ def _decays(size: int, decay: float, like: torch.Tensor) -> torch.Tensor:
     return powers.pow((steps[:, None] - steps).clamp_min(0)) * (steps[:, None] >= steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The cache ----
 
 
 class BranchMixDocumentLayer(DynamicLayer):
@@ -277,9 +275,7 @@ WITHOUT_STATE = "use transformers' generate, or gates without a state: branchmix
 """What to do where a program keeps no state of the document."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Blocks ----
 
 
 @functools.cache

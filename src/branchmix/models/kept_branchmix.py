@@ -145,9 +145,7 @@ def _cut(
             module._parameters[name] = nn.Parameter(some.flatten(dim, dim + len(sizes) - 1), requires_grad=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts chosen by the prompt
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Experts chosen by the prompt ----
 
 _KEPT: WeakKeyDictionary[Any, tuple[Any, dict[tuple[int, ...], Any]]] = WeakKeyDictionary()
 """By mixture: the state of its tensors, and the smaller mixtures made of them, the last used last."""

@@ -39,9 +39,7 @@ from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_tr
 logger = logging.get_logger(__name__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Widening a dense model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Widening a dense model ----
 
 
 def widen(model: Any, config: BranchMixConfig) -> None:
@@ -118,9 +116,7 @@ def _family_class(seed_config: Any, *, causal_lm: bool) -> type[PreTrainedModel]
     return (MODEL_FOR_CAUSAL_LM_MAPPING if causal_lm else MODEL_MAPPING)[type(seed_config)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharding over devices
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Sharding over devices ----
 
 
 def parallel_plans(model: Any, layers: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -164,9 +160,7 @@ def parallel_plans(model: Any, layers: str) -> tuple[dict[str, str], dict[str, s
     return tensor_rules, {block + rule: style for rule, style in expert_rules.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ----
 
 
 @dataclass
