@@ -122,8 +122,11 @@ def write_checkpoint(
                 os.fsync(fd)
     files = [file for _, file, _ in targets]
     if len(shards) > 1:
+        weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+        metadata = {"total_size": sum(tensor.expression.nbytes for tensor in tensors)}
         files.append(folder / INDEX_FILE)
-        _write_index(files[-1], shards)
+        write_json(files[-1], {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+        fsync_path(files[-1])
     return tuple(files)
 
 
@@ -161,14 +164,6 @@ def _laid_out(name: str, tensors: list[OutputTensor]) -> Shard:
     start = 8 + len(text)
     placed = tuple(replace(tensor, offset=start + header[tensor.name]["data_offsets"][0]) for tensor in ordered)
     return Shard(name, len(text).to_bytes(8, "little") + text, placed, start + end)
-
-
-def _write_index(file: Path, shards: Sequence[Shard]) -> None:
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-    total = sum(tensor.expression.nbytes for shard in shards for tensor in shard.tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(file, index)
-    fsync_path(file)
 
 
 @dataclass(frozen=True)

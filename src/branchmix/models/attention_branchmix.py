@@ -400,7 +400,10 @@ def _rotate_pairs(x_BHTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAttention:
     layout, seed_config = config.layout, config.seed_config
-    order = _head_order(dense, config)
+    kv_sharing, num_kv_heads = config.attention == "kv_sharing", config.num_key_value_heads
+    num_kv_heads = num_kv_heads if kv_sharing else num_kv_heads // config.num_experts
+    head_dim = getattr(dense, "head_dim", None) or config.head_dim
+    order = HeadOrder(config.num_experts, seed_config.num_attention_heads, num_kv_heads, head_dim, kv_sharing)
     output = getattr(dense, layout["output"])
     dropout = take_output_dropout(dense, "resid_dropout", "residual_dropout")
     if layout["attention_code"] == "split":
@@ -442,13 +445,6 @@ def _widen_norms(heads: nn.Module, order: HeadOrder, layout: dict[str, Any]) -> 
             continue
         norm_order = order.of_keys() if of_keys else order
         setattr(heads, name, BranchMixExpertNorm(norm, norm_order, layout["norm_over"], axis))
-
-
-def _head_order(dense: nn.Module, config: BranchMixConfig) -> HeadOrder:
-    kv_sharing, num_kv_heads = config.attention == "kv_sharing", config.num_key_value_heads
-    num_kv_heads = num_kv_heads if kv_sharing else num_kv_heads // config.num_experts
-    head_dim = getattr(dense, "head_dim", None) or config.head_dim
-    return HeadOrder(config.num_experts, config.seed_config.num_attention_heads, num_kv_heads, head_dim, kv_sharing)
 
 
 def take_output_dropout(module: nn.Module, *names: str) -> float:

@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, widen_attention
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import BranchMixConfig
-from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, add_document_gate, remember
+from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, documented, remember
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .kept_branchmix import generate_with_kept_experts, keep_experts
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter, router_losses
@@ -101,7 +101,10 @@ def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate
         inside = [module for module in block.modules() if isinstance(module, BranchMixTrunkExperts)]
         trunk = [module for module in trunk if module not in inside]
         readers = [(kind, block.get_submodule(places[kind])) for kind in kinds]
-        add_document_gate(block, gate, [*readers, *(("trunk", module) for module in inside)])
+        if not hasattr(block, "_document_gate"):
+            block.__class__ = documented(type(block))
+        block._document_gate = (gate,)
+        block._document_readers = (*readers, *(("trunk", module) for module in inside))
     gate.outside = tuple((module, isinstance(module, BranchMixTrunkHead)) for module in trunk)
     return gate
 
