@@ -144,6 +144,8 @@ def read_header(file: Path) -> list[TensorRef]:
         raise CheckpointError(
             f"{file}: truncated or not a safetensors file ({size:,} bytes; {error}): download or save it again"
         ) from error
+    if unknown := [dtype for _, dtype, _ in described if dtype not in DTYPE_BITS]:  # of a newer library
+        raise CheckpointError(f"{file}: has the unknown dtype {unknown[0]}: save it in bfloat16, float16 or float32")
     sizes = [math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in described]
     offsets = accumulate(sizes, initial=size - sum(sizes))
     return [
