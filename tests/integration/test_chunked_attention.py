@@ -331,7 +331,7 @@ def test_mixtures_choose_it_where_nothing_was_asked_for(monkeypatch: pytest.Monk
     assert model.model.model.layers[0].self_attn.heads.config is model.config.seed_config
     calls = counted(monkeypatch, "_chunks")
     model.bfloat16()(tokens(2, 21), use_cache=False).logits.float().sum().backward()
-    assert calls["_chunks"] == 2
+    assert calls["_chunks"] == (2 if chunked.has_amx() else 4)
 
     model.save_pretrained(tmp_path)
     assert "branchmix_chunked" not in (tmp_path / "config.json").read_text()
