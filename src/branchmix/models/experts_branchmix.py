@@ -97,7 +97,7 @@ class BranchMixExperts(nn.Module):
 
         The stacks are unbound once: the backward of ``weight[e]`` would zero-fill the whole stack for every expert.
         """
-        none = [None] * self.num_experts
+        none: list[Any] = [None] * self.num_experts
         ups, up_biases, downs, down_biases = (none if x is None else x.unbind(0) for x in _stacks(self))
         # In fp32 with the gates: of bf16 there would be a rounding for each of the k experts.
         out_SD = torch.zeros_like(hidden_SD, dtype=torch.promote_types(hidden_SD.dtype, gates_Sk.dtype))
@@ -119,7 +119,8 @@ def _stacks(experts: Any) -> tuple[Any, ...]:
 
 def _computed(experts: Any, stacks: tuple[Any, ...], number: int, hidden: torch.Tensor) -> torch.Tensor:
     """The output of one expert, [..., D] to [..., D]."""
-    first, first_bias, down, down_bias = (None if stack is None else stack[number] for stack in stacks)
+    parts: list[Any] = [None if stack is None else stack[number] for stack in stacks]
+    first, first_bias, down, down_bias = parts
     inner = linear(hidden, first, first_bias)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
     return linear(inner, down, down_bias)

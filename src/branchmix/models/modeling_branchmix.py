@@ -102,7 +102,7 @@ def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate
         trunk = [module for module in trunk if module not in inside]
         readers = [(kind, block.get_submodule(places[kind])) for kind in kinds]
         if not hasattr(block, "_document_gate"):
-            block.__class__ = documented(type(block))
+            block.__class__ = documented(type(block))  # type: ignore[arg-type]
         block._document_gate = (gate,)
         block._document_readers = (*readers, *(("trunk", module) for module in inside))
     gate.outside = tuple((module, isinstance(module, BranchMixTrunkHead)) for module in trunk)
