@@ -74,18 +74,17 @@ class LoopAttention(nn.Module):
         self.order, self.gate, self.rotate = wide.order, wide.expert_gate, rotate
         order, heads = wide.order, wide.heads
 
-        def of_expert(weight: torch.Tensor, expert: int, sizes: tuple[int, ...], axis: int) -> nn.Parameter:
-            part = weight.detach().unflatten(0, (*sizes, order.head_dim)).select(axis, expert)
+        def of_expert(weight: torch.Tensor, expert: int, pieces: tuple[int, int, int]) -> nn.Parameter:
+            part = weight.detach().unflatten(0, pieces)[:, expert]
             return nn.Parameter(part.reshape(-1, weight.shape[1]).clone())
 
         experts = range(order.num_experts)
-        axis = order.expert_axis
-        self.q = nn.ParameterList(of_expert(heads.q_proj.weight, e, order.sizes, axis) for e in experts)
-        self.o = nn.ParameterList(of_expert(wide.o_proj.weight.T, e, order.sizes, axis) for e in experts)
+        self.q = nn.ParameterList(of_expert(heads.q_proj.weight, e, order.pieces) for e in experts)
+        self.o = nn.ParameterList(of_expert(wide.o_proj.weight.T, e, order.pieces) for e in experts)
         kv = [0] if order.kv_sharing else experts
-        kv_sizes = (1, order.num_kv_heads) if order.kv_sharing else order.of_keys().sizes
-        self.k = nn.ParameterList(of_expert(heads.k_proj.weight, e, kv_sizes, 0) for e in kv)
-        self.v = nn.ParameterList(of_expert(heads.v_proj.weight, e, kv_sizes, 0) for e in kv)
+        kv_pieces = (1, 1, order.num_kv_heads * order.head_dim) if order.kv_sharing else order.of_keys().pieces
+        self.k = nn.ParameterList(of_expert(heads.k_proj.weight, e, kv_pieces) for e in kv)
+        self.v = nn.ParameterList(of_expert(heads.v_proj.weight, e, kv_pieces) for e in kv)
 
     def forward(self, x_BTD: torch.Tensor, position_embeddings: Any, attention_mask: Any = None) -> tuple[torch.Tensor]:
         def split(weight: torch.Tensor) -> torch.Tensor:
@@ -172,8 +171,8 @@ def _heads(wide: Any, length: int, dtype: torch.dtype) -> tuple[dict[str, Any], 
     def loop() -> torch.Tensor:
         outs = []
         for expert in range(order.num_experts):
-            part = q.unflatten(1, order.sizes).select(1 + order.expert_axis, expert).flatten(1, -3)
-            pair = (k, v) if order.kv_sharing else (x.unflatten(1, order.of_keys().sizes)[:, expert] for x in (k, v))
+            part = q.unflatten(1, (order.pieces[0], order.num_experts, -1))[:, :, expert].flatten(1, 2)
+            pair = (k, v) if order.kv_sharing else (x.unflatten(1, (order.num_experts, -1))[:, expert] for x in (k, v))
             outs.append(F.scaled_dot_product_attention(part, *pair, is_causal=True, enable_gqa=True).transpose(1, 2))
         if order.kv_sharing:
             outs = [out.unflatten(2, (order.num_kv_heads, -1)) for out in outs]

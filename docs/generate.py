@@ -239,7 +239,7 @@ def families_page() -> str:
         rotary = "yes" if family.plain_attention else "-"
         fold = "where its norms have gains only" if family.attention_input_norm else "-"
         lines.append(f"| {name} | {block} | {fused}; {code} | {norms} | {ffn} | {rotary} | {fold} |")
-    learned = ", ".join(name for name, family in families().items() if family.learned_activation)
+    learned = ", ".join(name for name, family in families().items() if family.activation_parameters)
     lines += [
         "",
         f"Activations with learned parameters ({learned}) are shared by all experts of a mixture and merged as norms",

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 _CONFIGS = "transformers.models.auto.configuration_auto"
@@ -45,9 +44,7 @@ _AFTER: dict[str, Callable[[], None]] = {_CONFIGS: register_configuration, _MODE
 class _Watcher(MetaPathFinder):
     """Lets the module's own loader execute it, and registers then."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname not in _AFTER:
             return None
         register = _AFTER.pop(fullname)

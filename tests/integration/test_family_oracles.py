@@ -82,10 +82,8 @@ def _compare_gradients(mixture: Any, naive: Any) -> None:
         # o_proj's columns of the first expert: (expert, head) for Expert KV, (kv head, expert, group) for Shared KV.
         output = getattr(naive_attention.experts[0], layout["output"]).weight.grad
         output = output.T if conv1d else output
-        sizes = attention.order.sizes
-        columns = attention.o_proj.weight.grad.unflatten(1, (*sizes[:-1], -1))
-        first = columns[:, :, 0].flatten(1) if len(sizes) == 3 else columns[:, 0]
-        close(first, output)
+        columns = attention.o_proj.weight.grad.unflatten(1, attention.order.pieces)
+        close(columns[:, :, 0].flatten(1), output)
 
 
 @pytest.mark.of_every_family(attention="kv_experts")

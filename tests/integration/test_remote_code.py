@@ -120,7 +120,7 @@ import branchmix; from transformers import LlamaForCausalLM
 import branchmix; from transformers import GenerationMixin
 import transformers; import branchmix; from transformers import AutoModelForCausalLM
 from transformers import PreTrainedModel; import branchmix
-import branchmix.models.losses_branchmix
+import branchmix.models.routing_branchmix
 from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 from branchmix.models import mixture_config
 from branchmix import BranchMixForCausalLM

@@ -14,8 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from branchmix.models.attention_branchmix import BranchMixAttention
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
-from branchmix.models.losses_branchmix import router_losses
-from branchmix.models.routing_branchmix import BranchMixRouter
+from branchmix.models.routing_branchmix import BranchMixRouter, router_losses
 from families import NAMES
 from mixtures import BOTH, close, random_mixture, tokens
 

@@ -56,12 +56,11 @@ def test_json_that_honest_files_have(text: str, tmp_path: Path) -> None:
 
 
 def test_json_of_more_bytes_than_any_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (json_text, index):
-        monkeypatch.setattr(module, "MAX_BYTES", 1000)
+    monkeypatch.setattr(json_text, "MAX_BYTES", 1000)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}' + " " * 978)
     with pytest.raises(ValueError, match="more than 1,000 bytes"):
         read_json(tmp_path / "config.json")
-    with pytest.raises(CheckpointError, match=r"config\.json: has more than 1,000 bytes"):
+    with pytest.raises(CheckpointError, match=r"config\.json: .*\(it has more than 1,000 bytes\)"):
         index.CheckpointIndex.open(tmp_path)
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchmix.models.losses_branchmix import load_balancing_loss, router_losses, z_loss
+from branchmix.models.routing_branchmix import load_balancing_loss, router_losses, z_loss
 
 
 def random_logits(tokens: int = 24, experts: int = 4, seed: int = 0) -> torch.Tensor:

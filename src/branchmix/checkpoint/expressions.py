@@ -10,12 +10,12 @@ nearest even. bfloat16, which numpy lacks, is held as uint16 bits. Scalars count
 from __future__ import annotations
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,58 +118,46 @@ class Source(Expression):
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         element, row_nbytes = storage(self.dtype), self.row_nbytes
-        if columns is None:
-            block = np.empty((stop - start, *self.shape[1:]), element)
-            with opened(self.ref.file) as fd:
-                read_into(fd, self.ref.file, self.ref.offset + start * row_nbytes, block)
-            return block
-        first, last = columns
-        strip = np.empty((stop - start, last - first), element)
-        skipped = row_nbytes - strip.shape[1] * element.itemsize
-        with opened(self.ref.file) as fd:
+        with opened(self.ref.file) as stream:
+            if columns is None:
+                block = np.empty((stop - start, *self.shape[1:]), element)
+                read_into(stream, self.ref.offset + start * row_nbytes, block)
+                return block
+            first, last = columns
+            strip = np.empty((stop - start, last - first), element)
+            skipped = row_nbytes - strip.shape[1] * element.itemsize
             if skipped > 4096:  # one call costs about as much as reading so many bytes
                 for row in range(start, stop):
                     offset = self.ref.offset + row * row_nbytes + first * element.itemsize
-                    read_into(fd, self.ref.file, offset, strip[row - start])
+                    read_into(stream, offset, strip[row - start])
                 return strip
             step = max(1, _CHUNK_BYTES // max(1, row_nbytes))
             for row in range(start, stop, step):
                 whole = np.empty((min(step, stop - row), self.shape[1]), element)
-                read_into(fd, self.ref.file, self.ref.offset + row * row_nbytes, whole)
+                read_into(stream, self.ref.offset + row * row_nbytes, whole)
                 strip[row - start : row - start + step] = whole[:, first:last]
         return strip
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[int]:
-    """A file descriptor for reading, closed at the end of the block."""
+def opened(file: Path) -> Iterator[FileIO]:
+    """A file to read from; an OSError in the block is one of reading it."""
     try:
-        fd = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        with file.open("rb", buffering=0) as stream:
+            yield stream
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
-def read_into(fd: int, file: Path, offset: int, block: Array) -> None:
+def read_into(stream: FileIO, offset: int, block: Array) -> None:
     """Fills a contiguous array; a file that has been cut meanwhile is an error, where a mapping would kill us."""
     left = block.reshape(-1).view(np.uint8).data
+    stream.seek(offset)
     while left:
-        try:
-            if hasattr(os, "preadv"):
-                got = os.preadv(fd, [left], offset)
-            else:  # Windows; each descriptor belongs to one call of rows()
-                os.lseek(fd, offset, os.SEEK_SET)
-                piece = os.read(fd, len(left))
-                got = len(piece)
-                left[:got] = piece
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+        got = stream.readinto(left)
         if not got:
-            raise CheckpointError(f"{file}: has been truncated while it was read: nothing was written from it")
-        left, offset = left[got:], offset + got
+            raise CheckpointError(f"{stream.name}: has been truncated while it was read: nothing was written from it")
+        left = left[got:]
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,6 @@ class Family:
     """Name of a matrix with the gate's rows first, then those of ``up``."""
     activation: str = "mlp.act_fn"
     """The activation module, a path below the block."""
-    learned_activation: bool = False
-    """The activation has tensors. All experts of a mixture share them: they are merged as norms are."""
     transposed: bool = False
     """Linear layers are GPT-2's Conv1D: weights of [in, out]."""
 
@@ -111,7 +109,7 @@ class Family:
     head_bias: bool = False
     """lm_head has a bias."""
     activation_parameters: int = 0
-    """Parameters of a layer's activation, which all experts share."""
+    """Parameters of a layer's activation. All experts of a mixture share them: they are merged as norms are."""
     norm_gain: Flag = True
     norm_bias: Flag = False
     post_norms: int = 0

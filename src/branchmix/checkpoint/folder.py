@@ -42,7 +42,6 @@ _OF_A_CHECKPOINT = (
 
 UNFINISHED, MERGED, REPLACED = "incomplete", "adapter", "replaced"
 """Kinds of folders beside an output while it is made: its content, a LoRA expert merged for it, what it replaces."""
-_EXISTS = "exists already: choose another folder, or --force to replace it"
 
 
 def beside(target: Path, kind: str) -> Path:
@@ -75,12 +74,7 @@ def atomic_folder(out: Path, *, force: bool) -> Iterator[Path]:
             if target.exists():
                 replace_folder(temporary, target, aside=beside(target, REPLACED))
             else:
-                try:
-                    temporary.rename(target)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                        raise
-                    raise OutputError(f"{out}: {_EXISTS}") from None  # another process was faster
+                temporary.rename(target)
             fsync_path(target.parent)
     except BaseException as error:
         discard(temporary)
@@ -95,7 +89,7 @@ def require_replaceable(out: Path, *, force: bool) -> None:
     target = Path(os.path.realpath(out))
     if target.is_dir():
         if not force:
-            raise OutputError(f"{out}: {_EXISTS}")
+            raise OutputError(f"{out}: exists already: choose another folder, or --force to replace it")
         _require_nothing_else(out, target)
     elif target.exists():
         raise OutputError(f"{out}: is a file: choose a folder that does not exist yet")

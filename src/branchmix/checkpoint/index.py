@@ -1,32 +1,28 @@
-"""What a dense checkpoint folder holds, read from its headers alone: no weights, no torch, no safetensors library.
+"""What a dense checkpoint folder holds, read from its headers alone: no weights, no torch.
 
 ``CheckpointIndex.open(folder)`` parses config.json and the headers of model.safetensors or of its shards, and refuses
 in one line whatever the writer could not copy faithfully: pickles, quantised weights, truncated or overlapping data.
-
-The format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.companions import ADAPTER_WEIGHTS, adapter_message, left_over_adapter, refuse_adapter
 from branchmix.checkpoint.folder import is_entry
 from branchmix.checkpoint.hub import is_there
-from branchmix.checkpoint.json_text import MAX_BYTES, parse_json
+from branchmix.checkpoint.json_text import read_json
 from branchmix.checkpoint.rotary import with_current_names
 from branchmix.errors import BranchMixError, CheckpointError, short
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = MAX_BYTES
-"""The reference implementation's limit."""
 
 DTYPE_BITS = {
     "F4": 4,
@@ -95,11 +91,6 @@ class CheckpointIndex:
     notes: tuple[str, ...] = ()
     """For the user: what is ignored in the folder."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
-        return sum(ref.nbytes for ref in self.tensors.values())
-
     @classmethod
     def open(cls, folder: str | Path) -> CheckpointIndex:
         """Reads the config and all headers of ``folder``; raises CheckpointError with what to do about a problem."""
@@ -138,76 +129,28 @@ def read_header(file: Path) -> list[TensorRef]:
 
     Raises CheckpointError if the file is truncated or not a safetensors file, or its header contradicts itself.
     """
-    again = "download or save it again"
+    from safetensors import SafetensorError, safe_open  # here, as it brings numpy along
+
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if start.startswith(b"version "):
-                refuse_lfs_pointer(file, start + stream.read(64))
-            if len(start) < 8:
-                raise CheckpointError(f"{file}: truncated, only {size} bytes long: {again}")
-            (length,) = struct.unpack("<Q", start)
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{file}: not a safetensors file (its header would be {length:,} bytes): {again}")
-            if 8 + length > size:
-                raise CheckpointError(
-                    f"{file}: truncated within its header: {size:,} bytes of at least {8 + length:,}: {again}"
-                )
-            raw = stream.read(length)
+        with safe_open(file, framework="np") as stored:  # checks that tensors cover the file without gaps or overlaps
+            parts = {name: stored.get_slice(name) for name in stored.offset_keys()}
+            described = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()]
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):  # Python would silently keep the last
-            twice = next(name for place, name in enumerate(names) if name in names[:place])
-            raise CheckpointError(f"{file}: its header names {twice} twice: {again}")
-        return dict(pairs)
-
-    try:
-        header = parse_json(raw, object_pairs_hook=unique)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a safetensors file (its header is not JSON): {again}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: not a safetensors file (its header is not a JSON object): {again}")
-    header.pop("__metadata__", None)
-    refs = [_tensor_ref(file, name, entry, data_start=8 + length) for name, entry in header.items()]
-    refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
-    end = 8 + length
-    for ref in refs:
-        if ref.offset != end:
-            kind = "overlaps the tensor before it" if ref.offset < end else "leaves a gap before it"
-            raise CheckpointError(f"{file}: tensor {ref.name} {kind}: the file is corrupt, {again}")
-        end += ref.nbytes
-    if size < end:
-        raise CheckpointError(f"{file}: truncated: {size:,} bytes of {end:,}: {again}")
-    if size > end:
-        raise CheckpointError(f"{file}: {size:,} bytes long where its header describes {end:,}: {again}")
-    return refs
-
-
-def _tensor_ref(file: Path, name: str, entry: Any, *, data_start: int) -> TensorRef:
-    def natural(value: Any) -> bool:
-        return type(value) is int and value >= 0
-
-    entry = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    lists = isinstance(shape, list) and isinstance(offsets, list) and all(map(natural, [*shape, *offsets]))
-    if not (isinstance(dtype, str) and lists and len(offsets) == 2):
-        raise CheckpointError(f"{file}: the header's entry for tensor {name} is malformed: download or save it again")
-    bits = DTYPE_BITS.get(dtype)
-    if bits is None:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        with file.open("rb") as stream:
+            refuse_lfs_pointer(file, stream.read(64))
         raise CheckpointError(
-            f"{file}: tensor {name} has the unknown dtype {dtype}: save the checkpoint in bfloat16, float16 or float32"
-        )
-    begin, end = offsets
-    if end - begin != math.ceil(math.prod(shape) * bits / 8):
-        raise CheckpointError(
-            f"{file}: tensor {name} has {end - begin:,} bytes, which is not {dtype} of shape {shape}: "
-            "the file is corrupt, download or save it again"
-        )
-    return TensorRef(name, dtype, tuple(shape), file, data_start + begin, end - begin)
+            f"{file}: truncated or not a safetensors file ({size:,} bytes; {error}): download or save it again"
+        ) from error
+    if unknown := [dtype for _, dtype, _ in described if dtype not in DTYPE_BITS]:  # of a newer library
+        raise CheckpointError(f"{file}: has the unknown dtype {unknown[0]}: save it in bfloat16, float16 or float32")
+    sizes = [math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in described]
+    offsets = accumulate(sizes, initial=size - sum(sizes))
+    return [
+        TensorRef(*one, file, offset, nbytes) for one, offset, nbytes in zip(described, offsets, sizes, strict=False)
+    ]
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -252,10 +195,7 @@ def _require_folder(folder: Path) -> None:
         }
         kind = kinds.get(folder.suffix, "a file: give a checkpoint folder (config.json and safetensors weights)")
         raise CheckpointError(f"{folder}: is {kind}")
-    hint = "check the path"
-    if not folder.is_absolute() and len(folder.parts) == 2 and ".." not in folder.parts:
-        hint += f", or fetch it from the Hub first: hf download {folder.as_posix()} --local-dir {folder.name}"
-    raise CheckpointError(f"{folder}: no such folder: {hint}")
+    raise CheckpointError(f"{folder}: no such folder: check the path")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -271,18 +211,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def read_json_object(file: Path) -> dict[str, Any]:
     """The JSON object that a checkpoint's file holds; raises CheckpointError with what is wrong and what to do."""
     try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
+        value = read_json(file)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    refuse_lfs_pointer(file, raw)
-    if len(raw) > MAX_BYTES:
-        raise CheckpointError(f"{file}: has more than {MAX_BYTES:,} bytes: download or save it again")
-    if not raw.strip():
-        raise CheckpointError(f"{file}: is empty: download or save it again")
-    try:
-        value = parse_json(raw)
     except ValueError as error:
+        with file.open("rb") as stream:
+            refuse_lfs_pointer(file, stream.read(64))
+        if not file.stat().st_size:
+            raise CheckpointError(f"{file}: is empty: download or save it again") from error
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f" ({error})"
         raise CheckpointError(f"{file}: is not valid JSON{where}: download or save it again") from error
     if not isinstance(value, dict):

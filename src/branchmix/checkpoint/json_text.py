@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 100_000_000
-"""Largest file; the largest tokenizers have a third of it, and safetensors headers may not have more."""
+"""Largest file; the largest tokenizers have a third of it."""
 MAX_DEPTH = 100
 MAX_DIGITS = 100
 """Digits of the longest whole number: it can still be converted to a float."""
@@ -21,17 +21,15 @@ _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_json(raw: bytes | str, **options: Any) -> Any:
-    """The value of a JSON text, or of bytes in UTF-8, UTF-16 or UTF-32; ``options`` are those of ``json.loads``.
+def parse_json(raw: bytes | str) -> Any:
+    """The value of a JSON text, or of bytes in UTF-8, UTF-16 or UTF-32.
 
     Raises ValueError if it is not JSON, is nested deeper than ``MAX_DEPTH``, or has a number or character of no use.
     """
     if isinstance(raw, bytes):
         raw = raw.decode(json.detect_encoding(raw))
-    if _LONG_NUMBER.search(raw):
-        options["parse_int"] = _whole_number
     try:
-        value = json.loads(raw, **options)
+        value = json.loads(raw, parse_int=_whole_number if _LONG_NUMBER.search(raw) else None)
     except RecursionError:
         raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep") from None
     if raw.count("[") + raw.count("{") > MAX_DEPTH:

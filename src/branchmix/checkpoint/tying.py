@@ -24,7 +24,7 @@ def as_stored(index: CheckpointIndex) -> CheckpointIndex:
     head, embeddings = head_and_embeddings(index)
     if head is None or embeddings is None:
         return index
-    from branchmix.checkpoint.expressions import same_numbers  # here, since `branchmix inspect` seldom needs numpy
+    from branchmix.checkpoint.expressions import same_numbers  # here, as `branchmix inspect` of a config needs no numpy
 
     if same_numbers(head, embeddings):
         return index

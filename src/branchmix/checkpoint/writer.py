@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import ByteRange, Expression, cut_ranges, opened, read_into
-from branchmix.checkpoint.folder import libc, writing
+from branchmix.checkpoint.expressions import ByteRange, Expression, Source, cut_ranges, opened, read_into
+from branchmix.checkpoint.folder import fsync_path, libc, write_json, writing
 from branchmix.checkpoint.index import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorRef
-from branchmix.checkpoint.numbers import Array, storage
+from branchmix.checkpoint.numbers import Array, storage, widened
 from branchmix.errors import CheckpointError
 
 BUFFER_BYTES = 1 << 18
@@ -105,12 +106,11 @@ def write_checkpoint(
                 _allocate(fd, shard.nbytes)
                 _write_at(fd, 0, memoryview(shard.header))
             targets.append((fd, file, shard))
-        queues = [_tasks(fd, file, shard) for fd, file, shard in targets]
+        # In turn from each file: a file system lets one thread at a time write to a file, and the others spin.
+        turns = zip_longest(*(_tasks(fd, file, shard) for fd, file, shard in targets))
+        tasks = (task for turn in turns for task in turn if task is not None)
         with ThreadPoolExecutor(num_threads, thread_name_prefix="branchmix-writer") as pool:
-            # Each thread starts with a file of its own: a file system lets one thread at a time write to a file, and
-            # the others spin.
-            starts = [number % len(queues) if queues else 0 for number in range(num_threads)]
-            workers = [pool.submit(state.work, [*queues[start:], *queues[:start]]) for start in starts]
+            workers = [pool.submit(state.work, tasks) for _ in range(num_threads)]
             try:
                 for worker in workers:
                     worker.result()
@@ -122,8 +122,11 @@ def write_checkpoint(
                 os.fsync(fd)
     files = [file for _, file, _ in targets]
     if len(shards) > 1:
+        weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+        metadata = {"total_size": sum(tensor.expression.nbytes for tensor in tensors)}
         files.append(folder / INDEX_FILE)
-        _write_index(files[-1], shards)
+        write_json(files[-1], {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+        fsync_path(files[-1])
     return tuple(files)
 
 
@@ -161,17 +164,6 @@ def _laid_out(name: str, tensors: list[OutputTensor]) -> Shard:
     start = 8 + len(text)
     placed = tuple(replace(tensor, offset=start + header[tensor.name]["data_offsets"][0]) for tensor in ordered)
     return Shard(name, len(text).to_bytes(8, "little") + text, placed, start + end)
-
-
-def _write_index(file: Path, shards: Sequence[Shard]) -> None:
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-    total = sum(tensor.expression.nbytes for shard in shards for tensor in shard.tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    text = (json.dumps(index, indent=2) + "\n").encode()
-    with writing(file), file.open("wb") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 @dataclass(frozen=True)
@@ -218,17 +210,15 @@ class _Run:
         self.done = 0
         self.checked: set[ByteRange] = set()
 
-    def work(self, queues: Sequence[Iterator[_Task]]) -> None:
-        """One thread: takes tasks of one file after the other until there are none, or another thread has failed."""
+    def work(self, tasks: Iterator[_Task]) -> None:
+        """One thread: takes tasks until there are none, or another thread has failed."""
         buffer = np.empty(BUFFER_BYTES, np.uint8)
-        waiting = list(queues)
         try:
-            while waiting and not self.stop.is_set():
+            while not self.stop.is_set():
                 with self.lock:
-                    task = next(waiting[0], None)
+                    task = next(tasks, None)
                 if task is None:
-                    del waiting[0]
-                    continue
+                    return
                 if task.source is not None:
                     self._copy(task, task.source, buffer)
                 else:
@@ -246,10 +236,10 @@ class _Run:
         file, first, nbytes = source
         dtype = task.tensor.expression.dtype
         check = self.check and dtype in _FINITE_BELOW and source not in self.checked
-        with opened(file) as fd:
+        with opened(file) as stream:
             for start in range(0, nbytes, BUFFER_BYTES):
                 block = buffer[: min(BUFFER_BYTES, nbytes - start)]
-                read_into(fd, file, first + start, block)
+                read_into(stream, first + start, block)
                 if check and not all_finite(block, dtype):
                     _blame(task.tensor)
                 with writing(task.file):
@@ -299,19 +289,12 @@ def _blame(tensor: OutputTensor) -> None:
 
 
 def _first_non_finite(ref: TensorRef) -> tuple[str, tuple[int, ...]] | None:
-    signed, _, limit = _FINITE_BELOW[ref.dtype]
-    buffer = np.empty(BUFFER_BYTES, np.uint8)
-    with opened(ref.file) as fd:
-        for start in range(0, ref.nbytes, BUFFER_BYTES):
-            block = buffer[: min(BUFFER_BYTES, ref.nbytes - start)]
-            read_into(fd, ref.file, ref.offset + start, block)
-            if all_finite(block, ref.dtype):
-                continue
-            magnitudes = block.view(signed) & ((1 << (DTYPE_BITS[ref.dtype] - 1)) - 1)
-            at = int(np.argmax(magnitudes >= limit))
-            kind = "NaN" if magnitudes[at] > limit else "Inf"
-            flat = start * 8 // DTYPE_BITS[ref.dtype] + at
-            return kind, tuple(int(i) for i in np.unravel_index(flat, ref.shape))
+    source = Source(ref)
+    step = max(1, source.block_nbytes // max(1, source.row_nbytes))
+    for start in range(0, source.num_rows, step):
+        values = widened(source.rows(start, min(start + step, source.num_rows)), ref.dtype)
+        for row, *inner in np.argwhere(~np.isfinite(values)).tolist():
+            return "NaN" if np.isnan(values[(row, *inner)]) else "Inf", (start + row, *inner)
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -174,8 +174,7 @@ def _tasks(models: list[ModelReport]) -> Table:
         for metric in task.metrics if name not in within else ():
             scores = [(model.tasks or {})[name].metrics[metric] for model in models]
             sign = -1 if task.higher_is_better.get(metric.split(",")[0]) is False else 1
-            best = max(sign * score.value for score in scores)
-            cells = [_mark(models, sign * each.value == best) + _number(each.value, each.stderr) for each in scores]
+            cells = _marked([(sign * score.value, _number(score.value, score.stderr)) for score in scores])
             shots = "" if task.num_fewshot is None else str(task.num_fewshot)
             rows.append([name, str(task.examples), shots, metric.replace(",", ", "), *cells])
     head = ["task", "examples", "shots", "metric", *(model.model for model in models)]
@@ -207,9 +206,8 @@ def _of_models(
     models: list[ModelReport], head: list[str], cells: list[list[tuple[float, str]]], title: str, note: str = ""
 ) -> Table:
     """Models in rows; of each cell how good it is, and what it says."""
-    best = [max(value for value, _ in column) for column in zip(*cells, strict=True)]
-    marked = [[_mark(models, cell[0] == top) + cell[1] for cell, top in zip(row, best, strict=True)] for row in cells]
-    rows = [[model.model, *row] for model, row in zip(models, marked, strict=True)]
+    columns = [_marked(column) for column in zip(*cells, strict=True)]
+    rows = [list(row) for row in zip([model.model for model in models], *columns, strict=True)]
     return _table(["model", *head], rows, title, note)
 
 
@@ -218,8 +216,10 @@ def _table(head: list[str], rows: list[list[str]], title: str, note: str = "", l
     return Table(head, rows, title=title, note=note, bold=best, left=left)
 
 
-def _mark(models: list[ModelReport], is_best: bool) -> str:
-    return BEST if is_best and len(models) > 1 else ""
+def _marked(compared: Sequence[tuple[float, str]]) -> list[str]:
+    """What cells say, the best of several marked; each with how good it is."""
+    best = max(value for value, _ in compared) if len(compared) > 1 else None
+    return [(BEST if value == best else "") + text for value, text in compared]
 
 
 def _number(value: float, stderr: float | None, digits: int = 4) -> str:

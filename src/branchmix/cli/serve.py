@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from branchmix.checkpoint.text import whole_characters
 from branchmix.cli import console
 from branchmix.cli.console import app
 from branchmix.errors import CheckpointError, RecipeError
@@ -71,8 +75,6 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
         mixture.experts_at_inference = console.experts_to_keep(experts, index.config)
     from transformers.cli.serve import Serve
 
-    from branchmix.cli.serve_limits import limited_server
-
     server = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     server.command()(Serve)
     with limited_server():
@@ -89,3 +91,169 @@ def _show_classes() -> type[BranchMixForCausalLM]:
 
     setattr(sys.modules["transformers"], BranchMixForCausalLM.__name__, BranchMixForCausalLM)
     return BranchMixForCausalLM
+
+
+# ---- What the server refuses, before anything is tokenised: requests that the model has no positions for.
+# A request of more bytes than any prompt that fits is answered with 413, and is never in memory. One that asks for more
+# tokens than there are positions, or whose prompt has as many, gets 400, and so do many beams for one request. What is
+# left is cut to the room that there is: prompt and answer together have at most as many tokens as there are positions.
+
+BYTES_PER_POSITION = 32
+"""Largest request, in bytes a position. Text has about 4 a token, in JSON's escapes (``\\u4e2d``) up to 12."""
+LEAST_BYTES = 1 << 16
+"""Bytes that every request may have: for the names of its fields, and for tools."""
+UNKNOWN_POSITIONS = 1 << 17
+"""Counts for a model whose config does not say."""
+MOST_AT_ONCE = 16
+"""Texts that are written at once for a request; each takes the memory of a whole one."""
+_AT_ONCE = ("num_beams", "num_return_sequences")
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+
+class RequestError(Exception):
+    """A request that is answered with ``status`` and what is wrong with it, as OpenAI's servers put it."""
+
+    def __init__(self, reason: str, status: int = 400):
+        super().__init__(reason)
+        self.status = status
+        self.content = {"error": {"message": reason, "type": "invalid_request_error", "param": None, "code": None}}
+
+
+@contextmanager
+def limited_server() -> Iterator[None]:
+    """Inside the block, transformers' server keeps to the limits of the model that it is started with."""
+    from unittest import mock
+
+    from transformers.cli.serving import server
+
+    build = server.build_server
+
+    def build_limited(model_manager: Any, *handlers: Any, generation_state: Any, **more: Any) -> Any:
+        from fastapi.responses import JSONResponse
+        from jinja2 import TemplateError
+
+        from branchmix.likelihood.forward import max_positions
+
+        app = build(model_manager, *handlers, generation_state=generation_state, **more)
+        (loaded,) = model_manager.loaded_models.values()  # serve_command names one, which the server keeps
+        positions = max_positions(loaded.model.config) or UNKNOWN_POSITIONS
+        get_manager = generation_state.get_manager
+        generation_state.get_manager = lambda *args, **options: _limited(get_manager(*args, **options), positions)
+        app.add_middleware(request_limits, positions=positions)
+
+        async def refuse(_: Any, error: RequestError) -> Any:
+            return JSONResponse(error.content, error.status)
+
+        async def refuse_messages(_: Any, error: TemplateError) -> Any:
+            return await refuse(_, RequestError(f"the model's chat template does not take the messages: {error}"))
+
+        app.add_exception_handler(RequestError, refuse)
+        app.add_exception_handler(TemplateError, refuse_messages)
+        return app
+
+    with mock.patch.object(server, "build_server", build_limited):
+        yield
+
+
+def _limited(manager: Any, positions: int) -> Any:
+    """A manager of generations that gives each request the room that its prompt leaves."""
+
+    def within(method: Any) -> Any:
+        def generate(model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any) -> Any:
+            ids = inputs["input_ids"]
+            length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+            room = positions - length
+            if room < 1:
+                raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
+            for key in _AT_ONCE:
+                value = getattr(gen_config, key) or 1
+                if not isinstance(value, int) or value > MOST_AT_ONCE:
+                    raise RequestError(f"{key}: should be a whole number up to {MOST_AT_ONCE}, got {str(value)[:40]!r}")
+            gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
+            return method(model, processor, inputs, gen_config, *args, **options)
+
+        return generate
+
+    for name in ("generate_streaming", "generate_non_streaming"):
+        if name not in vars(manager):  # the server keeps its managers
+            setattr(manager, name, within(getattr(manager, name)))
+    return manager
+
+
+def request_limits(app: Any, positions: int) -> Any:
+    """ASGI middleware: refuses by size and by the tokens asked for, and passes on whole characters."""
+
+    async def limited(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        try:
+            body = _checked(await _body(receive, positions), positions)
+        except RequestError as error:
+            from starlette.responses import JSONResponse
+
+            await JSONResponse(error.content, error.status)(scope, receive, send)
+            return
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> dict[str, Any]:
+            return next(messages, None) or await receive()
+
+        await app(scope, replay, send)
+
+    return limited
+
+
+async def _body(receive: Receive, positions: int) -> bytes:
+    """The body; one that is too large is read to its end, so that the client hears why, but not kept."""
+    most, body, size, more = max(LEAST_BYTES, BYTES_PER_POSITION * positions), bytearray(), 0, True
+    while more:
+        message = await receive()
+        part = message.get("body", b"")
+        size += len(part)
+        more = message["type"] == "http.request" and message.get("more_body", False)
+        if size <= most:
+            body += part
+        else:
+            body.clear()
+    if size > most:
+        reason = f"the request has {size:,} bytes, and at most {most:,} are taken, for the model has "
+        raise RequestError(f"{reason}{positions:,} positions: shorten the prompt", 413)
+    return bytes(body)
+
+
+def _checked(body: bytes, positions: int) -> bytes:
+    try:
+        asked = json.loads(body)
+        text = json.dumps(asked, ensure_ascii=False)
+    except RecursionError:
+        raise RequestError("the request's JSON is nested too deeply") from None
+    except ValueError:
+        return body  # not JSON: the server says so itself
+    fields = asked if isinstance(asked, dict) else {}
+    if fields.get("generation_config") is not None:
+        _check_generation(fields["generation_config"])
+    for key in _LENGTHS:
+        value = fields.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value % 1:
+            raise RequestError(f"{key}: should be a whole number from 1 on, got {str(value)[:40]!r}")
+        if value > positions:
+            raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {positions:,} positions")
+    whole = whole_characters(text)
+    return body if whole == text else whole.encode()
+
+
+def _check_generation(asked: Any) -> None:
+    """Refuse what the server could not read as the JSON of a generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig(**json.loads(asked))
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RequestError(f"generation_config: {reason[:200]}") from None

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .chosen_branchmix import Chosen, combine, project
@@ -40,18 +39,6 @@ class HeadOrder:
     kv_sharing: bool
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Factors of the wide head axis."""
-        if self.kv_sharing:
-            return (self.num_kv_heads, self.num_experts, self.num_heads // self.num_kv_heads)
-        return (self.num_experts, self.num_heads)
-
-    @property
-    def expert_axis(self) -> int:
-        """Which of ``sizes`` counts the experts."""
-        return 1 if self.kv_sharing else 0
-
-    @property
     def wide_heads(self) -> int:
         return self.num_experts * self.num_heads
 
@@ -61,7 +48,7 @@ class HeadOrder:
 
     @property
     def pieces(self) -> tuple[int, int, int]:
-        """J, E, and the channels of a piece: an expert's heads are J stretches of the wide axis."""
+        """J, E, and the channels of a piece: an expert's heads are J stretches of the wide axis [J * E * channels]."""
         num_pieces = self.num_kv_heads if self.kv_sharing else 1
         return num_pieces, self.num_experts, self.num_heads // num_pieces * self.head_dim
 
@@ -157,14 +144,9 @@ class BranchMixAttention(nn.Module):
             chosen = Chosen(index_BTk, self.order.num_experts)
         heads_BTHC, attention_weights = self._heads(chosen, hidden_states, *args, **kwargs)
         gate_BTE = gate_BTE.to(heads_BTHC.dtype)
-        sizes, axis = self.order.sizes, self.order.expert_axis
         if chosen is None:
-            # They meet as [B, T, *sizes with 1 for all but the experts] and [B, T, *sizes with C in the last].
-            gate = gate_BTE.view(
-                *gate_BTE.shape[:2], *(self.order.num_experts if i == axis else 1 for i in range(len(sizes)))
-            )
-            gated = heads_BTHC.reshape(*gate_BTE.shape[:2], *sizes[:-1], -1) * gate
-            out_BTD = self.o_proj(gated.reshape(*gate_BTE.shape[:2], -1))
+            gated_BTJEO = heads_BTHC.unflatten(-1, self.order.pieces) * gate_BTE[:, :, None, :, None]
+            out_BTD = self.o_proj(gated_BTJEO.flatten(2))
         else:
             num_pieces, _, channels = self.order.pieces
             heads_SkJO = heads_BTHC.reshape(-1, num_pieces, chosen.top_k, channels).transpose(1, 2)
@@ -176,14 +158,10 @@ class BranchMixAttention(nn.Module):
 
     def _heads(self, chosen: Chosen | None, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """All experts' heads [B, T, E * H * C] or the chosen ones' [B, T, k * H * C], and attention weights or None."""
-        if chosen is None:
+        with nullcontext() if chosen is None else self._only(chosen):
             heads_BTHC, attention_weights = self.heads(*args, **kwargs)[:2]
-        else:
-            with self._only(chosen):
-                heads_BTHC, attention_weights = self.heads(*args, **kwargs)[:2]
-        width = (
-            (self.order.num_experts if chosen is None else chosen.top_k) * self.order.num_heads * self.order.head_dim
-        )
+        num_experts = self.order.num_experts if chosen is None else chosen.top_k
+        width = num_experts * self.order.num_heads * self.order.head_dim
         if heads_BTHC.shape[-1] != width:
             raise RuntimeError(
                 f"attention handed back {heads_BTHC.shape[-1]} values a token where the experts' heads have {width}: "
@@ -258,16 +236,11 @@ class BranchMixExpertNorm(nn.ModuleList):
         those of the chosen experts."""
         if self.chosen is not None:
             return self._of_chosen(wide, self.chosen)
-        sizes, expert_axis = self.order.sizes, self.order.expert_axis
+        num_pieces, num_experts, _ = self.order.pieces
         axis = wide.dim() + self.axis
-        split = wide.unflatten(axis, (*sizes[:-1], -1)).unbind(axis + expert_axis)
-        kv_sharing = len(sizes) == 3
-        if kv_sharing:
-            split = [part.flatten(axis, axis + 1) for part in split]
-        split = [norm(part) for norm, part in zip(self, split, strict=True)]
-        if kv_sharing:
-            split = [part.unflatten(axis, (sizes[0], -1)) for part in split]
-        return torch.stack(split, axis + expert_axis).reshape(wide.shape)
+        split = wide.unflatten(axis, (num_pieces, num_experts, -1)).unbind(axis + 1)
+        normed = [norm(part.flatten(axis, axis + 1)) for norm, part in zip(self, split, strict=True)]
+        return torch.stack([part.unflatten(axis, (num_pieces, -1)) for part in normed], axis + 1).reshape(wide.shape)
 
     def _of_chosen(self, wide: torch.Tensor, chosen: Chosen) -> torch.Tensor:
         num_pieces, _, channels = self.order.pieces
@@ -350,6 +323,9 @@ class BranchMixSplitAttention(nn.Module):
         if cache is not None:
             k_BKTC, v_BKTC = cache.update(k_BKTC, v_BKTC, self.layer_idx)
 
+        # Not above: transformers may be importing this module while it imports that one.
+        from transformers.models.llama.modeling_llama import eager_attention_forward
+
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         for name in ("use_cache", "output_attentions", "alibi"):
             kwargs.pop(name, None)
@@ -366,27 +342,6 @@ class BranchMixSplitAttention(nn.Module):
             **kwargs,
         )
         return heads.reshape(*hidden_states.shape[:2], -1), weights
-
-
-def eager_attention_forward(
-    module: Any,
-    q_BHTC: torch.Tensor,
-    k_BKTC: torch.Tensor,
-    v_BKTC: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in plain torch, the ``eager`` implementation; returns [B, T, H, C] and the weights."""
-    k_BHTC = k_BKTC.repeat_interleave(module.num_key_value_groups, dim=1)
-    v_BHTC = v_BKTC.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = torch.matmul(q_BHTC, k_BHTC.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q_BHTC.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, v_BHTC).transpose(1, 2).contiguous(), weights
 
 
 class BranchMixExpertRotary(nn.ModuleList):
@@ -445,7 +400,10 @@ def _rotate_pairs(x_BHTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAttention:
     layout, seed_config = config.layout, config.seed_config
-    order = _head_order(dense, config)
+    kv_sharing, num_kv_heads = config.attention == "kv_sharing", config.num_key_value_heads
+    num_kv_heads = num_kv_heads if kv_sharing else num_kv_heads // config.num_experts
+    head_dim = getattr(dense, "head_dim", None) or config.head_dim
+    order = HeadOrder(config.num_experts, seed_config.num_attention_heads, num_kv_heads, head_dim, kv_sharing)
     output = getattr(dense, layout["output"])
     dropout = take_output_dropout(dense, "resid_dropout", "residual_dropout")
     if layout["attention_code"] == "split":
@@ -467,16 +425,14 @@ def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAtten
 def _set_head_counts(heads: nn.Module, num_experts: int, order: HeadOrder) -> None:
     """Tell the family's code how many heads it computes where it asks its attributes: the query heads of
     ``num_experts`` experts, over the K/V heads of all."""
-    num_heads = num_experts * order.num_heads
-    for name, value in (
-        ("num_heads", num_heads),
-        ("num_attention_heads", num_heads),
-        ("num_key_value_heads", order.wide_kv_heads),
-        (
-            "num_key_value_groups",
-            num_heads // order.num_kv_heads if order.kv_sharing else order.num_heads // order.num_kv_heads,
-        ),
-    ):
+    num_heads, group = num_experts * order.num_heads, order.num_heads // order.num_kv_heads
+    counts = {
+        "num_heads": num_heads,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": order.wide_kv_heads,
+        "num_key_value_groups": group * num_experts if order.kv_sharing else group,
+    }
+    for name, value in counts.items():
         if hasattr(heads, name):
             setattr(heads, name, value)
 
@@ -489,20 +445,6 @@ def _widen_norms(heads: nn.Module, order: HeadOrder, layout: dict[str, Any]) -> 
             continue
         norm_order = order.of_keys() if of_keys else order
         setattr(heads, name, BranchMixExpertNorm(norm, norm_order, layout["norm_over"], axis))
-
-
-def _head_order(dense: nn.Module, config: BranchMixConfig) -> HeadOrder:
-    layout, seed_config = config.layout, config.seed_config
-    num_heads = seed_config.num_attention_heads
-    head_dim = getattr(dense, "head_dim", None) or getattr(seed_config, "head_dim", None)
-    head_dim = head_dim or seed_config.hidden_size // num_heads
-    if layout["fused_qkv"] is None:
-        num_heads = getattr(dense, layout["query"]).out_features // head_dim
-        num_kv_heads = getattr(dense, layout["key"]).out_features // head_dim
-    else:
-        fused = getattr(dense, layout["fused_qkv"])
-        num_kv_heads = (fused.weight.shape[1 if is_conv1d(fused) else 0] // head_dim - num_heads) // 2
-    return HeadOrder(config.num_experts, num_heads, num_kv_heads, head_dim, config.attention == "kv_sharing")
 
 
 def take_output_dropout(module: nn.Module, *names: str) -> float:

@@ -81,18 +81,18 @@ def project(
     x_SI: torch.Tensor, weight_JEOI: torch.Tensor, bias_JEO: torch.Tensor | None, chosen: Chosen
 ) -> torch.Tensor:
     """Each token times the matrices of its experts: ``y[s, slot, j] = W[j, e(s, slot)] x[s]``, [S, k, J, O]."""
-    x_SI, weight_JEOI, bias_JEO = _in_autocast_dtype(x_SI, weight_JEOI, bias_JEO)
+    x_SI, weight_JEOI, bias_JEO = in_autocast_dtype(x_SI, weight_JEOI, bias_JEO)
     return _Project.apply(x_SI, weight_JEOI, bias_JEO, chosen)
 
 
 def combine(y_SkJO: torch.Tensor, weight_JEOI: torch.Tensor, chosen: Chosen) -> torch.Tensor:
     """The transpose of ``project``: ``x[s] = sum over slots and j of W[j, e(s, slot)]^T y[s, slot, j]``, [S, I]."""
-    y_SkJO, weight_JEOI = _in_autocast_dtype(y_SkJO, weight_JEOI)
+    y_SkJO, weight_JEOI = in_autocast_dtype(y_SkJO, weight_JEOI)
     return _Combine.apply(y_SkJO, weight_JEOI, chosen)
 
 
-def _in_autocast_dtype(*tensors: Any) -> Any:
-    """As autocast does for a linear map."""
+def in_autocast_dtype(*tensors: Any) -> Any:
+    """Operands as autocast casts them for a product."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

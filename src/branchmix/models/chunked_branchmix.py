@@ -28,7 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .chosen_branchmix import Chosen
+from .chosen_branchmix import Chosen, in_autocast_dtype
 from .linear_branchmix import fastest_on_cpu
 
 AUTOMATIC, CHUNKED = "branchmix", "branchmix_chunked"
@@ -55,56 +55,50 @@ def automatic_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    *,
+    always: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' ``sdpa``, but in chunks where that is faster: see ``_faster_in_chunks``.
 
     Arguments as for transformers' attention functions: query [B, H, T, C], key and value [B, K, S, C]. Returns [B,
-    T, H, C] and None. Raises ValueError for attention sinks, which neither of the two computes.
+    T, H, C] and None.
+
+    With ``always``, chunks for any dtype, length and device; single queries and compiled graphs use ``sdpa``.
+
+    Raises:
+        ValueError: there are attention sinks, which neither of the two computes; or, with ``always``, dropout, position
+            biases or a paged cache.
     """
+    unsupported = _unsupported(dropout, attention_mask, kwargs)
+    if always and unsupported:
+        raise ValueError(f'attn_implementation="{CHUNKED}" has no {unsupported}: use "{AUTOMATIC}", "sdpa" or "eager"')
     if kwargs.get("s_aux") is not None:  # transformers' sdpa would leave them out without a word
         raise ValueError(f'attn_implementation="{AUTOMATIC}" has no sinks: use "eager"')
+    length = query.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and attention_mask is None and length > 1
     if (chosen := getattr(module, "chosen", None)) is not None:
-        attend = partial(automatic_attention_forward, dropout=dropout, scaling=scaling, **kwargs)
-        return _by_expert(module, chosen, query, key, value, attention_mask, is_causal, attend), None
-    soft_cap = kwargs.get("softcap")
-    if not (_unsupported(dropout, attention_mask, kwargs) or torch.compiler.is_compiling()):
-        q, k, v = _in_autocast_dtype(query, key, value)
+        attend = partial(automatic_attention_forward, dropout=dropout, scaling=scaling, always=always, **kwargs)
+        return _by_expert(module, chosen, query, key, value, attention_mask, causal, attend), None
+    q, k, v = in_autocast_dtype(query, key, value)  # rotary angles may have made queries fp32 again
+    soft_cap = kwargs.get("softcap")  # torch's fused attention has none
+    forward = backward = False
+    if always:
+        forward = soft_cap is not None or not (length == 1 or torch.compiler.is_compiling())
+    elif not (unsupported or torch.compiler.is_compiling()):
         forward, backward = _faster_in_chunks(q, k, v)
-        forward = forward or soft_cap is not None  # torch's fused attention has no soft caps
-        if forward or backward:
-            return _run(module, q, k, v, attention_mask, scaling, is_causal, soft_cap, forward_in_chunks=forward), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        forward = forward or soft_cap is not None
+    if not (forward or backward):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    settings = _Settings(q.shape[-1] ** -0.5 if scaling is None else scaling, causal, soft_cap)
+    if causal:  # a static cache has more
+        k, v = k[:, :, :length], v[:, :, :length]
+    with torch.autocast(q.device.type, enabled=False):
+        return _ChunkedAttention.apply(q, k, v, attention_mask, settings, forward), None
 
 
-def chunked_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Chunks for any dtype, length and device; single queries and compiled graphs use transformers' ``sdpa``.
-
-    Raises ValueError for dropout, sinks, position biases or paged caches, which it does not compute.
-    """
-    reason = _unsupported(dropout, attention_mask, kwargs)
-    if reason:
-        raise ValueError(f'attn_implementation="{CHUNKED}" has no {reason}: use "{AUTOMATIC}", "sdpa" or "eager"')
-    if (chosen := getattr(module, "chosen", None)) is not None:
-        attend = partial(chunked_attention_forward, scaling=scaling, **kwargs)
-        return _by_expert(module, chosen, query, key, value, attention_mask, is_causal, attend), None
-    soft_cap = kwargs.get("softcap")
-    if soft_cap is None and (query.shape[2] == 1 or torch.compiler.is_compiling()):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scaling, is_causal, **kwargs)
-    q, k, v = _in_autocast_dtype(query, key, value)
-    return _run(module, q, k, v, attention_mask, scaling, is_causal, soft_cap, forward_in_chunks=True), None
-
-
+chunked_attention_forward = partial(automatic_attention_forward, always=True)
 AttentionInterface.register(AUTOMATIC, automatic_attention_forward)
 AttentionInterface.register(CHUNKED, chunked_attention_forward)
 # Masks come as transformers makes them for SDPA: True where a key may be seen, or None for what is just causal.
@@ -173,37 +167,6 @@ def _unsupported(dropout: float, mask: Any, kwargs: dict[str, Any]) -> str | Non
     return None
 
 
-def _in_autocast_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As autocast does for torch's fused attention; rotary angles may have made queries fp32 again."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def _run(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    is_causal: bool | None,
-    soft_cap: float | None,
-    *,
-    forward_in_chunks: bool,
-) -> torch.Tensor:
-    length = query.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and mask is None and length > 1
-    settings = _Settings(query.shape[-1] ** -0.5 if scaling is None else scaling, causal, soft_cap)
-    if causal and key.shape[2] > length:  # the unused rest of a static cache
-        key, value = key[:, :, :length], value[:, :, :length]
-    with torch.autocast(query.device.type, enabled=False):
-        return _ChunkedAttention.apply(query, key, value, mask, settings, forward_in_chunks)
-
-
 # ---- Experts with keys of their own, each for the tokens that chose it ----
 
 
@@ -214,7 +177,7 @@ def _by_expert(
     k_BKSC: torch.Tensor,
     v_BKSC: torch.Tensor,
     mask: torch.Tensor | None,
-    is_causal: bool | None,
+    causal: bool,
     attend: Callable[..., tuple[torch.Tensor, None]],
 ) -> torch.Tensor:
     """Attention of each token to its experts' own keys and values, [B, T, H, C].
@@ -223,17 +186,15 @@ def _by_expert(
     says where in the sequence they are. Sequences and experts with about as many queries are computed at once.
 
     Args:
-        module: the attention, for its ``is_causal``.
+        module: the attention.
         chosen: k experts of each token.
         q_BHTC: heads are ordered (slot, head of an expert).
         k_BKSC, v_BKSC: heads are ordered (expert, head of an expert).
         mask: [B or 1, 1, T, S], as for all of this file.
-        is_causal: as for all of this file.
+        causal: whether a token sees the keys up to its own, for want of a mask.
         attend: attention of (module, q, k, v, mask, is_causal=).
     """
     (batch, _, length, width), num_experts = q_BHTC.shape, chosen.num_experts
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and mask is None and length > 1
     if causal:  # a static cache has more
         k_BKSC, v_BKSC = k_BKSC[:, :, :length], v_BKSC[:, :, :length]
     q_PHC = chosen.sorted(q_BHTC.transpose(1, 2).reshape(batch * length * chosen.top_k, -1, width))
@@ -243,12 +204,8 @@ def _by_expert(
     queries, times = q_PHC.split(counts), (chosen.tokens_P % length).split(counts)
     # One [K, S, C] for each expert and sequence, as the queries are sorted.
     keys, values = (
-        [
-            row
-            for expert in zip(*(x.unbind(0) for x in x_BKSC.unflatten(1, (num_experts, -1)).unbind(0)), strict=True)
-            for row in expert
-        ]
-        for x_BKSC in (k_BKSC, v_BKSC)
+        [row for expert in x.unflatten(1, (num_experts, -1)).unbind(1) for row in expert.unbind(0)]
+        for x in (k_BKSC, v_BKSC)
     )
     like = SimpleNamespace(
         num_key_value_groups=q_PHC.shape[1] // len(keys[0]), is_causal=False, training=module.training
@@ -321,69 +278,46 @@ class _ChunkedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.settings = settings
         ctx.save_for_backward(q_BHTC, k_BKSC, v_BKSC, mask)
-        if forward_in_chunks:
-            return _forward(q_BHTC, k_BKSC, v_BKSC, mask, settings)
-        return _fused(q_BHTC, k_BKSC, v_BKSC, mask, settings)
+        dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
+        if not forward_in_chunks:  # a forward pass is the same with and without gradients
+            like: Any = SimpleNamespace(num_key_value_groups=q_BHTC.shape[1] // num_kv_heads)
+            options = (mask, 0.0, settings.scale, settings.causal)
+            return sdpa_attention_forward(like, q_BHTC, k_BKSC, v_BKSC, *options)[0]
+        q_BHTC, k_BKSC, v_BKSC = _to_compute(q_BHTC, k_BKSC, v_BKSC)
+        q_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads)
+        out_BTHC = q_BHTC.new_zeros(*q_BHTC.shape[:1], q_BHTC.shape[2], q_BHTC.shape[1], v_BKSC.shape[-1])
+        out_BTKRC = _grouped(out_BTHC, num_kv_heads)
+        for chunk in _chunks(q_BHTC, k_BKSC, mask, settings.causal):
+            q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
+            weights, _ = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
+            _put(out_BTKRC, chunk, torch.bmm(weights, v))
+        return out_BTHC.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_BHTC, k_BKSC, v_BKSC, mask = ctx.saved_tensors
-        return (*_backward(grad_BTHC, q_BHTC, k_BKSC, v_BKSC, mask, ctx.settings), None, None, None)
-
-
-def _fused(
-    q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, v_BKSC: torch.Tensor, mask: torch.Tensor | None, settings: _Settings
-) -> torch.Tensor:
-    """transformers' ``sdpa``, so that a forward pass is the same with and without gradients."""
-    like: Any = SimpleNamespace(num_key_value_groups=q_BHTC.shape[1] // k_BKSC.shape[1])
-    return sdpa_attention_forward(like, q_BHTC, k_BKSC, v_BKSC, mask, 0.0, settings.scale, settings.causal)[0]
-
-
-def _forward(
-    q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, v_BKSC: torch.Tensor, mask: torch.Tensor | None, settings: _Settings
-) -> torch.Tensor:
-    dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
-    q_BHTC, k_BKSC, v_BKSC = _to_compute(q_BHTC, k_BKSC, v_BKSC)
-    q_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads)
-    out_BTHC = q_BHTC.new_zeros(*q_BHTC.shape[:1], q_BHTC.shape[2], q_BHTC.shape[1], v_BKSC.shape[-1])
-    out_BTKRC = _grouped(out_BTHC, num_kv_heads)
-    for chunk in _chunks(q_BHTC, k_BKSC, mask, settings.causal):
-        q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
-        weights, _ = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
-        _put(out_BTKRC, chunk, torch.bmm(weights, v))
-    return out_BTHC.to(dtype)
-
-
-def _backward(
-    grad_BTHC: torch.Tensor,
-    q_BHTC: torch.Tensor,
-    k_BKSC: torch.Tensor,
-    v_BKSC: torch.Tensor,
-    mask: torch.Tensor | None,
-    settings: _Settings,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
-    grad_BTHC, q_BHTC, k_BKSC, v_BKSC = _to_compute(grad_BTHC, q_BHTC, k_BKSC, v_BKSC)
-    q_BTKRC, grad_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads), _grouped(grad_BTHC, num_kv_heads)
-    dq_BTHC = q_BHTC.new_zeros(q_BHTC.shape[0], q_BHTC.shape[2], q_BHTC.shape[1], q_BHTC.shape[3])
-    dq_BTKRC = _grouped(dq_BTHC, num_kv_heads)
-    # Sums over chunks of queries, at least in fp32: bf16 would lose a bit with each.
-    wide = torch.promote_types(k_BKSC.dtype, torch.float32)
-    dk_BKSC, dv_BKSC = torch.zeros_like(k_BKSC, dtype=wide), torch.zeros_like(v_BKSC, dtype=wide)
-    for chunk in _chunks(q_BHTC, k_BKSC, mask, settings.causal):
-        q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
-        grad = _rows_of(grad_BTKRC, chunk)
-        weights, slope = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
-        _add(dv_BKSC, chunk, torch.bmm(weights.transpose(1, 2), grad))
-        d_weights = torch.bmm(grad, v.transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        if slope is not None:
-            d_scores = d_scores * slope
-        _put(dq_BTKRC, chunk, torch.bmm(d_scores, k).mul_(settings.scale))
-        _add(dk_BKSC, chunk, torch.bmm(d_scores.transpose(1, 2), q))
-    dk_BKSC.mul_(settings.scale)
-    return dq_BTHC.transpose(1, 2).to(dtype), dk_BKSC.to(dtype), dv_BKSC.to(dtype)
+        (q_BHTC, k_BKSC, v_BKSC, mask), settings = ctx.saved_tensors, ctx.settings
+        dtype, num_kv_heads = q_BHTC.dtype, k_BKSC.shape[1]
+        grad_BTHC, q_BHTC, k_BKSC, v_BKSC = _to_compute(grad_BTHC, q_BHTC, k_BKSC, v_BKSC)
+        q_BTKRC, grad_BTKRC = _grouped(q_BHTC.transpose(1, 2), num_kv_heads), _grouped(grad_BTHC, num_kv_heads)
+        dq_BTHC = q_BHTC.new_zeros(q_BHTC.shape[0], q_BHTC.shape[2], q_BHTC.shape[1], q_BHTC.shape[3])
+        dq_BTKRC = _grouped(dq_BTHC, num_kv_heads)
+        # Sums over chunks of queries, at least in fp32: bf16 would lose a bit with each.
+        wide = torch.promote_types(k_BKSC.dtype, torch.float32)
+        dk_BKSC, dv_BKSC = torch.zeros_like(k_BKSC, dtype=wide), torch.zeros_like(v_BKSC, dtype=wide)
+        for chunk in _chunks(q_BHTC, k_BKSC, mask, settings.causal):
+            q, k, v = _rows_of(q_BTKRC, chunk), _keys_of(k_BKSC, chunk), _keys_of(v_BKSC, chunk)
+            grad = _rows_of(grad_BTKRC, chunk)
+            weights, slope = _weights(q, k, q_BTKRC.shape[3], chunk, settings)
+            _add(dv_BKSC, chunk, torch.bmm(weights.transpose(1, 2), grad))
+            d_weights = torch.bmm(grad, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            if slope is not None:
+                d_scores = d_scores * slope
+            _put(dq_BTKRC, chunk, torch.bmm(d_scores, k).mul_(settings.scale))
+            _add(dk_BKSC, chunk, torch.bmm(d_scores.transpose(1, 2), q))
+        dk_BKSC.mul_(settings.scale)
+        return dq_BTHC.transpose(1, 2).to(dtype), dk_BKSC.to(dtype), dv_BKSC.to(dtype), None, None, None
 
 
 def _to_compute(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -17,22 +17,16 @@ AUTO_MAP = {
 """Where ``trust_remote_code=True`` finds the classes."""
 
 
-class _OfSeed:
-    """An attribute of the seed's config under its own name; missing where the seed has none, unless given a default."""
+def _of_seed(name: str, *default: Any) -> Any:
+    """The seed's attribute of this name; missing where its config has none, unless there is a default."""
 
-    def __init__(self, *default: Any):
-        self.default = default
+    def get(config: Any) -> Any:
+        return getattr(config.seed_config, name, *default)
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    def assign(config: Any, value: Any) -> None:
+        setattr(config.seed_config, name, value)
 
-    def __get__(self, config: Any, owner: type) -> Any:
-        if config is None:
-            return self
-        return getattr(config.seed_config, self.name, *self.default)
-
-    def __set__(self, config: Any, value: Any) -> None:
-        setattr(config.seed_config, self.name, value)
+    return property(get, assign)
 
 
 class BranchMixConfig(PreTrainedConfig):
@@ -142,7 +136,7 @@ class BranchMixConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """This config, from which servers read the sizes of the wide attention and the experts.
 
-        Other attributes of a text model's config (``_OfSeed`` below) are the seed's.
+        Other attributes of a text model's config (``_of_seed`` below) are the seed's.
         """
         return self
 
@@ -178,17 +172,17 @@ class BranchMixConfig(PreTrainedConfig):
     def _attention_width(self) -> int:
         return self.num_experts if self.has_attention_experts else 1
 
-    vocab_size = _OfSeed()
-    hidden_size = _OfSeed()
-    intermediate_size = _OfSeed()
-    hidden_act = _OfSeed()
-    num_hidden_layers = _OfSeed()
-    max_position_embeddings = _OfSeed(None)
-    layer_types = _OfSeed()
-    sliding_window = _OfSeed()
-    attn_logit_softcapping = _OfSeed()
-    final_logit_softcapping = _OfSeed()
-    logit_scale = _OfSeed()
+    vocab_size = _of_seed("vocab_size")
+    hidden_size = _of_seed("hidden_size")
+    intermediate_size = _of_seed("intermediate_size")
+    hidden_act = _of_seed("hidden_act")
+    num_hidden_layers = _of_seed("num_hidden_layers")
+    max_position_embeddings = _of_seed("max_position_embeddings", None)
+    layer_types = _of_seed("layer_types")
+    sliding_window = _of_seed("sliding_window")
+    attn_logit_softcapping = _of_seed("attn_logit_softcapping")
+    final_logit_softcapping = _of_seed("final_logit_softcapping")
+    logit_scale = _of_seed("logit_scale")
 
 
 __all__ = ["BranchMixConfig"]

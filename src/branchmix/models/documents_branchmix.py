@@ -13,7 +13,6 @@ Shapes: B batch, T tokens, V vocabulary, M domains, E experts, N blocks of S tok
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -188,9 +187,7 @@ def _decays(size: int, decay: float, like: torch.Tensor) -> torch.Tensor:
     return powers.pow((steps[:, None] - steps).clamp_min(0)) * (steps[:, None] >= steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The cache ----
 
 
 class BranchMixDocumentLayer(DynamicLayer):
@@ -277,15 +274,15 @@ WITHOUT_STATE = "use transformers' generate, or gates without a state: branchmix
 """What to do where a program keeps no state of the document."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Blocks ----
 
 
 @functools.cache
 def documented(block_class: type[nn.Module]) -> type[nn.Module]:
-    """A family's block whose routers get the document's logits as an argument of the block.
+    """A family's block whose routers, and experts of norms, get the document's logits as an argument of the block.
 
+    It finds them in ``_document_readers``, with what they are (``attention``, ``ffn`` or ``trunk``), and the logits in
+    the gate that is the one element of ``_document_gate``: a tuple, so that weights keep one name.
     As an argument, because gradient checkpointing calls a block again with the arguments that it had: by then the
     model may hold the logits of a later forward pass.
     """
@@ -304,20 +301,6 @@ def documented(block_class: type[nn.Module]) -> type[nn.Module]:
 
     Documented.__name__, Documented.__qualname__ = block_class.__name__, block_class.__qualname__
     return Documented
-
-
-def add_document_gate(block: nn.Module, gate: BranchMixDocumentGate, readers: Sequence[tuple[str, nn.Module]]) -> None:
-    """Let a block's routers, and the experts of its norms, hear the document gate.
-
-    Args:
-        block: of a widened model, changed in place.
-        gate: of the whole model; takes the place of an earlier one.
-        readers: modules in the block and what they are: ``attention``, ``ffn`` or ``trunk``.
-    """
-    if not hasattr(block, "_document_gate"):
-        block.__class__ = documented(type(block))  # type: ignore[arg-type]
-    block._document_gate = (gate,)  # type: ignore[assignment]  # a tuple, so that weights keep one name
-    block._document_readers = tuple(readers)  # type: ignore[assignment]
 
 
 __all__ = ["BranchMixDocumentGate"]

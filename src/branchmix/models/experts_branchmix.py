@@ -7,7 +7,7 @@ Shapes: S = B * T tokens, D model width, E experts, I inner width of an FFN, k e
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class BranchMixSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
         if self.experts.num_experts == 1:  # its gate is 1: see ``keep_experts``
-            return self.dropout(self.experts.only(hidden_states) * self.scaling)
+            return self.dropout(_computed(self.experts, _stacks(self.experts), 0, hidden_states) * self.scaling)
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         if self.rows is not None:
@@ -75,9 +75,6 @@ class BranchMixExperts(nn.Module):
     has_gate: bool
     has_bias: bool
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
-    # There is one of the two, by ``has_gate``; the same for their biases, by ``has_bias``.
-    gate_up_proj: torch.Tensor
-    up_proj: torch.Tensor
 
     def __init__(
         self, config: BranchMixConfig, width: int, inner: int, activation: nn.Module, *, gated: bool, bias: bool
@@ -95,36 +92,13 @@ class BranchMixExperts(nn.Module):
             self.register_parameter(f"{first}_bias", nn.Parameter(torch.empty(num_experts, first_width)))
             self.down_proj_bias = nn.Parameter(torch.empty(num_experts, width))
 
-    @property
-    def first_proj(self) -> torch.Tensor:
-        """Every expert's first matrix [E, O, D]: gate and up side by side, or up."""
-        return self.gate_up_proj if self.has_gate else self.up_proj
-
-    @property
-    def first_bias(self) -> torch.Tensor | None:
-        """Biases of the first matrices [E, O], if there are any."""
-        return getattr(self, "gate_up_proj_bias" if self.has_gate else "up_proj_bias", None)
-
-    @property
-    def second_bias(self) -> torch.Tensor | None:
-        """Biases of ``down_proj`` [E, D], if there are any."""
-        return getattr(self, "down_proj_bias", None)
-
-    def only(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The first expert's output, [..., D] to [..., D]."""
-        first_bias, second_bias = (None if bias is None else bias[0] for bias in (self.first_bias, self.second_bias))
-        inner = linear(hidden_states, self.first_proj[0], first_bias)
-        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-        return linear(inner, self.down_proj[0], second_bias)
-
     def forward(self, hidden_SD: torch.Tensor, index_Sk: torch.Tensor, gates_Sk: torch.Tensor) -> torch.Tensor:
         """The ``eager`` implementation: a loop over experts.
 
         The stacks are unbound once: the backward of ``weight[e]`` would zero-fill the whole stack for every expert.
         """
-        ups, downs = self.first_proj.unbind(0), self.down_proj.unbind(0)
-        none, biases = [None] * self.num_experts, (self.first_bias, self.second_bias)
-        up_biases, down_biases = (none if bias is None else bias.unbind(0) for bias in biases)
+        none: list[Any] = [None] * self.num_experts
+        ups, up_biases, downs, down_biases = (none if x is None else x.unbind(0) for x in _stacks(self))
         # In fp32 with the gates: of bf16 there would be a rounding for each of the k experts.
         out_SD = torch.zeros_like(hidden_SD, dtype=torch.promote_types(hidden_SD.dtype, gates_Sk.dtype))
         for expert in range(self.num_experts):
@@ -134,6 +108,22 @@ class BranchMixExperts(nn.Module):
             expert_out = F.linear(inner, downs[expert], down_biases[expert]) * gates_Sk[token, slot, None]
             out_SD.index_add_(0, token, expert_out)
         return out_SD.to(hidden_SD.dtype)
+
+
+def _stacks(experts: Any) -> tuple[Any, ...]:
+    """Every expert's first matrix [E, O, D], gate and up side by side or up, and its bias [E, O] if there is one; then
+    the second matrix [E, D, I] and its bias [E, D]."""
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    return tuple(getattr(experts, name, None) for name in (first, f"{first}_bias", "down_proj", "down_proj_bias"))
+
+
+def _computed(experts: Any, stacks: tuple[Any, ...], number: int, hidden: torch.Tensor) -> torch.Tensor:
+    """The output of one expert, [..., D] to [..., D]."""
+    parts: list[Any] = [None if stack is None else stack[number] for stack in stacks]
+    first, first_bias, down, down_bias = parts
+    inner = linear(hidden, first, first_bias)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    return linear(inner, down, down_bias)
 
 
 FEW_ROWS = 16
@@ -157,7 +147,7 @@ def automatic_experts_forward(
     few = few and not getattr(experts, "_is_expert_parallel", False)
     if not few or (len(hidden_SD) > 1 and not _one_by_one_is_faster(hidden_SD.dtype)):
         return grouped_mm_experts_forward(experts, hidden_SD, index_Sk, gates_Sk)
-    first, down, first_bias, down_bias = experts.first_proj, experts.down_proj, experts.first_bias, experts.second_bias
+    stacks = _stacks(experts)
     slots: dict[int, list[int]] = {}
     for slot, expert in enumerate(index_Sk.flatten().tolist()):
         slots.setdefault(expert, []).append(slot)
@@ -167,9 +157,7 @@ def automatic_experts_forward(
     for expert, chosen in slots.items():
         tokens = [slot // top_k for slot in chosen]
         hidden = hidden_SD[tokens] if len(hidden_SD) > 1 else hidden_SD
-        inner = linear(hidden, first[expert], None if first_bias is None else first_bias[expert])
-        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-        gated = linear(inner, down[expert], None if down_bias is None else down_bias[expert]) * gates_S1[chosen]
+        gated = _computed(experts, stacks, expert, hidden) * gates_S1[chosen]
         for row, token in enumerate(tokens):
             out_SD[token] += gated[row]
     return out_SD.to(hidden_SD.dtype)
@@ -204,22 +192,17 @@ class _AutocastExperts(ExpertsInterface):
     """
 
     def get_interface(self, experts_implementation: str, default: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-        return partial(_run_in_autocast_dtype, ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default))
+        kernel = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
 
+        def run(experts: Any, hidden_SD: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
+            # Gates stay fp32, and so does the sum over a token's experts; the result has autocast's dtype.
+            device = hidden_SD.device.type
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                experts, hidden_SD = _CastExperts(experts, dtype), hidden_SD.to(dtype)
+            return kernel(experts, hidden_SD, *routed)
 
-def _run_in_autocast_dtype(
-    kernel: Callable[..., torch.Tensor],
-    experts: Any,
-    hidden_SD: torch.Tensor,
-    index_Sk: torch.Tensor,
-    gates_Sk: torch.Tensor,
-) -> torch.Tensor:
-    """Gates stay fp32, and so does the sum over a token's experts; the result has autocast's dtype, as a linear has."""
-    device = hidden_SD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        experts, hidden_SD = _CastExperts(experts, dtype), hidden_SD.to(dtype)
-    return kernel(experts, hidden_SD, index_Sk, gates_Sk)
+        return run
 
 
 class _CastExperts:

@@ -134,7 +134,7 @@ def _cut(
         dim: where the heads are.
         names: of the tensors; all if not given.
     """
-    sizes, axis = ((-1, 1), 0) if order is None else ((*order.sizes, order.head_dim), order.expert_axis)
+    sizes, axis = ((-1, 1), 0) if order is None else (order.pieces, 1)
     for name, value in module._parameters.items():
         if value is not None and (names is None or name in names):
             wide = value.detach().unflatten(dim, sizes)
@@ -145,9 +145,7 @@ def _cut(
             module._parameters[name] = nn.Parameter(some.flatten(dim, dim + len(sizes) - 1), requires_grad=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Experts chosen by the prompt
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Experts chosen by the prompt ----
 
 _KEPT: WeakKeyDictionary[Any, tuple[Any, dict[tuple[int, ...], Any]]] = WeakKeyDictionary()
 """By mixture: the state of its tensors, and the smaller mixtures made of them, the last used last."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,19 +30,16 @@ from transformers.utils.output_capturing import OutputRecorder
 from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, widen_attention
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import BranchMixConfig
-from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, add_document_gate, remember
+from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, documented, remember
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .kept_branchmix import generate_with_kept_experts, keep_experts
-from .losses_branchmix import router_losses
-from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
+from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter, router_losses
 from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_trunk
 
 logger = logging.get_logger(__name__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Widening a dense model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Widening a dense model ----
 
 
 def widen(model: Any, config: BranchMixConfig) -> None:
@@ -103,7 +101,10 @@ def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate
         inside = [module for module in block.modules() if isinstance(module, BranchMixTrunkExperts)]
         trunk = [module for module in trunk if module not in inside]
         readers = [(kind, block.get_submodule(places[kind])) for kind in kinds]
-        add_document_gate(block, gate, [*readers, *(("trunk", module) for module in inside)])
+        if not hasattr(block, "_document_gate"):
+            block.__class__ = documented(type(block))  # type: ignore[arg-type]
+        block._document_gate = (gate,)
+        block._document_readers = (*readers, *(("trunk", module) for module in inside))
     gate.outside = tuple((module, isinstance(module, BranchMixTrunkHead)) for module in trunk)
     return gate
 
@@ -118,14 +119,10 @@ def _family_class(seed_config: Any, *, causal_lm: bool) -> type[PreTrainedModel]
     return (MODEL_FOR_CAUSAL_LM_MAPPING if causal_lm else MODEL_MAPPING)[type(seed_config)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sharding over devices
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Sharding over devices ----
 
 
-def parallel_plans(
-    model: nn.Module, layers: str, layout: dict[str, Any], inherited: dict[str, str]
-) -> tuple[dict[str, str], dict[str, str]]:
+def parallel_plans(model: Any, layers: str) -> tuple[dict[str, str], dict[str, str]]:
     """Rules for tensor and for expert parallelism, by module name with ``*`` for the layer.
 
     The family's rules are kept except for the modules that were replaced. The experts' heads are sharded in storage and
@@ -134,12 +131,10 @@ def parallel_plans(
     the bias.
 
     Args:
-        model: a mixture.
+        model: a mixture, whose ``tp_plan`` is that of its family's model.
         layers: path of its list of blocks.
-        layout: of its config.
-        inherited: the tensor-parallel rules that its family's model brings along.
     """
-    first = model.get_submodule(layers)[0]  # type: ignore[index]
+    layout, first = model.config.layout, model.get_submodule(layers)[0]
     attention, ffn = getattr(first, layout["attention"]), getattr(first, layout["ffn"])
     # A rank's part of a vocabulary would need its own part of the choice: experts of the trunk are not sharded.
     whole = {re.sub(r"\.\d+\.", ".*.", n) for n, m in model.named_modules() if isinstance(m, BranchMixTrunkExperts)}
@@ -161,16 +156,14 @@ def parallel_plans(
     block = f"{layers}.*."
     kept = {
         rule: style
-        for rule, style in inherited.items()
+        for rule, style in model.tp_plan.items()
         if not any(f"{rule}.".startswith(f"{block}{module}.") for module in replaced) and rule not in whole
     }
     tensor_rules = kept | {block + rule: style for rule, style in tensor_rules.items()}
     return tensor_rules, {block + rule: style for rule, style in expert_rules.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Models ----
 
 
 @dataclass
@@ -204,6 +197,24 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {"router_logits": OutputRecorder(BranchMixRouter, index=0)}
     document_gate: BranchMixDocumentGate | None
+    _causal_lm: ClassVar[bool]
+
+    def __init__(self, config: BranchMixConfig):
+        asked_for = config._attn_implementation
+        super().__init__(config)
+        family = self._build_family(asked_for)
+        # A base model has the name that the family's causal LM gives it, so that tensors have the same names in both.
+        self._family_name = "model" if self._causal_lm else family.base_model_prefix
+        self.add_module(self._family_name, family)
+        self.document_gate = document_gate(family, config)
+        self.post_init()
+        layers = f"model.{config.layout['layers']}" if self._causal_lm else config.layout["layers"]
+        self._tp_plan, self._ep_plan = parallel_plans(self, layers)
+
+    @property
+    def _family(self) -> PreTrainedModel:
+        """The seed family's own model inside."""
+        return getattr(self, self._family_name)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -274,7 +285,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         implementation = super().get_correct_experts_implementation(requested_experts)
         return EXPERTS_AUTOMATIC if requested_experts is None and implementation == "grouped_mm" else implementation
 
-    def _build_family(self, attention: str | None, *, causal_lm: bool) -> PreTrainedModel:
+    def _build_family(self, attention: str | None) -> PreTrainedModel:
         """The seed family's model, widened, with the attention that was asked for.
 
         If none was asked for and the family supports torch's fused attention, use the one that chooses for each call.
@@ -288,7 +299,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             seed_config._attn_implementation_internal = None
         if config.document_gate is not None and attention == "vllm":
             raise ValueError(f"vLLM keeps no state of document gates between tokens: {WITHOUT_STATE}")
-        model = _family_class(seed_config, causal_lm=causal_lm)(seed_config)
+        model = _family_class(seed_config, causal_lm=self._causal_lm)(seed_config)
         widen(model, config)
         takes_any = config.has_attention_experts or model._can_set_attn_implementation()
         if attention in (AUTOMATIC, CHUNKED) and not takes_any:
@@ -301,11 +312,6 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             config._attn_implementation_internal = seed_config._attn_implementation_internal = attention
         return model
 
-    @property
-    def _family(self) -> PreTrainedModel:
-        """The seed family's own model inside."""
-        raise AttributeError("only models with weights have a family model")
-
     @contextmanager
     def _recorded_routers(self, wanted: bool) -> Iterator[dict[str, list[torch.Tensor]]]:
         """Logits of both kinds of routers, layer by layer, of the forward pass inside the block."""
@@ -315,7 +321,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             for module in self.modules():
                 if isinstance(module, BranchMixRouter):
                     kind = "ffn" if isinstance(module, BranchMixFFNRouter) else "attention"
-                    hooks.append(module.register_forward_hook(_recorder(logits[kind])))
+                    hooks.append(module.register_forward_hook(partial(_record, logits[kind])))
         try:
             yield logits
         finally:
@@ -376,30 +382,14 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         return outputs
 
 
-def _recorder(logits: list[torch.Tensor]) -> Callable[..., None]:
-    def record(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
-        logits.append(output[0].flatten(0, -2))
-
-    return record
+def _record(logits: list[torch.Tensor], module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+    logits.append(output[0].flatten(0, -2))
 
 
 class BranchMixModel(BranchMixPreTrainedModel):
     """The mixture without its language-modelling head: the seed family's base model, widened."""
 
-    def __init__(self, config: BranchMixConfig):
-        asked_for = config._attn_implementation
-        super().__init__(config)
-        family_model = self._build_family(asked_for, causal_lm=False)
-        # Under the name that the family's causal LM gives it, so that both classes share one set of tensor names.
-        self._family_prefix = family_model.base_model_prefix
-        self.add_module(self._family_prefix, family_model)
-        self.document_gate = document_gate(family_model, config)
-        self.post_init()
-        self._tp_plan, self._ep_plan = parallel_plans(self, config.layout["layers"], config.layout, dict(self.tp_plan))
-
-    @property
-    def _family(self) -> PreTrainedModel:
-        return getattr(self, self._family_prefix)
+    _causal_lm = False
 
     def forward(
         self, input_ids: torch.Tensor | None = None, output_router_logits: bool | None = None, **kwargs: Any
@@ -426,18 +416,8 @@ class _Headless:
 class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
     """A language model of attention experts and FFN experts: the seed family's own causal LM, widened."""
 
-    def __init__(self, config: BranchMixConfig):
-        asked_for = config._attn_implementation
-        super().__init__(config)
-        self.model = self._build_family(asked_for, causal_lm=True)
-        self.document_gate = document_gate(self.model, config)
-        self.post_init()
-        layers = f"model.{config.layout['layers']}"
-        self._tp_plan, self._ep_plan = parallel_plans(self, layers, config.layout, dict(self.tp_plan))
-
-    @property
-    def _family(self) -> PreTrainedModel:
-        return self.model
+    _causal_lm = True
+    model: Any
 
     @property
     def base_model(self) -> Any:

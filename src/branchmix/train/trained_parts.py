@@ -219,11 +219,9 @@ class _AfterExpert(nn.Module):
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.order is None:
             return self.adapter(tensor) if tensor.dim() == 3 else self.adapter(tensor.unsqueeze(-1)).squeeze(-1)
-        # Columns are ordered (expert, head, C), or for Shared KV (kv head, expert, group, C).
-        axis = 1 + self.order.expert_axis
-        by_expert = tensor.unflatten(1, (*self.order.sizes, self.order.head_dim)).movedim(axis, 0)
+        by_expert = tensor.unflatten(1, self.order.pieces).movedim(2, 0)
         adapted = self.adapter(by_expert.flatten(2)).view(by_expert.shape)
-        return adapted.movedim(0, axis).flatten(1)
+        return adapted.movedim(0, 2).flatten(1)
 
 
 def _places(model: nn.Module) -> Iterator[list[tuple[Any, str, HeadOrder | None]]]:

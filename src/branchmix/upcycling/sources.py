@@ -294,7 +294,7 @@ def below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
 def inside(family: Family, modules: Sequence[str], *, prefix: str = "") -> re.Pattern[str]:
     """Matches names of tensors in these modules of a block, but for those of an activation that experts share."""
     names = "|".join(map(re.escape, modules)) or r"\0"
-    shared = rf"(?!{re.escape(family.activation)}\.)" if family.learned_activation else ""
+    shared = rf"(?!{re.escape(family.activation)}\.)" if family.activation_parameters else ""
     return re.compile(rf"{prefix}{re.escape(family.layers)}\.\d+\.{shared}({names})\.")
 
 
