@@ -5,7 +5,6 @@ Letters as in ``order``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,67 +22,20 @@ _LEVEL_SLOPE = 2 / 3
 """How steep a plateau may be in draws, where a straight line from end to end has 1."""
 
 
-@dataclass(frozen=True)
-class Jump:
-    """A change between two neighbouring sizes."""
+def form(curve: Curve, *, rises: bool, alpha: float) -> tuple[float, Interval, dict[str, dict[str, Any]]]:
+    """What the best monotone fit changes by from end to end, with the interval, and what else there is to say of it.
 
-    start: float
-    end: float
-    """log10 of the axis."""
-    change: float
-    interval: Interval
-
-
-@dataclass(frozen=True)
-class Level:
-    """Sizes from one end of the axis on which the curve hardly moves."""
-
-    edge: float
-    """log10 of the axis where it ends or begins."""
-    value: float
-    interval: Interval
-    """The interval of the mean over these sizes."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a curve that only rises or only falls looks like. Each part is there only if draws agree on it."""
-
-    change: float
-    interval: Interval
-    """From end to end of the best monotone fit."""
-    jump: Jump | None
-    """More than half of the change between two neighbouring sizes."""
-    level_until: Level | None
-    """A plateau at the small end."""
-    level_from: Level | None
-    """A plateau at the large end."""
-
-    def as_dict(self) -> dict[str, Any]:
-        levels = {"level_until": self.level_until, "level_from": self.level_from}
-        content: dict[str, Any] = {
-            name: {"axis": 10**level.edge, "value": level.value, "interval": list(level.interval)}
-            for name, level in levels.items()
-            if level is not None
-        }
-        if (jump := self.jump) is not None:
-            ends = {"from": 10**jump.start, "to": 10**jump.end}
-            content["jump"] = {**ends, "effect": jump.change, "interval": list(jump.interval)}
-        return content
-
-
-def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
-    """Jump and plateaus of the best monotone fit, each claimed only if all but ``alpha`` of the draws have it.
-
-    A jump holds more than half of the change, and more than twice what a straight line would have there. A plateau
-    holds at most a tenth of the change in the fit, and in the draws at most two thirds of what a straight line would.
+    Each part is there only if all but ``alpha`` of the draws agree on it. ``jump`` is a step between two neighbouring
+    sizes, of more than half of the change, and more than twice what a straight line would have there. ``level_until``
+    and ``level_from`` are plateaus at the small and at the large end, with the interval of their mean; they hold at
+    most a tenth of the change in the fit, and in the draws at most two thirds of what a straight line would.
     Jitter is here what scatters about the monotone fit, where that is less: a jump is far off every quadratic.
     """
     sign, weight_K = (1 if rises else -1), weights(curve)
     calmer = _calmer(curve, sign * flattest(sign * curve.y_K, weight_K))
-    best_K = sign * climb(sign * curve.y_K[None], weight_K).fit[0]
+    best_K = sign * climb(sign * curve.y_K[None], weight_K).fit_NK[0]
     y_NK = np.vstack([best_K, best_K + wide_noise(curve, calmer)])
-    fit_NK = sign * climb(sign * y_NK, weight_K).fit
+    fit_NK = sign * climb(sign * y_NK, weight_K).fit_NK
     range_N = fit_NK[:, -1] - fit_NK[:, 0]
     share_NK = (fit_NK - fit_NK[:, :1]) / np.where(range_N == 0, 1, range_N)[:, None]
     along_K = (curve.x_K - curve.x_K[0]) / curve.span
@@ -95,16 +47,16 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> Form:
         low, high = about(float(change_N[0]), change_N[1:], alpha)
         return float(change_N[0]), (max(low, 0.0), high) if rises else (low, min(high, 0.0))
 
-    jump = None
+    levels = {
+        "level_until": _level(curve, y_NK, share_NK, along_K, alpha=alpha),
+        "level_from": _level(curve, y_NK, 1 - share_NK, 1 - along_K, alpha=alpha),
+    }
+    parts = {name: level for name, level in levels.items() if level is not None}
     if np.quantile(steps_NK[1:, step], alpha) > max(0.5, 2 * (along_K[step + 1] - along_K[step])):
-        change_N = fit_NK[:, step + 1] - fit_NK[:, step]
-        jump = Jump(float(curve.x_K[step]), float(curve.x_K[step + 1]), *change_of(change_N))
-    return Form(
-        *change_of(range_N),
-        jump=jump,
-        level_until=_level(curve, y_NK, share_NK, along_K, alpha=alpha),
-        level_from=_level(curve, y_NK, 1 - share_NK, 1 - along_K, alpha=alpha),
-    )
+        start, end = (10 ** float(x) for x in curve.x_K[step : step + 2])
+        change, interval = change_of(fit_NK[:, step + 1] - fit_NK[:, step])
+        parts["jump"] = {"from": start, "to": end, "effect": change, "interval": list(interval)}
+    return *change_of(range_N), parts
 
 
 def _calmer(curve: Curve, fit_K: np.ndarray) -> float:
@@ -121,7 +73,9 @@ def _calmer(curve: Curve, fit_K: np.ndarray) -> float:
     return float(np.sqrt(ratio)) if ratio < _MUCH_CALMER else 1.0
 
 
-def _level(curve: Curve, y_NK: np.ndarray, share_NK: np.ndarray, along_K: np.ndarray, *, alpha: float) -> Level | None:
+def _level(
+    curve: Curve, y_NK: np.ndarray, share_NK: np.ndarray, along_K: np.ndarray, *, alpha: float
+) -> dict[str, Any] | None:
     """The plateau at the end at which ``along_K`` is 0, if there is one; ``share_NK`` is the change since that end."""
     members = np.flatnonzero(share_NK[0] <= _LEVEL_SHARE)
     edge = members[along_K[members].argmax()]
@@ -132,4 +86,5 @@ def _level(curve: Curve, y_NK: np.ndarray, share_NK: np.ndarray, along_K: np.nda
         return None
     weight_K = weights(curve)[members]
     mean_N = y_NK[:, members] @ weight_K / weight_K.sum()
-    return Level(float(curve.x_K[edge]), float(mean_N[0]), percentiles(mean_N[1:], alpha))
+    interval = list(percentiles(mean_N[1:], alpha))
+    return {"axis": 10 ** float(curve.x_K[edge]), "value": float(mean_N[0]), "interval": interval}

@@ -14,6 +14,7 @@ straight line. A parabola cannot, and bends.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import special
@@ -36,35 +37,12 @@ _BATCH, _ENOUGH_HITS = 250, 50
 # ---- isotonic regression of many curves at once ----
 
 
-@dataclass(frozen=True)
-class Climb:
-    """Nondecreasing weighted fits to the first 1, 2, ..., K sizes of each curve."""
+class Climb(NamedTuple):
+    """Nondecreasing weighted fits to curves."""
 
+    fit_NK: np.ndarray
     squares_NK: np.ndarray
-    """Weighted sum of the squared fit to the first k sizes."""
-    last_NK: np.ndarray
-    """The fit's value at size k."""
-    start_NK: np.ndarray
-    """Where the block of equal values that ends at size k begins."""
-
-    @property
-    def first(self) -> np.ndarray:
-        """[N, K], the value at the first size of the fits to the first k sizes."""
-        every, first_NK = np.arange(len(self.start_NK)), self.last_NK.copy()
-        for size in range(1, first_NK.shape[1]):
-            start_N = self.start_NK[:, size]
-            first_NK[:, size] = np.where(start_N == 0, first_NK[:, size], first_NK[every, start_N - 1])
-        return first_NK
-
-    @property
-    def fit(self) -> np.ndarray:
-        """[N, K], the fits to all sizes."""
-        num_curves, num_sizes = self.last_NK.shape
-        every, fit_NK, end_N = np.arange(num_curves), self.last_NK.copy(), np.full(num_curves, num_sizes - 1)
-        for size in reversed(range(num_sizes)):
-            fit_NK[:, size] = self.last_NK[every, end_N]
-            end_N = np.where(self.start_NK[every, end_N] == size, size - 1, end_N)
-        return fit_NK
+    """Weighted sums of the squared fits to the first 1, 2, ..., K sizes alone."""
 
 
 def climb(y_NK: np.ndarray, weight_K: np.ndarray) -> Climb:
@@ -85,36 +63,34 @@ def climb(y_NK: np.ndarray, weight_K: np.ndarray) -> Climb:
         start_KN[end - 1] = start_N = mean_SN.argmax(0)
         last_KN[end - 1] = last_N = mean_SN[start_N, every]
         squares_KN[end] = squares_KN[start_N, every] + weight_S[start_N] * last_N**2
-    return Climb(squares_KN[1:].T, last_KN.T, start_KN.T)
+    fit_KN, end_N = np.empty_like(last_KN), np.full(num_curves, num_sizes - 1)
+    for size in reversed(range(num_sizes)):
+        fit_KN[size] = last_KN[end_N, every]
+        end_N = np.where(start_KN[end_N, every] == size, size - 1, end_N)
+    return Climb(fit_KN.T, squares_KN[1:].T)
 
 
-@dataclass(frozen=True)
-class _Turns:
-    """The best fits to curves that rise and then fall, with the turn before or after each split.
-
-    A split behind a size leaves both of its neighbours free to be the turning point.
-    """
-
-    rise: Climb
-    fall: Climb
-    """From the largest size back."""
-
-    @property
-    def squares(self) -> np.ndarray:
-        """[N, S], the weighted sum of the squared fit for each split."""
-        return np.asarray(self.rise.squares_NK[:, :-1] + self.fall.squares_NK[:, -2::-1])
+def _turned(y_NK: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
+    """[N, K], the best fits that rise up to a split and fall beyond it; both its neighbours may be the turning point."""
+    rise = climb(y_NK[:, : split + 1], weight_K[: split + 1])
+    fall = climb(y_NK[:, :split:-1], weight_K[:split:-1])
+    return np.hstack([rise.fit_NK, fall.fit_NK[:, ::-1]])
 
 
-def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> _Turns:
-    return _Turns(climb(y_NK, weight_K), climb(y_NK[:, ::-1], weight_K[::-1]))
+def _turned_squares(y_NK: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
+    """[N, K], weighted sums of the squares of fits that rise over the first 1, 2, ..., K sizes and fall over the rest;
+    the last one only rises."""
+    fall_NK = climb(y_NK[:, ::-1], weight_K[::-1]).squares_NK
+    rest_NK = np.hstack([fall_NK[:, -2::-1], np.zeros((len(y_NK), 1))])
+    return np.asarray(climb(y_NK, weight_K).squares_NK + rest_NK)
 
 
 def turn_gain(y_NK: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
     """[N], the squares that a turn, up or down, explains beyond both monotone fits."""
     y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
-    turns, dips = _turns(y_NK, weight_K), _turns(-y_NK, weight_K)
-    turned_N = np.maximum(turns.squares.max(1), dips.squares.max(1))
-    gain_N = turned_N - np.maximum(turns.rise.squares_NK[:, -1], dips.rise.squares_NK[:, -1])
+    squares_NK = np.maximum(_turned_squares(y_NK, weight_K), _turned_squares(-y_NK, weight_K))
+    turned_N = squares_NK[:, :-1].max(1)
+    gain_N = turned_N - squares_NK[:, -1]
     return np.where(gain_N > _ROUNDING * turned_N, gain_N, 0.0)
 
 
@@ -125,7 +101,7 @@ def flattest(y_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
     merged while that costs less than ``_STEP_COST`` variances, the cheapest first. The variance is what scatters about
     the fit, if that is more than the weights say.
     """
-    fit_K = climb(y_K[None], weight_K).fit[0]
+    fit_K = climb(y_K[None], weight_K).fit_NK[0]
     ends = [*(np.flatnonzero(np.diff(fit_K)) + 1), len(fit_K)]
     while True:
         starts = np.array([0, *ends[:-1]])
@@ -175,7 +151,7 @@ def trend(curve: Curve, *, alpha: float) -> Trend:
     explained = fits.squares_NK[:, -1]
     total = float(y_K**2 @ weight_K) + curve.within
     share = float(explained.max()) / total if total > 0 else 0.0
-    rise, fall = fits.last_NK[:, -1] - fits.first[:, -1]
+    rise, fall = np.ptp(fits.fit_NK, axis=1)
     noise_BK = wide_noise(curve)
     return Trend(
         p=min(1.0, 2 * e_bar_squared_tail(share, curve.sizes, curve.within)),
@@ -191,7 +167,7 @@ def is_flat(curve: Curve, *, alpha: float, least: float) -> bool:
     if np.quantile(np.abs(y_BK[:, -1] - y_BK[:, 0]), 1 - alpha) >= least:
         return False  # the best monotone fits go at least as far
     fits = climb(np.concatenate([y_BK, -y_BK]), weights(curve))
-    move_2B = (fits.last_NK[:, -1] - fits.first[:, -1]).reshape(2, -1)
+    move_2B = np.ptp(fits.fit_NK, axis=1).reshape(2, -1)
     return bool(np.quantile(move_2B.max(0), 1 - alpha) < least)
 
 
@@ -241,21 +217,17 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     Robin Hood break were tried too: a line is as wrong about a bend as a parabola (docs/verdicts.md has the numbers).
     """
     weight_K = weights(curve)
-    turns, dips = (_turns(sign * curve.y_K[None], weight_K).squares[0] for sign in (1, -1))
+    turns, dips = (_turned_squares(sign * curve.y_K[None], weight_K)[0, :-1] for sign in (1, -1))
     is_u = bool(dips.max() > turns.max())
     sign, split = (-1, int(dips.argmax())) if is_u else (1, int(turns.argmax()))
-    # Up to the split nondecreasing, beyond it nonincreasing.
-    before = climb(sign * curve.y_K[None, : split + 1], weight_K[: split + 1]).fit[0]
-    after = climb(sign * curve.y_K[None, :split:-1], weight_K[:split:-1]).fit[0, ::-1]
-    fit_K = np.concatenate([before, after])
+    fit_K = _turned(sign * curve.y_K[None], weight_K, split)[0]
     place = int(fit_K.argmax())
     first, second = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
     p = _turn_p(curve, weight_K, (first, second)) if min(abs(first), abs(second)) > least else 1.0
     intervals: list[Interval] = [(change, change) for change in (first, second, first + second)]
     if p < alpha:
-        drawn = _turns(fit_K + sign * wide_noise(curve), weight_K)
-        first_B, last_B = sign * drawn.rise.first[:, split], sign * drawn.fall.first[:, -2 - split]
-        peak_B = sign * np.maximum(drawn.rise.last_NK[:, split], drawn.fall.last_NK[:, -2 - split])
+        drawn_BK = _turned(fit_K + sign * wide_noise(curve), weight_K, split)
+        first_B, peak_B, last_B = (sign * end_B for end_B in (drawn_BK[:, 0], drawn_BK.max(1), drawn_BK[:, -1]))
         draws = ((first, peak_B - first_B), (second, last_B - peak_B), (first + second, last_B - first_B))
         intervals = [about(change, draws_B, alpha) for change, draws_B in draws]
     return Turn(p, is_u, float(curve.x_K[place]), (first, second), (intervals[0], intervals[1]), intervals[2])

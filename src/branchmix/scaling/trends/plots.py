@@ -257,8 +257,9 @@ def _curve(axes: Any, panel: Panel, one: Judged, colour: str, *, shift: float = 
     if (turn := one.verdict.turning_point) is not None:
         line = axes.axvline(math.log10(turn), color=colour, alpha=0.6, linewidth=1, linestyle=":")
         set_title(line, f"turns at about {sentences.place(panel.axis, turn)}")
-    if one.verdict.form is not None and (jump := one.verdict.form.jump) is not None:
-        set_title(axes.axvspan(jump.start, jump.end, color=colour, alpha=0.1, linewidth=0), "jump")
+    if jump := one.verdict.form.get("jump"):
+        start, end = math.log10(jump["from"]), math.log10(jump["to"])
+        set_title(axes.axvspan(start, end, color=colour, alpha=0.1, linewidth=0), "jump")
     return drawn
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from branchmix.scaling.trends.fit import Curve
-from branchmix.scaling.trends.forms import Form, form
+from branchmix.scaling.trends.forms import form
 from branchmix.scaling.trends.order import Interval, Trend, Turn, is_flat, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
@@ -73,8 +73,8 @@ class Verdict:
     turning_point: float | None = None
     legs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`drop` and `rise` of the metric for a U or inverted-U, each with effect and interval."""
-    form: Form | None = None
-    """What the change looks like, for `standard` and `inverse`."""
+    form: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the change looks like, for `standard` and `inverse`: the parts of ``forms.form``."""
     jitter: float = 0.0
     paired: bool = False
     """Whether the bootstrap drew the same examples for all models."""
@@ -84,7 +84,7 @@ class Verdict:
         content: dict[str, Any] = {}
         for name, value in vars(self).items():
             if name in ("legs", "form"):
-                content |= value.as_dict() if isinstance(value, Form) else value or {}
+                content |= value
             else:
                 content["verdict" if name == "label" else name] = list(value) if name == "interval" else value
         return content
@@ -171,21 +171,21 @@ class Evidence:
                 leg = {"effect": effect, "interval": list(self._possible(interval))}
                 verdict.legs["rise" if effect > 0 else "drop"] = leg
         elif label in DIRECTED:
-            verdict.form = form(self.curve, rises=self.trend.move > 0, alpha=self.limits.alpha)
-            verdict.effect, verdict.interval = verdict.form.change, self._possible(verdict.form.interval)
+            rises = self.trend.move > 0
+            verdict.effect, interval, verdict.form = form(self.curve, rises=rises, alpha=self.limits.alpha)
+            verdict.interval = self._possible(interval)
             verdict.reason = "; ".join([reason, *_form_in_words(verdict.form)])
         return verdict
 
 
-def _form_in_words(form: Form) -> Iterator[str]:
+def _form_in_words(form: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What a curve looks like, in the units of its axis and metric."""
-    if form.jump is not None:
-        jump = form.jump
-        yield f"a jump of {jump.change:+.3g} between {10**jump.start:.2g} and {10**jump.end:.2g}"
-    if form.level_until is not None:
-        yield f"level up to {10**form.level_until.edge:.2g}, at {form.level_until.value:.3g}"
-    if form.level_from is not None:
-        yield f"level from {10**form.level_from.edge:.2g} on, at {form.level_from.value:.3g}"
+    if jump := form.get("jump"):
+        yield f"a jump of {jump['effect']:+.3g} between {jump['from']:.2g} and {jump['to']:.2g}"
+    if level := form.get("level_until"):
+        yield f"level up to {level['axis']:.2g}, at {level['value']:.3g}"
+    if level := form.get("level_from"):
+        yield f"level from {level['axis']:.2g} on, at {level['value']:.3g}"
 
 
 def describe(y_K: np.ndarray) -> str:
