@@ -71,7 +71,7 @@ def climb(y_NK: np.ndarray, weight_K: np.ndarray) -> Climb:
 
 
 def _turned(y_NK: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
-    """[N, K], the best fits that rise up to a split and fall beyond it; both its neighbours may be the turning point."""
+    """[N, K], the best fits that rise up to a split and fall beyond it; either neighbour may be the turning point."""
     rise = climb(y_NK[:, : split + 1], weight_K[: split + 1])
     fall = climb(y_NK[:, :split:-1], weight_K[:split:-1])
     return np.hstack([rise.fit_NK, fall.fit_NK[:, ::-1]])
