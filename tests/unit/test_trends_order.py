@@ -22,8 +22,7 @@ def judged(values: np.ndarray, stderr: np.ndarray | float, *, loss: bool = False
     """The verdict on one curve over three decades, as the only task."""
     found = seen(np.asarray(values, dtype=float), stderr)
     evidence = Evidence(found, runs=len(values), lower_is_better=loss, limits=Limits(minimum_effect=least))
-    as_shape = evidence.has_shape()
-    return evidence.verdict(evidence.p_of(as_shape=as_shape), as_shape=as_shape, alone_as_shape=as_shape)
+    return evidence.verdict(evidence.p_of(as_shape=evidence.has_shape), as_shape=evidence.has_shape)
 
 
 def seen(values: np.ndarray, stderr: np.ndarray | float, *, num_draws: int = 400) -> Curve:

@@ -194,7 +194,7 @@ def _print_scores(run: ScalingRun) -> None:
         loss = next((name for name in ("loss", "logodds", "absolute_logodds") if name in means), None)
         cells = [_mean(result, "accuracy"), _mean(result, loss)]
         coverage = f"{means['coverage'].value:.3f}" if "coverage" in means else ""
-        remarks = [flag.words for flag in result.summary.flags] if result.summary is not None else []
+        remarks = list(result.summary.flags) if result.summary is not None else []
         if loss not in (None, "loss"):
             remarks.insert(0, f"loss: {loss}")
         if result.refused:

@@ -43,15 +43,6 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Flag:
-    """A sign that a number says less than it seems to."""
-
-    kind: str
-    """``constant``, ``baseline`` or ``coverage``."""
-    words: str
-
-
-@dataclass(frozen=True)
 class Summary:
     """A model's result on a task."""
 
@@ -66,7 +57,8 @@ class Summary:
     """Accuracy and loss of equal probabilities for all classes."""
 
     @property
-    def flags(self) -> tuple[Flag, ...]:
+    def flags(self) -> tuple[str, ...]:
+        """Signs that a number says less than it seems to."""
         return tuple(_flags(self)) if self.predictions else ()
 
 
@@ -153,14 +145,13 @@ def _shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, flo
     return {name: counts[name] / len(examples) for name in names}
 
 
-def _flags(summary: Summary) -> Iterator[Flag]:
+def _flags(summary: Summary) -> Iterator[str]:
     accuracy, coverage = summary.means["accuracy"], summary.means.get("coverage")
     for name, share in summary.predictions.items():
         if share > CONSTANT_SHARE:
-            yield Flag("constant", f"predicts {name!r} for {share:.1%} of the examples")
+            yield f"predicts {name!r} for {share:.1%} of the examples"
     for name, baseline in summary.baselines.items():
         if abs(accuracy.value - baseline) < 0.5 / accuracy.n:
-            yield Flag("baseline", f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}")
+            yield f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}"
     if coverage is not None and coverage.value < LOW_COVERAGE:
-        words = f"gives the classes only {coverage.value:.2%} of the probability: it would say something else"
-        yield Flag("coverage", words)
+        yield f"gives the classes only {coverage.value:.2%} of the probability: it would say something else"

@@ -21,7 +21,7 @@ from branchmix.likelihood.models import Progress, TextModel, check_dtype
 from branchmix.likelihood.records import FILE, Journal
 from branchmix.scaling.family import FamilyFile, Subject, subjects
 from branchmix.scaling.metrics import score, summarise
-from branchmix.scaling.results import Answer, ScalingRun, TaskResult
+from branchmix.scaling.results import ScalingRun, TaskResult
 from branchmix.scaling.scoring.plan import BATCH_TOKENS
 from branchmix.scaling.scoring.tokens import Bos, Question, encode_questions
 from branchmix.scaling.selection import Selected, select
@@ -116,12 +116,12 @@ class _Model:
             self._compute({key: asked[key] for key in part}, on_record, f"{self.subject.label}: {selected.label}")
         scored, refused = [], []
         for number, (example, own) in enumerate(zip(selected.examples, keys, strict=True)):
-            answers = [Answer.of(self.records[key]) for key in own]
-            reason = next((answer.refused for answer in answers if answer.refused), None)
+            answers = [self.records[key] for key in own]
+            reason = next((why for answer in answers if (why := answer.get("refused"))), None)
             if reason is not None:
                 refused.append((number, reason))
             else:
-                numbers = score(selected.task.metric, example, *(answer.logprobs for answer in answers))
+                numbers = score(selected.task.metric, example, *(answer["logprobs"] for answer in answers))
                 scored.append((number, example, numbers, answers[0]))
         examples, scores = [one[1] for one in scored], [one[2] for one in scored]
         return TaskResult(
@@ -130,7 +130,7 @@ class _Model:
             summary=summarise(selected.task.metric, examples, scores) if scored else None,
             scored=scored,
             refused=refused,
-            merged=sum(answer.merged for *_, answer in scored),
+            merged=sum(answer.get("merged", False) for *_, answer in scored),
             facts=self.facts,
             seconds=sum(self.records[key].get("seconds", 0.0) for key in asked),
         )
@@ -138,7 +138,7 @@ class _Model:
     def _compute(self, asked: dict[str, Question], known: set[str], step: str) -> None:
         """Put the answers that are not known on record, each as soon as it is there."""
         from branchmix.likelihood.forward import max_positions
-        from branchmix.scaling.scoring.passes import can_share, score_options
+        from branchmix.scaling.scoring.passes import score_options
 
         encoded = encode_questions(self.text.tokenizer, list(asked.values()), self.bos, max_positions(self.text.config))
         tokens = dict(zip(asked, encoded, strict=True))
@@ -151,14 +151,13 @@ class _Model:
         if not total:
             return
         model = self.text.model()
-        share = can_share(model)
         for start in range(0, len(left), _AT_ONCE):
             part = left[start : start + _AT_ONCE]
             on_record = {place for place, key in enumerate(part) if key in known}
-            options: dict[str, Any] = {"batch_tokens": self.batch_tokens, "share": share, "known": on_record}
+            asked_now = [tokens[key] for key in part]
             last = time.perf_counter()
             try:
-                for place, logprobs in score_options(model, [tokens[key] for key in part], **options):
+                for place, logprobs in score_options(model, asked_now, batch_tokens=self.batch_tokens, known=on_record):
                     now = time.perf_counter()
                     question, seconds = tokens[part[place]], round(now - last, 6)
                     lengths = [len(option) for option in question.options]
@@ -170,4 +169,6 @@ class _Model:
                 raise CheckpointError(f"{self.subject.model.given}: {error}") from error
 
     def _keep(self, key: str, merged: bool, **answer: Any) -> None:
+        """Put an answer on record: for each option its ``logprobs`` (summed, in nats) and number of ``tokens``, and its
+        share of the ``seconds`` of the run; or why it was ``refused``."""
         self.records.add(key, **answer, **({"merged": True} if merged else {}))

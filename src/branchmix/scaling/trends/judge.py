@@ -234,7 +234,7 @@ def _interactions(
             continue
         slopes_B, others_B = (theil_sen(c.x_K, np.vstack([c.y_K, c.draws_BK])) for c in (one.curve, other.curve))
         interval = percentiles(others_B[:0:-1] - slopes_B[1:], limits.alpha)
-        is_testable = one.is_testable and other.is_testable
+        is_testable = one.turn is not None and other.turn is not None
         compared = {
             "families": [first.family, second.family],
             "slopes_per_decade": [float(slopes_B[0]), float(others_B[0])],

@@ -107,14 +107,8 @@ def _series(table: ResultsTable, rows: list[Row], is_lower: bool, notes: list[st
 # ---- scores of single examples ----
 
 
-@dataclass(frozen=True)
-class Scores:
-    """A metric of one model on single examples."""
-
-    values: dict[str, float]
-    """By key."""
-    clusters: dict[str, str]
-    """Template by key."""
+Scores = dict[str, tuple[float, str]]
+"""A metric of one model on single examples: value and template by key."""
 
 
 def read_scores(folder: Path, row: Row) -> Scores | None:
@@ -130,7 +124,8 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
     if text is None:
         return None
     field = FIELDS.get(row.metric, row.metric)
-    scores, keys = Scores({}, {}), set()
+    scores: Scores = {}
+    keys = set()
     for where, record in jsonl_rows(file, text, parse_json):
         if "key" not in record:
             raise DataError(f"{where}: there is no key: each line is an object with a key that all models share")
@@ -141,13 +136,13 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
         if record.get(field) is None:  # refused examples and other metrics' files
             continue
         try:
-            scores.values[key] = float(record[field])
+            value = float(record[field])
         except (TypeError, ValueError):
-            scores.values[key] = math.nan
-        if not math.isfinite(scores.values[key]):
+            value = math.nan
+        if not math.isfinite(value):
             raise DataError(f"{where}: {field} is {record[field]!r}, which is not a number")
-        scores.clusters[key] = str(record.get("template") or key)
-    return scores if scores.values else None
+        scores[key] = value, str(record.get("template") or key)
+    return scores or None
 
 
 def _paired(examples: Path, rows: list[Row], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -165,12 +160,12 @@ def _paired(examples: Path, rows: list[Row], notes: list[str]) -> tuple[np.ndarr
             notes.append(f"{what}: {absent.model} has no scores of single examples, so no bootstrap over them")
         return None
     for row, scores in scored:
-        mean = float(np.mean(list(scores.values.values())))
+        mean = float(np.mean([value for value, _ in scores.values()]))
         if abs(mean - row.value) > 1e-3 * max(1.0, abs(row.value)):
             notes.append(
                 f"{what}: {row.model} has {row.value:g} in the table, but its examples have a mean of {mean:.4g}"
             )
-    keys = [set(scores.values) for _, scores in scored]
+    keys = [set(scores) for _, scores in scored]
     shared, most = len(set.intersection(*keys)), max(map(len, keys))
     if shared < 0.5 * most:
         notes.append(f"{what}: models share {shared} of up to {most} examples: too few for a bootstrap over them")
@@ -184,13 +179,13 @@ def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.nd
     Whole clusters are drawn with replacement, the same for all runs, so what is hard for all models moves all curves'
     points together and leaves the trend alone.
     """
-    keys = sorted(set.intersection(*(set(score.values) for score in scores)))
+    keys = sorted(set.intersection(*map(set, scores)))
     if len(keys) < 2:
         return None
-    names, cluster_of = np.unique([scores[0].clusters[key] for key in keys], return_inverse=True)
+    names, cluster_of = np.unique([scores[0][key][1] for key in keys], return_inverse=True)
     if len(names) < 2:  # all of one template: nothing to draw but examples
         names, cluster_of = np.array(keys), np.arange(len(keys))
-    values_NX = np.array([[score.values[key] for key in keys] for score in scores])
+    values_NX = np.array([[score[key][0] for key in keys] for score in scores])
     sums_NC = np.stack([np.bincount(cluster_of, row, len(names)) for row in values_NX])
     counts_C = np.bincount(cluster_of, minlength=len(names)).astype(float)
     random = np.random.default_rng(0)

@@ -112,9 +112,6 @@ class Evidence:
             self.turn = turn(curve, alpha=limits.alpha, least=limits.minimum_effect)
 
     @property
-    def is_testable(self) -> bool:
-        return self.turn is not None
-
     def has_shape(self) -> bool:
         """Whether the curve turns for sure, were it the only one."""
         return self.turn is not None and self.turn.p < self.limits.alpha
@@ -148,8 +145,9 @@ class Evidence:
     def _possible(self, interval: Interval) -> Interval:
         return max(interval[0], -self.largest), min(interval[1], self.largest)
 
-    def verdict(self, p_adjusted: float | None, *, as_shape: bool, alone_as_shape: bool) -> Verdict:
+    def verdict(self, p_adjusted: float | None, *, as_shape: bool) -> Verdict:
         label, reason = self.judge(p_adjusted, as_shape=as_shape)
+        alone = self.has_shape
         verdict = Verdict(
             label=label,
             p=self.p_of(as_shape=as_shape),
@@ -159,7 +157,7 @@ class Evidence:
             sizes=self.curve.sizes,
             runs=self.runs,
             reason=reason,
-            alone=self.judge(self.p_of(as_shape=alone_as_shape), as_shape=alone_as_shape)[0],
+            alone=self.judge(self.p_of(as_shape=alone), as_shape=alone)[0],
             description=describe(self.curve.y_K * self.sign),
             jitter=self.curve.jitter,
             paired=self.paired,
@@ -227,8 +225,7 @@ def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, lim
     Each task brings one p: that of the shape if the curve turns significantly by itself, else that of the trend. A
     shape that does not survive the correction leaves its place to the trend, and all are corrected again.
     """
-    alone = {task: evidence.has_shape() for task, evidence in tasks.items()}
-    as_shape = dict(alone)
+    as_shape = {task: evidence.has_shape for task, evidence in tasks.items()}
     while True:
         raw = {task: evidence.p_of(as_shape=as_shape[task]) for task, evidence in tasks.items()}
         tested = {task: p for task, p in raw.items() if p is not None}
@@ -241,7 +238,4 @@ def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, lim
         if not lost:
             break
         as_shape |= dict.fromkeys(lost, False)
-    return {
-        task: evidence.verdict(corrected.get(task), as_shape=as_shape[task], alone_as_shape=alone[task])
-        for task, evidence in tasks.items()
-    }
+    return {task: evidence.verdict(corrected.get(task), as_shape=as_shape[task]) for task, evidence in tasks.items()}
