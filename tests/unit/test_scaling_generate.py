@@ -16,7 +16,7 @@ from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling import generate
 from branchmix.scaling.examples import Example, load_examples
 from branchmix.scaling.generate import GENERATORS, make_data, make_examples
-from branchmix.scaling.generate.vocabulary import VOCABULARY
+from branchmix.scaling.generate.generators import VOCABULARY
 from branchmix.scaling.tasks import TASKS
 from inverse_scaling_solvers import NEQA, SOLVERS
 

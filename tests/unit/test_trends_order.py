@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
 from branchmix.scaling.trends.fit import Curve, curve, smooth_variance
-from branchmix.scaling.trends.forms import form
-from branchmix.scaling.trends.order import climb, e_bar_squared_tail, flattest, least_favourable, trend, turn, turn_gain
+from branchmix.scaling.trends.order import (
+    climb,
+    e_bar_squared_tail,
+    flattest,
+    form,
+    least_favourable,
+    trend,
+    turn,
+    turn_gain,
+)
 from branchmix.scaling.trends.verdict import Evidence, Limits, Verdict
 
 

@@ -21,8 +21,7 @@ import numpy as np
 from scipy import stats
 
 from branchmix.scaling.trends.fit import Curve
-from branchmix.scaling.trends.forms import form
-from branchmix.scaling.trends.order import Interval, Trend, Turn, is_flat, trend, turn
+from branchmix.scaling.trends.order import Interval, Trend, Turn, form, is_flat, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
@@ -74,7 +73,7 @@ class Verdict:
     legs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`drop` and `rise` of the metric for a U or inverted-U, each with effect and interval."""
     form: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What the change looks like, for `standard` and `inverse`: the parts of ``forms.form``."""
+    """What the change looks like, for `standard` and `inverse`: the parts of ``order.form``."""
     jitter: float = 0.0
     paired: bool = False
     """Whether the bootstrap drew the same examples for all models."""
