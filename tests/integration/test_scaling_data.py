@@ -123,7 +123,7 @@ def test_what_make_refuses(tmp_path: Path) -> None:
     assert run("make", out).exit_code == 2  # no seed
     assert not out.exists()
     (tmp_path / "file").touch()
-    assert "is a file: choose a folder" in refusal("make", tmp_path / "file", "--seed", 1)
+    assert "is a file, not a folder: choose" in refusal("make", tmp_path / "file", "--seed", 1)
 
 
 @pytest.mark.parametrize("command", [[], ["verify"], ["fetch"], ["make"]])

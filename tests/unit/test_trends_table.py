@@ -132,7 +132,7 @@ def test_mistakes_are_one_line(
         (["--axis", "depth"], "line 3: m1 has no depth: fill it in for every model, or choose another --axis"),
         (["--metric", "acuracy"], "there is no metric 'acuracy' (did you mean 'accuracy'?); metrics: accuracy"),
         (["--lower-is-better", "bias"], "there is no metric 'bias'"),
-        (["--correction", "bhh"], "--correction bhh: is none of bh, holm, none (did you mean 'bh'?)"),
+        (["--correction", "bhh"], "'bhh' is not one of 'bh', 'holm', 'none'"),
         (["--alpha", "5"], "--alpha 5: must be between 0 and 0.5"),
         (["--minimum-effect", "-1"], "--minimum-effect -1: must not be negative"),
     ],

@@ -10,6 +10,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,24 +82,24 @@ def run(
     return scaling_run
 
 
+@dataclass
 class _Model:
     """A subject with its tokenizer; its weights are loaded when an answer is not on record."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        text: TextModel,
-        bos: Bos,
-        journal: Journal,
-        batch_tokens: int,
-        progress: Progress | None,
-    ):
-        self.subject, self.text, self.bos = subject, text, bos
-        self.batch_tokens, self.progress = batch_tokens, progress
-        self.facts: dict[str, Any] = {**text.facts, "bos": bos.policy, "bos_tokens": list(bos.tokens)}
-        self.records = journal.of(self.facts, path=subject.model.given)
-        self.known = self.asked = 0
-        """Answers that were on record before this run, and all of them."""
+    subject: Subject
+    text: TextModel
+    bos: Bos
+    journal: Journal
+    batch_tokens: int
+    progress: Progress | None
+    known: int = 0
+    """Answers that were on record before this run."""
+    asked: int = 0
+    """All of them."""
+
+    def __post_init__(self) -> None:
+        self.facts = {**self.text.facts, "bos": self.bos.policy, "bos_tokens": list(self.bos.tokens)}
+        self.records = self.journal.of(self.facts, path=self.subject.model.given)
 
     def result(self, selected: Selected) -> TaskResult:
         """Answers for all examples, from the records or computed now."""

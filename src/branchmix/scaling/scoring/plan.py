@@ -60,9 +60,7 @@ class Trunk:
 def plan(questions: Sequence[Encoded], *, share: bool = True) -> list[Trunk]:
     """Trunks with their rows; refused questions are in none.
 
-    Args:
-        questions: their tokens.
-        share: without it nothing is kept from pass to pass, and each option that needs one has a row of its own.
+    Without ``share`` nothing is kept from pass to pass, and each option that needs one has a row of its own.
     """
     asked = [(number, question) for number, question in enumerate(questions) if question.refused is None]
     rows = [row for number, question in asked for row in _rows(number, question, share=share)]
@@ -140,10 +138,7 @@ def _shared(first: tuple[int, ...], second: tuple[int, ...]) -> int:
 def batches(trunk: Trunk, batch_tokens: int, *, equal_lengths: bool = False) -> Iterator[list[Row]]:
     """Rows of a trunk, longest first; padding included, a batch has at most ``batch_tokens``, or is one row.
 
-    Args:
-        trunk: its rows.
-        batch_tokens: of a forward pass; the options' further tokens come in passes of their own.
-        equal_lengths: no padding even for rows without branches.
+    The options' further tokens come in passes of their own. With ``equal_lengths`` nothing is padded at all.
     """
     batch: list[Row] = []
     for row in sorted(trunk.rows, key=lambda row: (bool(row.branches), -len(row.tokens), row.question)):

@@ -192,11 +192,8 @@ def _not_testable(one: Judged, words: dict[str, Any]) -> str:
 
 def _num_tested(one: Judged, report: Report) -> int:
     """Tasks that shared the correction with this one."""
-
-    def key(judged: Judged) -> tuple[str, ...]:
-        return judged.series.metric, judged.series.family, judged.series.data
-
-    tested = [other for other in report.judged if key(other) == key(one) and other.verdict.p is not None]
+    alike = [other for other in report.judged if other.series.metric == one.series.metric]
+    tested = [other for other in alike if other.series.part == one.series.part and other.verdict.p is not None]
     return len(tested) if report.correction != "none" else 0
 
 

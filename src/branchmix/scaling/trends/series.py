@@ -9,7 +9,6 @@ one template are drawn together), `correct` (0 or 1) and further metrics by name
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +48,16 @@ class Series:
     stderr: np.ndarray
     deviations_BN: np.ndarray | None = field(repr=False, default=None)
     """From resampled examples, the same for all runs."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Task and metric."""
+        return self.task, self.metric
+
+    @property
+    def part(self) -> tuple[str, str]:
+        """Family and kind of data."""
+        return self.family, self.data
 
     @property
     def y(self) -> np.ndarray:
@@ -204,33 +213,25 @@ def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.nd
 
 def flags_of(series: Series) -> list[str]:
     """Signs that a model did not do the task at all, from the table's optional columns."""
-    return list(_flags(series)) if series.metric == "accuracy" else []
-
-
-def _flags(series: Series) -> Iterator[str]:
-    def of(flag: str, rows: list[Row]) -> Iterator[str]:
-        if names := list(dict.fromkeys(row.model for row in rows)):
-            yield f"{flag}: {several(names)}"
-
+    if series.metric != "accuracy":
+        return []
     rows = series.rows
     constant = [row for row in rows if (row.constant_share or 0) > CONSTANT_SHARE]
-    equal = [
-        row
-        for row in rows
-        if row not in constant and any(abs(row.value - b) <= 0.5 / (row.n or 1000) for b in row.constant_baselines)
-    ]
-    yield from of("nearly always the same answer", constant)
-    yield from of("exactly what a constant answer scores", equal)
-    yield from of(
-        "hardly any probability on the classes",
-        [row for row in rows if row.coverage is not None and row.coverage < LOW_COVERAGE],
-    )
-    at_chance = [
+    equal = [row for row in rows if any(abs(row.value - b) <= 0.5 / (row.n or 1000) for b in row.constant_baselines)]
+    signs = {
+        "nearly always the same answer": constant,
+        "exactly what a constant answer scores": [row for row in equal if row not in constant],
+        "hardly any probability on the classes": [
+            row for row in rows if row.coverage is not None and row.coverage < LOW_COVERAGE
+        ],
+    }
+    flags = [f"{sign}: {several(list(dict.fromkeys(row.model for row in of)))}" for sign, of in signs.items() if of]
+    if len(rows) > 1 and all(
         row.chance is not None and abs(row.value - row.chance) <= _MANY_AT_CHANCE * float(stderr)
         for row, stderr in zip(rows, series.stderr, strict=True)
-    ]
-    if len(rows) > 1 and all(at_chance):
-        yield "every model is at chance"
+    ):
+        flags.append("every model is at chance")
+    return flags
 
 
 def several(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from branchmix.scaling.trends.fit import Curve
-from branchmix.scaling.trends.order import Interval, Trend, Turn, form, is_flat, trend, turn
+from branchmix.scaling.trends.order import Interval, Turn, form, is_flat, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
@@ -37,7 +37,6 @@ WORDS: dict[str, str] = {
     "not-testable": "too few sizes to judge",
 }
 Correction = Literal["bh", "holm", "none"]
-CORRECTIONS: tuple[Correction, ...] = ("bh", "holm", "none")
 
 
 @dataclass(frozen=True)
@@ -89,26 +88,26 @@ class Verdict:
         return content
 
 
+@dataclass
 class Evidence:
     """All that is computed of a curve before the number of tasks plays a part."""
 
-    def __init__(
-        self,
-        curve: Curve,
-        *,
-        runs: int,
-        lower_is_better: bool,
-        limits: Limits,
-        paired: bool = False,
-        largest: float = math.inf,
-    ):
-        """``largest`` is the greatest change that the metric allows: intervals end there."""
-        self.curve, self.runs, self.paired, self.largest, self.limits = curve, runs, paired, largest, limits
-        self.sign = -1 if lower_is_better else 1
-        self.trend: Trend = trend(curve, alpha=limits.alpha)
-        self.turn: Turn | None = None
-        if curve.sizes >= MIN_SIZES:
-            self.turn = turn(curve, alpha=limits.alpha, least=limits.minimum_effect)
+    curve: Curve
+    _: KW_ONLY
+    runs: int
+    lower_is_better: bool
+    limits: Limits
+    paired: bool = False
+    largest: float = math.inf
+    """The greatest change that the metric allows: intervals end there."""
+    turn: Turn | None = None
+    """None below five sizes."""
+
+    def __post_init__(self) -> None:
+        self.sign = -1 if self.lower_is_better else 1
+        self.trend = trend(self.curve, alpha=self.limits.alpha)
+        if self.curve.sizes >= MIN_SIZES:
+            self.turn = turn(self.curve, alpha=self.limits.alpha, least=self.limits.minimum_effect)
 
     @property
     def has_shape(self) -> bool:
