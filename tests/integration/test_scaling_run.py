@@ -447,7 +447,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         ([{"model": str(tmp_path / "gone")}], "no such folder"),
         ([{"model": seed, "sise": 3}], "there is no such key"),
         ([{"model": seed, "axes": {"params": 3}}], "'params' is a column of its own"),
-        ([{"model": seed, "axes": {"quality": -3}}], "must be greater than 0"),
+        ([{"model": seed, "axes": {"quality": -3}}], "axes.quality: input should be greater than 0"),
         ([{"model": seed, "name": "../up"}], "may have letters, digits"),
         ([], "models"),
     ):

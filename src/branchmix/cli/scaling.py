@@ -257,7 +257,8 @@ def trends_command(
     alpha: Annotated[float, Option(help="Significance level.")] = 0.05,
     minimum_effect: Annotated[float, Option(help="Smallest change worth mentioning, in units of the metric.")] = 0.02,
     correction: Annotated[
-        Literal["bh", "holm", "none"], Option(help="For several tasks: bh (Benjamini-Hochberg), holm or none.")
+        Literal["bh", "holm", "none"],
+        Option(metavar="<str>", help="For several tasks: bh (Benjamini-Hochberg), holm or none."),
     ] = "bh",
     html: Annotated[Path | None, Option(metavar="FILE", help="Write a page that explains itself, in one file.")] = None,
     plots: Annotated[

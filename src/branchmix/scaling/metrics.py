@@ -111,8 +111,9 @@ def summarise(metric: Metric, examples: Sequence[Example], scores: Sequence[Scor
     if metric == "classification":
         means["coverage"] = mean([score.coverage or 0.0 for score in scores])
         chance["loss"] = math.fsum(math.log(len(example.classes)) for example in examples) / len(examples)
-    predictions = _shares(examples, [score.predicted or 0 for score in scores])
-    return Summary(means, constant_class_baselines(examples), predictions, chance)
+    baselines = class_shares(examples, [example.answer_index for example in examples])
+    predictions = class_shares(examples, [score.predicted or 0 for score in scores])
+    return Summary(means, baselines, predictions, chance)
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -125,17 +126,12 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(middle, math.sqrt(variance / n), n)
 
 
-def constant_class_baselines(examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracy of each model that always predicts one class.
+def class_shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, float]:
+    """How often each class was chosen, as a share of the examples.
 
     By the class's text if all examples have the same classes (in any order); else by its place, such as ``class 0``:
-    then no text could always be predicted.
+    then no text could always be predicted. Of the right answers, that is the accuracy of each constant answer.
     """
-    return _shares(examples, [example.answer_index for example in examples])
-
-
-def _shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, float]:
-    """How often each class was chosen, as a share of the examples."""
     if len({frozenset(example.classes) for example in examples}) == 1:
         names = list(examples[0].classes)
         counts = Counter(example.classes[index] for example, index in zip(examples, chosen, strict=True))

@@ -41,11 +41,6 @@ class Curve:
     def sizes(self) -> int:
         return len(self.x_K)
 
-    @property
-    def span(self) -> float:
-        """Length of the axis in decades."""
-        return float(self.x_K[-1] - self.x_K[0])
-
 
 def curve(
     x_N: np.ndarray,

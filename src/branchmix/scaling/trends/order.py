@@ -208,11 +208,10 @@ class Turn:
     """Down, then up."""
     turning: float
     """log10 of the size at which the fit turns."""
-    legs: Interval
-    """Change from the smallest size to the turning point, and from there to the largest."""
-    leg_intervals: tuple[Interval, Interval]
-    change_interval: Interval
-    """The interval of both legs together."""
+    changes: list[float]
+    """From the smallest size to the turning point, from there to the largest, and both together."""
+    intervals: list[Interval]
+    """Of each change; a point if the turn is not sure."""
 
 
 def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
@@ -232,13 +231,14 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     place = int(fit_K.argmax())
     first, second = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
     p = _turn_p(curve, weight_K, (first, second)) if min(abs(first), abs(second)) > least else 1.0
-    intervals: list[Interval] = [(change, change) for change in (first, second, first + second)]
+    changes = [first, second, first + second]
+    intervals: list[Interval] = [(change, change) for change in changes]
     if p < alpha:
         drawn_BK = _turned(fit_K + sign * wide_noise(curve), weight_K, split)
         first_B, peak_B, last_B = (sign * end_B for end_B in (drawn_BK[:, 0], drawn_BK.max(1), drawn_BK[:, -1]))
-        draws = ((first, peak_B - first_B), (second, last_B - peak_B), (first + second, last_B - first_B))
-        intervals = [about(change, draws_B, alpha) for change, draws_B in draws]
-    return Turn(p, is_u, float(curve.x_K[place]), (first, second), (intervals[0], intervals[1]), intervals[2])
+        draws = (peak_B - first_B, last_B - peak_B, last_B - first_B)
+        intervals = [about(change, draws_B, alpha) for change, draws_B in zip(changes, draws, strict=True)]
+    return Turn(p, is_u, float(curve.x_K[place]), changes, intervals)
 
 
 def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
@@ -318,7 +318,7 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> tuple[float, Interval, d
     fit_NK = sign * climb(sign * y_NK, weight_K).fit_NK
     range_N = fit_NK[:, -1] - fit_NK[:, 0]
     share_NK = (fit_NK - fit_NK[:, :1]) / np.where(range_N == 0, 1, range_N)[:, None]
-    along_K = (curve.x_K - curve.x_K[0]) / curve.span
+    along_K = (curve.x_K - curve.x_K[0]) / np.ptp(curve.x_K)
     steps_NK = np.diff(share_NK, axis=1)
     step = int(steps_NK[0].argmax())
 

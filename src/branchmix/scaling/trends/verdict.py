@@ -161,11 +161,11 @@ class Evidence:
             paired=self.paired,
         )
         if label in SHAPES and self.turn is not None:
-            verdict.effect, verdict.interval = sum(self.turn.legs), self._possible(self.turn.change_interval)
             verdict.turning_point = 10**self.turn.turning
-            for effect, interval in zip(self.turn.legs, self.turn.leg_intervals, strict=True):
-                leg = {"effect": effect, "interval": list(self._possible(interval))}
-                verdict.legs["rise" if effect > 0 else "drop"] = leg
+            *legs, both = zip(self.turn.changes, map(self._possible, self.turn.intervals), strict=True)
+            verdict.effect, verdict.interval = both
+            for effect, interval in legs:
+                verdict.legs["rise" if effect > 0 else "drop"] = {"effect": effect, "interval": list(interval)}
         elif label in DIRECTED:
             rises = self.trend.move > 0
             verdict.effect, interval, verdict.form = form(self.curve, rises=rises, alpha=self.limits.alpha)
