@@ -86,7 +86,7 @@ def test_models_meet_the_same_examples_and_templates_are_drawn_whole() -> None:
     deviations_BN, stderr = drawn
     assert np.allclose(deviations_BN[:, 0], deviations_BN[:, 1])  # what is hard is hard for both
     assert stderr == pytest.approx(np.std(hard, ddof=1) / np.sqrt(600), rel=0.1)
-    values = dict(zip(keys, np.repeat(random.standard_normal(20), 30), strict=True))
+    values = dict(zip(keys, np.repeat(random.standard_normal(20), 30).tolist(), strict=True))
     same = {key: (value, str(int(key) // 30)) for key, value in values.items()}
     clustered = resampled_deviations([same], num_draws=800)
     apart = resampled_deviations([{key: (value, key) for key, value in values.items()}], num_draws=800)

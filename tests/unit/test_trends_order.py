@@ -290,11 +290,12 @@ def test_forms_are_found(name: str) -> None:
     values, jump, (until, start) = FORMS[name]
     y = np.array(values)
     change, _, parts = form(seen(y, counted(y)), rises=y[-1] > y[0], alpha=0.05)
-    wanted = {"jump": jump, "level_until": until, "level_from": start}
-    assert parts.keys() == {part for part, place in wanted.items() if place is not None}
+    places = {"jump": jump, "level_until": until, "level_from": start}
+    wanted = {part: np.atleast_1d(place) for part, place in places.items() if place is not None}
+    assert parts.keys() == wanted.keys()
     for part, found in parts.items():
-        places = [found[key] for key in ("from", "to", "axis") if key in found]
-        assert np.log10(places) == pytest.approx(np.atleast_1d(wanted[part]))
+        ends = [found[key] for key in ("from", "to", "axis") if key in found]
+        assert np.log10(ends) == pytest.approx(wanted[part])
         if part != "jump":
             assert found["interval"][0] < found["value"] < found["interval"][1]
     assert change == pytest.approx(y[-1] - y[0], abs=0.02)

@@ -112,8 +112,7 @@ class Overview:
         """In the table's order."""
         self.models = len({(one.family, row.model) for one in series for row in one.rows})
         """How many there are; several runs of one are one."""
-        self.groups = {cause: [e for e in self.entries if e.cause == cause] for cause in causes}
-        self.groups = {cause: of_cause for cause, of_cause in self.groups.items() if of_cause}
+        self.groups = {cause: of for cause in causes if (of := [e for e in self.entries if e.cause == cause])}
         """Tasks by cause, in the paper's order."""
 
     @property
