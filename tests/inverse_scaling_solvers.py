@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 from branchmix.scaling.examples import Example
-from branchmix.scaling.generate.vocabulary import texts
+from branchmix.scaling.generate.generators import texts
 
 NEQA, REDEFINE = texts("neqa"), texts("redefine")
 SIGNS: dict[str, Callable[[int, int], int]] = {

@@ -30,7 +30,7 @@ from pathlib import Path
 import yaml
 
 from branchmix.scaling.examples import Example, jsonl
-from branchmix.scaling.generate.vocabulary import VOCABULARY
+from branchmix.scaling.generate.generators import VOCABULARY
 
 NUM_SAYINGS = 3000
 NUM_DOCUMENTS = 240_000

@@ -262,7 +262,7 @@ def test_many_may_write_at_once(tmp_path: Path) -> None:
     journal = Journal(tmp_path, FILE, "document")
     for writer in range(2):
         for number in range(25):
-            found = ScoredDocument.from_record(journal.find(f"model {writer}", str(number)) or {})
+            found = ScoredDocument.from_record(journal.known[f"model {writer}", str(number)])
             assert (found.tokens, found.bytes) == (3000, number)
             assert found.log_probs[0] in (np.float32(writer + number / 100), np.float32(writer + 2 + number / 100))
 

@@ -12,7 +12,7 @@ from branchmix import cli
 from branchmix.errors import BranchMixError
 from branchmix.scaling.examples import jsonl, load_examples
 from branchmix.scaling.generate import make_examples
-from branchmix.scaling.metrics import constant_class_baselines
+from branchmix.scaling.metrics import class_shares
 from branchmix.scaling.official import check
 from branchmix.scaling.tasks import TASKS
 from inverse_scaling import official_file
@@ -46,7 +46,8 @@ def test_the_official_files(name: str, baselines: dict[str, float], first: int |
     assert check(path, task).state == "ok"
     examples = load_examples(path, task.metric)
     assert len(examples) == task.num_examples
-    assert {key: round(share, 4) for key, share in constant_class_baselines(examples).items()} == baselines
+    shares = class_shares(examples, [example.answer_index for example in examples])
+    assert {key: round(share, 4) for key, share in shares.items()} == baselines
     assert first is None or sum(example.answer_index == 0 for example in examples) == first
     assert jsonl(examples) == path.read_bytes()  # our writer's format is the release's, byte for byte
 
@@ -123,7 +124,7 @@ def test_what_make_refuses(tmp_path: Path) -> None:
     assert run("make", out).exit_code == 2  # no seed
     assert not out.exists()
     (tmp_path / "file").touch()
-    assert "is a file: choose a folder" in refusal("make", tmp_path / "file", "--seed", 1)
+    assert "is a file, not a folder: choose" in refusal("make", tmp_path / "file", "--seed", 1)
 
 
 @pytest.mark.parametrize("command", [[], ["verify"], ["fetch"], ["make"]])

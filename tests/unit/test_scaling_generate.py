@@ -16,7 +16,7 @@ from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling import generate
 from branchmix.scaling.examples import Example, load_examples
 from branchmix.scaling.generate import GENERATORS, make_data, make_examples
-from branchmix.scaling.generate.vocabulary import VOCABULARY
+from branchmix.scaling.generate.generators import VOCABULARY
 from branchmix.scaling.tasks import TASKS
 from inverse_scaling_solvers import NEQA, SOLVERS
 
@@ -192,7 +192,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         list(make_data(tmp_path / task.file, seed=1))
     with pytest.raises(RecipeError, match="--shots 5: needs 6 examples at least, and --num is 5"):
         make_examples(task, seed=1, num_examples=5, shots=5)
-    with pytest.raises(RecipeError, match="one example at least"):
+    with pytest.raises(RecipeError, match="needs 1 examples at least, and --num is 0"):
         make_examples(task, seed=1, num_examples=0)
     good = GENERATORS["neqa"]
     few = lambda _, number: good(random.Random(number % 4), number)  # noqa: E731

@@ -108,7 +108,7 @@ def test_other_files_are_replaced_only_with_force(tmp_path: Path, mirror: Path) 
     assert names(out) == {TASKS["neqa"].file} and (out / TASKS["neqa"].file).read_bytes() == b"mine"
     fetch(out, repository=str(mirror), force=True)
     assert set(states(out).values()) == {"ok"}
-    with pytest.raises(OutputError, match="is a file"):
+    with pytest.raises(OutputError, match="File exists"):
         fetch(out / TASKS["neqa"].file, repository=str(mirror))
 
 

@@ -151,7 +151,7 @@ def test_choosing_tasks(tmp_path: Path) -> None:
     assert [task.name for task in choose("neqa, memo-trap")] == ["memo-trap", "neqa"]
     with pytest.raises(RecipeError, match=r"no task 'memotrap' .did you mean 'memo-trap'"):
         choose("neqa,memotrap")
-    with pytest.raises(RecipeError, match="none is named"):
+    with pytest.raises(RecipeError, match="there is no task ' , '"):
         choose(" , ")
     task = TASKS["neqa"]
     with pytest.raises(DataError, match=r"has no neqa_classification\.jsonl"):

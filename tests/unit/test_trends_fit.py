@@ -79,20 +79,20 @@ def test_models_meet_the_same_examples_and_templates_are_drawn_whole() -> None:
 
     def scores(shift: float, template: int) -> Scores:
         values = dict(zip(keys, hard + shift, strict=True))
-        return Scores(values, {key: str(int(key) // template) for key in keys})
+        return {key: (value, str(int(key) // template)) for key, value in values.items()}
 
     drawn = resampled_deviations([scores(0, 1), scores(0.5, 1)], num_draws=800)
     assert drawn is not None
     deviations_BN, stderr = drawn
     assert np.allclose(deviations_BN[:, 0], deviations_BN[:, 1])  # what is hard is hard for both
     assert stderr == pytest.approx(np.std(hard, ddof=1) / np.sqrt(600), rel=0.1)
-    values = dict(zip(keys, np.repeat(random.standard_normal(20), 30), strict=True))
-    same = Scores(values, {key: str(int(key) // 30) for key in keys})
+    values = dict(zip(keys, np.repeat(random.standard_normal(20), 30).tolist(), strict=True))
+    same = {key: (value, str(int(key) // 30)) for key, value in values.items()}
     clustered = resampled_deviations([same], num_draws=800)
-    apart = resampled_deviations([Scores(values, {key: key for key in keys})], num_draws=800)
+    apart = resampled_deviations([{key: (value, key) for key, value in values.items()}], num_draws=800)
     assert clustered is not None and apart is not None
     assert clustered[1] / apart[1] == pytest.approx(np.sqrt(30), rel=0.15)  # 30 copies tell as much as one
-    assert resampled_deviations([same, Scores({"other": 1.0}, {"other": "t"})], num_draws=10) is None
+    assert resampled_deviations([same, {"other": (1.0, "t")}], num_draws=10) is None
 
 
 def test_corrections_are_those_of_statsmodels() -> None:

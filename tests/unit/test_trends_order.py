@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
 from branchmix.scaling.trends.fit import Curve, curve, smooth_variance
-from branchmix.scaling.trends.forms import form
-from branchmix.scaling.trends.order import climb, e_bar_squared_tail, flattest, least_favourable, trend, turn, turn_gain
+from branchmix.scaling.trends.order import (
+    climb,
+    e_bar_squared_tail,
+    flattest,
+    form,
+    least_favourable,
+    trend,
+    turn,
+    turn_gain,
+)
 from branchmix.scaling.trends.verdict import Evidence, Limits, Verdict
 
 
@@ -22,8 +30,7 @@ def judged(values: np.ndarray, stderr: np.ndarray | float, *, loss: bool = False
     """The verdict on one curve over three decades, as the only task."""
     found = seen(np.asarray(values, dtype=float), stderr)
     evidence = Evidence(found, runs=len(values), lower_is_better=loss, limits=Limits(minimum_effect=least))
-    as_shape = evidence.has_shape()
-    return evidence.verdict(evidence.p_of(as_shape=as_shape), as_shape=as_shape, alone_as_shape=as_shape)
+    return evidence.verdict(evidence.p_of(as_shape=evidence.has_shape), as_shape=evidence.has_shape)
 
 
 def seen(values: np.ndarray, stderr: np.ndarray | float, *, num_draws: int = 400) -> Curve:
@@ -194,10 +201,11 @@ def test_a_jump_in_the_middle_is_a_trend() -> None:
     for _ in range(40):
         y = random.binomial(1000, true) / 1000
         found = judged(y, counted(y))
-        assert found.label == "standard" and found.form is not None and found.form.jump is not None
-        jump = found.form.jump
-        assert (jump.start, jump.end) == pytest.approx((7 + 9 / 7, 7 + 12 / 7))
-        assert jump.change == pytest.approx(0.5, abs=0.08) and jump.interval[0] < jump.change < jump.interval[1]
+        assert found.label == "standard"
+        jump = found.form["jump"]
+        assert np.log10([jump["from"], jump["to"]]) == pytest.approx((7 + 9 / 7, 7 + 12 / 7))
+        assert jump["effect"] == pytest.approx(0.5, abs=0.08)
+        assert jump["interval"][0] < jump["effect"] < jump["interval"][1]
 
 
 @pytest.mark.parametrize("within", [0, 10])
@@ -254,10 +262,8 @@ def test_climbing_is_isotonic_regression_of_every_beginning(seed: int, sizes: in
     for row, y_K in enumerate(y_NK):
         for end in range(1, sizes + 1):
             fit = isotonic_regression(y_K[:end], weights=weight_K[:end]).x
-            assert found.first[row, end - 1] == pytest.approx(fit[0], abs=1e-12)
-            assert found.last_NK[row, end - 1] == pytest.approx(fit[-1], abs=1e-12)
             assert found.squares_NK[row, end - 1] == pytest.approx(weight_K[:end] @ fit**2, abs=1e-9)
-        assert found.fit[row] == pytest.approx(fit, abs=1e-12)
+        assert found.fit_NK[row] == pytest.approx(fit, abs=1e-12)
 
 
 def test_the_flattest_fit_keeps_only_steps_that_pay() -> None:
@@ -283,12 +289,13 @@ FORMS = {
 def test_forms_are_found(name: str) -> None:
     values, jump, (until, start) = FORMS[name]
     y = np.array(values)
-    found = form(seen(y, counted(y)), rises=y[-1] > y[0], alpha=0.05)
-    assert (found.jump is None) == (jump is None)
-    if found.jump is not None and jump is not None:
-        assert (found.jump.start, found.jump.end) == pytest.approx(jump)
-    for level, edge in ((found.level_until, until), (found.level_from, start)):
-        assert (level is None) == (edge is None), (name, level)
-        if level is not None:
-            assert level.edge == pytest.approx(edge) and level.interval[0] < level.value < level.interval[1]
-    assert found.change == pytest.approx(y[-1] - y[0], abs=0.02)
+    change, _, parts = form(seen(y, counted(y)), rises=y[-1] > y[0], alpha=0.05)
+    places = {"jump": jump, "level_until": until, "level_from": start}
+    wanted = {part: np.atleast_1d(place) for part, place in places.items() if place is not None}
+    assert parts.keys() == wanted.keys()
+    for part, found in parts.items():
+        ends = [found[key] for key in ("from", "to", "axis") if key in found]
+        assert np.log10(ends) == pytest.approx(wanted[part])
+        if part != "jump":
+            assert found["interval"][0] < found["value"] < found["interval"][1]
+    assert change == pytest.approx(y[-1] - y[0], abs=0.02)

@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from branchmix.cli import main
-from branchmix.pages.pictures import PAPER
+from branchmix.pages.pictures import PAPER, save
 from branchmix.scaling.generate import make_examples
 from branchmix.scaling.tasks import CAUSES, TASKS
 from branchmix.scaling.trends import html_page, plots, sentences
@@ -148,7 +148,8 @@ def test_few_sizes_and_a_single_task(sizes: int, tmp_path: Path) -> None:
         assert "performance goes down, then up, and accuracy changes by +10.0 points" in text
     else:
         assert "There is one size only" in text and "1 model, met" not in text
-    assert len(list(plots.write(found, tmp_path))) == 2 * 2
+    drawings = plots.pictures(found)
+    assert len(drawings) == 2 * 2 and all(save(draw, tmp_path / name).is_file() for name, draw in drawings.items())
 
 
 def test_the_example_is_pythia_and_says_who_only_guessed(tmp_path: Path) -> None:

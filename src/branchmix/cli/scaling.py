@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
 
-from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import require_name, require_new_file, write_text
 from branchmix.cli import console
 from branchmix.cli.console import app
@@ -18,8 +18,9 @@ from branchmix.pages.numbers import human_count
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
+    from branchmix.likelihood.models import Progress
     from branchmix.scaling.results import ScalingRun, TaskResult
-    from branchmix.scaling.trends.judge import Judged, Report, Tell
+    from branchmix.scaling.trends.judge import Judged, Report
 
 data_app = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +76,7 @@ def verify_command(folder: DIR, as_json: console.AsJson = False) -> None:
 
     found = verify(folder)
     complete = all(file.state == "ok" for file in found)
-    files = [{"task": f.task, "file": f.file, "state": f.state, "detail": f.detail} for f in found]
+    files = [asdict(file) for file in found]
     lines = "\n".join(file.line for file in found)
     console.output(as_json, lambda: {"ok": complete, "files": files}, lambda: typer.echo(lines))
     if not complete:
@@ -194,7 +195,7 @@ def _print_scores(run: ScalingRun) -> None:
         loss = next((name for name in ("loss", "logodds", "absolute_logodds") if name in means), None)
         cells = [_mean(result, "accuracy"), _mean(result, loss)]
         coverage = f"{means['coverage'].value:.3f}" if "coverage" in means else ""
-        remarks = [flag.words for flag in result.summary.flags] if result.summary is not None else []
+        remarks = list(result.summary.flags) if result.summary is not None else []
         if loss not in (None, "loss"):
             remarks.insert(0, f"loss: {loss}")
         if result.refused:
@@ -255,7 +256,10 @@ def trends_command(
     ] = None,
     alpha: Annotated[float, Option(help="Significance level.")] = 0.05,
     minimum_effect: Annotated[float, Option(help="Smallest change worth mentioning, in units of the metric.")] = 0.02,
-    correction: Annotated[str, Option(help="For several tasks: bh (Benjamini-Hochberg), holm or none.")] = "bh",
+    correction: Annotated[
+        Literal["bh", "holm", "none"],
+        Option(metavar="<str>", help="For several tasks: bh (Benjamini-Hochberg), holm or none."),
+    ] = "bh",
     html: Annotated[Path | None, Option(metavar="FILE", help="Write a page that explains itself, in one file.")] = None,
     plots: Annotated[
         Path | None, Option(metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG.")
@@ -269,13 +273,8 @@ def trends_command(
     if not 0 <= minimum_effect < float("inf"):
         raise RecipeError(f"--minimum-effect {minimum_effect:g}: must not be negative")
     from branchmix.scaling.trends.judge import trends_by_axis
-    from branchmix.scaling.trends.verdict import CORRECTIONS, Limits
+    from branchmix.scaling.trends.verdict import Limits
 
-    chosen = next((word for word in CORRECTIONS if word == correction), None)
-    if chosen is None:
-        raise RecipeError(
-            f"--correction {correction}: is none of {', '.join(CORRECTIONS)}{nearest(correction, CORRECTIONS)}"
-        )
     if html is not None:
         require_new_file(html, force=force)
     with console.progress_bar() as tell:
@@ -284,7 +283,7 @@ def trends_command(
             axis=axis,
             metrics=metric or (),
             limits=Limits(alpha, minimum_effect),
-            correction=chosen,
+            correction=correction,
             lower_is_better=lower_is_better or (),
             tell=tell,
         )
@@ -305,26 +304,27 @@ def trends_command(
 
 
 def _write(
-    reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Tell
+    reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Progress
 ) -> None:
     """The page and the pictures that were asked for; nothing of either if something is in the way."""
+    from branchmix.pages.pictures import png, save
     from branchmix.scaling.trends import html_page
-    from branchmix.scaling.trends import plots as pictures
     from branchmix.scaling.trends.overview import Overview
+    from branchmix.scaling.trends.plots import pictures
 
     overview = Overview(reports)
+    drawings = {plots / name: draw for name, draw in pictures(overview).items()} if plots is not None else {}
     if plots is not None:
         require_name(plots)
         if plots.exists() and not plots.is_dir():
             raise OutputError(f"{plots}: is a file: choose a folder")
-        for name in pictures.pictures(overview):
-            require_new_file(plots / name, force=force)
+    for file in drawings:
+        require_new_file(file, force=force)
     if html is not None:
         write_text(html, html_page.html(overview, command=command))
-    if plots is not None:
-        total = len(pictures.pictures(overview))
-        for done, _ in enumerate(pictures.write(overview, plots), 1):
-            tell("pictures", done, total)
+    for done, (file, draw) in enumerate(drawings.items(), 1):
+        (png if file.suffix == ".png" else save)(draw, file)
+        tell("pictures", done, len(drawings))
 
 
 def _command(results: Path, options: dict[str, Any]) -> str:

@@ -81,15 +81,8 @@ def _lacks_sentencepiece(folder: Path) -> bool:
 
 
 def refuse_missing(info: dict[str, Any], given: str) -> None:
-    """Refuse a model of which transformers had to draw weights at random.
-
-    Args:
-        info: what ``from_pretrained`` returns with ``output_loading_info``.
-        given: what the user calls the model.
-
-    Raises:
-        CheckpointError: weights are missing; names the first.
-    """
+    """Refuse a model of which transformers had to draw weights at random, by its ``info`` on loading; raises
+    CheckpointError, which names the first of the missing ones."""
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""

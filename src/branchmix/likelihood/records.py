@@ -36,19 +36,19 @@ class Journal:
     def __init__(self, folder: Path | None, file: str, item: str):
         self.file = folder / file if folder is not None else None
         self.item = item
-        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        self.known: dict[tuple[str, str], dict[str, Any]] = {}
+        """Lines by model and item."""
         self.described: set[str] = set()
         """Keys of models that a line says the meaning of."""
-        self._rounds: dict[tuple[str, int, str], list[str]] = {}
+        self.rounds: dict[tuple[str, int, str], list[str]] = {}
+        """Items to be computed together, by model, tokens of a batch and each of them."""
         if folder is not None:
-            if folder.exists() and not folder.is_dir():
-                raise OutputError(f"{folder}: is a file: choose a folder")
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
         for line in self._read():
             if isinstance(line.get("model"), str) and isinstance(line.get(item, ""), str):  # else somebody else's line
                 self._keep(line)
-        self.earlier = set(self._known)
+        self.earlier = set(self.known)
         """What was on the disk before this process began to write."""
 
     def _read(self) -> Iterator[dict[str, Any]]:
@@ -71,9 +71,9 @@ class Journal:
 
     def _keep(self, line: dict[str, Any]) -> None:
         if isinstance(items := line.get("round"), list):
-            self._rounds |= dict.fromkeys(((line["model"], line["batch_tokens"], item) for item in items), items)
+            self.rounds |= dict.fromkeys(((line["model"], line["batch_tokens"], item) for item in items), items)
         elif self.item in line:
-            self._known[line["model"], line[self.item]] = line
+            self.known[line["model"], line[self.item]] = line
         else:
             self.described.add(line["model"])
 
@@ -90,29 +90,9 @@ class Journal:
                     content = b"\n" + content
             file.write(content)
 
-    def find(self, model: str, item: str) -> dict[str, Any] | None:
-        """The line about an item, if there is one."""
-        return self._known.get((model, item))
-
     def of(self, facts: dict[str, Any], **source: Any) -> ModelRecords:
         """The lines about the model with these facts; ``source`` says where it came from, which nothing depends on."""
         return ModelRecords(self, key_of(facts), {**source, **facts})
-
-    def rounds(self, model: str, batch_tokens: int, items: Iterable[str]) -> list[list[str]]:
-        """Items to be computed together: all that have no line yet, and those of their rounds that have one."""
-        there = dict.fromkeys(items)
-        todo = {item: None for item in there if self.find(model, item) is None}
-        rounds = []
-        for item in list(todo):
-            whole = self._rounds.get((model, batch_tokens, item))
-            if item in todo and whole is not None and there.keys() >= set(whole):
-                rounds.append(whole)
-                for one in whole:
-                    todo.pop(one, None)
-        if todo:
-            rounds.append(list(todo))
-            self.add({"model": model, "batch_tokens": batch_tokens, "round": rounds[-1]})
-        return rounds
 
 
 class ModelRecords:
@@ -122,14 +102,9 @@ class ModelRecords:
         self.key = key
         self._journal, self._facts = journal, facts
 
-    def find(self, item: str) -> dict[str, Any] | None:
-        """The line about an item, if there is one."""
-        return self._journal.find(self.key, item)
-
     def __getitem__(self, item: str) -> dict[str, Any]:
-        line = self.find(item)
-        assert line is not None, item
-        return line
+        """The line about an item that is on record."""
+        return self._journal.known[self.key, item]
 
     def add(self, item: str, **fields: Any) -> None:
         """Keep a line about an item, on disk at once."""
@@ -137,10 +112,22 @@ class ModelRecords:
 
     def missing(self, items: Iterable[str], batch_tokens: int) -> Iterator[tuple[list[str], set[int]]]:
         """The rounds of all items that are not on record, each with the places of those of its items that are."""
-        for together in self._journal.rounds(self.key, batch_tokens, items):
-            if self.key not in self._journal.described:
-                self._journal.add({"model": self.key, **self._facts})
-            yield together, {place for place, item in enumerate(together) if self.find(item) is not None}
+        journal, there = self._journal, dict.fromkeys(items)
+        todo = {item: None for item in there if (self.key, item) not in journal.known}
+        rounds = []
+        for item in list(todo):
+            whole = journal.rounds.get((self.key, batch_tokens, item))
+            if item in todo and whole is not None and there.keys() >= set(whole):
+                rounds.append(whole)
+                for one in whole:
+                    todo.pop(one, None)
+        if todo:
+            rounds.append(list(todo))
+            journal.add({"model": self.key, "batch_tokens": batch_tokens, "round": rounds[-1]})
+        for together in rounds:
+            if self.key not in journal.described:
+                journal.add({"model": self.key, **self._facts})
+            yield together, {place for place, item in enumerate(together) if (self.key, item) in journal.known}
 
     def num_earlier(self, items: Iterable[str]) -> int:
         """How many items were on record before this process began to write."""

@@ -122,17 +122,26 @@ def jsonl(examples: Iterable[Example]) -> bytes:
     return ("\n".join(lines) + "\n").encode("ascii")
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def csv_lines(path: Path, text: str, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line of csv that has any, the header's first, with its number; DataError if it is not csv."""
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        for number, row in enumerate(rows, start=1):
-            if None in row:
-                raise DataError(f"{path}, row {number}: has more values than the header has columns")
-            # Absent, as in jsonl: csv has no other way to say it.
-            yield f"{path}, row {number}", {key: value for key, value in row.items() if value not in ("", None)}
+        for fields in lines:
+            if any(map(str.strip, fields)):
+                yield lines.line_num, fields
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: is not csv ({error})") from None
+        raise DataError(f"{path}, line {lines.line_num}: is not csv ({error})") from None
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = csv_lines(path, text)
+    _, header = next(lines, (0, []))
+    for number, (_, values) in enumerate(lines, start=1):
+        if len(values) > len(header):
+            raise DataError(f"{path}, row {number}: has more values than the header has columns")
+        # An empty value is an absent one, as in jsonl: csv has no other way to say it.
+        yield f"{path}, row {number}", {key: value for key, value in zip(header, values, strict=False) if value}
 
 
 def _example(row: dict[str, Any], metric: Metric, where: str) -> Example:

@@ -43,15 +43,6 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Flag:
-    """A sign that a number says less than it seems to."""
-
-    kind: str
-    """``constant``, ``baseline`` or ``coverage``."""
-    words: str
-
-
-@dataclass(frozen=True)
 class Summary:
     """A model's result on a task."""
 
@@ -66,7 +57,8 @@ class Summary:
     """Accuracy and loss of equal probabilities for all classes."""
 
     @property
-    def flags(self) -> tuple[Flag, ...]:
+    def flags(self) -> tuple[str, ...]:
+        """Signs that a number says less than it seems to."""
         return tuple(_flags(self)) if self.predictions else ()
 
 
@@ -119,8 +111,9 @@ def summarise(metric: Metric, examples: Sequence[Example], scores: Sequence[Scor
     if metric == "classification":
         means["coverage"] = mean([score.coverage or 0.0 for score in scores])
         chance["loss"] = math.fsum(math.log(len(example.classes)) for example in examples) / len(examples)
-    predictions = _shares(examples, [score.predicted or 0 for score in scores])
-    return Summary(means, constant_class_baselines(examples), predictions, chance)
+    baselines = class_shares(examples, [example.answer_index for example in examples])
+    predictions = class_shares(examples, [score.predicted or 0 for score in scores])
+    return Summary(means, baselines, predictions, chance)
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -133,17 +126,12 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(middle, math.sqrt(variance / n), n)
 
 
-def constant_class_baselines(examples: Sequence[Example]) -> dict[str, float]:
-    """Accuracy of each model that always predicts one class.
+def class_shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, float]:
+    """How often each class was chosen, as a share of the examples.
 
     By the class's text if all examples have the same classes (in any order); else by its place, such as ``class 0``:
-    then no text could always be predicted.
+    then no text could always be predicted. Of the right answers, that is the accuracy of each constant answer.
     """
-    return _shares(examples, [example.answer_index for example in examples])
-
-
-def _shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, float]:
-    """How often each class was chosen, as a share of the examples."""
     if len({frozenset(example.classes) for example in examples}) == 1:
         names = list(examples[0].classes)
         counts = Counter(example.classes[index] for example, index in zip(examples, chosen, strict=True))
@@ -153,14 +141,13 @@ def _shares(examples: Sequence[Example], chosen: Sequence[int]) -> dict[str, flo
     return {name: counts[name] / len(examples) for name in names}
 
 
-def _flags(summary: Summary) -> Iterator[Flag]:
+def _flags(summary: Summary) -> Iterator[str]:
     accuracy, coverage = summary.means["accuracy"], summary.means.get("coverage")
     for name, share in summary.predictions.items():
         if share > CONSTANT_SHARE:
-            yield Flag("constant", f"predicts {name!r} for {share:.1%} of the examples")
+            yield f"predicts {name!r} for {share:.1%} of the examples"
     for name, baseline in summary.baselines.items():
         if abs(accuracy.value - baseline) < 0.5 / accuracy.n:
-            yield Flag("baseline", f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}")
+            yield f"its accuracy of {accuracy.value:.4f} is that of always predicting {name!r}"
     if coverage is not None and coverage.value < LOW_COVERAGE:
-        words = f"gives the classes only {coverage.value:.2%} of the probability: it would say something else"
-        yield Flag("coverage", words)
+        yield f"gives the classes only {coverage.value:.2%} of the probability: it would say something else"

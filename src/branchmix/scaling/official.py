@@ -86,8 +86,6 @@ def fetch(
         DataError: the Hub cannot be reached; or it has no file of some name or another one, a line for each.
         OutputError: a file is there that is not the official one, or the folder cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file: choose a folder")
     is_new = not folder.exists()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -142,11 +140,10 @@ def _download(repository: str, file: str, temporary: Path) -> Path | None:
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise DataError(f"{repository}: is neither a data set on the Hub nor a folder: check --from") from None
     except Exception as error:  # the Hub's client passes on those of its transports, too
-        lacks_local = isinstance(error, errors.LocalEntryNotFoundError)
-        if isinstance(error, errors.EntryNotFoundError) and not lacks_local:
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             return None
-        unreachable = isinstance(error, errors.HfHubHTTPError | ConnectionError | TimeoutError)
-        if isinstance(error, OSError) and not (unreachable or lacks_local):
+        unreachable = (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError)
+        if isinstance(error, OSError) and not isinstance(error, unreachable):
             raise  # the disk's
         raise DataError(
             f"{repository}: the Hub cannot be reached for it ({type(error).__name__}): check the network and "

@@ -25,26 +25,6 @@ _COLUMNS = ("task", "model", "params", "active_params", "tokens", "flops", "metr
 _MORE = ("family", "seed", "data", "cause", *FLAG_COLUMNS)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a model makes of a question."""
-
-    logprobs: tuple[float, ...] = ()
-    """Sum for each option, in nats; none if the question was refused."""
-    tokens: tuple[int, ...] = ()
-    """Number of tokens of each option."""
-    merged: bool = False
-    refused: str | None = None
-    seconds: float = 0.0
-    """Time of computing, a share of the run's."""
-
-    @classmethod
-    def of(cls, line: dict[str, Any]) -> Answer:
-        """The answer of a line of the records."""
-        given = {name: line[name] for name in ("merged", "refused", "seconds") if name in line}
-        return cls(tuple(line.get("logprobs", ())), tuple(line.get("tokens", ())), **given)
-
-
 @dataclass
 class TaskResult:
     """A model on the examples of one file."""
@@ -53,8 +33,8 @@ class TaskResult:
     selected: Selected
     summary: Summary | None
     """None if every example was refused."""
-    scored: list[tuple[int, Example, Score, Answer]]
-    """Number in the file, example, its numbers, and the answer to its prompt."""
+    scored: list[tuple[int, Example, Score, dict[str, Any]]]
+    """Number in the file, example, its numbers, and the answer to its prompt as the records have it."""
     refused: list[tuple[int, str]]
     """Number of each example that was not scored, and why."""
     merged: int
@@ -102,7 +82,7 @@ class TaskResult:
             line[loss_name(self.selected.task.metric)] = numbers.loss
             if numbers.coverage is not None:
                 line["coverage"] = numbers.coverage
-            yield line | {"logprobs": list(answer.logprobs), "tokens": list(answer.tokens)}
+            yield line | {name: answer[name] for name in ("logprobs", "tokens")}
         for number, reason in self.refused:
             yield {"key": str(number), "refused": reason}
 
@@ -128,7 +108,7 @@ class TaskResult:
         if summary is not None:
             means = {name: asdict(mean) for name, mean in summary.means.items()}
             content |= {"metrics": means, "baselines": summary.baselines, "predictions": summary.predictions}
-            content |= {"chance": summary.chance, "flags": [flag.words for flag in summary.flags]}
+            content |= {"chance": summary.chance, "flags": list(summary.flags)}
         rate = len(self.scored) / self.seconds if self.seconds else None
         return content | {
             "dtype": self.facts["dtype"],

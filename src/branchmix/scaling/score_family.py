@@ -10,6 +10,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from branchmix.likelihood.models import Progress, TextModel, check_dtype
 from branchmix.likelihood.records import FILE, Journal
 from branchmix.scaling.family import FamilyFile, Subject, subjects
 from branchmix.scaling.metrics import score, summarise
-from branchmix.scaling.results import Answer, ScalingRun, TaskResult
+from branchmix.scaling.results import ScalingRun, TaskResult
 from branchmix.scaling.scoring.plan import BATCH_TOKENS
 from branchmix.scaling.scoring.tokens import Bos, Question, encode_questions
 from branchmix.scaling.selection import Selected, select
@@ -81,24 +82,24 @@ def run(
     return scaling_run
 
 
+@dataclass
 class _Model:
     """A subject with its tokenizer; its weights are loaded when an answer is not on record."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        text: TextModel,
-        bos: Bos,
-        journal: Journal,
-        batch_tokens: int,
-        progress: Progress | None,
-    ):
-        self.subject, self.text, self.bos = subject, text, bos
-        self.batch_tokens, self.progress = batch_tokens, progress
-        self.facts: dict[str, Any] = {**text.facts, "bos": bos.policy, "bos_tokens": list(bos.tokens)}
-        self.records = journal.of(self.facts, path=subject.model.given)
-        self.known = self.asked = 0
-        """Answers that were on record before this run, and all of them."""
+    subject: Subject
+    text: TextModel
+    bos: Bos
+    journal: Journal
+    batch_tokens: int
+    progress: Progress | None
+    known: int = 0
+    """Answers that were on record before this run."""
+    asked: int = 0
+    """All of them."""
+
+    def __post_init__(self) -> None:
+        self.facts = {**self.text.facts, "bos": self.bos.policy, "bos_tokens": list(self.bos.tokens)}
+        self.records = self.journal.of(self.facts, path=self.subject.model.given)
 
     def result(self, selected: Selected) -> TaskResult:
         """Answers for all examples, from the records or computed now."""
@@ -116,12 +117,12 @@ class _Model:
             self._compute({key: asked[key] for key in part}, on_record, f"{self.subject.label}: {selected.label}")
         scored, refused = [], []
         for number, (example, own) in enumerate(zip(selected.examples, keys, strict=True)):
-            answers = [Answer.of(self.records[key]) for key in own]
-            reason = next((answer.refused for answer in answers if answer.refused), None)
+            answers = [self.records[key] for key in own]
+            reason = next((why for answer in answers if (why := answer.get("refused"))), None)
             if reason is not None:
                 refused.append((number, reason))
             else:
-                numbers = score(selected.task.metric, example, *(answer.logprobs for answer in answers))
+                numbers = score(selected.task.metric, example, *(answer["logprobs"] for answer in answers))
                 scored.append((number, example, numbers, answers[0]))
         examples, scores = [one[1] for one in scored], [one[2] for one in scored]
         return TaskResult(
@@ -130,7 +131,7 @@ class _Model:
             summary=summarise(selected.task.metric, examples, scores) if scored else None,
             scored=scored,
             refused=refused,
-            merged=sum(answer.merged for *_, answer in scored),
+            merged=sum(answer.get("merged", False) for *_, answer in scored),
             facts=self.facts,
             seconds=sum(self.records[key].get("seconds", 0.0) for key in asked),
         )
@@ -138,7 +139,7 @@ class _Model:
     def _compute(self, asked: dict[str, Question], known: set[str], step: str) -> None:
         """Put the answers that are not known on record, each as soon as it is there."""
         from branchmix.likelihood.forward import max_positions
-        from branchmix.scaling.scoring.passes import can_share, score_options
+        from branchmix.scaling.scoring.passes import score_options
 
         encoded = encode_questions(self.text.tokenizer, list(asked.values()), self.bos, max_positions(self.text.config))
         tokens = dict(zip(asked, encoded, strict=True))
@@ -151,14 +152,13 @@ class _Model:
         if not total:
             return
         model = self.text.model()
-        share = can_share(model)
         for start in range(0, len(left), _AT_ONCE):
             part = left[start : start + _AT_ONCE]
             on_record = {place for place, key in enumerate(part) if key in known}
-            options: dict[str, Any] = {"batch_tokens": self.batch_tokens, "share": share, "known": on_record}
+            asked_now = [tokens[key] for key in part]
             last = time.perf_counter()
             try:
-                for place, logprobs in score_options(model, [tokens[key] for key in part], **options):
+                for place, logprobs in score_options(model, asked_now, batch_tokens=self.batch_tokens, known=on_record):
                     now = time.perf_counter()
                     question, seconds = tokens[part[place]], round(now - last, 6)
                     lengths = [len(option) for option in question.options]
@@ -170,4 +170,6 @@ class _Model:
                 raise CheckpointError(f"{self.subject.model.given}: {error}") from error
 
     def _keep(self, key: str, merged: bool, **answer: Any) -> None:
+        """Put an answer on record: for each option its ``logprobs`` (summed, in nats) and number of ``tokens``, and its
+        share of the ``seconds`` of the run; or why it was ``refused``."""
         self.records.add(key, **answer, **({"merged": True} if merged else {}))

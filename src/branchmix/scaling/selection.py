@@ -54,8 +54,6 @@ def select(
         RecipeError: a task is unknown.
         DataError: a file is missing or broken, fresh where it must not be, or there is nothing to score.
     """
-    if shots < 0:
-        raise RecipeError(f"--shots {shots}: must not be negative")
     words = [word.strip() for word in tasks.split(",") if word.strip()]
     own = [word for word in words if word.lower().endswith((".yaml", ".yml"))]
     named = [word for word in words if word not in own]

@@ -108,13 +108,10 @@ def choose(names: str) -> list[Task]:
     if names.strip() == "all":
         return list(TASKS.values())
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
-        raise RecipeError(f"tasks: none is named in {names!r}: give all, or some of {', '.join(TASKS)}")
-    for name in wanted:
-        if name not in TASKS:
-            raise RecipeError(
-                f"tasks: there is no task {name!r}{nearest(name, list(TASKS))}; known: {', '.join(TASKS)}"
-            )
+    unknown = next((name for name in wanted or [names] if name not in TASKS), None)
+    if unknown is not None:
+        hint = nearest(unknown, list(TASKS))
+        raise RecipeError(f"tasks: there is no task {unknown!r}{hint}; known: all, or some of {', '.join(TASKS)}")
     return [task for task in TASKS.values() if task.name in wanted]
 
 

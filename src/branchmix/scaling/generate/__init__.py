@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.errors import OutputError, RecipeError
 from branchmix.scaling.examples import Example, fewshot, jsonl
-from branchmix.scaling.generate.generators import GENERATORS, Generator, modus_tollens_control
+from branchmix.scaling.generate.generators import GENERATORS, modus_tollens
 from branchmix.scaling.official import check
 from branchmix.scaling.tasks import TASKS, Task
 
@@ -35,8 +36,6 @@ def make_data(
     Raises:
         OutputError: a file is there already, or the folder cannot be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file: choose a folder")
     for task in tasks:
         path = folder / task.file
         require_new_file(path, force=force)
@@ -65,26 +64,22 @@ def make_examples(
     Raises:
         RecipeError: the numbers cannot be meant.
     """
-    if num_examples < 1 or shots < 0:
-        raise RecipeError(f"--num {num_examples} --shots {shots}: one example at least, and no negative shots")
     if shots >= num_examples:
         raise RecipeError(f"--shots {shots}: needs {shots + 1} examples at least, and --num is {num_examples}")
-    examples: dict[str, Example] = {}
+    made: dict[str, Example] = {}
     for number in range(num_examples):
         is_control = controls and task.name == "modus-tollens" and number % 4 >= 2
-        make = modus_tollens_control if is_control else GENERATORS[task.name]
-        example = _new(make, f"{task.name}/{seed}/{number}", number, examples)
-        examples[example.prompt] = replace(example, round=GENERATED_ROUND)
-    made = list(examples.values())
-    return made if task.shots_in_prompt else fewshot(made, shots, seed)
+        make = partial(modus_tollens, is_correct=False) if is_control else GENERATORS[task.name]
+        random = Random(f"{task.name}/{seed}/{number}")
+        drawn = (make(random, number) for _ in range(_MAX_DRAWS))
+        example = next((one for one in drawn if one.prompt not in made and not _is_nested(one.classes)), None)
+        if example is None:
+            raise RecipeError(f"--num: there are no more than {len(made)} different examples of {task.name}")
+        made[example.prompt] = replace(example, round=GENERATED_ROUND)
+    examples = list(made.values())
+    return examples if task.shots_in_prompt else fewshot(examples, shots, seed)
 
 
-def _new(make: Generator, seed: str, number: int, known: dict[str, Example]) -> Example:
-    """An example whose prompt is not known yet, and none of whose classes begins another."""
-    random = Random(seed)
-    for _ in range(_MAX_DRAWS):
-        example = make(random, number)
-        nested = any(a != b and a.startswith(b) for a in example.classes for b in example.classes)
-        if example.prompt not in known and not nested:
-            return example
-    raise RecipeError(f"--num: there are no more than {len(known)} different examples of {seed.split('/')[0]}")
+def _is_nested(classes: Sequence[str]) -> bool:
+    """Whether a class begins another, so that its probability holds the other's."""
+    return any(a != b and a.startswith(b) for a in classes for b in classes)

@@ -6,14 +6,52 @@ Texts are ours, in ``texts/*.yaml``. A generator names its example's template by
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import TypeVar
 
 from branchmix.scaling.examples import Example
-from branchmix.scaling.generate.vocabulary import VOCABULARY, changed_line, in_turn, pick, texts, two_answers
+from branchmix.settings import read_yaml
 
 Generator = Callable[[Random, int], Example]
+T = TypeVar("T")
+
+
+def texts(name: str) -> SimpleNamespace:
+    """The word lists and sentence patterns of ``texts/NAME.yaml``, as attributes."""
+    return SimpleNamespace(**read_yaml(Path(__file__).parent / "texts" / f"{name}.yaml"))
+
+
+VOCABULARY = texts("vocabulary")
+
+
+def pick(random: Random, choices: Sequence[T]) -> tuple[int, T]:
+    """One of several, after its place among them: templates are named by places."""
+    place = random.randrange(len(choices))
+    return place, choices[place]
+
+
+def in_turn(number: int, right: T, wrong: T) -> tuple[T, T]:
+    """The right one first if the number is even, else the wrong one."""
+    return (right, wrong) if number % 2 == 0 else (wrong, right)
+
+
+def two_answers(prompt: str, right: object, wrong: object, number: int, *, part: int = 1, template: str) -> Example:
+    """An example with two classes; the right one comes first if the number is even."""
+    return Example(prompt, in_turn(number, f" {right}", f" {wrong}"), number % 2, part=part, template=template)
+
+
+def changed_line(random: Random) -> tuple[int, str, str, str]:
+    """A famous line: its place, how it begins, how it ends, and another word that could end it."""
+    place, (start, usual, kind) = pick(random, VOCABULARY.lines)
+    word = random.choice(VOCABULARY.endings[kind])
+    while word in f"{start} {usual}".lower():
+        word = random.choice(VOCABULARY.endings[kind])
+    return place, start, usual, word
+
 
 # ---- strong prior ----
 
@@ -81,69 +119,72 @@ _SIGNS: dict[str, tuple[str, Callable[[int, int], int]]] = {
     "-": ("subtraction", operator.sub),
     "*": ("multiplication", operator.mul),
 }
-_Redefined = tuple[int, str, object, object]
-"""Number of the wording, prompt, right answer, usual answer."""
+_Redefined = tuple[dict[str, object], object, object]
+"""What fills the wording, right answer, usual answer."""
 
 
 def _redefine(random: Random, number: int) -> Example:
     """A symbol, an amount, a sign or a word gets a new meaning; the right answer and the one that usually is right."""
     kind = random.choices(range(6), weights=(4, 4, 4, 4, 4, 1))[0]
+    name, make = (
+        ("constant", _constant),
+        ("amount", _amount),
+        ("sign", _sign),
+        ("numeral", _numeral),
+        ("text", _text),
+        ("colour", _colour),
+    )[kind]
     while True:
-        wording, prompt, right, usual = (_constant, _amount, _sign, _numeral, _text, _colour)[kind](random)
+        wording, pattern = pick(random, getattr(_REDEFINE, f"{name}_wordings"))
+        words, right, usual = make(random)
         if right != usual:
             break
-    return two_answers(prompt, right, usual, number, part=kind + 1, template=f"kind {kind + 1}, wording {wording + 1}")
+    template = f"kind {kind + 1}, wording {wording + 1}"
+    return two_answers(pattern.format(**words), right, usual, number, part=kind + 1, template=template)
 
 
 def _constant(random: Random) -> _Redefined:
-    number, wording = pick(random, _REDEFINE.constant_wordings)
     symbol = random.choice(tuple(_REDEFINE.constants))
     place = random.randrange(3)
     value = str(random.randrange(100, 100000))
-    prompt = wording.format(s=symbol, n=value, nth=_REDEFINE.places[place])
-    return number, prompt, value[place], _REDEFINE.constants[symbol][place]
+    words = {"s": symbol, "n": value, "nth": _REDEFINE.places[place]}
+    return words, value[place], _REDEFINE.constants[symbol][place]
 
 
 def _amount(random: Random) -> _Redefined:
-    number, wording = pick(random, _REDEFINE.amount_wordings)
     unit = random.choice(tuple(_REDEFINE.amounts))
     parts, usual = _REDEFINE.amounts[unit]
     n, k = random.randrange(3, 120), random.randrange(2, 10)
-    return number, wording.format(unit=unit, parts=parts, n=n, k=k), n * k, usual * k
+    return {"unit": unit, "parts": parts, "n": n, "k": k}, n * k, usual * k
 
 
 def _sign(random: Random) -> _Redefined:
-    number, wording = pick(random, _REDEFINE.sign_wordings)
     sign, meaning = random.sample(tuple(_SIGNS), 2)
     b, a = sorted(random.choices(range(2, 60), k=2))
-    prompt = wording.format(s=sign, word=_SIGNS[meaning][0], a=a, b=b)
-    return number, prompt, _SIGNS[meaning][1](a, b), _SIGNS[sign][1](a, b)
+    word, operation = _SIGNS[meaning]
+    return {"s": sign, "word": word, "a": a, "b": b}, operation(a, b), _SIGNS[sign][1](a, b)
 
 
 def _numeral(random: Random) -> _Redefined:
-    number, wording = pick(random, _REDEFINE.numeral_wordings)
     old, new = random.sample(range(1, 10), 2)
     other = random.randrange(11, 100)
-    terms = [str(old), str(other)]
+    terms = [old, other]
     random.shuffle(terms)
-    prompt = wording.format(d=old, word=_REDEFINE.numerals[new], a=terms[0], b=terms[1])
-    return number, prompt, new + other, old + other
+    return {"d": old, "word": _REDEFINE.numerals[new], "a": terms[0], "b": terms[1]}, new + other, old + other
 
 
 def _text(random: Random) -> _Redefined:
-    number, wording = pick(random, _REDEFINE.text_wordings)
     a, b = random.randrange(10, 1000), random.randrange(10, 1000)
     end = random.choice(("first", "last"))
     place = 0 if end == "first" else -1
-    return number, wording.format(a=a, b=b, end=end), f"{a}+{b}"[place], str(a + b)[place]
+    return {"a": a, "b": b, "end": end}, f"{a}+{b}"[place], str(a + b)[place]
 
 
 def _colour(random: Random) -> _Redefined:
-    number, wording = pick(random, _REDEFINE.colour_wordings)
     thing = random.choice(tuple(_REDEFINE.colours))
     usual = _REDEFINE.colours[thing]
     new = random.choice(sorted({*_REDEFINE.colours.values(), "violet", "beige"}))
-    return number, wording.format(old=usual, new=new, thing=thing), new, usual
+    return {"old": usual, "new": new, "thing": thing}, new, usual
 
 
 _INJECTION = texts("prompt_injection")
@@ -178,19 +219,12 @@ def _prompt_injection(random: Random, number: int) -> Example:
 _TOLLENS = texts("modus_tollens")
 
 
-def _modus_tollens(random: Random, number: int) -> Example:
+def modus_tollens(random: Random, number: int, *, is_correct: bool = True) -> Example:
     """Is "if A then B; not B; so not A" correct? It always is: the answer is always Yes, as in the prize, so that a
-    model that always says Yes does well on it. The classes change places, so that no place is always right."""
-    return _argument(random, number, is_correct=True)
+    model that always says Yes does well on it. The classes change places, so that no place is always right.
 
-
-def modus_tollens_control(random: Random, number: int) -> Example:
-    """An argument of the same look that is not correct: "not A, so not B", or "B, so A". The answer is No; mixed in,
-    such controls tell a model that always says Yes from one that reads."""
-    return _argument(random, number, is_correct=False)
-
-
-def _argument(random: Random, number: int, *, is_correct: bool) -> Example:
+    Controls look the same and are not correct: "not A, so not B", or "B, so A". The answer is No; mixed in, they tell
+    a model that always says Yes from one that reads."""
     (a, not_a), (b, not_b) = random.sample(_TOLLENS.predicates, 2)
     name = random.choice(VOCABULARY.names)
     wording, pattern = pick(random, _TOLLENS.wordings)
@@ -378,7 +412,7 @@ GENERATORS: dict[str, Generator] = {
     "memo-trap": _memo_trap,
     "redefine": _redefine,
     "prompt-injection": _prompt_injection,
-    "modus-tollens": _modus_tollens,
+    "modus-tollens": modus_tollens,
     "pattern-matching-suppression": _pattern_matching_suppression,
     "neqa": _neqa,
     "sig-figs": _sig_figs,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from branchmix.likelihood.forward import check_tokens, evaluating, forward, length_dependent, log_probs
-from branchmix.scaling.scoring.plan import BATCH_TOKENS, Branch, Row, batches, plan
+from branchmix.scaling.scoring.plan import BATCH_TOKENS, Row, batches, plan
 from branchmix.scaling.scoring.tokens import Encoded
 
 
@@ -48,7 +48,7 @@ def score_options(
             wanted = [batch for batch in every if any(row.question not in known for row in batch)]
             cache = None
             if wanted and trunk.tokens:
-                _, cache = _run(model, [Branch(trunk.tokens, ())], None, keep=True)
+                _, cache = _run(model, [Row(-1, trunk.tokens)], None, keep=True)
             for batch in wanted:
                 for number, option, value in _score(model, batch, cache, batch_tokens):
                     parts = sums.setdefault(number, [[] for _ in questions[number].options])
@@ -76,23 +76,21 @@ def can_share(model: Any) -> bool:
 def _score(model: Any, batch: Sequence[Row], cache: Any, batch_tokens: int) -> Iterator[tuple[int, int, float]]:
     """Question, option and log-probability of every target of the rows, and of their branches after them."""
     values, grown = _run(model, batch, _select(cache, [0] * len(batch)), keep=bool(batch[0].branches))
-    for row, option, value in values:
-        yield batch[row].question, option, value
+    yield from values
     branches = [(number, branch) for number, row in enumerate(batch) for branch in row.branches]
     branches.sort(key=lambda one: -len(one[1].tokens))
     at_once = batch_tokens // len(branches[0][1].tokens) or 1 if branches else 1
     for start in range(0, len(branches), at_once):
         part = branches[start : start + at_once]
         values, _ = _run(model, [branch for _, branch in part], _select(grown, [number for number, _ in part]))
-        for place, option, value in values:
-            yield batch[part[place][0]].question, option, value
+        yield from values
 
 
 @torch.inference_mode()  # not around what yields: the caller's own code would run in it
 def _run(
-    model: Any, batch: Sequence[Row | Branch], cache: Any, *, keep: bool = False
+    model: Any, batch: Sequence[Row], cache: Any, *, keep: bool = False
 ) -> tuple[list[tuple[int, int, float]], Any]:
-    """One pass: (place in the batch, option, log-probability) of each target, and the cache if it is to be kept.
+    """One pass: (question, option, log-probability) of each target, and the cache if it is to be kept.
 
     Routers of mixtures drop no token, so what padding does there touches no other. Positions count from the cache's end
     by themselves.
@@ -110,7 +108,8 @@ def _run(
     index_M = torch.tensor([number_of[number, target.place] for number, target in wanted])
     tokens_M = torch.tensor([target.token for _, target in wanted], device=logits_NV.device)
     logp = log_probs(logits_NV[index_M.to(logits_NV.device)], tokens_M).tolist()
-    return [(number, target.option, value) for (number, target), value in zip(wanted, logp, strict=True)], kept
+    found = zip(wanted, logp, strict=True)
+    return [(batch[number].question, target.option, value) for (number, target), value in found], kept
 
 
 @torch.inference_mode()

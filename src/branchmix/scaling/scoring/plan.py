@@ -31,25 +31,17 @@ class Target:
     option: int
     token: int
     place: int
-    """Place of that input token among the row's, or the branch's, own tokens."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Tokens of options but for their last, after a row."""
-
-    tokens: tuple[int, ...]
-    targets: tuple[Target, ...]
+    """Place of that input token among the row's own tokens."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one question, from the trunk's end."""
+    """Tokens of one question, from the trunk's end; or those of its options but for their last, after such a row."""
 
     question: int
     tokens: tuple[int, ...]
-    targets: tuple[Target, ...]
-    branches: tuple[Branch, ...] = ()
+    targets: tuple[Target, ...] = ()
+    branches: tuple[Row, ...] = ()
 
     def after(self, length: int) -> Row:
         """The row without its first tokens, which a trunk has."""
@@ -68,9 +60,7 @@ class Trunk:
 def plan(questions: Sequence[Encoded], *, share: bool = True) -> list[Trunk]:
     """Trunks with their rows; refused questions are in none.
 
-    Args:
-        questions: their tokens.
-        share: without it nothing is kept from pass to pass, and each option that needs one has a row of its own.
+    Without ``share`` nothing is kept from pass to pass, and each option that needs one has a row of its own.
     """
     asked = [(number, question) for number, question in enumerate(questions) if question.refused is None]
     rows = [row for number, question in asked for row in _rows(number, question, share=share)]
@@ -91,11 +81,11 @@ def _rows(number: int, question: Encoded, *, share: bool) -> list[Row]:
     branches = []
     for fed in dict.fromkeys(option[:-1] for _, option in options if len(option) > 1):
         targets = (Target(o, t, n) for o, option in options if option[:-1] == fed for n, t in enumerate(option[1:]))
-        branches.append(Branch(fed, tuple(targets)))
+        branches.append(Row(number, fed, tuple(targets)))
     if share and len(branches) > 1:
         return [Row(number, question.context, first, tuple(branches))]
     rows: list[Row] = []
-    for branch in branches or [Branch((), ())]:
+    for branch in branches or [Row(number, ())]:
         further = tuple(replace(target, place=target.place + last + 1) for target in branch.targets)
         rows.append(Row(number, question.context + branch.tokens, further if rows else first + further))
     return rows
@@ -148,10 +138,7 @@ def _shared(first: tuple[int, ...], second: tuple[int, ...]) -> int:
 def batches(trunk: Trunk, batch_tokens: int, *, equal_lengths: bool = False) -> Iterator[list[Row]]:
     """Rows of a trunk, longest first; padding included, a batch has at most ``batch_tokens``, or is one row.
 
-    Args:
-        trunk: its rows.
-        batch_tokens: of a forward pass; the options' further tokens come in passes of their own.
-        equal_lengths: no padding even for rows without branches.
+    The options' further tokens come in passes of their own. With ``equal_lengths`` nothing is padded at all.
     """
     batch: list[Row] = []
     for row in sorted(trunk.rows, key=lambda row: (bool(row.branches), -len(row.tokens), row.question)):

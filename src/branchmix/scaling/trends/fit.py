@@ -8,7 +8,6 @@ alone takes flat curves for U-shapes in more than half of all cases, so every te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from scipy import optimize, stats
@@ -41,11 +40,6 @@ class Curve:
     @property
     def sizes(self) -> int:
         return len(self.x_K)
-
-    @property
-    def span(self) -> float:
-        """Length of the axis in decades."""
-        return float(self.x_K[-1] - self.x_K[0])
 
 
 def curve(
@@ -109,14 +103,12 @@ def curve(
     return Curve(places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, num_within)
 
 
-@lru_cache(maxsize=16)
 def _normals(num_draws: int, *columns: int) -> list[np.ndarray]:
     """Standard normal deviates, the same for every curve, so that results can be repeated bit for bit."""
     random = np.random.default_rng(0)
     return [random.standard_normal((num_draws, count)) for count in columns]
 
 
-@lru_cache(maxsize=16)
 def chi_squares(seed: int, degrees: int, num_draws: int) -> np.ndarray:
     """[B], the same for every curve; zeros without degrees of freedom."""
     return np.random.default_rng(seed).chisquare(degrees, num_draws) if degrees else np.zeros(num_draws)

@@ -6,7 +6,7 @@ of radio buttons and style sheets, so keyboards, prints and strict browsers need
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import count, product
 from pathlib import Path
@@ -21,7 +21,7 @@ from branchmix.pages.table import Table
 from branchmix.scaling.tasks import CAUSES
 from branchmix.scaling.trends import plots, sentences
 from branchmix.scaling.trends.judge import Report
-from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
+from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slugs
 from branchmix.scaling.trends.table import DATA
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, WORDS
 
@@ -42,8 +42,8 @@ def html(overview: Overview, *, command: str) -> str:
         lead=_lead(overview),
         overview=overview,
         report=overview.reports[0],
-        metric_ids=_ids("m", overview.metrics),
-        axis_ids=_ids("a", overview.axes),
+        metric_ids={name: f"m-{own}" for name, own in slugs(overview.metrics).items()},
+        axis_ids={name: f"a-{own}" for name, own in slugs(overview.axes).items()},
         chart=lambda entry, panel: picture(partial(plots.chart, panel), _label(entry, panel)),
         small=lambda panel: picture(partial(plots.small, panel), ""),
         beside=_beside,
@@ -62,15 +62,6 @@ def html(overview: Overview, *, command: str) -> str:
         command=command,
         version=__version__,
     )
-
-
-def _ids(prefix: str, names: Sequence[str]) -> dict[str, str]:
-    """Ids of switches by what they switch to: plain enough for style sheets, and all different."""
-    ids: dict[str, str] = {}
-    for number, name in enumerate(names):
-        own = f"{prefix}-{slug(name)}"
-        ids[name] = own if own not in ids.values() else f"{own}-{number}"
-    return ids
 
 
 def _lead(overview: Overview) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -14,6 +14,7 @@ from scipy import stats
 
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
+from branchmix.likelihood.models import Progress
 from branchmix.scaling.tasks import TASKS
 from branchmix.scaling.trends.fit import Curve, between_variance, curve, percentiles, theil_sen
 from branchmix.scaling.trends.series import NOT_JUDGED, Series, all_series, flags_of, is_lower_better
@@ -78,40 +79,34 @@ class Report:
         """Families and kinds of data, the one with the most sizes first, official before fresh."""
         sizes: dict[tuple[str, str], int] = {}
         for one in self.judged:
-            part = (one.series.family, one.series.data)
-            sizes[part] = max(sizes.get(part, 0), one.verdict.sizes)
+            sizes[one.series.part] = max(sizes.get(one.series.part, 0), one.verdict.sizes)
         return sorted(sizes, key=lambda part: (DATA.index(part[1]), -sizes[part]))
 
     def tasks(self, part: tuple[str, str]) -> dict[str, dict[str, Judged]]:
         """By task and metric."""
         tasks: dict[str, dict[str, Judged]] = {}
         for one in self.judged:
-            if (one.series.family, one.series.data) == part:
+            if one.series.part == part:
                 tasks.setdefault(one.series.task, {})[one.series.metric] = one
         return tasks
 
     def as_dict(self) -> dict[str, Any]:
         """`tasks` holds the first family's verdicts; where there are several, `series` holds those of all."""
 
-        def verdicts(part: tuple[str, str]) -> dict[str, dict[str, Any]]:
-            return {
+        series: list[dict[str, Any]] = []
+        for part in self.parts:
+            tasks = {
                 task: {metric: one.verdict.as_dict() for metric, one in metrics.items()}
                 for task, metrics in self.tasks(part).items()
             }
-
-        main, *others = self.parts
-        content: dict[str, Any] = {"axis": self.axis, "tasks": verdicts(main)}
-        if others:
-            content |= {"family": main[0], "data": main[1]}
-            content["series"] = [{"family": part[0], "data": part[1], "tasks": verdicts(part)} for part in self.parts]
+            series.append({"family": part[0], "data": part[1], "tasks": tasks})
+        content: dict[str, Any] = {"axis": self.axis, "tasks": series[0]["tasks"]}
+        if len(series) > 1:
+            content |= {**series[0], "series": series}
         compared = {"interactions": self.interactions, "contamination": self.contamination}
         content |= {name: value for name, value in compared.items() if value}
         content |= vars(self.limits)
         return {**content, "correction": self.correction, "warnings": self.warnings, "notes": self.notes}
-
-
-Tell = Callable[[str, int, int], None]
-"""Receives progress: a step, how much of it is done, and how much there is."""
 
 
 def trends_by_axis(
@@ -122,7 +117,7 @@ def trends_by_axis(
     limits: Limits | None = None,
     correction: Correction = "bh",
     lower_is_better: Sequence[str] = (),
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> list[Report]:
     """Judge every metric of every task of a csv table, or of a folder with `results.csv` and scores of examples.
 
@@ -150,26 +145,21 @@ def trends_by_axis(
                 notes.append(f"{metric} is not a share of 1: set --minimum-effect to the smallest change that counts")
     series = all_series(table, metrics=wanted, lower_is_better=named, notes=notes)
     notes += _mixed_axes(series, axis, table.axes)
-    usable = {
-        name: [one for one in series if one.has(name)]
-        for name in (axis, *(name for name in table.axes if name in AXES and name != axis))
-    }
-    done, total = 0, sum(map(len, usable.values()))
-    evidence: dict[str, dict[Series, Evidence]] = {name: {} for name in usable}
-    for name in usable:
-        for one in usable[name]:
-            evidence[name][one] = Evidence(
-                curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN),
-                runs=len(one.rows),
-                lower_is_better=one.lower_is_better,
-                paired=one.deviations_BN is not None,
-                limits=limits,
-                largest=1.0 if is_share(one.metric) else math.inf,
-            )
-            done += 1
-            if tell is not None:
-                tell("curves", done, total)
-    judged = {name: _judge(evidence[name], limits, correction) for name in usable}
+    others = [name for name in table.axes if name in AXES and name != axis]
+    pairs = [(name, one) for name in (axis, *others) for one in series if one.has(name)]
+    evidence: dict[str, dict[Series, Evidence]] = {}
+    for done, (name, one) in enumerate(pairs, start=1):
+        evidence.setdefault(name, {})[one] = Evidence(
+            curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN),
+            runs=len(one.rows),
+            lower_is_better=one.lower_is_better,
+            paired=one.deviations_BN is not None,
+            limits=limits,
+            largest=1.0 if is_share(one.metric) else math.inf,
+        )
+        if tell is not None:
+            tell("curves", done, len(pairs))
+    judged = {name: _judge(of_axis, limits, correction) for name, of_axis in evidence.items()}
     differences = _contaminations(series, limits)
     return [
         Report(
@@ -177,13 +167,13 @@ def trends_by_axis(
             limits=limits,
             correction=correction,
             judged=judged[name],
-            interactions=_interactions(evidence[name], name, limits),
+            interactions=_interactions(of_axis, name, limits),
             contamination=differences,
             cautions=[*_metric_cautions(judged[name]), *_axis_cautions(judged, name)],
             notes=list(dict.fromkeys(notes)),
         )
-        for name in usable
-        if len(usable[name]) == len(series)
+        for name, of_axis in evidence.items()
+        if len(of_axis) == len(series)
     ]
 
 
@@ -203,14 +193,13 @@ def _known(table: ResultsTable, there: list[str], asked: Sequence[str]) -> list[
 
 def _judge(evidence: Mapping[Series, Evidence], limits: Limits, correction: Correction) -> list[Judged]:
     """All curves; tasks of one metric, family and kind of data share the correction."""
-    groups: dict[tuple[str, ...], dict[str, Evidence]] = {}
-    for one in evidence:
-        groups.setdefault((one.metric, one.family, one.data), {})[one.task] = evidence[one]
+    groups: dict[Any, dict[str, Evidence]] = {}
+    for one, found in evidence.items():
+        groups.setdefault((one.metric, one.part), {})[one.task] = found
     verdicts = {key: judge_together(tasks, correction=correction, limits=limits) for key, tasks in groups.items()}
-    judged = []
-    for one in evidence:
-        judged.append(Judged(one, evidence[one].curve, verdicts[one.metric, one.family, one.data][one.task]))
-        judged[-1].verdict.flags = flags_of(one)
+    judged = [Judged(one, found.curve, verdicts[one.metric, one.part][one.task]) for one, found in evidence.items()]
+    for each in judged:
+        each.verdict.flags = flags_of(each.series)
     return judged
 
 
@@ -230,11 +219,11 @@ def _interactions(
     for first, second in combinations(evidence, 2):
         one, other = evidence[first], evidence[second]
         same = (first.task, first.metric, first.data) == (second.task, second.metric, second.data)
-        if not same or first.family == second.family or min(one.curve.sizes, other.curve.sizes) < _MIN_TO_COMPARE:
+        if not same or min(one.curve.sizes, other.curve.sizes) < _MIN_TO_COMPARE:
             continue
         slopes_B, others_B = (theil_sen(c.x_K, np.vstack([c.y_K, c.draws_BK])) for c in (one.curve, other.curve))
         interval = percentiles(others_B[:0:-1] - slopes_B[1:], limits.alpha)
-        is_testable = one.is_testable and other.is_testable
+        is_testable = one.turn is not None and other.turn is not None
         compared = {
             "families": [first.family, second.family],
             "slopes_per_decade": [float(slopes_B[0]), float(others_B[0])],
@@ -307,9 +296,9 @@ def _is_same_run(one: Row, other: Row) -> bool:
 
 def _metric_cautions(judged: Sequence[Judged]) -> Iterator[Caution]:
     """Pairs of metrics of one task, for one family, whose verdicts disagree."""
-    groups: dict[tuple[str, ...], list[Judged]] = {}
+    groups: dict[Any, list[Judged]] = {}
     for one in judged:
-        groups.setdefault((one.series.task, one.series.family, one.series.data), []).append(one)
+        groups.setdefault((one.series.task, one.series.part), []).append(one)
     for metrics in groups.values():
         for first, second in combinations(metrics, 2):
             labels = {first.verdict.label, second.verdict.label}

@@ -14,6 +14,7 @@ straight line. A parabola cannot, and bends.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import special
@@ -31,40 +32,25 @@ models for equally variable. Near 0 or 1, where shares are cut off, they are not
 curves that rise to a ceiling turned at 5 sizes, 100 examples and a jitter of 0.08."""
 _BATCH, _ENOUGH_HITS = 250, 50
 """Draws at a time, and how many with as large a gain show that p is not small (Besag and Clifford 1991)."""
+_MUCH_CALMER = 0.25
+"""Jitter variance about a monotone fit over that about a quadratic: below this it is no luck, the quadratic misfits."""
+_LEVEL_SHARE = 0.1
+"""The most that a plateau may hold of the whole change in the fit."""
+_LEVEL_LENGTH, _LEVEL_SIZES = 0.25, 3
+"""The least that a plateau covers, in shares of the axis and in sizes."""
+_LEVEL_SLOPE = 2 / 3
+"""How steep a plateau may be in draws, where a straight line from end to end has 1."""
 
 
 # ---- isotonic regression of many curves at once ----
 
 
-@dataclass(frozen=True)
-class Climb:
-    """Nondecreasing weighted fits to the first 1, 2, ..., K sizes of each curve."""
+class Climb(NamedTuple):
+    """Nondecreasing weighted fits to curves."""
 
+    fit_NK: np.ndarray
     squares_NK: np.ndarray
-    """Weighted sum of the squared fit to the first k sizes."""
-    last_NK: np.ndarray
-    """The fit's value at size k."""
-    start_NK: np.ndarray
-    """Where the block of equal values that ends at size k begins."""
-
-    @property
-    def first(self) -> np.ndarray:
-        """[N, K], the value at the first size of the fits to the first k sizes."""
-        every, first_NK = np.arange(len(self.start_NK)), self.last_NK.copy()
-        for size in range(1, first_NK.shape[1]):
-            start_N = self.start_NK[:, size]
-            first_NK[:, size] = np.where(start_N == 0, first_NK[:, size], first_NK[every, start_N - 1])
-        return first_NK
-
-    @property
-    def fit(self) -> np.ndarray:
-        """[N, K], the fits to all sizes."""
-        num_curves, num_sizes = self.last_NK.shape
-        every, fit_NK, end_N = np.arange(num_curves), self.last_NK.copy(), np.full(num_curves, num_sizes - 1)
-        for size in reversed(range(num_sizes)):
-            fit_NK[:, size] = self.last_NK[every, end_N]
-            end_N = np.where(self.start_NK[every, end_N] == size, size - 1, end_N)
-        return fit_NK
+    """Weighted sums of the squared fits to the first 1, 2, ..., K sizes alone."""
 
 
 def climb(y_NK: np.ndarray, weight_K: np.ndarray) -> Climb:
@@ -85,36 +71,34 @@ def climb(y_NK: np.ndarray, weight_K: np.ndarray) -> Climb:
         start_KN[end - 1] = start_N = mean_SN.argmax(0)
         last_KN[end - 1] = last_N = mean_SN[start_N, every]
         squares_KN[end] = squares_KN[start_N, every] + weight_S[start_N] * last_N**2
-    return Climb(squares_KN[1:].T, last_KN.T, start_KN.T)
+    fit_KN, end_N = np.empty_like(last_KN), np.full(num_curves, num_sizes - 1)
+    for size in reversed(range(num_sizes)):
+        fit_KN[size] = last_KN[end_N, every]
+        end_N = np.where(start_KN[end_N, every] == size, size - 1, end_N)
+    return Climb(fit_KN.T, squares_KN[1:].T)
 
 
-@dataclass(frozen=True)
-class _Turns:
-    """The best fits to curves that rise and then fall, with the turn before or after each split.
-
-    A split behind a size leaves both of its neighbours free to be the turning point.
-    """
-
-    rise: Climb
-    fall: Climb
-    """From the largest size back."""
-
-    @property
-    def squares(self) -> np.ndarray:
-        """[N, S], the weighted sum of the squared fit for each split."""
-        return np.asarray(self.rise.squares_NK[:, :-1] + self.fall.squares_NK[:, -2::-1])
+def _turned(y_NK: np.ndarray, weight_K: np.ndarray, split: int) -> np.ndarray:
+    """[N, K], the best fits that rise up to a split and fall beyond it; either neighbour may be the turning point."""
+    rise = climb(y_NK[:, : split + 1], weight_K[: split + 1])
+    fall = climb(y_NK[:, :split:-1], weight_K[:split:-1])
+    return np.hstack([rise.fit_NK, fall.fit_NK[:, ::-1]])
 
 
-def _turns(y_NK: np.ndarray, weight_K: np.ndarray) -> _Turns:
-    return _Turns(climb(y_NK, weight_K), climb(y_NK[:, ::-1], weight_K[::-1]))
+def _turned_squares(y_NK: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
+    """[N, K], weighted sums of the squares of fits that rise over the first 1, 2, ..., K sizes and fall over the rest;
+    the last one only rises."""
+    fall_NK = climb(y_NK[:, ::-1], weight_K[::-1]).squares_NK
+    rest_NK = np.hstack([fall_NK[:, -2::-1], np.zeros((len(y_NK), 1))])
+    return np.asarray(climb(y_NK, weight_K).squares_NK + rest_NK)
 
 
 def turn_gain(y_NK: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
     """[N], the squares that a turn, up or down, explains beyond both monotone fits."""
     y_NK = y_NK - (y_NK @ weight_K / weight_K.sum())[:, None]
-    turns, dips = _turns(y_NK, weight_K), _turns(-y_NK, weight_K)
-    turned_N = np.maximum(turns.squares.max(1), dips.squares.max(1))
-    gain_N = turned_N - np.maximum(turns.rise.squares_NK[:, -1], dips.rise.squares_NK[:, -1])
+    squares_NK = np.maximum(_turned_squares(y_NK, weight_K), _turned_squares(-y_NK, weight_K))
+    turned_N = squares_NK[:, :-1].max(1)
+    gain_N = turned_N - squares_NK[:, -1]
     return np.where(gain_N > _ROUNDING * turned_N, gain_N, 0.0)
 
 
@@ -125,7 +109,7 @@ def flattest(y_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
     merged while that costs less than ``_STEP_COST`` variances, the cheapest first. The variance is what scatters about
     the fit, if that is more than the weights say.
     """
-    fit_K = climb(y_K[None], weight_K).fit[0]
+    fit_K = climb(y_K[None], weight_K).fit_NK[0]
     ends = [*(np.flatnonzero(np.diff(fit_K)) + 1), len(fit_K)]
     while True:
         starts = np.array([0, *ends[:-1]])
@@ -175,7 +159,7 @@ def trend(curve: Curve, *, alpha: float) -> Trend:
     explained = fits.squares_NK[:, -1]
     total = float(y_K**2 @ weight_K) + curve.within
     share = float(explained.max()) / total if total > 0 else 0.0
-    rise, fall = fits.last_NK[:, -1] - fits.first[:, -1]
+    rise, fall = np.ptp(fits.fit_NK, axis=1)
     noise_BK = wide_noise(curve)
     return Trend(
         p=min(1.0, 2 * e_bar_squared_tail(share, curve.sizes, curve.within)),
@@ -191,7 +175,7 @@ def is_flat(curve: Curve, *, alpha: float, least: float) -> bool:
     if np.quantile(np.abs(y_BK[:, -1] - y_BK[:, 0]), 1 - alpha) >= least:
         return False  # the best monotone fits go at least as far
     fits = climb(np.concatenate([y_BK, -y_BK]), weights(curve))
-    move_2B = (fits.last_NK[:, -1] - fits.first[:, -1]).reshape(2, -1)
+    move_2B = np.ptp(fits.fit_NK, axis=1).reshape(2, -1)
     return bool(np.quantile(move_2B.max(0), 1 - alpha) < least)
 
 
@@ -224,11 +208,10 @@ class Turn:
     """Down, then up."""
     turning: float
     """log10 of the size at which the fit turns."""
-    legs: Interval
-    """Change from the smallest size to the turning point, and from there to the largest."""
-    leg_intervals: tuple[Interval, Interval]
-    change_interval: Interval
-    """The interval of both legs together."""
+    changes: list[float]
+    """From the smallest size to the turning point, from there to the largest, and both together."""
+    intervals: list[Interval]
+    """Of each change; a point if the turn is not sure."""
 
 
 def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
@@ -241,24 +224,21 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
     Robin Hood break were tried too: a line is as wrong about a bend as a parabola (docs/verdicts.md has the numbers).
     """
     weight_K = weights(curve)
-    turns, dips = (_turns(sign * curve.y_K[None], weight_K).squares[0] for sign in (1, -1))
+    turns, dips = (_turned_squares(sign * curve.y_K[None], weight_K)[0, :-1] for sign in (1, -1))
     is_u = bool(dips.max() > turns.max())
     sign, split = (-1, int(dips.argmax())) if is_u else (1, int(turns.argmax()))
-    # Up to the split nondecreasing, beyond it nonincreasing.
-    before = climb(sign * curve.y_K[None, : split + 1], weight_K[: split + 1]).fit[0]
-    after = climb(sign * curve.y_K[None, :split:-1], weight_K[:split:-1]).fit[0, ::-1]
-    fit_K = np.concatenate([before, after])
+    fit_K = _turned(sign * curve.y_K[None], weight_K, split)[0]
     place = int(fit_K.argmax())
     first, second = (sign * float(fit_K[place] - fit_K[0]), sign * float(fit_K[-1] - fit_K[place]))
     p = _turn_p(curve, weight_K, (first, second)) if min(abs(first), abs(second)) > least else 1.0
-    intervals: list[Interval] = [(change, change) for change in (first, second, first + second)]
+    changes = [first, second, first + second]
+    intervals: list[Interval] = [(change, change) for change in changes]
     if p < alpha:
-        drawn = _turns(fit_K + sign * wide_noise(curve), weight_K)
-        first_B, last_B = sign * drawn.rise.first[:, split], sign * drawn.fall.first[:, -2 - split]
-        peak_B = sign * np.maximum(drawn.rise.last_NK[:, split], drawn.fall.last_NK[:, -2 - split])
-        draws = ((first, peak_B - first_B), (second, last_B - peak_B), (first + second, last_B - first_B))
-        intervals = [about(change, draws_B, alpha) for change, draws_B in draws]
-    return Turn(p, is_u, float(curve.x_K[place]), (first, second), (intervals[0], intervals[1]), intervals[2])
+        drawn_BK = _turned(fit_K + sign * wide_noise(curve), weight_K, split)
+        first_B, peak_B, last_B = (sign * end_B for end_B in (drawn_BK[:, 0], drawn_BK.max(1), drawn_BK[:, -1]))
+        draws = (peak_B - first_B, last_B - peak_B, last_B - first_B)
+        intervals = [about(change, draws_B, alpha) for change, draws_B in zip(changes, draws, strict=True)]
+    return Turn(p, is_u, float(curve.x_K[place]), changes, intervals)
 
 
 def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
@@ -317,3 +297,74 @@ def wide_noise(curve: Curve, calmer: float = 1.0) -> np.ndarray:
         squares_B = chi_squares(2, curve.degrees, len(jitter_BK))
         jitter_BK = jitter_BK * np.sqrt(curve.degrees / squares_B)[:, None]
     return curve.sampling_BK + calmer * jitter_BK
+
+
+# ---- what a curve that only rises or only falls looks like: jumps, ceilings, floors ----
+
+
+def form(curve: Curve, *, rises: bool, alpha: float) -> tuple[float, Interval, dict[str, dict[str, Any]]]:
+    """What the best monotone fit changes by from end to end, with the interval, and what else there is to say of it.
+
+    Each part is there only if all but ``alpha`` of the draws agree on it. ``jump`` is a step between two neighbouring
+    sizes, of more than half of the change, and more than twice what a straight line would have there. ``level_until``
+    and ``level_from`` are plateaus at the small and at the large end, with the interval of their mean; they hold at
+    most a tenth of the change in the fit, and in the draws at most two thirds of what a straight line would.
+    Jitter is here what scatters about the monotone fit, where that is less: a jump is far off every quadratic.
+    """
+    sign, weight_K = (1 if rises else -1), weights(curve)
+    calmer = _calmer(curve, sign * flattest(sign * curve.y_K, weight_K))
+    best_K = sign * climb(sign * curve.y_K[None], weight_K).fit_NK[0]
+    y_NK = np.vstack([best_K, best_K + wide_noise(curve, calmer)])
+    fit_NK = sign * climb(sign * y_NK, weight_K).fit_NK
+    range_N = fit_NK[:, -1] - fit_NK[:, 0]
+    share_NK = (fit_NK - fit_NK[:, :1]) / np.where(range_N == 0, 1, range_N)[:, None]
+    along_K = (curve.x_K - curve.x_K[0]) / np.ptp(curve.x_K)
+    steps_NK = np.diff(share_NK, axis=1)
+    step = int(steps_NK[0].argmax())
+
+    def change_of(change_N: np.ndarray) -> tuple[float, Interval]:
+        """With its interval. The direction is what the trend's test has established; the interval is about the size."""
+        low, high = about(float(change_N[0]), change_N[1:], alpha)
+        return float(change_N[0]), (max(low, 0.0), high) if rises else (low, min(high, 0.0))
+
+    levels = {
+        "level_until": _level(curve, y_NK, share_NK, along_K, alpha=alpha),
+        "level_from": _level(curve, y_NK, 1 - share_NK, 1 - along_K, alpha=alpha),
+    }
+    parts = {name: level for name, level in levels.items() if level is not None}
+    if np.quantile(steps_NK[1:, step], alpha) > max(0.5, 2 * (along_K[step + 1] - along_K[step])):
+        start, end = (10 ** float(x) for x in curve.x_K[step : step + 2])
+        change, interval = change_of(fit_NK[:, step + 1] - fit_NK[:, step])
+        parts["jump"] = {"from": start, "to": end, "effect": change, "interval": list(interval)}
+    return *change_of(range_N), parts
+
+
+def _calmer(curve: Curve, fit_K: np.ndarray) -> float:
+    """How much smaller the jitter about a monotone fit is than about a quadratic; 1 unless it is much smaller.
+
+    A monotone fit of so many blocks uses up about 1.5 degrees of freedom for each (Meyer and Woodroofe 2000).
+    """
+    free = curve.sizes - 1.5 * len(np.unique(fit_K))
+    jitter = float(np.mean(curve.jitter_K))
+    if free < 1 or jitter == 0:
+        return 1.0
+    excess = float(np.sum((curve.y_K - fit_K) ** 2)) / free - float(np.mean(np.diag(curve.sampling_KK)))
+    ratio = max(excess / jitter, 0.0)
+    return float(np.sqrt(ratio)) if ratio < _MUCH_CALMER else 1.0
+
+
+def _level(
+    curve: Curve, y_NK: np.ndarray, share_NK: np.ndarray, along_K: np.ndarray, *, alpha: float
+) -> dict[str, Any] | None:
+    """The plateau at the end at which ``along_K`` is 0, if there is one; ``share_NK`` is the change since that end."""
+    members = np.flatnonzero(share_NK[0] <= _LEVEL_SHARE)
+    edge = members[along_K[members].argmax()]
+    length = along_K[edge]
+    if len(members) < _LEVEL_SIZES or length < _LEVEL_LENGTH:
+        return None
+    if np.quantile(share_NK[1:, edge], 1 - alpha) > _LEVEL_SLOPE * length:
+        return None
+    weight_K = weights(curve)[members]
+    mean_N = y_NK[:, members] @ weight_K / weight_K.sum()
+    interval = list(percentiles(mean_N[1:], alpha))
+    return {"axis": 10 ** float(curve.x_K[edge]), "value": float(mean_N[0]), "interval": interval}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -103,8 +103,8 @@ class Overview:
         by_task: dict[str, list[Series]] = {}
         for one in series:
             by_task.setdefault(one.task, []).append(one)
-        slugs: set[str] = set()
-        entries = [_entry(name, of_task, slugs) for name, of_task in by_task.items()]
+        slug_of = slugs(by_task)
+        entries = [_entry(name, of_task, slug_of[name]) for name, of_task in by_task.items()]
         causes = [*CAUSES, *sorted({entry.cause for entry in entries} - {*CAUSES, ""}), ""]
         places = {name: number for number, name in enumerate(TASKS)}
         self.entries = sorted(entries, key=lambda e: (causes.index(e.cause), places.get(e.name, len(places))))
@@ -112,8 +112,7 @@ class Overview:
         """In the table's order."""
         self.models = len({(one.family, row.model) for one in series for row in one.rows})
         """How many there are; several runs of one are one."""
-        self.groups = {cause: [e for e in self.entries if e.cause == cause] for cause in causes}
-        self.groups = {cause: of_cause for cause, of_cause in self.groups.items() if of_cause}
+        self.groups = {cause: of for cause in causes if (of := [e for e in self.entries if e.cause == cause])}
         """Tasks by cause, in the paper's order."""
 
     @property
@@ -129,8 +128,8 @@ class Overview:
 
     def panel(self, entry: Entry, metric: str, report: Report) -> Panel:
         """The curves of a task by one of its metrics: official before fresh, long before short."""
-        tasks = [report.tasks(part).get(entry.name, {}) for part in report.parts]
-        curves = [metrics[metric] for metrics in tasks if metric in metrics]
+        found = {one.series.part: one for one in report.judged if one.series.key == (entry.name, metric)}
+        curves = [found[part] for part in report.parts if part in found]
         rows, lower_is_better = curves[0].series.rows, curves[0].series.lower_is_better
         chance = next((row.chance for row in rows if row.chance is not None), _known_chance(entry, metric))
         baselines = {round(value, 4) for row in rows for value in row.constant_baselines if metric == "accuracy"}
@@ -142,9 +141,9 @@ class Overview:
         families = []
         for family, data in report.parts:
             if data == DATA[0] or DATA[0] not in kinds:
-                tasks = report.tasks((family, data))
-                shown = [tasks.get(entry.name, {}).get(self.metric_for(entry, metric)) for entry in self.entries]
-                counts = Counter[str](one.verdict.label for one in shown if one is not None)
+                wanted = {(entry.name, self.metric_for(entry, metric)) for entry in self.entries}
+                shown = [one for one in report.judged if one.series.part == (family, data) and one.series.key in wanted]
+                counts = Counter[str](one.verdict.label for one in shown)
                 families.append((family or "no family", {label: counts[label] for label in WORDS if counts[label]}))
         return families
 
@@ -154,23 +153,25 @@ def heading(cause: str) -> str:
     return cause[:1].upper() + cause[1:] if cause else "Other tasks"
 
 
-def slug(name: str) -> str:
-    """A name made fit for file names and anchors."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "x"
+def slugs(names: Iterable[str]) -> dict[str, str]:
+    """Names made fit for file names and anchors, all different."""
+    found: dict[str, str] = {}
+    for name in names:
+        own = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "x"
+        while own in found.values():
+            own += "-2"
+        found[name] = own
+    return found
 
 
-def _entry(name: str, series: Sequence[Series], slugs: set[str]) -> Entry:
+def _entry(name: str, series: Sequence[Series], slug: str) -> Entry:
     from branchmix.scaling.generate import make_examples
 
     task = TASKS.get(name)
-    own = slug(name)
-    while own in slugs:
-        own += "-2"
-    slugs.add(own)
     described = next((row.description for one in series for row in one.rows if row.description), "")
     return Entry(
         name=name,
-        slug=own,
+        slug=slug,
         cause=cause_of(series[0]),
         description=described or (task.description if task else ""),
         example=make_examples(task, seed=0, num_examples=1)[0] if task else None,

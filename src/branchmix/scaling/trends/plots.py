@@ -9,20 +9,19 @@ Each point has two bars. The thick one is the interval over questions, the thin 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 import numpy as np
 
-from branchmix.pages.pictures import PAPER, Draw, Figure, figure_with, save, set_title, take_ink
+from branchmix.pages.pictures import PAPER, Draw, Figure, figure_with, set_title, take_ink
 from branchmix.scaling.tasks import CAUSES
 from branchmix.scaling.trends import sentences
 from branchmix.scaling.trends.judge import Judged
-from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slug
+from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slugs
 from branchmix.scaling.trends.series import several
 from branchmix.scaling.trends.table import Row
 from branchmix.scaling.trends.verdict import DIRECTED, WORDS
@@ -47,30 +46,18 @@ _LEAST_SPAN = 0.2
 def pictures(overview: Overview) -> dict[str, Draw]:
     """Drawings by the names of their files: the sheet, and each metric of each task along the axis asked for."""
     drawings: dict[str, Draw] = {SHEET: partial(sheet, overview)}
+    slug_of = slugs(overview.metrics)
     for entry in overview.entries:
         for metric in entry.metrics:
             panel = overview.panel(entry, metric, overview.reports[0])
-            drawings[f"{entry.slug}-{slug(metric)}"] = partial(chart, panel, title=entry.name)
+            drawings[f"{entry.slug}-{slug_of[metric]}"] = partial(chart, panel, title=entry.name)
     return {f"{stem}.{kind}": draw for stem, draw in drawings.items() for kind in ("png", "svg")}
-
-
-def write(overview: Overview, folder: Path) -> Iterator[Path]:
-    """Write one picture after the other, and yield it once it is there.
-
-    Raises:
-        OutputError: a file cannot be written.
-    """
-    for name, draw in pictures(overview).items():
-        yield save(draw, folder / name, **({"dpi": 160} if name.endswith(".png") else {}))
 
 
 def chart(panel: Panel, ink: str, *, title: str = "") -> Figure:
     """A task: every curve with its bars, single runs as small points, chance and constant answers as lines.
 
-    Args:
-        panel: the curves.
-        ink: colour of text.
-        title: text above the picture, with the verdicts; without it there are neither.
+    ``title`` stands above the picture, with the verdicts; without it there are neither.
     """
     figure, (axes,) = figure_with(1, (5.2, 3.1 + (0.3 + 0.18 * len(panel.curves)) * bool(title)), ink)
     low, high = _frame(axes, panel, ink)
@@ -257,8 +244,9 @@ def _curve(axes: Any, panel: Panel, one: Judged, colour: str, *, shift: float = 
     if (turn := one.verdict.turning_point) is not None:
         line = axes.axvline(math.log10(turn), color=colour, alpha=0.6, linewidth=1, linestyle=":")
         set_title(line, f"turns at about {sentences.place(panel.axis, turn)}")
-    if one.verdict.form is not None and (jump := one.verdict.form.jump) is not None:
-        set_title(axes.axvspan(jump.start, jump.end, color=colour, alpha=0.1, linewidth=0), "jump")
+    if jump := one.verdict.form.get("jump"):
+        start, end = math.log10(jump["from"]), math.log10(jump["to"])
+        set_title(axes.axvspan(start, end, color=colour, alpha=0.1, linewidth=0), "jump")
     return drawn
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from branchmix.pages.numbers import human_count
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
-from branchmix.scaling.trends.forms import Level
 from branchmix.scaling.trends.judge import Caution, Judged, Report
 from branchmix.scaling.trends.table import DATA, is_share
 from branchmix.scaling.trends.verdict import DIRECTED, MIN_SIZES, SHAPES, Interval, Limits, p_text
@@ -158,26 +157,23 @@ def brief(one: Judged, report: Report) -> str:
 
 def form_sentences(one: Judged, report: Report) -> Iterator[str]:
     """Where a trend jumps, saturates, or sits on a floor or a ceiling, with the interval of each."""
-    form, metric = one.verdict.form, one.series.metric
-    if form is None:
-        return
-    is_better = one.verdict.label == "standard"
+    form, metric, is_better = one.verdict.form, one.series.metric, one.verdict.label == "standard"
 
-    def level(at: Level, *, is_best: bool) -> dict[str, str]:
-        name = "floor" if not is_best else "ceiling" if is_share(metric) and at.value >= _CEILING else "plateau"
-        ends = (shown(metric, value).removesuffix(PERCENT) for value in at.interval)
-        words = f"a {name} of {shown(metric, at.value)} {_interval(ends, report.limits)}"
-        return {"edge": place(report.axis, 10**at.edge), "level": words}
+    def words(level: dict[str, Any], *, is_best: bool) -> dict[str, str]:
+        name = "floor" if not is_best else "ceiling" if is_share(metric) and level["value"] >= _CEILING else "plateau"
+        ends = (shown(metric, value).removesuffix(PERCENT) for value in level["interval"])
+        told = f"a {name} of {shown(metric, level['value'])} {_interval(ends, report.limits)}"
+        return {"edge": place(report.axis, level["axis"]), "level": told}
 
-    if form.jump is not None:
-        start, end = (place(report.axis, 10**x) for x in (form.jump.start, form.jump.end))
-        size = _size(metric, form.jump.change, form.jump.interval, report.limits)
+    if jump := form.get("jump"):
+        start, end = (place(report.axis, jump[side]) for side in ("from", "to"))
+        size = _size(metric, jump["effect"], jump["interval"], report.limits)
         yield _SAY["jump"].format(start=start, end=end, size=size)
-    if form.level_until is not None:
-        yield _SAY["level until"].format(**level(form.level_until, is_best=not is_better))
-    if form.level_from is not None:
+    if level := form.get("level_until"):
+        yield _SAY["level until"].format(**words(level, is_best=not is_better))
+    if level := form.get("level_from"):
         verb = "saturates, on" if is_better else "stays on"
-        yield _SAY["level from"].format(verb=verb, **level(form.level_from, is_best=is_better))
+        yield _SAY["level from"].format(verb=verb, **words(level, is_best=is_better))
 
 
 def _not_testable(one: Judged, words: dict[str, Any]) -> str:
@@ -196,11 +192,8 @@ def _not_testable(one: Judged, words: dict[str, Any]) -> str:
 
 def _num_tested(one: Judged, report: Report) -> int:
     """Tasks that shared the correction with this one."""
-
-    def key(judged: Judged) -> tuple[str, ...]:
-        return judged.series.metric, judged.series.family, judged.series.data
-
-    tested = [other for other in report.judged if key(other) == key(one) and other.verdict.p is not None]
+    alike = [other for other in report.judged if other.series.metric == one.series.metric]
+    tested = [other for other in alike if other.series.part == one.series.part and other.verdict.p is not None]
     return len(tested) if report.correction != "none" else 0
 
 

@@ -9,7 +9,6 @@ one template are drawn together), `correct` (0 or 1) and further metrics by name
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +48,16 @@ class Series:
     stderr: np.ndarray
     deviations_BN: np.ndarray | None = field(repr=False, default=None)
     """From resampled examples, the same for all runs."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Task and metric."""
+        return self.task, self.metric
+
+    @property
+    def part(self) -> tuple[str, str]:
+        """Family and kind of data."""
+        return self.family, self.data
 
     @property
     def y(self) -> np.ndarray:
@@ -107,14 +116,8 @@ def _series(table: ResultsTable, rows: list[Row], is_lower: bool, notes: list[st
 # ---- scores of single examples ----
 
 
-@dataclass(frozen=True)
-class Scores:
-    """A metric of one model on single examples."""
-
-    values: dict[str, float]
-    """By key."""
-    clusters: dict[str, str]
-    """Template by key."""
+Scores = dict[str, tuple[float, str]]
+"""A metric of one model on single examples: value and template by key."""
 
 
 def read_scores(folder: Path, row: Row) -> Scores | None:
@@ -130,7 +133,8 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
     if text is None:
         return None
     field = FIELDS.get(row.metric, row.metric)
-    scores, keys = Scores({}, {}), set()
+    scores: Scores = {}
+    keys = set()
     for where, record in jsonl_rows(file, text, parse_json):
         if "key" not in record:
             raise DataError(f"{where}: there is no key: each line is an object with a key that all models share")
@@ -141,13 +145,13 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
         if record.get(field) is None:  # refused examples and other metrics' files
             continue
         try:
-            scores.values[key] = float(record[field])
+            value = float(record[field])
         except (TypeError, ValueError):
-            scores.values[key] = math.nan
-        if not math.isfinite(scores.values[key]):
+            value = math.nan
+        if not math.isfinite(value):
             raise DataError(f"{where}: {field} is {record[field]!r}, which is not a number")
-        scores.clusters[key] = str(record.get("template") or key)
-    return scores if scores.values else None
+        scores[key] = value, str(record.get("template") or key)
+    return scores or None
 
 
 def _paired(examples: Path, rows: list[Row], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -165,12 +169,12 @@ def _paired(examples: Path, rows: list[Row], notes: list[str]) -> tuple[np.ndarr
             notes.append(f"{what}: {absent.model} has no scores of single examples, so no bootstrap over them")
         return None
     for row, scores in scored:
-        mean = float(np.mean(list(scores.values.values())))
+        mean = float(np.mean([value for value, _ in scores.values()]))
         if abs(mean - row.value) > 1e-3 * max(1.0, abs(row.value)):
             notes.append(
                 f"{what}: {row.model} has {row.value:g} in the table, but its examples have a mean of {mean:.4g}"
             )
-    keys = [set(scores.values) for _, scores in scored]
+    keys = [set(scores) for _, scores in scored]
     shared, most = len(set.intersection(*keys)), max(map(len, keys))
     if shared < 0.5 * most:
         notes.append(f"{what}: models share {shared} of up to {most} examples: too few for a bootstrap over them")
@@ -184,13 +188,13 @@ def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.nd
     Whole clusters are drawn with replacement, the same for all runs, so what is hard for all models moves all curves'
     points together and leaves the trend alone.
     """
-    keys = sorted(set.intersection(*(set(score.values) for score in scores)))
+    keys = sorted(set.intersection(*map(set, scores)))
     if len(keys) < 2:
         return None
-    names, cluster_of = np.unique([scores[0].clusters[key] for key in keys], return_inverse=True)
+    names, cluster_of = np.unique([scores[0][key][1] for key in keys], return_inverse=True)
     if len(names) < 2:  # all of one template: nothing to draw but examples
         names, cluster_of = np.array(keys), np.arange(len(keys))
-    values_NX = np.array([[score.values[key] for key in keys] for score in scores])
+    values_NX = np.array([[score[key][0] for key in keys] for score in scores])
     sums_NC = np.stack([np.bincount(cluster_of, row, len(names)) for row in values_NX])
     counts_C = np.bincount(cluster_of, minlength=len(names)).astype(float)
     random = np.random.default_rng(0)
@@ -209,33 +213,25 @@ def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.nd
 
 def flags_of(series: Series) -> list[str]:
     """Signs that a model did not do the task at all, from the table's optional columns."""
-    return list(_flags(series)) if series.metric == "accuracy" else []
-
-
-def _flags(series: Series) -> Iterator[str]:
-    def of(flag: str, rows: list[Row]) -> Iterator[str]:
-        if names := list(dict.fromkeys(row.model for row in rows)):
-            yield f"{flag}: {several(names)}"
-
+    if series.metric != "accuracy":
+        return []
     rows = series.rows
     constant = [row for row in rows if (row.constant_share or 0) > CONSTANT_SHARE]
-    equal = [
-        row
-        for row in rows
-        if row not in constant and any(abs(row.value - b) <= 0.5 / (row.n or 1000) for b in row.constant_baselines)
-    ]
-    yield from of("nearly always the same answer", constant)
-    yield from of("exactly what a constant answer scores", equal)
-    yield from of(
-        "hardly any probability on the classes",
-        [row for row in rows if row.coverage is not None and row.coverage < LOW_COVERAGE],
-    )
-    at_chance = [
+    equal = [row for row in rows if any(abs(row.value - b) <= 0.5 / (row.n or 1000) for b in row.constant_baselines)]
+    signs = {
+        "nearly always the same answer": constant,
+        "exactly what a constant answer scores": [row for row in equal if row not in constant],
+        "hardly any probability on the classes": [
+            row for row in rows if row.coverage is not None and row.coverage < LOW_COVERAGE
+        ],
+    }
+    flags = [f"{sign}: {several(list(dict.fromkeys(row.model for row in of)))}" for sign, of in signs.items() if of]
+    if len(rows) > 1 and all(
         row.chance is not None and abs(row.value - row.chance) <= _MANY_AT_CHANCE * float(stderr)
         for row, stderr in zip(rows, series.stderr, strict=True)
-    ]
-    if len(rows) > 1 and all(at_chance):
-        yield "every model is at chance"
+    ):
+        flags.append("every model is at chance")
+    return flags
 
 
 def several(names: list[str]) -> str:

@@ -10,28 +10,27 @@ what `FLAG_COLUMNS` lists. Every further column of numbers is an axis.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
-from branchmix.scaling.examples import read_text
+from branchmix.scaling.examples import csv_lines, read_text
+from branchmix.settings import Count, Settings, parse
 
 REQUIRED = ("task", "model", "metric", "value")
 FLAG_COLUMNS = ("constant_share", "constant_baselines", "coverage", "chance")
 """For accuracy: the share of the most frequent answer; what each constant answer would score, as `0.45|0.55`; the
 probability mass on the classes; what guessing scores. Rows of other metrics may have `chance` as well."""
-_FLAG_NUMBERS = ("constant_share", "coverage", "chance")
-_WORDS = ("family", "seed", "cause", "description")
-KNOWN = (*REQUIRED, "stderr", "n", "data", *_WORDS, *FLAG_COLUMNS)
 AXES = ("flops", "params", "active_params", "tokens")
 """Axes known by name, the default first."""
-DATA = ("official", "fresh")
+Data = Literal["official", "fresh"]
+DATA: tuple[Data, ...] = get_args(Data)
 FILE = "results.csv"
 COUNTED = ("accuracy", "acc", "acc_norm", "exact_match")
 """Shares of examples, each right or wrong; the last three are lm-eval's names. Their error follows from ``n``."""
@@ -50,29 +49,57 @@ def is_share(metric: str) -> bool:
     return is_any_of(metric, SHARES)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Settings):
     """A metric of a model on a task."""
 
     line: int
     task: str
     model: str
-    metric: str
+    metric: Annotated[str, BeforeValidator(str.lower)]
     value: float
-    stderr: float | None
+    stderr: float | None = Field(default=None, ge=0)
     """None where neither the table nor the number of examples tells it."""
-    n: int | None
-    family: str
-    seed: str
-    data: str
-    cause: str
-    description: str
+    n: Count | None = None
+    family: str = ""
+    seed: str = ""
+    data: Annotated[Data, BeforeValidator(str.lower)] = "official"
+    cause: str = ""
+    description: str = ""
     axes: dict[str, float]
     """Only what the row says; all positive."""
     constant_share: float | None = None
-    constant_baselines: tuple[float, ...] = ()
+    constant_baselines: Annotated[
+        tuple[float, ...], BeforeValidator(lambda text: [word for word in text.split("|") if word.strip()])
+    ] = ()
     coverage: float | None = None
     chance: float | None = None
+
+    @model_validator(mode="after")
+    def _of_shares(self) -> Row:
+        """A share is between 0 and 1. One of examples has an error of sqrt(a(1-a)/(n-1)), and never of 0: a share of 0
+        or 1 is not known exactly. The floor is the error half an example away from the edge, so that no model gets all
+        the weight."""
+        value, n = self.value, self.n or 0
+        if is_share(self.metric) and not 0 <= value <= 1:
+            raise ValueError(f"{self.metric} is {value:g}: write a share of 1, such as 0.53, not percent")
+        if not is_any_of(self.metric, COUNTED):
+            return self
+        if n > 1:
+            if self.stderr is None:
+                self.stderr = math.sqrt(value * (1 - value) / (n - 1))
+            if value in (0, 1):
+                inside = (0.5 + value * n) / (n + 1)
+                self.stderr = max(self.stderr, math.sqrt(inside * (1 - inside) / (n - 1)))
+        if not self.stderr and value in (0, 1):
+            raise ValueError(
+                f"{self.metric} is {value:g} with no error: no model is known to be without, so give the number of "
+                "examples as n"
+            )
+        return self
+
+
+KNOWN = Row.model_fields.keys() - {"line", "axes"}
+"""Columns that are no axes."""
 
 
 @dataclass(frozen=True)
@@ -126,21 +153,32 @@ def read_table(path: Path) -> ResultsTable:
     if text is None:
         what = f"has no {FILE}" if folder else "there is no such file"
         raise DataError(f"{path}: {what}: give a csv table or the folder of a run")
-    lines = _lines(file, text)
-    _, first = next(lines, (0, []))
-    header = [name.lower() for name in first]
+    first = text.lstrip().split("\n", 1)[0]
+    lines = csv_lines(file, text, delimiter=max(",\t;", key=first.count))
+    header = [name.strip().lower() for name in next(lines, (0, []))[1]]
     _check_header(file, header)
-    cells = [(number, dict(zip(header, values, strict=True))) for number, values in lines]
+    cells: list[tuple[int, dict[str, str]]] = []
+    for number, values in lines:
+        if len(values) != len(header):
+            raise DataError(f"{file}, line {number}: has {len(values)} fields, the header has {len(header)}")
+        named = zip(header, map(str.strip, values), strict=True)
+        cells.append((number, {name: value for name, value in named if name and value}))
     axes: list[str] = []
     not_axes: dict[str | None, str] = {}
     for name in sorted(header, key=lambda name: AXES.index(name) if name in AXES else len(AXES)):
-        given = [(number, cell[name]) for number, cell in cells if name and name not in KNOWN and cell[name]]
-        bad = next((place for place in given if name not in AXES and not (_number(place[1]) or 0) > 0), None)
+        given = [(number, cell[name]) for number, cell in cells if name not in KNOWN and name in cell]
+        bad = next((place for place in given if not _is_positive(place[1])), None)
         if bad is not None:
             not_axes[name] = f"line {bad[0]} has {bad[1]!r} as {name}, which is not a positive number"
         elif given:
             axes.append(name)
-    rows = [_row(f"{file}, line {number}", number, cell, axes) for number, cell in cells]
+    if wrong := next((not_axes[name] for name in AXES if name in not_axes), None):
+        raise DataError(f"{file}: {wrong}")
+    rows = []
+    for number, cell in cells:
+        known: dict[str, object] = {name: value for name, value in cell.items() if name in KNOWN}
+        known["axes"] = {name: float(cell[name]) for name in axes if name in cell}
+        rows.append(parse(Row, {"line": number, **known}, f"{file}, line {number}"))
     if not rows:
         raise DataError(f"{file}: has a header but no rows: add a row for each task, model and metric")
     seen: dict[tuple[object, ...], int] = {}
@@ -153,23 +191,6 @@ def read_table(path: Path) -> ResultsTable:
             )
     examples = folder / "examples" if folder and (folder / "examples").is_dir() else None
     return ResultsTable(file, rows, axes, examples, not_axes)
-
-
-def _lines(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and fields, the header first; every line has as many fields as the header."""
-    first = text.lstrip().split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",\t;", key=first.count), strict=True)
-    width = 0
-    try:
-        for fields in reader:
-            if not any(field.strip() for field in fields):
-                continue
-            width = width or len(fields)
-            if len(fields) != width:
-                raise DataError(f"{file}, line {reader.line_num}: has {len(fields)} fields, the header has {width}")
-            yield reader.line_num, [field.strip() for field in fields]
-    except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: not valid csv: {error}") from None
 
 
 def _check_header(file: Path, header: list[str]) -> None:
@@ -186,69 +207,8 @@ def _check_header(file: Path, header: list[str]) -> None:
         raise DataError(f"{file}: the column {twice!r} appears twice: rename one")
 
 
-def _row(where: str, line: int, cell: dict[str, str], axes: list[str]) -> Row:
-    def refuse(what: str) -> DataError:
-        return DataError(f"{where}: {what}")
-
-    def parsed(name: str, word: str) -> float | None:
-        """The number in a column; None where it is empty."""
-        number = _number(word) if word else None
-        if word and number is None:
-            raise refuse(f"{name} is {word!r}, which is not a number")
-        return number
-
-    for name in ("task", "model", "metric"):
-        if not cell[name]:
-            raise refuse(f"the {name} is empty")
-    metric = cell["metric"].lower()
-    value = parsed("value", cell["value"])
-    if value is None:
-        raise refuse("the value is empty: leave the row out if there is no result")
-    if is_share(metric) and not 0 <= value <= 1:
-        raise refuse(f"{metric} is {cell['value']}: write a share of 1, such as 0.53, not percent")
-    size, stderr = (parsed(name, cell.get(name, "")) for name in ("n", "stderr"))
-    if size is not None and (size < 1 or size != int(size)):
-        raise refuse(f"n is {cell['n']}: write the number of examples")
-    n = None if size is None else int(size)
-    if stderr is not None and stderr < 0:
-        raise refuse(f"the stderr is {cell['stderr']}: a standard error is never negative")
-    if is_any_of(metric, COUNTED):
-        stderr = _share_stderr(value, stderr, n)
-        if not stderr and value in (0, 1):
-            raise refuse(
-                f"{metric} is {value:g} with no error: no model is known to be without, so give the number of examples "
-                "as n"
-            )
-    data = cell.get("data", "").lower() or DATA[0]
-    if data not in DATA:
-        raise refuse(f"data is {data!r}{nearest(data, DATA)}: write {' or '.join(DATA)}")
-    places = {axis: place for axis in axes if (place := parsed(axis, cell[axis])) is not None}
-    for axis, position in places.items():
-        if position <= 0:
-            raise refuse(f"{axis} is {cell[axis]}: it must be greater than 0, as the axis is logarithmic")
-    baselines = (parsed("constant_baselines", w.strip()) for w in cell.get("constant_baselines", "").split("|"))
-    more: dict[str, Any] = {name: cell.get(name, "") for name in _WORDS}
-    more |= {name: parsed(name, cell.get(name, "")) for name in _FLAG_NUMBERS}
-    more["constant_baselines"] = tuple(number for number in baselines if number is not None)
-    return Row(line, cell["task"], cell["model"], metric, value, stderr, n, data=data, axes=places, **more)
-
-
-def _share_stderr(value: float, stderr: float | None, n: int | None) -> float | None:
-    """sqrt(a(1-a)/(n-1)), and never 0: a share of 0 or 1 of n examples is not known exactly.
-
-    The floor is the error half an example away from the edge, so that no model gets all the weight.
-    """
-    if n is None or n < 2:
-        return stderr
-    if stderr is None:
-        stderr = math.sqrt(value * (1 - value) / (n - 1))
-    inside = (0.5 + value * n) / (n + 1)
-    return max(stderr, math.sqrt(inside * (1 - inside) / (n - 1)) if value in (0, 1) else 0.0)
-
-
-def _number(word: str) -> float | None:
+def _is_positive(word: str) -> bool:
     try:
-        number = float(word)
+        return 0 < float(word) < math.inf
     except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+        return False

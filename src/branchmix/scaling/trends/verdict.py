@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -21,8 +21,7 @@ import numpy as np
 from scipy import stats
 
 from branchmix.scaling.trends.fit import Curve
-from branchmix.scaling.trends.forms import Form, form
-from branchmix.scaling.trends.order import Interval, Trend, Turn, is_flat, trend, turn
+from branchmix.scaling.trends.order import Interval, Turn, form, is_flat, trend, turn
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
@@ -38,7 +37,6 @@ WORDS: dict[str, str] = {
     "not-testable": "too few sizes to judge",
 }
 Correction = Literal["bh", "holm", "none"]
-CORRECTIONS: tuple[Correction, ...] = ("bh", "holm", "none")
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ class Verdict:
     turning_point: float | None = None
     legs: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`drop` and `rise` of the metric for a U or inverted-U, each with effect and interval."""
-    form: Form | None = None
-    """What the change looks like, for `standard` and `inverse`."""
+    form: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the change looks like, for `standard` and `inverse`: the parts of ``order.form``."""
     jitter: float = 0.0
     paired: bool = False
     """Whether the bootstrap drew the same examples for all models."""
@@ -84,37 +82,34 @@ class Verdict:
         content: dict[str, Any] = {}
         for name, value in vars(self).items():
             if name in ("legs", "form"):
-                content |= value.as_dict() if isinstance(value, Form) else value or {}
+                content |= value
             else:
                 content["verdict" if name == "label" else name] = list(value) if name == "interval" else value
         return content
 
 
+@dataclass
 class Evidence:
     """All that is computed of a curve before the number of tasks plays a part."""
 
-    def __init__(
-        self,
-        curve: Curve,
-        *,
-        runs: int,
-        lower_is_better: bool,
-        limits: Limits,
-        paired: bool = False,
-        largest: float = math.inf,
-    ):
-        """``largest`` is the greatest change that the metric allows: intervals end there."""
-        self.curve, self.runs, self.paired, self.largest, self.limits = curve, runs, paired, largest, limits
-        self.sign = -1 if lower_is_better else 1
-        self.trend: Trend = trend(curve, alpha=limits.alpha)
-        self.turn: Turn | None = None
-        if curve.sizes >= MIN_SIZES:
-            self.turn = turn(curve, alpha=limits.alpha, least=limits.minimum_effect)
+    curve: Curve
+    _: KW_ONLY
+    runs: int
+    lower_is_better: bool
+    limits: Limits
+    paired: bool = False
+    largest: float = math.inf
+    """The greatest change that the metric allows: intervals end there."""
+    turn: Turn | None = None
+    """None below five sizes."""
+
+    def __post_init__(self) -> None:
+        self.sign = -1 if self.lower_is_better else 1
+        self.trend = trend(self.curve, alpha=self.limits.alpha)
+        if self.curve.sizes >= MIN_SIZES:
+            self.turn = turn(self.curve, alpha=self.limits.alpha, least=self.limits.minimum_effect)
 
     @property
-    def is_testable(self) -> bool:
-        return self.turn is not None
-
     def has_shape(self) -> bool:
         """Whether the curve turns for sure, were it the only one."""
         return self.turn is not None and self.turn.p < self.limits.alpha
@@ -148,8 +143,9 @@ class Evidence:
     def _possible(self, interval: Interval) -> Interval:
         return max(interval[0], -self.largest), min(interval[1], self.largest)
 
-    def verdict(self, p_adjusted: float | None, *, as_shape: bool, alone_as_shape: bool) -> Verdict:
+    def verdict(self, p_adjusted: float | None, *, as_shape: bool) -> Verdict:
         label, reason = self.judge(p_adjusted, as_shape=as_shape)
+        alone = self.has_shape
         verdict = Verdict(
             label=label,
             p=self.p_of(as_shape=as_shape),
@@ -159,33 +155,33 @@ class Evidence:
             sizes=self.curve.sizes,
             runs=self.runs,
             reason=reason,
-            alone=self.judge(self.p_of(as_shape=alone_as_shape), as_shape=alone_as_shape)[0],
+            alone=self.judge(self.p_of(as_shape=alone), as_shape=alone)[0],
             description=describe(self.curve.y_K * self.sign),
             jitter=self.curve.jitter,
             paired=self.paired,
         )
         if label in SHAPES and self.turn is not None:
-            verdict.effect, verdict.interval = sum(self.turn.legs), self._possible(self.turn.change_interval)
             verdict.turning_point = 10**self.turn.turning
-            for effect, interval in zip(self.turn.legs, self.turn.leg_intervals, strict=True):
-                leg = {"effect": effect, "interval": list(self._possible(interval))}
-                verdict.legs["rise" if effect > 0 else "drop"] = leg
+            *legs, both = zip(self.turn.changes, map(self._possible, self.turn.intervals), strict=True)
+            verdict.effect, verdict.interval = both
+            for effect, interval in legs:
+                verdict.legs["rise" if effect > 0 else "drop"] = {"effect": effect, "interval": list(interval)}
         elif label in DIRECTED:
-            verdict.form = form(self.curve, rises=self.trend.move > 0, alpha=self.limits.alpha)
-            verdict.effect, verdict.interval = verdict.form.change, self._possible(verdict.form.interval)
+            rises = self.trend.move > 0
+            verdict.effect, interval, verdict.form = form(self.curve, rises=rises, alpha=self.limits.alpha)
+            verdict.interval = self._possible(interval)
             verdict.reason = "; ".join([reason, *_form_in_words(verdict.form)])
         return verdict
 
 
-def _form_in_words(form: Form) -> Iterator[str]:
+def _form_in_words(form: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What a curve looks like, in the units of its axis and metric."""
-    if form.jump is not None:
-        jump = form.jump
-        yield f"a jump of {jump.change:+.3g} between {10**jump.start:.2g} and {10**jump.end:.2g}"
-    if form.level_until is not None:
-        yield f"level up to {10**form.level_until.edge:.2g}, at {form.level_until.value:.3g}"
-    if form.level_from is not None:
-        yield f"level from {10**form.level_from.edge:.2g} on, at {form.level_from.value:.3g}"
+    if jump := form.get("jump"):
+        yield f"a jump of {jump['effect']:+.3g} between {jump['from']:.2g} and {jump['to']:.2g}"
+    if level := form.get("level_until"):
+        yield f"level up to {level['axis']:.2g}, at {level['value']:.3g}"
+    if level := form.get("level_from"):
+        yield f"level from {level['axis']:.2g} on, at {level['value']:.3g}"
 
 
 def describe(y_K: np.ndarray) -> str:
@@ -227,8 +223,7 @@ def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, lim
     Each task brings one p: that of the shape if the curve turns significantly by itself, else that of the trend. A
     shape that does not survive the correction leaves its place to the trend, and all are corrected again.
     """
-    alone = {task: evidence.has_shape() for task, evidence in tasks.items()}
-    as_shape = dict(alone)
+    as_shape = {task: evidence.has_shape for task, evidence in tasks.items()}
     while True:
         raw = {task: evidence.p_of(as_shape=as_shape[task]) for task, evidence in tasks.items()}
         tested = {task: p for task, p in raw.items() if p is not None}
@@ -241,7 +236,4 @@ def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, lim
         if not lost:
             break
         as_shape |= dict.fromkeys(lost, False)
-    return {
-        task: evidence.verdict(corrected.get(task), as_shape=as_shape[task], alone_as_shape=alone[task])
-        for task, evidence in tasks.items()
-    }
+    return {task: evidence.verdict(corrected.get(task), as_shape=as_shape[task]) for task, evidence in tasks.items()}
