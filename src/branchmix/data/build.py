@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from branchmix.checkpoint.folder import locked, write_json, writing
+from branchmix.checkpoint.folder import locked, system_error, write_json, writing
 from branchmix.checkpoint.index import read_header
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.data.config import Source
@@ -275,9 +274,8 @@ def write_chunk(file: Path, arrays: dict[str, np.ndarray], counts: Counts, **fac
         try:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
             temporary.replace(file)
-        except SafetensorError as error:  # it wraps what the system says: "... (os error 28)"
-            code = re.search(r"os error (\d+)", str(error))
-            raise (OSError(int(code[1]), str(error)) if code else OSError(str(error))) from error
+        except SafetensorError as error:
+            raise system_error(error) from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -340,13 +340,6 @@ class HubReader:
             self._builder = datasets.load_dataset_builder(
                 str(local) if local.is_dir() else name, source.name, revision=revision or None
             )
-        data_files = getattr(self._builder.config, "data_files", None)
-        splits = [str(split) for split in self._builder.info.splits or data_files or ()]
-        if splits and source.split.partition("[")[0] not in splits:
-            raise DataError(
-                f"{source.hub}: there is no split {source.split!r}{nearest(source.split, splits)}; there are "
-                f"{', '.join(splits)}"
-            )
 
     def identity(self) -> dict[str, Any]:
         builder = self._builder
@@ -364,8 +357,6 @@ class HubReader:
             else:
                 self._builder.download_and_prepare()
                 rows = self._builder.as_dataset(split=source.split).to_iterable_dataset()
-            if rows.column_names is not None:
-                _require_column(source.column, rows.column_names, source.hub)
             done = state["row"] if state else 0
             if state and state["iterable"] is not None:
                 rows.load_state_dict(state["iterable"])

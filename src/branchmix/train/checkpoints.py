@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from branchmix.checkpoint.folder import system_error
 from branchmix.errors import OutputError, TrainingError
 from branchmix.pages.numbers import human_bytes
 from branchmix.train import run_folder as files
@@ -141,15 +141,15 @@ class SafeTrainer(Trainer, TrainerCallback):
     def may_stop_here(self) -> None:
         """Stop an evaluation here if a signal came. All processes call it for every batch."""
         if self.is_in_train and (stop := self._stop_asked()):
-            raise _StoppedError(stop)
+            self.stopped_by = stop
+            raise _StoppedError
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         random_numbers = saved.random_numbers()  # a data loader draws one when it starts
         logged = len(self.state.log_history)
         try:
             return super()._evaluate(*args, **kwargs)
-        except _StoppedError as stop:
-            self.stopped_by = stop.signal
+        except _StoppedError:
             del self.state.log_history[logged:]
             self._stop(self.control)
             self._evaluation_due = True
@@ -280,8 +280,7 @@ class SafeTrainer(Trainer, TrainerCallback):
     # Reading. Every hook gets the checkpoint's folder ``training``, where transformers finds its own state.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.model if model is None else model
-        saved.read(model, Path(resume_from_checkpoint).parent)
+        saved.read(self.model if model is None else model, Path(resume_from_checkpoint).parent)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -346,21 +345,15 @@ class SafeTrainer(Trainer, TrainerCallback):
 class _StoppedError(Exception):
     """A signal came while evaluating."""
 
-    def __init__(self, signal: int) -> None:
-        self.signal = signal
-
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     return load_file(file) if file.is_file() else {}
 
 
 def _problem(error: Exception, place: Path, num_bytes: int) -> str:
-    """The error in one line; safetensors gives the system's error number in its text only."""
-    number = error.errno if isinstance(error, OSError) else None
-    number_in_text = re.search(r"os error (\d+)", str(error))
-    if number_in_text:
-        number = int(number_in_text.group(1))
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    """The error in one line."""
+    error = system_error(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(existing(place)).free
         return f"the disk is full: a checkpoint needs {human_bytes(num_bytes)}, and {human_bytes(free)} are free"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return error.strerror or str(error)

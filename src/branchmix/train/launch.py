@@ -44,8 +44,6 @@ class Job:
     """The command of later attempts, if it differs."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to this process's environment."""
-    folder: Path | None = None
-    """Folder that it runs in; the current one if not given."""
     after: Sequence[str] = ()
     """Names of jobs that must be done before it starts. Names that are not among the call's jobs count as done."""
 
@@ -137,11 +135,15 @@ def run_jobs(
     """
     states = [JobState(job) for job in jobs]
     running: dict[int, Attempt] = {}  # by place
+    passed_on = 0
     try:
         with _noted_signals() as received:
             while True:
+                for number in received[passed_on:]:
+                    passed_on += 1
+                    for attempt in running.values():
+                        attempt.signal(signal.SIGKILL if passed_on > 2 else number)
                 for place, attempt in list(running.items()):
-                    attempt.pass_on(received)
                     if attempt.is_over():
                         del running[place]
                         attempt.close()
@@ -229,18 +231,12 @@ class Attempt(ABC):
 
     def __init__(self, state: JobState):
         self.state = state
-        self._passed_on = 0
 
     def begin(self) -> None:
-        """Note in the state that it has started."""
-        self.state.status = "running"
-        self.state.attempts += 1
-
-    def pass_on(self, received: Sequence[int]) -> None:
-        """Send it the signals it has not received yet; the third kills."""
-        for count in range(self._passed_on + 1, len(received) + 1):
-            self.signal(signal.SIGKILL if count > 2 else received[count - 1])
-        self._passed_on = len(received)
+        """Note in the state that it has started, if that is not known yet."""
+        if self.state.status != "running":
+            self.state.status = "running"
+            self.state.attempts += 1
 
     @abstractmethod
     def signal(self, number: int) -> None: ...
@@ -273,7 +269,6 @@ class _Process(Attempt):
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **place, **job.env},
-                cwd=job.folder,
                 start_new_session=True,
                 preexec_fn=_before_it_starts(orphans_get),
             )
@@ -326,8 +321,7 @@ def _before_it_starts(orphans_get: int) -> Callable[[], None]:
 def _last_line(log: Path, start: int) -> str:
     """The last non-empty line that was written to ``log`` after byte ``start``."""
     with suppress(OSError), log.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(start, size - 65536))
+        file.seek(start)
         lines = file.read().decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
     return ""
