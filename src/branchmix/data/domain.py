@@ -48,7 +48,6 @@ class Domain:
 
     @property
     def counts(self) -> Counts:
-        """How much there is so far."""
         return sum((chunk.counts for chunk in self.chunks), Counts())
 
     def fingerprint(self) -> str:

@@ -20,8 +20,9 @@ from branchmix.study.folder import PLAN, is_done
 from branchmix.study.graph import Graph, Step, has_routers
 from branchmix.study.memory import training_bytes
 from branchmix.study.settings import InstalledText, StudyFile
-from branchmix.study.speed import Speed, in_bf16, measure_speed
+from branchmix.study.speed import Speed, measure_speed
 from branchmix.train.launch import cores, gpus, share_machine
+from branchmix.train.models import Computing
 from branchmix.train.progress import duration
 
 MOST_PROCESSES = 8
@@ -180,7 +181,7 @@ def _memory(step: Step) -> int:
         return 0
     if step.kind != "train":
         return 4 * parameters(step.config).total
-    return training_bytes(step.config, step.run, bf16=in_bf16(step.run.get("precision", "auto")))
+    return training_bytes(step.config, step.run, bf16=Computing.of(step.run.get("precision", "auto")).bf16)
 
 
 def _disk(study: StudyFile, step: Step) -> int:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from branchmix.data.config import Source
 from branchmix.study.settings import Inference, StudyFile
-from branchmix.study.speed import in_bf16
 
 if TYPE_CHECKING:
     from branchmix.data.sequences import Packing
@@ -91,8 +90,7 @@ class HeldOutText:
         from branchmix.likelihood.models import TextModel
         from branchmix.train.models import Computing, attention_options
 
-        device = _device()
-        computing = Computing(device, in_bf16(self.study.precision, device))
+        computing = Computing.of(self.study.precision, _device())
         model = TextModel(ResolvedModel(str(folder), folder), "float32", self.study.trust_remote_code)
         options = attention_options(model.config.model_type, computing, self.study.sequence_length)
         return model.load(**options), model.tokenizer, computing
@@ -201,9 +199,10 @@ def measure_inference(
     import torch
 
     from branchmix.likelihood.loading import load_language_model
+    from branchmix.train.models import Computing
 
     device = _device()
-    dtype = torch.bfloat16 if in_bf16("auto", device) else torch.float32
+    dtype = torch.bfloat16 if Computing.of("auto", device).bf16 else torch.float32
     loaded = {
         name: load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
         for name, folder in models.items()

@@ -50,7 +50,6 @@ class SafeTrainer(Trainer, TrainerCallback):
 
     Attributes:
         stopped_by: the signal that ended training early, or None. There is a checkpoint of the last step then.
-        seconds: wall time of training, including the runs it resumed.
     """
 
     def __init__(
@@ -66,8 +65,7 @@ class SafeTrainer(Trainer, TrainerCallback):
         self.checkpoints, self.when, self.signals = checkpoints, when, signals
         self.stopped_by: int | None = None
         self._saved_step = 0
-        self._saved_at = self._began_at = time.monotonic()
-        self._seconds_before = 0.0
+        self._saved_at = time.monotonic()
         self._evaluation_due = False
         self._resumed: dict[str, Any] = {}
         # Ours alone: a second way to save would write pickles; NaN is an error, not a value to smooth over.
@@ -101,15 +99,11 @@ class SafeTrainer(Trainer, TrainerCallback):
             KeyboardInterrupt: the second Ctrl-C.
         """
         folder = None if resume_from_checkpoint is None else str(Path(resume_from_checkpoint) / TRAINING)
-        self._began_at = self._saved_at = time.monotonic()
+        self._saved_at = time.monotonic()
         # transformers evaluates "at the start" of a resumed run too, which the uninterrupted one would not have done.
         self.args.eval_on_start &= folder is None
         with self.signals.deferred():
             return super().train(resume_from_checkpoint=folder, **kwargs)
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._began_at
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks at the flag after a step only: one step too many after a stop before the first, or when a
@@ -218,14 +212,10 @@ class SafeTrainer(Trainer, TrainerCallback):
             if content:
                 save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
         state = {
-            "step": self.state.global_step,
             "num_processes": self.args.world_size,
-            "seconds": self.seconds,
             "scheduler": self.lr_scheduler.state_dict(),
             "optimizer": optimizer,
-            "loss_before": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "first_step": self._initial_global_step,
             "evaluation_due": self._evaluation_due,
         }
         (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
@@ -309,12 +299,9 @@ class SafeTrainer(Trainer, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Restore accumulators, which the loop has just reset."""
+        self._saved_step = state.global_step
         if resumed := self._resumed:
-            self._saved_step = resumed["step"]
-            self._seconds_before = resumed["seconds"]
-            self._total_loss_scalar = resumed["loss_before"]
             self._globalstep_last_logged = resumed["last_logged"]
-            self._initial_global_step = resumed["first_step"]
             self._tr_loss += resumed["loss"]
             if resumed["evaluation_due"]:
                 self._evaluate(None, None)

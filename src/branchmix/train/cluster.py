@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from branchmix.checkpoint.folder import writing
 from branchmix.errors import RecipeError
-from branchmix.train.launch import USER_ERROR, Attempt, Job, JobState, Outcome, run_jobs, run_processes, share_machine
+from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, run_jobs, run_processes, share_machine
 
 Launcher = Literal["local", "ray"]
 
@@ -82,16 +82,15 @@ def _attempt(state: JobState, sign: Path) -> JobState:
     return outcome.jobs[0]
 
 
-class _Task(Attempt):
+class _Task:
     """A task of the cluster, which may wait there for room. It creates the file ``sign`` when it starts."""
 
     def __init__(self, state: JobState, ray: Any, reference: Any, sign: Path):
-        super().__init__(state)
-        self.ray, self.reference, self.sign = ray, reference, sign
+        self.state, self.ray, self.reference, self.sign = state, ray, reference, sign
 
     def is_over(self) -> bool:
         if self.sign.exists():
-            self.begin()
+            self.state.begin()
         return bool(self.ray.wait([self.reference], timeout=0)[0])
 
     def signal(self, number: int) -> None:
@@ -102,13 +101,13 @@ class _Task(Attempt):
         """Record the result of the attempt, or Ray's error if the task is gone."""
         state = self.state
         if self.sign.exists():
-            self.begin()
+            state.begin()
         try:
             result = self.ray.get(self.reference, timeout=60)  # it is over, or was abandoned
         except self.ray.exceptions.TaskCancelledError:
             state.exit_code, state.last_line = None, ""
         except self.ray.exceptions.RayError as error:
-            self.begin()  # it counts as an attempt, or it could be retried forever
+            state.begin()  # it counts as an attempt, or it could be retried forever
             reason = " ".join(str(error).split())
             state.exit_code, state.last_line = 1, f"Ray lost its worker: {type(error).__name__}: {reason[:200]}"
         else:

@@ -32,27 +32,6 @@ PATIENCE = 5
 """Consecutive readings before a collapse is reported, since a single batch may have no tokens for an expert."""
 
 
-@dataclass(frozen=True)
-class DomainLosses:
-    """The sums between two readings, over all processes."""
-
-    sums: dict[str, float]
-    """Negative log-likelihood in nats, summed over predicted tokens."""
-    tokens: dict[str, int]
-    """Predicted tokens, which a document's first token in a sequence is not."""
-
-    @property
-    def by_domain(self) -> dict[str, float]:
-        """Mean loss of each domain that occurred, in nats a token."""
-        return {name: self.sums[name] / count for name, count in self.tokens.items() if count}
-
-    @property
-    def mean(self) -> float:
-        """Mean loss over all tokens; NaN if there were none."""
-        count = sum(self.tokens.values())
-        return sum(self.sums.values()) / count if count else math.nan
-
-
 class DomainSums:
     """Sums by domain of numbers of sequences, in fp64 where the device has it, as fp32 cannot count beyond 2^24.
 
@@ -96,7 +75,7 @@ class DomainLoss:
         >>> loss = DomainLoss(["code", "law"])
         >>> with loss.counting(model, batch["domain"]):
         ...     model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
-        >>> loss.read().by_domain
+        >>> mean, by_domain = loss.read()
     """
 
     def __init__(self, domains: Sequence[str]):
@@ -152,12 +131,16 @@ class DomainLoss:
         not_finite = [number for number, total in enumerate(sums_N) if not math.isfinite(total)]
         return [self.domains[number] for number in not_finite or self._last_B.unique().tolist()]
 
-    def read(self, device: torch.device | None = None) -> DomainLosses:
-        """Return and reset the sums since the last reading, as ``DomainSums.read`` does."""
+    def read(self, device: torch.device | None = None) -> tuple[float, dict[str, float]]:
+        """Return and reset the mean loss over all tokens since the last reading, and that of each domain that occurred.
+
+        In nats per predicted token, which a document's first in a sequence is not; NaN if there was none. A collective
+        call, as ``DomainSums.read``.
+        """
         losses, counts = self._sums.read(device).T.tolist()
-        return DomainLosses(
-            dict(zip(self.domains, losses, strict=True)), dict(zip(self.domains, map(int, counts), strict=True))
-        )
+        by_domain = zip(self.domains, losses, counts, strict=True)
+        mean = sum(losses) / sum(counts) if any(counts) else math.nan
+        return mean, {name: loss / count for name, loss, count in by_domain if count}
 
 
 class RouterMonitor:

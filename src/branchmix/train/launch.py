@@ -11,12 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 from branchmix.checkpoint.folder import libc
 from branchmix.errors import OutputError
@@ -34,8 +33,6 @@ _GRACE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """A command to run."""
-
     name: str
     command: Sequence[str]
     log: Path
@@ -50,8 +47,6 @@ class Job:
 
 @dataclass
 class JobState:
-    """The progress of a job."""
-
     job: Job
     status: Status = "waiting"
     attempts: int = 0
@@ -66,6 +61,12 @@ class JobState:
     def command(self) -> list[str]:
         """The command of the next attempt."""
         return list(self.job.again if self.attempts and self.job.again is not None else self.job.command)
+
+    def begin(self) -> None:
+        """Note that an attempt has started, if that is not known yet."""
+        if self.status != "running":
+            self.status = "running"
+            self.attempts += 1
 
     @property
     def reason(self) -> str:
@@ -226,34 +227,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Attempt(ABC):
+class Attempt(Protocol):
     """One attempt at a job, which updates the job's state."""
 
-    def __init__(self, state: JobState):
-        self.state = state
+    state: JobState
 
-    def begin(self) -> None:
-        """Note in the state that it has started, if that is not known yet."""
-        if self.state.status != "running":
-            self.state.status = "running"
-            self.state.attempts += 1
-
-    @abstractmethod
     def signal(self, number: int) -> None: ...
 
-    @abstractmethod
     def is_over(self) -> bool: ...
 
-    @abstractmethod
     def close(self) -> None:
         """Record in the state how it ended, and end what is still running."""
 
 
-class _Process(Attempt):
+class _Process:
     """A process in a new session, so that a terminal's Ctrl-C reaches it only once."""
 
     def __init__(self, state: JobState, place: Mapping[str, str], orphans_get: int):
-        super().__init__(state)
+        self.state = state
         job, command = state.job, state.command
         self.begun = time.monotonic()
         try:
@@ -276,7 +267,7 @@ class _Process(Attempt):
             self.log.close()
             raise OutputError(f"{job.name}: {command[0]} cannot be started: {error.strerror}") from None
         state.exit_code = None
-        self.begin()
+        state.begin()
 
     def is_over(self) -> bool:
         return self.process.poll() is not None

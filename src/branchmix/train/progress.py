@@ -197,10 +197,7 @@ class JobDisplay:
     """Shows the states it is called with. A context manager, which restores the terminal at its end."""
 
     def __init__(self, *, total: int, finished: int, enabled: bool, noun: str = "experts"):
-        self.noun = noun
-        self.total = total
-        self.finished = finished
-        self.enabled = enabled
+        self.noun, self.total, self.finished, self.enabled = noun, total, finished, enabled
         self.said: dict[str, tuple[str, int]] = {}
         self.said_at = time.monotonic()
         self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)

@@ -50,14 +50,15 @@ def train(
     config = RunConfig.load(config, overrides)
     display = Display(shown=progress and is_main_process())
     folder = RunFolder(config)
-    if folder.look(config, force=force) == "finished":  # even if its model or data no longer exist
+    state = folder.look(config, force=force)
+    if state == "finished":  # even if its model or data no longer exist
         record = folder.record()
         assert record is not None
         if is_main_process():
             folder.clean_up()
         display.line(f"{folder.path}: this run is already done; use --force to start over")
         return RunReport(folder.path, "finished before", record)
-    checked = check(config, folder, force=force)
+    checked = check(config, folder, state)
     from branchmix.train.prepared import PreparedRun
     from branchmix.train.trainer import execute
 

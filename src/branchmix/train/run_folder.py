@@ -238,7 +238,6 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """Path of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 

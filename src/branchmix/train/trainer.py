@@ -261,7 +261,7 @@ class BranchTrainer(SafeTrainer):
         if "learning_rate" not in logs:
             return
         step = self.state.global_step
-        losses = self.domain_loss.read(self.args.device)
+        loss, by_domain = self.domain_loss.read(self.args.device)
         seconds, span, waiting = self.clock.read()
         steps, self._logged_step = step - self._logged_step, step
         tokens = self.run.fixed["tokens_per_step"]
@@ -270,8 +270,8 @@ class BranchTrainer(SafeTrainer):
             "steps": self.state.max_steps,
             "tokens": step * tokens,
             "seconds": round(seconds, 3),
-            "loss": losses.mean,
-            **{f"loss/{name}": value for name, value in losses.by_domain.items()},
+            "loss": loss,
+            **{f"loss/{name}": value for name, value in by_domain.items()},
             "objective": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
