@@ -172,7 +172,7 @@ def _sizes(documents: list[_Document]) -> tuple[int, int, int]:
 
 
 def _arrays(train: list[_Document], held_out: list[_Document], dtype: Any) -> dict[str, np.ndarray]:
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "held_out_text": np.frombuffer(b"".join(d.text for d in held_out), dtype=np.uint8),
         "held_out_text_ends": np.cumsum([len(d.text) for d in held_out], dtype=np.int64),
     }
