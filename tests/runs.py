@@ -99,7 +99,7 @@ def trainer(
 
 
 def history(trained: Any) -> str:
-    """The loss curve: all that was logged, but for how fast it was."""
-    timed = ("runtime", "per_second")
+    """The loss curve: all that was logged, but for how fast it was, and transformers' summary."""
+    timed = ("runtime", "per_second", "train_loss")
     logged = trained.state.log_history
     return json.dumps([{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in logged], sort_keys=True)

@@ -71,12 +71,19 @@ class SettingsFile(Settings):
         return Path() if self._file is None else self._file.parent
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+    def load(cls, path: Self | str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a file; ``overrides`` are ``key=value`` with dots (``budget.tokens=2M``), values as YAML.
+
+        Settings that are given instead of a file are returned as they are.
 
         Raises:
             RecipeError: it is missing, not YAML, or inconsistent; with all problems at once.
         """
+        if isinstance(path, cls):
+            if overrides:
+                raise RecipeError("overrides apply to settings from a file: change the object instead")
+            return path
+        assert isinstance(path, (str, Path))
         data = read_yaml(Path(path))
         for words in overrides:
             _override(data, words)

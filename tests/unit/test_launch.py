@@ -20,7 +20,7 @@ from branchmix.train.launch import Job, JobState, run_processes
 
 def job(folder: Path, name: str, code: str, **options: Any) -> Job:
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    return Job(name, command, folder / name / "log.txt", folder=folder, **options)
+    return Job(name, command, folder / name / "log.txt", **options)
 
 
 def run(*jobs: Job, at_once: int = 1, **options: Any) -> list[JobState]:
@@ -194,7 +194,8 @@ def test_what_cannot_start_is_one_line(tmp_path: Path) -> None:
         run(Job("a", ["true"], tmp_path / "file" / "log.txt"))
 
 
-def test_a_job_waits_for_those_it_comes_after(tmp_path: Path) -> None:
+def test_a_job_waits_for_those_it_comes_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     first = job(tmp_path, "first", "import time; time.sleep(0.5); open('made', 'w').close()")
     code = "import os; print(os.path.exists('made'), os.path.exists('meanwhile'))"
     second = job(tmp_path, "second", code, after=["first", "not one of these"])

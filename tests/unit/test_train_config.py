@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from branchmix.checkpoint.folder import write_json
 from branchmix.errors import OutputError, RecipeError
 from branchmix.train.config import Budget, LearningRate, RunConfig
 from branchmix.train.progress import Metrics
-from branchmix.train.run_folder import RunFolder, write_json
+from branchmix.train.run_folder import RunFolder
 from branchmix.train.schedule import Batching, rate_at, steps_of, token_flops, warmup_steps
 
 COHERE = {
@@ -101,7 +102,7 @@ def test_only_what_changes_the_result_makes_another_run(tmp_path: Path) -> None:
     first = config(out=str(tmp_path / "run"))
     folder = RunFolder(first)
     assert folder.look(first, force=False) == "new"
-    folder.write_run({"config": first.model_dump(mode="json")})
+    write_json(folder.path / "run.json", {"config": first.model_dump(mode="json")})
     same = config(out=str(tmp_path / "run"), micro_batch_size=1, logging={"steps": 3}, threads=2)
     assert folder.look(same, force=False) == "unfinished"
     other = config(out=str(tmp_path / "run"), learning_rate={"peak": 0.2})
@@ -117,7 +118,7 @@ def test_only_what_changes_the_result_makes_another_run(tmp_path: Path) -> None:
 def test_a_new_start_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
     run = config(out=str(tmp_path / "run"))
     folder = RunFolder(run)
-    folder.write_run({"config": run.model_dump(mode="json")})
+    write_json(folder.path / "run.json", {"config": run.model_dump(mode="json")})
     (folder.path / "checkpoints" / "step-00000001").mkdir(parents=True)
     (folder.path / "experts" / "code").mkdir(parents=True)
     for name in ("run.yaml", "log.txt", "model.safetensors", "tokenizer.json", "diary.txt", "experts/code/config.json"):
@@ -152,7 +153,7 @@ def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path) -> None
 def test_checkpoints_that_are_there_count_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(out=str(tmp_path / "run"))
     folder = RunFolder(run)
-    folder.write_run({"config": run.model_dump(mode="json")})
+    write_json(folder.path / "run.json", {"config": run.model_dump(mode="json")})
     checkpoint = folder.checkpoints / "step-00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(bytes(10_000))

@@ -93,7 +93,7 @@ def require_replaceable(out: Path, *, force: bool) -> None:
         _require_nothing_else(out, target)
     elif target.exists():
         raise OutputError(f"{out}: is a file: choose a folder that does not exist yet")
-    _require_writable_parent(out, target)
+    require_writable_parent(out, target)
 
 
 def _require_nothing_else(out: Path, target: Path) -> None:
@@ -138,11 +138,12 @@ def require_new_file(file: Path, *, force: bool) -> None:
         raise OutputError(f"{file}: is a folder: give the name of a file")
     if target.exists() and not force:
         raise OutputError(f"{file}: exists already: choose another name, or --force to replace it")
-    _require_writable_parent(file, target)
+    require_writable_parent(file, target)
 
 
-def _require_writable_parent(out: Path, target: Path) -> None:
-    parent = next(folder for folder in target.parents if folder.exists())
+def require_writable_parent(out: Path, target: Path | None = None) -> None:
+    """Raises OutputError if ``out``, which may be a link to ``target``, could not be written where it is to be."""
+    parent = next(folder for folder in (target or out.absolute()).parents if folder.exists())
     if not parent.is_dir():
         raise OutputError(f"{out}: {parent} is a file, not a folder: choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -319,6 +320,14 @@ def writing(file: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{file}: the disk is full (or your quota): free space, or write elsewhere") from error
         raise OutputError(f"{file}: cannot be written: {error.strerror or error}") from error
+
+
+def system_error(error: Exception) -> OSError:
+    """What the system said; safetensors has its number in the text alone: ``... (os error 28)``."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), str(error)) if number else OSError(str(error))
 
 
 @contextmanager

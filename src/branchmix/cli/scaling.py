@@ -307,7 +307,7 @@ def _write(
     reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Progress
 ) -> None:
     """The page and the pictures that were asked for; nothing of either if something is in the way."""
-    from branchmix.pages.pictures import png, save
+    from branchmix.pages.pictures import save
     from branchmix.scaling.trends import html_page
     from branchmix.scaling.trends.overview import Overview
     from branchmix.scaling.trends.plots import pictures
@@ -323,7 +323,7 @@ def _write(
     if html is not None:
         write_text(html, html_page.html(overview, command=command))
     for done, (file, draw) in enumerate(drawings.items(), 1):
-        (png if file.suffix == ".png" else save)(draw, file)
+        save(draw, file, **({"dpi": 160} if file.suffix == ".png" else {}))
         tell("pictures", done, len(drawings))
 
 

@@ -63,12 +63,10 @@ def train_command(
         console.exit_stopped(line if is_main_process() else "", signal.SIGINT)
     leave_group()
     if report.signal is not None:
-        console.exit_stopped(
-            f"stopped; to resume from the last checkpoint: {again}" if report.is_main else "", report.signal
-        )
-    if not report.is_main:
-        return
-    console.output(as_json, lambda: report.record, lambda: _print_run(report, dry_run=dry_run))
+        line = f"stopped; to resume from the last checkpoint: {again}"
+        console.exit_stopped(line if is_main_process() else "", report.signal)
+    if is_main_process():
+        console.output(as_json, lambda: report.record, lambda: _print_run(report, dry_run=dry_run))
 
 
 def _print_run(report: RunReport, *, dry_run: bool) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -28,11 +27,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from branchmix.checkpoint.folder import locked, write_json, writing
+from branchmix.checkpoint.folder import locked, system_error, write_json, writing
 from branchmix.checkpoint.index import read_header
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.data.config import Source
-from branchmix.data.sources import Reader, hash_of, open_source
+from branchmix.data.sources import Reader, hash_of, held_out_among, is_held_out, open_source
 from branchmix.errors import BranchMixError, CheckpointError, DataError
 
 CHUNK_TOKENS = 4_000_000
@@ -121,7 +120,7 @@ def _tokenise(
     folder: Path, plan: Plan, reader: Reader, encoder: Encoder, wanted: Callable[[], int], progress: Progress
 ) -> None:
     """Chunks in reading order, from where the last one ended."""
-    chunks = chunks_in(folder)
+    chunks, share = chunks_in(folder), plan["held_out_share"]
     if is_complete(folder):
         return
     seen = {int(value) for chunk in chunks for kind in ("", "held_out_") for value in chunk.arrays[f"{kind}hashes"]}
@@ -131,8 +130,7 @@ def _tokenise(
     number = len(chunks)
     last = False
     while not last and tokens < wanted():
-        train: list[_Document] = []
-        held_out: list[_Document] = []
+        documents: list[_Document] = []
         new_tokens = duplicates = replaced = 0
         last, state = True, None
         for texts in batches:
@@ -143,27 +141,20 @@ def _tokenise(
             seen.update(new)
             duplicates += len(texts) - len(new)
             for (text_hash, text), ids in zip(new.items(), encoder(list(new.values())), strict=True):
-                is_held_out = text_hash < plan["held_out_share"] * 2**64
-                (held_out if is_held_out else train).append(_Document(ids, text_hash, text.encode()))
-                new_tokens += 0 if is_held_out else len(ids)
+                documents.append(_Document(ids, text_hash, text.encode()))
+                new_tokens += 0 if is_held_out(text, share) else len(ids)
             progress(f"tokenising {plan['name']}")
             if new_tokens >= plan["chunk_tokens"]:
                 last = False
                 break
-        forced = None
-        if not number and not train and not held_out:
+        if not number and not documents:
             raise DataError("there is no text in it")
-        if not number and not held_out and len(train) > 1 and plan["held_out_share"] > 0:
-            # One to evaluate on, though its hash does not say so.
-            held_out = [train.pop(min(range(len(train)), key=lambda place: train[place].hash))]
-            forced = held_out[0].hash
+        chosen = held_out_among([document.hash for document in documents], share, at_least_one=not number)
+        train = [document for document in documents if document.hash not in chosen]
+        held_out = [document for document in documents if document.hash in chosen]
+        forced = next((document.hash for document in held_out if document.hash >= share * 2**64), None)
         counts = Counts(*_sizes(train), *_sizes(held_out), duplicates, replaced)
-        arrays = {
-            **_arrays(train, "", encoder.dtype),
-            **_arrays(held_out, "held_out_", encoder.dtype),
-            "held_out_text": np.frombuffer(b"".join(document.text for document in held_out), dtype=np.uint8),
-            "held_out_text_ends": np.cumsum([len(document.text) for document in held_out], dtype=np.int64),
-        }
+        arrays = _arrays(train, held_out, encoder.dtype)
         write_chunk(chunk_file(folder, number), arrays, counts, last=last, state=state, forced=forced)
         number += 1
         tokens += counts.tokens
@@ -180,12 +171,18 @@ def _sizes(documents: list[_Document]) -> tuple[int, int, int]:
     return len(documents), sum(len(d.tokens) for d in documents), sum(len(d.text) for d in documents)
 
 
-def _arrays(documents: list[_Document], prefix: str, dtype: Any) -> dict[str, np.ndarray]:
-    return {
-        f"{prefix}tokens": np.concatenate([np.zeros(0, dtype), *(d.tokens for d in documents)]).astype(dtype),
-        f"{prefix}ends": np.cumsum([len(d.tokens) for d in documents], dtype=np.int64),
-        f"{prefix}hashes": np.array([d.hash for d in documents], dtype=np.uint64),
+def _arrays(train: list[_Document], held_out: list[_Document], dtype: Any) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {
+        "held_out_text": np.frombuffer(b"".join(d.text for d in held_out), dtype=np.uint8),
+        "held_out_text_ends": np.cumsum([len(d.text) for d in held_out], dtype=np.int64),
     }
+    for prefix, documents in (("", train), ("held_out_", held_out)):
+        arrays |= {
+            f"{prefix}tokens": np.concatenate([np.zeros(0, dtype), *(d.tokens for d in documents)]).astype(dtype),
+            f"{prefix}ends": np.cumsum([len(d.tokens) for d in documents], dtype=np.int64),
+            f"{prefix}hashes": np.array([d.hash for d in documents], dtype=np.uint64),
+        }
+    return arrays
 
 
 def _batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
@@ -221,13 +218,12 @@ def _shuffle(chunks: list[Chunk], folder: Path, dtype: Any, chunk_tokens: int) -
         beside = chunks[number:] if last else chunks[number : number + 1]
         counts = sum((chunk.counts for chunk in beside), Counts())
         counts.documents, counts.tokens, _ = _sizes(train)
-        held_out: dict[str, np.ndarray] = {}
-        for key in ("held_out_tokens", "held_out_hashes", "held_out_text"):
-            held_out[key] = np.concatenate([chunk.arrays[key] for chunk in beside] or [np.zeros(0, np.uint8)])
-        for key in ("held_out_ends", "held_out_text_ends"):
-            lengths = [np.diff(chunk.arrays[key], prepend=0) for chunk in beside]
-            held_out[key] = np.cumsum(np.concatenate(lengths or [np.zeros(0, np.int64)]))
-        arrays = {**_arrays(train, "", dtype), **held_out}
+        held_out = [
+            _Document(chunk.held_out_tokens(place), text_hash, chunk.held_out_text(place).encode())
+            for chunk in beside
+            for place, text_hash in enumerate(chunk.arrays["held_out_hashes"].tolist())
+        ]
+        arrays = _arrays(train, held_out, dtype)
         forced = chunks[0].header["forced"] if number == 0 else None
         write_chunk(chunk_file(folder, number), arrays, counts, last=last, state=None, forced=forced)
 
@@ -278,9 +274,8 @@ def write_chunk(file: Path, arrays: dict[str, np.ndarray], counts: Counts, **fac
         try:
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
             temporary.replace(file)
-        except SafetensorError as error:  # it wraps what the system says: "... (os error 28)"
-            code = re.search(r"os error (\d+)", str(error))
-            raise (OSError(int(code[1]), str(error)) if code else OSError(str(error))) from error
+        except SafetensorError as error:
+            raise system_error(error) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -294,9 +289,10 @@ class Chunk:
     @cached_property
     def header(self) -> dict[str, Any]:
         """Counts, and what ``write_chunk`` was told."""
-        with self.file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            return dict(json.loads(json.loads(stream.read(length))["__metadata__"]["branchmix"]))
+        from safetensors import safe_open
+
+        with safe_open(self.file, "numpy") as stream:
+            return dict(json.loads(stream.metadata()["branchmix"]))
 
     @cached_property
     def counts(self) -> Counts:

@@ -43,7 +43,6 @@ class Source(Settings):
 
     @property
     def patterns(self) -> list[str]:
-        """``files`` as a list."""
         return [self.files] if isinstance(self.files, str) else list(self.files or ())
 
     def absolute(self, base: Path, *, out: Path) -> Source:

@@ -48,7 +48,6 @@ class Domain:
 
     @property
     def counts(self) -> Counts:
-        """How much there is so far."""
         return sum((chunk.counts for chunk in self.chunks), Counts())
 
     def fingerprint(self) -> str:
@@ -137,7 +136,3 @@ class Domain:
         if self.excluded:
             lengths = np.where(np.isin(arrays["hashes"], np.array(list(self.excluded), np.uint64)), 0, lengths)
         return lengths
-
-    def num_tokens(self, number: int) -> int:
-        """Tokens of a chunk that are trained on."""
-        return int(self.lengths(number).sum()) if self.excluded else self.chunks[number].counts.tokens

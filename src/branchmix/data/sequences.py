@@ -169,7 +169,7 @@ class DomainOrder:
         """Order of the chunks in an epoch, and the tokens up to the end of each."""
         as_read = self.domain.streamed and not epoch
         order = np.arange(num_chunks) if as_read else permutation(num_chunks, *self.seed, epoch)
-        return order, np.cumsum([self.domain.num_tokens(int(number)) for number in order])
+        return order, np.cumsum([self.domain.lengths(int(number)).sum() for number in order])
 
     def _lay_out(self, number: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts and lengths of a chunk's documents in the order of an epoch, and the tokens up to the end of each."""
@@ -235,19 +235,11 @@ class MixOrder:
     def _earliest_deadlines(self, block: int) -> tuple[list[int], list[int]]:
         """Domains of a block, and each domain's number of sequences after it."""
         weights, total = self.weights, self.total
-        counts = list(self._starts[block])
-        releases = [c * total // w for c, w in zip(counts, weights, strict=True)]
-        deadlines = [-(-(c + 1) * total // w) for c, w in zip(counts, weights, strict=True)]
-        order = []
+        counts, order = list(self._starts[block]), []
         for n in range(block * _BLOCK, (block + 1) * _BLOCK):
-            chosen = -1
-            for domain, release in enumerate(releases):
-                if release <= n and (chosen < 0 or deadlines[domain] < deadlines[chosen]):
-                    chosen = domain
+            released = [domain for domain, weight in enumerate(weights) if counts[domain] * total // weight <= n]
+            chosen = min(released, key=lambda domain: -(-(counts[domain] + 1) * total // weights[domain]))
             counts[chosen] += 1
-            count, weight = counts[chosen], weights[chosen]
-            releases[chosen] = count * total // weight
-            deadlines[chosen] = -(-(count + 1) * total // weight)
             order.append(chosen)
         return order, counts
 

@@ -13,9 +13,9 @@ import gzip
 import io
 import itertools
 import json
-import os
+import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -70,6 +70,13 @@ def open_source(source: Source, *, folder: Path, leave_out: Path | None = None) 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a document is never trained on, as about this share of all documents, by its text alone."""
     return hash_of(text) < share * 2**64
+
+
+def held_out_among(hashes: Collection[int], share: float, *, at_least_one: bool = True) -> set[int]:
+    """Hashes of the documents that are never trained on. If no hash says so, that is ``at_least_one`` of several: the
+    one of lowest hash, so that there is something to evaluate on."""
+    held_out = {text_hash for text_hash in hashes if text_hash < share * 2**64}
+    return held_out or ({min(hashes)} if at_least_one and share > 0 and len(hashes) > 1 else set())
 
 
 def hash_of(text: str) -> int:
@@ -159,14 +166,12 @@ def find_files(source: Source, folder: Path, leave_out: Path | None = None) -> l
 
 def _matches(pattern: str, folder: Path) -> list[str]:
     """Absolute names of the files that a pattern means."""
-    absolute = folder.absolute() / Path(pattern).expanduser()
-    if absolute.is_file():
-        return [str(absolute)]
-    home, slash, rest = pattern.partition("/") if pattern.startswith("~") else ("", "", pattern)
-    start = str(Path(home).expanduser()) + slash if home else str(folder.absolute())
-    # Not pathlib's, which takes brackets in the folder's own name for a pattern and refuses absolute patterns.
-    escaped = os.path.join(glob.escape(start), rest)  # noqa: PTH118
-    return [str(Path(name)) for name in glob.iglob(escaped, recursive=True) if Path(name).is_file()]  # noqa: PTH207
+    names = [str(Path(pattern).expanduser())]
+    if not (folder / names[0]).is_file():
+        pattern = re.sub("^~[^/]*", lambda home: glob.escape(str(Path(home[0]).expanduser())), pattern)
+        # Not pathlib's, which refuses absolute patterns.
+        names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207
+    return [str(path) for name in names if (path := folder.absolute() / name).is_file()]
 
 
 def _rows(file: Path, column: str) -> Iterator[str | None]:
@@ -335,13 +340,6 @@ class HubReader:
             self._builder = datasets.load_dataset_builder(
                 str(local) if local.is_dir() else name, source.name, revision=revision or None
             )
-        data_files = getattr(self._builder.config, "data_files", None)
-        splits = [str(split) for split in self._builder.info.splits or data_files or ()]
-        if splits and source.split.partition("[")[0] not in splits:
-            raise DataError(
-                f"{source.hub}: there is no split {source.split!r}{nearest(source.split, splits)}; there are "
-                f"{', '.join(splits)}"
-            )
 
     def identity(self) -> dict[str, Any]:
         builder = self._builder
@@ -359,8 +357,6 @@ class HubReader:
             else:
                 self._builder.download_and_prepare()
                 rows = self._builder.as_dataset(split=source.split).to_iterable_dataset()
-            if rows.column_names is not None:
-                _require_column(source.column, rows.column_names, source.hub)
             done = state["row"] if state else 0
             if state and state["iterable"] is not None:
                 rows.load_state_dict(state["iterable"])

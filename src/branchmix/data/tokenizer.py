@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from branchmix.checkpoint.text import LONG, parts_of, whole_characters
+from branchmix.checkpoint.text import parts_of, whole_characters
 from branchmix.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 CHARACTERS = 20_000_000
 """Maximum amount of text to train on; more text changes few merges."""
-_BATCH = 1000
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -35,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator(_batches(texts), trainer)
+    core.train_from_iterator((part for text in texts for part in parts_of(whole_characters(text))), trainer)
     num_tokens = core.get_vocab_size()
     if num_tokens < vocab_size:
         raise DataError(
@@ -43,20 +42,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
             "ask for fewer"
         )
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        for part in parts_of(whole_characters(text)):
-            batch.append(part)
-            characters += len(part)
-            if len(batch) == _BATCH or characters >= LONG:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def equal_text(documents: dict[str, Iterator[str]]) -> Iterator[str]:

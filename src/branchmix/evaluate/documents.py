@@ -13,7 +13,7 @@ from branchmix.checkpoint.text import replaced_note, whole_characters
 from branchmix.data.config import EvalData, Selection
 from branchmix.data.corpus import up_to
 from branchmix.data.sources import documents as documents_of
-from branchmix.data.sources import hash_of, is_held_out
+from branchmix.data.sources import hash_of, held_out_among, is_held_out
 from branchmix.errors import DataError
 from branchmix.likelihood.models import encode
 
@@ -89,18 +89,17 @@ def _held_out(texts: Iterable[str], selection: Selection, tokenizer: Any, *, in_
 
 
 def _by_hash(texts: Iterable[str], share: float) -> Iterator[str]:
-    """All held-out texts in the order of their hashes; if there is none, the one that training holds out then."""
-    held: dict[int, str] = {}
-    lowest, highest = (2**64, ""), -1
+    """All held-out texts in the order of their hashes."""
+    hashes: set[int] = set()
+    kept: dict[int, str] = {}
+    lowest = 2**64
     for text in texts:
         key = hash_of(text)
-        if is_held_out(text, share):
-            held[key] = text
-        elif not held:
-            lowest, highest = min(lowest, (key, text)), max(highest, key)
-    if not held and lowest[0] < highest and share > 0:
-        held = dict([lowest])
-    return (held[key] for key in sorted(held))
+        hashes.add(key)
+        lowest = min(lowest, key)
+        if key == lowest or is_held_out(text, share):
+            kept[key] = text
+    return (kept[key] for key in sorted(held_out_among(hashes, share)))
 
 
 def _training_tokens(tokenizer: Any, text: str) -> int:

@@ -65,7 +65,7 @@ def evaluate(
     with ExitStack() as stack:
         if options is not None:
             options.check()  # at once, before anything is read
-        if data is not None and not isinstance(data, EvalData):
+        if data is not None:
             data = EvalData.load(data)
         candidates = [TextModel(resolve(given), dtype, trust_remote_code) for given in models]
         members = _members(ensemble, candidates) if ensemble else {}

@@ -55,7 +55,7 @@ def run(
         BranchMixError: one line for what is wrong with the file, a task, the data, a model or ``out``.
     """
     check_dtype(dtype)
-    file = family if isinstance(family, FamilyFile) else FamilyFile.load(family)
+    file = FamilyFile.load(family)
     selected, notes = select(tasks, [Path(p) for p in data], [Path(p) for p in fresh], shots=shots, limit=limit)
     chosen = subjects(file)
     notes += [note for subject in chosen for note in subject.notes]

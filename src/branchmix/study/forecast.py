@@ -20,8 +20,9 @@ from branchmix.study.folder import PLAN, is_done
 from branchmix.study.graph import Graph, Step, has_routers
 from branchmix.study.memory import training_bytes
 from branchmix.study.settings import InstalledText, StudyFile
-from branchmix.study.speed import Speed, in_bf16, measure_speed
+from branchmix.study.speed import Speed, measure_speed
 from branchmix.train.launch import cores, gpus, share_machine
+from branchmix.train.models import Computing
 from branchmix.train.progress import duration
 
 MOST_PROCESSES = 8
@@ -169,7 +170,7 @@ def _parameters(step: Step) -> int:
 def _memory(step: Step) -> int:
     """Bytes of a training step; of a merge alone nothing, of anything else the weights in fp32."""
     if step.kind == "train":
-        return training_bytes(step.config, step.run, bf16=in_bf16(step.run.get("precision", "auto")))
+        return training_bytes(step.config, step.run, bf16=Computing.of(step.run.get("precision", "auto")).bf16)
     return 0 if step.kind == "upcycle" and not step.recipe.get("gates") else 4 * _parameters(step)
 
 

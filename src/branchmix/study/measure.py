@@ -32,7 +32,6 @@ from branchmix.likelihood.loading import load_language_model
 from branchmix.likelihood.models import TextModel
 from branchmix.study.folder import rounded
 from branchmix.study.settings import Inference, StudyFile
-from branchmix.study.speed import in_bf16
 from branchmix.train.counters import RouterMonitor
 from branchmix.train.measure import model_inputs
 from branchmix.train.models import Computing, attention_options
@@ -96,8 +95,7 @@ class HeldOutText:
         return {"documents": _rows(together), "routing": None}
 
     def _load(self, folder: Path) -> tuple[Any, Any, Computing]:
-        device = _device()
-        computing = Computing(device, in_bf16(self.study.precision, device))
+        computing = Computing.of(self.study.precision, _device())
         model = TextModel(ResolvedModel(str(folder), folder), "float32", self.study.trust_remote_code)
         options = attention_options(model.config.model_type, computing, self.study.sequence_length)
         return model.load(**options), model.tokenizer, computing
@@ -173,7 +171,7 @@ def measure_inference(
     all of them; they have to fit into memory together.
     """
     device = _device()
-    dtype = torch.bfloat16 if in_bf16("auto", device) else torch.float32
+    dtype = torch.bfloat16 if Computing.of("auto", device).bf16 else torch.float32
     loaded = {
         name: load_language_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).eval().to(device)
         for name, folder in models.items()

@@ -20,10 +20,11 @@ from unittest import mock
 from branchmix.errors import BranchMixError
 from branchmix.study.build import build
 from branchmix.study.folder import MODEL, STEPS, StudyFolder, alone, is_done, write_plan
-from branchmix.study.forecast import fitted, processes_of, side_by_side
+from branchmix.study.forecast import fitted, processes_of
 from branchmix.study.graph import AFTER_A_MODEL, Graph, Step
 from branchmix.study.settings import StudyFile
-from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, run_processes, startable
+from branchmix.train import cluster
+from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, cores, startable
 from branchmix.train.progress import JobDisplay
 
 Launcher = Literal["local", "ray", "inline"]
@@ -67,7 +68,7 @@ def study(
     Raises:
         BranchMixError: the settings make no sense, something is missing, or ``out`` is something else's folder.
     """
-    config = config if isinstance(config, StudyFile) else StudyFile.load(config)
+    config = StudyFile.load(config)
     out = Path(out)
     graph = build(config)
     graph.chosen(only)  # what makes no sense is refused before anything is written or measured
@@ -111,18 +112,13 @@ def _run(config: StudyFile, graph: Graph, out: Path, todo: list[Step], watch: Wa
         if not steps or any(name in undone for step in steps for name in step.needs.names):
             continue
         chains = _chains(steps)
+        threads, run = cluster.runner(launcher, config.at_once, config.threads, len(chains), shared=out.absolute())
         if launcher == "ray":
-            from branchmix.train.cluster import run_on_ray
-
-            threads, shared = config.threads or 1, out.absolute()
-            jobs = [_job(out, chain, chains, threads) for chain in chains]
-            outcome = run_on_ray(
-                jobs, config.at_once, shared=shared, num_cpus=threads, retries=config.retries, watch=watch
-            )
+            jobs = [_job(out, chain, chains, threads or 1) for chain in chains]
         else:
-            at_once, threads, places = side_by_side(config, len(chains))
+            threads = threads or cores()
             jobs = [_job(out, chain, chains, threads, processes_of(config, graph, chain[0])) for chain in chains]
-            outcome = run_processes(jobs, at_once, retries=config.retries, places=places, watch=watch)
+        outcome = run(jobs, retries=config.retries, watch=watch)
         states += outcome.jobs
         if outcome.stopped_by is not None:
             break

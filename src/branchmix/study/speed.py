@@ -80,7 +80,7 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
         torch.set_num_threads(threads)
         keep_freed_memory()  # as runs do: without it, half of a step can be page faults
         study = StudyFile.model_validate(settings)
-        computing = Computing(torch.device("cpu"), in_bf16(study.precision))
+        computing = Computing.of(study.precision)
         start, steps = 0.0, {}
         micro = study.micro_batch_size or study.batch_size
         options: dict[str, Any] = {"micro": micro, "accumulation": study.batch_size // micro}
@@ -95,15 +95,6 @@ def _measure(settings: dict[str, Any], kinds: list[str], threads: int, begun: fl
     except BaseException:
         barrier.abort()  # the others would wait for ever
         raise
-
-
-def in_bf16(precision: str, device: Any = None) -> bool:
-    """Whether a run of this precision computes in bf16 on a device, or on this machine's CPUs."""
-    import torch
-
-    from branchmix.models.chunked_branchmix import faster_in_bf16
-
-    return faster_in_bf16(device or torch.device("cpu")) if precision == "auto" else precision == "bf16"
 
 
 def _random_sequences(config: Config, count: int, length: int) -> list[dict[str, Any]]:

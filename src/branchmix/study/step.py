@@ -28,6 +28,7 @@ from branchmix.study.graph import Step
 from branchmix.study.models import DATA
 from branchmix.study.settings import SEED, InstalledText, StudyFile
 from branchmix.train.config import RunConfig
+from branchmix.train.run_folder import is_main_process
 
 CURVE_POINTS = 60
 """Points of a training run's loss curve."""
@@ -52,13 +53,8 @@ def do(out: Path, name: str) -> None:
     work = _Work(out.absolute(), name)
     work.folder.mkdir(parents=True, exist_ok=True)
     result = getattr(work, work.step.kind)()
-    if _is_main():
+    if is_main_process():
         write_record(work.folder / RESULT, {"step": name, **work.step.summary(), **result})
-
-
-def _is_main() -> bool:
-    """Whether this process is the first of those that share a training run."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class _Work:
@@ -160,7 +156,7 @@ class _Work:
         report = train(RunConfig.load(self.write_yaml("run.yaml", "train run.yaml", run)))
         if report.status == "stopped":
             raise StepStoppedError(report.signal or 2)
-        if not report.is_main:
+        if not is_main_process():
             return {}
         record = report.record
         clips = run["optimizer"]["max_grad_norm"] > 0
@@ -298,7 +294,7 @@ def main(out: Path, names: list[str]) -> int:
         torch.set_num_threads(int(threads))
         keep_freed_memory()
     try:
-        for name in names if _is_main() else names[:1]:
+        for name in names if is_main_process() else names[:1]:
             do(out, name)
     except BranchMixError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)

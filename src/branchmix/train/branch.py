@@ -21,12 +21,12 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.data.sources import require_files
 from branchmix.errors import RecipeError
 from branchmix.settings import absolute, parse_yaml
+from branchmix.train.cluster import Launcher, runner
 from branchmix.train.config import BranchConfig, RunConfig
-from branchmix.train.launch import Job, JobState, Outcome, Status, run_processes, share_machine
+from branchmix.train.launch import Job, JobState, Outcome, Status
 from branchmix.train.progress import JobDisplay
 from branchmix.train.run_folder import RunFolder, result_of
 
-Launcher = Literal["local", "ray"]
 TRAIN = (sys.executable, "-m", "branchmix", "train")
 """The command of a run, without its file."""
 TEMPLATE = Path(__file__).with_name("mixture_recipe.yaml")
@@ -107,10 +107,7 @@ def branch(
     Raises:
         BranchMixError: the configuration makes no sense, the seed is missing, or OUT cannot be written.
     """
-    if not isinstance(config, BranchConfig):
-        config = BranchConfig.load(config, overrides)
-    elif overrides:
-        raise RecipeError("overrides apply to files: change the BranchConfig itself")
+    config = BranchConfig.load(config, overrides)
     names = _chosen(config, only)
     out = absolute(config.out, config.folder)
     require_files(config.data, folder=config.folder)  # once, rather than in every run
@@ -122,19 +119,11 @@ def branch(
 
     left = [name for name in names if name not in finished]
     with JobDisplay(total=len(names), finished=len(finished), enabled=progress) as watch:
-        if not left:
-            outcome = Outcome([])
-        elif launcher == "ray":
-            from branchmix.train.cluster import run_on_ray
-
-            jobs = [_job(runs[name], name, config.threads, force=force) for name in left]
-            outcome = run_on_ray(
-                jobs, config.at_once, shared=out, num_cpus=config.threads or 1, retries=config.retries, watch=watch
-            )
-        else:
-            at_once, threads, places = share_machine(config.at_once, config.threads, len(left))
+        outcome = Outcome([])
+        if left:
+            threads, run = runner(launcher, config.at_once, config.threads, len(left), shared=out)
             jobs = [_job(runs[name], name, threads, force=force) for name in left]
-            outcome = run_processes(jobs, at_once, retries=config.retries, places=places, watch=watch)
+            outcome = run(jobs, retries=config.retries, watch=watch)
     states = {state.job.name: state for state in outcome.jobs}
     experts = [_report(runs[name], name, finished, states.get(name)) for name in names]
     recipe, notes = _write_recipe(config, out)

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from branchmix.checkpoint.folder import system_error
 from branchmix.errors import OutputError, TrainingError
 from branchmix.pages.numbers import human_bytes
 from branchmix.train import run_folder as files
@@ -50,7 +50,6 @@ class SafeTrainer(Trainer, TrainerCallback):
 
     Attributes:
         stopped_by: the signal that ended training early, or None. There is a checkpoint of the last step then.
-        seconds: wall time of training, including the runs it resumed.
     """
 
     def __init__(
@@ -66,8 +65,7 @@ class SafeTrainer(Trainer, TrainerCallback):
         self.checkpoints, self.when, self.signals = checkpoints, when, signals
         self.stopped_by: int | None = None
         self._saved_step = 0
-        self._saved_at = self._began_at = time.monotonic()
-        self._seconds_before = 0.0
+        self._saved_at = time.monotonic()
         self._evaluation_due = False
         self._resumed: dict[str, Any] = {}
         # Ours alone: a second way to save would write pickles; NaN is an error, not a value to smooth over.
@@ -101,15 +99,11 @@ class SafeTrainer(Trainer, TrainerCallback):
             KeyboardInterrupt: the second Ctrl-C.
         """
         folder = None if resume_from_checkpoint is None else str(Path(resume_from_checkpoint) / TRAINING)
-        self._began_at = self._saved_at = time.monotonic()
+        self._saved_at = time.monotonic()
         # transformers evaluates "at the start" of a resumed run too, which the uninterrupted one would not have done.
         self.args.eval_on_start &= folder is None
         with self.signals.deferred():
             return super().train(resume_from_checkpoint=folder, **kwargs)
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._began_at
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers looks at the flag after a step only: one step too many after a stop before the first, or when a
@@ -141,15 +135,15 @@ class SafeTrainer(Trainer, TrainerCallback):
     def may_stop_here(self) -> None:
         """Stop an evaluation here if a signal came. All processes call it for every batch."""
         if self.is_in_train and (stop := self._stop_asked()):
-            raise _StoppedError(stop)
+            self.stopped_by = stop
+            raise _StoppedError
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         random_numbers = saved.random_numbers()  # a data loader draws one when it starts
         logged = len(self.state.log_history)
         try:
             return super()._evaluate(*args, **kwargs)
-        except _StoppedError as stop:
-            self.stopped_by = stop.signal
+        except _StoppedError:
             del self.state.log_history[logged:]
             self._stop(self.control)
             self._evaluation_due = True
@@ -218,14 +212,10 @@ class SafeTrainer(Trainer, TrainerCallback):
             if content:
                 save_file({key: value.contiguous() for key, value in content.items()}, folder / f"{name}.safetensors")
         state = {
-            "step": self.state.global_step,
             "num_processes": self.args.world_size,
-            "seconds": self.seconds,
             "scheduler": self.lr_scheduler.state_dict(),
             "optimizer": optimizer,
-            "loss_before": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "first_step": self._initial_global_step,
             "evaluation_due": self._evaluation_due,
         }
         (folder / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
@@ -280,8 +270,7 @@ class SafeTrainer(Trainer, TrainerCallback):
     # Reading. Every hook gets the checkpoint's folder ``training``, where transformers finds its own state.
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.model if model is None else model
-        saved.read(model, Path(resume_from_checkpoint).parent)
+        saved.read(self.model if model is None else model, Path(resume_from_checkpoint).parent)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -310,12 +299,9 @@ class SafeTrainer(Trainer, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """Restore accumulators, which the loop has just reset."""
+        self._saved_step = state.global_step
         if resumed := self._resumed:
-            self._saved_step = resumed["step"]
-            self._seconds_before = resumed["seconds"]
-            self._total_loss_scalar = resumed["loss_before"]
             self._globalstep_last_logged = resumed["last_logged"]
-            self._initial_global_step = resumed["first_step"]
             self._tr_loss += resumed["loss"]
             if resumed["evaluation_due"]:
                 self._evaluate(None, None)
@@ -346,21 +332,15 @@ class SafeTrainer(Trainer, TrainerCallback):
 class _StoppedError(Exception):
     """A signal came while evaluating."""
 
-    def __init__(self, signal: int) -> None:
-        self.signal = signal
-
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     return load_file(file) if file.is_file() else {}
 
 
 def _problem(error: Exception, place: Path, num_bytes: int) -> str:
-    """The error in one line; safetensors gives the system's error number in its text only."""
-    number = error.errno if isinstance(error, OSError) else None
-    number_in_text = re.search(r"os error (\d+)", str(error))
-    if number_in_text:
-        number = int(number_in_text.group(1))
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    """The error in one line."""
+    error = system_error(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         free = shutil.disk_usage(existing(place)).free
         return f"the disk is full: a checkpoint needs {human_bytes(num_bytes)}, and {human_bytes(free)} are free"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return error.strerror or str(error)

@@ -15,15 +15,13 @@ from branchmix.data.sources import require_files
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.models import new_config, require_model_type
-from branchmix.train.run_folder import DONE, RunFolder
+from branchmix.train.run_folder import DONE, RunFolder, State
 from branchmix.train.schedule import Batching, steps_of
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks found out."""
-
-    state: str
+    state: State
     model: ResolvedModel | None
     """None for a new model."""
     tokenizer: ResolvedModel | None
@@ -32,9 +30,7 @@ class Checked:
     batching: Batching
 
 
-def check(config: RunConfig, folder: RunFolder, *, force: bool) -> Checked:
-    """Check everything that can be checked in seconds."""
-    state = folder.look(config, force=force)
+def check(config: RunConfig, folder: RunFolder, state: State) -> Checked:
     for logger in config.logging.to:
         if importlib.util.find_spec(logger) is None:
             raise RecipeError(f"logging.to: {logger} is not installed: pip install {logger}, or leave it out")

@@ -1,4 +1,4 @@
-"""Runs the jobs of ``launch.py`` on a Ray cluster: each attempt is a task, placed where the cluster has room.
+"""Runs the jobs of ``launch.py`` on this machine or on a Ray cluster, where the tasks go to machines that have room.
 
 Ray is optional. A task starts the same process that would be started on this machine. All machines must share the file
 system with the runs' folders, and progress is read from there.
@@ -11,15 +11,36 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from branchmix.checkpoint.folder import writing
 from branchmix.errors import RecipeError
-from branchmix.train.launch import USER_ERROR, Attempt, Job, JobState, Outcome, run_jobs, run_processes
+from branchmix.train.launch import USER_ERROR, Job, JobState, Outcome, run_jobs, run_processes, share_machine
+
+Launcher = Literal["local", "ray"]
+
+
+def runner(
+    launcher: Launcher, at_once: int | None, threads: int | None, num_jobs: int, *, shared: Path
+) -> tuple[int | None, Callable[..., Outcome]]:
+    """The threads of each job, or None if it may choose, and the function that runs jobs: ``run_jobs`` but for where.
+
+    Args:
+        launcher: ``local`` for processes that share this machine, ``ray`` for a cluster.
+        at_once: how many run at a time; as many as fit if None.
+        threads: of each job; chosen here if None, but not on a cluster, whose machines may be others.
+        num_jobs: how many there will be.
+        shared: see ``run_on_ray``.
+    """
+    if launcher == "ray":
+        return threads, partial(run_on_ray, at_once=at_once, shared=shared, num_cpus=threads or 1)
+    at_once, threads, places = share_machine(at_once, threads, num_jobs)
+    return threads, partial(run_processes, at_once=at_once, places=places)
 
 
 def run_on_ray(
@@ -61,22 +82,15 @@ def _attempt(state: JobState, sign: Path) -> JobState:
     return outcome.jobs[0]
 
 
-class _Task(Attempt):
+class _Task:
     """A task of the cluster, which may wait there for room. It creates the file ``sign`` when it starts."""
 
     def __init__(self, state: JobState, ray: Any, reference: Any, sign: Path):
-        super().__init__(state)
-        self.ray, self.reference, self.sign = ray, reference, sign
-        self.has_begun = False
-
-    def begin(self) -> None:
-        if not self.has_begun:
-            self.has_begun = True
-            super().begin()
+        self.state, self.ray, self.reference, self.sign = state, ray, reference, sign
 
     def is_over(self) -> bool:
         if self.sign.exists():
-            self.begin()
+            self.state.begin()
         return bool(self.ray.wait([self.reference], timeout=0)[0])
 
     def signal(self, number: int) -> None:
@@ -87,13 +101,13 @@ class _Task(Attempt):
         """Record the result of the attempt, or Ray's error if the task is gone."""
         state = self.state
         if self.sign.exists():
-            self.begin()
+            state.begin()
         try:
             result = self.ray.get(self.reference, timeout=60)  # it is over, or was abandoned
         except self.ray.exceptions.TaskCancelledError:
             state.exit_code, state.last_line = None, ""
         except self.ray.exceptions.RayError as error:
-            self.begin()  # it counts as an attempt, or it could be retried forever
+            state.begin()  # it counts as an attempt, or it could be retried forever
             reason = " ".join(str(error).split())
             state.exit_code, state.last_line = 1, f"Ray lost its worker: {type(error).__name__}: {reason[:200]}"
         else:

@@ -40,7 +40,6 @@ class NewModel(Settings):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The family's config keys that were given."""
         return dict(self.model_extra or {})
 
 

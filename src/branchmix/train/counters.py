@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -30,27 +30,6 @@ DOMINANT = 0.95
 """An expert with more than this share of the load leaves the others almost no tokens."""
 PATIENCE = 5
 """Consecutive readings before a collapse is reported, since a single batch may have no tokens for an expert."""
-
-
-@dataclass(frozen=True)
-class DomainLosses:
-    """The sums between two readings, over all processes."""
-
-    sums: dict[str, float]
-    """Negative log-likelihood in nats, summed over predicted tokens."""
-    tokens: dict[str, int]
-    """Predicted tokens, which a document's first token in a sequence is not."""
-
-    @property
-    def by_domain(self) -> dict[str, float]:
-        """Mean loss of each domain that occurred, in nats a token."""
-        return {name: self.sums[name] / count for name, count in self.tokens.items() if count}
-
-    @property
-    def mean(self) -> float:
-        """Mean loss over all tokens; NaN if there were none."""
-        count = sum(self.tokens.values())
-        return sum(self.sums.values()) / count if count else math.nan
 
 
 class DomainSums:
@@ -96,7 +75,7 @@ class DomainLoss:
         >>> loss = DomainLoss(["code", "law"])
         >>> with loss.counting(model, batch["domain"]):
         ...     model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.backward()
-        >>> loss.read().by_domain
+        >>> mean, by_domain = loss.read()
     """
 
     def __init__(self, domains: Sequence[str]):
@@ -152,12 +131,16 @@ class DomainLoss:
         not_finite = [number for number, total in enumerate(sums_N) if not math.isfinite(total)]
         return [self.domains[number] for number in not_finite or self._last_B.unique().tolist()]
 
-    def read(self, device: torch.device | None = None) -> DomainLosses:
-        """Return and reset the sums since the last reading, as ``DomainSums.read`` does."""
+    def read(self, device: torch.device | None = None) -> tuple[float, dict[str, float]]:
+        """Return and reset the mean loss over all tokens since the last reading, and that of each domain that occurred.
+
+        In nats per predicted token, which a document's first in a sequence is not; NaN if there was none. A collective
+        call, as ``DomainSums.read``.
+        """
         losses, counts = self._sums.read(device).T.tolist()
-        return DomainLosses(
-            dict(zip(self.domains, losses, strict=True)), dict(zip(self.domains, map(int, counts), strict=True))
-        )
+        by_domain = zip(self.domains, losses, counts, strict=True)
+        mean = sum(losses) / sum(counts) if any(counts) else math.nan
+        return mean, {name: loss / count for name, loss, count in by_domain if count}
 
 
 class RouterMonitor:
@@ -172,26 +155,38 @@ class RouterMonitor:
 
     def __init__(self, config: Any, domains: Sequence[str]):
         self.domains = list(domains)
-        self._kinds: list[_Kind] = []
         self._experts: list[str] = []
+        self._top_k: dict[str, int] = {}  # by kind of router
         self._streaks = Counter[tuple[str, int, str]]()
         if config.model_type == "branchmix":
             self._experts = list(config.expert_names or map(str, range(config.num_experts)))
-            size = (config.num_hidden_layers, len(self.domains), config.num_experts)
             if config.has_attention_experts:
-                top_k = config.attention_num_experts_per_tok or config.num_experts
-                self._kinds.append(_Kind("attention", "attention_router_logits", top_k, *size))
+                self._top_k["attention"] = config.attention_num_experts_per_tok or config.num_experts
             if config.has_ffn_experts:
-                self._kinds.append(_Kind("ffn", "router_logits", config.num_experts_per_tok, *size))
-        self.options = {"output_router_logits": True} if self._kinds else {}
+                self._top_k["ffn"] = config.num_experts_per_tok
+        # For each layer: the load of each expert, the entropy, and the number of tokens.
+        size = (config.num_hidden_layers, len(self._experts) + 2) if self._top_k else ()
+        self._sums = {kind: DomainSums(len(self.domains), *size) for kind in self._top_k}
+        self.options = {"output_router_logits": True} if self._top_k else {}
 
+    @torch.no_grad()
     def add(self, output: Any, domain_B: torch.Tensor, mask_BT: torch.Tensor | None = None) -> None:
-        """Count a forward pass by the output of the model, called with ``options``.
+        """Count a forward pass by the output of the model, called with ``options``: tokens with 1 in the mask."""
+        for kind, top_k in self._top_k.items():
+            logits = output["router_logits" if kind == "ffn" else f"{kind}_router_logits"]
+            gates_LBTE = torch.stack([of_layer.detach() for of_layer in logits]).unflatten(1, (len(domain_B), -1))
+            gates_LBTE = gates_LBTE.softmax(-1)
+            # Computed from the logits rather than from the router's gates, which may be normalised.
+            load_LBTE = load_of(gates_LBTE, gates_LBTE.topk(top_k, dim=-1).indices if self._is_hard(kind) else None)
+            entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)
+            values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)
+            if mask_BT is not None:
+                values_LBTX = values_LBTX * mask_BT.to(values_LBTX).unsqueeze(-1)
+            self._sums[kind].add(domain_B, values_LBTX.sum(2).transpose(0, 1))
 
-        Tokens that count have 1 in the mask, padding has 0; without one, all count.
-        """
-        for kind in self._kinds:
-            kind.add(output, domain_B, mask_BT)
+    def _is_hard(self, kind: str) -> bool:
+        """Whether routers choose some of the experts. A loss balances those; soft routers have none."""
+        return self._top_k[kind] < len(self._experts)
 
     def read(self, device: torch.device | None = None) -> RouterReading:
         """Return everything counted since the last reading, by all processes, and reset it.
@@ -200,43 +195,54 @@ class RouterMonitor:
         several processes see the same tokens (expert parallelism), these are counted several times in numerator and
         denominator, which does not change shares and means.
         """
-        routers = [router for kind in self._kinds for router in kind.read(self.domains, device)]
-        reading = RouterReading(self._experts if self._kinds else [], routers)
-        fair = 1 / max(1, len(self._experts))
-        for key, load in reading.loads():
-            collapsed = fair < 1 and (load < STARVED * fair or load > DOMINANT)
-            self._streaks[key] = self._streaks[key] + 1 if collapsed else 0
-        reading.collapsed = self._collapsed(reading, fair)
-        return reading
-
-    def _collapsed(self, reading: RouterReading, fair: float) -> list[str]:
-        routers: dict[tuple[str, int], list[str]] = {}
-        for key, load in reading.loads():
-            if self._streaks[key] == PATIENCE:
-                routers.setdefault(key[:2], []).append(f"expert {key[2]} gets {100 * load:.1f} %")
-        balanced = {kind.name for kind in self._kinds if kind.balanced}
-        return [
-            f"layer {layer} {kind} router: {', '.join(experts)} of the load (fair: {100 * fair:.0f} %), for {PATIENCE} "
-            f"readings: {'raise router_aux_loss_coef or ' if kind in balanced else ''}lower the learning rate"
-            for (kind, layer), experts in routers.items()
+        routers = [
+            self._shares(kind, layer, sums_NX)
+            for kind, sums in self._sums.items()
+            for layer, sums_NX in enumerate(sums.read(device).unbind(1))
+            if sums_NX[:, -1].any()
         ]
+        return RouterReading(self._experts if self._top_k else [], routers, self._collapsed(routers))
+
+    def _shares(self, kind: str, layer: int, sums_NX: torch.Tensor) -> RouterShares:
+        by_domain = {
+            name: (sums_X[:-2] / sums_X[-1]).tolist()
+            for name, sums_X in zip(self.domains, sums_NX, strict=True)
+            if sums_X[-1] > 0
+        }
+        total_X = sums_NX.sum(0)
+        *load, entropy, _ = (total_X / total_X[-1]).tolist()
+        share = entropy / math.log(len(load)) if len(load) > 1 else 1.0
+        return RouterShares(kind, layer, load, entropy, by_domain, share, max(load) * len(load))
+
+    def _collapsed(self, routers: list[RouterShares]) -> list[str]:
+        """A line for each router of which an expert has got nearly no tokens, or all, for the last few readings."""
+        fair, lines = 1 / max(1, len(self._experts)), []
+        for router in routers:
+            found = []
+            for expert, load in zip(self._experts, router.load, strict=True):
+                key = (router.kind, router.layer, expert)
+                collapsed = fair < 1 and (load < STARVED * fair or load > DOMINANT)
+                self._streaks[key] = self._streaks[key] + 1 if collapsed else 0
+                if self._streaks[key] == PATIENCE:
+                    found.append(f"expert {expert} gets {100 * load:.1f} %")
+            if found:
+                advice = "raise router_aux_loss_coef or lower" if self._is_hard(router.kind) else "lower"
+                lines.append(
+                    f"layer {router.layer} {router.kind} router: {', '.join(found)} of the load (fair: {100 * fair:.0f}"
+                    f" %), for {PATIENCE} readings: {advice} the learning rate"
+                )
+        return lines
 
 
-@dataclass
+@dataclass(frozen=True)
 class RouterReading:
     """The choices of all routers since the last reading; empty if there are no routers or nothing was counted."""
 
     experts: list[str]
     routers: list[RouterShares]
-    collapsed: list[str] = field(default_factory=list)
+    collapsed: list[str]
     """One line for each router that has now been collapsed for ``PATIENCE`` consecutive readings: each collapse is
     reported once, and again only if the expert recovered in between."""
-
-    def loads(self) -> Iterator[tuple[tuple[str, int, str], float]]:
-        """The load of each expert of each router, by (kind, layer, name)."""
-        for router in self.routers:
-            for expert, load in zip(self.experts, router.load, strict=True):
-                yield (router.kind, router.layer, expert), load
 
     def scalars(self) -> dict[str, float]:
         """For loggers: ``router/ffn/03/entropy`` and the like."""
@@ -274,42 +280,3 @@ class RouterShares:
     """``entropy`` as a share of its maximum, log E."""
     load_max_over_mean: float
     """The largest load, times E: 1 for perfect balance, E for a single expert."""
-
-
-class _Kind:
-    """The sums of all routers of one kind. All layers are counted together, in a few calls."""
-
-    def __init__(self, name: str, output: str, top_k: int, num_layers: int, num_domains: int, num_experts: int):
-        self.name, self.output, self.top_k, self.num_experts = name, output, top_k, num_experts
-        self.balanced = top_k < num_experts
-        """Whether a loss balances it, which soft routers do not have."""
-        self._sums = DomainSums(num_domains, num_layers, num_experts + 2)
-
-    @torch.no_grad()
-    def add(self, output: Any, domain_B: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
-        """Add the logits of one forward pass."""
-        logits_LSE = torch.stack([logits.detach() for logits in output[self.output]])
-        gates_LBTE = logits_LSE.unflatten(1, (len(domain_B), -1)).softmax(-1)
-        # Computed from the logits rather than from the router's gates, which may be normalised.
-        load_LBTE = load_of(gates_LBTE, gates_LBTE.topk(self.top_k, dim=-1).indices if self.balanced else None)
-        # For each token: its load, its entropy, and a one that counts it.
-        entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)
-        values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)
-        if mask_BT is not None:
-            values_LBTX = values_LBTX * mask_BT.to(values_LBTX).unsqueeze(-1)
-        self._sums.add(domain_B, values_LBTX.sum(2).transpose(0, 1))
-
-    def read(self, domains: list[str], device: torch.device | None) -> Iterator[RouterShares]:
-        """Yield the shares of each layer over all processes since the last reading."""
-        for layer, sums_NX in enumerate(self._sums.read(device).unbind(1)):
-            total_X = sums_NX.sum(0)
-            if total_X[-1] == 0:
-                continue
-            by_domain = {
-                name: (sums_X[: self.num_experts] / sums_X[-1]).tolist()
-                for name, sums_X in zip(domains, sums_NX, strict=True)
-                if sums_X[-1] > 0
-            }
-            *load, entropy, _ = (total_X / total_X[-1]).tolist()
-            share = entropy / math.log(len(load)) if len(load) > 1 else 1.0
-            yield RouterShares(self.name, layer, load, entropy, by_domain, share, max(load) * len(load))

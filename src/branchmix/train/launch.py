@@ -11,12 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 from branchmix.checkpoint.folder import libc
 from branchmix.errors import OutputError
@@ -34,8 +33,6 @@ _GRACE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """A command to run."""
-
     name: str
     command: Sequence[str]
     log: Path
@@ -44,16 +41,12 @@ class Job:
     """The command of later attempts, if it differs."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to this process's environment."""
-    folder: Path | None = None
-    """Folder that it runs in; the current one if not given."""
     after: Sequence[str] = ()
     """Names of jobs that must be done before it starts. Names that are not among the call's jobs count as done."""
 
 
 @dataclass
 class JobState:
-    """The progress of a job."""
-
     job: Job
     status: Status = "waiting"
     attempts: int = 0
@@ -68,6 +61,12 @@ class JobState:
     def command(self) -> list[str]:
         """The command of the next attempt."""
         return list(self.job.again if self.attempts and self.job.again is not None else self.job.command)
+
+    def begin(self) -> None:
+        """Note that an attempt has started, if that is not known yet."""
+        if self.status != "running":
+            self.status = "running"
+            self.attempts += 1
 
     @property
     def reason(self) -> str:
@@ -137,11 +136,15 @@ def run_jobs(
     """
     states = [JobState(job) for job in jobs]
     running: dict[int, Attempt] = {}  # by place
+    passed_on = 0
     try:
         with _noted_signals() as received:
             while True:
+                for number in received[passed_on:]:
+                    passed_on += 1
+                    for attempt in running.values():
+                        attempt.signal(signal.SIGKILL if passed_on > 2 else number)
                 for place, attempt in list(running.items()):
-                    attempt.pass_on(received)
                     if attempt.is_over():
                         del running[place]
                         attempt.close()
@@ -224,40 +227,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Attempt(ABC):
+class Attempt(Protocol):
     """One attempt at a job, which updates the job's state."""
 
-    def __init__(self, state: JobState):
-        self.state = state
-        self._passed_on = 0
+    state: JobState
 
-    def begin(self) -> None:
-        """Note in the state that it has started."""
-        self.state.status = "running"
-        self.state.attempts += 1
-
-    def pass_on(self, received: Sequence[int]) -> None:
-        """Send it the signals it has not received yet; the third kills."""
-        for count in range(self._passed_on + 1, len(received) + 1):
-            self.signal(signal.SIGKILL if count > 2 else received[count - 1])
-        self._passed_on = len(received)
-
-    @abstractmethod
     def signal(self, number: int) -> None: ...
 
-    @abstractmethod
     def is_over(self) -> bool: ...
 
-    @abstractmethod
     def close(self) -> None:
         """Record in the state how it ended, and end what is still running."""
 
 
-class _Process(Attempt):
+class _Process:
     """A process in a new session, so that a terminal's Ctrl-C reaches it only once."""
 
     def __init__(self, state: JobState, place: Mapping[str, str], orphans_get: int):
-        super().__init__(state)
+        self.state = state
         job, command = state.job, state.command
         self.begun = time.monotonic()
         try:
@@ -273,7 +260,6 @@ class _Process(Attempt):
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **place, **job.env},
-                cwd=job.folder,
                 start_new_session=True,
                 preexec_fn=_before_it_starts(orphans_get),
             )
@@ -281,7 +267,7 @@ class _Process(Attempt):
             self.log.close()
             raise OutputError(f"{job.name}: {command[0]} cannot be started: {error.strerror}") from None
         state.exit_code = None
-        self.begin()
+        state.begin()
 
     def is_over(self) -> bool:
         return self.process.poll() is not None
@@ -326,8 +312,7 @@ def _before_it_starts(orphans_get: int) -> Callable[[], None]:
 def _last_line(log: Path, start: int) -> str:
     """The last non-empty line that was written to ``log`` after byte ``start``."""
     with suppress(OSError), log.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(start, size - 65536))
+        file.seek(start)
         lines = file.read().decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
     return ""

@@ -62,7 +62,8 @@ def held_out_losses(
     finally:
         model.train(training)
         reshard(model)
-    return loss.read(computing.device).by_domain
+    _, by_domain = loss.read(computing.device)
+    return by_domain
 
 
 def model_inputs(batch: dict[str, torch.Tensor], packing: Packing, device: torch.device) -> dict[str, Any]:

@@ -45,18 +45,22 @@ class Computing:
     bf16: bool
 
     @classmethod
-    def of(cls, precision: str, device: torch.device) -> Computing:
-        """Choose the precision if it is ``auto``; raises RecipeError for bf16 on a device that has none."""
+    def of(cls, precision: str, device: torch.device | None = None) -> Computing:
+        """Choose the precision if it is ``auto``, on a device or this machine's CPUs.
+
+        Raises:
+            RecipeError: bf16 on a device that has none.
+        """
         import torch
 
         from branchmix.models.chunked_branchmix import faster_in_bf16
 
+        device = device or torch.device("cpu")
         if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise RecipeError("precision: this GPU does not compute in bf16: give fp32")
         return cls(device, faster_in_bf16(device) if precision == "auto" else precision == "bf16")
 
     def autocast(self) -> Any:
-        """The context to run a forward pass in."""
         import torch
 
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
@@ -204,7 +208,6 @@ class TokenizerFiles:
         self.files = {name: source.folder / name for name in tokenizer_files(source.folder)} if source else {}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files into ``folder``."""
         if not self.files:
             self.tokenizer.save_pretrained(folder)
         for name, file in self.files.items():

@@ -40,10 +40,8 @@ class Metrics:
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, except for an incomplete last row of a killed run."""
-        if not self.file.is_file():
-            return []
         rows: list[dict[str, Any]] = []
-        with suppress(ValueError):
+        with suppress(ValueError, FileNotFoundError):
             for line in self.file.read_text(encoding="utf-8").splitlines():
                 rows.append(json.loads(line))
         return rows
@@ -56,7 +54,6 @@ class Metrics:
         return kept
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row."""
         if self.writes:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(row)}\n")
@@ -83,12 +80,10 @@ class Display:
         self._bar.start()
 
     def step(self, done: int) -> None:
-        """A step is done."""
         for task in self._bar.task_ids:
             self._bar.update(task, completed=done)
 
     def row(self, row: dict[str, Any], total: int) -> None:
-        """New numbers."""
         if self._bar.disable:
             width = len(str(total))
             self.line(f"{row['step']:>{width}}/{total}  {describe(row)}  {duration(row['eta_seconds'])} left")
@@ -105,14 +100,8 @@ class Display:
             self._working = step
             self.line(step)
 
-    def plan(self, plan: dict[str, Any]) -> None:
-        """Data and model in two tables."""
-        if self.shown:
-            print_plan(plan, sys.stderr)
-
     def stop(self) -> None:
-        """Stop updating the bar."""
-        if not self._bar.disable:
+        if not self._bar.disable:  # else it would print an empty line
             self._bar.stop()
 
 
@@ -208,10 +197,7 @@ class JobDisplay:
     """Shows the states it is called with. A context manager, which restores the terminal at its end."""
 
     def __init__(self, *, total: int, finished: int, enabled: bool, noun: str = "experts"):
-        self.noun = noun
-        self.total = total
-        self.finished = finished
-        self.enabled = enabled
+        self.noun, self.total, self.finished, self.enabled = noun, total, finished, enabled
         self.said: dict[str, tuple[str, int]] = {}
         self.said_at = time.monotonic()
         self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
@@ -244,22 +230,19 @@ class JobDisplay:
     def _tell_changes(self, states: list[JobState]) -> None:
         """Print a line for every run that started, was restarted, or ended."""
         for state in states:
-            now = (state.status, state.attempts)
-            before = self.said.get(state.job.name, ("waiting", 0))
-            self.said[state.job.name] = now
-            if now == before:
-                continue
-            name = state.job.name
+            name, now = state.job.name, (state.status, state.attempts)
+            before = self.said.get(name, ("waiting", 0))
+            self.said[name] = now
+            texts = {
+                "running": f"started, its output is in {state.job.log}",
+                "done": f"done in {duration(state.seconds)}",
+                "failed": f"failed: {state.reason}",
+                "stopped": "stopped",
+            }
             if before[0] == "running" and (state.status == "waiting" or state.attempts > before[1]):
                 self._say(f"{name}: failed ({state.reason}); restarting")
-            elif state.status == "running":
-                self._say(f"{name}: started, its output is in {state.job.log}")
-            elif state.status == "done":
-                self._say(f"{name}: done in {duration(state.seconds)}")
-            elif state.status == "failed":
-                self._say(f"{name}: failed: {state.reason}")
-            elif state.status == "stopped":
-                self._say(f"{name}: stopped")
+            elif now != before and state.status in texts:
+                self._say(f"{name}: {texts[state.status]}")
 
     def _say(self, text: str) -> None:
         self.live.console.out(text, highlight=False)

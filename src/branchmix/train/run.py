@@ -1,7 +1,7 @@
 """One training run from its settings to the folder of the result: what ``branchmix train`` does.
 
 Cheap checks come first: whatever can be refused is refused within seconds, before torch is imported, data is read or a
-model is loaded. ``prepared`` and ``training_run`` do the rest.
+model is loaded. ``prepared`` and ``trainer`` do the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from branchmix.errors import RecipeError
 from branchmix.train.checks import check
 from branchmix.train.config import RunConfig
 from branchmix.train.progress import Display
@@ -48,22 +47,20 @@ def train(
         >>> model = AutoModelForCausalLM.from_pretrained(report.out)
     """
     clock = time.perf_counter()
-    if not isinstance(config, RunConfig):
-        config = RunConfig.load(config, overrides)
-    elif overrides:
-        raise RecipeError("overrides apply to settings from a file: change the object instead")
+    config = RunConfig.load(config, overrides)
     display = Display(shown=progress and is_main_process())
     folder = RunFolder(config)
-    if folder.look(config, force=force) == "finished":  # even if its model or data no longer exist
+    state = folder.look(config, force=force)
+    if state == "finished":  # even if its model or data no longer exist
         record = folder.record()
         assert record is not None
         if is_main_process():
             folder.clean_up()
         display.line(f"{folder.path}: this run is already done; use --force to start over")
         return RunReport(folder.path, "finished before", record)
-    checked = check(config, folder, force=force)
+    checked = check(config, folder, state)
     from branchmix.train.prepared import PreparedRun
-    from branchmix.train.training_run import execute
+    from branchmix.train.trainer import execute
 
     with StopSignals() as signals:
         try:

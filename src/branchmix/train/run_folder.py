@@ -14,13 +14,20 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TEMPLATES, TOKENIZER_FILES
-from branchmix.checkpoint.folder import fsync_path, in_order_of_removal, locked, require_name, write_json, writing
+from branchmix.checkpoint.folder import (
+    fsync_path,
+    in_order_of_removal,
+    locked,
+    require_name,
+    require_writable_parent,
+    writing,
+)
 from branchmix.checkpoint.json_text import read_object
 from branchmix.errors import BranchMixError, OutputError
 from branchmix.pages.numbers import too_little_space
@@ -74,8 +81,6 @@ class RunReport:
     """``training.json``; after a dry run the plan."""
     signal: int | None = None
     """The signal that stopped it; the same command resumes from its last checkpoint."""
-    is_main: bool = field(default_factory=is_main_process)
-    """Whether this process reports for the run."""
 
 
 class RunFolder:
@@ -94,9 +99,7 @@ class RunFolder:
         """
         require_name(self.path)
         if not self.path.exists():
-            parent = existing(self.path)
-            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                raise OutputError(f"{self.path}: {parent} is not a writable folder: choose another place")
+            require_writable_parent(self.path)
             return "new"
         if not self.path.is_dir():
             raise OutputError(f"{self.path}: is a file: choose a folder that does not exist yet")
@@ -154,10 +157,6 @@ class RunFolder:
             finally:
                 if (self.path / DONE).is_file():
                     (self.path / LOCK).unlink(missing_ok=True)
-
-    def write_run(self, record: dict[str, Any]) -> None:
-        """Write ``run.json``."""
-        write_json(self.path / RUN, record)
 
     def clean_up(self) -> None:
         """Remove what only an unfinished run needs."""
@@ -231,17 +230,14 @@ def damage(checkpoint: Path) -> str | None:
     if sizes is None:
         return f"{FILES} is missing or unreadable"
     for name, size in sizes.items():
-        try:
-            actual = (checkpoint / name).stat().st_size
-        except OSError:
+        if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if actual != size:
+        if (actual := (checkpoint / name).stat().st_size) != size:
             return f"{name} has {actual:,} bytes instead of {size:,}"
     return None
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
-    """Path of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 

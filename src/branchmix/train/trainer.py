@@ -1,5 +1,6 @@
-"""transformers' ``Trainer`` for packed sequences of several domains, with losses by domain and router metrics.
+"""A prepared run, trained and finished in its folder: ``execute``.
 
+``BranchTrainer`` is transformers' for packed sequences of several domains, with losses by domain and router metrics.
 ``Trainer`` and accelerate do accumulation, clipping, AdamW, DDP, FSDP2 and loggers. Three things differ: sequences come
 in the data set's order for any number of processes; the schedule's first step has a learning rate above zero; and
 autocast is entered here, since accelerate's would copy all logits to fp32 once more.
@@ -9,8 +10,11 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +28,110 @@ from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
-from branchmix.errors import CheckpointError
+from branchmix.checkpoint.folder import write_json, writing
+from branchmix.errors import OutputError
+from branchmix.train import measure, trained_parts
+from branchmix.train import saved_state as saved
 from branchmix.train.checkpoints import SafeTrainer
 from branchmix.train.counters import DomainLoss, RouterMonitor
-from branchmix.train.measure import held_out_losses, matmul_peak, memory_bytes, model_inputs
 from branchmix.train.models import TokenizerFiles, reshard
-from branchmix.train.prepared import PreparedRun
-from branchmix.train.progress import Clock, Metrics, seconds_of
-from branchmix.train.run_folder import step_of
+from branchmix.train.prepared import PreparedRun, now
+from branchmix.train.progress import Clock, Metrics, last_values, print_plan, seconds_of
+from branchmix.train.run_folder import AVERAGE, DONE, RUN, RunReport, step_of
 from branchmix.train.schedule import rate_at
 from branchmix.train.signals import StopSignals
 
 UPDATES = "num_updates"
 """Name of the counter in ``state``; parameters have dots in theirs."""
+
+
+def execute(run: PreparedRun, signals: StopSignals, *, force: bool) -> RunReport:
+    """Train and write the result, or a checkpoint if a signal comes. All processes of the run call it."""
+    out = run.folder.path
+    if run.display.shown:
+        print_plan(run.plan, sys.stderr)
+    with run.folder.alone() if run.process.is_main_process else nullcontext():
+        _take_folder(run, force=force)
+        trainer = BranchTrainer(run, signals)
+        if run.checkpoint is not None:
+            run.display.line(f"resuming from {run.checkpoint}")
+        try:
+            trainer.train(run.checkpoint)
+        finally:
+            run.display.stop()
+        if trainer.stopped_by is not None:
+            return RunReport(out, "stopped", run.fixed, trainer.stopped_by)
+        return RunReport(out, "trained", _finish(run, trainer))
+
+
+def _take_folder(run: PreparedRun, *, force: bool) -> None:
+    """Write ``run.json``, if the folder is still as it was when the run was checked."""
+    run.process.wait_for_everyone()  # until all have looked at the folder
+    if run.process.is_main_process:
+        changed = run.folder.look(run.config, force=force) != run.checked.state
+        if changed or (run.checkpoint is not None and not run.checkpoint.is_dir()):
+            raise OutputError(
+                f"{run.folder.path}: another process has trained here since this one started: rerun the command"
+            )
+        if run.checkpoint is None:
+            run.folder.clear()
+        write_json(run.folder.path / RUN, run.fixed)
+    run.process.wait_for_everyone()
+
+
+def _finish(run: PreparedRun, trainer: BranchTrainer) -> dict[str, Any]:
+    """Write the result and ``training.json`` into the folder, and remove the checkpoints."""
+    fixed, rows = run.fixed, trainer.metrics.rows() if run.process.is_main_process else []
+    losses, counts = last_values(rows, "loss/"), run.sequences.counts()
+    record = {
+        "config": fixed["config"],
+        **run.plan,
+        "seconds": seconds_of(rows),
+        "domains": {
+            name: {"tokens": counts[name] * run.config.sequence_length, "loss": losses.get(name)}
+            for name in run.sequences.domains
+        },
+        "held_out": {
+            "start": _scores(row for row in rows if row["step"] == 0),
+            "end": _scores(row for row in rows if row["step"] == fixed["steps"]),
+        },
+        "started": fixed["started"],
+        "ended": now(),
+        "resumed": fixed["resumed"],
+        "machine": measure.machine(run.computing.device),
+        "versions": measure.versions(),
+    }
+    _write_average(run, trainer)
+    if run.config.adapters:
+        trained_parts.fold_adapters(run.model)
+
+    def also(part: Path) -> None:
+        if trainer.ema is not None:
+            (run.folder.path / AVERAGE).rename(part / "ema")
+        write_json(part / DONE, record, allow_nan=True)
+
+    trainer.finish(run.folder.path, also=also)
+    if run.process.is_main_process:
+        run.folder.clean_up()
+    return record
+
+
+def _write_average(run: PreparedRun, trainer: BranchTrainer) -> None:
+    """Write the moving average, if there is one, into a folder that will be moved next to the result."""
+    if trainer.ema is None:
+        return
+    place = run.folder.path / AVERAGE
+    with trainer.ema.swapped(), writing(place):
+        weights = saved.gather(trainer.model)
+        if run.process.is_main_process:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            saved.write(trainer.model, trainer.processing_class, weights, place, resumable=False)
+
+
+def _scores(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Loss in nats per token and perplexity by domain, from the rows of one step."""
+    return {name: {"loss": loss, "perplexity": exp(loss)} for name, loss in last_values(rows, "held_out/").items()}
 
 
 class BranchTrainer(SafeTrainer):
@@ -94,7 +189,7 @@ class BranchTrainer(SafeTrainer):
         self.metrics = Metrics(out, writes=run.process.is_main_process)
         before = self.metrics.rewind(-1 if run.checkpoint is None else step_of(run.checkpoint))
         self.display, self.clock = run.display, Clock(seconds_of(before))
-        peak = matmul_peak(device, torch.bfloat16 if run.computing.bf16 else torch.float32)
+        peak = measure.matmul_peak(device, torch.bfloat16 if run.computing.bf16 else torch.float32)
         self.peak_flops = peak * run.process.num_processes
         self.domain_loss = DomainLoss(run.sequences.domains)
         self.routers = RouterMonitor(run.model.config, run.sequences.domains)
@@ -121,7 +216,7 @@ class BranchTrainer(SafeTrainer):
     ) -> Any:
         """The model's own loss; it and the routers' choices are counted for the domains of the sequences."""
         domain_B = inputs["domain"]
-        inputs = {**model_inputs(inputs, self.run.packing, self.args.device), **self.routers.options}
+        inputs = {**measure.model_inputs(inputs, self.run.packing, self.args.device), **self.routers.options}
         with self.domain_loss.counting(model, domain_B):
             loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.routers.add(output, domain_B)
@@ -166,7 +261,7 @@ class BranchTrainer(SafeTrainer):
         if "learning_rate" not in logs:
             return
         step = self.state.global_step
-        losses = self.domain_loss.read(self.args.device)
+        loss, by_domain = self.domain_loss.read(self.args.device)
         seconds, span, waiting = self.clock.read()
         steps, self._logged_step = step - self._logged_step, step
         tokens = self.run.fixed["tokens_per_step"]
@@ -175,14 +270,14 @@ class BranchTrainer(SafeTrainer):
             "steps": self.state.max_steps,
             "tokens": step * tokens,
             "seconds": round(seconds, 3),
-            "loss": losses.mean,
-            **{f"loss/{name}": value for name, value in losses.by_domain.items()},
+            "loss": loss,
+            **{f"loss/{name}": value for name, value in by_domain.items()},
             "objective": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
             "tokens_per_second": steps * tokens / span,
             "waiting": waiting,
-            "memory_bytes": memory_bytes(self.args.device),
+            "memory_bytes": measure.memory_bytes(self.args.device),
             "eta_seconds": (self.state.max_steps - step) * span / max(1, steps),
         }
         if self.run.flops is not None:
@@ -204,7 +299,7 @@ class BranchTrainer(SafeTrainer):
         if not self.run.held_out:
             return {}
         with self.clock.counting("paused"):
-            losses = held_out_losses(
+            losses = measure.held_out_losses(
                 self.model_wrapped,
                 self.run.held_out,
                 self.run.computing,
@@ -274,18 +369,8 @@ class Ema:
         return {UPDATES: torch.tensor(self.num_updates), **whole}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore ``state``. All processes have to call it with the same state.
-
-        Raises:
-            CheckpointError: it belongs to another model.
-        """
-        differing = state.keys() ^ {UPDATES, *self._average}
-        differing |= {name for name in state.keys() & self._average if state[name].shape != self._average[name].shape}
-        if differing:
-            raise CheckpointError(
-                f"the moving average in the checkpoint belongs to another model ({min(differing)} differs): start over "
-                "with --force"
-            )
+        """Restore ``state``, of this model. All processes have to call it with the same state."""
+        assert state.keys() == {UPDATES, *self._average}
         self.num_updates = int(state[UPDATES])
         for name, average in self._average.items():
             whole = state[name].to(average.device)

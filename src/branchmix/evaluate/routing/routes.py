@@ -72,7 +72,7 @@ def routes(
         raise RecipeError(
             "give either texts or data" + (": there is no text to route" if data is None else ", not both")
         )
-    config = data if data is None or isinstance(data, EvalData) else EvalData.load(data)
+    config = None if data is None else EvalData.load(data)
     candidate = TextModel(resolve(model), dtype, trust_remote_code)
     if config is None:
         by_domain = {TEXTS: [HashedDocument.of(text) for text in texts][:limit]}

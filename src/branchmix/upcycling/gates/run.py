@@ -66,7 +66,7 @@ def calibrate(
     """
     start = time.perf_counter()
     files = [] if isinstance(data, EvalData) else [Path(data)]
-    data = data if isinstance(data, EvalData) else EvalData.load(data)
+    data = EvalData.load(data)
     mixture = OpenedMixture(str(model), otherwise="calibrate the mixture that upcycle makes of it")
     source = mixture.resolved.folder
     if out is None and mixture.resolved.revision is not None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from branchmix.data.config import EvalData
 from branchmix.data.sources import documents as documents_of
-from branchmix.data.sources import hash_of, is_held_out
+from branchmix.data.sources import hash_of, held_out_among, is_held_out
 from branchmix.errors import DataError, RecipeError
 from branchmix.likelihood.models import encode
 
@@ -73,26 +73,21 @@ def _chosen(texts: Iterable[str], share: float, *, streamed: bool) -> list[str]:
     kept: list[tuple[int, str]] = []  # a heap
     seen: set[int] = set()
     characters = 0
-    lowest: int | None = None
-    any_held_out = False
     for text in texts:
         key = hash_of(text)
-        lowest = key if lowest is None else min(lowest, key)
-        if is_held_out(text, share):
-            any_held_out = True
-            continue
         if key in seen:
             continue
         seen.add(key)
+        if is_held_out(text, share):
+            continue
         heapq.heappush(kept, (key, text))
         characters += _usable(text)
         while characters - _usable(kept[0][1]) >= wanted:
             characters -= _usable(heapq.heappop(kept)[1])
         if streamed and characters >= wanted:
             break
-    if not any_held_out and share > 0 and len(seen) > 1:  # then training holds out the lowest, and so does eval
-        kept = [entry for entry in kept if entry[0] != lowest]
-    return [text for _, text in sorted(kept, reverse=True)]
+    held_out = held_out_among(seen, share)
+    return [text for key, text in sorted(kept, reverse=True) if key not in held_out]
 
 
 def _usable(text: str) -> int:
