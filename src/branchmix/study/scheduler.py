@@ -103,7 +103,9 @@ def study(
     return StudyReport(out, {step.name: statuses[step.name] for step in wanted}, failed, outcome.stopped_by)
 
 
-def _run(config: StudyFile, graph: Graph, out: Path, todo: list[Step], watch: Watch, launcher: Launcher) -> Outcome:
+def _run(
+    config: StudyFile, graph: Graph, out: Path, todo: list[Step], watch: Watch, launcher: cluster.Launcher
+) -> Outcome:
     """All steps but the timed one, and that alone at the end."""
     timed = [step for step in todo if step.kind == "inference"]
     states, outcome = list[JobState](), Outcome([])
