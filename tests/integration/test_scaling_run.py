@@ -437,7 +437,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         ([good, "--data", tmp_path / "nowhere"], "nowhere: there is no such folder"),
         ([good, "--tasks", task, "--bos", "maybe"], "--bos maybe: is none of default, on, off"),
         ([good, "--tasks", task, "--dtype", "int4"], "dtype: 'int4' is none of"),
-        ([good, "--tasks", task, "--out", task], "cannot be written: File exists"),
+        ([good, "--tasks", task, "--out", task], "is a file: choose a folder"),
         ([good, "--tasks", task, "--shots", 8], "8 shots need 9 examples"),
     ]
     for arguments, words in cases:

@@ -43,6 +43,8 @@ class Journal:
         self.rounds: dict[tuple[str, int, str], list[str]] = {}
         """Items to be computed together, by model, tokens of a batch and each of them."""
         if folder is not None:
+            if folder.exists() and not folder.is_dir():
+                raise OutputError(f"{folder}: is a file: choose a folder")
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
         for line in self._read():
