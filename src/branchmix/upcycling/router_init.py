@@ -37,8 +37,9 @@ def router_texts(recipe: Recipe) -> dict[str, list[str]]:
     """
     init = recipe.router_init
     texts = {name: list((init.prompts or {}).get(name, [])) for name in recipe.expert_names}
-    for name, path in (init.text or {}).items():
-        file = recipe.folder / path
+    paths = init.text or {}
+    for name in [name for name in texts if name in paths]:
+        file = recipe.folder / paths[name]
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
