@@ -339,7 +339,9 @@ def test_curves_are_means_over_the_same_data(tmp_path: Path) -> None:
             ]
     by_title = {model["title"]: model for model in found["models"]}
     by_title["bam-shared-kv-cm"]["repetitions"] = by_title["bam-shared-kv-cm"]["repetitions"][:2]
-    drawn = {str(line.get_label()): line for line in curves(found, "black").axes[0].get_lines()}
+    panels = curves(found, "black").axes
+    assert [panel.get_title(loc="left") for panel in panels] == ["Over tokens: equal data", "Over FLOPs: equal compute"]
+    drawn = {str(line.get_label()): line for line in panels[0].get_lines()}
     tokens = {label: list(line.get_xdata()) for label, line in drawn.items()}  # type: ignore[arg-type]
     losses = {label: list(line.get_ydata()) for label, line in drawn.items()}  # type: ignore[arg-type]
     assert len(drawn) == 5 and set(map(tuple, tokens.values())) == {(64, 128, 192, 256)}

@@ -79,7 +79,7 @@ def _legend(figure: Figure, panel: Any, ink: str) -> None:
     figure.legend(lines, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=ink, fontsize=8)
 
 
-def _curves(panel: Any, study: Numbers, over: str, title: str, ink: str) -> None:
+def _curves(panel: Any, study: Numbers, over: str, heading: str, ink: str) -> None:
     models = {model["title"]: model for model in study["models"]}
     shown = styles(study)
     trained = {
@@ -103,7 +103,7 @@ def _curves(panel: Any, study: Numbers, over: str, title: str, ink: str) -> None
     if highest:
         room = 0.05 * (highest - lowest) or 0.1
         panel.set_ylim(lowest - room, highest + room)
-    panel.set_title(title, color=ink, loc="left")
+    panel.set_title(heading, color=ink, loc="left")
     panel.set_xlabel({"tokens": "tokens", "flops": FLOPS}[over], color=ink)
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.grid(alpha=0.2)
