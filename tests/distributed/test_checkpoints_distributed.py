@@ -160,7 +160,7 @@ def test_processes_agree_to_stop_and_to_fail(tmp_path: Path) -> None:
     results = two_processes(tmp_path, {**job, "stop": 2}, {**job, "start": "step-00000003", "full": 1})
     for stopped, failed in results:
         assert stopped["stopped_by"] == signal.SIGTERM and stopped["step"] == 3
-        assert "step-00000004: cannot be written: the disk is full" in failed["error"]
+        assert "step-00000004: cannot be written: No space left on device" in failed["error"]
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
     inside = {path.name for path in (folder / "step-00000003" / "training").iterdir()}

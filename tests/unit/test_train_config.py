@@ -13,7 +13,7 @@ from branchmix.errors import OutputError, RecipeError
 from branchmix.train.config import Budget, LearningRate, RunConfig
 from branchmix.train.progress import Metrics
 from branchmix.train.run_folder import RunFolder
-from branchmix.train.schedule import Batching, rate_at, steps_of, token_flops, warmup_steps
+from branchmix.train.schedule import micro_batches, rate_at, steps_of, token_flops, warmup_steps
 
 COHERE = {
     "model_type": "cohere",
@@ -73,14 +73,13 @@ def test_a_budget_buys_whole_steps() -> None:
     [(32, None, 1, (32, 1)), (32, 4, 1, (4, 8)), (32, None, 4, (8, 1)), (32, 2, 4, (2, 4))],
 )
 def test_processes_share_a_batch(batch: int, micro: int | None, processes: int, expected: tuple[int, int]) -> None:
-    found = Batching.of(config(batch_size=batch, micro_batch_size=micro), processes)
-    assert (found.micro, found.accumulation) == expected
+    assert micro_batches(config(batch_size=batch, micro_batch_size=micro), processes) == expected
 
 
 @pytest.mark.parametrize(("micro", "processes", "word"), [(None, 3, "3 processes cannot"), (16, 4, "divisor of 8")])
 def test_a_batch_that_cannot_be_shared_is_refused(micro: int | None, processes: int, word: str) -> None:
     with pytest.raises(RecipeError, match=word):
-        Batching.of(config(batch_size=32, micro_batch_size=micro), processes)
+        micro_batches(config(batch_size=32, micro_batch_size=micro), processes)
 
 
 def test_flops_of_training_leave_out_the_gradients_of_frozen_weights() -> None:

@@ -8,7 +8,6 @@ written and read between two steps. Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import shutil
@@ -28,11 +27,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from branchmix.checkpoint.folder import system_error
 from branchmix.errors import OutputError, TrainingError
-from branchmix.pages.numbers import human_bytes
 from branchmix.train import run_folder as files
 from branchmix.train import saved_state as saved
 from branchmix.train.config import Checkpoints
-from branchmix.train.run_folder import TRAINING, existing, latest_checkpoint
+from branchmix.train.run_folder import TRAINING, latest_checkpoint
 from branchmix.train.signals import StopSignals
 
 
@@ -178,10 +176,9 @@ class SafeTrainer(Trainer, TrainerCallback):
         """Called on every process; the main one writes, except that each writes its random numbers."""
         self.store_flos()
         target = files.checkpoint_of(self.checkpoints, self.state.global_step)
-        num_bytes = self._num_bytes()
-        write = partial(self._write, target, num_bytes=num_bytes)
+        write = partial(self._write, target)
         with self._removed_on_failure(files.part_of(target)) as part:
-            write(lambda: files.start_checkpoint(target, num_bytes=num_bytes))
+            write(lambda: files.start_checkpoint(target, num_bytes=self._num_bytes()))
             weights = saved.gather(self.model)
             write(partial(saved.write, self.model, self.processing_class, weights, part, resumable=True))
             weights = None  # before the optimizer takes twice as much
@@ -241,9 +238,9 @@ class SafeTrainer(Trainer, TrainerCallback):
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
         with self._removed_on_failure(out / ".model.part") as part:
-            self._write(out, lambda: write(part), num_bytes=self._num_bytes(optimizer=False))
+            self._write(out, lambda: write(part))
 
-    def _write(self, place: Path, action: Callable[[], None], *, num_bytes: int, everywhere: bool = False) -> None:
+    def _write(self, place: Path, action: Callable[[], None], *, everywhere: bool = False) -> None:
         """Run ``action`` on the main process, or everywhere; a failure on one process raises on all."""
         problem = ""
         if everywhere or self.is_world_process_zero():
@@ -252,19 +249,18 @@ class SafeTrainer(Trainer, TrainerCallback):
             except OutputError as error:
                 problem = f"the disk is full: {error}"
             except (OSError, SafetensorError) as error:
-                problem = _problem(error, place, num_bytes)
+                problem = system_error(error).strerror or str(error)
         problem = max(gather_object([problem]))
         if problem:
             last = latest_checkpoint(self.checkpoints)
             again = f"rerun the command to resume from {last}" if last else "then start again"
             raise OutputError(f"{place}: cannot be written: {problem}: free space or fix this, {again}")
 
-    def _num_bytes(self, *, optimizer: bool = True) -> int:
+    def _num_bytes(self) -> int:
         """Approximate size of a checkpoint."""
-        tensors: list[torch.Tensor] = saved.to_write(self.model)
-        if optimizer:
-            states = self._optimizer.state.values()
-            tensors += [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        states = self._optimizer.state.values()
+        tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        tensors += saved.to_write(self.model)
         return 1_000_000 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     # Reading. Every hook gets the checkpoint's folder ``training``, where transformers finds its own state.
@@ -335,12 +331,3 @@ class _StoppedError(Exception):
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
     return load_file(file) if file.is_file() else {}
-
-
-def _problem(error: Exception, place: Path, num_bytes: int) -> str:
-    """The error in one line."""
-    error = system_error(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(existing(place)).free
-        return f"the disk is full: a checkpoint needs {human_bytes(num_bytes)}, and {human_bytes(free)} are free"
-    return error.strerror or str(error)

@@ -16,7 +16,7 @@ from branchmix.errors import CheckpointError, RecipeError
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.models import new_config, require_model_type
 from branchmix.train.run_folder import DONE, RunFolder, State
-from branchmix.train.schedule import Batching, steps_of
+from branchmix.train.schedule import micro_batches, steps_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,10 @@ class Checked:
     tokenizer: ResolvedModel | None
     """The tokenizer of a new model, unless it is to be trained."""
     peak_rate: float
-    batching: Batching
+    micro_batch_size: int
+    """Sequences that a process computes at once."""
+    accumulation: int
+    """Micro-batches that a process computes in a step."""
 
 
 def check(config: RunConfig, folder: RunFolder, state: State) -> Checked:
@@ -35,7 +38,7 @@ def check(config: RunConfig, folder: RunFolder, state: State) -> Checked:
         if importlib.util.find_spec(logger) is None:
             raise RecipeError(f"logging.to: {logger} is not installed: pip install {logger}, or leave it out")
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batching = Batching.of(config, num_processes)
+    micro_batch_size, accumulation = micro_batches(config, num_processes)
     if config.budget.flops is None:
         steps_of(config.budget, config.batch_size * config.sequence_length, None)
     model = tokenizer = None
@@ -52,7 +55,7 @@ def check(config: RunConfig, folder: RunFolder, state: State) -> Checked:
     peak_rate = config.learning_rate.peak or _peak_of(model, config)
     require_files(config.data, folder=config.folder, leave_out=folder.path)
     folder.require_space(_bytes_needed(described, model, config))
-    return Checked(state, model, tokenizer, peak_rate, batching)
+    return Checked(state, model, tokenizer, peak_rate, micro_batch_size, accumulation)
 
 
 def require_shardable(config: RunConfig, described: dict[str, Any], num_processes: int) -> None:

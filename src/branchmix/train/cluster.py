@@ -6,8 +6,6 @@ system with the runs' folders, and progress is read from there.
 
 from __future__ import annotations
 
-import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -16,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from branchmix.checkpoint.folder import writing
@@ -138,13 +137,11 @@ def _cluster() -> Iterator[Any]:
 @contextmanager
 def _signs(shared: Path) -> Iterator[Path]:
     """A folder in ``shared`` where tasks report that they started; a machine that cannot see it is the wrong one."""
-    folder = shared / f".ray-{secrets.token_hex(4)}"
-    with writing(folder):
-        folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with writing(shared):
+        shared.mkdir(parents=True, exist_ok=True)
+        folder = TemporaryDirectory(prefix=".ray-", dir=shared, ignore_cleanup_errors=True)
+    with folder as signs:
+        yield Path(signs)
 
 
 def _gpus_for_each(ray: Any, num_cpus: int) -> int:

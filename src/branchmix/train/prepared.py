@@ -147,19 +147,13 @@ class PreparedRun:
 
     def _steps_in_time(self) -> int:
         """Steps that fit into a budget of time, after subtracting the time for evaluations."""
-        config, batching = self.config, self.checked.batching
+        config, micro, accumulation = self.config, self.checked.micro_batch_size, self.checked.accumulation
+        options: dict[str, Any] = {"computing": self.computing, "packing": self.packing}
         step = measure.seconds_per_step(
-            self.model,
-            self._sequences(1),
-            self.computing,
-            micro=batching.micro,
-            accumulation=batching.accumulation,
-            packing=self.packing,
+            self.model, self._sequences(1), micro=micro, accumulation=accumulation, **options
         )
         begin = time.perf_counter()
-        measure.held_out_losses(
-            self.model, self.held_out, self.computing, batch_size=batching.micro, packing=self.packing
-        )
+        measure.held_out_losses(self.model, self.held_out, batch_size=micro, **options)
         evaluation = time.perf_counter() - begin
         key, minutes, spent = "training_minutes", config.budget.training_minutes, 0.0
         if minutes is None:
@@ -212,8 +206,8 @@ class PreparedRun:
                 "attention": self.model.config._attn_implementation,
                 "packing": self.packing,
                 "processes": self.process.num_processes,
-                "micro_batch_size": self.checked.batching.micro,
-                "accumulation": self.checked.batching.accumulation,
+                "micro_batch_size": self.checked.micro_batch_size,
+                "accumulation": self.checked.accumulation,
             },
             "data": self.corpus.as_dict(),
             "ancestors": [] if grown_from is None else as_records(lineage(grown_from.folder, grown_from.given)),

@@ -170,7 +170,8 @@ class RunFolder:
         Raises:
             OutputError: with bytes needed and free.
         """
-        free = shutil.disk_usage(existing(self.path)).free
+        place = self.path.absolute()
+        free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
         if self.path.is_dir() and self.record() is not None:  # what is there already makes room for what replaces it
             files = (file for entry in self._ours() for file in (entry, *entry.rglob("*")))
             free += sum(file.stat().st_size for file in files if file.is_file())
@@ -179,11 +180,6 @@ class RunFolder:
                 f"{self.path}: checkpoints and result need {too_little_space(num_bytes, free)}: make room, "
                 "lower checkpoints.keep, or choose a folder on another disk"
             )
-
-
-def existing(path: Path) -> Path:
-    """The path itself or, if it does not exist yet, the innermost folder around it that does."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:

@@ -38,8 +38,6 @@ from branchmix.likelihood.loading import refuse_missing
 from branchmix.train.run_folder import TRAINING
 
 RAW = f"{TRAINING}/parametrized.safetensors"
-OF_THE_MACHINE = ("fused", "foreach", "capturable", "differentiable")
-"""Options of a parameter group that say how to compute, not what; a resumed run uses its own."""
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -259,7 +257,13 @@ def set_optimizer_state(
         for place, tensor in tensors.items():
             key, _, name = place.partition("/")
             state.setdefault(name, {})[key] = tensor
-        whole = {"state": state, "param_groups": _groups(optimizer, names, rest["groups"])}
+        # Expert parallelism splits groups. All options but the rate are settings that a resumed run has in common.
+        rates = {name: group["lr"] for group in rest["groups"] for name in group["params"]}
+        groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            params = [names[id(parameter)] for parameter in group["params"]]
+            groups.append({**group, "params": params, "lr": rates[params[0]] if params else group["lr"]})
+        whole = {"state": state, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, whole, options=options)
     # The library creates a state for every parameter, but one that never had a gradient must not have any yet.
     for name in ours - set(rest["with_state"]):
@@ -271,20 +275,3 @@ def set_scheduler_state(scheduler: Any, optimizer: torch.optim.Optimizer, state:
     progress = {key: state[key] for key in ("last_epoch", "_step_count")}
     rates = [group["lr"] for group in optimizer.param_groups]  # there may be other groups than those that were saved
     scheduler.load_state_dict({**scheduler.state_dict(), **progress, "_last_lr": rates})
-
-
-def _groups(
-    optimizer: torch.optim.Optimizer, names: dict[int, str], theirs: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """This optimizer's groups (expert parallelism splits them), with the saved options of each group's first parameter.
-
-    Lists from JSON become tuples again, and options on how to compute are this machine's.
-    """
-    options_of = {name: group for group in theirs for name in group["params"]}
-    groups = []
-    for ours in optimizer.param_groups:
-        params = [names[id(parameter)] for parameter in ours["params"]]
-        options = options_of[params[0]] if params else ours
-        group = {key: tuple(value) if isinstance(ours.get(key), tuple) else value for key, value in options.items()}
-        groups.append(group | {key: ours[key] for key in OF_THE_MACHINE if key in ours} | {"params": params})
-    return groups

@@ -12,31 +12,21 @@ from branchmix.errors import CheckpointError, RecipeError
 from branchmix.train.config import Budget, LearningRate, RunConfig
 
 
-@dataclass(frozen=True)
-class Batching:
-    """How a global batch is divided among processes and micro-batches."""
-
-    micro: int
-    """Sequences that a process computes at once."""
-    accumulation: int
-    """Micro-batches that a process computes in a step."""
-
-    @classmethod
-    def of(cls, config: RunConfig, num_processes: int) -> Batching:
-        """Divide the batch of ``config``; raises RecipeError if the processes cannot share it equally."""
-        if config.batch_size % num_processes:
-            raise RecipeError(
-                f"batch_size is {config.batch_size}, which {num_processes} processes cannot share equally: make it a "
-                f"multiple of {num_processes}"
-            )
-        share = config.batch_size // num_processes
-        micro = config.micro_batch_size or share
-        if share % micro:
-            raise RecipeError(
-                f"micro_batch_size is {micro}, which does not divide the {share} sequences of each of "
-                f"{num_processes} processes: choose a divisor of {share}"
-            )
-        return cls(micro, share // micro)
+def micro_batches(config: RunConfig, num_processes: int) -> tuple[int, int]:
+    """Size and number of each process's micro-batches; raises RecipeError if the batch cannot be shared equally."""
+    if config.batch_size % num_processes:
+        raise RecipeError(
+            f"batch_size is {config.batch_size}, which {num_processes} processes cannot share equally: make it a "
+            f"multiple of {num_processes}"
+        )
+    share = config.batch_size // num_processes
+    micro = config.micro_batch_size or share
+    if share % micro:
+        raise RecipeError(
+            f"micro_batch_size is {micro}, which does not divide the {share} sequences of each of "
+            f"{num_processes} processes: choose a divisor of {share}"
+        )
+    return micro, share // micro
 
 
 def warmup_steps(warmup: float, num_steps: int) -> int:
@@ -67,18 +57,15 @@ def steps_of(budget: Budget, tokens_per_step: int, flops_per_step: int | None) -
         return None
     if budget.steps is not None:
         return budget.steps
-    if budget.tokens is not None:
-        steps, unit, price = budget.tokens // tokens_per_step, "tokens", tokens_per_step
-    else:
-        assert budget.flops is not None
+    unit, given, price = "tokens", budget.tokens, tokens_per_step
+    if given is None:
         if flops_per_step is None:
             raise RecipeError("budget.flops: no formula for this family's FLOPs: give tokens, steps or minutes")
-        steps, unit, price = budget.flops // flops_per_step, "flops", flops_per_step
-    if steps < 1:
-        raise RecipeError(
-            f"budget.{unit} is {getattr(budget, unit):,}, but one step takes {price:,}: raise it, or lower batch_size"
-        )
-    return steps
+        unit, given, price = "flops", budget.flops, flops_per_step
+    assert given is not None
+    if given < price:
+        raise RecipeError(f"budget.{unit} is {given:,}, but one step takes {price:,}: raise it, or lower batch_size")
+    return given // price
 
 
 @dataclass(frozen=True)

@@ -138,15 +138,15 @@ class BranchTrainer(SafeTrainer):
     """Trains the dense model or mixture of a run on its sequences."""
 
     def __init__(self, run: PreparedRun, signals: StopSignals):
-        config, device, batching, num_steps = run.config, run.computing.device, run.checked.batching, run.fixed["steps"]
+        config, device, num_steps = run.config, run.computing.device, run.fixed["steps"]
         out = run.folder.path
         os.environ.setdefault("WANDB_DIR", str(out))  # W&B would write into the current folder
         # Schedule, autocast and saving are not among Trainer's arguments: they are done here.
         args = TrainingArguments(
             output_dir=str(out),
             max_steps=num_steps,
-            per_device_train_batch_size=batching.micro,
-            gradient_accumulation_steps=batching.accumulation,
+            per_device_train_batch_size=run.checked.micro_batch_size,
+            gradient_accumulation_steps=run.checked.accumulation,
             train_sampling_strategy="sequential",
             learning_rate=run.fixed["peak_learning_rate"],
             optim="adamw_torch_fused",
@@ -303,7 +303,7 @@ class BranchTrainer(SafeTrainer):
                 self.model_wrapped,
                 self.run.held_out,
                 self.run.computing,
-                batch_size=self.run.checked.batching.micro,
+                batch_size=self.run.checked.micro_batch_size,
                 rank=self.args.process_index,
                 num_processes=self.args.world_size,
                 packing=self.run.packing,
