@@ -41,8 +41,8 @@ from transformers.distributed import DistributedConfig
 
 from branchmix.errors import BranchMixError
 from branchmix.train import checkpoints
-from branchmix.train.checkpoints import StopSignals
 from branchmix.train.models import leave_group
+from branchmix.train.signals import stop_signals
 from runs import MODELS, history, trainer
 
 rank = int(os.environ["RANK"])
@@ -82,7 +82,7 @@ def run(root, options, *, name, model, kind="ddp", start=None, steps=None, stop=
         options |= {"fsdp": True, "fsdp_config": {"version": 2}}
     checkpoints.save_file = fails_at_four if rank == full else save_file
     result = {}
-    with StopSignals() as signals:
+    with stop_signals() as signals:
         callbacks = [] if stop is None else [SendAt(stop)]
         made = trainer(folder, made, num_steps=8, steps=steps, signals=signals, callbacks=callbacks, **options)
         try:

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from branchmix.errors import CheckpointError, OutputError, TrainingError
 from branchmix.train import checkpoints, run_folder, saved_state
-from branchmix.train.checkpoints import SafeTrainer, StopSignals, latest_checkpoint
+from branchmix.train.checkpoints import SafeTrainer, latest_checkpoint
+from branchmix.train.signals import stop_signals
 from processes import started
 from runs import MODELS, dense, history, mixture, trainer
 
@@ -60,8 +61,8 @@ def test_checkpoint_is_a_model_by_itself_and_holds_no_pickle(name: str, tmp_path
 
 def test_newest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    for left in (".step-00000001.part", ".step-00000002.gone"):
-        (folder / left).mkdir(parents=True)
+    (folder / ".step-00000001.part").mkdir(parents=True)
+    (folder / "step-00000002" / "training").mkdir(parents=True)  # half removed
     trainer(tmp_path, dense(), num_steps=5, steps=1, keep=2).train()
     assert names(folder) == ["step-00000004", "step-00000005"]
     # A run taken back to an earlier step replaces what came after it.
@@ -372,7 +373,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("where", [{"step": 3}, {"step": 4}, {"step": 5, "evaluating": True}], ids=str)
 def test_signal_saves_stops_and_goes_on(number: int, where: dict[str, Any], whole: Any, tmp_path: Path) -> None:
     before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
-    with StopSignals() as signals:
+    with stop_signals() as signals:
         send = SendAt(number, **where)
         run = trainer(tmp_path, dense(), signals=signals, callbacks=[send], per_device_eval_batch_size=2)
         run.train()
@@ -388,7 +389,7 @@ def test_signal_saves_stops_and_goes_on(number: int, where: dict[str, Any], whol
 
 
 def test_signal_in_the_evaluation_at_the_start(tmp_path: Path) -> None:
-    with StopSignals() as signals:
+    with stop_signals() as signals:
         send = SendAt(signal.SIGTERM, step=0, evaluating=True)
         options = {"eval_on_start": True, "per_device_eval_batch_size": 2}
         run = trainer(tmp_path, dense(), signals=signals, callbacks=[send], **options)
@@ -398,20 +399,26 @@ def test_signal_in_the_evaluation_at_the_start(tmp_path: Path) -> None:
 
 
 def test_signal_outside_of_training_and_a_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KeyboardInterrupt), StopSignals() as signals:
+    with pytest.raises(KeyboardInterrupt), stop_signals() as signals:
         signal.raise_signal(signal.SIGTERM)
     assert signals.received == signal.SIGTERM
-    with StopSignals() as signals, signals.deferred():
+    with stop_signals() as signals, signals.deferred():
         for _ in range(3):  # torchrun's echo of the first
             signal.raise_signal(signal.SIGINT)
         monkeypatch.setattr("branchmix.train.signals.ECHO_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     entered = []
-    other = threading.Thread(target=lambda: entered.append(StopSignals().__enter__()._before))
+
+    def enter() -> None:
+        with stop_signals():
+            entered.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    other = threading.Thread(target=enter)
     other.start()
     other.join()
-    assert entered == [{}]
+    assert entered == [before]
 
 
 # The end.

@@ -72,10 +72,10 @@ class Domain:
                 elif not self._ready():
                     (self.folder / FAILURE_FILE).unlink(missing_ok=True)
                     build(self.folder, self._plan, reader, encoder, wanted=lambda: 1, progress=progress)
-        self.refresh()
 
     def _ready(self) -> bool:
-        return bool(chunks_in(self.folder)) if self.streamed else is_complete(self.folder)
+        self.refresh()
+        return bool(self.chunks) if self.streamed else self.complete
 
     def refresh(self) -> None:
         """Open chunks that have been written since."""

@@ -10,8 +10,6 @@
 The same environment gives the same text every time: documents come in the order of a hash of their name. What has
 been read before is left out, a document in `code` and a paragraph elsewhere, so that no licence and no boilerplate
 is both trained on and held out. Reading is parallel, in processes, and stops when there is enough.
-
-    python -m branchmix.data.installed FOLDER 2000000 2        # 2 MB of each domain, read by 2 processes
 """
 
 from __future__ import annotations
@@ -275,7 +273,3 @@ def _is_prose(paragraph: str) -> bool:
 def _share_of_letters(text: str) -> float:
     """Share of letters and of what separates words."""
     return sum(char.isalpha() or char in " \n,." for char in text) / len(text)
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]), enough_bytes=int(sys.argv[2]), processes=int(sys.argv[3]))

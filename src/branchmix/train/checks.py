@@ -63,14 +63,16 @@ def require_shardable(config: RunConfig, described: dict[str, Any], num_processe
     sharded, spread = config.parallel.fsdp or config.parallel.expert_parallel, config.parallel.expert_parallel
     if spread and described.get("ffn") != "experts":
         raise RecipeError("parallel.expert_parallel: the model has no FFN experts: remove it, or use fsdp")
-    if num_processes > 1 and sharded and config.budget.is_time:
+    if num_processes == 1:
+        return
+    if sharded and config.budget.is_time:
         raise RecipeError("budget: a sharded model's time per step is not measured: give tokens or steps")
-    if num_processes > 1 and spread and (config.lora or config.adapters):
+    if spread and (config.lora or config.adapters):
         key = "lora" if config.lora else "adapters"
         raise RecipeError(
             f"parallel.expert_parallel: {key} does not work with experts that are spread over processes: use fsdp"
         )
-    if num_processes > 1 and spread and gcd(described["num_experts"], num_processes) == 1:
+    if spread and gcd(described["num_experts"], num_processes) == 1:
         raise RecipeError(
             f"parallel.expert_parallel: {described['num_experts']} experts cannot be spread equally over "
             f"{num_processes} processes: start as many as there are experts, or a divisor or multiple of it"

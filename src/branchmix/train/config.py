@@ -218,11 +218,13 @@ class _Training(SettingsFile):
         if sum(mix.values()) <= 0:
             raise ValueError(f"{where}: all shares are zero, so there is nothing to train on")
 
-    def _check_batch(self) -> None:
+    @model_validator(mode="after")
+    def _batch_can_be_divided(self) -> _Training:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size is {self.batch_size}, which micro_batch_size {self.micro_batch_size} does not divide"
             )
+        return self
 
 
 Mix = dict[str, Annotated[float, Field(ge=0)]] | Literal["equal", "proportional"]
@@ -244,7 +246,6 @@ class RunConfig(_Training):
     @model_validator(mode="after")
     def _makes_sense(self) -> RunConfig:
         self._check_mix("mix", self.mix)
-        self._check_batch()
         if self.adapters and (self.freeze or self.lora):
             raise ValueError("adapters already freezes the rest of the model: remove freeze and lora")
         if isinstance(self.model, NewModel) and (self.freeze or self.lora or self.adapters):
@@ -284,13 +285,10 @@ class BranchConfig(_Training):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> BranchConfig:
-        self._check_batch()
         if not self.experts:
             raise ValueError("experts: give at least one")
-        if self.general is not None and self.general not in self.data:
-            raise ValueError(
-                f"general: no domain of data is called {self.general!r}{nearest(self.general, list(self.data))}"
-            )
+        if self.general is not None:
+            self._check_mix("general", {self.general: 1.0})
         for name in self.experts:
             if not is_expert_name(name) or name == "seed":
                 raise ValueError(f"experts: {name!r} is not a valid name: {EXPERT}, and not 'seed'")

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from branchmix.checkpoint.folder import libc
 from branchmix.errors import OutputError
+from branchmix.train.signals import handling
 
 Status = Literal["waiting", "running", "done", "failed", "stopped"]
 
@@ -136,9 +137,10 @@ def run_jobs(
     """
     states = [JobState(job) for job in jobs]
     running: dict[int, Attempt] = {}  # by place
+    received: list[int] = []
     passed_on = 0
     try:
-        with _noted_signals() as received:
+        with handling(lambda number, _: received.append(number)):
             while True:
                 for number in received[passed_on:]:
                     passed_on += 1
@@ -181,21 +183,6 @@ def _status_after(state: JobState, *, retries: int, stopping: bool) -> Status:
     if stopping:
         return "stopped" if state.attempts else "waiting"
     return "waiting" if state.exit_code != USER_ERROR and state.attempts <= retries else "failed"
-
-
-@contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """Yield the list of SIGINTs and SIGTERMs received so far. In the main thread only."""
-    received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def share_machine(

@@ -15,7 +15,7 @@ from branchmix.train.checks import check
 from branchmix.train.config import RunConfig
 from branchmix.train.progress import Display
 from branchmix.train.run_folder import RunFolder, RunReport, is_main_process
-from branchmix.train.signals import StopSignals
+from branchmix.train.signals import stop_signals
 
 
 def train(
@@ -62,7 +62,7 @@ def train(
     from branchmix.train.prepared import PreparedRun
     from branchmix.train.trainer import execute
 
-    with StopSignals() as signals:
+    with stop_signals() as signals:
         try:
             run = PreparedRun(config, checked, folder, display, clock)
             return RunReport(folder.path, "dry run", run.plan) if dry_run else execute(run, signals, force=force)

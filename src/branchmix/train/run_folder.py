@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -255,7 +255,7 @@ def start_checkpoint(target: Path, *, num_bytes: int) -> None:
         OSError: the folder cannot be created.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (*target.parent.glob(".step-*.part"), *target.parent.glob(".step-*.gone")):
+    for leftover in target.parent.glob(".step-*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(target.parent).free
     if num_bytes > free:
@@ -272,17 +272,20 @@ def complete_checkpoint(target: Path) -> None:
     (part / FILES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     fsync(part)
     if target.exists():  # damaged, and rewritten by a run that resumed from an earlier one
-        _remove(target)
+        shutil.rmtree(target)
     part.rename(target)
     fsync_path(target.parent)
 
 
 def remove_others(target: Path, *, keep: int) -> None:
-    """Keep the newest ``keep`` checkpoints up to ``target``; later ones belong to a run that was set back."""
+    """Keep the newest ``keep`` checkpoints up to ``target``; later ones belong to a run that was set back.
+
+    One whose removal is interrupted lacks files, so it is not used (``damage``), and is removed next time.
+    """
     steps = _by_step(target.parent)
     earlier = sorted(step for step in steps if step <= step_of(target))
     for step in steps.keys() - set(earlier[-keep:]):
-        _remove(steps[step])
+        shutil.rmtree(steps[step], ignore_errors=True)
 
 
 def publish(part: Path, out: Path) -> None:
@@ -307,12 +310,3 @@ def fsync(folder: Path) -> None:
 def _by_step(folder: Path) -> dict[int, Path]:
     paths = folder.iterdir() if folder.is_dir() else ()
     return {step_of(path): path for path in paths if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()}
-
-
-def _remove(checkpoint: Path) -> None:
-    """Rename first, so that an interrupted removal leaves nothing that looks like a checkpoint."""
-    gone = checkpoint.with_name(f".{checkpoint.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    with suppress(FileNotFoundError):
-        checkpoint.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)

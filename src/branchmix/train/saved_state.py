@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +71,15 @@ def write(
     if weights is not None:  # gathered tensors no longer share memory, by which save_pretrained recognises tied weights
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         weights = {name: tensor for name, tensor in weights.items() if tied.get(name) not in weights}
-    with _not_gathered_again(model):
-        model.save_pretrained(folder, state_dict=weights, **options)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _not_gathered_again(model: Any) -> Iterator[None]:
-    """Keep transformers from gathering a model that it sharded while loading: all processes would have to call that."""
-    settings = vars(model.config)
-    distributed = settings.pop("distributed_config", None)
+    # Without this, transformers gathers a model that it sharded while loading: all processes would have to call that.
+    distributed = vars(model.config).pop("distributed_config", None)
     try:
-        yield
+        model.save_pretrained(folder, state_dict=weights, **options)
     finally:
         if distributed is not None:
-            settings["distributed_config"] = distributed
+            model.config.distributed_config = distributed
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def read(model: nn.Module, folder: Path) -> None:

@@ -53,9 +53,7 @@ def steps_of(budget: Budget, tokens_per_step: int, flops_per_step: int | None) -
     Raises:
         RecipeError: the budget is in FLOPs and the model's FLOPs are unknown, or it is too small for a step.
     """
-    if budget.is_time:
-        return None
-    if budget.steps is not None:
+    if budget.is_time or budget.steps is not None:
         return budget.steps
     unit, given, price = "tokens", budget.tokens, tokens_per_step
     if given is None:

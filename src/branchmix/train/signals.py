@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -17,8 +17,28 @@ ECHO_SECONDS = 1.0
 """A Ctrl-C this soon after the first is the same one: torchrun forwards what the terminal has already sent."""
 
 
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Call ``handler`` on these signals inside the block. In the main thread only, as Python allows it nowhere else."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in SIGNALS if main}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Handle the signals that ask a run to stop inside the block."""
+    signals = StopSignals()
+    with handling(signals.handle):
+        yield signals
+
+
 class StopSignals:
-    """Handles the signals that ask a run to stop, inside a ``with`` block; afterwards, handlers are restored.
+    """The signals that ask a run to stop.
 
     Outside of ``deferred`` there is nothing to save, so the first signal of either kind raises ``KeyboardInterrupt``.
     Inside (``SafeTrainer.train``), it is only stored in ``received``, for the trainer to act on.
@@ -31,28 +51,17 @@ class StopSignals:
         self.received: int | None = None
         self._since = 0.0
         self._deferring = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Only store signals in ``received`` inside the block."""
-        before, self._deferring = self._deferring, True
+        self._deferring = True
         try:
             yield
         finally:
-            self._deferring = before
+            self._deferring = False
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         first = self.received is None
         if first:
