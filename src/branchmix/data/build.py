@@ -39,7 +39,6 @@ CHUNK_TOKENS = 4_000_000
 SHUFFLE_SEED = 20240815
 
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64, "U64": np.uint64}
-Progress = Callable[[str], None]
 TOKENIZER_FILE, PLAN_FILE, FAILURE_FILE, LOCK = "tokenizer.json", "plan.json", "failure.json", "lock"
 
 
@@ -80,20 +79,18 @@ Plan = dict[str, Any]
 paths start from, ``held_out_share``, ``eos_token_id`` and ``chunk_tokens``."""
 
 
-def build(
-    folder: Path, plan: Plan, reader: Reader, encoder: Encoder, *, wanted: Callable[[], int], progress: Progress
-) -> None:
+def build(folder: Path, plan: Plan, reader: Reader, encoder: Encoder, *, wanted: Callable[[], int]) -> None:
     """Continues a domain's folder until it is complete, or holds ``wanted()`` tokens if it is streamed.
 
     The caller holds the folder's lock. Raises DataError if the source cannot be read, or has no text.
     """
     if reader.streamed:
-        _tokenise(folder, plan, reader, encoder, wanted, progress)
+        _tokenise(folder, plan, reader, encoder, wanted)
         return
     raw = folder / "in-order"
     if not is_complete(folder):
         raw.mkdir(exist_ok=True)
-        _tokenise(raw, plan, reader, encoder, lambda: 2**62, progress)
+        _tokenise(raw, plan, reader, encoder, lambda: 2**62)
         _shuffle(chunks_in(raw), folder, encoder.dtype, plan["chunk_tokens"])
     shutil.rmtree(raw, ignore_errors=True)
 
@@ -103,9 +100,7 @@ def is_complete(folder: Path) -> bool:
     return bool(chunks) and bool(chunks[-1].header["last"])
 
 
-def _tokenise(
-    folder: Path, plan: Plan, reader: Reader, encoder: Encoder, wanted: Callable[[], int], progress: Progress
-) -> None:
+def _tokenise(folder: Path, plan: Plan, reader: Reader, encoder: Encoder, wanted: Callable[[], int]) -> None:
     """Chunks in reading order, from where the last one ended."""
     chunks, share = chunks_in(folder), plan["held_out_share"]
     if is_complete(folder):
@@ -130,7 +125,6 @@ def _tokenise(
             for (text_hash, text), ids in zip(new.items(), encoder(list(new.values())), strict=True):
                 documents.append(_Document(ids, text_hash, text.encode()))
                 new_tokens += 0 if is_held_out(text, share) else len(ids)
-            progress(f"tokenising {plan['name']}")
             if new_tokens >= plan["chunk_tokens"]:
                 last = False
                 break
@@ -342,7 +336,7 @@ def main(folder: Path) -> int:
         encoder = Encoder((folder / TOKENIZER_FILE).read_text(encoding="utf-8"), plan["eos_token_id"])
         while not is_complete(folder):
             with locked(folder / LOCK):  # released after each round: other runs may want more than this one
-                build(folder, plan, reader, encoder, wanted=lambda: wanted[0], progress=lambda *_: None)
+                build(folder, plan, reader, encoder, wanted=lambda: wanted[0])
             time.sleep(0.2)
     except Exception as error:
         known = isinstance(error, BranchMixError)

@@ -7,7 +7,7 @@ and the share held out. ``Corpus.train`` and ``Corpus.held_out`` cut it into seq
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.json_text import json_document, key_of
 from branchmix.checkpoint.text import replaced_note
-from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Chunk, Encoder, Plan, Progress
+from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Chunk, Encoder, Plan
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.domain import Domain
 from branchmix.data.sequences import Sequences, held_out_sequences
@@ -49,7 +49,7 @@ def open_corpus(
     leave_out: Path | None = None,
     cache: Path | None,
     held_out: HeldOut,
-    progress: Progress | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Corpus:
     """Tokenises what is not in the cache yet, and opens it.
 
@@ -63,7 +63,7 @@ def open_corpus(
         folder: where relative paths start from.
         leave_out: folder whose files are not data: the run's own.
         cache: folder for tokens; ``default_cache()`` if None.
-        progress: called with what is done, such as tokenising a domain, again and again.
+        progress: called with what is done, such as tokenising a domain, or again and again while waiting for it.
 
     Raises:
         DataError: a source cannot be found or read, or has no text.
@@ -102,7 +102,7 @@ def open_corpus(
             raise OutputError(f"{error}; BRANCHMIX_CACHE chooses another folder for tokens") from error
         domains[name] = Domain(place, plan, streamed=readers[name].streamed)
         with naming_domain(name):
-            domains[name].make_ready(readers[name], encoder, progress or (lambda step: None))
+            domains[name].make_ready(readers[name], encoder, progress)
     forced = {domain.chunks[0].header["forced"] for domain in domains.values()} - {None}
     for domain in domains.values():
         domain.excluded = forced

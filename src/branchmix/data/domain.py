@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from branchmix.data.build import (
     Counts,
     Encoder,
     Plan,
-    Progress,
     build,
     chunks_in,
     is_complete,
@@ -63,7 +63,7 @@ class Domain:
                 digest.update(chunk.arrays[name].tobytes())
         return digest.hexdigest()
 
-    def make_ready(self, reader: Reader, encoder: Encoder, progress: Progress) -> None:
+    def make_ready(self, reader: Reader, encoder: Encoder, progress: Callable[[str], None]) -> None:
         """Tokenise in this process, or wait for another that does: all of it, or the first chunk if it is streamed."""
         while not self._ready():
             with locked(self.folder / LOCK, wait=0.5) as held:
@@ -71,7 +71,8 @@ class Domain:
                     progress(f"waiting for {self.name}, which another process tokenises")
                 elif not self._ready():
                     (self.folder / FAILURE_FILE).unlink(missing_ok=True)
-                    build(self.folder, self._plan, reader, encoder, wanted=lambda: 1, progress=progress)
+                    progress(f"tokenising {self.name}")
+                    build(self.folder, self._plan, reader, encoder, wanted=lambda: 1)
 
     def _ready(self) -> bool:
         self.refresh()

@@ -260,7 +260,8 @@ class SafeTrainer(Trainer, TrainerCallback):
         """Approximate size of a checkpoint."""
         states = self._optimizer.state.values()
         tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
-        tensors += saved.to_write(self.model)
+        peft = hasattr(self.model, "peft_config")  # of which only the adapter is written
+        tensors += [tensor for tensor in self.model.parameters() if tensor.requires_grad or not peft]
         return 1_000_000 + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     # Reading. Every hook gets the checkpoint's folder ``training``, where transformers finds its own state.

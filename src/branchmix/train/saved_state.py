@@ -99,11 +99,6 @@ def read(model: nn.Module, folder: Path) -> None:
     set_model_state_dict(model, {**weights}, options=options)
 
 
-def to_write(model: nn.Module) -> list[torch.Tensor]:
-    """The tensors that account for the size of what ``write`` writes, approximately."""
-    return [tensor for tensor in model.parameters() if tensor.requires_grad or not _is_peft(model)]
-
-
 def _plain(model: Any, folder: Path) -> dict[str, torch.Tensor]:
     """Load with the model's class, because a mixture's experts are separate tensors on disk and stacked in memory."""
     kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))

@@ -132,13 +132,9 @@ def shares_trained(model: Any) -> tuple[dict[str, float], int]:
     return {part: trained / total for part, (trained, total) in counts.items() if total}, lora
 
 
-ADAMW_FLOPS = 14
-"""FLOPs of one parameter in one step: 1 for weight decay, 3 and 4 for the two moments, 3 for the root of the second
-with its correction and epsilon, 3 for the step."""
-CLIPPING_FLOPS = 3
-"""FLOPs of one gradient: 2 for the norm, 1 to scale it."""
-
-
 def optimizer_flops(num_trained: int, *, clips: bool = True) -> int:
     """FLOPs of one AdamW step on ``num_trained`` parameters, whose gradients may be clipped (``max_grad_norm``)."""
-    return num_trained * (ADAMW_FLOPS + (CLIPPING_FLOPS if clips else 0))
+    # 1 for weight decay, 3 and 4 for the two moments, 3 for the root of the second with its correction and epsilon, 3
+    # for the step; of clipping 2 for the norm, 1 to scale the gradient.
+    adamw, clipping = 14, 3
+    return num_trained * (adamw + (clipping if clips else 0))
