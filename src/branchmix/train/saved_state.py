@@ -72,12 +72,13 @@ def write(
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         weights = {name: tensor for name, tensor in weights.items() if tied.get(name) not in weights}
     # Without this, transformers gathers a model that it sharded while loading: all processes would have to call that.
-    distributed = vars(model.config).pop("distributed_config", None)
+    settings = vars(model.config)
+    distributed = settings.pop("distributed_config", None)
     try:
         model.save_pretrained(folder, state_dict=weights, **options)
     finally:
         if distributed is not None:
-            model.config.distributed_config = distributed
+            settings["distributed_config"] = distributed
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
