@@ -294,7 +294,7 @@ def _limited(folder: Path) -> None:
 def test_files_that_cannot_grow(tmp_path: Path) -> None:
     assert started(_limited, tmp_path).wait() == 0
     message = (tmp_path / "error").read_text()
-    assert "step-00000004" in message and "is full" in message and "\n" not in message
+    assert "step-00000004" in message and "File too large" in message and "\n" not in message
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
 
 
