@@ -12,11 +12,11 @@ from typer import Argument, Option
 from branchmix.cli import console
 from branchmix.cli.console import app
 from branchmix.errors import RecipeError
-from branchmix.pages.numbers import human_count
+from branchmix.pages.numbers import human_count, with_error
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.evaluate.scores import EvalReport, ModelReport, TaskScore
+    from branchmix.evaluate.scores import EvalReport, ModelReport
 
 EPILOG = """\b
 Examples:
@@ -57,7 +57,7 @@ def eval_command(
     models: Annotated[list[str], Argument(metavar="MODEL ...", help="Folders or Hub ids.")],
     data: console.Data = None,
     tasks: Annotated[str | None, Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.")] = None,
-    out: Annotated[Path | None, Option("--out", help="Folder for records and results.json.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for records and results.json.")] = None,
     max_length: Annotated[
         int | None, Option(min=1, help="Tokens of the window.", show_default="2048, on tasks the model's positions")
     ] = None,
@@ -110,17 +110,13 @@ def eval_command(
     from branchmix.evaluate.evaluation import evaluate
     from branchmix.evaluate.tasks.options import TaskOptions
 
-    only_for_tasks = {
-        "--num-fewshot": num_fewshot is not None,
-        "--include-path": bool(include_path),
-        "--task-data": task_data is not None,
-        "--allow-code-execution": allow_code_execution,
-    }
-    for name, is_given in only_for_tasks.items():
-        if is_given and tasks is None:
-            raise RecipeError(f"{name}: is about downstream tasks: name some with --tasks")
+    for_tasks = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
+    for_tasks |= {"--task-data": task_data, "--allow-code-execution": allow_code_execution}
     task_options = None
-    if tasks is not None:
+    if tasks is None:
+        for name in (name for name, given in for_tasks.items() if given):
+            raise RecipeError(f"{name}: is about downstream tasks: name some with --tasks")
+    else:
         names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
         task_options = TaskOptions(names, num_fewshot, tuple(include_path or ()), task_data, allow_code_execution)
     options: dict[str, Any] = {"max_length": max_length, "stride": stride, "batch_tokens": batch_tokens, "dtype": dtype}
@@ -138,12 +134,9 @@ BEST = "* "
 
 def _print(report: EvalReport) -> None:
     """A table for domains, one for tasks and one for suites, the best of what is compared marked."""
-    tables = [
-        (_domains, [model for model in report.models if model.domains is not None]),
-        (_tasks, [model for model in report.models if model.tasks is not None]),
-        (_suites, [model for model in report.models if model.suites]),
-    ]
-    for number, (table, models) in enumerate((table, models) for table, models in tables if models):
+    parts = [(_domains, "domains"), (_tasks, "tasks"), (_suites, "suites")]
+    shown = [(table, [m for m in report.models if getattr(m, part)]) for table, part in parts]
+    for number, (table, models) in enumerate((table, models) for table, models in shown if models):
         if number:
             typer.echo("")
         table(models).show()
@@ -156,7 +149,7 @@ def _domains(models: list[ModelReport]) -> Table:
     head = [f"{name}, {human_count(score.bytes)}B" for name, score in columns.items()]
     cells = [
         [
-            (-score.bits_per_byte, f"{_number(score.bits_per_byte, score.stderr)} ({score.perplexity:.2f})")
+            (-score.bits_per_byte, f"{with_error(score.bits_per_byte, score.stderr)} ({score.perplexity:.2f})")
             for score in (model.domains or {}).values()
         ]
         for model in models
@@ -168,13 +161,13 @@ def _domains(models: list[ModelReport]) -> Table:
 def _tasks(models: list[ModelReport]) -> Table:
     """Tasks in rows, models in columns; a group with an average replaces its tasks."""
     first = models[0].tasks or {}
-    within = _below(first)
+    within = {name for task in first.values() for name in task.subtasks} & first.keys()
     rows = []
     for name, task in first.items():
         for metric in task.metrics if name not in within else ():
             scores = [(model.tasks or {})[name].metrics[metric] for model in models]
             sign = -1 if task.higher_is_better.get(metric.split(",")[0]) is False else 1
-            cells = _marked([(sign * score.value, _number(score.value, score.stderr)) for score in scores])
+            cells = _marked([(sign * score.value, with_error(score.value, score.stderr)) for score in scores])
             shots = "" if task.num_fewshot is None else str(task.num_fewshot)
             rows.append([name, str(task.examples), shots, metric.replace(",", ", "), *cells])
     head = ["task", "examples", "shots", "metric", *(model.model for model in models)]
@@ -182,23 +175,13 @@ def _tasks(models: list[ModelReport]) -> Table:
     return _table(head, rows, "downstream tasks, ± standard error", note, left=("metric",))
 
 
-def _below(tasks: dict[str, TaskScore]) -> set[str]:
-    """Tasks and groups that are part of a group with an average of its own."""
-    below: set[str] = set()
-    todo = [name for task in tasks.values() for name in task.subtasks]
-    while todo:
-        name = todo.pop()
-        if name in tasks and name not in below:
-            below.add(name)
-            todo += tasks[name].subtasks
-    return below
-
-
 def _suites(models: list[ModelReport]) -> Table:
     """The form of the paper's Table 3, in percent."""
     head = [suite.title for suite in models[0].suites.values()]
     scores = [[suite.score for suite in model.suites.values()] for model in models]
-    cells = [[(s.value, _number(100 * s.value, s.stderr and 100 * s.stderr, digits=2)) for s in row] for row in scores]
+    cells = [
+        [(s.value, with_error(100 * s.value, s.stderr and 100 * s.stderr, digits=2)) for s in row] for row in scores
+    ]
     return _of_models(models, head, cells, "suites of the BAM paper, % ± standard error")
 
 
@@ -220,7 +203,3 @@ def _marked(compared: Sequence[tuple[float, str]]) -> list[str]:
     """What cells say, the best of several marked; each with how good it is."""
     best = max(value for value, _ in compared) if len(compared) > 1 else None
     return [(BEST if value == best else "") + text for value, text in compared]
-
-
-def _number(value: float, stderr: float | None, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")

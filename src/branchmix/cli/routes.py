@@ -35,16 +35,16 @@ def routes_command(
     model: console.Mixture,
     text: Annotated[
         list[str] | None,
-        Option("--text", metavar="TEXT", help="A text, @FILE, or - for standard input; may be repeated."),
+        Option(metavar="TEXT", help="A text, @FILE, or - for standard input; may be repeated."),
     ] = None,
     data: console.Data = None,
     html: Annotated[
-        Path | None, Option("--html", metavar="FILE", help="Write a page: each token coloured by its expert.")
+        Path | None, Option(metavar="FILE", help="Write a page: each token coloured by its expert.")
     ] = None,
-    plots: Annotated[Path | None, Option("--plots", metavar="DIR", help="Write pictures, PNG and PDF.")] = None,
+    plots: Annotated[Path | None, Option(metavar="DIR", help="Write pictures, PNG and PDF.")] = None,
     out: Annotated[
         Path | None,
-        Option("--out", metavar="PATH", help="Write the numbers: a folder (JSON and CSV), or a file *.json."),
+        Option(metavar="PATH", help="Write the numbers: a folder (JSON and CSV), or a file *.json."),
     ] = None,
     max_length: Annotated[
         int | None, Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")

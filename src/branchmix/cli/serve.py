@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import typer
 
@@ -74,11 +75,12 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
     if experts is not None:
         mixture.experts_at_inference = console.experts_to_keep(experts, index.config)
     from transformers.cli.serve import Serve
+    from transformers.cli.serving import server
 
-    server = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    server.command()(Serve)
-    with limited_server():
-        server([name, *context.args], prog_name="branchmix serve")
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(Serve)
+    with mock.patch.object(server, "build_server", partial(_build_limited, server.build_server)):
+        command([name, *context.args], prog_name="branchmix serve")
 
 
 def _show_classes() -> type[BranchMixForCausalLM]:
@@ -119,68 +121,60 @@ class RequestError(Exception):
     def __init__(self, reason: str, status: int = 400):
         super().__init__(reason)
         self.status = status
-        self.content = {"error": {"message": reason, "type": "invalid_request_error", "param": None, "code": None}}
+
+    def response(self) -> Any:
+        from starlette.responses import JSONResponse
+
+        error = {"message": str(self), "type": "invalid_request_error", "param": None, "code": None}
+        return JSONResponse({"error": error}, self.status)
 
 
-@contextmanager
-def limited_server() -> Iterator[None]:
-    """Inside the block, transformers' server keeps to the limits of the model that it is started with."""
-    from unittest import mock
+def _build_limited(build: Any, model_manager: Any, *handlers: Any, generation_state: Any, **more: Any) -> Any:
+    """What transformers' ``build_server`` makes, with the limits of the model that it is started with."""
+    from jinja2 import TemplateError
 
-    from transformers.cli.serving import server
+    from branchmix.likelihood.forward import max_positions
 
-    build = server.build_server
+    app = build(model_manager, *handlers, generation_state=generation_state, **more)
+    (loaded,) = model_manager.loaded_models.values()  # serve_command names one, which the server keeps
+    positions = max_positions(loaded.model.config) or UNKNOWN_POSITIONS
+    get_manager = generation_state.get_manager
 
-    def build_limited(model_manager: Any, *handlers: Any, generation_state: Any, **more: Any) -> Any:
-        from fastapi.responses import JSONResponse
-        from jinja2 import TemplateError
+    def get_limited(*args: Any, **options: Any) -> Any:
+        manager = get_manager(*args, **options)
+        for name in ("generate_streaming", "generate_non_streaming"):
+            if name not in vars(manager):  # the server keeps its managers
+                setattr(manager, name, partial(_generate_within, positions, getattr(manager, name)))
+        return manager
 
-        from branchmix.likelihood.forward import max_positions
+    async def refuse(_: Any, error: RequestError) -> Any:
+        return error.response()
 
-        app = build(model_manager, *handlers, generation_state=generation_state, **more)
-        (loaded,) = model_manager.loaded_models.values()  # serve_command names one, which the server keeps
-        positions = max_positions(loaded.model.config) or UNKNOWN_POSITIONS
-        get_manager = generation_state.get_manager
-        generation_state.get_manager = lambda *args, **options: _limited(get_manager(*args, **options), positions)
-        app.add_middleware(request_limits, positions=positions)
+    async def refuse_messages(_: Any, error: TemplateError) -> Any:
+        return RequestError(f"the model's chat template does not take the messages: {error}").response()
 
-        async def refuse(_: Any, error: RequestError) -> Any:
-            return JSONResponse(error.content, error.status)
-
-        async def refuse_messages(_: Any, error: TemplateError) -> Any:
-            return await refuse(_, RequestError(f"the model's chat template does not take the messages: {error}"))
-
-        app.add_exception_handler(RequestError, refuse)
-        app.add_exception_handler(TemplateError, refuse_messages)
-        return app
-
-    with mock.patch.object(server, "build_server", build_limited):
-        yield
+    generation_state.get_manager = get_limited
+    app.add_middleware(request_limits, positions=positions)
+    app.add_exception_handler(RequestError, refuse)
+    app.add_exception_handler(TemplateError, refuse_messages)
+    return app
 
 
-def _limited(manager: Any, positions: int) -> Any:
-    """A manager of generations that gives each request the room that its prompt leaves."""
-
-    def within(method: Any) -> Any:
-        def generate(model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any) -> Any:
-            ids = inputs["input_ids"]
-            length = len(ids) if isinstance(ids, list) else ids.shape[-1]
-            room = positions - length
-            if room < 1:
-                raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
-            for key in _AT_ONCE:
-                value = getattr(gen_config, key) or 1
-                if not isinstance(value, int) or value > MOST_AT_ONCE:
-                    raise RequestError(f"{key}: should be a whole number up to {MOST_AT_ONCE}, got {str(value)[:40]!r}")
-            gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
-            return method(model, processor, inputs, gen_config, *args, **options)
-
-        return generate
-
-    for name in ("generate_streaming", "generate_non_streaming"):
-        if name not in vars(manager):  # the server keeps its managers
-            setattr(manager, name, within(getattr(manager, name)))
-    return manager
+def _generate_within(
+    positions: int, method: Any, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
+) -> Any:
+    """Generate in the room that the prompt leaves."""
+    ids = inputs["input_ids"]
+    length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+    room = positions - length
+    if room < 1:
+        raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
+    for key in _AT_ONCE:
+        value = getattr(gen_config, key) or 1
+        if not isinstance(value, int) or value > MOST_AT_ONCE:
+            raise RequestError(f"{key}: should be a whole number up to {MOST_AT_ONCE}, got {str(value)[:40]!r}")
+    gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
+    return method(model, processor, inputs, gen_config, *args, **options)
 
 
 def request_limits(app: Any, positions: int) -> Any:
@@ -193,9 +187,7 @@ def request_limits(app: Any, positions: int) -> Any:
         try:
             body = _checked(await _body(receive, positions), positions)
         except RequestError as error:
-            from starlette.responses import JSONResponse
-
-            await JSONResponse(error.content, error.status)(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
