@@ -187,18 +187,18 @@ def generate_command(
     if wanted is not None:
         from branchmix.models.kept_branchmix import chosen_experts
 
-        (rows,) = chosen_experts(loaded, wanted, **inputs)
-        names = loaded.config.expert_names or [f"expert-{row}" for row in range(loaded.config.num_experts)]
-        options["experts"] = [names[row] for row in rows]
+        (options["experts"],) = chosen_experts(loaded, wanted, **inputs)
     tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **options)
     seconds = time.perf_counter() - start
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    content = {"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    content: dict[str, Any] = {"prompt": prompt, "text": text, "new_tokens": len(new)}
     content["tokens_per_second"] = round(len(new) / seconds, 2)
     lines = [f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s"]
     if wanted is not None:
-        content["experts"] = options["experts"]
-        lines.insert(0, f"experts kept: {', '.join(options['experts'])}")
+        names = loaded.config.expert_names or [f"expert-{row}" for row in range(loaded.config.num_experts)]
+        content["experts"] = [names[row] for row in options["experts"]]
+        lines.insert(0, f"experts kept: {', '.join(content['experts'])}")
     console.output(as_json, lambda: content, lambda: console.notice("\n".join(lines)))
 
 

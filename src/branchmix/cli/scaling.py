@@ -23,14 +23,10 @@ if TYPE_CHECKING:
     from branchmix.scaling.trends.judge import Judged, Report
 
 data_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Data of the 11 tasks: the prize's own files, and fresh examples that no model has seen.",
+    no_args_is_help=True, help="Data of the 11 tasks: the prize's own files, and fresh examples that no model has seen."
 )
 scaling_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Inverse scaling: do models get better or worse at a task as they grow?",
+    no_args_is_help=True, help="Inverse scaling: do models get better or worse at a task as they grow?"
 )
 app.add_typer(scaling_app, name="scaling")
 scaling_app.add_typer(data_app, name="data")
@@ -320,7 +316,7 @@ def _command(context: typer.Context) -> str:
         value = context.params.get(option.name or "")
         if option.name in ("results", "force", "as_json") or value in (None, option.default):
             continue
-        for one in value if isinstance(value, list) else [value]:
+        for one in value if isinstance(value, list | tuple) else [value]:
             words += [option.opts[0], str(one)]
     return shlex.join(words)
 
@@ -349,11 +345,10 @@ def _table(rows: list[Judged], title: str, report: Report) -> Table:
     from branchmix.scaling.trends.judge import cause_of
     from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
-    causes = [cause_of(row.series) for row in rows]
-    head = ["task", *(["cause"] if any(causes) else []), "sizes", "change [interval]", "corrected p", "verdict"]
-    cells: list[list[str]] = []
-    bold: set[tuple[int, int]] = set()
-    for row, cause in zip(rows, causes, strict=True):
+    has_causes = any(cause_of(row.series) for row in rows)
+    head = ["task", *["cause"] * has_causes, "sizes", "change [interval]", "corrected p", "verdict"]
+    cells = []
+    for row in rows:
         found = row.verdict
         low, high = found.interval
         p = "" if found.p_adjusted is None else f"{found.p_adjusted:.3f}" if found.p_adjusted >= 0.001 else "<0.001"
@@ -364,11 +359,10 @@ def _table(rows: list[Judged], title: str, report: Report) -> Table:
             legs = ", ".join(f"{name} {leg['effect']:+.3f}" for name, leg in found.legs.items())
             why.append(f"{legs}, turns at {report.axis} {found.turning_point:.2g}")
         why += found.flags
-        if found.label in DIRECTED:
-            bold.add((len(cells), len(head) - 1))
         verdict = f"{found.label} ({WORDS[found.label]}): {'; '.join(why)}"
         change = f"{found.effect:+.3f} [{low:+.3f}, {high:+.3f}]"
-        cells.append([row.series.task, *([cause] if any(causes) else []), str(found.sizes), change, p, verdict])
+        cells.append([row.series.task, *[cause_of(row.series)] * has_causes, str(found.sizes), change, p, verdict])
+    bold = {(number, len(head) - 1) for number, row in enumerate(rows) if row.verdict.label in DIRECTED}
     return Table(head, cells, title=title, bold=bold, left=("cause", "verdict"))
 
 
@@ -388,12 +382,10 @@ def _comparisons(report: Report) -> list[str]:
     for task, differences in report.contamination.items():
         for metric, found in differences.items():
             low, high = found["interval"]
-            words = (
-                "the official data were seen in training, or the fresh ones are harder: models trained before the "
-                "official data were published show which"
-                if found["suspected"]
-                else "no sign that it was seen in training"
-            )
+            words = "no sign that it was seen in training"
+            if found["suspected"]:
+                words = "the official data were seen in training, or the fresh ones are harder: models trained before "
+                words += "the official data were published show which"
             lines.append(
                 f"{task}, {metric}: better on official than on fresh data by {found['difference']:+.3f} "
                 f"[{low:+.3f}, {high:+.3f}]: {words}"

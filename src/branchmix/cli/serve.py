@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import typer
 
@@ -67,6 +66,8 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
     name = model if resolved.revision else str(resolved.folder)
     if not resolved.revision and "@" in name:
         raise RecipeError(f"{name}: the server takes what follows @ for a revision: give the folder another name")
+    from unittest import mock
+
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -200,7 +201,7 @@ def request_limits(app: Any, positions: int) -> Any:
 
 
 async def _body(receive: Receive, positions: int) -> bytes:
-    """The body; one that is too large is read to its end, so that the client hears why, but not kept."""
+    """The body; one that is too large is read to its end, so that the client hears why, but no more of it is kept."""
     most, body, size, more = max(LEAST_BYTES, BYTES_PER_POSITION * positions), bytearray(), 0, True
     while more:
         message = await receive()
@@ -209,8 +210,6 @@ async def _body(receive: Receive, positions: int) -> bytes:
         more = message["type"] == "http.request" and message.get("more_body", False)
         if size <= most:
             body += part
-        else:
-            body.clear()
     if size > most:
         reason = f"the request has {size:,} bytes, and at most {most:,} are taken, for the model has "
         raise RequestError(f"{reason}{positions:,} positions: shorten the prompt", 413)
@@ -227,7 +226,13 @@ def _checked(body: bytes, positions: int) -> bytes:
         return body  # not JSON: the server says so itself
     fields = asked if isinstance(asked, dict) else {}
     if fields.get("generation_config") is not None:
-        _check_generation(fields["generation_config"])
+        from transformers import GenerationConfig
+
+        try:
+            GenerationConfig(**json.loads(fields["generation_config"]))
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RequestError(f"generation_config: {reason[:200]}") from None
     for key in _LENGTHS:
         value = fields.get(key)
         if value is None:
@@ -238,14 +243,3 @@ def _checked(body: bytes, positions: int) -> bytes:
             raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {positions:,} positions")
     whole = whole_characters(text)
     return body if whole == text else whole.encode()
-
-
-def _check_generation(asked: Any) -> None:
-    """Refuse what the server could not read as the JSON of a generation config."""
-    from transformers import GenerationConfig
-
-    try:
-        GenerationConfig(**json.loads(asked))
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RequestError(f"generation_config: {reason[:200]}") from None
