@@ -114,7 +114,7 @@ def eval_command(
     from branchmix.evaluate.evaluation import evaluate
     from branchmix.evaluate.tasks.options import TaskOptions
 
-    for_tasks = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
+    for_tasks: dict[str, Any] = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
     for_tasks |= {"--task-data": task_data, "--allow-code-execution": allow_code_execution}
     task_options = None
     if tasks is None:
