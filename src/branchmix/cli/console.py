@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -74,10 +74,9 @@ def experts_to_keep(given: str, config: dict[str, Any]) -> str | int | list[str]
     if not wanted:
         raise RecipeError("--experts is empty: give auto, a number or names")
     if wanted == ["auto"]:
-        return given
-    for name in wanted:
-        if name not in names:
-            raise RecipeError(f"--experts {given}: no expert is called {name!r}: give some of {', '.join(names)}")
+        return "auto"
+    if unknown := [name for name in wanted if name not in names]:
+        raise RecipeError(f"--experts {given}: no expert is called {unknown[0]!r}: give some of {', '.join(names)}")
     return wanted
 
 
@@ -123,8 +122,19 @@ def progress_bar(records: Path | None = None) -> Iterator[Callable[[str, int, in
 
     On Ctrl-C inside the block, exit with 130 and say how to resume from the records in a folder, if there is one.
     """
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    tasks: dict[str, TaskID] = {}
+    bars = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+    def update(step: str, done: int, total: int) -> None:
+        if step not in tasks:
+            tasks[step] = bars.add_task(step, total=total)
+        bars.update(tasks[step], completed=done, total=total)
+
     try:
-        with _progress() as update:
+        with bars:
             yield update
     except KeyboardInterrupt:
         if records is None:
@@ -132,29 +142,7 @@ def progress_bar(records: Path | None = None) -> Iterator[Callable[[str, int, in
         exit_stopped(f"stopped; rerun the command to resume from the records in {records}", signal.SIGINT)
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    if not sys.stderr.isatty():
-        yield lambda step, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    tasks: dict[str, TaskID] = {}
-    percent = TextColumn("{task.percentage:>3.0f}%")
-    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-
-        def update(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = progress.add_task(step, total=total)
-            progress.update(tasks[step], completed=done, total=total)
-
-        yield update
-
-
-@contextmanager
-def writing_model(out: Path) -> Iterator[Callable[[str, int, int], None]]:
+def writing_model(out: Path) -> AbstractContextManager[Callable[[str, int, int], None]]:
     """``progress_bar`` for a model that is written to ``out``.
 
     First, what a killed run moved aside is put back, and what it left behind is reported.
@@ -168,5 +156,4 @@ def writing_model(out: Path) -> Iterator[Callable[[str, int, int], None]]:
         if holds_model(folder):
             what = f"it holds a complete model, which {out} had before or would have had next: keep it or remove it"
         notice(f"note: {folder} was left behind by a killed run; {what}")
-    with progress_bar() as progress:
-        yield progress
+    return progress_bar()

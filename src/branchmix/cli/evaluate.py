@@ -1,24 +1,28 @@
-"""``branchmix eval``: models side by side on the text of every domain and on downstream tasks."""
+"""``branchmix eval`` and ``routes``: how good models are on text and tasks, and which expert each token uses."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
+from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.cli import console
 from branchmix.cli.console import app
 from branchmix.errors import RecipeError
-from branchmix.pages.numbers import human_count
+from branchmix.pages.numbers import human_count, with_error
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.evaluate.scores import EvalReport, ModelReport, TaskScore
+    from branchmix.evaluate.routing.routing_report import RoutingReport
+    from branchmix.evaluate.scores import EvalReport, ModelReport
 
-EPILOG = """\b
+# ---- eval ----
+
+EVAL = """\b
 Examples:
   branchmix eval seed code law soup mixture --data data.yaml --out results
   branchmix eval mixture --data run.yaml                    what the run held out
@@ -52,12 +56,12 @@ earlier models together with new ones to get one table of all.
 """
 
 
-@app.command("eval", epilog=EPILOG)
+@app.command("eval", epilog=EVAL)
 def eval_command(
     models: Annotated[list[str], Argument(metavar="MODEL ...", help="Folders or Hub ids.")],
     data: console.Data = None,
     tasks: Annotated[str | None, Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.")] = None,
-    out: Annotated[Path | None, Option("--out", help="Folder for records and results.json.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for records and results.json.")] = None,
     max_length: Annotated[
         int | None, Option(min=1, help="Tokens of the window.", show_default="2048, on tasks the model's positions")
     ] = None,
@@ -110,17 +114,13 @@ def eval_command(
     from branchmix.evaluate.evaluation import evaluate
     from branchmix.evaluate.tasks.options import TaskOptions
 
-    only_for_tasks = {
-        "--num-fewshot": num_fewshot is not None,
-        "--include-path": bool(include_path),
-        "--task-data": task_data is not None,
-        "--allow-code-execution": allow_code_execution,
-    }
-    for name, is_given in only_for_tasks.items():
-        if is_given and tasks is None:
-            raise RecipeError(f"{name}: is about downstream tasks: name some with --tasks")
+    for_tasks: dict[str, Any] = {"--num-fewshot": num_fewshot is not None, "--include-path": include_path}
+    for_tasks |= {"--task-data": task_data, "--allow-code-execution": allow_code_execution}
     task_options = None
-    if tasks is not None:
+    if tasks is None:
+        if given := [name for name, value in for_tasks.items() if value]:
+            raise RecipeError(f"{given[0]}: is about downstream tasks: name some with --tasks")
+    else:
         names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",")))
         task_options = TaskOptions(names, num_fewshot, tuple(include_path or ()), task_data, allow_code_execution)
     options: dict[str, Any] = {"max_length": max_length, "stride": stride, "batch_tokens": batch_tokens, "dtype": dtype}
@@ -129,21 +129,18 @@ def eval_command(
         report = evaluate(
             models, data, tasks=task_options, out=out, **options, trust_remote_code=trust_remote_code, progress=progress
         )
-    console.output(as_json, report.as_dict, lambda: _print(report), report.notes)
+    console.output(as_json, report.as_dict, lambda: _print_scores(report), report.notes)
 
 
 BEST = "* "
 """Begins the best cell among several models."""
 
 
-def _print(report: EvalReport) -> None:
+def _print_scores(report: EvalReport) -> None:
     """A table for domains, one for tasks and one for suites, the best of what is compared marked."""
-    tables = [
-        (_domains, [model for model in report.models if model.domains is not None]),
-        (_tasks, [model for model in report.models if model.tasks is not None]),
-        (_suites, [model for model in report.models if model.suites]),
-    ]
-    for number, (table, models) in enumerate((table, models) for table, models in tables if models):
+    parts = [(_domains, "domains"), (_tasks, "tasks"), (_suites, "suites")]
+    shown = [(table, [m for m in report.models if getattr(m, part)]) for table, part in parts]
+    for number, (table, models) in enumerate((table, models) for table, models in shown if models):
         if number:
             typer.echo("")
         table(models).show()
@@ -156,7 +153,7 @@ def _domains(models: list[ModelReport]) -> Table:
     head = [f"{name}, {human_count(score.bytes)}B" for name, score in columns.items()]
     cells = [
         [
-            (-score.bits_per_byte, f"{_number(score.bits_per_byte, score.stderr)} ({score.perplexity:.2f})")
+            (-score.bits_per_byte, f"{with_error(score.bits_per_byte, score.stderr)} ({score.perplexity:.2f})")
             for score in (model.domains or {}).values()
         ]
         for model in models
@@ -168,37 +165,28 @@ def _domains(models: list[ModelReport]) -> Table:
 def _tasks(models: list[ModelReport]) -> Table:
     """Tasks in rows, models in columns; a group with an average replaces its tasks."""
     first = models[0].tasks or {}
-    within = _below(first)
+    within = {name for task in first.values() for name in task.subtasks} & first.keys()
     rows = []
     for name, task in first.items():
         for metric in task.metrics if name not in within else ():
             scores = [(model.tasks or {})[name].metrics[metric] for model in models]
             sign = -1 if task.higher_is_better.get(metric.split(",")[0]) is False else 1
-            cells = _marked([(sign * score.value, _number(score.value, score.stderr)) for score in scores])
+            cells = _marked([(sign * score.value, with_error(score.value, score.stderr)) for score in scores])
             shots = "" if task.num_fewshot is None else str(task.num_fewshot)
             rows.append([name, str(task.examples), shots, metric.replace(",", ", "), *cells])
     head = ["task", "examples", "shots", "metric", *(model.model for model in models)]
     note = f"{len(within)} tasks of these groups: see --json" if within else ""
-    return _table(head, rows, "downstream tasks, ± standard error", note, left=("metric",))
-
-
-def _below(tasks: dict[str, TaskScore]) -> set[str]:
-    """Tasks and groups that are part of a group with an average of its own."""
-    below: set[str] = set()
-    todo = [name for task in tasks.values() for name in task.subtasks]
-    while todo:
-        name = todo.pop()
-        if name in tasks and name not in below:
-            below.add(name)
-            todo += tasks[name].subtasks
-    return below
+    title = "downstream tasks, ± standard error"
+    return Table(head, rows, title=title, note=note, bold=_best(rows), left=("metric",))
 
 
 def _suites(models: list[ModelReport]) -> Table:
     """The form of the paper's Table 3, in percent."""
     head = [suite.title for suite in models[0].suites.values()]
     scores = [[suite.score for suite in model.suites.values()] for model in models]
-    cells = [[(s.value, _number(100 * s.value, s.stderr and 100 * s.stderr, digits=2)) for s in row] for row in scores]
+    cells = [
+        [(s.value, with_error(100 * s.value, s.stderr and 100 * s.stderr, digits=2)) for s in row] for row in scores
+    ]
     return _of_models(models, head, cells, "suites of the BAM paper, % ± standard error")
 
 
@@ -208,12 +196,11 @@ def _of_models(
     """Models in rows; of each cell how good it is, and what it says."""
     columns = [_marked(column) for column in zip(*cells, strict=True)]
     rows = [list(row) for row in zip([model.model for model in models], *columns, strict=True)]
-    return _table(["model", *head], rows, title, note)
+    return Table(["model", *head], rows, title=title, note=note, bold=_best(rows))
 
 
-def _table(head: list[str], rows: list[list[str]], title: str, note: str = "", left: Collection[str] = ()) -> Table:
-    best = {(n, column) for n, row in enumerate(rows) for column, cell in enumerate(row) if cell.startswith(BEST)}
-    return Table(head, rows, title=title, note=note, bold=best, left=left)
+def _best(rows: list[list[str]]) -> set[tuple[int, int]]:
+    return {(n, column) for n, row in enumerate(rows) for column, cell in enumerate(row) if cell.startswith(BEST)}
 
 
 def _marked(compared: Sequence[tuple[float, str]]) -> list[str]:
@@ -222,5 +209,116 @@ def _marked(compared: Sequence[tuple[float, str]]) -> list[str]:
     return [(BEST if value == best else "") + text for value, text in compared]
 
 
-def _number(value: float, stderr: float | None, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+# ---- routes ----
+
+ROUTES = """\b
+Examples:
+  branchmix routes mixture --text "def f(x): return x + 1" --html routes.html
+  branchmix routes mixture --data data.yaml --html routes.html --plots plots --out routing
+  branchmix routes mixture --text @contract.txt --text -         a file, and standard input
+  branchmix routes Qwen/Qwen1.5-MoE-A2.7B --data data.yaml       any mixture that transformers knows
+
+\b
+The data file is the one of `branchmix eval` or of a run; the held-out documents are used.
+"""
+MAX_LINES = 12
+"""Maximum number of layers to print one by one."""
+
+
+@app.command("routes", epilog=ROUTES)
+def routes_command(
+    model: console.Mixture,
+    text: Annotated[
+        list[str] | None,
+        Option(metavar="TEXT", help="A text, @FILE, or - for standard input; may be repeated."),
+    ] = None,
+    data: console.Data = None,
+    html: Annotated[
+        Path | None, Option(metavar="FILE", help="Write a page: each token coloured by its expert.")
+    ] = None,
+    plots: Annotated[Path | None, Option(metavar="DIR", help="Write pictures, PNG and PDF.")] = None,
+    out: Annotated[
+        Path | None,
+        Option(metavar="PATH", help="Write the numbers: a folder (JSON and CSV), or a file *.json."),
+    ] = None,
+    max_length: Annotated[
+        int | None, Option(min=1, help="Tokens of context.", show_default="2048, or the model's positions")
+    ] = None,
+    batch_tokens: console.BatchTokens = 2048,
+    dtype: console.Dtype = "auto",
+    limit: Annotated[int | None, Option(min=1, help="Documents of a domain at most.")] = None,
+    page_tokens: Annotated[int, Option(min=1, help="Tokens of the page, in all.")] = 4000,
+    force: Annotated[bool, Option("--force", help="Replace files that exist.")] = False,
+    trust_remote_code: console.TrustRemoteCode = False,
+    as_json: console.AsJson = False,
+) -> None:
+    """Which expert each token uses, by layer and domain: FFN routers, and the attention gates of BAM."""
+    console.quiet_libraries()
+    from branchmix.evaluate.routing.plots import plot_files, write_plots
+    from branchmix.evaluate.routing.routes import number_files, read_texts, routes, write_numbers
+
+    numbers, pictures = number_files(out) if out else [], plot_files(plots) if plots else []
+    for file in (*numbers, *pictures, *([html] if html else [])):
+        require_new_file(file, force=force)
+    options: dict[str, Any] = {"max_length": max_length, "batch_tokens": batch_tokens, "dtype": dtype, "limit": limit}
+    options |= {"shown_tokens": page_tokens, "trust_remote_code": trust_remote_code}
+    with console.progress_bar() as progress:
+        routed = routes(model, data=data, texts=read_texts(text or []), **options, progress=progress)
+    written: list[Path] = []
+    if out is not None:
+        written += write_numbers(routed.report, out)
+    if plots is not None:
+        written += write_plots(routed.report.as_dict(), plots)
+    if html is not None:
+        from branchmix.evaluate.routing import token_page
+
+        write_text(html, token_page.html(routed))
+        written.append(html)
+    console.output(as_json, routed.report.as_dict, lambda: _print_routes(routed.report), routed.report.notes)
+    for file in written:
+        console.notice(f"written: {file}")
+
+
+def _print_routes(report: RoutingReport) -> None:
+    """Shares by layer and domain; of a deep model some of the layers."""
+    agreement = {pair["layer"]: pair for pair in report.agreement}
+    for kind, layers in report.layers.items():
+        facts = report.routers[kind]
+        names = report.names(kind)
+        how = "soft gate over all experts" if facts["soft"] else f"top-{facts['top_k']} of {facts['experts']}"
+        title = f"{'FFN experts' if kind == 'ffn' else 'attention experts'}: share of tokens by domain ({how})"
+        shown = " ".join(name.rjust(2) for name in names) if len(names) <= 8 else "most used, %"
+        domains = [f"{domain}, {sizes['tokens']:,} tokens\n{shown}" for domain, sizes in report.domains.items()]
+        head = ["layer", *domains, "load\nentropy", "token\nentropy", "expert tells\ndomain, bits"]
+        has_agreement = kind == "ffn" and bool(agreement)
+        head += ["agrees with\nattention"] * has_agreement
+        rows = []
+        step = max(1, -(-len(layers) // MAX_LINES))
+        for layer in layers[::step]:
+            cells = [_shares(layer["by_domain"][domain], names) for domain in report.domains]
+            known = layer["mutual_information_corrected"]
+            cells += [f"{layer[name]:.2f}" for name in ("load_entropy", "token_entropy")]
+            cells.append("-" if known is None else f"{known:.3f}")
+            if has_agreement:
+                pair = agreement.get(layer["layer"])
+                cells.append("-" if pair is None else f"{pair['same']:.0%} ({pair['same_by_chance']:.0%} by chance)")
+            rows.append([str(layer["layer"]), *cells])
+        note = f"one of {step} of all {len(layers)} layers; all with --json, --out or --html" if step > 1 else ""
+        Table(head, rows, title=title, note=note).show()
+        typer.echo("")
+    for kind, layers in report.layers.items():
+        layer = max(layers, key=lambda layer: layer["mutual_information_corrected"] or 0.0)
+        typer.echo(f"typical tokens in layer {layer['layer']}, {'FFN' if kind == 'ffn' else 'attention'}:")
+        for name, tokens in list(zip(report.names(kind), layer["typical"], strict=True))[:MAX_LINES]:
+            words = " ".join(repr(token["token"]) for token in tokens[:8])
+            typer.echo(f"  {name}: {words or '-'}")
+
+
+def _shares(shares: list[float], names: list[str]) -> str:
+    """All of a few experts in their order; of many, the most used with their names."""
+    if len(names) <= 8:
+        return " ".join(
+            f"{100 * share:.0f}".rjust(max(2, len(name))) for share, name in zip(shares, names, strict=True)
+        )
+    order = sorted(range(len(shares)), key=lambda expert: -shares[expert])[:3]
+    return ", ".join(f"{names[expert]}: {100 * shares[expert]:.0f}" for expert in order)

@@ -122,25 +122,32 @@ def _output(report: UpcycleReport, as_json: bool) -> None:
 
 def as_dict(report: UpcycleReport) -> dict[str, Any]:
     """The report as JSON."""
+    plan = report.plan
+    parts = {"gates": report.gates, "verification": report.verification}
+    return {
+        **_written_as_dict(report),
+        "method": _method(report),
+        "experts": [source.name for source in plan.sources],
+        "peak_memory_bytes": PEAK_MEMORY_BYTES,
+        "lossless": None if plan.is_dense else plan.lossless,
+        "accounting": inspect(plan.config).as_dict(),
+        **{name: part.as_dict() for name, part in parts.items() if part is not None},
+    }
+
+
+def _written_as_dict(report: UpcycleReport | ExportReport) -> dict[str, Any]:
     from branchmix.upcycling.execute import free_bytes
 
     plan = report.plan
-    result: dict[str, Any] = {
+    return {
         "out": str(report.out),
         "dry_run": report.written is None,
-        "method": _method(report),
-        "experts": [source.name for source in plan.sources],
         "bytes": plan.nbytes,
         "free_bytes": free_bytes(report.out),
-        "peak_memory_bytes": PEAK_MEMORY_BYTES,
         "groups": [asdict(group) for group in plan.groups],
-        "lossless": None if plan.is_dense else plan.lossless,
         "notes": list(plan.notes),
         "seconds": round(report.seconds, 3),
-        "accounting": inspect(plan.config).as_dict(),
     }
-    parts = {"gates": report.gates, "verification": report.verification}
-    return result | {name: part.as_dict() for name, part in parts.items() if part is not None}
 
 
 def _print(report: UpcycleReport) -> None:
@@ -180,18 +187,15 @@ def _print_verification(verification: Any) -> None:
         f"\nverified: {verification.tensors_byte_identical} tensors ({human_bytes(verification.bytes_compared)}) "
         f"byte-identical to their sources, {verification.averages_checked} averages recomputed in fp64"
     )
-    if not verification.experts:
-        return
-    difference = "largest difference from the dense model"
     rows = [
-        [check.name, check.skipped, ""]
-        if check.skipped
-        else [check.name, f"{check.max_difference:.2e}", f"{check.max_logit:.1f}"]
+        [check.name, check.skipped or f"{check.max_difference:.2e}", "" if check.skipped else f"{check.max_logit:.1f}"]
         for check in verification.experts
     ]
-    title = f"gates one-hot, logits of {verification.tokens} tokens against the "
-    title += "whole dense models" if verification.whole_experts else "dense models on the mixture's trunk"
-    Table(["expert", difference, "largest logit"], rows, title=title, left=(difference,)).show()
+    if rows:
+        whole = "whole dense models" if verification.whole_experts else "dense models on the mixture's trunk"
+        title = f"gates one-hot, logits of {verification.tokens} tokens against the {whole}"
+        head = ["expert", "largest difference from the dense model", "largest logit"]
+        Table(head, rows, title=title, left=head[1:2]).show()
 
 
 def _print_written(report: UpcycleReport | ExportReport) -> None:
@@ -230,10 +234,8 @@ A few hundred documents a domain are enough. Documents that eval and train hold 
 @app.command("calibrate", epilog=CALIBRATE)
 def calibrate_command(
     model: console.Mixture,
-    data: Annotated[Path, Option("--data", metavar="FILE", help="YAML: domains, as for eval.")],
-    out: Annotated[
-        Path | None, Option("--out", help="Folder to write.", show_default="MODEL itself is replaced")
-    ] = None,
+    data: Annotated[Path, Option(metavar="FILE", help="YAML: domains, as for eval.")],
+    out: Annotated[Path | None, Option(help="Folder to write.", show_default="MODEL itself is replaced")] = None,
     token_only: Annotated[
         bool, Option("--token-only", help="Gates that see one token only: for vLLM, and for export.")
     ] = False,
@@ -328,19 +330,6 @@ def _print_export(report: ExportReport) -> None:
 
 
 def _export_as_dict(report: ExportReport) -> dict[str, Any]:
-    from branchmix.upcycling.execute import free_bytes
-
-    plan = report.plan
-    return {
-        "out": str(report.out),
-        "dry_run": report.written is None,
-        "to": report.to,
-        "expert": report.expert,
-        "model_type": plan.config["model_type"],
-        "bytes": plan.nbytes,
-        "free_bytes": free_bytes(report.out),
-        "groups": [asdict(group) for group in plan.groups],
-        "notes": list(plan.notes),
-        "verification": asdict(report.verification) if report.verification else None,
-        "seconds": round(report.seconds, 3),
-    }
+    verification = asdict(report.verification) if report.verification else None
+    target = {"to": report.to, "expert": report.expert, "model_type": report.plan.config["model_type"]}
+    return {**_written_as_dict(report), **target, "verification": verification}

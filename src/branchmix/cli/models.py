@@ -175,43 +175,42 @@ def generate_command(
     text_model = TextModel(resolved, dtype, trust_remote_code)
     console.print_notes(text_model.notes)
     tokenizer = text_model.tokenizer
-    inputs = _inputs(text_model, prompt, chat)
-    _require_positions(text_model, inputs["input_ids"].shape[1], max_new_tokens)
+    inputs = _inputs(text_model, prompt, chat, max_new_tokens)
     wanted = None if experts is None else console.experts_to_keep(experts, text_model.config.to_dict())
     loaded = text_model.load()
     inputs = {name: value.to(loaded.device) for name, value in inputs.items()}
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling["temperature"] = temperature
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     start = time.perf_counter()
-    kept: dict[str, list[str]] = {}
     if wanted is not None:
         from branchmix.models.kept_branchmix import chosen_experts
 
-        (rows,) = chosen_experts(loaded, wanted, **inputs)
-        sampling["experts"] = rows
-        names = loaded.config.expert_names or [f"expert-{row}" for row in range(loaded.config.num_experts)]
-        kept = {"experts": [names[row] for row in rows]}
-    tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)
+        (options["experts"],) = chosen_experts(loaded, wanted, **inputs)
+    tokens = loaded.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **options)
     seconds = time.perf_counter() - start
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    content = {"prompt": prompt, "text": tokenizer.decode(new, skip_special_tokens=True), "new_tokens": len(new)}
-    content |= {"tokens_per_second": round(len(new) / seconds, 2), **kept}
-    lines = [f"experts kept: {', '.join(kept['experts'])}"] if kept else []
-    lines.append(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    content: dict[str, Any] = {"prompt": prompt, "text": text, "new_tokens": len(new)}
+    content["tokens_per_second"] = round(len(new) / seconds, 2)
+    lines = [f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s"]
+    if wanted is not None:
+        names = loaded.config.expert_names or [f"expert-{row}" for row in range(loaded.config.num_experts)]
+        content["experts"] = [names[row] for row in options["experts"]]
+        lines.insert(0, f"experts kept: {', '.join(content['experts'])}")
     console.output(as_json, lambda: content, lambda: console.notice("\n".join(lines)))
 
 
-def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:
+def _inputs(text_model: TextModel, prompt: str, chat: bool, max_new_tokens: int) -> dict[str, Any]:
     """The prompt's tokens [1, T] and their mask, without other tokenizer outputs (``token_type_ids``).
 
     Raises:
-        RecipeError: see ``_in_template``.
+        RecipeError: see ``_in_template``; or the model has not learned positions for as many tokens.
         CheckpointError: the tokenizer makes no tokens, or some that the model does not have.
     """
+    from branchmix.accounting.formulas import table_positions
+
     tokenizer, folder = text_model.tokenizer, text_model.folder
     text = whole_characters(_in_template(text_model, prompt) if chat else prompt)
     made = tokenizer(text, return_tensors="pt", add_special_tokens=not chat, verbose=False)
@@ -223,6 +222,12 @@ def _inputs(text_model: TextModel, prompt: str, chat: bool) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: its tokenizer makes token {int(ids_BT.max())} of PROMPT, but the model has only {size} tokens: "
             "give the folder its own tokenizer"
+        )
+    positions = table_positions(text_model.config.to_dict())
+    if positions is not None and ids_BT.shape[1] + max_new_tokens - 1 > positions:  # the last token needs none
+        raise RecipeError(
+            f"--max-new-tokens {max_new_tokens}: PROMPT has {ids_BT.shape[1]} tokens, and {folder} has only "
+            f"{positions} positions: give a shorter PROMPT, or ask for fewer tokens"
         )
     return {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
 
@@ -244,22 +249,6 @@ def _in_template(text_model: TextModel, prompt: str) -> str:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RecipeError(f"{where} does not take PROMPT: {reason}: mend the template, or leave --chat out") from error
     return str(text)
-
-
-def _require_positions(text_model: TextModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse more tokens than a model has learned positions for; the last token needs none.
-
-    Raises:
-        RecipeError: gives the number of positions.
-    """
-    from branchmix.accounting.formulas import table_positions
-
-    positions = table_positions(text_model.config.to_dict())
-    if positions is not None and prompt_tokens + max_new_tokens - 1 > positions:
-        raise RecipeError(
-            f"--max-new-tokens {max_new_tokens}: PROMPT has {prompt_tokens} tokens, and {text_model.folder} has only "
-            f"{positions} positions: give a shorter PROMPT, or ask for fewer tokens"
-        )
 
 
 # ---- push ----

@@ -10,27 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from branchmix.checkpoint.folder import require_name, require_new_file, write_text
+from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.cli import console
 from branchmix.cli.console import app
-from branchmix.errors import OutputError, RecipeError
-from branchmix.pages.numbers import human_count
+from branchmix.errors import RecipeError
+from branchmix.pages.numbers import human_count, with_error
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.likelihood.models import Progress
-    from branchmix.scaling.results import ScalingRun, TaskResult
+    from branchmix.scaling.results import ScalingRun
     from branchmix.scaling.trends.judge import Judged, Report
 
 data_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Data of the 11 tasks: the prize's own files, and fresh examples that no model has seen.",
+    no_args_is_help=True, help="Data of the 11 tasks: the prize's own files, and fresh examples that no model has seen."
 )
 scaling_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Inverse scaling: do models get better or worse at a task as they grow?",
+    no_args_is_help=True, help="Inverse scaling: do models get better or worse at a task as they grow?"
 )
 app.add_typer(scaling_app, name="scaling")
 scaling_app.add_typer(data_app, name="data")
@@ -76,9 +72,8 @@ def verify_command(folder: DIR, as_json: console.AsJson = False) -> None:
 
     found = verify(folder)
     complete = all(file.state == "ok" for file in found)
-    files = [asdict(file) for file in found]
-    lines = "\n".join(file.line for file in found)
-    console.output(as_json, lambda: {"ok": complete, "files": files}, lambda: typer.echo(lines))
+    content = {"ok": complete, "files": [asdict(file) for file in found]}
+    console.output(as_json, lambda: content, lambda: typer.echo("\n".join(file.line for file in found)))
     if not complete:
         raise typer.Exit(1)
 
@@ -104,7 +99,7 @@ def fetch_command(
 def make_command(
     folder: DIR,
     seed: Annotated[int, Option(help="Random seed; different seeds give different examples.")],
-    num: Annotated[int, Option("--num", metavar="N", min=1, help="Examples of each task.")] = 1000,
+    num: Annotated[int, Option(metavar="N", min=1, help="Examples of each task.")] = 1000,
     tasks: Annotated[str, Option(metavar="A,B,...", help="Names of tasks, or all.")] = "all",
     shots: console.Shots = 0,
     controls: Annotated[
@@ -191,12 +186,13 @@ def _print_scores(run: ScalingRun) -> None:
     for result in sorted(run.results, key=lambda result: labels.index(result.selected.label)):
         sizes = (result.subject.params, result.subject.active_params)
         counts = ["" if size is None else human_count(size) for size in sizes]
-        means = result.summary.means if result.summary is not None else {}
-        loss = next((name for name in ("loss", "logodds", "absolute_logodds") if name in means), None)
-        cells = [_mean(result, "accuracy"), _mean(result, loss)]
+        means, remarks = (result.summary.means, list(result.summary.flags)) if result.summary is not None else ({}, [])
+        loss = next((name for name in ("loss", "logodds", "absolute_logodds") if name in means), "loss")
+        cells = [
+            with_error(means[name].value, means[name].stderr) if name in means else "" for name in ("accuracy", loss)
+        ]
         coverage = f"{means['coverage'].value:.3f}" if "coverage" in means else ""
-        remarks = list(result.summary.flags) if result.summary is not None else []
-        if loss not in (None, "loss"):
+        if loss != "loss":
             remarks.insert(0, f"loss: {loss}")
         if result.refused:
             remarks.append(f"{len(result.refused)} refused")
@@ -206,13 +202,6 @@ def _print_scores(run: ScalingRun) -> None:
         rows.append([*names, *counts, str(len(result.scored)), *cells, coverage, "; ".join(remarks)])
     head = ["task", "model", "params", "active", "n", "accuracy", "loss", "coverage", "remarks"]
     Table(head, rows, left=("model", "remarks")).show()
-
-
-def _mean(result: TaskResult, metric: str | None) -> str:
-    if result.summary is None or metric is None or metric not in result.summary.means:
-        return ""
-    mean = result.summary.means[metric]
-    return f"{mean.value:.4f}" + ("" if mean.stderr is None else f" ± {mean.stderr:.4f}")
 
 
 # ---- scaling trends ----
@@ -242,6 +231,7 @@ worse), flat, inconclusive, not-testable (fewer than five sizes). The exit code 
 
 @scaling_app.command("trends", epilog=TRENDS)
 def trends_command(
+    context: typer.Context,
     results: Annotated[Path, Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.")],
     axis: Annotated[
         str | None,
@@ -288,11 +278,7 @@ def trends_command(
             tell=tell,
         )
         if html is not None or plots is not None:
-            options: dict[str, Any] = {"axis": axis, "metric": metric, "lower-is-better": lower_is_better}
-            options |= {"alpha": alpha if alpha != 0.05 else None}
-            options |= {"minimum-effect": minimum_effect if minimum_effect != 0.02 else None}
-            options |= {"correction": correction if correction != "bh" else None, "html": html, "plots": plots}
-            _write(reports, html, plots, command=_command(results, options), force=force, tell=tell)
+            _write(reports, html, plots, command=_command(context), force=force, tell=tell)
     report = reports[0]
     console.print_notes(report.notes)
     for warning in report.warnings:
@@ -314,10 +300,6 @@ def _write(
 
     overview = Overview(reports)
     drawings = {plots / name: draw for name, draw in pictures(overview).items()} if plots is not None else {}
-    if plots is not None:
-        require_name(plots)
-        if plots.exists() and not plots.is_dir():
-            raise OutputError(f"{plots}: is a file: choose a folder")
     for file in drawings:
         require_new_file(file, force=force)
     if html is not None:
@@ -327,12 +309,15 @@ def _write(
         tell("pictures", done, len(drawings))
 
 
-def _command(results: Path, options: dict[str, Any]) -> str:
+def _command(context: typer.Context) -> str:
     """What repeats this; only options that were given."""
-    words = ["branchmix", "scaling", "trends", str(results)]
-    for name, value in options.items():
-        for one in value if isinstance(value, list) else [value]:
-            words += [f"--{name}", str(one)] if one is not None else []
+    words = ["branchmix", "scaling", "trends", str(context.params["results"])]
+    for option in context.command.params:
+        value = context.params.get(option.name or "")
+        if option.name in ("results", "force", "as_json") or value in (None, option.default):
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            words += [option.opts[0], str(one)]
     return shlex.join(words)
 
 
@@ -360,11 +345,10 @@ def _table(rows: list[Judged], title: str, report: Report) -> Table:
     from branchmix.scaling.trends.judge import cause_of
     from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
-    causes = [cause_of(row.series) for row in rows]
-    head = ["task", *(["cause"] if any(causes) else []), "sizes", "change [interval]", "corrected p", "verdict"]
-    cells: list[list[str]] = []
-    bold: set[tuple[int, int]] = set()
-    for row, cause in zip(rows, causes, strict=True):
+    has_causes = any(cause_of(row.series) for row in rows)
+    head = ["task", *["cause"] * has_causes, "sizes", "change [interval]", "corrected p", "verdict"]
+    cells = []
+    for row in rows:
         found = row.verdict
         low, high = found.interval
         p = "" if found.p_adjusted is None else f"{found.p_adjusted:.3f}" if found.p_adjusted >= 0.001 else "<0.001"
@@ -375,11 +359,10 @@ def _table(rows: list[Judged], title: str, report: Report) -> Table:
             legs = ", ".join(f"{name} {leg['effect']:+.3f}" for name, leg in found.legs.items())
             why.append(f"{legs}, turns at {report.axis} {found.turning_point:.2g}")
         why += found.flags
-        if found.label in DIRECTED:
-            bold.add((len(cells), len(head) - 1))
         verdict = f"{found.label} ({WORDS[found.label]}): {'; '.join(why)}"
         change = f"{found.effect:+.3f} [{low:+.3f}, {high:+.3f}]"
-        cells.append([row.series.task, *([cause] if any(causes) else []), str(found.sizes), change, p, verdict])
+        cells.append([row.series.task, *[cause_of(row.series)] * has_causes, str(found.sizes), change, p, verdict])
+    bold = {(number, len(head) - 1) for number, row in enumerate(rows) if row.verdict.label in DIRECTED}
     return Table(head, cells, title=title, bold=bold, left=("cause", "verdict"))
 
 
@@ -399,12 +382,10 @@ def _comparisons(report: Report) -> list[str]:
     for task, differences in report.contamination.items():
         for metric, found in differences.items():
             low, high = found["interval"]
-            words = (
-                "the official data were seen in training, or the fresh ones are harder: models trained before the "
-                "official data were published show which"
-                if found["suspected"]
-                else "no sign that it was seen in training"
-            )
+            words = "no sign that it was seen in training"
+            if found["suspected"]:
+                words = "the official data were seen in training, or the fresh ones are harder: models trained before "
+                words += "the official data were published show which"
             lines.append(
                 f"{task}, {metric}: better on official than on fresh data by {found['difference']:+.3f} "
                 f"[{low:+.3f}, {high:+.3f}]: {words}"

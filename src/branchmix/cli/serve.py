@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,8 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
     name = model if resolved.revision else str(resolved.folder)
     if not resolved.revision and "@" in name:
         raise RecipeError(f"{name}: the server takes what follows @ for a revision: give the folder another name")
+    from unittest import mock
+
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
@@ -74,11 +76,12 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
     if experts is not None:
         mixture.experts_at_inference = console.experts_to_keep(experts, index.config)
     from transformers.cli.serve import Serve
+    from transformers.cli.serving import server
 
-    server = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    server.command()(Serve)
-    with limited_server():
-        server([name, *context.args], prog_name="branchmix serve")
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(Serve)
+    with mock.patch.object(server, "build_server", partial(_build_limited, server.build_server)):
+        command([name, *context.args], prog_name="branchmix serve")
 
 
 def _show_classes() -> type[BranchMixForCausalLM]:
@@ -119,68 +122,60 @@ class RequestError(Exception):
     def __init__(self, reason: str, status: int = 400):
         super().__init__(reason)
         self.status = status
-        self.content = {"error": {"message": reason, "type": "invalid_request_error", "param": None, "code": None}}
+
+    def response(self) -> Any:
+        from starlette.responses import JSONResponse
+
+        error = {"message": str(self), "type": "invalid_request_error", "param": None, "code": None}
+        return JSONResponse({"error": error}, self.status)
 
 
-@contextmanager
-def limited_server() -> Iterator[None]:
-    """Inside the block, transformers' server keeps to the limits of the model that it is started with."""
-    from unittest import mock
+def _build_limited(build: Any, model_manager: Any, *handlers: Any, generation_state: Any, **more: Any) -> Any:
+    """What transformers' ``build_server`` makes, with the limits of the model that it is started with."""
+    from jinja2 import TemplateError
 
-    from transformers.cli.serving import server
+    from branchmix.likelihood.forward import max_positions
 
-    build = server.build_server
+    app = build(model_manager, *handlers, generation_state=generation_state, **more)
+    (loaded,) = model_manager.loaded_models.values()  # serve_command names one, which the server keeps
+    positions = max_positions(loaded.model.config) or UNKNOWN_POSITIONS
+    get_manager = generation_state.get_manager
 
-    def build_limited(model_manager: Any, *handlers: Any, generation_state: Any, **more: Any) -> Any:
-        from fastapi.responses import JSONResponse
-        from jinja2 import TemplateError
+    def get_limited(*args: Any, **options: Any) -> Any:
+        manager = get_manager(*args, **options)
+        for name in ("generate_streaming", "generate_non_streaming"):
+            if name not in vars(manager):  # the server keeps its managers
+                setattr(manager, name, partial(_generate_within, positions, getattr(manager, name)))
+        return manager
 
-        from branchmix.likelihood.forward import max_positions
+    async def refuse(_: Any, error: RequestError) -> Any:
+        return error.response()
 
-        app = build(model_manager, *handlers, generation_state=generation_state, **more)
-        (loaded,) = model_manager.loaded_models.values()  # serve_command names one, which the server keeps
-        positions = max_positions(loaded.model.config) or UNKNOWN_POSITIONS
-        get_manager = generation_state.get_manager
-        generation_state.get_manager = lambda *args, **options: _limited(get_manager(*args, **options), positions)
-        app.add_middleware(request_limits, positions=positions)
+    async def refuse_messages(_: Any, error: TemplateError) -> Any:
+        return RequestError(f"the model's chat template does not take the messages: {error}").response()
 
-        async def refuse(_: Any, error: RequestError) -> Any:
-            return JSONResponse(error.content, error.status)
-
-        async def refuse_messages(_: Any, error: TemplateError) -> Any:
-            return await refuse(_, RequestError(f"the model's chat template does not take the messages: {error}"))
-
-        app.add_exception_handler(RequestError, refuse)
-        app.add_exception_handler(TemplateError, refuse_messages)
-        return app
-
-    with mock.patch.object(server, "build_server", build_limited):
-        yield
+    generation_state.get_manager = get_limited
+    app.add_middleware(request_limits, positions=positions)
+    app.add_exception_handler(RequestError, refuse)
+    app.add_exception_handler(TemplateError, refuse_messages)
+    return app
 
 
-def _limited(manager: Any, positions: int) -> Any:
-    """A manager of generations that gives each request the room that its prompt leaves."""
-
-    def within(method: Any) -> Any:
-        def generate(model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any) -> Any:
-            ids = inputs["input_ids"]
-            length = len(ids) if isinstance(ids, list) else ids.shape[-1]
-            room = positions - length
-            if room < 1:
-                raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
-            for key in _AT_ONCE:
-                value = getattr(gen_config, key) or 1
-                if not isinstance(value, int) or value > MOST_AT_ONCE:
-                    raise RequestError(f"{key}: should be a whole number up to {MOST_AT_ONCE}, got {str(value)[:40]!r}")
-            gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
-            return method(model, processor, inputs, gen_config, *args, **options)
-
-        return generate
-
-    for name in ("generate_streaming", "generate_non_streaming"):
-        if name not in vars(manager):  # the server keeps its managers
-            setattr(manager, name, within(getattr(manager, name)))
-    return manager
+def _generate_within(
+    positions: int, method: Any, model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **options: Any
+) -> Any:
+    """Generate in the room that the prompt leaves."""
+    ids = inputs["input_ids"]
+    length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+    room = positions - length
+    if room < 1:
+        raise RequestError(f"the prompt has {length} tokens, and the model {positions} positions: shorten it")
+    for key in _AT_ONCE:
+        value = getattr(gen_config, key) or 1
+        if not isinstance(value, int) or value > MOST_AT_ONCE:
+            raise RequestError(f"{key}: should be a whole number up to {MOST_AT_ONCE}, got {str(value)[:40]!r}")
+    gen_config.max_new_tokens = min(gen_config.max_new_tokens or room, room)
+    return method(model, processor, inputs, gen_config, *args, **options)
 
 
 def request_limits(app: Any, positions: int) -> Any:
@@ -193,9 +188,7 @@ def request_limits(app: Any, positions: int) -> Any:
         try:
             body = _checked(await _body(receive, positions), positions)
         except RequestError as error:
-            from starlette.responses import JSONResponse
-
-            await JSONResponse(error.content, error.status)(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -208,7 +201,7 @@ def request_limits(app: Any, positions: int) -> Any:
 
 
 async def _body(receive: Receive, positions: int) -> bytes:
-    """The body; one that is too large is read to its end, so that the client hears why, but not kept."""
+    """The body; one that is too large is read to its end, so that the client hears why, but no more of it is kept."""
     most, body, size, more = max(LEAST_BYTES, BYTES_PER_POSITION * positions), bytearray(), 0, True
     while more:
         message = await receive()
@@ -217,8 +210,6 @@ async def _body(receive: Receive, positions: int) -> bytes:
         more = message["type"] == "http.request" and message.get("more_body", False)
         if size <= most:
             body += part
-        else:
-            body.clear()
     if size > most:
         reason = f"the request has {size:,} bytes, and at most {most:,} are taken, for the model has "
         raise RequestError(f"{reason}{positions:,} positions: shorten the prompt", 413)
@@ -235,7 +226,13 @@ def _checked(body: bytes, positions: int) -> bytes:
         return body  # not JSON: the server says so itself
     fields = asked if isinstance(asked, dict) else {}
     if fields.get("generation_config") is not None:
-        _check_generation(fields["generation_config"])
+        from transformers import GenerationConfig
+
+        try:
+            GenerationConfig(**json.loads(fields["generation_config"]))
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RequestError(f"generation_config: {reason[:200]}") from None
     for key in _LENGTHS:
         value = fields.get(key)
         if value is None:
@@ -246,14 +243,3 @@ def _checked(body: bytes, positions: int) -> bytes:
             raise RequestError(f"{key}: {str(value)[:40]} is more than the model's {positions:,} positions")
     whole = whole_characters(text)
     return body if whole == text else whole.encode()
-
-
-def _check_generation(asked: Any) -> None:
-    """Refuse what the server could not read as the JSON of a generation config."""
-    from transformers import GenerationConfig
-
-    try:
-        GenerationConfig(**json.loads(asked))
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RequestError(f"generation_config: {reason[:200]}") from None

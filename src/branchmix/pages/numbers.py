@@ -24,3 +24,8 @@ def human_count(count: float) -> str:
             return f"{count:.0f}" if not unit else f"{count:.4g}{unit}"
         count /= 1000
     return f"{count:.4g}T"
+
+
+def with_error(value: float, stderr: float | None, digits: int = 4) -> str:
+    """A value and its standard error, if there is one: ``0.8729 ± 0.0109``."""
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
