@@ -179,7 +179,7 @@ def test_verification_sees_what_the_comparison_would_let_pass(
     name, seed, expert = SEEN[what]
     models = edited(siblings(name), tmp_path, seed, expert)
     monkeypatch.setattr("branchmix.upcycling.compatibility.config_differences", lambda *args: {})
-    monkeypatch.setattr("branchmix.upcycling.compatibility._check_rotary", lambda *args: None)
+    monkeypatch.setattr("branchmix.upcycling.compatibility._rotated_apart", lambda *args: [])
     with pytest.raises(VerificationError, match="gates on expert 'code'"):
         branchmix.upcycle(recipe(models), tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()

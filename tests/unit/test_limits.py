@@ -128,7 +128,7 @@ def test_examples_are_read_in_their_folder_only(tmp_path: Path) -> None:
     (tmp_path / "results" / "results.csv").write_text(head + "my task,org/model,1e6,accuracy,0.5,9,\n")
     (row,) = read_table(tmp_path / "results").rows
     found = read_scores(tmp_path / "results" / "examples", row)
-    assert found is not None and found.values == {"1": 1.0}
+    assert found is not None and found == {"1": (1.0, "1")}
 
 
 def test_messages_are_short_whatever_a_file_says() -> None:

@@ -273,3 +273,7 @@ def _is_prose(paragraph: str) -> bool:
 def _share_of_letters(text: str) -> float:
     """Share of letters and of what separates words."""
     return sum(char.isalpha() or char in " \n,." for char in text) / len(text)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), enough_bytes=int(sys.argv[2]), processes=int(sys.argv[3]))
