@@ -13,9 +13,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-_CONFIGS = "transformers.models.auto.configuration_auto"
-_MODELS = "transformers.models.auto.modeling_auto"
-
 
 def register_configuration() -> None:
     """``AutoConfig`` reads ``model_type: branchmix``. Calling it twice is harmless."""
@@ -38,7 +35,10 @@ def register_models() -> None:
     AutoModelForCausalLM.register(BranchMixConfig, BranchMixForCausalLM, exist_ok=True)
 
 
-_AFTER: dict[str, Callable[[], None]] = {_CONFIGS: register_configuration, _MODELS: register_models}
+_AFTER: dict[str, Callable[[], None]] = {
+    "transformers.models.auto.configuration_auto": register_configuration,
+    "transformers.models.auto.modeling_auto": register_models,
+}
 
 
 class _Watcher(MetaPathFinder):

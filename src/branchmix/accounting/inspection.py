@@ -26,7 +26,7 @@ from branchmix.accounting.shape import Shape, shape_of
 from branchmix.checkpoint.companions import refuse_adapter
 from branchmix.checkpoint.families import Config, entry_of, families, is_tied, nearest, why_unfit
 from branchmix.checkpoint.hub import expanded, is_there, resolve
-from branchmix.checkpoint.index import CheckpointIndex, read_json_object
+from branchmix.checkpoint.index import CheckpointIndex, read_config, read_json_object
 from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.tying import as_stored, head_and_embeddings
 from branchmix.errors import BranchMixError, CheckpointError, short
@@ -345,8 +345,4 @@ def _read(model: str | Path) -> tuple[Config, Path | None]:
             raise CheckpointError(f"{model}: no such file or folder, and no Hub id (org/name)")
         path = resolve(model).folder
     refuse_adapter(path)
-    if not path.is_dir():
-        return read_json_object(path), None
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json in it: give a transformers checkpoint folder")
-    return read_json_object(path / "config.json"), path
+    return (read_config(path), path) if path.is_dir() else (read_json_object(path), None)

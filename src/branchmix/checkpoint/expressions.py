@@ -119,23 +119,14 @@ class Source(Expression):
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
         element, row_nbytes = storage(self.dtype), self.row_nbytes
         with opened(self.ref.file) as stream:
-            if columns is None:
+            if columns is None or columns == (0, self.shape[1]):
                 block = np.empty((stop - start, *self.shape[1:]), element)
                 read_into(stream, self.ref.offset + start * row_nbytes, block)
                 return block
             first, last = columns
             strip = np.empty((stop - start, last - first), element)
-            skipped = row_nbytes - strip.shape[1] * element.itemsize
-            if skipped > 4096:  # one call costs about as much as reading so many bytes
-                for row in range(start, stop):
-                    offset = self.ref.offset + row * row_nbytes + first * element.itemsize
-                    read_into(stream, offset, strip[row - start])
-                return strip
-            step = max(1, _CHUNK_BYTES // max(1, row_nbytes))
-            for row in range(start, stop, step):
-                whole = np.empty((min(step, stop - row), self.shape[1]), element)
-                read_into(stream, self.ref.offset + row * row_nbytes, whole)
-                strip[row - start : row - start + step] = whole[:, first:last]
+            for row in range(start, stop):
+                read_into(stream, self.ref.offset + row * row_nbytes + first * element.itemsize, strip[row - start])
         return strip
 
 
@@ -182,7 +173,7 @@ class _Below(Expression):
         for part, start, stop in self.segments:
             if (ranges := whole[id(part)]) is None:
                 return None
-            pieces += ranges if stop - start == part.num_rows else cut_ranges(ranges, start * size, stop * size)
+            pieces += cut_ranges(ranges, start * size, stop * size)
         return merge_ranges(pieces)
 
     def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
@@ -198,19 +189,13 @@ class _Below(Expression):
 
 
 class Rows(_Below):
-    """Ranges of rows of a part, in this order; adjacent ranges are one.
+    """Ranges of rows of a part, in this order.
 
     Example: Rows(Source(qkv), ((0, 64), (128, 192))) has 128 rows.
     """
 
     def __init__(self, part: Expression, spans: Iterable[Span]):
-        merged: list[tuple[Expression, int, int]] = []
-        for start, stop in spans:
-            if merged and merged[-1][2] == start:
-                merged[-1] = (part, merged[-1][1], stop)
-            elif start != stop or not merged:
-                merged.append((part, start, stop))
-        super().__init__(tuple(merged))
+        super().__init__(tuple((part, *span) for span in spans))
 
 
 class Stack(_Below):
@@ -345,6 +330,10 @@ class Mean(Expression):
 class Elementwise(Derived):
     """A part of floats, computed number by number in the accumulator's dtype and rounded once."""
 
+    def __post_init__(self) -> None:
+        assert self.part.dtype in FLOAT_DTYPES, f"{self.part.dtype} has no arithmetic"
+        self._become(self.part.dtype, self.part.shape)
+
     @abstractmethod
     def computed(self, values: Array, columns: Span | None) -> Array:
         """The result of a block of the part's values."""
@@ -360,10 +349,6 @@ class Scaled(Elementwise):
     """A part times a constant."""
 
     factor: float
-
-    def __post_init__(self) -> None:
-        assert self.part.dtype in FLOAT_DTYPES, f"{self.part.dtype} is not scaled"
-        self._become(self.part.dtype, self.part.shape)
 
     def ranges(self) -> list[ByteRange] | None:
         return self.part.ranges() if self.factor == 1.0 else None
@@ -382,8 +367,8 @@ class Gained(Elementwise):
 
     def __post_init__(self) -> None:
         assert len(self.part.shape) == 2 and self.gain.shape == self.part.shape[1:], "one gain for each column"
-        assert {self.part.dtype, self.gain.dtype} <= set(FLOAT_DTYPES), "gains are for floats"
-        self._become(self.part.dtype, self.part.shape)
+        assert self.gain.dtype in FLOAT_DTYPES, "gains are for floats"
+        super().__post_init__()
 
     def parts_read(self) -> tuple[Expression, ...]:
         return (self.part, self.gain)

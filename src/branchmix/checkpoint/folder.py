@@ -179,23 +179,12 @@ def put_back(out: Path) -> bool:
 
 def _left_of(target: Path, kind: str) -> list[Path]:
     """Folders of one kind beside ``target`` whose processes are gone."""
-    prefix = f".{target.name}.{kind}-"
-    left = []
-    for folder in sorted(target.parent.iterdir()) if target.parent.is_dir() else ():
-        pid, _, random = folder.name.removeprefix(prefix).partition("-")
-        if folder.name.startswith(prefix) and pid.isdecimal() and random and not _alive(int(pid)):
-            left.append(folder)
-    return left
+    import psutil
 
-
-def _alive(pid: int) -> bool:
-    if sys.platform == "win32":
-        return False  # os.kill would end the process there
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True
+    name = re.compile(re.escape(f".{target.name}.{kind}-") + r"([0-9]{1,9})-.+")
+    there = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
+    named = [(folder, match[1]) for folder in there if (match := name.fullmatch(folder.name))]
+    return [folder for folder, pid in named if not psutil.pid_exists(int(pid))]
 
 
 # ---- Folders that change places ----

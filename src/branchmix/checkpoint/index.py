@@ -97,7 +97,7 @@ class CheckpointIndex:
         folder = Path(folder)
         _require_folder(folder)
         refuse_adapter(folder)
-        config = _read_config(folder)
+        config = read_config(folder)
         if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
             _refuse_quantised_config(folder, config, but=())  # whose weights have names of their own
         shards, shard_of = _find_shards(folder)
@@ -198,7 +198,7 @@ def _require_folder(folder: Path) -> None:
     raise CheckpointError(f"{folder}: no such folder: check the path")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: no config.json: not a transformers checkpoint, or an unfinished download")
@@ -288,7 +288,7 @@ def _refuse_quantised_config(folder: Path, config: dict[str, Any], *, but: Colle
 def left_over_quantisation(folder: Path) -> str | None:
     """A note on a folder whose config names a quantisation that its weights do not have."""
     try:
-        if not _quantisation(_read_config(folder)):
+        if not _quantisation(read_config(folder)):
             return None
         notes = CheckpointIndex.open(folder).notes
     except CheckpointError:  # quantised indeed, or damaged, which loading the weights will report

@@ -30,10 +30,11 @@ def parse_json(raw: bytes | str) -> Any:
         raw = raw.decode(json.detect_encoding(raw))
     try:
         value = json.loads(raw, parse_int=_whole_number if _LONG_NUMBER.search(raw) else None)
+        too_deep = raw.count("[") + raw.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
     except RecursionError:
-        raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep") from None
-    if raw.count("[") + raw.count("{") > MAX_DEPTH:
-        _check_depth(value)
+        too_deep = True
+    if too_deep:
+        raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep")
     if _SURROGATE.search(raw):
         json.dumps(value, ensure_ascii=False).encode()
     return value
@@ -78,11 +79,6 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
-def _check_depth(value: Any) -> None:
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        inner = (one.values() if isinstance(one, dict) else one for one in level)
-        level = [one for held in inner for one in held if isinstance(one, dict | list)]
-        if not level:
-            return
-    raise ValueError(f"lists or objects are nested more than {MAX_DEPTH} deep")
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list) else 0

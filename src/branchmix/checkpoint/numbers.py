@@ -28,9 +28,7 @@ def to_float32(array: Array, dtype: str) -> npt.NDArray[np.float32]:
     assert dtype in FLOAT_DTYPES, dtype
     if dtype != "BF16":
         return array.astype(np.float32, copy=False)
-    bits = array.astype(np.uint32)
-    np.left_shift(bits, 16, out=bits)
-    return bits.view(np.float32)
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 def from_float32(array: Array, dtype: str) -> Array:
@@ -41,12 +39,7 @@ def from_float32(array: Array, dtype: str) -> Array:
             return array.astype(storage(dtype), copy=False)
         values = np.ascontiguousarray(array.astype(np.float32, copy=False))
     bits = values.view(np.uint32)
-    rounded = bits >> 16
-    np.bitwise_and(rounded, 1, out=rounded)
-    np.add(rounded, 0x7FFF, out=rounded)
-    np.add(rounded, bits, out=rounded)
-    np.right_shift(rounded, 16, out=rounded)
-    result = rounded.astype(np.uint16)
+    result = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     nan = np.isnan(values)
     if nan.any():
         result[nan] = (bits[nan] >> 16) | 0x0040

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -152,51 +152,43 @@ def shard_plan(tensors: Sequence[OutputTensor], *, max_shard_bytes: int = 5_000_
 
 def _laid_out(name: str, tensors: list[OutputTensor]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.expression.dtype])
+    offsets = list(accumulate((tensor.expression.nbytes for tensor in ordered), initial=0))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in ordered:
+    for tensor, span in zip(ordered, pairwise(offsets), strict=True):
         value = tensor.expression
-        offsets = [end, end + value.nbytes]
-        header[tensor.name] = {"dtype": value.dtype, "shape": list(value.shape), "data_offsets": offsets}
-        end += value.nbytes
+        header[tensor.name] = {"dtype": value.dtype, "shape": list(value.shape), "data_offsets": span}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    placed = tuple(replace(tensor, offset=start + header[tensor.name]["data_offsets"][0]) for tensor in ordered)
-    return Shard(name, len(text).to_bytes(8, "little") + text, placed, start + end)
+    placed = tuple(replace(tensor, offset=start + at) for tensor, at in zip(ordered, offsets, strict=False))
+    return Shard(name, len(text).to_bytes(8, "little") + text, placed, start + offsets[-1])
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A stretch of one output tensor: source bytes if ``source`` is given, else rows [start, stop)."""
+    """Rows [start, stop) of one output tensor, of which ``ranges`` are the source bytes, unless it is computed."""
 
     fd: int
     file: Path
-    offset: int
-    nbytes: int
     tensor: OutputTensor
-    source: ByteRange | None
-    start: int = 0
-    stop: int = 0
+    ranges: list[ByteRange] | None
+    start: int
+    stop: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Offset in the output file, and number of bytes."""
+        size = self.tensor.expression.row_nbytes
+        return self.tensor.offset + self.start * size, (self.stop - self.start) * size
 
 
 def _tasks(fd: int, file: Path, shard: Shard) -> Iterator[_Task]:
     """The shard's work in file order."""
     for tensor in shard.tensors:
-        value = tensor.expression
-        ranges = value.ranges()
-        if ranges is not None:
-            for start in range(0, value.nbytes, TASK_BYTES):
-                to = tensor.offset + start
-                for source in cut_ranges(ranges, start, min(start + TASK_BYTES, value.nbytes)):
-                    yield _Task(fd, file, to, source[2], tensor, source)
-                    to += source[2]
-            continue
+        value, ranges = tensor.expression, tensor.expression.ranges()
         step = max(1, TASK_BYTES // max(1, value.row_nbytes))
         for row in range(0, value.num_rows if value.nbytes else 0, step):
-            stop = min(row + step, value.num_rows)
-            nbytes = (stop - row) * value.row_nbytes
-            yield _Task(fd, file, tensor.offset + row * value.row_nbytes, nbytes, tensor, None, row, stop)
+            yield _Task(fd, file, tensor, ranges, row, min(row + step, value.num_rows))
 
 
 class _Run:
@@ -219,45 +211,51 @@ class _Run:
                     task = next(tasks, None)
                 if task is None:
                     return
-                if task.source is not None:
-                    self._copy(task, task.source, buffer)
+                if task.ranges is not None:
+                    self._copy(task, task.ranges, buffer)
                 else:
                     self._compute(task)
-                _start_write_back(task)
+                offset, nbytes = task.place
+                _start_write_back(task.fd, offset, nbytes)
                 with self.lock:
-                    self.done += task.nbytes
+                    self.done += nbytes
                     if self.progress is not None:
                         self.progress(self.done)
         except BaseException:
             self.stop.set()
             raise
 
-    def _copy(self, task: _Task, source: ByteRange, buffer: Array) -> None:
-        file, first, nbytes = source
-        dtype = task.tensor.expression.dtype
-        check = self.check and dtype in _FINITE_BELOW and source not in self.checked
-        with opened(file) as stream:
-            for start in range(0, nbytes, BUFFER_BYTES):
-                block = buffer[: min(BUFFER_BYTES, nbytes - start)]
-                read_into(stream, first + start, block)
-                if check and not all_finite(block, dtype):
-                    _blame(task.tensor)
-                with writing(task.file):
-                    _write_at(task.fd, task.offset + start, block.data)
-        self.checked.add(source)
+    def _copy(self, task: _Task, ranges: list[ByteRange], buffer: Array) -> None:
+        value = task.tensor.expression
+        to, _ = task.place
+        for source in cut_ranges(ranges, task.start * value.row_nbytes, task.stop * value.row_nbytes):
+            file, first, nbytes = source
+            check = self.check and source not in self.checked
+            with opened(file) as stream:
+                for start in range(0, nbytes, BUFFER_BYTES):
+                    block = buffer[: min(BUFFER_BYTES, nbytes - start)]
+                    read_into(stream, first + start, block)
+                    self._write(task, to + start, block, check=check)
+            to += nbytes
+            self.checked.add(source)
 
     def _compute(self, task: _Task) -> None:
         value = task.tensor.expression
         step = max(1, value.block_nbytes // max(1, value.row_nbytes))
+        to, _ = task.place
         for row in range(task.start, task.stop, step):
             stop = min(row + step, task.stop)
             block = np.ascontiguousarray(value.rows(row, stop))
             assert block.nbytes == (stop - row) * value.row_nbytes and block.dtype == storage(value.dtype)
-            if self.check and value.dtype in _FINITE_BELOW and not all_finite(block, value.dtype):
-                _blame(task.tensor)
-            with writing(task.file):
-                offset = task.offset + (row - task.start) * value.row_nbytes
-                _write_at(task.fd, offset, block.reshape(-1).view(np.uint8).data)
+            self._write(task, to, block, check=self.check)
+            to += block.nbytes
+
+    def _write(self, task: _Task, offset: int, block: Array, *, check: bool) -> None:
+        dtype = task.tensor.expression.dtype
+        if check and dtype in _FINITE_BELOW and not all_finite(block, dtype):
+            _blame(task.tensor)
+        with writing(task.file):
+            _write_at(task.fd, offset, block.reshape(-1).view(np.uint8).data)
 
 
 def all_finite(block: Array, dtype: str) -> bool:
@@ -323,11 +321,11 @@ def _allocate(fd: int, nbytes: int) -> None:
     os.ftruncate(fd, nbytes)
 
 
-def _start_write_back(task: _Task) -> None:
+def _start_write_back(fd: int, offset: int, nbytes: int) -> None:
     """Asks the kernel to begin writing what the task left in the page cache; only a hint, so errors don't matter."""
     sync = libc("sync_file_range")
     if sync is not None:
-        sync(task.fd, ctypes.c_int64(task.offset), ctypes.c_int64(task.nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+        sync(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 class FileHashes:

@@ -37,7 +37,7 @@ class Native:
     architecture: str
     norms: str = "pre"
     qk_norms: str = "none"
-    biases: Literal["none", "qkv", "qkvo"] = "none"
+    biases: Literal["", "qkv", "qkvo"] = ""
     """Attention biases that it may have: of no, of q, k and v, or of all four projections or none."""
     bias_key: str | None = None
     windows: bool = False
@@ -68,21 +68,20 @@ TARGETS = (*NATIVES, "dense")
 
 def problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> list[str]:
     """Every reason why a mixture, of this ``trunk_of``, is not what ``native`` computes; empty if it is."""
-    reasons: list[str] = []
+    return [*_expert_problems(mixture, native), *_block_problems(mixture, trunk, native)]
+
+
+def _expert_problems(mixture: OpenedMixture, native: Native) -> Iterator[str]:
+    config, one = mixture.config, ""
     if mixture.shape.has_attention_experts:
-        reasons.append(
+        one = " --expert NAME"
+        yield (
             "attention experts have no native form, since no class sums whole attentions under a gate: "
             "--to dense --expert NAME gives one of its experts, and a mixture of averaged attention (BTX) can be native"
         )
     if not mixture.shape.has_ffn_experts:
-        one = " --expert NAME" if mixture.shape.has_attention_experts else ""
-        reasons.append(f"its FFN is one dense FFN, not experts: --to dense{one}")
-    else:
-        reasons += _gate_problems(mixture.config, native)
-    return reasons + list(_block_problems(mixture, trunk, native))
-
-
-def _gate_problems(config: Config, native: Native) -> Iterator[str]:
+        yield f"its FFN is one dense FFN, not experts: --to dense{one}"
+        return
     if config.get("trunk") == "experts":
         yield "its trunk has experts, and no class has several: --to dense --expert NAME gives one of them whole"
     elif config.get("document_gate"):
@@ -116,7 +115,12 @@ def _block_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) 
         yield f"the FFN of {name} has no gate, that of {target} has one"
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         yield f"its FFN uses {activation}, and servers of {target} compute silu whatever the config says"
-    yield from _bias_problems(mixture, trunk, native)
+    if mixture.shape.has_ffn_experts and any(name.endswith(".bias") for name in mixture.experts[0].ffn(0)):
+        yield f"its FFN experts have biases, those of {target} none"
+    allowed = list(dict.fromkeys(("", native.biases)))
+    if not mixture.shape.has_attention_experts and (biased := attention_biases(trunk)) not in allowed:
+        words = " or ".join(", ".join(roles) or "none" for roles in allowed)
+        yield f"its attention has biases of {', '.join(biased)}, and {target} of {words}"
     rope = rope_of(config)
     if rope.get("rope_type", "default") not in ("default", "linear", "dynamic", "yarn", "llama3"):
         yield f"rotary embeddings of type {rope.get('rope_type')} are {name}'s own"
@@ -127,18 +131,6 @@ def _block_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) 
         yield f"only some layers have a sliding window, in {target} all or none"
     elif window is not None and not native.windows:
         yield f"it has a sliding window of {window} tokens, and {target} none"
-
-
-def _bias_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) -> Iterator[str]:
-    if mixture.shape.has_ffn_experts and any(name.endswith(".bias") for name in mixture.experts[0].ffn(0)):
-        yield f"its FFN experts have biases, those of {native.model_type} none"
-    if mixture.shape.has_attention_experts:
-        return
-    biased = attention_biases(trunk)
-    allowed = {"none": [""], "qkv": ["", "qkv"], "qkvo": ["", "qkvo"]}[native.biases]
-    if biased not in allowed:
-        words = " or ".join(", ".join(roles) or "none" for roles in allowed)
-        yield f"its attention has biases of {', '.join(biased)}, and {native.model_type} of {words}"
 
 
 def attention_biases(trunk: DenseExpert) -> str:
