@@ -122,19 +122,21 @@ def progress_bar(records: Path | None = None) -> Iterator[Callable[[str, int, in
 
     On Ctrl-C inside the block, exit with 130 and say how to resume from the records in a folder, if there is one.
     """
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
-    tasks: dict[str, TaskID] = {}
-    bars = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-    def update(step: str, done: int, total: int) -> None:
-        if step not in tasks:
-            tasks[step] = bars.add_task(step, total=total)
-        bars.update(tasks[step], completed=done, total=total)
-
     try:
-        with bars:
+        if not sys.stderr.isatty():  # and without rich, which takes 8 MB
+            yield lambda step, done, total: None
+            return
+        from rich.console import Console
+        from rich.progress import Progress, TaskID
+
+        tasks: dict[str, TaskID] = {}
+        with Progress(console=Console(stderr=True), transient=True) as bars:
+
+            def update(step: str, done: int, total: int) -> None:
+                if step not in tasks:
+                    tasks[step] = bars.add_task(step, total=total)
+                bars.update(tasks[step], completed=done, total=total)
+
             yield update
     except KeyboardInterrupt:
         if records is None:
