@@ -338,6 +338,26 @@ def test_the_command_prints_a_table_and_json(
     assert "memo-trap strong prior 8 -0.217" in text and "inverse (worse with scale): a trend over all sizes" in text
 
 
+def test_the_command_compares_families_and_kinds_of_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the page's sentences, for a metric with a filter of lm-eval too."""
+    u = np.linspace(0, 1, 5)
+    rows: list[dict[str, object]] = []
+    for family, drop in (("dense", 0.4), ("mixture", 0.1)):
+        rows += rows_of(0.9 - drop * u, metric="acc,none", stderr=0.005, family=family)
+        rows += rows_of(0.8 - drop * u, metric="acc,none", stderr=0.005, family=family, data="fresh")
+    file = write(tmp_path / "table.csv", rows)
+    monkeypatch.setattr("sys.argv", ["branchmix", "scaling", "trends", str(file)])
+    with pytest.raises(SystemExit):
+        main()
+    text = " ".join(capsys.readouterr().out.split())
+    assert "memo-trap: For ten times the parameters, acc,none changes by" in text
+    assert text.count("so scale does more good or less harm to mixture than to dense") == 2
+    assert "dense models do 10.0 points better on the public ones" in text
+    assert "mixture models do 10.0 points better on the public ones" in text
+
+
 def test_neither_torch_nor_transformers_is_imported(tmp_path: Path) -> None:
     file = write(tmp_path / "table.csv", rows_of([0.9, 0.8, 0.7, 0.6, 0.5]))
     code = (

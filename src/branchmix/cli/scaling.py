@@ -322,7 +322,9 @@ def _command(context: typer.Context) -> str:
 
 
 def _print_verdicts(report: Report) -> None:
-    """A table for each metric of each family, then what stands side by side."""
+    """A table for each metric of each family, then families and official against fresh questions."""
+    from branchmix.scaling.trends.sentences import comparisons, percent_of
+
     for part in report.parts:
         tasks = report.tasks(part)
         for metric in dict.fromkeys(metric for metrics in tasks.values() for metric in metrics):
@@ -331,9 +333,10 @@ def _print_verdicts(report: Report) -> None:
             lower = rows[0].series.lower_is_better
             _table(rows, f"{name} along {report.axis}{' (lower is better)' if lower else ''}", report).show()
             typer.echo("")
-    for line in _comparisons(report):
-        typer.echo(line)
-    sure = f"{100 * (1 - report.limits.alpha):g} %"
+    for task, metric in dict.fromkeys(one.series.key for one in report.judged):
+        for sentence in comparisons(report, task, metric):
+            typer.echo(f"{task}: {sentence}\n")
+    sure = percent_of(report.limits)
     words = {"bh": "Benjamini-Hochberg over tasks", "holm": "Holm over tasks", "none": "none for several tasks"}
     typer.echo(
         f"intervals: {sure}, over examples and differences between models; correction: {words[report.correction]}; "
@@ -364,30 +367,3 @@ def _table(rows: list[Judged], title: str, report: Report) -> Table:
         cells.append([row.series.task, *[cause_of(row.series)] * has_causes, str(found.sizes), change, p, verdict])
     bold = {(number, len(head) - 1) for number, row in enumerate(rows) if row.verdict.label in DIRECTED}
     return Table(head, cells, title=title, bold=bold, left=("cause", "verdict"))
-
-
-def _comparisons(report: Report) -> list[str]:
-    """Families side by side, and official against fresh data, a line for each task and metric."""
-    lines = []
-    for task, metrics in report.interactions.items():
-        for metric, pairs in metrics.items():
-            for pair in pairs:
-                (first, second), (low, high) = pair["families"], pair["interval"]
-                verb = "differs from" if pair["differs"] else "cannot be told from"
-                verb = verb if pair["testable"] else "has too few sizes to be compared with"
-                lines.append(
-                    f"{task}, {metric}: the slope of {second or 'no family'} {verb} that of {first or 'no family'}: "
-                    f"{pair['difference']:+.3f} [{low:+.3f}, {high:+.3f}] for each tenfold {report.axis}"
-                )
-    for task, differences in report.contamination.items():
-        for metric, found in differences.items():
-            low, high = found["interval"]
-            words = "no sign that it was seen in training"
-            if found["suspected"]:
-                words = "the official data were seen in training, or the fresh ones are harder: models trained before "
-                words += "the official data were published show which"
-            lines.append(
-                f"{task}, {metric}: better on official than on fresh data by {found['difference']:+.3f} "
-                f"[{low:+.3f}, {high:+.3f}]: {words}"
-            )
-    return [*lines, ""] if lines else []

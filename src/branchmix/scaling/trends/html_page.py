@@ -91,13 +91,8 @@ def _label(entry: Entry, panel: Panel) -> str:
 def _beside(entry: Entry, panel: Panel, report: Report) -> Iterator[tuple[str, bool]]:
     """Paragraphs, and whether each is a hint: families compared, official against fresh data, and what is doubtful."""
     metric, data = panel.metric, panel.official.curves[0].series.data
-    for pair in report.interactions.get(entry.name, {}).get(metric, []):
-        if pair["data"] == data:
-            yield sentences.family_sentence(pair, metric, lower_is_better=panel.lower_is_better), False
-    by_name = report.contamination.get(entry.name, {})
-    differences = [difference for name, difference in by_name.items() if name.partition(",")[0] == metric]
-    if differences:
-        yield sentences.contamination_sentences(differences, metric, report.limits), False
+    for sentence in sentences.comparisons(report, entry.name, metric, [data]):
+        yield sentence, False
     flags: dict[str, list[str]] = {}
     for one, name in panel.named:
         for kind, _, models in (flag.partition(": ") for flag in one.verdict.flags):

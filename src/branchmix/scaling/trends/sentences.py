@@ -200,6 +200,17 @@ def _num_tested(one: Judged, report: Report) -> int:
 # ---- comparisons ----
 
 
+def comparisons(report: Report, task: str, metric: str, kinds: Sequence[str] = DATA) -> Iterator[str]:
+    """Families compared on these kinds of data, and official against fresh data, by a metric of a task."""
+    lower_is_better = next(one.series.lower_is_better for one in report.judged if one.series.key == (task, metric))
+    for pair in report.interactions.get(task, {}).get(metric, []):
+        if pair["data"] in kinds:
+            yield family_sentence(pair, metric, lower_is_better=lower_is_better)
+    by_name = report.contamination.get(task, {}).items()  # a metric, or a metric and a family
+    if differences := [found for name, found in by_name if name == metric or name.startswith(f"{metric}, ")]:
+        yield contamination_sentences(differences, metric, report.limits)
+
+
 def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool) -> str:
     """The interaction of two families with scale."""
     first, second = (name or "no family" for name in pair["families"])
