@@ -263,7 +263,7 @@ def test_scores_that_are_not_those_of_the_table(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 1: is not JSON"),
-        ("[1]", "line 1: is not a JSON object with keys"),
+        ("[1]", "line 1: there is no key: each line is a JSON object"),
         (json.dumps({"correct": 1}), "line 1: there is no key"),
         (json.dumps({"key": 1, "correct": "yes"}), "line 1: correct is 'yes', which is not a number"),
         ('{"key": 1, "correct": 1}\n{"key": 1, "correct": 1}', "line 2: the key '1' occurs twice"),

@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -183,7 +183,8 @@ def _rows(file: Path, column: str) -> Iterator[str | None]:
         yield from _csv_rows(file, column, suffix)
     elif suffix in (".jsonl", ".jsonlines", ".ndjson"):
         with _opened(file) as stream:
-            yield from _json_lines(file, stream, column)
+            for where, row in json_lines(file, map(_decoded, stream)):
+                yield _text_of(row, column, where)
     elif suffix == ".json":
         yield from _json_rows(file, column)
     elif advice := next((advice for advice, suffixes in _UNREADABLE.items() if suffix in suffixes), None):
@@ -193,14 +194,17 @@ def _rows(file: Path, column: str) -> Iterator[str | None]:
             yield _decoded(stream.read()).replace("\r\n", "\n")
 
 
-def _json_lines(file: Path, lines: Any, column: str) -> Iterator[str | None]:
+def json_lines(file: Path, lines: Iterable[str], parse: Callable[[str], Any] = json.loads) -> Iterator[tuple[str, Any]]:
+    """The value of each line of JSON that is not empty, after words for where it is; DataError if it is not JSON."""
     for number, line in enumerate(lines, 1):
         if line.strip():
+            where = f"{file}, line {number}"
             try:
-                row = json.loads(_decoded(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{file}, line {number}: is not JSON ({error.msg}): mend or remove that line") from None
-            yield _text_of(row, column, f"{file}, line {number}")
+                value = parse(line)
+            except ValueError as error:
+                reason = getattr(error, "msg", error)
+                raise DataError(f"{where}: is not JSON ({reason}): mend or remove that line") from None
+            yield where, value
 
 
 def _json_rows(file: Path, column: str) -> Iterator[str | None]:
@@ -208,7 +212,8 @@ def _json_rows(file: Path, column: str) -> Iterator[str | None]:
     with _opened(file) as stream:
         content = _decoded(stream.read())
     if not content.lstrip().startswith("["):
-        yield from _json_lines(file, (line.encode() for line in content.split("\n")), column)
+        for where, row in json_lines(file, content.split("\n")):
+            yield _text_of(row, column, where)
         return
     try:
         rows = json.loads(content)

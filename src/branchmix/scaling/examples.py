@@ -11,13 +11,14 @@ import csv
 import io
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from branchmix.checkpoint.index import refuse_lfs_pointer
 from branchmix.checkpoint.text import whole_characters
+from branchmix.data.sources import json_lines
 from branchmix.errors import DataError
 
 SEPARATOR = "\n\n\n"
@@ -67,7 +68,8 @@ def load_examples(path: Path, metric: Metric) -> list[Example]:
     if text is None:
         raise DataError(f"{path}: there is no such file")
     refuse_lfs_pointer(path, text[:64].encode("utf-8", "replace"), DataError)
-    rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else jsonl_rows(path, text)
+    # splitlines would cut at U+2028, too
+    rows = _csv_rows(path, text) if path.suffix.lower() == ".csv" else json_lines(path, text.split("\n"))
     examples = [_example(row, metric, where) for where, row in rows]
     if not examples:
         raise DataError(f"{path}: has no example")
@@ -84,21 +86,6 @@ def read_text(path: Path) -> str | None:
         raise DataError(f"{path}: is not UTF-8 text") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def jsonl_rows(path: Path, text: str, parse: Callable[[str], Any] = json.loads) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of lines of JSON, each after words for where it is; raises DataError for anything else."""
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at U+2028 too
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = parse(line)
-        except ValueError as error:
-            raise DataError(f"{where}: is not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: is not a JSON object with keys such as prompt")
-        yield where, row
 
 
 def jsonl(examples: Iterable[Example]) -> bytes:
@@ -144,8 +131,10 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, row {number}", {key: value for key, value in zip(header, values, strict=False) if value}
 
 
-def _example(row: dict[str, Any], metric: Metric, where: str) -> Example:
+def _example(row: Any, metric: Metric, where: str) -> Example:
     """A row as an example, checked against what the metric needs."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: is not a JSON object with keys such as prompt")
     given: dict[str, Any] = {"prompt": _text(row, "prompt", where)}
     if metric == "sequence_prob":
         given["completion"] = _text(row, "completion", where)

@@ -16,8 +16,9 @@ import numpy as np
 
 from branchmix.checkpoint.folder import is_entry
 from branchmix.checkpoint.json_text import parse_json
+from branchmix.data.sources import json_lines
 from branchmix.errors import DataError
-from branchmix.scaling.examples import jsonl_rows, read_text
+from branchmix.scaling.examples import read_text
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.fit import NUM_DRAWS
 from branchmix.scaling.trends.table import DATA, ResultsTable, Row, is_any_of
@@ -135,9 +136,9 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
     field = FIELDS.get(row.metric, row.metric)
     scores: Scores = {}
     keys = set()
-    for where, record in jsonl_rows(file, text, parse_json):
-        if "key" not in record:
-            raise DataError(f"{where}: there is no key: each line is an object with a key that all models share")
+    for where, record in json_lines(file, text.split("\n"), parse_json):
+        if not isinstance(record, dict) or "key" not in record:
+            raise DataError(f"{where}: there is no key: each line is a JSON object with a key that all models share")
         key = str(record["key"])
         if key in keys:
             raise DataError(f"{where}: the key {key!r} occurs twice")
