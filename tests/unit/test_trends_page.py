@@ -413,9 +413,8 @@ def test_the_command_writes_a_page_and_pictures(
         f"{stem}.{kind}" for stem in ("sheet", "memo-trap-accuracy", "prompt-injection-loss") for kind in ("png", "svg")
     )
     assert all((folder / name).read_bytes()[:4] == b"\x89PNG" for name in ("sheet.png", "memo-trap-accuracy.png"))
-    assert f"branchmix scaling trends '{file}' --metric accuracy --metric loss --alpha 0.01 --html" in told(
-        html.read_text()
-    )
+    command = f"--html {html} --plots {folder} --alpha 0.01 --metric accuracy --metric loss"
+    assert f"branchmix scaling trends '{file}' {command}" in told(html.read_text())
     before = html.read_bytes()
     assert run(monkeypatch, *options) == 2
     assert "page.html: exists already" in capsys.readouterr().err and html.read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -231,7 +232,6 @@ worse), flat, inconclusive, not-testable (fewer than five sizes). The exit code 
 
 @scaling_app.command("trends", epilog=TRENDS)
 def trends_command(
-    context: typer.Context,
     results: Annotated[Path, Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.")],
     axis: Annotated[
         str | None,
@@ -278,7 +278,7 @@ def trends_command(
             tell=tell,
         )
         if html is not None or plots is not None:
-            _write(reports, html, plots, command=_command(context), force=force, tell=tell)
+            _write(reports, html, plots, force=force, tell=tell)
     report = reports[0]
     console.print_notes(report.notes)
     for warning in report.warnings:
@@ -289,9 +289,7 @@ def trends_command(
             console.notice(f"written: {written}")
 
 
-def _write(
-    reports: list[Report], html: Path | None, plots: Path | None, *, command: str, force: bool, tell: Progress
-) -> None:
+def _write(reports: list[Report], html: Path | None, plots: Path | None, *, force: bool, tell: Progress) -> None:
     """The page and the pictures that were asked for; nothing of either if something is in the way."""
     from branchmix.pages.pictures import save
     from branchmix.scaling.trends import html_page
@@ -303,22 +301,11 @@ def _write(
     for file in drawings:
         require_new_file(file, force=force)
     if html is not None:
-        write_text(html, html_page.html(overview, command=command))
+        words = [word for word in sys.argv[1:] if word not in ("--force", "--json")]
+        write_text(html, html_page.html(overview, command=shlex.join(["branchmix", *words])))
     for done, (file, draw) in enumerate(drawings.items(), 1):
         save(draw, file, **({"dpi": 160} if file.suffix == ".png" else {}))
         tell("pictures", done, len(drawings))
-
-
-def _command(context: typer.Context) -> str:
-    """What repeats this; only options that were given."""
-    words = ["branchmix", "scaling", "trends", str(context.params["results"])]
-    for option in context.command.params:
-        value = context.params.get(option.name or "")
-        if option.name in ("results", "force", "as_json") or value in (None, option.default):
-            continue
-        for one in value if isinstance(value, list | tuple) else [value]:
-            words += [option.opts[0], str(one)]
-    return shlex.join(words)
 
 
 def _print_verdicts(report: Report) -> None:
