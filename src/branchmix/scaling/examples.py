@@ -12,6 +12,7 @@ import io
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -148,11 +149,8 @@ def _example(row: Any, metric: Metric, where: str) -> Example:
             given["other_prompt"] = _text(row, "other_prompt", where)
             if len(classes) != 2:
                 raise DataError(f"{where}: has {len(classes)} classes, and {metric} compares exactly 2")
-    whole: dict[str, Any] = {
-        key: whole_characters(value) if isinstance(value, str) else value for key, value in given.items()
-    }
-    if "classes" in given:
-        whole["classes"] = tuple(map(whole_characters, given["classes"]))
+    whole = given | {key: whole_characters(value) for key, value in given.items() if isinstance(value, str)}
+    whole["classes"] = tuple(map(whole_characters, given.get("classes", ())))
     whole |= {key: _number(row, key, where) for key in ("round", "part")}
     template = None if row.get("template") is None else str(row["template"])
     return Example(**whole, template=template, replaced=not given.items() <= whole.items())
@@ -170,14 +168,10 @@ def _classes(row: dict[str, Any], where: str) -> tuple[str, ...]:
     if value is None:
         raise DataError(f"{where}: classes is missing")
     if isinstance(value, str):
-        try:
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            raise DataError(
-                f"{where}: classes is not a Python list of texts such as [' A', ' B']: {value[:60]}"
-            ) from None
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
-        raise DataError(f"{where}: classes is not a list of texts such as [' A', ' B']")
+        raise DataError(f"{where}: classes is not a list of texts such as [' A', ' B']: {row['classes']!s:.60}")
     if len(value) < 2 or len(set(map(whole_characters, value))) < len(value):
         raise DataError(f"{where}: classes must be two texts or more, all different, got {list(value)}")
     return tuple(value)
