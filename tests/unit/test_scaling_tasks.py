@@ -11,7 +11,8 @@ import pytest
 
 from branchmix.errors import DataError, RecipeError
 from branchmix.scaling.examples import Example, Metric, fewshot, jsonl, load_examples
-from branchmix.scaling.tasks import CAUSES, TASKS, UserTask, choose, data_file
+from branchmix.scaling.selection import select
+from branchmix.scaling.tasks import CAUSES, TASKS, UserTask, choose
 
 ROW = {
     "prompt": "Is 2 > 1?\nAnswer:",
@@ -147,20 +148,24 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         assert message in str(caught.value)
 
 
-def test_choosing_tasks(tmp_path: Path) -> None:
+def test_choosing_tasks() -> None:
     assert [task.name for task in choose("all")] == list(TASKS)
     assert [task.name for task in choose("neqa, memo-trap")] == ["memo-trap", "neqa"]
     with pytest.raises(RecipeError, match=r"no task 'memotrap' .did you mean 'memo-trap'"):
         choose("neqa,memotrap")
     with pytest.raises(RecipeError, match="there is no task ' , '"):
         choose(" , ")
-    task = TASKS["neqa"]
-    with pytest.raises(DataError, match=r"has no neqa_classification\.jsonl"):
-        data_file(tmp_path, task)
-    (tmp_path / "neqa_classification.csv").touch()
-    assert data_file(tmp_path, task).suffix == ".csv"
-    (tmp_path / "neqa_classification.jsonl").touch()
-    assert data_file(tmp_path, task).suffix == ".jsonl"
+
+
+def test_files_of_a_task_are_jsonl_or_else_csv(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no neqa_classification\.jsonl: .* puts it there"):
+        select("neqa", [tmp_path])
+    with pytest.raises(DataError, match="has no file of any task"):
+        select("all", [tmp_path])
+    (tmp_path / "neqa_classification.csv").write_text("prompt,classes,answer_index\na,\"[' A', ' B']\",0\n")
+    assert [one.file.suffix for one in select("neqa", [tmp_path])[0]] == [".csv"]
+    write(tmp_path / "neqa_classification.jsonl", ROW)
+    assert [one.file.suffix for one in select("all", [tmp_path])[0]] == [".jsonl"]
 
 
 # ---- few-shot ----

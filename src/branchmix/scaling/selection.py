@@ -11,7 +11,7 @@ from branchmix.errors import DataError, RecipeError
 from branchmix.scaling.examples import Example, fewshot, load_examples
 from branchmix.scaling.generate import GENERATED_ROUND
 from branchmix.scaling.official import check
-from branchmix.scaling.tasks import TASKS, Task, UserTask, choose, data_file
+from branchmix.scaling.tasks import TASKS, Task, UserTask, choose
 
 SHOTS_SEED = 0
 """Which examples come before a prompt with ``--shots``: the same for every model and run."""
@@ -68,8 +68,15 @@ def select(
     chosen: list[tuple[Task, Path, bool]] = []
     missing: list[str] = []
     for task in official:
-        files = [(data_file(folder, task, required=not everything), is_fresh) for folder, is_fresh in folders]
-        there = [(task, file, is_fresh) for file, is_fresh in files if file is not None]
+        there = []
+        for folder, is_fresh in folders:
+            places = (folder / task.file, (folder / task.file).with_suffix(".csv"))
+            if file := next((place for place in places if place.is_file()), None):
+                there.append((task, file, is_fresh))
+            elif not everything:
+                raise DataError(
+                    f"{folder}: has no {task.file}: `branchmix scaling data fetch` or `data make` puts it there"
+                )
         chosen += there
         missing += [] if there else [task.name]
     chosen += [(*UserTask.load(Path(word)), False) for word in own]

@@ -113,16 +113,3 @@ def choose(names: str) -> list[Task]:
         hint = nearest(unknown, list(TASKS))
         raise RecipeError(f"tasks: there is no task {unknown!r}{hint}; known: all, or some of {', '.join(TASKS)}")
     return [task for task in TASKS.values() if task.name in wanted]
-
-
-def data_file(folder: Path, task: Task, *, required: bool = True) -> Path | None:
-    """Where a task's examples are in a folder: its official name as ``.jsonl``, or the same as ``.csv``.
-
-    Raises:
-        DataError: it has neither, and they are required; otherwise None stands for that.
-    """
-    places = (folder / task.file, (folder / task.file).with_suffix(".csv"))
-    place = next((place for place in places if place.is_file()), None)
-    if place is None and required:
-        raise DataError(f"{folder}: has no {task.file}: `branchmix scaling data fetch` or `data make` puts it there")
-    return place
