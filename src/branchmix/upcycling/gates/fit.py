@@ -11,6 +11,7 @@ Shapes: V vocabulary, M domains, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -290,17 +291,13 @@ def _inputs(gated: Gated, sample: Mapping[str, Sequence[np.ndarray]]) -> dict[st
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in gated.routers}
     for domain, documents in sample.items():
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in gated.routers}
-        hooks = [
-            router.register_forward_pre_hook(lambda _, args, seen=parts[name]: seen.append(args[0].detach()))
-            for name, router in gated.routers.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, router in gated.routers.items():
+                hook = router.register_forward_pre_hook(lambda _, args, seen=parts[name]: seen.append(args[0].detach()))
+                hooks.enter_context(hook)
             for tokens in documents:  # one by one, so that no padding is among the inputs
                 ids = torch.from_numpy(tokens)[None].to(gated.model.device)
                 gated.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name, seen in parts.items():
             found[name][domain] = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
     return found
