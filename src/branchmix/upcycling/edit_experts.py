@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +291,9 @@ class _EditedMixture(OpenedMixture):
         return UpcycleReport(out, plan, written, None, time.perf_counter() - self.start)
 
 
-def _rows(stored: Expression, experts: Members, new: dict[str, Expression]) -> Expression:
+def _rows(stored: Expression, experts: Members, new: Mapping[str, Expression]) -> Expression:
     """A tensor with a row for each expert: stored rows of those who stay, ``new`` ones by name for those who join."""
     numbers = {expert.name: expert.number for expert in experts if isinstance(expert, MixtureExpert)}
-    kept: dict[str, Expression] = {name: Rows(stored, ((number, number + 1),)) for name, number in numbers.items()}
-    return Stack(tuple((new | kept)[expert.name] for expert in experts))
+    kept = {name: Rows(stored, ((number, number + 1),)) for name, number in numbers.items()}
+    parts: dict[str, Expression] = {**new, **kept}
+    return Stack(tuple(parts[expert.name] for expert in experts))
