@@ -32,7 +32,8 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
     gated, bias = layout["gate"] is not None, down.bias is not None
     activation = block.get_submodule(layout["activation"])
     dropout = take_output_dropout(block.get_submodule(layout["ffn"]), "dropout", "residual_dropout")
-    experts = _EXPERTS[gated, bias](config, width, inner, activation, gated=gated, bias=bias)
+    experts = BranchMixExperts(config, width, inner, activation, gated=gated, bias=bias)
+    experts.has_gate, experts.has_bias = gated, bias
     moe = BranchMixSparseMoeBlock(config, width, experts, dropout)
     if any(True for _ in activation.parameters()):  # Apertus: one for all experts, under its dense name
         setattr(moe, layout["activation"].split(".")[-1], activation)
@@ -68,10 +69,47 @@ class BranchMixSparseMoeBlock(nn.Module):
         return self.dropout(out_SD.reshape(hidden_states.shape))
 
 
+class _AutocastExperts(ExpertsInterface):
+    """transformers' kernels for experts, in autocast's dtype where autocast is on.
+
+    ``F.grouped_mm`` knows nothing of autocast: under bf16 autocast it would multiply fp32 weights in fp32, at half the
+    speed of the whole training step, and without a word.
+    """
+
+    def get_interface(self, experts_implementation: str, default: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+        kernel = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
+
+        def run(experts: Any, hidden_SD: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
+            # Gates stay fp32, and so does the sum over a token's experts; the result has autocast's dtype.
+            device = hidden_SD.device.type
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+                experts, hidden_SD = _CastExperts(experts, dtype), hidden_SD.to(dtype)
+            return kernel(experts, hidden_SD, *routed)
+
+        return run
+
+
+class _CastExperts:
+    """An experts module to its kernel, but for weights and biases, which are cast where the kernel takes them.
+
+    A kernel takes each once a forward pass, so there is nothing to cache; gradients reach the fp32 weights.
+    """
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype):
+        self._experts = experts
+        self._dtype = dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, torch.Tensor) else value
+
+
+@use_experts_implementation(experts_interface=_AutocastExperts())
 class BranchMixExperts(nn.Module):
     """All FFN experts of a layer as stacked 3-D weights; on disk they are 2-D, one tensor an expert."""
 
-    # Set by ``use_experts_implementation``.
+    # Set by ``use_experts_implementation``, as for Llama; then by ``widen_ffn``.
     has_gate: bool
     has_bias: bool
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
@@ -183,72 +221,6 @@ def _one_by_one_is_faster(dtype: torch.dtype) -> bool:
 
 ExpertsInterface.register(EXPERTS_AUTOMATIC, automatic_experts_forward)
 
-
-class _AutocastExperts(ExpertsInterface):
-    """transformers' kernels for experts, in autocast's dtype where autocast is on.
-
-    ``F.grouped_mm`` knows nothing of autocast: under bf16 autocast it would multiply fp32 weights in fp32, at half the
-    speed of the whole training step, and without a word.
-    """
-
-    def get_interface(self, experts_implementation: str, default: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-        kernel = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
-
-        def run(experts: Any, hidden_SD: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
-            # Gates stay fp32, and so does the sum over a token's experts; the result has autocast's dtype.
-            device = hidden_SD.device.type
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-                experts, hidden_SD = _CastExperts(experts, dtype), hidden_SD.to(dtype)
-            return kernel(experts, hidden_SD, *routed)
-
-        return run
-
-
-class _CastExperts:
-    """An experts module to its kernel, but for weights and biases, which are cast where the kernel takes them.
-
-    A kernel takes each once a forward pass, so there is nothing to cache; gradients reach the fp32 weights.
-    """
-
-    def __init__(self, experts: nn.Module, dtype: torch.dtype):
-        self._experts = experts
-        self._dtype = dtype
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._experts, name)
-        return value.to(self._dtype) if isinstance(value, torch.Tensor) else value
-
-
-_KERNELS = _AutocastExperts()
-
-
-@use_experts_implementation(experts_interface=_KERNELS)
-class BranchMixGatedExperts(BranchMixExperts):
-    """down(act(gate(x)) * up(x)), as in Llama."""
-
-
-@use_experts_implementation(experts_interface=_KERNELS, has_bias=True)
-class BranchMixGatedBiasExperts(BranchMixExperts):
-    """The same with biases."""
-
-
-@use_experts_implementation(experts_interface=_KERNELS, has_gate=False)
-class BranchMixPlainExperts(BranchMixExperts):
-    """down(act(up(x))), as in Nemotron."""
-
-
-@use_experts_implementation(experts_interface=_KERNELS, has_gate=False, has_bias=True)
-class BranchMixPlainBiasExperts(BranchMixExperts):
-    """The same with biases, as in GPT-2."""
-
-
-_EXPERTS = {
-    (True, False): BranchMixGatedExperts,
-    (True, True): BranchMixGatedBiasExperts,
-    (False, False): BranchMixPlainExperts,
-    (False, True): BranchMixPlainBiasExperts,
-}
 
 # On disk the ecosystem keeps experts as 2-D tensors. A plain FFN's first matrix is called in_proj there, since only one
 # converter may claim up_proj, and the mapping is one for all mixtures.

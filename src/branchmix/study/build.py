@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.families import nearest
-from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.json_text import key_of
 from branchmix.checkpoint.writer import FileHashes
 from branchmix.data.config import Source
@@ -57,7 +57,9 @@ class _Builder:
         self.study = study
         self.steps: dict[str, Step] = {}
         given = resolve(study.seed, study.folder) if isinstance(study.seed, str) else None
-        self.given_identity = _identity_of_seed(given)
+        # A given seed's revision on the Hub, or the hash of its folder; nothing if a step trains the seed.
+        revision = f"{given.given}@{given.revision}" if given and given.revision else None
+        self.given_identity = {"seed": revision or model_hash(given.folder)} if given else {}
         self.seed_config = seed_config(study, given)
         self.mixtures = Mixtures(study, self.seed_config)
         self.text = "text" if isinstance(study.data, InstalledText) else None
@@ -283,15 +285,6 @@ def _without(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
         if value != (None if is_mapping else default):
             left[key] = _without(value, default) if is_mapping else value
     return left
-
-
-def _identity_of_seed(given: ResolvedModel | None) -> dict[str, Any]:
-    """A given seed's revision on the Hub, or the hash of its folder; empty if a step trains the seed."""
-    if given is None:
-        return {}
-    if given.revision:
-        return {"seed": f"{given.given}@{given.revision}"}
-    return {"seed": model_hash(given.folder)}
 
 
 def _identity_of_source(source: Source, folder: Path) -> dict[str, Any]:

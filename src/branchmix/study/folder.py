@@ -29,12 +29,8 @@ def write_record(file: Path, content: dict[str, Any]) -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to four digits, at any depth."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return [rounded(inner) for inner in value] if isinstance(value, list) else value
+    """As JSON has it, with floats to four digits at any depth."""
+    return json.loads(json.dumps(value), parse_float=lambda number: round(float(number), 4))
 
 
 def write_plan(config: StudyFile, graph: Graph, out: Path) -> None:

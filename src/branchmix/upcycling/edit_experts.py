@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +211,11 @@ class _EditedMixture(OpenedMixture):
         return Plan.of(parts, self.dtype, config, notes=notes, sources=sources, lossless=lossless)
 
     def _tensors(self, experts: Members, std: float, seed: int) -> Iterator[tuple[str, Expression]]:
-        family = self.family
-        staying = [expert for expert in experts if isinstance(expert, MixtureExpert)]
-        joining = [expert for expert in experts if isinstance(expert, DenseExpert)]
+        family, width = self.family, self.dims.hidden_size
         for layer in range(self.dims.num_layers):
             block = f"model.{family.layers}.{layer}"
             if self.shape.has_attention_experts:
-                shared = [(staying[0], 1.0)] if self.shape.attention == "kv_sharing" else []
+                shared = [(experts[0], 1.0)] if self.shape.attention == "kv_sharing" else []
                 for name, part in attention_tensors(experts, layer, dtype=self.dtype, shared_kv=shared):
                     yield f"{block}.{family.attention}.{name}", part
             if self.shape.has_ffn_experts:
@@ -225,9 +223,9 @@ class _EditedMixture(OpenedMixture):
                     for name, part in expert.ffn(layer).items():
                         yield f"{block}.{family.ffn}.experts.{number}.{name}", part
             for name in (f"{block}.{below}" for below in self.shape.routers.values()):
-                rows = [expert.router_row(name) for expert in staying]
-                shape, dtype = (1, self.dims.hidden_size), rows[0].dtype
-                yield name, Stack((*rows, *(Normal(shape, std, seed, f"{name}/{new.name}", dtype) for new in joining)))
+                router = Source(self.index.tensors[name])
+                new = {e.name: Normal((1, width), std, seed, f"{name}/{e.name}", router.dtype) for e in experts}
+                yield name, _rows(router, experts, new)
         modules = [family.attention] * self.shape.has_attention_experts + [family.ffn] * self.shape.has_ffn_experts
         of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
@@ -247,14 +245,8 @@ class _EditedMixture(OpenedMixture):
 
         A domain that wanted none of those who stay gets their shares by the losses that are on record.
         """
-        wanted_EM = Stack(
-            tuple(
-                Rows(logits_EM, ((expert.number, expert.number + 1),))
-                if isinstance(expert, MixtureExpert)
-                else Constant((1, logits_EM.shape[1]), _NEVER_CHOSEN, logits_EM.dtype)
-                for expert in experts
-            )
-        )
+        nothing = Constant((1, logits_EM.shape[1]), _NEVER_CHOSEN, logits_EM.dtype)
+        wanted_EM = _rows(logits_EM, experts, {expert.name: nothing for expert in experts})
         values_EM = widened(wanted_EM.rows(0, len(experts)), wanted_EM.dtype).astype(np.float32)
         gate = self.config["document_gate"]
         losses, sharpness = gate.get("losses") or {}, gate.get("sharpness") or {}
@@ -279,10 +271,9 @@ class _EditedMixture(OpenedMixture):
         *added: Sourced,
         dry_run: bool,
         force: bool,
-        check: bool,
-        progress: Progress | None,
+        **options: Any,
     ) -> UpcycleReport:
-        """Write the changed mixture; its provenance is the old one and this step."""
+        """Write the changed mixture, with ``write_output``'s options; its provenance is the old one and this step."""
         named = [(expert.name, expert.index.folder) for expert in added]
         refuse_overlap(out, [self.resolved.folder, *(folder for _, folder in named)], force=force)
         written = None
@@ -295,7 +286,14 @@ class _EditedMixture(OpenedMixture):
                     old = self.provenance()
                     return {**old, "changes": [*old.get("changes", []), step(hashes)]}
 
-                written = write_output(
-                    plan, folder, self.resolved.folder, provenance, self.shard_bytes, check=check, progress=progress
-                )
+                companions = self.resolved.folder
+                written = write_output(plan, folder, companions, provenance, self.shard_bytes, **options)
         return UpcycleReport(out, plan, written, None, time.perf_counter() - self.start)
+
+
+def _rows(stored: Expression, experts: Members, new: Mapping[str, Expression]) -> Expression:
+    """A tensor with a row for each expert: stored rows of those who stay, ``new`` ones by name for those who join."""
+    numbers = {expert.name: expert.number for expert in experts if isinstance(expert, MixtureExpert)}
+    kept = {name: Rows(stored, ((number, number + 1),)) for name, number in numbers.items()}
+    parts: dict[str, Expression] = {**new, **kept}
+    return Stack(tuple(parts[expert.name] for expert in experts))

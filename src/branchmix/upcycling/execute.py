@@ -187,20 +187,16 @@ def upcycle(
 
 
 def write_calibrated(
-    mixture: OpenedMixture,
-    fitted: Fitted,
-    folder: Path,
-    max_shard_bytes: int,
-    *,
-    check: bool = True,
-    progress: Progress | None = None,
+    mixture: OpenedMixture, fitted: Fitted, folder: Path, max_shard_bytes: int, **options: Any
 ) -> tuple[Path, ...]:
-    """A mixture with the gates that were fitted for it; record and model card say how good they are."""
+    """A mixture with the gates that were fitted for it; record and model card say how good they are.
+
+    ``options`` are those of ``write_output``.
+    """
     from branchmix.upcycling.gates.measure import plan_with_gates
 
     plan, record = plan_with_gates(mixture, fitted), fitted.added_to(mixture.provenance())
-    companions = mixture.resolved.folder
-    return write_output(plan, folder, companions, lambda: record, max_shard_bytes, check=check, progress=progress)
+    return write_output(plan, folder, mixture.resolved.folder, lambda: record, max_shard_bytes, **options)
 
 
 def write_output(

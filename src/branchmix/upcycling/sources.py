@@ -238,10 +238,6 @@ class MixtureExpert(ExpertSource):
     def trunk(self, name: str) -> Expression:
         return Source(self.index.tensors[f"model.{of_trunk(name, self.number)}"])
 
-    def router_row(self, name: str) -> Expression:
-        """This expert's row of a router [1, D]."""
-        return Rows(Source(self.index.tensors[name]), ((self.number, self.number + 1),))
-
     def _spans(self, role: Role) -> tuple[tuple[int, int], ...]:
         """This expert's rows of wide q, k or v, or its columns of wide o."""
         num_heads, num_kv_heads, size = self.dims.num_heads, self.dims.num_kv_heads, self.dims.head_dim

@@ -55,17 +55,14 @@ class TaskEvaluation:
             yield cls(options, tasks, notes, folder, limit, Journal(folder, FILE, "request"))
 
     def evaluate(
-        self,
-        candidate: TextModel,
-        report: ModelReport,
-        *,
-        max_length: int | None,
-        batch_tokens: int,
-        progress: Progress | None,
+        self, candidate: TextModel, report: ModelReport, *, max_length: int | None, **options: Any
     ) -> list[str]:
-        """Put what a model makes of all tasks into its report; returns notes. Errors are those of its requests."""
+        """Put what a model makes of all tasks into its report; returns notes. Errors are those of its requests.
+
+        ``options`` are those of ``RecordedModel``.
+        """
         length = max_length or max_positions(candidate.config) or DEFAULT_MAX_LENGTH
-        model = RecordedModel(candidate, self.answers, max_length=length, batch_tokens=batch_tokens, progress=progress)
+        model = RecordedModel(candidate, self.answers, max_length=length, **options)
         with seeded():
             results = lm_evaluate(
                 lm=model,

@@ -11,6 +11,7 @@ Shapes: V vocabulary, M domains, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,8 @@ NEARLY = 0.002
 LEAST_LOG = -30.0
 """Smallest log of an expert's probability; about 1e-13 as a probability."""
 BATCH_TOKENS = 1024
+Text = Mapping[str, Sequence[np.ndarray]]
+"""By domain, the tokens of its documents."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,6 @@ class Gated:
         self.model = model
         self.domains = list(domains)
         self.own_routing = Routing.of(model.config)
-        self.num_experts: int = model.config.num_experts
         model.config.document_gate = {"domains": self.domains, "decay": decay}
         gate = document_gate(model._family, model.config)
         assert gate is not None
@@ -120,7 +122,7 @@ class Gated:
             router.weight.zero_() if weights is None else router.weight.copy_(weights[name])
 
 
-def losses(model: Any, text: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
+def losses(model: Any, text: Text) -> dict[str, float]:
     """Mean loss of each domain's tokens in nats, each document from its beginning.
 
     Raises:
@@ -152,18 +154,13 @@ def batches(documents: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         yield batch
 
 
-def forced_losses(
-    model: Any,
-    num_experts: int,
-    text: Mapping[str, Sequence[np.ndarray]],
-    tell: Callable[[], None],
-) -> np.ndarray:
+def forced_losses(model: Any, text: Text, tell: Callable[[], None]) -> np.ndarray:
     """Loss of a mixture on each domain in ``text`` with all gates forced to each of E experts, [M, E] in nats.
 
     ``tell`` is called after each expert.
     """
     columns = []
-    for expert in range(num_experts):
+    for expert in range(model.config.num_experts):
         columns.append(list(losses(keep_experts(model, [expert]), text).values()))  # without computing the others
         tell()
     return np.array(columns).T
@@ -174,12 +171,7 @@ def log_shares(losses_E: np.ndarray, tau: float) -> np.ndarray:
     return np.maximum(log_softmax(-losses_E / tau, axis=-1), LEAST_LOG)
 
 
-def best_sharpness(
-    gated: Gated,
-    losses_ME: np.ndarray,
-    text: Mapping[str, Sequence[np.ndarray]],
-    tell: Callable[[], None],
-) -> dict[str, float]:
+def best_sharpness(gated: Gated, losses_ME: np.ndarray, text: Text, tell: Callable[[], None]) -> dict[str, float]:
     """tau of each domain in ``text``: the softest with which the mixture's loss on that domain is least, or nearly so.
 
     Domains hardly meet: each is chosen from passes in which all have the same tau.
@@ -202,12 +194,7 @@ PENALTIES = (0.001, 0.01, 0.1)
 
 
 def fit_token_routers(
-    gated: Gated,
-    shares_ME: np.ndarray,
-    fitted_on: Mapping[str, Sequence[np.ndarray]],
-    measured: Mapping[str, Sequence[np.ndarray]],
-    routing: Routing,
-    tell: Callable[[], None],
+    gated: Gated, shares_ME: np.ndarray, fitted_on: Text, measured: Text, routing: Routing, tell: Callable[[], None]
 ) -> dict[str, torch.Tensor]:
     """Weights of every router: logistic regression from its own inputs to what the token's domain wants.
 
@@ -222,7 +209,7 @@ def fit_token_routers(
     targets_ME = dict(zip(gated.domains, torch.from_numpy(np.exp(shares_ME)).float(), strict=True))
     gated.set_experts(np.zeros_like(shares_ME))
     gated.set_routers(None)
-    everyone = Routing(gated.num_experts, True, 1.0, None, True)
+    everyone = Routing(gated.model.config.num_experts, True, 1.0, None, True)
     everyone.apply(gated.model)
     weights = _regressions(_inputs(gated, sample), targets_ME, PENALTIES[1])
     tell()
@@ -285,22 +272,18 @@ def logistic_regression(
 
 
 @torch.no_grad()
-def _inputs(gated: Gated, sample: Mapping[str, Sequence[np.ndarray]]) -> dict[str, dict[str, torch.Tensor]]:
+def _inputs(gated: Gated, sample: Text) -> dict[str, dict[str, torch.Tensor]]:
     """What each router sees of the sampled tokens, [S, D] by router and domain."""
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in gated.routers}
     for domain, documents in sample.items():
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in gated.routers}
-        hooks = [
-            router.register_forward_pre_hook(lambda _, args, seen=parts[name]: seen.append(args[0].detach()))
-            for name, router in gated.routers.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, router in gated.routers.items():
+                hook = router.register_forward_pre_hook(lambda _, args, seen=parts[name]: seen.append(args[0].detach()))
+                hooks.enter_context(hook)
             for tokens in documents:  # one by one, so that no padding is among the inputs
                 ids = torch.from_numpy(tokens)[None].to(gated.model.device)
                 gated.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name, seen in parts.items():
             found[name][domain] = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
     return found

@@ -174,7 +174,7 @@ def fit(
     gated = fitting.Gated(model, names, posterior.decay, evidence_VM)
     own = gated.own_routing
     calibrated = own.calibrated(len(experts), keep_top_k=keep_top_k)
-    forced = fitting.forced_losses(model, len(experts), measured, tell)
+    forced = fitting.forced_losses(model, measured, tell)
     losses = {name: dict((earlier.get("losses") or {}).get(name, {})) for name in names}
     for name, row in zip(measured, forced, strict=True):
         losses[name] = dict(zip(experts, map(float, row), strict=True))
