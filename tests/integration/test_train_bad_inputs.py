@@ -96,7 +96,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     "pickled weights": (pickled, "no file named model.safetensors"),
     "large seed": (key(random_seed=2**32), "random_seed: input should be less than 4294967296"),
     "no such model": (key(model="nowhere"), "nowhere: no such folder"),
-    "no config": (without("config.json"), "model: no config.json in"),
+    "no config": (without("config.json"), "model: no config.json: not a transformers checkpoint"),
     "no tokenizer": (without("tokenizer.json"), "model: transformers cannot load it"),
     "no weights": (without("model.safetensors"), "model: transformers cannot load it"),
     "missing weights": (lacking, "model: the weights lack model.norm.weight"),

@@ -23,8 +23,7 @@ from branchmix.accounting.formulas import (
     windows,
 )
 from branchmix.accounting.shape import Shape, shape_of
-from branchmix.checkpoint.companions import refuse_adapter
-from branchmix.checkpoint.families import Config, entry_of, families, is_tied, nearest, why_unfit
+from branchmix.checkpoint.families import Config, entry_of, families, is_tied, model_type_of, nearest, why_unfit
 from branchmix.checkpoint.hub import expanded, is_there, resolve
 from branchmix.checkpoint.index import CheckpointIndex, read_config, read_json_object
 from branchmix.checkpoint.json_text import read_object
@@ -198,12 +197,11 @@ def inspect(model: str | Path | Config, *, context: int | None = None, dtype: st
     """
     name = "config" if isinstance(model, dict) else str(model)
     config, folder = (model, None) if isinstance(model, dict) else _read(model)
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{name}: no model_type: give a transformers model's folder or config.json")
+    is_mixture = model_type_of(config, name) == "branchmix"
     if not isinstance(config.get("seed_config") or {}, dict):
         raise CheckpointError(f"{name}: seed_config is {short(config['seed_config'])}, not the config of a model")
 
-    seed = shape_of(config).seed if config["model_type"] == "branchmix" else config
+    seed = shape_of(config).seed if is_mixture else config
     if context is None:
         context = min(configured_positions(seed) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     check_context(context)
@@ -344,5 +342,4 @@ def _read(model: str | Path) -> tuple[Config, Path | None]:
         if isinstance(model, Path) or path.suffix == ".json" or "/" not in model or is_there(path.parent):
             raise CheckpointError(f"{model}: no such file or folder, and no Hub id (org/name)")
         path = resolve(model).folder
-    refuse_adapter(path)
     return (read_config(path), path) if path.is_dir() else (read_json_object(path), None)

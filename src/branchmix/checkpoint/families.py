@@ -184,16 +184,21 @@ def entry_of(config: Config) -> Family:
     return Family(model_type, **norms, windowed="all", defaults=_table()["defaults"].get(model_type, {}), inferred=True)
 
 
+def model_type_of(config: Config, where: str | Path = "config.json") -> str:
+    """The family that a config names; raises CheckpointError, which says ``where``, if it names none."""
+    model_type = config.get("model_type")
+    if not model_type or not isinstance(model_type, str):
+        lacks = f"model_type {json.dumps(model_type)}, which is not a name" if model_type else "no model_type"
+        raise CheckpointError(f"{where} has {lacks}: give a transformers checkpoint of a causal language model")
+    return model_type
+
+
 def family_of(config: Config) -> Family:
     """The table entry of a seed's ``config.json``, or Llama's names for a family that has none.
 
     Raises CheckpointError if the config names no family, or one that cannot be a seed.
     """
-    model_type = config.get("model_type")
-    if not model_type or not isinstance(model_type, str):
-        lacks = f"model_type {json.dumps(model_type)}, which is not a name" if model_type else "no model_type"
-        raise CheckpointError(f"config.json has {lacks}: give a transformers checkpoint of a causal language model")
-    if model_type == "branchmix":
+    if model_type_of(config) == "branchmix":
         raise CheckpointError("the model is a mixture already: use add-expert or remove-expert to change its experts")
     reason = why_unfit(config)
     if reason is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.companions import ADAPTER_WEIGHTS, adapter_message, left_over_adapter, refuse_adapter
+from branchmix.checkpoint.families import model_type_of
 from branchmix.checkpoint.folder import is_entry
 from branchmix.checkpoint.hub import is_there
 from branchmix.checkpoint.json_text import read_json
@@ -96,7 +97,6 @@ class CheckpointIndex:
         """Reads the config and all headers of ``folder``; raises CheckpointError with what to do about a problem."""
         folder = Path(folder)
         _require_folder(folder)
-        refuse_adapter(folder)
         config = read_config(folder)
         if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
             _refuse_quantised_config(folder, config, but=())  # whose weights have names of their own
@@ -199,12 +199,13 @@ def _require_folder(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a model's folder; raises CheckpointError if it is an adapter's, or its config names no family."""
+    refuse_adapter(folder)
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: no config.json: not a transformers checkpoint, or an unfinished download")
     config = read_json_object(file)
-    if not config:
-        raise CheckpointError(f"{file}: is empty: copy the model's config.json here")
+    model_type_of(config, file)
     return with_current_names(config)
 
 

@@ -39,7 +39,7 @@ CHUNK_TOKENS = 4_000_000
 SHUFFLE_SEED = 20240815
 
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64, "U64": np.uint64}
-TOKENIZER_FILE, PLAN_FILE, FAILURE_FILE, LOCK = "tokenizer.json", "plan.json", "failure.json", "lock"
+TOKENIZER_FILE, FAILURE_FILE, LOCK = "tokenizer.json", "failure.json", "lock"
 
 
 class Encoder:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from branchmix.checkpoint.folder import write_text
-from branchmix.checkpoint.json_text import json_document, key_of
+from branchmix.checkpoint.json_text import key_of
 from branchmix.checkpoint.text import replaced_note
-from branchmix.data.build import CHUNK_TOKENS, PLAN_FILE, TOKENIZER_FILE, Chunk, Encoder, Plan
+from branchmix.data.build import CHUNK_TOKENS, TOKENIZER_FILE, Chunk, Encoder, Plan
 from branchmix.data.config import HeldOut, Source
 from branchmix.data.domain import Domain
 from branchmix.data.sequences import Sequences, held_out_sequences
@@ -93,11 +93,9 @@ def open_corpus(
         hashed = xxh3_128_hexdigest(tokenizer_json.encode())
         key = {"text": readers[name].identity(), "tokenizer": hashed, **tokenised, "format": FORMAT}
         place = (cache or default_cache()) / "tokens" / key_of(key)
-        texts = {TOKENIZER_FILE: tokenizer_json, PLAN_FILE: json_document({**plan, "key": key}, allow_nan=True)}
         try:
-            for file, text in texts.items():
-                if not (place / file).exists():
-                    write_text(place / file, text)
+            if not (place / TOKENIZER_FILE).exists():
+                write_text(place / TOKENIZER_FILE, tokenizer_json)
         except OutputError as error:
             raise OutputError(f"{error}; BRANCHMIX_CACHE chooses another folder for tokens") from error
         domains[name] = Domain(place, plan, streamed=readers[name].streamed)

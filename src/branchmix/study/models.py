@@ -7,6 +7,7 @@ from typing import Any
 
 from branchmix.accounting import active_parameters, flops_per_token, kv_cache_bytes_per_token, parameters, shape_of
 from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.index import read_config
 from branchmix.errors import RecipeError
 from branchmix.recipe import Recipe
 from branchmix.settings import overlaid, parse
@@ -26,10 +27,10 @@ def seed_config(study: StudyFile, given: ResolvedModel | None) -> Config:
     Raises:
         BranchMixError: there is no such model, or its keys make no new one.
     """
-    from branchmix.train.models import new_config, require_model_type, training_tokenizer
+    from branchmix.train.models import new_config, training_tokenizer
 
     if given is not None:
-        return require_model_type(given)
+        return read_config(given.folder)
     new = study.seed
     assert isinstance(new, NewModel)
     vocabulary = new.train_tokenizer

@@ -10,11 +10,12 @@ from typing import Any
 
 from branchmix.accounting import inspect
 from branchmix.checkpoint.hub import ResolvedModel, resolve
+from branchmix.checkpoint.index import read_config
 from branchmix.checkpoint.json_text import read_json
 from branchmix.data.sources import require_files
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.train.config import NewModel, RunConfig
-from branchmix.train.models import new_config, require_model_type
+from branchmix.train.models import new_config
 from branchmix.train.run_folder import DONE, RunFolder, State
 from branchmix.train.schedule import micro_batches, steps_of
 
@@ -50,7 +51,7 @@ def check(config: RunConfig, folder: RunFolder, state: State) -> Checked:
         model = resolve(config.model, config.folder)
         if folder.path.resolve() == model.folder.resolve():
             raise RecipeError(f"out: {folder.path} is the model itself: choose another folder")
-        described = require_model_type(model)
+        described = read_config(model.folder)
     require_shardable(config, described, num_processes)
     peak_rate = config.learning_rate.peak or _peak_of(model, config)
     require_files(config.data, folder=config.folder, leave_out=folder.path)

@@ -14,11 +14,11 @@ from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from branchmix.checkpoint.companions import refuse_adapter, tokenizer_files
+from branchmix.checkpoint.companions import tokenizer_files
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import libc, writing
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.checkpoint.index import read_json_object
+from branchmix.checkpoint.index import read_config
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.loading import load_language_model, load_tokenizer
 from branchmix.train.config import NewModel, RunConfig
@@ -86,7 +86,7 @@ def load_model(resolved: ResolvedModel, config: RunConfig, computing: Computing)
     import torch
 
     tokenizer = training_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
-    source = require_model_type(resolved)
+    source = read_config(resolved.folder)
     options: dict[str, Any] = {"given": resolved.given, "trust_remote_code": config.trust_remote_code}
     options |= attention_options(source["model_type"], computing, config.sequence_length, config.attn_implementation)
     if config.experts_implementation is not None:
@@ -178,22 +178,6 @@ def make_model(new: NewModel, tokenizer: Any, config: RunConfig, computing: Comp
     except Exception as error:  # families refuse wrong sizes in different ways, some only in the forward pass
         raise RecipeError(f"model: no {new.model_type} of these keys: {_cause(error)}") from error
     return shard_new(model.train().to(computing.device), config)
-
-
-def require_model_type(resolved: ResolvedModel) -> dict[str, Any]:
-    """Content of a folder's config.json, read before anything large is loaded.
-
-    Raises:
-        CheckpointError: it is missing, or does not describe a model.
-    """
-    refuse_adapter(resolved.folder)
-    file = resolved.folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{resolved.given}: no config.json in {resolved.folder}: give a model's folder")
-    content = read_json_object(file)
-    if not isinstance(content.get("model_type"), str):
-        raise CheckpointError(f"{file}: no model_type in it: give a transformers model's folder")
-    return content
 
 
 class TokenizerFiles:

@@ -136,7 +136,7 @@ def test_no_config(tmp_path):
         ("{", "not valid JSON at line 1"),
         ("[1]", "not a JSON object"),
         ("", "is empty"),
-        ("{}", "is empty"),
+        ("{}", "no model_type"),
         ("\xff", "not valid JSON"),
     ],
 )
