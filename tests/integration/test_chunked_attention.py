@@ -105,7 +105,7 @@ def test_gradients_by_finite_differences() -> None:
     inputs = operands(4, 2, torch.float64, length=19)
     mask = torch.rand(3, 1, 19, 19) < 0.5
     for given, cap in ((None, None), (mask, None), (None, 1.5), (mask, 1.5)):
-        settings = chunked._Settings(scale=0.4, causal=given is None, soft_cap=cap)
+        settings = chunked._ScoreOptions(scale=0.4, causal=given is None, soft_cap=cap)
         apply = lambda q, k, v, g=given, s=settings: chunked._ChunkedAttention.apply(q, k, v, g, s, True)  # noqa: E731
         torch.autograd.gradcheck(apply, inputs, fast_mode=True)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from branchmix.upcycling.gates import evidence as ev
 from branchmix.upcycling.gates import text as reading
-from branchmix.upcycling.gates.fit import LEAST_LOG, Routing, log_shares, logistic_regression
+from branchmix.upcycling.gates.fit import LEAST_LOG, TopK, log_shares, logistic_regression
 
 
 def test_evidence_is_the_log_ratio_of_smoothed_frequencies() -> None:
@@ -71,10 +71,10 @@ def test_shares_are_a_softmax_that_is_never_zero() -> None:
 
 @pytest.mark.parametrize("attention", [None, 1, 4])
 def test_calibrated_gates_share_among_two_or_stay_as_they_are(attention: int | None) -> None:
-    raw = Routing(1, False, 4.0, attention, False)
+    raw = TopK(1, False, 4.0, attention, False)
     two = None if attention is None else max(attention, 2)
-    assert raw.calibrated(4) == Routing(2, True, 1.0, two, True)
-    assert raw.calibrated(4, keep_top_k=True) == Routing(1, False, 1.0, attention, False)
+    assert raw.calibrated(4) == TopK(2, True, 1.0, two, True)
+    assert raw.calibrated(4, keep_top_k=True) == TopK(1, False, 1.0, attention, False)
 
 
 def test_logistic_regression_is_at_its_minimum() -> None:

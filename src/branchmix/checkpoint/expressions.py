@@ -102,7 +102,7 @@ class Derived(Expression):
 
 
 @dataclass(frozen=True)
-class Source(Expression):
+class Stored(Expression):
     """A stored tensor, unchanged."""
 
     ref: TensorRef
@@ -191,7 +191,7 @@ class _Below(Expression):
 class Rows(_Below):
     """Ranges of rows of a part, in this order.
 
-    Example: Rows(Source(qkv), ((0, 64), (128, 192))) has 128 rows.
+    Example: Rows(Stored(qkv), ((0, 64), (128, 192))) has 128 rows.
     """
 
     def __init__(self, part: Expression, spans: Iterable[Span]):
@@ -279,7 +279,7 @@ class Transposed(Derived):
 
 
 @dataclass(frozen=True)
-class Mean(Expression):
+class Average(Expression):
     """The (weighted) mean of parts, in ``dtype`` (default: the first part's).
 
     Parts may have fewer rows than the result (vocabularies of different sizes): a part then covers the first rows
@@ -408,7 +408,7 @@ def same_values(first: Expression, other: Expression) -> bool:
 
 def same_numbers(one: TensorRef, other: TensorRef) -> bool:
     """Whether two tensors hold the same numbers, whatever the float dtypes that they are stored in."""
-    parts = Source(one), Source(other)
+    parts = Stored(one), Stored(other)
     floats = {one.dtype, other.dtype} <= {*FLOAT_DTYPES}
     return same_values(*parts) or (floats and same_values(*(Cast(part, "F32") for part in parts)))
 

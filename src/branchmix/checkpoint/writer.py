@@ -1,6 +1,6 @@
 """Writes expressions as a safetensors checkpoint at the speed of ``cp``, in a few megabytes of memory.
 
-All offsets are known beforehand, so headers come first and a few threads fill the tensors in. Source bytes pass
+All offsets are known beforehand, so headers come first and a few threads fill the tensors in. Stored bytes pass
 through one buffer that fits the second-level cache: read, checked for NaN and Inf, written. That is faster than
 ``copy_file_range`` (ranges of tensors are never block-aligned, so no file system shares their blocks), needs no second
 pass for the check, and notices a source that is cut meanwhile. Early write-back lets the disk start at once.
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import ByteRange, Expression, Source, cut_ranges, opened, read_into
+from branchmix.checkpoint.expressions import ByteRange, Expression, Stored, cut_ranges, opened, read_into
 from branchmix.checkpoint.folder import fsync_path, libc, write_json, writing
 from branchmix.checkpoint.index import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, TensorRef
 from branchmix.checkpoint.numbers import Array, storage, widened
@@ -165,7 +165,7 @@ def _laid_out(name: str, tensors: list[OutputTensor]) -> Shard:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Stretch:
     """Rows [start, stop) of one output tensor, of which ``ranges`` are the source bytes, unless it is computed."""
 
     fd: int
@@ -182,13 +182,13 @@ class _Task:
         return self.tensor.offset + self.start * size, (self.stop - self.start) * size
 
 
-def _tasks(fd: int, file: Path, shard: Shard) -> Iterator[_Task]:
+def _tasks(fd: int, file: Path, shard: Shard) -> Iterator[_Stretch]:
     """The shard's work in file order."""
     for tensor in shard.tensors:
         value, ranges = tensor.expression, tensor.expression.ranges()
         step = max(1, TASK_BYTES // max(1, value.row_nbytes))
         for row in range(0, value.num_rows if value.nbytes else 0, step):
-            yield _Task(fd, file, tensor, ranges, row, min(row + step, value.num_rows))
+            yield _Stretch(fd, file, tensor, ranges, row, min(row + step, value.num_rows))
 
 
 class _Run:
@@ -202,7 +202,7 @@ class _Run:
         self.done = 0
         self.checked: set[ByteRange] = set()
 
-    def work(self, tasks: Iterator[_Task]) -> None:
+    def work(self, tasks: Iterator[_Stretch]) -> None:
         """One thread: takes tasks until there are none, or another thread has failed."""
         buffer = np.empty(BUFFER_BYTES, np.uint8)
         try:
@@ -225,7 +225,7 @@ class _Run:
             self.stop.set()
             raise
 
-    def _copy(self, task: _Task, ranges: list[ByteRange], buffer: Array) -> None:
+    def _copy(self, task: _Stretch, ranges: list[ByteRange], buffer: Array) -> None:
         value = task.tensor.expression
         to, _ = task.place
         for source in cut_ranges(ranges, task.start * value.row_nbytes, task.stop * value.row_nbytes):
@@ -239,7 +239,7 @@ class _Run:
             to += nbytes
             self.checked.add(source)
 
-    def _compute(self, task: _Task) -> None:
+    def _compute(self, task: _Stretch) -> None:
         value = task.tensor.expression
         step = max(1, value.block_nbytes // max(1, value.row_nbytes))
         to, _ = task.place
@@ -250,7 +250,7 @@ class _Run:
             self._write(task, to, block, check=self.check)
             to += block.nbytes
 
-    def _write(self, task: _Task, offset: int, block: Array, *, check: bool) -> None:
+    def _write(self, task: _Stretch, offset: int, block: Array, *, check: bool) -> None:
         dtype = task.tensor.expression.dtype
         if check and dtype in _FINITE_BELOW and not all_finite(block, dtype):
             _blame(task.tensor)
@@ -287,7 +287,7 @@ def _blame(tensor: OutputTensor) -> None:
 
 
 def _first_non_finite(ref: TensorRef) -> tuple[str, tuple[int, ...]] | None:
-    source = Source(ref)
+    source = Stored(ref)
     step = max(1, source.block_nbytes // max(1, source.row_nbytes))
     for start in range(0, source.num_rows, step):
         values = widened(source.rows(start, min(start + step, source.num_rows)), ref.dtype)

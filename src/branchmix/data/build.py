@@ -112,7 +112,7 @@ def _tokenise(folder: Path, plan: Plan, reader: Reader, encoder: Encoder, wanted
     number = len(chunks)
     last = False
     while not last and tokens < wanted():
-        documents: list[_Document] = []
+        documents: list[_Tokenised] = []
         new_tokens = duplicates = replaced = 0
         last, state = True, None
         for texts in batches:
@@ -123,7 +123,7 @@ def _tokenise(folder: Path, plan: Plan, reader: Reader, encoder: Encoder, wanted
             seen.update(new)
             duplicates += len(texts) - len(new)
             for (text_hash, text), ids in zip(new.items(), encoder(list(new.values())), strict=True):
-                documents.append(_Document(ids, text_hash, text.encode()))
+                documents.append(_Tokenised(ids, text_hash, text.encode()))
                 new_tokens += 0 if is_held_out(text, share) else len(ids)
             if new_tokens >= plan["chunk_tokens"]:
                 last = False
@@ -141,18 +141,18 @@ def _tokenise(folder: Path, plan: Plan, reader: Reader, encoder: Encoder, wanted
         tokens += counts.tokens
 
 
-class _Document(NamedTuple):
+class _Tokenised(NamedTuple):
     tokens: np.ndarray
     hash: int
     text: bytes
 
 
-def _sizes(documents: list[_Document]) -> tuple[int, int, int]:
+def _sizes(documents: list[_Tokenised]) -> tuple[int, int, int]:
     """How many documents, tokens and bytes."""
     return len(documents), sum(len(d.tokens) for d in documents), sum(len(d.text) for d in documents)
 
 
-def _arrays(train: list[_Document], held_out: list[_Document], dtype: Any) -> dict[str, np.ndarray]:
+def _arrays(train: list[_Tokenised], held_out: list[_Tokenised], dtype: Any) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {
         "held_out_text": np.frombuffer(b"".join(d.text for d in held_out), dtype=np.uint8),
         "held_out_text_ends": np.cumsum([len(d.text) for d in held_out], dtype=np.int64),
@@ -192,7 +192,7 @@ def _shuffle(chunks: list[Chunk], folder: Path, dtype: Any, chunk_tokens: int) -
     for number, part in enumerate(np.split(order, cuts)):
         last = number == num_chunks - 1
         train = [
-            _Document(chunks[i].piece("tokens", "ends", place), int(chunks[i].arrays["hashes"][place]), b"")
+            _Tokenised(chunks[i].piece("tokens", "ends", place), int(chunks[i].arrays["hashes"][place]), b"")
             for i, place in places[:, part].T.tolist()
         ]
         # Held-out documents stay in their order, in any chunk.
@@ -200,7 +200,7 @@ def _shuffle(chunks: list[Chunk], folder: Path, dtype: Any, chunk_tokens: int) -
         counts = sum((chunk.counts for chunk in beside), Counts())
         counts.documents, counts.tokens, _ = _sizes(train)
         held_out = [
-            _Document(chunk.held_out_tokens(place), text_hash, chunk.held_out_text(place).encode())
+            _Tokenised(chunk.held_out_tokens(place), text_hash, chunk.held_out_text(place).encode())
             for chunk in beside
             for place, text_hash in enumerate(chunk.arrays["held_out_hashes"].tolist())
         ]

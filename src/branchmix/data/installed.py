@@ -73,7 +73,7 @@ class Extract:
 
 
 @dataclass(frozen=True)
-class Domain:
+class InstalledDomain:
     files: Callable[[], list[tuple[str, Path]]]
     read: Callable[[str, Path], list[Document]]
     """All documents of one file: (name, path) -> documents."""
@@ -117,7 +117,7 @@ def write(
     return written
 
 
-def _read(domain: Domain, pool: ProcessPoolExecutor, ahead: int) -> Iterator[Document]:
+def _read(domain: InstalledDomain, pool: ProcessPoolExecutor, ahead: int) -> Iterator[Document]:
     """A domain's documents in order, read in processes ``ahead`` files at a time, as little may be enough."""
     files = domain.files()
     for start in range(0, len(files), ahead):
@@ -220,12 +220,12 @@ def _prose(name: str, path: Path) -> list[Document]:
 
 
 _MATH, _HEADERS = ("sympy/**/*.py", "mpmath/**/*.py"), ("**/*.h", "**/*.hpp", "**/*.cuh")
-DOMAINS: dict[str, Domain] = {
-    "general": Domain(_general_files, _prose),
-    "code": Domain(lambda: _files(STDLIB, "**/*.py", skip=NO_CODE), _whole, by_paragraph=False),
-    "law": Domain(_law_files, _licence),
-    "math": Domain(lambda: _files(PACKAGES, *_MATH, skip=("tests", "benchmarks")), _all_docstrings),
-    "cpp": Domain(lambda: _files(PACKAGES / "torch" / "include", *_HEADERS), _whole, by_paragraph=False),
+DOMAINS: dict[str, InstalledDomain] = {
+    "general": InstalledDomain(_general_files, _prose),
+    "code": InstalledDomain(lambda: _files(STDLIB, "**/*.py", skip=NO_CODE), _whole, by_paragraph=False),
+    "law": InstalledDomain(_law_files, _licence),
+    "math": InstalledDomain(lambda: _files(PACKAGES, *_MATH, skip=("tests", "benchmarks")), _all_docstrings),
+    "cpp": InstalledDomain(lambda: _files(PACKAGES / "torch" / "include", *_HEADERS), _whole, by_paragraph=False),
 }
 
 

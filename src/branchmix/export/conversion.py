@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.accounting.formulas import configured_positions
-from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack, Transposed
+from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Stack, Stored, Transposed
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.generated_tensors import Constant
@@ -236,10 +236,10 @@ def trunk_of(mixture: OpenedMixture, number: int = 0) -> DenseExpert:
     return DenseExpert("trunk", index, mixture.family, mixture.dims)
 
 
-def _shared(trunk: DenseExpert, *, attention: bool, ffn: bool) -> Iterator[tuple[str, Source]]:
+def _shared(trunk: DenseExpert, *, attention: bool, ffn: bool) -> Iterator[tuple[str, Stored]]:
     """Embeddings, norms and head; and attention or FFN, unless they are those of experts."""
     of_experts = trunk.expert_tensors(attention, ffn)
-    return ((name, Source(ref)) for name, ref in trunk.tensors.items() if name not in of_experts)
+    return ((name, Stored(ref)) for name, ref in trunk.tensors.items() if name not in of_experts)
 
 
 # ---- Native ----
@@ -264,7 +264,7 @@ def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) ->
     family = mixture.family
     names = dict(zip(("gate_proj.weight", "up_proj.weight", "down_proj.weight"), native.names, strict=True))
     router = mixture.index.tensors[f"model.{family.layers}.{layer}.{family.ffn}.gate.weight"]
-    yield f"{module}.gate.weight", Source(router)
+    yield f"{module}.gate.weight", Stored(router)
     for number, expert in enumerate(mixture.experts):
         for name, part in expert.ffn(layer).items():
             scaled = name == "down_proj.weight" and mixture.scaling != 1.0

@@ -91,7 +91,7 @@ def automatic_attention_forward(
         forward = forward or soft_cap is not None
     if not (forward or backward):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-    settings = _Settings(q.shape[-1] ** -0.5 if scaling is None else scaling, causal, soft_cap)
+    settings = _ScoreOptions(q.shape[-1] ** -0.5 if scaling is None else scaling, causal, soft_cap)
     if causal:  # a static cache has more
         k, v = k[:, :, :length], v[:, :, :length]
     with torch.autocast(q.device.type, enabled=False):
@@ -110,7 +110,7 @@ AttentionMaskInterface.register(CHUNKED, sdpa_mask)
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _ScoreOptions:
     scale: float
     causal: bool
     soft_cap: float | None
@@ -248,7 +248,7 @@ def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
 # ---- The chunks ----
 
 
-class _Chunk(NamedTuple):
+class _Queries(NamedTuple):
     """Some queries of some K/V heads, and the keys that any of them may see."""
 
     rows: slice
@@ -273,7 +273,7 @@ class _ChunkedAttention(torch.autograd.Function):
         k_BKSC: torch.Tensor,
         v_BKSC: torch.Tensor,
         mask: torch.Tensor | None,
-        settings: _Settings,
+        settings: _ScoreOptions,
         forward_in_chunks: bool,
     ) -> torch.Tensor:
         ctx.settings = settings
@@ -329,7 +329,7 @@ def _to_compute(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _weights(
-    q: torch.Tensor, k: torch.Tensor, group: int, chunk: _Chunk, settings: _Settings
+    q: torch.Tensor, k: torch.Tensor, group: int, chunk: _Queries, settings: _ScoreOptions
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weights [N, m * R, w] of a chunk with N = rows * heads, and the slope of the soft cap at each score, if any.
 
@@ -355,7 +355,7 @@ def _weights(
     return weights, slope
 
 
-def _chunks(q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> Iterator[_Chunk]:
+def _chunks(q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> Iterator[_Queries]:
     """All pairs of queries and keys that may meet, chunk by chunk."""
     (batch, num_heads, length, _), (num_kv_heads, num_keys) = q_BHTC.shape, k_BKSC.shape[1:3]
     group = num_heads // num_kv_heads
@@ -378,7 +378,7 @@ def _chunks(q_BHTC: torch.Tensor, k_BKSC: torch.Tensor, mask: torch.Tensor | Non
                 continue
             for heads in _slices(num_kv_heads, heads_at_once):
                 by_head = [_of_heads(x, num_kv_heads, heads) if mask is not None else x for x in (blocked, blind)]
-                yield _Chunk(rows, heads, queries, keys, by_head[0], blocked_keys, by_head[1])
+                yield _Queries(rows, heads, queries, keys, by_head[0], blocked_keys, by_head[1])
 
 
 def _masked(mask_XYmS: torch.Tensor) -> tuple[slice, torch.Tensor | None, slice, torch.Tensor | None]:
@@ -421,22 +421,22 @@ def _grouped(x_BTHC: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     return x_BTHC.unflatten(2, (num_kv_heads, -1))
 
 
-def _rows_of(x_BTKRC: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+def _rows_of(x_BTKRC: torch.Tensor, chunk: _Queries) -> torch.Tensor:
     """A chunk's queries [rows * heads, m * R, C], packed: ``bmm`` would copy anything else, and slowly."""
     part = x_BTKRC[chunk.rows, chunk.queries, chunk.heads].transpose(1, 2)
     return part.reshape(part.shape[0] * part.shape[1], -1, part.shape[-1])
 
 
-def _put(x_BTKRC: torch.Tensor, chunk: _Chunk, rows: torch.Tensor) -> None:
+def _put(x_BTKRC: torch.Tensor, chunk: _Queries, rows: torch.Tensor) -> None:
     part = x_BTKRC[chunk.rows, chunk.queries, chunk.heads].transpose(1, 2)
     part.copy_(rows.view(part.shape))
 
 
-def _keys_of(x_BKSC: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+def _keys_of(x_BKSC: torch.Tensor, chunk: _Queries) -> torch.Tensor:
     """A chunk's keys or values [rows * heads, w, C], packed."""
     return x_BKSC[chunk.rows, chunk.heads, chunk.keys].flatten(0, 1).contiguous()
 
 
-def _add(x_BKSC: torch.Tensor, chunk: _Chunk, keys: torch.Tensor) -> None:
+def _add(x_BKSC: torch.Tensor, chunk: _Queries, keys: torch.Tensor) -> None:
     part = x_BKSC[chunk.rows, chunk.heads, chunk.keys]
     part.add_(keys.view(part.shape))

@@ -59,7 +59,7 @@ class _Builder:
         given = resolve(study.seed, study.folder) if isinstance(study.seed, str) else None
         # A given seed's revision on the Hub, or the hash of its folder; nothing if a step trains the seed.
         revision = f"{given.given}@{given.revision}" if given and given.revision else None
-        self.given_identity = {"seed": revision or model_hash(given.folder)} if given else {}
+        self.given_identity: dict[str, Any] = {"seed": revision or model_hash(given.folder)} if given else {}
         self.seed_config = seed_config(study, given)
         self.mixtures = Mixtures(study, self.seed_config)
         self.text = "text" if isinstance(study.data, InstalledText) else None

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import default_collate
 from transformers.utils import logging
 
-from branchmix.checkpoint.expressions import Source as Stored
+from branchmix.checkpoint.expressions import Stored
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.data.config import Source

@@ -111,9 +111,9 @@ class Mixtures:
         }
         if recipe.gates is None:
             return config
-        from branchmix.upcycling.gates.fit import Routing
+        from branchmix.upcycling.gates.fit import TopK
 
-        own = Routing(recipe.num_experts_per_tok, True, 1.0, attention, True)
+        own = TopK(recipe.num_experts_per_tok, True, 1.0, attention, True)
         fitted = own.calibrated(len(recipe.expert_names), keep_top_k=recipe.gates.keep_top_k)
         config |= {name: getattr(fitted, name) for name in ("num_experts_per_tok", "attention_num_experts_per_tok")}
         if not recipe.gates.token_only:  # the decay is fitted; it costs the same whatever it is

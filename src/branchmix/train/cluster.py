@@ -63,9 +63,9 @@ def run_on_ray(
     with _cluster() as ray, _signs(shared) as signs:
         attempt = ray.remote(max_retries=0, num_cpus=num_cpus, num_gpus=_gpus_for_each(ray, num_cpus))(_attempt)
 
-        def start(state: JobState, place: int) -> _Task:
+        def start(state: JobState, place: int) -> _RemoteAttempt:
             sign = signs / f"{state.job.name}-{state.attempts}"
-            return _Task(state, ray, attempt.remote(state, sign), sign)
+            return _RemoteAttempt(state, ray, attempt.remote(state, sign), sign)
 
         return run_jobs(jobs, start, len(jobs) if at_once is None else at_once, **others)
 
@@ -81,7 +81,7 @@ def _attempt(state: JobState, sign: Path) -> JobState:
     return outcome.jobs[0]
 
 
-class _Task:
+class _RemoteAttempt:
     """A task of the cluster, which may wait there for room. It creates the file ``sign`` when it starts."""
 
     def __init__(self, state: JobState, ray: Any, reference: Any, sign: Path):

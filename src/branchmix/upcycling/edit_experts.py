@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import Expression, Rows, Source, Stack
+from branchmix.checkpoint.expressions import Expression, Rows, Stack, Stored
 from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.generated_tensors import Constant, Held, Normal
@@ -148,9 +148,9 @@ class _EditedMixture(OpenedMixture):
         owned = newcomer.expert_tensors(self.shape.has_attention_experts, self.shape.has_ffn_experts)
         if self.shape.trunk == "experts":
             owned |= newcomer.trunk_tensors()
-        shared = {name: Source(ref) for name, ref in newcomer.tensors.items() if name not in owned}
+        shared = {name: Stored(ref) for name, ref in newcomer.tensors.items() if name not in owned}
         ours = {name: self.index.tensors.get(f"model.{name}") for name in shared if not name.endswith(folded)}
-        return all(ref and all_same([Source(ref), shared[name]], self.dtype) for name, ref in ours.items())
+        return all(ref and all_same([Stored(ref), shared[name]], self.dtype) for name, ref in ours.items())
 
     def resized(self, experts: Members) -> tuple[Config, list[str]]:
         """The config for these experts, and notes: soft routing stays soft, ``auto`` scaling stays N / k.
@@ -223,14 +223,14 @@ class _EditedMixture(OpenedMixture):
                     for name, part in expert.ffn(layer).items():
                         yield f"{block}.{family.ffn}.experts.{number}.{name}", part
             for name in (f"{block}.{below}" for below in self.shape.routers.values()):
-                router = Source(self.index.tensors[name])
+                router = Stored(self.index.tensors[name])
                 new = {e.name: Normal((1, width), std, seed, f"{name}/{e.name}", router.dtype) for e in experts}
                 yield name, _rows(router, experts, new)
         modules = [family.attention] * self.shape.has_attention_experts + [family.ffn] * self.shape.has_ffn_experts
         of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
             if name in ("document_gate.attention", "document_gate.ffn", "document_gate.trunk"):
-                yield name, self._wanted_experts(Source(ref), experts)
+                yield name, self._wanted_experts(Stored(ref), experts)
             elif of_experts.match(name):
                 continue
             elif self.shape.trunk == "experts" and (place := in_trunk(name.removeprefix("model."))):
@@ -238,7 +238,7 @@ class _EditedMixture(OpenedMixture):
                     for number, expert in enumerate(experts):
                         yield f"model.{of_trunk(place[0], number)}", expert.trunk(place[0])
             else:
-                yield name, Source(ref)
+                yield name, Stored(ref)
 
     def _wanted_experts(self, logits_EM: Expression, experts: Members) -> Expression:
         """What the document gates give the experts, [E, M]: those who stay keep theirs, new ones get nothing.

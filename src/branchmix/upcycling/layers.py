@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from branchmix.checkpoint.expressions import Cast, Columns, Expression, Mean, Rows, Source, Stack, same_values
+from branchmix.checkpoint.expressions import Average, Cast, Columns, Expression, Rows, Stack, Stored, same_values
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.upcycling.sources import KINDS, ROLES, ExpertSource
 
@@ -67,7 +67,7 @@ def mean(parts: Sequence[Expression], weights: Sequence[float], dtype: str) -> E
     if len(used) == 1:
         return used[0][0]
     uniform = len({weight for _, weight in used}) == 1
-    return Mean(tuple(part for part, _ in used), None if uniform else tuple(weight for _, weight in used), dtype)
+    return Average(tuple(part for part, _ in used), None if uniform else tuple(weight for _, weight in used), dtype)
 
 
 def all_same(parts: Sequence[Expression], dtype: str) -> bool:
@@ -106,5 +106,5 @@ def _groups(expert: ExpertSource) -> list[tuple[int, int]]:
 
 def _as_row(bias: Expression) -> Expression:
     """A 1-D source as [1, D]."""
-    assert isinstance(bias, Source), "output biases are whole tensors"
-    return Source(replace(bias.ref, shape=(1, *bias.ref.shape)))
+    assert isinstance(bias, Stored), "output biases are whole tensors"
+    return Stored(replace(bias.ref, shape=(1, *bias.ref.shape)))

@@ -13,7 +13,7 @@ from typing import Any
 
 from branchmix import __version__
 from branchmix.checkpoint.companions import AUTO_MAP
-from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Source, Stack
+from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Stack, Stored
 from branchmix.checkpoint.families import (
     Config,
     Dimensions,
@@ -203,19 +203,19 @@ class _Mixture:
         below = re.sub(rf"^{re.escape(self.family.layers)}\.\d+\.", "", name)
         if below.removesuffix(".weight") in self.folded:
             return Constant(shape, 1.0 - self.family.gain_offset, self.dtype)
-        own = Source(self.seed.tensors[name])
+        own = Stored(self.seed.tensors[name])
         if own.dtype not in FLOAT_DTYPES:  # the check has seen that it is the same in all models
             return own
         of_seed = self.recipe.attention == "seed" and below.startswith(f"{self.family.attention}.")
         if self.lossless:
             first = 0 if of_seed or self.recipe.include_seed or self.recipe.seed_copies or self.weights[0] else 1
-            parts = [Source(model.tensors[name]) for model in self.models[first:]]
+            parts = [Stored(model.tensors[name]) for model in self.models[first:]]
             if parts[0].shape == shape and all_same(parts, self.dtype):
                 return parts[0]
             self.lossless = False
         if of_seed:
             return own
-        merged = mean([Source(model.tensors[name]) for model in self.models], self.weights, self.dtype)
+        merged = mean([Stored(model.tensors[name]) for model in self.models], self.weights, self.dtype)
         return self._of_shape(merged, name, shape)
 
     def _of_shape(self, part: Expression, name: str, shape: tuple[int, ...]) -> Expression:
@@ -226,7 +226,7 @@ class _Mixture:
         self.lossless = False
         if rows > shape[0]:
             return Rows(part, ((0, shape[0]),))
-        padding = Rows(Source(self.seed.tensors[name]), ((rows, shape[0]),))
+        padding = Rows(Stored(self.seed.tensors[name]), ((rows, shape[0]),))
         return Stack((cast(part, self.dtype), cast(padding, self.dtype)))
 
     def _weights(self, alone: str | None, given: dict[str, float] | None = None) -> list[float]:

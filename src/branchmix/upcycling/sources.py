@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Source, Transposed
+from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Stored, Transposed
 from branchmix.checkpoint.families import Dimensions, Family, dimensions, family_of, is_head
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
@@ -148,7 +148,7 @@ class DenseExpert(ExpertSource):
         return tensors
 
     def trunk(self, name: str) -> Expression:
-        return Source(self.tensors[name])
+        return Stored(self.tensors[name])
 
     def expert_tensors(self, attention: bool, ffn: bool) -> set[str]:
         """Names of this checkpoint's tensors that belong to experts, in every layer."""
@@ -185,13 +185,13 @@ class DenseExpert(ExpertSource):
         ref = self.tensors.get(f"{module}.{kind}")
         if ref is None:
             return None
-        return Transposed(Source(ref)) if self.family.transposed and kind == "weight" else Source(ref)
+        return Transposed(Stored(ref)) if self.family.transposed and kind == "weight" else Stored(ref)
 
     def _folded(self, part: Expression | None, layer: int, norm: str | None, kind: Kind) -> Expression | None:
         """A matrix with the gain of the norm before it, where gains are folded."""
         if part is None or norm is None or kind == "bias" or not self.fold_norms:
             return part
-        gain = Source(self.tensors[f"{self._block(layer)}.{norm}.weight"])
+        gain = Stored(self.tensors[f"{self._block(layer)}.{norm}.weight"])
         return Gained(part, gain, self.family.gain_offset)
 
 
@@ -221,8 +221,8 @@ class MixtureExpert(ExpertSource):
             return None
         spans = self._spans(role)
         if role == "o":
-            return Columns(tuple((Source(ref), low, high) for low, high in spans))
-        return Rows(Source(ref), spans)
+            return Columns(tuple((Stored(ref), low, high) for low, high in spans))
+        return Rows(Stored(ref), spans)
 
     def attention_norm(self, layer: int, role: Literal["q", "k"]) -> dict[str, Expression]:
         name = self.family.query_norm if role == "q" else self.family.key_norm
@@ -236,7 +236,7 @@ class MixtureExpert(ExpertSource):
         return below(prefix, self.index.tensors)
 
     def trunk(self, name: str) -> Expression:
-        return Source(self.index.tensors[f"model.{of_trunk(name, self.number)}"])
+        return Stored(self.index.tensors[f"model.{of_trunk(name, self.number)}"])
 
     def _spans(self, role: Role) -> tuple[tuple[int, int], ...]:
         """This expert's rows of wide q, k or v, or its columns of wide o."""
@@ -284,7 +284,7 @@ def fused_rows(family: Family, dims: Dimensions, role: Role) -> tuple[tuple[int,
 
 def below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
     """The stored tensors whose names begin with a prefix, by the rest of their names."""
-    return {name.removeprefix(prefix): Source(ref) for name, ref in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): Stored(ref) for name, ref in tensors.items() if name.startswith(prefix)}
 
 
 def inside(family: Family, modules: Sequence[str], *, prefix: str = "") -> re.Pattern[str]:
@@ -294,7 +294,7 @@ def inside(family: Family, modules: Sequence[str], *, prefix: str = "") -> re.Pa
     return re.compile(rf"{prefix}{re.escape(family.layers)}\.\d+\.{shared}({names})\.")
 
 
-def _row(ref: TensorRef, number: int) -> Source:
+def _row(ref: TensorRef, number: int) -> Stored:
     """Row ``number`` of a stored [N, D] tensor, as 1-D."""
     nbytes = ref.nbytes // ref.shape[0]
-    return Source(replace(ref, shape=ref.shape[1:], offset=ref.offset + number * nbytes, nbytes=nbytes))
+    return Stored(replace(ref, shape=ref.shape[1:], offset=ref.offset + number * nbytes, nbytes=nbytes))

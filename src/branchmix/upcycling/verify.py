@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from branchmix.checkpoint.expressions import Expression, Mean, Scaled, Source
+from branchmix.checkpoint.expressions import Average, Expression, Scaled, Stored
 from branchmix.checkpoint.generated_tensors import PartlyRedrawn
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
@@ -126,8 +126,8 @@ def compare_bytes(plan: Plan, index: CheckpointIndex, progress: Progress | None)
 
 def _check_averages(plan: Plan, index: CheckpointIndex) -> int:
     """The first rows of averaged tensors, recomputed in fp64: they must be the nearest value of the output's dtype."""
-    means = [(tensor.name, tensor.expression) for tensor in plan.tensors if isinstance(tensor.expression, Mean)]
-    of_stored = [(name, mean) for name, mean in means if all(isinstance(part, Source) for part in mean.parts)]
+    means = [(tensor.name, tensor.expression) for tensor in plan.tensors if isinstance(tensor.expression, Average)]
+    of_stored = [(name, mean) for name, mean in means if all(isinstance(part, Stored) for part in mean.parts)]
     for name, mean in of_stored:
         rows = min(64, *(part.num_rows for part in mean.parts))
         weights = mean.weights or (1.0,) * len(mean.parts)
@@ -135,7 +135,7 @@ def _check_averages(plan: Plan, index: CheckpointIndex) -> int:
             weight * to_float32(part.rows(0, rows), part.dtype).astype(np.float64)
             for part, weight in zip(mean.parts, weights, strict=True)
         ) / sum(weights)
-        written = to_float32(Source(index.tensors[name]).rows(0, rows), mean.dtype).astype(np.float64)
+        written = to_float32(Stored(index.tensors[name]).rows(0, rows), mean.dtype).astype(np.float64)
         half_step = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-22}[mean.dtype]
         if not np.all(np.abs(written - exact) <= half_step * 1.01 * np.abs(exact) + 1e-7):
             raise VerificationError(f"{name}: is not the mean of its sources: write the output again")
@@ -227,9 +227,9 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int)
     for name, ref in floats.items():  # other numbers are buffers, which the class computes
         shared = index.tensors.get(f"model.{name}") or index.tensors.get(f"model.{of_trunk(name, number)}", ref)
         source = ref if plan.lossless or name in owned else shared
-        state[name] = _tensor(cast(Source(source), dtype))  # the output's dtype may be narrower than the source's
+        state[name] = _tensor(cast(Stored(source), dtype))  # the output's dtype may be narrower than the source's
         if gains.match(name):  # which the mixture has folded into its matrices
-            state[name] = _tensor(Source(ref))
+            state[name] = _tensor(Stored(ref))
     if plan.config["attention"] == "kv_sharing" and not plan.lossless:
         _share_keys_and_values(state, expert, index)
     # As from a checkpoint, so that transformers' own renamings (GPT-NeoX's embed_out) apply.
@@ -250,7 +250,7 @@ def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: Ch
                 shared = index.tensors.get(f"model.{module}.heads.{role}_proj.{kind}")
                 if shared is None:
                     continue
-                value = _tensor(Source(shared))
+                value = _tensor(Stored(shared))
                 if expert.fold_norms and family.attention_input_norm and kind == "weight":
                     gain = state[f"{family.layers}.{layer}.{family.attention_input_norm}.weight"] + family.gain_offset
                     value = value / gain

@@ -26,11 +26,11 @@ class Store:
         self.folder = folder
         self.count = 0
 
-    def __call__(self, tensor: torch.Tensor) -> ex.Source:
+    def __call__(self, tensor: torch.Tensor) -> ex.Stored:
         self.count += 1
         file = self.folder / f"{self.count}.safetensors"
         save_file({"before": torch.zeros(3), "t": tensor.contiguous()}, file)
-        return ex.Source(next(ref for ref in read_header(file) if ref.name == "t"))
+        return ex.Stored(next(ref for ref in read_header(file) if ref.name == "t"))
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_stack_of_rows_of_stacks(store):
 
 def test_neighbours_in_a_file_become_one_range(tmp_path):
     save_file({"a": torch.randn(4, 4), "b": torch.randn(4, 4)}, tmp_path / "f.safetensors")
-    stack = ex.Stack(tuple(ex.Source(ref) for ref in read_header(tmp_path / "f.safetensors")))
+    stack = ex.Stack(tuple(ex.Stored(ref) for ref in read_header(tmp_path / "f.safetensors")))
     assert [nbytes for _, _, nbytes in stack.ranges()] == [128]
 
 
@@ -214,7 +214,7 @@ def test_narrow_strips_of_wide_rows_are_read_alone(store):
 def test_mean_is_the_correctly_rounded_one(store, num_parts, dtype):
     tensors = [torch.randn(100, 500).to(dtype) for _ in range(num_parts)]
     exact = torch.stack([tensor.double() for tensor in tensors]).mean(0)
-    found = value(ex.Mean(tuple(map(store, tensors))))
+    found = value(ex.Average(tuple(map(store, tensors))))
     assert same(found, rounded(exact, dtype))
     chained = sum(tensors[1:], tensors[0]) / num_parts
     assert num_parts == 2 or not torch.equal(chained, found), "the test can tell sums in 16 bits"
@@ -225,32 +225,32 @@ def test_mean_is_the_correctly_rounded_one(store, num_parts, dtype):
 def test_identical_copies_are_reproduced(store, num_parts, dtype):
     tensor = (torch.randn(50, 400) * 10 ** torch.randint(-4, 4, (50, 1))).to(dtype)
     source = store(tensor)
-    assert same(value(ex.Mean((source,) * num_parts)), tensor)
+    assert same(value(ex.Average((source,) * num_parts)), tensor)
     weights = tuple(float(n + 1) / 3 for n in range(num_parts))
-    assert same(value(ex.Mean((source,) * num_parts, weights)), tensor)
+    assert same(value(ex.Average((source,) * num_parts, weights)), tensor)
 
 
 def test_weighted_mean(store):
     a, b = torch.randn(20, 30), torch.randn(20, 30)
-    found = value(ex.Mean((store(a), store(b)), weights=(3.0, 1.0)))
+    found = value(ex.Average((store(a), store(b)), weights=(3.0, 1.0)))
     assert same(found, ((3 * a.double() + b.double()) / 4).float())
     with pytest.raises(AssertionError):
-        ex.Mean((store(a), store(b)), weights=(1.0, 0.0))
+        ex.Average((store(a), store(b)), weights=(1.0, 0.0))
 
 
 def test_mean_to_another_dtype_and_of_mixed_ones(store):
     a, b = torch.randn(20, 30).bfloat16(), torch.randn(20, 30)
-    mean = ex.Mean((store(a), store(b)), dtype="F32")
+    mean = ex.Average((store(a), store(b)), dtype="F32")
     assert same(value(mean), ((a.double() + b.double()) / 2).float())
-    single = ex.Mean((store(b),), dtype="BF16")
+    single = ex.Average((store(b),), dtype="BF16")
     assert single.ranges() is None
     assert same(value(single), b.bfloat16())
-    assert ex.Mean((store(b),)).ranges() is not None
+    assert ex.Average((store(b),)).ranges() is not None
 
 
 def test_mean_over_the_parts_that_have_the_row(store):
     short, long, longest = torch.randn(4, 6), torch.randn(9, 6), torch.randn(11, 6)
-    mean = value(ex.Mean((store(short), store(longest), store(long)), weights=(1.0, 2.0, 5.0)))
+    mean = value(ex.Average((store(short), store(longest), store(long)), weights=(1.0, 2.0, 5.0)))
     expected = longest.double().clone()
     expected[:9] = (2 * longest[:9].double() + 5 * long.double()) / 7
     expected[:4] = (short.double() + 2 * longest[:4].double() + 5 * long[:4].double()) / 8
@@ -274,7 +274,7 @@ def test_scaled_gained_and_cast(store):
 
 def test_dtypes_without_arithmetic_are_refused(store):
     whole = store(torch.arange(6))
-    for make in (lambda: ex.Mean((whole, whole)), lambda: ex.Scaled(whole, 2.0), lambda: ex.Cast(whole, "F32")):
+    for make in (lambda: ex.Average((whole, whole)), lambda: ex.Scaled(whole, 2.0), lambda: ex.Cast(whole, "F32")):
         with pytest.raises(AssertionError):
             make()
 
@@ -364,6 +364,6 @@ def test_ranges_are_cut_and_merged():
 
 def test_dtypes_of_less_than_a_byte_have_no_rows():
     ref = TensorRef("t", "F4", (4,), Path("f"), 0, 2)
-    assert ex.Source(ref).ranges() == [(Path("f"), 0, 2)]
+    assert ex.Stored(ref).ranges() == [(Path("f"), 0, 2)]
     with pytest.raises(AssertionError):
-        ex.Source(ref).rows(0, 4)
+        ex.Stored(ref).rows(0, 4)

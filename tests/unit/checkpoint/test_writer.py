@@ -28,9 +28,9 @@ from branchmix.checkpoint.writer import OutputTensor, shard_plan, write_checkpoi
 from branchmix.errors import CheckpointError, OutputError
 
 
-def save(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, ex.Source]:
+def save(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, ex.Stored]:
     save_file(tensors, file)
-    return {ref.name: ex.Source(ref) for ref in read_header(file)}
+    return {ref.name: ex.Stored(ref) for ref in read_header(file)}
 
 
 def names(folder: Path) -> list[str]:
@@ -44,7 +44,7 @@ def out(tmp_path) -> Path:
 
 
 @pytest.fixture
-def experts(tmp_path) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, ex.Source]]]:
+def experts(tmp_path) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, ex.Stored]]]:
     torch.manual_seed(0)
     tensors = [
         {
@@ -58,13 +58,13 @@ def experts(tmp_path) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, ex.
     return tensors, [save(tmp_path / f"expert{n}.safetensors", value) for n, value in enumerate(tensors)]
 
 
-def mixture(sources: list[dict[str, ex.Source]]) -> list[OutputTensor]:
+def mixture(sources: list[dict[str, ex.Stored]]) -> list[OutputTensor]:
     ups = tuple(source["up"] for source in sources)
     return [
         OutputTensor("steps", sources[0]["steps"]),
         *(OutputTensor(f"experts.{n}.up", up) for n, up in enumerate(ups)),
         OutputTensor("stacked", ex.Stack(ups)),
-        OutputTensor("mean", ex.Mean(ups)),
+        OutputTensor("mean", ex.Average(ups)),
         OutputTensor("wide", ex.Columns(tuple((s["out"], h, h + 32) for h in (0, 32) for s in sources))),
         OutputTensor("transposed", ex.Transposed(ups[0])),
         OutputTensor("router", generated_tensors.Normal((8, 700), 0.02, 0, "router", "BF16")),
@@ -228,7 +228,7 @@ def test_nan_and_inf_are_found_and_named(tmp_path, out, dtype, bad, how):
     expression = {
         "copied": ex.Stack((good, source)),
         "columns": ex.Columns(((good, 0, 250), (source, 0, 500))),
-        "mean": ex.Mean((good, source)),
+        "mean": ex.Average((good, source)),
         "transposed": ex.Transposed(source),
         "gained": ex.Gained(source, generated_tensors.Constant((500,), 0.0, "F32")),
     }[how]
@@ -510,10 +510,10 @@ def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 source, out, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-refs = [ex.Source(ref) for ref in read_header(source)]
+refs = [ex.Stored(ref) for ref in read_header(source)]
 make = {
     "copy": lambda a, b: a,
-    "mean": lambda a, b: ex.Mean((a, b)),
+    "mean": lambda a, b: ex.Average((a, b)),
     "columns": lambda a, b: ex.Columns(tuple((p, h, h + 128) for h in range(0, 4096, 128) for p in (a, b))),
     "transposed": lambda a, b: ex.Transposed(a),
 }[kind]

@@ -18,7 +18,7 @@ from branchmix.likelihood.models import Progress
 from branchmix.scaling.tasks import TASKS
 from branchmix.scaling.trends.fit import Curve, between_variance, curve, percentiles, theil_sen
 from branchmix.scaling.trends.series import NOT_JUDGED, Series, all_series, flags_of, is_lower_better
-from branchmix.scaling.trends.table import AXES, DATA, ResultsTable, Row, is_share, read_table
+from branchmix.scaling.trends.table import AXES, DATA, Measurement, ResultsTable, is_share, read_table
 from branchmix.scaling.trends.verdict import DIRECTED, Correction, Evidence, Label, Limits, Verdict, judge_together
 
 _MIN_TO_COMPARE = 3
@@ -285,7 +285,7 @@ def _contamination(official: Series, fresh: Series, limits: Limits) -> dict[str,
     }
 
 
-def _is_same_run(one: Row, other: Row) -> bool:
+def _is_same_run(one: Measurement, other: Measurement) -> bool:
     """A name may stand for several places on an axis, such as the checkpoints of one run."""
     same_place = all(one.axes[axis] == other.axes[axis] for axis in one.axes.keys() & other.axes.keys())
     return (one.model, one.seed) == (other.model, other.seed) and same_place

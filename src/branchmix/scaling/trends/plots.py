@@ -23,7 +23,7 @@ from branchmix.scaling.trends import sentences
 from branchmix.scaling.trends.judge import Judged
 from branchmix.scaling.trends.overview import Entry, Overview, Panel, heading, is_fresh, slugs
 from branchmix.scaling.trends.series import several
-from branchmix.scaling.trends.table import Row
+from branchmix.scaling.trends.table import Measurement
 from branchmix.scaling.trends.verdict import DIRECTED, WORDS
 
 SIGNS = {
@@ -250,7 +250,7 @@ def _curve(axes: Any, panel: Panel, one: Judged, colour: str, *, shift: float = 
     return drawn
 
 
-def _title(panel: Panel, one: Judged, members: Sequence[Row], value: float, half: float) -> str:
+def _title(panel: Panel, one: Judged, members: Sequence[Measurement], value: float, half: float) -> str:
     """What the mouse reads at a point."""
     low, high = value - half, value + half
     if panel.is_share:
@@ -266,6 +266,6 @@ def _title(panel: Panel, one: Judged, members: Sequence[Row], value: float, half
     )
 
 
-def _who(members: Sequence[Row]) -> str:
+def _who(members: Sequence[Measurement]) -> str:
     seed = f", seed {members[0].seed}" if len(members) == 1 and members[0].seed else ""
     return several(list(dict.fromkeys(row.model for row in members))) + seed

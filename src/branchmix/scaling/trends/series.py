@@ -21,7 +21,7 @@ from branchmix.errors import DataError
 from branchmix.scaling.examples import read_text
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.fit import NUM_DRAWS
-from branchmix.scaling.trends.table import DATA, ResultsTable, Row, is_any_of
+from branchmix.scaling.trends.table import DATA, Measurement, ResultsTable, is_any_of
 
 LOWER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "error", "brier", "logodds", "absolute_logodds")
 """Metrics, and endings of metrics after `_`, of which less is better. The log-odds metrics say how far a model is
@@ -45,7 +45,7 @@ class Series:
     family: str
     data: str
     lower_is_better: bool
-    rows: list[Row]
+    rows: list[Measurement]
     stderr: np.ndarray
     deviations_BN: np.ndarray | None = field(repr=False, default=None)
     """From resampled examples, the same for all runs."""
@@ -85,7 +85,7 @@ def all_series(
     table: ResultsTable, *, metrics: list[str], lower_is_better: tuple[str, ...], notes: list[str]
 ) -> list[Series]:
     """Every curve of the table with one of ``metrics``, paired over examples where their scores are there."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Measurement]] = {}
     for row in table.rows:
         if row.metric in metrics:
             groups.setdefault((row.task, row.metric, row.family, row.data), []).append(row)
@@ -96,7 +96,7 @@ def is_lower_better(metric: str, named: tuple[str, ...] = ()) -> bool:
     return metric in named or is_any_of(metric, LOWER_IS_BETTER)
 
 
-def _series(table: ResultsTable, rows: list[Row], is_lower: bool, notes: list[str]) -> Series:
+def _series(table: ResultsTable, rows: list[Measurement], is_lower: bool, notes: list[str]) -> Series:
     first, told_N = rows[0], np.array([row.stderr or 0.0 for row in rows])
     curve = (first.task, first.metric, first.family, first.data, is_lower, rows)
     if table.examples is not None and (drawn := _paired(table.examples, rows, notes)) is not None:
@@ -121,7 +121,7 @@ Scores = dict[str, tuple[float, str]]
 """A metric of one model on single examples: value and template by key."""
 
 
-def read_scores(folder: Path, row: Row) -> Scores | None:
+def read_scores(folder: Path, row: Measurement) -> Scores | None:
     """Scores behind a row of the table; None if there are none.
 
     Raises:
@@ -155,7 +155,7 @@ def read_scores(folder: Path, row: Row) -> Scores | None:
     return scores or None
 
 
-def _paired(examples: Path, rows: list[Row], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+def _paired(examples: Path, rows: list[Measurement], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
     """``resampled_deviations`` of all runs, where each has scores of its own and they share examples."""
     what = f"{rows[0].task}, {rows[0].metric}"
     runs = [(row.model, row.seed) for row in rows]

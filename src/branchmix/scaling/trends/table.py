@@ -49,7 +49,7 @@ def is_share(metric: str) -> bool:
     return is_any_of(metric, SHARES)
 
 
-class Row(Settings):
+class Measurement(Settings):
     """A metric of a model on a task."""
 
     line: int
@@ -75,7 +75,7 @@ class Row(Settings):
     chance: float | None = None
 
     @model_validator(mode="after")
-    def _of_shares(self) -> Row:
+    def _of_shares(self) -> Measurement:
         """A share is between 0 and 1. One of examples has an error of sqrt(a(1-a)/(n-1)), and never of 0: a share of 0
         or 1 is not known exactly. The floor is the error half an example away from the edge, so that no model gets all
         the weight."""
@@ -98,7 +98,7 @@ class Row(Settings):
         return self
 
 
-KNOWN = Row.model_fields.keys() - {"line", "axes"}
+KNOWN = Measurement.model_fields.keys() - {"line", "axes"}
 """Columns that are no axes."""
 
 
@@ -107,7 +107,7 @@ class ResultsTable:
     """All rows of a file, in its order."""
 
     path: Path
-    rows: list[Row]
+    rows: list[Measurement]
     axes: list[str]
     """Columns that can be an axis: those known by name first."""
     examples: Path | None = None
@@ -178,7 +178,7 @@ def read_table(path: Path) -> ResultsTable:
     for number, cell in cells:
         known: dict[str, object] = {name: value for name, value in cell.items() if name in KNOWN}
         known["axes"] = {name: float(cell[name]) for name in axes if name in cell}
-        rows.append(parse(Row, {"line": number, **known}, f"{file}, line {number}"))
+        rows.append(parse(Measurement, {"line": number, **known}, f"{file}, line {number}"))
     if not rows:
         raise DataError(f"{file}: has a header but no rows: add a row for each task, model and metric")
     seen: dict[tuple[object, ...], int] = {}

@@ -38,7 +38,7 @@ Text = Mapping[str, Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Routing:
+class TopK:
     """How the gates of chosen experts are used; fields of ``BranchMixConfig``."""
 
     num_experts_per_tok: int
@@ -48,11 +48,11 @@ class Routing:
     attention_norm_topk_prob: bool
 
     @classmethod
-    def of(cls, config: Any) -> Routing:
+    def of(cls, config: Any) -> TopK:
         """What a mixture's config says."""
         return cls(*(getattr(config, name) for name in cls.__dataclass_fields__))
 
-    def calibrated(self, num_experts: int, *, keep_top_k: bool = False) -> Routing:
+    def calibrated(self, num_experts: int, *, keep_top_k: bool = False) -> TopK:
         """Gates that sum to 1, of two experts or more: with one, a router would get no gradient.
 
         With ``keep_top_k`` the gates are chosen and used as they are now, but without a scale that made up for random
@@ -62,7 +62,7 @@ class Routing:
             return replace(self, routed_scaling_factor=1.0)
         least, attention = min(2, num_experts), self.attention_num_experts_per_tok
         attention = None if attention is None else max(attention, least)
-        return Routing(max(self.num_experts_per_tok, least), True, 1.0, attention, True)
+        return TopK(max(self.num_experts_per_tok, least), True, 1.0, attention, True)
 
     def apply(self, model: Any) -> None:
         """Set a live model's routers, and its config."""
@@ -87,7 +87,7 @@ class Gated:
     def __init__(self, model: Any, domains: Sequence[str], decay: float, evidence_VM: np.ndarray):
         self.model = model
         self.domains = list(domains)
-        self.own_routing = Routing.of(model.config)
+        self.own_routing = TopK.of(model.config)
         model.config.document_gate = {"domains": self.domains, "decay": decay}
         gate = document_gate(model._family, model.config)
         assert gate is not None
@@ -194,7 +194,7 @@ PENALTIES = (0.001, 0.01, 0.1)
 
 
 def fit_token_routers(
-    gated: Gated, shares_ME: np.ndarray, fitted_on: Text, measured: Text, routing: Routing, tell: Callable[[], None]
+    gated: Gated, shares_ME: np.ndarray, fitted_on: Text, measured: Text, routing: TopK, tell: Callable[[], None]
 ) -> dict[str, torch.Tensor]:
     """Weights of every router: logistic regression from its own inputs to what the token's domain wants.
 
@@ -209,7 +209,7 @@ def fit_token_routers(
     targets_ME = dict(zip(gated.domains, torch.from_numpy(np.exp(shares_ME)).float(), strict=True))
     gated.set_experts(np.zeros_like(shares_ME))
     gated.set_routers(None)
-    everyone = Routing(gated.model.config.num_experts, True, 1.0, None, True)
+    everyone = TopK(gated.model.config.num_experts, True, 1.0, None, True)
     everyone.apply(gated.model)
     weights = _regressions(_inputs(gated, sample), targets_ME, PENALTIES[1])
     tell()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from branchmix.accounting.shape import Shape
-from branchmix.checkpoint.expressions import Expression, Source
+from branchmix.checkpoint.expressions import Expression, Stored
 from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.data.config import EvalData
@@ -227,7 +227,7 @@ def fit(
             f"the gates that the mixture has are better than a fit's, by {-gain:.3f} nats a token, so they are kept"
         )
         stored = mixture.index.tensors.items()
-        tensors = {name: Source(ref) for name, ref in stored if name.startswith(PREFIX)}
+        tensors = {name: Stored(ref) for name, ref in stored if name.startswith(PREFIX)}
         after, routing, routers, record = before, own, "unchanged", mixture.config["document_gate"]
     domains = []
     for m, name in enumerate(names):
@@ -257,7 +257,7 @@ def _stored_counts(mixture: OpenedMixture) -> dict[str, np.ndarray]:
     """How often each token occurred in the text of earlier fits, [V] by domain."""
     if not mixture.shape.domains:
         return {}
-    stored = Source(mixture.index.tensors[f"{PREFIX}counts"])
+    stored = Stored(mixture.index.tensors[f"{PREFIX}counts"])
     counts_VM = stored.rows(0, stored.num_rows).astype(np.int64)
     return dict(zip(mixture.shape.domains, counts_VM.T, strict=True))
 
@@ -267,7 +267,7 @@ def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Pla
     new = fitted.tensors if fitted else {}
     calibrated_now = [NOT_CALIBRATED.format(name=name) for name in mixture.names]
     stored = mixture.index.tensors.items()
-    kept = {name: Source(ref) for name, ref in stored if not (name in new or name.startswith(PREFIX))}
+    kept = {name: Stored(ref) for name, ref in stored if not (name in new or name.startswith(PREFIX))}
     return Plan.of(
         [*kept.items(), *new.items()],
         mixture.dtype,
