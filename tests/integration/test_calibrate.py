@@ -104,6 +104,18 @@ def test_a_calibrated_mixture_beats_the_soup_everywhere(home: Path, mixture: Pat
         assert max(domain.shares, key=domain.shares.__getitem__) == domain.name
 
 
+def test_what_is_no_gate_keeps_its_bytes(mixture: Path, tmp_path: Path) -> None:
+    """Also where a dtype is another one than the config's."""
+    shutil.copytree(mixture, tmp_path / "mixed")
+    tensors = load_file(tmp_path / "mixed" / "model.safetensors")
+    odd = next(name for name in tensors if "norm" in name)
+    save_file(tensors | {odd: tensors[odd].bfloat16()}, tmp_path / "mixed" / "model.safetensors", {"format": "pt"})
+    opened = OpenedMixture(str(tmp_path / "mixed"), otherwise="")
+    planned = {tensor.name: tensor.expression for tensor in measure.plan_with_gates(opened).tensors}
+    assert planned.keys() == tensors.keys() and planned[odd].dtype == "BF16"
+    assert all(part.ranges() is not None for part in planned.values())
+
+
 def test_recipes_calibrate_at_once(home: Path, calibrated: Any) -> None:
     gates = {"data": str(home / "data.yaml")}
     report = branchmix.upcycle(

@@ -126,7 +126,8 @@ def write_checkpoint(
         metadata = {"total_size": sum(tensor.expression.nbytes for tensor in tensors)}
         files.append(folder / INDEX_FILE)
         write_json(files[-1], {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-        fsync_path(files[-1])
+        with writing(files[-1]):
+            fsync_path(files[-1])
     return tuple(files)
 
 

@@ -302,7 +302,7 @@ def describe(expression: Expression) -> str:
         return "copied" if len(sources) == 1 else f"copied from {len(sources)} models"
     words = {
         "Columns": "columns side by side",
-        "Mean": "averaged",
+        "Average": "averaged",
         "Normal": "drawn at random",
         "Gained": "norm gain folded in",
         "PartlyRedrawn": "partly drawn anew",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from branchmix.accounting.shape import Shape
 from branchmix.checkpoint.expressions import Expression, Stored
 from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.hub import ResolvedModel
+from branchmix.checkpoint.writer import OutputTensor
 from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.upcycling.gates.evidence import Posterior, evidence_table, fit_posterior
@@ -267,12 +268,13 @@ def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Pla
     new = fitted.tensors if fitted else {}
     calibrated_now = [NOT_CALIBRATED.format(name=name) for name in mixture.names]
     stored = mixture.index.tensors.items()
-    kept = {name: Stored(ref) for name, ref in stored if not (name in new or name.startswith(PREFIX))}
-    return Plan.of(
-        [*kept.items(), *new.items()],
+    kept = [OutputTensor(name, Stored(ref)) for name, ref in stored if not (name in new or name.startswith(PREFIX))]
+    plan = Plan.of(
+        new.items(),
         mixture.dtype,
         {**mixture.config, **(fitted.config if fitted else {})},
         notes=tuple(note for note in mixture.notes if note not in calibrated_now),
         sources=tuple(mixture.experts),
         lossless=mixture.lossless,
     )
+    return replace(plan, tensors=(*kept, *plan.tensors))
