@@ -219,7 +219,7 @@ NOT_THERE: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
     "a folder": (lambda path: {"files": hub(path)}, r"'set': is a folder: name its files, as in set/\*\*/\*"),
     "no data set": (lambda _: {"hub": "nobody/nothing"}, r"nobody/nothing: .*cannot be reached"),
     "no folder": (lambda _: {"hub": "./nothing"}, r"\./nothing: .*nor a folder"),
-    "no split": (lambda path: {"hub": hub(path), "split": "tran"}, r"set: cannot be read: .*tran.*\['train', 'test'\]"),
+    "no split": (lambda path: {"hub": hub(path), "split": "tran"}, r"no split 'tran' \(did you mean 'train'\?\); ther"),
     "no column": (
         lambda path: {"hub": hub(path), "column": "body"},
         r"set, row 1: there is no column 'body'; there are text, n",

@@ -314,7 +314,10 @@ def export_command(
     options |= {"dry_run": dry_run, "force": force, "check": not no_check}
     with console.writing_model(out) as progress:
         report = export_model(model, out, **options, progress=progress)
-    console.output(as_json, lambda: _export_as_dict(report), lambda: _print_export(report), report.plan.notes)
+    verification = asdict(report.verification) if report.verification else None
+    target = {"to": report.to, "expert": report.expert, "model_type": report.plan.config["model_type"]}
+    whole = {**_written_as_dict(report), **target, "verification": verification}
+    console.output(as_json, lambda: whole, lambda: _print_export(report), report.plan.notes)
 
 
 def _print_export(report: ExportReport) -> None:
@@ -327,9 +330,3 @@ def _print_export(report: ExportReport) -> None:
             f"{verification.max_difference:.2e} (largest logit {verification.max_logit:.1f})"
         )
     _print_written(report)
-
-
-def _export_as_dict(report: ExportReport) -> dict[str, Any]:
-    verification = asdict(report.verification) if report.verification else None
-    target = {"to": report.to, "expert": report.expert, "model_type": report.plan.config["model_type"]}
-    return {**_written_as_dict(report), **target, "verification": verification}

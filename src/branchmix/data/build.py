@@ -19,11 +19,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 
@@ -55,8 +55,7 @@ class Encoder:
         self.dtype: Any = np.uint16 if self.tokenizer.get_vocab_size(with_added_tokens=True) <= 2**16 else np.uint32
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        # Many set this to false against warnings after a fork; here, all cores are the point.
-        with mock.patch.dict(os.environ, TOKENIZERS_PARALLELISM="true"):
+        with _parallel_tokenizers():
             short = iter(self.tokenizer.encode_batch_fast([text for text in texts if len(text) <= LONG]))
             return [
                 self._finished([next(short).ids] if len(text) <= LONG else tokens_in_pieces(text, self._window))
@@ -72,6 +71,18 @@ class Encoder:
         if self.eos_token_id is not None and (not len(tokens) or tokens[-1] != self.eos_token_id):
             tokens = np.append(tokens, np.array(self.eos_token_id, dtype=self.dtype))
         return tokens
+
+
+@contextmanager
+def _parallel_tokenizers() -> Iterator[None]:
+    """Many set TOKENIZERS_PARALLELISM=false against warnings after a fork; here, all cores are the point."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        os.environ |= {} if before is None else {"TOKENIZERS_PARALLELISM": before}
 
 
 Plan = dict[str, Any]

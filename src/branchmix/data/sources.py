@@ -73,8 +73,8 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def held_out_among(hashes: Collection[int], share: float, *, at_least_one: bool = True) -> set[int]:
-    """Hashes of the documents that are never trained on. If no hash says so, that is ``at_least_one`` of several: the
-    one of lowest hash, so that there is something to evaluate on."""
+    """Hashes of the documents that are never trained on: the lowest ``share`` of all hashes there can be. With
+    ``at_least_one``, where none of several is among them, the lowest, so that there is something to evaluate on."""
     held_out = {text_hash for text_hash in hashes if text_hash < share * 2**64}
     return held_out or ({min(hashes)} if at_least_one and share > 0 and len(hashes) > 1 else set())
 
@@ -345,6 +345,11 @@ class HubReader:
             self._builder = datasets.load_dataset_builder(
                 str(local) if local.is_dir() else name, source.name, revision=revision or None
             )
+        data_files = getattr(self._builder.config, "data_files", None)
+        splits = [str(split) for split in self._builder.info.splits or data_files or ()]
+        if splits and source.split.partition("[")[0] not in splits:  # before anything is downloaded
+            hint = nearest(source.split, splits)
+            raise DataError(f"{source.hub}: there is no split {source.split!r}{hint}; there are {', '.join(splits)}")
 
     def identity(self) -> dict[str, Any]:
         builder = self._builder

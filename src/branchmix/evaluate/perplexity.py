@@ -163,9 +163,10 @@ def common_window(candidates: Sequence[TextModel], max_length: int | None) -> in
 
 def check_window(model: Any, documents: Sequence[np.ndarray], max_length: int, stride: int) -> None:
     """Refuses a window or tokens that do not fit the model; errors are those of ``token_log_probs``."""
-    positions = max_positions(model.config) or max(1, max_length)
-    if not 1 <= max_length <= positions:
-        raise RecipeError(f"max_length: {max_length} does not fit: should be from 1 to {positions}")
+    positions = max_positions(model.config)
+    if not 1 <= max_length <= (positions or max_length):
+        limit = f"from 1 to {positions}" if positions else "1 or more"
+        raise RecipeError(f"max_length: {max_length} does not fit: should be {limit}")
     if not 1 <= stride <= max_length:
         raise RecipeError(f"stride: {stride} does not fit: should be from 1 to max_length, {max_length}")
     check_tokens(model, documents)

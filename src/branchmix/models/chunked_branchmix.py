@@ -213,7 +213,7 @@ def _by_expert(
     heads = list(queries)
     for places in _alike(counts):
         q_RMHC, times_RM = _padded([queries[place] for place in places]), _padded([times[place] for place in places])
-        k_RKSC, v_RKSC = (_stacked([x[place] for place in places]) for x in (keys, values))
+        k_RKSC, v_RKSC = (_padded([x[place] for place in places]) for x in (keys, values))
         seen = None
         if causal:
             seen = (torch.arange(length, device=times_RM.device) <= times_RM[..., None])[:, None]
@@ -239,10 +239,6 @@ def _alike(counts: list[int]) -> Iterator[list[int]]:
 
 def _padded(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0][None] if len(parts) == 1 else pad_sequence(parts, batch_first=True)
-
-
-def _stacked(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
 
 
 # ---- The chunks ----

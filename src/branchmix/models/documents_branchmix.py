@@ -301,6 +301,3 @@ def documented(block_class: type[nn.Module]) -> type[nn.Module]:
 
     Documented.__name__, Documented.__qualname__ = block_class.__name__, block_class.__qualname__
     return Documented
-
-
-__all__ = ["BranchMixDocumentGate"]

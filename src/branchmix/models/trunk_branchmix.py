@@ -119,6 +119,3 @@ def _numbered(name: str, number: int) -> str:
     """A tensor's name with its module's number among the experts."""
     module, _, tensor = name.rpartition(".")
     return f"{module}.{number}.{tensor}"
-
-
-__all__ = ["BranchMixTrunkExperts", "BranchMixTrunkHead", "BranchMixTrunkMix", "widen_trunk"]

@@ -56,7 +56,8 @@ def report(
     out = Path(out) if out is not None else folder
     study = collect(folder)
     lines, made, pictures = headline(study), tables(study), pictures_of(study)
-    numbers = {**study, "models": [_without_documents(model) for model in study["models"]]}
+    models = [{**model, "repetitions": [_summary(one) for one in model["repetitions"]]} for model in study["models"]]
+    numbers = {**study, "models": models}
     texts: dict[str, str] = {}
     wanted = kinds or ("html", "markdown", "latex")
     if "html" in wanted:
@@ -89,10 +90,8 @@ def routes_page(title: str) -> str:
     return f"routes-{title}.html"
 
 
-def _without_documents(model: Numbers) -> Numbers:
-    left_out = ("documents", "training")
-    repetitions = [{key: r[key] for key in r if key not in left_out} for r in model["repetitions"]]
-    return {**model, "repetitions": repetitions}
+def _summary(repetition: Numbers) -> Numbers:
+    return {key: repetition[key] for key in repetition if key not in ("documents", "training")}
 
 
 def _html(study: Numbers, lines: list[str], made: list[Table], pictures: dict[str, tuple[Draw, str]]) -> str:

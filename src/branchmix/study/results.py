@@ -92,7 +92,7 @@ def results_folder(folder: Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     content = read_object(file)
     if content is None:
-        raise DataError(f"{file}: is not a record of a study, which is JSON: remove it")
+        raise DataError(f"{file}: cannot be read as a record of a study, which is JSON")
     return content
 
 

@@ -186,17 +186,14 @@ def _write_recipe(config: BranchConfig, out: Path) -> tuple[Path | None, tuple[s
         return None, ()
     seed = resolve(config.seed, config.folder)
     path = out / "recipe.yaml"
+    # `no` and `2024` are strings only in quotes.
+    words = {name: name if parse_yaml(name, name) == name else json.dumps(name) for name in config.experts}
     text = TEMPLATE.read_text(encoding="utf-8").format(
         recipe=path,
         seed=json.dumps(config.seed if seed.revision else os.path.relpath(absolute(seed.folder, Path()), out)),
-        experts="".join(f"  - {{name: {_word(name)}, model: ./{name}}}\n" for name in config.experts),
+        experts="".join(f"  - {{name: {word}, model: ./{name}}}\n" for name, word in words.items()),
     )
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         return path, (f"{path} was changed since it was written, so it is kept",)
     write_text(path, text)
     return path, ()
-
-
-def _word(name: str) -> str:
-    """The name as YAML must have it: `no` and `2024` are strings only in quotes."""
-    return name if parse_yaml(name, name) == name else json.dumps(name)

@@ -29,7 +29,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from branchmix.checkpoint.folder import write_json, writing
-from branchmix.errors import OutputError
+from branchmix.errors import CheckpointError, OutputError
 from branchmix.train import measure, trained_parts
 from branchmix.train import saved_state as saved
 from branchmix.train.checkpoints import SafeTrainer
@@ -370,7 +370,9 @@ class Ema:
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Restore ``state``, of this model. All processes have to call it with the same state."""
-        assert state.keys() == {UPDATES, *self._average}
+        shapes = {name: average.shape for name, average in self._average.items()}
+        if {name: tensor.shape for name, tensor in state.items() if name != UPDATES} != shapes:
+            raise CheckpointError("the moving average in the checkpoint is another model's: start over with --force")
         self.num_updates = int(state[UPDATES])
         for name, average in self._average.items():
             whole = state[name].to(average.device)

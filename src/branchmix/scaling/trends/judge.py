@@ -125,7 +125,7 @@ def trends_by_axis(
     Then follow those along every other axis known by name that has a value for every model.
 
     Raises:
-        DataError: the table cannot be read, or there is no such axis or metric.
+        DataError, RecipeError: the table cannot be read, or there is no such axis or metric.
     """
     limits = limits or Limits()
     table = read_table(path)

@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
 from branchmix.scaling.examples import csv_lines, read_text
-from branchmix.settings import Count, Settings, parse
+from branchmix.settings import Settings, parse
 
 REQUIRED = ("task", "model", "metric", "value")
 FLAG_COLUMNS = ("constant_share", "constant_baselines", "coverage", "chance")
@@ -59,7 +59,7 @@ class Measurement(Settings):
     value: float
     stderr: float | None = Field(default=None, ge=0)
     """None where neither the table nor the number of examples tells it."""
-    n: Count | None = None
+    n: Annotated[int, BeforeValidator(float), Field(gt=0)] | None = None
     family: str = ""
     seed: str = ""
     data: Annotated[Data, BeforeValidator(str.lower)] = "official"
@@ -145,7 +145,7 @@ def read_table(path: Path) -> ResultsTable:
     """The table of a csv file, or of `results.csv` in a folder that may hold scores of single examples as well.
 
     Raises:
-        DataError: one line that says what is wrong, with its line number.
+        DataError, RecipeError: what is wrong, with the number of the line.
     """
     folder = path if path.is_dir() else None
     file = path / FILE if folder else path
