@@ -58,6 +58,12 @@ def test_a_line_ends_where_n_stands(tmp_path: Path) -> None:
     assert read_scores(tmp_path / "examples", row) is not None
 
 
+@pytest.mark.parametrize("number", ["100000", "1e+05", "100000.0", "+1e5"])
+def test_a_number_of_examples_as_programs_write_it(number: str, tmp_path: Path) -> None:
+    (row,) = read_table(table(tmp_path, HEADER, f"t,a,1e7,accuracy,0.5,0.01,{number}")).rows
+    assert row.n == 100_000
+
+
 def test_no_accuracy_is_known_exactly(tmp_path: Path) -> None:
     """A model that is right 1,000 times in a row may still be wrong some time: its error is no 0."""
     found = read_table(table(tmp_path, HEADER, "t,a,1e7,accuracy,1,0,1000", "t,b,2e7,accuracy,0,,1000"))
