@@ -12,17 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from branchmix import __version__
+from branchmix.checkpoint import expressions as ex
 from branchmix.checkpoint.companions import AUTO_MAP
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Stack, Stored
-from branchmix.checkpoint.families import (
-    Config,
-    Dimensions,
-    Family,
-    entry_of,
-    layout_of,
-    squares_activation,
-)
-from branchmix.checkpoint.generated_tensors import Constant, Normal, PartlyRedrawn
+from branchmix.checkpoint.families import Config, Dimensions, Family, entry_of, layout_of, squares_activation
+from branchmix.checkpoint.generated_tensors import Constant, Held, Normal, PartlyRedrawn
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CheckpointError
@@ -86,7 +80,7 @@ class Group:
     name: str
     tensors: int
     shape: tuple[int, ...]
-    """Of the first."""
+    """The first tensor's."""
     bytes: int
     how: str
 
@@ -295,25 +289,30 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             yield "sparse_upcycling is ignored: no expert is a copy of the seed"
 
 
+HOW: dict[type[Expression], str] = {
+    ex.Columns: "columns side by side",
+    ex.Average: "averaged",
+    ex.Cast: "cast",
+    ex.Gained: "norm gain folded in",
+    ex.Transposed: "transposed",
+    Constant: "constant",
+    Held: "computed from text",
+    Normal: "drawn at random",
+    PartlyRedrawn: "partly drawn anew",
+    Rows: "rows taken",
+    Scaled: "scaled",
+    Stack: "stacked",
+}
+"""What is said of tensors that are computed, by the kind of their last step."""
+
+
 def describe(expression: Expression) -> str:
     """How a tensor comes about, in a few words."""
     if expression.ranges() is not None:
         sources = {ref.file.parent for ref in expression.sources()}
         return "copied" if len(sources) == 1 else f"copied from {len(sources)} models"
-    words = {
-        "Columns": "columns side by side",
-        "Average": "averaged",
-        "Normal": "drawn at random",
-        "Gained": "norm gain folded in",
-        "PartlyRedrawn": "partly drawn anew",
-        "Stack": "stacked",
-        "Rows": "rows taken",
-        "Held": "computed from text",
-    }
-    kind = type(expression).__name__
-    here = words.get(kind, kind.lower())  # cast, constant, scaled, transposed
     inner = [describe(part) for part in expression.parts_read()[:1]]
-    return ", ".join([*(word for word in inner if not word.startswith("copied")), here])
+    return ", ".join([*(word for word in inner if not word.startswith("copied")), HOW[type(expression)]])
 
 
 def output_dtype(recipe: Recipe, seed: DenseExpert) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from branchmix.checkpoint import expressions as ex
 from branchmix.checkpoint import generated_tensors, numbers
 from branchmix.checkpoint.index import TensorRef, read_header
 from branchmix.errors import CheckpointError
+from branchmix.upcycling.plan import HOW
 
 CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -367,3 +369,13 @@ def test_dtypes_of_less_than_a_byte_have_no_rows():
     assert ex.Stored(ref).ranges() == [(Path("f"), 0, 2)]
     with pytest.raises(AssertionError):
         ex.Stored(ref).rows(0, 4)
+
+
+def test_every_kind_has_its_word_in_plans() -> None:
+    """A kind without one would end ``--dry-run``; abstract kinds and stored tensors, which are copied, need none."""
+    kinds, found = [ex.Expression], set()
+    for kind in kinds:  # which grows meanwhile
+        kinds += kind.__subclasses__()
+        if not (inspect.isabstract(kind) or kind.__name__.startswith("_") or kind is ex.Stored):
+            found.add(kind)
+    assert found == HOW.keys()

@@ -211,7 +211,7 @@ class Turn:
     changes: list[float]
     """From the smallest size to the turning point, from there to the largest, and both together."""
     intervals: list[Interval]
-    """Of each change; a point if the turn is not sure."""
+    """An interval for each change; a point if the turn is not sure."""
 
 
 def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
