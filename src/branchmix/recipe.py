@@ -207,6 +207,13 @@ class Recipe(SettingsFile):
     ``average``: one averaged attention (BTX). ``seed``: the seed's attention."""
     ffn: Literal["experts", "average"] = "experts"
     """``experts``, or ``average``: one averaged FFN (a soup, if attention is averaged too)."""
+    expert_rank: Annotated[int, Field(ge=1)] | Literal["auto", "full"] = "full"
+    """``full``: every expert has matrices of its own. A number: attention and FFN of all experts are the seed's
+    matrices, once, and each expert's change of them as two factors (``W + B A``); LoRA adapters keep their own factors,
+    exactly, and full fine-tunes are cut to this rank. ``auto``: to the rank that ``expert_energy`` asks for, found for
+    each matrix."""
+    expert_energy: float = Field(0.9, gt=0, le=1)
+    """For ``expert_rank: auto``: the share of a change's sum of squares that the smallest sufficient rank keeps."""
     routing: Routing = Routing()
     """How tokens choose experts."""
     routed_scaling_factor: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
@@ -269,11 +276,20 @@ class Recipe(SettingsFile):
                 if name not in self.expert_names and not seed_weight:
                     raise ValueError(f"{section}: no expert is called {name!r}{nearest(name, self.expert_names)}")
         self._check_routing()
+        if self.is_low_rank:
+            self._check_low_rank()
         if self.gates and not (self.has_attention_experts or self.has_ffn_experts):
             raise ValueError("gates: a soup has no experts to choose from: leave gates out, or give ffn: experts")
         if self.trunk == "experts" and (self.gates is None or self.gates.token_only):
             raise ValueError("trunk: experts needs gates: {data: FILE}, without token_only: the document chooses them")
         return self
+
+    def _check_low_rank(self) -> None:
+        if not (self.has_attention_experts or self.has_ffn_experts):
+            raise ValueError("expert_rank: a soup has no experts: leave it out, or give ffn: experts")
+        if self.seed_copies or self.sparse_upcycling != SparseUpcycling():
+            what = "seed_copies" if self.seed_copies else "sparse_upcycling"
+            raise ValueError(f"{what}: with expert_rank a copy of the seed has no matrices of its own: leave out one")
 
     def _check_merge(self) -> None:
         weights = self.merge.weights or {}
@@ -340,6 +356,11 @@ class Recipe(SettingsFile):
     @property
     def has_ffn_experts(self) -> bool:
         return self.ffn == "experts"
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether experts are changes of the seed of low rank."""
+        return self.expert_rank != "full"
 
     def routers(self, family: Family) -> dict[str, str]:
         """Names of the routers' weights below a block, by kind."""

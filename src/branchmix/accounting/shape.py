@@ -14,6 +14,7 @@ MIXTURE_DEFAULTS: Config = {
     "attention_num_experts_per_tok": None,
     "document_gate": None,
     "expert_names": None,
+    "expert_ranks": None,
     "expert_rope_parameters": None,
     "ffn": "experts",
     "folded_norms": None,
@@ -50,6 +51,8 @@ class Shape:
     """Both routers have one set of weights."""
     trunk: str = "average"
     """``average``, or the mixture's ``experts``."""
+    expert_ranks: tuple[dict[str, list[int]], ...] = ()
+    """Ranks of the experts' changes of each matrix, in each layer or once for all; empty: the matrices are their own."""
     folded_norms: tuple[str, ...] = ()
     """Norms of a block whose gains are in the experts' projections."""
     domains: tuple[str, ...] = ()
@@ -106,6 +109,10 @@ class Shape:
         """Elements of the document gates: evidence of each token, prior, and a matrix for each kind of experts."""
         return len(self.domains) * (self.sizes.vocab_size + 1 + len(self.gated_kinds) * self.num_experts)
 
+    def ranks(self, layer: int) -> dict[str, list[int]]:
+        """``expert_ranks`` of a layer; empty if the experts have matrices of their own."""
+        return self.expert_ranks[layer if len(self.expert_ranks) > 1 else 0] if self.expert_ranks else {}
+
     @property
     def facts(self) -> Family:
         """The family; raises CheckpointError for one whose parameters cannot be counted from a config."""
@@ -142,6 +149,7 @@ def shape_of(config: Config) -> Shape:
         sizes=_checked_dimensions(seed),
         **{key: config[key] for key in same},
         shared_router=bool(config["shared_router"]),
+        expert_ranks=tuple(config["expert_ranks"] or ()),
         folded_norms=tuple(config["folded_norms"] or ()),
         domains=tuple((config["document_gate"] or {}).get("domains", ())),
     )
@@ -172,6 +180,7 @@ def _check_mixture(config: Config) -> None:
         _require(_is_list_of(kind, value), f"{name} is not a list of {things}")
         fits = name == "folded_norms" or config[name] is None or len(value) == num_experts
         _require(fits, f"num_experts is {num_experts}, but {name} has {len(value)}")
+    _check_ranks(config["expert_ranks"], config)
     names, scaling, gate = config["expert_names"] or [], config["routed_scaling_factor"], config["document_gate"]
     _require(len(set(names)) == len(names), "expert_names holds a name twice")
     _require(type(scaling) in (int, float), f"routed_scaling_factor is {scaling!r}, not a number")
@@ -182,6 +191,25 @@ def _check_mixture(config: Config) -> None:
         _require(len(set(domains)) == len(domains), "document_gate names a domain twice")
         in_range = type(decay) in (int, float) and 0 <= decay <= 1
         _require(in_range, f"document_gate: decay is {decay!r}, not a number from 0 to 1")
+
+
+def _check_ranks(of_layers: Any, config: Config) -> None:
+    """Raises CheckpointError unless these are ``expert_ranks`` of a mixture."""
+    if of_layers is None:
+        return
+    right = _is_list_of(dict, of_layers) and len(of_layers) > 0
+    right = right and all(
+        _is_list_of(int, ranks) and len(ranks) == config["num_experts"] and min(ranks) >= 0
+        for layer in of_layers
+        for ranks in layer.values()
+    )
+    _require(right, "expert_ranks is not a list of ranks of the experts by matrix")
+    names = {name for layer in of_layers for name in layer}
+    own = {"kv_experts": {"q", "k", "v", "o"}, "kv_sharing": {"q", "o"}}.get(config["attention"], set())
+    own |= {"up", "down"} if config["ffn"] == "experts" else set()
+    _require(all(layer.keys() >= own for layer in of_layers), f"expert_ranks lacks one of {', '.join(sorted(own))}")
+    unknown = names - own - {"gate"}
+    _require(not unknown, f"expert_ranks has {', '.join(sorted(unknown))}, which is no matrix of an expert here")
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

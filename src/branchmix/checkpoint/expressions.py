@@ -379,6 +379,30 @@ class Gained(Elementwise):
 
 
 @dataclass(frozen=True)
+class Adapted(Derived):
+    """A matrix [O, I] and its change of low rank, ``W + B^T A``, rounded once (LoRA, arXiv 2106.09685)."""
+
+    A: Expression
+    """[r, I]."""
+    B: Expression
+    """[r, O]: the transpose of LoRA's B, with its scale."""
+
+    def __post_init__(self) -> None:
+        rank = self.A.num_rows
+        assert self.part.shape == (self.B.shape[1], self.A.shape[1]) and self.B.num_rows == rank, "shapes don't fit"
+        self._become(self.part.dtype, self.part.shape)
+
+    def parts_read(self) -> tuple[Expression, ...]:
+        return (self.part, self.A, self.B)
+
+    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
+        rank = self.A.num_rows
+        B = widened(self.B.rows(0, rank, (start, stop)), self.B.dtype)
+        change = B.T @ widened(self.A.rows(0, rank, columns), self.A.dtype)
+        return from_float32(widened(self.part.rows(start, stop, columns), self.part.dtype) + change, self.dtype)
+
+
+@dataclass(frozen=True)
 class Cast(Elementwise):
     """A part in another float dtype."""
 

@@ -20,8 +20,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .chosen_branchmix import Chosen, combine, project
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import BranchMixConfig
-from .linear_branchmix import BranchMixLinear, linear
+from .linear_branchmix import BranchMixLinear
+from .low_rank_branchmix import BranchMixLowRankHeads, BranchMixLowRankOutputs
 from .routing_branchmix import BranchMixAttentionRouter
+
+Ranks = dict[str, list[int]] | None
+"""Ranks of the experts' changes of each matrix of a layer; None for experts with whole matrices."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,15 @@ class BranchMixAttention(nn.Module):
     """With top-k routing: whether only the chosen experts' heads are computed. None: where that was measured to be
     faster. True still computes all where it must: see ``_computes_chosen_only``."""
 
-    def __init__(self, heads: nn.Module, output: Any, order: HeadOrder, config: BranchMixConfig, dropout: float = 0.0):
+    def __init__(
+        self,
+        heads: nn.Module,
+        output: Any,
+        order: HeadOrder,
+        config: BranchMixConfig,
+        dropout: float = 0.0,
+        ranks: Ranks = None,
+    ):
         super().__init__()
         hidden_size = output.weight.shape[1] if is_conv1d(output) else output.weight.shape[0]
         self.order = order
@@ -124,7 +136,11 @@ class BranchMixAttention(nn.Module):
             config.attention_num_experts_per_tok or config.num_experts,
             config.attention_norm_topk_prob,
         )
-        self.o_proj = BranchMixOutputs(hidden_size, order)
+        self.o_proj = (
+            BranchMixOutputs(hidden_size, order)
+            if ranks is None
+            else BranchMixLowRankOutputs(hidden_size, order, ranks["o"])
+        )
         split = config.layout["attention_code"] == "split"
         self._queries = "q_proj" if split else config.layout["query"]
         self._query_norm = config.layout["query_norm"]
@@ -135,8 +151,8 @@ class BranchMixAttention(nn.Module):
         """Takes and returns what the family's attention does: output [B, T, D] and attention weights or None."""
         if self.order.num_experts == 1:  # its gate is 1: see ``keep_experts``
             heads_BTHC, attention_weights = self._heads(None, hidden_states, *args, **kwargs)
-            bias = None if self.o_bias is None else self.o_bias[0]
-            return self.dropout(linear(heads_BTHC, self.o_proj.weight, bias)), attention_weights
+            out_BTD = self.o_proj(heads_BTHC)
+            return self.dropout(out_BTD if self.o_bias is None else out_BTD + self.o_bias[0]), attention_weights
         _, gate_BTE = self.expert_gate(hidden_states)
         chosen, gates_BTk = None, gate_BTE
         if self._computes_chosen_only(hidden_states, kwargs.get("attention_mask")):
@@ -205,7 +221,8 @@ class BranchMixAttention(nn.Module):
         if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
             return False
         queries = getattr(heads, self._queries)
-        if not (isinstance(queries, BranchMixQueries) and isinstance(self.o_proj, BranchMixOutputs)):
+        low_rank = isinstance(queries, BranchMixLowRankHeads) and isinstance(self.o_proj, BranchMixLowRankOutputs)
+        if not low_rank and not (isinstance(queries, BranchMixQueries) and isinstance(self.o_proj, BranchMixOutputs)):
             return False
         if any(type(parameter) is not nn.Parameter for parameter in (*queries.parameters(), *self.o_proj.parameters())):
             return False
@@ -269,7 +286,9 @@ class BranchMixSplitAttention(nn.Module):
 
     chosen: Chosen | None = None
 
-    def __init__(self, dense: nn.Module, seed_config: Any, order: HeadOrder, layout: dict[str, Any], bias: bool):
+    def __init__(
+        self, dense: nn.Module, seed_config: Any, order: HeadOrder, layout: dict[str, Any], bias: bool, ranks: Ranks
+    ):
         super().__init__()
         hidden_size = seed_config.hidden_size
         self.config = seed_config
@@ -283,9 +302,9 @@ class BranchMixSplitAttention(nn.Module):
         self.rotary_dim = getattr(seed_config, "rotary_dim", None) or order.head_dim
         dropout = getattr(dense, "attn_dropout", getattr(dense, "attention_dropout", getattr(dense, "dropout", 0.0)))
         self.attention_dropout = dropout.p if isinstance(dropout, nn.Dropout) else dropout
-        self.q_proj = BranchMixQueries(hidden_size, order, bias)
-        self.k_proj = BranchMixLinear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
-        self.v_proj = BranchMixLinear(hidden_size, order.wide_kv_heads * order.head_dim, bias=bias)
+        self.q_proj = _projection("q", hidden_size, order, bias, ranks)
+        self.k_proj = _projection("k", hidden_size, order, bias, ranks)
+        self.v_proj = _projection("v", hidden_size, order, bias, ranks)
         for name in (layout["query_norm"], layout["key_norm"]):
             if name is not None and getattr(dense, name, None) is not None:
                 setattr(self, name, getattr(dense, name))
@@ -398,8 +417,8 @@ def _rotate_pairs(x_BHTC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     return torch.cat((rotated, x_BHTC[..., rotary_dim:]), dim=-1)
 
 
-def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAttention:
-    layout, seed_config = config.layout, config.seed_config
+def widen_attention(dense: nn.Module, config: BranchMixConfig, layer: int) -> BranchMixAttention:
+    layout, seed_config, ranks = config.layout, config.seed_config, config.ranks_of(layer)
     kv_sharing, num_kv_heads = config.attention == "kv_sharing", config.num_key_value_heads
     num_kv_heads = num_kv_heads if kv_sharing else num_kv_heads // config.num_experts
     head_dim = getattr(dense, "head_dim", None) or config.head_dim
@@ -408,18 +427,25 @@ def widen_attention(dense: nn.Module, config: BranchMixConfig) -> BranchMixAtten
     dropout = take_output_dropout(dense, "resid_dropout", "residual_dropout")
     if layout["attention_code"] == "split":
         bias = getattr(dense, layout["fused_qkv"] or layout["query"]).bias is not None
-        heads: nn.Module = BranchMixSplitAttention(dense, seed_config, order, layout, bias)
+        heads: nn.Module = BranchMixSplitAttention(dense, seed_config, order, layout, bias, ranks)
     else:
         heads = dense
         setattr(heads, layout["output"], nn.Identity())
-        query = getattr(dense, layout["query"])
-        setattr(heads, layout["query"], BranchMixQueries(query.in_features, order, query.bias is not None))
-        for name in (layout["key"], layout["value"]):
-            projection, width = getattr(dense, name), order.wide_kv_heads * order.head_dim
-            setattr(heads, name, BranchMixLinear(projection.in_features, width, bias=projection.bias is not None))
+        for role, name in (("q", layout["query"]), ("k", layout["key"]), ("v", layout["value"])):
+            own = getattr(dense, name)
+            setattr(heads, name, _projection(role, own.in_features, order, own.bias is not None, ranks))
         _set_head_counts(heads, order.num_experts, order)
     _widen_norms(heads, order, layout)
-    return BranchMixAttention(heads, output, order, config, dropout)
+    return BranchMixAttention(heads, output, order, config, dropout, ranks)
+
+
+def _projection(role: str, inputs: int, order: HeadOrder, bias: bool, ranks: Ranks) -> nn.Module:
+    """Queries, keys or values of all experts; one k and v for all of them with Shared KV."""
+    if ranks is not None and (role == "q" or not order.kv_sharing):
+        return BranchMixLowRankHeads(inputs, order if role == "q" else order.of_keys(), ranks[role], bias)
+    if role == "q":
+        return BranchMixQueries(inputs, order, bias)
+    return BranchMixLinear(inputs, order.wide_kv_heads * order.head_dim, bias=bias)
 
 
 def _set_head_counts(heads: nn.Module, num_experts: int, order: HeadOrder) -> None:

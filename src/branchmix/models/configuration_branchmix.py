@@ -55,6 +55,9 @@ class BranchMixConfig(PreTrainedConfig):
             ``max_position_embeddings`` among them where the type scales by it.
         trunk: ``average`` (one, merged), or ``experts``: every expert has its own embeddings, norms and head, which the
             document gate chooses.
+        expert_ranks: None for experts with matrices of their own. Otherwise each matrix of attention and FFN (``q``,
+            ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``) is the seed's, and these are the ranks of the experts'
+            changes of it: for each layer, or once for all, a dictionary with a list of ranks for each matrix.
         folded_norms: norms of a block whose gains were folded into the experts' projections.
         document_gate: None, or what ``branchmix calibrate`` fitted: the names of its ``domains``, the ``decay`` of the
             evidence for each token, and a record of the fit (``branchmix.upcycling.gates``).
@@ -81,6 +84,7 @@ class BranchMixConfig(PreTrainedConfig):
     output_router_logits: bool = False
     expert_rope_parameters: list[dict[str, Any]] | None = None
     trunk: str = "average"
+    expert_ranks: list[dict[str, list[int]]] | None = None
     folded_norms: list[str] | None = None
     document_gate: dict[str, Any] | None = None
     initializer_range: float = 0.02
@@ -120,8 +124,18 @@ class BranchMixConfig(PreTrainedConfig):
             decay = self.document_gate.get("decay")
             if not self.document_gate.get("domains") or not isinstance(decay, int | float) or not 0 <= decay <= 1:
                 raise ValueError("document_gate needs domains, and a decay from 0 to 1")
+        for layer in self.expert_ranks or ():
+            for name, ranks in layer.items():
+                if len(ranks) != self.num_experts:
+                    raise ValueError(f"expert_ranks: {name} has {len(ranks)}, but there are {self.num_experts} experts")
         if self.expert_rope_parameters is not None and self.attention != "kv_experts":
             raise ValueError("experts with different rotary parameters need attention: kv_experts")
+
+    def ranks_of(self, layer: int) -> dict[str, list[int]] | None:
+        """``expert_ranks`` of one layer: for each matrix, a rank for each expert."""
+        if self.expert_ranks is None:
+            return None
+        return self.expert_ranks[layer if len(self.expert_ranks) > 1 else 0]
 
     @property
     def has_attention_experts(self) -> bool:

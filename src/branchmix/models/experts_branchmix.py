@@ -21,10 +21,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from .attention_branchmix import is_conv1d, take_output_dropout
 from .configuration_branchmix import BranchMixConfig
 from .linear_branchmix import fastest_on_cpu, linear
+from .low_rank_branchmix import BranchMixLowRankExperts
 from .routing_branchmix import BranchMixFFNRouter
 
 
-def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
+def widen_ffn(block: nn.Module, config: BranchMixConfig, layer: int) -> None:
     """Replace the FFN of a block by experts, in place."""
     layout = config.layout
     down: Any = block.get_submodule(layout["down"])
@@ -32,8 +33,12 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
     gated, bias = layout["gate"] is not None, down.bias is not None
     activation = block.get_submodule(layout["activation"])
     dropout = take_output_dropout(block.get_submodule(layout["ffn"]), "dropout", "residual_dropout")
-    experts = BranchMixExperts(config, width, inner, activation, gated=gated, bias=bias)
-    experts.has_gate, experts.has_bias = gated, bias
+    experts: BranchMixExperts | BranchMixLowRankExperts
+    if (ranks := config.ranks_of(layer)) is None:
+        experts = BranchMixExperts(config, width, inner, activation, gated=gated, bias=bias)
+        experts.has_gate, experts.has_bias = gated, bias
+    else:
+        experts = BranchMixLowRankExperts(width, inner, activation, ranks, gated=gated, bias=bias)
     moe = BranchMixSparseMoeBlock(config, width, experts, dropout)
     if any(True for _ in activation.parameters()):  # Apertus: one for all experts, under its dense name
         setattr(moe, layout["activation"].split(".")[-1], activation)
@@ -46,7 +51,13 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
 class BranchMixSparseMoeBlock(nn.Module):
     """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3)."""
 
-    def __init__(self, config: BranchMixConfig, hidden_size: int, experts: BranchMixExperts, dropout: float):
+    def __init__(
+        self,
+        config: BranchMixConfig,
+        hidden_size: int,
+        experts: BranchMixExperts | BranchMixLowRankExperts,
+        dropout: float,
+    ):
         super().__init__()
         self.scaling = config.routed_scaling_factor
         self.gate = BranchMixFFNRouter(
@@ -60,7 +71,7 @@ class BranchMixSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
         if self.experts.num_experts == 1:  # its gate is 1: see ``keep_experts``
-            return self.dropout(_computed(self.experts, _stacks(self.experts), 0, hidden_states) * self.scaling)
+            return self.dropout(self.experts.of_one(hidden_states) * self.scaling)
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         if self.rows is not None:
@@ -146,6 +157,10 @@ class BranchMixExperts(nn.Module):
             expert_out = F.linear(inner, downs[expert], down_biases[expert]) * gates_Sk[token, slot, None]
             out_SD.index_add_(0, token, expert_out)
         return out_SD.to(hidden_SD.dtype)
+
+    def of_one(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of the only expert, [..., D] to [..., D]."""
+        return _computed(self, _stacks(self), 0, hidden)
 
 
 def _stacks(experts: Any) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ from .attention_branchmix import BranchMixAttention, BranchMixExpertNorm, Branch
 from .documents_branchmix import BranchMixDocumentGate, DocumentLogits
 from .experts_branchmix import BranchMixExperts, BranchMixSparseMoeBlock
 from .linear_branchmix import BranchMixLinear
+from .low_rank_branchmix import BranchMixLowRank
 from .routing_branchmix import BranchMixRouter
 from .trunk_branchmix import BranchMixTrunkExperts
 
@@ -84,6 +85,9 @@ def _config(config: Any, rows: list[int]) -> Any:
         kept.attention_num_experts_per_tok = min(config.attention_num_experts_per_tok, count)
     if config.expert_names is not None:
         kept.expert_names = [config.expert_names[row] for row in rows]
+    if config.expert_ranks is not None:
+        of_layers = config.expert_ranks
+        kept.expert_ranks = [{name: [ranks[row] for row in rows] for name, ranks in of.items()} for of in of_layers]
     if config.expert_rope_parameters is not None:
         kept.expert_rope_parameters = [config.expert_rope_parameters[row] for row in rows]
     return kept
@@ -104,11 +108,20 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
         _cut(kept, rows)
     elif isinstance(kept, BranchMixExperts):
         kept.num_experts = whole.num_experts
-    elif isinstance(kept, BranchMixSparseMoeBlock) and not _side_by_side(rows):
-        kept.rows = torch.tensor(rows, device=whole.gate.weight.device)
+    elif isinstance(kept, BranchMixLowRank):
+        for name, value in whole._parameters.items():
+            if value is None or name == "weight":
+                continue
+            parts = value.detach().split(whole.ranks) if name != "bias" else value.detach().chunk(len(whole.ranks))
+            some = torch.cat([parts[row] for row in rows]) if len(rows) > 1 else parts[rows[0]]
+            kept._parameters[name] = nn.Parameter(some, requires_grad=False) if len(some) else None
+    elif isinstance(kept, BranchMixSparseMoeBlock):
+        if isinstance(kept.experts, BranchMixExperts) and not _side_by_side(rows):
+            kept.rows = torch.tensor(rows, device=whole.gate.weight.device)
     elif isinstance(kept, BranchMixAttention):
         _cut(kept, rows)  # o_bias
-        _cut(kept.o_proj, rows, whole.order, dim=1)
+        if isinstance(kept.o_proj, BranchMixLinear):
+            _cut(kept.o_proj, rows, whole.order, dim=1)
         for name, projection in kept.heads.named_children():
             if isinstance(projection, BranchMixLinear) and (name == query or not whole.order.kv_sharing):
                 _cut(projection, rows, whole.order if name == query else whole.order.of_keys())

@@ -33,6 +33,7 @@ from .configuration_branchmix import BranchMixConfig
 from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, documented, remember
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .kept_branchmix import generate_with_kept_experts, keep_experts
+from .low_rank_branchmix import BranchMixLowRank
 from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter, router_losses
 from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_trunk
 
@@ -49,11 +50,11 @@ def widen(model: Any, config: BranchMixConfig) -> None:
         model: the family's causal LM, or its base model.
     """
     layout = config.layout
-    for block in blocks_of(model, config):
+    for layer, block in enumerate(blocks_of(model, config)):
         if config.has_attention_experts:
-            setattr(block, layout["attention"], widen_attention(getattr(block, layout["attention"]), config))
+            setattr(block, layout["attention"], widen_attention(getattr(block, layout["attention"]), config, layer))
         if config.has_ffn_experts:
-            widen_ffn(block, config)
+            widen_ffn(block, config, layer)
         if config.shared_router:
             attention = getattr(block, layout["attention"])
             own = attention.expert_gate
@@ -128,7 +129,7 @@ def parallel_plans(model: Any, layers: str) -> tuple[dict[str, str], dict[str, s
     The family's rules are kept except for the modules that were replaced. The experts' heads are sharded in storage and
     gathered for computation, as transformers does for Phi-3, because a rank's slice of heads would meet the gates of
     other experts. FFN experts are sharded along their inner width, except those with biases, since each rank would add
-    the bias.
+    the bias. Experts that are low-rank changes of the seed are not sharded.
 
     Args:
         model: a mixture, whose ``tp_plan`` is that of its family's model.
@@ -144,9 +145,11 @@ def parallel_plans(model: Any, layers: str) -> tuple[dict[str, str], dict[str, s
         for name, module in attention.heads.named_children():
             if isinstance(module, nn.Linear):
                 tensor_rules[f"{layout['attention']}.heads.{name}"] = "colwise_gather_output"
-        tensor_rules[f"{layout['attention']}.o_proj"] = "rowwise_split_input"
+        if isinstance(attention.o_proj, nn.Linear):
+            tensor_rules[f"{layout['attention']}.o_proj"] = "rowwise_split_input"
     if isinstance(ffn, BranchMixSparseMoeBlock):
         replaced += [layout["ffn"], layout["down"]]
+    if isinstance(ffn, BranchMixSparseMoeBlock) and isinstance(ffn.experts, BranchMixExperts):
         path = f"{layout['ffn']}.experts"
         names = [name for name, _ in ffn.experts.named_parameters()]
         if not ffn.experts.has_bias:
@@ -229,6 +232,10 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             elif isinstance(module, BranchMixExperts):
                 for name, parameter in module.named_parameters(recurse=False):
                     init.zeros_(parameter) if name.endswith("_bias") else init.normal_(parameter, std=std)
+            elif isinstance(module, BranchMixLowRank):
+                for name, parameter in module.named_parameters(recurse=False):
+                    zero = name in ("bias", "low_rank_B")
+                    init.zeros_(parameter) if zero else init.normal_(parameter, std=std)
             elif isinstance(module, BranchMixAttention) and module.o_bias is not None:
                 init.zeros_(module.o_bias)
             elif isinstance(module, BranchMixDocumentGate):

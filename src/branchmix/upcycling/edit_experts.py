@@ -31,7 +31,7 @@ from branchmix.upcycling.execute import (
     require_space,
     write_output,
 )
-from branchmix.upcycling.layers import all_same, attention_tensors, same_keys_and_values
+from branchmix.upcycling.layers import all_same, attention_tensors, ffn_tensors, same_keys_and_values
 from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import DenseExpert, MixtureExpert, in_trunk, inside, of_trunk
@@ -219,9 +219,8 @@ class _EditedMixture(OpenedMixture):
                 for name, part in attention_tensors(experts, layer, dtype=self.dtype, shared_kv=shared):
                     yield f"{block}.{family.attention}.{name}", part
             if self.shape.has_ffn_experts:
-                for number, expert in enumerate(experts):
-                    for name, part in expert.ffn(layer).items():
-                        yield f"{block}.{family.ffn}.experts.{number}.{name}", part
+                for name, part in ffn_tensors(experts, layer, dtype=self.dtype):
+                    yield f"{block}.{family.ffn}.experts.{name}", part
             for name in (f"{block}.{below}" for below in self.shape.routers.values()):
                 router = Stored(self.index.tensors[name])
                 new = {e.name: Normal((1, width), std, seed, f"{name}/{e.name}", router.dtype) for e in experts}

@@ -44,9 +44,10 @@ from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
 from branchmix.upcycling.compatibility import Fit, check_fit
+from branchmix.upcycling.low_rank import Adapter
 from branchmix.upcycling.model_card import model_card
 from branchmix.upcycling.plan import Plan, Progress, plan_upcycling
-from branchmix.upcycling.sources import who
+from branchmix.upcycling.sources import DenseExpert, who
 from branchmix.upcycling.transformers_view import require_buildable
 
 if TYPE_CHECKING:
@@ -66,7 +67,11 @@ class Sourced:
     model: ResolvedModel
     index: CheckpointIndex
     adapter: Path | None = None
-    """The LoRA folder, if ``index`` is of the merged model."""
+    """The LoRA folder, if ``index`` is of the merged model, or of the seed that it changes."""
+    factors: Adapter | None = None
+    """Its factors, for experts that stay changes of the seed."""
+    merged: bool = False
+    """Whether it is, or in a dry run would be, merged into the seed."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -142,7 +147,8 @@ def upcycle(
                     recipe, fit.seed, texts, trust_remote_code=trust_remote_code
                 )
                 notes = [*of_routers, *notes]
-        plan = plan_upcycling(recipe, fit, router_rows=router_rows)
+        adapters = {source.name: source.factors for source in sources if source.factors is not None}
+        plan = plan_upcycling(recipe, fit, router_rows=router_rows, adapters=adapters, progress=progress)
         if recipe.gates:
             from branchmix.upcycling.gates.measure import fit as fit_gates
             from branchmix.upcycling.gates.measure import text_for
@@ -153,7 +159,7 @@ def upcycle(
             if dry_run:
                 notes.append(f"gates: fitted on {recipe.gates.data} once this is written")
         plan = replace(plan, notes=(*plan.notes, *notes))
-        if dry_run and any(source.adapter for source in sources):
+        if dry_run and any(source.merged for source in sources):
             plan = replace(plan, lossless=None)  # their headers are the seed's
         written = verification = gates = None
         if not dry_run:
@@ -241,7 +247,8 @@ def write_output(
 def open_sources(recipe: Recipe, out: Path, *, dry_run: bool, force: bool) -> Iterator[tuple[list[Sourced], Fit]]:
     """Find seed and experts, and make sure that they fit together and that ``out`` may be written.
 
-    LoRA adapters are merged into temporary folders beside ``out``, unless ``dry_run``.
+    LoRA adapters are merged into temporary folders beside ``out``, unless ``dry_run`` or their factors are all that
+    they change.
 
     Raises:
         CompatibilityError: with the problems of all sources, those that cannot be found or read among them.
@@ -260,6 +267,7 @@ def open_sources(recipe: Recipe, out: Path, *, dry_run: bool, force: bool) -> It
     refuse_overlap(out, [model.folder for model in models.values()], recipe.files, force=force)
 
     adapters = {name: model.folder for name, model in models.items() if name != "seed" and is_adapter(model.folder)}
+    factors: dict[str, Adapter] = {}
     indexes: dict[str, CheckpointIndex | None] = dict.fromkeys(models)
     for name, model in models.items():
         with _collected(problems, name):
@@ -268,19 +276,29 @@ def open_sources(recipe: Recipe, out: Path, *, dry_run: bool, force: bool) -> It
             elif (seed := indexes["seed"]) is not None:
                 check_adapter(model.folder, seed)
                 indexes[name] = seed  # the merged model has the seed's tensors
+                if recipe.is_low_rank:
+                    factors[name] = Adapter.read(model.folder, DenseExpert.open("seed", seed))
     fit = check_fit(recipe, [*indexes.values()], problems)
     require_buildable(indexes.items())
 
+    averages = not (recipe.has_attention_experts and recipe.has_ffn_experts)
+    merged = {n: f for n, f in adapters.items() if n not in factors or averages or factors[n].is_more}
     with ExitStack() as temporary:
-        for name, adapter in adapters.items() if not dry_run else ():
+        for name, adapter in merged.items() if not dry_run else ():
             folder = beside(Path(os.path.realpath(out)), MERGED)
             temporary.callback(shutil.rmtree, folder, ignore_errors=True)
             merge_adapter(adapter, models["seed"], folder)
             indexes[name] = CheckpointIndex.open(folder)
-        if adapters and not dry_run:
+        if merged and not dry_run:
             fit = check_fit(recipe, [*indexes.values()])
         read = {name: index for name, index in indexes.items() if index is not None}
-        yield [Sourced(name, models[name], index, adapters.get(name)) for name, index in read.items()], fit
+        yield (
+            [
+                Sourced(name, models[name], index, adapters.get(name), factors.get(name), name in merged)
+                for name, index in read.items()
+            ],
+            fit,
+        )
 
 
 @contextmanager

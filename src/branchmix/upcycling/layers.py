@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from branchmix.checkpoint.expressions import Average, Cast, Columns, Expression, Rows, Stack, Stored, same_values
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
-from branchmix.upcycling.sources import KINDS, ROLES, ExpertSource
+from branchmix.upcycling.sources import KINDS, MATRICES, ROLES, ExpertSource, Kind, ffn_name
 
 
 def attention_tensors(
@@ -31,6 +31,9 @@ def attention_tensors(
     for role in ROLES[:3]:
         for kind in KINDS:
             shared = kv_sharing and role != "q"
+            if not shared and first.change(layer, role) is not None:
+                yield from _as_changes(experts, layer, role, kind, f"heads.{role}_proj", dtype)
+                continue
             given = _all(model.attention(layer, role, kind) for model in (kv_models if shared else experts))
             if not given:
                 continue
@@ -42,9 +45,12 @@ def attention_tensors(
                 wide = Stack(tuple(cast(part, dtype) for part in given))
             yield f"heads.{role}_proj.{kind}", wide
 
-    given = [cast(part, dtype) for part in _all(expert.attention(layer, "o", "weight") for expert in experts)]
-    spans = _groups(first) if kv_sharing else [(0, given[0].shape[1])]
-    yield "o_proj.weight", Columns(tuple((part, low, high) for low, high in spans for part in given))
+    if first.change(layer, "o") is not None:
+        yield from _as_changes(experts, layer, "o", "weight", "o_proj", dtype)
+    else:
+        given = [cast(part, dtype) for part in _all(expert.attention(layer, "o", "weight") for expert in experts)]
+        spans = _groups(first) if kv_sharing else [(0, given[0].shape[1])]
+        yield "o_proj.weight", Columns(tuple((part, low, high) for low, high in spans for part in given))
     biases = _all(expert.attention(layer, "o", "bias") for expert in experts)
     if biases:
         yield "o_bias", Stack(tuple(cast(_as_row(bias), dtype) for bias in biases))
@@ -59,6 +65,37 @@ def attention_tensors(
         norms = [model.attention_norm(layer, "k") for model in kv_models]
         for name in norms[0]:
             yield f"heads.{first.family.key_norm}.{name}", mean([norm[name] for norm in norms], kv_weights, dtype)
+
+
+def ffn_tensors(experts: Sequence[ExpertSource], layer: int, *, dtype: str) -> Iterator[tuple[str, Expression]]:
+    """Tensors of a layer's ``mlp.experts``, by name below it."""
+    if experts[0].change(layer, "down") is None:
+        for number, expert in enumerate(experts):
+            for name, part in expert.ffn(layer).items():
+                yield f"{number}.{name}", part
+        return
+    for matrix in MATRICES[4:]:
+        if f"{ffn_name(experts[0].family, matrix)}.weight" in experts[0].ffn(layer):
+            for kind in KINDS:
+                yield from _as_changes(experts, layer, matrix, kind, matrix, dtype)
+
+
+def _as_changes(
+    experts: Sequence[ExpertSource], layer: int, matrix: str, kind: Kind, module: str, dtype: str
+) -> Iterator[tuple[str, Expression]]:
+    """A matrix as the seed's and the factors of the experts' changes; or the experts' biases one after the other."""
+    if kind == "bias":
+        is_role, name = matrix in ROLES, f"{ffn_name(experts[0].family, matrix)}.bias"
+        biases = _all(e.attention(layer, matrix, "bias") if is_role else e.ffn(layer).get(name) for e in experts)  # type: ignore[arg-type]
+        if biases:
+            yield f"{module}.bias", Stack(tuple(cast(bias, dtype) for bias in biases))
+        return
+    changes = [expert.change(layer, matrix) for expert in experts]
+    yield f"{module}.weight", changes[0].base  # type: ignore[union-attr]
+    for name in ("A", "B"):
+        factors = [factor for change in changes if (factor := getattr(change, name)) is not None]
+        if factors:
+            yield f"{module}.low_rank_{name}", Stack(tuple(cast(factor, dtype) for factor in factors))
 
 
 def mean(parts: Sequence[Expression], weights: Sequence[float], dtype: str) -> Expression:

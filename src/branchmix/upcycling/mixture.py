@@ -18,7 +18,7 @@ from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError, short
 from branchmix.recipe import DTYPES
-from branchmix.upcycling.sources import FFN_NAMES, MixtureExpert
+from branchmix.upcycling.sources import FFN_NAMES, MATRICES, MixtureExpert
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 NOT_CALIBRATED = (
@@ -100,13 +100,24 @@ class OpenedMixture:
         query, shared = count * dims.num_heads * dims.head_dim, shape.kv_experts * dims.num_kv_heads * dims.head_dim
         wide = {"heads.q_proj": (query, width), "heads.k_proj": (shared, width), "heads.v_proj": (shared, width)}
         wide["o_proj"] = (width, query)
+        heads = {"q": dims.num_heads, "k": dims.num_kv_heads, "v": dims.num_kv_heads}
         for layer in range(dims.num_layers):
             block = f"model.{family.layers}.{layer}"
+            ranks = shape.ranks(layer)
             for name, size in wide.items() if shape.has_attention_experts else ():
-                yield f"{block}.{family.attention}.{name}.weight", size
+                role = "o" if name == "o_proj" else name[6]
+                if role in ranks:
+                    own = heads.get(role, dims.num_heads) * dims.head_dim
+                    size = (width, own) if role == "o" else (own, width)
+                    yield from _changes(f"{block}.{family.attention}.{name}", size, sum(ranks[role]))
+                else:
+                    yield f"{block}.{family.attention}.{name}.weight", size
             for router in shape.routers.values():
                 yield f"{block}.{router}", (count, width)
-            for number in range(count) if shape.has_ffn_experts else ():
+            for matrix in (name for name in MATRICES[4:] if name in ranks):
+                size = (width, inner) if matrix == "down" else (inner, width)
+                yield from _changes(f"{block}.{family.ffn}.experts.{matrix}", size, sum(ranks[matrix]))
+            for number in range(count) if shape.has_ffn_experts and not ranks else ():
                 for matrix in FFN_NAMES[family.gate is not None]:
                     size = (width, inner) if matrix == "down_proj" else (inner, width)
                     yield f"{block}.{family.ffn}.experts.{number}.{matrix}.weight", size
@@ -140,6 +151,14 @@ class OpenedMixture:
         training = as_records(lineage(folder, given))
         source = {"name": "mixture", "model": given, "revision": self.resolved.revision, "training": training}
         return {"recipe": {}, "sources": [{**source, "license": licence_of_folder(folder)}]}
+
+
+def _changes(module: str, size: tuple[int, int], rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The seed's matrix and the factors of all experts' changes of it."""
+    yield f"{module}.weight", size
+    if rank:
+        yield f"{module}.low_rank_A", (rank, size[1])
+        yield f"{module}.low_rank_B", (rank, size[0])
 
 
 def provenance_of(folder: Path) -> dict[str, Any] | None:

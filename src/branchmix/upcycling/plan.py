@@ -7,7 +7,7 @@ imports neither torch nor transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,26 @@ from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CheckpointError
 from branchmix.recipe import DTYPES, Recipe
 from branchmix.upcycling.compatibility import Fit, foldable_norms
-from branchmix.upcycling.layers import all_same, attention_tensors, cast, mean, same_keys_and_values
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, of_trunk
+from branchmix.upcycling.layers import (
+    all_same,
+    attention_tensors,
+    cast,
+    ffn_tensors,
+    mean,
+    same_keys_and_values,
+)
+from branchmix.upcycling.low_rank import (
+    Adapter,
+    Decomposed,
+    LowRankExpert,
+    SingularFactor,
+    adapter_factors,
+    gains_differ,
+    matrices_of,
+    ranks_of,
+    singular_factors,
+)
+from branchmix.upcycling.sources import ROLES, DenseExpert, ExpertSource, of_trunk, who
 
 Progress = Callable[[str, int, int], None]
 """Called with a step's name, what is done, and the total."""
@@ -40,6 +58,8 @@ class Plan:
     """What is done about harmless differences, and warnings."""
     sources: tuple[ExpertSource, ...] = ()
     """Experts in the order of the routers' rows; of a soup, the models averaged."""
+    decomposed: Decomposed | None = None
+    """Of experts that are cut to a rank, once the tensors are written: how much of their changes is lost."""
     lossless: bool | None = False
     """Everything that is not an expert's is the same in all experts, so that the mixture with its gates forced to one
     expert computes what that dense model does. None: not known before adapters are merged."""
@@ -85,22 +105,39 @@ class Group:
     how: str
 
 
-def plan_upcycling(recipe: Recipe, fit: Fit, *, router_rows: dict[str, Expression] | None = None) -> Plan:
+def plan_upcycling(
+    recipe: Recipe,
+    fit: Fit,
+    *,
+    router_rows: dict[str, Expression] | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
     """Plan a mixture (or a soup) of dense models that fit together, as ``check_fit`` found.
 
     Args:
         router_rows: routers [E, D] by output name, where they are not drawn at random.
+        adapters: by expert, for ``expert_rank``: LoRA whose factors are taken as they are.
+        progress: for ``expert_rank: auto``, which reads all matrices.
     """
-    mixture, notes = _Mixture(recipe, fit, router_rows or {}), (*fit.findings.notes, *_warnings(recipe))
+    mixture = _Mixture(recipe, fit, router_rows or {}, adapters or {}, progress)
+    notes = (*fit.findings.notes, *_warnings(recipe), *mixture.notes)
     sources = tuple(mixture.models if mixture.is_dense else mixture.experts)
     plan = Plan.of(mixture.tensors(), mixture.dtype, mixture.config(), notes=notes, sources=sources)
-    return replace(plan, lossless=mixture.lossless)
+    return replace(plan, lossless=mixture.lossless, decomposed=mixture.decomposed)
 
 
 class _Mixture:
     """The tensors of the output, as the recipe wants them."""
 
-    def __init__(self, recipe: Recipe, fit: Fit, router_rows: dict[str, Expression]):
+    def __init__(
+        self,
+        recipe: Recipe,
+        fit: Fit,
+        router_rows: dict[str, Expression],
+        adapters: Mapping[str, Adapter],
+        progress: Progress | None,
+    ):
         self.recipe = recipe
         self.seed = seed = fit.seed
         self.family: Family = seed.family
@@ -113,19 +150,54 @@ class _Mixture:
         self.weights = self._weights("seed" if merge.method == "seed" else None, merge.weights)
         self.folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
         self.dtype = output_dtype(recipe, seed)
-        by_name = {model.name: model.folding(self.folded) for model in self.models}
-        self.experts: list[DenseExpert] = [
-            by_name.get(name) or replace(by_name["seed"], name=name) for name in recipe.expert_names
+        by_name: dict[str, DenseExpert | LowRankExpert] = {m.name: m.folding(self.folded) for m in self.models}
+        self.is_dense = not (recipe.has_attention_experts or recipe.has_ffn_experts)
+        self.lossless = not self.is_dense
+        """Whether the tensors that experts share are the same in all of them, as far as ``tensors`` has come, and no
+        expert is cut to a rank."""
+        self.notes: list[str] = []
+        self.decomposed = Decomposed()
+        self.matrices = matrices_of(self.family, recipe.attention, recipe.ffn) if recipe.is_low_rank else []
+        if self.matrices:
+            by_name |= self._as_changes(by_name, adapters, progress)
+        self.experts: list[DenseExpert | LowRankExpert] = [
+            by_name.get(name) or replace(by_name["seed"], name=name)  # type: ignore[arg-type]
+            for name in recipe.expert_names
         ]
-        self.shared_kv: list[tuple[DenseExpert, float]] = []
+        self.shared_kv: list[tuple[ExpertSource, float]] = []
         if recipe.attention == "kv_sharing":
             alone = {"average": None, **dict.fromkeys(self.copies_of_seed, "seed")}.get(merge.kv_init, merge.kv_init)
             weights = self.weights if merge.kv_init == "merge" else self._weights(alone)
             self.shared_kv = [pair for pair in zip(by_name.values(), weights, strict=True) if pair[1] > 0]
         self.trunk = seed.trunk_tensors(self.folded) if recipe.trunk == "experts" else set()
-        self.is_dense = not (recipe.has_attention_experts or recipe.has_ffn_experts)
-        self.lossless = not self.is_dense
-        """Whether the tensors that experts share are the same in all of them, as far as ``tensors`` has come."""
+
+    def _as_changes(
+        self, models: Mapping[str, Any], adapters: Mapping[str, Adapter], progress: Progress | None
+    ) -> dict[str, LowRankExpert]:
+        """Seed and experts as changes of the seed: LoRA as they are, other experts cut to ``expert_rank``."""
+        recipe, seed, found = self.recipe, models["seed"], {}
+        for name, model in models.items():
+            adapter = adapters.get(name)
+            if adapter is not None and adapter.reason is None and gains_differ(model, seed):
+                adapter = replace(adapter, reason="it trains norms whose gains are folded")
+            if name == "seed":
+                factors = {}
+            elif adapter is not None and adapter.reason is None:
+                factors = adapter_factors(adapter, model, seed, (*ROLES, *self.matrices))
+                ranks = sorted({A.num_rows for A, _ in factors.values()})
+                self.notes.append(
+                    f"{who(name)} stays a LoRA of rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))}"
+                )
+            else:
+                wanted = recipe.expert_rank
+                assert wanted != "full", "such experts have matrices of their own"
+                kept = (wanted, recipe.expert_energy, self.decomposed, progress)
+                factors = singular_factors(model, seed, self.matrices, *kept)
+                self.lossless = False
+                if adapter is not None:
+                    self.notes.append(f"{who(name)} is merged and cut to rank {wanted}: {adapter.reason}")
+            found[name] = LowRankExpert(model, seed, factors, self.matrices)
+        return found
 
     def tensors(self) -> Iterator[tuple[str, Expression]]:
         """All output tensors by name, in the seed's order, a layer's experts where the layer begins."""
@@ -154,11 +226,11 @@ class _Mixture:
                 averaged = [model for model, _ in self.shared_kv]
                 self.lossless = same_keys_and_values([*experts, *averaged], layer, self.dtype)
         if recipe.has_ffn_experts:
-            for number, expert in enumerate(experts):
-                for name, part in expert.ffn(layer).items():
-                    own = expert.name not in self.copies_of_seed
-                    part = part if own else self._sparse(layer, number, name, part)
-                    yield f"{family.ffn}.experts.{number}.{name}", part
+            for name, part in ffn_tensors(experts, layer, dtype=self.dtype):
+                number, _, below = name.partition(".")
+                if not self.matrices and experts[int(number)].name in self.copies_of_seed:
+                    part = self._sparse(layer, int(number), below, part)
+                yield f"{family.ffn}.experts.{name}", part
         for kind, name in recipe.routers(family).items():
             yield name, self._router(f"model.{family.layers}.{layer}.{name}", kind)
 
@@ -250,6 +322,7 @@ class _Mixture:
             "document_gate": None,
             "dtype": dtype,
             "expert_names": recipe.expert_names,
+            "expert_ranks": ranks_of(self.experts, self.matrices) if self.matrices else None,
             "expert_rope_parameters": self.rope_parameters,
             "ffn": recipe.ffn,
             "initializer_range": recipe.router_init.std,
@@ -290,6 +363,8 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
 
 
 HOW: dict[type[Expression], str] = {
+    SingularFactor: "cut to a rank",
+    ex.Adapted: "changed by low rank",
     ex.Columns: "columns side by side",
     ex.Average: "averaged",
     ex.Cast: "cast",

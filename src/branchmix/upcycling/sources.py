@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from branchmix.checkpoint.expressions import Columns, Expression, Gained, Rows, Stored, Transposed
+from branchmix.checkpoint.expressions import Adapted, Columns, Expression, Gained, Rows, Stored, Transposed
 from branchmix.checkpoint.families import Dimensions, Family, dimensions, family_of, is_head
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
@@ -33,6 +33,12 @@ _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention
 SAME_SEED = "experts must have grown from one seed"
 """Why models that differ are refused."""
 
+
+def ffn_name(family: Family, matrix: str) -> str:
+    """The on-disk name of an expert's FFN matrix, such as ``up_proj`` for ``up``."""
+    return "in_proj" if matrix == "up" and family.gate is None else f"{matrix}_proj"
+
+
 FFN_NAMES = {True: ("gate_proj", "up_proj", "down_proj"), False: ("in_proj", "down_proj")}
 """On-disk names of an expert's matrices, for gated and for plain FFNs."""
 
@@ -42,12 +48,47 @@ def who(name: str) -> str:
     return "seed" if name == "seed" else f"expert {name!r}"
 
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""An expert's matrices in a layer, as ``expert_ranks`` calls them; plain FFNs have no gate."""
+
+
+class Change(NamedTuple):
+    """An expert's matrix [O, I] as a change of the seed's, ``base + B^T A``."""
+
+    base: Expression
+    A: Expression | None = None
+    """[r, I]; None if there is no change."""
+    B: Expression | None = None
+    """[r, O]."""
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.A is None else self.A.num_rows
+
+    @property
+    def whole(self) -> Expression:
+        """The expert's matrix."""
+        return self.base if self.A is None or self.B is None else Adapted(self.base, self.A, self.B)
+
+
 class ExpertSource(ABC):
     """One expert's share of every layer."""
 
     name: str
     family: Family
     dims: Dimensions
+
+    def matrix(self, layer: int, matrix: str) -> Expression:
+        """The weight of one of ``MATRICES``, [O, I]."""
+        if matrix not in ROLES:
+            return self.ffn(layer)[f"{ffn_name(self.family, matrix)}.weight"]
+        part = self.attention(layer, matrix, "weight")
+        assert part is not None, "every attention has its four matrices"
+        return part
+
+    def change(self, layer: int, matrix: str) -> Change | None:
+        """One of ``MATRICES`` as a change of the seed's; None for an expert with matrices of its own."""
+        return None
 
     @abstractmethod
     def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
@@ -219,6 +260,8 @@ class MixtureExpert(ExpertSource):
         ref = self.index.tensors.get(f"{module}.{kind}")
         if ref is None:
             return None
+        if (ranks := self._ranks(layer, role)) is not None:
+            return self._bias(ref) if kind == "bias" else self._change(module, ranks).whole
         spans = self._spans(role)
         if role == "o":
             return Columns(tuple((Stored(ref), low, high) for low, high in spans))
@@ -232,11 +275,44 @@ class MixtureExpert(ExpertSource):
         return below(prefix, self.index.tensors)
 
     def ffn(self, layer: int) -> dict[str, Expression]:
-        prefix = f"model.{self.family.layers}.{layer}.{self.family.ffn}.experts.{self.number}."
-        return below(prefix, self.index.tensors)
+        experts = f"model.{self.family.layers}.{layer}.{self.family.ffn}.experts"
+        tensors = below(f"{experts}.{self.number}.", self.index.tensors)
+        for matrix in MATRICES[4:]:
+            if (ranks := self._ranks(layer, matrix)) is not None:
+                name = ffn_name(self.family, matrix)
+                tensors[f"{name}.weight"] = self._change(f"{experts}.{matrix}", ranks).whole
+                if (ref := self.index.tensors.get(f"{experts}.{matrix}.bias")) is not None:
+                    tensors[f"{name}.bias"] = self._bias(ref)
+        return tensors
 
     def trunk(self, name: str) -> Expression:
         return Stored(self.index.tensors[f"model.{of_trunk(name, self.number)}"])
+
+    def change(self, layer: int, matrix: str) -> Change | None:
+        block = f"model.{self.family.layers}.{layer}"
+        if (ranks := self._ranks(layer, matrix)) is None:
+            return None
+        if matrix not in ROLES:
+            return self._change(f"{block}.{self.family.ffn}.experts.{matrix}", ranks)
+        heads = "o_proj" if matrix == "o" else f"heads.{matrix}_proj"
+        return self._change(f"{block}.{self.family.attention}.{heads}", ranks)
+
+    def _ranks(self, layer: int, matrix: str) -> list[int] | None:
+        """The ranks of all experts' changes of a matrix; None where the matrices are the experts' own, or shared."""
+        of_layers = self.index.config.get("expert_ranks")
+        return None if of_layers is None else of_layers[layer if len(of_layers) > 1 else 0].get(matrix)
+
+    def _change(self, module: str, ranks: list[int]) -> Change:
+        base, start = Stored(self.index.tensors[f"{module}.weight"]), sum(ranks[: self.number])
+        if not (rank := ranks[self.number]):
+            return Change(base)
+        factors = (Stored(self.index.tensors[f"{module}.low_rank_{name}"]) for name in "AB")
+        return Change(base, *(Rows(factor, ((start, start + rank),)) for factor in factors))
+
+    def _bias(self, ref: TensorRef) -> Expression:
+        """This expert's part of the biases of all."""
+        size = ref.shape[0] // int(self.index.config["num_experts"])
+        return Rows(Stored(ref), ((self.number * size, (self.number + 1) * size),))
 
     def _spans(self, role: Role) -> tuple[tuple[int, int], ...]:
         """This expert's rows of wide q, k or v, or its columns of wide o."""

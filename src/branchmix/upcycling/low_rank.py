@@ -1,0 +1,408 @@
+"""Experts as changes of the seed of low rank: a LoRA's own factors, or the best ones of a rank for a full fine-tune.
+
+Planned from headers, unless ranks are to be found (``expert_rank: auto``). A change is decomposed when its factors are
+written: what is held is one matrix and the factors of a few.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from branchmix.checkpoint.expressions import (
+    Columns,
+    Expression,
+    Gained,
+    Scaled,
+    Span,
+    Stored,
+    Transposed,
+    same_values,
+)
+from branchmix.checkpoint.families import Config, Dimensions, Family
+from branchmix.checkpoint.index import TensorRef, read_header, read_json_object
+from branchmix.checkpoint.numbers import Array, from_float32, widened
+from branchmix.upcycling.sources import (
+    MATRICES,
+    ROLES,
+    Change,
+    DenseExpert,
+    ExpertSource,
+    Kind,
+    Role,
+    ffn_name,
+    fused_rows,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LowRankExpert(ExpertSource):
+    """An expert whose matrices are the seed's and a change of low rank; everything else is the expert's own."""
+
+    own: DenseExpert
+    """The expert, with matrices that are not read for its ``changes``."""
+    seed: ExpertSource
+    """Whose matrices are changed: the seed, or an expert of the mixture that this one joins."""
+    factors: Mapping[tuple[int, str], tuple[Expression, Expression]]
+    """A [r, I] and B [r, O] by layer and matrix."""
+    matrices: Sequence[str]
+    """Those that are the seed's where there are no factors. Others are the expert's own, unless there are factors."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.own.name
+
+    @property
+    def family(self) -> Family:  # type: ignore[override]
+        return self.own.family
+
+    @property
+    def dims(self) -> Dimensions:  # type: ignore[override]
+        return self.own.dims
+
+    def change(self, layer: int, matrix: str) -> Change:
+        of_seed = self.seed.change(layer, matrix)
+        base = self.seed.matrix(layer, matrix) if of_seed is None else of_seed.base
+        return Change(base, *self.factors.get((layer, matrix), ()))
+
+    def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
+        if kind == "bias" or (role not in self.matrices and (layer, role) not in self.factors):
+            return self.own.attention(layer, role, kind)
+        return self.change(layer, role).whole
+
+    def attention_norm(self, layer: int, role: Literal["q", "k"]) -> dict[str, Expression]:
+        return self.own.attention_norm(layer, role)
+
+    def ffn(self, layer: int) -> dict[str, Expression]:
+        tensors = self.own.ffn(layer)
+        for matrix in MATRICES[4:]:
+            name = f"{ffn_name(self.family, matrix)}.weight"
+            if matrix in self.matrices and name in tensors:
+                tensors[name] = self.change(layer, matrix).whole
+        return tensors
+
+    def trunk(self, name: str) -> Expression:
+        return self.own.trunk(name)
+
+
+def matrices_of(family: Family, attention: str, ffn: str) -> list[str]:
+    """The matrices of a layer that are experts' own, with these choices of a recipe or a config."""
+    roles = {"kv_experts": ROLES, "kv_sharing": ("q", "o")}.get(attention, ())
+    gate = ["gate"] if family.gate is not None else []
+    return [*roles, *([*gate, "up", "down"] if ffn == "experts" else [])]
+
+
+# ---- LoRA adapters, as they are ----
+
+_CHANGES_MORE = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "arrow_config",
+    "loftq_config",
+    "corda_config",
+    "use_bdlora",
+)
+"""Settings of peft's with which an adapter is more than ``W + B A``, or was trained on other matrices than W."""
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter's factors, where its changes of attention and FFN are nothing else."""
+
+    factors: dict[str, tuple[TensorRef, TensorRef, float]]
+    """A [r, in], B [out, r] and scale by the name of the seed's matrix, without ``.weight``."""
+    outside: bool
+    """Whether it changes more than matrices of attention and FFN."""
+    reason: str | None = None
+    """Why its changes of attention and FFN are more than these factors."""
+
+    @property
+    def is_more(self) -> bool:
+        """Whether the factors are not all that it changes, so that it has to be merged."""
+        return self.outside or self.reason is not None
+
+    @classmethod
+    def read(cls, folder: Path, seed: DenseExpert) -> Adapter:
+        """The adapter in a folder that ``check_adapter`` let through."""
+        settings = read_json_object(folder / ADAPTER_CONFIG)
+        reason = next((key for key in _CHANGES_MORE if settings.get(key)), None)
+        if settings.get("init_lora_weights", True) not in _PLAIN_INIT:
+            reason = f"init_lora_weights: {settings['init_lora_weights']}"
+        if settings.get("bias", "none") != "none":
+            reason = f"bias: {settings['bias']}"
+        inside = re.compile(
+            rf"(.*\.)?{re.escape(seed.family.layers.partition('.')[2] or seed.family.layers)}\.\d+\."
+            rf"({'|'.join(map(re.escape, seed.projections))})"
+        )
+        found: dict[str, dict[str, TensorRef]] = {}
+        outside = bool(settings.get("modules_to_save"))
+        for ref in read_header(folder / ADAPTER_WEIGHTS):
+            module, _, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
+            if which in ("A.weight", "B.weight") and inside.fullmatch(module):
+                name = next(n for n in seed.tensors if n == f"{module}.weight" or n.endswith(f".{module}.weight"))
+                found.setdefault(name.removesuffix(".weight"), {})[which[0]] = ref
+            elif inside.match(module):
+                reason = reason or f"it has {ref.name}"
+            else:
+                outside = True
+        factors = {
+            module: (pair["A"], pair["B"], _scale(settings, module, pair["A"].shape[0]))
+            for module, pair in found.items()
+            if pair.keys() == {"A", "B"}
+        }
+        return cls(factors, outside, reason)
+
+
+def _scale(settings: Config, module: str, rank: int) -> float:
+    """peft's factor on B A: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)."""
+    alpha = settings.get("lora_alpha", 8)
+    for pattern, other in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = other
+            break
+    return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))
+
+
+def adapter_factors(
+    adapter: Adapter, expert: DenseExpert, seed: DenseExpert, matrices: Sequence[str]
+) -> dict[tuple[int, str], tuple[Expression, Expression]]:
+    """An adapter's factors for the matrices of experts, verbatim but for scale and folded gains.
+
+    Args:
+        expert, seed: with the same norms folded.
+    """
+    family, dims, found = seed.family, seed.dims, {}
+    for layer in range(dims.num_layers):
+        block = f"{family.layers}.{layer}"
+        for matrix in matrices:
+            module, rows, norm = _place(family, dims, matrix)
+            if (factors := adapter.factors.get(f"{block}.{module}")) is None:
+                continue
+            ref_A, ref_B, scale = factors
+            A: Expression = Stored(ref_A)
+            B: Expression = Transposed(Stored(ref_B))
+            if rows is not None:
+                B = Columns(tuple((B, *span) for span in rows))
+            if expert.fold_norms and norm is not None:
+                A = Gained(A, Stored(expert.tensors[f"{block}.{norm}.weight"]), family.gain_offset)
+            found[layer, matrix] = (A, B if scale == 1.0 else Scaled(B, scale))
+    return found
+
+
+def _place(family: Family, dims: Dimensions, matrix: str) -> tuple[str, Sequence[Span] | None, str | None]:
+    """Where the seed keeps a matrix: module below the block, its rows there if it shares it, and the norm before it."""
+    if matrix in ROLES:
+        own = {"q": family.query, "k": family.key, "v": family.value, "o": family.output}[matrix]
+        if matrix == "o" or not family.fused_qkv:
+            return f"{family.attention}.{own}", None, None if matrix == "o" else family.attention_input_norm
+        rows = fused_rows(family, dims, matrix)
+        return f"{family.attention}.{family.fused_qkv}", rows, family.attention_input_norm
+    if matrix == "down":
+        return family.down, None, None
+    if family.fused_gate_up:
+        inner = dims.intermediate_size
+        first = 0 if matrix == "gate" else inner
+        return family.fused_gate_up, ((first, first + inner),), family.ffn_input_norm
+    return str(family.gate if matrix == "gate" else family.up), None, family.ffn_input_norm
+
+
+def gains_differ(expert: DenseExpert, seed: DenseExpert) -> bool:
+    """Whether folding gains makes an adapter's change more than its factors: it trained norms before matrices."""
+    if not expert.fold_norms:
+        return False
+    norms = [norm for norm in (expert.family.attention_input_norm, expert.family.ffn_input_norm) if norm]
+    names = [f"{seed.family.layers}.{layer}.{norm}.weight" for layer in range(seed.dims.num_layers) for norm in norms]
+    return not all(same_values(Stored(expert.tensors[name]), Stored(seed.tensors[name])) for name in names)
+
+
+# ---- Full fine-tunes: the change of each matrix, decomposed ----
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """One matrix's change, cut to a rank."""
+
+    expert: str
+    layer: int
+    matrix: str
+    rank: int
+    error: float
+    """Norm of what is lost, relative to the norm of the change (Frobenius)."""
+    seconds: float
+
+
+@dataclass
+class Decomposed:
+    """Factors of changes, decomposed one at a time and held for a few; and a record of all that were."""
+
+    truncations: dict[tuple[str, int, str], Truncation] = field(default_factory=dict)
+    most: int = 64
+    """Matrices whose factors are held at a time."""
+    _held: dict[Any, tuple[Array, Array]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def factors(self, change: _Decomposable, rank: int) -> tuple[Array, Array]:
+        """A [r, I] and B [r, O] in fp32."""
+        with self._lock:
+            if change.key not in self._held:
+                start = time.perf_counter()
+                A, B, error = _decompose(change.difference(), rank)
+                seconds = time.perf_counter() - start
+                self.truncations[change.key] = Truncation(*change.key, rank, error, seconds)
+                self._held[change.key] = (A, B)
+                while len(self._held) > self.most:
+                    del self._held[next(iter(self._held))]
+            return self._held[change.key]
+
+
+@dataclass(frozen=True)
+class _Decomposable:
+    """A matrix of a full fine-tune, and the seed's."""
+
+    key: tuple[str, int, str]
+    whole: Expression
+    base: Expression
+
+    def difference(self) -> torch.Tensor:
+        """[O, I], fp32."""
+        import torch
+
+        rows = self.whole.num_rows
+        change = widened(self.whole.rows(0, rows), self.whole.dtype) - widened(self.base.rows(0, rows), self.base.dtype)
+        return torch.from_numpy(np.ascontiguousarray(change, np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class SingularFactor(Expression):
+    """A or B of the best change of a rank that there is: singular vectors, the values shared between both."""
+
+    change: _Decomposable
+    rank: int
+    decomposed: Decomposed
+    number: int
+    """0 for A, 1 for B."""
+
+    def __post_init__(self) -> None:
+        self._become("F32", (self.rank, self.change.whole.shape[1 - self.number]))
+
+    def parts_read(self) -> tuple[Expression, ...]:
+        return (self.change.whole, self.change.base)
+
+    def rows(self, start: int, stop: int, columns: Span | None = None) -> Array:
+        block = self.decomposed.factors(self.change, self.rank)[self.number][start:stop]
+        return from_float32(block if columns is None else block[:, slice(*columns)], "F32")
+
+
+def _decompose(change: torch.Tensor, rank: int) -> tuple[Array, Array, float]:
+    """A [r, I], B [r, O] and the relative error of B^T A as the nearest matrix of a rank.
+
+    Randomised (Halko et al., arXiv 0909.4061) where that is cheaper than all singular vectors.
+    """
+    import torch
+
+    u, s, v = _singular(change, rank)
+    root = s.sqrt()
+    A, B = (v * root).T.contiguous(), (u * root).T.contiguous()
+    lost, norm = torch.linalg.norm(change - B.T @ A), torch.linalg.norm(change)
+    return A.numpy(), B.numpy(), float(lost / norm) if norm else 0.0
+
+
+def _singular(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The greatest singular values [r] of a matrix [O, I], and their vectors [O, r] and [I, r]."""
+    import torch
+
+    if 4 * rank >= min(change.shape):
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank].T
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(change, q=rank + 8, niter=4)
+    return u[:, :rank], s[:rank], v[:, :rank]
+
+
+def rank_for(change: torch.Tensor, energy: float) -> int:
+    """The smallest rank whose part of a matrix keeps this share of the sum of squares; 0 for a matrix of zeros.
+
+    At most as many as would take the place of the whole matrix.
+    """
+    rows, columns = change.shape
+    most = max(1, rows * columns // (rows + columns))
+    total, rank = float(change.double().square().sum()), 16
+    if total == 0.0:
+        return 0
+    while True:
+        rank = min(rank, most)
+        kept = _singular(change, rank)[1].double().square().cumsum(0) / total
+        enough = (kept >= energy).nonzero()
+        if len(enough) or rank == most:
+            return int(enough[0]) + 1 if len(enough) else most
+        rank *= 2
+
+
+def singular_factors(
+    expert: DenseExpert,
+    seed: ExpertSource,
+    matrices: Sequence[str],
+    wanted: int | Literal["auto"],
+    energy: float,
+    decomposed: Decomposed,
+    progress: Progress | None = None,
+) -> dict[tuple[int, str], tuple[Expression, Expression]]:
+    """Factors of a full fine-tune's changes, decomposed when they are read.
+
+    Args:
+        expert: with the same norms folded as ``seed`` has.
+        seed: whose matrices change.
+        wanted: the rank, or ``auto``: by ``energy``, which reads and decomposes all matrices at once.
+        energy: share of a change's sum of squares that is kept.
+        decomposed: holds factors for a while.
+        progress: called with matrices done and in all, for ``auto``.
+    """
+    found: dict[tuple[int, str], tuple[Expression, Expression]] = {}
+    total = expert.dims.num_layers * len(matrices)
+    for done, (layer, matrix) in enumerate((a, b) for a in range(expert.dims.num_layers) for b in matrices):
+        of_seed = seed.change(layer, matrix)
+        base = seed.matrix(layer, matrix) if of_seed is None else of_seed.base
+        change = _Decomposable((expert.name, layer, matrix), expert.matrix(layer, matrix), base)
+        if wanted == "auto":
+            if progress is not None:
+                progress(f"finding the ranks of {expert.name}", done, total)
+            rank = rank_for(change.difference(), energy)
+        else:
+            rank = 0 if same_values(change.whole, change.base) else min(wanted, *base.shape)
+        if rank:
+            factors = (SingularFactor(change, rank, decomposed, number) for number in (0, 1))
+            found[layer, matrix] = tuple(factors)  # type: ignore[assignment]
+    return found
+
+
+def ranks_of(experts: Sequence[ExpertSource], matrices: Sequence[str]) -> list[dict[str, list[int]]]:
+    """``expert_ranks`` of a config: one dictionary if all layers have the same."""
+
+    def rank(expert: ExpertSource, layer: int, matrix: str) -> int:
+        change = expert.change(layer, matrix)
+        assert change is not None, "every expert of such a mixture is a change of the seed"
+        return change.rank
+
+    layers = range(experts[0].dims.num_layers)
+    of_layers = [{name: [rank(e, layer, name) for e in experts] for name in matrices} for layer in layers]
+    return of_layers[:1] if all(layer == of_layers[0] for layer in of_layers) else of_layers
