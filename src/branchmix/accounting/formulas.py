@@ -67,14 +67,19 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
     s, facts, has = shape.sizes, shape.facts, shape.has
     d, q_width, kv_width = s.hidden_size, s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
 
-    qkv_inputs = d + has(facts.qkv_bias)
-    query_and_output = q_width * qkv_inputs + d * (q_width + has(facts.out_bias))
-    attention = attention_experts * query_and_output + kv_experts * 2 * kv_width * qkv_inputs
+    of_seed = bool(shape.expert_ranks)  # matrices that are there once, whatever the number of experts
+    own_attention, own_kv, own_ffn = (1 if of_seed else n for n in (attention_experts, kv_experts, ffn_experts))
+    attention = 2 * d * (own_attention * q_width + own_kv * kv_width)
+    attention += attention_experts * (q_width * has(facts.qkv_bias) + d * has(facts.out_bias))
+    attention += kv_experts * 2 * kv_width * has(facts.qkv_bias)
 
     num_up = 2 if shape.family.gate else 1
     inner = s.intermediate_size
     ffn_biases = num_up * inner + d if has(facts.ffn_bias) else 0
-    ffn = ffn_experts * ((num_up + 1) * d * inner + ffn_biases)
+    ffn = own_ffn * (num_up + 1) * d * inner + ffn_experts * ffn_biases
+    factors = [
+        _factors(shape, layer, attention_experts, ffn_experts) for layer in range(s.num_layers if of_seed else 0)
+    ]
 
     norm = d * (has(facts.norm_gain) + has(facts.norm_bias))
     in_front = {shape.family.attention_input_norm, shape.family.ffn_input_norm} - {None}
@@ -93,11 +98,17 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
     return ParameterCounts(
         embeddings=trunks * (s.vocab_size * token_width + positions + projections),
         lm_head=heads * ((0 if s.tied_embeddings else s.vocab_size * token_width) + facts.head_bias * s.vocab_size),
-        attention=s.num_layers * attention,
-        ffn=s.num_layers * (ffn + facts.activation_parameters),
+        attention=s.num_layers * attention + sum(qkv + output for qkv, output, _ in factors),
+        ffn=s.num_layers * (ffn + facts.activation_parameters) + sum(of_ffn for _, _, of_ffn in factors),
         norms=s.num_layers * (block_norms * norm + qk_norm) + trunks * final_norm * norm,
         routers=s.num_layers * len(shape.routers) * shape.num_experts * d + shape.document_gate_parameters,
     )
+
+
+def _factors(shape: Shape, layer: int, attention_experts: int, ffn_experts: int) -> tuple[int, int, int]:
+    """Elements of the factors of so many experts' changes in a layer: of q, k and v, of o, and of the FFN."""
+    qkv = shape.factors(layer, "q", attention_experts) + shape.factors(layer, "k v")
+    return qkv, shape.factors(layer, "o", attention_experts), shape.factors(layer, "gate up down", ffn_experts)
 
 
 def _embedding_widths(shape: Shape) -> tuple[int, int]:
@@ -128,7 +139,8 @@ class LayerFlops:
 
     qkv: int
     """2d(NH + 2NK)D, with one k and v for Shared KV: the paper's 6Nd^2. With top-k attention the H query heads, here
-    and below, are those of k experts; keys and values are of all N."""
+    and below, are those of k experts; keys and values are of all N. Experts that are changes of the seed: 2d(H + 2K)D,
+    and 2r(inputs + outputs) for each matrix of each of these experts; so for output and FFN."""
     context: int
     """Scores and weighted values, 2 n_ctx NHD: the paper's "mask". That is 4NHD for each of the n_ctx / 2 keys that
     a token of a causal sequence of n_ctx tokens sees on average."""
@@ -206,24 +218,26 @@ def flops_of(shape: Shape, context: int) -> Flops:
     s = shape.sizes
     d, q_width, kv_width = s.hidden_size, s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
     wide = shape.active_attention_experts * q_width
+    ffn_experts, of_seed = min(shape.num_experts_per_tok, shape.ffn_experts), bool(shape.expert_ranks)
+    own_wide, own_kv, own_ffn = (q_width, 1, 1) if of_seed else (wide, shape.kv_experts, ffn_experts)
 
-    def layer(window: int | None) -> LayerFlops:
+    def layer(number: int, window: int | None) -> LayerFlops:
         # Keys seen by all n tokens together, doubled: n^2 of a causal triangle, less what lies outside the window.
         keys = context**2 - max(context - (window or context), 0) ** 2
+        qkv, output, ffn = _factors(shape, number, shape.active_attention_experts, ffn_experts)
         return LayerFlops(
-            qkv=2 * d * (wide + 2 * shape.kv_experts * kv_width),
+            qkv=2 * (d * (own_wide + 2 * own_kv * kv_width) + qkv),
             context=2 * wide * keys // context,
-            output=2 * wide * d,
-            ffn=2 * min(shape.num_experts_per_tok, shape.ffn_experts)
-            * (3 if shape.family.gate else 2) * d * s.intermediate_size,
+            output=2 * (own_wide * d + output),
+            ffn=2 * (own_ffn * (3 if shape.family.gate else 2) * d * s.intermediate_size + ffn),
             attention_router=2 * d * shape.num_experts * shape.has_attention_experts,
             ffn_router=2 * d * shape.num_experts * shape.has_ffn_experts,
         )  # fmt: skip
 
     token_width, projections = _embedding_widths(shape)
     return Flops(
-        layer=layer(None),
-        layers=tuple(layer(window) for window in windows(shape)),
+        layer=layer(0, None),
+        layers=tuple(layer(number, window) for number, window in enumerate(windows(shape))),
         lm_head=2 * (token_width * s.vocab_size + projections),
         causal_mean=2 * (context + 1) * wide,
         last_token=4 * context * wide,

@@ -290,7 +290,7 @@ def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int])
 
 # A tensor's part of the model by its name, first match; and buffers that some checkpoints store.
 _PART_PATTERNS = {
-    "routers": r"expert_gate|router|\.gate\.weight$|^document_gate\.",
+    "routers": r"expert_gate|router|(?<!\.experts)\.gate\.weight$|^document_gate\.",
     "norms": r"norm|\.ln_",
     "lm_head": r"lm_head|embed_out|output_projection",
     "embeddings": r"embed|\.wte|\.wpe",

@@ -52,7 +52,7 @@ class Shape:
     trunk: str = "average"
     """``average``, or the mixture's ``experts``."""
     expert_ranks: tuple[dict[str, list[int]], ...] = ()
-    """Ranks of the experts' changes of each matrix, in each layer or once for all; empty: the matrices are their own."""
+    """Ranks of the experts' changes of each matrix, in each layer or once for all; empty: the matrices are theirs."""
     folded_norms: tuple[str, ...] = ()
     """Norms of a block whose gains are in the experts' projections."""
     domains: tuple[str, ...] = ()
@@ -112,6 +112,22 @@ class Shape:
     def ranks(self, layer: int) -> dict[str, list[int]]:
         """``expert_ranks`` of a layer; empty if the experts have matrices of their own."""
         return self.expert_ranks[layer if len(self.expert_ranks) > 1 else 0] if self.expert_ranks else {}
+
+    def factors(self, layer: int, matrices: str, experts: int | None = None) -> int:
+        """Elements of the factors of the experts' changes in a layer: of this number of experts, or of all.
+
+        Where ranks differ, some experts have the mean of all, as tokens use them if every expert gets as many.
+        """
+        s = self.sizes
+        inner = {"q": s.num_heads * s.head_dim, "k": s.num_kv_heads * s.head_dim}
+        inner |= {"o": inner["q"], "v": inner["k"]}
+        ranks = self.ranks(layer)
+        total = sum(
+            sum(ranks[matrix]) * (s.hidden_size + inner.get(matrix, s.intermediate_size))
+            for matrix in matrices.split()
+            if matrix in ranks
+        )
+        return total if experts is None else total * experts // self.num_experts
 
     @property
     def facts(self) -> Family:

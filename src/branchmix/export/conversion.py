@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from branchmix.accounting.formulas import configured_positions
-from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Stack, Stored, Transposed
+from branchmix.checkpoint.expressions import Expression, Scaled, Stored
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.generated_tensors import Constant
@@ -20,17 +19,16 @@ from branchmix.checkpoint.rotary import with_rope
 from branchmix.errors import CompatibilityError, RecipeError, VerificationError
 from branchmix.export.native import NATIVES, SHARED_EXPERT_WIDTH, TARGETS, Native, native_config, problems
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
+from branchmix.upcycling.layers import dense_tensors
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
 from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import (
     KINDS,
     ROLES,
     DenseExpert,
-    Kind,
     MixtureExpert,
     in_trunk,
     inside,
-    qkv_order,
 )
 from branchmix.upcycling.verify import (
     FOLDED_TOLERANCE,
@@ -329,55 +327,9 @@ def _dense_tensors(
     family, shape = mixture.family, mixture.shape
     if expert is not None:
         for layer in range(mixture.dims.num_layers):
-            if shape.has_attention_experts:
-                for name, part in _attention(mixture, expert, layer):
-                    yield f"{family.layers}.{layer}.{family.attention}.{name}", part
-            if shape.has_ffn_experts:
-                for name, part in _ffn(mixture, expert, layer, factor):
-                    yield f"{family.layers}.{layer}.{name}", part
+            own = {"attention": shape.has_attention_experts, "ffn": shape.has_ffn_experts}
+            for name, part in dense_tensors(expert, layer, **own):
+                scaled = factor != 1.0 and name.startswith(f"{family.down}.")
+                yield f"{family.layers}.{layer}.{name}", Scaled(part, factor) if scaled else part
     trunk = trunk_of(mixture, 0 if expert is None else expert.number)
     yield from _shared(trunk, attention=shape.has_attention_experts, ffn=shape.has_ffn_experts)
-
-
-def _attention(mixture: OpenedMixture, expert: MixtureExpert, layer: int) -> Iterator[tuple[str, Expression]]:
-    family = mixture.family
-    names = {"q": family.query, "k": family.key, "v": family.value, "o": family.output}
-    for kind in KINDS:
-        parts = {role: part for role in ROLES if (part := expert.attention(layer, role, kind)) is not None}
-        if family.fused_qkv is not None and "q" in parts:
-            yield f"{family.fused_qkv}.{kind}", _stored(mixture, _fused(mixture, parts), kind)
-        for role, part in parts.items():
-            if family.fused_qkv is None or role == "o":
-                yield f"{names[role]}.{kind}", _stored(mixture, part, kind)
-    for role, norm in (("q", family.query_norm), ("k", family.key_norm)):
-        for name, part in expert.attention_norm(layer, role).items():  # type: ignore[arg-type]
-            yield f"{norm}.{name}", part
-
-
-def _fused(mixture: OpenedMixture, parts: Mapping[Any, Expression]) -> Expression:
-    """q, k and v as the rows of the family's fused matrix, the inverse of how they were taken out of it."""
-    repeats, order = qkv_order(mixture.family, mixture.dims)
-    heights = {role: part.num_rows // repeats for role, part in parts.items()}
-    return Stack(
-        Rows(parts[role], [(block * heights[role], (block + 1) * heights[role])])
-        for block in range(repeats)
-        for role in order
-    )
-
-
-def _ffn(mixture: OpenedMixture, expert: MixtureExpert, layer: int, factor: float) -> Iterator[tuple[str, Expression]]:
-    family, parts = mixture.family, expert.ffn(layer)
-    names = {"gate_proj": family.gate, "up_proj": family.up, "in_proj": family.up, "down_proj": family.down}
-    for kind in KINDS:
-        matrices = {name.partition(".")[0]: part for name, part in parts.items() if name.endswith(f".{kind}")}
-        if factor != 1.0 and "down_proj" in matrices:
-            matrices["down_proj"] = Scaled(matrices["down_proj"], factor)
-        if family.fused_gate_up is not None and "gate_proj" in matrices:
-            fused = Stack((matrices.pop("gate_proj"), matrices.pop("up_proj")))
-            yield f"{family.fused_gate_up}.{kind}", _stored(mixture, fused, kind)
-        for name, part in matrices.items():
-            yield f"{names[name]}.{kind}", _stored(mixture, part, kind)
-
-
-def _stored(mixture: OpenedMixture, part: Expression, kind: Kind) -> Expression:
-    return Transposed(part) if mixture.family.transposed and kind == "weight" else part

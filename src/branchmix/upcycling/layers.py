@@ -6,12 +6,24 @@ the model's code). Everything is a verbatim copy but averages, o_proj's columns,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
-from branchmix.checkpoint.expressions import Average, Cast, Columns, Expression, Rows, Stack, Stored, same_values
+from branchmix.checkpoint.expressions import (
+    Average,
+    Cast,
+    Columns,
+    Expression,
+    Rows,
+    Stack,
+    Stored,
+    Transposed,
+    same_values,
+)
+from branchmix.checkpoint.families import Family
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
-from branchmix.upcycling.sources import KINDS, MATRICES, ROLES, ExpertSource, Kind, ffn_name
+from branchmix.upcycling.sources import KINDS, MATRICES, ROLES, ExpertSource, Kind, Role, ffn_name, qkv_order
 
 
 def attention_tensors(
@@ -96,6 +108,47 @@ def _as_changes(
         factors = [factor for change in changes if (factor := getattr(change, name)) is not None]
         if factors:
             yield f"{module}.low_rank_{name}", Stack(tuple(cast(factor, dtype) for factor in factors))
+
+
+def dense_tensors(expert: ExpertSource, layer: int, *, attention: bool, ffn: bool) -> Iterator[tuple[str, Expression]]:
+    """An expert's attention and FFN as a dense checkpoint of its family has them, by name below the block."""
+    family = expert.family
+    roles = {"q": family.query, "k": family.key, "v": family.value, "o": family.output}
+    names = {"gate_proj": family.gate, "up_proj": family.up, "in_proj": family.up, "down_proj": family.down}
+    for kind in KINDS if attention else ():
+        parts = {role: part for role in ROLES if (part := expert.attention(layer, role, kind)) is not None}
+        if family.fused_qkv is not None and "q" in parts:
+            yield f"{family.attention}.{family.fused_qkv}.{kind}", _stored(family, _fused(expert, parts), kind)
+        for role, part in parts.items():
+            if family.fused_qkv is None or role == "o":
+                yield f"{family.attention}.{roles[role]}.{kind}", _stored(family, part, kind)
+    norms: tuple[tuple[Literal["q", "k"], str | None], ...] = (("q", family.query_norm), ("k", family.key_norm))
+    for role, norm in norms if attention else ():
+        for name, part in expert.attention_norm(layer, role).items():
+            yield f"{family.attention}.{norm}.{name}", part
+    tensors = expert.ffn(layer) if ffn else {}
+    for kind in KINDS:
+        matrices = {name.partition(".")[0]: part for name, part in tensors.items() if name.endswith(f".{kind}")}
+        if family.fused_gate_up is not None and "gate_proj" in matrices:
+            fused = Stack((matrices.pop("gate_proj"), matrices.pop("up_proj")))
+            yield f"{family.fused_gate_up}.{kind}", _stored(family, fused, kind)
+        for name, part in matrices.items():
+            yield f"{names[name]}.{kind}", _stored(family, part, kind)
+
+
+def _fused(expert: ExpertSource, parts: Mapping[Role, Expression]) -> Expression:
+    """q, k and v as the rows of the family's fused matrix, the inverse of how they were taken out of it."""
+    repeats, order = qkv_order(expert.family, expert.dims)
+    heights = {role: part.num_rows // repeats for role, part in parts.items()}
+    return Stack(
+        Rows(parts[role], [(block * heights[role], (block + 1) * heights[role])])  # type: ignore[index]
+        for block in range(repeats)
+        for role in order
+    )
+
+
+def _stored(family: Family, part: Expression, kind: Kind) -> Expression:
+    return Transposed(part) if family.transposed and kind == "weight" else part
 
 
 def mean(parts: Sequence[Expression], weights: Sequence[float], dtype: str) -> Expression:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,21 @@ from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
 from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
-from branchmix.upcycling.layers import cast
+from branchmix.upcycling.layers import cast, dense_tensors
+from branchmix.upcycling.low_rank import LowRankExpert, SingularFactor
 from branchmix.upcycling.plan import Plan, Progress
-from branchmix.upcycling.sources import DenseExpert, ExpertSource, below, fused_rows, inside, of_trunk
+from branchmix.upcycling.sources import (
+    Change,
+    DenseExpert,
+    ExpertSource,
+    Kind,
+    MixtureExpert,
+    Role,
+    below,
+    fused_rows,
+    inside,
+    of_trunk,
+)
 from branchmix.upcycling.transformers_view import transformers_config
 
 if TYPE_CHECKING:
@@ -71,6 +83,10 @@ class Verification:
     bytes_compared: int
     averages_checked: int
     """Averaged tensors, recomputed in fp64."""
+    changes_checked: int = 0
+    """Matrices of experts that are changes of the seed: the written factors against the expert's own matrix."""
+    change_error: float = 0.0
+    """The greatest error among them, relative to the norm of the change; 0 but for rounding if all are LoRA."""
     tokens: int = 0
     """Length of the text."""
     whole_experts: bool = False
@@ -94,8 +110,9 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Progress | None = None) -
     averages = _check_averages(plan, index)
     if plan.is_dense:
         return Verification(compared, nbytes, averages)
+    changes, error = _check_changes(plan, index, progress)
     checks, tokens = _compare_logits(plan, folder, index, progress)
-    return Verification(compared, nbytes, averages, tokens, bool(plan.lossless), tuple(checks))
+    return Verification(compared, nbytes, averages, changes, error, tokens, bool(plan.lossless), tuple(checks))
 
 
 def compare_bytes(plan: Plan, index: CheckpointIndex, progress: Progress | None) -> tuple[int, int]:
@@ -142,6 +159,72 @@ def _check_averages(plan: Plan, index: CheckpointIndex) -> int:
     return len(of_stored)
 
 
+def _check_changes(plan: Plan, index: CheckpointIndex, progress: Progress | None) -> tuple[int, float]:
+    """Number of the matrices that are changes of the seed, and the greatest relative error of a change.
+
+    Raises:
+        VerificationError: written factors are not a LoRA's, or lose more of a full fine-tune than was reported.
+    """
+    experts = [expert for expert in plan.sources if isinstance(expert, LowRankExpert)]
+    checked, greatest = 0, 0.0
+    for number, expert in enumerate(experts):
+        written = _as_written(plan, index, expert, number)
+        for layer in range(expert.dims.num_layers):
+            if progress is not None:
+                progress(
+                    "comparing changes", number * expert.dims.num_layers + layer, len(experts) * written.num_layers
+                )
+            for matrix in expert.matrices:
+                truth, change = expert.change(layer, matrix), written.change(layer, matrix)
+                if truth.A is None or truth.B is None or change is None or change.A is None or change.B is None:
+                    continue
+                reported = 0.0
+                if isinstance(truth.A, SingularFactor) and plan.decomposed is not None:
+                    exact = truth.A.change.difference().numpy()
+                    reported = plan.decomposed.truncations[truth.A.change.key].error
+                else:
+                    exact = _float32(truth.B).T @ _float32(truth.A)
+                error = _relative(exact - _float32(change.B).T @ _float32(change.A), exact)
+                rounding = {"BF16": 2.0**-7, "F16": 2.0**-9, "F32": 2.0**-20}[change.A.dtype]
+                if not error <= reported + rounding:
+                    raise VerificationError(
+                        f"expert {expert.name!r}: its change of {matrix} in layer {layer} was written with an error of "
+                        f"{error:.2g} of its norm, not {reported:.2g}: write the output again"
+                    )
+                checked, greatest = checked + 1, max(greatest, error)
+    return checked, greatest
+
+
+def _relative(difference: Any, of: Any) -> float:
+    norm = float(np.linalg.norm(of))
+    return float(np.linalg.norm(difference)) / norm if norm else 0.0
+
+
+def _float32(part: Expression) -> Any:
+    return to_float32(part.rows(0, part.num_rows), part.dtype)
+
+
+@dataclass(frozen=True)
+class _Written(MixtureExpert):
+    """An expert of the written mixture, whose matrices are not rounded once more where they are put together."""
+
+    def _change(self, module: str, ranks: list[int]) -> Change:
+        change = super()._change(module, ranks)
+        return change._replace(base=cast(change.base, "F32"))
+
+    def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
+        part = super().attention(layer, role, kind)
+        return None if part is None else cast(part, "F32")
+
+    @property
+    def num_layers(self) -> int:
+        return self.dims.num_layers
+
+
+def _as_written(plan: Plan, index: CheckpointIndex, expert: ExpertSource, number: int) -> _Written:
+    return _Written(expert.name, replace(index, config=plan.config), expert.family, expert.dims, number)
+
+
 def _compare_logits(
     plan: Plan, folder: Path, index: CheckpointIndex, progress: Progress | None
 ) -> tuple[list[ExpertCheck], int]:
@@ -162,7 +245,7 @@ def _compare_logits(
     for number, expert in enumerate(plan.sources):
         if progress is not None:
             progress("comparing logits", number, len(plan.sources))
-        assert isinstance(expert, DenseExpert), "only an upcycling is verified"
+        assert isinstance(expert, DenseExpert | LowRankExpert), "only an upcycling is verified"
         of_expert = [tensor.expression for tensor in plan.tensors if f".experts.{number}." in tensor.name]
         if any(isinstance(part, Scaled | PartlyRedrawn) for part in of_expert):
             skipped = "its FFN was changed on purpose (sparse upcycling's options)"
@@ -170,13 +253,14 @@ def _compare_logits(
             continue
         with torch.no_grad(), one_hot_gates(mixture, number):
             ours = mixture(tokens).logits
+        own = expert.own if isinstance(expert, LowRankExpert) else expert
         dense = _dense(plan, index, expert, number)
         with torch.no_grad():
             theirs = dense(tokens).logits
         del dense
         gc.collect()
         # A folded gain times a weight is rounded to the output's dtype; dense model i multiplies them in fp32.
-        rounded = expert.fold_norms and plan.config["dtype"] != "float32"
+        rounded = own.fold_norms and own is expert and plan.config["dtype"] != "float32"
         tolerance = FOLDED_TOLERANCE if rounded else TOLERANCE
         difference, greatest = difference_of(ours, theirs)
         if not difference <= tolerance * max(greatest, 1.0):
@@ -201,22 +285,49 @@ def refuse_strangers(model: Any, info: dict[str, Any], name: str) -> None:
 
 def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
     """The expert's own config, in its class; of the seed's only what belongs to an averaged trunk."""
-    assert isinstance(expert, DenseExpert), "only an upcycling is verified"
+    assert isinstance(expert, DenseExpert | LowRankExpert), "only an upcycling is verified"
     of_trunk = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings")
     not_computed = ("torch_dtype", "dtype", "auto_map", "attn_implementation", "quantization_config")
-    config = {key: value for key, value in expert.index.config.items() if key not in (*of_trunk, *not_computed)}
-    trunk = expert.index.config if plan.lossless else plan.config["seed_config"]
+    own = expert.index.config if isinstance(expert, DenseExpert) else expert.own.index.config
+    config = {key: value for key, value in own.items() if key not in (*of_trunk, *not_computed)}
+    trunk = own if plan.lossless else plan.config["seed_config"]
     config |= {key: value for key, value in trunk.items() if key in of_trunk}
     return transformers_config(config)
 
 
-def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> Any:
+def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert | LowRankExpert, number: int) -> Any:
     """Dense model i in its family's own class: its experts' tensors from its checkpoint; the rest, unless the trunk is
-    lossless, from the mixture."""
+    lossless, from the mixture. The matrices of a change of the seed are those of the mixture, put together."""
     import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     dense_config = _dense_config(plan, expert)
+    if isinstance(expert, LowRankExpert):
+        state = _state_of_change(plan, index, expert, number)
+    else:
+        state = _state_of_own(plan, index, expert, number)
+    # As from a checkpoint, so that transformers' own renamings (GPT-NeoX's embed_out) apply.
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].from_pretrained(
+        None, config=dense_config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    refuse_strangers(model, info, expert.name)
+    return model.eval()
+
+
+def _state_of_change(plan: Plan, index: CheckpointIndex, expert: LowRankExpert, number: int) -> dict[str, Any]:
+    own, written, state = expert.own, _as_written(plan, index, expert, number), {}
+    for name, ref in own.tensors.items():
+        if ref.dtype in FLOAT_DTYPES:
+            shared = index.tensors.get(f"model.{name}") or index.tensors.get(f"model.{of_trunk(name, number)}", ref)
+            state[name] = _tensor(cast(Stored(shared), "F32"))
+    attention = plan.config["attention"] in ("kv_experts", "kv_sharing")
+    for layer in range(own.dims.num_layers):
+        for name, part in dense_tensors(written, layer, attention=attention, ffn=plan.config["ffn"] == "experts"):
+            state[f"{own.family.layers}.{layer}.{name}"] = _tensor(part)
+    return state
+
+
+def _state_of_own(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int) -> dict[str, Any]:
     attention = plan.config["attention"] in ("kv_experts", "kv_sharing")
     owned = expert.expert_tensors(attention, plan.config["ffn"] == "experts")
     dtype, family = DTYPES[plan.config["dtype"]], expert.family
@@ -232,12 +343,7 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert, number: int)
             state[name] = _tensor(Stored(ref))
     if plan.config["attention"] == "kv_sharing" and not plan.lossless:
         _share_keys_and_values(state, expert, index)
-    # As from a checkpoint, so that transformers' own renamings (GPT-NeoX's embed_out) apply.
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].from_pretrained(
-        None, config=dense_config, state_dict=state, dtype=torch.float32, output_loading_info=True
-    )
-    refuse_strangers(model, info, expert.name)
-    return model.eval()
+    return state
 
 
 def _share_keys_and_values(state: dict[str, Any], expert: DenseExpert, index: CheckpointIndex) -> None:
