@@ -156,6 +156,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         "attention_num_experts_per_tok": shape.attention_num_experts_per_tok,
         "shared_router": shape.shared_router,
         "document_gate": list(shape.domains) or None,
+        **({"expert_ranks": list(shape.expert_ranks)} if shape.expert_ranks else {}),
         **({"trunk": shape.trunk} if shape.trunk == "experts" else {}),
     }
 

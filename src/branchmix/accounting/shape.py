@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from branchmix.checkpoint.families import Config, Dimensions, Family, Flag, dimensions, families, family_of, nearest
+from branchmix.checkpoint.families import (
+    Config,
+    Dimensions,
+    Family,
+    Flag,
+    dimensions,
+    families,
+    family_of,
+    matrix_shapes,
+    nearest,
+)
 from branchmix.errors import CheckpointError
 
 MIXTURE_DEFAULTS: Config = {
@@ -118,15 +128,8 @@ class Shape:
 
         Where ranks differ, some experts have the mean of all, as tokens use them if every expert gets as many.
         """
-        s = self.sizes
-        inner = {"q": s.num_heads * s.head_dim, "k": s.num_kv_heads * s.head_dim}
-        inner |= {"o": inner["q"], "v": inner["k"]}
-        ranks = self.ranks(layer)
-        total = sum(
-            sum(ranks[matrix]) * (s.hidden_size + inner.get(matrix, s.intermediate_size))
-            for matrix in matrices.split()
-            if matrix in ranks
-        )
+        shapes, ranks = matrix_shapes(self.sizes), self.ranks(layer)
+        total = sum(sum(ranks[name]) * sum(shapes[name]) for name in matrices.split() if name in ranks)
         return total if experts is None else total * experts // self.num_experts
 
     @property

@@ -245,6 +245,14 @@ LARGEST_SIZE = 2**31 - 1
 """What a config may say of any size of a model."""
 
 
+def matrix_shapes(sizes: Dimensions) -> dict[str, tuple[int, int]]:
+    """[O, I] of one expert's matrices in a layer, by the names of ``expert_ranks``."""
+    width, inner = sizes.hidden_size, sizes.intermediate_size
+    query, key = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    attention = {"q": (query, width), "k": (key, width), "v": (key, width), "o": (width, query)}
+    return attention | {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}
+
+
 def dimensions(config: Config) -> Dimensions:
     """Sizes of the dense model that ``config`` describes, under whatever names its family uses.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from branchmix.export import ExportReport
     from branchmix.upcycling import UpcycleReport
     from branchmix.upcycling.gates.measure import Fitted
+    from branchmix.upcycling.low_rank import Decomposed, Truncation
     from branchmix.upcycling.plan import Plan
 
 PEAK_MEMORY_BYTES = 150_000_000
@@ -131,6 +132,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         "peak_memory_bytes": PEAK_MEMORY_BYTES,
         "lossless": None if plan.is_dense else plan.lossless,
         "accounting": inspect(plan.config).as_dict(),
+        **({"cut": [asdict(cut) for cut in plan.decomposed.truncations.values()]} if plan.decomposed else {}),
         **{name: part.as_dict() for name, part in parts.items() if part is not None},
     }
 
@@ -165,6 +167,8 @@ def _print(report: UpcycleReport) -> None:
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
         f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}"
     )
+    if plan.decomposed is not None and plan.decomposed.truncations:
+        _cut_table(plan.decomposed).show()
     if report.verification is not None:
         _print_verification(report.verification)
     if report.gates is not None:
@@ -182,11 +186,31 @@ def _plan_table(plan: Plan) -> Table:
     return Table(["tensors", "count", "shape", "size", ""], rows, left=("shape", ""))
 
 
+def _cut_table(decomposed: Decomposed) -> Table:
+    """A row for each matrix of each expert that was cut to a rank, over all layers."""
+    groups: dict[tuple[str, str], list[Truncation]] = {}
+    for cut in decomposed.truncations.values():
+        groups.setdefault((cut.expert, cut.matrix), []).append(cut)
+    rows = []
+    for key, cuts in groups.items():
+        ranks, errors = [cut.rank for cut in cuts], [cut.error for cut in cuts]
+        words = str(ranks[0]) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+        mean, seconds = sum(errors) / len(errors), sum(cut.seconds for cut in cuts)
+        rows.append([*key, words, f"{mean:.1%}", f"{max(errors):.1%}", f"{seconds:.1f} s"])
+    head = ["expert", "matrix", "rank", "lost on average", "at most", "time"]
+    return Table(head, rows, title="changes cut to a rank: what they lose of their norm", left=("matrix",))
+
+
 def _print_verification(verification: Any) -> None:
     typer.echo(
         f"\nverified: {verification.tensors_byte_identical} tensors ({human_bytes(verification.bytes_compared)}) "
         f"byte-identical to their sources, {verification.averages_checked} averages recomputed in fp64"
     )
+    if verification.changes_checked:
+        typer.echo(
+            f"{verification.changes_checked} changes of the seed compared with their experts' matrices: at most "
+            f"{verification.change_error:.2g} of a change's norm is lost"
+        )
     rows = [
         [check.name, check.skipped or f"{check.max_difference:.2e}", "" if check.skipped else f"{check.max_logit:.1f}"]
         for check in verification.experts
@@ -290,6 +314,8 @@ Exports are exact, or refused with all reasons. Both models' logits are compared
   flex_olmo  OLMo 2 seeds; any gates
   olmoe      none: no dense family has its blocks (explains the differences)
   dense      one expert of any mixture with the shared weights, or a mixture without experts
+  peft       one expert of a mixture of low-rank experts (expert_rank), as a LoRA adapter of the seed
+  full       such a mixture with matrices of its own for every expert
 """
 
 
@@ -297,8 +323,10 @@ Exports are exact, or refused with all reasons. Both models' logits are compared
 def export_command(
     model: console.Mixture,
     out: console.Out,
-    to: Annotated[str, Option(metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe or dense.")],
-    expert: Annotated[str | None, Option(metavar="NAME", help="Expert to export, for --to dense.")] = None,
+    to: Annotated[
+        str, Option(metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe, dense, peft or full.")
+    ],
+    expert: Annotated[str | None, Option(metavar="NAME", help="Expert to export, for --to dense and peft.")] = None,
     no_verify: Annotated[bool, Option("--no-verify", help="Do not compare both models' logits.")] = False,
     dry_run: console.DryRun = False,
     force: console.Force = False,

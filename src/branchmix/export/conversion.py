@@ -17,7 +17,9 @@ from branchmix.checkpoint.generated_tensors import Constant
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.rotary import with_rope
 from branchmix.errors import CompatibilityError, RecipeError, VerificationError
+from branchmix.export.adapter import plan_adapter, write_adapter
 from branchmix.export.native import NATIVES, SHARED_EXPERT_WIDTH, TARGETS, Native, native_config, problems
+from branchmix.upcycling.edit_experts import EditedMixture
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
 from branchmix.upcycling.layers import dense_tensors
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
@@ -88,8 +90,10 @@ def export_model(
     Args:
         model: folder or Hub id of a mixture.
         out: folder to write.
-        to: ``mixtral``, ``qwen2_moe``, ``qwen3_moe``, ``olmoe``, ``flex_olmo``, or ``dense``.
-        expert: for ``dense``, whose dense model: the one that the mixture is with all gates on that expert.
+        to: ``mixtral``, ``qwen2_moe``, ``qwen3_moe``, ``olmoe``, ``flex_olmo``, or ``dense``. For a mixture of low-rank
+            changes also ``full`` (a mixture whose experts have matrices of their own) and ``peft`` (a LoRA adapter).
+        expert: for ``dense``, whose dense model: the one that the mixture is with all gates on that expert. For
+            ``peft``, whose adapter.
         verify: compare the logits of both on text before the folder gets its name (needs both in fp32).
         dry_run, force, check, progress: as for ``upcycle``.
 
@@ -103,9 +107,9 @@ def export_model(
     """
     start = time.perf_counter()
     out = Path(out)
-    mixture = OpenedMixture(str(model), otherwise="there is nothing to export")
+    mixture = EditedMixture(str(model), otherwise="there is nothing to export")
     plan = plan_export(mixture, to, expert)
-    chosen = chosen_expert(mixture, expert) if to == "dense" else None
+    chosen = chosen_expert(mixture, expert) if to in _OF_ONE_EXPERT else None
     name = chosen.name if chosen else None
     refuse_overlap(out, [mixture.resolved.folder], force=force)
     written = verification = None
@@ -114,19 +118,23 @@ def export_model(
         source = mixture.resolved
         exported = {"to": to, "expert": name, "model": source.given, "revision": source.revision}
         with atomic_folder(out, force=force) as folder:
-            written = write_output(
-                plan,
-                folder,
-                mixture.resolved.folder,
-                lambda: {**mixture.provenance(), "exported": exported},
-                DEFAULT_SHARD_BYTES,
-                check=check,
-                progress=progress,
-                exported_from=mixture.config,
+            written = (
+                write_adapter(plan, folder, check=check, progress=progress)
+                if to == "peft"
+                else write_output(
+                    plan,
+                    folder,
+                    mixture.resolved.folder,
+                    lambda: {**mixture.provenance(), "exported": exported},
+                    DEFAULT_SHARD_BYTES,
+                    check=check,
+                    progress=progress,
+                    exported_from=mixture.config,
+                )
             )
             if verify:
                 one_hot = chosen.number if chosen is not None and expert is not None else None
-                verification = _verify(mixture, plan, folder, one_hot, progress)
+                verification = _verify(mixture, plan, folder, one_hot, progress) if to != "peft" else None
     return ExportReport(out, to, name, plan, written, verification, time.perf_counter() - start)
 
 
@@ -162,8 +170,9 @@ def _verify(
         with torch.no_grad(), gates:
             logits.append(model.eval()(tokens).logits)
     difference, greatest = difference_of(logits[1], logits[0])
-    scaled = any("scaled" in group.how for group in plan.groups)
-    tolerance = FOLDED_TOLERANCE if scaled and not rounds_nothing(mixture) else TOLERANCE
+    scaled = any("scaled" in group.how for group in plan.groups) and not rounds_nothing(mixture)
+    rounded = any("low rank" in group.how for group in plan.groups) and mixture.dtype != "F32"
+    tolerance = FOLDED_TOLERANCE if scaled or rounded else TOLERANCE
     if not difference <= tolerance * max(greatest, 1.0):
         raise VerificationError(
             f"{mixture.resolved.given}: the logits of the export differ from the mixture's by {difference:.3g} "
@@ -175,7 +184,10 @@ def _verify(
 # ---- The plan. Pure: reads configs and headers, writes nothing, imports neither torch nor transformers. ----
 
 
-def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> Plan:
+_OF_ONE_EXPERT = ("dense", "peft")
+
+
+def plan_export(mixture: EditedMixture, to: str, expert: str | None = None) -> Plan:
     """Plan a checkpoint of another class (one of ``TARGETS``) that computes what the mixture does.
 
     For ``dense``, ``expert`` says whose dense model. Raises RecipeError for a target or expert that does not exist
@@ -185,8 +197,15 @@ def plan_export(mixture: OpenedMixture, to: str, expert: str | None = None) -> P
         raise RecipeError(f"--to {to}: not one of {', '.join(TARGETS)}{nearest(to, TARGETS)}")
     if to == "dense":
         return _plan_dense(mixture, expert)
+    if to == "peft":
+        chosen = chosen_expert(mixture, expert)
+        if chosen is None:
+            raise RecipeError(f"--to peft: {mixture.resolved.given} has no experts")
+        return plan_adapter(mixture, chosen)
     if expert is not None:
         raise RecipeError(f"--expert {expert}: {to} takes all experts: it goes with --to dense")
+    if to == "full":
+        return mixture.plan_of_own_matrices()
     native, trunk = NATIVES[to], trunk_of(mixture)
     if reasons := problems(mixture, trunk, native):
         others = [name for name, other in NATIVES.items() if name != to and not problems(mixture, trunk, other)]

@@ -62,7 +62,7 @@ SHARED_EXPERT_WIDTH = 256
 split."""
 
 NATIVES: dict[str, Native] = entries("native", Native)
-TARGETS = (*NATIVES, "dense")
+TARGETS = (*NATIVES, "dense", "full", "peft")
 """What ``--to`` takes."""
 
 

@@ -36,6 +36,8 @@ _LATER: dict[str, Any] = {
     "gates": {"keep_top_k": False},
     "start": "even",
     "trunk": "average",
+    "expert_rank": "full",
+    "expert_energy": 0.9,
 }
 """Options of recipes that came after `FORMAT` 1, with the values that mean what was done before there were any.
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from branchmix.accounting import active_parameters, flops_per_token, kv_cache_bytes_per_token, parameters, shape_of
+from branchmix.checkpoint.families import dimensions, family_of, matrix_shapes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import read_config
 from branchmix.errors import RecipeError
@@ -15,6 +16,7 @@ from branchmix.study.graph import Cost
 from branchmix.study.settings import Method, StudyFile
 from branchmix.train.config import NewModel
 from branchmix.train.schedule import optimizer_flops, token_flops
+from branchmix.upcycling.low_rank import matrices_of
 
 Config = dict[str, Any]
 DATA = "data.yaml"
@@ -109,6 +111,8 @@ class Mixtures:
             "shared_router": recipe.routing.shared,
             "trunk": recipe.trunk,
         }
+        if recipe.is_low_rank:
+            config["expert_ranks"] = self._ranks(recipe)
         if recipe.gates is None:
             return config
         from branchmix.upcycling.gates.fit import TopK
@@ -119,6 +123,20 @@ class Mixtures:
         if not recipe.gates.token_only:  # the decay is fitted; it costs the same whatever it is
             config["document_gate"] = {"domains": self.study.domains, "decay": 1.0}
         return config
+
+    def _ranks(self, recipe: Recipe) -> list[dict[str, list[int]]]:
+        """The ranks that full fine-tunes are cut to; the seed's is 0.
+
+        Raises:
+            RecipeError: the ranks are found in the weights, which are not there when a study is planned.
+        """
+        if not isinstance(recipe.expert_rank, int):
+            raise RecipeError("expert_rank: auto: a study needs to know sizes before it begins: give a number")
+        shapes, ranks = matrix_shapes(dimensions(self.seed_config)), {}
+        for matrix in matrices_of(family_of(self.seed_config), recipe.attention, recipe.ffn):
+            rank = min(recipe.expert_rank, *shapes[matrix])
+            ranks[matrix] = [0 if name == "seed" else rank for name in recipe.expert_names]
+        return [ranks]
 
 
 def step_cost(study: StudyFile, config: Config, train: dict[str, Any]) -> Cost:

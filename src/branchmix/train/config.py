@@ -181,9 +181,11 @@ class _Training(SettingsFile):
     optimizer: Optimizer = Optimizer()
     learning_rate: LearningRate
     freeze: Annotated[
-        list[Literal["experts", "all_but_routers", "attention", "embeddings", "trunk"]], BeforeValidator(_listed)
+        list[Literal["experts", "all_but_factors", "all_but_routers", "attention", "embeddings", "trunk"]],
+        BeforeValidator(_listed),
     ] = []
-    """Parts that are not trained: ``experts`` (attention and FFN), ``all_but_routers``, ``attention`` (without its
+    """Parts that are not trained: ``experts`` (attention and FFN), ``all_but_routers``, ``all_but_factors`` (of experts
+    that are low-rank changes of the seed; and routers, as always), ``attention`` (without its
     routers), ``embeddings`` (input and output), ``trunk`` (everything outside attention and FFNs). Experts trained with
     a frozen trunk share it with the seed, so a mixture with its gates forced to one expert is exactly that expert."""
     lora: Lora | None = None

@@ -15,6 +15,7 @@ from branchmix.errors import RecipeError
 from branchmix.models.attention_branchmix import BranchMixAttention, HeadOrder, is_conv1d
 from branchmix.models.documents_branchmix import BranchMixDocumentGate
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
+from branchmix.models.low_rank_branchmix import BranchMixLowRank
 from branchmix.models.routing_branchmix import BranchMixRouter
 from branchmix.train.config import Lora
 
@@ -54,6 +55,17 @@ def _experts(model: Any) -> Iterator[nn.Parameter]:
             yield from module.parameters()
 
 
+def _all_but_factors(model: Any) -> Iterator[nn.Parameter]:
+    matrices = [module for module in model.modules() if isinstance(module, BranchMixLowRank)]
+    if not matrices:
+        raise RecipeError(
+            "freeze: all_but_factors applies to mixtures whose experts are changes of the seed (expert_rank in the "
+            f"recipe), and {_name(model)} is not: remove it"
+        )
+    factors = {id(factor) for matrix in matrices for factor in (matrix.low_rank_A, matrix.low_rank_B)}
+    return (parameter for parameter in model.parameters() if id(parameter) not in factors)
+
+
 def _trunk(model: Any) -> Iterator[nn.Parameter]:
     experts = {id(parameter) for parameter in _in_blocks(model, "attention", "ffn", "up", "down")}
     return (parameter for parameter in model.parameters() if id(parameter) not in experts)
@@ -90,6 +102,7 @@ def _embeddings(model: Any) -> Iterator[nn.Parameter]:
 
 _PARTS: dict[str, Callable[[Any], Iterator[nn.Parameter]]] = {
     "experts": _experts,
+    "all_but_factors": _all_but_factors,
     "all_but_routers": lambda model: model.parameters(),
     "attention": lambda model: _in_blocks(model, "attention"),
     "embeddings": _embeddings,
@@ -164,6 +177,11 @@ def add_adapters(model: Any) -> None:
     Raises:
         RecipeError: the model has no experts, or they are spread over processes.
     """
+    if any(isinstance(module, BranchMixLowRank) for module in model.modules()):
+        raise RecipeError(
+            f"adapters: the experts of {_name(model)} are small changes of the seed already: remove adapters, and give "
+            "freeze: [all_but_factors] to train only these"
+        )
     places = list(_places(model))
     if not places:
         raise RecipeError(f"adapters: {_name(model)} has no experts: give a mixture, or use lora")

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from branchmix.checkpoint.companions import is_adapter
 from branchmix.checkpoint.expressions import Expression, Rows, Stack, Stored
 from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.generated_tensors import Constant, Held, Normal
-from branchmix.checkpoint.hub import resolve
+from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.numbers import widened
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import FileHashes
-from branchmix.errors import CompatibilityError, RecipeError
+from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
 from branchmix.recipe import Expert, RouterInit
 from branchmix.settings import parse
 from branchmix.upcycling.compatibility import check_newcomer
@@ -32,12 +33,22 @@ from branchmix.upcycling.execute import (
     write_output,
 )
 from branchmix.upcycling.layers import all_same, attention_tensors, ffn_tensors, same_keys_and_values
+from branchmix.upcycling.lora import check_adapter
+from branchmix.upcycling.low_rank import (
+    Adapter,
+    Decomposed,
+    LowRankExpert,
+    adapter_factors,
+    matrices_of,
+    ranks_of,
+    singular_factors,
+)
 from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture, provenance_of
 from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import DenseExpert, MixtureExpert, in_trunk, inside, of_trunk
 from branchmix.upcycling.transformers_view import require_buildable
 
-Members = Sequence[MixtureExpert | DenseExpert]
+Members = Sequence[MixtureExpert | DenseExpert | LowRankExpert]
 """Experts that stay or join, in the order of the routers' rows."""
 
 _NEVER_CHOSEN = -30.0
@@ -62,7 +73,8 @@ def add_expert(
     Args:
         model: the mixture.
         name: of the new expert.
-        expert: its dense checkpoint.
+        expert: its dense checkpoint. Where experts are changes of the seed, it is cut to the rank of the recipe; or it
+            is a LoRA adapter of the recorded seed, which stays as it is.
         out: folder to write.
         router_std: standard deviation of the routers' new rows, above 0; the mixture's ``initializer_range`` if not
             given.
@@ -74,21 +86,27 @@ def add_expert(
         RecipeError: the name is taken or not valid, or so are the settings of the routers' new rows.
     """
     parse(Expert, {"name": name, "model": str(expert)}, f"{name}={expert}")
-    mixture = _EditedMixture(str(model))
+    mixture = EditedMixture(str(model))
     std = router_std if router_std is not None else mixture.config.get("initializer_range", 0.02)
     parse(RouterInit, {"std": std, "seed": router_seed}, "router_std and router_seed")
     if name in mixture.names:
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
     dense = resolve(str(expert))
-    newcomer = DenseExpert.open(name, CheckpointIndex.open(dense.folder))
+    adapter = mixture.adapter(dense.folder) if mixture.shape.expert_ranks and is_adapter(dense.folder) else None
+    folder = mixture.recorded_seed().folder if adapter else dense.folder
+    newcomer = DenseExpert.open(name, CheckpointIndex.open(folder))
     findings = check_newcomer(mixture.index, mixture.config, newcomer)
     if findings.problems:
         raise CompatibilityError(findings.problems)
     require_buildable([(name, newcomer.index)])
     newcomer = newcomer.folding(mixture.config.get("folded_norms") or ())
     lossless = mixture.lossless and mixture.shares_trunk_with(newcomer)
-    plan = mixture.plan([*mixture.experts, newcomer], findings.notes, lossless, std, router_seed)
-    added = Sourced(name, dense, newcomer.index)
+    joins: DenseExpert | LowRankExpert = newcomer
+    if mixture.shape.expert_ranks:
+        joins, exact = mixture.as_change(newcomer, adapter, progress)
+        lossless = lossless and exact
+    plan = mixture.plan([*mixture.experts, joins], findings.notes, lossless, std, router_seed)
+    added = Sourced(name, dense, newcomer.index, dense.folder if adapter else None)
 
     def step(hashes: FileHashes) -> dict[str, Any]:
         return {"added": {"expert": describe([added], hashes)[0], "router_std": std, "router_seed": router_seed}}
@@ -117,7 +135,7 @@ def remove_expert(
     Raises:
         RecipeError: there is no such expert, or fewer than two would be left.
     """
-    mixture = _EditedMixture(str(model))
+    mixture = EditedMixture(str(model))
     if name not in mixture.names:
         raise RecipeError(
             f"{model}: has no expert {name!r}{nearest(name, mixture.names)}; it has {', '.join(mixture.names)}"
@@ -130,12 +148,61 @@ def remove_expert(
     return mixture.write(plan, Path(out), lambda _: step, dry_run=dry_run, force=force, check=check, progress=progress)
 
 
-class _EditedMixture(OpenedMixture):
+class _WithOwnMatrices(MixtureExpert):
+    """An expert that was a change of the seed, with matrices of its own."""
+
+    def change(self, layer: int, matrix: str) -> None:
+        return None
+
+
+class EditedMixture(OpenedMixture):
     """An existing mixture, ready to be rebuilt with other experts."""
 
-    def __init__(self, given: str):
+    def __init__(self, given: str, *, otherwise: str = "use upcycle"):
         self.start = time.perf_counter()
-        super().__init__(given, otherwise="use upcycle")
+        super().__init__(given, otherwise=otherwise)
+
+    @property
+    def matrices(self) -> list[str]:
+        """Those that are changes of the seed's, if the experts are."""
+        return matrices_of(self.family, self.shape.attention, self.shape.ffn)
+
+    def recorded_seed(self) -> ResolvedModel:
+        """The seed that the mixture was merged from.
+
+        Raises:
+            CheckpointError: none is on record, or it is not there any more.
+        """
+        for source in self.provenance()["sources"]:
+            if source["name"] == "seed":
+                return resolve(source["model"])
+        raise CheckpointError(f"{self.resolved.given}: its seed is not on record: merge the adapter into it first")
+
+    def adapter(self, folder: Path) -> Adapter:
+        """A LoRA adapter of the recorded seed whose factors are all that it changes; raises CheckpointError if not."""
+        seed = CheckpointIndex.open(self.recorded_seed().folder)
+        check_adapter(folder, seed)
+        adapter = Adapter.read(folder, DenseExpert.open("seed", seed))
+        if adapter.is_more:
+            reason = adapter.reason or "it trains more than matrices of attention and FFN"
+            raise CheckpointError(f"{folder}: {reason}: merge the adapter into the seed, and give the merged model")
+        return adapter
+
+    def as_change(
+        self, newcomer: DenseExpert, adapter: Adapter | None, progress: Progress | None
+    ) -> tuple[LowRankExpert, bool]:
+        """A newcomer as a change of the seed's matrices, and whether it is exactly that."""
+        seed = self.experts[0]
+        if adapter is not None:
+            trained = DenseExpert.open("seed", newcomer.index).folding(self.config.get("folded_norms") or ())
+            factors = adapter_factors(adapter, newcomer, trained, self.matrices)
+        else:
+            recipe = self.provenance()["recipe"]
+            largest = max(rank for of in self.shape.expert_ranks for ranks in of.values() for rank in ranks)
+            wanted = recipe.get("expert_rank", "full")
+            kept = (largest if wanted == "full" else wanted, recipe.get("expert_energy", 0.9), Decomposed(), progress)
+            factors = singular_factors(newcomer, seed, self.matrices, *kept)
+        return LowRankExpert(newcomer, seed, factors, self.matrices), adapter is not None
 
     def shares_trunk_with(self, newcomer: DenseExpert) -> bool:
         """Whether everything that is not an expert's is the same in the mixture and in a dense model."""
@@ -168,9 +235,12 @@ class _EditedMixture(OpenedMixture):
         owned = [
             (ropes[expert.number] if ropes else of_seed)
             if isinstance(expert, MixtureExpert)
-            else rope_of(expert.index.config)
+            else rope_of((expert.own if isinstance(expert, LowRankExpert) else expert).index.config)
             for expert in experts
         ]
+        if self.shape.expert_ranks:
+            apart_again = experts[0].change(0, self.matrices[0]) is None
+            config["expert_ranks"] = None if apart_again else ranks_of(experts, self.matrices)
         apart = any(rope != of_seed for rope in owned)
         if ropes or apart:
             config["expert_rope_parameters"] = owned if apart else None
@@ -199,13 +269,26 @@ class _EditedMixture(OpenedMixture):
                 )
         return config, notes
 
+    def plan_of_own_matrices(self) -> Plan:
+        """The same mixture, whose experts have matrices of their own instead of changes of the seed's.
+
+        Raises:
+            CompatibilityError: they have already.
+        """
+        if not self.shape.expert_ranks:
+            raise CompatibilityError([f"{self.resolved.given}: its experts have matrices of their own already"])
+        experts = [_WithOwnMatrices(e.name, e.index, e.family, e.dims, e.number) for e in self.experts]
+        return self.plan(experts, ["every expert's change was added to the seed's matrices"], self.lossless)
+
     def plan(
         self, experts: Members, notes: Sequence[str], lossless: bool | None, std: float = 0.0, seed: int = 0
     ) -> Plan:
         """All tensors again, with these experts in the new order of the routers' rows; new rows are N(0, std^2)."""
         config, more = self.resized(experts)
         if self.shape.domains:
-            more += [NOT_CALIBRATED.format(name=expert.name) for expert in experts if isinstance(expert, DenseExpert)]
+            more += [
+                NOT_CALIBRATED.format(name=expert.name) for expert in experts if not isinstance(expert, MixtureExpert)
+            ]
         parts = self._tensors(experts, std, seed)
         sources, notes = tuple(experts), (*notes, *more)
         return Plan.of(parts, self.dtype, config, notes=notes, sources=sources, lossless=lossless)

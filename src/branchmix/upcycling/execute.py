@@ -227,6 +227,8 @@ def write_output(
     written = write_checkpoint(plan.tensors, folder, max_shard_bytes=max_shard_bytes, check=check, progress=report)
     versions = {"branchmix": __version__, **{name: metadata.version(name) for name in ("transformers", "numpy")}}
     record = {"versions": versions, **provenance(), "lossless": None if plan.is_dense else plan.lossless}
+    if plan.decomposed is not None:
+        plan = replace(plan, notes=(*plan.notes, *plan.decomposed.notes))
     record["notes"] = list(plan.notes)
     files = {name: companions / name for name in (*tokenizer_files(companions), "generation_config.json")}
     files |= {} if plan.is_dense else {file.name: file for file in CODE_FILES}

@@ -40,6 +40,7 @@ from branchmix.upcycling.sources import (
     Role,
     ffn_name,
     fused_rows,
+    who,
 )
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def adapter_factors(
     for layer in range(dims.num_layers):
         block = f"{family.layers}.{layer}"
         for matrix in matrices:
-            module, rows, norm = _place(family, dims, matrix)
+            module, rows, norm = place_of(family, dims, matrix)
             if (factors := adapter.factors.get(f"{block}.{module}")) is None:
                 continue
             ref_A, ref_B, scale = factors
@@ -208,7 +209,7 @@ def adapter_factors(
     return found
 
 
-def _place(family: Family, dims: Dimensions, matrix: str) -> tuple[str, Sequence[Span] | None, str | None]:
+def place_of(family: Family, dims: Dimensions, matrix: str) -> tuple[str, Sequence[Span] | None, str | None]:
     """Where the seed keeps a matrix: module below the block, its rows there if it shares it, and the norm before it."""
     if matrix in ROLES:
         own = {"q": family.query, "k": family.key, "v": family.value, "o": family.output}[matrix]
@@ -259,6 +260,21 @@ class Decomposed:
     """Matrices whose factors are held at a time."""
     _held: dict[Any, tuple[Array, Array]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each expert that was cut: how much of its changes is lost."""
+        lines = []
+        for name in dict.fromkeys(cut.expert for cut in self.truncations.values()):
+            cuts = [cut for cut in self.truncations.values() if cut.expert == name]
+            worst, ranks = max(cuts, key=lambda cut: cut.error), {cut.rank for cut in cuts}
+            words = str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+            mean = sum(cut.error for cut in cuts) / len(cuts)
+            lines.append(
+                f"{who(name)} is cut to rank {words}: its changes lose {mean:.0%} of their norm on average, at most "
+                f"{worst.error:.0%} ({worst.matrix} in layer {worst.layer})"
+            )
+        return lines
 
     def factors(self, change: _Decomposable, rank: int) -> tuple[Array, Array]:
         """A [r, I] and B [r, O] in fp32."""

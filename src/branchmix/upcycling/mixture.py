@@ -11,14 +11,14 @@ from branchmix.accounting.inspection import too_few_parameters
 from branchmix.accounting.lineage import as_records, lineage
 from branchmix.accounting.shape import MIXTURE_DEFAULTS, Shape, shape_of
 from branchmix.checkpoint.companions import licence_of_folder
-from branchmix.checkpoint.families import Config, Dimensions, Family
+from branchmix.checkpoint.families import Config, Dimensions, Family, matrix_shapes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError, short
 from branchmix.recipe import DTYPES
-from branchmix.upcycling.sources import FFN_NAMES, MATRICES, MixtureExpert
+from branchmix.upcycling.sources import FFN_NAMES, MATRICES, ROLES, MixtureExpert
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 NOT_CALIBRATED = (
@@ -100,23 +100,20 @@ class OpenedMixture:
         query, shared = count * dims.num_heads * dims.head_dim, shape.kv_experts * dims.num_kv_heads * dims.head_dim
         wide = {"heads.q_proj": (query, width), "heads.k_proj": (shared, width), "heads.v_proj": (shared, width)}
         wide["o_proj"] = (width, query)
-        heads = {"q": dims.num_heads, "k": dims.num_kv_heads, "v": dims.num_kv_heads}
+        shapes = matrix_shapes(dims)
         for layer in range(dims.num_layers):
             block = f"model.{family.layers}.{layer}"
             ranks = shape.ranks(layer)
+            changes = {f"heads.{role}_proj" if role != "o" else "o_proj": role for role in ROLES if role in ranks}
             for name, size in wide.items() if shape.has_attention_experts else ():
-                role = "o" if name == "o_proj" else name[6]
-                if role in ranks:
-                    own = heads.get(role, dims.num_heads) * dims.head_dim
-                    size = (width, own) if role == "o" else (own, width)
-                    yield from _changes(f"{block}.{family.attention}.{name}", size, sum(ranks[role]))
-                else:
+                if name not in changes:
                     yield f"{block}.{family.attention}.{name}.weight", size
+            modules = {f"{family.attention}.{name}": role for name, role in changes.items()}
+            modules |= {f"{family.ffn}.experts.{name}": name for name in MATRICES[4:] if name in ranks}
+            for module, name in modules.items():
+                yield from _change(f"{block}.{module}", shapes[name], sum(ranks[name]))
             for router in shape.routers.values():
                 yield f"{block}.{router}", (count, width)
-            for matrix in (name for name in MATRICES[4:] if name in ranks):
-                size = (width, inner) if matrix == "down" else (inner, width)
-                yield from _changes(f"{block}.{family.ffn}.experts.{matrix}", size, sum(ranks[matrix]))
             for number in range(count) if shape.has_ffn_experts and not ranks else ():
                 for matrix in FFN_NAMES[family.gate is not None]:
                     size = (width, inner) if matrix == "down_proj" else (inner, width)
@@ -153,7 +150,7 @@ class OpenedMixture:
         return {"recipe": {}, "sources": [{**source, "license": licence_of_folder(folder)}]}
 
 
-def _changes(module: str, size: tuple[int, int], rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
+def _change(module: str, size: tuple[int, int], rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
     """The seed's matrix and the factors of all experts' changes of it."""
     yield f"{module}.weight", size
     if rank:

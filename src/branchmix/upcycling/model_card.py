@@ -26,6 +26,8 @@ def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
     """What the model is, from a mixture's config, or from the recorded recipe of a dense one; None without a recipe."""
     made = {**MIXTURE_DEFAULTS, **config} if config.get("model_type") == "branchmix" else recipe
     method = _METHODS.get((str(made.get("attention")), str(made.get("ffn"))))
+    if method is not None and made.get("expert_ranks"):
+        method = f"{method}; experts are low-rank changes of the seed"
     own_trunk = method is not None and made.get("trunk") == "experts"
     return f"{method}; every expert keeps its own embeddings, norms and head" if own_trunk else method
 

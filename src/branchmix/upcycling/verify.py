@@ -171,9 +171,8 @@ def _check_changes(plan: Plan, index: CheckpointIndex, progress: Progress | None
         written = _as_written(plan, index, expert, number)
         for layer in range(expert.dims.num_layers):
             if progress is not None:
-                progress(
-                    "comparing changes", number * expert.dims.num_layers + layer, len(experts) * written.num_layers
-                )
+                layers = expert.dims.num_layers
+                progress("comparing changes", number * layers + layer, len(experts) * layers)
             for matrix in expert.matrices:
                 truth, change = expert.change(layer, matrix), written.change(layer, matrix)
                 if truth.A is None or truth.B is None or change is None or change.A is None or change.B is None:
@@ -215,10 +214,6 @@ class _Written(MixtureExpert):
     def attention(self, layer: int, role: Role, kind: Kind) -> Expression | None:
         part = super().attention(layer, role, kind)
         return None if part is None else cast(part, "F32")
-
-    @property
-    def num_layers(self) -> int:
-        return self.dims.num_layers
 
 
 def _as_written(plan: Plan, index: CheckpointIndex, expert: ExpertSource, number: int) -> _Written:
