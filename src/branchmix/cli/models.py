@@ -112,7 +112,9 @@ def _headline(accounting: Accounting) -> str:
         ffn = f"{shape.ffn} (top-{shape.num_experts_per_tok})" if shape.has_ffn_experts else shape.ffn
         gates = f"; document gates: {', '.join(shape.domains)}" if shape.domains else ""
         trunk = ", trunk experts" if shape.trunk == "experts" else ""
-        kind = f"mixture of {shape.num_experts} x {kind}; attention {attention}, ffn {ffn}{trunk}{gates}"
+        ranks = {rank for layer in shape.expert_ranks for experts in layer.values() for rank in experts if rank}
+        changes = f", changes of the seed of rank {min(ranks)} to {max(ranks)}" if ranks else ""
+        kind = f"mixture of {shape.num_experts} x {kind}; attention {attention}, ffn {ffn}{changes}{trunk}{gates}"
     return (
         f"{accounting.model}: {kind}; {s.num_layers} layers, width {s.hidden_size}, "
         f"{s.num_heads} heads ({s.num_kv_heads} key/value) of {s.head_dim}, FFN {s.intermediate_size}"

@@ -108,7 +108,7 @@ class OpenedMixture:
             for name, size in wide.items() if shape.has_attention_experts else ():
                 if name not in changes:
                     yield f"{block}.{family.attention}.{name}.weight", size
-            modules = {f"{family.attention}.{name}": role for name, role in changes.items()}
+            modules: dict[str, str] = {f"{family.attention}.{name}": role for name, role in changes.items()}
             modules |= {f"{family.ffn}.experts.{name}": name for name in MATRICES[4:] if name in ranks}
             for module, name in modules.items():
                 yield from _change(f"{block}.{module}", shapes[name], sum(ranks[name]))
