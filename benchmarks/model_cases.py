@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D width, E experts, H query heads and K key/value hea
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MistralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
@@ -337,6 +338,86 @@ def _kept(data: Path, envs: Path, attention: str, part: str) -> dict[str, Once]:
     return {name: (lambda model=model: step(model)) for name, model in candidates.items()}
 
 
+LOW_RANKS = (16, 128)
+
+
+def low_rank_cases(data: Path, envs: Path) -> Iterator[Case]:
+    """Mixtures of the seed and three experts as changes of it, against whole experts, the dense model, and Arrow."""
+    for attention in BOTH:
+        for part, tokens in (("decode", 1), ("prefill", 256), ("training", 256)):
+            what = f"SmolLM2-135M and three experts, 30 layers, {attention}, FFN top-1, " + (
+                "bf16; 64 tokens before" if part == "decode" else f"1 x {tokens} tokens, "
+            )
+            what += {"decode": "", "prefill": "bf16", "training": "fp32; all is trained, of Arrow the adapters"}[part]
+            yield Case(f"{part} {attention}", what, tokens, lambda a=attention, p=part: _low_rank(a, p))
+
+
+def _low_rank(attention: str, part: str) -> dict[str, Once]:
+    """Random weights of the real sizes: what is measured does not depend on them."""
+    dtype = torch.float32 if part == "training" else torch.bfloat16
+    seed = _smollm2()
+    ids = torch.randint(3, 4096, (1, 257), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+
+    def mixture(rank: int | None) -> Any:
+        names = "q k v o gate up down" if attention == "kv_experts" else "q o gate up down"
+        ranks = None if rank is None else [{name: [0, rank, rank, rank] for name in names.split()}]
+        options = {"attention": attention, "num_experts": 4, "num_experts_per_tok": 1, "expert_ranks": ranks}
+        return BranchMixForCausalLM._from_config(mixture_config(seed, **options)).to(dtype).eval()
+
+    candidates = {"dense": AutoModelForCausalLM.from_config(seed, dtype=dtype).eval()}
+    candidates |= {f"rank {rank}": mixture(rank) for rank in LOW_RANKS}
+    candidates["whole experts"] = mixture(None)
+    if part != "training":
+        candidates |= {f"rank {rank}, one kept": candidates[f"rank {rank}"].keep_experts([1]) for rank in LOW_RANKS}
+        candidates["whole experts, one kept"] = candidates["whole experts"].keep_experts([1])
+    if attention == "kv_experts":
+        candidates[f"arrow, rank {LOW_RANKS[0]}"] = _arrow(seed, dtype)
+
+    def step(model: Any) -> Seconds:
+        if part == "training":
+            return {"": steps.step(model, ids[:, :256], "fp32")}
+        with torch.no_grad():
+            if part == "prefill":
+                return {"": seconds_of(lambda: model(ids[:, :256], use_cache=True, logits_to_keep=1))}
+            cache = model(ids[:, :64], use_cache=True).past_key_values
+            return {"": min(seconds_of(lambda: _one(model, ids[:, :65], cache)) for _ in range(3))}
+
+    return {name: (lambda model=model: step(model)) for name, model in candidates.items()}
+
+
+def _smollm2() -> Any:
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
+
+
+def _arrow(seed: Any, dtype: torch.dtype) -> Any:
+    """PEFT's Arrow router over three adapters of all projections, top-1."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number in range(3):
+            settings = peft.LoraConfig(r=LOW_RANKS[0], target_modules="all-linear", init_lora_weights=False)
+            base = AutoModelForCausalLM.from_config(seed, dtype=dtype)
+            paths.append(f"{folder}/{number}")
+            peft.get_peft_model(base, settings).save_pretrained(paths[-1])
+        arrow = peft.ArrowConfig(top_k=1, router_temperature=1.0)
+        return peft.create_arrow_model(
+            base_model=AutoModelForCausalLM.from_config(seed, dtype=dtype),
+            task_specific_adapter_paths=paths,
+            arrow_config=arrow,
+        ).eval()
+
+
 def training_cases(data: Path, envs: Path) -> Iterator[Case]:
     what = "2 layers of width 1024, 16/4 heads, FFN 2048, 8 experts, top-2, vocabulary 4096, 1 x 512 tokens"
     for precision in DTYPES:
@@ -509,6 +590,7 @@ GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
     "attention": attention_cases,
     "decode": decode_cases,
     "kept": kept_cases,
+    "low-rank": low_rank_cases,
     "prefill": prefill_cases,
     "training": training_cases,
     "growth": growth_cases,
@@ -518,6 +600,7 @@ TITLES = {
     "attention": "Attention of one layer: 4 experts of 16 heads over 4 K/V heads, width 1024",
     "decode": "One step of decoding",
     "kept": "Mixtures of which only some experts are kept",
+    "low-rank": "Experts as low-rank changes of the seed",
     "prefill": "Forward pass, by part",
     "training": "Training step, by part",
     "growth": "Growth of a forward pass",

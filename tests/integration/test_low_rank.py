@@ -22,6 +22,8 @@ from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.models.attention_branchmix import BranchMixAttention
 from branchmix.models.low_rank_branchmix import BranchMixLowRank, BranchMixLowRankExperts
 from branchmix.models.routers import one_hot_gates
+from branchmix.train.checks import require_shardable
+from branchmix.train.config import Parallel, RunConfig
 from branchmix.train.trained_parts import add_adapters, freeze
 from branchmix.upcycling.edit_experts import add_expert, remove_expert
 from branchmix.upcycling.low_rank import rank_for
@@ -439,6 +441,9 @@ def test_only_factors_and_routers_are_trained() -> None:
         freeze(random_mixture("llama"), ["all_but_factors"])
     with pytest.raises(RecipeError, match="are small changes of the seed already"):
         add_adapters(model)
+    config = RunConfig.model_construct(parallel=Parallel(expert_parallel=True))
+    with pytest.raises(RecipeError, match="whose matrices every process needs: remove it, or use fsdp"):
+        require_shardable(config, model.config.to_dict(), 2)
 
 
 @pytest.mark.parametrize(

@@ -270,16 +270,19 @@ def test_a_failed_forward_pass_leaves_nothing_behind(sparse: Any) -> None:
 # ---- what it costs ----
 
 
+@pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("attention", BOTH)
 def test_flops_are_those_of_torchs_counter(
-    attention: str, top_k: int, sparse: Any, monkeypatch: pytest.MonkeyPatch
+    attention: str, top_k: int, rank: int | None, sparse: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the digit, with kernels that the counter knows, for a sequence whose tokens see all keys: it would count the
     upper half of a causal sequence too. No queries are padded to be as many as another expert's."""
     monkeypatch.setattr("branchmix.models.chunked_branchmix._LEAST_FILLED", 1.0)
     length = 24
-    model = random_mixture("qwen3", attention, attention_num_experts_per_tok=top_k)
+    matrices = "q k v o gate up down" if attention == "kv_experts" else "q o gate up down"
+    ranks = rank and [{name: [rank] * 3 for name in matrices.split()}]
+    model = random_mixture("qwen3", attention, attention_num_experts_per_tok=top_k, expert_ranks=ranks)
     model.set_attn_implementation(CHUNKED)
     model.set_experts_implementation("eager")
     with torch.no_grad(), sparse(True) as layers, FlopCounterMode(display=False) as counter:

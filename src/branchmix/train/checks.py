@@ -64,6 +64,11 @@ def require_shardable(config: RunConfig, described: dict[str, Any], num_processe
     sharded, spread = config.parallel.fsdp or config.parallel.expert_parallel, config.parallel.expert_parallel
     if spread and described.get("ffn") != "experts":
         raise RecipeError("parallel.expert_parallel: the model has no FFN experts: remove it, or use fsdp")
+    if spread and described.get("expert_ranks"):
+        raise RecipeError(
+            "parallel.expert_parallel: the model's experts are small changes of the seed, whose matrices every process "
+            "needs: remove it, or use fsdp"
+        )
     if num_processes == 1:
         return
     if sharded and config.budget.is_time:
