@@ -18,6 +18,8 @@ import branchmix
 from branchmix.data.sources import is_held_out
 from branchmix.errors import RecipeError
 from branchmix.train import train
+from branchmix.train.checks import require_balanceable
+from branchmix.train.config import RunConfig
 from branchmix.train.prepared import PreparedRun
 from branchmix.train.trainer import BranchTrainer
 from checkpoints import same_bytes, weights
@@ -124,6 +126,46 @@ def test_micro_batches_change_nothing(kind: str, models: dict[str, Path], text: 
     for one, other in zip(results[8][1], results[2][1], strict=True):
         for key in ("loss", "loss/code", "objective", "held_out/law", "grad_norm"):
             assert one.get(key) == pytest.approx(other.get(key), abs=2e-6)
+
+
+def test_a_balance_over_the_whole_batch_makes_micro_batches_change_nothing(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Of FFN routers and top-k attention routers; with a balance of each micro-batch they change a lot."""
+    model = tmp_path / "model"
+    shutil.copytree(models["mixture"], model)
+    config = json.loads((model / "config.json").read_text())
+    strong = {"attention_num_experts_per_tok": 1, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+    (model / "config.json").write_text(json.dumps({**config, **strong}))
+    results = []
+    for scope, micro in (("global_batch", 8), ("global_batch", 2), ("micro_batch", 2)):
+        changes = {"micro_batch_size": micro, "balance": {"scope": scope}, "optimizer": {"eps": 1e-3}}
+        file = run(tmp_path / f"{scope}-{micro}", text, model, budget={"steps": 3}, **changes)
+        results.append(weights(train(file, progress=False).out))
+    whole, in_parts, by_part = results
+    for name, tensor in whole.items():
+        torch.testing.assert_close(in_parts[name], tensor, rtol=0, atol=1e-5, msg=name)
+    assert max((by_part[name] - tensor).abs().max() for name, tensor in whole.items()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        ("seed", {}, "^balance: applies to mixtures, but the model has no routers: remove it"),
+        (
+            "mixture",
+            {"ffn": "average"},
+            "^balance: every token goes to all experts of the model, so their load is equal",
+        ),
+        ("mixture", {"num_experts_per_tok": 3}, "^balance: every token goes to all experts of the model"),
+    ],
+)
+def test_a_balance_of_nothing_is_refused(
+    model: str, change: dict[str, Any], message: str, models: dict[str, Path]
+) -> None:
+    described = json.loads((models[model] / "config.json").read_text()) | change
+    with pytest.raises(RecipeError, match=message):
+        require_balanceable(RunConfig(**settings(Path(), model="model", balance={})), described)
 
 
 def outside_experts(name: str) -> bool:

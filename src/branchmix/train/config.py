@@ -164,6 +164,17 @@ class Parallel(Settings):
         return self
 
 
+class Balance(Settings):
+    """How the load of a mixture's experts is balanced. Applies to FFN routers and to top-k attention routers."""
+
+    scope: Literal["micro_batch", "sequence", "global_batch", "last_batch"] = "micro_batch"
+    """Tokens over which the balance loss counts the load. ``micro_batch``: those that a process computes at once.
+    ``sequence``: each sequence. ``global_batch``: the whole optimizer step, which lets experts specialise in a domain;
+    with several micro-batches a step, a forward pass of all of them counts first. ``last_batch``: the optimizer step
+    before, without that pass. With all but ``micro_batch``, ``micro_batch_size`` and the number of processes do not
+    change the result."""
+
+
 class _Training(SettingsFile):
     """The settings that a run and the runs of a study share."""
 
@@ -175,7 +186,8 @@ class _Training(SettingsFile):
     """Sequences in one optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Sequences that a process computes at once; its whole share of the batch if not set. This does not change the
-    result, except for the routers' own losses, which are computed for each micro-batch."""
+    result, except for the routers' own losses, which are computed for each micro-batch unless ``balance`` says
+    otherwise."""
     held_out: HeldOut = HeldOut()
     budget: Budget
     optimizer: Optimizer = Optimizer()
@@ -242,6 +254,8 @@ class RunConfig(_Training):
     adapters: Annotated[bool, BeforeValidator(lambda value: True if value == {} else value)] = False
     """BAM Adapters (BTS, arXiv 2502.00075): train only the routers and a d x d matrix after each attention and FFN
     expert, which starts as the identity and is folded into the expert at the end. ``{}`` means ``true``."""
+    balance: Balance | None = None
+    """How the load of a mixture's experts is balanced; by the balance loss of each micro-batch if not set."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> RunConfig:

@@ -1,0 +1,150 @@
+"""The scopes of the balance loss against the equation, token by token, and against one pass over the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from branchmix.models.balance_branchmix import BranchMixBalance
+from branchmix.models.routing_branchmix import load_balancing_loss
+from branchmix.train.balancing import Balancing
+from branchmix.train.config import Balance
+from mixtures import random_mixture, tokens
+
+BOTH_HARD: dict[str, Any] = {"attention_num_experts_per_tok": 1, "router_aux_loss_coef": 0.5}
+
+
+def random_logits(tokens: int, experts: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def loads(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Share of all choices that fall on each expert, counted in Python."""
+    counts = [0] * logits.shape[1]
+    for row in logits.tolist():
+        for expert in sorted(range(len(row)), key=lambda i: -row[i])[:top_k]:
+            counts[expert] += 1
+    return torch.tensor(counts) / sum(counts)
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 4), length=st.integers(1, 9), top_k=st.integers(1, 3), seed=st.integers(0, 99))
+def test_sequences_are_balanced_one_by_one(rows: int, length: int, top_k: int, seed: int) -> None:
+    logits = random_logits(rows * length, seed=seed)
+    expected = [load_balancing_loss(part, top_k) for part in logits.split(length)]
+    found = load_balancing_loss(logits, top_k, groups=rows)
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+def test_padding_counts_in_no_sequence_and_weighs_it() -> None:
+    logits, mask = random_logits(12), torch.tensor([1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1])
+    first, second = load_balancing_loss(logits[[0, 1, 2, 5]], 2), load_balancing_loss(logits[6:], 2)
+    torch.testing.assert_close(load_balancing_loss(logits, 2, mask, groups=2), (4 * first + 6 * second) / 10)
+
+
+@settings(deadline=None, max_examples=25)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5), top_k=st.integers(1, 3), seed=st.integers(0, 99))
+def test_parts_with_the_load_of_the_whole_add_up_to_the_loss_of_the_whole(
+    sizes: list[int], top_k: int, seed: int
+) -> None:
+    logits = random_logits(sum(sizes), seed=seed).requires_grad_()
+    whole = load_balancing_loss(logits, top_k)
+    load = loads(logits.detach(), top_k)
+    parts = [len(part) / len(logits) * load_balancing_loss(part, top_k, load_E=load) for part in logits.split(sizes)]
+    total = torch.stack(parts).sum()
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(torch.autograd.grad(total, logits)[0], torch.autograd.grad(whole, logits)[0])
+
+
+# ---- In a mixture ----
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def step(model: Any, ids: torch.Tensor, size: int, *, ahead: bool = False) -> dict[str, torch.Tensor]:
+    """Gradients of an optimizer step in micro-batches of ``size``."""
+    model.train()
+    if ahead:
+        with torch.no_grad(), model.balance.counting():
+            for part in ids.split(size):
+                model(part)
+    for part in ids.split(size):
+        model(part, labels=part, num_items_in_batch=ids[:, 1:].numel()).loss.backward()
+    model.balance.end_step()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "global_batch", "last_batch"])
+def test_micro_batches_do_not_change_a_step(scope: Any) -> None:
+    model, ids, before = random_mixture("llama", **BOTH_HARD), tokens(4, 9), tokens(4, 9, seed=1)
+    found = {}
+    for size in (4, 2, 1):
+        model.balance = BranchMixBalance(scope, tokens_per_step=ids.numel())
+        ahead = scope == "global_batch" and size < 4
+        step(model, before, size, ahead=ahead)
+        found[size] = step(model, ids, size, ahead=ahead)
+    for size in (2, 1):
+        for name, gradient in found[4].items():
+            torch.testing.assert_close(found[size][name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+def test_the_scopes_are_what_they_say() -> None:
+    """One pass over a batch is its own scope, for the global batch; the load of the step before is another."""
+    model, ids, before = random_mixture("llama", **BOTH_HARD), tokens(4, 9), tokens(4, 9, seed=1)
+    found = {}
+    for scope in ("micro_batch", "sequence", "global_batch", "last_batch"):
+        model.balance = BranchMixBalance(scope, tokens_per_step=ids.numel())
+        step(model, before, 4)
+        found[scope] = step(model, ids, 4)
+    router = "model.model.layers.0.mlp.gate.weight"
+    torch.testing.assert_close(found["global_batch"][router], found["micro_batch"][router])
+    for other in ("sequence", "last_batch"):
+        assert (found[other][router] - found["micro_batch"][router]).abs().max() > 1e-3
+    model.balance = BranchMixBalance(tokens_per_step=ids.numel())
+    assert (step(model, ids, 1)[router] - found["micro_batch"][router]).abs().max() > 1e-3, "or nothing is tested"
+
+
+def test_the_first_step_of_last_batch_has_no_balance_loss() -> None:
+    model, ids = random_mixture("llama", **BOTH_HARD, router_z_loss_coef=0.0), tokens(4, 9)
+    model.balance = BranchMixBalance("last_batch", tokens_per_step=ids.numel())
+    first = step(model, ids, 2)
+    model.config.router_aux_loss_coef = 0.0
+    model.balance = BranchMixBalance("last_batch", tokens_per_step=ids.numel())
+    for name, gradient in step(model, ids, 2).items():
+        torch.testing.assert_close(first[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+def test_evaluation_balances_its_own_tokens_and_counts_nothing() -> None:
+    model, ids = random_mixture("llama", **BOTH_HARD), tokens(4, 9)
+    expected = model(ids, labels=ids, output_router_logits=True).aux_loss
+    model.balance = BranchMixBalance("last_batch", tokens_per_step=ids.numel())
+    torch.testing.assert_close(model(ids, labels=ids, output_router_logits=True).aux_loss, expected)
+    model.balance.end_step()
+    assert model.balance.state() == {}
+
+
+def test_the_load_counted_ahead_is_that_of_training_with_dropout() -> None:
+    model = random_mixture("llama", **BOTH_HARD, seed_changes={"attention_dropout": 0.3}).train()
+    ids = tokens(6, 20)
+    balancing = Balancing(model, Balance(scope="global_batch"), tokens_per_step=ids.numel())
+    torch.manual_seed(3)
+    batches = [{"input_ids": part, "labels": part} for part in ids.split(2)]
+    balancing.begin_step(batches, torch.no_grad)
+    for batch in batches:
+        model(**batch)
+    ahead, trained = model.balance._ahead, model.balance._step
+    assert ahead.keys() == trained.keys() == {"ffn", "attention"}
+    assert all(torch.equal(ahead[kind], trained[kind]) for kind in ahead)
+    assert trained["ffn"].sum(-1).tolist() == [6 * 20 * 2] * 2 and trained["attention"].sum(-1).tolist() == [6 * 20] * 2
+    torch.manual_seed(4)
+    for batch in batches:
+        model(**batch)
+    assert not torch.equal(2 * ahead["ffn"], model.balance._step["ffn"]), "or dropout routed nothing differently"
