@@ -29,7 +29,7 @@ from training import NEW_MODEL, settings, write_text
 PARALLEL = {"ddp": {}, "experts": {"expert_parallel": True}, "fsdp": {"fsdp": True}}
 JOBS = [("fsdp", "dense"), ("experts", "mixture"), ("ddp", "global_batch"), ("ddp", "last_batch")]
 MORE = [("ddp", "dense"), ("ddp", "mixture"), ("fsdp", "new"), ("fsdp", "mixture"), ("experts", "shared")]
-MORE += [("fsdp", "global_batch"), ("experts", "global_batch")]
+MORE += [("fsdp", "global_batch"), ("experts", "global_batch"), ("fsdp", "last_batch"), ("experts", "sign")]
 STEPS, STOPPED_AT = 6, 3
 
 WORKER = """
@@ -90,7 +90,11 @@ os._exit(0)  # models of the group are still alive here, and gloo would mind the
 """
 
 
-BALANCES: dict[str, Any] = {name: {"scope": name} for name in ("global_batch", "last_batch")}
+BALANCES: dict[str, Any] = {
+    "global_batch": {"scope": "global_batch"},
+    "last_batch": {"scope": "last_batch", "loss": 0.5, "bias": "quantile"},
+    "sign": {"bias": "sign"},
+}
 """Also the names of mixtures that are trained with these."""
 
 

@@ -148,6 +148,37 @@ def test_a_balance_over_the_whole_batch_makes_micro_batches_change_nothing(
     assert max((by_part[name] - tensor).abs().max() for name, tensor in whole.items()) > 1e-3
 
 
+def test_biases_are_trained_saved_and_resumed_without_a_balance_loss(
+    models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later run without ``balance`` keeps them as they are."""
+    changes = {"balance": {"bias": "sign", "bias_rate": 0.01}, "budget": {"steps": 4}, "logging": {"steps": 1}}
+    whole = train(run(tmp_path / "whole", text, models["mixture"], **changes), progress=False).out
+    stopped = run(tmp_path / "stopped", text, models["mixture"], **changes)
+    step_ended = BranchTrainer.on_step_end
+
+    def stop(self: BranchTrainer, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        step_ended(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BranchTrainer, "on_step_end", stop)
+        assert train(stopped, progress=False).status == "stopped"
+    found = weights(train(stopped, progress=False).out)
+    assert found.keys() == weights(whole).keys() and all(torch.equal(found[n], t) for n, t in weights(whole).items())
+    biases = {name: tensor for name, tensor in found.items() if name.endswith("expert_bias")}
+    assert len(biases) == 2 and all("mlp.gate" in name for name in biases), "soft attention gates have none"
+    for bias in biases.values():
+        assert bias.dtype == torch.float32 and torch.equal((bias * 100).round() / 100, bias) and bias.abs().max() > 0.01
+    config = json.loads((whole / "config.json").read_text())
+    assert config["expert_bias"] and config["router_aux_loss_coef"] == 0.01
+    first = rows(whole)[1]
+    assert first["objective"] - first["loss"] < 2 * 0.001 * 2 * 1.6**2, "only the z-loss, of two layers and two routers"
+    later = weights(train(run(tmp_path / "later", text, whole, budget={"steps": 2}), progress=False).out)
+    assert all(torch.equal(later[name], bias) for name, bias in biases.items())
+
+
 @pytest.mark.parametrize(
     ("model", "change", "message"),
     [

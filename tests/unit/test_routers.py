@@ -74,7 +74,7 @@ def test_the_same_as_by_hand(name: str, top_k: tuple[int, int | None], masked: b
     ids, domain = tokens(4, 9), [2, 0, 2, 0]
     mask = (torch.arange(36).reshape(4, 9) % 3 > 0) if masked else None
     expected = by_hand(model, ids, domain, mask)
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     for half in (slice(0, 2), slice(2, 4)):  # gradient accumulation
         output = model.train()(ids[half], labels=ids[half], **monitor.options)
         monitor.add(output, torch.tensor(domain[half]), None if mask is None else mask[half])
@@ -88,7 +88,7 @@ def test_the_same_as_by_hand(name: str, top_k: tuple[int, int | None], masked: b
 def test_recomputed_layers_count_once(attention: str, reentrant: bool) -> None:
     model = random_mixture("llama", attention)
     ids, domain = tokens(2, 9), [1, 2]
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     loads = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -112,7 +112,7 @@ def test_recomputed_layers_count_once(attention: str, reentrant: bool) -> None:
 
 def test_names_and_numbers_for_loggers() -> None:
     model = random_mixture("llama", expert_names=NAMES)
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     monitor.add(model(tokens(), **monitor.options), torch.tensor([0, 1]))
     reading = monitor.read()
     scalars, router = reading.scalars(), reading.routers[-1]
@@ -128,14 +128,14 @@ def test_names_and_numbers_for_loggers() -> None:
 
 def test_a_dense_model_has_nothing_to_watch() -> None:
     model = BY_NAME["llama"].model(0)
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     monitor.add(model(tokens(), **monitor.options), torch.tensor([0, 1]))
     assert monitor.read().scalars() == {} and monitor.read().collapsed == [] and monitor.options == {}
 
 
 def test_a_collapse_is_told_once_until_it_recovers() -> None:
     model = random_mixture("llama", expert_names=NAMES, num_experts_per_tok=1)
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     routers = {kind: [m for m in model.modules() if is_router(m, kind)] for kind in ("ffn", "attention")}
     healthy = {id(router): router.weight.clone() for both in routers.values() for router in both}
 
@@ -185,7 +185,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = random_mixture("llama")
-monitor = RouterMonitor(model.config, ["code", "law", "math"])
+monitor = RouterMonitor(model, ["code", "law", "math"])
 readings = []
 for part in (slice(0, 3) if rank == 0 else slice(3, 4), slice(0, 4)):  # different tokens, then all on both
     domain = torch.tensor([2, 0, 2, 1])[part]
@@ -211,7 +211,7 @@ def test_two_processes_read_what_one_reads(tmp_path: Any) -> None:
     found = {line[0]: json.loads(line[2:]) for line in done.stdout.splitlines()}
     assert found["0"] == found["1"]
     model = random_mixture("llama")
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     for number, ids, domain in (
         (0, tokens(4, 9), [2, 0, 2, 1]),
         (1, tokens(4, 9), [2, 0, 2, 1]),

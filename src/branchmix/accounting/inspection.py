@@ -300,7 +300,7 @@ _PART_PATTERNS = {
 }
 _BUFFERS = re.compile(
     r"(^document_gate\.counts|rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias)|act_fn\.(beta|eps)|layer_scalar|slope_rate|_decay"
-    r"|e_score_correction_bias|balancing_biases|tid2eid|global_(mean|invstd))$"
+    r"|e_score_correction_bias|\.expert_bias|balancing_biases|tid2eid|global_(mean|invstd))$"
 )
 
 

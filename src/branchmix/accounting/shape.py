@@ -13,6 +13,7 @@ MIXTURE_DEFAULTS: Config = {
     "attention_norm_topk_prob": False,
     "attention_num_experts_per_tok": None,
     "document_gate": None,
+    "expert_bias": False,
     "expert_names": None,
     "expert_rope_parameters": None,
     "ffn": "experts",

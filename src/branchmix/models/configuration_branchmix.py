@@ -48,6 +48,8 @@ class BranchMixConfig(PreTrainedConfig):
         attention_num_experts_per_tok: k of the attention gate; None is soft, the paper's choice.
         attention_norm_topk_prob: divide the k chosen attention gates by their sum.
         shared_router: one router a block for attention and FFN experts, ``mlp.gate``. The paper has two.
+        expert_bias: whether top-k routers choose by gate plus a bias of each expert, ``expert_bias`` in the checkpoint
+            (arXiv 2408.15664). Training with ``balance: {bias: ...}`` adds them.
         router_aux_loss_coef: weight of the load-balancing loss, summed over layers (eq. 2's alpha, not given there).
         router_z_loss_coef: weight of the router z-loss, summed over layers (eq. 2's beta, not given there).
         output_router_logits: return both routers' logits, and add the losses outside training too.
@@ -76,6 +78,7 @@ class BranchMixConfig(PreTrainedConfig):
     attention_num_experts_per_tok: int | None = None
     attention_norm_topk_prob: bool = False
     shared_router: bool = False
+    expert_bias: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
     output_router_logits: bool = False

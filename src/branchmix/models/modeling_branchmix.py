@@ -59,6 +59,9 @@ def widen(model: Any, config: BranchMixConfig) -> None:
             attention = getattr(block, layout["attention"])
             own = attention.expert_gate
             attention.expert_gate = BranchMixSharedRouter(getattr(block, layout["ffn"]).gate, own.top_k, own.normalize)
+    if config.expert_bias:
+        for router in [module for module in model.modules() if isinstance(module, BranchMixRouter)]:
+            router.add_bias()
     if config.trunk == "experts":
         widen_trunk(model, config)
     if config.expert_rope_parameters is not None:
@@ -195,6 +198,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["expert_bias"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {"router_logits": OutputRecorder(BranchMixRouter, index=0)}
     document_gate: BranchMixDocumentGate | None
@@ -226,6 +230,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         seed_config = self.config.seed_config
         std = getattr(seed_config, "initializer_range", None) or getattr(seed_config, "init_std", None) or 0.02
         for module in self.modules():
+            if isinstance(module, BranchMixRouter) and module.expert_bias is not None:
+                init.zeros_(module.expert_bias)
             if getattr(module, "_is_hf_initialized", False):
                 continue
             if isinstance(module, BranchMixRouter):
@@ -386,8 +392,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         return outputs
 
 
-def _record(routed: list[Routed], module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
-    routed.append(Routed(output[0].flatten(0, -2)))
+def _record(routed: list[Routed], module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+    routed.append(Routed(output[0].flatten(0, -2), module))
 
 
 def _logits(routed: list[Routed]) -> tuple[torch.Tensor, ...] | None:

@@ -22,12 +22,15 @@ class BranchMixRouter(nn.Module):
         self.top_k = top_k
         self.normalize = normalize
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("expert_bias", None)
 
+    expert_bias: torch.Tensor | None
+    """[E], fp32: added to the gates when experts are chosen, and never to the gates themselves (arXiv 2408.15664)."""
     document_logits: torch.Tensor | None = None
     """[B, T, E]: what the document so far adds, while its block runs (``documents_branchmix``)."""
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Softmax first, then top-k, raw unless ``normalize`` (BAM section 3.3).
+        """Softmax first, then top-k, raw unless ``normalize`` (BAM section 3.3). A bias changes the choice only.
 
         Args:
             hidden_states: [..., D].
@@ -39,10 +42,17 @@ class BranchMixRouter(nn.Module):
             logits = F.linear(hidden_states.float(), self.weight.float())
             if self.document_logits is not None:
                 logits = logits + self.document_logits.to(logits).view(logits.shape)
-        gates, index = logits.softmax(-1).topk(self.top_k, dim=-1)
+        gates = logits.softmax(-1)
+        index = chosen(gates, self.top_k, self.expert_bias)
+        gates = gates.gather(-1, index)
         if self.normalize:
             gates = gates / gates.sum(-1, keepdim=True)
         return logits, gates, index
+
+    def add_bias(self) -> None:
+        """Choose by a bias from now on, which starts at zero; unless there is one, or all experts are chosen."""
+        if self.expert_bias is None and self.top_k < len(self.weight):
+            self.expert_bias = torch.zeros(len(self.weight), dtype=torch.float32, device=self.weight.device)
 
 
 class BranchMixFFNRouter(BranchMixRouter):
@@ -73,6 +83,7 @@ class BranchMixSharedRouter(BranchMixAttentionRouter):
         nn.Module.__init__(self)
         self.top_k = top_k
         self.normalize = normalize
+        self.register_buffer("expert_bias", None)  # of its own, since k and so the load may differ
         self._owner = (owner,)  # a tuple, so that the weights have one name
 
     @property
@@ -80,9 +91,15 @@ class BranchMixSharedRouter(BranchMixAttentionRouter):
         return self._owner[0].weight
 
 
-def choices(gates_SE: torch.Tensor, top_k: int) -> torch.Tensor:
+def chosen(gates: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+    """The k experts that a token goes to, [..., k], by gates [..., E] of all experts and the router's bias."""
+    scores = gates if bias_E is None else gates + bias_E.float()
+    return scores.topk(top_k, dim=-1).indices
+
+
+def choices(gates_SE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
     """1 for the k experts that a token goes to, 0 for the others: [S, E]."""
-    return torch.zeros_like(gates_SE).scatter_(1, gates_SE.topk(top_k, dim=-1).indices, 1.0)
+    return torch.zeros_like(gates_SE).scatter_(1, chosen(gates_SE, top_k, bias_E), 1.0)
 
 
 def load_balancing_loss(
@@ -90,6 +107,7 @@ def load_balancing_loss(
     top_k: int,
     mask_S: torch.Tensor | None = None,
     *,
+    bias_E: torch.Tensor | None = None,
     load_E: torch.Tensor | None = None,
     groups: int = 1,
 ) -> torch.Tensor:
@@ -101,6 +119,7 @@ def load_balancing_loss(
         logits_SE: of the tokens.
         top_k: experts chosen for a token.
         mask_S: 1 for real tokens, 0 for padding.
+        bias_E: of the router.
         load_E: ``f_i`` if it is counted over other tokens than these.
         groups: G stretches of S / G tokens, such as sequences: the loss of each is computed, and their mean by the
             number of tokens is returned.
@@ -113,7 +132,7 @@ def load_balancing_loss(
     def mean(values_SE: torch.Tensor) -> torch.Tensor:
         return (values_SE.unflatten(0, (groups, -1)) * weights_GS1).sum(1) / tokens_G1.clamp(min=1)
 
-    load_GE = mean(choices(gates_SE, top_k)) / top_k if load_E is None else load_E
+    load_GE = mean(choices(gates_SE, top_k, bias_E)) / top_k if load_E is None else load_E
     loss_G = logits_SE.shape[-1] * (load_GE * mean(gates_SE)).sum(-1)
     return (loss_G * tokens_G1[:, 0]).sum() / tokens_G1.sum().clamp(min=1)
 
@@ -132,13 +151,14 @@ def router_losses(
     top_k: int,
     attention_mask: torch.Tensor | None = None,
     *,
+    biases: Sequence[torch.Tensor | None] | None = None,
     loads_LE: torch.Tensor | None = None,
     groups: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Load-balancing loss and z-loss of router logits [S, E], each summed over layers.
 
-    With all experts chosen (soft routing) the balance is 0. The mask is as for ``token_mask``; ``loads_LE`` and
-    ``groups`` are as for ``load_balancing_loss``, with a load for each layer.
+    With all experts chosen (soft routing) the balance is 0. The mask is as for ``token_mask``; ``biases``, ``loads_LE``
+    and ``groups`` are as for ``load_balancing_loss``, the first two with one for each layer.
     """
     mask_S = token_mask(attention_mask, logits[0])
     balance = torch.zeros((), device=logits[0].device)
@@ -147,7 +167,8 @@ def router_losses(
         own_S = None if mask_S is None else mask_S.to(layer_SE.device)
         if top_k < layer_SE.shape[-1]:
             load_E = None if loads_LE is None else loads_LE[layer].to(layer_SE.device)
-            own = load_balancing_loss(layer_SE, top_k, own_S, load_E=load_E, groups=groups)
+            bias_E = None if biases is None else biases[layer]
+            own = load_balancing_loss(layer_SE, top_k, own_S, bias_E=bias_E, load_E=load_E, groups=groups)
             balance = balance + own.to(balance.device)
         z = z + z_loss(layer_SE, own_S).to(z.device)
     return balance, z

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from branchmix.models.balance_branchmix import BranchMixBalance
+from branchmix.models.routing_branchmix import BranchMixRouter
 from branchmix.train.config import Balance
 from branchmix.train.measure import count_load
 from branchmix.train.models import reshard
@@ -31,7 +32,18 @@ class Balancing:
     def __init__(self, model: Any, settings: Balance, *, tokens_per_step: int):
         self.settings = settings
         self._model = model
-        self._balance = model.balance = BranchMixBalance(settings.scope, tokens_per_step=tokens_per_step)
+        self._balance = model.balance = BranchMixBalance(
+            settings.scope,
+            loss_coef=0.0 if settings.loss is None and settings.bias else settings.loss,
+            bias=settings.bias,
+            **({} if settings.bias_rate is None else {"bias_rate": settings.bias_rate}),
+            tokens_per_step=tokens_per_step,
+        )
+        if settings.bias is not None:
+            model.config.expert_bias = True
+            for module in model.modules():
+                if isinstance(module, BranchMixRouter):
+                    module.add_bias()
 
     def begin_step(self, batches: Iterable[dict[str, Any]], context: Callable[[], AbstractContextManager[Any]]) -> None:
         """Count the load of a step's micro-batches before they are trained on. A collective call.

@@ -173,6 +173,20 @@ class Balance(Settings):
     with several micro-batches a step, a forward pass of all of them counts first. ``last_batch``: the optimizer step
     before, without that pass. With all but ``micro_batch``, ``micro_batch_size`` and the number of processes do not
     change the result."""
+    loss: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the balance loss; the mixture's own (``router_aux_loss_coef``) if not set, and 0 with a ``bias``."""
+    bias: Literal["sign", "quantile"] | None = None
+    """Balance without a loss: experts are chosen by their gate plus a bias, which each step moves and the checkpoint
+    keeps. ``sign``: up by ``bias_rate`` for experts with less than their share, down for the others. ``quantile``: to
+    where the step's tokens would have given every expert its share."""
+    bias_rate: Annotated[float, Field(gt=0)] | None = None
+    """How far ``bias: sign`` moves a bias in a step, 0.001 if not set; gates are between 0 and 1."""
+
+    @model_validator(mode="after")
+    def _rate_belongs_to_sign(self) -> Balance:
+        if self.bias != "sign" and self.bias_rate is not None:
+            raise ValueError("bias_rate needs bias: sign")
+        return self
 
 
 class _Training(SettingsFile):

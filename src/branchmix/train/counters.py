@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from branchmix.data.sequences import IGNORED
 from branchmix.models.routers import entropy_of, load_of
+from branchmix.models.routing_branchmix import BranchMixFFNRouter, BranchMixRouter, chosen
 
 STARVED = 0.01
 """An expert with less than this fraction of its fair share 1 / E counts as unused."""
@@ -149,12 +150,21 @@ class RouterMonitor:
     Call ``add`` with the output of each forward pass, and ``read`` every few steps. ``add`` does not wait for the
     device. A dense model has no routers: ``add`` does nothing then, and readings are empty.
 
+    Args:
+        model: the model whose outputs are counted.
+        domains: names, in the order of the numbers that batches hold.
+
     Attributes:
         options: keyword arguments for the model's forward pass, so that it returns what ``add`` needs.
     """
 
-    def __init__(self, config: Any, domains: Sequence[str]):
+    def __init__(self, model: Any, domains: Sequence[str]):
+        config = model.config
         self.domains = list(domains)
+        self._routers: dict[str, list[BranchMixRouter]] = {"ffn": [], "attention": []}  # layer by layer
+        for module in model.modules():
+            if isinstance(module, BranchMixRouter):
+                self._routers["ffn" if isinstance(module, BranchMixFFNRouter) else "attention"].append(module)
         self._experts: list[str] = []
         self._top_k: dict[str, int] = {}  # by kind of router
         self._streaks = Counter[tuple[str, int, str]]()
@@ -177,12 +187,18 @@ class RouterMonitor:
             gates_LBTE = torch.stack([of_layer.detach() for of_layer in logits]).unflatten(1, (len(domain_B), -1))
             gates_LBTE = gates_LBTE.softmax(-1)
             # Computed from the logits rather than from the router's gates, which may be normalised.
-            load_LBTE = load_of(gates_LBTE, gates_LBTE.topk(top_k, dim=-1).indices if self._is_hard(kind) else None)
+            index_LBTk = chosen(gates_LBTE, top_k, self._biases(kind)) if self._is_hard(kind) else None
+            load_LBTE = load_of(gates_LBTE, index_LBTk)
             entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)
             values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)
             if mask_BT is not None:
                 values_LBTX = values_LBTX * mask_BT.to(values_LBTX).unsqueeze(-1)
             self._sums[kind].add(domain_B, values_LBTX.sum(2).transpose(0, 1))
+
+    def _biases(self, kind: str) -> torch.Tensor | None:
+        """What the routers of a kind add to their gates when they choose, [L, 1, 1, E]."""
+        biases = [router.expert_bias for router in self._routers[kind] if router.expert_bias is not None]
+        return torch.stack(biases)[:, None, None] if biases else None
 
     def _is_hard(self, kind: str) -> bool:
         """Whether routers choose some of the experts. A loss balances those; soft routers have none."""

@@ -191,7 +191,7 @@ class BranchTrainer(SafeTrainer):
         peak = measure.matmul_peak(device, torch.bfloat16 if run.computing.bf16 else torch.float32)
         self.peak_flops = peak * run.process.num_processes
         self.domain_loss = DomainLoss(run.sequences.domains)
-        self.routers = RouterMonitor(run.model.config, run.sequences.domains)
+        self.routers = RouterMonitor(run.model, run.sequences.domains)
         self.ema: Ema | None = None
         self.balancing: Balancing | None = None
         if config.balance is not None:
