@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from branchmix.errors import RecipeError
 from branchmix.models.balance_branchmix import BranchMixBalance
 from branchmix.models.routing_branchmix import load_balancing_loss
 from branchmix.train.balancing import Balancing
-from branchmix.train.config import Balance
+from branchmix.train.checks import require_balanceable
+from branchmix.train.config import Balance, RunConfig
 from mixtures import random_mixture, tokens
+from training import settings as run_settings
 
 BOTH_HARD: dict[str, Any] = {"attention_num_experts_per_tok": 1, "router_aux_loss_coef": 0.5}
 
@@ -58,6 +62,29 @@ def test_parts_with_the_load_of_the_whole_add_up_to_the_loss_of_the_whole(
     total = torch.stack(parts).sum()
     torch.testing.assert_close(total, whole)
     torch.testing.assert_close(torch.autograd.grad(total, logits)[0], torch.autograd.grad(whole, logits)[0])
+
+
+@settings(deadline=None, max_examples=25)
+@given(shares=st.lists(st.floats(0.05, 1.0), min_size=2, max_size=6), top_k=st.integers(1, 2), seed=st.integers(0, 99))
+def test_a_target_weighs_each_expert_by_its_share(shares: list[float], top_k: int, seed: int) -> None:
+    target = torch.tensor(shares) / sum(shares)
+    logits = random_logits(20, len(shares), seed)
+    expected = (loads(logits, top_k) * logits.softmax(-1).mean(0) / target).sum()
+    torch.testing.assert_close(load_balancing_loss(logits, top_k, target_E=target), expected)
+    uniform = torch.full_like(target, 1 / len(shares))
+    torch.testing.assert_close(load_balancing_loss(logits, top_k, target_E=uniform), load_balancing_loss(logits, top_k))
+
+
+def test_the_least_loss_is_at_the_target() -> None:
+    """Where the load is what the gates say."""
+    target = torch.tensor([0.5, 0.3, 0.2])
+
+    def loss(gates: torch.Tensor) -> float:
+        return load_balancing_loss(gates.log()[None], 1, load_E=gates, target_E=target).item()
+
+    assert loss(target) == pytest.approx(1.0)
+    for seed in range(20):
+        assert loss(torch.randn(3, generator=torch.Generator().manual_seed(seed)).softmax(-1)) > 1
 
 
 # ---- In a mixture ----
@@ -148,3 +175,26 @@ def test_the_load_counted_ahead_is_that_of_training_with_dropout() -> None:
     for batch in batches:
         model(**batch)
     assert not torch.equal(2 * ahead["ffn"], model.balance._step["ffn"]), "or dropout routed nothing differently"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"seed": 1, "code": 1, "lwa": 1}, r"^balance.target: no expert is called 'lwa' \(did you mean 'law'"),
+        ({"seed": 1, "code": 1}, "^balance.target: has no share for 'law': give every expert one"),
+        ({"seed": 1, "code": 4, "law": 1}, "^balance.target: code would get 67% of the load, .* give it at most 50%"),
+    ],
+)
+def test_targets_that_cannot_be_met_are_refused(target: dict[str, float], message: str) -> None:
+    described = random_mixture("llama", expert_names=["seed", "code", "law"]).config.to_dict()
+    run = run_settings(Path(), model="mixture", balance={"target": target})
+    with pytest.raises(RecipeError, match=message):
+        require_balanceable(RunConfig(**run), described)
+    if "law" in target:
+        require_balanceable(RunConfig(**run), {**described, "num_experts_per_tok": 1})
+
+
+def test_a_run_gives_the_target_in_the_order_of_the_experts() -> None:
+    model = random_mixture("llama", expert_names=["seed", "code", "law"])
+    Balancing(model, Balance(target={"law": 1, "seed": 2, "code": 1}), tokens_per_step=8)
+    assert model.balance.target.tolist() == [0.5, 0.25, 0.25]

@@ -148,46 +148,54 @@ def counted(gates: torch.Tensor, top_k: int, bias: torch.Tensor) -> list[int]:
     return counts
 
 
+TARGETS = [None, [0.21, 0.31, 0.48]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_sign_moves_each_towards_its_share(masked: bool) -> None:
+def test_sign_moves_each_towards_its_share(masked: bool, target: list[float] | None) -> None:
     model = biased()
-    model.balance = BranchMixBalance(bias="sign", bias_rate=0.01)
+    model.balance = BranchMixBalance(bias="sign", bias_rate=0.01, target=target)
     mask = (torch.arange(22).reshape(2, 11) % 3 > 0).long() if masked else None
     for router, gates in step(model, tokens(), tokens(seed=1), mask=mask):
         counts = counted(gates, router.top_k, router.before)
-        mean = sum(counts) / 3
         for expert, count in enumerate(counts):
-            moved = 0.01 * ((mean > count) - (mean < count))
+            wanted = sum(counts) * target[expert] if target else sum(counts) / 3
+            moved = 0.01 * ((wanted > count) - (wanted < count))
             assert float(router.expert_bias[expert] - router.before[expert]) == pytest.approx(moved, abs=1e-6)
     assert not model.balance._step
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_quantiles_are_the_formula(masked: bool) -> None:
+def test_quantiles_are_the_formula(masked: bool, target: list[float] | None) -> None:
     model = biased()
-    model.balance = BranchMixBalance(bias="quantile")
+    model.balance = BranchMixBalance(bias="quantile", target=target)
     mask = (torch.arange(22).reshape(2, 11) % 3 > 0).long() if masked else None
     for router, gates in step(model, tokens(), tokens(seed=1), mask=mask):
         k, (m, n), beta = router.top_k, gates.shape, -router.before
         alpha = torch.stack([sorted(row - beta, reverse=True)[k] for row in gates])
         for expert in range(n):
             values = sorted((gates[:, expert] - alpha).tolist(), reverse=True)
-            assert float(-router.expert_bias[expert]) == pytest.approx(values[m * k // n], abs=1e-6)
+            place = int(m * k * target[expert]) if target else m * k // n
+            assert float(-router.expert_bias[expert]) == pytest.approx(values[place], abs=1e-6)
 
 
-@pytest.mark.parametrize(("bias", "steps"), [("sign", 50), ("quantile", 16)])
-def test_without_a_loss_the_load_becomes_even(bias: Any, steps: int) -> None:
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("bias", "steps"), [("sign", 60), ("quantile", 16)])
+def test_without_a_loss_the_load_becomes_what_it_should(bias: Any, steps: int, target: list[float] | None) -> None:
     """Only the biases move here, from a start at which one expert gets nearly everything."""
     model = biased()
     for router in routers(model):
         router.expert_bias.copy_(torch.tensor([0.4, 0.0, -0.4]))
-    model.balance = BranchMixBalance(bias=bias, bias_rate=0.01)
+    model.balance = BranchMixBalance(bias=bias, bias_rate=0.01, target=target)
+    wanted = target or [1 / 3] * 3
     ids = tokens(8, 32)
     violations = []
     for _ in range(steps):
         worst = 0.0
         for router, gates in step(model, ids):
             counts = counted(gates, router.top_k, router.before)
-            worst = max(worst, max(counts) * 3 / sum(counts) - 1)
+            worst = max(worst, *(count / share / sum(counts) - 1 for count, share in zip(counts, wanted, strict=True)))
         violations.append(worst)
     assert violations[0] > 0.4 and max(violations[-3:]) < 0.1, violations

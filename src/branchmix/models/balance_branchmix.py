@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens of each, S = B * T, L layers, E experts, k experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +40,7 @@ class RouterLosses(NamedTuple):
 
 
 class BranchMixBalance:
-    """The balance loss ``E * sum_i f_i P_i`` of each layer, with the load ``f_i`` counted over a scope; and biases.
+    """The balance loss ``sum_i f_i P_i / t_i`` of each layer, with the load ``f_i`` counted over a scope; and biases.
 
     ``micro_batch``: over the tokens of a forward pass (BAM eq. 2). ``sequence``: over each sequence, then averaged.
     ``global_batch``: over all forward passes and processes of an optimizer step (arXiv 2501.11873), so that experts may
@@ -56,11 +56,12 @@ class BranchMixBalance:
     step moves the biases by the choices of all its tokens. ``sign``: by ``bias_rate``, up for experts with less than
     their share and down for the others (arXiv 2408.15664). ``quantile``: to where the step's tokens would have given
     each expert its share (kexue.fm 11619): with ``s`` the gates and ``beta`` the negative bias, ``alpha_t`` is token
-    t's (k+1)-th largest ``s_te - beta_e``, and the new ``beta_e`` is the ``(S k / E + 1)``-th largest
+    t's (k+1)-th largest ``s_te - beta_e``, and the new ``beta_e`` is the ``(S k t_e + 1)``-th largest
     ``s_te - alpha_t``. It holds the gates of all the process's tokens until the step ends, in fp32.
 
     Args:
         scope: one of the four.
+        target: the share ``t_e`` of the load that each expert should get, summing to 1, at most 1 / k; None: equal.
         loss_coef: weight of the balance loss; None: the config's ``router_aux_loss_coef``.
         bias: how biases are moved; None: not at all.
         bias_rate: by how much, for ``sign``.
@@ -72,12 +73,14 @@ class BranchMixBalance:
         self,
         scope: Scope = "micro_batch",
         *,
+        target: Sequence[float] | None = None,
         loss_coef: float | None = None,
         bias: Bias | None = None,
         bias_rate: float = 1e-3,
         tokens_per_step: int | None = None,
     ):
         self.scope = scope
+        self.target = None if target is None else torch.tensor(target)
         self.loss_coef = loss_coef
         self.bias = bias
         self.bias_rate = bias_rate
@@ -123,7 +126,9 @@ class BranchMixBalance:
             if in_step and top_k < config.num_experts:
                 loads_LE = self._observe(kind, layers, top_k, mask_S)
             biases = [layer.router.expert_bias for layer in layers]
-            balance, z = router_losses(logits, top_k, attention_mask, biases=biases, loads_LE=loads_LE, groups=groups)
+            balance, z = router_losses(
+                logits, top_k, attention_mask, biases=biases, loads_LE=loads_LE, target_E=self.target, groups=groups
+            )
             coef = config.router_aux_loss_coef if self.loss_coef is None else self.loss_coef
             own = coef * balance + config.router_z_loss_coef * z
             weighted = own if weighted is None else weighted + own.to(weighted.device)
@@ -167,7 +172,7 @@ class BranchMixBalance:
         if not across:
             return None
         if self.scope == "last_batch":
-            counts_LE = self._last.get(kind, torch.ones_like(counts_LE)).to(counts_LE.device)
+            counts_LE = self._last.get(kind, self._shares(counts_LE)).to(counts_LE.device)
         else:
             counts_LE = self._ahead[kind] if kind in self._ahead else _of_all_processes(counts_LE)
         return counts_LE / counts_LE.sum(-1, keepdim=True)
@@ -200,15 +205,21 @@ class BranchMixBalance:
 
     def _moved(self, kind: str, counts_LE: torch.Tensor) -> torch.Tensor:
         """The biases of all routers of a kind after a step, [L, E]."""
-        routers, target = self._routers[kind], 1 / counts_LE.shape[1]
+        routers, target_LE = self._routers[kind], self._shares(counts_LE)
         bias_LE = torch.stack([router.expert_bias.to(counts_LE.device) for router in routers])  # type: ignore[union-attr]
         if self.bias == "sign":
             load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
-            return bias_LE + self.bias_rate * (target - load_LE).sign()
+            return bias_LE + self.bias_rate * (target_LE - load_LE).sign()
         gates_LSE = torch.cat(self._gates[kind], dim=1)
         alpha_LS1 = (gates_LSE + bias_LE[:, None]).topk(routers[0].top_k + 1, dim=-1).values[..., -1:]
-        most_LE = (counts_LE.sum(-1, keepdim=True) * target + 1e-3).floor()  # 30 / 3 is 10, however it is rounded
+        most_LE = (counts_LE.sum(-1, keepdim=True) * target_LE + 1e-3).floor()  # 30 / 3 is 10, however it is rounded
         return -_thresholds(gates_LSE - alpha_LS1, most_LE)
+
+    def _shares(self, counts_LE: torch.Tensor) -> torch.Tensor:
+        """The share of the load that each expert should get, in every layer."""
+        if self.target is None:
+            return torch.full_like(counts_LE, 1 / counts_LE.shape[1], dtype=torch.float32)
+        return self.target.to(counts_LE.device).expand(counts_LE.shape)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What a run that resumes after ``end_step`` needs."""

@@ -109,11 +109,13 @@ def load_balancing_loss(
     *,
     bias_E: torch.Tensor | None = None,
     load_E: torch.Tensor | None = None,
+    target_E: torch.Tensor | None = None,
     groups: int = 1,
 ) -> torch.Tensor:
-    """``E * sum_i f_i P_i`` of one layer's router logits: 1 at perfect balance.
+    """``sum_i f_i P_i / t_i`` of one layer's router logits: 1 at perfect balance.
 
-    ``f_i`` is the share of all top-k choices that fall on expert i, ``P_i`` its mean gate (Switch; BAM eq. 2).
+    ``f_i`` is the share of all top-k choices that fall on expert i, ``P_i`` its mean gate, and ``t_i`` the share that
+    it should get: 1 / E in Switch and in BAM eq. 2. Where the load follows the gates, the least value is at ``P = t``.
 
     Args:
         logits_SE: of the tokens.
@@ -121,6 +123,7 @@ def load_balancing_loss(
         mask_S: 1 for real tokens, 0 for padding.
         bias_E: of the router.
         load_E: ``f_i`` if it is counted over other tokens than these.
+        target_E: ``t_i``, summing to 1; 1 / E if not given.
         groups: G stretches of S / G tokens, such as sequences: the loss of each is computed, and their mean by the
             number of tokens is returned.
     """
@@ -133,7 +136,9 @@ def load_balancing_loss(
         return (values_SE.unflatten(0, (groups, -1)) * weights_GS1).sum(1) / tokens_G1.clamp(min=1)
 
     load_GE = mean(choices(gates_SE, top_k, bias_E)) / top_k if load_E is None else load_E
-    loss_G = logits_SE.shape[-1] * (load_GE * mean(gates_SE)).sum(-1)
+    if target_E is None:
+        target_E = gates_SE.new_full(gates_SE.shape[1:], 1 / gates_SE.shape[1])
+    loss_G = (load_GE * mean(gates_SE) / target_E.to(load_GE)).sum(-1)
     return (loss_G * tokens_G1[:, 0]).sum() / tokens_G1.sum().clamp(min=1)
 
 
@@ -153,12 +158,13 @@ def router_losses(
     *,
     biases: Sequence[torch.Tensor | None] | None = None,
     loads_LE: torch.Tensor | None = None,
+    target_E: torch.Tensor | None = None,
     groups: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Load-balancing loss and z-loss of router logits [S, E], each summed over layers.
 
-    With all experts chosen (soft routing) the balance is 0. The mask is as for ``token_mask``; ``biases``, ``loads_LE``
-    and ``groups`` are as for ``load_balancing_loss``, the first two with one for each layer.
+    With all experts chosen (soft routing) the balance is 0. The mask is as for ``token_mask``; ``biases`` and
+    ``loads_LE``, with one for each layer, ``target_E`` and ``groups`` are as for ``load_balancing_loss``.
     """
     mask_S = token_mask(attention_mask, logits[0])
     balance = torch.zeros((), device=logits[0].device)
@@ -168,7 +174,9 @@ def router_losses(
         if top_k < layer_SE.shape[-1]:
             load_E = None if loads_LE is None else loads_LE[layer].to(layer_SE.device)
             bias_E = None if biases is None else biases[layer]
-            own = load_balancing_loss(layer_SE, top_k, own_S, bias_E=bias_E, load_E=load_E, groups=groups)
+            own = load_balancing_loss(
+                layer_SE, top_k, own_S, bias_E=bias_E, load_E=load_E, target_E=target_E, groups=groups
+            )
             balance = balance + own.to(balance.device)
         z = z + z_loss(layer_SE, own_S).to(z.device)
     return balance, z

@@ -20,6 +20,15 @@ def counts_ahead(settings: Balance | None, accumulation: int) -> bool:
     return settings is not None and settings.scope == "global_batch" and accumulation > 1
 
 
+def _shares(settings: Balance, config: Any) -> list[float] | None:
+    """``target`` in the order of the experts, summing to 1; None if all are to get the same."""
+    if settings.target is None:
+        return None
+    total = sum(settings.target.values())
+    names = config.expert_names or map(str, range(config.num_experts))
+    return [settings.target[name] / total for name in names]
+
+
 class Balancing:
     """The balance of a mixture in a run.
 
@@ -34,6 +43,7 @@ class Balancing:
         self._model = model
         self._balance = model.balance = BranchMixBalance(
             settings.scope,
+            target=_shares(settings, model.config),
             loss_coef=0.0 if settings.loss is None and settings.bias else settings.loss,
             bias=settings.bias,
             **({} if settings.bias_rate is None else {"bias_rate": settings.bias_rate}),

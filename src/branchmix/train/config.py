@@ -173,6 +173,9 @@ class Balance(Settings):
     with several micro-batches a step, a forward pass of all of them counts first. ``last_batch``: the optimizer step
     before, without that pass. With all but ``micro_batch``, ``micro_batch_size`` and the number of processes do not
     change the result."""
+    target: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Share of the load that each expert should get, by its name (normalised to sum to 1); equal if not set. A token
+    goes to an expert only once, so with top-k no share can be above 1 / k."""
     loss: Annotated[float, Field(ge=0)] | None = None
     """Weight of the balance loss; the mixture's own (``router_aux_loss_coef``) if not set, and 0 with a ``bias``."""
     bias: Literal["sign", "quantile"] | None = None
