@@ -22,11 +22,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from branchmix.data.sequences import IGNORED
-from branchmix.models.routers import entropy_of, load_of
+from branchmix.models.routers import STARVED, bias_spread, dead_experts, entropy_of, load_of, max_violation
 from branchmix.models.routing_branchmix import BranchMixFFNRouter, BranchMixRouter, chosen
 
-STARVED = 0.01
-"""An expert with less than this fraction of its fair share 1 / E counts as unused."""
 DOMINANT = 0.95
 """An expert with more than this share of the load leaves the others almost no tokens."""
 PATIENCE = 5
@@ -160,6 +158,7 @@ class RouterMonitor:
 
     def __init__(self, model: Any, domains: Sequence[str]):
         config = model.config
+        self._model = model
         self.domains = list(domains)
         self._routers: dict[str, list[BranchMixRouter]] = {"ffn": [], "attention": []}  # layer by layer
         for module in model.modules():
@@ -227,25 +226,34 @@ class RouterMonitor:
         }
         total_X = sums_NX.sum(0)
         *load, entropy, _ = (total_X / total_X[-1]).tolist()
-        share = entropy / math.log(len(load)) if len(load) > 1 else 1.0
-        return RouterShares(kind, layer, load, entropy, by_domain, share, max(load) * len(load))
+        share, target = entropy / math.log(len(load)) if len(load) > 1 else 1.0, self._target
+        violation, dead = max_violation(load, target), dead_experts(load, target)
+        spread = bias_spread(self._routers[kind][layer])
+        return RouterShares(kind, layer, load, entropy, by_domain, share, violation, dead, spread)
+
+    @property
+    def _target(self) -> list[float] | None:
+        """The share of the load that training gives each expert, if it is not the same for all."""
+        target = self._model.balance.target
+        return None if target is None else target.tolist()
 
     def _collapsed(self, routers: list[RouterShares]) -> list[str]:
         """A line for each router of which an expert has got nearly no tokens, or all, for the last few readings."""
-        fair, lines = 1 / max(1, len(self._experts)), []
+        count, lines = len(self._experts), []
+        shares = (self._target or [1 / count] * count) if routers else []
         for router in routers:
             found = []
-            for expert, load in zip(self._experts, router.load, strict=True):
+            for expert, load, fair in zip(self._experts, router.load, shares, strict=True):
                 key = (router.kind, router.layer, expert)
-                collapsed = fair < 1 and (load < STARVED * fair or load > DOMINANT)
+                collapsed = fair < DOMINANT and (load < STARVED * fair or load > DOMINANT)
                 self._streaks[key] = self._streaks[key] + 1 if collapsed else 0
                 if self._streaks[key] == PATIENCE:
-                    found.append(f"expert {expert} gets {100 * load:.1f} %")
+                    found.append(f"expert {expert} gets {100 * load:.1f} % (fair: {100 * fair:.0f} %)")
             if found:
                 advice = "raise router_aux_loss_coef or lower" if self._is_hard(router.kind) else "lower"
                 lines.append(
-                    f"layer {router.layer} {router.kind} router: {', '.join(found)} of the load (fair: {100 * fair:.0f}"
-                    f" %), for {PATIENCE} readings: {advice} the learning rate"
+                    f"layer {router.layer} {router.kind} router: {', '.join(found)} of the load, for {PATIENCE} "
+                    f"readings: {advice} the learning rate"
                 )
         return lines
 
@@ -265,8 +273,9 @@ class RouterReading:
         values = {}
         for router in self.routers:
             name = f"router/{router.kind}/{router.layer:02d}"
-            for measure in ("entropy", "entropy_share", "load_max_over_mean"):
-                values[f"{name}/{measure}"] = getattr(router, measure)
+            for measure in ("entropy", "entropy_share", "max_violation", "dead_experts", "bias_spread"):
+                if (value := getattr(router, measure)) is not None:
+                    values[f"{name}/{measure}"] = value
             values |= {f"{name}/load/{expert}": load for expert, load in zip(self.experts, router.load, strict=True)}
         return values
 
@@ -294,5 +303,10 @@ class RouterShares:
     """``load`` within each domain that occurred."""
     entropy_share: float
     """``entropy`` as a share of its maximum, log E."""
-    load_max_over_mean: float
-    """The largest load, times E: 1 for perfect balance, E for a single expert."""
+    max_violation: float
+    """How far the busiest expert is above its share, relative to this share: 0 for perfect balance, E - 1 for a single
+    expert."""
+    dead_experts: int
+    """Experts with less than 1 % of their share."""
+    bias_spread: float | None
+    """The largest of the router's biases less the smallest; None if it has none."""
