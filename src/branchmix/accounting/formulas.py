@@ -44,7 +44,8 @@ def parameters(config: Config) -> ParameterCounts:
         CheckpointError: the config does not describe a model, or its family has no formula.
     """
     shape = shape_of(config)
-    return _count(shape, shape.attention_experts, shape.kv_experts, shape.ffn_experts, heads=shape.trunk_experts)
+    ffns = shape.ffn_experts + shape.shared_experts
+    return _count(shape, shape.attention_experts, shape.kv_experts, ffns, heads=shape.trunk_experts)
 
 
 def active_parameters(config: Config) -> ParameterCounts:
@@ -58,7 +59,7 @@ def active_parameters(config: Config) -> ParameterCounts:
 
 
 def _active(shape: Shape) -> ParameterCounts:
-    ffn_experts = min(shape.num_experts_per_tok, shape.ffn_experts)
+    ffn_experts = min(shape.num_experts_per_tok, shape.ffn_experts) + shape.shared_experts
     return _count(shape, shape.active_attention_experts, shape.kv_experts, ffn_experts)
 
 
@@ -214,7 +215,7 @@ def flops_of(shape: Shape, context: int) -> Flops:
             qkv=2 * d * (wide + 2 * shape.kv_experts * kv_width),
             context=2 * wide * keys // context,
             output=2 * wide * d,
-            ffn=2 * min(shape.num_experts_per_tok, shape.ffn_experts)
+            ffn=2 * (min(shape.num_experts_per_tok, shape.ffn_experts) + shape.shared_experts)
             * (3 if shape.family.gate else 2) * d * s.intermediate_size,
             attention_router=2 * d * shape.num_experts * shape.has_attention_experts,
             ffn_router=2 * d * shape.num_experts * shape.has_ffn_experts,

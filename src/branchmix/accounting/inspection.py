@@ -156,6 +156,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         "attention_num_experts_per_tok": shape.attention_num_experts_per_tok,
         "shared_router": shape.shared_router,
         "document_gate": list(shape.domains) or None,
+        **({"shared_experts": shape.shared_experts} if shape.shared_experts else {}),
         **({"trunk": shape.trunk} if shape.trunk == "experts" else {}),
     }
 
@@ -283,7 +284,8 @@ def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int])
     if not any(".gate_proj" in tensor or "gate_up" in tensor for tensor in index.tensors):
         shape = replace(shape, family=replace(shape.family, gate=None))
     flops = flops_of(replace(shape, attention_num_experts_per_tok=None), context)
-    ffn = flops.model("ffn") // min(shape.num_experts_per_tok, shape.ffn_experts) * shape.ffn_experts
+    computed = min(shape.num_experts_per_tok, shape.ffn_experts) + shape.shared_experts
+    ffn = flops.model("ffn") // computed * (shape.ffn_experts + shape.shared_experts)
     expected = (flops.model("qkv") + flops.model("output"), ffn)
     return shape if expected == (2 * matrices["attention"], 2 * matrices["ffn"]) else None
 

@@ -22,6 +22,7 @@ from .attention_branchmix import is_conv1d, take_output_dropout
 from .configuration_branchmix import BranchMixConfig
 from .linear_branchmix import fastest_on_cpu, linear
 from .routing_branchmix import BranchMixFFNRouter
+from .shared_branchmix import BranchMixSharedExpert
 
 
 def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
@@ -35,6 +36,8 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
     experts = BranchMixExperts(config, width, inner, activation, gated=gated, bias=bias)
     experts.has_gate, experts.has_bias = gated, bias
     moe = BranchMixSparseMoeBlock(config, width, experts, dropout)
+    if config.shared_expert_weight is not None:
+        moe.shared_expert = BranchMixSharedExpert(width, inner, activation, gated=gated, bias=bias)
     if any(True for _ in activation.parameters()):  # Apertus: one for all experts, under its dense name
         setattr(moe, layout["activation"].split(".")[-1], activation)
     setattr(block, layout["ffn"], moe)
@@ -44,11 +47,16 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig) -> None:
 
 
 class BranchMixSparseMoeBlock(nn.Module):
-    """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3)."""
+    """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3).
+
+    With a shared expert S of weight w, it is ``w S(x) + (1 - w) sum_i g_i E_i(x)``.
+    """
 
     def __init__(self, config: BranchMixConfig, hidden_size: int, experts: BranchMixExperts, dropout: float):
         super().__init__()
         self.scaling = config.routed_scaling_factor
+        self.shared_expert: BranchMixSharedExpert | None = None
+        self.shared_weight = config.shared_expert_weight or 0.0
         self.gate = BranchMixFFNRouter(
             hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
         )
@@ -60,13 +68,20 @@ class BranchMixSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
         if self.experts.num_experts == 1:  # its gate is 1: see ``keep_experts``
-            return self.dropout(_computed(self.experts, _stacks(self.experts), 0, hidden_states) * self.scaling)
+            out = _computed(self.experts, _stacks(self.experts), 0, hidden_states)
+            return self.dropout(self._with_shared(out * (self.scaling * (1 - self.shared_weight)), hidden_states))
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         if self.rows is not None:
             index_Sk = self.rows[index_Sk]
-        out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
-        return self.dropout(out_SD.reshape(hidden_states.shape))
+        out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * (self.scaling * (1 - self.shared_weight)))
+        return self.dropout(self._with_shared(out_SD.reshape(hidden_states.shape), hidden_states))
+
+    def _with_shared(self, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the routed experts gave, and what the shared expert adds to it."""
+        if self.shared_expert is None or not self.shared_weight:
+            return out
+        return out + (self.shared_expert(hidden_states) * self.shared_weight).to(out.dtype)
 
 
 class _AutocastExperts(ExpertsInterface):

@@ -196,6 +196,8 @@ def _configured_top_k(config: Any) -> int | None:
 def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
     """Every router of a mixture sends everything to one expert, with a gate of 1, and the trunk is that expert's.
 
+    A shared expert is silent meanwhile, so that the mixture is that expert.
+
     Args:
         mixture: a BranchMix model.
         number: the expert's row.
@@ -222,6 +224,8 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
                 hooks.enter_context(module.register_forward_hook(force_attention))
             elif isinstance(module, BranchMixSparseMoeBlock):
                 hooks.enter_context(module.gate.register_forward_hook(partial(force_ffn, module.scaling)))
+                hooks.callback(setattr, module, "shared_weight", module.shared_weight)
+                module.shared_weight = 0.0
             elif isinstance(module, BranchMixTrunkExperts):
                 hooks.callback(setattr, module, "document_logits", None)
                 hooks.enter_context(module.register_forward_pre_hook(force_trunk))

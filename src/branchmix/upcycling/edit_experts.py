@@ -224,6 +224,8 @@ class _EditedMixture(OpenedMixture):
                 for number, expert in enumerate(experts):
                     for name, part in expert.ffn(layer).items():
                         yield f"{block}.{family.ffn}.experts.{number}.{name}", part
+                shared_expert = f"{block}.{family.ffn}.shared_expert."
+                yield from ((n, Stored(ref)) for n, ref in self.index.tensors.items() if n.startswith(shared_expert))
             for name in (f"{block}.{below}" for below in self.shape.routers.values()):
                 router = Stored(self.index.tensors[name])
                 new = {e.name: Normal((1, width), std, seed, f"{name}/{e.name}", router.dtype) for e in experts}

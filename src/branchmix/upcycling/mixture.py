@@ -108,10 +108,11 @@ class OpenedMixture:
                 yield f"{block}.{router}", (count, width)
             for bias in self.expert_biases(self.config):
                 yield f"{block}.{bias}", (count,)
-            for number in range(count) if shape.has_ffn_experts else ():
+            experts = [f"experts.{number}" for number in range(count)] * shape.has_ffn_experts
+            for expert in experts + ["shared_expert"] * shape.shared_experts:
                 for matrix in FFN_NAMES[family.gate is not None]:
                     size = (width, inner) if matrix == "down_proj" else (inner, width)
-                    yield f"{block}.{family.ffn}.experts.{number}.{matrix}.weight", size
+                    yield f"{block}.{family.ffn}.{expert}.{matrix}.weight", size
         if domains := len(shape.domains):
             yield from ((f"document_gate.{kind}", (count, domains)) for kind in shape.gated_kinds)
             for name in ("evidence", "counts"):

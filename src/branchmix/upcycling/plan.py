@@ -124,7 +124,7 @@ class _Mixture:
             self.shared_kv = [pair for pair in zip(by_name.values(), weights, strict=True) if pair[1] > 0]
         self.trunk = seed.trunk_tensors(self.folded) if recipe.trunk == "experts" else set()
         self.is_dense = not (recipe.has_attention_experts or recipe.has_ffn_experts)
-        self.lossless = not self.is_dense
+        self.lossless = not self.is_dense and recipe.shared_expert is None
         """Whether the tensors that experts share are the same in all of them, as far as ``tensors`` has come."""
 
     def tensors(self) -> Iterator[tuple[str, Expression]]:
@@ -159,6 +159,9 @@ class _Mixture:
                     own = expert.name not in self.copies_of_seed
                     part = part if own else self._sparse(layer, number, name, part)
                     yield f"{family.ffn}.experts.{number}.{name}", part
+        if recipe.shared_expert is not None:
+            for name, part in self.seed.folding(self.folded).ffn(layer).items():
+                yield f"{family.ffn}.shared_expert.{name}", part
         for kind, name in recipe.routers(family).items():
             yield name, self._router(f"model.{family.layers}.{layer}.{name}", kind)
 
@@ -262,6 +265,7 @@ class _Mixture:
             "router_aux_loss_coef": recipe.router_aux_loss_coef,
             "router_z_loss_coef": recipe.router_z_loss_coef,
             "seed_config": {**seed_config, "dtype": dtype},
+            "shared_expert_weight": recipe.shared_expert_weight,
             "shared_router": recipe.routing.shared,
             "tie_word_embeddings": self.dims.tied_embeddings,
             "trunk": recipe.trunk,
@@ -282,6 +286,8 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             yield "more copies of the seed made top-1 BTX worse, not better, in the paper (Table 4)"
     if recipe.merge.kv_init != "merge" and recipe.attention != "kv_sharing":
         yield "merge.kv_init is ignored: only attention: kv_sharing has shared K and V"
+    if recipe.shared_expert is not None and recipe.include_seed:
+        yield "the seed is the shared expert and a routed one: include_seed: false leaves it out of the routed ones"
     if options.weight_scaling or options.redraw_fraction:
         if not recipe.has_ffn_experts:
             yield "sparse_upcycling is ignored: there are no FFN experts"
