@@ -252,6 +252,7 @@ class _Mixture:
             "branchmix_version": __version__,
             "document_gate": None,
             "dtype": dtype,
+            "expert_bias": False,
             "expert_names": recipe.expert_names,
             "expert_rope_parameters": self.rope_parameters,
             "ffn": recipe.ffn,
