@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import branchmix
 from branchmix.data.sources import is_held_out
 from branchmix.errors import RecipeError
-from branchmix.train import train
+from branchmix.train import measure, train
 from branchmix.train.checks import require_balanceable
 from branchmix.train.config import RunConfig
 from branchmix.train.prepared import PreparedRun
@@ -146,6 +146,17 @@ def test_a_balance_over_the_whole_batch_makes_micro_batches_change_nothing(
     for name, tensor in whole.items():
         torch.testing.assert_close(in_parts[name], tensor, rtol=0, atol=1e-5, msg=name)
     assert max((by_part[name] - tensor).abs().max() for name, tensor in whole.items()) > 1e-3
+
+
+def test_a_budget_in_minutes_knows_of_the_count(
+    models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(measure, "seconds_per_step", lambda *_, counts_ahead, **__: found.append(counts_ahead) or 1.0)
+    for number, micro in enumerate((2, 8)):
+        changes = {"balance": {"scope": "global_batch"}, "budget": {"minutes": 1}, "micro_batch_size": micro}
+        train(run(tmp_path / str(number), text, models["mixture"], **changes), dry_run=True, progress=False)
+    assert found == [True, False]
 
 
 def test_biases_are_trained_saved_and_resumed_without_a_balance_loss(

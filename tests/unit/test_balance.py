@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from branchmix.errors import RecipeError
 from branchmix.models.balance_branchmix import BranchMixBalance
 from branchmix.models.routing_branchmix import load_balancing_loss
-from branchmix.train.balancing import Balancing
+from branchmix.train.balancing import Balancing, counts_ahead
 from branchmix.train.checks import require_balanceable
 from branchmix.train.config import Balance, RunConfig
+from branchmix.train.measure import seconds_per_step
+from branchmix.train.models import Computing
 from mixtures import random_mixture, tokens
 from training import settings as run_settings
 
@@ -158,22 +160,26 @@ def test_evaluation_balances_its_own_tokens_and_counts_nothing() -> None:
     assert model.balance.state() == {}
 
 
-def test_the_load_counted_ahead_is_that_of_training_with_dropout() -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_load_counted_ahead_is_that_of_training_with_dropout(bf16: bool) -> None:
+    context = Computing(torch.device("cpu"), bf16).autocast
     model = random_mixture("llama", **BOTH_HARD, seed_changes={"attention_dropout": 0.3}).train()
     ids = tokens(6, 20)
     balancing = Balancing(model, Balance(scope="global_batch"), tokens_per_step=ids.numel())
     torch.manual_seed(3)
     batches = [{"input_ids": part, "labels": part} for part in ids.split(2)]
-    balancing.begin_step(batches, torch.no_grad)
+    balancing.begin_step(batches, context)
     for batch in batches:
-        model(**batch)
+        with context():
+            model(**batch)
     ahead, trained = model.balance._ahead, model.balance._step
     assert ahead.keys() == trained.keys() == {"ffn", "attention"}
     assert all(torch.equal(ahead[kind], trained[kind]) for kind in ahead)
     assert trained["ffn"].sum(-1).tolist() == [6 * 20 * 2] * 2 and trained["attention"].sum(-1).tolist() == [6 * 20] * 2
     torch.manual_seed(4)
     for batch in batches:
-        model(**batch)
+        with context():
+            model(**batch)
     assert not torch.equal(2 * ahead["ffn"], model.balance._step["ffn"]), "or dropout routed nothing differently"
 
 
@@ -198,3 +204,36 @@ def test_a_run_gives_the_target_in_the_order_of_the_experts() -> None:
     model = random_mixture("llama", expert_names=["seed", "code", "law"])
     Balancing(model, Balance(target={"law": 1, "seed": 2, "code": 1}), tokens_per_step=8)
     assert model.balance.target.tolist() == [0.5, 0.25, 0.25]
+
+
+def test_recomputed_blocks_are_counted_once() -> None:
+    model, ids, counts = random_mixture("llama", **BOTH_HARD).train(), tokens(4, 9), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.balance = BranchMixBalance(bias="sign", tokens_per_step=ids.numel())
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        counts.append(model.balance._step)
+    assert counts[0].keys() == counts[1].keys() == {"ffn", "attention"}
+    assert all(torch.equal(counts[0][kind], counts[1][kind]) for kind in counts[0])
+
+
+def test_the_time_of_a_step_includes_the_count() -> None:
+    """Also under autocast, which must not keep the weights that the count has cast without a gradient."""
+    model, calls = random_mixture("llama"), list[bool]()
+    model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    sequences = [{"input_ids": row, "labels": row, "position_ids": torch.arange(9)} for row in tokens(4, 9)]
+    gradients = list[bool]()
+    model.model.model.layers[0].self_attn.o_proj.weight.register_hook(lambda grad: gradients.append(bool(grad.any())))
+    options: dict[str, Any] = {"micro": 2, "accumulation": 2, "packing": "position_ids"}
+    computing = Computing(torch.device("cpu"), bf16=True)
+    for ahead in (False, True):
+        assert seconds_per_step(model, sequences, computing, counts_ahead=ahead, **options) > 0
+    steps = len(gradients) // 2
+    assert calls == [True] * steps + [False, True] * steps and all(gradients)
+
+
+@pytest.mark.parametrize(("scope", "accumulation"), [("global_batch", 4), ("global_batch", 1), ("last_batch", 4)])
+def test_only_an_accumulated_global_batch_is_counted_ahead(scope: Any, accumulation: int) -> None:
+    assert counts_ahead(Balance(scope=scope), accumulation) == (scope == "global_batch" and accumulation > 1)
+    assert not counts_ahead(None, accumulation)
