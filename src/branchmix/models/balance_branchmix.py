@@ -29,7 +29,7 @@ class Routed(NamedTuple):
 
 
 class RouterLosses(NamedTuple):
-    """Of a forward pass; the losses of the FFN routers are summed over layers and not weighted."""
+    """Losses of a forward pass; those of the FFN routers are summed over layers and not weighted."""
 
     weighted: torch.Tensor | None
     """Balance losses and z-losses of all routers, weighted; None if no router has any."""
@@ -175,7 +175,7 @@ class BranchMixBalance:
             counts_LE = self._last.get(kind, self._shares(counts_LE)).to(counts_LE.device)
         else:
             counts_LE = self._ahead[kind] if kind in self._ahead else _of_all_processes(counts_LE)
-        return counts_LE / counts_LE.sum(-1, keepdim=True)
+        return counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
 
     # ---- Around a step ----
 
@@ -208,7 +208,7 @@ class BranchMixBalance:
         routers, target_LE = self._routers[kind], self._shares(counts_LE)
         bias_LE = torch.stack([router.expert_bias.to(counts_LE.device) for router in routers])  # type: ignore[union-attr]
         if self.bias == "sign":
-            load_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
+            load_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
             return bias_LE + self.bias_rate * (target_LE - load_LE).sign()
         gates_LSE = torch.cat(self._gates[kind], dim=1)
         alpha_LS1 = (gates_LSE + bias_LE[:, None]).topk(routers[0].top_k + 1, dim=-1).values[..., -1:]
