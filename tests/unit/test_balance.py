@@ -168,7 +168,7 @@ def test_the_load_counted_ahead_is_that_of_training_with_dropout(bf16: bool) -> 
     balancing = Balancing(model, Balance(scope="global_batch"), tokens_per_step=ids.numel())
     torch.manual_seed(3)
     batches = [{"input_ids": part, "labels": part} for part in ids.split(2)]
-    balancing.begin_step(batches, context)
+    balancing.count_ahead(batches, context)
     for batch in batches:
         with context():
             model(**batch)
@@ -236,4 +236,19 @@ def test_the_time_of_a_step_includes_the_count() -> None:
 @pytest.mark.parametrize(("scope", "accumulation"), [("global_batch", 4), ("global_batch", 1), ("last_batch", 4)])
 def test_only_an_accumulated_global_batch_is_counted_ahead(scope: Any, accumulation: int) -> None:
     assert counts_ahead(Balance(scope=scope), accumulation) == (scope == "global_batch" and accumulation > 1)
-    assert not counts_ahead(None, accumulation)
+    assert not counts_ahead(None, accumulation) and not counts_ahead(Balance(scope=scope, loss=0), accumulation)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scope": "global_batch", "bias": "sign"}, "scope: a bias turns the balance loss off, so nothing counts"),
+        ({"bias": "quantile", "bias_rate": 0.1}, "bias_rate needs bias: sign"),
+        ({"bias_rate": 0.1}, "bias_rate needs bias: sign"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Balance(**settings)
+    again = Balance(**{**settings, "bias": "sign", "loss": 0.01})
+    assert Balance(**again.model_dump()) == again, "a run that resumes reads them from its folder"

@@ -17,7 +17,8 @@ from branchmix.train.models import reshard
 
 def counts_ahead(settings: Balance | None, accumulation: int) -> bool:
     """Whether the forward passes of a step run twice: the load of the last one is not known when the first is done."""
-    return settings is not None and settings.scope == "global_batch" and accumulation > 1
+    whole_step = settings is not None and settings.scope == "global_batch" and settings.loss != 0
+    return whole_step and accumulation > 1
 
 
 def _shares(settings: Balance, config: Any) -> list[float] | None:
@@ -39,7 +40,6 @@ class Balancing:
     """
 
     def __init__(self, model: Any, settings: Balance, *, tokens_per_step: int):
-        self.settings = settings
         self._model = model
         self._balance = model.balance = BranchMixBalance(
             settings.scope,
@@ -55,8 +55,10 @@ class Balancing:
                 if isinstance(module, BranchMixRouter):
                     module.add_bias()
 
-    def begin_step(self, batches: Iterable[dict[str, Any]], context: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Count the load of a step's micro-batches before they are trained on. A collective call.
+    def count_ahead(
+        self, batches: Iterable[dict[str, Any]], context: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        """Count the load of a step's micro-batches before they are trained on, if ``counts_ahead``. A collective call.
 
         The forward passes draw the same random numbers as those that follow, so dropout is the same.
 
@@ -64,9 +66,6 @@ class Balancing:
             batches: arguments of the model for each micro-batch of this process.
             context: entered around each forward pass.
         """
-        batches = list(batches)
-        if not counts_ahead(self.settings, len(batches)):
-            return
         device = self._model.device
         self._model.train()
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self._balance.counting():

@@ -186,9 +186,11 @@ class Balance(Settings):
     """How far ``bias: sign`` moves a bias in a step, 0.001 if not set; gates are between 0 and 1."""
 
     @model_validator(mode="after")
-    def _rate_belongs_to_sign(self) -> Balance:
+    def _nothing_is_ignored(self) -> Balance:
         if self.bias != "sign" and self.bias_rate is not None:
             raise ValueError("bias_rate needs bias: sign")
+        if self.bias is not None and self.loss is None and self.scope != "micro_batch":
+            raise ValueError("scope: a bias turns the balance loss off, so nothing counts the load over it: give loss")
         return self
 
 

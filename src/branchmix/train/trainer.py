@@ -29,7 +29,7 @@ from branchmix.checkpoint.folder import write_json, writing
 from branchmix.errors import OutputError
 from branchmix.train import measure, trained_parts
 from branchmix.train import saved_state as saved
-from branchmix.train.balancing import Balancing
+from branchmix.train.balancing import Balancing, counts_ahead
 from branchmix.train.checkpoints import SafeTrainer
 from branchmix.train.counters import DomainLoss, RouterMonitor
 from branchmix.train.ema import Ema
@@ -206,9 +206,9 @@ class BranchTrainer(SafeTrainer):
         """The micro-batches of a step. Their time counts as waiting for data; a count of their load does not."""
         with self.clock.counting("waiting"):
             batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if self.balancing is not None:
+        if self.balancing is not None and counts_ahead(self.run.config.balance, len(batches)):
             inputs = (measure.model_inputs(batch, self.run.packing, self.args.device) for batch in batches)
-            self.balancing.begin_step(inputs, self.compute_loss_context_manager)
+            self.balancing.count_ahead(inputs, self.compute_loss_context_manager)
         return batches, num_items
 
     def compute_loss_context_manager(self) -> Any:
