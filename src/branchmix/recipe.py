@@ -219,6 +219,10 @@ class Recipe(SettingsFile):
     routed_scaling_factor: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
     """Factor on the FFN experts' output: 1.0 in the paper; ``auto`` is N / k for raw gates, which keeps the dense
     scale while gates are near uniform, and 1 for soft or normalised ones."""
+    shared_expert: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None = None
+    """Weight of the seed's FFN as an expert that every token goes to; the routed experts get the rest (Nexus, arXiv
+    2408.15901). ``auto`` is 1 / (k + 1). With gates forced to one expert, the FFN is then a mix of this expert and the
+    seed, so the mixture is not lossless."""
     router_aux_loss_coef: float = Field(0.01, ge=0)
     """Weight of the load-balancing loss in training (eq. 2's alpha)."""
     router_z_loss_coef: float = Field(0.001, ge=0)
@@ -307,6 +311,8 @@ class Recipe(SettingsFile):
             raise ValueError("merge.weights: all are zero, so nothing is left to average: give one model a weight")
 
     def _check_routing(self) -> None:
+        if self.shared_expert is not None and not self.has_ffn_experts:
+            raise ValueError("shared_expert: stands beside FFN experts: give ffn: experts, or leave it out")
         count = len(self.expert_names)
         for where, top_k in (
             ("routing.ffn.top_k", self.routing.ffn.top_k),
@@ -380,6 +386,11 @@ class Recipe(SettingsFile):
             return float(self.routed_scaling_factor)
         raw = not (self.routing.ffn.normalize or self.routing.ffn.soft)
         return len(self.expert_names) / self.num_experts_per_tok if raw else 1.0
+
+    @property
+    def shared_expert_weight(self) -> float | None:
+        """``shared_expert`` as a number."""
+        return 1 / (self.num_experts_per_tok + 1) if self.shared_expert == "auto" else self.shared_expert
 
     @property
     def max_shard_bytes(self) -> int:

@@ -27,8 +27,9 @@ from mixtures import random_mixture
 from training import NEW_MODEL, settings, write_text
 
 PARALLEL = {"ddp": {}, "experts": {"expert_parallel": True}, "fsdp": {"fsdp": True}}
-JOBS = [("fsdp", "dense"), ("experts", "mixture")]
+JOBS = [("fsdp", "dense"), ("experts", "mixture"), ("ddp", "global_batch"), ("ddp", "last_batch")]
 MORE = [("ddp", "dense"), ("ddp", "mixture"), ("fsdp", "new"), ("fsdp", "mixture"), ("experts", "shared")]
+MORE += [("fsdp", "global_batch"), ("experts", "global_batch"), ("fsdp", "last_batch"), ("experts", "sign")]
 STEPS, STOPPED_AT = 6, 3
 
 WORKER = """
@@ -89,6 +90,14 @@ os._exit(0)  # models of the group are still alive here, and gloo would mind the
 """
 
 
+BALANCES: dict[str, Any] = {
+    "global_batch": {"scope": "global_batch"},
+    "last_batch": {"scope": "last_batch", "loss": 0.5, "bias": "quantile"},
+    "sign": {"bias": "sign"},
+}
+"""Also the names of mixtures that are trained with these."""
+
+
 def run_file(folder: Path, model: str, **changes: Any) -> Path:
     run = settings(
         folder,
@@ -99,6 +108,7 @@ def run_file(folder: Path, model: str, **changes: Any) -> Path:
         held_out={"share": 0.1, "tokens": 500},
         logging={"steps": 1},
         evaluation={"steps": 2},
+        **({"balance": BALANCES[model]} if model in BALANCES else {}),
         **changes,
     )
     file = folder / f"{'-'.join([model, *changes.get('parallel', {})])}.yaml"
@@ -116,7 +126,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BY_NAME["cohere"].save(folder / "dense", 0, **sizes)
     random_mixture("llama", num_experts=4, seed_changes=sizes).save_pretrained(folder / "mixture")
     random_mixture("cohere", "kv_sharing", num_experts=2, seed_changes=sizes).save_pretrained(folder / "shared")
-    for model in ("dense", "mixture", "shared"):
+    hard = {"attention_num_experts_per_tok": 1, "router_aux_loss_coef": 0.5}
+    for model in BALANCES:
+        random_mixture("llama", num_experts=4, seed_changes=sizes, **hard).save_pretrained(folder / model)
+    for model in ("dense", "mixture", "shared", *BALANCES):
         tokenizer().save_pretrained(folder / model)
     return folder
 

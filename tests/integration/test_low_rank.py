@@ -430,6 +430,17 @@ def test_parameters_are_those_of_the_model(name: str, attention: str) -> None:
     assert active_parameters(config).ffn < parameters(config).ffn
 
 
+def test_a_shared_expert_beside_low_rank_experts(siblings: Siblings, tmp_path: Path) -> None:
+    seed = siblings("llama")["seed"]
+    experts = {"one": adapter(seed, tmp_path / "one"), "shared_expert": True}
+    for folder, rank in (("whole", "full"), ("small", 4)):
+        branchmix.upcycle(given(seed, **experts, expert_rank=rank), tmp_path / folder)
+    whole, small = load(tmp_path / "whole"), load(tmp_path / "small")
+    with torch.no_grad():
+        close(small(tokens()).logits, whole(tokens()).logits)
+    assert parameters(small.config.to_dict()).total == sum(parameter.numel() for parameter in small.parameters())
+
+
 def test_only_factors_and_routers_are_trained() -> None:
     model = changed("llama")
     freeze(model, ["all_but_factors"])

@@ -227,6 +227,8 @@ def test_experts_by_domain_are_told_apart_and_typical_tokens_found(tmp_path: Pat
     assert layer["mutual_information_corrected"] == pytest.approx(1.0, abs=1e-6)
     assert layer["token_entropy"] == pytest.approx(0.0, abs=1e-6)
     assert layer["load_entropy"] == pytest.approx(0.993, abs=1e-3)
+    assert layer["max_violation"] == pytest.approx(3 * max(layer["load"]) - 1) and layer["dead_experts"] == 1
+    assert layer["bias_spread"] is None
     words = [[token["token"] for token in tokens] for tokens in layer["typical"]]
     assert words == [[], [" two"], [" large"]]
     assert (layer["typical"][1][0]["share"], layer["typical"][1][0]["count"]) == (1.0, 16)

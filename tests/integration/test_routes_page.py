@@ -188,6 +188,7 @@ def test_experts_texts_and_numbers_can_be_chosen(found: Routes, file: Path, open
     pair = found.report.agreement[1]
     assert f"{100 * pair['same']:.0f} % of tokens, {100 * pair['same_by_chance']:.0f} % by chance" in facts
     assert f"{found.report.layers['attention'][1]['mutual_information_corrected']:.3f}" in facts
+    assert f"dead experts: {found.report.layers['attention'][1]['dead_experts']}" in facts and "Biases" not in facts
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import branchmix
 from branchmix.data.sources import is_held_out
 from branchmix.errors import RecipeError
-from branchmix.train import train
+from branchmix.train import measure, train
+from branchmix.train.checks import require_balanceable
+from branchmix.train.config import RunConfig
 from branchmix.train.prepared import PreparedRun
 from branchmix.train.trainer import BranchTrainer
 from checkpoints import same_bytes, weights
@@ -124,6 +126,88 @@ def test_micro_batches_change_nothing(kind: str, models: dict[str, Path], text: 
     for one, other in zip(results[8][1], results[2][1], strict=True):
         for key in ("loss", "loss/code", "objective", "held_out/law", "grad_norm"):
             assert one.get(key) == pytest.approx(other.get(key), abs=2e-6)
+
+
+def test_a_balance_over_the_whole_batch_makes_micro_batches_change_nothing(
+    models: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    """Of FFN routers and top-k attention routers; with a balance of each micro-batch they change a lot."""
+    model = tmp_path / "model"
+    shutil.copytree(models["mixture"], model)
+    config = json.loads((model / "config.json").read_text())
+    strong = {"attention_num_experts_per_tok": 1, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
+    (model / "config.json").write_text(json.dumps({**config, **strong}))
+    results = []
+    for scope, micro in (("global_batch", 8), ("global_batch", 2), ("micro_batch", 2)):
+        changes = {"micro_batch_size": micro, "balance": {"scope": scope}, "optimizer": {"eps": 1e-3}}
+        file = run(tmp_path / f"{scope}-{micro}", text, model, budget={"steps": 3}, **changes)
+        results.append(weights(train(file, progress=False).out))
+    whole, in_parts, by_part = results
+    for name, tensor in whole.items():
+        torch.testing.assert_close(in_parts[name], tensor, rtol=0, atol=1e-5, msg=name)
+    assert max((by_part[name] - tensor).abs().max() for name, tensor in whole.items()) > 1e-3
+
+
+def test_a_budget_in_minutes_knows_of_the_count(
+    models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(measure, "seconds_per_step", lambda *_, counts_ahead, **__: found.append(counts_ahead) or 1.0)
+    for number, micro in enumerate((2, 8)):
+        changes = {"balance": {"scope": "global_batch"}, "budget": {"minutes": 1}, "micro_batch_size": micro}
+        train(run(tmp_path / str(number), text, models["mixture"], **changes), dry_run=True, progress=False)
+    assert found == [True, False]
+
+
+def test_biases_are_trained_saved_and_resumed_without_a_balance_loss(
+    models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later run without ``balance`` keeps them as they are."""
+    changes = {"balance": {"bias": "sign", "bias_rate": 0.01}, "budget": {"steps": 4}, "logging": {"steps": 1}}
+    whole = train(run(tmp_path / "whole", text, models["mixture"], **changes), progress=False).out
+    stopped = run(tmp_path / "stopped", text, models["mixture"], **changes)
+    step_ended = BranchTrainer.on_step_end
+
+    def stop(self: BranchTrainer, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        step_ended(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BranchTrainer, "on_step_end", stop)
+        assert train(stopped, progress=False).status == "stopped"
+    found = weights(train(stopped, progress=False).out)
+    assert found.keys() == weights(whole).keys() and all(torch.equal(found[n], t) for n, t in weights(whole).items())
+    biases = {name: tensor for name, tensor in found.items() if name.endswith("expert_bias")}
+    assert len(biases) == 2 and all("mlp.gate" in name for name in biases), "soft attention gates have none"
+    for bias in biases.values():
+        assert bias.dtype == torch.float32 and torch.equal((bias * 100).round() / 100, bias) and bias.abs().max() > 0.01
+    config = json.loads((whole / "config.json").read_text())
+    assert config["expert_bias"] and config["router_aux_loss_coef"] == 0.01
+    first = rows(whole)[1]
+    assert first["objective"] - first["loss"] < 2 * 0.001 * 2 * 1.6**2, "only the z-loss, of two layers and two routers"
+    later = weights(train(run(tmp_path / "later", text, whole, budget={"steps": 2}), progress=False).out)
+    assert all(torch.equal(later[name], bias) for name, bias in biases.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        ("seed", {}, "^balance: applies to mixtures, but the model has no routers: remove it"),
+        (
+            "mixture",
+            {"ffn": "average"},
+            "^balance: every token goes to all experts of the model, so their load is equal",
+        ),
+        ("mixture", {"num_experts_per_tok": 3}, "^balance: every token goes to all experts of the model"),
+    ],
+)
+def test_a_balance_of_nothing_is_refused(
+    model: str, change: dict[str, Any], message: str, models: dict[str, Path]
+) -> None:
+    described = json.loads((models[model] / "config.json").read_text()) | change
+    with pytest.raises(RecipeError, match=message):
+        require_balanceable(RunConfig(**settings(Path(), model="model", balance={})), described)
 
 
 def outside_experts(name: str) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from branchmix.errors import CheckpointError
 from branchmix.train import trained_parts
-from branchmix.train.trainer import Ema
+from branchmix.train.ema import Ema
 from mixtures import random_mixture, tokens
 
 
@@ -118,7 +118,7 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/unit"]
-from branchmix.train.trainer import Ema
+from branchmix.train.ema import Ema
 from branchmix.train.models import leave_group
 from test_ema import small
 torch.set_num_threads(1)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from branchmix.models.balance_branchmix import BranchMixBalance
 from branchmix.models.routing_branchmix import BranchMixFFNRouter, BranchMixRouter
 from branchmix.train.counters import PATIENCE, RouterMonitor, RouterReading
 from families import BY_NAME
@@ -74,7 +75,7 @@ def test_the_same_as_by_hand(name: str, top_k: tuple[int, int | None], masked: b
     ids, domain = tokens(4, 9), [2, 0, 2, 0]
     mask = (torch.arange(36).reshape(4, 9) % 3 > 0) if masked else None
     expected = by_hand(model, ids, domain, mask)
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     for half in (slice(0, 2), slice(2, 4)):  # gradient accumulation
         output = model.train()(ids[half], labels=ids[half], **monitor.options)
         monitor.add(output, torch.tensor(domain[half]), None if mask is None else mask[half])
@@ -88,7 +89,7 @@ def test_the_same_as_by_hand(name: str, top_k: tuple[int, int | None], masked: b
 def test_recomputed_layers_count_once(attention: str, reentrant: bool) -> None:
     model = random_mixture("llama", attention)
     ids, domain = tokens(2, 9), [1, 2]
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     loads = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -112,30 +113,49 @@ def test_recomputed_layers_count_once(attention: str, reentrant: bool) -> None:
 
 def test_names_and_numbers_for_loggers() -> None:
     model = random_mixture("llama", expert_names=NAMES)
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     monitor.add(model(tokens(), **monitor.options), torch.tensor([0, 1]))
     reading = monitor.read()
     scalars, router = reading.scalars(), reading.routers[-1]
     assert router.kind == "ffn" and router.layer == 1
     assert scalars["router/ffn/01/entropy"] == router.entropy
     assert scalars["router/ffn/01/entropy_share"] == pytest.approx(router.entropy / math.log(3))
-    assert scalars["router/ffn/01/load_max_over_mean"] == pytest.approx(3 * max(router.load))
+    assert scalars["router/ffn/01/max_violation"] == pytest.approx(3 * max(router.load) - 1)
+    assert scalars["router/ffn/01/dead_experts"] == 0 and router.bias_spread is None
     assert [scalars[f"router/attention/00/load/{name}"] for name in NAMES] == reading.routers[0].load
-    assert len(scalars) == 2 * 2 * (3 + 3)
+    assert len(scalars) == 2 * 2 * (4 + 3)
     record = json.loads(json.dumps(reading.as_dict()))
     assert record["experts"] == NAMES and record["ffn"][1]["by_domain"].keys() == {"code", "law"}
 
 
 def test_a_dense_model_has_nothing_to_watch() -> None:
     model = BY_NAME["llama"].model(0)
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     monitor.add(model(tokens(), **monitor.options), torch.tensor([0, 1]))
     assert monitor.read().scalars() == {} and monitor.read().collapsed == [] and monitor.options == {}
 
 
+def test_a_target_is_what_load_is_compared_with() -> None:
+    """And biases are told by how far they are apart."""
+    model = random_mixture("llama", expert_names=NAMES, num_experts_per_tok=1, expert_bias=True)
+    monitor, shares = RouterMonitor(model, DOMAINS), [0.6, 0.3, 0.1]
+    model.balance = BranchMixBalance(target=shares)
+    ffn = [module for module in model.modules() if is_router(module, "ffn")]
+    ffn[0].expert_bias.copy_(torch.tensor([0.25, 0.0, -9.0]))
+    for _ in range(PATIENCE):
+        monitor.add(model(tokens(4, 20), **monitor.options), torch.tensor([0, 1, 2, 0]))
+        reading = monitor.read()
+    first, second = (router for router in reading.routers if router.kind == "ffn")
+    assert first.load[2] == 0 and first.dead_experts == 1 and second.dead_experts == 0
+    assert first.max_violation == pytest.approx(max(f / t for f, t in zip(first.load, shares, strict=True)) - 1)
+    assert (first.bias_spread, second.bias_spread) == (9.25, 0.0)
+    assert reading.scalars()["router/ffn/00/bias_spread"] == 9.25
+    assert [line for line in reading.collapsed if "layer 0 ffn router: expert two gets 0.0 % (fair: 10 %)" in line]
+
+
 def test_a_collapse_is_told_once_until_it_recovers() -> None:
     model = random_mixture("llama", expert_names=NAMES, num_experts_per_tok=1)
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     routers = {kind: [m for m in model.modules() if is_router(m, kind)] for kind in ("ffn", "attention")}
     healthy = {id(router): router.weight.clone() for both in routers.values() for router in both}
 
@@ -158,8 +178,8 @@ def test_a_collapse_is_told_once_until_it_recovers() -> None:
     collapse(routers["ffn"][1])
     assert readings(PATIENCE - 1) == []
     assert readings(1) == [
-        "layer 1 ffn router: expert seed gets 0.0 %, expert one gets 0.0 %, expert two gets 100.0 % of the load "
-        "(fair: 33 %), for 5 readings: raise router_aux_loss_coef or lower the learning rate"
+        "layer 1 ffn router: expert seed gets 0.0 % (fair: 33 %), expert one gets 0.0 % (fair: 33 %), expert two gets "
+        "100.0 % (fair: 33 %) of the load, for 5 readings: raise router_aux_loss_coef or lower the learning rate"
     ]
     assert readings(PATIENCE + 2) == []
     with torch.no_grad():
@@ -185,7 +205,7 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 model = random_mixture("llama")
-monitor = RouterMonitor(model.config, ["code", "law", "math"])
+monitor = RouterMonitor(model, ["code", "law", "math"])
 readings = []
 for part in (slice(0, 3) if rank == 0 else slice(3, 4), slice(0, 4)):  # different tokens, then all on both
     domain = torch.tensor([2, 0, 2, 1])[part]
@@ -211,7 +231,7 @@ def test_two_processes_read_what_one_reads(tmp_path: Any) -> None:
     found = {line[0]: json.loads(line[2:]) for line in done.stdout.splitlines()}
     assert found["0"] == found["1"]
     model = random_mixture("llama")
-    monitor = RouterMonitor(model.config, DOMAINS)
+    monitor = RouterMonitor(model, DOMAINS)
     for number, ids, domain in (
         (0, tokens(4, 9), [2, 0, 2, 1]),
         (1, tokens(4, 9), [2, 0, 2, 1]),

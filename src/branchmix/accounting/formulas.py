@@ -44,7 +44,8 @@ def parameters(config: Config) -> ParameterCounts:
         CheckpointError: the config does not describe a model, or its family has no formula.
     """
     shape = shape_of(config)
-    return _count(shape, shape.attention_experts, shape.kv_experts, shape.ffn_experts, heads=shape.trunk_experts)
+    ffns = shape.ffn_experts + shape.shared_experts
+    return _count(shape, shape.attention_experts, shape.kv_experts, ffns, heads=shape.trunk_experts)
 
 
 def active_parameters(config: Config) -> ParameterCounts:
@@ -58,7 +59,7 @@ def active_parameters(config: Config) -> ParameterCounts:
 
 
 def _active(shape: Shape) -> ParameterCounts:
-    ffn_experts = min(shape.num_experts_per_tok, shape.ffn_experts)
+    ffn_experts = min(shape.num_experts_per_tok, shape.ffn_experts) + shape.shared_experts
     return _count(shape, shape.active_attention_experts, shape.kv_experts, ffn_experts)
 
 
@@ -68,7 +69,8 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
     d, q_width, kv_width = s.hidden_size, s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
 
     of_seed = bool(shape.expert_ranks)  # matrices that are there once, whatever the number of experts
-    own_attention, own_kv, own_ffn = (1 if of_seed else n for n in (attention_experts, kv_experts, ffn_experts))
+    own_attention, own_kv = (1, 1) if of_seed else (attention_experts, kv_experts)
+    own_ffn = 1 + shape.shared_experts if of_seed else ffn_experts
     attention = 2 * d * (own_attention * q_width + own_kv * kv_width)
     attention += attention_experts * (q_width * has(facts.qkv_bias) + d * has(facts.out_bias))
     attention += kv_experts * 2 * kv_width * has(facts.qkv_bias)
@@ -77,9 +79,8 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
     inner = s.intermediate_size
     ffn_biases = num_up * inner + d if has(facts.ffn_bias) else 0
     ffn = own_ffn * (num_up + 1) * d * inner + ffn_experts * ffn_biases
-    factors = [
-        _factors(shape, layer, attention_experts, ffn_experts) for layer in range(s.num_layers if of_seed else 0)
-    ]
+    routed, layers = ffn_experts - shape.shared_experts, range(s.num_layers if of_seed else 0)
+    factors = [_factors(shape, layer, attention_experts, routed) for layer in layers]
 
     norm = d * (has(facts.norm_gain) + has(facts.norm_bias))
     in_front = {shape.family.attention_input_norm, shape.family.ffn_input_norm} - {None}
@@ -225,11 +226,12 @@ def flops_of(shape: Shape, context: int) -> Flops:
         # Keys seen by all n tokens together, doubled: n^2 of a causal triangle, less what lies outside the window.
         keys = context**2 - max(context - (window or context), 0) ** 2
         qkv, output, ffn = _factors(shape, number, shape.active_attention_experts, ffn_experts)
+        matrices = 3 if shape.family.gate else 2
         return LayerFlops(
             qkv=2 * (d * (own_wide + 2 * own_kv * kv_width) + qkv),
             context=2 * wide * keys // context,
             output=2 * (own_wide * d + output),
-            ffn=2 * (own_ffn * (3 if shape.family.gate else 2) * d * s.intermediate_size + ffn),
+            ffn=2 * ((own_ffn + shape.shared_experts) * matrices * d * s.intermediate_size + ffn),
             attention_router=2 * d * shape.num_experts * shape.has_attention_experts,
             ffn_router=2 * d * shape.num_experts * shape.has_ffn_experts,
         )  # fmt: skip

@@ -157,6 +157,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         "shared_router": shape.shared_router,
         "document_gate": list(shape.domains) or None,
         **({"expert_ranks": list(shape.expert_ranks)} if shape.expert_ranks else {}),
+        **({"shared_experts": shape.shared_experts} if shape.shared_experts else {}),
         **({"trunk": shape.trunk} if shape.trunk == "experts" else {}),
     }
 
@@ -284,7 +285,8 @@ def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int])
     if not any(".gate_proj" in tensor or "gate_up" in tensor for tensor in index.tensors):
         shape = replace(shape, family=replace(shape.family, gate=None))
     flops = flops_of(replace(shape, attention_num_experts_per_tok=None), context)
-    ffn = flops.model("ffn") // min(shape.num_experts_per_tok, shape.ffn_experts) * shape.ffn_experts
+    computed = min(shape.num_experts_per_tok, shape.ffn_experts) + shape.shared_experts
+    ffn = flops.model("ffn") // computed * (shape.ffn_experts + shape.shared_experts)
     expected = (flops.model("qkv") + flops.model("output"), ffn)
     return shape if expected == (2 * matrices["attention"], 2 * matrices["ffn"]) else None
 
@@ -301,7 +303,7 @@ _PART_PATTERNS = {
 }
 _BUFFERS = re.compile(
     r"(^document_gate\.counts|rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias)|act_fn\.(beta|eps)|layer_scalar|slope_rate|_decay"
-    r"|e_score_correction_bias|balancing_biases|tid2eid|global_(mean|invstd))$"
+    r"|e_score_correction_bias|\.expert_bias|balancing_biases|tid2eid|global_(mean|invstd))$"
 )
 
 

@@ -23,6 +23,7 @@ MIXTURE_DEFAULTS: Config = {
     "attention_norm_topk_prob": False,
     "attention_num_experts_per_tok": None,
     "document_gate": None,
+    "expert_bias": False,
     "expert_names": None,
     "expert_ranks": None,
     "expert_rope_parameters": None,
@@ -35,6 +36,7 @@ MIXTURE_DEFAULTS: Config = {
     "routed_scaling_factor": 1.0,
     "router_aux_loss_coef": 0.01,
     "router_z_loss_coef": 0.001,
+    "shared_expert_weight": None,
     "shared_router": False,
     "trunk": "average",
 }
@@ -57,6 +59,8 @@ class Shape:
     num_experts_per_tok: int = 1
     attention_num_experts_per_tok: int | None = None
     """None is soft: every attention expert, the paper's choice."""
+    shared_experts: int = 0
+    """Copies of the FFN in a layer that every token goes to, beside the experts: 0 or 1."""
     shared_router: bool = False
     """Both routers have one set of weights."""
     trunk: str = "average"
@@ -167,6 +171,7 @@ def shape_of(config: Config) -> Shape:
         family=family_of(seed),
         sizes=_checked_dimensions(seed),
         **{key: config[key] for key in same},
+        shared_experts=int(config["shared_expert_weight"] is not None),
         shared_router=bool(config["shared_router"]),
         expert_ranks=tuple(config["expert_ranks"] or ()),
         folded_norms=tuple(config["folded_norms"] or ()),
@@ -200,6 +205,9 @@ def _check_mixture(config: Config) -> None:
         fits = name == "folded_norms" or config[name] is None or len(value) == num_experts
         _require(fits, f"num_experts is {num_experts}, but {name} has {len(value)}")
     _check_ranks(config["expert_ranks"], config)
+    weight = config["shared_expert_weight"]
+    in_range = weight is None or (type(weight) in (int, float) and 0 < weight < 1 and config["ffn"] == "experts")
+    _require(in_range, f"shared_expert_weight is {weight!r}: it needs ffn: experts, and a number between 0 and 1")
     names, scaling, gate = config["expert_names"] or [], config["routed_scaling_factor"], config["document_gate"]
     _require(len(set(names)) == len(names), "expert_names holds a name twice")
     _require(type(scaling) in (int, float), f"routed_scaling_factor is {scaling!r}, not a number")

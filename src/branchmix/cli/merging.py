@@ -160,7 +160,8 @@ def _print(report: UpcycleReport) -> None:
     typer.echo(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}")
     _plan_table(plan).show()
     if plan.lossless is not None and not plan.is_dense:
-        typer.echo(lossless_line(plan.lossless))
+        shared_expert = plan.config.get("shared_expert_weight") is not None
+        typer.echo(lossless_line(plan.lossless, shared_expert=shared_expert))
     typer.echo(
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "

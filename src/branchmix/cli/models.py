@@ -64,7 +64,8 @@ def _print_accounting(accounting: Accounting) -> None:
     if accounting.lossless is not None:
         from branchmix.upcycling.model_card import lossless_line
 
-        typer.echo(lossless_line(accounting.lossless))
+        shared_expert = accounting.shape is not None and accounting.shape.shared_experts > 0
+        typer.echo(lossless_line(accounting.lossless, shared_expert=shared_expert))
     active = asdict(accounting.active)
     rows = [
         [part.replace("_", " "), f"{total:,}", f"{active[part]:,}"]
@@ -110,6 +111,7 @@ def _headline(accounting: Accounting) -> str:
         gate = "soft" if shape.attention_num_experts_per_tok is None else f"top-{shape.attention_num_experts_per_tok}"
         attention = f"{shape.attention} ({gate})" if shape.has_attention_experts else shape.attention
         ffn = f"{shape.ffn} (top-{shape.num_experts_per_tok})" if shape.has_ffn_experts else shape.ffn
+        ffn += " and a shared expert" * shape.shared_experts
         gates = f"; document gates: {', '.join(shape.domains)}" if shape.domains else ""
         trunk = ", trunk experts" if shape.trunk == "experts" else ""
         ranks = {rank for layer in shape.expert_ranks for experts in layer.values() for rank in experts if rank}

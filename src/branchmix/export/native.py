@@ -89,6 +89,10 @@ def _expert_problems(mixture: OpenedMixture, native: Native) -> Iterator[str]:
             "its document gates have no native form: branchmix calibrate --token-only fits gates that see one token "
             "only, which have"
         )
+    if mixture.shape.shared_experts:
+        yield f"its shared expert has a fixed weight, which {native.model_type} does not have"
+    if config.get("expert_bias"):
+        yield f"its routers choose experts by a bias, and those of {native.model_type} by their gates alone"
     top_k, num_experts = config["num_experts_per_tok"], config["num_experts"]
     if native.always_normalises and not config.get("norm_topk_prob") and top_k < num_experts:
         yield (

@@ -47,7 +47,11 @@ class BranchMixConfig(PreTrainedConfig):
             raw gates are near uniform).
         attention_num_experts_per_tok: k of the attention gate; None is soft, the paper's choice.
         attention_norm_topk_prob: divide the k chosen attention gates by their sum.
+        shared_expert_weight: weight w of an FFN S that every token goes to: ``w S(x) + (1 - w) sum_i g_i E_i(x)``
+            (Nexus, arXiv 2408.15901). None: there is none.
         shared_router: one router a block for attention and FFN experts, ``mlp.gate``. The paper has two.
+        expert_bias: whether top-k routers choose by gate plus a bias of each expert, ``expert_bias`` in the checkpoint
+            (arXiv 2408.15664). Training with ``balance: {bias: ...}`` adds them.
         router_aux_loss_coef: weight of the load-balancing loss, summed over layers (eq. 2's alpha, not given there).
         router_z_loss_coef: weight of the router z-loss, summed over layers (eq. 2's beta, not given there).
         output_router_logits: return both routers' logits, and add the losses outside training too.
@@ -78,7 +82,9 @@ class BranchMixConfig(PreTrainedConfig):
     routed_scaling_factor: float = 1.0
     attention_num_experts_per_tok: int | None = None
     attention_norm_topk_prob: bool = False
+    shared_expert_weight: float | None = None
     shared_router: bool = False
+    expert_bias: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
     output_router_logits: bool = False
@@ -116,6 +122,9 @@ class BranchMixConfig(PreTrainedConfig):
             top_k = getattr(self, name)
             if top_k is not None and not 1 <= top_k <= self.num_experts:
                 raise ValueError(f"{name} is {top_k}, but there are {self.num_experts} experts")
+        weight = self.shared_expert_weight
+        if weight is not None and not (self.has_ffn_experts and 0 < weight < 1):
+            raise ValueError(f"shared_expert_weight is {weight}: it needs FFN experts, and a number between 0 and 1")
         if self.shared_router and not (self.has_attention_experts and self.has_ffn_experts):
             raise ValueError("shared_router needs attention experts and FFN experts")
         if self.document_gate is not None:

@@ -23,6 +23,7 @@ from .configuration_branchmix import BranchMixConfig
 from .linear_branchmix import fastest_on_cpu, linear
 from .low_rank_branchmix import BranchMixLowRankExperts
 from .routing_branchmix import BranchMixFFNRouter
+from .shared_branchmix import BranchMixSharedExpert
 
 
 def widen_ffn(block: nn.Module, config: BranchMixConfig, layer: int) -> None:
@@ -40,6 +41,8 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig, layer: int) -> None:
     else:
         experts = BranchMixLowRankExperts(width, inner, activation, ranks, gated=gated, bias=bias)
     moe = BranchMixSparseMoeBlock(config, width, experts, dropout)
+    if config.shared_expert_weight is not None:
+        moe.shared_expert = BranchMixSharedExpert(width, inner, activation, gated=gated, bias=bias)
     if any(True for _ in activation.parameters()):  # Apertus: one for all experts, under its dense name
         setattr(moe, layout["activation"].split(".")[-1], activation)
     setattr(block, layout["ffn"], moe)
@@ -49,7 +52,10 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig, layer: int) -> None:
 
 
 class BranchMixSparseMoeBlock(nn.Module):
-    """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3)."""
+    """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3).
+
+    With a shared expert S of weight w, it is ``w S(x) + (1 - w) sum_i g_i E_i(x)``.
+    """
 
     def __init__(
         self,
@@ -60,6 +66,8 @@ class BranchMixSparseMoeBlock(nn.Module):
     ):
         super().__init__()
         self.scaling = config.routed_scaling_factor
+        self.shared_expert: BranchMixSharedExpert | None = None
+        self.shared_weight = config.shared_expert_weight or 0.0
         self.gate = BranchMixFFNRouter(
             hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
         )
@@ -71,13 +79,20 @@ class BranchMixSparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D]."""
         if self.experts.num_experts == 1:  # its gate is 1: see ``keep_experts``
-            return self.dropout(self.experts.of_one(hidden_states) * self.scaling)
+            out = self.experts.of_one(hidden_states) * (self.scaling * (1 - self.shared_weight))
+            return self.dropout(self._with_shared(out, hidden_states))
         hidden_SD = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, gates_Sk, index_Sk = self.gate(hidden_SD)
         if self.rows is not None:
             index_Sk = self.rows[index_Sk]
-        out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * self.scaling)
-        return self.dropout(out_SD.reshape(hidden_states.shape))
+        out_SD = self.experts(hidden_SD, index_Sk, gates_Sk * (self.scaling * (1 - self.shared_weight)))
+        return self.dropout(self._with_shared(out_SD.reshape(hidden_states.shape), hidden_states))
+
+    def _with_shared(self, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the routed experts gave, and what the shared expert adds to it."""
+        if self.shared_expert is None or not self.shared_weight:
+            return out
+        return out + (self.shared_expert(hidden_states) * self.shared_weight).to(out.dtype)
 
 
 class _AutocastExperts(ExpertsInterface):

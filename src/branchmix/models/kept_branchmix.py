@@ -102,6 +102,8 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
     one_an_expert = isinstance(kept, (BranchMixExpertNorm, BranchMixExpertRotary, BranchMixTrunkExperts))
     for name, child in kept.named_children():
         _share(child, whole[rows[int(name)]] if one_an_expert else getattr(whole, name), rows, query)
+    if isinstance(kept, BranchMixRouter) and kept.expert_bias is not None:
+        kept.expert_bias = kept.expert_bias[rows]
     if isinstance(kept, BranchMixDocumentGate):
         _cut(kept, rows, names=DocumentLogits._fields)
     elif isinstance(kept, BranchMixRouter) or (isinstance(kept, BranchMixExperts) and _side_by_side(rows)):

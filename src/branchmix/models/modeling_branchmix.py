@@ -28,13 +28,14 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, widen_attention
+from .balance_branchmix import BranchMixBalance, Routed
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import BranchMixConfig
 from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, documented, remember
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .kept_branchmix import generate_with_kept_experts, keep_experts
 from .low_rank_branchmix import BranchMixLowRank
-from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter, router_losses
+from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
 from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_trunk
 
 logger = logging.get_logger(__name__)
@@ -59,6 +60,9 @@ def widen(model: Any, config: BranchMixConfig) -> None:
             attention = getattr(block, layout["attention"])
             own = attention.expert_gate
             attention.expert_gate = BranchMixSharedRouter(getattr(block, layout["ffn"]).gate, own.top_k, own.normalize)
+    if config.expert_bias:
+        for router in [module for module in model.modules() if isinstance(module, BranchMixRouter)]:
+            router.add_bias()
     if config.trunk == "experts":
         widen_trunk(model, config)
     if config.expert_rope_parameters is not None:
@@ -197,9 +201,12 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["expert_bias"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {"router_logits": OutputRecorder(BranchMixRouter, index=0)}
     document_gate: BranchMixDocumentGate | None
+    balance: BranchMixBalance
+    """How training balances the experts' load; a trainer may set another. Not saved."""
     _causal_lm: ClassVar[bool]
 
     def __init__(self, config: BranchMixConfig):
@@ -210,6 +217,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         self._family_name = "model" if self._causal_lm else family.base_model_prefix
         self.add_module(self._family_name, family)
         self.document_gate = document_gate(family, config)
+        self.balance = BranchMixBalance()
         self.post_init()
         layers = f"model.{config.layout['layers']}" if self._causal_lm else config.layout["layers"]
         self._tp_plan, self._ep_plan = parallel_plans(self, layers)
@@ -225,6 +233,8 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         seed_config = self.config.seed_config
         std = getattr(seed_config, "initializer_range", None) or getattr(seed_config, "init_std", None) or 0.02
         for module in self.modules():
+            if isinstance(module, BranchMixRouter) and module.expert_bias is not None:
+                init.zeros_(module.expert_bias)
             if getattr(module, "_is_hf_initialized", False):
                 continue
             if isinstance(module, BranchMixRouter):
@@ -320,17 +330,17 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         return model
 
     @contextmanager
-    def _recorded_routers(self, wanted: bool) -> Iterator[dict[str, list[torch.Tensor]]]:
-        """Logits of both kinds of routers, layer by layer, of the forward pass inside the block."""
-        logits: dict[str, list[torch.Tensor]] = {"ffn": [], "attention": []}
+    def _recorded_routers(self, wanted: bool) -> Iterator[dict[str, list[Routed]]]:
+        """What both kinds of routers say, layer by layer, in the forward pass inside the block."""
+        routed: dict[str, list[Routed]] = {"ffn": [], "attention": []}
         hooks = []
         if wanted:
             for module in self.modules():
                 if isinstance(module, BranchMixRouter):
                     kind = "ffn" if isinstance(module, BranchMixFFNRouter) else "attention"
-                    hooks.append(module.register_forward_hook(partial(_record, logits[kind])))
+                    hooks.append(module.register_forward_hook(partial(_record, routed[kind])))
         try:
-            yield logits
+            yield routed
         finally:
             for hook in hooks:
                 hook.remove()
@@ -341,15 +351,15 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         """The outputs of a family's base model, and both routers' logits if asked for."""
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         kwargs.pop("return_dict", None)
-        with self._recorded_routers(wanted) as logits:
+        with self._recorded_routers(wanted) as routed:
             outputs = self._run(family, input_ids=input_ids, **kwargs)
         return BranchMixModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            router_logits=tuple(logits["ffn"]) or None,
-            attention_router_logits=tuple(logits["attention"]) or None,
+            router_logits=_logits(routed["ffn"]),
+            attention_router_logits=_logits(routed["attention"]),
         )
 
     def _run(
@@ -389,8 +399,12 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         return outputs
 
 
-def _record(logits: list[torch.Tensor], module: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
-    logits.append(output[0].flatten(0, -2))
+def _record(routed: list[Routed], module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+    routed.append(Routed(output[0].flatten(0, -2), module))
+
+
+def _logits(routed: list[Routed]) -> tuple[torch.Tensor, ...] | None:
+    return tuple(layer.logits_SE for layer in routed) or None
 
 
 class BranchMixModel(BranchMixPreTrainedModel):
@@ -518,7 +532,7 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
                 "mixture cannot add its router losses"
             )
         kwargs.pop("return_dict", None)
-        with self._recorded_routers(wanted or add_losses) as logits:
+        with self._recorded_routers(wanted or add_losses or self.balance.is_counting) as routed:
             outputs = self._run(
                 self.model,
                 input_ids=input_ids,
@@ -532,11 +546,18 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
                 **kwargs,
             )
         loss, aux_loss, z_loss = outputs.loss, None, None
-        if wanted or add_losses:
-            extra, aux_loss, z_loss = self._router_losses(logits, attention_mask)
-            if labels is not None and add_losses and extra is not None:
-                share = _share_of_batch(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
-                loss = loss + (extra * share).to(loss.device)
+        if self.balance.is_counting:
+            self.balance.add_ahead(self.config, routed, attention_mask)
+        elif wanted or add_losses:
+            num_sequences = next(len(x) for x in (input_ids, inputs_embeds) if x is not None)
+            in_step = add_losses and self.training and torch.is_grad_enabled()
+            losses = self.balance.losses(
+                self.config, routed, attention_mask, num_sequences=num_sequences, in_step=in_step
+            )
+            aux_loss, z_loss = losses.balance, losses.z
+            if labels is not None and losses.weighted is not None:
+                share = self.balance.share(losses, labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+                loss = loss + (losses.weighted * share).to(loss.device)
         return BranchMixCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -545,39 +566,9 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
-            router_logits=tuple(logits["ffn"]) or None if wanted else None,
-            attention_router_logits=tuple(logits["attention"]) or None if wanted else None,
+            router_logits=_logits(routed["ffn"]) if wanted else None,
+            attention_router_logits=_logits(routed["attention"]) if wanted else None,
         )
-
-    def _router_losses(
-        self, logits: dict[str, list[torch.Tensor]], attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Weighted sum of all router losses, and the FFN router's balance and z-loss, each summed over layers.
-
-        The attention router has losses only when it is top-k: soft routing balances itself (section 4.1).
-        """
-        config = self.config
-        extra = aux_loss = z_loss = None
-        for kind, top_k in (("ffn", config.num_experts_per_tok), ("attention", config.attention_num_experts_per_tok)):
-            if not logits[kind] or top_k is None:
-                continue
-            balance, z = router_losses(logits[kind], top_k, attention_mask)
-            weighted = config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
-            extra = weighted if extra is None else extra + weighted.to(extra.device)
-            if kind == "ffn":
-                aux_loss, z_loss = balance, z
-        return extra, aux_loss, z_loss
-
-
-def _share_of_batch(labels: torch.Tensor, shift_labels: torch.Tensor | None, num_items_in_batch: Any) -> float:
-    """This micro-batch's share of the accumulated batch: ``Trainer`` divides no term by the accumulation steps.
-
-    Counts what ``Trainer`` counts: labels that are predicted, so not each row's first.
-    """
-    if num_items_in_batch is None:
-        return 1.0
-    predicted = labels[:, 1:] if shift_labels is None else shift_labels
-    return (predicted != -100).sum() / num_items_in_batch
 
 
 __all__ = ["BranchMixForCausalLM", "BranchMixModel", "BranchMixPreTrainedModel"]

@@ -10,7 +10,7 @@ Shapes: S tokens (batch times length), E experts, k experts chosen for a token.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -196,6 +196,8 @@ def _configured_top_k(config: Any) -> int | None:
 def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
     """Every router of a mixture sends everything to one expert, with a gate of 1, and the trunk is that expert's.
 
+    A shared expert is silent meanwhile, so that the mixture is that expert.
+
     Args:
         mixture: a BranchMix model.
         number: the expert's row.
@@ -222,6 +224,8 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
                 hooks.enter_context(module.register_forward_hook(force_attention))
             elif isinstance(module, BranchMixSparseMoeBlock):
                 hooks.enter_context(module.gate.register_forward_hook(partial(force_ffn, module.scaling)))
+                hooks.callback(setattr, module, "shared_weight", module.shared_weight)
+                module.shared_weight = 0.0
             elif isinstance(module, BranchMixTrunkExperts):
                 hooks.callback(setattr, module, "document_logits", None)
                 hooks.enter_context(module.register_forward_pre_hook(force_trunk))
@@ -240,6 +244,34 @@ def load_of(gates: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     if index is None or index.shape[-1] == gates.shape[-1]:
         return gates
     return torch.zeros_like(gates).scatter_(-1, index, 1 / index.shape[-1])
+
+
+STARVED = 0.01
+"""An expert with less than this fraction of its share of the load counts as dead."""
+
+
+def max_violation(load: Sequence[float], target: Sequence[float] | None = None) -> float:
+    """``max_i f_i / t_i - 1``, how far the busiest expert is above its share (MaxVio of arXiv 2408.15664).
+
+    ``load`` sums to 1 over experts, and so does ``target``, which is equal shares if not given.
+    """
+    shares = target or [1 / len(load)] * len(load)
+    return max(own / share for own, share in zip(load, shares, strict=True)) - 1
+
+
+def dead_experts(load: Sequence[float], target: Sequence[float] | None = None) -> int:
+    """Experts with less than ``STARVED`` of their share of the load; arguments as for ``max_violation``."""
+    shares = target or [1 / len(load)] * len(load)
+    return sum(own < STARVED * share for own, share in zip(load, shares, strict=True))
+
+
+def bias_spread(router: Any) -> float | None:
+    """The largest bias of a router less the smallest, how far biases have drifted apart; None if it has none.
+
+    A difference, because equal biases change nothing.
+    """
+    bias_E = getattr(router, "expert_bias", None)
+    return None if bias_E is None else float(bias_E.max() - bias_E.min())
 
 
 def entropy_of(gates: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,15 @@ class BranchMixRouter(nn.Module):
         self.top_k = top_k
         self.normalize = normalize
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("expert_bias", None)
 
+    expert_bias: torch.Tensor | None
+    """[E], fp32: added to the gates when experts are chosen, and never to the gates themselves (arXiv 2408.15664)."""
     document_logits: torch.Tensor | None = None
     """[B, T, E]: what the document so far adds, while its block runs (``documents_branchmix``)."""
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Softmax first, then top-k, raw unless ``normalize`` (BAM section 3.3).
+        """Softmax first, then top-k, raw unless ``normalize`` (BAM section 3.3). A bias changes the choice only.
 
         Args:
             hidden_states: [..., D].
@@ -39,10 +42,17 @@ class BranchMixRouter(nn.Module):
             logits = F.linear(hidden_states.float(), self.weight.float())
             if self.document_logits is not None:
                 logits = logits + self.document_logits.to(logits).view(logits.shape)
-        gates, index = logits.softmax(-1).topk(self.top_k, dim=-1)
+        gates = logits.softmax(-1)
+        index = chosen(gates, self.top_k, self.expert_bias)
+        gates = gates.gather(-1, index)
         if self.normalize:
             gates = gates / gates.sum(-1, keepdim=True)
         return logits, gates, index
+
+    def add_bias(self) -> None:
+        """Choose by a bias from now on, which starts at zero; unless there is one, or all experts are chosen."""
+        if self.expert_bias is None and self.top_k < len(self.weight):
+            self.expert_bias = torch.zeros(len(self.weight), dtype=torch.float32, device=self.weight.device)
 
 
 class BranchMixFFNRouter(BranchMixRouter):
@@ -73,6 +83,7 @@ class BranchMixSharedRouter(BranchMixAttentionRouter):
         nn.Module.__init__(self)
         self.top_k = top_k
         self.normalize = normalize
+        self.register_buffer("expert_bias", None)  # of its own, since k and so the load may differ
         self._owner = (owner,)  # a tuple, so that the weights have one name
 
     @property
@@ -80,47 +91,104 @@ class BranchMixSharedRouter(BranchMixAttentionRouter):
         return self._owner[0].weight
 
 
-def load_balancing_loss(logits_SE: torch.Tensor, top_k: int, mask_S: torch.Tensor | None = None) -> torch.Tensor:
-    """``E * sum_i f_i P_i`` of one layer's router logits: 1 at perfect balance.
+def chosen(gates: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+    """The k experts that a token goes to, [..., k], by gates [..., E] of all experts and the router's bias."""
+    scores = gates if bias_E is None else gates + bias_E.float()
+    return scores.topk(top_k, dim=-1).indices
 
-    ``f_i`` is the share of all top-k choices that fall on expert i, ``P_i`` its mean gate (Switch; BAM eq. 2). The
-    mask has 1 for real tokens, 0 for padding.
+
+def choices(gates_SE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
+    """1 for the k experts that a token goes to, 0 for the others: [S, E]."""
+    return torch.zeros_like(gates_SE).scatter_(1, chosen(gates_SE, top_k, bias_E), 1.0)
+
+
+def load_balancing_loss(
+    logits_SE: torch.Tensor,
+    top_k: int,
+    mask_S: torch.Tensor | None = None,
+    *,
+    bias_E: torch.Tensor | None = None,
+    load_E: torch.Tensor | None = None,
+    target_E: torch.Tensor | None = None,
+    groups: int = 1,
+) -> torch.Tensor:
+    """``sum_i f_i P_i / t_i`` of one layer's router logits: 1 at perfect balance.
+
+    ``f_i`` is the share of all top-k choices that fall on expert i, ``P_i`` its mean gate, and ``t_i`` the share that
+    it should get: 1 / E in Switch and in BAM eq. 2. Where the load follows the gates, the least value is at ``P = t``.
+
+    Args:
+        logits_SE: of the tokens.
+        top_k: experts chosen for a token.
+        mask_S: 1 for real tokens, 0 for padding.
+        bias_E: of the router.
+        load_E: ``f_i`` if it is counted over other tokens than these.
+        target_E: ``t_i``, summing to 1; 1 / E if not given.
+        groups: G stretches of S / G tokens, such as sequences: the loss of each is computed, and their mean by the
+            number of tokens is returned.
     """
     gates_SE = logits_SE.float().softmax(-1)
-    chosen_SE = torch.zeros_like(gates_SE).scatter_(1, gates_SE.topk(top_k, dim=-1).indices, 1.0)
-    load_E = _mean(chosen_SE, mask_S) / top_k
-    return logits_SE.shape[-1] * (load_E * _mean(gates_SE, mask_S)).sum()
+    mask_S = gates_SE.new_ones(len(gates_SE)) if mask_S is None else mask_S.to(gates_SE.dtype)
+    weights_GS1 = mask_S.view(groups, -1, 1)
+    tokens_G1 = weights_GS1.sum(1)
+
+    def mean(values_SE: torch.Tensor) -> torch.Tensor:
+        return (values_SE.unflatten(0, (groups, -1)) * weights_GS1).sum(1) / tokens_G1.clamp(min=1)
+
+    load_GE = mean(choices(gates_SE, top_k, bias_E)) / top_k if load_E is None else load_E
+    if target_E is None:
+        target_E = gates_SE.new_full(gates_SE.shape[1:], 1 / gates_SE.shape[1])
+    loss_G = (load_GE * mean(gates_SE) / target_E.to(load_GE)).sum(-1)
+    return (loss_G * tokens_G1[:, 0]).sum() / tokens_G1.sum().clamp(min=1)
 
 
 def z_loss(logits_SE: torch.Tensor, mask_S: torch.Tensor | None = None) -> torch.Tensor:
     """Mean over tokens of ``logsumexp(logits)^2`` of one layer (ST-MoE; BAM eq. 2)."""
-    return _mean(logits_SE.float().logsumexp(-1).square().unsqueeze(-1), mask_S).squeeze(0)
+    values_S = logits_SE.float().logsumexp(-1).square()
+    if mask_S is None:
+        return values_S.mean()
+    weights_S = mask_S.to(values_S.dtype)
+    return (values_S * weights_S).sum() / weights_S.sum().clamp(min=1)
 
 
 def router_losses(
-    logits: Sequence[torch.Tensor], top_k: int, attention_mask: torch.Tensor | None = None
+    logits: Sequence[torch.Tensor],
+    top_k: int,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    loads_LE: torch.Tensor | None = None,
+    target_E: torch.Tensor | None = None,
+    groups: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Load-balancing loss and z-loss of router logits [S, E], each summed over layers.
 
-    With all experts chosen (soft routing) the balance is 0. The mask is [B, T] with 0 for padding; of one that is
-    longer than the tokens (a cache), its last T count. The 4-D masks that ``generate`` makes for static caches say
-    nothing about padding, and are ignored.
+    With all experts chosen (soft routing) the balance is 0. The mask is as for ``token_mask``; ``biases`` and
+    ``loads_LE``, with one for each layer, ``target_E`` and ``groups`` are as for ``load_balancing_loss``.
     """
-    mask_S = None
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        num_tokens = logits[0].shape[0] // attention_mask.shape[0]
-        mask_S = attention_mask[:, -num_tokens:].reshape(-1).to(logits[0].device)
+    mask_S = token_mask(attention_mask, logits[0])
     balance = torch.zeros((), device=logits[0].device)
     z = torch.zeros((), device=logits[0].device)
-    for layer_SE in logits:
+    for layer, layer_SE in enumerate(logits):
+        own_S = None if mask_S is None else mask_S.to(layer_SE.device)
         if top_k < layer_SE.shape[-1]:
-            balance = balance + load_balancing_loss(layer_SE, top_k, mask_S).to(balance.device)
-        z = z + z_loss(layer_SE, mask_S).to(z.device)
+            load_E = None if loads_LE is None else loads_LE[layer].to(layer_SE.device)
+            bias_E = None if biases is None else biases[layer]
+            own = load_balancing_loss(
+                layer_SE, top_k, own_S, bias_E=bias_E, load_E=load_E, target_E=target_E, groups=groups
+            )
+            balance = balance + own.to(balance.device)
+        z = z + z_loss(layer_SE, own_S).to(z.device)
     return balance, z
 
 
-def _mean(values_SX: torch.Tensor, mask_S: torch.Tensor | None) -> torch.Tensor:
-    if mask_S is None:
-        return values_SX.mean(0)
-    weights_S1 = mask_S.to(values_SX.dtype).unsqueeze(-1)
-    return (values_SX * weights_S1).sum(0) / weights_S1.sum().clamp(min=1)
+def token_mask(attention_mask: torch.Tensor | None, logits_SE: torch.Tensor) -> torch.Tensor | None:
+    """[S], 0 for padding; None if all tokens are real.
+
+    The mask is [B, T]; of one that is longer than the tokens (a cache), its last T count. The 4-D masks of packing and
+    of ``generate`` with static caches say nothing about padding, and are ignored.
+    """
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    num_tokens = logits_SE.shape[0] // attention_mask.shape[0]
+    return attention_mask[:, -num_tokens:].reshape(-1).to(logits_SE.device)

@@ -66,7 +66,7 @@ class HeldOutText:
         """Scores of one model, and the load of each expert by domain, of each layer's routers."""
         loaded, tokenizer, computing = self._load(model)
         # Found out without autocast, as runs do: what bf16 rounds away would be taken for other documents.
-        monitor = RouterMonitor(loaded.config, list(self.sources))
+        monitor = RouterMonitor(loaded, list(self.sources))
         packing = packing_method(loaded) if monitor.options else None
         with computing.autocast():
             scored = self._scored(loaded, tokenizer)

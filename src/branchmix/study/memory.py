@@ -109,4 +109,5 @@ def _ffn(shape: Shape, half: int) -> int:
     inner = (4 if shape.family.gate else 2) * shape.sizes.intermediate_size
     if shape.ffn != "experts":
         return half * inner
-    return half * shape.num_experts_per_tok * (inner + 2 * shape.sizes.hidden_size)
+    shared = half * shape.shared_experts * (inner + shape.sizes.hidden_size)
+    return half * shape.num_experts_per_tok * (inner + 2 * shape.sizes.hidden_size) + shared

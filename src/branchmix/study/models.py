@@ -108,6 +108,7 @@ class Mixtures:
             "num_experts": len(recipe.expert_names),
             "num_experts_per_tok": recipe.num_experts_per_tok,
             "attention_num_experts_per_tok": attention,
+            "shared_expert_weight": recipe.shared_expert_weight,
             "shared_router": recipe.routing.shared,
             "trunk": recipe.trunk,
         }

@@ -249,7 +249,7 @@ class StudyFile(SettingsFile):
         if len(set(self.random_seeds)) < len(self.random_seeds):
             raise ValueError("random_seeds: one is listed twice, which would be no repetition")
         _check_keys("recipe", self.recipe, Recipe, without=("seed", "experts", "attention", "ffn"))
-        whole = (*_OF_THE_STUDY, "adapters", "learning_rate", "optimizer", "micro_batch_size")
+        whole = (*_OF_THE_STUDY, "adapters", "balance", "learning_rate", "optimizer", "micro_batch_size")
         _check_keys("train", self.train, RunConfig, without=(*whole, "freeze"))
         _check_keys("expert_train", self.expert_train, RunConfig, without=whole)
         self._check_runs()

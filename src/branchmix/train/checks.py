@@ -9,6 +9,8 @@ from math import gcd
 from typing import Any
 
 from branchmix.accounting import inspect
+from branchmix.accounting.shape import MIXTURE_DEFAULTS, shape_of
+from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import read_config
 from branchmix.checkpoint.json_text import read_json
@@ -53,6 +55,7 @@ def check(config: RunConfig, folder: RunFolder, state: State) -> Checked:
             raise RecipeError(f"out: {folder.path} is the model itself: choose another folder")
         described = read_config(model.folder)
     require_shardable(config, described, num_processes)
+    require_balanceable(config, described)
     peak_rate = config.learning_rate.peak or _peak_of(model, config)
     require_files(config.data, folder=config.folder, leave_out=folder.path)
     folder.require_space(_bytes_needed(described, model, config))
@@ -83,6 +86,32 @@ def require_shardable(config: RunConfig, described: dict[str, Any], num_processe
             f"parallel.expert_parallel: {described['num_experts']} experts cannot be spread equally over "
             f"{num_processes} processes: start as many as there are experts, or a divisor or multiple of it"
         )
+
+
+def require_balanceable(config: RunConfig, described: dict[str, Any]) -> None:
+    """Refuse a ``balance`` that the model's routers cannot have, given its config.json."""
+    if config.balance is None:
+        return
+    if described.get("model_type") != "branchmix":
+        raise RecipeError("balance: applies to mixtures, but the model has no routers: remove it")
+    shape = shape_of({**MIXTURE_DEFAULTS, **described})
+    top_ks = [shape.num_experts_per_tok] * shape.has_ffn_experts
+    top_ks += [shape.active_attention_experts] * shape.has_attention_experts
+    if all(top_k == shape.num_experts for top_k in top_ks):
+        raise RecipeError("balance: every token goes to all experts of the model, so their load is equal: remove it")
+    names, target = described.get("expert_names") or [*map(str, range(shape.num_experts))], config.balance.target
+    for name in target or ():
+        if name not in names:
+            raise RecipeError(f"balance.target: no expert is called {name!r}{nearest(name, names)}")
+    if target is not None and (missing := [name for name in names if name not in target]):
+        raise RecipeError(f"balance.target: has no share for {missing[0]!r}: give every expert one")
+    for name, share in (target or {}).items():
+        top_k, share = max(k for k in top_ks if k < shape.num_experts), share / sum((target or {}).values())
+        if share * top_k > 1 + 1e-6:
+            raise RecipeError(
+                f"balance.target: {name} would get {share:.0%} of the load, but a token that goes to {top_k} experts "
+                f"goes to each only once: give it at most {1 / top_k:.0%}"
+            )
 
 
 def _peak_of(model: ResolvedModel | None, config: RunConfig) -> float:

@@ -164,6 +164,36 @@ class Parallel(Settings):
         return self
 
 
+class Balance(Settings):
+    """How the load of a mixture's experts is balanced. Applies to FFN routers and to top-k attention routers."""
+
+    scope: Literal["micro_batch", "sequence", "global_batch", "last_batch"] = "micro_batch"
+    """Tokens over which the balance loss counts the load. ``micro_batch``: those that a process computes at once.
+    ``sequence``: each sequence. ``global_batch``: the whole optimizer step, which lets experts specialise in a domain;
+    with several micro-batches a step, a forward pass of all of them counts first. ``last_batch``: the optimizer step
+    before, without that pass. With all but ``micro_batch``, ``micro_batch_size`` and the number of processes do not
+    change the result."""
+    target: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Share of the load that each expert should get, by its name (normalised to sum to 1); equal if not set. A token
+    goes to an expert only once, so with top-k no share can be above 1 / k."""
+    loss: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the balance loss; the mixture's own (``router_aux_loss_coef``) if not set, and 0 with a ``bias``."""
+    bias: Literal["sign", "quantile"] | None = None
+    """Balance without a loss: experts are chosen by their gate plus a bias, which each step moves and the checkpoint
+    keeps. ``sign``: up by ``bias_rate`` for experts with less than their share, down for the others. ``quantile``: to
+    where the step's tokens would have given every expert its share."""
+    bias_rate: Annotated[float, Field(gt=0)] | None = None
+    """How far ``bias: sign`` moves a bias in a step, 0.001 if not set; gates are between 0 and 1."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Balance:
+        if self.bias != "sign" and self.bias_rate is not None:
+            raise ValueError("bias_rate needs bias: sign")
+        if self.bias is not None and self.loss is None and self.scope != "micro_batch":
+            raise ValueError("scope: a bias turns the balance loss off, so nothing counts the load over it: give loss")
+        return self
+
+
 class _Training(SettingsFile):
     """The settings that a run and the runs of a study share."""
 
@@ -175,7 +205,8 @@ class _Training(SettingsFile):
     """Sequences in one optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Sequences that a process computes at once; its whole share of the batch if not set. This does not change the
-    result, except for the routers' own losses, which are computed for each micro-batch."""
+    result, except for the routers' own losses, which are computed for each micro-batch unless ``balance`` says
+    otherwise."""
     held_out: HeldOut = HeldOut()
     budget: Budget
     optimizer: Optimizer = Optimizer()
@@ -244,6 +275,8 @@ class RunConfig(_Training):
     adapters: Annotated[bool, BeforeValidator(lambda value: True if value == {} else value)] = False
     """BAM Adapters (BTS, arXiv 2502.00075): train only the routers and a d x d matrix after each attention and FFN
     expert, which starts as the identity and is folded into the expert at the end. ``{}`` means ``true``."""
+    balance: Balance | None = None
+    """How the load of a mixture's experts is balanced; by the balance loss of each micro-batch if not set."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> RunConfig:

@@ -22,10 +22,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from branchmix.data.sequences import IGNORED
-from branchmix.models.routers import entropy_of, load_of
+from branchmix.models.routers import STARVED, bias_spread, dead_experts, entropy_of, load_of, max_violation
+from branchmix.models.routing_branchmix import BranchMixFFNRouter, BranchMixRouter, chosen
 
-STARVED = 0.01
-"""An expert with less than this fraction of its fair share 1 / E counts as unused."""
 DOMINANT = 0.95
 """An expert with more than this share of the load leaves the others almost no tokens."""
 PATIENCE = 5
@@ -149,12 +148,22 @@ class RouterMonitor:
     Call ``add`` with the output of each forward pass, and ``read`` every few steps. ``add`` does not wait for the
     device. A dense model has no routers: ``add`` does nothing then, and readings are empty.
 
+    Args:
+        model: the model whose outputs are counted.
+        domains: names, in the order of the numbers that batches hold.
+
     Attributes:
         options: keyword arguments for the model's forward pass, so that it returns what ``add`` needs.
     """
 
-    def __init__(self, config: Any, domains: Sequence[str]):
+    def __init__(self, model: Any, domains: Sequence[str]):
+        config = model.config
+        self._model = model
         self.domains = list(domains)
+        self._routers: dict[str, list[BranchMixRouter]] = {"ffn": [], "attention": []}  # layer by layer
+        for module in model.modules():
+            if isinstance(module, BranchMixRouter):
+                self._routers["ffn" if isinstance(module, BranchMixFFNRouter) else "attention"].append(module)
         self._experts: list[str] = []
         self._top_k: dict[str, int] = {}  # by kind of router
         self._streaks = Counter[tuple[str, int, str]]()
@@ -177,12 +186,18 @@ class RouterMonitor:
             gates_LBTE = torch.stack([of_layer.detach() for of_layer in logits]).unflatten(1, (len(domain_B), -1))
             gates_LBTE = gates_LBTE.softmax(-1)
             # Computed from the logits rather than from the router's gates, which may be normalised.
-            load_LBTE = load_of(gates_LBTE, gates_LBTE.topk(top_k, dim=-1).indices if self._is_hard(kind) else None)
+            index_LBTk = chosen(gates_LBTE, top_k, self._biases(kind)) if self._is_hard(kind) else None
+            load_LBTE = load_of(gates_LBTE, index_LBTk)
             entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)
             values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)
             if mask_BT is not None:
                 values_LBTX = values_LBTX * mask_BT.to(values_LBTX).unsqueeze(-1)
             self._sums[kind].add(domain_B, values_LBTX.sum(2).transpose(0, 1))
+
+    def _biases(self, kind: str) -> torch.Tensor | None:
+        """What the routers of a kind add to their gates when they choose, [L, 1, 1, E]."""
+        biases = [router.expert_bias for router in self._routers[kind] if router.expert_bias is not None]
+        return torch.stack(biases)[:, None, None] if biases else None
 
     def _is_hard(self, kind: str) -> bool:
         """Whether routers choose some of the experts. A loss balances those; soft routers have none."""
@@ -211,25 +226,34 @@ class RouterMonitor:
         }
         total_X = sums_NX.sum(0)
         *load, entropy, _ = (total_X / total_X[-1]).tolist()
-        share = entropy / math.log(len(load)) if len(load) > 1 else 1.0
-        return RouterShares(kind, layer, load, entropy, by_domain, share, max(load) * len(load))
+        share, target = entropy / math.log(len(load)) if len(load) > 1 else 1.0, self._target
+        violation, dead = max_violation(load, target), dead_experts(load, target)
+        spread = bias_spread(self._routers[kind][layer])
+        return RouterShares(kind, layer, load, entropy, by_domain, share, violation, dead, spread)
+
+    @property
+    def _target(self) -> list[float] | None:
+        """The share of the load that training gives each expert, if it is not the same for all."""
+        target = self._model.balance.target
+        return None if target is None else target.tolist()
 
     def _collapsed(self, routers: list[RouterShares]) -> list[str]:
         """A line for each router of which an expert has got nearly no tokens, or all, for the last few readings."""
-        fair, lines = 1 / max(1, len(self._experts)), []
+        count, lines = len(self._experts), []
+        shares = (self._target or [1 / count] * count) if routers else []
         for router in routers:
             found = []
-            for expert, load in zip(self._experts, router.load, strict=True):
+            for expert, load, fair in zip(self._experts, router.load, shares, strict=True):
                 key = (router.kind, router.layer, expert)
-                collapsed = fair < 1 and (load < STARVED * fair or load > DOMINANT)
+                collapsed = fair < DOMINANT and (load < STARVED * fair or load > DOMINANT)
                 self._streaks[key] = self._streaks[key] + 1 if collapsed else 0
                 if self._streaks[key] == PATIENCE:
-                    found.append(f"expert {expert} gets {100 * load:.1f} %")
+                    found.append(f"expert {expert} gets {100 * load:.1f} % (fair: {100 * fair:.0f} %)")
             if found:
                 advice = "raise router_aux_loss_coef or lower" if self._is_hard(router.kind) else "lower"
                 lines.append(
-                    f"layer {router.layer} {router.kind} router: {', '.join(found)} of the load (fair: {100 * fair:.0f}"
-                    f" %), for {PATIENCE} readings: {advice} the learning rate"
+                    f"layer {router.layer} {router.kind} router: {', '.join(found)} of the load, for {PATIENCE} "
+                    f"readings: {advice} the learning rate"
                 )
         return lines
 
@@ -249,8 +273,9 @@ class RouterReading:
         values = {}
         for router in self.routers:
             name = f"router/{router.kind}/{router.layer:02d}"
-            for measure in ("entropy", "entropy_share", "load_max_over_mean"):
-                values[f"{name}/{measure}"] = getattr(router, measure)
+            for measure in ("entropy", "entropy_share", "max_violation", "dead_experts", "bias_spread"):
+                if (value := getattr(router, measure)) is not None:
+                    values[f"{name}/{measure}"] = value
             values |= {f"{name}/load/{expert}": load for expert, load in zip(self.experts, router.load, strict=True)}
         return values
 
@@ -278,5 +303,10 @@ class RouterShares:
     """``load`` within each domain that occurred."""
     entropy_share: float
     """``entropy`` as a share of its maximum, log E."""
-    load_max_over_mean: float
-    """The largest load, times E: 1 for perfect balance, E for a single expert."""
+    max_violation: float
+    """How far the busiest expert is above its share, relative to this share: 0 for perfect balance, E - 1 for a single
+    expert."""
+    dead_experts: int
+    """Experts with less than 1 % of their share."""
+    bias_spread: float | None
+    """The largest of the router's biases less the smallest; None if it has none."""

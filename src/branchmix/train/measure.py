@@ -84,7 +84,14 @@ def _dealt(sequences: Any, batch_size: int, rank: int, num_processes: int) -> It
 
 
 def seconds_per_step(
-    model: nn.Module, sequences: Any, computing: Computing, *, micro: int, accumulation: int, packing: Packing
+    model: nn.Module,
+    sequences: Any,
+    computing: Computing,
+    *,
+    micro: int,
+    accumulation: int,
+    packing: Packing,
+    counts_ahead: bool = False,
 ) -> float:
     """Seconds of one optimizer step on this process, measured on the first batches.
 
@@ -94,6 +101,7 @@ def seconds_per_step(
         micro: sequences of a forward pass.
         accumulation: forward passes of a step.
         packing: how this model separates packed documents.
+        counts_ahead: whether each of them runs twice, the first time without a backward pass.
     """
     batches = [
         default_collate([sequences[(number * micro + row) % len(sequences)] for row in range(micro)])
@@ -109,6 +117,9 @@ def seconds_per_step(
         for number in range(12):
             start = _clock(computing.device)
             inputs = model_inputs(batches[number % len(batches)], packing, computing.device)
+            if counts_ahead:
+                with computing.autocast():  # of its own: autocast would keep weights that were cast without a gradient
+                    count_load(model, inputs)
             with computing.autocast():
                 loss = model(**inputs).loss
             loss.backward()
@@ -123,6 +134,12 @@ def seconds_per_step(
     model.train(training)
     # The first step is slower: memory is allocated and kernels are chosen.
     return accumulation * median_high(backward[1:]) + median_high(update[1:])
+
+
+@torch.no_grad()
+def count_load(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """A forward pass for the sake of the routers, without the loss and most of the language-modelling head."""
+    model(**{name: value for name, value in inputs.items() if name != "labels"}, logits_to_keep=1)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

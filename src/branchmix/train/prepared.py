@@ -22,6 +22,7 @@ from branchmix.data.sequences import packing_method
 from branchmix.data.sources import documents, is_held_out
 from branchmix.errors import RecipeError
 from branchmix.train import measure, models, trained_parts
+from branchmix.train.balancing import counts_ahead
 from branchmix.train.checks import Checked
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.models import reshard
@@ -149,8 +150,9 @@ class PreparedRun:
         """Steps that fit into a budget of time, after subtracting the time for evaluations."""
         config, micro, accumulation = self.config, self.checked.micro_batch_size, self.checked.accumulation
         options: dict[str, Any] = {"computing": self.computing, "packing": self.packing}
+        ahead = counts_ahead(config.balance, accumulation)
         step = measure.seconds_per_step(
-            self.model, self._sequences(1), micro=micro, accumulation=accumulation, **options
+            self.model, self._sequences(1), micro=micro, accumulation=accumulation, counts_ahead=ahead, **options
         )
         begin = time.perf_counter()
         measure.held_out_losses(self.model, self.held_out, batch_size=micro, **options)

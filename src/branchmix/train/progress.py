@@ -139,11 +139,11 @@ def describe(row: dict[str, Any]) -> str:
     if row.get("share_of_peak") is not None:
         parts.append(f"{row['share_of_peak']:.0%} of matmul peak")
     parts += [f"waiting {row['waiting']:.1%}", f"{row['memory_bytes'] / 1e9:.2f} GB"]
-    uneven = {name: value for name, value in last_values([row], "router/").items() if name.endswith("max_over_mean")}
+    uneven = {name: value for name, value in last_values([row], "router/").items() if name.endswith("max_violation")}
     if uneven:
         name = max(uneven, key=lambda key: uneven[key])
         kind, layer, _ = name.split("/")
-        parts.append(f"{kind} router {int(layer)}: busiest expert {uneven[name]:.1f} x fair")
+        parts.append(f"{kind} router {int(layer)}: busiest expert {1 + uneven[name]:.1f} x fair")
     return "  ".join(parts)
 
 

@@ -12,37 +12,36 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from math import exp
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import default_collate
 from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from branchmix.checkpoint.folder import write_json, writing
-from branchmix.errors import CheckpointError, OutputError
+from branchmix.errors import OutputError
 from branchmix.train import measure, trained_parts
 from branchmix.train import saved_state as saved
+from branchmix.train.balancing import Balancing, counts_ahead
 from branchmix.train.checkpoints import SafeTrainer
 from branchmix.train.counters import DomainLoss, RouterMonitor
-from branchmix.train.models import TokenizerFiles, reshard
+from branchmix.train.ema import Ema
+from branchmix.train.models import TokenizerFiles
 from branchmix.train.prepared import PreparedRun, now
 from branchmix.train.progress import Clock, Metrics, last_values, print_plan, seconds_of
 from branchmix.train.run_folder import AVERAGE, DONE, RUN, RunReport, step_of
 from branchmix.train.schedule import rate_at
 from branchmix.train.signals import StopSignals
 
-UPDATES = "num_updates"
-"""Name of the counter in ``state``; parameters have dots in theirs."""
+_BALANCE = "balance/"
+"""What the names of the balance's tensors begin with among a checkpoint's extra state."""
 
 
 def execute(run: PreparedRun, signals: StopSignals, *, force: bool) -> RunReport:
@@ -192,8 +191,11 @@ class BranchTrainer(SafeTrainer):
         peak = measure.matmul_peak(device, torch.bfloat16 if run.computing.bf16 else torch.float32)
         self.peak_flops = peak * run.process.num_processes
         self.domain_loss = DomainLoss(run.sequences.domains)
-        self.routers = RouterMonitor(run.model.config, run.sequences.domains)
+        self.routers = RouterMonitor(run.model, run.sequences.domains)
         self.ema: Ema | None = None
+        self.balancing: Balancing | None = None
+        if config.balance is not None:
+            self.balancing = Balancing(run.model, config.balance, tokens_per_step=run.fixed["tokens_per_step"])
         self._logged_step = 0
         self.pop_callback(PrinterCallback)
         board = next((c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)), None)
@@ -201,9 +203,13 @@ class BranchTrainer(SafeTrainer):
             board.logging_dir = str(Path(self.args.output_dir) / "tensorboard")
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Unchanged, but its time counts as waiting for data."""
+        """The micro-batches of a step. Their time counts as waiting for data; a count of their load does not."""
         with self.clock.counting("waiting"):
-            return super().get_batch_samples(*args, **kwargs)
+            batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.balancing is not None and counts_ahead(self.run.config.balance, len(batches)):
+            inputs = (measure.model_inputs(batch, self.run.packing, self.args.device) for batch in batches)
+            self.balancing.count_ahead(inputs, self.compute_loss_context_manager)
+        return batches, num_items
 
     def compute_loss_context_manager(self) -> Any:
         """Autocast around the forward pass."""
@@ -226,9 +232,14 @@ class BranchTrainer(SafeTrainer):
         return ", ".join(self.domain_loss.blamed())
 
     def extra_state(self) -> dict[str, torch.Tensor]:
-        return {} if self.ema is None else self.ema.state()
+        state = {} if self.ema is None else self.ema.state()
+        balance = {} if self.balancing is None else self.balancing.state()
+        return state | {f"{_BALANCE}{name}": tensor for name, tensor in balance.items()}
 
     def load_extra_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        balance = {name.removeprefix(_BALANCE): tensors.pop(name) for name in [*tensors] if name.startswith(_BALANCE)}
+        if self.balancing is not None:
+            self.balancing.load_state(balance)
         if self.ema is not None:
             self.ema.load_state(tensors)
 
@@ -325,66 +336,9 @@ class BranchTrainer(SafeTrainer):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
+        if self.balancing is not None:
+            self.balancing.end_step()
         if self.ema is not None:
             self.ema.update()
         self.display.step(state.global_step)
         control.should_log |= state.global_step >= state.max_steps
-
-
-class Ema:
-    """``e <- d e + (1 - d) w`` after each step, for all trained weights.
-
-    The n-th update uses ``d = min(decay, n / (n + 9))``, so that the average of a short run does not include its start.
-    The average is in fp32, sharded like the weights, and takes as much memory as they do. The model must have its final
-    form: frozen, with adapters, and sharded.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.num_updates = 0
-        self._model = model
-        self._average = {name: weight.detach().float().clone() for name, weight in self._trained()}
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Add the current weights to the average. Call it after each optimizer step."""
-        self.num_updates += 1
-        decay = min(self.decay, self.num_updates / (self.num_updates + 9))
-        weights = [weight.detach().float() for _, weight in self._trained()]
-        get_ema_multi_avg_fn(decay)(list(self._average.values()), weights, self.num_updates)
-
-    @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Give the model the averaged weights inside the block, and restore its own afterwards, bit for bit."""
-        own = {name: weight.detach().clone() for name, weight in self._trained()}
-        try:
-            self._set(self._average)
-            yield
-        finally:
-            self._set(own)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Whole fp32 tensors by name, and the number of updates, for a checkpoint. All processes have to call it."""
-        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in self._average.items()}
-        return {UPDATES: torch.tensor(self.num_updates), **whole}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore ``state``, of this model. All processes have to call it with the same state."""
-        shapes = {name: average.shape for name, average in self._average.items()}
-        if {name: tensor.shape for name, tensor in state.items() if name != UPDATES} != shapes:
-            raise CheckpointError("the moving average in the checkpoint is another model's: start over with --force")
-        self.num_updates = int(state[UPDATES])
-        for name, average in self._average.items():
-            whole = state[name].to(average.device)
-            if isinstance(average, DTensor):
-                whole = distribute_tensor(whole, average.device_mesh, average.placements)
-            average.copy_(whole)
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        reshard(self._model)
-        return ((name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad)
-
-    @torch.no_grad()
-    def _set(self, values: dict[str, torch.Tensor]) -> None:
-        for name, weight in self._trained():
-            weight.copy_(values[name])

@@ -15,7 +15,7 @@ from branchmix.checkpoint.families import Config, layout_of, nearest
 from branchmix.checkpoint.folder import atomic_folder
 from branchmix.checkpoint.generated_tensors import Constant, Held, Normal
 from branchmix.checkpoint.hub import ResolvedModel, resolve
-from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import widened
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import FileHashes
@@ -289,11 +289,13 @@ class EditedMixture(OpenedMixture):
             more += [
                 NOT_CALIBRATED.format(name=expert.name) for expert in experts if not isinstance(expert, MixtureExpert)
             ]
-        parts = self._tensors(experts, std, seed)
+        parts = self._tensors(experts, std, seed, self.expert_biases(config))
         sources, notes = tuple(experts), (*notes, *more)
         return Plan.of(parts, self.dtype, config, notes=notes, sources=sources, lossless=lossless)
 
-    def _tensors(self, experts: Members, std: float, seed: int) -> Iterator[tuple[str, Expression]]:
+    def _tensors(
+        self, experts: Members, std: float, seed: int, biases: Sequence[str]
+    ) -> Iterator[tuple[str, Expression]]:
         family, width = self.family, self.dims.hidden_size
         for layer in range(self.dims.num_layers):
             block = f"model.{family.layers}.{layer}"
@@ -304,10 +306,14 @@ class EditedMixture(OpenedMixture):
             if self.shape.has_ffn_experts:
                 for name, part in ffn_tensors(experts, layer, dtype=self.dtype):
                     yield f"{block}.{family.ffn}.experts.{name}", part
+                shared_expert = f"{block}.{family.ffn}.shared_expert."
+                yield from ((n, Stored(ref)) for n, ref in self.index.tensors.items() if n.startswith(shared_expert))
             for name in (f"{block}.{below}" for below in self.shape.routers.values()):
                 router = Stored(self.index.tensors[name])
                 new = {e.name: Normal((1, width), std, seed, f"{name}/{e.name}", router.dtype) for e in experts}
                 yield name, _rows(router, experts, new)
+            for name in (f"{block}.{below}" for below in biases):
+                yield name, self._biases(self.index.tensors.get(name), experts)
         modules = [family.attention] * self.shape.has_attention_experts + [family.ffn] * self.shape.has_ffn_experts
         of_experts = inside(family, modules, prefix=r"model\.")
         for name, ref in self.index.tensors.items():
@@ -321,6 +327,17 @@ class EditedMixture(OpenedMixture):
                         yield f"model.{of_trunk(place[0], number)}", expert.trunk(place[0])
             else:
                 yield name, Stored(ref)
+
+    def _biases(self, ref: TensorRef | None, experts: Members) -> Expression:
+        """A router's biases [E]: new experts start at the mean of those that are there, since only differences count.
+
+        A router that used to choose all experts has none yet.
+        """
+        if ref is None:
+            return Constant((len(experts),), 0.0, "F32")
+        stored = Stored(ref)
+        mean = float(widened(stored.rows(0, stored.num_rows), stored.dtype).mean())
+        return _rows(stored, experts, {expert.name: Constant((1,), mean, stored.dtype) for expert in experts})
 
     def _wanted_experts(self, logits_EM: Expression, experts: Members) -> Expression:
         """What the document gates give the experts, [E, M]: those who stay keep theirs, new ones get nothing.

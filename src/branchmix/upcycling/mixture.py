@@ -114,14 +114,27 @@ class OpenedMixture:
                 yield from _change(f"{block}.{module}", shapes[name], sum(ranks[name]))
             for router in shape.routers.values():
                 yield f"{block}.{router}", (count, width)
-            for number in range(count) if shape.has_ffn_experts and not ranks else ():
+            for bias in self.expert_biases(self.config):
+                yield f"{block}.{bias}", (count,)
+            experts = [f"experts.{number}" for number in range(count) if shape.has_ffn_experts and not ranks]
+            for expert in experts + ["shared_expert"] * shape.shared_experts:
                 for matrix in FFN_NAMES[family.gate is not None]:
                     size = (width, inner) if matrix == "down_proj" else (inner, width)
-                    yield f"{block}.{family.ffn}.experts.{number}.{matrix}.weight", size
+                    yield f"{block}.{family.ffn}.{expert}.{matrix}.weight", size
         if domains := len(shape.domains):
             yield from ((f"document_gate.{kind}", (count, domains)) for kind in shape.gated_kinds)
             for name in ("evidence", "counts"):
                 yield f"document_gate.{name}", (dims.vocab_size, domains)
+
+    def expert_biases(self, config: Config) -> list[str]:
+        """Names of the routers' biases in a block, below the block, in a mixture of this family and config."""
+        if not config["expert_bias"]:
+            return []
+        count = config["num_experts"]
+        attention_top_k, top_k = config["attention_num_experts_per_tok"] or count, config["num_experts_per_tok"]
+        attention = [f"{self.family.attention}.expert_gate.expert_bias"] * self.shape.has_attention_experts
+        ffn = [f"{self.family.ffn}.gate.expert_bias"] * self.shape.has_ffn_experts
+        return attention * (attention_top_k < count) + ffn * (top_k < count)
 
     @property
     def lossless(self) -> bool | None:

@@ -28,12 +28,16 @@ def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
     method = _METHODS.get((str(made.get("attention")), str(made.get("ffn"))))
     if method is not None and made.get("expert_ranks"):
         method = f"{method}; experts are low-rank changes of the seed"
+    if method is not None and made.get("shared_expert_weight"):
+        method += "; the seed's FFN as a shared expert"
     own_trunk = method is not None and made.get("trunk") == "experts"
     return f"{method}; every expert keeps its own embeddings, norms and head" if own_trunk else method
 
 
-def lossless_line(lossless: bool) -> str:
-    """One line on what ``Plan.lossless`` found."""
+def lossless_line(lossless: bool, *, shared_expert: bool = False) -> str:
+    """One line on what ``Plan.lossless`` found, of a mixture with or without a shared expert."""
+    if shared_expert:
+        return "not lossless: the shared expert adds the seed's FFN to that of every expert"
     if lossless:
         return "lossless: what the experts share is the same in all of them, so forced gates give exactly each expert"
     return "not lossless: the tensors that the mixture averages differ between the experts"
@@ -68,7 +72,9 @@ def model_card(plan: Plan, provenance: dict[str, Any], *, exported_from: Config 
         if export["expert"] is not None:
             title = f"Expert {export['expert']} of a mixture, as a dense {model_type} model"
     if plan.lossless is not None and not plan.is_dense:
-        made += f"\n\n{lossless_line(plan.lossless).capitalize()}."
+        shared_expert = plan.config.get("shared_expert_weight") is not None
+        line = lossless_line(plan.lossless, shared_expert=shared_expert)
+        made += f"\n\n{line[0].upper()}{line[1:]}."
     lines = [*front_matter(plan.config, provenance), f"# {title}", "", made, "", *source_table(provenance), ""]
     lines += [*usage("PATH", own_code=not plan.is_dense), *history(provenance, plan.notes)]
     return "\n".join(lines) + "\n"

@@ -152,7 +152,7 @@ class _Mixture:
         self.dtype = output_dtype(recipe, seed)
         by_name: dict[str, DenseExpert | LowRankExpert] = {m.name: m.folding(self.folded) for m in self.models}
         self.is_dense = not (recipe.has_attention_experts or recipe.has_ffn_experts)
-        self.lossless = not self.is_dense
+        self.lossless = not self.is_dense and recipe.shared_expert is None
         """Whether the tensors that experts share are the same in all of them, as far as ``tensors`` has come, and no
         expert is cut to a rank."""
         self.notes: list[str] = []
@@ -231,6 +231,9 @@ class _Mixture:
                 if not self.matrices and experts[int(number)].name in self.copies_of_seed:
                     part = self._sparse(layer, int(number), below, part)
                 yield f"{family.ffn}.experts.{name}", part
+        if recipe.shared_expert is not None:
+            for name, part in self.seed.folding(self.folded).ffn(layer).items():
+                yield f"{family.ffn}.shared_expert.{name}", part
         for kind, name in recipe.routers(family).items():
             yield name, self._router(f"model.{family.layers}.{layer}.{name}", kind)
 
@@ -321,6 +324,7 @@ class _Mixture:
             "branchmix_version": __version__,
             "document_gate": None,
             "dtype": dtype,
+            "expert_bias": False,
             "expert_names": recipe.expert_names,
             "expert_ranks": ranks_of(self.experts, self.matrices) if self.matrices else None,
             "expert_rope_parameters": self.rope_parameters,
@@ -335,6 +339,7 @@ class _Mixture:
             "router_aux_loss_coef": recipe.router_aux_loss_coef,
             "router_z_loss_coef": recipe.router_z_loss_coef,
             "seed_config": {**seed_config, "dtype": dtype},
+            "shared_expert_weight": recipe.shared_expert_weight,
             "shared_router": recipe.routing.shared,
             "tie_word_embeddings": self.dims.tied_embeddings,
             "trunk": recipe.trunk,
@@ -355,6 +360,8 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             yield "more copies of the seed made top-1 BTX worse, not better, in the paper (Table 4)"
     if recipe.merge.kv_init != "merge" and recipe.attention != "kv_sharing":
         yield "merge.kv_init is ignored: only attention: kv_sharing has shared K and V"
+    if recipe.shared_expert is not None and recipe.include_seed:
+        yield "the seed is the shared expert and a routed one: include_seed: false leaves it out of the routed ones"
     if options.weight_scaling or options.redraw_fraction:
         if not recipe.has_ffn_experts:
             yield "sparse_upcycling is ignored: there are no FFN experts"

@@ -14,7 +14,7 @@ from scipy.stats import entropy
 
 from branchmix.evaluate.routing.count import ModelCounts, RouterCounts
 from branchmix.evaluate.scores import ratio
-from branchmix.models.routers import KINDS
+from branchmix.models.routers import KINDS, bias_spread, dead_experts, max_violation
 from branchmix.pages.table import Table
 
 Layer = dict[str, Any]
@@ -168,6 +168,9 @@ def _layer(
         "gate": (gates_NE.sum(0) / total).tolist(),
         "by_domain": loads,
         "gate_by_domain": by_domain(gates_NE),
+        "max_violation": max_violation(load_E.tolist()),
+        "dead_experts": dead_experts(load_E.tolist()),
+        "bias_spread": bias_spread(router.place.module),
         "load_entropy": float(entropy(load_E, base=2)) + 0.0,  # not -0.0
         "token_entropy": float(entropy_N.sum() / total),
         "token_entropy_by_domain": by_domain(entropy_N),

@@ -111,8 +111,10 @@
     const most = Math.log2(kind.experts).toFixed(2);
     const parts = [
       fact("How even the load is", layer.load_entropy.toFixed(2), ` of ${most} bits`),
+      fact("Busiest expert above its fair share", percent(layer.max_violation), `; dead experts: ${layer.dead_experts}`),
       fact("How undecided a token's gate is", layer.token_entropy.toFixed(2), ` of ${most} bits`),
     ];
+    if (layer.bias_spread !== null) parts.push(fact("Biases of the choice are apart by", layer.bias_spread.toFixed(3), " (gates are between 0 and 1)"));
     if (layer.mutual_information !== null) {
       const corrected = layer.mutual_information_corrected.toFixed(3);
       const limit = Math.log2(Math.min(data.domains.length, kind.experts)).toFixed(2);

@@ -113,7 +113,10 @@ def _data(routed: Routes) -> dict[str, Any]:
 
 
 def _layer(layer: Layer) -> dict[str, Any]:
-    kept = ("layer", "load_entropy", "token_entropy", "mutual_information", "mutual_information_corrected")
+    kept = (
+        *("layer", "max_violation", "dead_experts", "bias_spread", "load_entropy", "token_entropy"),
+        *("mutual_information", "mutual_information_corrected"),
+    )
     return {
         **{name: layer[name] for name in kept},
         "load": [round(share, 5) for share in layer["load"]],
