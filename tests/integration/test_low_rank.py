@@ -432,7 +432,7 @@ def test_parameters_are_those_of_the_model(name: str, attention: str) -> None:
 
 def test_a_shared_expert_beside_low_rank_experts(siblings: Siblings, tmp_path: Path) -> None:
     seed = siblings("llama")["seed"]
-    experts = {"one": adapter(seed, tmp_path / "one"), "shared_expert": True}
+    experts = {"one": adapter(seed, tmp_path / "one"), "shared_expert": "auto"}
     for folder, rank in (("whole", "full"), ("small", 4)):
         branchmix.upcycle(given(seed, **experts, expert_rank=rank), tmp_path / folder)
     whole, small = load(tmp_path / "whole"), load(tmp_path / "small")

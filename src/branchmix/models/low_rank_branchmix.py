@@ -43,6 +43,11 @@ class BranchMixLowRank(nn.Module):
         assert self.bias is not None
         return self.bias.view(len(self.ranks), -1)
 
+    def of_one(self, x: torch.Tensor) -> torch.Tensor:
+        """The only expert's output, [..., I] to [..., O]: as few and as small steps as there can be."""
+        y = linear(x, self.weight, self.bias)
+        return y if self.low_rank_A is None else y + linear(x, self.low_rank_A) @ self.low_rank_B
+
     def of_all(self, x: torch.Tensor) -> torch.Tensor:
         """Every expert's output, [..., I] to [..., E, O]."""
         base = linear(x, self.weight).unsqueeze(-2)
@@ -117,6 +122,8 @@ class BranchMixLowRankHeads(BranchMixLowRank):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] to [B, T, E * O], or [B, T, k * O] ordered (piece, slot, channel)."""
         num_pieces = self.order.pieces[0]
+        if len(self.ranks) == 1:
+            return self.of_one(x_BTD)
         if self.chosen is None:
             y_BTEO = self.of_all(x_BTD)
         else:
@@ -139,6 +146,8 @@ class BranchMixLowRankOutputs(BranchMixLowRank):
 
     def forward(self, x: torch.Tensor, chosen: Chosen | None = None) -> torch.Tensor:
         """[..., E * I] to [..., D]; or [S, k, J, I / J] to [S, D]."""
+        if len(self.ranks) == 1:
+            return self.of_one(x)
         if chosen is not None:
             return self.sum_of_chosen(x.flatten(2), chosen.index_BTk.flatten(0, -2), chosen)
         x_SJEI = x.flatten(0, -2).unflatten(-1, self.order.pieces)
@@ -180,8 +189,7 @@ class BranchMixLowRankExperts(nn.Module):
 
     def of_one(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output of the only expert, [..., D] to [..., D]."""
-        inner = self._inner(lambda matrix: matrix.of_all(hidden).squeeze(-2))
-        return self.down.of_all(inner).squeeze(-2)
+        return self.down.of_one(self._inner(lambda matrix: matrix.of_one(hidden)))
 
     def _inner(self, computed: Callable[[BranchMixLowRank], torch.Tensor]) -> torch.Tensor:
         up = computed(self.up)
