@@ -204,8 +204,7 @@ def targets() -> list[Target]:
     from branchmix.recipe import Recipe
     from branchmix.scaling.family import FamilyFile, subjects
     from branchmix.scaling.tasks import UserTask
-    from branchmix.scaling.trends.series import read_scores
-    from branchmix.scaling.trends.table import read_table
+    from branchmix.scaling.trends.table import read_scores, read_table
     from branchmix.study.settings import StudyFile
     from branchmix.train.config import BranchConfig, RunConfig
     from branchmix.train.run_folder import RunFolder

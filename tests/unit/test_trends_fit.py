@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from branchmix.scaling.trends.fit import between_variance, curve, smooth_variance, theil_sen
 from branchmix.scaling.trends.order import trend
 from branchmix.scaling.trends.series import Scores, resampled_deviations
-from branchmix.scaling.trends.verdict import adjusted
+from branchmix.statistics import adjusted
 from size_and_tokens import regression_on_size_and_tokens
 from trend_tables import PYTHIA, pythia
 

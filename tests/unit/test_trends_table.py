@@ -10,8 +10,7 @@ import pytest
 
 from branchmix.cli import main
 from branchmix.errors import DataError
-from branchmix.scaling.trends.series import read_scores
-from branchmix.scaling.trends.table import read_table
+from branchmix.scaling.trends.table import read_scores, read_table
 from trend_tables import HEADER, rows_of, trends, write, write_examples
 
 ROW = "memo-trap,m0,1e7,accuracy,0.8,0.01,900"

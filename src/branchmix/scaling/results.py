@@ -16,8 +16,7 @@ from branchmix.scaling.examples import Example
 from branchmix.scaling.family import Subject
 from branchmix.scaling.metrics import Score, Summary, loss_name
 from branchmix.scaling.selection import Selected
-from branchmix.scaling.trends.series import FIELDS
-from branchmix.scaling.trends.table import AXES, DATA, FILE, FLAG_COLUMNS
+from branchmix.scaling.trends.table import AXES, DATA, FIELDS, FILE, FLAG_COLUMNS
 
 RESULTS = "results.json"
 EXAMPLES = "examples"
@@ -134,7 +133,7 @@ class ScalingRun:
 
     def write(self, out: Path) -> None:
         """All files of a run as far as it has come; each appears whole."""
-        for result in self.results:  # where ``trends.series.read_scores`` looks for them
+        for result in self.results:  # where ``trends.table.read_scores`` looks for them
             subject, data = result.subject, result.selected.data
             folder = out / EXAMPLES / subject.name / (f"seed-{subject.seed}" if subject.seed else "")
             name = result.selected.task.name + ("" if data == DATA[0] else f".{data}") + ".jsonl"

@@ -12,14 +12,20 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from branchmix.checkpoint.families import nearest
-from branchmix.errors import DataError
 from branchmix.likelihood.models import Progress
 from branchmix.scaling.tasks import TASKS
 from branchmix.scaling.trends.fit import Curve, between_variance, curve, percentiles, theil_sen
-from branchmix.scaling.trends.series import NOT_JUDGED, Series, all_series, flags_of, is_lower_better
-from branchmix.scaling.trends.table import AXES, DATA, Measurement, ResultsTable, is_share, read_table
-from branchmix.scaling.trends.verdict import DIRECTED, Correction, Evidence, Label, Limits, Verdict, judge_together
+from branchmix.scaling.trends.series import (
+    Series,
+    all_series,
+    chosen_metrics,
+    flags_of,
+    is_lower_better,
+    known_metrics,
+)
+from branchmix.scaling.trends.table import AXES, DATA, Measurement, is_share, read_table
+from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Label, Limits, Verdict, judge_together
+from branchmix.statistics import Correction
 
 _MIN_TO_COMPARE = 3
 """Sizes that a family needs for a slope with an error."""
@@ -131,13 +137,8 @@ def trends_by_axis(
     table = read_table(path)
     notes: list[str] = []
     axis = table.choose_axis(axis, notes)
-    there = list(dict.fromkeys(row.metric for row in table.rows))
-    wanted = _known(table, there, metrics) or [metric for metric in there if metric not in NOT_JUDGED]
-    if not wanted:
-        raise DataError(
-            f"{table.path}: has only {', '.join(there)}, which does not measure performance: name a metric to judge"
-        )
-    named = tuple(_known(table, there, lower_is_better))
+    wanted = chosen_metrics(table, metrics)
+    named = tuple(known_metrics(table, lower_is_better))
     for metric in wanted:
         if not is_lower_better(metric, named) and not is_share(metric):
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
@@ -181,14 +182,6 @@ def cause_of(series: Series) -> str:
     """Why larger models may fail: as the table says, or as known of the task."""
     task = TASKS.get(series.task)
     return next((row.cause for row in series.rows if row.cause), (task.cause or "") if task else "")
-
-
-def _known(table: ResultsTable, there: list[str], asked: Sequence[str]) -> list[str]:
-    for metric in asked:
-        if metric.lower() not in there:
-            hint = nearest(metric.lower(), there)
-            raise DataError(f"{table.path}: there is no metric {metric!r}{hint}; metrics: {', '.join(there)}")
-    return list(dict.fromkeys(metric.lower() for metric in asked))
 
 
 def _judge(evidence: Mapping[Series, Evidence], limits: Limits, correction: Correction) -> list[Judged]:

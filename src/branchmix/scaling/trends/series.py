@@ -1,35 +1,23 @@
-"""Rows of a table as curves: a series is one metric of one task, for one family on one kind of data.
-
-Scores of single examples lie beside the table, for a bootstrap in which all models meet the same questions:
-`examples/<model>/<task>.jsonl`, a line for each example with `key` (the same for all models), `template` (examples of
-one template are drawn together), `correct` (0 or 1) and further metrics by name, such as `loss`. Fresh data lies in
-`<task>.fresh.jsonl`, a run with a seed in `<model>/seed-<seed>/`.
-"""
+"""Rows of a table as curves: a series is one metric of one task, for one family on one kind of data."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from branchmix.checkpoint.folder import is_entry
-from branchmix.checkpoint.json_text import parse_json
-from branchmix.data.sources import json_lines
+from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
-from branchmix.scaling.examples import read_text
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.fit import NUM_DRAWS
-from branchmix.scaling.trends.table import DATA, Measurement, ResultsTable, is_any_of
+from branchmix.scaling.trends.table import Measurement, ResultsTable, Scores, ScoresOf, is_any_of
 
 LOWER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "error", "brier", "logodds", "absolute_logodds")
 """Metrics, and endings of metrics after `_`, of which less is better. The log-odds metrics say how far a model is
 swayed from the right answer."""
 NOT_JUDGED = ("coverage", "label_coverage")
 """Metrics that are no performance."""
-FIELDS = {"accuracy": "correct"}
-"""Metrics whose field in the scores of examples has another name."""
 _MANY_AT_CHANCE = 2.0
 """Standard errors within which a model is at chance."""
 _CHUNK = 2_000_000
@@ -92,6 +80,31 @@ def all_series(
     return [_series(table, rows, is_lower_better(key[1], lower_is_better), notes) for key, rows in groups.items()]
 
 
+def chosen_metrics(table: ResultsTable, asked: Sequence[str]) -> list[str]:
+    """The metrics asked for, in lower case, or all that measure performance.
+
+    Raises:
+        DataError: the table has no such metric, or none that measures performance.
+    """
+    there = list(dict.fromkeys(row.metric for row in table.rows))
+    wanted = known_metrics(table, asked) or [metric for metric in there if metric not in NOT_JUDGED]
+    if not wanted:
+        raise DataError(
+            f"{table.path}: has only {', '.join(there)}, which does not measure performance: name a metric to judge"
+        )
+    return wanted
+
+
+def known_metrics(table: ResultsTable, asked: Sequence[str]) -> list[str]:
+    """These metrics in lower case; DataError if the table does not have one of them."""
+    there = list(dict.fromkeys(row.metric for row in table.rows))
+    for metric in asked:
+        if metric.lower() not in there:
+            hint = nearest(metric.lower(), there)
+            raise DataError(f"{table.path}: there is no metric {metric!r}{hint}; metrics: {', '.join(there)}")
+    return list(dict.fromkeys(metric.lower() for metric in asked))
+
+
 def is_lower_better(metric: str, named: tuple[str, ...] = ()) -> bool:
     return metric in named or is_any_of(metric, LOWER_IS_BETTER)
 
@@ -99,7 +112,7 @@ def is_lower_better(metric: str, named: tuple[str, ...] = ()) -> bool:
 def _series(table: ResultsTable, rows: list[Measurement], is_lower: bool, notes: list[str]) -> Series:
     first, told_N = rows[0], np.array([row.stderr or 0.0 for row in rows])
     curve = (first.task, first.metric, first.family, first.data, is_lower, rows)
-    if table.examples is not None and (drawn := _paired(table.examples, rows, notes)) is not None:
+    if table.scores is not None and (drawn := _paired(table.scores, rows, notes)) is not None:
         deviations_BN, stderr_N = drawn
         # Resampling never draws a wrong answer of a model that has none, so there the error is the table's.
         told_N = np.where(stderr_N == 0, told_N, 0.0)
@@ -117,52 +130,14 @@ def _series(table: ResultsTable, rows: list[Measurement], is_lower: bool, notes:
 # ---- scores of single examples ----
 
 
-Scores = dict[str, tuple[float, str]]
-"""A metric of one model on single examples: value and template by key."""
-
-
-def read_scores(folder: Path, row: Measurement) -> Scores | None:
-    """Scores behind a row of the table; None if there are none.
-
-    Raises:
-        DataError: a line has no key, a key occurs twice, or a score is not a number.
-    """
-    name = f"{row.task}.jsonl" if row.data == DATA[0] else f"{row.task}.{row.data}.jsonl"
-    file = folder / row.model / (f"seed-{row.seed}" if row.seed else "") / name
-    is_name = all(map(is_entry, (*row.model.split("/"), f"seed-{row.seed}", name)))  # else nobody's files are called so
-    text = read_text(file) if is_name else None
-    if text is None:
-        return None
-    field = FIELDS.get(row.metric, row.metric)
-    scores: Scores = {}
-    keys = set()
-    for where, record in json_lines(file, text.split("\n"), parse_json):
-        if not isinstance(record, dict) or "key" not in record:
-            raise DataError(f"{where}: there is no key: each line is a JSON object with a key that all models share")
-        key = str(record["key"])
-        if key in keys:
-            raise DataError(f"{where}: the key {key!r} occurs twice")
-        keys.add(key)
-        if record.get(field) is None:  # refused examples and other metrics' files
-            continue
-        try:
-            value = float(record[field])
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise DataError(f"{where}: {field} is {record[field]!r}, which is not a number")
-        scores[key] = value, str(record.get("template") or key)
-    return scores or None
-
-
-def _paired(examples: Path, rows: list[Measurement], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
+def _paired(scores_of: ScoresOf, rows: list[Measurement], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
     """``resampled_deviations`` of all runs, where each has scores of its own and they share examples."""
     what = f"{rows[0].task}, {rows[0].metric}"
     runs = [(row.model, row.seed) for row in rows]
     if twice := [run for run in runs if runs.count(run) > 1]:
         notes.append(f"{what}: {twice[0][0]} is in several rows, and its examples do not say which: no bootstrap")
         return None
-    read = [(row, read_scores(examples, row)) for row in rows]
+    read = [(row, scores_of(row)) for row in rows]
     scored = [(row, scores) for row, scores in read if scores is not None]
     if len(scored) < len(rows):
         if scored:

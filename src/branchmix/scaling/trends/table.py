@@ -6,19 +6,28 @@
 Columns: `task, model, metric, value`, and `stderr` or `n`. Optional: `family` (curves are drawn by family), `seed`
 (several runs of one size), `data` (official or fresh), `cause`, `description` (what a task of one's own tests), and
 what `FLAG_COLUMNS` lists. Every further column of numbers is an axis.
+
+Scores of single examples lie beside the table, for a bootstrap in which all models meet the same questions:
+`examples/<model>/<task>.jsonl`, a line for each example with `key` (the same for all models), `template` (examples of
+one template are drawn together), `correct` (0 or 1) and further metrics by name, such as `loss`. Fresh data lies in
+`<task>.fresh.jsonl`, a run with a seed in `<model>/seed-<seed>/`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.folder import is_entry
+from branchmix.checkpoint.json_text import parse_json
+from branchmix.data.sources import json_lines
 from branchmix.errors import DataError
 from branchmix.scaling.examples import csv_lines, read_text
 from branchmix.settings import Settings, parse
@@ -36,6 +45,8 @@ COUNTED = ("accuracy", "acc", "acc_norm", "exact_match")
 """Shares of examples, each right or wrong; the last three are lm-eval's names. Their error follows from ``n``."""
 SHARES = (*COUNTED, "f1", "mc1", "mc2")
 """Metrics between 0 and 1, of which more is better."""
+FIELDS = {"accuracy": "correct"}
+"""Metrics whose field in the scores of examples has another name."""
 
 
 def is_any_of(metric: str, words: Sequence[str]) -> bool:
@@ -102,6 +113,12 @@ KNOWN = Measurement.model_fields.keys() - {"line", "axes"}
 """Columns that are no axes."""
 
 
+Scores = dict[str, tuple[float, str]]
+"""A metric of one model on single examples: value and template by key."""
+ScoresOf = Callable[[Measurement], Scores | None]
+"""Finds the scores behind a row; None if there are none."""
+
+
 @dataclass(frozen=True)
 class ResultsTable:
     """All rows of a file, in its order."""
@@ -110,8 +127,8 @@ class ResultsTable:
     rows: list[Measurement]
     axes: list[str]
     """Columns that can be an axis: those known by name first."""
-    examples: Path | None = None
-    """Where scores of single examples lie, if there are any."""
+    scores: ScoresOf | None = None
+    """Finds scores of single examples, if there are any."""
     not_axes: dict[str | None, str] = field(default_factory=dict)
     """Further columns that cannot be an axis, and why not."""
 
@@ -190,7 +207,42 @@ def read_table(path: Path) -> ResultsTable:
                 "remove one, or distinguish the runs in a column `seed`"
             )
     examples = folder / "examples" if folder and (folder / "examples").is_dir() else None
-    return ResultsTable(file, rows, axes, examples, not_axes)
+    scores = partial(read_scores, examples) if examples is not None else None
+    return ResultsTable(file, rows, axes, scores, not_axes)
+
+
+def read_scores(folder: Path, row: Measurement) -> Scores | None:
+    """Scores behind a row of the table; None if there are none.
+
+    Raises:
+        DataError: a line has no key, a key occurs twice, or a score is not a number.
+    """
+    name = f"{row.task}.jsonl" if row.data == DATA[0] else f"{row.task}.{row.data}.jsonl"
+    file = folder / row.model / (f"seed-{row.seed}" if row.seed else "") / name
+    is_name = all(map(is_entry, (*row.model.split("/"), f"seed-{row.seed}", name)))  # else nobody's files are called so
+    text = read_text(file) if is_name else None
+    if text is None:
+        return None
+    field = FIELDS.get(row.metric, row.metric)
+    scores: Scores = {}
+    keys = set()
+    for where, record in json_lines(file, text.split("\n"), parse_json):
+        if not isinstance(record, dict) or "key" not in record:
+            raise DataError(f"{where}: there is no key: each line is a JSON object with a key that all models share")
+        key = str(record["key"])
+        if key in keys:
+            raise DataError(f"{where}: the key {key!r} occurs twice")
+        keys.add(key)
+        if record.get(field) is None:  # refused examples and other metrics' files
+            continue
+        try:
+            value = float(record[field])
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{where}: {field} is {record[field]!r}, which is not a number")
+        scores[key] = value, str(record.get("template") or key)
+    return scores or None
 
 
 def _check_header(file: Path, header: list[str]) -> None:

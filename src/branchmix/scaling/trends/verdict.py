@@ -12,16 +12,16 @@ the metric's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
 from branchmix.scaling.trends.fit import Curve
 from branchmix.scaling.trends.order import Interval, Turn, form, is_flat, trend, turn
+from branchmix.statistics import Correction, adjusted
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
@@ -36,7 +36,6 @@ WORDS: dict[str, str] = {
     "inconclusive": "cannot be told",
     "not-testable": "too few sizes to judge",
 }
-Correction = Literal["bh", "holm", "none"]
 
 
 @dataclass(frozen=True)
@@ -203,18 +202,6 @@ def p_text(p: float) -> str:
 
 
 # ---- many tasks ----
-
-
-def adjusted(p: Sequence[float], correction: Correction) -> list[float]:
-    """p after Benjamini and Hochberg (1995) or Holm (1979)."""
-    if correction == "none" or len(p) < 2:
-        return list(p)
-    values = np.asarray(p, dtype=float)
-    if correction == "bh":
-        return [float(value) for value in stats.false_discovery_control(values, method="bh")]
-    order = np.argsort(values)
-    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    return [float(value) for value in np.minimum(stepped, 1)[np.argsort(order)]]
 
 
 def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, limits: Limits) -> dict[str, Verdict]:
