@@ -133,7 +133,10 @@ def test_mistakes_are_one_line(
     ("options", "message"),
     [
         (["--axis", "parms"], "there is no axis 'parms' (did you mean 'params'?); axes: params, depth"),
-        (["--axis", "dtype"], "'bf16' as dtype, which is not a positive number, so 'dtype' cannot be an axis"),
+        (
+            ["--axis", "dtype"],
+            "'bf16' as dtype, which is neither 0 nor a positive number, so 'dtype'",
+        ),
         (["--axis", "depth"], "line 3: m1 has no depth: fill it in for every model, or choose another --axis"),
         (["--metric", "acuracy"], "there is no metric 'acuracy' (did you mean 'accuracy'?); metrics: accuracy"),
         (["--lower-is-better", "bias"], "there is no metric 'bias'"),

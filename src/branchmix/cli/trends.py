@@ -28,6 +28,7 @@ Examples:
   branchmix scaling trends runs/family --axis active_params --json
   branchmix scaling trends results.csv --html page.html --plots pictures
   branchmix scaling trends results.csv --metric accuracy --alpha 0.01
+  branchmix scaling trends results.csv --axis reasoning_budget --html page.html
   branchmix scaling trends runs/family --compare pythia-70m pythia-12b
 
 \b
@@ -36,8 +37,8 @@ The smallest table (one row for each task, model and metric; five models or more
   memo-trap,pythia-70m,70e6,accuracy,0.8729,0.0109,936
 
 \b
-Further columns: flops, active_params, tokens and any other axis; family (dense against mixture), seed (several runs
-of a size), data (official or fresh), cause and description of tasks of your own. A folder with results.csv may hold
+Further columns: flops, active_params, tokens and any other axis, also one within a model, such as shots or
+reasoning_budget (as assigned, not as used); family (dense against mixture), seed (several runs of a size), data (official or fresh), cause and description of tasks of your own. A folder with results.csv may hold
 scores of single examples in examples/MODEL/TASK.jsonl; then all models are resampled on the same examples.
 
 \b

@@ -20,7 +20,7 @@ class Curve:
     """Runs averaged by size, with the errors of the averages."""
 
     x_K: np.ndarray
-    """log10 of the axis, ascending, all different."""
+    """log10 of the axis, ascending, all different; 0 has a place of its own."""
     y_K: np.ndarray
     sampling_KK: np.ndarray
     """Covariance from the sample of examples."""
@@ -34,8 +34,14 @@ class Curve:
     """The curve as it might have been: examples and models drawn anew."""
     sampling_BK: np.ndarray
     """The part of ``draws_BK`` that is examples drawn anew."""
+    places_K: np.ndarray
+    """The axis itself."""
     within: int = 0
     """Degrees of freedom within sizes, where several runs of a size tell how much models of one size differ."""
+
+    def x_of(self, place: float) -> float:
+        """Where a place of ``places_K`` is on the logarithmic axis."""
+        return float(self.x_K[np.abs(self.places_K - place).argmin()])
 
     @property
     def sizes(self) -> int:
@@ -48,9 +54,11 @@ def curve(
     stderr_N: np.ndarray,
     *,
     deviations_BN: np.ndarray | None = None,
+    places_N: np.ndarray | None = None,
     num_draws: int = NUM_DRAWS,
 ) -> Curve:
-    """The curve through runs, any number of which may have one size.
+    """The curve through runs, any number of which may have one size. ``x_N`` is log10 of the axis, as far as
+    ``places_N`` does not say what the axis itself is.
 
     ``deviations_BN`` are means over resampled examples minus the mean, the same examples for all runs; without them
     runs are taken as independent, with ``stderr_N``.
@@ -60,7 +68,8 @@ def curve(
     or a line if there are 3 or 4 sizes. The variance is Paule and Mandel's (1982): that for which the weighted sum of
     squares is as large as its degrees of freedom, and 0 if sampling explains it all.
     """
-    places, size_N = np.unique(np.round(x_N, 6), return_inverse=True)
+    places, first_K, size_N = np.unique(np.round(x_N, 6), return_index=True, return_inverse=True)
+    places_K = 10**places if places_N is None else places_N[first_K]
     num_sizes = len(places)
     member_KN = (size_N == np.arange(num_sizes)[:, None]).astype(float)
     runs_K = member_KN.sum(1)
@@ -100,7 +109,7 @@ def curve(
 
     sampling_BK = deviations_BN @ mean_KN.T
     draws_BK = y_K + sampling_BK + normal_BK * np.sqrt(jitter_K)
-    return Curve(places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, num_within)
+    return Curve(places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, places_K, num_within)
 
 
 def _normals(num_draws: int, *columns: int) -> list[np.ndarray]:

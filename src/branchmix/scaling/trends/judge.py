@@ -75,6 +75,8 @@ class Report:
     """By task and metric: official minus fresh."""
     cautions: list[Caution]
     notes: list[str]
+    is_within: bool = False
+    """Whether the axis is one within models, and each curve is of a model."""
 
     @property
     def warnings(self) -> list[str]:
@@ -144,14 +146,14 @@ def trends_by_axis(
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
             if max(abs(row.value) for row in table.rows if row.metric == metric) > 1:
                 notes.append(f"{metric} is not a share of 1: set --minimum-effect to the smallest change that counts")
-    series = all_series(table, metrics=wanted, lower_is_better=named, notes=notes)
+    series = all_series(table, axis, metrics=wanted, lower_is_better=named, notes=notes)
     notes += _mixed_axes(series, axis, table.axes)
-    others = [name for name in table.axes if name in AXES and name != axis]
+    others = [name for name in table.axes if name in AXES and name != axis and axis not in table.within]
     pairs = [(name, one) for name in (axis, *others) for one in series if one.has(name)]
     evidence: dict[str, dict[Series, Evidence]] = {}
     for done, (name, one) in enumerate(pairs, start=1):
         evidence.setdefault(name, {})[one] = Evidence(
-            curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN),
+            curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN, places_N=one.places(name)),
             runs=len(one.rows),
             lower_is_better=one.lower_is_better,
             paired=one.deviations_BN is not None,
@@ -172,6 +174,7 @@ def trends_by_axis(
             contamination=differences,
             cautions=[*_metric_cautions(judged[name]), *_axis_cautions(judged, name)],
             notes=list(dict.fromkeys(notes)),
+            is_within=axis in table.within,
         )
         for name, of_axis in evidence.items()
         if len(of_axis) == len(series)
@@ -311,11 +314,14 @@ def _axis_cautions(judged: Mapping[str, Sequence[Judged]], axis: str) -> Iterato
 
 
 def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> list[str]:
-    """A note if runs share a place on the axis but differ in another, so that they are not repetitions."""
+    """A note if runs share a place on the axis but differ in another, so that they are not repetitions.
+
+    Along an axis within models a curve is of one model, and along others settings are curves of their own.
+    """
     for one, other in product(series, axes):
         places: dict[float, float] = {}
         for row in one.rows if other != axis and one.has(other) else ():
-            if abs(places.setdefault(row.axes[axis], row.axes[other]) / row.axes[other] - 1) > 0.05:
+            if not math.isclose(places.setdefault(row.axes[axis], row.axes[other]), row.axes[other], rel_tol=0.05):
                 return [
                     f"models with the same {axis} differ in {other} (such as {row.model}, line {row.line}): what that "
                     f"changes counts as jitter; --axis {other} looks along it"

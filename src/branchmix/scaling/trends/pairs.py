@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
 from branchmix.scaling.trends.series import chosen_metrics, is_lower_better
-from branchmix.scaling.trends.table import DATA, Measurement, ResultsTable
+from branchmix.scaling.trends.table import DATA, Measurement, ResultsTable, settings_of
 from branchmix.scaling.trends.verdict import Limits
 from branchmix.statistics import Correction, PairedDifference, adjusted, paired_difference
 
@@ -73,8 +74,8 @@ def compare_models(
 ) -> ComparedModels:
     """Question by question, on every task and metric for which both runs have scores of single examples.
 
-    A run is named as the model, or as ``MODEL, seed SEED`` where it has several. Questions of one template count
-    together. The interval is about the questions: another training of either model may differ by more.
+    A run is named as the model, or where that has several as ``MODEL, seed 1`` or ``MODEL, shots 4``. Questions of one
+    template count together. The interval is about the questions: another training of either model may differ by more.
 
     Raises:
         DataError: there is no such run or metric, a name stands for several runs, or there are no scores of examples.
@@ -101,25 +102,27 @@ def compare_models(
 
 def _rows_of(table: ResultsTable, name: str, metrics: Sequence[str]) -> dict[tuple[str, str, str], Measurement]:
     """The rows of a run by task, metric and kind of data."""
-    names = list(dict.fromkeys(one for row in table.rows for one in _names(row)))
+    names = list(dict.fromkeys(one for row in table.rows for one in _names(row, table)))
     if name not in names:
         raise DataError(f"{table.path}: there is no model {name!r}{nearest(name, names)}")
     rows: dict[tuple[str, str, str], Measurement] = {}
     for row in table.rows:
-        if name in _names(row) and row.metric in metrics:
+        if name in _names(row, table) and row.metric in metrics:
             other = rows.setdefault((row.task, row.metric, row.data), row)
             if other is not row:
-                longer = [one for both in (other, row) for one in _names(both) if one != name]
+                longer = [one for both in (other, row) for one in _names(both, table) if one != name]
                 hint = f": name one of them, such as {longer[0]!r}" if longer else ""
                 raise DataError(f"{table.path}, lines {other.line} and {row.line}: {name} is several runs{hint}")
     return rows
 
 
-def _names(row: Measurement) -> Iterator[str]:
-    """What a run may be called."""
-    yield row.model
-    if row.seed:
-        yield f"{row.model}, seed {row.seed}"
+def _names(row: Measurement, table: ResultsTable) -> Iterator[str]:
+    """What a run may be called: its whole name last."""
+    parts = [f"seed {row.seed}"] * bool(row.seed)
+    parts += [f"{axis} {place:.15g}" for axis, place in settings_of(row, table.within).items()]
+    for count in range(len(parts) + 1):
+        for some in combinations(parts, count):
+            yield ", ".join([row.model, *some])
 
 
 def _pair(

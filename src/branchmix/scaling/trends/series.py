@@ -1,8 +1,11 @@
-"""Rows of a table as curves: a series is one metric of one task, for one family on one kind of data."""
+"""Rows of a table as curves: a series is one metric of one task, for one family on one kind of data.
+
+Along an axis within models, such as the number of examples in the prompt, a curve is of one model instead of a family.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +14,7 @@ from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.fit import NUM_DRAWS
-from branchmix.scaling.trends.table import Measurement, ResultsTable, Scores, ScoresOf, is_any_of
+from branchmix.scaling.trends.table import Measurement, ResultsTable, Scores, is_any_of, settings_of
 
 LOWER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "error", "brier", "logodds", "absolute_logodds")
 """Metrics, and endings of metrics after `_`, of which less is better. The log-odds metrics say how far a model is
@@ -31,12 +34,15 @@ class Series:
     task: str
     metric: str
     family: str
+    """What the curve is of: a family of models, or a model along an axis within models; and its other settings."""
     data: str
     lower_is_better: bool
     rows: list[Measurement]
     stderr: np.ndarray
     deviations_BN: np.ndarray | None = field(repr=False, default=None)
     """From resampled examples, the same for all runs."""
+    zeros: Mapping[str, float] = field(default_factory=dict)
+    """By axis, what stands for 0 where logarithms are taken."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -61,23 +67,42 @@ class Series:
             for name, row in zip(names, self.rows, strict=True)
         ]
 
+    def places(self, axis: str) -> np.ndarray:
+        return np.array([row.axes[axis] for row in self.rows])
+
     def x(self, axis: str) -> np.ndarray:
-        """log10 of an axis."""
-        return np.log10([row.axes[axis] for row in self.rows])
+        """log10 of an axis; 0 is one step to the left of the smallest positive place."""
+        places_N = self.places(axis)
+        return np.log10(np.where(places_N == 0, self.zeros.get(axis, 1.0), places_N))
 
     def has(self, axis: str) -> bool:
         return all(axis in row.axes for row in self.rows)
 
 
 def all_series(
-    table: ResultsTable, *, metrics: list[str], lower_is_better: tuple[str, ...], notes: list[str]
+    table: ResultsTable, axis: str, *, metrics: list[str], lower_is_better: tuple[str, ...], notes: list[str]
 ) -> list[Series]:
-    """Every curve of the table with one of ``metrics``, paired over examples where their scores are there."""
+    """Every curve of the table along an axis with one of ``metrics``, paired over examples where their scores exist."""
+    families: dict[str, set[str]] = {}
+    for row in table.rows:
+        families.setdefault(row.model, set()).add(row.family)
+
+    def curve_of(row: Measurement) -> str:
+        held = [f"{name} {place:g}" for name, place in settings_of(row, table.within).items() if name != axis]
+        who = row.family
+        if axis in table.within:
+            who = row.model + (f" ({row.family})" if len(families[row.model]) > 1 else "")
+        return ", ".join(filter(None, [who, *held]))
+
     groups: dict[tuple[str, ...], list[Measurement]] = {}
     for row in table.rows:
         if row.metric in metrics:
-            groups.setdefault((row.task, row.metric, row.family, row.data), []).append(row)
-    return [_series(table, rows, is_lower_better(key[1], lower_is_better), notes) for key, rows in groups.items()]
+            groups.setdefault((row.task, row.metric, curve_of(row), row.data), []).append(row)
+    zeros = {name: table.zero(name) for name in table.axes}
+    return [
+        _series(table, key, rows, is_lower_better(key[1], lower_is_better), notes, zeros)
+        for key, rows in groups.items()
+    ]
 
 
 def chosen_metrics(table: ResultsTable, asked: Sequence[str]) -> list[str]:
@@ -109,31 +134,47 @@ def is_lower_better(metric: str, named: tuple[str, ...] = ()) -> bool:
     return metric in named or is_any_of(metric, LOWER_IS_BETTER)
 
 
-def _series(table: ResultsTable, rows: list[Measurement], is_lower: bool, notes: list[str]) -> Series:
+def _series(
+    table: ResultsTable,
+    key: tuple[str, ...],
+    rows: list[Measurement],
+    is_lower: bool,
+    notes: list[str],
+    zeros: Mapping[str, float],
+) -> Series:
     first, told_N = rows[0], np.array([row.stderr or 0.0 for row in rows])
-    curve = (first.task, first.metric, first.family, first.data, is_lower, rows)
-    if table.scores is not None and (drawn := _paired(table.scores, rows, notes)) is not None:
-        deviations_BN, stderr_N = drawn
+    task, metric, family, data = key
+    if table.scores is not None and (drawn := _paired(table, rows, notes)) is not None:
+        rows, deviations_BN, stderr_N = drawn
         # Resampling never draws a wrong answer of a model that has none, so there the error is the table's.
         told_N = np.where(stderr_N == 0, told_N, 0.0)
         noise_BN = np.random.default_rng(0).standard_normal(deviations_BN.shape) * told_N
-        return Series(*curve, stderr_N + told_N, deviations_BN + noise_BN)
+        stderr_N, deviations_BN = stderr_N + told_N, deviations_BN + noise_BN
+        return Series(task, metric, family, data, is_lower, rows, stderr_N, deviations_BN, zeros)
     without = next((row for row in rows if row.stderr is None), None)
     if without is not None:
         raise DataError(
             f"{table.path}, line {without.line}: {first.metric} has no stderr: give it, or the scores of single "
             "examples beside the table"
         )
-    return Series(*curve, np.maximum(told_N, 1e-6 * max(1e-3, float(np.ptp([row.value for row in rows])))))
+    stderr_N = np.maximum(told_N, 1e-6 * max(1e-3, float(np.ptp([row.value for row in rows]))))
+    return Series(task, metric, family, data, is_lower, rows, stderr_N, zeros=zeros)
 
 
 # ---- scores of single examples ----
 
 
-def _paired(scores_of: ScoresOf, rows: list[Measurement], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
-    """``resampled_deviations`` of all runs, where each has scores of its own and they share examples."""
-    what = f"{rows[0].task}, {rows[0].metric}"
-    runs = [(row.model, row.seed) for row in rows]
+def _paired(
+    table: ResultsTable, rows: list[Measurement], notes: list[str]
+) -> tuple[list[Measurement], np.ndarray, np.ndarray] | None:
+    """``resampled_deviations`` of all runs, where each has scores of its own and they share examples.
+
+    A model's settings are compared on the examples that all of them have: the rows have the means over those. More
+    examples in the prompt may leave no room for some questions, and those that are left are not a fair sample.
+    """
+    what, scores_of = f"{rows[0].task}, {rows[0].metric}", table.scores
+    assert scores_of is not None
+    runs = [(row.model, row.seed, settings_of(row, table.within)) for row in rows]
     if twice := [run for run in runs if runs.count(run) > 1]:
         notes.append(f"{what}: {twice[0][0]} is in several rows, and its examples do not say which: no bootstrap")
         return None
@@ -155,7 +196,16 @@ def _paired(scores_of: ScoresOf, rows: list[Measurement], notes: list[str]) -> t
     if shared < 0.5 * most:
         notes.append(f"{what}: models share {shared} of up to {most} examples: too few for a bootstrap over them")
         return None
-    return resampled_deviations([scores for _, scores in scored], num_draws=NUM_DRAWS)
+    drawn = resampled_deviations([scores for _, scores in scored], num_draws=NUM_DRAWS)
+    settings = [settings_of(row, table.within) for row in rows]
+    if drawn is None:
+        return None
+    if shared < most and any(one != settings[0] for one in settings):
+        notes.append(f"{what}: {rows[0].model} is judged on the {shared} of {most} examples that all settings have")
+        common = sorted(set.intersection(*keys))
+        means = [float(np.mean([scores[key][0] for key in common])) for _, scores in scored]
+        rows = [row.model_copy(update={"value": v, "n": shared}) for row, v in zip(rows, means, strict=True)]
+    return rows, *drawn
 
 
 def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.ndarray, np.ndarray] | None:

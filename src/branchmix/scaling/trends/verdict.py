@@ -32,9 +32,9 @@ WORDS: dict[str, str] = {
     "inverse": "worse with scale",
     "u-shaped": "worse, then better again",
     "inverted-u": "better, then worse again",
-    "flat": "the same at every size",
+    "flat": "the same all along",
     "inconclusive": "cannot be told",
-    "not-testable": "too few sizes to judge",
+    "not-testable": "too few points to judge",
 }
 
 
@@ -160,7 +160,7 @@ class Evidence:
             paired=self.paired,
         )
         if label in SHAPES and self.turn is not None:
-            verdict.turning_point = 10**self.turn.turning
+            verdict.turning_point = self.turn.turning
             *legs, both = zip(self.turn.changes, map(self._possible, self.turn.intervals), strict=True)
             verdict.effect, verdict.interval = both
             for effect, interval in legs:
