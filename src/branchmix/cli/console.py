@@ -60,6 +60,20 @@ def names_of(listed: str) -> list[str]:
     return [name.strip() for name in listed.split(",") if name.strip()]
 
 
+def counts_of(listed: str, option: str, *, least: int) -> list[int]:
+    """The whole numbers in a comma-separated option, each once.
+
+    Raises:
+        RecipeError: one is no whole number, or too small.
+    """
+    words = names_of(listed)
+    if wrong := next((word for word in words if not word.isdecimal() or int(word) < least), None):
+        raise RecipeError(f"{option}: {wrong!r} should be a whole number of {least} or more, such as {least},2,4")
+    if not words:
+        raise RecipeError(f"{option} is empty: give a number, or several such as {least},2,4")
+    return list(dict.fromkeys(map(int, words)))
+
+
 def experts_to_keep(given: str, config: dict[str, Any]) -> str | int | list[str]:
     """What ``--experts`` asks of a model with this config.json.
 

@@ -126,6 +126,8 @@ Examples:
   branchmix scaling run family.yaml --tasks all --data official --out results
   branchmix scaling run family.yaml --tasks memo-trap,neqa --data official --fresh fresh --out results
   branchmix scaling run family.yaml --tasks my-task.yaml
+  branchmix scaling run family.yaml --data official --shots 0,1,2,4,8,16 --out results
+  branchmix scaling run mixture.yaml --data official --experts 1,2,4 --out results
   branchmix scaling trends results
 
 \b
@@ -134,6 +136,10 @@ The smallest family file:
   models: [EleutherAI/pythia-70m, EleutherAI/pythia-160m, ./runs/mixture]
 A model may also be a mapping such as
   {model: ./mixture, name: mix-8x, family: mixture, tokens: 300B, seed: 1}
+
+\b
+Several numbers for --shots, --experts or --top-k are axes within each model: every setting gets the same questions,
+and `scaling trends --axis shots` judges along them.
 
 \b
 With --out, rerun the command to resume a stopped run; if you add models, tasks or examples, only those are computed.
@@ -152,7 +158,25 @@ def run_command(
     fresh: Annotated[list[Path] | None, Option(metavar="DIR", help="Folder of fresh files, to compare with.")] = None,
     out: Annotated[Path | None, Option(metavar="DIR", help="Folder for records and results.")] = None,
     limit: Annotated[int | None, Option(min=1, metavar="N", help="Examples of a task at most.")] = None,
-    shots: console.Shots = 0,
+    shots: Annotated[
+        str, Option(metavar="K,...", help="Other examples, with answers, before each prompt; several are an axis.")
+    ] = "0",
+    experts: Annotated[
+        str | None,
+        Option(
+            metavar="K,...",
+            help="Experts of a mixture that run, chosen by the gates for each prompt: an axis.",
+            show_default="all",
+        ),
+    ] = None,
+    top_k: Annotated[
+        str | None,
+        Option(
+            metavar="K,...",
+            help="Experts of an FFN layer for each token: an axis.",
+            show_default="as the model's config says",
+        ),
+    ] = None,
     bos: Annotated[str, Option(help="BOS before each prompt: default (as the tokenizer does), on or off.")] = (
         "default"
     ),
@@ -166,7 +190,11 @@ def run_command(
     from branchmix.scaling.score_family import run
 
     options: dict[str, Any] = {"tasks": tasks, "data": data or (), "fresh": fresh or (), "out": out, "limit": limit}
-    options |= {"shots": shots, "bos": bos, "dtype": dtype, "batch_tokens": batch_tokens}
+    options |= {"shots": console.counts_of(shots, "--shots", least=0)}
+    for name, listed in (("experts", experts), ("top_k", top_k)):
+        if listed is not None:
+            options[name] = console.counts_of(listed, f"--{name.replace('_', '-')}", least=1)
+    options |= {"bos": bos, "dtype": dtype, "batch_tokens": batch_tokens}
     with console.progress_bar(out) as progress:
         found = run(family, **options, trust_remote_code=trust_remote_code, progress=progress)
     console.output(as_json, found.as_dict, lambda: _print_scores(found), found.notes)
@@ -193,7 +221,8 @@ def _print_scores(run: ScalingRun) -> None:
             remarks.append(f"{len(result.refused)} refused")
         if result.merged:
             remarks.append(f"{result.merged} merged")
-        names = [result.selected.label, result.subject.label]
+        settings = [f"{axis} {value}" for axis, value in result.settings.items()]
+        names = [result.selected.label, ", ".join([result.subject.label, *settings])]
         rows.append([*names, *counts, str(len(result.scored)), *cells, coverage, "; ".join(remarks)])
     head = ["task", "model", "params", "active", "n", "accuracy", "loss", "coverage", "remarks"]
     Table(head, rows, left=("model", "remarks")).show()

@@ -38,8 +38,9 @@ The smallest table (one row for each task, model and metric; five models or more
 
 \b
 Further columns: flops, active_params, tokens and any other axis, also one within a model, such as shots or
-reasoning_budget (as assigned, not as used); family (dense against mixture), seed (several runs of a size), data (official or fresh), cause and description of tasks of your own. A folder with results.csv may hold
-scores of single examples in examples/MODEL/TASK.jsonl; then all models are resampled on the same examples.
+reasoning_budget (as assigned, not as used); family (dense against mixture), seed (several runs of a size), data
+(official or fresh), cause and description of tasks of your own. A folder with results.csv may hold scores of single
+examples in examples/MODEL/TASK.jsonl; then all models are resampled on the same examples.
 
 \b
 Verdicts: standard (better with scale), inverse (worse), u-shaped (worse, then better), inverted-u (better, then
