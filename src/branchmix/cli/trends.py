@@ -19,6 +19,7 @@ from branchmix.pages.table import Table
 if TYPE_CHECKING:
     from branchmix.likelihood.models import Progress
     from branchmix.scaling.trends.judge import Judged, Report
+    from branchmix.scaling.trends.table import ResultsTable
 
 CORRECTIONS = {"bh": "Benjamini-Hochberg over tasks", "holm": "Holm over tasks", "none": "none for several tasks"}
 
@@ -29,6 +30,8 @@ Examples:
   branchmix scaling trends results.csv --html page.html --plots pictures
   branchmix scaling trends results.csv --metric accuracy --alpha 0.01
   branchmix scaling trends results.csv --axis reasoning_budget --html page.html
+  branchmix scaling trends lm_eval_output --from lm-eval --metric acc
+  branchmix scaling trends logs --from inspect --axis reasoning_budget
   branchmix scaling trends runs/family --compare pythia-70m pythia-12b
 
 \b
@@ -43,6 +46,11 @@ reasoning_budget (as assigned, not as used); family (dense against mixture), see
 examples in examples/MODEL/TASK.jsonl; then all models are resampled on the same examples.
 
 \b
+--from reads what others wrote, with the scores of single questions: lm-eval (--output_path with --log_samples; axes
+params and shots), inspect (.eval and .json logs; reasoning_tokens and numbers in metadata and task arguments; epochs
+are seeds), inverse-scaling-ttc (raw/MODEL/TASK.jsonl of arXiv 2507.14417; reasoning_budget).
+
+\b
 Verdicts: standard (better with scale), inverse (worse), u-shaped (worse, then better), inverted-u (better, then
 worse), flat, inconclusive, not-testable (fewer than five sizes). The exit code is 0 whatever they are.
 """
@@ -50,7 +58,13 @@ worse), flat, inconclusive, not-testable (fewer than five sizes). The exit code 
 
 @scaling_app.command("trends", epilog=TRENDS)
 def trends_command(
-    results: Annotated[Path, Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.")],
+    results: Annotated[
+        Path, Argument(metavar="RESULTS", help="A csv table, a folder with results.csv, or what --from says.")
+    ],
+    harness: Annotated[
+        Literal["csv", "lm-eval", "inspect", "inverse-scaling-ttc"],
+        Option("--from", metavar="<str>", help="What wrote RESULTS: csv, lm-eval, inspect or inverse-scaling-ttc."),
+    ] = "csv",
     axis: Annotated[
         str | None,
         Option(
@@ -87,6 +101,7 @@ def trends_command(
         raise RecipeError(f"--alpha {alpha:g}: must be between 0 and 0.5, such as 0.05")
     if not 0 <= minimum_effect < float("inf"):
         raise RecipeError(f"--minimum-effect {minimum_effect:g}: must not be negative")
+    from branchmix.scaling.readers.results import read_results
     from branchmix.scaling.trends.judge import trends_by_axis
     from branchmix.scaling.trends.verdict import Limits
 
@@ -96,12 +111,12 @@ def trends_command(
         for_trends = {"--axis": axis, "--html": html, "--plots": plots}
         if given := [name for name, value in for_trends.items() if value is not None]:
             raise RecipeError(f"{given[0]}: is about trends, not about two models: leave out {given[0]} or --compare")
-        _compare(results, compare, options, as_json=as_json)
+        _compare(read_results(results, harness), compare, options, as_json=as_json)
         return
     if html is not None:
         require_new_file(html, force=force)
     with console.progress_bar() as tell:
-        reports = trends_by_axis(results, axis=axis, tell=tell, **options)
+        reports = trends_by_axis(read_results(results, harness), axis=axis, tell=tell, **options)
         if html is not None or plots is not None:
             _write(reports, html, plots, force=force, tell=tell)
     report = reports[0]
@@ -114,12 +129,11 @@ def trends_command(
             console.notice(f"written: {written}")
 
 
-def _compare(results: Path, models: tuple[str, str], options: dict[str, Any], *, as_json: bool) -> None:
+def _compare(table: ResultsTable, models: tuple[str, str], options: dict[str, Any], *, as_json: bool) -> None:
     """A table of differences for each kind of data."""
     from branchmix.scaling.trends.pairs import compare_models
-    from branchmix.scaling.trends.table import read_table
 
-    found = compare_models(read_table(results), *models, **options)
+    found = compare_models(table, *models, **options)
 
     def show() -> None:
         for kind in dict.fromkeys(one.data for one in found.tasks):

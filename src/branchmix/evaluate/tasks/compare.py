@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from branchmix.evaluate.scores import ALPHA, Comparison, ModelReport, TaskDifference, TaskScore
+from branchmix.likelihood.lm_eval_samples import scores_of_sample
 from branchmix.statistics import PairedDifference, adjusted, paired_difference
 
 
@@ -72,9 +73,6 @@ def scores_of_questions(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[
     """
     scores: dict[str, dict[str, float]] = {}
     for sample in samples:
-        suffix = "" if sample.get("filter", "none") == "none" else f",{sample['filter']}"
-        for metric in sample.get("metrics", ()):
-            value = sample.get(metric)
-            if isinstance(value, (bool, int, float, np.number)) and np.isfinite(value):
-                scores.setdefault(metric + suffix, {})[str(sample["doc_id"])] = float(value)
+        for metric, value in scores_of_sample(sample).items():
+            scores.setdefault(metric, {})[str(sample["doc_id"])] = value
     return scores

@@ -23,7 +23,7 @@ from branchmix.scaling.trends.series import (
     is_lower_better,
     known_metrics,
 )
-from branchmix.scaling.trends.table import AXES, DATA, Measurement, is_share, read_table
+from branchmix.scaling.trends.table import AXES, DATA, Measurement, ResultsTable, is_share, read_table
 from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Label, Limits, Verdict, judge_together
 from branchmix.statistics import Correction
 
@@ -118,7 +118,7 @@ class Report:
 
 
 def trends_by_axis(
-    path: Path,
+    results: Path | ResultsTable,
     *,
     axis: str | None = None,
     metrics: Sequence[str] = (),
@@ -127,7 +127,7 @@ def trends_by_axis(
     lower_is_better: Sequence[str] = (),
     tell: Progress | None = None,
 ) -> list[Report]:
-    """Judge every metric of every task of a csv table, or of a folder with `results.csv` and scores of examples.
+    """Judge every metric of every task of a table, a csv file, or a folder with `results.csv` and scores of examples.
 
     The first report is along ``axis``: training FLOPs if None, or the first column that has a value for every model.
     Then follow those along every other axis known by name that has a value for every model.
@@ -136,11 +136,11 @@ def trends_by_axis(
         DataError, RecipeError: the table cannot be read, or there is no such axis or metric.
     """
     limits = limits or Limits()
-    table = read_table(path)
-    notes: list[str] = []
+    table = results if isinstance(results, ResultsTable) else read_table(results)
+    notes = list(table.notes)
     axis = table.choose_axis(axis, notes)
     wanted = chosen_metrics(table, metrics)
-    named = tuple(known_metrics(table, lower_is_better))
+    named = (*known_metrics(table, lower_is_better), *table.lower_is_better)
     for metric in wanted:
         if not is_lower_better(metric, named) and not is_share(metric):
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
@@ -322,8 +322,9 @@ def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> lis
         places: dict[float, float] = {}
         for row in one.rows if other != axis and one.has(other) else ():
             if not math.isclose(places.setdefault(row.axes[axis], row.axes[other]), row.axes[other], rel_tol=0.05):
+                place = row.source or f"line {row.line}"
                 return [
-                    f"models with the same {axis} differ in {other} (such as {row.model}, line {row.line}): what that "
+                    f"models with the same {axis} differ in {other} (such as {row.model}, {place}): what that "
                     f"changes counts as jitter; --axis {other} looks along it"
                 ]
     return []

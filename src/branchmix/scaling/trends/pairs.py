@@ -83,16 +83,16 @@ def compare_models(
     limits = limits or Limits()
     wanted = chosen_metrics(table, metrics)
     rows = [_rows_of(table, name, wanted) for name in (first, second)]
-    notes: list[str] = []
+    notes = list(table.notes)
     found = {key: pair for key in rows[0] if key in rows[1] and (pair := _pair(table, rows, key, limits, notes))}
     if not found:
-        why = notes[0] if notes else f"{first} and {second} have no task in common"
+        why = notes[-1] if notes else f"{first} and {second} have no task in common"
         raise DataError(f"{table.path}: nothing to compare: {why}: `scaling run` writes scores of examples beside it")
     p_adjusted: dict[tuple[str, str, str], float] = {}
     for group in dict.fromkeys(key[1:] for key in found):
         tested = [key for key in found if key[1:] == group]
         p_adjusted |= zip(tested, adjusted([found[key].p for key in tested], correction), strict=True)
-    named = tuple(metric.lower() for metric in lower_is_better)
+    named = (*(metric.lower() for metric in lower_is_better), *table.lower_is_better)
     tasks = [
         ComparedTask(*key, is_lower_better(key[1], named), pair, p_adjusted[key], limits.alpha)
         for key, pair in found.items()
@@ -112,7 +112,9 @@ def _rows_of(table: ResultsTable, name: str, metrics: Sequence[str]) -> dict[tup
             if other is not row:
                 longer = [one for both in (other, row) for one in _names(both, table) if one != name]
                 hint = f": name one of them, such as {longer[0]!r}" if longer else ""
-                raise DataError(f"{table.path}, lines {other.line} and {row.line}: {name} is several runs{hint}")
+                places = f"{table.path}, lines {other.line} and {row.line}"
+                places = f"{other.source} and {row.source}" if row.source else places
+                raise DataError(f"{places}: {name} is several runs{hint}")
     return rows
 
 

@@ -154,7 +154,7 @@ def _series(
     without = next((row for row in rows if row.stderr is None), None)
     if without is not None:
         raise DataError(
-            f"{table.path}, line {without.line}: {first.metric} has no stderr: give it, or the scores of single "
+            f"{table.where(without)}: {first.metric} has no stderr: give it, or the scores of single "
             "examples beside the table"
         )
     stderr_N = np.maximum(told_N, 1e-6 * max(1e-3, float(np.ptp([row.value for row in rows]))))

@@ -66,6 +66,8 @@ class Measurement(Settings):
     """A metric of a model on a task."""
 
     line: int
+    source: str = ""
+    """The file, if it is not the table's."""
     task: str
     model: str
     metric: Annotated[str, BeforeValidator(str.lower)]
@@ -111,7 +113,7 @@ class Measurement(Settings):
         return self
 
 
-KNOWN = Measurement.model_fields.keys() - {"line", "axes"}
+KNOWN = Measurement.model_fields.keys() - {"line", "source", "axes"}
 """Columns that are no axes."""
 
 
@@ -135,6 +137,14 @@ class ResultsTable:
     """Further columns that cannot be an axis, and why not."""
     within: tuple[str, ...] = ()
     """Axes along which one model has several rows: its settings, not its size."""
+    notes: tuple[str, ...] = ()
+    """What was left out."""
+    lower_is_better: tuple[str, ...] = ()
+    """Metrics of which the table's source says so."""
+
+    def where(self, row: Measurement) -> str:
+        """The place of a row, for messages."""
+        return row.source or f"{self.path}, line {row.line}"
 
     def zero(self, axis: str) -> float:
         """The number whose logarithm stands for 0 on an axis: one step to the left of the smallest positive place."""
@@ -163,7 +173,7 @@ class ResultsTable:
             return varied
         if (row := lacking[axis]) is not None:
             advice = "fill it in" if wanted is None else "fill it in for every model, or choose another --axis"
-            raise DataError(f"{self.path}, line {row.line}: {row.model} has no {axis}: {advice}")
+            raise DataError(f"{self.where(row)}: {row.model} has no {axis}: {advice}")
         if (row := lacking[first]) is not None and wanted is None:
             notes.append(f"the axis is {axis}: {row.model} has no {first} (line {row.line})")
         elif axis != "flops" and wanted is None and axis not in self.within:
