@@ -114,7 +114,7 @@ def test_settings_are_compared_on_the_questions_that_all_have(tmp_path: Path) ->
     assert "a is judged on the 205 of 400 examples that all settings have" in "".join(report.notes)
     (one,) = report.judged
     assert one.series.y == pytest.approx([answers["a", "", place][kept].mean() for place in (0, 1, 2, 4, 8)])
-    assert one.verdict.label not in ("standard", "inverse") and abs(one.verdict.effect) < 0.1
+    assert abs(one.verdict.effect) < 0.1  # from the table it would be 0.24
 
 
 def test_along_size_each_setting_is_a_curve(tmp_path: Path) -> None:

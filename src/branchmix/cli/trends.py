@@ -29,6 +29,7 @@ Examples:
   branchmix scaling trends runs/family --axis active_params --json
   branchmix scaling trends results.csv --html page.html --plots pictures
   branchmix scaling trends results.csv --metric accuracy --alpha 0.01
+  branchmix scaling trends runs/family --slices 3
   branchmix scaling trends results.csv --axis reasoning_budget --html page.html
   branchmix scaling trends lm_eval_output --from lm-eval --metric acc
   branchmix scaling trends logs --from inspect --axis reasoning_budget
@@ -82,6 +83,14 @@ def trends_command(
         Literal["bh", "holm", "none"],
         Option(metavar="<str>", help="For several tasks: bh (Benjamini-Hochberg), holm or none."),
     ] = "bh",
+    slices: Annotated[
+        int | None,
+        Option(
+            min=2,
+            max=5,
+            help="Also judge so many slices of the questions by difficulty: as given, or cross-fitted.",
+        ),
+    ] = None,
     compare: Annotated[
         tuple[str, str] | None,
         Option(
@@ -108,7 +117,7 @@ def trends_command(
     options: dict[str, Any] = {"metrics": metric or (), "limits": Limits(alpha, minimum_effect)}
     options |= {"correction": correction, "lower_is_better": lower_is_better or ()}
     if compare is not None:
-        for_trends = {"--axis": axis, "--html": html, "--plots": plots}
+        for_trends = {"--axis": axis, "--slices": slices, "--html": html, "--plots": plots}
         if given := [name for name, value in for_trends.items() if value is not None]:
             raise RecipeError(f"{given[0]}: is about trends, not about two models: leave out {given[0]} or --compare")
         _compare(read_results(results, harness), compare, options, as_json=as_json)
@@ -116,7 +125,7 @@ def trends_command(
     if html is not None:
         require_new_file(html, force=force)
     with console.progress_bar() as tell:
-        reports = trends_by_axis(read_results(results, harness), axis=axis, tell=tell, **options)
+        reports = trends_by_axis(read_results(results, harness), axis=axis, slices=slices or 0, tell=tell, **options)
         if html is not None or plots is not None:
             _write(reports, html, plots, force=force, tell=tell)
     report = reports[0]

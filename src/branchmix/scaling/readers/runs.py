@@ -56,13 +56,13 @@ def table_of(path: Path, runs: Iterable[Run], notes: Sequence[str] = ()) -> Resu
             earlier, chosen[run.key] = sorted((other, run), key=lambda one: one.created)
             told.append(f"{earlier.source}: {run.model} on {run.task} was run again later: the later run counts")
     rows: list[Measurement] = []
-    scores: dict[int, Scores] = {}
+    scores: dict[tuple[int, str], Scores] = {}
     for line, run in enumerate(chosen.values(), start=1):
         given: dict[str, Any] = {"value": run.value, "stderr": run.stderr, "n": run.n}
         if run.scores is not None:
             own = mean([value for value, _ in run.scores.values()])
             given = {"value": own.value, "stderr": own.stderr, "n": own.n}
-            scores[line] = run.scores
+            scores[line, run.metric.lower()] = run.scores
         if given["value"] is None or (given["stderr"] is None and given["n"] is None):
             told.append(f"{run.source}: {run.metric} of {run.task} has no standard error: left out")
             continue
@@ -79,7 +79,7 @@ def table_of(path: Path, runs: Iterable[Run], notes: Sequence[str] = ()) -> Resu
         path,
         rows,
         axes,
-        (lambda row: scores.get(row.line)) if scores else None,
+        (lambda row: scores.get((row.line, row.metric))) if scores else None,
         within=within,
         notes=tuple(dict.fromkeys(told)),
         lower_is_better=lower,

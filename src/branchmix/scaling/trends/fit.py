@@ -36,6 +36,8 @@ class Curve:
     """The part of ``draws_BK`` that is examples drawn anew."""
     places_K: np.ndarray
     """The axis itself."""
+    shared: float = 0.0
+    """Variance from the sample of examples that all sizes share, as they met the same: no part of any difference."""
     within: int = 0
     """Degrees of freedom within sizes, where several runs of a size tell how much models of one size differ."""
 
@@ -76,6 +78,7 @@ def curve(
     mean_KN = member_KN / runs_K[:, None]
     y_K = mean_KN @ y_N
     sampling_NN = np.diag(stderr_N**2)
+    is_paired = deviations_BN is not None
     if deviations_BN is None:
         normal_BN, normal_BK = _normals(num_draws, len(y_N), num_sizes)
         deviations_BN = normal_BN * stderr_N
@@ -85,6 +88,7 @@ def curve(
         # Runs that agree on every example are no reason to divide by nothing.
         sampling_NN = sampling_NN + np.eye(len(y_N)) * 1e-6 * max(float(np.mean(stderr_N**2)), 1e-12)
     sampling_KK = mean_KN @ sampling_NN @ mean_KN.T
+    shared = _shared(sampling_KK) if is_paired else 0.0
 
     jitter_K, jitter, degrees = np.zeros(num_sizes), 0.0, 0
     smooth_KP = _powers(places, 2 if num_sizes >= 5 else 1)
@@ -109,7 +113,18 @@ def curve(
 
     sampling_BK = deviations_BN @ mean_KN.T
     draws_BK = y_K + sampling_BK + normal_BK * np.sqrt(jitter_K)
-    return Curve(places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, places_K, num_within)
+    return Curve(
+        places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, places_K, shared, num_within
+    )
+
+
+def _shared(sampling_KK: np.ndarray) -> float:
+    """The mean covariance of two sizes; never nearly all of a variance, so that something is left to weigh by."""
+    num_sizes = len(sampling_KK)
+    if num_sizes < 2:
+        return 0.0
+    covariance = (sampling_KK.sum() - np.trace(sampling_KK)) / (num_sizes * (num_sizes - 1))
+    return float(np.clip(covariance, 0.0, 0.99 * np.diag(sampling_KK).min()))
 
 
 def _normals(num_draws: int, *columns: int) -> list[np.ndarray]:

@@ -23,6 +23,7 @@ from branchmix.scaling.trends.series import (
     is_lower_better,
     known_metrics,
 )
+from branchmix.scaling.trends.slices import ALL, with_slices
 from branchmix.scaling.trends.table import AXES, DATA, Measurement, ResultsTable, is_share, read_table
 from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Label, Limits, Verdict, judge_together
 from branchmix.statistics import Correction
@@ -125,12 +126,14 @@ def trends_by_axis(
     limits: Limits | None = None,
     correction: Correction = "bh",
     lower_is_better: Sequence[str] = (),
+    slices: int = 0,
     tell: Progress | None = None,
 ) -> list[Report]:
     """Judge every metric of every task of a table, a csv file, or a folder with `results.csv` and scores of examples.
 
     The first report is along ``axis``: training FLOPs if None, or the first column that has a value for every model.
-    Then follow those along every other axis known by name that has a value for every model.
+    Then follow those along every other axis known by name that has a value for every model. With ``slices``, each curve
+    is judged for as many slices of the questions by difficulty as well, and all are corrected together.
 
     Raises:
         DataError, RecipeError: the table cannot be read, or there is no such axis or metric.
@@ -148,6 +151,8 @@ def trends_by_axis(
                 notes.append(f"{metric} is not a share of 1: set --minimum-effect to the smallest change that counts")
     series = all_series(table, axis, metrics=wanted, lower_is_better=named, notes=notes)
     notes += _mixed_axes(series, axis, table.axes)
+    if slices:
+        series = with_slices(table, series, axis, slices, notes)
     others = [name for name in table.axes if name in AXES and name != axis and axis not in table.within]
     pairs = [(name, one) for name in (axis, *others) for one in series if one.has(name)]
     evidence: dict[str, dict[Series, Evidence]] = {}
@@ -188,12 +193,14 @@ def cause_of(series: Series) -> str:
 
 
 def _judge(evidence: Mapping[Series, Evidence], limits: Limits, correction: Correction) -> list[Judged]:
-    """All curves; tasks of one metric, family and kind of data share the correction."""
-    groups: dict[Any, dict[str, Evidence]] = {}
+    """All curves; tasks of one metric, family and kind of data, and their slices, share the correction."""
+    groups: dict[Any, dict[Series, Evidence]] = {}
     for one, found in evidence.items():
-        groups.setdefault((one.metric, one.part), {})[one.task] = found
-    verdicts = {key: judge_together(tasks, correction=correction, limits=limits) for key, tasks in groups.items()}
-    judged = [Judged(one, found.curve, verdicts[one.metric, one.part][one.task]) for one, found in evidence.items()]
+        groups.setdefault(one.tested_with, {})[one] = found
+    verdicts: dict[Series, Verdict] = {}
+    for tasks in groups.values():
+        verdicts |= judge_together(tasks, correction=correction, limits=limits)
+    judged = [Judged(one, found.curve, verdicts[one]) for one, found in evidence.items()]
     for each in judged:
         each.verdict.flags = flags_of(each.series)
     return judged
@@ -214,7 +221,7 @@ def _interactions(
     pairs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for first, second in combinations(evidence, 2):
         one, other = evidence[first], evidence[second]
-        same = (first.task, first.metric, first.data) == (second.task, second.metric, second.data)
+        same = (*first.key, first.data, first.slice) == (*second.key, second.data, second.slice)
         if not same or min(one.curve.sizes, other.curve.sizes) < _MIN_TO_COMPARE:
             continue
         slopes_B, others_B = (theil_sen(c.x_K, np.vstack([c.y_K, c.draws_BK])) for c in (one.curve, other.curve))
@@ -239,7 +246,13 @@ def _contaminations(series: Sequence[Series], limits: Limits) -> dict[str, dict[
     by_task: dict[str, dict[str, dict[str, Any]]] = {}
     for first, second in product(series, repeat=2):
         same = (first.task, first.metric, first.family) == (second.task, second.metric, second.family)
-        if same and (first.data, second.data) == DATA and (compared := _contamination(first, second, limits)):
+        is_whole = first.slice in ("", ALL)  # slices of different questions are not alike
+        if (
+            same
+            and is_whole
+            and (first.data, second.data) == DATA
+            and (compared := _contamination(first, second, limits))
+        ):
             by_metric = by_task.setdefault(first.task, {})
             name = f"{first.metric}, {first.family}" if first.metric in by_metric else first.metric
             by_metric[name] = compared | {"family": first.family}

@@ -137,13 +137,14 @@ def sentences(one: Judged, report: Report) -> str:
     }
     if verdict.p is None or verdict.p_adjusted is None:
         return _not_testable(one, words)
-    tasks = _num_tested(one, report)
+    tasks, kind_of = _num_tested(one, report), "tasks" if one.series.group is None else "curves"
     words |= {
         "Metric": metric_name(metric).capitalize(),
         "tasks": tasks,
         "p": _p(verdict.p),
         "p_adjusted": _p(verdict.p_adjusted),
-        "after": f"; {_p(verdict.p_adjusted)} after the correction for {tasks} tasks" if tasks > 1 else "",
+        "tests": kind_of,
+        "after": f"; {_p(verdict.p_adjusted)} after the correction for {tasks} {kind_of}" if tasks > 1 else "",
         "share": _share(verdict.p),
         "alpha": f"{limits.alpha:g}",
         "sure": percent_of(limits),
@@ -224,9 +225,9 @@ def _not_testable(one: Judged, words: dict[str, Any]) -> str:
 
 
 def _num_tested(one: Judged, report: Report) -> int:
-    """Tasks that shared the correction with this one."""
-    alike = [other for other in report.judged if other.series.metric == one.series.metric]
-    tested = [other for other in alike if other.series.part == one.series.part and other.verdict.p is not None]
+    """Tasks, or tasks and slices, that shared the correction with this one."""
+    alike = [other for other in report.judged if other.series.tested_with == one.series.tested_with]
+    tested = [other for other in alike if other.verdict.p is not None]
     return len(tested) if report.correction != "none" else 0
 
 

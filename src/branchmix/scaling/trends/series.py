@@ -43,6 +43,9 @@ class Series:
     """From resampled examples, the same for all runs."""
     zeros: Mapping[str, float] = field(default_factory=dict)
     """By axis, what stands for 0 where logarithms are taken."""
+    group: str | None = None
+    """What a slice of the questions is of, and the whole beside it; None if there are no slices."""
+    slice: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -53,6 +56,11 @@ class Series:
     def part(self) -> tuple[str, str]:
         """Family and kind of data."""
         return self.family, self.data
+
+    @property
+    def tested_with(self) -> tuple[str, str, str]:
+        """What curves have in common whose p are corrected together."""
+        return self.metric, self.family if self.group is None else self.group, self.data
 
     @property
     def y(self) -> np.ndarray:
@@ -217,20 +225,29 @@ def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.nd
     keys = sorted(set.intersection(*map(set, scores)))
     if len(keys) < 2:
         return None
-    names, cluster_of = np.unique([scores[0][key][1] for key in keys], return_inverse=True)
-    if len(names) < 2:  # all of one template: nothing to draw but examples
-        names, cluster_of = np.array(keys), np.arange(len(keys))
     values_NX = np.array([[score[key][0] for key in keys] for score in scores])
-    sums_NC = np.stack([np.bincount(cluster_of, row, len(names)) for row in values_NX])
-    counts_C = np.bincount(cluster_of, minlength=len(names)).astype(float)
+    return deviations_of(values_NX, np.ones_like(values_NX), [scores[0][key][1] for key in keys], num_draws=num_draws)
+
+
+def deviations_of(
+    values_NX: np.ndarray, member_NX: np.ndarray, clusters: Sequence[str], *, num_draws: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``resampled_deviations`` of the questions, X, that each run counts: those where ``member_NX`` is 1."""
+    names, cluster_of = np.unique(clusters, return_inverse=True)
+    if len(names) < 2:  # all of one template: nothing to draw but examples
+        names, cluster_of = np.arange(len(clusters)), np.arange(len(clusters))
+    sums_NC, counts_NC = (
+        np.stack([np.bincount(cluster_of, row, len(names)) for row in rows_NX])
+        for rows_NX in (values_NX * member_NX, member_NX.astype(float))
+    )
     random = np.random.default_rng(0)
     step = max(1, _CHUNK // len(names))
     means = []
     for start in range(0, num_draws, step):
         number = min(step, num_draws - start)
         drawn_BC = random.multinomial(len(names), np.full(len(names), 1 / len(names)), number).astype(float)
-        means.append((drawn_BC @ sums_NC.T) / (drawn_BC @ counts_C)[:, None])
-    deviations_BN = np.concatenate(means) - values_NX.mean(1)
+        means.append((drawn_BC @ sums_NC.T) / np.maximum(drawn_BC @ counts_NC.T, 1.0))
+    deviations_BN = np.concatenate(means) - sums_NC.sum(1) / counts_NC.sum(1)
     return deviations_BN, deviations_BN.std(0, ddof=1)
 
 

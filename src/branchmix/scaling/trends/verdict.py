@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconc
 SHAPES = ("u-shaped", "inverted-u")
 DIRECTED = ("standard", "inverse", *SHAPES)
 MIN_SIZES = 5
+Key = TypeVar("Key")
 WORDS: dict[str, str] = {
     "standard": "better with scale",
     "inverse": "worse with scale",
@@ -204,7 +205,7 @@ def p_text(p: float) -> str:
 # ---- many tasks ----
 
 
-def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, limits: Limits) -> dict[str, Verdict]:
+def judge_together(tasks: Mapping[Key, Evidence], *, correction: Correction, limits: Limits) -> dict[Key, Verdict]:
     """Verdicts of tasks that were tested side by side: a metric of one family.
 
     Each task brings one p: that of the shape if the curve turns significantly by itself, else that of the trend. A
