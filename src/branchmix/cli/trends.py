@@ -198,10 +198,17 @@ def _print_verdicts(report: Report) -> None:
 
 def _table(rows: list[Judged], title: str, report: Report) -> Table:
     from branchmix.scaling.trends.judge import cause_of
-    from branchmix.scaling.trends.verdict import DIRECTED, WORDS
+    from branchmix.scaling.trends.verdict import DIRECTED, WORDS, place_text
 
     has_causes = any(cause_of(row.series) for row in rows)
-    head = ["task", *["cause"] * has_causes, "sizes", "change [interval]", "corrected p", "verdict"]
+    head = [
+        "task",
+        *["cause"] * has_causes,
+        "settings" if report.is_within else "sizes",
+        "change [interval]",
+        "corrected p",
+        "verdict",
+    ]
     cells = []
     for row in rows:
         found = row.verdict
@@ -212,7 +219,7 @@ def _table(rows: list[Judged], title: str, report: Report) -> Table:
             why.insert(0, f"performance: {found.description}")
         if found.turning_point is not None:
             legs = ", ".join(f"{name} {leg['effect']:+.3f}" for name, leg in found.legs.items())
-            why.append(f"{legs}, turns at {report.axis} {found.turning_point:.2g}")
+            why.append(f"{legs}, turns at {report.axis} {place_text(found.turning_point)}")
         why += found.flags
         verdict = f"{found.label} ({WORDS[found.label]}): {'; '.join(why)}"
         change = f"{found.effect:+.3f} [{low:+.3f}, {high:+.3f}]"

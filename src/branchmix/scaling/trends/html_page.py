@@ -49,6 +49,7 @@ def html(overview: Overview, *, command: str) -> str:
         beside=_beside,
         results=lambda entry: Markup(_results(overview, entry).html()),
         verdicts=lambda entry: Markup(_verdicts(overview, entry).html()),
+        has_slices=any(one.series.group is not None for one in overview.reports[0].judged),
         has_fresh=any(data != DATA[0] for _, data in overview.reports[0].parts),
         lower={one.series.metric: one.series.lower_is_better for one in overview.reports[0].judged},
         sure=(*DIRECTED, "flat"),

@@ -177,11 +177,16 @@ class Evidence:
 def _form_in_words(form: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What a curve looks like, in the units of its axis and metric."""
     if jump := form.get("jump"):
-        yield f"a jump of {jump['effect']:+.3g} between {jump['from']:.2g} and {jump['to']:.2g}"
+        yield f"a jump of {jump['effect']:+.3g} between {place_text(jump['from'])} and {place_text(jump['to'])}"
     if level := form.get("level_until"):
-        yield f"level up to {level['axis']:.2g}, at {level['value']:.3g}"
+        yield f"level up to {place_text(level['axis'])}, at {level['value']:.3g}"
     if level := form.get("level_from"):
-        yield f"level from {level['axis']:.2g} on, at {level['value']:.3g}"
+        yield f"level from {place_text(level['axis'])} on, at {level['value']:.3g}"
+
+
+def place_text(place: float) -> str:
+    """A place on an axis, for a terminal: ``16384``, ``1.4e+09``."""
+    return f"{place:.0f}" if place == round(place) and place < 1e5 else f"{place:.2g}"
 
 
 def describe(y_K: np.ndarray) -> str:
