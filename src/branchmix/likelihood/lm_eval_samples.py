@@ -14,7 +14,9 @@ def scores_of_sample(sample: Mapping[str, Any]) -> dict[str, float]:
     What is not a number, such as the parts of a perplexity, is left out.
     """
     suffix = "" if sample.get("filter", "none") == "none" else f",{sample['filter']}"
-    values = {name + suffix: sample.get(name) for name in sample.get("metrics", ())}
+    metrics = sample.get("metrics")
+    named = [name for name in metrics if isinstance(name, str)] if isinstance(metrics, (list, tuple)) else []
+    values = {name + suffix: sample.get(name) for name in named}
     return {
         name: float(value)
         for name, value in values.items()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.json_text import parse_json
 from branchmix.errors import DataError
-from branchmix.scaling.readers.runs import Run, files_below, json_of, numbers_in, table_of
+from branchmix.scaling.readers.runs import Run, files_below, json_of, mapping, number, numbers_in, table_of
 from branchmix.scaling.trends.table import KNOWN, ResultsTable, Scores
 
 _ZSTD = 93
@@ -49,8 +50,8 @@ def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
     axes = _axes(log)
     by_scorer: dict[tuple[str, str], Scores] = {}
     for sample in samples:
-        for scorer, score in (sample.get("scores") or {}).items():
-            value = _number(score.get("value") if isinstance(score, dict) else None)
+        for scorer, score in mapping(mapping(sample).get("scores")).items():
+            value = _number(mapping(score).get("value"))
             if value is not None:
                 key = str(sample.get("id"))
                 by_scorer.setdefault((scorer, str(sample.get("epoch", 1))), {})[key] = (value, key)
@@ -75,7 +76,7 @@ def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
 def _axes(log: dict[str, Any]) -> dict[str, float]:
     about = log["eval"]
     axes = {**numbers_in(about.get("task_args")), **numbers_in(about.get("metadata"))}
-    for config in (about.get("model_generate_config"), (log.get("plan") or {}).get("config")):
+    for config in (about.get("model_generate_config"), mapping(log.get("plan")).get("config")):
         tokens = numbers_in(config).get("reasoning_tokens")
         if tokens is not None:
             axes.setdefault("reasoning_budget", tokens)
@@ -85,24 +86,26 @@ def _axes(log: dict[str, Any]) -> dict[str, float]:
 def _number(value: Any) -> float | None:
     if isinstance(value, str):
         return _VALUES.get(value)
-    return float(value) if isinstance(value, (bool, int, float)) else None
+    return number(value)
 
 
-def _read(file: Path) -> tuple[Any, list[dict[str, Any]]]:
+def _read(file: Path) -> tuple[Any, list[Any]]:
     """A log without its samples, and the samples or their summaries, which have the scores too."""
     if file.suffix != ".eval":
         log = json_of(file)
-        return log, (log.get("samples") or []) if isinstance(log, dict) else []
+        samples = mapping(log).get("samples")
+        return log, samples if isinstance(samples, list) else []
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             if "header.json" not in names:  # still running, or killed
-                return _member(archive, "_journal/start.json") | {"status": "started"}, []
+                return {**mapping(_member(archive, "_journal/start.json")), "status": "started"}, []
             if "summaries.json" in names:
-                return _member(archive, "header.json"), _member(archive, "summaries.json")
+                summaries = _member(archive, "summaries.json")
+                return _member(archive, "header.json"), summaries if isinstance(summaries, list) else []
             samples = [_member(archive, name) for name in names if name.startswith("samples/")]
             return _member(archive, "header.json"), samples
-    except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, OSError, NotImplementedError) as error:
         raise DataError(f"{file}: is no log of inspect ({error})") from None
 
 

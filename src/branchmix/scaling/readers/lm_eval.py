@@ -18,7 +18,7 @@ from branchmix.data.sources import json_lines
 from branchmix.errors import DataError
 from branchmix.likelihood.lm_eval_samples import scores_of_sample
 from branchmix.scaling.examples import read_text
-from branchmix.scaling.readers.runs import Run, files_below, json_of, table_of
+from branchmix.scaling.readers.runs import Run, files_below, json_of, mapping, number, table_of
 from branchmix.scaling.trends.table import ResultsTable, Scores
 
 _NO_WORD = re.compile(r"\W")
@@ -47,7 +47,7 @@ def read_lm_eval(path: Path) -> ResultsTable:
 
 def _model(content: dict[str, Any]) -> str:
     """What lm-eval calls the model, with its revision."""
-    config = content.get("config") or {}
+    config = mapping(content.get("config"))
     name = str(content.get("model_name") or config.get("model") or "model").rstrip("/")
     revision = config.get("model_revision")
     return name if revision in (None, "", "main", "N/A") else f"{name}@{revision}"
@@ -60,19 +60,19 @@ def _short(name: str, models: dict[str, set[str]]) -> str:
 
 
 def _runs(file: Path, content: dict[str, Any], model: str, notes: list[str]) -> Iterator[Run]:
-    config, groups = content.get("config") or {}, content.get("groups") or {}
+    config, groups, subtasks = (mapping(content.get(name)) for name in ("config", "groups", "group_subtasks"))
     params = config.get("model_num_parameters")
     date = file.stem.removeprefix("results_")
     for task, values in content["results"].items():
-        if task in groups or (task in (content.get("group_subtasks") or {}) and content["group_subtasks"][task]):
+        if task in groups or subtasks.get(task):
             continue
         axes = {"params": float(params)} if isinstance(params, int) and params > 0 else {}
-        shots = (content.get("n-shot") or {}).get(task)
+        shots = mapping(content.get("n-shot")).get(task)
         axes |= {"shots": float(shots)} if isinstance(shots, int) else {}
         samples = _samples(file.with_name(f"samples_{_NO_WORD.sub('_', task)}_{date}.jsonl"))
-        better = (content.get("higher_is_better") or {}).get(task) or {}
-        counts = ((content.get("n-samples") or {}).get(task) or {}).get("effective")
-        for name, value in values.items():
+        better = mapping(mapping(content.get("higher_is_better")).get(task))
+        counts = mapping(mapping(content.get("n-samples")).get(task)).get("effective")
+        for name, value in mapping(values).items():
             metric, comma, filtered = name.partition(",")
             if not comma or metric.endswith("_stderr") or not _is_number(value):
                 continue
@@ -117,7 +117,7 @@ def _samples(file: Path) -> dict[str, Scores]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return number(value) is not None and not isinstance(value, bool)
 
 
 def _is_mean(scores: Scores, value: float) -> bool:

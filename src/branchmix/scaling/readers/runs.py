@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,13 +93,24 @@ def _told_apart(runs: list[Run]) -> list[Run]:
     return runs if has_seeds else [replace(run, seed="") for run in runs]
 
 
-def numbers_in(values: Mapping[str, Any] | None) -> dict[str, float]:
-    """Those entries that can be places on an axis: numbers of 0 or more."""
-    return {
-        str(name).lower(): float(value)
-        for name, value in (values or {}).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-    }
+def mapping(value: Any) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or right and wrong as 1 and 0; None for anything else."""
+    try:
+        found = float(value) if isinstance(value, (bool, int, float)) else math.nan
+    except OverflowError:
+        found = math.nan
+    return found if math.isfinite(found) else None
+
+
+def numbers_in(values: Any) -> dict[str, float]:
+    """Those entries of a JSON object that can be places on an axis: numbers of 0 or more."""
+    found = {str(name).lower(): number(v) for name, v in mapping(values).items() if not isinstance(v, bool)}
+    return {name: place for name, place in found.items() if place is not None and place >= 0}
 
 
 def json_of(file: Path) -> Any:

@@ -17,7 +17,7 @@ from branchmix.checkpoint.json_text import parse_json
 from branchmix.data.sources import json_lines
 from branchmix.errors import DataError
 from branchmix.scaling.examples import read_text
-from branchmix.scaling.readers.runs import Run, files_below, numbers_in, table_of
+from branchmix.scaling.readers.runs import Run, files_below, number, numbers_in, table_of
 from branchmix.scaling.trends.table import ResultsTable, Scores
 
 _FIELDS = {"accuracy": "correct", "mse": "squared_error", "relative_error": "relative_error"}
@@ -44,15 +44,15 @@ def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
         if not isinstance(line, dict) or not {"instance_id", "reasoning_budget", "model", "task_id"} <= line.keys():
             raise DataError(f"{where}: has no instance_id, reasoning_budget, model or task_id: is it of this harness?")
         metric = str(line.get("metric") or "accuracy")
-        value = line.get(_FIELDS.get(metric, metric))
+        value = number(line.get(_FIELDS.get(metric, metric)))
         budget = numbers_in({"budget": line["reasoning_budget"]}).get("budget")
         if line.get("error") is not None or value is None or budget is None:
             failed["failed" if line.get("error") is not None else "have no score"] += 1
             continue
         question, run = _question(str(line["instance_id"]))
-        shots = int(line.get("icl_num_examples") or 0)
+        shots = numbers_in({"shots": line.get("icl_num_examples")}).get("shots", 0.0)
         group = (str(line["task_id"]), str(line["model"]), metric, budget, shots, run)
-        groups.setdefault(group, {})[question] = (float(value), question)
+        groups.setdefault(group, {})[question] = (value, question)
     notes += [f"{file}: {count} answers {why}: left out" for why, count in failed.items()]
     for (task, model, metric, budget, shots, run), scores in groups.items():
         yield Run(
@@ -60,7 +60,7 @@ def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
             model=model,
             metric=metric,
             source=file,
-            axes={"reasoning_budget": budget, "shots": float(shots)},
+            axes={"reasoning_budget": budget, "shots": shots},
             scores=scores,
             seed=run,
             lower_is_better=metric in _ERRORS,
