@@ -1,6 +1,6 @@
 """Benchmark: verdicts of `branchmix scaling trends` along axes within a model, paired by question, on known curves.
 
-    python benchmarks/paired_verdicts.py                  # 6 minutes on one core
+    python benchmarks/paired_verdicts.py                  # 4 minutes on one core
     python benchmarks/paired_verdicts.py --minutes 5      # a slice: run it again to resume; finished cells are kept
 
 A model answers the same questions in 5 or 8 settings. A question is answered right if a normal deviate lies below what
@@ -35,9 +35,12 @@ from verdicts import RESULTS, SHAPES, TURNED, Shape
 
 KINDS: dict[str, Shape] = {name: SHAPES[name] for name in ("flat", "saturating", "flat, then rise", "U", "inverted-U")}
 KINDS["gentle"] = Shape(lambda u: 0.54 - 0.08 * u, "inverse")
-SIZES, SHARED, JITTERS = (5, 8), (0.0, 0.9), (0.0, 0.03)
-RUNS = ((1, 200), (3, 200))
-"""Seeds of a setting, and questions."""
+EXAMPLES = 200
+SETTINGS = (
+    *((1, *rest) for rest in product((0.0, 0.9), (5, 8), (0.0, 0.03))),
+    *((3, 0.0, 5, 0.0), (3, 0.9, 5, 0.03), (3, 0.9, 8, 0.0), (3, 0.9, 8, 0.03)),
+)
+"""Seeds of a setting, shared difficulty, settings of a model, and their jitter."""
 MOST_WRONG, MOST_TURNS = 0.10, 0.05
 """Targets: wrong verdicts of any kind on flat curves, and turns on monotone ones."""
 
@@ -90,8 +93,8 @@ def again(cell: Cell, args: argparse.Namespace) -> Cell:
 
 
 def cells(runs: int) -> Iterator[Cell]:
-    for (seeds, examples), shared, sizes, jitter in product(RUNS, SHARED, SIZES, JITTERS):
-        place = {"sizes": sizes, "seeds": seeds, "examples": examples, "shared": shared, "jitter": jitter}
+    for seeds, shared, sizes, jitter in SETTINGS:
+        place = {"sizes": sizes, "seeds": seeds, "examples": EXAMPLES, "shared": shared, "jitter": jitter}
         for kind in KINDS:
             yield {"kind": kind, **place, "runs": runs * (5 if kind == "flat" else 1)}
 
@@ -138,7 +141,7 @@ def judge(x_N: np.ndarray, answers_NX: np.ndarray, *, paired: bool) -> Evidence:
         drawn = resampled_deviations(scores, num_draws=NUM_DRAWS)
         assert drawn is not None
         deviations_BN, stderr_N = drawn
-    points = curve(x_N, y_N, stderr_N, deviations_BN=deviations_BN)
+    points = curve(x_N, y_N, stderr_N, deviations_BN=deviations_BN, average=True)
     return Evidence(points, runs=len(x_N), lower_is_better=False, paired=paired, limits=Limits())
 
 

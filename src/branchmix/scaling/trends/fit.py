@@ -57,6 +57,7 @@ def curve(
     *,
     deviations_BN: np.ndarray | None = None,
     places_N: np.ndarray | None = None,
+    average: bool = False,
     num_draws: int = NUM_DRAWS,
 ) -> Curve:
     """The curve through runs, any number of which may have one size. ``x_N`` is log10 of the axis, as far as
@@ -64,6 +65,9 @@ def curve(
 
     ``deviations_BN`` are means over resampled examples minus the mean, the same examples for all runs; without them
     runs are taken as independent, with ``stderr_N``.
+
+    With ``average``, runs of a size count as one, their mean: repeated runs of one setting of a model say how much runs
+    differ, and nothing about how far settings are off the curve. They share what is peculiar to the setting.
 
     With several runs of a size, the jitter is what they differ by, unless sizes deviate from a smooth curve by
     significantly more (an F test of the lack of fit); without, it is the deviation from a smooth curve: a quadratic,
@@ -73,6 +77,11 @@ def curve(
     places, first_K, size_N = np.unique(np.round(x_N, 6), return_index=True, return_inverse=True)
     places_K = 10**places if places_N is None else places_N[first_K]
     num_sizes = len(places)
+    if average:
+        mean_KN = (size_N == np.arange(len(places))[:, None]) / np.bincount(size_N)[:, None]
+        x_N, y_N, stderr_N = places, mean_KN @ y_N, np.sqrt(mean_KN**2 @ stderr_N**2)
+        deviations_BN = None if deviations_BN is None else deviations_BN @ mean_KN.T
+        size_N = np.arange(len(places))
     member_KN = (size_N == np.arange(num_sizes)[:, None]).astype(float)
     runs_K = member_KN.sum(1)
     mean_KN = member_KN / runs_K[:, None]

@@ -158,7 +158,14 @@ def trends_by_axis(
     evidence: dict[str, dict[Series, Evidence]] = {}
     for done, (name, one) in enumerate(pairs, start=1):
         evidence.setdefault(name, {})[one] = Evidence(
-            curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN, places_N=one.places(name)),
+            curve(
+                one.x(name),
+                one.y,
+                one.stderr,
+                deviations_BN=one.deviations_BN,
+                places_N=one.places(name),
+                average=axis in table.within,
+            ),
             runs=len(one.rows),
             lower_is_better=one.lower_is_better,
             paired=one.deviations_BN is not None,
