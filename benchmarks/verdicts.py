@@ -179,8 +179,8 @@ def simulate(
         low, high = verdict.interval if verdict.label not in TURNED else evidence.trend.interval
         covered += low <= truth[1] - truth[0] <= high
         form = getattr(verdict, "form", None)
-        jumps += form is not None and form.jump is not None
-        levels += form is not None and (form.level_from is not None or form.level_until is not None)
+        jumps += form is not None and "jump" in form
+        levels += form is not None and ("level_from" in form or "level_until" in form)
     wrong = sum(labels[label] for label in {*DIRECTED, "flat"} - {SHAPES[shape].right})
     setting = {"shape": shape, "sizes": sizes, "jitter": jitter, "examples": examples, "seeds": seeds, "runs": runs}
     return setting | {

@@ -182,6 +182,14 @@ def mutated(raw: bytes, name: str, rng: random.Random) -> bytes:
     return broken(raw, rng)
 
 
+HARNESSES = {
+    "lm-eval": ("lm-eval/results_d.json", "lm-eval/samples_choice_d.jsonl"),
+    "inspect": ("inspect/log.json", "inspect/log.eval"),
+    "raw": ("raw/m/memo-trap.jsonl",),
+}
+"""Results of other harnesses, by folder."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A kind of file, with what reads it."""
@@ -203,9 +211,9 @@ def targets() -> list[Target]:
     from branchmix.likelihood.records import Journal
     from branchmix.recipe import Recipe
     from branchmix.scaling.family import FamilyFile, subjects
+    from branchmix.scaling.readers.results import read_results
     from branchmix.scaling.tasks import UserTask
-    from branchmix.scaling.trends.series import read_scores
-    from branchmix.scaling.trends.table import read_table
+    from branchmix.scaling.trends.table import read_scores, read_table
     from branchmix.study.settings import StudyFile
     from branchmix.train.config import BranchConfig, RunConfig
     from branchmix.train.run_folder import RunFolder
@@ -279,6 +287,9 @@ def targets() -> list[Target]:
         ),
         Target("task", ("task.yaml",), lambda root: UserTask.load(root / "task.yaml")),
         Target("table", ("scores/results.csv", "scores/examples/m/neqa.jsonl"), of_tables, 3),
+        Target("lm-eval", HARNESSES["lm-eval"], lambda root: read_results(root / "lm-eval", "lm-eval"), 2),
+        Target("inspect logs", HARNESSES["inspect"], lambda root: read_results(root / "inspect", "inspect"), 2),
+        Target("budgets", HARNESSES["raw"], lambda root: read_results(root / "raw", "inverse-scaling-ttc")),
         Target("requests", ("requests.jsonl",), lambda root: Journal(root, "requests.jsonl", "request")),
     ]
 
@@ -460,6 +471,15 @@ def make_inputs(root: Path) -> Path:
         "neqa,n,2e6,accuracy,0.6,0.1,9,1,fresh\n"
     )
     (root / "scores/examples/m/neqa.jsonl").write_text('{"key": "1", "correct": 1, "template": "a"}\n' * 1)
+    recorded = Path(__file__).parent / "data" / "harnesses"
+    sources = ("lm-eval/tiny-16-0/*/results_*", "lm-eval/tiny-16-0/*/samples_choice*", "inspect-json/*", "inspect/*")
+    for pattern, name in zip(sources, (*HARNESSES["lm-eval"], *HARNESSES["inspect"]), strict=True):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(min(recorded.glob(pattern)), root / name)
+    (root / "raw/m").mkdir(parents=True)
+    answer = {"model": "m", "task_id": "t", "instance_id": "q_run2", "reasoning_budget": 1024, "metric": "accuracy"}
+    lines = [json.dumps({**answer, "correct": right, "icl_num_examples": 2, "error": None}) for right in (True, False)]
+    (root / HARNESSES["raw"][0]).write_text("\n".join(lines) + "\n")
     (root / "requests.jsonl").write_text('{"model": "m", "request": "a", "value": 2}\n{"model": "m", "facts": 1}\n')
     scores = {"bits_per_byte": 1.0, "stderr": 0.1}
     results = {"models": [{"model": "mixture", "domains": {"text": scores}, "max_length": 64}]}

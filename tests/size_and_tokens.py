@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from statsmodels.regression.linear_model import OLS
 
-from branchmix.scaling.trends.verdict import adjusted
+from branchmix.statistics import adjusted
 
 EFFECTS = ("params", "tokens", "interaction")
 

@@ -10,10 +10,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from branchmix.scaling.trends.judge import Report, trends_by_axis
 
 PYTHIA = Path(__file__).parent / "data" / "pythia"
 HEADER = "task,model,params,metric,value,stderr,n"
+BUDGETS = (0, 1024, 2048, 4096, 8192, 16384)
 UNITS = {"m": 1e6, "b": 1e9}
 
 
@@ -150,3 +153,31 @@ def study(*, sizes: int = 6) -> list[dict[str, Any]]:
                     injected = {"task": "prompt-injection", "metric": "loss", "value": bent, "stderr": 0.4, "n": 1000}
                     rows.append({**place, **injected})
     return rows
+
+
+def settings(
+    folder: Path,
+    shares: dict[str, list[float]],
+    *,
+    axis: str = "reasoning_budget",
+    places: tuple[float, ...] = BUDGETS,
+    seeds: tuple[str, ...] = ("",),
+    n: int = 400,
+    **columns: Any,
+) -> dict[tuple[str, str, float], np.ndarray]:
+    """Models that answer the same questions in several settings; half of them are hard. With scores of examples."""
+    random, rows, answers = np.random.default_rng(0), [], {}
+    for model, levels in shares.items():
+        hard = np.arange(n) % 2
+        for seed in seeds:
+            for place, share in zip(places, levels, strict=True):
+                right_N = random.random(n) < share + 0.35 * (1 - 2 * hard)
+                answers[model, seed, place] = right_N
+                row = {"task": "memo-trap", "model": model, "metric": "accuracy", "value": right_N.mean(), "n": n}
+                rows.append({**row, "seed": seed, axis: place, **columns})
+                where = folder / "examples" / model / (f"seed-{seed}" if seed else "") / f"{axis}-{place:g}"
+                where.mkdir(parents=True)
+                lines = [{"key": key, "correct": int(right)} for key, right in enumerate(right_N)]
+                (where / "memo-trap.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(folder / "results.csv", rows)
+    return answers

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from statsmodels.stats.contingency_tables import mcnemar
 from typer.testing import CliRunner
 
 import corpora
@@ -257,7 +258,7 @@ def test_the_command(models: dict[str, Path], tasks: Path, tmp_path: Path) -> No
     assert "tasks" not in found[2]
     table = CliRunner().invoke(app, ["eval", *names, *given])
     assert table.exit_code == 0, table.output
-    lines = table.stdout.splitlines()
+    lines = table.stdout.partition("minus")[0].splitlines()[:-1]  # without the models' comparison
     assert [line.split()[0] for line in lines[2:] if line and line[0] not in "*0123456789"] == [
         "both", "answer", "text", "text", "text",
     ]  # fmt: skip
@@ -284,3 +285,28 @@ def test_progress_is_told(models: dict[str, Path], tasks: Path) -> None:
     )
     assert told["seed: reading"] == (12, 12) and told["seed: writing"] == (3, 3)
     assert told["requests of letters"] == (1, 1) and "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+def test_models_are_compared_question_by_question(models: dict[str, Path], tasks: Path, tmp_path: Path) -> None:
+    """From the examples that are written, with scipy and statsmodels; what is no mean of questions is left out."""
+    names = [str(models["seed"]), str(models["mixture"])]
+    report = evaluate(names, tasks=options(tasks), dtype="float32", out=tmp_path / "out")
+    (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["comparisons"]
+    assert found == report.comparisons[0].as_dict() and found["models"] == names
+    assert set(found["tasks"]) == {"choice", "letters", "words", "answer", "both"}
+    assert set(found["tasks"]["words"]) == {"acc"}  # not its perplexity
+    rows: list[dict[str, Any]] = []
+    for name in ("seed", "mixture"):
+        (file,) = (tmp_path / "out" / "examples").glob(f"{name}-*/choice.jsonl")
+        rows.append({line["doc_id"]: line["acc_norm"] for line in map(json.loads, file.read_text().splitlines())})
+    pairs = [(rows[0][key], rows[1][key]) for key in rows[0]]
+    counts = [[pairs.count((a, b)) for b in (1.0, 0.0)] for a in (1.0, 0.0)]
+    compared = found["tasks"]["choice"]["acc_norm"]
+    assert compared["p"] == pytest.approx(mcnemar(counts, exact=True).pvalue) and compared["n"] == downstream.DOCUMENTS
+    assert compared["difference"] == pytest.approx((counts[1][0] - counts[0][1]) / downstream.DOCUMENTS)
+    alone = evaluate(names[:1], tasks=options(tasks, "choice"), limit=2)
+    assert not alone.comparisons and "comparisons" not in alone.as_dict()
+    result = CliRunner().invoke(app, ["eval", *names, "--tasks", "both", "--include-path", str(tasks), "--limit", "6"])
+    assert f"{names[1]} minus {names[0]}, on the same questions" in " ".join(result.stdout.split()), result.stdout
+    shown = result.stdout[result.stdout.index("on the same questions") :]
+    assert "both" in shown and "choice" not in shown and "detectable" in shown

@@ -11,7 +11,7 @@ import pytest
 from branchmix.scaling.trends import html_page
 from branchmix.scaling.trends.judge import trends_by_axis
 from branchmix.scaling.trends.overview import Overview
-from trend_tables import study, write
+from trend_tables import settings, study, write
 
 LABELS = """
 return [...document.querySelectorAll('.chart svg')].filter(svg => svg.getClientRects().length).map(svg =>
@@ -41,6 +41,24 @@ def test_it_loads_alone_and_shows_one_chart_a_task(file: Path, open_page: Callab
     ]
     cards = "return [...document.querySelectorAll('.card')].filter(card => card.getClientRects().length).length"
     assert shown.run(cards) == 4
+
+
+def test_a_page_along_a_reasoning_budget(tmp_path: Path, open_page: Callable[..., Any]) -> None:
+    """Budgets from 0 on, two models, slices by difficulty: it says what the axis is, and fits a phone."""
+    settings(tmp_path, {"a": [0.62 - 0.06 * k for k in range(6)], "b": [0.5] * 6}, seeds=("1", "2"))
+    page = tmp_path / "page.html"
+    page.write_text(html_page.html(Overview(trends_by_axis(tmp_path, slices=2)), command="branchmix scaling trends ."))
+    shown = open_page(page)
+    assert shown.errors == [] and shown.requests == []
+    assert shown.run(LABELS) == ["memo-trap: accuracy along reasoning budget"]
+    assert shown.run("return document.querySelector('h1').textContent") == "Does more reasoning help?"
+    ticks = "return [...document.querySelectorAll('.chart svg text')].map(text => text.textContent)"
+    assert [text for text in shown.run(ticks) if text in ("0", "1,024", "16,384")] == ["0", "1,024", "16,384"]
+    text = shown.run("return document.querySelector('main').innerText")
+    assert "2 models answered" in text and "the budget that was assigned, never the length" in " ".join(text.split())
+    assert "a, harder half" in text and "the other half of the runs made" in " ".join(text.split())
+    narrow = open_page(page, width=400, dark=True)
+    assert narrow.run("return document.documentElement.scrollWidth <= innerWidth") and narrow.errors == []
 
 
 def test_switches_work_by_mouse_and_by_key(file: Path, open_page: Callable[..., Any]) -> None:

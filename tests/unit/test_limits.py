@@ -15,8 +15,7 @@ from branchmix.errors import MOST, CheckpointError, CompatibilityError, RecipeEr
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
 from branchmix.scaling.family import FamilyFile
-from branchmix.scaling.trends.series import read_scores
-from branchmix.scaling.trends.table import read_table
+from branchmix.scaling.trends.table import read_scores, read_table
 from branchmix.settings import parse_yaml
 
 

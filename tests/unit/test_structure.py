@@ -22,7 +22,9 @@ from families import FAMILIES as TINY
 ROOT = Path(branchmix.__file__).parent
 LEVELS = {
     "errors": 0,
-    **dict.fromkeys(("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages", "likelihood"), 1),
+    **dict.fromkeys(
+        ("checkpoint", "settings", "models", "accounting", "recipe", "data", "pages", "likelihood", "statistics"), 1
+    ),
     **dict.fromkeys(("upcycling", "train", "evaluate", "scaling"), 2),
     **dict.fromkeys(("study", "export"), 3),
     "cli": 4,

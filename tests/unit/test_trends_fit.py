@@ -11,13 +11,25 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from branchmix.scaling.trends.fit import between_variance, curve, smooth_variance, theil_sen
-from branchmix.scaling.trends.order import trend
+from branchmix.scaling.trends.order import trend, weights
 from branchmix.scaling.trends.series import Scores, resampled_deviations
-from branchmix.scaling.trends.verdict import adjusted
+from branchmix.statistics import adjusted
 from size_and_tokens import regression_on_size_and_tokens
 from trend_tables import PYTHIA, pythia
 
 X = np.arange(8.0)
+
+
+def test_what_all_points_share_is_no_part_of_their_weights() -> None:
+    """Questions that are hard for all settings move all points together: the differences are more certain than that."""
+    random = np.random.default_rng(0)
+    shared_B1, own_BK = random.normal(0, 0.05, (4000, 1)), random.normal(0, 0.01, (4000, 6))
+    x_K, y_K = np.arange(6.0), np.full(6, 0.5)
+    found = curve(x_K, y_K, np.full(6, 0.051), deviations_BN=shared_B1 + own_BK)
+    assert found.shared == pytest.approx(0.05**2, rel=0.1) and found.jitter == 0
+    assert weights(found) == pytest.approx(np.full(6, 1 / 0.01**2), rel=0.15)
+    alone = curve(x_K, y_K, np.full(6, 0.051))
+    assert alone.shared == 0 and weights(alone) == pytest.approx(np.full(6, 1 / 0.051**2))
 
 
 def test_theil_sen() -> None:

@@ -105,7 +105,7 @@ def test_tasks_stand_under_their_causes_with_words_and_an_example(pythias: Overv
     for cause, why in CAUSES.items():
         assert cause[:1].upper() + cause[1:] in text and why in text
     for label in WORDS:
-        assert sentences.MEANINGS[label] in text
+        assert sentences.meanings(pythias.reports[0])[label] in text
     assert "8 models, from 70M to 12B parameters, met 12 tasks" in text
     assert "4 tasks: worse with scale 1 task: better, then worse again 7 tasks: cannot be told" in text
     assert "branchmix scaling trends 'my table.csv' --html page.html" in text
@@ -142,7 +142,7 @@ def test_few_sizes_and_a_single_task(sizes: int, tmp_path: Path) -> None:
     rows = [{**row, "description": "Mine & yours."} for row in rows_of([0.6, 0.3, 0.7][:sizes], task="my-own")]
     found = overview(tmp_path, rows)
     text = told(html_page.html(found, command="x"))
-    assert "1 task: too few sizes to judge" in text and "Mine & yours." in text
+    assert "1 task: too few points to judge" in text and "Mine & yours." in text
     if sizes == 3:
         assert "even a perfect order of 3 comes about by chance in 1 of 3 cases" in text
         assert "performance goes down, then up, and accuracy changes by +10.0 points" in text

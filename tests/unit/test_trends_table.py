@@ -10,8 +10,7 @@ import pytest
 
 from branchmix.cli import main
 from branchmix.errors import DataError
-from branchmix.scaling.trends.series import read_scores
-from branchmix.scaling.trends.table import read_table
+from branchmix.scaling.trends.table import read_scores, read_table
 from trend_tables import HEADER, rows_of, trends, write, write_examples
 
 ROW = "memo-trap,m0,1e7,accuracy,0.8,0.01,900"
@@ -134,7 +133,10 @@ def test_mistakes_are_one_line(
     ("options", "message"),
     [
         (["--axis", "parms"], "there is no axis 'parms' (did you mean 'params'?); axes: params, depth"),
-        (["--axis", "dtype"], "'bf16' as dtype, which is not a positive number, so 'dtype' cannot be an axis"),
+        (
+            ["--axis", "dtype"],
+            "'bf16' as dtype, which is neither 0 nor a positive number, so 'dtype'",
+        ),
         (["--axis", "depth"], "line 3: m1 has no depth: fill it in for every model, or choose another --axis"),
         (["--metric", "acuracy"], "there is no metric 'acuracy' (did you mean 'accuracy'?); metrics: accuracy"),
         (["--lower-is-better", "bias"], "there is no metric 'bias'"),

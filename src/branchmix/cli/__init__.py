@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from branchmix.cli import evaluate, merging, models, scaling, serve, study, training  # noqa: F401  their commands
+from branchmix.cli import evaluate, merging, models, scaling, serve, study, training, trends  # noqa: F401
 from branchmix.cli.console import app
 from branchmix.errors import BranchMixError, short
 

@@ -6,15 +6,19 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Argument, Option
 
 from branchmix.errors import RecipeError
+from branchmix.pages.table import Table
+
+if TYPE_CHECKING:
+    from branchmix.statistics import PairedDifference
 
 app = typer.Typer(
     name="branchmix",
@@ -54,6 +58,20 @@ TrustRemoteCode = Annotated[bool, Option("--trust-remote-code", help="Run code i
 def names_of(listed: str) -> list[str]:
     """The names in a comma-separated option."""
     return [name.strip() for name in listed.split(",") if name.strip()]
+
+
+def counts_of(listed: str, option: str, *, least: int) -> list[int]:
+    """The whole numbers in a comma-separated option, each once.
+
+    Raises:
+        RecipeError: one is no whole number, or too small.
+    """
+    words = names_of(listed)
+    if wrong := next((word for word in words if not word.isdecimal() or int(word) < least), None):
+        raise RecipeError(f"{option}: {wrong!r} should be a whole number of {least} or more, such as {least},2,4")
+    if not words:
+        raise RecipeError(f"{option} is empty: give a number, or several such as {least},2,4")
+    return list(dict.fromkeys(map(int, words)))
 
 
 def experts_to_keep(given: str, config: dict[str, Any]) -> str | int | list[str]:
@@ -98,6 +116,27 @@ def output(as_json: bool, content: Callable[[], Any], show: Callable[[], Any], n
         typer.echo(json.dumps(content(), indent=2))
     else:
         show()
+
+
+def differences(
+    title: str, rows: Sequence[tuple[str, str, PairedDifference, float]], *, alpha: float, correction: str
+) -> Table:
+    """Two models on the same questions: task, metric, what was found and its corrected p, in rows."""
+    cells = []
+    for task, metric, found, p_adjusted in rows:
+        change = "{:+.4f} [{:+.4f}, {:+.4f}]".format(found.difference, *found.interval)
+        p = [f"{p:.3f}" if p >= 0.001 else "<0.001" for p in (found.p, p_adjusted)]
+        cells.append([task, metric.replace(",", ", "), str(found.n), change, *p, f"{found.detectable:.4f}"])
+    interval = f"difference [{100 * (1 - alpha):g} % interval]"
+    return Table(
+        ["task", "metric", "questions", interval, "p", "corrected p", "detectable"],
+        cells,
+        title=title,
+        note=f"corrected p: {correction}; detectable: the smallest true difference that this many questions show in "
+        "80 % of cases",
+        bold={(number, 3) for number, row in enumerate(rows) if row[3] < alpha},
+        left=("metric",),
+    )
 
 
 def quiet_libraries() -> None:

@@ -18,7 +18,7 @@ from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
     from branchmix.evaluate.routing.routing_report import RoutingReport
-    from branchmix.evaluate.scores import EvalReport, ModelReport
+    from branchmix.evaluate.scores import Comparison, EvalReport, ModelReport
 
 # ---- eval ----
 
@@ -48,7 +48,8 @@ YAML files. Suites are the columns of the BAM paper's Table 3 (examples in the p
   bam-reasoning  arc_easy, arc_challenge, social_iqa, piqa, winogrande, quac (0 each)
   bam-mmlu       mmlu (5)
   bam            all of them, and their average
-lm-eval has no QuAC; that task is ours, in lm-eval's format, judged by the F1 of words.
+lm-eval has no QuAC; that task is ours, in lm-eval's format, judged by the F1 of words. With several models, each is
+compared with the first one on the same questions.
 
 \b
 With --out, rerun the command to resume a stopped evaluation; recorded results are never computed again. Name
@@ -146,6 +147,9 @@ def _print_scores(report: EvalReport) -> None:
         table(models).show()
     if len(report.models) > 1:
         typer.echo(f"{BEST}the best")
+    for comparison in report.comparisons:
+        typer.echo("")
+        _comparison(comparison).show()
 
 
 def _domains(models: list[ModelReport]) -> Table:
@@ -178,6 +182,19 @@ def _tasks(models: list[ModelReport]) -> Table:
     note = f"{len(within)} tasks of these groups: see --json" if within else ""
     title = "downstream tasks, ± standard error"
     return Table(head, rows, title=title, note=note, bold=_best(rows), left=("metric",))
+
+
+def _comparison(comparison: Comparison) -> Table:
+    """Two models on the same questions; a group replaces its tasks."""
+    from branchmix.evaluate.scores import ALPHA
+
+    shown = [one for one in comparison.differences if not one.is_within]
+    return console.differences(
+        f"{comparison.second} minus {comparison.first}, on the same questions",
+        [(one.task, one.metric, one.found, one.p_adjusted) for one in shown],
+        alpha=ALPHA,
+        correction="Benjamini-Hochberg over tasks",
+    )
 
 
 def _suites(models: list[ModelReport]) -> Table:

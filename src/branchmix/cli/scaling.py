@@ -1,27 +1,21 @@
-"""``branchmix scaling``: how performance moves with scale. Data, a family's scores on them, and verdicts."""
+"""``branchmix scaling data`` and ``scaling run``: how performance moves with scale. ``trends.py`` has the verdicts."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.cli import console
 from branchmix.cli.console import app
-from branchmix.errors import RecipeError
 from branchmix.pages.numbers import human_count, with_error
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
-    from branchmix.likelihood.models import Progress
     from branchmix.scaling.results import ScalingRun
-    from branchmix.scaling.trends.judge import Judged, Report
 
 data_app = typer.Typer(
     no_args_is_help=True, help="Data of the 11 tasks: the prize's own files, and fresh examples that no model has seen."
@@ -132,6 +126,8 @@ Examples:
   branchmix scaling run family.yaml --tasks all --data official --out results
   branchmix scaling run family.yaml --tasks memo-trap,neqa --data official --fresh fresh --out results
   branchmix scaling run family.yaml --tasks my-task.yaml
+  branchmix scaling run family.yaml --data official --shots 0,1,2,4,8,16 --out results
+  branchmix scaling run mixture.yaml --data official --experts 1,2,4 --out results
   branchmix scaling trends results
 
 \b
@@ -140,6 +136,10 @@ The smallest family file:
   models: [EleutherAI/pythia-70m, EleutherAI/pythia-160m, ./runs/mixture]
 A model may also be a mapping such as
   {model: ./mixture, name: mix-8x, family: mixture, tokens: 300B, seed: 1}
+
+\b
+Several numbers for --shots, --experts or --top-k are axes within each model: every setting gets the same questions,
+and `scaling trends --axis shots` judges along them.
 
 \b
 With --out, rerun the command to resume a stopped run; if you add models, tasks or examples, only those are computed.
@@ -158,7 +158,25 @@ def run_command(
     fresh: Annotated[list[Path] | None, Option(metavar="DIR", help="Folder of fresh files, to compare with.")] = None,
     out: Annotated[Path | None, Option(metavar="DIR", help="Folder for records and results.")] = None,
     limit: Annotated[int | None, Option(min=1, metavar="N", help="Examples of a task at most.")] = None,
-    shots: console.Shots = 0,
+    shots: Annotated[
+        str, Option(metavar="K,...", help="Other examples, with answers, before each prompt; several are an axis.")
+    ] = "0",
+    experts: Annotated[
+        str | None,
+        Option(
+            metavar="K,...",
+            help="Experts of a mixture that run, chosen by the gates for each prompt: an axis.",
+            show_default="all",
+        ),
+    ] = None,
+    top_k: Annotated[
+        str | None,
+        Option(
+            metavar="K,...",
+            help="Experts of an FFN layer for each token: an axis.",
+            show_default="as the model's config says",
+        ),
+    ] = None,
     bos: Annotated[str, Option(help="BOS before each prompt: default (as the tokenizer does), on or off.")] = (
         "default"
     ),
@@ -172,7 +190,11 @@ def run_command(
     from branchmix.scaling.score_family import run
 
     options: dict[str, Any] = {"tasks": tasks, "data": data or (), "fresh": fresh or (), "out": out, "limit": limit}
-    options |= {"shots": shots, "bos": bos, "dtype": dtype, "batch_tokens": batch_tokens}
+    options |= {"shots": console.counts_of(shots, "--shots", least=0)}
+    for name, listed in (("experts", experts), ("top_k", top_k)):
+        if listed is not None:
+            options[name] = console.counts_of(listed, f"--{name.replace('_', '-')}", least=1)
+    options |= {"bos": bos, "dtype": dtype, "batch_tokens": batch_tokens}
     with console.progress_bar(out) as progress:
         found = run(family, **options, trust_remote_code=trust_remote_code, progress=progress)
     console.output(as_json, found.as_dict, lambda: _print_scores(found), found.notes)
@@ -199,158 +221,8 @@ def _print_scores(run: ScalingRun) -> None:
             remarks.append(f"{len(result.refused)} refused")
         if result.merged:
             remarks.append(f"{result.merged} merged")
-        names = [result.selected.label, result.subject.label]
+        settings = [f"{axis} {value}" for axis, value in result.settings.items()]
+        names = [result.selected.label, ", ".join([result.subject.label, *settings])]
         rows.append([*names, *counts, str(len(result.scored)), *cells, coverage, "; ".join(remarks)])
     head = ["task", "model", "params", "active", "n", "accuracy", "loss", "coverage", "remarks"]
     Table(head, rows, left=("model", "remarks")).show()
-
-
-# ---- scaling trends ----
-
-TRENDS = """\b
-Examples:
-  branchmix scaling trends results.csv
-  branchmix scaling trends runs/family --axis active_params --json
-  branchmix scaling trends results.csv --html page.html --plots pictures
-  branchmix scaling trends results.csv --metric accuracy --alpha 0.01
-
-\b
-The smallest table (one row for each task, model and metric; five models or more):
-  task,model,params,metric,value,stderr,n
-  memo-trap,pythia-70m,70e6,accuracy,0.8729,0.0109,936
-
-\b
-Further columns: flops, active_params, tokens and any other axis; family (dense against mixture), seed (several runs
-of a size), data (official or fresh), cause and description of tasks of your own. A folder with results.csv may hold
-scores of single examples in examples/MODEL/TASK.jsonl; then all models are resampled on the same examples.
-
-\b
-Verdicts: standard (better with scale), inverse (worse), u-shaped (worse, then better), inverted-u (better, then
-worse), flat, inconclusive, not-testable (fewer than five sizes). The exit code is 0 whatever they are.
-"""
-
-
-@scaling_app.command("trends", epilog=TRENDS)
-def trends_command(
-    results: Annotated[Path, Argument(metavar="RESULTS", help="A csv table, or a folder with results.csv.")],
-    axis: Annotated[
-        str | None,
-        Option(
-            help="Column to look along: flops, params, active_params, tokens, or any other.",
-            show_default="flops, or the first that is filled in",
-        ),
-    ] = None,
-    metric: Annotated[list[str] | None, Option(help="Metric to judge; may be repeated.", show_default="all")] = None,
-    lower_is_better: Annotated[
-        list[str] | None, Option(metavar="METRIC", help="A metric of which less is better; losses are known.")
-    ] = None,
-    alpha: Annotated[float, Option(help="Significance level.")] = 0.05,
-    minimum_effect: Annotated[float, Option(help="Smallest change worth mentioning, in units of the metric.")] = 0.02,
-    correction: Annotated[
-        Literal["bh", "holm", "none"],
-        Option(metavar="<str>", help="For several tasks: bh (Benjamini-Hochberg), holm or none."),
-    ] = "bh",
-    html: Annotated[Path | None, Option(metavar="FILE", help="Write a page that explains itself, in one file.")] = None,
-    plots: Annotated[
-        Path | None, Option(metavar="DIR", help="Write pictures: a sheet of all tasks and one of each, PNG and SVG.")
-    ] = None,
-    force: Annotated[bool, Option("--force", help="Replace a page and pictures that are there.")] = False,
-    as_json: console.AsJson = False,
-) -> None:
-    """Say for each task whether performance gets better, worse, or turns with scale, and how sure that is."""
-    if not 0 < alpha < 0.5:
-        raise RecipeError(f"--alpha {alpha:g}: must be between 0 and 0.5, such as 0.05")
-    if not 0 <= minimum_effect < float("inf"):
-        raise RecipeError(f"--minimum-effect {minimum_effect:g}: must not be negative")
-    from branchmix.scaling.trends.judge import trends_by_axis
-    from branchmix.scaling.trends.verdict import Limits
-
-    if html is not None:
-        require_new_file(html, force=force)
-    with console.progress_bar() as tell:
-        reports = trends_by_axis(
-            results,
-            axis=axis,
-            metrics=metric or (),
-            limits=Limits(alpha, minimum_effect),
-            correction=correction,
-            lower_is_better=lower_is_better or (),
-            tell=tell,
-        )
-        if html is not None or plots is not None:
-            _write(reports, html, plots, force=force, tell=tell)
-    report = reports[0]
-    console.print_notes(report.notes)
-    for warning in report.warnings:
-        console.notice(f"warning: {warning}")
-    console.output(as_json, report.as_dict, lambda: _print_verdicts(report))
-    for written in (html, plots):
-        if written is not None:
-            console.notice(f"written: {written}")
-
-
-def _write(reports: list[Report], html: Path | None, plots: Path | None, *, force: bool, tell: Progress) -> None:
-    """The page and the pictures that were asked for; nothing of either if something is in the way."""
-    from branchmix.pages.pictures import save
-    from branchmix.scaling.trends import html_page
-    from branchmix.scaling.trends.overview import Overview
-    from branchmix.scaling.trends.plots import pictures
-
-    overview = Overview(reports)
-    drawings = {plots / name: draw for name, draw in pictures(overview).items()} if plots is not None else {}
-    for file in drawings:
-        require_new_file(file, force=force)
-    if html is not None:
-        words = [word for word in sys.argv[1:] if word not in ("--force", "--json")]
-        write_text(html, html_page.html(overview, command=shlex.join(["branchmix", *words])))
-    for done, (file, draw) in enumerate(drawings.items(), 1):
-        save(draw, file, **({"dpi": 160} if file.suffix == ".png" else {}))
-        tell("pictures", done, len(drawings))
-
-
-def _print_verdicts(report: Report) -> None:
-    """A table for each metric of each family, then families and official against fresh questions."""
-    from branchmix.scaling.trends.sentences import comparisons, percent_of
-
-    for part in report.parts:
-        tasks = report.tasks(part)
-        for metric in dict.fromkeys(metric for metrics in tasks.values() for metric in metrics):
-            rows = [metrics[metric] for metrics in tasks.values() if metric in metrics]
-            name = ", ".join([metric, *(word for word in part if word and len(report.parts) > 1)])
-            lower = rows[0].series.lower_is_better
-            _table(rows, f"{name} along {report.axis}{' (lower is better)' if lower else ''}", report).show()
-            typer.echo("")
-    for task, metric in dict.fromkeys(one.series.key for one in report.judged):
-        for sentence in comparisons(report, task, metric):
-            typer.echo(f"{task}: {sentence}\n")
-    sure = percent_of(report.limits)
-    words = {"bh": "Benjamini-Hochberg over tasks", "holm": "Holm over tasks", "none": "none for several tasks"}
-    typer.echo(
-        f"intervals: {sure}, over examples and differences between models; correction: {words[report.correction]}; "
-        f"smallest change that counts: {report.limits.minimum_effect:g}"
-    )
-
-
-def _table(rows: list[Judged], title: str, report: Report) -> Table:
-    from branchmix.scaling.trends.judge import cause_of
-    from branchmix.scaling.trends.verdict import DIRECTED, WORDS
-
-    has_causes = any(cause_of(row.series) for row in rows)
-    head = ["task", *["cause"] * has_causes, "sizes", "change [interval]", "corrected p", "verdict"]
-    cells = []
-    for row in rows:
-        found = row.verdict
-        low, high = found.interval
-        p = "" if found.p_adjusted is None else f"{found.p_adjusted:.3f}" if found.p_adjusted >= 0.001 else "<0.001"
-        why = [found.reason]
-        if found.label == "not-testable":
-            why.insert(0, f"performance: {found.description}")
-        if found.turning_point is not None:
-            legs = ", ".join(f"{name} {leg['effect']:+.3f}" for name, leg in found.legs.items())
-            why.append(f"{legs}, turns at {report.axis} {found.turning_point:.2g}")
-        why += found.flags
-        verdict = f"{found.label} ({WORDS[found.label]}): {'; '.join(why)}"
-        change = f"{found.effect:+.3f} [{low:+.3f}, {high:+.3f}]"
-        cells.append([row.series.task, *[cause_of(row.series)] * has_causes, str(found.sizes), change, p, verdict])
-    bold = {(number, len(head) - 1) for number, row in enumerate(rows) if row.verdict.label in DIRECTED}
-    return Table(head, cells, title=title, bold=bold, left=("cause", "verdict"))

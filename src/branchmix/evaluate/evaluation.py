@@ -19,6 +19,7 @@ from branchmix.errors import CheckpointError, RecipeError
 from branchmix.evaluate.documents import HashedDocument, replaced_notes, select
 from branchmix.evaluate.perplexity import BATCH_TOKENS, common_window, score_documents
 from branchmix.evaluate.scores import EvalReport, ModelReport, ScoredDocument, aggregate, mixed
+from branchmix.evaluate.tasks.compare import compare_with_first
 from branchmix.evaluate.tasks.options import TaskOptions
 from branchmix.likelihood.models import Progress, TextModel, check_dtype
 from branchmix.likelihood.records import FILE, Journal
@@ -78,7 +79,10 @@ def evaluate(
         if options is not None:
             from branchmix.evaluate.tasks.task_evaluation import TaskEvaluation
 
-            on_tasks = stack.enter_context(TaskEvaluation.open(options, folder, limit=limit, progress=progress))
+            opened = TaskEvaluation.open(
+                options, folder, limit=limit, progress=progress, keep_questions=len(candidates) > 1
+            )
+            on_tasks = stack.enter_context(opened)
             report.notes += on_tasks.notes
         if data is not None:
             documents = select(data, candidates[0].tokenizer, limit=limit)
@@ -103,6 +107,7 @@ def evaluate(
         if data is not None and members:
             weights = {readers[member]: share for member, share in members.items()}
             report.models.append(_ensemble(weights, posterior, documents))
+    report.comparisons = compare_with_first(report.models)
     if folder is not None:
         write_json(folder / RESULTS, report.as_dict())
     return report

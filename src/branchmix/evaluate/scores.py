@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from branchmix.errors import RecipeError
+from branchmix.statistics import PairedDifference, ratio
 
 # ---- documents ----
 
@@ -73,21 +74,6 @@ def aggregate(documents: Iterable[ScoredDocument]) -> TextScore:
     return TextScore(
         float(rate), None if error is None else float(error), perplexity, tokens, num_bytes, len(documents)
     )
-
-
-def ratio(a_NX: Any, b_N: Any) -> tuple[Any, Any]:
-    """``sum_i a_i / sum_i b_i``, such as of the bits and bytes of documents, and its standard error.
-
-    The error is that of the delta method for independent documents:
-    ``sqrt(n / (n - 1) * sum_i (a_i - R b_i)^2) / sum_i b_i``; None for a single document.
-    """
-    a_NX, b_N = np.asarray(a_NX, dtype=np.float64), np.asarray(b_N, dtype=np.float64)
-    count, size = len(b_N), b_N.sum()
-    value_X = a_NX.sum(0) / size
-    if count < 2:
-        return value_X, None
-    squares_X = ((a_NX - np.multiply.outer(b_N, value_X)) ** 2).sum(0)
-    return value_X, np.sqrt(count / (count - 1) * squares_X) / size
 
 
 # ---- ensembles ----
@@ -170,6 +156,47 @@ class SuiteScore:
         return {"title": self.title, **asdict(self.score), **({"metrics": self.members} if self.members else {})}
 
 
+# ---- two models on the same questions ----
+
+ALPHA = 0.05
+"""Significance level of differences between models."""
+
+
+@dataclass(frozen=True)
+class TaskDifference:
+    """A metric of a task, second model minus first."""
+
+    task: str
+    metric: str
+    found: PairedDifference
+    p_adjusted: float
+    """After Benjamini and Hochberg: over tasks and groups that are in no group, or over the tasks within groups."""
+    is_within: bool
+    """Whether the task is part of a group that is compared."""
+
+    @property
+    def differs(self) -> bool:
+        return self.p_adjusted < ALPHA
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.found.as_dict(), "p_adjusted": self.p_adjusted, "differs": self.differs}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the first one, on all tasks."""
+
+    first: str
+    second: str
+    differences: list[TaskDifference]
+
+    def as_dict(self) -> dict[str, Any]:
+        tasks: dict[str, dict[str, Any]] = {}
+        for one in self.differences:
+            tasks.setdefault(one.task, {})[one.metric] = one.as_dict()
+        return {"models": [self.first, self.second], "alpha": ALPHA, "correction": "bh", "tasks": tasks}
+
+
 # ---- reports ----
 
 
@@ -190,6 +217,8 @@ class ModelReport:
     tasks: dict[str, TaskScore] | None = None
     """Tasks and groups of them; None for an ensemble, and if there are none."""
     suites: dict[str, SuiteScore] = field(default_factory=dict)
+    questions: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """By task and metric, the score of each question; only of several models, to compare them question by question."""
 
     def as_dict(self) -> dict[str, Any]:
         content: dict[str, Any] = {"model": self.model, "dtype": self.dtype}
@@ -210,6 +239,9 @@ class EvalReport:
 
     models: list[ModelReport]
     notes: list[str] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    """Each other model against the first one, on the same questions of tasks."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {"models": [model.as_dict() for model in self.models]}
+        content: dict[str, Any] = {"models": [model.as_dict() for model in self.models]}
+        return content | ({"comparisons": [one.as_dict() for one in self.comparisons]} if self.comparisons else {})

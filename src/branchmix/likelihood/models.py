@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class TextModel:
 
     forced_to: int | None = None
     """Number of the expert that all gates are forced to."""
+    changed: Mapping[str, Any] = MappingProxyType({})
+    """Settings in which the loaded model differs from its config.json."""
 
     def __init__(self, resolved: ResolvedModel, dtype: str, trust_remote_code: bool):
         from transformers import AutoConfig
@@ -67,6 +70,12 @@ class TextModel:
         one.given, one.forced_to = f"{self.given}: {names[number]} only", number
         return one
 
+    def configured(self, **changed: Any) -> TextModel:
+        """The same weights under a config that differs in these settings, such as ``num_experts_per_tok``."""
+        one = copy.copy(self)
+        one.changed, one._weights = changed, None
+        return one
+
     @cached_property
     def _hash(self) -> str:
         return model_hash(self.folder)
@@ -74,7 +83,8 @@ class TextModel:
     @property
     def facts(self) -> dict[str, Any]:
         """What every result of the model depends on."""
-        facts = {"weights": self._hash, "dtype": self.dtype, "tokenizer": self.tokenizer_hash}
+        facts: dict[str, Any] = {"weights": self._hash, "dtype": self.dtype, "tokenizer": self.tokenizer_hash}
+        facts |= {"config": dict(self.changed)} if self.changed else {}
         return facts if self.forced_to is None else {**facts, "forced_to": self.forced_to}
 
     @property
@@ -86,7 +96,7 @@ class TextModel:
         """The causal LM, ready for evaluation, on a GPU if there is one; ``options`` of ``from_pretrained``."""
         import torch
 
-        model = load_language_model(self.folder, dtype=self.dtype, **self._options, **options)
+        model = load_language_model(self.folder, dtype=self.dtype, **self._options, **self.changed, **options)
         model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         return model if self.forced_to is None else model.keep_experts([self.forced_to])
 

@@ -16,8 +16,7 @@ from branchmix.scaling.examples import Example
 from branchmix.scaling.family import Subject
 from branchmix.scaling.metrics import Score, Summary, loss_name
 from branchmix.scaling.selection import Selected
-from branchmix.scaling.trends.series import FIELDS
-from branchmix.scaling.trends.table import AXES, DATA, FILE, FLAG_COLUMNS
+from branchmix.scaling.trends.table import AXES, DATA, FIELDS, FILE, FLAG_COLUMNS, settings_folder
 
 RESULTS = "results.json"
 EXAMPLES = "examples"
@@ -41,6 +40,8 @@ class TaskResult:
     """Scored examples in which an option merges with the prompt's last token."""
     facts: dict[str, Any]
     """What the numbers depend on: dtype, tokenizer, BOS policy."""
+    settings: dict[str, int]
+    """Where the model is on the axes within it; empty if it was run in one setting."""
     seconds: float = 0.0
     """Time of computing, whenever that was."""
 
@@ -58,6 +59,7 @@ class TaskResult:
                 "data": self.selected.data,
                 "cause": self.selected.task.cause,
                 **self.subject.axes,
+                **self.settings,
                 "metric": metric,
                 **asdict(mean),
             }
@@ -99,6 +101,7 @@ class TaskResult:
             "file": selected.file.name,
             "is_release": selected.is_release,
             "shots": selected.shots,
+            **({"settings": self.settings} if self.settings else {}),
             "examples": len(selected.examples),
             "examples_in_file": selected.num_available,
             "n": len(self.scored),
@@ -134,9 +137,10 @@ class ScalingRun:
 
     def write(self, out: Path) -> None:
         """All files of a run as far as it has come; each appears whole."""
-        for result in self.results:  # where ``trends.series.read_scores`` looks for them
+        for result in self.results:  # where ``trends.table.read_scores`` looks for them
             subject, data = result.subject, result.selected.data
             folder = out / EXAMPLES / subject.name / (f"seed-{subject.seed}" if subject.seed else "")
+            folder /= settings_folder(result.settings)
             name = result.selected.task.name + ("" if data == DATA[0] else f".{data}") + ".jsonl"
             write_text(folder / name, "".join(json.dumps(line) + "\n" for line in result.example_lines()))
         write_json(out / RESULTS, self.as_dict())
@@ -144,7 +148,7 @@ class ScalingRun:
 
     def table(self) -> str:
         """The csv table that ``branchmix scaling trends`` reads."""
-        further = dict.fromkeys(axis for subject in self.subjects for axis in subject.axes)
+        further = dict.fromkeys(axis for result in self.results for axis in (*result.subject.axes, *result.settings))
         text = io.StringIO()
         writer = csv.DictWriter(text, [*_COLUMNS, *_MORE, *further], restval="", lineterminator="\n")
         writer.writeheader()

@@ -25,7 +25,8 @@ from branchmix.scaling.metrics import score, summarise
 from branchmix.scaling.results import ScalingRun, TaskResult
 from branchmix.scaling.scoring.plan import BATCH_TOKENS
 from branchmix.scaling.scoring.tokens import Bos, Question, encode_questions
-from branchmix.scaling.selection import Selected, select
+from branchmix.scaling.selection import Selected, select_all
+from branchmix.scaling.within import Axes, by_kept_experts, with_top_k
 
 _AT_ONCE = 2048
 """Questions that are searched together for what they share."""
@@ -39,7 +40,9 @@ def run(
     fresh: Sequence[str | Path] = (),
     out: str | Path | None = None,
     limit: int | None = None,
-    shots: int = 0,
+    shots: int | Sequence[int] = 0,
+    experts: Sequence[int] = (),
+    top_k: Sequence[int] = (),
     bos: str = "default",
     dtype: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
@@ -48,32 +51,48 @@ def run(
 ) -> ScalingRun:
     """Score every model of a family on every task. What is on record in ``out`` is not computed again.
 
-    The arguments are the options of ``branchmix scaling run``. Nothing is kept without ``out``; ``progress`` is called
-    with step, done, total.
+    The arguments are the options of ``branchmix scaling run``. Several ``shots``, and any ``experts`` and ``top_k``,
+    are axes within each model: see ``within.Axes``. Nothing is kept without ``out``; ``progress`` is called with step,
+    done, total.
 
     Raises:
         BranchMixError: one line for what is wrong with the file, a task, the data, a model or ``out``.
     """
     check_dtype(dtype)
     file = FamilyFile.load(family)
-    selected, notes = select(tasks, [Path(p) for p in data], [Path(p) for p in fresh], shots=shots, limit=limit)
+    axes = Axes((shots,) if isinstance(shots, int) else tuple(shots), tuple(experts), tuple(top_k))
+    folders = [Path(p) for p in data], [Path(p) for p in fresh]
+    selected, notes = select_all(tasks, *folders, shots=axes.shots, limit=limit)
     chosen = subjects(file)
     notes += [note for subject in chosen for note in subject.notes]
     journal = Journal(Path(out) if out is not None else None, FILE, "question")
     versions = {"branchmix": __version__, "python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
     scaling_run = ScalingRun([], chosen, notes, versions)
-    for subject in chosen:
-        text = TextModel(subject.model, dtype, trust_remote_code)
-        model = _Model(subject, text, Bos.of(text.tokenizer, text.config, bos), journal, batch_tokens, progress)
+    texts = [TextModel(subject.model, dtype, trust_remote_code) for subject in chosen]
+    for subject, text in zip(chosen, texts, strict=True):
+        axes.refuse_unfit(subject.label, text.config)
+    for subject, text in zip(chosen, texts, strict=True):
+        bos_tokens = Bos.of(text.tokenizer, text.config, bos)
         notes += text.notes
-        scaling_run.results += [model.result(one) for one in selected]
-        if model.known:
-            notes.append(f"{subject.label}: {model.known} of {model.asked} answers were on record")
-        if out is not None:
-            scaling_run.write(Path(out))
+        for settings in axes.of_models():
+            routed = with_top_k(text, settings["top_k"]) if "top_k" in settings else text
+            model = _Model(subject, routed, bos_tokens, journal, batch_tokens, progress, settings)
+            for one in selected:
+                result = model.result(one)
+                result.settings |= {"shots": one.shots} if axes.of_prompts else {}
+                scaling_run.results.append(result)
+            if model.known:
+                who = ", ".join([subject.label, *(f"{axis} {value}" for axis, value in settings.items())])
+                notes.append(f"{who}: {model.known} of {model.asked} answers were on record")
+            if routed is not text:
+                routed.release()
+            if out is not None:
+                scaling_run.write(Path(out))
+        text.release()
     for result in scaling_run.results:
-        where = f"{result.subject.label}, {result.selected.label}"
+        settings_told = [f"{axis} {value}" for axis, value in result.settings.items()]
+        where = ", ".join([result.subject.label, result.selected.label, *settings_told])
         count = len(result.selected.examples)
         reasons = Counter(reason for _, reason in result.refused)
         notes += [f"{where}: {number} of {count} examples refused: {reason}" for reason, number in reasons.items()]
@@ -92,6 +111,8 @@ class _Model:
     journal: Journal
     batch_tokens: int
     progress: Progress | None
+    settings: dict[str, int]
+    """Where the model is on the axes within it that change it."""
     known: int = 0
     """Answers that were on record before this run."""
     asked: int = 0
@@ -99,6 +120,8 @@ class _Model:
 
     def __post_init__(self) -> None:
         self.facts = {**self.text.facts, "bos": self.bos.policy, "bos_tokens": list(self.bos.tokens)}
+        if "experts" in self.settings:
+            self.facts["experts"] = self.settings["experts"]
         self.records = self.journal.of(self.facts, path=self.subject.model.given)
 
     def result(self, selected: Selected) -> TaskResult:
@@ -133,6 +156,7 @@ class _Model:
             refused=refused,
             merged=sum(answer.get("merged", False) for *_, answer in scored),
             facts=self.facts,
+            settings=dict(self.settings),
             seconds=sum(self.records[key].get("seconds", 0.0) for key in asked),
         )
 
@@ -158,14 +182,18 @@ class _Model:
             asked_now = [tokens[key] for key in part]
             last = time.perf_counter()
             try:
-                for place, logprobs in score_options(model, asked_now, batch_tokens=self.batch_tokens, known=on_record):
-                    now = time.perf_counter()
-                    question, seconds = tokens[part[place]], round(now - last, 6)
-                    lengths = [len(option) for option in question.options]
-                    self._keep(part[place], question.merged, logprobs=logprobs, tokens=lengths, seconds=seconds)
-                    last, done = now, done + 1
-                    if self.progress is not None:
-                        self.progress(step, done, total)
+                for kept, places in by_kept_experts(model, asked_now, self.settings.get("experts")):
+                    known_here = {number for number, place in enumerate(places) if place in on_record}
+                    together = [asked_now[place] for place in places]
+                    scores = score_options(kept, together, batch_tokens=self.batch_tokens, known=known_here)
+                    for number, logprobs in scores:
+                        now, key = time.perf_counter(), part[places[number]]
+                        question, seconds = tokens[key], round(now - last, 6)
+                        lengths = [len(option) for option in question.options]
+                        self._keep(key, question.merged, logprobs=logprobs, tokens=lengths, seconds=seconds)
+                        last, done = now, done + 1
+                        if self.progress is not None:
+                            self.progress(step, done, total)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.subject.model.given}: {error}") from error
 

@@ -94,6 +94,20 @@ def select(
     return selected, notes
 
 
+def select_all(
+    tasks: str, data: Sequence[Path], fresh: Sequence[Path] = (), *, shots: Sequence[int], limit: int | None = None
+) -> tuple[list[Selected], list[str]]:
+    """``select`` for several numbers of examples in the prompt, each selection once; errors are those of ``select``."""
+    found: dict[tuple[str, str, int], Selected] = {}
+    notes: list[str] = []
+    for number in shots:
+        selected, told = select(tasks, data, fresh, shots=number, limit=limit)
+        for one in selected:
+            found.setdefault((one.task.name, one.data, one.shots), one)
+        notes += told
+    return list(found.values()), list(dict.fromkeys(notes))
+
+
 def _selected(task: Task, file: Path, must_be_fresh: bool, shots: int, limit: int | None, notes: list[str]) -> Selected:
     examples = load_examples(file, task.metric)
     if count := sum(example.replaced for example in examples):

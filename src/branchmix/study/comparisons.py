@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy import stats
 
-from branchmix.evaluate.scores import ratio
+from branchmix.statistics import ratio
 from branchmix.study.graph import NEGLIGIBLE, TRAINED
 from branchmix.study.settings import METHODS
 

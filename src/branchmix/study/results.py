@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from branchmix.checkpoint.json_text import read_object
 from branchmix.errors import DataError
-from branchmix.evaluate.scores import ratio
+from branchmix.statistics import ratio
 from branchmix.study import comparisons
 from branchmix.study.comparisons import Numbers, log_perplexity
 from branchmix.study.folder import RESULTS, STUDY

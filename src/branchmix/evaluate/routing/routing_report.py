@@ -13,9 +13,9 @@ import numpy as np
 from scipy.stats import entropy
 
 from branchmix.evaluate.routing.count import ModelCounts, RouterCounts
-from branchmix.evaluate.scores import ratio
 from branchmix.models.routers import KINDS, bias_spread, dead_experts, max_violation
 from branchmix.pages.table import Table
+from branchmix.statistics import ratio
 
 Layer = dict[str, Any]
 """Numbers of one router, by the names that ``docs/routing.md`` describes.

@@ -17,6 +17,7 @@ from branchmix.checkpoint.folder import write_text
 from branchmix.checkpoint.text import replaced_note
 from branchmix.evaluate.scores import Measured, ModelReport, SuiteScore, TaskScore
 from branchmix.evaluate.tasks.answers import FILE, RecordedModel
+from branchmix.evaluate.tasks.compare import scores_of_questions
 from branchmix.evaluate.tasks.loading import load, quiet, seeded, sources
 from branchmix.evaluate.tasks.options import EVERYTHING, TaskOptions
 from branchmix.likelihood.forward import max_positions
@@ -39,11 +40,19 @@ class TaskEvaluation:
     folder: Path | None
     limit: int | None
     answers: Journal
+    keep_questions: bool
+    """Whether reports get the scores of single questions."""
 
     @classmethod
     @contextmanager
     def open(
-        cls, options: TaskOptions, folder: Path | None, *, limit: int | None, progress: Progress | None
+        cls,
+        options: TaskOptions,
+        folder: Path | None,
+        *,
+        limit: int | None,
+        progress: Progress | None,
+        keep_questions: bool = False,
     ) -> Iterator[TaskEvaluation]:
         """Loads them; data sets, metrics and leave to run code are as ``options`` say until the block ends.
 
@@ -52,7 +61,7 @@ class TaskEvaluation:
         with quiet(), sources(options.task_data, allow_code_execution=options.allow_code_execution) as failed:
             with seeded():
                 tasks, notes = load(options, failed, limit=limit, progress=progress)
-            yield cls(options, tasks, notes, folder, limit, Journal(folder, FILE, "request"))
+            yield cls(options, tasks, notes, folder, limit, Journal(folder, FILE, "request"), keep_questions)
 
     def evaluate(
         self, candidate: TextModel, report: ModelReport, *, max_length: int | None, **options: Any
@@ -69,7 +78,7 @@ class TaskEvaluation:
                 task_dict=self.tasks,
                 limit=self.limit,
                 bootstrap_iters=BOOTSTRAP,
-                log_samples=self.folder is not None,
+                log_samples=self.folder is not None or self.keep_questions,
                 confirm_run_unsafe_code=self.options.allow_code_execution,
             )
         if self.folder is not None:
@@ -77,6 +86,8 @@ class TaskEvaluation:
             for name, samples in results["samples"].items():
                 lines = "".join(json.dumps(sample, default=_plain) + "\n" for sample in samples)
                 write_text(folder / f"{name.replace('/', '_')}.jsonl", lines)
+        if self.keep_questions:
+            report.questions = {name: scores_of_questions(of) for name, of in results["samples"].items()}
         report.tasks = _scores(results)
         report.suites = _suites(self.options, report.tasks)
         return [f"{candidate.given}: {note}" for note in _notes(model)]

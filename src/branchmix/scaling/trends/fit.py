@@ -20,7 +20,7 @@ class Curve:
     """Runs averaged by size, with the errors of the averages."""
 
     x_K: np.ndarray
-    """log10 of the axis, ascending, all different."""
+    """log10 of the axis, ascending, all different; 0 has a place of its own."""
     y_K: np.ndarray
     sampling_KK: np.ndarray
     """Covariance from the sample of examples."""
@@ -34,8 +34,16 @@ class Curve:
     """The curve as it might have been: examples and models drawn anew."""
     sampling_BK: np.ndarray
     """The part of ``draws_BK`` that is examples drawn anew."""
+    places_K: np.ndarray
+    """The axis itself."""
+    shared: float = 0.0
+    """Variance from the sample of examples that all sizes share, as they met the same: no part of any difference."""
     within: int = 0
     """Degrees of freedom within sizes, where several runs of a size tell how much models of one size differ."""
+
+    def x_of(self, place: float) -> float:
+        """Where a place of ``places_K`` is on the logarithmic axis."""
+        return float(self.x_K[np.abs(self.places_K - place).argmin()])
 
     @property
     def sizes(self) -> int:
@@ -48,25 +56,38 @@ def curve(
     stderr_N: np.ndarray,
     *,
     deviations_BN: np.ndarray | None = None,
+    places_N: np.ndarray | None = None,
+    average: bool = False,
     num_draws: int = NUM_DRAWS,
 ) -> Curve:
-    """The curve through runs, any number of which may have one size.
+    """The curve through runs, any number of which may have one size. ``x_N`` is log10 of the axis, as far as
+    ``places_N`` does not say what the axis itself is.
 
     ``deviations_BN`` are means over resampled examples minus the mean, the same examples for all runs; without them
     runs are taken as independent, with ``stderr_N``.
+
+    With ``average``, runs of a size count as one, their mean: repeated runs of one setting of a model say how much runs
+    differ, and nothing about how far settings are off the curve. They share what is peculiar to the setting.
 
     With several runs of a size, the jitter is what they differ by, unless sizes deviate from a smooth curve by
     significantly more (an F test of the lack of fit); without, it is the deviation from a smooth curve: a quadratic,
     or a line if there are 3 or 4 sizes. The variance is Paule and Mandel's (1982): that for which the weighted sum of
     squares is as large as its degrees of freedom, and 0 if sampling explains it all.
     """
-    places, size_N = np.unique(np.round(x_N, 6), return_inverse=True)
+    places, first_K, size_N = np.unique(np.round(x_N, 6), return_index=True, return_inverse=True)
+    places_K = 10**places if places_N is None else places_N[first_K]
     num_sizes = len(places)
+    if average:
+        mean_KN = (size_N == np.arange(len(places))[:, None]) / np.bincount(size_N)[:, None]
+        x_N, y_N, stderr_N = places, mean_KN @ y_N, np.sqrt(mean_KN**2 @ stderr_N**2)
+        deviations_BN = None if deviations_BN is None else deviations_BN @ mean_KN.T
+        size_N = np.arange(len(places))
     member_KN = (size_N == np.arange(num_sizes)[:, None]).astype(float)
     runs_K = member_KN.sum(1)
     mean_KN = member_KN / runs_K[:, None]
     y_K = mean_KN @ y_N
     sampling_NN = np.diag(stderr_N**2)
+    is_paired = deviations_BN is not None
     if deviations_BN is None:
         normal_BN, normal_BK = _normals(num_draws, len(y_N), num_sizes)
         deviations_BN = normal_BN * stderr_N
@@ -76,6 +97,7 @@ def curve(
         # Runs that agree on every example are no reason to divide by nothing.
         sampling_NN = sampling_NN + np.eye(len(y_N)) * 1e-6 * max(float(np.mean(stderr_N**2)), 1e-12)
     sampling_KK = mean_KN @ sampling_NN @ mean_KN.T
+    shared = _shared(sampling_KK) if is_paired else 0.0
 
     jitter_K, jitter, degrees = np.zeros(num_sizes), 0.0, 0
     smooth_KP = _powers(places, 2 if num_sizes >= 5 else 1)
@@ -100,7 +122,18 @@ def curve(
 
     sampling_BK = deviations_BN @ mean_KN.T
     draws_BK = y_K + sampling_BK + normal_BK * np.sqrt(jitter_K)
-    return Curve(places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, num_within)
+    return Curve(
+        places, y_K, sampling_KK, jitter_K, jitter, degrees, draws_BK, sampling_BK, places_K, shared, num_within
+    )
+
+
+def _shared(sampling_KK: np.ndarray) -> float:
+    """The mean covariance of two sizes; never nearly all of a variance, so that something is left to weigh by."""
+    num_sizes = len(sampling_KK)
+    if num_sizes < 2:
+        return 0.0
+    covariance = (sampling_KK.sum() - np.trace(sampling_KK)) / (num_sizes * (num_sizes - 1))
+    return float(np.clip(covariance, 0.0, 0.99 * np.diag(sampling_KK).min()))
 
 
 def _normals(num_draws: int, *columns: int) -> list[np.ndarray]:

@@ -37,9 +37,9 @@ def html(overview: Overview, *, command: str) -> str:
 
     return render(
         _TEMPLATE,
-        title="Do larger models do better?",
+        title=sentences.question(overview.reports[0]),
         kicker="branchmix scaling trends",
-        lead=_lead(overview),
+        lead=_lead(overview) if not overview.reports[0].is_within else _lead_within(overview),
         overview=overview,
         report=overview.reports[0],
         metric_ids={name: f"m-{own}" for name, own in slugs(overview.metrics).items()},
@@ -49,6 +49,7 @@ def html(overview: Overview, *, command: str) -> str:
         beside=_beside,
         results=lambda entry: Markup(_results(overview, entry).html()),
         verdicts=lambda entry: Markup(_verdicts(overview, entry).html()),
+        has_slices=any(one.series.group is not None for one in overview.reports[0].judged),
         has_fresh=any(data != DATA[0] for _, data in overview.reports[0].parts),
         lower={one.series.metric: one.series.lower_is_better for one in overview.reports[0].judged},
         sure=(*DIRECTED, "flat"),
@@ -78,6 +79,21 @@ def _lead(overview: Overview) -> list[str]:
         "larger it is: this is called inverse scaling.",
         f"Here {models} model{'s' * (models != 1)}{reach} met {tasks} task{'s' * (tasks != 1)}. For each of them this "
         "page says whether performance gets better, worse or turns with scale, and how sure one can be of that.",
+    ]
+
+
+def _lead_within(overview: Overview) -> list[str]:
+    """For curves of which each is a model in several settings."""
+    report, tasks = overview.reports[0], len(overview.entries)
+    places = [row.axes[report.axis] for one in report.judged for row in one.series.rows]
+    low, high = (sentences.axis_value(report.axis, place) for place in (min(places), max(places)))
+    models = f"{overview.models} model{'s' * (overview.models != 1)} answered"
+    return [
+        "One expects a model to do better the more it is given to work with. At some tasks it does worse: this is "
+        "called inverse scaling, here within a model.",
+        f"Here {models} the questions of {tasks} task{'s' * (tasks != 1)} in several settings: from {low} to {high} "
+        f"{sentences.unit(report.axis)}. Every setting got the same questions. For each task this page says whether "
+        "performance gets better, worse or turns along the way, and how sure one can be of that.",
     ]
 
 
@@ -112,7 +128,8 @@ def _results(overview: Overview, entry: Entry) -> Table:
     rows: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for series in (one.series for one in judged):
         for row, stderr in zip(series.rows, series.stderr, strict=True):
-            run = {"model": row.model, "family": series.family, "questions": series.data if has_fresh else ""}
+            family = row.family if overview.reports[0].is_within else series.family
+            run = {"model": row.model, "family": family, "questions": series.data if has_fresh else ""}
             run["seed"] = row.seed
             run |= {sentences.axis_name(axis): sentences.axis_value(axis, row.axes[axis]) for axis in overview.axes}
             run["number of questions"] = f"{row.n:,}" if row.n else ""
@@ -137,5 +154,8 @@ def _verdicts(overview: Overview, entry: Entry) -> Table:
             scatter = sentences.difference(metric, verdict.jitter, plus=False)
             counts = [str(verdict.sizes), str(verdict.runs)]
             rows.append([", ".join(filter(None, which)), verdict.label, change, interval, *p, *counts, scatter])
-    head = ["", "verdict", "change", "interval", "p", "p corrected", "sizes", "runs", "scatter of models"]
+    points = (
+        ["settings", "runs", "scatter"] if overview.reports[0].is_within else ["sizes", "runs", "scatter of models"]
+    )
+    head = ["", "verdict", "change", "interval", "p", "p corrected", *points]
     return Table(head, rows, title=f"Verdicts on {entry.name}")

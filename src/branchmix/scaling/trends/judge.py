@@ -12,14 +12,21 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from branchmix.checkpoint.families import nearest
-from branchmix.errors import DataError
 from branchmix.likelihood.models import Progress
 from branchmix.scaling.tasks import TASKS
 from branchmix.scaling.trends.fit import Curve, between_variance, curve, percentiles, theil_sen
-from branchmix.scaling.trends.series import NOT_JUDGED, Series, all_series, flags_of, is_lower_better
+from branchmix.scaling.trends.series import (
+    Series,
+    all_series,
+    chosen_metrics,
+    flags_of,
+    is_lower_better,
+    known_metrics,
+)
+from branchmix.scaling.trends.slices import ALL, with_slices
 from branchmix.scaling.trends.table import AXES, DATA, Measurement, ResultsTable, is_share, read_table
-from branchmix.scaling.trends.verdict import DIRECTED, Correction, Evidence, Label, Limits, Verdict, judge_together
+from branchmix.scaling.trends.verdict import DIRECTED, Evidence, Label, Limits, Verdict, judge_together
+from branchmix.statistics import Correction
 
 _MIN_TO_COMPARE = 3
 """Sizes that a family needs for a slope with an error."""
@@ -69,6 +76,8 @@ class Report:
     """By task and metric: official minus fresh."""
     cautions: list[Caution]
     notes: list[str]
+    is_within: bool = False
+    """Whether the axis is one within models, and each curve is of a model."""
 
     @property
     def warnings(self) -> list[str]:
@@ -110,47 +119,53 @@ class Report:
 
 
 def trends_by_axis(
-    path: Path,
+    results: Path | ResultsTable,
     *,
     axis: str | None = None,
     metrics: Sequence[str] = (),
     limits: Limits | None = None,
     correction: Correction = "bh",
     lower_is_better: Sequence[str] = (),
+    slices: int = 0,
     tell: Progress | None = None,
 ) -> list[Report]:
-    """Judge every metric of every task of a csv table, or of a folder with `results.csv` and scores of examples.
+    """Judge every metric of every task of a table, a csv file, or a folder with `results.csv` and scores of examples.
 
     The first report is along ``axis``: training FLOPs if None, or the first column that has a value for every model.
-    Then follow those along every other axis known by name that has a value for every model.
+    Then follow those along every other axis known by name that has a value for every model. With ``slices``, each curve
+    is judged for as many slices of the questions by difficulty as well, and all are corrected together.
 
     Raises:
         DataError, RecipeError: the table cannot be read, or there is no such axis or metric.
     """
     limits = limits or Limits()
-    table = read_table(path)
-    notes: list[str] = []
+    table = results if isinstance(results, ResultsTable) else read_table(results)
+    notes = list(table.notes)
     axis = table.choose_axis(axis, notes)
-    there = list(dict.fromkeys(row.metric for row in table.rows))
-    wanted = _known(table, there, metrics) or [metric for metric in there if metric not in NOT_JUDGED]
-    if not wanted:
-        raise DataError(
-            f"{table.path}: has only {', '.join(there)}, which does not measure performance: name a metric to judge"
-        )
-    named = tuple(_known(table, there, lower_is_better))
+    wanted = chosen_metrics(table, metrics)
+    named = (*known_metrics(table, lower_is_better), *table.lower_is_better)
     for metric in wanted:
         if not is_lower_better(metric, named) and not is_share(metric):
             notes.append(f"higher {metric} is taken to be better; if it is not: --lower-is-better {metric}")
             if max(abs(row.value) for row in table.rows if row.metric == metric) > 1:
                 notes.append(f"{metric} is not a share of 1: set --minimum-effect to the smallest change that counts")
-    series = all_series(table, metrics=wanted, lower_is_better=named, notes=notes)
+    series = all_series(table, axis, metrics=wanted, lower_is_better=named, notes=notes)
     notes += _mixed_axes(series, axis, table.axes)
-    others = [name for name in table.axes if name in AXES and name != axis]
+    if slices:
+        series = with_slices(table, series, axis, slices, notes)
+    others = [name for name in table.axes if name in AXES and name != axis and axis not in table.within]
     pairs = [(name, one) for name in (axis, *others) for one in series if one.has(name)]
     evidence: dict[str, dict[Series, Evidence]] = {}
     for done, (name, one) in enumerate(pairs, start=1):
         evidence.setdefault(name, {})[one] = Evidence(
-            curve(one.x(name), one.y, one.stderr, deviations_BN=one.deviations_BN),
+            curve(
+                one.x(name),
+                one.y,
+                one.stderr,
+                deviations_BN=one.deviations_BN,
+                places_N=one.places(name),
+                average=axis in table.within,
+            ),
             runs=len(one.rows),
             lower_is_better=one.lower_is_better,
             paired=one.deviations_BN is not None,
@@ -171,6 +186,7 @@ def trends_by_axis(
             contamination=differences,
             cautions=[*_metric_cautions(judged[name]), *_axis_cautions(judged, name)],
             notes=list(dict.fromkeys(notes)),
+            is_within=axis in table.within,
         )
         for name, of_axis in evidence.items()
         if len(of_axis) == len(series)
@@ -183,21 +199,15 @@ def cause_of(series: Series) -> str:
     return next((row.cause for row in series.rows if row.cause), (task.cause or "") if task else "")
 
 
-def _known(table: ResultsTable, there: list[str], asked: Sequence[str]) -> list[str]:
-    for metric in asked:
-        if metric.lower() not in there:
-            hint = nearest(metric.lower(), there)
-            raise DataError(f"{table.path}: there is no metric {metric!r}{hint}; metrics: {', '.join(there)}")
-    return list(dict.fromkeys(metric.lower() for metric in asked))
-
-
 def _judge(evidence: Mapping[Series, Evidence], limits: Limits, correction: Correction) -> list[Judged]:
-    """All curves; tasks of one metric, family and kind of data share the correction."""
-    groups: dict[Any, dict[str, Evidence]] = {}
+    """All curves; tasks of one metric, family and kind of data, and their slices, share the correction."""
+    groups: dict[Any, dict[Series, Evidence]] = {}
     for one, found in evidence.items():
-        groups.setdefault((one.metric, one.part), {})[one.task] = found
-    verdicts = {key: judge_together(tasks, correction=correction, limits=limits) for key, tasks in groups.items()}
-    judged = [Judged(one, found.curve, verdicts[one.metric, one.part][one.task]) for one, found in evidence.items()]
+        groups.setdefault(one.tested_with, {})[one] = found
+    verdicts: dict[Series, Verdict] = {}
+    for tasks in groups.values():
+        verdicts |= judge_together(tasks, correction=correction, limits=limits)
+    judged = [Judged(one, found.curve, verdicts[one]) for one, found in evidence.items()]
     for each in judged:
         each.verdict.flags = flags_of(each.series)
     return judged
@@ -218,7 +228,7 @@ def _interactions(
     pairs: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for first, second in combinations(evidence, 2):
         one, other = evidence[first], evidence[second]
-        same = (first.task, first.metric, first.data) == (second.task, second.metric, second.data)
+        same = (*first.key, first.data, first.slice) == (*second.key, second.data, second.slice)
         if not same or min(one.curve.sizes, other.curve.sizes) < _MIN_TO_COMPARE:
             continue
         slopes_B, others_B = (theil_sen(c.x_K, np.vstack([c.y_K, c.draws_BK])) for c in (one.curve, other.curve))
@@ -243,7 +253,13 @@ def _contaminations(series: Sequence[Series], limits: Limits) -> dict[str, dict[
     by_task: dict[str, dict[str, dict[str, Any]]] = {}
     for first, second in product(series, repeat=2):
         same = (first.task, first.metric, first.family) == (second.task, second.metric, second.family)
-        if same and (first.data, second.data) == DATA and (compared := _contamination(first, second, limits)):
+        is_whole = first.slice in ("", ALL)  # slices of different questions are not alike
+        if (
+            same
+            and is_whole
+            and (first.data, second.data) == DATA
+            and (compared := _contamination(first, second, limits))
+        ):
             by_metric = by_task.setdefault(first.task, {})
             name = f"{first.metric}, {first.family}" if first.metric in by_metric else first.metric
             by_metric[name] = compared | {"family": first.family}
@@ -318,13 +334,17 @@ def _axis_cautions(judged: Mapping[str, Sequence[Judged]], axis: str) -> Iterato
 
 
 def _mixed_axes(series: Sequence[Series], axis: str, axes: Sequence[str]) -> list[str]:
-    """A note if runs share a place on the axis but differ in another, so that they are not repetitions."""
+    """A note if runs share a place on the axis but differ in another, so that they are not repetitions.
+
+    Along an axis within models a curve is of one model, and along others settings are curves of their own.
+    """
     for one, other in product(series, axes):
         places: dict[float, float] = {}
         for row in one.rows if other != axis and one.has(other) else ():
-            if abs(places.setdefault(row.axes[axis], row.axes[other]) / row.axes[other] - 1) > 0.05:
+            if not math.isclose(places.setdefault(row.axes[axis], row.axes[other]), row.axes[other], rel_tol=0.05):
+                place = row.source or f"line {row.line}"
                 return [
-                    f"models with the same {axis} differ in {other} (such as {row.model}, line {row.line}): what that "
+                    f"models with the same {axis} differ in {other} (such as {row.model}, {place}): what that "
                     f"changes counts as jitter; --axis {other} looks along it"
                 ]
     return []

@@ -130,8 +130,8 @@ def flattest(y_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
 
 
 def weights(curve: Curve) -> np.ndarray:
-    """[K], one over the variance of each average. Errors that all sizes share cancel in the bootstrap."""
-    return 1 / (np.diag(curve.sampling_KK) + curve.jitter_K)
+    """[K], one over the variance of each average, without what all sizes share: it takes no part in any difference."""
+    return 1 / (np.diag(curve.sampling_KK) - curve.shared + curve.jitter_K)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Turn:
     is_u: bool
     """Down, then up."""
     turning: float
-    """log10 of the size at which the fit turns."""
+    """The size at which the fit turns."""
     changes: list[float]
     """From the smallest size to the turning point, from there to the largest, and both together."""
     intervals: list[Interval]
@@ -238,7 +238,7 @@ def turn(curve: Curve, *, alpha: float, least: float) -> Turn:
         first_B, peak_B, last_B = (sign * end_B for end_B in (drawn_BK[:, 0], drawn_BK.max(1), drawn_BK[:, -1]))
         draws = (peak_B - first_B, last_B - peak_B, last_B - first_B)
         intervals = [about(change, draws_B, alpha) for change, draws_B in zip(changes, draws, strict=True)]
-    return Turn(p, is_u, float(curve.x_K[place]), changes, intervals)
+    return Turn(p, is_u, float(curve.places_K[place]), changes, intervals)
 
 
 def _turn_p(curve: Curve, weight_K: np.ndarray, legs: Interval) -> float:
@@ -333,7 +333,7 @@ def form(curve: Curve, *, rises: bool, alpha: float) -> tuple[float, Interval, d
     }
     parts = {name: level for name, level in levels.items() if level is not None}
     if np.quantile(steps_NK[1:, step], alpha) > max(0.5, 2 * (along_K[step + 1] - along_K[step])):
-        start, end = (10 ** float(x) for x in curve.x_K[step : step + 2])
+        start, end = (float(place) for place in curve.places_K[step : step + 2])
         change, interval = change_of(fit_NK[:, step + 1] - fit_NK[:, step])
         parts["jump"] = {"from": start, "to": end, "effect": change, "interval": list(interval)}
     return *change_of(range_N), parts
@@ -367,4 +367,4 @@ def _level(
     weight_K = weights(curve)[members]
     mean_N = y_NK[:, members] @ weight_K / weight_K.sum()
     interval = list(percentiles(mean_N[1:], alpha))
-    return {"axis": 10 ** float(curve.x_K[edge]), "value": float(mean_N[0]), "interval": interval}
+    return {"axis": float(curve.places_K[edge]), "value": float(mean_N[0]), "interval": interval}

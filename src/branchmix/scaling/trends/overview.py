@@ -110,7 +110,7 @@ class Overview:
         self.entries = sorted(entries, key=lambda e: (causes.index(e.cause), places.get(e.name, len(places))))
         self.metrics = list(dict.fromkeys(one.metric for one in series))
         """In the table's order."""
-        self.models = len({(one.family, row.model) for one in series for row in one.rows})
+        self.models = len({(row.family, row.model) for one in series for row in one.rows})
         """How many there are; several runs of one are one."""
         self.groups = {cause: of for cause in causes if (of := [e for e in self.entries if e.cause == cause])}
         """Tasks by cause, in the paper's order."""

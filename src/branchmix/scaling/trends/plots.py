@@ -8,7 +8,6 @@ Each point has two bars. The thick one is the interval over questions, the thin 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
@@ -98,7 +97,7 @@ def sheet(overview: Overview, ink: str) -> Figure:
     columns = max(2, *(sum(width for *_, width in row) for row in rows))
     heights = [0.7 + 1.5 * max(-(-len(entries) // _COLUMNS) for _, entries, _ in row) for row in rows]
     figure = MatplotlibFigure(figsize=(2.7 * columns, 0.7 + sum(heights)), layout="constrained")
-    figure.suptitle("Do larger models do better?", x=0.01, ha="left", color=ink, fontsize=13, fontweight="bold")
+    figure.suptitle(sentences.question(report), x=0.01, ha="left", color=ink, fontsize=13, fontweight="bold")
     along = f"{sentences.metric_name(metric)} along {sentences.axis_name(report.axis)}; dashed across: guessing"
     figure.supxlabel(along, x=0.01, ha="left", color=ink, fontsize=9)
     strips = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -174,7 +173,8 @@ def _frame(axes: Any, panel: Panel, ink: str, *, is_small: bool = False) -> tupl
     for place in x[1:]:
         if place - ticks[-1] > least and (place == x[-1] or x[-1] - place > least):
             ticks.append(place)
-    axes.set_xticks(ticks, [sentences.axis_value(panel.axis, 10**tick) for tick in ticks])
+    places = {x: place for one in panel.curves for x, place in zip(one.curve.x_K, one.curve.places_K, strict=True)}
+    axes.set_xticks(ticks, [sentences.axis_value(panel.axis, places[tick]) for tick in ticks])
     low, high = (-0.03, 1.03) if panel.is_share and is_small else _value_range(panel)
     axes.set_ylim(*((high, low) if panel.lower_is_better else (low, high)))
     if panel.is_share and is_small:
@@ -242,10 +242,10 @@ def _curve(axes: Any, panel: Panel, one: Judged, colour: str, *, shift: float = 
         (point,) = axes.plot(x, y, **look)
         set_title(point, _title(panel, one, runs, float(y), float(half)))
     if (turn := one.verdict.turning_point) is not None:
-        line = axes.axvline(math.log10(turn), color=colour, alpha=0.6, linewidth=1, linestyle=":")
+        line = axes.axvline(one.curve.x_of(turn), color=colour, alpha=0.6, linewidth=1, linestyle=":")
         set_title(line, f"turns at about {sentences.place(panel.axis, turn)}")
     if jump := one.verdict.form.get("jump"):
-        start, end = math.log10(jump["from"]), math.log10(jump["to"])
+        start, end = one.curve.x_of(jump["from"]), one.curve.x_of(jump["to"])
         set_title(axes.axvspan(start, end, color=colour, alpha=0.1, linewidth=0), "jump")
     return drawn
 
@@ -256,11 +256,12 @@ def _title(panel: Panel, one: Judged, members: Sequence[Measurement], value: flo
     if panel.is_share:
         low, high = max(low, 0.0), min(high, 1.0)
     name = panel.names[list(panel.curves).index(one)]
+    named = f" ({name})" if name not in ("", members[0].model) else ""
     runs = f", mean of {len(members)} runs" if len(members) > 1 else ""
     count = f"; {members[0].n:,} questions" if members[0].n else ""
     at, lowest, highest = (sentences.shown(panel.metric, number) for number in (value, low, high))
     return (
-        f"{_who(members)}{f' ({name})' if name else ''}\n{sentences.metric_name(panel.metric)} {at}{runs} "
+        f"{_who(members)}{named}\n{sentences.metric_name(panel.metric)} {at}{runs} "
         f"({lowest} to {highest} by chance of the questions{count})\n"
         f"{sentences.place(panel.axis, members[0].axes[panel.axis])}"
     )

@@ -19,11 +19,29 @@ from branchmix.settings import read_yaml
 
 _TERMS = read_yaml(Path(__file__).with_name("terms.yaml"))
 AXES, METRICS, _VERBS, _SAY = (_TERMS[name] for name in ("axes", "metrics", "verbs", "sentences"))
-MEANINGS = {label: meaning.format(min_sizes=MIN_SIZES) for label, meaning in _TERMS["verdicts"].items()}
 MINUS, TIMES, SPACE = "\u2212", "\u00d7", "\u00a0"
 PERCENT = f"{SPACE}%"
 _CEILING = 0.95
 """A plateau of a share from here on is a ceiling."""
+
+
+def meanings(report: Report) -> dict[str, str]:
+    """What each verdict means, for families of models or for a model in several settings."""
+    texts = _TERMS["verdicts_within" if report.is_within else "verdicts"]
+    return {label: meaning.format(min_sizes=MIN_SIZES) for label, meaning in texts.items()}
+
+
+def question(report: Report) -> str:
+    """What a page or sheet asks."""
+    if not report.is_within:
+        return "Do larger models do better?"
+    return str(AXES.get(report.axis, {}).get("question", f"Does more {axis_name(report.axis)} help?"))
+
+
+def _nouns(*, is_within: bool) -> dict[str, str]:
+    """What a point of a curve is called."""
+    place = "setting" if is_within else "size"
+    return {"place": place, "places": f"{place}s", "Points": "Settings" if is_within else "Models"}
 
 
 def axis_name(axis: str) -> str:
@@ -32,8 +50,10 @@ def axis_name(axis: str) -> str:
 
 def axis_value(axis: str, value: float) -> str:
     """A place on an axis: ``1.4B``, ``3×10²¹``."""
-    if axis in ("params", "active_params", "tokens"):
+    if axis in ("params", "active_params", "tokens") and value:
         return human_count(float(f"{value:.3g}"))
+    if value == round(value) and value < 1e5:
+        return f"{value:,.0f}"
     if 0.001 <= value < 1e5:
         return f"{value:.4g}"
     mantissa, exponent = f"{value:.1e}".split("e")
@@ -45,7 +65,12 @@ def place(axis: str, value: float) -> str:
     """A place on an axis with its unit: ``1.4B parameters``."""
     if axis not in AXES:
         return f"{axis} {axis_value(axis, value)}"
-    return f"{axis_value(axis, value)} {AXES[axis].get('unit', axis_name(axis))}"
+    return f"{axis_value(axis, value)} {unit(axis)}"
+
+
+def unit(axis: str) -> str:
+    """What is counted along an axis."""
+    return str(AXES[axis].get("unit", axis_name(axis))) if axis in AXES else axis
 
 
 def metric_name(metric: str) -> str:
@@ -105,16 +130,21 @@ def _share(p: float) -> str:
 def sentences(one: Judged, report: Report) -> str:
     """The verdict on a curve, and why it is that or why there is none."""
     verdict, metric, limits = one.verdict, one.series.metric, report.limits
-    words: dict[str, Any] = {"metric": metric_name(metric), "sizes": verdict.sizes}
+    words: dict[str, Any] = {
+        "metric": metric_name(metric),
+        "sizes": verdict.sizes,
+        **_nouns(is_within=report.is_within),
+    }
     if verdict.p is None or verdict.p_adjusted is None:
         return _not_testable(one, words)
-    tasks = _num_tested(one, report)
+    tasks, kind_of = _num_tested(one, report), "tasks" if one.series.group is None else "curves"
     words |= {
         "Metric": metric_name(metric).capitalize(),
         "tasks": tasks,
         "p": _p(verdict.p),
         "p_adjusted": _p(verdict.p_adjusted),
-        "after": f"; {_p(verdict.p_adjusted)} after the correction for {tasks} tasks" if tasks > 1 else "",
+        "tests": kind_of,
+        "after": f"; {_p(verdict.p_adjusted)} after the correction for {tasks} {kind_of}" if tasks > 1 else "",
         "share": _share(verdict.p),
         "alpha": f"{limits.alpha:g}",
         "sure": percent_of(limits),
@@ -138,14 +168,17 @@ def sentences(one: Judged, report: Report) -> str:
         kind = "small" if verdict.p_adjusted < limits.alpha else "nothing"
         jitter = difference(metric, verdict.jitter, plus=False)
         is_wild = verdict.jitter > limits.minimum_effect
-        words["scatter"] = f" {_SAY['scatter'].format(jitter=jitter)}" if is_wild else ""
+        words["scatter"] = (
+            f" {_SAY['scatter'].format(jitter=jitter, **_nouns(is_within=report.is_within))}" if is_wild else ""
+        )
     return str(_SAY[kind].format(**words))
 
 
 def brief(one: Judged, report: Report) -> str:
     """The verdict's numbers in a line, for panels of several curves."""
     verdict, metric = one.verdict, one.series.metric
-    sizes = f"{verdict.sizes} size{'s' * (verdict.sizes != 1)}"
+    nouns = _nouns(is_within=report.is_within)
+    sizes = f"{verdict.sizes} {nouns['place' if verdict.sizes == 1 else 'places']}"
     if verdict.p_adjusted is None:
         return f"{sizes}; performance: {verdict.description}"
     if verdict.legs:
@@ -168,7 +201,7 @@ def form_sentences(one: Judged, report: Report) -> Iterator[str]:
     if jump := form.get("jump"):
         start, end = (place(report.axis, jump[side]) for side in ("from", "to"))
         size = _size(metric, jump["effect"], jump["interval"], report.limits)
-        yield _SAY["jump"].format(start=start, end=end, size=size)
+        yield _SAY["jump"].format(start=start, end=end, size=size, **_nouns(is_within=report.is_within))
     if level := form.get("level_until"):
         yield _SAY["level until"].format(**words(level, is_best=not is_better))
     if level := form.get("level_from"):
@@ -179,8 +212,9 @@ def form_sentences(one: Judged, report: Report) -> Iterator[str]:
 def _not_testable(one: Judged, words: dict[str, Any]) -> str:
     verdict = one.verdict
     if verdict.sizes < 2:
-        return str(_SAY["one size"])
-    move = {"increasing": "gets better from size to size", "decreasing": "gets worse from size to size"}.get(
+        return str(_SAY["one size"].format(**words))
+    step = f"from {words['place']} to {words['place']}"
+    move = {"increasing": f"gets better {step}", "decreasing": f"gets worse {step}"}.get(
         verdict.description,
         f"goes {verdict.description}" if "then" in verdict.description else f"is {verdict.description}",
     )
@@ -191,9 +225,9 @@ def _not_testable(one: Judged, words: dict[str, Any]) -> str:
 
 
 def _num_tested(one: Judged, report: Report) -> int:
-    """Tasks that shared the correction with this one."""
-    alike = [other for other in report.judged if other.series.metric == one.series.metric]
-    tested = [other for other in alike if other.series.part == one.series.part and other.verdict.p is not None]
+    """Tasks, or tasks and slices, that shared the correction with this one."""
+    alike = [other for other in report.judged if other.series.tested_with == one.series.tested_with]
+    tested = [other for other in alike if other.verdict.p is not None]
     return len(tested) if report.correction != "none" else 0
 
 
@@ -205,13 +239,13 @@ def comparisons(report: Report, task: str, metric: str, kinds: Sequence[str] = D
     lower_is_better = next(one.series.lower_is_better for one in report.judged if one.series.key == (task, metric))
     for pair in report.interactions.get(task, {}).get(metric, []):
         if pair["data"] in kinds:
-            yield family_sentence(pair, metric, lower_is_better=lower_is_better)
+            yield family_sentence(pair, metric, lower_is_better=lower_is_better, is_within=report.is_within)
     by_name = report.contamination.get(task, {}).items()  # a metric, or a metric and a family
     if differences := [found for name, found in by_name if name == metric or name.startswith(f"{metric}, ")]:
         yield contamination_sentences(differences, metric, report.limits)
 
 
-def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool) -> str:
+def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool, is_within: bool = False) -> str:
     """The interaction of two families with scale."""
     first, second = (name or "no family" for name in pair["families"])
     one, other = (difference(metric, slope) for slope in pair["slopes_per_decade"])
@@ -229,7 +263,7 @@ def family_sentence(pair: dict[str, Any], metric: str, *, lower_is_better: bool)
             kind=f" (on {pair['data']} questions)" if pair.get("data", DATA[0]) != DATA[0] else "",
             difference=difference(metric, pair["difference"]),
             between=between(metric, pair["interval"]),
-            told=_SAY[kind].format(first=first, second=second, min_sizes=MIN_SIZES),
+            told=_SAY[kind].format(first=first, second=second, min_sizes=MIN_SIZES, **_nouns(is_within=is_within)),
         )
     )
 

@@ -1,35 +1,26 @@
 """Rows of a table as curves: a series is one metric of one task, for one family on one kind of data.
 
-Scores of single examples lie beside the table, for a bootstrap in which all models meet the same questions:
-`examples/<model>/<task>.jsonl`, a line for each example with `key` (the same for all models), `template` (examples of
-one template are drawn together), `correct` (0 or 1) and further metrics by name, such as `loss`. Fresh data lies in
-`<task>.fresh.jsonl`, a run with a seed in `<model>/seed-<seed>/`.
+Along an axis within models, such as the number of examples in the prompt, a curve is of one model instead of a family.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from branchmix.checkpoint.folder import is_entry
-from branchmix.checkpoint.json_text import parse_json
-from branchmix.data.sources import json_lines
+from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
-from branchmix.scaling.examples import read_text
 from branchmix.scaling.metrics import CONSTANT_SHARE, LOW_COVERAGE
 from branchmix.scaling.trends.fit import NUM_DRAWS
-from branchmix.scaling.trends.table import DATA, Measurement, ResultsTable, is_any_of
+from branchmix.scaling.trends.table import Measurement, ResultsTable, Scores, is_any_of, settings_of
 
 LOWER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "error", "brier", "logodds", "absolute_logodds")
 """Metrics, and endings of metrics after `_`, of which less is better. The log-odds metrics say how far a model is
 swayed from the right answer."""
 NOT_JUDGED = ("coverage", "label_coverage")
 """Metrics that are no performance."""
-FIELDS = {"accuracy": "correct"}
-"""Metrics whose field in the scores of examples has another name."""
 _MANY_AT_CHANCE = 2.0
 """Standard errors within which a model is at chance."""
 _CHUNK = 2_000_000
@@ -43,12 +34,18 @@ class Series:
     task: str
     metric: str
     family: str
+    """What the curve is of: a family of models, or a model along an axis within models; and its other settings."""
     data: str
     lower_is_better: bool
     rows: list[Measurement]
     stderr: np.ndarray
     deviations_BN: np.ndarray | None = field(repr=False, default=None)
     """From resampled examples, the same for all runs."""
+    zeros: Mapping[str, float] = field(default_factory=dict)
+    """By axis, what stands for 0 where logarithms are taken."""
+    group: str | None = None
+    """What a slice of the questions is of, and the whole beside it; None if there are no slices."""
+    slice: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -59,6 +56,11 @@ class Series:
     def part(self) -> tuple[str, str]:
         """Family and kind of data."""
         return self.family, self.data
+
+    @property
+    def tested_with(self) -> tuple[str, str, str]:
+        """What curves have in common whose p are corrected together."""
+        return self.metric, self.family if self.group is None else self.group, self.data
 
     @property
     def y(self) -> np.ndarray:
@@ -73,96 +75,118 @@ class Series:
             for name, row in zip(names, self.rows, strict=True)
         ]
 
+    def places(self, axis: str) -> np.ndarray:
+        return np.array([row.axes[axis] for row in self.rows])
+
     def x(self, axis: str) -> np.ndarray:
-        """log10 of an axis."""
-        return np.log10([row.axes[axis] for row in self.rows])
+        """log10 of an axis; 0 is one step to the left of the smallest positive place."""
+        places_N = self.places(axis)
+        return np.log10(np.where(places_N == 0, self.zeros.get(axis, 1.0), places_N))
 
     def has(self, axis: str) -> bool:
         return all(axis in row.axes for row in self.rows)
 
 
 def all_series(
-    table: ResultsTable, *, metrics: list[str], lower_is_better: tuple[str, ...], notes: list[str]
+    table: ResultsTable, axis: str, *, metrics: list[str], lower_is_better: tuple[str, ...], notes: list[str]
 ) -> list[Series]:
-    """Every curve of the table with one of ``metrics``, paired over examples where their scores are there."""
+    """Every curve of the table along an axis with one of ``metrics``, paired over examples where their scores exist."""
+    families: dict[str, set[str]] = {}
+    for row in table.rows:
+        families.setdefault(row.model, set()).add(row.family)
+
+    def curve_of(row: Measurement) -> str:
+        held = [f"{name} {place:g}" for name, place in settings_of(row, table.within).items() if name != axis]
+        who = row.family
+        if axis in table.within:
+            who = row.model + (f" ({row.family})" if len(families[row.model]) > 1 else "")
+        return ", ".join(filter(None, [who, *held]))
+
     groups: dict[tuple[str, ...], list[Measurement]] = {}
     for row in table.rows:
         if row.metric in metrics:
-            groups.setdefault((row.task, row.metric, row.family, row.data), []).append(row)
-    return [_series(table, rows, is_lower_better(key[1], lower_is_better), notes) for key, rows in groups.items()]
+            groups.setdefault((row.task, row.metric, curve_of(row), row.data), []).append(row)
+    zeros = {name: table.zero(name) for name in table.axes}
+    return [
+        _series(table, key, rows, is_lower_better(key[1], lower_is_better), notes, zeros)
+        for key, rows in groups.items()
+    ]
+
+
+def chosen_metrics(table: ResultsTable, asked: Sequence[str]) -> list[str]:
+    """The metrics asked for, in lower case, or all that measure performance.
+
+    Raises:
+        DataError: the table has no such metric, or none that measures performance.
+    """
+    there = list(dict.fromkeys(row.metric for row in table.rows))
+    wanted = known_metrics(table, asked) or [metric for metric in there if metric not in NOT_JUDGED]
+    if not wanted:
+        raise DataError(
+            f"{table.path}: has only {', '.join(there)}, which does not measure performance: name a metric to judge"
+        )
+    return wanted
+
+
+def known_metrics(table: ResultsTable, asked: Sequence[str]) -> list[str]:
+    """These metrics in lower case; DataError if the table does not have one of them."""
+    there = list(dict.fromkeys(row.metric for row in table.rows))
+    for metric in asked:
+        if metric.lower() not in there:
+            hint = nearest(metric.lower(), there)
+            raise DataError(f"{table.path}: there is no metric {metric!r}{hint}; metrics: {', '.join(there)}")
+    return list(dict.fromkeys(metric.lower() for metric in asked))
 
 
 def is_lower_better(metric: str, named: tuple[str, ...] = ()) -> bool:
     return metric in named or is_any_of(metric, LOWER_IS_BETTER)
 
 
-def _series(table: ResultsTable, rows: list[Measurement], is_lower: bool, notes: list[str]) -> Series:
+def _series(
+    table: ResultsTable,
+    key: tuple[str, ...],
+    rows: list[Measurement],
+    is_lower: bool,
+    notes: list[str],
+    zeros: Mapping[str, float],
+) -> Series:
     first, told_N = rows[0], np.array([row.stderr or 0.0 for row in rows])
-    curve = (first.task, first.metric, first.family, first.data, is_lower, rows)
-    if table.examples is not None and (drawn := _paired(table.examples, rows, notes)) is not None:
-        deviations_BN, stderr_N = drawn
+    task, metric, family, data = key
+    if table.scores is not None and (drawn := _paired(table, rows, notes)) is not None:
+        rows, deviations_BN, stderr_N = drawn
         # Resampling never draws a wrong answer of a model that has none, so there the error is the table's.
         told_N = np.where(stderr_N == 0, told_N, 0.0)
         noise_BN = np.random.default_rng(0).standard_normal(deviations_BN.shape) * told_N
-        return Series(*curve, stderr_N + told_N, deviations_BN + noise_BN)
+        stderr_N, deviations_BN = stderr_N + told_N, deviations_BN + noise_BN
+        return Series(task, metric, family, data, is_lower, rows, stderr_N, deviations_BN, zeros)
     without = next((row for row in rows if row.stderr is None), None)
     if without is not None:
         raise DataError(
-            f"{table.path}, line {without.line}: {first.metric} has no stderr: give it, or the scores of single "
+            f"{table.where(without)}: {first.metric} has no stderr: give it, or the scores of single "
             "examples beside the table"
         )
-    return Series(*curve, np.maximum(told_N, 1e-6 * max(1e-3, float(np.ptp([row.value for row in rows])))))
+    stderr_N = np.maximum(told_N, 1e-6 * max(1e-3, float(np.ptp([row.value for row in rows]))))
+    return Series(task, metric, family, data, is_lower, rows, stderr_N, zeros=zeros)
 
 
 # ---- scores of single examples ----
 
 
-Scores = dict[str, tuple[float, str]]
-"""A metric of one model on single examples: value and template by key."""
+def _paired(
+    table: ResultsTable, rows: list[Measurement], notes: list[str]
+) -> tuple[list[Measurement], np.ndarray, np.ndarray] | None:
+    """``resampled_deviations`` of all runs, where each has scores of its own and they share examples.
 
-
-def read_scores(folder: Path, row: Measurement) -> Scores | None:
-    """Scores behind a row of the table; None if there are none.
-
-    Raises:
-        DataError: a line has no key, a key occurs twice, or a score is not a number.
+    A model's settings are compared on the examples that all of them have: the rows have the means over those. More
+    examples in the prompt may leave no room for some questions, and those that are left are not a fair sample.
     """
-    name = f"{row.task}.jsonl" if row.data == DATA[0] else f"{row.task}.{row.data}.jsonl"
-    file = folder / row.model / (f"seed-{row.seed}" if row.seed else "") / name
-    is_name = all(map(is_entry, (*row.model.split("/"), f"seed-{row.seed}", name)))  # else nobody's files are called so
-    text = read_text(file) if is_name else None
-    if text is None:
-        return None
-    field = FIELDS.get(row.metric, row.metric)
-    scores: Scores = {}
-    keys = set()
-    for where, record in json_lines(file, text.split("\n"), parse_json):
-        if not isinstance(record, dict) or "key" not in record:
-            raise DataError(f"{where}: there is no key: each line is a JSON object with a key that all models share")
-        key = str(record["key"])
-        if key in keys:
-            raise DataError(f"{where}: the key {key!r} occurs twice")
-        keys.add(key)
-        if record.get(field) is None:  # refused examples and other metrics' files
-            continue
-        try:
-            value = float(record[field])
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise DataError(f"{where}: {field} is {record[field]!r}, which is not a number")
-        scores[key] = value, str(record.get("template") or key)
-    return scores or None
-
-
-def _paired(examples: Path, rows: list[Measurement], notes: list[str]) -> tuple[np.ndarray, np.ndarray] | None:
-    """``resampled_deviations`` of all runs, where each has scores of its own and they share examples."""
-    what = f"{rows[0].task}, {rows[0].metric}"
-    runs = [(row.model, row.seed) for row in rows]
+    what, scores_of = f"{rows[0].task}, {rows[0].metric}", table.scores
+    assert scores_of is not None
+    runs = [(row.model, row.seed, settings_of(row, table.within)) for row in rows]
     if twice := [run for run in runs if runs.count(run) > 1]:
         notes.append(f"{what}: {twice[0][0]} is in several rows, and its examples do not say which: no bootstrap")
         return None
-    read = [(row, read_scores(examples, row)) for row in rows]
+    read = [(row, scores_of(row)) for row in rows]
     scored = [(row, scores) for row, scores in read if scores is not None]
     if len(scored) < len(rows):
         if scored:
@@ -180,7 +204,16 @@ def _paired(examples: Path, rows: list[Measurement], notes: list[str]) -> tuple[
     if shared < 0.5 * most:
         notes.append(f"{what}: models share {shared} of up to {most} examples: too few for a bootstrap over them")
         return None
-    return resampled_deviations([scores for _, scores in scored], num_draws=NUM_DRAWS)
+    drawn = resampled_deviations([scores for _, scores in scored], num_draws=NUM_DRAWS)
+    settings = [settings_of(row, table.within) for row in rows]
+    if drawn is None:
+        return None
+    if shared < most and any(one != settings[0] for one in settings):
+        notes.append(f"{what}: {rows[0].model} is judged on the {shared} of {most} examples that all settings have")
+        common = sorted(set.intersection(*keys))
+        means = [float(np.mean([scores[key][0] for key in common])) for _, scores in scored]
+        rows = [row.model_copy(update={"value": v, "n": shared}) for row, v in zip(rows, means, strict=True)]
+    return rows, *drawn
 
 
 def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -192,20 +225,29 @@ def resampled_deviations(scores: list[Scores], *, num_draws: int) -> tuple[np.nd
     keys = sorted(set.intersection(*map(set, scores)))
     if len(keys) < 2:
         return None
-    names, cluster_of = np.unique([scores[0][key][1] for key in keys], return_inverse=True)
-    if len(names) < 2:  # all of one template: nothing to draw but examples
-        names, cluster_of = np.array(keys), np.arange(len(keys))
     values_NX = np.array([[score[key][0] for key in keys] for score in scores])
-    sums_NC = np.stack([np.bincount(cluster_of, row, len(names)) for row in values_NX])
-    counts_C = np.bincount(cluster_of, minlength=len(names)).astype(float)
+    return deviations_of(values_NX, np.ones_like(values_NX), [scores[0][key][1] for key in keys], num_draws=num_draws)
+
+
+def deviations_of(
+    values_NX: np.ndarray, member_NX: np.ndarray, clusters: Sequence[str], *, num_draws: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``resampled_deviations`` of the questions, X, that each run counts: those where ``member_NX`` is 1."""
+    names, cluster_of = np.unique(clusters, return_inverse=True)
+    if len(names) < 2:  # all of one template: nothing to draw but examples
+        names, cluster_of = np.arange(len(clusters)), np.arange(len(clusters))
+    sums_NC, counts_NC = (
+        np.stack([np.bincount(cluster_of, row, len(names)) for row in rows_NX])
+        for rows_NX in (values_NX * member_NX, member_NX.astype(float))
+    )
     random = np.random.default_rng(0)
     step = max(1, _CHUNK // len(names))
     means = []
     for start in range(0, num_draws, step):
         number = min(step, num_draws - start)
         drawn_BC = random.multinomial(len(names), np.full(len(names), 1 / len(names)), number).astype(float)
-        means.append((drawn_BC @ sums_NC.T) / (drawn_BC @ counts_C)[:, None])
-    deviations_BN = np.concatenate(means) - values_NX.mean(1)
+        means.append((drawn_BC @ sums_NC.T) / np.maximum(drawn_BC @ counts_NC.T, 1.0))
+    deviations_BN = np.concatenate(means) - sums_NC.sum(1) / counts_NC.sum(1)
     return deviations_BN, deviations_BN.std(0, ddof=1)
 
 

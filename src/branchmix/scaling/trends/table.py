@@ -5,20 +5,31 @@
 
 Columns: `task, model, metric, value`, and `stderr` or `n`. Optional: `family` (curves are drawn by family), `seed`
 (several runs of one size), `data` (official or fresh), `cause`, `description` (what a task of one's own tests), and
-what `FLAG_COLUMNS` lists. Every further column of numbers is an axis.
+what `FLAG_COLUMNS` lists. Every further column of numbers is an axis. Where it differs between rows of one model, such
+as the number of examples in the prompt, it is an axis within models, and may be 0.
+
+Scores of single examples lie beside the table, for a bootstrap in which all models meet the same questions:
+`examples/<model>/<task>.jsonl`, a line for each example with `key` (the same for all models), `template` (examples of
+one template are drawn together), `correct` (0 or 1) and further metrics by name, such as `loss`. Fresh data lies in
+`<task>.fresh.jsonl`, a run with a seed in `<model>/seed-<seed>/`, and what differs within a model in a folder for each
+of those axes, in alphabetical order: `<model>/seed-<seed>/shots-4/`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from branchmix.checkpoint.families import nearest
+from branchmix.checkpoint.folder import is_entry
+from branchmix.checkpoint.json_text import parse_json
+from branchmix.data.sources import json_lines
 from branchmix.errors import DataError
 from branchmix.scaling.examples import csv_lines, read_text
 from branchmix.settings import Settings, parse
@@ -36,6 +47,8 @@ COUNTED = ("accuracy", "acc", "acc_norm", "exact_match")
 """Shares of examples, each right or wrong; the last three are lm-eval's names. Their error follows from ``n``."""
 SHARES = (*COUNTED, "f1", "mc1", "mc2")
 """Metrics between 0 and 1, of which more is better."""
+FIELDS = {"accuracy": "correct"}
+"""Metrics whose field in the scores of examples has another name."""
 
 
 def is_any_of(metric: str, words: Sequence[str]) -> bool:
@@ -53,6 +66,8 @@ class Measurement(Settings):
     """A metric of a model on a task."""
 
     line: int
+    source: str = ""
+    """The file, if it is not the table's."""
     task: str
     model: str
     metric: Annotated[str, BeforeValidator(str.lower)]
@@ -66,7 +81,7 @@ class Measurement(Settings):
     cause: str = ""
     description: str = ""
     axes: dict[str, float]
-    """Only what the row says; all positive."""
+    """Only what the row says; no negative number, and 0 only on axes that are not known by name."""
     constant_share: float | None = None
     constant_baselines: Annotated[
         tuple[float, ...], BeforeValidator(lambda text: [word for word in text.split("|") if word.strip()])
@@ -98,8 +113,14 @@ class Measurement(Settings):
         return self
 
 
-KNOWN = Measurement.model_fields.keys() - {"line", "axes"}
+KNOWN = Measurement.model_fields.keys() - {"line", "source", "axes"}
 """Columns that are no axes."""
+
+
+Scores = dict[str, tuple[float, str]]
+"""A metric of one model on single examples: value and template by key."""
+ScoresOf = Callable[[Measurement], Scores | None]
+"""Finds the scores behind a row; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +131,25 @@ class ResultsTable:
     rows: list[Measurement]
     axes: list[str]
     """Columns that can be an axis: those known by name first."""
-    examples: Path | None = None
-    """Where scores of single examples lie, if there are any."""
+    scores: ScoresOf | None = None
+    """Finds scores of single examples, if there are any."""
     not_axes: dict[str | None, str] = field(default_factory=dict)
     """Further columns that cannot be an axis, and why not."""
+    within: tuple[str, ...] = ()
+    """Axes along which one model has several rows: its settings, not its size."""
+    notes: tuple[str, ...] = ()
+    """What was left out."""
+    lower_is_better: tuple[str, ...] = ()
+    """Metrics of which the table's source says so."""
+
+    def where(self, row: Measurement) -> str:
+        """The place of a row, for messages."""
+        return row.source or f"{self.path}, line {row.line}"
+
+    def zero(self, axis: str) -> float:
+        """The number whose logarithm stands for 0 on an axis: one step to the left of the smallest positive place."""
+        places = sorted({place for row in self.rows if (place := row.axes.get(axis, 0.0)) > 0})
+        return places[0] ** 2 / places[1] if len(places) > 1 else (places or [1.0])[0] / 2
 
     def choose_axis(self, wanted: str | None, notes: list[str]) -> str:
         """The axis asked for, or the training FLOPs, or else what every row has; all rows have a value on it.
@@ -131,12 +167,16 @@ class ResultsTable:
         lacking = {axis: next((row for row in self.rows if axis not in row.axes), None) for axis in self.axes}
         first = self.axes[0]
         axis = wanted or next((axis for axis in self.axes if lacking[axis] is None), first)
+        varied = next((axis for axis in self.within if lacking[axis] is None), None)
+        if wanted is None and varied is not None and len({row.axes.get(axis) for row in self.rows}) == 1:
+            notes.append(f"the axis is {varied}: along {axis} there is a single place")
+            return varied
         if (row := lacking[axis]) is not None:
             advice = "fill it in" if wanted is None else "fill it in for every model, or choose another --axis"
-            raise DataError(f"{self.path}, line {row.line}: {row.model} has no {axis}: {advice}")
+            raise DataError(f"{self.where(row)}: {row.model} has no {axis}: {advice}")
         if (row := lacking[first]) is not None and wanted is None:
             notes.append(f"the axis is {axis}: {row.model} has no {first} (line {row.line})")
-        elif axis != "flops" and wanted is None:
+        elif axis != "flops" and wanted is None and axis not in self.within:
             notes.append(f"the axis is {axis}: the table has no training FLOPs (column flops)")
         return axis
 
@@ -167,9 +207,10 @@ def read_table(path: Path) -> ResultsTable:
     not_axes: dict[str | None, str] = {}
     for name in sorted(header, key=lambda name: AXES.index(name) if name in AXES else len(AXES)):
         given = [(number, cell[name]) for number, cell in cells if name not in KNOWN and name in cell]
-        bad = next((place for place in given if not _is_positive(place[1])), None)
+        bad = next((place for place in given if not _is_place(place[1], may_be_zero=name not in AXES)), None)
         if bad is not None:
-            not_axes[name] = f"line {bad[0]} has {bad[1]!r} as {name}, which is not a positive number"
+            what = "not a positive number" if name in AXES else "neither 0 nor a positive number"
+            not_axes[name] = f"line {bad[0]} has {bad[1]!r} as {name}, which is {what}"
         elif given:
             axes.append(name)
     if wrong := next((not_axes[name] for name in AXES if name in not_axes), None):
@@ -190,7 +231,68 @@ def read_table(path: Path) -> ResultsTable:
                 "remove one, or distinguish the runs in a column `seed`"
             )
     examples = folder / "examples" if folder and (folder / "examples").is_dir() else None
-    return ResultsTable(file, rows, axes, examples, not_axes)
+    within = axes_within(rows, axes)
+    scores = partial(read_scores, examples, within=within) if examples is not None else None
+    return ResultsTable(file, rows, axes, scores, not_axes, within)
+
+
+def axes_within(rows: Sequence[Measurement], axes: Sequence[str]) -> tuple[str, ...]:
+    """Axes not known by name in which rows differ that are of one model, seed and place on the axes known by name."""
+    places: dict[tuple[object, ...], list[Measurement]] = {}
+    for row in rows:
+        known = (row.axes.get(axis) for axis in AXES)
+        places.setdefault((row.task, row.model, row.family, row.data, row.metric, row.seed, *known), []).append(row)
+    return tuple(
+        axis
+        for axis in axes
+        if axis not in AXES and any(len({row.axes.get(axis) for row in of}) > 1 for of in places.values())
+    )
+
+
+def settings_of(row: Measurement, within: Sequence[str]) -> dict[str, float]:
+    """Where a row is on the axes within models."""
+    return {axis: row.axes[axis] for axis in sorted(within) if axis in row.axes}
+
+
+def settings_folder(settings: Mapping[str, float]) -> str:
+    """Folder of examples of a model with these settings, below the model's own: ``shots-4``; empty without any."""
+    return "/".join(f"{axis}-{settings[axis]:.15g}" for axis in sorted(settings))
+
+
+def read_scores(folder: Path, row: Measurement, within: Sequence[str] = ()) -> Scores | None:
+    """Scores behind a row of the table; None if there are none. ``within`` are the table's axes within models.
+
+    Raises:
+        DataError: a line has no key, a key occurs twice, or a score is not a number.
+    """
+    name = f"{row.task}.jsonl" if row.data == DATA[0] else f"{row.task}.{row.data}.jsonl"
+    settings = settings_folder(settings_of(row, within))
+    file = folder / row.model / (f"seed-{row.seed}" if row.seed else "") / settings / name
+    parts = (*row.model.split("/"), f"seed-{row.seed}", *filter(None, settings.split("/")), name)
+    is_name = all(map(is_entry, parts))  # else nobody's files are called so
+    text = read_text(file) if is_name else None
+    if text is None:
+        return None
+    field = FIELDS.get(row.metric, row.metric)
+    scores: Scores = {}
+    keys = set()
+    for where, record in json_lines(file, text.split("\n"), parse_json):
+        if not isinstance(record, dict) or "key" not in record:
+            raise DataError(f"{where}: there is no key: each line is a JSON object with a key that all models share")
+        key = str(record["key"])
+        if key in keys:
+            raise DataError(f"{where}: the key {key!r} occurs twice")
+        keys.add(key)
+        if record.get(field) is None:  # refused examples and other metrics' files
+            continue
+        try:
+            value = float(record[field])
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{where}: {field} is {record[field]!r}, which is not a number")
+        scores[key] = value, str(record.get("template") or key)
+    return scores or None
 
 
 def _check_header(file: Path, header: list[str]) -> None:
@@ -207,8 +309,8 @@ def _check_header(file: Path, header: list[str]) -> None:
         raise DataError(f"{file}: the column {twice!r} appears twice: rename one")
 
 
-def _is_positive(word: str) -> bool:
+def _is_place(word: str, *, may_be_zero: bool) -> bool:
     try:
-        return 0 < float(word) < math.inf
+        return (float(word) >= 0 if may_be_zero else float(word) > 0) and float(word) < math.inf
     except ValueError:
         return False

@@ -12,31 +12,31 @@ the metric's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from scipy import stats
 
 from branchmix.scaling.trends.fit import Curve
 from branchmix.scaling.trends.order import Interval, Turn, form, is_flat, trend, turn
+from branchmix.statistics import Correction, adjusted
 
 Label = Literal["standard", "inverse", "u-shaped", "inverted-u", "flat", "inconclusive", "not-testable"]
 SHAPES = ("u-shaped", "inverted-u")
 DIRECTED = ("standard", "inverse", *SHAPES)
 MIN_SIZES = 5
+Key = TypeVar("Key")
 WORDS: dict[str, str] = {
     "standard": "better with scale",
     "inverse": "worse with scale",
     "u-shaped": "worse, then better again",
     "inverted-u": "better, then worse again",
-    "flat": "the same at every size",
+    "flat": "the same all along",
     "inconclusive": "cannot be told",
-    "not-testable": "too few sizes to judge",
+    "not-testable": "too few points to judge",
 }
-Correction = Literal["bh", "holm", "none"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Evidence:
             paired=self.paired,
         )
         if label in SHAPES and self.turn is not None:
-            verdict.turning_point = 10**self.turn.turning
+            verdict.turning_point = self.turn.turning
             *legs, both = zip(self.turn.changes, map(self._possible, self.turn.intervals), strict=True)
             verdict.effect, verdict.interval = both
             for effect, interval in legs:
@@ -177,11 +177,16 @@ class Evidence:
 def _form_in_words(form: dict[str, dict[str, Any]]) -> Iterator[str]:
     """What a curve looks like, in the units of its axis and metric."""
     if jump := form.get("jump"):
-        yield f"a jump of {jump['effect']:+.3g} between {jump['from']:.2g} and {jump['to']:.2g}"
+        yield f"a jump of {jump['effect']:+.3g} between {place_text(jump['from'])} and {place_text(jump['to'])}"
     if level := form.get("level_until"):
-        yield f"level up to {level['axis']:.2g}, at {level['value']:.3g}"
+        yield f"level up to {place_text(level['axis'])}, at {level['value']:.3g}"
     if level := form.get("level_from"):
-        yield f"level from {level['axis']:.2g} on, at {level['value']:.3g}"
+        yield f"level from {place_text(level['axis'])} on, at {level['value']:.3g}"
+
+
+def place_text(place: float) -> str:
+    """A place on an axis, for a terminal: ``16384``, ``1.4e+09``."""
+    return f"{place:.0f}" if place == round(place) and place < 1e5 else f"{place:.2g}"
 
 
 def describe(y_K: np.ndarray) -> str:
@@ -205,19 +210,7 @@ def p_text(p: float) -> str:
 # ---- many tasks ----
 
 
-def adjusted(p: Sequence[float], correction: Correction) -> list[float]:
-    """p after Benjamini and Hochberg (1995) or Holm (1979)."""
-    if correction == "none" or len(p) < 2:
-        return list(p)
-    values = np.asarray(p, dtype=float)
-    if correction == "bh":
-        return [float(value) for value in stats.false_discovery_control(values, method="bh")]
-    order = np.argsort(values)
-    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
-    return [float(value) for value in np.minimum(stepped, 1)[np.argsort(order)]]
-
-
-def judge_together(tasks: Mapping[str, Evidence], *, correction: Correction, limits: Limits) -> dict[str, Verdict]:
+def judge_together(tasks: Mapping[Key, Evidence], *, correction: Correction, limits: Limits) -> dict[Key, Verdict]:
     """Verdicts of tasks that were tested side by side: a metric of one family.
 
     Each task brings one p: that of the shape if the curve turns significantly by itself, else that of the trend. A

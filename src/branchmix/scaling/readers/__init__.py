@@ -1,0 +1,1 @@
+"""Results of other harnesses as a table for ``branchmix scaling trends --from``: no csv is written."""
