@@ -16,7 +16,8 @@ from branchmix.checkpoint.writer import write_checkpoint
 from branchmix.errors import BranchMixError, CompatibilityError
 from branchmix.upcycling.edit_experts import EditedMixture
 from branchmix.upcycling.layers import all_same
-from branchmix.upcycling.low_rank import matrices_of, place_of
+from branchmix.upcycling.lora import place_of
+from branchmix.upcycling.low_rank import matrices_of
 from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import ROLES, Change, DenseExpert, MixtureExpert
 

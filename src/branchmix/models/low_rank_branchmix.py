@@ -46,7 +46,9 @@ class BranchMixLowRank(nn.Module):
     def of_one(self, x: torch.Tensor) -> torch.Tensor:
         """The only expert's output, [..., I] to [..., O]: as few and as small steps as there can be."""
         y = linear(x, self.weight, self.bias)
-        return y if self.low_rank_A is None else y + linear(x, self.low_rank_A) @ self.low_rank_B
+        if self.low_rank_A is None or self.low_rank_B is None:
+            return y
+        return y + linear(x, self.low_rank_A) @ self.low_rank_B
 
     def of_all(self, x: torch.Tensor) -> torch.Tensor:
         """Every expert's output, [..., I] to [..., E, O]."""

@@ -33,12 +33,10 @@ from branchmix.upcycling.execute import (
     write_output,
 )
 from branchmix.upcycling.layers import all_same, attention_tensors, ffn_tensors, same_keys_and_values
-from branchmix.upcycling.lora import check_adapter
+from branchmix.upcycling.lora import Adapter, adapter_factors, check_adapter
 from branchmix.upcycling.low_rank import (
-    Adapter,
     Decomposed,
     LowRankExpert,
-    adapter_factors,
     matrices_of,
     ranks_of,
     singular_factors,

@@ -44,7 +44,7 @@ from branchmix.errors import BranchMixError, CheckpointError, CompatibilityError
 from branchmix.pages.numbers import too_little_space
 from branchmix.recipe import Recipe
 from branchmix.upcycling.compatibility import Fit, check_fit
-from branchmix.upcycling.low_rank import Adapter
+from branchmix.upcycling.lora import Adapter, check_adapter, merge_adapter
 from branchmix.upcycling.model_card import model_card
 from branchmix.upcycling.plan import Plan, Progress, plan_upcycling
 from branchmix.upcycling.sources import DenseExpert, who
@@ -256,8 +256,6 @@ def open_sources(recipe: Recipe, out: Path, *, dry_run: bool, force: bool) -> It
         CompatibilityError: with the problems of all sources, those that cannot be found or read among them.
         OutputError: as ``refuse_overlap``.
     """
-    from branchmix.upcycling.lora import check_adapter, merge_adapter
-
     given = {"seed": recipe.seed, **{expert.name: expert.model for expert in recipe.experts}}
     models: dict[str, ResolvedModel] = {}
     problems: list[str] = []

@@ -1,16 +1,21 @@
-"""PEFT LoRA adapters as experts: merged into their base model, by peft itself, before anything else happens."""
+"""PEFT LoRA adapters as experts: merged into their base model, by peft itself, or kept as the factors that they are."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from branchmix.checkpoint.families import entry_of, is_head, is_tied
+from branchmix.checkpoint.expressions import Columns, Expression, Gained, Scaled, Span, Stored, Transposed, same_values
+from branchmix.checkpoint.families import Config, Dimensions, Family, entry_of, is_head, is_tied
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header, read_json_object
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
+from branchmix.upcycling.sources import ROLES, DenseExpert, fused_rows
 from branchmix.upcycling.structure import TOKEN_TABLES
 
 
@@ -140,3 +145,132 @@ def _tied_again(model: Any) -> None:
     model.config.tie_word_embeddings = torch.allclose(embeddings.weight, head.weight, rtol=0, atol=noise)
     if model.config.tie_word_embeddings:
         head.weight = embeddings.weight
+
+
+# ---- Factors as they are, for experts that stay changes of the seed ----
+
+_CHANGES_MORE = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "arrow_config",
+    "loftq_config",
+    "corda_config",
+    "use_bdlora",
+)
+"""Settings of peft's with which an adapter is more than ``W + B A``, or was trained on other matrices than W."""
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter's factors, where its changes of attention and FFN are nothing else."""
+
+    factors: dict[str, tuple[TensorRef, TensorRef, float]]
+    """A [r, in], B [out, r] and scale by the name of the seed's matrix, without ``.weight``."""
+    outside: bool
+    """Whether it changes more than matrices of attention and FFN."""
+    reason: str | None = None
+    """Why its changes of attention and FFN are more than these factors."""
+
+    @property
+    def is_more(self) -> bool:
+        """Whether the factors are not all that it changes, so that it has to be merged."""
+        return self.outside or self.reason is not None
+
+    @classmethod
+    def read(cls, folder: Path, seed: DenseExpert) -> Adapter:
+        """The adapter in a folder that ``check_adapter`` let through."""
+        settings = read_json_object(folder / ADAPTER_CONFIG)
+        reason = next((key for key in _CHANGES_MORE if settings.get(key)), None)
+        if settings.get("init_lora_weights", True) not in _PLAIN_INIT:
+            reason = f"init_lora_weights: {settings['init_lora_weights']}"
+        if settings.get("bias", "none") != "none":
+            reason = f"bias: {settings['bias']}"
+        inside = re.compile(
+            rf"(.*\.)?{re.escape(seed.family.layers.partition('.')[2] or seed.family.layers)}\.\d+\."
+            rf"({'|'.join(map(re.escape, seed.projections))})"
+        )
+        found: dict[str, dict[str, TensorRef]] = {}
+        outside = bool(settings.get("modules_to_save"))
+        for ref in read_header(folder / ADAPTER_WEIGHTS):
+            module, _, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
+            if which in ("A.weight", "B.weight") and inside.fullmatch(module):
+                name = next(n for n in seed.tensors if n == f"{module}.weight" or n.endswith(f".{module}.weight"))
+                found.setdefault(name.removesuffix(".weight"), {})[which[0]] = ref
+            elif inside.match(module):
+                reason = reason or f"it has {ref.name}"
+            else:
+                outside = True
+        factors = {
+            module: (pair["A"], pair["B"], _scale(settings, module, pair["A"].shape[0]))
+            for module, pair in found.items()
+            if pair.keys() == {"A", "B"}
+        }
+        return cls(factors, outside, reason)
+
+
+def _scale(settings: Config, module: str, rank: int) -> float:
+    """peft's factor on B A: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)."""
+    alpha = settings.get("lora_alpha", 8)
+    for pattern, other in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = other
+            break
+    return float(alpha / (rank**0.5 if settings.get("use_rslora") else rank))
+
+
+def adapter_factors(
+    adapter: Adapter, expert: DenseExpert, seed: DenseExpert, matrices: Sequence[str]
+) -> dict[tuple[int, str], tuple[Expression, Expression]]:
+    """An adapter's factors for the matrices of experts, verbatim but for scale and folded gains.
+
+    Args:
+        expert, seed: with the same norms folded.
+    """
+    family, dims, found = seed.family, seed.dims, {}
+    for layer in range(dims.num_layers):
+        block = f"{family.layers}.{layer}"
+        for matrix in matrices:
+            module, rows, norm = place_of(family, dims, matrix)
+            if (factors := adapter.factors.get(f"{block}.{module}")) is None:
+                continue
+            ref_A, ref_B, scale = factors
+            A: Expression = Stored(ref_A)
+            B: Expression = Transposed(Stored(ref_B))
+            if rows is not None:
+                B = Columns(tuple((B, *span) for span in rows))
+            if expert.fold_norms and norm is not None:
+                A = Gained(A, Stored(expert.tensors[f"{block}.{norm}.weight"]), family.gain_offset)
+            found[layer, matrix] = (A, B if scale == 1.0 else Scaled(B, scale))
+    return found
+
+
+def place_of(family: Family, dims: Dimensions, matrix: str) -> tuple[str, Sequence[Span] | None, str | None]:
+    """Where the seed keeps a matrix: module below the block, its rows there if it shares it, and the norm before it."""
+    if matrix in ROLES:
+        own = {"q": family.query, "k": family.key, "v": family.value, "o": family.output}[matrix]
+        if matrix == "o" or not family.fused_qkv:
+            return f"{family.attention}.{own}", None, None if matrix == "o" else family.attention_input_norm
+        rows = fused_rows(family, dims, matrix)
+        return f"{family.attention}.{family.fused_qkv}", rows, family.attention_input_norm
+    if matrix == "down":
+        return family.down, None, None
+    if family.fused_gate_up:
+        inner = dims.intermediate_size
+        first = 0 if matrix == "gate" else inner
+        return family.fused_gate_up, ((first, first + inner),), family.ffn_input_norm
+    return str(family.gate if matrix == "gate" else family.up), None, family.ffn_input_norm
+
+
+def gains_differ(expert: DenseExpert, seed: DenseExpert) -> bool:
+    """Whether folding gains makes an adapter's change more than its factors: it trained norms before matrices."""
+    if not expert.fold_norms:
+        return False
+    norms = [norm for norm in (expert.family.attention_input_norm, expert.family.ffn_input_norm) if norm]
+    names = [f"{seed.family.layers}.{layer}.{norm}.weight" for layer in range(seed.dims.num_layers) for norm in norms]
+    return not all(same_values(Stored(expert.tensors[name]), Stored(seed.tensors[name])) for name in names)

@@ -30,13 +30,11 @@ from branchmix.upcycling.layers import (
     mean,
     same_keys_and_values,
 )
+from branchmix.upcycling.lora import Adapter, adapter_factors, gains_differ
 from branchmix.upcycling.low_rank import (
-    Adapter,
     Decomposed,
     LowRankExpert,
     SingularFactor,
-    adapter_factors,
-    gains_differ,
     matrices_of,
     ranks_of,
     singular_factors,
