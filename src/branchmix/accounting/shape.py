@@ -231,11 +231,14 @@ def _check_ranks(of_layers: Any, config: Config) -> None:
         for ranks in layer.values()
     )
     _require(right, "expert_ranks is not a list of ranks of the experts by matrix")
+    layers = dimensions(config["seed_config"]).num_layers
+    _require(len(of_layers) in (1, layers), f"expert_ranks has {len(of_layers)} layers, the model {layers}")
     names = {name for layer in of_layers for name in layer}
     own = {"kv_experts": {"q", "k", "v", "o"}, "kv_sharing": {"q", "o"}}.get(config["attention"], set())
-    own |= {"up", "down"} if config["ffn"] == "experts" else set()
+    gate = {"gate"} if family_of(config["seed_config"]).gate is not None else set()
+    own |= {"up", "down", *gate} if config["ffn"] == "experts" else set()
     _require(all(layer.keys() >= own for layer in of_layers), f"expert_ranks lacks one of {', '.join(sorted(own))}")
-    unknown = names - own - {"gate"}
+    unknown = names - own
     _require(not unknown, f"expert_ranks has {', '.join(sorted(unknown))}, which is no matrix of an expert here")
 
 

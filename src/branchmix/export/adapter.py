@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from branchmix.checkpoint.expressions import Columns, Expression, Stack, Transposed
+from branchmix.checkpoint.expressions import Columns, Expression, Stack, Stored, Transposed
 from branchmix.checkpoint.families import Config
 from branchmix.checkpoint.folder import write_json, writing
 from branchmix.checkpoint.generated_tensors import Constant
 from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import write_checkpoint
 from branchmix.errors import BranchMixError, CompatibilityError
 from branchmix.upcycling.edit_experts import EditedMixture
 from branchmix.upcycling.layers import all_same
 from branchmix.upcycling.lora import place_of
-from branchmix.upcycling.low_rank import matrices_of
+from branchmix.upcycling.low_rank import changed_seed, matrices_of
 from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import ROLES, Change, DenseExpert, MixtureExpert
 
@@ -41,12 +42,12 @@ def plan_adapter(mixture: EditedMixture, expert: MixtureExpert) -> Plan:
     except BranchMixError as error:
         notes.append(f"the seed could not be read, so nothing was compared with it: {error}")
     else:
-        if differing := list(_other_changes(expert, seed)):
+        if differing := list(_other_changes(mixture, expert, seed)):
             raise CompatibilityError(
                 [f"{given}: {name} has another {what} than the seed: --to dense --expert {name}" for what in differing]
             )
         if not mixture.shares_trunk_with(seed):
-            notes.append("the mixture's embeddings, norms or head are not the seed's, on which the adapter will run")
+            notes.append("the embeddings, norms or head that the experts share are not the seed's, on which it runs")
     tensors = dict(_tensors(mixture, expert))
     if not tensors:
         raise CompatibilityError([f"{given}: {name} is the seed itself, without any change: there is no adapter"])
@@ -68,8 +69,19 @@ def write_adapter(
     return (weights,)
 
 
-def _other_changes(expert: MixtureExpert, seed: DenseExpert) -> Iterator[str]:
-    """What else than matrices differs from the seed in attention or FFN, once each."""
+def _other_changes(mixture: EditedMixture, expert: MixtureExpert, seed: DenseExpert) -> Iterator[str]:
+    """What else than an expert's factors differs from the seed, once each."""
+    if (trained := changed_seed(expert, seed, mixture.matrices, mixture.dtype)) is not None:
+        yield f"seed's matrix ({trained})"
+    ropes = mixture.config.get("expert_rope_parameters")
+    if ropes and ropes[expert.number] != rope_of(mixture.seed_config):
+        yield "set of rotary parameters"
+    if mixture.shape.trunk == "experts":
+        trunk = ((name, expert.trunk(name), Stored(seed.tensors[name])) for name in seed.trunk_tensors())
+        yield from [name for name, ours, theirs in trunk if not all_same([ours, theirs], mixture.dtype)][:1]
+    shared = not mixture.shape.has_attention_experts or mixture.config["attention"] == "kv_sharing"
+    if shared and not mixture.shares_trunk_with(seed):
+        yield "attention (what the mixture's experts share of it)"
     found = set()
     for layer in range(seed.dims.num_layers):
         both = (expert, seed)

@@ -51,8 +51,8 @@ def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
 def keep_experts(model: Any, experts: Sequence[str | int]) -> Any:
     """A mixture of some of a mixture's experts. Its gates are a softmax over these; with one expert they are 1.
 
-    Weights are those of ``model``, but attention's projections of several experts are copied where they are not side by
-    side in its wide matrices. Do not train either of the two.
+    Weights are those of ``model``, but attention's projections of several experts, and factors of low rank, are copied
+    where they are not side by side in its tensors. Do not train either of the two.
 
     Args:
         model: a mixture with a language-modelling head.
@@ -115,7 +115,8 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
             if value is None or name == "weight":
                 continue
             parts = value.detach().split(whole.ranks) if name != "bias" else value.detach().chunk(len(whole.ranks))
-            some = torch.cat([parts[row] for row in rows]) if len(rows) > 1 else parts[rows[0]]
+            start, stop = (sum(len(part) for part in parts[:end]) for end in (rows[0], rows[-1] + 1))
+            some = value.detach()[start:stop] if _side_by_side(rows) else torch.cat([parts[row] for row in rows])
             kept._parameters[name] = nn.Parameter(some, requires_grad=False) if len(some) else None
     elif isinstance(kept, BranchMixSparseMoeBlock):
         if isinstance(kept.experts, BranchMixExperts) and not _side_by_side(rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ from branchmix.upcycling.execute import (
     write_output,
 )
 from branchmix.upcycling.layers import all_same, attention_tensors, ffn_tensors, same_keys_and_values
-from branchmix.upcycling.lora import Adapter, adapter_factors, check_adapter
+from branchmix.upcycling.lora import Adapter, adapter_factors, check_adapter, place_of
 from branchmix.upcycling.low_rank import (
     Decomposed,
     LowRankExpert,
+    changed_seed,
     matrices_of,
     ranks_of,
     singular_factors,
@@ -100,10 +102,12 @@ def add_expert(
     newcomer = newcomer.folding(mixture.config.get("folded_norms") or ())
     lossless = mixture.lossless and mixture.shares_trunk_with(newcomer)
     joins: DenseExpert | LowRankExpert = newcomer
+    decomposed = Decomposed()
     if mixture.shape.expert_ranks:
-        joins, exact = mixture.as_change(newcomer, adapter, progress)
-        lossless = lossless and exact
+        joins = mixture.as_change(newcomer, adapter, decomposed, progress)
+        lossless = lossless and adapter is not None
     plan = mixture.plan([*mixture.experts, joins], findings.notes, lossless, std, router_seed)
+    plan = replace(plan, decomposed=decomposed)
     added = Sourced(name, dense, newcomer.index, dense.folder if adapter else None)
 
     def step(hashes: FileHashes) -> dict[str, Any]:
@@ -169,38 +173,62 @@ class EditedMixture(OpenedMixture):
         """The seed that the mixture was merged from.
 
         Raises:
-            CheckpointError: none is on record, or it is not there any more.
+            CheckpointError: none is on record, it is not there any more, or it is another model now.
         """
-        for source in self.provenance()["sources"]:
-            if source["name"] == "seed":
-                return resolve(source["model"])
-        raise CheckpointError(f"{self.resolved.given}: its seed is not on record: merge the adapter into it first")
+        again = "merge the adapter into it, and give the merged model"
+        source = next((source for source in self.provenance()["sources"] if source["name"] == "seed"), None)
+        if source is None:
+            raise CheckpointError(f"{self.resolved.given}: its seed is not on record: {again}")
+        revision = f"@{source['revision']}" if source["revision"] and "@" not in source["model"] else ""
+        seed = resolve(f"{source['model']}{revision}")
+        for file in source.get("files", []):
+            there = seed.folder / file["name"]
+            if not there.is_file() or there.stat().st_size != file["bytes"]:
+                raise CheckpointError(
+                    f"{seed.folder}: is not the seed that {self.resolved.given} was merged from: {again}"
+                )
+        return seed
 
     def adapter(self, folder: Path) -> Adapter:
-        """A LoRA adapter of the recorded seed whose factors are all that it changes; raises CheckpointError if not."""
-        seed = CheckpointIndex.open(self.recorded_seed().folder)
-        check_adapter(folder, seed)
-        adapter = Adapter.read(folder, DenseExpert.open("seed", seed))
-        if adapter.is_more:
-            reason = adapter.reason or "it trains more than matrices of attention and FFN"
+        """A LoRA adapter of the recorded seed whose factors are all that it changes, and all have a place here.
+
+        Raises:
+            CheckpointError: there is none, or it changes more.
+        """
+        seed = DenseExpert.open("seed", CheckpointIndex.open(self.recorded_seed().folder))
+        check_adapter(folder, seed.index)
+        adapter = Adapter.read(folder, seed)
+        reason = adapter.reason or ("it trains more than matrices of attention and FFN" if adapter.outside else None)
+        places = {place_of(self.family, self.dims, matrix)[0] for matrix in self.matrices}
+        shared = sorted({name for name in adapter.factors if not name.endswith(tuple(f".{place}" for place in places))})
+        if reason is None and shared:
+            reason = f"it changes {shared[0]}, which all experts of this mixture share"
+        if reason is not None:
             raise CheckpointError(f"{folder}: {reason}: merge the adapter into the seed, and give the merged model")
+        changed = changed_seed(
+            self.experts[0], seed.folding(self.config.get("folded_norms") or ()), self.matrices, self.dtype
+        )
+        if changed is not None:
+            raise CheckpointError(
+                f"{self.resolved.given}: its {changed} is not the seed's any more, on which the adapter was trained: "
+                "merge the adapter into the seed, and give the merged model"
+            )
         return adapter
 
     def as_change(
-        self, newcomer: DenseExpert, adapter: Adapter | None, progress: Progress | None
-    ) -> tuple[LowRankExpert, bool]:
-        """A newcomer as a change of the seed's matrices, and whether it is exactly that."""
+        self, newcomer: DenseExpert, adapter: Adapter | None, decomposed: Decomposed, progress: Progress | None
+    ) -> LowRankExpert:
+        """A newcomer as a change of the seed's matrices: an adapter's own, or cut to the rank of the recipe."""
         seed = self.experts[0]
         if adapter is not None:
-            trained = DenseExpert.open("seed", newcomer.index).folding(self.config.get("folded_norms") or ())
-            factors = adapter_factors(adapter, newcomer, trained, self.matrices)
+            factors = adapter_factors(adapter, newcomer, newcomer, self.matrices)
         else:
             recipe = self.provenance()["recipe"]
             largest = max(rank for of in self.shape.expert_ranks for ranks in of.values() for rank in ranks)
             wanted = recipe.get("expert_rank", "full")
-            kept = (largest if wanted == "full" else wanted, recipe.get("expert_energy", 0.9), Decomposed(), progress)
-            factors = singular_factors(newcomer, seed, self.matrices, *kept)
-        return LowRankExpert(newcomer, seed, factors, self.matrices), adapter is not None
+            kept = (max(largest, 1) if wanted == "full" else wanted, recipe.get("expert_energy", 0.9))
+            factors = singular_factors(newcomer, seed, self.matrices, *kept, decomposed, progress)
+        return LowRankExpert(newcomer, seed, factors, self.matrices)
 
     def shares_trunk_with(self, newcomer: DenseExpert) -> bool:
         """Whether everything that is not an expert's is the same in the mixture and in a dense model."""
@@ -371,7 +399,7 @@ class EditedMixture(OpenedMixture):
         **options: Any,
     ) -> UpcycleReport:
         """Write the changed mixture, with ``write_output``'s options; its provenance is the old one and this step."""
-        named = [(expert.name, expert.index.folder) for expert in added]
+        named = [(expert.name, expert.model.folder) for expert in added]
         refuse_overlap(out, [self.resolved.folder, *(folder for _, folder in named)], force=force)
         written = None
         if not dry_run:

@@ -15,6 +15,7 @@ from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header, read_json_object
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
+from branchmix.upcycling.layers import cast
 from branchmix.upcycling.sources import ROLES, DenseExpert, fused_rows
 from branchmix.upcycling.structure import TOKEN_TABLES
 
@@ -154,7 +155,6 @@ _CHANGES_MORE = (
     "lora_bias",
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
     "alora_invocation_tokens",
     "use_qalora",
     "arrow_config",
@@ -189,27 +189,29 @@ class Adapter:
         reason = next((key for key in _CHANGES_MORE if settings.get(key)), None)
         if settings.get("init_lora_weights", True) not in _PLAIN_INIT:
             reason = f"init_lora_weights: {settings['init_lora_weights']}"
-        if settings.get("bias", "none") != "none":
-            reason = f"bias: {settings['bias']}"
         inside = re.compile(
             rf"(.*\.)?{re.escape(seed.family.layers.partition('.')[2] or seed.family.layers)}\.\d+\."
             rf"({'|'.join(map(re.escape, seed.projections))})"
         )
         found: dict[str, dict[str, TensorRef]] = {}
-        outside = bool(settings.get("modules_to_save"))
+        trains = (settings.get("modules_to_save"), settings.get("trainable_token_indices"))
+        outside = any(trains) or settings.get("bias", "none") != "none"
         for ref in read_header(folder / ADAPTER_WEIGHTS):
             module, _, which = ref.name.removeprefix("base_model.model.").partition(".lora_")
             if which in ("A.weight", "B.weight") and inside.fullmatch(module):
                 name = next(n for n in seed.tensors if n == f"{module}.weight" or n.endswith(f".{module}.weight"))
                 found.setdefault(name.removesuffix(".weight"), {})[which[0]] = ref
-            elif inside.match(module):
+            elif inside.match(module) and not module.endswith(".bias"):
                 reason = reason or f"it has {ref.name}"
             else:
                 outside = True
+        for module, pair in found.items():
+            if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+                weights = folder / ADAPTER_WEIGHTS
+                raise CheckpointError(f"{weights}: A and B of {module} do not belong together: save the adapter again")
         factors = {
             module: (pair["A"], pair["B"], _scale(settings, module, pair["A"].shape[0]))
             for module, pair in found.items()
-            if pair.keys() == {"A", "B"}
         }
         return cls(factors, outside, reason)
 
@@ -245,8 +247,11 @@ def adapter_factors(
             if rows is not None:
                 B = Columns(tuple((B, *span) for span in rows))
             if expert.fold_norms and norm is not None:
-                A = Gained(A, Stored(expert.tensors[f"{block}.{norm}.weight"]), family.gain_offset)
-            found[layer, matrix] = (A, B if scale == 1.0 else Scaled(B, scale))
+                A = Gained(cast(A, "F32"), Stored(expert.tensors[f"{block}.{norm}.weight"]), family.gain_offset)
+            found[layer, matrix] = (
+                A,
+                B if scale == 1.0 else Scaled(cast(B, "F32"), scale),
+            )  # rounded once, to the output's dtype
     return found
 
 

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from branchmix.checkpoint.expressions import (
+    Cast,
     Expression,
     Span,
     same_values,
 )
 from branchmix.checkpoint.families import Dimensions, Family
 from branchmix.checkpoint.numbers import Array, from_float32, widened
+from branchmix.errors import CheckpointError
+from branchmix.upcycling.layers import cast
 from branchmix.upcycling.sources import (
     MATRICES,
     ROLES,
@@ -117,8 +120,8 @@ class Decomposed:
     """Factors of changes, decomposed one at a time and held for a few; and a record of all that were."""
 
     truncations: dict[tuple[str, int, str], Truncation] = field(default_factory=dict)
-    most: int = 64
-    """Matrices whose factors are held at a time."""
+    most_bytes: int = 1 << 28
+    """Of factors that are held at a time, beside those of the last matrix: 256 MB."""
     _held: dict[Any, tuple[Array, Array]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -146,7 +149,9 @@ class Decomposed:
                 seconds = time.perf_counter() - start
                 self.truncations[change.key] = Truncation(*change.key, rank, error, seconds)
                 self._held[change.key] = (A, B)
-                while len(self._held) > self.most:
+                while (
+                    len(self._held) > 1 and sum(A.nbytes + B.nbytes for A, B in self._held.values()) > self.most_bytes
+                ):
                     del self._held[next(iter(self._held))]
             return self._held[change.key]
 
@@ -165,6 +170,9 @@ class _Decomposable:
 
         rows = self.whole.num_rows
         change = widened(self.whole.rows(0, rows), self.whole.dtype) - widened(self.base.rows(0, rows), self.base.dtype)
+        if not np.isfinite(change).all():
+            name, layer, matrix = self.key
+            raise CheckpointError(f"{who(name)}: {matrix} in layer {layer} holds NaN or Inf: use an earlier checkpoint")
         return torch.from_numpy(np.ascontiguousarray(change, np.float32))
 
 
@@ -221,14 +229,18 @@ def rank_for(change: torch.Tensor, energy: float) -> int:
 
     At most as many as would take the place of the whole matrix.
     """
+    import torch
+
     rows, columns = change.shape
     most = max(1, rows * columns // (rows + columns))
     total, rank = float(change.double().square().sum()), 16
     if total == 0.0:
         return 0
     while True:
-        rank = min(rank, most)
-        kept = _singular(change, rank)[1].double().square().cumsum(0) / total
+        if 4 * rank >= min(change.shape):
+            rank = most
+        s = torch.linalg.svdvals(change)[:most] if rank == most else _singular(change, rank)[1]
+        kept = s.double().square().cumsum(0) / total
         enough = (kept >= energy).nonzero()
         if len(enough) or rank == most:
             return int(enough[0]) + 1 if len(enough) else most
@@ -265,11 +277,29 @@ def singular_factors(
                 progress(f"finding the ranks of {expert.name}", done, total)
             rank = rank_for(change.difference(), energy)
         else:
-            rank = 0 if same_values(change.whole, change.base) else min(wanted, *base.shape)
+            same = same_values(Cast(change.whole, "F32"), Cast(change.base, "F32"))
+            rank = 0 if same else min(wanted, *base.shape)
         if rank:
             factors = (SingularFactor(change, rank, decomposed, number) for number in (0, 1))
             found[layer, matrix] = tuple(factors)  # type: ignore[assignment]
     return found
+
+
+def changed_seed(mixture: ExpertSource, seed: DenseExpert, matrices: Sequence[str], dtype: str) -> str | None:
+    """The first matrix of a mixture's seed that is not that of a dense model, as it was trained since; None if none.
+
+    Args:
+        mixture: one of its experts.
+        seed: with the same norms folded.
+        dtype: the mixture's.
+    """
+    for layer in range(seed.dims.num_layers):
+        for matrix in matrices:
+            change = mixture.change(layer, matrix)
+            assert change is not None, "every expert of such a mixture is a change of the seed"
+            if not same_values(change.base, cast(seed.matrix(layer, matrix), dtype)):
+                return f"{matrix} in layer {layer}"
+    return None
 
 
 def ranks_of(experts: Sequence[ExpertSource], matrices: Sequence[str]) -> list[dict[str, list[int]]]:

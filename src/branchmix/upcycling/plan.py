@@ -182,10 +182,9 @@ class _Mixture:
                 factors = {}
             elif adapter is not None and adapter.reason is None:
                 factors = adapter_factors(adapter, model, seed, (*ROLES, *self.matrices))
-                ranks = sorted({A.num_rows for A, _ in factors.values()})
-                self.notes.append(
-                    f"{who(name)} stays a LoRA of rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))}"
-                )
+                ranks = [A.num_rows for A, _ in factors.values()] or [0]
+                words = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
+                self.notes.append(f"{who(name)} stays a LoRA of rank {words}")
             else:
                 wanted = recipe.expert_rank
                 assert wanted != "full", "such experts have matrices of their own"
@@ -193,7 +192,9 @@ class _Mixture:
                 factors = singular_factors(model, seed, self.matrices, *kept)
                 self.lossless = False
                 if adapter is not None:
-                    self.notes.append(f"{who(name)} is merged and cut to rank {wanted}: {adapter.reason}")
+                    self.notes.append(
+                        f"{who(name)} is merged and its changes are cut, as its adapter has {adapter.reason}"
+                    )
             found[name] = LowRankExpert(model, seed, factors, self.matrices)
         return found
 
@@ -360,6 +361,8 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         yield "merge.kv_init is ignored: only attention: kv_sharing has shared K and V"
     if recipe.shared_expert is not None and recipe.include_seed:
         yield "the seed is the shared expert and a routed one: include_seed: false leaves it out of the routed ones"
+    if "expert_energy" in recipe.model_fields_set and recipe.expert_rank != "auto":
+        yield "expert_energy is ignored: only expert_rank: auto looks for ranks"
     if options.weight_scaling or options.redraw_fraction:
         if not recipe.has_ffn_experts:
             yield "sparse_upcycling is ignored: there are no FFN experts"

@@ -33,7 +33,12 @@ def check_changes(plan: Plan, index: CheckpointIndex, progress: Progress | None)
                 progress("comparing changes", number * layers + layer, len(experts) * layers)
             for matrix in expert.matrices:
                 truth, change = expert.change(layer, matrix), written.change(layer, matrix)
-                if truth.A is None or truth.B is None or change is None or change.A is None or change.B is None:
+                assert change is not None, "the written mixture is of such experts"
+                if truth.rank != change.rank:
+                    raise VerificationError(
+                        f"expert {expert.name!r}: {matrix} in layer {layer} was written with another rank"
+                    )
+                if truth.A is None or truth.B is None or change.A is None or change.B is None:
                     continue
                 reported = 0.0
                 if isinstance(truth.A, SingularFactor) and plan.decomposed is not None:
