@@ -71,7 +71,7 @@ def test_questions_of_a_template_count_together() -> None:
 
 
 def test_templates_that_agree_are_no_certainty() -> None:
-    """Each of 6 templates has the same share of gains: an error over templates of 0. Without, it is Bonett and Price's."""
+    """Each of 6 templates has as many gains: an error over templates of 0. Without, it is Bonett and Price's."""
     first, second = [0, 0, 0, 1] * 6, [1, 0, 0, 1] * 6
     templates = np.repeat(np.arange(6), 4)
     found, alone = paired_difference(first, second, list(templates)), paired_difference(first, second)

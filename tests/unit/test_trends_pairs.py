@@ -130,7 +130,7 @@ def test_a_run_is_not_compared_with_itself(tmp_path: Path) -> None:
 
 def test_unknown_metrics_are_not_better_if_lower(tmp_path: Path) -> None:
     table = read_table(folder(tmp_path)[0])
-    with pytest.raises(DataError, match="there is no metric 'acuracy' .did you mean 'accuracy'"):
+    with pytest.raises(DataError, match=r"there is no metric 'acuracy' .did you mean 'accuracy'"):
         compare_models(table, "m0", "m1", lower_is_better=["acuracy"])
 
 

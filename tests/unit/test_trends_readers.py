@@ -172,7 +172,7 @@ def test_other_json_files_in_the_folder_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"a": 1}')
     table = read_results(tmp_path, "inspect")
     assert len(table.rows) == 2 and table.notes == (f"{tmp_path / 'other.json'}: is no log of inspect: left out",)
-    with pytest.raises(DataError, match="other.json: is no log of inspect: it has no `eval`"):
+    with pytest.raises(DataError, match=r"other.json: is no log of inspect: it has no `eval`"):
         read_results(tmp_path / "other.json", "inspect")
 
 
@@ -225,7 +225,7 @@ def test_a_single_answer_is_left_out(tmp_path: Path) -> None:
     assert {row.axes["reasoning_budget"] for row in table.rows} == {0, 1024, 2048, 4096, 8192}
     assert any("accuracy of memo-trap has no standard error: left out" in note for note in table.notes)
     file.write_text(alone)
-    with pytest.raises(DataError, match="there are no results: .*accuracy of memo-trap has no standard error"):
+    with pytest.raises(DataError, match=r"there are no results: .*accuracy of memo-trap has no standard error"):
         read_results(tmp_path, "inverse-scaling-ttc")
 
 
