@@ -43,7 +43,7 @@ def read_inspect(path: Path) -> ResultsTable:
 def _named(runs: Sequence[Run]) -> list[Run]:
     """Runs whose metric is a scorer get the name that it has in all logs of the task.
 
-    ``accuracy`` if its scores are 0 and 1 in all of them and the task has no other scorer, ``SCORER_accuracy`` if it has
+    ``accuracy`` if its scores are 0 and 1 in all and there is no other scorer, ``SCORER_accuracy`` if it has
     one, and else the scorer's own name: a log in which no partial score occurs is no other curve.
     """
     scorers: dict[str, set[str]] = {}
