@@ -477,8 +477,9 @@ def make_inputs(root: Path) -> Path:
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(min(recorded.glob(pattern)), root / name)
     (root / "raw/m").mkdir(parents=True)
-    answer = {"model": "m", "task_id": "t", "instance_id": "q_run2", "reasoning_budget": 1024, "metric": "accuracy"}
-    lines = [json.dumps({**answer, "correct": right, "icl_num_examples": 2, "error": None}) for right in (True, False)]
+    answer = {"model": "m", "task_id": "t", "reasoning_budget": 1024, "metric": "accuracy", "icl_num_examples": 2}
+    pairs = (("q_run2", True), ("p_run2", False))
+    lines = [json.dumps({**answer, "instance_id": name, "correct": right, "error": None}) for name, right in pairs]
     (root / HARNESSES["raw"][0]).write_text("\n".join(lines) + "\n")
     (root / "requests.jsonl").write_text('{"model": "m", "request": "a", "value": 2}\n{"model": "m", "facts": 1}\n')
     scores = {"bits_per_byte": 1.0, "stderr": 0.1}

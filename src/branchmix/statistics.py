@@ -6,13 +6,14 @@ Letters: N questions, C clusters of questions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from scipy import stats
 
+Key = TypeVar("Key", bound=Hashable)
 Correction = Literal["bh", "holm", "none"]
 POWER = 0.8
 """How often ``detectable`` differences are found."""
@@ -31,6 +32,12 @@ def ratio(a_NX: Any, b_N: Any) -> tuple[Any, Any]:
         return value_X, None
     squares_X = ((a_NX - np.multiply.outer(b_N, value_X)) ** 2).sum(0)
     return value_X, np.sqrt(count / (count - 1) * squares_X) / size
+
+
+def adjusted_of(p: Mapping[Key, float | None], correction: Correction) -> dict[Key, float | None]:
+    """``adjusted`` by key; what has no p stays without, and does not count."""
+    tested = {key: value for key, value in p.items() if value is not None}
+    return {**p, **dict(zip(tested, adjusted(list(tested.values()), correction), strict=True))}
 
 
 def adjusted(p: Sequence[float], correction: Correction) -> list[float]:
@@ -57,16 +64,19 @@ class PairedDifference:
     second: float
     difference: float
     """Second minus first."""
-    interval: tuple[float, float]
-    p: float
-    """How often chance alone makes a difference of this size, either way, between two models that are alike."""
+    interval: tuple[float, float] | None
+    """None where all differences are the same number: then the scores do not tell how sure it is."""
+    p: float | None
+    """How often chance alone makes a difference of this size, either way, between two models that are alike; None where
+    ``interval`` is."""
     n: int
     """Questions that both answered."""
-    detectable: float
-    """The smallest true difference that this many questions show in 80 % of cases, at this ``alpha``."""
+    detectable: float | None
+    """The smallest true difference that this many questions show in 80 % of cases, at this ``alpha``; None where
+    ``interval`` is."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "interval": list(self.interval)}
+        return {**asdict(self), "interval": None if self.interval is None else list(self.interval)}
 
 
 def paired_difference(
@@ -77,7 +87,8 @@ def paired_difference(
     Scores of 0 and 1 are counts of the questions that one of the two alone gets right: p is McNemar's exact one, and
     the interval is Bonett and Price's (2012), a Wald interval after one more question of either kind, which never has a
     width of 0. Other scores have Student's interval and p. Questions of one of the ``clusters_N``, such as a template,
-    are not independent: then the error is that over clusters, for scores of all kinds.
+    are not independent: then the error is that over clusters, for scores of all kinds, and of 0 and 1 it is no smaller
+    than Bonett and Price's. Other scores that all differ by the same number have no error, and so no interval and no p.
 
     ``detectable`` is ``(z_(1 - alpha / 2) + z_0.8)`` standard errors, as in Miller (arXiv 2411.00640, section 5).
     """
@@ -89,19 +100,25 @@ def paired_difference(
     has_clusters = 1 < len(names) < n
     quantile = float(stats.norm.isf(alpha / 2))
     middle = float(change_N.mean())
-    if not has_clusters and np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
-        gained, lost = int((change_N > 0).sum()), int((change_N < 0).sum())
+    is_right_or_wrong = np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()
+    gained, lost = int((change_N > 0).sum()), int((change_N < 0).sum())
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    stderr, centre = math.sqrt((up + down - (up - down) ** 2) / (n + 2)), up - down
+    interval: tuple[float, float]
+    if is_right_or_wrong and not has_clusters:
         p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-        up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-        stderr, centre = math.sqrt((up + down - (up - down) ** 2) / (n + 2)), up - down
         interval = max(centre - quantile * stderr, -1.0), min(centre + quantile * stderr, 1.0)
     else:
         if not has_clusters:
             names, cluster_N = np.arange(n), np.arange(n)
         _, error = ratio(np.bincount(cluster_N, change_N), np.bincount(cluster_N))
-        stderr, freedom = float(error), len(names) - 1
+        stderr, freedom = max(float(error), stderr if is_right_or_wrong else 0.0), len(names) - 1
+        if stderr <= 1e-12 * abs(change_N).max():  # 0 but for rounding
+            return PairedDifference(float(first.mean()), float(second.mean()), middle, None, None, n, None)
         far = float(stats.t.isf(alpha / 2, freedom))
         interval = middle - far * stderr, middle + far * stderr
-        p = float(2 * stats.t.sf(abs(middle) / stderr, freedom)) if stderr else float(middle == 0)
+        if is_right_or_wrong:
+            interval = max(interval[0], -1.0), min(interval[1], 1.0)
+        p = float(2 * stats.t.sf(abs(middle) / stderr, freedom))
     detectable = (quantile + float(stats.norm.ppf(POWER))) * stderr
     return PairedDifference(float(first.mean()), float(second.mean()), middle, interval, p, n, detectable)

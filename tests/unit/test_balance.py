@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,7 +237,7 @@ def test_the_time_of_a_step_includes_the_count() -> None:
 @pytest.mark.parametrize(("scope", "accumulation"), [("global_batch", 4), ("global_batch", 1), ("last_batch", 4)])
 def test_only_an_accumulated_global_batch_is_counted_ahead(scope: Any, accumulation: int) -> None:
     assert counts_ahead(Balance(scope=scope), accumulation) == (scope == "global_batch" and accumulation > 1)
-    assert not counts_ahead(None, accumulation) and not counts_ahead(Balance(scope=scope, loss=0), accumulation)
+    assert not counts_ahead(None, accumulation) and not counts_ahead(Balance(loss=0), accumulation)
 
 
 @pytest.mark.parametrize(
@@ -245,10 +246,21 @@ def test_only_an_accumulated_global_batch_is_counted_ahead(scope: Any, accumulat
         ({"scope": "global_batch", "bias": "sign"}, "scope: a bias turns the balance loss off, so nothing counts"),
         ({"bias": "quantile", "bias_rate": 0.1}, "bias_rate needs bias: sign"),
         ({"bias_rate": 0.1}, "bias_rate needs bias: sign"),
+        ({"loss": 0, "scope": "global_batch"}, "scope: a loss of 0 turns the balance loss off"),
+        ({"loss": 0, "bias": "sign", "scope": "sequence"}, "scope: a loss of 0 turns the balance loss off"),
+        ({"target": {}}, "target: is empty: give every expert a share"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Balance(**settings)
-    again = Balance(**{**settings, "bias": "sign", "loss": 0.01})
+    again = Balance(**{**settings, "bias": "sign", "loss": 0.01, "target": None})
     assert Balance(**again.model_dump()) == again, "a run that resumes reads them from its folder"
+
+
+def test_names_of_experts_may_be_whole_numbers() -> None:
+    """As YAML reads them, and as experts of mixtures without names are called."""
+    text = "balance: {target: {0: 0.5, 1: 0.5}}"
+    assert Balance(**yaml.safe_load(text)["balance"]).target == {"0": 0.5, "1": 0.5}
+    with pytest.raises(ValueError, match="target"):
+        Balance(**yaml.safe_load("target: {true: 0.5, x: 0.5}"))

@@ -11,7 +11,8 @@ from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.power import TTestPower
 
-from branchmix.statistics import paired_difference
+from branchmix.cli.console import differences
+from branchmix.statistics import adjusted_of, paired_difference
 
 
 def answers(both: int, first: int, second: int, neither: int) -> tuple[list[int], list[int]]:
@@ -67,6 +68,29 @@ def test_questions_of_a_template_count_together() -> None:
     assert found.interval[1] - found.difference == pytest.approx(stats.t.isf(0.025, 19) * stderr)
     alone = paired_difference(np.zeros(300), change)
     assert alone is not None and found.detectable > 3 * alone.detectable
+
+
+def test_templates_that_agree_are_no_certainty() -> None:
+    """Each of 6 templates has as many gains: an error over templates of 0. Without, it is Bonett and Price's."""
+    first, second = [0, 0, 0, 1] * 6, [1, 0, 0, 1] * 6
+    templates = np.repeat(np.arange(6), 4)
+    found, alone = paired_difference(first, second, list(templates)), paired_difference(first, second)
+    stderr = math.sqrt((7 / 26 + 1 / 26 - (6 / 26) ** 2) / 26)
+    assert found is not None and found.interval is not None and alone is not None
+    assert found.p == pytest.approx(2 * stats.t.sf(0.25 / stderr, 5)) and found.detectable == alone.detectable
+    assert found.interval[1] - found.difference == pytest.approx(stats.t.isf(0.025, 5) * stderr)
+    same = paired_difference(first, first, list(templates))
+    assert same is not None and same.p == 1 and same.interval is not None and same.interval[0] < 0
+
+
+@pytest.mark.parametrize("clusters", [None, [0, 0, 1, 1]])
+def test_other_scores_that_all_differ_by_one_number_have_no_p(clusters: list[int] | None) -> None:
+    found = paired_difference([0.5, 1.7, 2.9, 3.1], [0.6, 1.8, 3.0, 3.2], clusters)
+    assert found is not None and found.difference == pytest.approx(0.1)
+    assert found.p is None and found.interval is None and found.detectable is None
+    assert adjusted_of({"a": 0.01, "b": found.p, "c": 0.04}, "bh") == {"a": 0.02, "b": None, "c": 0.04}
+    row = differences("t", [("task", "loss", found, None)], alpha=0.05, correction="none").rows[0]
+    assert row == ["task", "loss", "4", "+0.1000", "", "", ""]
 
 
 def test_intervals_hold_and_a_detectable_difference_is_found_in_four_of_five_cases() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,39 @@ def test_mistakes_are_one_line(models: tuple[str, str], message: str, tmp_path: 
     (place / "results.csv").write_text("\n".join([*lines, lines[1].replace("m0", "m2")]) + "\n")
     with pytest.raises(DataError, match=message):
         compare_models(read_table(place), *models)
+
+
+def test_the_reason_is_one_of_the_comparison(tmp_path: Path) -> None:
+    """And not a note of the table about something else."""
+    place, _ = folder(tmp_path)
+    for task in TASKS:
+        write_examples(place, "m1", task, [{"key": "another", "correct": 1}, {"key": 7, "correct": 1}])
+    table = replace(read_table(place), notes=("other.json: left out",))
+    message = "nothing to compare: sig-figs, accuracy: fewer than two questions are in both, too few"
+    with pytest.raises(DataError, match=message):
+        compare_models(table, "m0", "m1")
+    only = replace(table, rows=[row for row in table.rows if (row.task == "neqa") == (row.model == "m0")])
+    with pytest.raises(DataError, match="nothing to compare: m0 and m1 have no task in common"):
+        compare_models(only, "m0", "m1")
+    write_examples(place, "m1", "neqa", [{"key": n, "correct": n % 2} for n in range(9)])
+    found = compare_models(table, "m0", "m1")
+    assert [one.task for one in found.tasks] == ["neqa"] and found.notes[0] == "other.json: left out"
+    assert "memo-trap, accuracy: 1 of 300 questions are in both" in found.notes
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path: Path) -> None:
+    table = read_table(folder(tmp_path)[0])
+    with pytest.raises(DataError, match="'m0' and 'm0' are the same run: name two that differ"):
+        compare_models(table, "m0", "m0")
+    seeded = replace(table, rows=[row.model_copy(update={"seed": "1"}) for row in table.rows])
+    with pytest.raises(DataError, match="'m0' and 'm0, seed 1' are the same run"):
+        compare_models(seeded, "m0", "m0, seed 1")
+
+
+def test_unknown_metrics_are_not_better_if_lower(tmp_path: Path) -> None:
+    table = read_table(folder(tmp_path)[0])
+    with pytest.raises(DataError, match=r"there is no metric 'acuracy' .did you mean 'accuracy'"):
+        compare_models(table, "m0", "m1", lower_is_better=["acuracy"])
 
 
 def test_axis_is_not_for_two_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,34 @@ def test_logs_that_did_not_end_well_are_left_out(tmp_path: Path) -> None:
     assert len(table.rows) == 2 and any("bad.json: its status is error: left out" in note for note in table.notes)
 
 
+def test_a_scorer_has_one_name_in_all_logs(tmp_path: Path) -> None:
+    """A partial score in one epoch of one log must not make two curves of one scorer."""
+    (source,) = (HARNESSES / "inspect-json").glob("*.json")
+    log = json.loads(source.read_text())
+    (scorer,) = log["samples"][0]["scores"]
+    (tmp_path / "a.json").write_text(json.dumps(log))
+    log["eval"]["model"] = "other"
+    log["samples"][0]["scores"][scorer]["value"] = "P"
+    (tmp_path / "b.json").write_text(json.dumps(log))
+    rows = read_results(tmp_path, "inspect").rows
+    assert len(rows) == 4 and {row.metric for row in rows} == {scorer}
+    for sample in log["samples"]:
+        sample["scores"] = {scorer: {"value": "C"}, "strict": {"value": "I"}}
+    (tmp_path / "b.json").write_text(json.dumps(log))
+    rows = read_results(tmp_path, "inspect").rows
+    assert {row.metric for row in rows} == {f"{scorer}_accuracy", "strict_accuracy"}
+
+
+def test_other_json_files_in_the_folder_are_left_out(tmp_path: Path) -> None:
+    (source,) = (HARNESSES / "inspect-json").glob("*.json")
+    shutil.copyfile(source, tmp_path / "log.json")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    table = read_results(tmp_path, "inspect")
+    assert len(table.rows) == 2 and table.notes == (f"{tmp_path / 'other.json'}: is no log of inspect: left out",)
+    with pytest.raises(DataError, match=r"other.json: is no log of inspect: it has no `eval`"):
+        read_results(tmp_path / "other.json", "inspect")
+
+
 # ---- the repository of 2507.14417 ----
 
 
@@ -185,6 +213,20 @@ def test_errors_of_numbers_are_better_if_they_are_less(tmp_path: Path) -> None:
     assert table.lower_is_better == ("mse",)
     (report,) = trends_by_axis(table)
     assert report.judged[0].verdict.label == "inverse"  # the error grows
+
+
+def test_a_single_answer_is_left_out(tmp_path: Path) -> None:
+    """It has no standard error, whether it is right or wrong."""
+    (file,) = answers(tmp_path).rglob("*.jsonl")
+    line = {"model": "m1", "task_id": "memo-trap", "metric": "accuracy", "reasoning_budget": 16, "instance_id": "q"}
+    alone = "".join(json.dumps({**line, "reasoning_budget": 16 + n, "correct": bool(n)}) + "\n" for n in (0, 1))
+    file.write_text(file.read_text() + alone)
+    table = read_results(tmp_path, "inverse-scaling-ttc")
+    assert {row.axes["reasoning_budget"] for row in table.rows} == {0, 1024, 2048, 4096, 8192}
+    assert any("accuracy of memo-trap has no standard error: left out" in note for note in table.notes)
+    file.write_text(alone)
+    with pytest.raises(DataError, match=r"there are no results: .*accuracy of memo-trap has no standard error"):
+        read_results(tmp_path, "inverse-scaling-ttc")
 
 
 # ---- mistakes ----

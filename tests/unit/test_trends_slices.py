@@ -14,7 +14,7 @@ from branchmix.cli import main
 from branchmix.scaling.trends.fit import curve
 from branchmix.scaling.trends.judge import Report
 from branchmix.scaling.trends.series import deviations_of
-from branchmix.scaling.trends.slices import halves, names_of
+from branchmix.scaling.trends.slices import cross_fitted, halves, names_of
 from branchmix.scaling.trends.verdict import Evidence, Limits
 from trend_tables import trends, write
 
@@ -116,6 +116,20 @@ def test_luck_is_no_trend(seeds: int) -> None:
             wrong[name] += evidence.trend.p < 0.05 or (evidence.turn is not None and evidence.turn.p < 0.05)
     assert wrong["own first half"] > 0.7 * families
     assert wrong["cross-fitted"] <= 0.1 * families
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_flat_families_have_flat_slices_at_an_odd_number_of_sizes(seeds: int) -> None:
+    """On average over families. Sorted by two runs or by three, the harder half was .353 .319 .324 .353 .355."""
+    sizes, n, families = 5, 400, 300
+    x_N, mean_N = np.repeat(np.arange(sizes) / 3, seeds), np.zeros(sizes * seeds)
+    random = np.random.default_rng(0)
+    for _ in range(families):
+        share_X = stats.norm.cdf(random.normal(0, 0.5, n))
+        right_NX = (random.random((len(x_N), n)) < share_X).astype(float)
+        is_hard_NX = cross_fitted(-right_NX, x_N, 2) == 0
+        mean_N += (right_NX * is_hard_NX).sum(1) / is_hard_NX.sum(1) / families
+    assert np.ptp(mean_N) < 0.01 and mean_N.mean() < 0.47
 
 
 def test_opposite_trends_of_single_questions_are_no_slices(tmp_path: Path) -> None:

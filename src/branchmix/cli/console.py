@@ -119,14 +119,17 @@ def output(as_json: bool, content: Callable[[], Any], show: Callable[[], Any], n
 
 
 def differences(
-    title: str, rows: Sequence[tuple[str, str, PairedDifference, float]], *, alpha: float, correction: str
+    title: str, rows: Sequence[tuple[str, str, PairedDifference, float | None]], *, alpha: float, correction: str
 ) -> Table:
     """Two models on the same questions: task, metric, what was found and its corrected p, in rows."""
     cells = []
     for task, metric, found, p_adjusted in rows:
-        change = "{:+.4f} [{:+.4f}, {:+.4f}]".format(found.difference, *found.interval)
-        p = [f"{p:.3f}" if p >= 0.001 else "<0.001" for p in (found.p, p_adjusted)]
-        cells.append([task, metric.replace(",", ", "), str(found.n), change, *p, f"{found.detectable:.4f}"])
+        change = f"{found.difference:+.4f}"
+        if found.interval is not None:
+            change += " [{:+.4f}, {:+.4f}]".format(*found.interval)
+        p = ["" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001" for p in (found.p, p_adjusted)]
+        detectable = "" if found.detectable is None else f"{found.detectable:.4f}"
+        cells.append([task, metric.replace(",", ", "), str(found.n), change, *p, detectable])
     interval = f"difference [{100 * (1 - alpha):g} % interval]"
     return Table(
         ["task", "metric", "questions", interval, "p", "corrected p", "detectable"],
@@ -134,7 +137,7 @@ def differences(
         title=title,
         note=f"corrected p: {correction}; detectable: the smallest true difference that this many questions show in "
         "80 % of cases",
-        bold={(number, 3) for number, row in enumerate(rows) if row[3] < alpha},
+        bold={(number, 3) for number, row in enumerate(rows) if row[3] is not None and row[3] < alpha},
         left=("metric",),
     )
 

@@ -169,14 +169,14 @@ class TaskDifference:
     task: str
     metric: str
     found: PairedDifference
-    p_adjusted: float
+    p_adjusted: float | None
     """After Benjamini and Hochberg: over tasks and groups that are in no group, or over the tasks within groups."""
     is_within: bool
     """Whether the task is part of a group that is compared."""
 
     @property
     def differs(self) -> bool:
-        return self.p_adjusted < ALPHA
+        return self.p_adjusted is not None and self.p_adjusted < ALPHA
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.found.as_dict(), "p_adjusted": self.p_adjusted, "differs": self.differs}

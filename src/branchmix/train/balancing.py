@@ -17,7 +17,7 @@ from branchmix.train.models import reshard
 
 def counts_ahead(settings: Balance | None, accumulation: int) -> bool:
     """Whether the forward passes of a step run twice: the load of the last one is not known when the first is done."""
-    whole_step = settings is not None and settings.scope == "global_batch" and settings.loss != 0
+    whole_step = settings is not None and settings.scope == "global_batch"
     return whole_step and accumulation > 1
 
 

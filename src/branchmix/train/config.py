@@ -164,6 +164,13 @@ class Parallel(Settings):
         return self
 
 
+def _named(value: Any) -> Any:
+    """Names that are whole numbers, which YAML reads as numbers, as text."""
+    if not isinstance(value, dict):
+        return value
+    return {str(name) if type(name) is int else name: share for name, share in value.items()}
+
+
 class Balance(Settings):
     """How the load of a mixture's experts is balanced. Applies to FFN routers and to top-k attention routers."""
 
@@ -171,9 +178,9 @@ class Balance(Settings):
     """Tokens over which the balance loss counts the load. ``micro_batch``: those that a process computes at once.
     ``sequence``: each sequence. ``global_batch``: the whole optimizer step, which lets experts specialise in a domain;
     with several micro-batches a step, a forward pass of all of them counts first. ``last_batch``: the optimizer step
-    before, without that pass. With all but ``micro_batch``, ``micro_batch_size`` and the number of processes do not
-    change the result."""
-    target: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    before, without that pass. With all but ``micro_batch``, and where the loss is off, ``micro_batch_size`` and the
+    number of processes do not change the result."""
+    target: Annotated[dict[str, Annotated[float, Field(gt=0)]] | None, BeforeValidator(_named)] = None
     """Share of the load that each expert should get, by its name (normalised to sum to 1); equal if not set. A token
     goes to an expert only once, so with top-k no share can be above 1 / k."""
     loss: Annotated[float, Field(ge=0)] | None = None
@@ -191,6 +198,10 @@ class Balance(Settings):
             raise ValueError("bias_rate needs bias: sign")
         if self.bias is not None and self.loss is None and self.scope != "micro_batch":
             raise ValueError("scope: a bias turns the balance loss off, so nothing counts the load over it: give loss")
+        if self.loss == 0 and self.scope != "micro_batch":
+            raise ValueError("scope: a loss of 0 turns the balance loss off, so nothing counts the load over it")
+        if self.target == {}:
+            raise ValueError("target: is empty: give every expert a share, or leave it out")
         return self
 
 
@@ -205,8 +216,8 @@ class _Training(SettingsFile):
     """Sequences in one optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Sequences that a process computes at once; its whole share of the batch if not set. This does not change the
-    result, except for the routers' own losses, which are computed for each micro-batch unless ``balance`` says
-    otherwise."""
+    result, except for the routers' own losses, which are computed for each micro-batch unless ``balance`` sets another
+    scope or turns them off."""
     held_out: HeldOut = HeldOut()
     budget: Budget
     optimizer: Optimizer = Optimizer()

@@ -13,7 +13,7 @@ import numpy as np
 
 from branchmix.evaluate.scores import ALPHA, Comparison, ModelReport, TaskDifference, TaskScore
 from branchmix.likelihood.lm_eval_samples import scores_of_sample
-from branchmix.statistics import PairedDifference, adjusted, paired_difference
+from branchmix.statistics import PairedDifference, adjusted_of, paired_difference
 
 
 def compare_with_first(models: Sequence[ModelReport]) -> list[Comparison]:
@@ -32,10 +32,9 @@ def _compare(first: ModelReport, second: ModelReport) -> Comparison:
         if (found := _difference(first, second, name, metric)) is not None
     }
     within = {name for group, _ in pairs for name in _members(tasks, group)}
-    p_adjusted: dict[tuple[str, str], float] = {}
+    p_adjusted: dict[tuple[str, str], float | None] = {}
     for is_within in (False, True):
-        tested = [key for key in pairs if (key[0] in within) == is_within]
-        p_adjusted |= zip(tested, adjusted([pairs[key].p for key in tested], "bh"), strict=True)
+        p_adjusted |= adjusted_of({key: pairs[key].p for key in pairs if (key[0] in within) == is_within}, "bh")
     differences = [TaskDifference(*key, found, p_adjusted[key], key[0] in within) for key, found in pairs.items()]
     return Comparison(first.model, second.model, differences)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,40 @@ def read_inspect(path: Path) -> ResultsTable:
     """
     notes: list[str] = []
     files = [file for file in files_below(path, "*.eval", "*.json") if file.name != "logs.json"]
-    runs = [run for file in files for run in _runs(file, notes)]
+    runs = [run for file in files for run in _runs(file, notes, is_named=file == path)]
     if not files:
         raise DataError(f"{path}: has no logs of inspect: give its --log-dir")
-    return table_of(path, runs, notes)
+    return table_of(path, _named(runs), notes)
 
 
-def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
+def _named(runs: Sequence[Run]) -> list[Run]:
+    """Runs whose metric is a scorer get the name that it has in all logs of the task.
+
+    ``accuracy`` if its scores are 0 and 1 in all and there is no other scorer, ``SCORER_accuracy`` if it has
+    one, and else the scorer's own name: a log in which no partial score occurs is no other curve.
+    """
+    scorers: dict[str, set[str]] = {}
+    values: dict[tuple[str, str], set[float]] = {}
+    for run in runs:
+        scorers.setdefault(run.task, set()).add(run.metric)
+        values.setdefault((run.task, run.metric), set()).update(value for value, _ in (run.scores or {}).values())
+
+    def name(run: Run) -> str:
+        if not values[run.task, run.metric] <= {0.0, 1.0}:
+            return run.metric
+        return "accuracy" if len(scorers[run.task]) == 1 else f"{run.metric}_accuracy"
+
+    return [replace(run, metric=name(run)) for run in runs]
+
+
+def _runs(file: Path, notes: list[str], *, is_named: bool) -> Iterator[Run]:
+    """A log's results by scorer, whose name is the metric. A file that was not named itself may be something else."""
     log, samples = _read(file)
     if not isinstance(log, dict) or not isinstance(log.get("eval"), dict):
-        raise DataError(f"{file}: is no log of inspect: it has no `eval`")
+        if is_named:
+            raise DataError(f"{file}: is no log of inspect: it has no `eval`")
+        notes.append(f"{file}: is no log of inspect: left out")
+        return
     about = log["eval"]
     if log.get("status") != "success":
         notes.append(f"{file}: its status is {log.get('status')}: left out")
@@ -55,16 +80,14 @@ def _runs(file: Path, notes: list[str]) -> Iterator[Run]:
             if value is not None:
                 key = str(sample.get("id"))
                 by_scorer.setdefault((scorer, str(sample.get("epoch", 1))), {})[key] = (value, key)
-    scorers, epochs = {scorer for scorer, _ in by_scorer}, {epoch for _, epoch in by_scorer}
+    epochs = {epoch for _, epoch in by_scorer}
     if not by_scorer:
         notes.append(f"{file}: no sample has a score that is a number: left out")
     for (scorer, epoch), scores in by_scorer.items():
-        is_share = {value for value, _ in scores.values()} <= {0.0, 1.0}
-        metric = ("accuracy" if len(scorers) == 1 else f"{scorer}_accuracy") if is_share else scorer
         yield Run(
             task=str(about.get("task")),
             model=str(about.get("model")),
-            metric=metric,
+            metric=scorer,
             source=file,
             axes=axes,
             scores=scores,

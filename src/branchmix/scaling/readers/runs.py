@@ -64,7 +64,7 @@ def table_of(path: Path, runs: Iterable[Run], notes: Sequence[str] = ()) -> Resu
             own = mean([value for value, _ in run.scores.values()])
             given = {"value": own.value, "stderr": own.stderr, "n": own.n}
             scores[line, run.metric.lower()] = run.scores
-        if given["value"] is None or (given["stderr"] is None and given["n"] is None):
+        if given["value"] is None or (given["stderr"] is None and (given["n"] or 0) < 2):  # one answer has no error
             told.append(f"{run.source}: {run.metric} of {run.task} has no standard error: left out")
             continue
         known = {"line": line, "source": str(run.source), "task": run.task, "model": run.model, "metric": run.metric}

@@ -9,10 +9,10 @@ from typing import Any
 
 from branchmix.checkpoint.families import nearest
 from branchmix.errors import DataError
-from branchmix.scaling.trends.series import chosen_metrics, is_lower_better
+from branchmix.scaling.trends.series import chosen_metrics, is_lower_better, known_metrics
 from branchmix.scaling.trends.table import DATA, Measurement, ResultsTable, settings_of
 from branchmix.scaling.trends.verdict import Limits
-from branchmix.statistics import Correction, PairedDifference, adjusted, paired_difference
+from branchmix.statistics import Correction, PairedDifference, adjusted_of, paired_difference
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class ComparedTask:
     data: str
     lower_is_better: bool
     found: PairedDifference
-    p_adjusted: float
+    p_adjusted: float | None
     """After the correction for the number of tasks of this metric and kind of data."""
     alpha: float
 
     @property
     def differs(self) -> bool:
-        return self.p_adjusted < self.alpha
+        return self.p_adjusted is not None and self.p_adjusted < self.alpha
 
     @property
     def verdict(self) -> str:
@@ -78,26 +78,28 @@ def compare_models(
     template count together. The interval is about the questions: another training of either model may differ by more.
 
     Raises:
-        DataError: there is no such run or metric, a name stands for several runs, or there are no scores of examples.
+        DataError: there is no such run or metric, a name stands for several runs, both names for one, or there are no
+            scores of examples that both have.
     """
     limits = limits or Limits()
     wanted = chosen_metrics(table, metrics)
     rows = [_rows_of(table, name, wanted) for name in (first, second)]
-    notes = list(table.notes)
+    if any(rows[1].get(key) is row for key, row in rows[0].items()):
+        raise DataError(f"{table.path}: {first!r} and {second!r} are the same run: name two that differ")
+    named = (*known_metrics(table, lower_is_better), *table.lower_is_better)
+    notes: list[str] = []
     found = {key: pair for key in rows[0] if key in rows[1] and (pair := _pair(table, rows, key, limits, notes))}
     if not found:
         why = notes[-1] if notes else f"{first} and {second} have no task in common"
-        raise DataError(f"{table.path}: nothing to compare: {why}: `scaling run` writes scores of examples beside it")
-    p_adjusted: dict[tuple[str, str, str], float] = {}
+        raise DataError(f"{table.path}: nothing to compare: {why}")
+    p_adjusted: dict[tuple[str, str, str], float | None] = {}
     for group in dict.fromkeys(key[1:] for key in found):
-        tested = [key for key in found if key[1:] == group]
-        p_adjusted |= zip(tested, adjusted([found[key].p for key in tested], correction), strict=True)
-    named = (*(metric.lower() for metric in lower_is_better), *table.lower_is_better)
+        p_adjusted |= adjusted_of({key: found[key].p for key in found if key[1:] == group}, correction)
     tasks = [
         ComparedTask(*key, is_lower_better(key[1], named), pair, p_adjusted[key], limits.alpha)
         for key, pair in found.items()
     ]
-    return ComparedModels(first, second, tasks, limits, correction, notes)
+    return ComparedModels(first, second, tasks, limits, correction, [*table.notes, *notes])
 
 
 def _rows_of(table: ResultsTable, name: str, metrics: Sequence[str]) -> dict[tuple[str, str, str], Measurement]:
@@ -137,10 +139,15 @@ def _pair(
     first, second = (table.scores(of[where]) if table.scores is not None else None for of in rows)
     if first is None or second is None:
         lacking = rows[0 if first is None else 1][where]
-        notes.append(f"{where[0]}, {where[1]}: {lacking.model} has no scores of single examples")
+        notes.append(
+            f"{where[0]}, {where[1]}: {lacking.model} has no scores of single examples, as `scaling run` writes them"
+        )
         return None
     shared = [key for key in first if key in second]
     if len(shared) < max(len(first), len(second)):
         notes.append(f"{where[0]}, {where[1]}: {len(shared)} of {max(len(first), len(second))} questions are in both")
+    if len(shared) < 2:
+        notes.append(f"{where[0]}, {where[1]}: fewer than two questions are in both, too few to compare: left out")
+        return None
     one_N, other_N = ([scores[key][0] for key in shared] for scores in (first, second))
     return paired_difference(one_N, other_N, [first[key][1] for key in shared], alpha=limits.alpha)

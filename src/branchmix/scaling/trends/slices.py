@@ -54,15 +54,13 @@ def _slices(table: ResultsTable, one: Series, axis: str, count: int, notes: list
     if given_X is not None:
         slice_NX = np.tile(_cut(given_X, count, tied=True), (len(scores), 1))
     else:
-        half_N = halves(one.x(axis))
-        if len(set(half_N)) < 2:
+        if len(set(halves(one.x(axis)))) < 2:
             notes.append(
                 f"{what}: no slices by difficulty: that takes two runs at least, or a difficulty that is given"
             )
             return []
         hard_NX = values_NX if one.lower_is_better else -values_NX
-        cut_2X = [_cut(hard_NX[half_N == half].mean(0), count, tied=False) for half in (0, 1)]
-        slice_NX = np.array([cut_2X[1 - half] for half in half_N])  # by the other half's answers
+        slice_NX = cross_fitted(hard_NX, one.x(axis), count)
     clusters = [scores[0][key][1] for key in keys]
     slices = []
     for number, name in enumerate(names_of(count)):
@@ -95,6 +93,28 @@ def halves(x_N: np.ndarray) -> np.ndarray:
         return np.array([np.sum(place_N[:number] == place) % 2 for number, place in enumerate(place_N)])
     half_K = np.array([(number + 1) // 2 % 2 for number in range(len(places))])
     return np.asarray(half_K[place_N])
+
+
+def cross_fitted(hard_NX: np.ndarray, x_N: np.ndarray, count: int) -> np.ndarray:
+    """[N, X], the slice of each run's questions, 0 for the hardest, by the answers of the other half of the runs.
+
+    Both halves sort by the same number of runs: fewer sort with more noise, so their hard questions would be less hard,
+    and a curve would jump wherever the half changes. A larger half leaves out the runs that take its mean place
+    furthest from the other's.
+
+    Args:
+        hard_NX: [N, X], greater where a run did worse.
+        x_N: [N], places on the axis.
+        count: number of slices.
+    """
+    half_N = halves(x_N)
+    sorters = [list(np.flatnonzero(half_N == half)) for half in (0, 1)]
+    fewer, more = sorted(sorters, key=len)
+    while len(more) > len(fewer):
+        sums, middle = sum(x_N[more]), np.mean(x_N[fewer])
+        more.remove(min(more, key=lambda run: abs((sums - x_N[run]) / (len(more) - 1) - middle)))
+    cut_2X = [_cut(hard_NX[runs].mean(0), count, tied=False) for runs in sorters]
+    return np.array([cut_2X[1 - half] for half in half_N])
 
 
 def _cut(difficulty_X: np.ndarray, count: int, *, tied: bool) -> np.ndarray:
