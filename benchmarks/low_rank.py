@@ -99,7 +99,7 @@ def main() -> int:
             )
             score(f"Arrow, top-{top_k}", arrow.eval())
     facts = {
-        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "arguments": {key: vars(args)[key] for key in ("part", "documents", "ranks", "attention")},
         **measure.machine_facts(args.data.parent),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
