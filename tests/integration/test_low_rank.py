@@ -82,22 +82,32 @@ def forced(model: Any, number: int) -> torch.Tensor:
 # ---- the same function ----
 
 
+def two_adapters(seed: Path, root: Path) -> dict[str, Path]:
+    more = {"use_rslora": True, "alpha_pattern": {r".*\.0\..*": 5}}
+    return {"one": adapter(seed, root / "one"), "two": adapter(seed, root / "two", 1, **more)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_experts_are_their_adapters(name: str, siblings: Siblings, tmp_path: Path) -> None:
-    """Forced gates give what PEFT computes; under its own gates a mixture is that of the merged models."""
+    """Forced gates give what PEFT computes."""
     seed = siblings(name)["seed"]
-    experts = {
-        "one": adapter(seed, tmp_path / "one"),
-        "two": adapter(seed, tmp_path / "two", 1, use_rslora=True, alpha_pattern={r".*\.0\..*": 5}),
-    }
-    report = branchmix.upcycle(given(seed, **experts, expert_rank=1), tmp_path / "small")
-    assert report.plan.lossless
-    small = load(tmp_path / "small")
+    experts = two_adapters(seed, tmp_path)
+    assert branchmix.upcycle(given(seed, **experts, expert_rank=1), tmp_path / "m").plan.lossless
+    model = load(tmp_path / "m")
     for number, folder in enumerate(experts.values(), 1):
-        close(forced(small, number), with_adapter(seed, folder))
-    shared = {"attention": "kv_sharing"} if BY_NAME[name].model_type != "llama" else {}
-    branchmix.upcycle(given(seed, **experts, **shared), tmp_path / "whole")
-    branchmix.upcycle(given(seed, **experts, **shared, expert_rank=1), tmp_path / "small", force=True)
+        close(forced(model, number), with_adapter(seed, folder))
+
+
+@pytest.mark.parametrize("attention", [*BOTH, "average"])
+@pytest.mark.parametrize("name", ["llama-bias", "gpt2", "falcon-new", "cohere-qk-norm"])
+def test_a_mixture_of_adapters_is_that_of_the_merged_models(
+    name: str, attention: str, siblings: Siblings, tmp_path: Path
+) -> None:
+    """Under its own gates."""
+    seed = siblings(name)["seed"]
+    recipe = given(seed, **two_adapters(seed, tmp_path), attention=attention)
+    branchmix.upcycle(recipe, tmp_path / "whole")
+    branchmix.upcycle(recipe | {"expert_rank": 1}, tmp_path / "small")
     with torch.no_grad():
         close(load(tmp_path / "small")(tokens()).logits, load(tmp_path / "whole")(tokens()).logits)
 
