@@ -129,7 +129,7 @@ def as_dict(report: UpcycleReport) -> dict[str, Any]:
         **_written_as_dict(report),
         "method": _method(report),
         "experts": [source.name for source in plan.sources],
-        "peak_memory_bytes": PEAK_MEMORY_BYTES,
+        "peak_memory_bytes": _peak_memory(plan),
         "lossless": None if plan.is_dense else plan.lossless,
         "accounting": inspect(plan.config).as_dict(),
         **({"cut": [asdict(cut) for cut in plan.decomposed.truncations.values()]} if plan.decomposed else {}),
@@ -166,7 +166,7 @@ def _print(report: UpcycleReport) -> None:
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
-        f"memory: at most about {human_bytes(PEAK_MEMORY_BYTES)}"
+        f"memory: at most about {human_bytes(_peak_memory(plan))}"
     )
     if plan.decomposed is not None and plan.decomposed.truncations:
         _cut_table(plan.decomposed).show()
@@ -176,6 +176,15 @@ def _print(report: UpcycleReport) -> None:
         typer.echo("")
         _print_gates(report.gates)
     _print_written(report)
+
+
+def _peak_memory(plan: Plan) -> int:
+    """Bytes that a merge takes at most; changes that are cut to a rank need torch, and a few copies of one matrix."""
+    from branchmix.upcycling.low_rank import LowRankExpert, SingularFactor
+
+    factors = (A for e in plan.sources if isinstance(e, LowRankExpert) for A, _ in e.factors.values())
+    largest = max((A.change.whole.nbytes for A in factors if isinstance(A, SingularFactor)), default=None)
+    return PEAK_MEMORY_BYTES if largest is None else PEAK_MEMORY_BYTES + 400_000_000 + 8 * largest
 
 
 def _plan_table(plan: Plan) -> Table:
