@@ -328,14 +328,16 @@ def _kept(data: Path, envs: Path, attention: str, part: str) -> dict[str, Once]:
         "all experts": whole,
     }
 
-    def step(model: Any) -> Seconds:
-        with torch.no_grad():
-            if part == "prefill":
-                return {"": seconds_of(lambda: model(ids[:, :256], use_cache=True, logits_to_keep=1))}
-            cache = model(ids[:, :64], use_cache=True).past_key_values
-            return {"": min(seconds_of(lambda: _one(model, ids[:, :65], cache)) for _ in range(3))}
+    return {name: (lambda model=model: _infer(model, ids, part)) for name, model in candidates.items()}
 
-    return {name: (lambda model=model: step(model)) for name, model in candidates.items()}
+
+def _infer(model: Any, ids: torch.Tensor, part: str) -> Seconds:
+    """A prompt of 256 tokens, or one token behind 64 others."""
+    with torch.no_grad():
+        if part == "prefill":
+            return {"": seconds_of(lambda: model(ids[:, :256], use_cache=True, logits_to_keep=1))}
+        cache = model(ids[:, :64], use_cache=True).past_key_values
+        return {"": min(seconds_of(lambda: _one(model, ids[:, :65], cache)) for _ in range(3))}
 
 
 LOW_RANKS = (16, 128)
@@ -375,13 +377,7 @@ def _low_rank(attention: str, part: str) -> dict[str, Once]:
         candidates[f"arrow, rank {LOW_RANKS[0]}"] = _arrow(seed, dtype)
 
     def step(model: Any) -> Seconds:
-        if part == "training":
-            return {"": steps.step(model, ids[:, :256], "fp32")}
-        with torch.no_grad():
-            if part == "prefill":
-                return {"": seconds_of(lambda: model(ids[:, :256], use_cache=True, logits_to_keep=1))}
-            cache = model(ids[:, :64], use_cache=True).past_key_values
-            return {"": min(seconds_of(lambda: _one(model, ids[:, :65], cache)) for _ in range(3))}
+        return {"": steps.step(model, ids[:, :256], "fp32")} if part == "training" else _infer(model, ids, part)
 
     return {name: (lambda model=model: step(model)) for name, model in candidates.items()}
 

@@ -131,7 +131,7 @@ def test_micro_batches_change_nothing(kind: str, models: dict[str, Path], text: 
 def test_a_balance_over_the_whole_batch_makes_micro_batches_change_nothing(
     models: dict[str, Path], text: Path, tmp_path: Path
 ) -> None:
-    """Of FFN routers and top-k attention routers; with a balance of each micro-batch they change a lot."""
+    """For FFN routers and top-k attention routers. Balance counted within each micro-batch changes them a lot."""
     model = tmp_path / "model"
     shutil.copytree(models["mixture"], model)
     config = json.loads((model / "config.json").read_text())

@@ -96,7 +96,7 @@ def test_lower_is_better_where_lm_eval_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["inspect", "inspect-json"])
 def test_logs_of_inspect(kind: str) -> None:
-    """Of four sums, 3, 2 and 1 are right in the first epoch with growing budgets, and the second one fails again."""
+    """In the first epoch 3, 2 and 1 of four sums are right as budgets grow, and the second sum fails again."""
     table = read_results(HARNESSES / kind, "inspect")
     assert table.notes == () and {row.metric for row in table.rows} == {"accuracy"}
     right = {(0.0, "1"): 3, (0.0, "2"): 2, (1024.0, "1"): 2, (1024.0, "2"): 1, (4096.0, "1"): 1, (4096.0, "2"): 1}

@@ -221,7 +221,7 @@ class EditedMixture(OpenedMixture):
         """A newcomer as a change of the seed's matrices: an adapter's own, or cut to the rank of the recipe."""
         seed = self.experts[0]
         if adapter is not None:
-            factors = adapter_factors(adapter, newcomer, newcomer, self.matrices)
+            factors = adapter_factors(adapter, newcomer, self.matrices)
         else:
             recipe = self.provenance()["recipe"]
             largest = max(rank for of in self.shape.expert_ranks for ranks in of.values() for rank in ranks)

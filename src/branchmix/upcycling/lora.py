@@ -227,14 +227,14 @@ def _scale(settings: Config, module: str, rank: int) -> float:
 
 
 def adapter_factors(
-    adapter: Adapter, expert: DenseExpert, seed: DenseExpert, matrices: Sequence[str]
+    adapter: Adapter, expert: DenseExpert, matrices: Sequence[str]
 ) -> dict[tuple[int, str], tuple[Expression, Expression]]:
     """An adapter's factors for the matrices of experts, verbatim but for scale and folded gains.
 
     Args:
-        expert, seed: with the same norms folded.
+        expert: what else the adapter trained, or the seed; its gains are folded if its norms are.
     """
-    family, dims, found = seed.family, seed.dims, {}
+    family, dims, found = expert.family, expert.dims, {}
     for layer in range(dims.num_layers):
         block = f"{family.layers}.{layer}"
         for matrix in matrices:

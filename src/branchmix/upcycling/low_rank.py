@@ -117,11 +117,11 @@ class Truncation:
 
 @dataclass
 class Decomposed:
-    """Factors of changes, decomposed one at a time and held for a few; and a record of all that were."""
+    """Factors of changes, decomposed one at a time, and a record of what each lost; recent ones are kept, for B after A."""
 
     truncations: dict[tuple[str, int, str], Truncation] = field(default_factory=dict)
     most_bytes: int = 1 << 28
-    """Of factors that are held at a time, beside those of the last matrix: 256 MB."""
+    """Memory for factors that are kept until they are written; those of the last matrix always are."""
     _held: dict[Any, tuple[Array, Array]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -178,7 +178,7 @@ class _Decomposable:
 
 @dataclass(frozen=True, eq=False)
 class SingularFactor(Expression):
-    """A or B of the best change of a rank that there is: singular vectors, the values shared between both."""
+    """A or B of the best approximation of a change by a given rank. Both carry the root of the singular values."""
 
     change: _Decomposable
     rank: int

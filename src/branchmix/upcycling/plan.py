@@ -57,7 +57,7 @@ class Plan:
     sources: tuple[ExpertSource, ...] = ()
     """Experts in the order of the routers' rows; of a soup, the models averaged."""
     decomposed: Decomposed | None = None
-    """Of experts that are cut to a rank, once the tensors are written: how much of their changes is lost."""
+    """How much is lost of the changes that are cut to a rank; complete once the tensors are written."""
     lossless: bool | None = False
     """Everything that is not an expert's is the same in all experts, so that the mixture with its gates forced to one
     expert computes what that dense model does. None: not known before adapters are merged."""
@@ -181,7 +181,7 @@ class _Mixture:
             if name == "seed":
                 factors = {}
             elif adapter is not None and adapter.reason is None:
-                factors = adapter_factors(adapter, model, seed, (*ROLES, *self.matrices))
+                factors = adapter_factors(adapter, model, (*ROLES, *self.matrices))
                 ranks = [A.num_rows for A, _ in factors.values()] or [0]
                 words = str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
                 self.notes.append(f"{who(name)} stays a LoRA of rank {words}")

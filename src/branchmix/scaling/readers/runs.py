@@ -28,7 +28,7 @@ class Run:
     """The file that it is from."""
     axes: Mapping[str, float] = field(default_factory=dict)
     scores: Scores | None = None
-    """Of questions; value and standard error are computed from them, if they are there."""
+    """Scores of single questions; if given, value and standard error are computed from them."""
     value: float | None = None
     stderr: float | None = None
     n: int | None = None

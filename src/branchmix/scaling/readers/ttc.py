@@ -28,7 +28,7 @@ def read_test_time_compute(path: Path) -> ResultsTable:
     """All answers below a folder of results, or one file ``MODEL/TASK.jsonl``.
 
     Raises:
-        DataError: there are none, or a line is not one of theirs.
+        DataError: there are none, or a line is not a record of that code.
     """
     notes: list[str] = []
     runs = [run for file in files_below(path, "*.jsonl") for run in _runs(file, notes)]
