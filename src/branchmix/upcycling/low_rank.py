@@ -117,7 +117,7 @@ class Truncation:
 
 @dataclass
 class Decomposed:
-    """Factors of changes, decomposed one at a time, and a record of what each lost; recent ones are kept, for B after A."""
+    """Factors of changes, decomposed one at a time (recent ones are kept), and a record of what each lost."""
 
     truncations: dict[tuple[str, int, str], Truncation] = field(default_factory=dict)
     most_bytes: int = 1 << 28
