@@ -479,6 +479,19 @@ def test_exported_to_matrices_of_their_own(siblings: Siblings, tmp_path: Path) -
         branchmix.export_model(tmp_path / "whole", tmp_path / "again", to="peft", expert="one")
 
 
+@pytest.mark.parametrize(("to", "expert"), [("full", None), ("dense", "one")])
+def test_exports_in_bf16_round_their_matrices_once(
+    to: str, expert: str | None, siblings: Siblings, tmp_path: Path
+) -> None:
+    """A change added to a 16-bit matrix is rounded; the comparison of logits allows for that, and for no more."""
+    seed = siblings("llama")["seed"]
+    recipe = given(seed, one=adapter(seed, tmp_path / "one"), expert_rank=4, dtype="bfloat16")
+    branchmix.upcycle(recipe, tmp_path / "m", verify=True)
+    report = branchmix.export_model(tmp_path / "m", tmp_path / "out", to=to, expert=expert)
+    check = report.verification
+    assert 0 < check.max_difference <= 0.02 * check.max_logit
+
+
 def test_biases_that_an_adapter_cannot_hold_are_refused(siblings: Siblings, tmp_path: Path) -> None:
     models = siblings("gpt2")
     branchmix.upcycle(given(models["seed"], code=models["code"], expert_rank=3), tmp_path / "m")
