@@ -406,12 +406,14 @@ def _arrow(seed: Any, dtype: torch.dtype) -> Any:
             base = AutoModelForCausalLM.from_config(seed, dtype=dtype)
             paths.append(f"{folder}/{number}")
             peft.get_peft_model(base, settings).save_pretrained(paths[-1])
-        arrow = peft.ArrowConfig(top_k=1, router_temperature=1.0)
-        return peft.create_arrow_model(
+        arrow = peft.create_arrow_model(
             base_model=AutoModelForCausalLM.from_config(seed, dtype=dtype),
             task_specific_adapter_paths=paths,
-            arrow_config=arrow,
-        ).eval()
+            arrow_config=peft.ArrowConfig(top_k=1, router_temperature=1.0),
+        )
+    for name, parameter in arrow.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # peft loads them frozen
+    return arrow.eval()
 
 
 def training_cases(data: Path, envs: Path) -> Iterator[Case]:
