@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import branchmix
 from branchmix.accounting import active_parameters, parameters
@@ -356,6 +357,44 @@ def test_verify_finds_a_factor_that_is_not_the_adapters(siblings: Siblings, tmp_
     save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationError, match="change of down in layer 1 was written with an error of"):
         verify_plan(report.plan, tmp_path / "m")
+
+
+def test_verify_reads_adapters_as_peft_does(
+    siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong scale is in the plan's factors too, so only PEFT's own logits show it."""
+    seed = siblings("llama")["seed"]
+    recipe = given(seed, code=adapter(seed, tmp_path / "a"), expert_rank=4)
+    with monkeypatch.context() as wrong:
+        wrong.setattr("branchmix.upcycling.lora._scale", lambda *_: 1.0)
+        with pytest.raises(VerificationError, match="expert 'code' its logits differ from the dense model's"):
+            branchmix.upcycle(recipe, tmp_path / "m", verify=True)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (check,) = branchmix.upcycle(recipe, tmp_path / "m", verify=True).verification.experts[1:]
+    assert check.skipped is not None and "pip install" in check.skipped
+
+
+@pytest.mark.parametrize("rank", ["full", 4])
+def test_adapters_of_a_model_without_its_head(rank: Any, siblings: Siblings, tmp_path: Path) -> None:
+    seed = siblings("llama")["seed"]
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    base = AutoModel.from_pretrained(seed, dtype=torch.float32)
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "a")
+    branchmix.upcycle(given(seed, code=tmp_path / "a", expert_rank=rank), tmp_path / "m", verify=True)
+    whole = AutoModelForCausalLM.from_pretrained(seed, dtype=torch.float32)
+    whole.model = peft.PeftModel.from_pretrained(whole.model, tmp_path / "a").merge_and_unload()
+    with torch.no_grad():
+        close(forced(load(tmp_path / "m"), 1), whole.eval()(tokens()).logits)
+
+
+def test_names_that_peft_would_leave_out(siblings: Siblings, tmp_path: Path) -> None:
+    seed = siblings("llama")["seed"]
+    file = adapter(seed, tmp_path / "a") / "adapter_model.safetensors"
+    renamed = {name.replace(".weight", ".default.weight"): part for name, part in load_file(file).items()}
+    save_file(renamed, file, {"format": "pt"})
+    for rank in ("full", 4):
+        with pytest.raises(CompatibilityError, match=r"lora_A.default.weight is not a name that PEFT reads"):
+            branchmix.upcycle(given(seed, code=tmp_path / "a", expert_rank=rank), tmp_path / "m")
 
 
 def test_experts_join_and_leave(siblings: Siblings, tmp_path: Path) -> None:

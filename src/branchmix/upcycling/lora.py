@@ -54,10 +54,16 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
                     "(resize_token_embeddings, with the adapter's tokenizer) and use that as the seed, or merge the "
                     "adapter yourself"
                 )
-        # Of a checkpoint of the base model alone, names lack the first part.
-        target = seed.tensors.get(f"{module}.weight") or seed.tensors.get(f"{module.partition('.')[2]}.weight")
+        # Where the seed's checkpoint, or the model that the adapter was trained on, has no head, names lack their first part.
+        of_base = entry_of(seed.config).layers.partition(".")[0]
+        places = (module, module.partition(".")[2], f"{of_base}.{module}")
+        target = next((seed.tensors[f"{place}.weight"] for place in places if f"{place}.weight" in seed.tensors), None)
         if not lora or is_head(module):
             continue
+        if which[:2] in ("A.", "B.") and which[2:] not in ("weight", "bias"):
+            raise CheckpointError(
+                f"{weights}: {ref.name} is not a name that PEFT reads: save the adapter with save_pretrained"
+            )
         if target is None:
             raise CheckpointError(f"{weights}: adapts {module}, which the seed lacks: give the seed it was trained on")
         wide = {"A": ref.shape[-1], "B": ref.shape[0]}.get(which.split(".")[0])
@@ -92,7 +98,7 @@ def merge_adapter(adapter: Path, seed: ResolvedModel, target: Path) -> None:
     Raises CheckpointError if peft is not installed, or cannot merge it.
     """
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError:
         raise CheckpointError(f"{adapter}: merging a LoRA adapter needs peft: pip install 'branchmix[lora]'") from None
     import torch
@@ -103,15 +109,32 @@ def merge_adapter(adapter: Path, seed: ResolvedModel, target: Path) -> None:
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
         base = load_language_model(seed.folder, given=seed.given, dtype=torch.float32)
-        tuned = peft.PeftModel.from_pretrained(base, adapter)
+        tuned = put_on(base, adapter)
         tied = _given_own_head(base)
-        merged = tuned.merge_and_unload(safe_merge=True)
+        tuned.merge_and_unload(safe_merge=True)
         if tied:
-            _tied_again(merged)
-        merged.save_pretrained(target)
+            _tied_again(base)
+        base.save_pretrained(target)
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{adapter}: cannot be merged into the seed: {reason}") from error
+
+
+def put_on(base: Any, adapter: Path) -> Any:
+    """The adapter's PEFT model, whose modules take their places in ``base``: from then on, that computes with them.
+
+    Raises:
+        CheckpointError: PEFT leaves some of the adapter's matrices out, of which it would only warn.
+    """
+    import peft
+
+    names = {ref.name for ref in read_header(adapter / ADAPTER_WEIGHTS) if ".lora_" in ref.name}
+    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
+    has_all = adapted <= {name for name, _ in base.named_modules()}
+    tuned = peft.PeftModel.from_pretrained(base if has_all else base.base_model, adapter)  # trained without the head
+    if left_out := sorted(names - peft.get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()):
+        raise CheckpointError(f"PEFT finds no place in the seed for {left_out[0]}: give the seed it was trained on")
+    return tuned
 
 
 def _given_own_head(model: Any) -> bool:
@@ -170,6 +193,7 @@ _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 class Adapter:
     """A LoRA adapter's factors, where its changes of attention and FFN are nothing else."""
 
+    folder: Path
     factors: dict[str, tuple[TensorRef, TensorRef, float]]
     """A [r, in], B [out, r] and scale by the name of the seed's matrix, without ``.weight``."""
     outside: bool
@@ -213,7 +237,7 @@ class Adapter:
             module: (pair["A"], pair["B"], _scale(settings, module, pair["A"].shape[0]))
             for module, pair in found.items()
         }
-        return cls(factors, outside, reason)
+        return cls(folder, factors, outside, reason)
 
 
 def _scale(settings: Config, module: str, rank: int) -> float:

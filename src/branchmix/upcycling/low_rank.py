@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -54,6 +55,8 @@ class LowRankExpert(ExpertSource):
     """A [r, I] and B [r, O] by layer and matrix."""
     matrices: Sequence[str]
     """Those that are the seed's where there are no factors. Others are the expert's own, unless there are factors."""
+    adapter: Path | None = None
+    """The LoRA adapter that the factors are from, unless it is merged in ``own``."""
 
     @property
     def name(self) -> str:  # type: ignore[override]

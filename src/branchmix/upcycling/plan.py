@@ -195,7 +195,8 @@ class _Mixture:
                     self.notes.append(
                         f"{who(name)} is merged and its changes are cut, as its adapter has {adapter.reason}"
                     )
-            found[name] = LowRankExpert(model, seed, factors, self.matrices)
+            apart = adapter.folder if adapter is not None and model.index is seed.index else None
+            found[name] = LowRankExpert(model, seed, factors, self.matrices, apart)
         return found
 
     def tensors(self) -> Iterator[tuple[str, Expression]]:

@@ -2,8 +2,8 @@
 
 With both gates one-hot on expert i, a mixture must compute what dense model i computes: the whole dense model, if the
 plan is lossless, else dense model i on the mixture's trunk (embeddings, norms and head). The dense side runs in the
-family's own transformers class, with the expert's own config, on tensors read straight from its checkpoint, so it
-shares no code with the upcycler or the widened model.
+family's own transformers class, with the expert's own config, on tensors read straight from its checkpoint (and with
+PEFT's own layers, if it is a LoRA adapter), so it shares no code with the upcycler or the widened model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from branchmix.errors import VerificationError
 from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast, dense_tensors
+from branchmix.upcycling.lora import put_on
 from branchmix.upcycling.low_rank import LowRankExpert
 from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import (
@@ -185,13 +186,19 @@ def _compare_logits(
         with torch.no_grad(), one_hot_gates(mixture, number):
             ours = mixture(tokens).logits
         own = expert.own if isinstance(expert, LowRankExpert) else expert
-        dense = _dense(plan, index, expert, number)
+        try:
+            dense = _dense(plan, index, expert, number)
+        except ImportError:
+            skipped = "PEFT, which would compute them, is not installed (pip install 'branchmix[lora]')"
+            checks.append(ExpertCheck(expert.name, 0.0, 0.0, skipped))
+            continue
         with torch.no_grad():
             theirs = dense(tokens).logits
         del dense
         gc.collect()
-        # A folded gain times a weight is rounded to the output's dtype; dense model i multiplies them in fp32.
-        rounded = own.fold_norms and own is expert and plan.config["dtype"] != "float32"
+        # What is multiplied into a matrix, or a merged adapter, is rounded to the output's dtype once more, or once less.
+        exact = not own.fold_norms if own is expert else not plan.lossless
+        rounded = not exact and plan.config["dtype"] != "float32"
         tolerance = FOLDED_TOLERANCE if rounded else TOLERANCE
         difference, greatest = difference_of(ours, theirs)
         if not difference <= tolerance * max(greatest, 1.0):
@@ -228,20 +235,29 @@ def _dense_config(plan: Plan, expert: ExpertSource) -> Any:
 
 def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert | LowRankExpert, number: int) -> Any:
     """Dense model i in its family's own class: its experts' tensors from its checkpoint; the rest, unless the trunk is
-    lossless, from the mixture. The matrices of a change of the seed are those of the mixture, put together."""
+    lossless, from the mixture. Of changes of the seed, a lossless mixture's are what PEFT computes with the adapters;
+    others are those of the mixture, put together.
+
+    Raises:
+        ImportError: PEFT is needed, and not installed.
+    """
     import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     dense_config = _dense_config(plan, expert)
-    if isinstance(expert, LowRankExpert):
-        state = _state_of_change(plan, index, expert, number)
-    else:
+    if isinstance(expert, DenseExpert):
         state = _state_of_own(plan, index, expert, number)
+    elif plan.lossless:
+        state = _state_of_own(plan, index, expert.own, number)
+    else:
+        state = _state_of_change(plan, index, expert, number)
     # As from a checkpoint, so that transformers' own renamings (GPT-NeoX's embed_out) apply.
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)].from_pretrained(
         None, config=dense_config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     refuse_strangers(model, info, expert.name)
+    if isinstance(expert, LowRankExpert) and expert.adapter is not None and plan.lossless:
+        put_on(model, expert.adapter)
     return model.eval()
 
 
