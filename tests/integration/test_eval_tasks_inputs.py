@@ -81,7 +81,7 @@ def tasks(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("names", "more", "message"),
     [
-        ("choise", {}, r"'choise' is no task, group or tag of lm-eval and no suite \(did you mean 'choice'\?\)"),
+        ("choise", {}, r"'choise' is neither a task, group or tag of lm-eval nor a suite \(did you mean 'choice'\?\)"),
         ("choice,", {}, "give names"),
         ("choice", {"num_fewshot": -1}, "num_fewshot: -1 should be 0 or more"),
         ("choice", {"include_path": (Path("/nowhere"),)}, "/nowhere: there is no such folder"),

@@ -615,7 +615,7 @@ def test_a_config_that_does_not_fit_its_experts_is_refused(siblings: Siblings, t
         ([{"up": [0, 2, 2]}], "expert_ranks is not a list of ranks"),
         ([of_layer] * 3, "expert_ranks has 3 layers, the model 2"),
         ([{name: of for name, of in of_layer.items() if name != "gate"}], "expert_ranks lacks one of down, gate"),
-        ([of_layer | {"x": [0, 1]}], "expert_ranks has x, which is no matrix of an expert"),
+        ([of_layer | {"x": [0, 1]}], "expert_ranks has x, which is not a matrix of an expert"),
     ):
         config["expert_ranks"] = broken
         file.write_text(json.dumps(config))

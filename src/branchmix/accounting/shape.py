@@ -239,7 +239,7 @@ def _check_ranks(of_layers: Any, config: Config) -> None:
     own |= {"up", "down", *gate} if config["ffn"] == "experts" else set()
     _require(all(layer.keys() >= own for layer in of_layers), f"expert_ranks lacks one of {', '.join(sorted(own))}")
     unknown = names - own
-    _require(not unknown, f"expert_ranks has {', '.join(sorted(unknown))}, which is no matrix of an expert here")
+    _require(not unknown, f"expert_ranks has {', '.join(sorted(unknown))}, which is not a matrix of an expert here")
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

@@ -122,7 +122,7 @@ def _matching(given: str, index: dict[str, Any]) -> list[str]:
             return matching
         raise RecipeError(f"tasks: no task's name fits {given!r}")
     known = [*index, *SUITES, EVERYTHING]
-    raise RecipeError(f"tasks: {given!r} is no task, group or tag of lm-eval and no suite{nearest(given, known)}")
+    raise RecipeError(f"tasks: {given!r} is neither a task, group or tag of lm-eval nor a suite{nearest(given, known)}")
 
 
 def _refuse_code(names: Sequence[str], index: dict[str, Any], options: TaskOptions) -> None:
