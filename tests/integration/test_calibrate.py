@@ -290,6 +290,19 @@ def test_routers_that_know_something_are_kept(home: Path, mixture: Path, tmp_pat
     assert np.mean([d.after for d in again.domains]) < np.mean([d.before for d in again.domains]) + NEARLY
 
 
+@pytest.mark.parametrize("token_only", [False, True])
+def test_sigmoid_gates_are_fitted_too(token_only: bool, home: Path, calibrated: Any, tmp_path: Path) -> None:
+    """About as good as softmax gates, though evidence that is log p of an expert gives the score p / (1 + p)."""
+    routing = {"ffn": {"top_k": 2, "normalize": True, "score": "sigmoid"}}
+    branchmix.upcycle(recipe_of(home, routing=routing, merge={"fold_norms": True}), tmp_path / "mixture")
+    fitted = calibrate(tmp_path / "mixture", home / "data.yaml", tmp_path / "out", token_only=token_only).fitted
+    assert fitted.config["scoring_func"] == "sigmoid"
+    after, before = (np.mean([getattr(d, name) for d in fitted.domains]) for name in ("after", "before"))
+    softmax = np.mean([domain.after for domain in calibrated.fitted.domains])
+    assert after < before - 0.05
+    assert token_only or after < softmax + 0.1 * (before - softmax)
+
+
 def test_mixtures_that_may_be_trained(home: Path, mixture: Path, calibrated: Any, tmp_path: Path) -> None:
     """Also after calibrate, experts that come or go, and an upload, which all write a record."""
 

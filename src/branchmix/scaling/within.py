@@ -53,13 +53,13 @@ class Axes:
 def with_top_k(text: TextModel, top_k: int) -> TextModel:
     """A mixture whose FFN routers choose ``top_k`` experts for each token.
 
-    A scale of N / k, which makes up for raw gates near 1 / N, stays N / k.
+    A scale that makes up for raw gates near 1 / N stays that one.
     """
     config = text.config
     changed: dict[str, Any] = {"num_experts_per_tok": top_k}
-    factor, count = getattr(config, "routed_scaling_factor", None), getattr(config, "num_experts", 0)
-    if config.model_type == "branchmix" and not config.norm_topk_prob and factor == count / config.num_experts_per_tok:
-        changed["routed_scaling_factor"] = count / top_k
+    if config.model_type == "branchmix":
+        factor = config.scaling_for(config.num_experts, top_k)
+        changed |= {"routed_scaling_factor": factor} if factor != config.routed_scaling_factor else {}
     return text.configured(**changed)
 
 
