@@ -82,7 +82,7 @@ class TopK:
 
 
 class Gated:
-    """A mixture in memory with document gates of its own, whatever it had.
+    """A mixture in memory with document gates of its own, whatever it had, and no biases of its routers.
 
     The model is changed. ``evidence_VM`` is already divided by the temperature.
     """
@@ -101,6 +101,10 @@ class Gated:
             for name, module in model.named_modules()
             if isinstance(module, BranchMixRouter) and not isinstance(module, BranchMixSharedRouter)
         }
+        model.config.expert_bias = False
+        for module in model.modules():
+            if isinstance(module, BranchMixRouter):  # biases were moved for the gates as they were
+                module.expert_bias = None
         self.weights = {name: router.weight.detach().clone() for name, router in self.routers.items()}
         with torch.no_grad():
             for parameter in self.gate.parameters():
