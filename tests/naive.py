@@ -33,14 +33,16 @@ class NaiveAttention(nn.Module):
 class NaiveFFN(nn.Module):
     """``sum over the top k of p_i(x) FFN_i(x)``."""
 
-    def __init__(self, experts: list[nn.Module], router: torch.Tensor, top_k: int, normalize: bool, scaling: float):
+    def __init__(self, experts: list[nn.Module], router: torch.Tensor, config: Any):
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.router = nn.Parameter(router.clone())
-        self.top_k, self.normalize, self.scaling = top_k, normalize, scaling
+        self.top_k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
+        self.scaling, self.is_sigmoid = config.routed_scaling_factor, config.scoring_func == "sigmoid"
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gates = torch.softmax(hidden_states @ self.router.T, dim=-1)
+        logits = hidden_states @ self.router.T
+        gates = 1 / (1 + torch.exp(-logits)) if self.is_sigmoid else torch.softmax(logits, dim=-1)
         mask = torch.zeros_like(gates).scatter(-1, gates.topk(self.top_k, dim=-1).indices, 1.0)
         gates = gates * mask
         if self.normalize:
@@ -83,10 +85,7 @@ def build_naive(mixture: nn.Module, dense_on_trunk: list[nn.Module]) -> nn.Modul
             inlined = layout["ffn"] == layout["up"]
             ffns = [_Inlined(block) if inlined else getattr(block, layout["ffn"]) for block in blocks]
             router = getattr(wide, layout["ffn"]).gate.weight.detach()
-            naive_ffn = NaiveFFN(
-                ffns, router, config.num_experts_per_tok, config.norm_topk_prob, config.routed_scaling_factor
-            )
-            setattr(blocks[0], layout["ffn"], naive_ffn)
+            setattr(blocks[0], layout["ffn"], NaiveFFN(ffns, router, config))
             if inlined:
                 blocks[0].activation_fn = nn.Identity()
                 blocks[0].fc2 = nn.Identity()

@@ -26,6 +26,11 @@ _ALWAYS_1 = (
 )
 
 
+def even_scaling(score: str, num_experts: int, top_k: int) -> float:
+    """The factor that makes up for raw gates of logits near zero, which are 1 / N each, or 1 / 2 if sigmoids."""
+    return (2 if score == "sigmoid" else num_experts) / top_k
+
+
 class Expert(Settings):
     """One specialised dense model."""
 
@@ -51,6 +56,9 @@ class FFNRouting(Settings):
     """Experts that each token goes to."""
     normalize: bool = False
     """Divide the chosen gates by their sum. The paper does not; with top_k 1 it would cut the router's gradient."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become gates. ``sigmoid`` gives each expert a gate of its own, as DeepSeek-V3 and GLM-4.5 do (arXiv
+    2412.19437); experts are still chosen by top-k."""
     soft: bool = False
     """Every token goes to all experts (as in the BTS paper's BAM)."""
 
@@ -217,8 +225,8 @@ class Recipe(SettingsFile):
     routing: Routing = Routing()
     """How tokens choose experts."""
     routed_scaling_factor: Annotated[float, Field(gt=0)] | Literal["auto"] = 1.0
-    """Factor on the FFN experts' output: 1.0 in the paper; ``auto`` is N / k for raw gates, which keeps the dense
-    scale while gates are near uniform, and 1 for soft or normalised ones."""
+    """Factor on the FFN experts' output: 1.0 in the paper; ``auto`` is N / k for raw gates (2 / k for sigmoids), which
+    keeps the dense scale while logits are near zero, and 1 for gates that sum to 1."""
     shared_expert: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] | None = None
     """Weight of the seed's FFN as an expert that every token goes to; the routed experts get the rest (Nexus, arXiv
     2408.15901). ``auto`` is 1 / (k + 1). With gates forced to one expert, the FFN is then a mix of this expert and the
@@ -327,6 +335,10 @@ class Recipe(SettingsFile):
             raise ValueError(f"routing.attention: {_ALWAYS_1}")
         if self.routing.shared and not (self.has_attention_experts and self.has_ffn_experts):
             raise ValueError("routing.shared: one router for both needs attention experts and ffn: experts")
+        if self.routing.shared and self.routing.ffn.score == "sigmoid":
+            raise ValueError(
+                "routing.shared: attention gates are softmaxed, so score: sigmoid needs a router of its own"
+            )
         if self.routing.shared and self.router_init.attention is not None:
             raise ValueError("router_init.attention: with routing.shared, attention has no router: remove it")
         kv_init = self.merge.kv_init
@@ -384,8 +396,8 @@ class Recipe(SettingsFile):
         """``routed_scaling_factor`` as a number."""
         if self.routed_scaling_factor != "auto":
             return float(self.routed_scaling_factor)
-        raw = not (self.routing.ffn.normalize or self.routing.ffn.soft)
-        return len(self.expert_names) / self.num_experts_per_tok if raw else 1.0
+        ffn = self.routing.ffn
+        return 1.0 if ffn.normalize else even_scaling(ffn.score, len(self.expert_names), self.num_experts_per_tok)
 
     @property
     def shared_expert_weight(self) -> float | None:

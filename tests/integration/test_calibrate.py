@@ -290,6 +290,19 @@ def test_routers_that_know_something_are_kept(home: Path, mixture: Path, tmp_pat
     assert np.mean([d.after for d in again.domains]) < np.mean([d.before for d in again.domains]) + NEARLY
 
 
+@pytest.mark.parametrize("token_only", [False, True])
+def test_sigmoid_gates_are_fitted_too(token_only: bool, home: Path, calibrated: Any, tmp_path: Path) -> None:
+    """About as good as softmax gates, though evidence that is log p of an expert gives the score p / (1 + p)."""
+    routing = {"ffn": {"top_k": 2, "normalize": True, "score": "sigmoid"}}
+    branchmix.upcycle(recipe_of(home, routing=routing, merge={"fold_norms": True}), tmp_path / "mixture")
+    fitted = calibrate(tmp_path / "mixture", home / "data.yaml", tmp_path / "out", token_only=token_only).fitted
+    assert fitted.config["scoring_func"] == "sigmoid"
+    after, before = (np.mean([getattr(d, name) for d in fitted.domains]) for name in ("after", "before"))
+    softmax = np.mean([domain.after for domain in calibrated.fitted.domains])
+    assert after < before - 0.05
+    assert token_only or after < softmax + 0.1 * (before - softmax)
+
+
 def test_mixtures_that_may_be_trained(home: Path, mixture: Path, calibrated: Any, tmp_path: Path) -> None:
     """Also after calibrate, experts that come or go, and an upload, which all write a record."""
 
@@ -494,18 +507,48 @@ def test_top_k_and_raw_gates_stay_where_that_is_asked_for(home: Path, tmp_path: 
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def with_biases(folder: Path, out: Path, std: float) -> Path:
+    """A copy whose FFN routers choose by random biases too."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    biases = {
+        name.replace("weight", "expert_bias"): torch.randn(4, generator=torch.Generator().manual_seed(len(name))) * std
+        for name in tensors
+        if name.endswith("mlp.gate.weight")
+    }
+    save_file(tensors | biases, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text()) | {"expert_bias": True}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_selection_biases_have_no_part_in_a_fit(home: Path, mixture: Path, calibrated: Any, tmp_path: Path) -> None:
+    """They were moved for the gates as they were: what is written is what a fit without them writes."""
+    report = calibrate(with_biases(mixture, tmp_path / "biased", 1.0), home / "data.yaml", tmp_path / "out")
+    assert any("selection biases are dropped" in note for note in report.fitted.notes)
+    ours, plain = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", home / "calibrated"))
+    assert ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in plain)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", home / "calibrated")]
+    assert configs[0] == configs[1] and configs[0]["expert_bias"] is False
+    found = {d.name: (d.before, d.after) for d in report.fitted.domains}
+    for domain in calibrated.fitted.domains:
+        assert found[domain.name][1] == domain.after and found[domain.name][0] != domain.before
+
+
 def test_better_gates_are_kept(home: Path, tmp_path: Path, calibrated: Any) -> None:
-    """Such as trained ones: here, a fit to text whose domains are mixed up."""
+    """Such as trained ones, with their biases: here, a fit to text whose domains are mixed up."""
     rows = [json.dumps({"text": dialects.document(domain, n)}) for n in range(30) for domain in dialects.DOMAINS]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     files = {"north": f"{home}/north.jsonl", "south": f"{home}/south.jsonl", "west": "a.jsonl"}
     sources = ", ".join(f"{name}: {{files: {file}}}" for name, file in files.items())
     (tmp_path / "mixed.yaml").write_text(f"data: {{{sources}}}")
-    report = calibrate(home / "calibrated", tmp_path / "mixed.yaml", tmp_path / "out").fitted
-    before, after = (load_file(folder / "model.safetensors") for folder in (home / "calibrated", tmp_path / "out"))
+    start = with_biases(home / "calibrated", tmp_path / "start", 1e-3)
+    report = calibrate(start, tmp_path / "mixed.yaml", tmp_path / "out").fitted
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "out"))
     assert report.routers == "unchanged" and any("better than a fit's" in note for note in report.notes)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["document_gate"]["domains"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["document_gate"]["domains"] and config["expert_bias"]
 
 
 def test_forced_rows_are_the_mixture_with_one_expert(home: Path, calibrated: Any) -> None:

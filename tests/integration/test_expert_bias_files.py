@@ -1,4 +1,4 @@
-"""Biases of routers in what other commands make of a mixture: fewer or more experts, exports, counts, calibration."""
+"""Biases of routers in what other commands make of a mixture: fewer or more experts, exports, counts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import branchmix
-from branchmix.data.config import EvalData
-from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
+from branchmix.errors import CheckpointError, CompatibilityError
 from branchmix.models.routing_branchmix import BranchMixRouter
 from checkpoints import weights
 from mixtures import close, load, recipe, tokens
@@ -76,8 +75,6 @@ def test_what_cannot_keep_them_refuses(siblings: Siblings, tmp_path: Path) -> No
     branchmix.export_model(tmp_path / "biased-plain", tmp_path / "native", to="mixtral")
     with pytest.raises(CompatibilityError, match="its routers choose experts by a bias, and those of mixtral by their"):
         branchmix.export_model(mixture, tmp_path / "biased-native", to="mixtral")
-    with pytest.raises(RecipeError, match=r"choose experts by a bias from training \(balance.bias\)"):
-        branchmix.calibrate(mixture, EvalData(data={"code": {"files": "code.txt"}}))
 
 
 def test_lost_biases_are_noticed(siblings: Siblings, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def test_wide_equals_the_naive_sum_and_so_do_gradients(
 ) -> None:
     models = siblings(name)
     out = tmp_path / "mixture"
-    routing = {"ffn": {"top_k": 2, "normalize": True}}
+    score = "sigmoid" if attention == "kv_sharing" else "softmax"
+    routing = {"ffn": {"top_k": 2, "normalize": True, "score": score}}
     given = recipe(models, attention=attention, routing=routing, routed_scaling_factor=1.3)
     report = branchmix.upcycle(given, out)
     mixture = load(out)

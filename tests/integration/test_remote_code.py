@@ -175,7 +175,8 @@ def mixtures(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for name, attention in FAMILIES.items():
         folder = root / name
         rank = 4 if name == "gpt2" else "full"  # one of mixtures whose experts are changes of the seed
-        options = {"attention": attention, "routing": {"ffn": {"top_k": 2}}, "expert_rank": rank}
+        score = "sigmoid" if attention == "kv_sharing" else "softmax"
+        options = {"attention": attention, "routing": {"ffn": {"top_k": 2, "score": score}}, "expert_rank": rank}
         branchmix.upcycle(recipe(siblings(name), **options), folder)
         model = load(folder)
         with torch.no_grad():

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 import corpora
 from branchmix.cli import app, main
+from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.kept_branchmix import chosen_experts
+from branchmix.models.routing_branchmix import BranchMixRouter
 from branchmix.scaling.examples import fewshot
 from branchmix.scaling.score_family import run
 from branchmix.upcycling import upcycle
@@ -123,6 +125,31 @@ def test_experts_of_a_token(given: tuple[Path, Path], models: dict[str, Path], t
     assert logprobs(tmp_path / "out", "top_k-1") != logprobs(tmp_path / "out", "top_k-3")
 
 
+@pytest.mark.parametrize("stored", [2, 3])
+def test_experts_of_a_token_of_routers_with_biases(stored: int, models: dict[str, Path], tmp_path: Path) -> None:
+    """Where all are chosen a bias decides nothing, and such routers have none to load."""
+    whole = load(models["mixture"], num_experts_per_tok=stored, attention_num_experts_per_tok=1)
+    whole.config.expert_bias = True
+    for module in whole.modules():
+        if isinstance(module, BranchMixRouter):
+            module.add_bias()
+            if module.expert_bias is not None:
+                module.expert_bias.copy_(torch.tensor([0.5, 0.0, -0.5]))
+    whole.save_pretrained(tmp_path / "mixture")
+    with_tokenizer(tmp_path / "mixture", tmp_path / "biased")
+    family, task = write_family(tmp_path, [str(tmp_path / "biased")]), write_task(tmp_path, "plain", PLAIN)
+    found = run(family, tasks=str(task), top_k=(1, 3), dtype="float32")
+    tokenizer, told = corpora.tokenizer(), []
+    for result, top_k in zip(found.results, (1, 3), strict=True):
+        for ffn in (module for module in whole.modules() if isinstance(module, BranchMixSparseMoeBlock)):
+            ffn.gate.top_k, ffn.scaling = top_k, 3 / top_k if stored == 2 else 1.5
+        for _, example, _, answer in result.scored:
+            wanted = [naive(whole, tokenizer, example.prompt, option) for option in example.options]
+            assert answer["logprobs"] == pytest.approx(wanted, abs=1e-5)
+            told.append(answer["logprobs"])
+    assert told[0] != told[len(told) // 2]
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -130,6 +157,11 @@ def test_experts_of_a_token(given: tuple[Path, Path], models: dict[str, Path], t
         ("seed", ["--top-k", "1"], "--top-k: seed is no mixture"),
         ("mixture", ["--experts", "2,4"], "--experts 4: mixture has 3 experts"),
         ("mixture", ["--top-k", "4"], "--top-k 4: mixture has 3 experts"),
+        (
+            "mixture",
+            ["--experts", "3,1", "--top-k", "1,2"],
+            "--top-k 2: a token cannot go to more experts than --experts 1",
+        ),
         ("mixture", ["--shots", "0,many"], "--shots: 'many' should be a whole number of 0 or more"),
         ("mixture", ["--experts", "0"], "--experts: '0' should be a whole number of 1 or more"),
         ("mixture", ["--shots", ","], "--shots is empty"),

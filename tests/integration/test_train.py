@@ -164,6 +164,7 @@ def test_biases_are_trained_saved_and_resumed_without_a_balance_loss(
 ) -> None:
     """A later run without ``balance`` keeps them as they are."""
     changes = {"balance": {"bias": "sign", "bias_rate": 0.01}, "budget": {"steps": 4}, "logging": {"steps": 1}}
+    changes |= {"ema": 0.5}
     whole = train(run(tmp_path / "whole", text, models["mixture"], **changes), progress=False).out
     stopped = run(tmp_path / "stopped", text, models["mixture"], **changes)
     step_ended = BranchTrainer.on_step_end
@@ -182,6 +183,9 @@ def test_biases_are_trained_saved_and_resumed_without_a_balance_loss(
     assert len(biases) == 2 and all("mlp.gate" in name for name in biases), "soft attention gates have none"
     for bias in biases.values():
         assert bias.dtype == torch.float32 and torch.equal((bias * 100).round() / 100, bias) and bias.abs().max() > 0.01
+    average, again = weights(whole / "ema"), weights(tmp_path / "stopped" / "run" / "ema")
+    for name, bias in biases.items():
+        assert torch.equal(average[name], again[name]) and not torch.equal(average[name], bias)
     config = json.loads((whole / "config.json").read_text())
     assert config["expert_bias"] and config["router_aux_loss_coef"] == 0.01
     first = rows(whole)[1]

@@ -110,6 +110,28 @@ def test_of_adapters() -> None:
     assert torch.equal(model(tokens()).logits, own)
 
 
+def test_selection_biases_are_averaged_with_the_routers() -> None:
+    """And go into a checkpoint of the run and back."""
+    model = random_mixture("llama", expert_bias=True, attention_num_experts_per_tok=1)
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
+    assert len(biases) == 4
+    ema, expected = Ema(model, 0.6), dict.fromkeys(biases, torch.zeros(3))
+    for number in range(1, 8):
+        decay = min(0.6, number / (number + 9))
+        for place, bias in enumerate(biases.values()):
+            bias.add_(torch.tensor([1e-3, 0.0, -1e-3]) * (place + number))
+        ema.update()
+        expected = {name: decay * value + (1 - decay) * biases[name] for name, value in expected.items()}
+    own = {name: bias.clone() for name, bias in biases.items()}
+    resumed = Ema(model, 0.6)
+    resumed.load_state(ema.state())
+    with resumed.swapped():
+        for name, bias in biases.items():
+            torch.testing.assert_close(bias, expected[name], rtol=0, atol=1e-7)
+            assert not torch.equal(bias, own[name])
+    assert all(torch.equal(bias, own[name]) for name, bias in biases.items())
+
+
 WORKER = """
 import os
 import sys

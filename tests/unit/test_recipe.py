@@ -91,10 +91,12 @@ def test_relative_paths_start_at_the_recipe(tmp_path: Path) -> None:
         ({"top_k": 2}, 2, 1.5),
         ({"top_k": 2, "normalize": True}, 2, 1.0),
         ({"soft": True}, 3, 1.0),
+        ({"top_k": 2, "score": "sigmoid"}, 2, 1.0),
+        ({"soft": True, "score": "sigmoid"}, 3, 2 / 3),
         ({"soft": True, "top_k": 1}, 3, 1.0),  # 1 is the default, as in a dumped recipe
     ],
 )
-def test_soft_is_all_and_auto_is_n_over_k(routing: dict[str, Any], top_k: int, scaling: float) -> None:
+def test_soft_is_all_and_auto_keeps_the_dense_scale(routing: dict[str, Any], top_k: int, scaling: float) -> None:
     found = recipe(routing={"ffn": routing}, routed_scaling_factor="auto")
     assert (found.num_experts_per_tok, found.scaling) == (top_k, scaling)
 

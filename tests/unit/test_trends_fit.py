@@ -26,10 +26,34 @@ def test_what_all_points_share_is_no_part_of_their_weights() -> None:
     shared_B1, own_BK = random.normal(0, 0.05, (4000, 1)), random.normal(0, 0.01, (4000, 6))
     x_K, y_K = np.arange(6.0), np.full(6, 0.5)
     found = curve(x_K, y_K, np.full(6, 0.051), deviations_BN=shared_B1 + own_BK)
-    assert found.shared == pytest.approx(0.05**2, rel=0.1) and found.jitter == 0
+    assert found.own_K == pytest.approx(np.full(6, 0.01**2), rel=0.15) and found.jitter == 0
     assert weights(found) == pytest.approx(np.full(6, 1 / 0.01**2), rel=0.15)
     alone = curve(x_K, y_K, np.full(6, 0.051))
-    assert alone.shared == 0 and weights(alone) == pytest.approx(np.full(6, 1 / 0.051**2))
+    assert weights(alone) == pytest.approx(np.full(6, 1 / 0.051**2))
+    two = curve(x_K[:2], y_K[:2], np.full(2, 0.051), deviations_BN=(shared_B1 + own_BK)[:, :2])
+    assert weights(two) == pytest.approx(np.full(2, 1 / 0.01**2), rel=0.15)
+
+
+def test_own_variances_are_told_apart_and_none_is_nearly_nothing() -> None:
+    """Though what is shared is more in some sizes, as it is where more questions are undecided."""
+    random = np.random.default_rng(0)
+    x_K, own_K = np.arange(5.0), np.array([0.01, 0.008, 0.012, 0.01, 0.001])
+    deviations = random.normal(0, 0.05, (9000, 1)) + random.normal(0, 1, (9000, 5)) * own_K
+    found = curve(x_K, np.full(5, 0.5), np.full(5, 0.051), deviations_BN=deviations)
+    assert found.own_K[:4] == pytest.approx(own_K[:4] ** 2, rel=0.15)
+    assert found.own_K[4] == pytest.approx(0.5 * np.mean(own_K**2), rel=0.15)
+
+
+def test_no_setting_of_a_model_decides_a_verdict_alone() -> None:
+    """Where few questions differ between settings, and fewest at the ceiling."""
+    random = np.random.default_rng(0)
+    hard_X = random.random(200)
+    right = [hard_X + random.normal(0, 0.02, 200) < share for share in np.linspace(0.3, 0.9, 8)]
+    scores: list[Scores] = [{str(n): (float(one), str(n)) for n, one in enumerate(row)} for row in right]
+    drawn = resampled_deviations(scores, num_draws=2000)
+    assert drawn is not None
+    found = curve(np.arange(8.0), np.mean(right, axis=1), drawn[1], deviations_BN=drawn[0], average=True)
+    assert (1 / found.own_K).max() < 2 * (1 / found.own_K).mean()
 
 
 def test_theil_sen() -> None:

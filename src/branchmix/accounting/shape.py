@@ -36,6 +36,7 @@ MIXTURE_DEFAULTS: Config = {
     "routed_scaling_factor": 1.0,
     "router_aux_loss_coef": 0.01,
     "router_z_loss_coef": 0.001,
+    "scoring_func": "softmax",
     "shared_expert_weight": None,
     "shared_router": False,
     "trunk": "average",
@@ -183,6 +184,7 @@ _CHOICES = {
     "attention": ("kv_experts", "kv_sharing", "average", "seed"),
     "ffn": ("experts", "average"),
     "trunk": ("average", "experts"),
+    "scoring_func": ("softmax", "sigmoid"),
 }
 
 
@@ -192,6 +194,9 @@ def _check_mixture(config: Config) -> None:
         value = config[name]
         close = nearest(str(value), choices)
         _require(value in choices, f"{name} is {value!r}, not one of {', '.join(choices)}{close}")
+    own_router = config["ffn"] == "experts" and not config["shared_router"]
+    fits = config["scoring_func"] == "softmax" or own_router
+    _require(fits, "scoring_func: sigmoid needs FFN experts with a router of their own")
     num_experts = config["num_experts"]
     for name in ("num_experts", "num_experts_per_tok", "attention_num_experts_per_tok"):
         value = config[name]

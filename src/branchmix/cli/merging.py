@@ -321,6 +321,7 @@ Exports are exact, or refused with all reasons. Both models' logits are compared
   mixtral    Llama, Mistral, Phi-3 seeds; normalised or soft gates
   qwen2_moe  Qwen2, Llama, Phi-3 seeds; any gates (adds an expert of zeros)
   qwen3_moe  Qwen3 seeds; any gates
+  glm4_moe   Qwen2, Qwen3, Llama, Phi-3 seeds; sigmoid gates
   flex_olmo  OLMo 2 seeds; any gates
   olmoe      none: no dense family has its blocks (explains the differences)
   dense      one expert of any mixture with the shared weights, or a mixture without experts
@@ -334,7 +335,8 @@ def export_command(
     model: console.Mixture,
     out: console.Out,
     to: Annotated[
-        str, Option(metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, flex_olmo, olmoe, dense, peft or full.")
+        str,
+        Option(metavar="CLASS", help="mixtral, qwen2_moe, qwen3_moe, glm4_moe, flex_olmo, olmoe, dense, peft or full."),
     ],
     expert: Annotated[str | None, Option(metavar="NAME", help="Expert to export, for --to dense and peft.")] = None,
     no_verify: Annotated[bool, Option("--no-verify", help="Do not compare both models' logits.")] = False,

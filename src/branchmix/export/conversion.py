@@ -90,8 +90,9 @@ def export_model(
     Args:
         model: folder or Hub id of a mixture.
         out: folder to write.
-        to: ``mixtral``, ``qwen2_moe``, ``qwen3_moe``, ``olmoe``, ``flex_olmo``, or ``dense``. For a mixture of low-rank
-            changes also ``full`` (a mixture whose experts have matrices of their own) and ``peft`` (a LoRA adapter).
+        to: ``mixtral``, ``qwen2_moe``, ``qwen3_moe``, ``glm4_moe``, ``olmoe``, ``flex_olmo``, or ``dense``. For a
+            mixture of low-rank changes also ``full`` (a mixture whose experts have matrices of their own) and ``peft``
+            (a LoRA adapter).
         expert: for ``dense``, whose dense model: the one that the mixture is with all gates on that expert. For
             ``peft``, whose adapter.
         verify: compare the logits of both on text before the folder gets its name (needs both in fp32).
@@ -280,30 +281,47 @@ def _native_tensors(mixture: OpenedMixture, trunk: DenseExpert, native: Native) 
 def _experts(mixture: OpenedMixture, native: Native, layer: int, module: str) -> Iterator[tuple[str, Expression]]:
     family = mixture.family
     names = dict(zip(("gate_proj.weight", "up_proj.weight", "down_proj.weight"), native.names, strict=True))
-    router = mixture.index.tensors[f"model.{family.layers}.{layer}.{family.ffn}.gate.weight"]
-    yield f"{module}.gate.weight", Stored(router)
+    own, tensors = f"model.{family.layers}.{layer}.{family.ffn}", mixture.index.tensors
+    yield f"{module}.gate.weight", Stored(tensors[f"{own}.gate.weight"])
+    if native.expert_bias:
+        bias, count = tensors.get(f"{own}.gate.expert_bias"), len(mixture.experts)
+        yield f"{module}.gate.{native.expert_bias}", Stored(bias) if bias else Constant((count,), 0.0, "F32")
     for number, expert in enumerate(mixture.experts):
         for name, part in expert.ffn(layer).items():
-            scaled = name == "down_proj.weight" and mixture.scaling != 1.0
+            scaled = name == "down_proj.weight" and mixture.scaling != 1.0 and not native.scaling_key
             yield f"{module}.experts.{number}.{names[name]}.weight", Scaled(part, mixture.scaling) if scaled else part
-    if native.shared_expert:
-        hidden = mixture.dims.hidden_size
-        wide, tall = (SHARED_EXPERT_WIDTH, hidden), (hidden, SHARED_EXPERT_WIDTH)
-        for name, shape in {"gate_proj": wide, "up_proj": wide, "down_proj": tall}.items():
-            yield f"{module}.shared_expert.{name}.weight", Constant(shape, 0.0, mixture.dtype)
-        yield f"{module}.shared_expert_gate.weight", Constant((1, hidden), 0.0, mixture.dtype)
+    if not native.shared_expert:
+        return
+    hidden = mixture.dims.hidden_size
+    inner = _shared_width(mixture, native)
+    shared = f"{module}.shared_expert" + "s" * (native.shared_expert == "plain")
+    for name, shape in {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}.items():
+        if not mixture.shape.shared_experts:
+            yield f"{shared}.{name}.weight", Constant(shape, 0.0, mixture.dtype)
+            continue
+        stored = Stored(tensors[f"{own}.shared_expert.{name}.weight"])
+        weight = mixture.config["shared_expert_weight"]
+        yield f"{shared}.{name}.weight", Scaled(stored, weight) if name == "down_proj" else stored
+    if native.shared_expert == "gated":
+        yield f"{shared}_gate.weight", Constant((1, hidden), 0.0, mixture.dtype)
+
+
+def _shared_width(mixture: OpenedMixture, native: Native) -> int:
+    return mixture.dims.intermediate_size if native.shared_expert == "plain" else SHARED_EXPERT_WIDTH
 
 
 def _native_notes(mixture: OpenedMixture, native: Native) -> Iterator[str]:
     config = mixture.config
-    factor = mixture.scaling
-    if factor != 1.0:
-        rounded = "" if rounds_nothing(mixture) else ", which rounds each of its weights once more"
+    rounded = "" if rounds_nothing(mixture) else ", which rounds each of its weights once more"
+    if (factor := mixture.scaling) != 1.0 and not native.scaling_key:
         yield f"routed_scaling_factor {factor:g} is multiplied into the experts' {native.names[2]}{rounded}"
-    if native.shared_expert:
+    if mixture.shape.shared_experts:
+        weight = config["shared_expert_weight"]
+        yield f"shared_expert_weight {weight:g} is multiplied into the shared expert's {native.names[2]}{rounded}"
+    elif native.shared_expert:
         yield (
-            f"{native.model_type} has an expert for every token: it is written as zeros, {SHARED_EXPERT_WIDTH} wide, "
-            "and computed in vain"
+            f"{native.model_type} has an expert for every token: it is written as zeros, "
+            f"{_shared_width(mixture, native)} wide, and computed in vain"
         )
     normalised, soft = bool(config.get("norm_topk_prob")), config["num_experts_per_tok"] == config["num_experts"]
     always = native.gguf_normalises
@@ -316,8 +334,9 @@ def _native_notes(mixture: OpenedMixture, native: Native) -> Iterator[str]:
 
 
 def rounds_nothing(mixture: OpenedMixture) -> bool:
-    """Whether ``routed_scaling_factor`` is a power of two, or the weights are fp32."""
-    return mixture.dtype == "F32" or math.frexp(mixture.scaling)[0] == 0.5
+    """Whether the factors on experts are powers of two, or the weights are fp32."""
+    factors = (mixture.scaling, mixture.config["shared_expert_weight"] or 1.0)
+    return mixture.dtype == "F32" or all(math.frexp(factor)[0] == 0.5 for factor in factors)
 
 
 # ---- Dense ----

@@ -7,8 +7,8 @@ Imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from branchmix.accounting.formulas import windows
@@ -37,11 +37,19 @@ class Native:
     architecture: str
     norms: str = "pre"
     qk_norms: str = "none"
+    qk_norm_key: str | None = None
+    """Config key by which it can also have no query and key norms."""
     biases: Literal["", "qkv", "qkvo"] = ""
     """Attention biases that it may have: of no, of q, k and v, or of all four projections or none."""
     bias_key: str | None = None
     windows: bool = False
     """It can have one sliding window for all layers."""
+    score: str = "softmax"
+    """How router logits become gates; as ``scoring_func`` of a mixture."""
+    expert_bias: str | None = None
+    """Tensor of the router that is added to the gates when experts are chosen; None if it has none."""
+    scaling_key: str | None = None
+    """Config key of the factor on the routed experts' output; without one the factor goes into the experts."""
     always_normalises: bool = False
     """Whether the chosen gates are always divided by their sum; if not, ``norm_topk_prob`` decides."""
     num_experts: str = "num_experts"
@@ -50,8 +58,11 @@ class Native:
     """Config keys of an expert's inner width."""
     ffn: str = "mlp"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    shared_expert: bool = False
-    """It also has an expert for every token, which is written as zeros."""
+    shared_expert: Literal["", "gated", "plain"] = ""
+    """It also has an expert for every token, written as zeros where the mixture has none: ``gated`` by the token, or
+    ``plain`` and as wide as the others, which can be the mixture's."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of its config."""
     gguf_normalises: bool | None = None
     """Whether llama.cpp always normalises the gates of this class, or never does; it never asks the config (its
     src/models, 2026-10). None: as transformers."""
@@ -89,9 +100,11 @@ def _expert_problems(mixture: OpenedMixture, native: Native) -> Iterator[str]:
             "its document gates have no native form: branchmix calibrate --token-only fits gates that see one token "
             "only, which have"
         )
-    if mixture.shape.shared_experts:
+    if (score := config["scoring_func"]) != native.score:
+        yield f"its gates are made by {score}, and those of {native.model_type} by {native.score}"
+    if mixture.shape.shared_experts and native.shared_expert != "plain":
         yield f"its shared expert has a fixed weight, which {native.model_type} does not have"
-    if config.get("expert_bias"):
+    if config.get("expert_bias") and native.expert_bias is None:
         yield f"its routers choose experts by a bias, and those of {native.model_type} by their gates alone"
     top_k, num_experts = config["num_experts_per_tok"], config["num_experts"]
     if native.always_normalises and not config.get("norm_topk_prob") and top_k < num_experts:
@@ -111,7 +124,7 @@ def _block_problems(mixture: OpenedMixture, trunk: DenseExpert, native: Native) 
         yield f"attention and FFN of {name} run side by side in a block, and {target}'s one after the other"
     if family.native_norms != native.norms:
         yield f"{name} has {_NORMS.get(family.native_norms, family.native_norms)}, {target} has {_NORMS[native.norms]}"
-    if family.native_qk_norms != native.qk_norms:
+    if family.native_qk_norms not in (native.qk_norms, "none" if native.qk_norm_key else native.qk_norms):
         yield f"{name} has {_QK_NORMS[family.native_qk_norms]}, {target} has {_QK_NORMS[native.qk_norms]}"
     if family.special:
         yield f"{name} has {family.special}, which {target} has not"
@@ -178,10 +191,13 @@ def native_config(mixture: OpenedMixture, trunk: DenseExpert, native: Native) ->
         "output_router_logits": False,
         "router_aux_loss_coef": mixture.config.get("router_aux_loss_coef", 0.01),
     }
-    if "moe_intermediate_size" in native.inner:  # Qwen's classes can have dense layers between
-        config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    if native.shared_expert:
+    config |= native.config
+    if native.shared_expert == "gated":
         config["shared_expert_intermediate_size"] = SHARED_EXPERT_WIDTH
+    if native.scaling_key:
+        config[native.scaling_key] = mixture.scaling * (1 - (mixture.config["shared_expert_weight"] or 0.0))
+    if native.qk_norm_key:
+        config[native.qk_norm_key] = mixture.family.native_qk_norms != "none"
     if not native.always_normalises:
         config["norm_topk_prob"] = bool(mixture.config.get("norm_topk_prob", False))
     if native.bias_key:

@@ -96,7 +96,11 @@ class TextModel:
         """The causal LM, ready for evaluation, on a GPU if there is one; ``options`` of ``from_pretrained``."""
         import torch
 
-        model = load_language_model(self.folder, dtype=self.dtype, **self._options, **self.changed, **options)
+        is_ours = self.config.model_type == "branchmix"
+        changed = {} if is_ours else self.changed
+        model = load_language_model(self.folder, dtype=self.dtype, **self._options, **changed, **options)
+        if is_ours and "num_experts_per_tok" in self.changed:
+            model.use_top_k(self.changed["num_experts_per_tok"])
         model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         return model if self.forced_to is None else model.keep_experts([self.forced_to])
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .routing_branchmix import BranchMixRouter, choices, router_losses, token_mask
+from .routing_branchmix import BranchMixRouter, choices, router_losses, scores, token_mask
 
 Scope = Literal["micro_batch", "sequence", "global_batch", "last_batch"]
 Bias = Literal["sign", "quantile"]
@@ -127,7 +127,14 @@ class BranchMixBalance:
                 loads_LE = self._observe(kind, layers, top_k, mask_S)
             biases = [layer.router.expert_bias for layer in layers]
             balance, z = router_losses(
-                logits, top_k, attention_mask, biases=biases, loads_LE=loads_LE, target_E=self.target, groups=groups
+                logits,
+                top_k,
+                attention_mask,
+                biases=biases,
+                loads_LE=loads_LE,
+                target_E=self.target,
+                groups=groups,
+                score=layers[0].router.score,
             )
             coef = config.router_aux_loss_coef if self.loss_coef is None else self.loss_coef
             own = coef * balance + config.router_z_loss_coef * z
@@ -240,7 +247,7 @@ def _count(layers: list[Routed], top_k: int, mask_S: torch.Tensor | None) -> tor
     """How often each expert was chosen, [L, E], on the first layer's device."""
     counts = []
     for layer in layers:
-        chosen_SE = choices(layer.logits_SE.float().softmax(-1), top_k, layer.router.expert_bias)
+        chosen_SE = choices(scores(layer.logits_SE.float(), layer.router.score), top_k, layer.router.expert_bias)
         if mask_S is not None:
             chosen_SE = chosen_SE * mask_S.to(chosen_SE).unsqueeze(-1)
         counts.append(chosen_SE.sum(0).to(layers[0].logits_SE.device))
@@ -254,7 +261,8 @@ def _add(counts: dict[str, torch.Tensor], kind: str, more_LE: torch.Tensor) -> N
 @torch.no_grad()
 def _gates(layers: list[Routed], mask_S: torch.Tensor | None) -> torch.Tensor:
     """Gates of all experts, [L, S, E], without padding, on the first layer's device."""
-    gates_LSE = torch.stack([layer.logits_SE.float().softmax(-1).to(layers[0].logits_SE.device) for layer in layers])
+    gates = [scores(layer.logits_SE.float(), layer.router.score) for layer in layers]
+    gates_LSE = torch.stack([gates_SE.to(layers[0].logits_SE.device) for gates_SE in gates])
     return gates_LSE if mask_S is None else gates_LSE[:, mask_S.bool()]
 
 

@@ -43,8 +43,10 @@ class BranchMixConfig(PreTrainedConfig):
         ffn: ``experts``, or ``average`` (one dense FFN, no FFN router).
         num_experts_per_tok: k of the FFN router; N makes it soft.
         norm_topk_prob: divide the k chosen FFN gates by their sum. The paper does not.
-        routed_scaling_factor: factor on the FFN experts' output (1.0 in the paper; N / k keeps the dense scale while
-            raw gates are near uniform).
+        scoring_func: how an FFN router's logits become gates: ``softmax``, or ``sigmoid`` (DeepSeek-V3, arXiv
+            2412.19437). Attention gates are softmaxed.
+        routed_scaling_factor: factor on the FFN experts' output (1.0 in the paper; N / k, or 2 / k for sigmoids, keeps
+            the dense scale while raw gates are those of logits near zero).
         attention_num_experts_per_tok: k of the attention gate; None is soft, the paper's choice.
         attention_norm_topk_prob: divide the k chosen attention gates by their sum.
         shared_expert_weight: weight w of an FFN S that every token goes to: ``w S(x) + (1 - w) sum_i g_i E_i(x)``
@@ -79,6 +81,7 @@ class BranchMixConfig(PreTrainedConfig):
     ffn: str = "experts"
     num_experts_per_tok: int = 1
     norm_topk_prob: bool = False
+    scoring_func: str = "softmax"
     routed_scaling_factor: float = 1.0
     attention_num_experts_per_tok: int | None = None
     attention_norm_topk_prob: bool = False
@@ -118,6 +121,10 @@ class BranchMixConfig(PreTrainedConfig):
             raise ValueError(f"ffn is {self.ffn!r}, not experts or average")
         if self.trunk not in ("average", "experts"):
             raise ValueError(f"trunk is {self.trunk!r}, not average or experts")
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func is {self.scoring_func!r}, not softmax or sigmoid")
+        if self.scoring_func == "sigmoid" and (self.shared_router or not self.has_ffn_experts):
+            raise ValueError("scoring_func: sigmoid needs FFN experts with a router of their own")
         for name in ("num_experts_per_tok", "attention_num_experts_per_tok"):
             top_k = getattr(self, name)
             if top_k is not None and not 1 <= top_k <= self.num_experts:
@@ -145,6 +152,17 @@ class BranchMixConfig(PreTrainedConfig):
         if self.expert_ranks is None:
             return None
         return self.expert_ranks[layer if len(self.expert_ranks) > 1 else 0]
+
+    def scaling_for(self, num_experts: int, top_k: int) -> float:
+        """``routed_scaling_factor`` of the mixture with other numbers of experts and of chosen ones.
+
+        The factor that makes up for raw gates near 1 / N, or sigmoids near 1 / 2, stays that one; any other stays.
+        """
+        is_sigmoid = self.scoring_func == "sigmoid"
+        even, other = (2, 2) if is_sigmoid else (self.num_experts, num_experts)
+        if self.norm_topk_prob or self.routed_scaling_factor != even / self.num_experts_per_tok:
+            return self.routed_scaling_factor
+        return other / top_k
 
     @property
     def has_attention_experts(self) -> bool:

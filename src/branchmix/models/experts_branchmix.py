@@ -52,7 +52,7 @@ def widen_ffn(block: nn.Module, config: BranchMixConfig, layer: int) -> None:
 
 
 class BranchMixSparseMoeBlock(nn.Module):
-    """A block's FFN as experts: softmax, top-k, and the gated sum (BAM section 3.3).
+    """A block's FFN as experts: gates, top-k, and the gated sum (BAM section 3.3).
 
     With a shared expert S of weight w, it is ``w S(x) + (1 - w) sum_i g_i E_i(x)``.
     """
@@ -69,7 +69,7 @@ class BranchMixSparseMoeBlock(nn.Module):
         self.shared_expert: BranchMixSharedExpert | None = None
         self.shared_weight = config.shared_expert_weight or 0.0
         self.gate = BranchMixFFNRouter(
-            hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
+            hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob, config.scoring_func
         )
         self.experts = experts
         self.rows: torch.Tensor | None = None

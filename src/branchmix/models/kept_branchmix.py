@@ -22,7 +22,7 @@ from .documents_branchmix import BranchMixDocumentGate, DocumentLogits
 from .experts_branchmix import BranchMixExperts, BranchMixSparseMoeBlock
 from .linear_branchmix import BranchMixLinear
 from .low_rank_branchmix import BranchMixLowRank
-from .routing_branchmix import BranchMixRouter
+from .routing_branchmix import BranchMixRouter, shares
 from .trunk_branchmix import BranchMixTrunkExperts
 
 SURE = 0.5
@@ -49,7 +49,7 @@ def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
 
 
 def keep_experts(model: Any, experts: Sequence[str | int]) -> Any:
-    """A mixture of some of a mixture's experts. Its gates are a softmax over these; with one expert they are 1.
+    """A mixture of some of a mixture's experts. Its gates are those of these experts alone; with one they are 1.
 
     Weights are those of ``model``, but attention's projections of several experts, and factors of low rank, are copied
     where they are not side by side in its tensors. Do not train either of the two.
@@ -73,13 +73,12 @@ def keep_experts(model: Any, experts: Sequence[str | int]) -> Any:
 
 
 def _config(config: Any, rows: list[int]) -> Any:
-    """The config of a mixture of these experts; factors of N / k stay N / k, and one expert's gate is 1."""
+    """The config of a mixture of these experts; factors for even gates stay so, and one expert's gate is 1."""
     kept, count, top_k = copy.deepcopy(config), len(rows), min(config.num_experts_per_tok, len(rows))
-    raw = not config.norm_topk_prob
     if count == 1:
         kept.routed_scaling_factor, kept.document_gate = 1.0, None
-    elif raw and config.routed_scaling_factor == config.num_experts / config.num_experts_per_tok:
-        kept.routed_scaling_factor = count / top_k
+    else:
+        kept.routed_scaling_factor = config.scaling_for(count, top_k)
     kept.num_experts, kept.num_experts_per_tok = count, top_k
     if config.attention_num_experts_per_tok is not None:
         kept.attention_num_experts_per_tok = min(config.attention_num_experts_per_tok, count)
@@ -188,9 +187,10 @@ def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     outputs = model(
         input_ids, attention_mask=attention_mask, output_router_logits=True, use_cache=False, logits_to_keep=1
     )
-    logits = [*(outputs.router_logits or ()), *(outputs.attention_router_logits or ())]
+    layers = [shares(layer.float(), model.config.scoring_func) for layer in outputs.router_logits or ()]
+    layers += [shares(layer.float()) for layer in outputs.attention_router_logits or ()]
     device = input_ids.device
-    gates_BTE = sum(layer.to(device).float().softmax(-1) for layer in logits).view(*input_ids.shape, -1) / len(logits)
+    gates_BTE = torch.stack([layer.to(device) for layer in layers]).mean(0).view(*input_ids.shape, -1)
     mask_BT1 = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     mask_BT1 = mask_BT1[..., None].to(gates_BTE)
     return (gates_BTE * mask_BT1).sum(1) / mask_BT1.sum(1)

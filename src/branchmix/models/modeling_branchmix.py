@@ -452,6 +452,17 @@ class BranchMixForCausalLM(BranchMixPreTrainedModel, GenerationMixin):
         """This mixture with some of its experts only: see ``kept_branchmix.keep_experts``."""
         return keep_experts(self, experts)
 
+    def use_top_k(self, top_k: int) -> None:
+        """Let the FFN routers choose this number of experts from now on.
+
+        A config that says so before loading would not do: routers that choose all experts have no ``expert_bias``.
+        """
+        self.config.routed_scaling_factor = self.config.scaling_for(self.config.num_experts, top_k)
+        self.config.num_experts_per_tok = top_k
+        for module in self.modules():
+            if isinstance(module, BranchMixSparseMoeBlock):
+                module.gate.top_k, module.scaling = top_k, self.config.routed_scaling_factor
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 class BranchMixRouter(nn.Module):
     """Linear router without bias; its logits and gates are fp32 whatever the model's dtype."""
 
+    score: str = "softmax"
+    """How logits become gates: see ``scores``."""
+
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, normalize: bool):
         super().__init__()
         self.top_k = top_k
@@ -30,7 +33,7 @@ class BranchMixRouter(nn.Module):
     """[B, T, E]: what the document so far adds, while its block runs (``documents_branchmix``)."""
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Softmax first, then top-k, raw unless ``normalize`` (BAM section 3.3). A bias changes the choice only.
+        """Scores first, then top-k, raw unless ``normalize`` (BAM section 3.3). A bias changes the choice only.
 
         Args:
             hidden_states: [..., D].
@@ -42,7 +45,7 @@ class BranchMixRouter(nn.Module):
             logits = F.linear(hidden_states.float(), self.weight.float())
             if self.document_logits is not None:
                 logits = logits + self.document_logits.to(logits).view(logits.shape)
-        gates = logits.softmax(-1)
+        gates = scores(logits, self.score)
         index = chosen(gates, self.top_k, self.expert_bias)
         gates = gates.gather(-1, index)
         if self.normalize:
@@ -57,6 +60,10 @@ class BranchMixRouter(nn.Module):
 
 class BranchMixFFNRouter(BranchMixRouter):
     """``mlp.gate``: which FFN experts a token goes to."""
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, normalize: bool, score: str = "softmax"):
+        super().__init__(hidden_size, num_experts, top_k, normalize)
+        self.score = score
 
     def forward(self, hidden_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.route(hidden_SD)
@@ -91,10 +98,24 @@ class BranchMixSharedRouter(BranchMixAttentionRouter):
         return self._owner[0].weight
 
 
+def scores(logits: torch.Tensor, score: str = "softmax") -> torch.Tensor:
+    """Gates of all experts [..., E] from a router's logits.
+
+    ``softmax``: they sum to 1. ``sigmoid``: each expert's own, as in DeepSeek-V3 (arXiv 2412.19437, eq. 15).
+    """
+    return logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+
+
+def shares(logits: torch.Tensor, score: str = "softmax") -> torch.Tensor:
+    """Gates of all experts divided by their sum, [..., E]."""
+    gates = scores(logits, score)
+    return gates / gates.sum(-1, keepdim=True).clamp(min=1e-20) if score == "sigmoid" else gates
+
+
 def chosen(gates: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
     """The k experts that a token goes to, [..., k], by gates [..., E] of all experts and the router's bias."""
-    scores = gates if bias_E is None else gates + bias_E.float()
-    return scores.topk(top_k, dim=-1).indices
+    biased = gates if bias_E is None else gates + bias_E.float()
+    return biased.topk(top_k, dim=-1).indices
 
 
 def choices(gates_SE: torch.Tensor, top_k: int, bias_E: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,11 +132,13 @@ def load_balancing_loss(
     load_E: torch.Tensor | None = None,
     target_E: torch.Tensor | None = None,
     groups: int = 1,
+    score: str = "softmax",
 ) -> torch.Tensor:
     """``sum_i f_i P_i / t_i`` of one layer's router logits: 1 at perfect balance.
 
-    ``f_i`` is the share of all top-k choices that fall on expert i, ``P_i`` its mean gate, and ``t_i`` the share that
-    it should get: 1 / E in Switch and in BAM eq. 2. Where the load follows the gates, the least value is at ``P = t``.
+    ``f_i`` is the share of all top-k choices that fall on expert i, ``P_i`` its mean gate (of sigmoid gates its mean
+    share of a token's gates: DeepSeek-V3, arXiv 2412.19437, eq. 19), and ``t_i`` the share that it should get: 1 / E in
+    Switch and in BAM eq. 2. Where the load follows the gates, the least value is at ``P = t``.
 
     Args:
         logits_SE: of the tokens.
@@ -126,8 +149,9 @@ def load_balancing_loss(
         target_E: ``t_i``, summing to 1; 1 / E if not given.
         groups: G stretches of S / G tokens, such as sequences: the loss of each is computed, and their mean by the
             number of tokens is returned.
+        score: of the router.
     """
-    gates_SE = logits_SE.float().softmax(-1)
+    gates_SE = scores(logits_SE.float(), score)
     mask_S = gates_SE.new_ones(len(gates_SE)) if mask_S is None else mask_S.to(gates_SE.dtype)
     weights_GS1 = mask_S.view(groups, -1, 1)
     tokens_G1 = weights_GS1.sum(1)
@@ -138,12 +162,12 @@ def load_balancing_loss(
     load_GE = mean(choices(gates_SE, top_k, bias_E)) / top_k if load_E is None else load_E
     if target_E is None:
         target_E = gates_SE.new_full(gates_SE.shape[1:], 1 / gates_SE.shape[1])
-    loss_G = (load_GE * mean(gates_SE) / target_E.to(load_GE)).sum(-1)
+    loss_G = (load_GE * mean(shares(logits_SE.float(), score)) / target_E.to(load_GE)).sum(-1)
     return (loss_G * tokens_G1[:, 0]).sum() / tokens_G1.sum().clamp(min=1)
 
 
 def z_loss(logits_SE: torch.Tensor, mask_S: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over tokens of ``logsumexp(logits)^2`` of one layer (ST-MoE; BAM eq. 2)."""
+    """Mean over tokens of ``logsumexp(logits)^2`` of one layer (ST-MoE; BAM eq. 2), whatever the gates are made by."""
     values_S = logits_SE.float().logsumexp(-1).square()
     if mask_S is None:
         return values_S.mean()
@@ -160,11 +184,13 @@ def router_losses(
     loads_LE: torch.Tensor | None = None,
     target_E: torch.Tensor | None = None,
     groups: int = 1,
+    score: str = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Load-balancing loss and z-loss of router logits [S, E], each summed over layers.
 
     With all experts chosen (soft routing) the balance is 0. The mask is as for ``token_mask``; ``biases`` and
-    ``loads_LE``, with one for each layer, ``target_E`` and ``groups`` are as for ``load_balancing_loss``.
+    ``loads_LE``, with one for each layer, ``target_E``, ``groups`` and ``score`` are as for
+    ``load_balancing_loss``.
     """
     mask_S = token_mask(attention_mask, logits[0])
     balance = torch.zeros((), device=logits[0].device)
@@ -175,7 +201,7 @@ def router_losses(
             load_E = None if loads_LE is None else loads_LE[layer].to(layer_SE.device)
             bias_E = None if biases is None else biases[layer]
             own = load_balancing_loss(
-                layer_SE, top_k, own_S, bias_E=bias_E, load_E=load_E, target_E=target_E, groups=groups
+                layer_SE, top_k, own_S, bias_E=bias_E, load_E=load_E, target_E=target_E, groups=groups, score=score
             )
             balance = balance + own.to(balance.device)
         z = z + z_loss(layer_SE, own_S).to(z.device)

@@ -40,6 +40,11 @@ class Axes:
 
     def refuse_unfit(self, name: str, config: Any) -> None:
         """Before anything is computed, a RecipeError for a model that does not have what an axis changes."""
+        if self.experts and self.top_k and max(self.top_k) > min(self.experts):
+            raise RecipeError(
+                f"--top-k {max(self.top_k)}: a token cannot go to more experts than --experts {min(self.experts)} "
+                "keeps: leave out the larger or the smaller number, or run one axis at a time"
+            )
         count = next((value for key in _COUNTS if (value := getattr(config, key, None)) is not None), None)
         if self.experts and config.model_type != "branchmix":
             raise RecipeError(f"--experts: {name} is no mixture of branchmix: leave it out of the family, or --experts")
@@ -51,16 +56,8 @@ class Axes:
 
 
 def with_top_k(text: TextModel, top_k: int) -> TextModel:
-    """A mixture whose FFN routers choose ``top_k`` experts for each token.
-
-    A scale of N / k, which makes up for raw gates near 1 / N, stays N / k.
-    """
-    config = text.config
-    changed: dict[str, Any] = {"num_experts_per_tok": top_k}
-    factor, count = getattr(config, "routed_scaling_factor", None), getattr(config, "num_experts", 0)
-    if config.model_type == "branchmix" and not config.norm_topk_prob and factor == count / config.num_experts_per_tok:
-        changed["routed_scaling_factor"] = count / top_k
-    return text.configured(**changed)
+    """A mixture whose FFN routers choose ``top_k`` experts for each token."""
+    return text.configured(num_experts_per_tok=top_k)
 
 
 def by_kept_experts(

@@ -236,7 +236,8 @@ class _Training(SettingsFile):
     gradient_checkpointing: bool = False
     """Save memory at the cost of a third more compute."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Also keep an exponential moving average of the weights with this decay, and write it to ``ema/`` at the end."""
+    """Also keep an exponential moving average of the weights (and of the biases of ``balance``) with this decay, and
+    write it to ``ema/`` at the end."""
     attn_implementation: str | None = None
     """As in transformers; chosen by device and sequence length if not set."""
     experts_implementation: str | None = None

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from branchmix.data.sequences import IGNORED
 from branchmix.models.routers import STARVED, bias_spread, dead_experts, entropy_of, load_of, max_violation
-from branchmix.models.routing_branchmix import BranchMixFFNRouter, BranchMixRouter, chosen
+from branchmix.models.routing_branchmix import BranchMixFFNRouter, BranchMixRouter, chosen, scores, shares
 
 DOMINANT = 0.95
 """An expert with more than this share of the load leaves the others almost no tokens."""
@@ -183,10 +183,11 @@ class RouterMonitor:
         """Count a forward pass by the output of the model, called with ``options``: tokens with 1 in the mask."""
         for kind, top_k in self._top_k.items():
             logits = output["router_logits" if kind == "ffn" else f"{kind}_router_logits"]
-            gates_LBTE = torch.stack([of_layer.detach() for of_layer in logits]).unflatten(1, (len(domain_B), -1))
-            gates_LBTE = gates_LBTE.softmax(-1)
+            logits_LBTE = torch.stack([of_layer.detach() for of_layer in logits]).unflatten(1, (len(domain_B), -1))
             # Computed from the logits rather than from the router's gates, which may be normalised.
-            index_LBTk = chosen(gates_LBTE, top_k, self._biases(kind)) if self._is_hard(kind) else None
+            score = self._routers[kind][0].score
+            gates_LBTE, all_LBTE = shares(logits_LBTE, score), scores(logits_LBTE, score)
+            index_LBTk = chosen(all_LBTE, top_k, self._biases(kind)) if self._is_hard(kind) else None
             load_LBTE = load_of(gates_LBTE, index_LBTk)
             entropy_LBT1 = entropy_of(gates_LBTE).unsqueeze(-1)
             values_LBTX = torch.cat((load_LBTE, entropy_LBT1, torch.ones_like(entropy_LBT1)), dim=-1)

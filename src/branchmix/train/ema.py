@@ -18,7 +18,10 @@ UPDATES = "num_updates"
 
 
 class Ema:
-    """``e <- d e + (1 - d) w`` after each step, for all trained weights.
+    """``e <- d e + (1 - d) w`` after each step, for all trained weights, and for the selection biases of routers.
+
+    Biases are no parameters, but each step moves them with the routers (``BranchMixBalance``): averaged routers with
+    the last biases would be balanced for other gates than theirs.
 
     The n-th update uses ``d = min(decay, n / (n + 9))``, so that the average of a short run does not include its start.
     The average is in fp32, sharded like the weights, and takes as much memory as they do. The model must have its final
@@ -29,20 +32,20 @@ class Ema:
         self.decay = decay
         self.num_updates = 0
         self._model = model
-        self._average = {name: weight.detach().float().clone() for name, weight in self._trained()}
+        self._average = {name: weight.detach().float().clone() for name, weight in self._moved()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Add the current weights to the average. Call it after each optimizer step."""
         self.num_updates += 1
         decay = min(self.decay, self.num_updates / (self.num_updates + 9))
-        weights = [weight.detach().float() for _, weight in self._trained()]
+        weights = [weight.detach().float() for _, weight in self._moved()]
         get_ema_multi_avg_fn(decay)(list(self._average.values()), weights, self.num_updates)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Give the model the averaged weights inside the block, and restore its own afterwards, bit for bit."""
-        own = {name: weight.detach().clone() for name, weight in self._trained()}
+        own = {name: weight.detach().clone() for name, weight in self._moved()}
         try:
             self._set(self._average)
             yield
@@ -66,11 +69,13 @@ class Ema:
                 whole = distribute_tensor(whole, average.device_mesh, average.placements)
             average.copy_(whole)
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _moved(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What steps change, by name."""
         reshard(self._model)
-        return ((name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad)
+        yield from ((name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad)
+        yield from ((name, bias) for name, bias in self._model.named_buffers() if name.endswith(".expert_bias"))
 
     @torch.no_grad()
     def _set(self, values: dict[str, torch.Tensor]) -> None:
-        for name, weight in self._trained():
+        for name, weight in self._moved():
             weight.copy_(values[name])

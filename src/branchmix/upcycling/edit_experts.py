@@ -21,7 +21,7 @@ from branchmix.checkpoint.numbers import widened
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import FileHashes
 from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
-from branchmix.recipe import Expert, RouterInit
+from branchmix.recipe import Expert, RouterInit, even_scaling
 from branchmix.settings import parse
 from branchmix.upcycling.compatibility import check_newcomer
 from branchmix.upcycling.execute import (
@@ -246,7 +246,7 @@ class EditedMixture(OpenedMixture):
         return all(ref and all_same([Stored(ref), shared[name]], self.dtype) for name, ref in ours.items())
 
     def resized(self, experts: Members) -> tuple[Config, list[str]]:
-        """The config for these experts, and notes: soft routing stays soft, ``auto`` scaling stays N / k.
+        """The config for these experts, and notes: soft routing stays soft, ``auto`` scaling stays so.
 
         A config says neither (soft is k = N there), but the recipe does. Where none is recorded, k and the factor stay.
         """
@@ -277,10 +277,11 @@ class EditedMixture(OpenedMixture):
         top_k = config["num_experts_per_tok"] = new if soft else min(old_k, new)
         if (attention_top_k := self.config.get("attention_num_experts_per_tok")) is not None:
             config["attention_num_experts_per_tok"] = min(attention_top_k, new)
-        raw = not (soft or self.config.get("norm_topk_prob"))
-        is_n_over_k = raw and scaling == old / old_k
-        if is_n_over_k and recipe.get("routed_scaling_factor") == "auto":
-            config["routed_scaling_factor"] = new / top_k
+        score = self.config["scoring_func"]
+        is_even = not self.config.get("norm_topk_prob") and scaling == even_scaling(score, old, old_k)
+        even = even_scaling(score, new, top_k)
+        if is_even and recipe.get("routed_scaling_factor") == "auto":
+            config["routed_scaling_factor"] = even
         notes = []
         if self.shape.has_ffn_experts and not recipe:
             if old_k == old and top_k != new:
@@ -288,10 +289,10 @@ class EditedMixture(OpenedMixture):
                     f"each token still goes to {top_k} FFN experts, now of {new}: no recipe says whether routing was "
                     f"soft; if so, set num_experts_per_tok to {new} in config.json"
                 )
-            if is_n_over_k and scaling != 1.0:
+            if is_even and scaling not in (1.0, even):
                 notes.append(
-                    f"routed_scaling_factor stays {scaling:g}: no recipe says whether it was auto (N / k); if so, set "
-                    f"it to {new / top_k:g} in config.json"
+                    f"routed_scaling_factor stays {scaling:g}: no recipe says whether it was auto; if so, set it to "
+                    f"{even:g} in config.json"
                 )
         return config, notes
 

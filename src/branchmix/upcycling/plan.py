@@ -20,7 +20,7 @@ from branchmix.checkpoint.generated_tensors import Constant, Held, Normal, Partl
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.errors import CheckpointError
-from branchmix.recipe import DTYPES, Recipe
+from branchmix.recipe import DTYPES, Recipe, even_scaling
 from branchmix.upcycling.compatibility import Fit, foldable_norms
 from branchmix.upcycling.layers import (
     all_same,
@@ -262,7 +262,8 @@ class _Mixture:
         times = (2 if self.family.gate is None else 3) + squares_activation(self.seed.index.config)
         factor = float(options.weight_scaling or 1.0)
         if options.weight_scaling is True:
-            factor = (len(self.experts) / self.recipe.num_experts_per_tok) ** (1 / times)
+            even = even_scaling(self.recipe.routing.ffn.score, len(self.experts), self.recipe.num_experts_per_tok)
+            factor = even ** (1 / times)
         if name == "down_proj.bias":  # added behind all matrices: it carries their product
             factor **= times
         return part if factor == 1.0 else Scaled(part, factor)
@@ -336,6 +337,7 @@ class _Mixture:
             "num_experts": len(recipe.expert_names),
             "num_experts_per_tok": recipe.num_experts_per_tok,
             "routed_scaling_factor": recipe.scaling,
+            "scoring_func": recipe.routing.ffn.score if recipe.has_ffn_experts else "softmax",
             "router_aux_loss_coef": recipe.router_aux_loss_coef,
             "router_z_loss_coef": recipe.router_z_loss_coef,
             "seed_config": {**seed_config, "dtype": dtype},
@@ -352,9 +354,10 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
     options = recipe.sparse_upcycling
     raw_top_1 = recipe.num_experts_per_tok == 1 and recipe.scaling == 1.0 and not options.weight_scaling
     if raw_top_1 and recipe.has_ffn_experts and recipe.gates is None:  # which replace them
+        size = "1/2" if recipe.routing.ffn.score == "sigmoid" else "1/N"
         yield (
-            "raw top-1 gates scale the FFN output by about 1/N at the start, so the untrained mixture is worse than a "
-            "soup (the paper trains it): routed_scaling_factor: auto, or top_k: 2 with normalize, starts better"
+            f"raw top-1 gates scale the FFN output by about {size} at the start, so the untrained mixture is worse "
+            "than a soup (the paper trains it): routed_scaling_factor: auto, or top_k: 2 with normalize, starts better"
         )
         if recipe.attention == "average" and recipe.seed_copies:
             yield "more copies of the seed made top-1 BTX worse, not better, in the paper (Table 4)"

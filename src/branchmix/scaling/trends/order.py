@@ -130,8 +130,8 @@ def flattest(y_K: np.ndarray, weight_K: np.ndarray) -> np.ndarray:
 
 
 def weights(curve: Curve) -> np.ndarray:
-    """[K], one over the variance of each average, without what all sizes share: it takes no part in any difference."""
-    return 1 / (np.diag(curve.sampling_KK) - curve.shared + curve.jitter_K)
+    """[K], one over the variance of each average, without what all sizes share."""
+    return 1 / (curve.own_K + curve.jitter_K)
 
 
 @dataclass(frozen=True)

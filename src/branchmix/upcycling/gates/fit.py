@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import log_softmax
+from torch.nn.functional import logsigmoid
 
 from branchmix.likelihood.forward import evaluating, log_probs, logits_at
 from branchmix.models.documents_branchmix import BranchMixDocumentGate, DocumentLogits
@@ -46,6 +47,7 @@ class TopK:
     routed_scaling_factor: float
     attention_num_experts_per_tok: int | None
     attention_norm_topk_prob: bool
+    scoring_func: str = "softmax"
 
     @classmethod
     def of(cls, config: Any) -> TopK:
@@ -56,13 +58,14 @@ class TopK:
         """Gates that sum to 1, of two experts or more: with one, a router would get no gradient.
 
         With ``keep_top_k`` the gates are chosen and used as they are now, but without a scale that made up for random
-        ones: they are no longer near 1 / N.
+        ones: the raw gate of an expert that a document is sure of is 1, or the sigmoid of 0.
         """
         if keep_top_k:
-            return replace(self, routed_scaling_factor=1.0)
+            is_half = self.scoring_func == "sigmoid" and not self.norm_topk_prob
+            return replace(self, routed_scaling_factor=2.0 if is_half else 1.0)
         least, attention = min(2, num_experts), self.attention_num_experts_per_tok
         attention = None if attention is None else max(attention, least)
-        return TopK(max(self.num_experts_per_tok, least), True, 1.0, attention, True)
+        return TopK(max(self.num_experts_per_tok, least), True, 1.0, attention, True, self.scoring_func)
 
     def apply(self, model: Any) -> None:
         """Set a live model's routers, and its config."""
@@ -79,7 +82,7 @@ class TopK:
 
 
 class Gated:
-    """A mixture in memory with document gates of its own, whatever it had.
+    """A mixture in memory with document gates of its own, whatever it had, and no biases of its routers.
 
     The model is changed. ``evidence_VM`` is already divided by the temperature.
     """
@@ -98,6 +101,10 @@ class Gated:
             for name, module in model.named_modules()
             if isinstance(module, BranchMixRouter) and not isinstance(module, BranchMixSharedRouter)
         }
+        model.config.expert_bias = False
+        for module in model.modules():
+            if isinstance(module, BranchMixRouter):  # biases were moved for the gates as they were
+                module.expert_bias = None
         self.weights = {name: router.weight.detach().clone() for name, router in self.routers.items()}
         with torch.no_grad():
             for parameter in self.gate.parameters():
@@ -209,9 +216,9 @@ def fit_token_routers(
     targets_ME = dict(zip(gated.domains, torch.from_numpy(np.exp(shares_ME)).float(), strict=True))
     gated.set_experts(np.zeros_like(shares_ME))
     gated.set_routers(None)
-    everyone = TopK(gated.model.config.num_experts, True, 1.0, None, True)
+    everyone = TopK(gated.model.config.num_experts, True, 1.0, None, True, routing.scoring_func)
     everyone.apply(gated.model)
-    weights = _regressions(_inputs(gated, sample), targets_ME, PENALTIES[1])
+    weights = _regressions(gated, _inputs(gated, sample), targets_ME, PENALTIES[1])
     tell()
     routing.apply(gated.model)
     gated.set_routers(weights)
@@ -219,7 +226,7 @@ def fit_token_routers(
     tell()
     found = []
     for penalty in PENALTIES:
-        weights = _regressions(inputs, targets_ME, penalty)
+        weights = _regressions(gated, inputs, targets_ME, penalty)
         gated.set_routers(weights)
         found.append((float(np.mean(list(losses(gated.model, measured).values()))), weights))
         tell()
@@ -238,7 +245,10 @@ def _sample(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _regressions(
-    inputs: Mapping[str, Mapping[str, torch.Tensor]], targets_ME: Mapping[str, torch.Tensor], penalty: float
+    gated: Gated,
+    inputs: Mapping[str, Mapping[str, torch.Tensor]],
+    targets_ME: Mapping[str, torch.Tensor],
+    penalty: float,
 ) -> dict[str, torch.Tensor]:
     """Weights of every router, from its inputs by domain."""
     found = {}
@@ -246,14 +256,18 @@ def _regressions(
         x_SD = torch.cat(list(by_domain.values())).float()
         target_SE = torch.cat([targets_ME[domain].expand(len(x), -1) for domain, x in by_domain.items()]).to(x_SD)
         weight_S = torch.cat([x.new_full((len(x),), 1 / len(x), dtype=torch.float32) for x in by_domain.values()])
-        found[name] = logistic_regression(x_SD, target_SE, weight_S / len(by_domain), penalty)
+        score = gated.routers[name].score
+        found[name] = logistic_regression(x_SD, target_SE, weight_S / len(by_domain), penalty, score)
     return found
 
 
 def logistic_regression(
-    x_SD: torch.Tensor, target_SE: torch.Tensor, weight_S: torch.Tensor, penalty: float
+    x_SD: torch.Tensor, target_SE: torch.Tensor, weight_S: torch.Tensor, penalty: float, score: str = "softmax"
 ) -> torch.Tensor:
-    """W [E, D] of the least ``sum_s weight_s CE(softmax(W x_s), target_s) + penalty |W|^2 rms(x)^2 / 2``: convex."""
+    """W [E, D] of the least ``sum_s weight_s CE(softmax(W x_s), target_s) + penalty |W|^2 rms(x)^2 / 2``: convex.
+
+    For ``sigmoid`` scores it is the sum of every expert's own cross-entropy, whose least is at ``target`` as well.
+    """
     scale = x_SD.square().mean().sqrt().clamp_min(1e-12)
     x_SD = x_SD / scale
     w_ED = x_SD.new_zeros(target_SE.shape[1], x_SD.shape[1], requires_grad=True)
@@ -261,8 +275,12 @@ def logistic_regression(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        logp_SE = (x_SD @ w_ED.T).log_softmax(-1)
-        loss = -(weight_S[:, None] * target_SE * logp_SE).sum() + penalty / 2 * w_ED.square().sum()
+        logits_SE = x_SD @ w_ED.T
+        if score == "sigmoid":
+            of_all_SE = target_SE * logsigmoid(logits_SE) + (1 - target_SE) * logsigmoid(-logits_SE)
+        else:
+            of_all_SE = target_SE * logits_SE.log_softmax(-1)
+        loss = -(weight_S[:, None] * of_all_SE).sum() + penalty / 2 * w_ED.square().sum()
         loss.backward()
         return loss
 

@@ -27,6 +27,8 @@ from branchmix.upcycling.plan import Plan, Progress
 
 PREFIX = "document_gate."
 """How the names of the document gates' tensors begin."""
+BIAS = ".expert_bias"
+"""How the names of the routers' selection biases end."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,13 @@ def fit(
         tokens = int(counts_VM[:, m].sum()), sum(map(len, measured.get(name, [])))
         shares = dict(zip(experts, np.exp(shares_ME[m]).round(4).tolist(), strict=True))
         domains.append(DomainFit(name, *tokens, before.get(name), after.get(name), losses[name], shares))
-    config = {**vars(routing), "document_gate": record}
+    has_biases = routers == "unchanged" and mixture.config["expert_bias"]
+    if mixture.config["expert_bias"] and not has_biases:
+        notes.append(
+            "the routers' selection biases are dropped, since training moved them for the gates that it had: a run "
+            "with balance.bias starts new ones at zero"
+        )
+    config = {**vars(routing), "document_gate": record, "expert_bias": has_biases}
     return Fitted(domains, posterior, config, tensors, routers, notes)
 
 
@@ -267,12 +275,15 @@ def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Pla
     """All tensors of a mixture, with new gates in place of its own; without any gates of documents if None."""
     new = fitted.tensors if fitted else {}
     calibrated_now = [NOT_CALIBRATED.format(name=name) for name in mixture.names]
-    stored = mixture.index.tensors.items()
-    kept = [OutputTensor(name, Stored(ref)) for name, ref in stored if not (name in new or name.startswith(PREFIX))]
+    config = {**mixture.config, **(fitted.config if fitted else {})}
+    stored = [
+        (name, ref) for name, ref in mixture.index.tensors.items() if not (name in new or name.startswith(PREFIX))
+    ]
+    kept = [OutputTensor(name, Stored(ref)) for name, ref in stored if config["expert_bias"] or not name.endswith(BIAS)]
     plan = Plan.of(
         new.items(),
         mixture.dtype,
-        {**mixture.config, **(fitted.config if fitted else {})},
+        config,
         notes=tuple(note for note in mixture.notes if note not in calibrated_now),
         sources=tuple(mixture.experts),
         lossless=mixture.lossless,

@@ -69,11 +69,6 @@ def calibrate(
     data = EvalData.load(data)
     mixture = OpenedMixture(str(model), otherwise="calibrate the mixture that upcycle makes of it")
     source = mixture.resolved.folder
-    if mixture.config["expert_bias"]:
-        raise RecipeError(
-            f"{model}: its routers choose experts by a bias from training (balance.bias), which fits these routers "
-            "only: calibrate the mixture before it is trained"
-        )
     if out is None and mixture.resolved.revision is not None:
         raise RecipeError(f"{model}: is on the Hub, so give --out, the folder to write")
     in_place = out is None or Path(out).resolve() == source.resolve()
