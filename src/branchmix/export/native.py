@@ -91,6 +91,8 @@ def _expert_problems(mixture: OpenedMixture, native: Native) -> Iterator[str]:
         )
     if mixture.shape.shared_experts:
         yield f"its shared expert has a fixed weight, which {native.model_type} does not have"
+    if config.get("domain_router"):
+        yield f"its routers compute their rows from experts' domains, and those of {native.model_type} have weights"
     if config.get("expert_bias"):
         yield f"its routers choose experts by a bias, and those of {native.model_type} by their gates alone"
     top_k, num_experts = config["num_experts_per_tok"], config["num_experts"]

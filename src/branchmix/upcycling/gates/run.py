@@ -74,6 +74,11 @@ def calibrate(
             f"{model}: its routers choose experts by a bias from training (balance.bias), which fits these routers "
             "only: calibrate the mixture before it is trained"
         )
+    if mixture.config["domain_router"]:
+        raise RecipeError(
+            f"{model}: its routers compute their rows from domains (routing.domains in the recipe), and gates are fitted "
+            "with routers that have weights of their own: merge it without"
+        )
     if out is None and mixture.resolved.revision is not None:
         raise RecipeError(f"{model}: is on the Hub, so give --out, the folder to write")
     in_place = out is None or Path(out).resolve() == source.resolve()
