@@ -322,6 +322,8 @@ class Recipe(SettingsFile):
             raise ValueError("merge.weights: all are zero, so nothing is left to average: give one model a weight")
 
     def _check_routing(self) -> None:
+        if self.routing.domains is not None:
+            self._check_domains()
         if self.shared_expert is not None and not self.has_ffn_experts:
             raise ValueError("shared_expert: stands beside FFN experts: give ffn: experts, or leave it out")
         count = len(self.expert_names)
@@ -349,8 +351,6 @@ class Recipe(SettingsFile):
         zeros = "zeros" in (self.router_init.method, self.router_init.attention)
         if zeros and attention_top_k is not None and attention_top_k < count:
             raise ValueError("router_init: zeros ties the top-k of the attention router; use it with soft routing only")
-        if self.routing.domains is not None:
-            self._check_domains()
         prompted = {name for name, prompts in (self.router_init.prompts or {}).items() if prompts}
         given = prompted | (self.router_init.text or {}).keys()
         missing = [name for name in self.expert_names if name not in given]

@@ -1,9 +1,9 @@
 """Embeddings of experts' domains, which routers make rows of (Nexus, arXiv 2408.15901).
 
-The paper's come from a text encoder. Here the encoder is the seed: it never changes, so an expert that joins years later
-is measured as the first ones were, and nothing else has to be there. A domain is the mean of the seed's final hidden
-state over text. The means of all text have most in common; so they are stored as differences from the mean over the
-first experts, divided by their root mean square, which is what a projection of random weights can tell apart.
+The paper takes them from a text encoder. Here the seed is the encoder: it does not change when the mixture is trained,
+so an expert that joins later is embedded as the first ones were. A domain's embedding is the mean of the seed's final
+hidden state over its text. These means have most in common, whatever the text, so they are stored as differences from
+the mean over the first experts, divided by their root mean square.
 Shapes: E experts, C width of the final hidden state.
 """
 

@@ -98,13 +98,10 @@ def add_expert(
     if name in mixture.names:
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
     given = EvalData.load(data) if data is not None else None
-    if (given is not None) != (mixture.shape.domain_router is not None):
-        raise RecipeError(
-            f"{model}: its routers compute the row of {name!r} from text of its domain: give data, a file with a domain "
-            "of this name"
-            if given is None
-            else f"{model}: its routers have weights of their own, so that they need no text: leave data out"
-        )
+    if given is None and mixture.shape.domain_router:
+        raise RecipeError(f"{model}: its routers compute rows from text: give data, a file with a domain {name!r}")
+    if given is not None and not mixture.shape.domain_router:
+        raise RecipeError(f"{model}: its routers have weights of their own and need no text: leave data out")
     if given is not None and router_std is not None:
         raise RecipeError("router_std: the rows are computed from the expert's domain, not drawn: leave it out")
     dense = resolve(str(expert))
@@ -128,8 +125,8 @@ def add_expert(
 
         seed = mixture.recorded_seed("an expert's domain is embedded by it, so put it back")
         centre_C = Stored(mixture.index.tensors[f"{ROUTER_DOMAINS}centre"])
-        options = {"dry_run": dry_run, "trust_remote_code": trust_remote_code, "progress": progress}
-        domain = embedding_of(name, given, seed, centre_C, **options)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "progress": progress}
+        domain = embedding_of(name, given, seed, centre_C, dry_run=dry_run, **options)
     plan = mixture.plan([*mixture.experts, joins], findings.notes, lossless, std, router_seed, domain)
     plan = replace(plan, decomposed=decomposed)
     added = Sourced(name, dense, newcomer.index, dense.folder if adapter else None)

@@ -63,7 +63,8 @@ def model_card(plan: Plan, provenance: dict[str, Any], *, exported_from: Config 
     software = f"[branchmix](https://arxiv.org/abs/2408.08274) {provenance['versions']['branchmix']}"
     title = method_of(exported_from or plan.config, provenance["recipe"])
     if exported_from is None:
-        state = "Its routers are as the recipe started them: calibrate or train the mixture before you use it."
+        better = "train" if plan.config.get("domain_router") else "calibrate or train"
+        state = f"Its routers are as the recipe started them: {better} the mixture before you use it."
         if fits := [step["calibrated"] for step in provenance.get("changes", []) if "calibrated" in step]:
             state = f"Its gates are calibrated on text of {', '.join(fits[-1]['domains'])}: it needs no training."
         made = f"Merged with {software}. " + ("" if plan.is_dense else state)

@@ -76,8 +76,8 @@ def calibrate(
         )
     if mixture.config["domain_router"]:
         raise RecipeError(
-            f"{model}: its routers compute their rows from domains (routing.domains in the recipe), and gates are fitted "
-            "with routers that have weights of their own: merge it without"
+            f"{model}: its routers compute their rows from domains (routing.domains), and gates are fitted with "
+            "routers that have weights of their own: merge it without"
         )
     if out is None and mixture.resolved.revision is not None:
         raise RecipeError(f"{model}: is on the Hub, so give --out, the folder to write")
