@@ -96,6 +96,14 @@ class AttentionRouting(Settings):
         return self
 
 
+class Domains(Settings):
+    """Text of the experts' domains, from which routers compute an expert's row."""
+
+    data: Path
+    """YAML file with a domain of each expert's name, in the format of ``branchmix eval --data``; held-out documents are
+    not read. The seed, where it is an expert, takes all domains that no expert is called after."""
+
+
 class Routing(Settings):
     """Both routers of a block."""
 
@@ -103,6 +111,9 @@ class Routing(Settings):
     attention: AttentionRouting = AttentionRouting()
     shared: bool = False
     """One router a block for attention and FFN experts. The paper has two."""
+    domains: Domains | None = None
+    """An expert's row of every router is a learned projection of an embedding of its domain's text (Nexus, arXiv
+    2408.15901), so that an expert that joins later gets its rows without training. Otherwise rows are weights."""
 
 
 class RouterInit(Settings):
@@ -319,6 +330,8 @@ class Recipe(SettingsFile):
             raise ValueError("merge.weights: all are zero, so nothing is left to average: give one model a weight")
 
     def _check_routing(self) -> None:
+        if self.routing.domains is not None:
+            self._check_domains()
         if self.shared_expert is not None and not self.has_ffn_experts:
             raise ValueError("shared_expert: stands beside FFN experts: give ffn: experts, or leave it out")
         count = len(self.expert_names)
@@ -355,6 +368,16 @@ class Recipe(SettingsFile):
         missing = [name for name in self.expert_names if name not in given]
         if self.router_init.method == "hidden" and missing:
             raise ValueError(f"router_init: hidden needs prompts or text for every expert, {missing[0]!r} has none")
+
+    def _check_domains(self) -> None:
+        if not (self.has_attention_experts or self.has_ffn_experts):
+            raise ValueError("routing.domains: a soup has no experts to choose from: leave it out")
+        if self.router_init.method != "normal" or self.router_init.attention is not None:
+            raise ValueError("router_init: with routing.domains, rows are computed: give std and seed only")
+        if self.gates is not None:
+            raise ValueError("gates: are fitted with routers that have weights of their own: remove routing.domains")
+        if self.seed_copies:
+            raise ValueError("seed_copies: copies of the seed have one domain and so one row: remove routing.domains")
 
     @property
     def expert_names(self) -> list[str]:
@@ -414,7 +437,7 @@ class Recipe(SettingsFile):
     def files(self) -> list[Path]:
         """The files it was read from: its own, if there is one, and the texts for routers and gates."""
         texts = [self.folder / path for path in (self.router_init.text or {}).values()]
-        texts += [self.folder / self.gates.data] if self.gates else []
+        texts += [self.folder / section.data for section in (self.gates, self.routing.domains) if section]
         return texts if self._file is None else [self._file, *texts]
 
     @classmethod

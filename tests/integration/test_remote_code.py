@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import branchmix
-from mixtures import load, mixtures_of_0_1, recipe, tokens
+from mixtures import load, mixtures_of_0_1, random_mixture, recipe, tokens
 
 Siblings = Callable[..., dict[str, Path]]
 FAMILIES = {
@@ -173,11 +173,12 @@ def mixtures(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Pa
     root = tmp_path_factory.mktemp("mixtures")
     ids = tokens()
     for name, attention in FAMILIES.items():
-        folder = root / name
         rank = 4 if name == "gpt2" else "full"  # one of mixtures whose experts are changes of the seed
         score = "sigmoid" if attention == "kv_sharing" else "softmax"
         options = {"attention": attention, "routing": {"ffn": {"top_k": 2, "score": score}}, "expert_rank": rank}
-        branchmix.upcycle(recipe(siblings(name), **options), folder)
+        branchmix.upcycle(recipe(siblings(name), **options), root / name)
+    random_mixture("llama", domain_router={"width": 24, "inner": 6}).save_pretrained(root / "domains")
+    for folder in sorted(root.iterdir()):
         model = load(folder)
         with torch.no_grad():
             expected = {"ids": ids, "logits": model(ids).logits, "hidden": model.model.base_model(ids)[0]}
@@ -192,7 +193,7 @@ def test_loads_by_remote_code_and_reproduces_everything(mixtures: Path, tmp_path
     shutil.copytree(mixtures, moved)
     older = mixtures_of_0_1(tmp_path)
     done = python(LOAD_ALL, moved, tmp_path / "copies", *older.values(), cache=tmp_path)
-    assert done.stdout.split() == [*sorted(FAMILIES), "0.1-plain", "0.1-one_router"]
+    assert done.stdout.split() == [*sorted([*FAMILIES, "domains"]), "0.1-plain", "0.1-one_router"]
 
 
 def test_refuses_without_trust(mixtures: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
         attention=s.num_layers * attention + sum(qkv + output for qkv, output, _ in factors),
         ffn=s.num_layers * (ffn + facts.activation_parameters) + sum(of_ffn for _, _, of_ffn in factors),
         norms=s.num_layers * (block_norms * norm + qk_norm) + trunks * final_norm * norm,
-        routers=s.num_layers * len(shape.routers) * shape.num_experts * d + shape.document_gate_parameters,
+        routers=s.num_layers * len(shape.routers) * shape.router_parameters + shape.document_gate_parameters,
     )
 
 

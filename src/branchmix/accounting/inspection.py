@@ -121,8 +121,8 @@ class Accounting:
         if shape is None or flops is None or shape.ffn != "experts" or not shape.family.gate:
             return None
         extra = 3 * shape.sizes.intermediate_size * shape.num_experts_per_tok
-        second_router = shape.num_experts if "attention" in shape.routers else 0
-        omitted = shape.sizes.num_layers * second_router * shape.sizes.hidden_size
+        second_router = shape.router_parameters if "attention" in shape.routers else 0
+        omitted = shape.sizes.num_layers * second_router
         notes = [f"Table 7 prints {extra:,} = 1.5 k d_ff more for the FFN than Table 10's formula gives, unexplained"]
         if second_router:
             notes.append("Table 9's active parameters leave out one of the two routers")
@@ -158,6 +158,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         "document_gate": list(shape.domains) or None,
         **({"expert_ranks": list(shape.expert_ranks)} if shape.expert_ranks else {}),
         **({"shared_experts": shape.shared_experts} if shape.shared_experts else {}),
+        **({"domain_router": list(shape.domain_router)} if shape.domain_router else {}),
         **({"trunk": shape.trunk} if shape.trunk == "experts" else {}),
     }
 
@@ -302,7 +303,7 @@ _PART_PATTERNS = {
     "other": r"",
 }
 _BUFFERS = re.compile(
-    r"(^document_gate\.counts|rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias)|act_fn\.(beta|eps)|layer_scalar|slope_rate|_decay"
+    r"(^document_gate\.counts|^router_domains\.\w+|rotary_emb\.inv_freq|\b(attn|attention)\.(bias|masked_bias)|act_fn\.(beta|eps)|layer_scalar|slope_rate|_decay"
     r"|e_score_correction_bias|\.expert_bias|balancing_biases|tid2eid|global_(mean|invstd))$"
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ MIXTURE_DEFAULTS: Config = {
     "attention_norm_topk_prob": False,
     "attention_num_experts_per_tok": None,
     "document_gate": None,
+    "domain_router": None,
     "expert_bias": False,
     "expert_names": None,
     "expert_ranks": None,
@@ -64,6 +66,9 @@ class Shape:
     """Copies of the FFN in a layer that every token goes to, beside the experts: 0 or 1."""
     shared_router: bool = False
     """Both routers have one set of weights."""
+    domain_router: tuple[int, int] | None = None
+    """Width of the domains' embeddings that routers' rows are projected from, and inner width of the projections; None:
+    routers have weights of their own."""
     trunk: str = "average"
     """``average``, or the mixture's ``experts``."""
     expert_ranks: tuple[dict[str, list[int]], ...] = ()
@@ -113,6 +118,20 @@ class Shape:
             attention=self.has_attention_experts, ffn=self.has_ffn_experts, shared=self.shared_router
         )
 
+    def router_tensors(self, router: str) -> dict[str, tuple[int, int]]:
+        """Names and shapes of the tensors of one of ``routers``: its weights, or the projection that gives its rows."""
+        if self.domain_router is None:
+            return {router: (self.num_experts, self.sizes.hidden_size)}
+        width, inner = self.domain_router
+        shapes = {"gate": (inner, width), "up": (inner, width), "down": (self.sizes.hidden_size, inner)}
+        module = router.removesuffix("weight")
+        return {f"{module}router_rows.{name}_proj.weight": shape for name, shape in shapes.items()}
+
+    @property
+    def router_parameters(self) -> int:
+        """Elements of the weights of one router."""
+        return sum(map(math.prod, self.router_tensors("").values()))
+
     @property
     def gated_kinds(self) -> list[str]:
         """The kinds of experts that document gates choose."""
@@ -153,6 +172,13 @@ class Shape:
         return flag if isinstance(flag, bool) else bool(self.seed.get(flag[0], flag[1]))
 
 
+def domain_router_of(seed: Config) -> dict[str, int]:
+    """``domain_router`` of new mixtures of a seed: embeddings as wide as its final hidden state, projections a quarter
+    of its width inside."""
+    hidden_size = dimensions(seed).hidden_size
+    return {"width": int(seed.get("word_embed_proj_dim") or hidden_size), "inner": -(-hidden_size // 4)}
+
+
 def shape_of(config: Config) -> Shape:
     """Reads a dense config, or a mixture's (``model_type: branchmix``) with ``MIXTURE_DEFAULTS``.
 
@@ -174,6 +200,7 @@ def shape_of(config: Config) -> Shape:
         **{key: config[key] for key in same},
         shared_experts=int(config["shared_expert_weight"] is not None),
         shared_router=bool(config["shared_router"]),
+        domain_router=None if config["domain_router"] is None else _sizes_of_domain_router(config["domain_router"]),
         expert_ranks=tuple(config["expert_ranks"] or ()),
         folded_norms=tuple(config["folded_norms"] or ()),
         domains=tuple((config["document_gate"] or {}).get("domains", ())),
@@ -223,6 +250,14 @@ def _check_mixture(config: Config) -> None:
         _require(len(set(domains)) == len(domains), "document_gate names a domain twice")
         in_range = type(decay) in (int, float) and 0 <= decay <= 1
         _require(in_range, f"document_gate: decay is {decay!r}, not a number from 0 to 1")
+
+
+def _sizes_of_domain_router(value: Any) -> tuple[int, int]:
+    """``domain_router`` as two numbers."""
+    sizes = (value.get("width"), value.get("inner")) if isinstance(value, dict) else ()
+    right = len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)
+    _require(right, f"domain_router is {value!r}, not a width and an inner width")
+    return sizes  # type: ignore[return-value]
 
 
 def _check_ranks(of_layers: Any, config: Config) -> None:

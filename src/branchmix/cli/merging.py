@@ -62,7 +62,7 @@ def upcycle_command(
     from branchmix.upcycling import upcycle
 
     loaded = Recipe.load(recipe)
-    if verify or loaded.gates:
+    if verify or loaded.gates or loaded.routing.domains:
         console.quiet_libraries()
     options: dict[str, Any] = {"dry_run": dry_run, "verify": verify, "force": force, "check": not no_check}
     options |= {"hashes": not no_hashes, "trust_remote_code": trust_remote_code}
@@ -71,7 +71,14 @@ def upcycle_command(
     _output(report, as_json)
 
 
-@app.command("add-expert", epilog="\b\nExample:\n  branchmix add-expert mixture law=./law-expert mixture-with-law\n")
+ADD_EXPERT = """\b
+Examples:
+  branchmix add-expert mixture law=./law-expert mixture-with-law
+  branchmix add-expert mixture law=./law-expert mixture-with-law --data data.yaml   routers made of domains
+"""
+
+
+@app.command("add-expert", epilog=ADD_EXPERT)
 def add_expert_command(
     model: console.Mixture,
     expert: Annotated[str, Argument(metavar="NAME=PATH", help="The dense model to add.")],
@@ -80,9 +87,14 @@ def add_expert_command(
         float | None, Option(help="Standard deviation of the routers' new rows, above 0 [default: the mixture's]")
     ] = None,
     router_seed: Annotated[int, Option(help="Random seed for the routers' new rows.")] = 0,
+    data: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="YAML: text of the expert's domain, where routers compute rows from it."),
+    ] = None,
     dry_run: console.DryRun = False,
     force: console.Force = False,
     no_check: console.NoCheck = False,
+    trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
 ) -> None:
     """Add a dense model to a mixture as an expert."""
@@ -91,8 +103,10 @@ def add_expert_command(
     name, _, path = expert.partition("=")
     if not name or not path:
         raise RecipeError(f"{expert!r}: write the new expert as NAME=PATH, such as law=./law-expert")
-    options: dict[str, Any] = {"router_std": router_std, "router_seed": router_seed}
-    options |= {"dry_run": dry_run, "force": force, "check": not no_check}
+    if data is not None:
+        console.quiet_libraries()
+    options: dict[str, Any] = {"router_std": router_std, "router_seed": router_seed, "data": data}
+    options |= {"dry_run": dry_run, "force": force, "check": not no_check, "trust_remote_code": trust_remote_code}
     with console.writing_model(out) as progress:
         report = add_expert(model, name, path, out, **options, progress=progress)
     _output(report, as_json)

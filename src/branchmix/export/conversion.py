@@ -23,7 +23,7 @@ from branchmix.upcycling.edit_experts import EditedMixture
 from branchmix.upcycling.execute import refuse_overlap, require_space, write_output
 from branchmix.upcycling.layers import dense_tensors
 from branchmix.upcycling.mixture import DEFAULT_SHARD_BYTES, OpenedMixture
-from branchmix.upcycling.plan import Plan, Progress
+from branchmix.upcycling.plan import ROUTER_DOMAINS, Plan, Progress
 from branchmix.upcycling.sources import (
     KINDS,
     ROLES,
@@ -248,7 +248,7 @@ def trunk_of(mixture: OpenedMixture, number: int = 0) -> DenseExpert:
     for name, ref in mixture.index.tensors.items():
         inner, own_trunk = name.removeprefix("model."), mixture.shape.trunk == "experts"
         place = in_trunk(inner) if own_trunk and not of_experts.match(name) else None
-        if not name.startswith("document_gate.") and (place is None or place[1] == number):
+        if not name.startswith(("document_gate.", ROUTER_DOMAINS)) and (place is None or place[1] == number):
             tensors[place[0] if place else inner] = ref
     index = replace(mixture.index, config=mixture.seed_config, tensors=tensors)
     return DenseExpert("trunk", index, mixture.family, mixture.dims)

@@ -104,6 +104,8 @@ def _expert_problems(mixture: OpenedMixture, native: Native) -> Iterator[str]:
         yield f"its gates are made by {score}, and those of {native.model_type} by {native.score}"
     if mixture.shape.shared_experts and native.shared_expert != "plain":
         yield f"its shared expert has a fixed weight, which {native.model_type} does not have"
+    if config.get("domain_router"):
+        yield f"its routers compute their rows from experts' domains, and those of {native.model_type} have weights"
     if config.get("expert_bias") and native.expert_bias is None:
         yield f"its routers choose experts by a bias, and those of {native.model_type} by their gates alone"
     top_k, num_experts = config["num_experts_per_tok"], config["num_experts"]

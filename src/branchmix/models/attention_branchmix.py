@@ -135,6 +135,7 @@ class BranchMixAttention(nn.Module):
             config.num_experts,
             config.attention_num_experts_per_tok or config.num_experts,
             config.attention_norm_topk_prob,
+            config.domain_router,
         )
         self.o_proj = (
             BranchMixOutputs(hidden_size, order)

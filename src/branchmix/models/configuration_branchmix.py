@@ -52,6 +52,8 @@ class BranchMixConfig(PreTrainedConfig):
         shared_expert_weight: weight w of an FFN S that every token goes to: ``w S(x) + (1 - w) sum_i g_i E_i(x)``
             (Nexus, arXiv 2408.15901). None: there is none.
         shared_router: one router a block for attention and FFN experts, ``mlp.gate``. The paper has two.
+        domain_router: None for routers with weights of their own. Otherwise an expert's row is a projection of its
+            domain's embedding (Nexus): ``width`` of the embeddings and ``inner`` width of the projections.
         expert_bias: whether top-k routers choose by gate plus a bias of each expert, ``expert_bias`` in the checkpoint
             (arXiv 2408.15664). Training with ``balance: {bias: ...}`` adds them.
         router_aux_loss_coef: weight of the load-balancing loss, summed over layers (eq. 2's alpha, not given there).
@@ -87,6 +89,7 @@ class BranchMixConfig(PreTrainedConfig):
     attention_norm_topk_prob: bool = False
     shared_expert_weight: float | None = None
     shared_router: bool = False
+    domain_router: dict[str, int] | None = None
     expert_bias: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
@@ -134,6 +137,11 @@ class BranchMixConfig(PreTrainedConfig):
             raise ValueError(f"shared_expert_weight is {weight}: it needs FFN experts, and a number between 0 and 1")
         if self.shared_router and not (self.has_attention_experts and self.has_ffn_experts):
             raise ValueError("shared_router needs attention experts and FFN experts")
+        if self.domain_router is not None:
+            if not (self.has_attention_experts or self.has_ffn_experts):
+                raise ValueError("domain_router needs experts to choose from")
+            if not all(self.domain_router.get(size, 0) > 0 for size in ("width", "inner")):
+                raise ValueError("domain_router needs width and inner, both above 0")
         if self.document_gate is not None:
             if not (self.has_attention_experts or self.has_ffn_experts):
                 raise ValueError("document_gate needs experts to choose from")

@@ -69,7 +69,12 @@ class BranchMixSparseMoeBlock(nn.Module):
         self.shared_expert: BranchMixSharedExpert | None = None
         self.shared_weight = config.shared_expert_weight or 0.0
         self.gate = BranchMixFFNRouter(
-            hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob, config.scoring_func
+            hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+            config.domain_router,
+            config.scoring_func,
         )
         self.experts = experts
         self.rows: torch.Tensor | None = None

@@ -22,7 +22,7 @@ from .documents_branchmix import BranchMixDocumentGate, DocumentLogits
 from .experts_branchmix import BranchMixExperts, BranchMixSparseMoeBlock
 from .linear_branchmix import BranchMixLinear
 from .low_rank_branchmix import BranchMixLowRank
-from .routing_branchmix import BranchMixRouter, shares
+from .routing_branchmix import BranchMixRouter, BranchMixRouterDomains, shares
 from .trunk_branchmix import BranchMixTrunkExperts
 
 SURE = 0.5
@@ -103,7 +103,9 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
         _share(child, whole[rows[int(name)]] if one_an_expert else getattr(whole, name), rows, query)
     if isinstance(kept, BranchMixRouter) and kept.expert_bias is not None:
         kept.expert_bias = kept.expert_bias[rows]
-    if isinstance(kept, BranchMixDocumentGate):
+    if isinstance(kept, BranchMixRouterDomains):
+        kept.embeddings = kept.embeddings[rows]
+    elif isinstance(kept, BranchMixDocumentGate):
         _cut(kept, rows, names=DocumentLogits._fields)
     elif isinstance(kept, BranchMixRouter) or (isinstance(kept, BranchMixExperts) and _side_by_side(rows)):
         _cut(kept, rows)
@@ -119,7 +121,7 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
             kept._parameters[name] = nn.Parameter(some, requires_grad=False) if len(some) else None
     elif isinstance(kept, BranchMixSparseMoeBlock):
         if isinstance(kept.experts, BranchMixExperts) and not _side_by_side(rows):
-            kept.rows = torch.tensor(rows, device=whole.gate.weight.device)
+            kept.rows = torch.tensor(rows, device=whole.gate.device)
     elif isinstance(kept, BranchMixAttention):
         _cut(kept, rows)  # o_bias
         if isinstance(kept.o_proj, BranchMixLinear):

@@ -35,7 +35,13 @@ from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, documente
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .kept_branchmix import generate_with_kept_experts, keep_experts
 from .low_rank_branchmix import BranchMixLowRank
-from .routing_branchmix import BranchMixFFNRouter, BranchMixRouter, BranchMixSharedRouter
+from .routing_branchmix import (
+    BranchMixFFNRouter,
+    BranchMixRouter,
+    BranchMixRouterDomains,
+    BranchMixRouterRows,
+    BranchMixSharedRouter,
+)
 from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_trunk
 
 logger = logging.get_logger(__name__)
@@ -112,6 +118,18 @@ def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate
         block._document_readers = (*readers, *(("trunk", module) for module in inside))
     gate.outside = tuple((module, isinstance(module, BranchMixTrunkHead)) for module in trunk)
     return gate
+
+
+def router_domains(family: Any, config: BranchMixConfig) -> BranchMixRouterDomains | None:
+    """The domains' embeddings that all routers of a widened family model share, connected to them; None where routers
+    have weights of their own."""
+    if config.domain_router is None:
+        return None
+    domains = BranchMixRouterDomains(config.num_experts, config.domain_router["width"])
+    for module in family.modules():
+        if isinstance(module, BranchMixRouterRows):
+            module.domains = (domains,)
+    return domains
 
 
 def _family_class(seed_config: Any, *, causal_lm: bool) -> type[PreTrainedModel]:
@@ -201,7 +219,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["expert_bias"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["expert_bias", "router_domains"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {"router_logits": OutputRecorder(BranchMixRouter, index=0)}
     document_gate: BranchMixDocumentGate | None
@@ -217,6 +235,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         self._family_name = "model" if self._causal_lm else family.base_model_prefix
         self.add_module(self._family_name, family)
         self.document_gate = document_gate(family, config)
+        self.router_domains = router_domains(family, config)
         self.balance = BranchMixBalance()
         self.post_init()
         layers = f"model.{config.layout['layers']}" if self._causal_lm else config.layout["layers"]
@@ -238,7 +257,11 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             if getattr(module, "_is_hf_initialized", False):
                 continue
             if isinstance(module, BranchMixRouter):
-                init.normal_(module.weight, std=self.config.initializer_range)
+                if module.weight is not None:
+                    init.normal_(module.weight, std=self.config.initializer_range)
+            elif isinstance(module, BranchMixRouterDomains):
+                init.normal_(module.embeddings)
+                init.zeros_(module.centre)
             elif isinstance(module, BranchMixExperts):
                 for name, parameter in module.named_parameters(recurse=False):
                     init.zeros_(parameter) if name.endswith("_bias") else init.normal_(parameter, std=std)

@@ -2,35 +2,96 @@
 
 transformers' ``load_balancing_loss_func`` pools all layers and so scores a total collapse in every layer, each onto
 another expert, as perfect balance. Here each layer counts for itself, and padding never counts.
-Shapes: B batch, T tokens, S = B * T, D model width, E experts, k experts chosen for a token.
+Shapes: B batch, T tokens, S = B * T, D model width, E experts, k experts chosen for a token, C width of a domain's
+embedding, I inner width of a projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-class BranchMixRouter(nn.Module):
-    """Linear router without bias; its logits and gates are fp32 whatever the model's dtype."""
+class BranchMixRouterDomains(nn.Module):
+    """``router_domains``: an embedding of each expert's domain, which all routers read. Not trained.
 
-    score: str = "softmax"
-    """How logits become gates: see ``scores``."""
+    They are differences from ``centre``, of unit mean square. ``centre`` is for experts that join, and not used here.
+    """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, normalize: bool):
+    embeddings: torch.Tensor
+    centre: torch.Tensor
+
+    def __init__(self, num_experts: int, width: int):
         super().__init__()
+        self.register_buffer("embeddings", torch.zeros(num_experts, width))
+        self.register_buffer("centre", torch.zeros(width))
+
+
+class BranchMixRouterRows(nn.Module):
+    """A router's rows as a learned projection of the domains' embeddings: ``W_2 SwiGLU(W_1 c)`` (Nexus, arXiv
+    2408.15901, section 2), with W_1 as ``gate_proj`` and ``up_proj``."""
+
+    domains: tuple[BranchMixRouterDomains]
+    """The mixture's, once it is built: in a tuple, so that its tensors have one name."""
+
+    def __init__(self, width: int, inner: int, hidden_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden_size, bias=False)
+
+    def forward(self) -> torch.Tensor:
+        """[E, D], fp32."""
+        gate, up, down = (module.weight.float() for module in (self.gate_proj, self.up_proj, self.down_proj))
+        domains_EC = self.domains[0].embeddings.to(gate)
+        return F.linear(F.silu(F.linear(domains_EC, gate)) * F.linear(domains_EC, up), down)
+
+
+class BranchMixRouter(nn.Module):
+    """Linear router without bias; its logits and gates are fp32 whatever the model's dtype.
+
+    Its rows are ``weight`` [E, D], or with ``domain_router`` (of the config) what ``router_rows`` computes. How logits
+    become gates is its ``score`` (see ``scores``).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        normalize: bool,
+        domain_router: dict[str, Any] | None = None,
+        score: str = "softmax",
+    ):
+        super().__init__()
+        self.num_experts = num_experts
         self.top_k = top_k
         self.normalize = normalize
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.score = score
+        own = None if domain_router else nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_parameter("weight", own)
+        if domain_router:
+            self.router_rows = BranchMixRouterRows(domain_router["width"], domain_router["inner"], hidden_size)
         self.register_buffer("expert_bias", None)
 
+    weight: nn.Parameter
+    """[E, D]; None where ``router_rows`` computes the rows."""
     expert_bias: torch.Tensor | None
     """[E], fp32: added to the gates when experts are chosen, and never to the gates themselves (arXiv 2408.15664)."""
     document_logits: torch.Tensor | None = None
     """[B, T, E]: what the document so far adds, while its block runs (``documents_branchmix``)."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def rows(self) -> torch.Tensor:
+        """[E, D], fp32."""
+        return self.router_rows() if self.weight is None else self.weight.float()
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scores first, then top-k, raw unless ``normalize`` (BAM section 3.3). A bias changes the choice only.
@@ -42,7 +103,7 @@ class BranchMixRouter(nn.Module):
             logits [..., E], chosen gates [..., k], chosen experts [..., k].
         """
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())
+            logits = F.linear(hidden_states.float(), self.rows())
             if self.document_logits is not None:
                 logits = logits + self.document_logits.to(logits).view(logits.shape)
         gates = scores(logits, self.score)
@@ -54,16 +115,12 @@ class BranchMixRouter(nn.Module):
 
     def add_bias(self) -> None:
         """Choose by a bias from now on, which starts at zero; unless there is one, or all experts are chosen."""
-        if self.expert_bias is None and self.top_k < len(self.weight):
-            self.expert_bias = torch.zeros(len(self.weight), dtype=torch.float32, device=self.weight.device)
+        if self.expert_bias is None and self.top_k < self.num_experts:
+            self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=self.device)
 
 
 class BranchMixFFNRouter(BranchMixRouter):
     """``mlp.gate``: which FFN experts a token goes to."""
-
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, normalize: bool, score: str = "softmax"):
-        super().__init__(hidden_size, num_experts, top_k, normalize)
-        self.score = score
 
     def forward(self, hidden_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.route(hidden_SD)
@@ -88,14 +145,23 @@ class BranchMixSharedRouter(BranchMixAttentionRouter):
 
     def __init__(self, owner: BranchMixFFNRouter, top_k: int, normalize: bool):
         nn.Module.__init__(self)
+        self.num_experts = owner.num_experts
         self.top_k = top_k
         self.normalize = normalize
+        self.score = owner.score
         self.register_buffer("expert_bias", None)  # of its own, since k and so the load may differ
         self._owner = (owner,)  # a tuple, so that the weights have one name
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         return self._owner[0].weight
+
+    @property
+    def device(self) -> torch.device:
+        return self._owner[0].device
+
+    def rows(self) -> torch.Tensor:
+        return self._owner[0].rows()
 
 
 def scores(logits: torch.Tensor, score: str = "softmax") -> torch.Tensor:

@@ -32,7 +32,7 @@ HELD_OUT_WHILE_TRAINING = 2048
 _HASHED_BYTES = 4 << 30
 """Text up to this size is known by its content, above by sizes and dates."""
 _LATER: dict[str, Any] = {
-    "routing": {"shared": False},
+    "routing": {"shared": False, "domains": None},
     "gates": {"keep_top_k": False},
     "start": "even",
     "trunk": "average",
@@ -134,7 +134,7 @@ class _Builder:
         names = [expert.name for expert in recipe.experts]
         needs = Needs(members={role: step for role, step in dense.items() if role in (SEED, *names)})
         options = {"recipe": content, "experts": names, **self.given_identity}
-        if recipe.gates is not None:
+        if recipe.gates or recipe.routing.domains:
             needs = replace(needs, text=self.text)
             options |= {"data": self.data, "held_out": {"share": self.study.held_out.share}}
         name = self._add("upcycle", options, needs, about, recipe=content, config=config)

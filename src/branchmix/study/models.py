@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from branchmix.accounting import active_parameters, flops_per_token, kv_cache_bytes_per_token, parameters, shape_of
+from branchmix.accounting.shape import domain_router_of
 from branchmix.checkpoint.families import dimensions, family_of, matrix_shapes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import read_config
@@ -73,6 +74,11 @@ class Mixtures:
             fields["gates"] = {"data": DATA, **gates}
         elif preset.kind == "forced":
             raise RecipeError(f"{where}: gates: the fit says which expert is the best one: give gates: {{}}")
+        routing = fields.get("routing")
+        if isinstance(routing, dict) and isinstance(routing.get("domains"), dict):
+            if "data" in routing["domains"]:
+                raise RecipeError(f"{where}: routing.domains.data: a study has its own text: leave it out")
+            fields["routing"] = {**routing, "domains": {"data": DATA}}
         if "seed_copies" not in method.recipe:
             if method.method == "sparse-upcycling":
                 fields["seed_copies"] = len(experts)
@@ -110,6 +116,7 @@ class Mixtures:
             "attention_num_experts_per_tok": attention,
             "shared_expert_weight": recipe.shared_expert_weight,
             "shared_router": recipe.routing.shared,
+            "domain_router": domain_router_of(self.seed_config) if recipe.routing.domains else None,
             "trunk": recipe.trunk,
         }
         if recipe.is_low_rank:

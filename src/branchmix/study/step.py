@@ -191,9 +191,9 @@ class _Work:
             "experts": [{"name": name, "model": self.written(step)} for name, step in experts.items()],
             **{key: value for key, value in self.step.recipe.items() if value != defaults[key].get_default()},
         }
-        if recipe.get("gates"):
-            self.write_data("calibrate MIXTURE --data data.yaml")
         command = "upcycle recipe.yaml MIXTURE" + " --trust-remote-code" * trusted
+        if recipe.get("gates") or recipe.get("routing", {}).get("domains"):
+            self.write_data(command)
         file = self.write_yaml("recipe.yaml", command, _without_none(recipe))
         report = upcycle(file, out, force=out.exists(), trust_remote_code=trusted)
         print(f"merged in {report.seconds:.1f} s", file=sys.stderr)

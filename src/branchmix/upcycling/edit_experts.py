@@ -20,6 +20,7 @@ from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.checkpoint.numbers import widened
 from branchmix.checkpoint.rotary import rope_of
 from branchmix.checkpoint.writer import FileHashes
+from branchmix.data.config import EvalData
 from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
 from branchmix.recipe import Expert, RouterInit, even_scaling
 from branchmix.settings import parse
@@ -44,13 +45,14 @@ from branchmix.upcycling.low_rank import (
     singular_factors,
 )
 from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture, provenance_of
-from branchmix.upcycling.plan import Plan, Progress
+from branchmix.upcycling.plan import ROUTER_DOMAINS, Plan, Progress
 from branchmix.upcycling.sources import DenseExpert, MixtureExpert, in_trunk, inside, of_trunk
 from branchmix.upcycling.transformers_view import require_buildable
 
 Members = Sequence[MixtureExpert | DenseExpert | LowRankExpert]
 """Experts that stay or join, in the order of the routers' rows."""
 
+_MERGE_IT = "merge the adapter into it, and give the merged model"
 _NEVER_CHOSEN = -30.0
 """Logit of an expert that document gates know nothing of, as the least that a fit gives (``gates.fit``)."""
 
@@ -63,9 +65,11 @@ def add_expert(
     *,
     router_std: float | None = None,
     router_seed: int = 0,
+    data: EvalData | str | Path | None = None,
     dry_run: bool = False,
     force: bool = False,
     check: bool = True,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> UpcycleReport:
     """A mixture with one more expert; everything that is not an expert stays unchanged.
@@ -79,7 +83,9 @@ def add_expert(
         router_std: standard deviation of the routers' new rows, above 0; the mixture's ``initializer_range`` if not
             given.
         router_seed: seed of their random numbers.
-        dry_run, force, check, progress: as for ``upcycle``.
+        data: where rows are computed from domains (``routing.domains``), text of the expert's, under its name, in the
+            format of ``eval --data``. Text of other experts is not needed. The recorded seed reads it.
+        dry_run, force, check, trust_remote_code, progress: as for ``upcycle``.
 
     Raises:
         CompatibilityError: the expert does not fit the mixture; with all problems.
@@ -91,6 +97,13 @@ def add_expert(
     parse(RouterInit, {"std": std, "seed": router_seed}, "router_std and router_seed")
     if name in mixture.names:
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
+    given = EvalData.load(data) if data is not None else None
+    if given is None and mixture.shape.domain_router:
+        raise RecipeError(f"{model}: its routers compute rows from text: give data, a file with a domain {name!r}")
+    if given is not None and not mixture.shape.domain_router:
+        raise RecipeError(f"{model}: its routers have weights of their own and need no text: leave data out")
+    if given is not None and router_std is not None:
+        raise RecipeError("router_std: the rows are computed from the expert's domain, not drawn: leave it out")
     dense = resolve(str(expert))
     adapter = mixture.adapter(dense.folder) if mixture.shape.expert_ranks and is_adapter(dense.folder) else None
     folder = mixture.recorded_seed().folder if adapter else dense.folder
@@ -106,12 +119,21 @@ def add_expert(
     if mixture.shape.expert_ranks:
         joins = mixture.as_change(newcomer, adapter, decomposed, progress)
         lossless = lossless and adapter is not None
-    plan = mixture.plan([*mixture.experts, joins], findings.notes, lossless, std, router_seed)
+    domain = None
+    if given is not None:
+        from branchmix.upcycling.domains import embedding_of
+
+        seed = mixture.recorded_seed("an expert's domain is embedded by it, so put it back")
+        centre_C = Stored(mixture.index.tensors[f"{ROUTER_DOMAINS}centre"])
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "progress": progress}
+        domain = embedding_of(name, given, seed, centre_C, dry_run=dry_run, **options)
+    plan = mixture.plan([*mixture.experts, joins], findings.notes, lossless, std, router_seed, domain)
     plan = replace(plan, decomposed=decomposed)
     added = Sourced(name, dense, newcomer.index, dense.folder if adapter else None)
 
     def step(hashes: FileHashes) -> dict[str, Any]:
-        return {"added": {"expert": describe([added], hashes)[0], "router_std": std, "router_seed": router_seed}}
+        drawn = {"router_std": std, "router_seed": router_seed, "domain": domain is not None}
+        return {"added": {"expert": describe([added], hashes)[0], **drawn}}
 
     return mixture.write(plan, Path(out), step, added, dry_run=dry_run, force=force, check=check, progress=progress)
 
@@ -169,23 +191,26 @@ class EditedMixture(OpenedMixture):
         """Those that are changes of the seed's, if the experts are."""
         return matrices_of(self.family, self.shape.attention, self.shape.ffn)
 
-    def recorded_seed(self) -> ResolvedModel:
-        """The seed that the mixture was merged from.
+    def recorded_seed(self, otherwise: str = _MERGE_IT) -> ResolvedModel:
+        """The seed that the mixture, or the one that it was trained from, was merged from.
+
+        Args:
+            otherwise: what to do without it, for errors.
 
         Raises:
             CheckpointError: none is on record, it is not there any more, or it is another model now.
         """
-        again = "merge the adapter into it, and give the merged model"
-        source = next((source for source in self.provenance()["sources"] if source["name"] == "seed"), None)
+        record = provenance_of(self.resolved.folder) or self.provenance()
+        source = next((source for source in record["sources"] if source["name"] == "seed"), None)
         if source is None:
-            raise CheckpointError(f"{self.resolved.given}: its seed is not on record: {again}")
+            raise CheckpointError(f"{self.resolved.given}: its seed is not on record: {otherwise}")
         revision = f"@{source['revision']}" if source["revision"] and "@" not in source["model"] else ""
         seed = resolve(f"{source['model']}{revision}")
         for file in source.get("files", []):
             there = seed.folder / file["name"]
             if not there.is_file() or there.stat().st_size != file["bytes"]:
                 raise CheckpointError(
-                    f"{seed.folder}: is not the seed that {self.resolved.given} was merged from: {again}"
+                    f"{seed.folder}: is not the seed that {self.resolved.given} was merged from: {otherwise}"
                 )
         return seed
 
@@ -308,20 +333,29 @@ class EditedMixture(OpenedMixture):
         return self.plan(experts, ["every expert's change was added to the seed's matrices"], self.lossless)
 
     def plan(
-        self, experts: Members, notes: Sequence[str], lossless: bool | None, std: float = 0.0, seed: int = 0
+        self,
+        experts: Members,
+        notes: Sequence[str],
+        lossless: bool | None,
+        std: float = 0.0,
+        seed: int = 0,
+        domain: Expression | None = None,
     ) -> Plan:
-        """All tensors again, with these experts in the new order of the routers' rows; new rows are N(0, std^2)."""
+        """All tensors again, with these experts in the new order of the routers' rows.
+
+        New rows are N(0, std^2), or computed from the embedding [1, C] of the newcomer's ``domain``.
+        """
         config, more = self.resized(experts)
         if self.shape.domains:
             more += [
                 NOT_CALIBRATED.format(name=expert.name) for expert in experts if not isinstance(expert, MixtureExpert)
             ]
-        parts = self._tensors(experts, std, seed, self.expert_biases(config))
+        parts = self._tensors(experts, std, seed, domain, self.expert_biases(config))
         sources, notes = tuple(experts), (*notes, *more)
         return Plan.of(parts, self.dtype, config, notes=notes, sources=sources, lossless=lossless)
 
     def _tensors(
-        self, experts: Members, std: float, seed: int, biases: Sequence[str]
+        self, experts: Members, std: float, seed: int, domain: Expression | None, biases: Sequence[str]
     ) -> Iterator[tuple[str, Expression]]:
         family, width = self.family, self.dims.hidden_size
         for layer in range(self.dims.num_layers):
@@ -335,7 +369,11 @@ class EditedMixture(OpenedMixture):
                     yield f"{block}.{family.ffn}.experts.{name}", part
                 shared_expert = f"{block}.{family.ffn}.shared_expert."
                 yield from ((n, Stored(ref)) for n, ref in self.index.tensors.items() if n.startswith(shared_expert))
-            for name in (f"{block}.{below}" for below in self.shape.routers.values()):
+            routers = [f"{block}.{below}" for below in self.shape.routers.values()]
+            if self.shape.domain_router:
+                names = [name for router in routers for name in self.shape.router_tensors(router)]
+                yield from ((name, Stored(self.index.tensors[name])) for name in names)
+            for name in routers if not self.shape.domain_router else ():
                 router = Stored(self.index.tensors[name])
                 new = {e.name: Normal((1, width), std, seed, f"{name}/{e.name}", router.dtype) for e in experts}
                 yield name, _rows(router, experts, new)
@@ -346,6 +384,8 @@ class EditedMixture(OpenedMixture):
         for name, ref in self.index.tensors.items():
             if name in ("document_gate.attention", "document_gate.ffn", "document_gate.trunk"):
                 yield name, self._wanted_experts(Stored(ref), experts)
+            elif name == f"{ROUTER_DOMAINS}embeddings":
+                yield name, _rows(Stored(ref), experts, {} if domain is None else {experts[-1].name: domain})
             elif of_experts.match(name):
                 continue
             elif self.shape.trunk == "experts" and (place := in_trunk(name.removeprefix("model."))):

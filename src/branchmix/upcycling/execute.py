@@ -117,7 +117,8 @@ def upcycle(
         force: replace ``out`` if it exists. A folder that is an input is never replaced.
         check: refuse NaN and Inf in the sources while streaming.
         hashes: record a hash of every source file, computed beside the writing.
-        trust_remote_code: run code of the tokenizer's, where ``gates`` or ``router_init`` read text.
+        trust_remote_code: run code of the tokenizer's, where ``gates``, ``routing.domains`` or ``router_init`` read
+            text.
         progress: called with the step's name, bytes done and bytes in all.
 
     Raises:
@@ -132,10 +133,10 @@ def upcycle(
     recipe = Recipe.of(recipe)
     out = Path(out)
     recorded = recipe.model_dump(mode="json")
-    if recipe.gates:
+    if section := recipe.gates or recipe.routing.domains:
         from branchmix.data.config import EvalData
 
-        gates_data = EvalData.load(recipe.folder / recipe.gates.data)
+        data = EvalData.load(recipe.folder / section.data)
     with open_sources(recipe, out, dry_run=dry_run, force=force) as (sources, fit):
         seed, router_rows, notes = sources[0], None, _notes_on_same_models(sources)
         if recipe.router_init.method == "hidden":
@@ -147,6 +148,13 @@ def upcycle(
                     recipe, fit.seed, texts, trust_remote_code=trust_remote_code
                 )
                 notes = [*of_routers, *notes]
+        if recipe.routing.domains:
+            from branchmix.upcycling.domains import mean_states, router_domains, text_of_experts
+
+            trusted = {"trust_remote_code": trust_remote_code}
+            text_of_domains = text_of_experts(recipe.expert_names, data, seed.model, **trusted)
+            if not dry_run:
+                router_rows = router_domains(mean_states(text_of_domains, seed.model, progress))
         adapters = {source.name: source.factors for source in sources if source.factors is not None}
         plan = plan_upcycling(recipe, fit, router_rows=router_rows, adapters=adapters, progress=progress)
         if recipe.gates:
@@ -155,7 +163,7 @@ def upcycle(
             from branchmix.upcycling.mixture import OpenedMixture
 
             options = {"token_only": recipe.gates.token_only, "trust_remote_code": trust_remote_code}
-            gates_text = text_for(shape_of(plan.config), seed.model, gates_data, **options)
+            gates_text = text_for(shape_of(plan.config), seed.model, data, **options)
             if dry_run:
                 notes.append(f"gates: fitted on {recipe.gates.data} once this is written")
         plan = replace(plan, notes=(*plan.notes, *notes))

@@ -54,7 +54,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
                     "(resize_token_embeddings, with the adapter's tokenizer) and use that as the seed, or merge the "
                     "adapter yourself"
                 )
-        # Where the seed's checkpoint, or the model that the adapter was trained on, has no head, names lack their first part.
+        # Names lack their first part in a seed's checkpoint without a head, and in an adapter trained on such a model.
         of_base = entry_of(seed.config).layers.partition(".")[0]
         places = (module, module.partition(".")[2], f"{of_base}.{module}")
         target = next((seed.tensors[f"{place}.weight"] for place in places if f"{place}.weight" in seed.tensors), None)

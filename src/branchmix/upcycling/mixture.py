@@ -18,6 +18,7 @@ from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError, short
 from branchmix.recipe import DTYPES
+from branchmix.upcycling.plan import ROUTER_DOMAINS
 from branchmix.upcycling.sources import FFN_NAMES, MATRICES, ROLES, MixtureExpert
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -113,7 +114,7 @@ class OpenedMixture:
             for module, name in modules.items():
                 yield from _change(f"{block}.{module}", shapes[name], sum(ranks[name]))
             for router in shape.routers.values():
-                yield f"{block}.{router}", (count, width)
+                yield from ((f"{block}.{name}", size) for name, size in shape.router_tensors(router).items())
             for bias in self.expert_biases(self.config):
                 yield f"{block}.{bias}", (count,)
             experts = [f"experts.{number}" for number in range(count) if shape.has_ffn_experts and not ranks]
@@ -121,6 +122,9 @@ class OpenedMixture:
                 for matrix in FFN_NAMES[family.gate is not None]:
                     size = (width, inner) if matrix == "down_proj" else (inner, width)
                     yield f"{block}.{family.ffn}.{expert}.{matrix}.weight", size
+        if shape.domain_router:
+            yield f"{ROUTER_DOMAINS}embeddings", (count, shape.domain_router[0])
+            yield f"{ROUTER_DOMAINS}centre", (shape.domain_router[0],)
         if domains := len(shape.domains):
             yield from ((f"document_gate.{kind}", (count, domains)) for kind in shape.gated_kinds)
             for name in ("evidence", "counts"):

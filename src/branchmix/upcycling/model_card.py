@@ -28,6 +28,8 @@ def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
     method = _METHODS.get((str(made.get("attention")), str(made.get("ffn"))))
     if method is not None and made.get("expert_ranks"):
         method = f"{method}; experts are low-rank changes of the seed"
+    if method is not None and made.get("domain_router"):
+        method += "; routers compute their rows from experts' domains"
     if method is not None and made.get("shared_expert_weight"):
         method += "; the seed's FFN as a shared expert"
     own_trunk = method is not None and made.get("trunk") == "experts"
@@ -61,7 +63,8 @@ def model_card(plan: Plan, provenance: dict[str, Any], *, exported_from: Config 
     software = f"[branchmix](https://arxiv.org/abs/2408.08274) {provenance['versions']['branchmix']}"
     title = method_of(exported_from or plan.config, provenance["recipe"])
     if exported_from is None:
-        state = "Its routers are as the recipe started them: calibrate or train the mixture before you use it."
+        better = "train" if plan.config.get("domain_router") else "calibrate or train"
+        state = f"Its routers are as the recipe started them: {better} the mixture before you use it."
         if fits := [step["calibrated"] for step in provenance.get("changes", []) if "calibrated" in step]:
             state = f"Its gates are calibrated on text of {', '.join(fits[-1]['domains'])}: it needs no training."
         made = f"Merged with {software}. " + ("" if plan.is_dense else state)
@@ -145,10 +148,10 @@ def _change(step: dict[str, Any]) -> str:
     added = step["added"]
     expert = added["expert"]
     revision = f" at {expert['revision']}" if expert.get("revision") else ""
-    return (
-        f"expert `{expert['name']}` joined from {expert['model']}{revision}; its router rows were drawn with deviation "
-        f"{added['router_std']} and seed {added['router_seed']}"
-    )
+    rows = f"were drawn with deviation {added['router_std']} and seed {added['router_seed']}"
+    if added.get("domain"):
+        rows = "are computed from its domain"
+    return f"expert `{expert['name']}` joined from {expert['model']}{revision}; its router rows {rows}"
 
 
 def _calibrated(fit: dict[str, Any]) -> str:

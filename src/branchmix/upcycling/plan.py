@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from branchmix import __version__
+from branchmix.accounting.shape import domain_router_of, shape_of
 from branchmix.checkpoint import expressions as ex
 from branchmix.checkpoint.companions import AUTO_MAP
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Stack, Stored
@@ -41,6 +42,12 @@ from branchmix.upcycling.low_rank import (
 )
 from branchmix.upcycling.sources import ROLES, DenseExpert, ExpertSource, of_trunk, who
 
+ROUTER_DOMAINS = "router_domains."
+"""How the names of the tensors of experts' domains begin."""
+KEPT_IN_FP32 = re.compile(rf"^{ROUTER_DOMAINS}|\.expert_bias$")
+"""Tensors of a mixture that are fp32 whatever its dtype."""
+SWIGLU = 0.3558
+"""Mean of silu(x)^2 over normal x."""
 Progress = Callable[[str, int, int], None]
 """Called with a step's name, what is done, and the total."""
 
@@ -65,7 +72,8 @@ class Plan:
     @classmethod
     def of(cls, parts: Iterable[tuple[str, Expression]], dtype: str, config: Config, **rest: Any) -> Plan:
         """The plan of tensors by name, in ``dtype``, for this config; ``rest`` are the other fields."""
-        return cls(tuple(OutputTensor(name, cast(part, dtype)) for name, part in parts), config, **rest)
+        in_dtype = ((name, cast(part, "F32" if KEPT_IN_FP32.search(name) else dtype)) for name, part in parts)
+        return cls(tuple(OutputTensor(name, part) for name, part in in_dtype), config, **rest)
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +122,8 @@ def plan_upcycling(
     """Plan a mixture (or a soup) of dense models that fit together, as ``check_fit`` found.
 
     Args:
-        router_rows: routers [E, D] by output name, where they are not drawn at random.
+        router_rows: routers [E, D] by output name, where they are not drawn at random; or, with ``routing.domains``,
+            the tensors of ``router_domains``.
         adapters: by expert, for ``expert_rank``: LoRA whose factors are taken as they are.
         progress: for ``expert_rank: auto``, which reads all matrices.
     """
@@ -215,6 +224,11 @@ class _Mixture:
                     yield prefix + of_trunk(name, number), self._of_shape(expert.trunk(name), name, ref.shape)
             elif name not in owned:
                 yield prefix + name, self._shared(name, ref.shape)
+        if self.recipe.routing.domains is not None:
+            width = domain_router_of(self.seed.index.config)["width"]
+            for name, shape in (("embeddings", (len(self.experts), width)), ("centre", (width,))):
+                name = f"{ROUTER_DOMAINS}{name}"
+                yield name, self.router_rows.get(name) or Constant(shape, 0.0, "F32")  # zeros in a dry run
 
     def _layer(self, layer: int) -> Iterator[tuple[str, Expression]]:
         """A layer's experts and routers, by name below the block."""
@@ -235,7 +249,20 @@ class _Mixture:
             for name, part in self.seed.folding(self.folded).ffn(layer).items():
                 yield f"{family.ffn}.shared_expert.{name}", part
         for kind, name in recipe.routers(family).items():
-            yield name, self._router(f"model.{family.layers}.{layer}.{name}", kind)
+            if recipe.routing.domains is None:
+                yield name, self._router(f"model.{family.layers}.{layer}.{name}", kind)
+            else:
+                yield from self._projection(f"model.{family.layers}.{layer}.", name)
+
+    def _projection(self, block: str, router: str) -> Iterator[tuple[str, Expression]]:
+        """The projection that gives a router's rows, at random, so that these deviate by ``router_init.std``.
+
+        Embeddings have a mean square of 1, and silu(g) u of normal g and u has one of ``SWIGLU``.
+        """
+        init = self.recipe.router_init
+        for name, shape in shape_of(self.config()).router_tensors(router).items():
+            std = init.std / SWIGLU**0.5 if name.endswith("down_proj.weight") else 1.0
+            yield name, Normal(shape, std / shape[1] ** 0.5, init.seed, block + name, self.dtype)
 
     def _router(self, name: str, kind: str) -> Expression:
         init, shape = self.recipe.router_init, (len(self.experts), self.dims.hidden_size)
@@ -324,6 +351,7 @@ class _Mixture:
             "auto_map": AUTO_MAP,
             "branchmix_version": __version__,
             "document_gate": None,
+            "domain_router": domain_router_of(seed_config) if recipe.routing.domains else None,
             "dtype": dtype,
             "expert_bias": False,
             "expert_names": recipe.expert_names,

@@ -196,7 +196,7 @@ def _compare_logits(
             theirs = dense(tokens).logits
         del dense
         gc.collect()
-        # What is multiplied into a matrix, or a merged adapter, is rounded to the output's dtype once more, or once less.
+        # Folded gains round a matrix once more, and factors round a merged adapter once less, than in dense model i.
         exact = not own.fold_norms if own is expert else not plan.lossless
         rounded = not exact and plan.config["dtype"] != "float32"
         tolerance = FOLDED_TOLERANCE if rounded else TOLERANCE

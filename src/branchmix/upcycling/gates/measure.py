@@ -19,9 +19,9 @@ from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.writer import OutputTensor
 from branchmix.data.config import EvalData
-from branchmix.errors import CheckpointError, RecipeError
+from branchmix.errors import RecipeError
 from branchmix.upcycling.gates.evidence import Posterior, evidence_table, fit_posterior
-from branchmix.upcycling.gates.text import DomainText, read
+from branchmix.upcycling.gates.text import DomainText, read, require_known_tokens
 from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture
 from branchmix.upcycling.plan import Plan, Progress
 
@@ -117,13 +117,7 @@ def text_for(
             f"data: lacks text of {', '.join(lacking)}, and token gates are fitted to the text of all domains at once: "
             "add it to the data file"
         )
-    vocab_size = shape.sizes.vocab_size
-    largest = max(int(tokens.max()) for found in text.values() for tokens in (*found.counted, *found.measured))
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"{given}: the tokenizer gives token {largest:,}, but the model has only {vocab_size:,} "
-            "embeddings: give the folder its own tokenizer"
-        )
+    require_known_tokens(text, shape.sizes.vocab_size, given)
     return text
 
 

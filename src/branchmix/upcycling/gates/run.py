@@ -69,6 +69,11 @@ def calibrate(
     data = EvalData.load(data)
     mixture = OpenedMixture(str(model), otherwise="calibrate the mixture that upcycle makes of it")
     source = mixture.resolved.folder
+    if mixture.config["domain_router"]:
+        raise RecipeError(
+            f"{model}: its routers compute their rows from domains (routing.domains), and gates are fitted with "
+            "routers that have weights of their own: merge it without"
+        )
     if out is None and mixture.resolved.revision is not None:
         raise RecipeError(f"{model}: is on the Hub, so give --out, the folder to write")
     in_place = out is None or Path(out).resolve() == source.resolve()

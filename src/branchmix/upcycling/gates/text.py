@@ -6,7 +6,7 @@ Held-out documents are those of lowest hashes; the fit reads those of highest ha
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from branchmix.data.config import EvalData
 from branchmix.data.sources import documents as documents_of
 from branchmix.data.sources import hash_of, held_out_among, is_held_out
-from branchmix.errors import DataError, RecipeError
+from branchmix.errors import CheckpointError, DataError, RecipeError
 from branchmix.likelihood.models import encode
 
 COUNTED_TOKENS = 40_000
@@ -65,6 +65,16 @@ def read(config: EvalData, tokenizer: Any) -> dict[str, DomainText]:
                 "give more text, or a smaller held_out.share"
             )
     return found
+
+
+def require_known_tokens(text: Mapping[str, DomainText], vocab_size: int, given: str) -> None:
+    """Raises CheckpointError where the tokenizer of the model ``given`` gives tokens that have no embedding."""
+    largest = max(int(tokens.max()) for found in text.values() for tokens in (*found.counted, *found.measured))
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{given}: the tokenizer gives token {largest:,}, but the model has only {vocab_size:,} "
+            "embeddings: give the folder its own tokenizer"
+        )
 
 
 def _chosen(texts: Iterable[str], share: float, *, streamed: bool) -> list[str]:
