@@ -159,6 +159,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         **({"expert_ranks": list(shape.expert_ranks)} if shape.expert_ranks else {}),
         **({"shared_experts": shape.shared_experts} if shape.shared_experts else {}),
         **({"trunk": shape.trunk} if shape.trunk == "experts" else {}),
+        **({"stitches": list(shape.stitches)} if shape.stitches else {}),
     }
 
 
@@ -176,7 +177,7 @@ def _describe_flops(flops: Flops) -> dict[str, Any]:
             "last_token": flops.last_token,
         },
         "whole_model": {
-            **{name: flops.model(name) for name in names[:3]},
+            **{name: flops.model(name) for name in (*names[:3], "stitch")},
             "non_embedding": flops.non_embedding,
             "lm_head": flops.lm_head,
             "total": flops.total,
@@ -293,6 +294,7 @@ def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int])
 
 # A tensor's part of the model by its name, first match; and buffers that some checkpoints store.
 _PART_PATTERNS = {
+    "stitches": r"\.stitch\.",
     "routers": r"expert_gate|router|(?<!\.experts)\.gate\.weight$|^document_gate\.",
     "norms": r"norm|\.ln_",
     "lm_head": r"lm_head|embed_out|output_projection",

@@ -72,8 +72,9 @@ class BranchMixConfig(PreTrainedConfig):
             ``max_position_embeddings`` among them where the type scales by it.
         trunk: ``average`` (one, merged), or ``experts``: every expert has its own embeddings, norms and head, which the
             document gate chooses; or ``whole`` with ``stitches``.
-        stitches: None, or in how many places the experts, whole models of which the first is the seed, are joined
-            (BTS, arXiv 2502.00075); at most behind every layer. The mixture's layers are then those of all models.
+        stitches: None, or for each layer of the seed where the stitch behind it moves states, ``hub`` or ``experts``,
+            and None where there is none. The experts are then whole models, the first of them the seed (BTS, arXiv
+            2502.00075), and the mixture's layers are those of all models.
         expert_ranks: None for experts with matrices of their own. Otherwise each matrix of attention and FFN (``q``,
             ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``) is the seed's, and these are the ranks of the experts'
             changes of it: for each layer, or once for all, a dictionary with a list of ranks for each matrix.
@@ -105,7 +106,7 @@ class BranchMixConfig(PreTrainedConfig):
     output_router_logits: bool = False
     expert_rope_parameters: list[dict[str, Any]] | None = None
     trunk: str = "average"
-    stitches: int | None = None
+    stitches: list[str | None] | None = None
     expert_ranks: list[dict[str, list[int]]] | None = None
     folded_norms: list[str] | None = None
     document_gate: dict[str, Any] | None = None
@@ -136,8 +137,8 @@ class BranchMixConfig(PreTrainedConfig):
             raise ValueError(f"trunk is {self.trunk!r}, not average, experts or whole")
         if len({self.stitches is not None, *(part == "whole" for part in (self.attention, self.ffn, self.trunk))}) > 1:
             raise ValueError("stitches join whole models: attention, ffn and trunk are whole with them, and only then")
-        if self.stitches is not None and not (self.stitches >= 1 and self.num_experts >= 2):
-            raise ValueError("stitches needs a number of 1 or more, and two models or more")
+        if self.stitches is not None and not ({"hub", "experts", None} >= {*self.stitches} != {None}):
+            raise ValueError("stitches is not a list of hub, experts or null, one for each layer")
         for name in ("num_experts_per_tok", "attention_num_experts_per_tok"):
             top_k = getattr(self, name)
             if top_k is not None and not 1 <= top_k <= self.num_experts:

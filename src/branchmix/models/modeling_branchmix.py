@@ -398,7 +398,9 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         gate = self.document_gate
         if self.config.stitches is not None:
             if input_ids is None:
-                raise ValueError("each model of this mixture embeds token ids itself: give input_ids, not inputs_embeds")
+                raise ValueError(
+                    "each model of this mixture embeds token ids itself: give input_ids, not inputs_embeds"
+                )
             uses_cache = kwargs.get("use_cache")
             uses_cache = getattr(self.config.seed_config, "use_cache", False) if uses_cache is None else uses_cache
             if uses_cache and kwargs.get("past_key_values") is None:  # the family would make one of its own layers

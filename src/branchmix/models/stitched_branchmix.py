@@ -1,8 +1,8 @@
 """BTS: whole dense models side by side, joined by stitches (Branch-Train-Stitch, arXiv 2502.00075, section 2.3).
 
-The hub is the seed, the others are its fine-tunes. Each runs in its own stream with its own embeddings, blocks and norms,
-the hub also with its head; a few stitches move states from stream to stream. The family's own model runs all streams at
-once: its hidden state is those of all models side by side, and each of its modules treats its own part.
+The hub is the seed, the others are its fine-tunes. Each runs in its own stream, with its own embeddings, blocks and
+norms; the output is the hub's. A few stitches move states between the hub and the others. The family's own model runs all
+streams at once: its hidden state holds those of all models side by side, and every module treats each model's part.
 
 Saved with every checkpoint, so it imports only torch and its neighbours.
 Shapes: B batch, T tokens, D model width, M models, the hub first, L layers of each.
@@ -28,9 +28,9 @@ class BranchMixStitch(nn.Module):
     - experts into hub: ``h_0 + sum_i g_i * P_i (h_i - h_0)``, with ``g = softmax(W h_0)`` over all models (eq. 3)
     - hub into experts: ``h_i + g_i * P_i (h_0 - h_i)``, with ``g = sigmoid(W h_0)`` (eq. 4)
 
-    With P = 1 these are the paper's equations, as its gates sum to 1. The paper projects the other state rather than the
-    difference, ``g_i * (P_i h_i - h_0)``, which no P closes. Here P = 0 is a closed stitch, which changes nothing; the
-    gradient of P is not zero then. The paper's dropout on gates is left out.
+    With P = 1 these are the paper's equations, whose gates sum to 1. Else the paper projects the other state instead of
+    the difference, ``g_i * (P_i h_i - h_0)``, and no P closes that. Here P = 0 is a closed stitch, which changes
+    nothing, and yet P has a gradient. The paper's dropout on gates is left out.
 
     Args:
         width: D. There is a gate for each of these.
@@ -79,8 +79,8 @@ class BranchMixStitchedBlock(nn.Module):
         self.stitch = stitch
         for number, stream in enumerate(self.streams):
             for module in stream.modules():
-                if isinstance(getattr(module, "layer_idx", None), int):
-                    module.layer_idx += number * num_layers  # type: ignore[operator]
+                if isinstance(own := getattr(module, "layer_idx", None), int):
+                    module.layer_idx = own + number * num_layers  # type: ignore[assignment]
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the family's block does, with a hidden state of [B, T, M * D]."""
@@ -95,17 +95,6 @@ def _parts(wide: torch.Tensor, num_models: int) -> list[torch.Tensor]:
     return [part.contiguous() for part in wide.chunk(num_models, dim=-1)]
 
 
-def stitched_layers(num_layers: int, num_stitches: int) -> dict[int, bool]:
-    """The layers with a stitch behind them, and whether it is one into the hub.
-
-    They are as far apart as the paper has them, ``L // K`` layers, counted from the last, which has one into the hub;
-    from there both kinds alternate. No more than one behind a layer.
-    """
-    num_stitches = min(num_stitches, num_layers)
-    step = num_layers // num_stitches
-    return {num_layers - 1 - number * step: number % 2 == 0 for number in range(num_stitches)}
-
-
 def stitch(family: Any, config: Any, layers: str) -> None:
     """Turn a family's model into all models of a mixture, stitched, in place.
 
@@ -116,7 +105,6 @@ def stitch(family: Any, config: Any, layers: str) -> None:
     """
     blocks: Any = family.get_submodule(layers)
     seed, num_models = config.seed_config, config.num_experts
-    kinds = stitched_layers(len(blocks), config.stitches)
     inside = {id(module) for module in blocks.modules()}
     head = family.get_output_embeddings()
     streams = []
@@ -126,9 +114,9 @@ def stitch(family: Any, config: Any, layers: str) -> None:
             parent, _, child = name.rpartition(".")
             setattr(family.get_submodule(parent), child, BranchMixStreams(module, num_models))
             streams.append(name)
-    for layer, block in enumerate(blocks):
-        own_stitch = BranchMixStitch(seed.hidden_size, num_models, into_hub=kinds[layer]) if layer in kinds else None
-        blocks[layer] = BranchMixStitchedBlock(block, num_models, len(blocks), own_stitch)
+    for layer, (block, into) in enumerate(zip(blocks, config.stitches, strict=True)):
+        behind = None if into is None else BranchMixStitch(seed.hidden_size, num_models, into_hub=into == "hub")
+        blocks[layer] = BranchMixStitchedBlock(block, num_models, len(blocks), behind)
     if family._tied_weights_keys:
 
         def of_hub(name: str) -> str:
@@ -145,7 +133,7 @@ def _hub_only(module: Any, args: Any, output: Any, *, num_models: int, num_layer
     """Leaves of the output of all streams what a dense model returns: that of the hub."""
     output.last_hidden_state = _parts(output.last_hidden_state, num_models)[0]
     if output.get("hidden_states") is not None:
-        states = [state for state in output.hidden_states]
+        states = list(output.hidden_states)
         if len(states) > num_layers + 1:  # recorded block by block
             states = [states[0], *states[1::num_models]]
         width = output.last_hidden_state.shape[-1]
