@@ -378,7 +378,7 @@ class Recipe(SettingsFile):
     @property
     def parts(self) -> dict[str, str]:
         """``attention``, ``ffn`` and ``trunk`` as the mixture's config has them."""
-        own = {"attention": self.attention, "ffn": self.ffn, "trunk": self.trunk}
+        own: dict[str, str] = {"attention": self.attention, "ffn": self.ffn, "trunk": self.trunk}
         return own if self.stitches is None else dict.fromkeys(own, "whole")
 
     def stitched_layers(self, num_layers: int) -> list[str | None] | None:

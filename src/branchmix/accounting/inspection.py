@@ -177,7 +177,8 @@ def _describe_flops(flops: Flops) -> dict[str, Any]:
             "last_token": flops.last_token,
         },
         "whole_model": {
-            **{name: flops.model(name) for name in (*names[:3], "stitch")},
+            **{name: flops.model(name) for name in names[:3]},
+            **({"stitch": flops.model("stitch")} if flops.model("stitch") else {}),
             "non_embedding": flops.non_embedding,
             "lm_head": flops.lm_head,
             "total": flops.total,

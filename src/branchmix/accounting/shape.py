@@ -120,8 +120,8 @@ class Shape:
         return self.num_experts if self.stitches else 1
 
     def stitch_parameters(self, layer: int) -> int:
-        """Elements of the stitch behind a layer: a projection for each expert beside the hub, as many gates, and into the
-        hub one more, for its own state (BTS, eq. 3 and 4; the paper has that one in both kinds)."""
+        """Elements of the stitch behind a layer: a projection and a gate for each model but the hub, and a gate for the
+        hub's own state where it is changed (BTS, eq. 3 and 4; the paper has that one in both kinds)."""
         into, experts = self.stitches[layer] if self.stitches else None, self.num_experts - 1
         return 0 if into is None else (2 * experts + (into == "hub")) * self.sizes.hidden_size**2
 

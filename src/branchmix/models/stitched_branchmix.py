@@ -1,8 +1,8 @@
 """BTS: whole dense models side by side, joined by stitches (Branch-Train-Stitch, arXiv 2502.00075, section 2.3).
 
 The hub is the seed, the others are its fine-tunes. Each runs in its own stream, with its own embeddings, blocks and
-norms; the output is the hub's. A few stitches move states between the hub and the others. The family's own model runs all
-streams at once: its hidden state holds those of all models side by side, and every module treats each model's part.
+norms; the output is the hub's. A few stitches move states between the hub and the others. The family's own model runs
+all streams at once: its hidden state holds those of all models side by side, and every module treats each model's part.
 
 Saved with every checkpoint, so it imports only torch and its neighbours.
 Shapes: B batch, T tokens, D model width, M models, the hub first, L layers of each.

@@ -3,8 +3,8 @@
 With both gates one-hot on expert i, a mixture must compute what dense model i computes: the whole dense model, if the
 plan is lossless, else dense model i on the mixture's trunk (embeddings, norms and head). The dense side runs in the
 family's own transformers class, with the expert's own config, on tensors read straight from its checkpoint, so it
-shares no code with the upcycler or the widened model. Models that closed stitches join must compute the seed's logits, and
-in the stream of each other model its last hidden state.
+shares no code with the upcycler or the widened model. Models that closed stitches join must compute the seed's logits,
+and in the stream of each other model its last hidden state.
 """
 
 from __future__ import annotations
