@@ -271,16 +271,15 @@ class Recipe(SettingsFile):
                 raise ValueError("experts: 'seed' is the seed's own name: call the expert something else")
             if names.count(name) > 1:
                 raise ValueError(f"experts: the name {name!r} is listed {names.count(name)} times")
+        if self.stitches is not None:
+            for name, field in type(self).model_fields.items():
+                if name not in STITCHED and getattr(self, name) != field.default:
+                    raise ValueError(f"{name}: with stitches, every model stays whole and its own: leave {name} out")
         if len(self.expert_names) < 2:
             raise ValueError(
                 f"experts: there {'is' if self.expert_names else 'are'} only {len(self.expert_names)}, a mixture needs "
                 "two or more (the seed counts unless include_seed is false)"
             )
-        if self.stitches is not None:
-            fields = type(self).model_fields
-            for name in fields.keys() - STITCHED:
-                if getattr(self, name) != fields[name].default:
-                    raise ValueError(f"{name}: with stitches, every model stays whole and its own: leave {name} out")
         self._check_merge()
         for section, given in (
             ("merge.weights", self.merge.weights),

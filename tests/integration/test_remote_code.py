@@ -26,6 +26,7 @@ FAMILIES = {
     "gpt2": "kv_sharing",
     "opt": "kv_experts",
     "phi3": "kv_sharing",
+    "qwen3": "whole",
 }
 
 WITHOUT_BRANCHMIX = """
@@ -176,7 +177,10 @@ def mixtures(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Pa
         folder = root / name
         rank = 4 if name == "gpt2" else "full"  # one of mixtures whose experts are changes of the seed
         options = {"attention": attention, "routing": {"ffn": {"top_k": 2}}, "expert_rank": rank}
-        branchmix.upcycle(recipe(siblings(name), **options), folder)
+        given = recipe(siblings(name), **options)
+        if attention == "whole":
+            given = {"seed": given["seed"], "experts": given["experts"], "stitches": 2}
+        branchmix.upcycle(given, folder)
         model = load(folder)
         with torch.no_grad():
             expected = {"ids": ids, "logits": model(ids).logits, "hidden": model.model.base_model(ids)[0]}

@@ -290,19 +290,23 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Where the trunk has experts, one after the other, as transformers does it."""
+        """Where the trunk has experts, one after the other, as transformers does it; stitched models have one head."""
         tables, heads = self.get_input_embeddings(), self.get_output_embeddings()
         if not isinstance(tables, BranchMixTrunkExperts):
             return super()._resize_token_embeddings(*args, **kwargs)
-        for number in range(len(tables)):
-            self.set_input_embeddings(tables[number])
-            if heads is not None:
+        have_heads = isinstance(heads, BranchMixTrunkExperts)
+        for number, table in enumerate(tables):
+            if number and not have_heads:
+                tables[number] = self._get_resized_embeddings(table, *args, **kwargs)
+                continue
+            self.set_input_embeddings(table)
+            if have_heads:
                 self.set_output_embeddings(heads[number])
             tables[number] = super()._resize_token_embeddings(*args, **kwargs)
-            if heads is not None:
+            if have_heads:
                 heads[number] = self.get_output_embeddings()
         self.set_input_embeddings(tables)
-        if heads is not None:
+        if have_heads:
             self.set_output_embeddings(heads)
         return tables
 

@@ -71,16 +71,23 @@ class BranchMixStitchedBlock(nn.Module):
     """A family's block, once for each model, and the stitch behind it, if there is one.
 
     Model m caches the keys and values of its layer l as layer ``m * L + l``, so the hub's layers are those of the seed.
+
+    Args:
+        block: the family's.
+        config: the family's, which all of them share.
+        num_models: M.
+        stitch: the one behind the block.
     """
 
-    def __init__(self, block: nn.Module, num_models: int, num_layers: int, stitch: BranchMixStitch | None):
+    def __init__(self, block: nn.Module, config: Any, num_models: int, stitch: BranchMixStitch | None):
         super().__init__()
-        self.streams = nn.ModuleList([block, *(copy.deepcopy(block) for _ in range(num_models - 1))])
+        copies = (copy.deepcopy(block, {id(config): config}) for _ in range(num_models - 1))
+        self.streams, num_layers = nn.ModuleList([block, *copies]), config.num_hidden_layers
         self.stitch = stitch
         for number, stream in enumerate(self.streams):
             for module in stream.modules():
                 if isinstance(own := getattr(module, "layer_idx", None), int):
-                    module.layer_idx = own + number * num_layers  # type: ignore[assignment]
+                    module.layer_idx = own + number * num_layers
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the family's block does, with a hidden state of [B, T, M * D]."""
@@ -116,7 +123,7 @@ def stitch(family: Any, config: Any, layers: str) -> None:
             streams.append(name)
     for layer, (block, into) in enumerate(zip(blocks, config.stitches, strict=True)):
         behind = None if into is None else BranchMixStitch(seed.hidden_size, num_models, into_hub=into == "hub")
-        blocks[layer] = BranchMixStitchedBlock(block, num_models, len(blocks), behind)
+        blocks[layer] = BranchMixStitchedBlock(block, family.config, num_models, behind)
     if family._tied_weights_keys:
 
         def of_hub(name: str) -> str:
