@@ -252,7 +252,7 @@ def test_gradients_reach_every_stitch() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text, a seed, its fine-tune, and their mixture."""
     folder = write_text(tmp_path_factory.mktemp("bts"))
-    train(write_run(folder / "a", settings(folder, out=str(folder / "seed"), budget={"steps": 4})))
+    train(write_run(folder / "a", settings(folder, out=str(folder / "seed"), budget={"steps": 40})))
     train(
         write_run(folder / "b", settings(folder, model=str(folder / "seed"), out=str(folder / "law"), mix={"law": 1.0}))
     )
@@ -268,8 +268,8 @@ def test_a_run_trains_the_stitches_only(run: Path) -> None:
         assert torch.equal(value, after[name]) == (".stitch." not in name), name
     assert training(run / "trained")["model"]["trained"] == inspect(run / "mixture").total.stitches
     losses = [row["held_out/law"] for row in rows(run / "trained") if "held_out/law" in row]
-    of_seed, of_expert = (training(run / name)["held_out"]["law"]["loss"] for name in ("seed", "law"))
-    assert losses[0] == pytest.approx(of_seed, abs=1e-5) and losses[-1] < losses[0] - (of_seed - of_expert) / 4
+    of_seed, of_expert = (training(run / name)["held_out"]["end"]["law"]["loss"] for name in ("seed", "law"))
+    assert losses[0] == pytest.approx(of_seed, abs=1e-5) and losses[-1] < of_seed - (of_seed - of_expert) / 10
 
 
 @pytest.mark.parametrize("change", [{"freeze": ["trunk"]}, {"adapters": True}, {"lora": {"rank": 2}}, {"balance": {}}])
