@@ -18,6 +18,9 @@ from branchmix.settings import Settings, SettingsFile, parse
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Names of output dtypes, and their codes in safetensors."""
 
+STITCHED = {"seed", "experts", "stitches", "dtype", "max_shard_size"}
+"""Keys that a recipe with stitches may have."""
+
 _SEED_COPY = "seed-copy-"
 """How the names of the seed's copies begin."""
 
@@ -253,6 +256,10 @@ class Recipe(SettingsFile):
     trunk: Literal["average", "experts"] = "average"
     """Embeddings, norms and head. ``average``: one of each, by ``merge``. ``experts``: every expert keeps its own, and
     document gates choose; needs ``gates``. Lossless for any experts, for N times the memory of the embeddings."""
+    stitches: Annotated[int, Field(ge=1)] | None = None
+    """BTS (arXiv 2502.00075): all models stay whole and frozen, side by side, and so many stitches, or one behind every
+    layer if there are fewer, move states between the seed and the experts. The paper has 4. They start closed, so that
+    the mixture is the seed until they are trained. No other key about experts, gates or averages applies."""
     merge: Merge = Merge()
     """What becomes of what is not an expert."""
     sparse_upcycling: SparseUpcycling = SparseUpcycling()
@@ -265,7 +272,7 @@ class Recipe(SettingsFile):
     @model_validator(mode="before")
     @classmethod
     def _start(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("start", "even") != "even":
+        if not isinstance(data, dict) or data.get("start", "even") != "even" or data.get("stitches") is not None:
             return data
         routing = data.get("routing", {})
         if isinstance(routing, Routing):
@@ -283,6 +290,10 @@ class Recipe(SettingsFile):
                 raise ValueError("experts: 'seed' is the seed's own name: call the expert something else")
             if names.count(name) > 1:
                 raise ValueError(f"experts: the name {name!r} is listed {names.count(name)} times")
+        if self.stitches is not None:
+            for name, field in type(self).model_fields.items():
+                if name not in STITCHED and getattr(self, name) != field.default:
+                    raise ValueError(f"{name}: with stitches, every model stays whole and its own: leave {name} out")
         if len(self.expert_names) < 2:
             raise ValueError(
                 f"experts: there {'is' if self.expert_names else 'are'} only {len(self.expert_names)}, a mixture needs "
@@ -392,11 +403,29 @@ class Recipe(SettingsFile):
 
     @property
     def has_attention_experts(self) -> bool:
-        return self.attention in ("kv_experts", "kv_sharing")
+        return self.stitches is None and self.attention in ("kv_experts", "kv_sharing")
 
     @property
     def has_ffn_experts(self) -> bool:
-        return self.ffn == "experts"
+        return self.stitches is None and self.ffn == "experts"
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """``attention``, ``ffn`` and ``trunk`` as the mixture's config has them."""
+        own: dict[str, str] = {"attention": self.attention, "ffn": self.ffn, "trunk": self.trunk}
+        return own if self.stitches is None else dict.fromkeys(own, "whole")
+
+    def stitched_layers(self, num_layers: int) -> list[str | None] | None:
+        """For each layer, where the stitch behind it moves states, ``hub`` or ``experts``; None without stitches.
+
+        As in the paper they are ``L // K`` layers apart and of both kinds in turn, the last one behind the last layer
+        and into the hub.
+        """
+        if self.stitches is None:
+            return None
+        stitches = min(self.stitches, num_layers)
+        behind = {num_layers - 1 - number * (num_layers // stitches): number for number in range(stitches)}
+        return [("hub", "experts")[behind[layer] % 2] if layer in behind else None for layer in range(num_layers)]
 
     @property
     def is_low_rank(self) -> bool:
@@ -412,7 +441,8 @@ class Recipe(SettingsFile):
     @property
     def num_experts_per_tok(self) -> int:
         """k of the FFN router; soft routing is k = N."""
-        return len(self.expert_names) if self.routing.ffn.soft else self.routing.ffn.top_k
+        is_soft = self.routing.ffn.soft or self.stitches is not None
+        return len(self.expert_names) if is_soft else self.routing.ffn.top_k
 
     @property
     def scaling(self) -> float:

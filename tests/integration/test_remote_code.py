@@ -26,6 +26,7 @@ FAMILIES = {
     "gpt2": "kv_sharing",
     "opt": "kv_experts",
     "phi3": "kv_sharing",
+    "qwen3": "whole",
 }
 
 WITHOUT_BRANCHMIX = """
@@ -176,7 +177,10 @@ def mixtures(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Pa
         rank = 4 if name == "gpt2" else "full"  # one of mixtures whose experts are changes of the seed
         score = "sigmoid" if attention == "kv_sharing" else "softmax"
         options = {"attention": attention, "routing": {"ffn": {"top_k": 2, "score": score}}, "expert_rank": rank}
-        branchmix.upcycle(recipe(siblings(name), **options), root / name)
+        given = recipe(siblings(name), **options)
+        if attention == "whole":
+            given = {"seed": given["seed"], "experts": given["experts"], "stitches": 2}
+        branchmix.upcycle(given, root / name)
     random_mixture("llama", domain_router={"width": 24, "inner": 6}).save_pretrained(root / "domains")
     for folder in sorted(root.iterdir()):
         model = load(folder)

@@ -28,6 +28,8 @@ class ParameterCounts:
     norms: int
     """Block norms, final norm, query and key norms."""
     routers: int
+    stitches: int = 0
+    """What joins whole models (BTS)."""
     other: int = 0
     """Only when counted from weights: tensors whose part cannot be determined by name."""
 
@@ -45,7 +47,7 @@ def parameters(config: Config) -> ParameterCounts:
     """
     shape = shape_of(config)
     ffns = shape.ffn_experts + shape.shared_experts
-    return _count(shape, shape.attention_experts, shape.kv_experts, ffns, heads=shape.trunk_experts)
+    return _count(shape, shape.attention_experts, shape.kv_experts, ffns, heads=shape.heads)
 
 
 def active_parameters(config: Config) -> ParameterCounts:
@@ -100,9 +102,11 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
         embeddings=trunks * (s.vocab_size * token_width + positions + projections),
         lm_head=heads * ((0 if s.tied_embeddings else s.vocab_size * token_width) + facts.head_bias * s.vocab_size),
         attention=s.num_layers * attention + sum(qkv + output for qkv, output, _ in factors),
-        ffn=s.num_layers * (ffn + facts.activation_parameters) + sum(of_ffn for _, _, of_ffn in factors),
+        ffn=s.num_layers * (ffn + shape.activations * facts.activation_parameters)
+        + sum(of_ffn for _, _, of_ffn in factors),
         norms=s.num_layers * (block_norms * norm + qk_norm) + trunks * final_norm * norm,
         routers=s.num_layers * len(shape.routers) * shape.router_parameters + shape.document_gate_parameters,
+        stitches=sum(shape.stitch_parameters(layer) for layer, _ in enumerate(shape.stitches)),
     )
 
 
@@ -153,6 +157,8 @@ class LayerFlops:
     """2Nd."""
     ffn_router: int
     """2Nd."""
+    stitch: int = 0
+    """Of the stitch behind the layer, if there is one: twice its parameters."""
 
     @property
     def attention(self) -> int:
@@ -166,8 +172,8 @@ class LayerFlops:
 
     @property
     def total(self) -> int:
-        """Attention, FFN and routers: Table 7's "total FLOPs", whose FFN term the paper prints larger."""
-        return self.attention + self.ffn + self.routers
+        """Attention, FFN, routers and stitch: Table 7's "total FLOPs", whose FFN term the paper prints larger."""
+        return self.attention + self.ffn + self.routers + self.stitch
 
 
 @dataclass(frozen=True)
@@ -234,6 +240,7 @@ def flops_of(shape: Shape, context: int) -> Flops:
             ffn=2 * ((own_ffn + shape.shared_experts) * matrices * d * s.intermediate_size + ffn),
             attention_router=2 * d * shape.num_experts * shape.has_attention_experts,
             ffn_router=2 * d * shape.num_experts * shape.has_ffn_experts,
+            stitch=2 * shape.stitch_parameters(number),
         )  # fmt: skip
 
     token_width, projections = _embedding_widths(shape)

@@ -160,6 +160,7 @@ def _describe(shape: Shape) -> dict[str, Any]:
         **({"shared_experts": shape.shared_experts} if shape.shared_experts else {}),
         **({"domain_router": list(shape.domain_router)} if shape.domain_router else {}),
         **({"trunk": shape.trunk} if shape.trunk == "experts" else {}),
+        **({"stitches": list(shape.stitches)} if shape.stitches else {}),
     }
 
 
@@ -178,6 +179,7 @@ def _describe_flops(flops: Flops) -> dict[str, Any]:
         },
         "whole_model": {
             **{name: flops.model(name) for name in names[:3]},
+            **({"stitch": flops.model("stitch")} if flops.model("stitch") else {}),
             "non_embedding": flops.non_embedding,
             "lm_head": flops.lm_head,
             "total": flops.total,
@@ -294,6 +296,7 @@ def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int])
 
 # A tensor's part of the model by its name, first match; and buffers that some checkpoints store.
 _PART_PATTERNS = {
+    "stitches": r"\.stitch\.",
     "routers": r"expert_gate|router|(?<!\.experts)\.gate\.weight$|^document_gate\.",
     "norms": r"norm|\.ln_",
     "lm_head": r"lm_head|embed_out|output_projection",

@@ -41,6 +41,7 @@ MIXTURE_DEFAULTS: Config = {
     "scoring_func": "softmax",
     "shared_expert_weight": None,
     "shared_router": False,
+    "stitches": None,
     "trunk": "average",
 }
 """What ``BranchMixConfig`` takes for keys that a mixture's config.json leaves out; it needs transformers."""
@@ -55,9 +56,9 @@ class Shape:
     family: Family
     sizes: Dimensions
     attention: str = "dense"
-    """``dense``, or the mixture's ``kv_experts``, ``kv_sharing``, ``average`` or ``seed``."""
+    """``dense``, or the mixture's ``kv_experts``, ``kv_sharing``, ``average``, ``seed`` or ``whole``."""
     ffn: str = "dense"
-    """``dense``, or the mixture's ``experts`` or ``average``."""
+    """``dense``, or the mixture's ``experts``, ``average`` or ``whole``."""
     num_experts: int = 1
     num_experts_per_tok: int = 1
     attention_num_experts_per_tok: int | None = None
@@ -70,7 +71,10 @@ class Shape:
     """Width of the domains' embeddings that routers' rows are projected from, and inner width of the projections; None:
     routers have weights of their own."""
     trunk: str = "average"
-    """``average``, or the mixture's ``experts``."""
+    """``average``, or the mixture's ``experts`` or ``whole``."""
+    stitches: tuple[str | None, ...] = ()
+    """For each layer, where the stitch behind it moves states, ``hub`` or ``experts``; empty: there are none, else
+    attention, FFN and trunk are those of ``num_experts`` whole models."""
     expert_ranks: tuple[dict[str, list[int]], ...] = ()
     """Ranks of the experts' changes of each matrix, in each layer or once for all; empty: the matrices are theirs."""
     folded_norms: tuple[str, ...] = ()
@@ -89,7 +93,7 @@ class Shape:
     @property
     def attention_experts(self) -> int:
         """Copies of q and o in a layer."""
-        return self.num_experts if self.has_attention_experts else 1
+        return self.num_experts if self.has_attention_experts or self.stitches else 1
 
     @property
     def active_attention_experts(self) -> int:
@@ -99,17 +103,33 @@ class Shape:
     @property
     def kv_experts(self) -> int:
         """Copies of k and v in a layer, and of the KV cache."""
-        return self.num_experts if self.attention == "kv_experts" else 1
+        return self.num_experts if self.attention == "kv_experts" or self.stitches else 1
 
     @property
     def ffn_experts(self) -> int:
         """Copies of the FFN in a layer."""
-        return self.num_experts if self.has_ffn_experts else 1
+        return self.num_experts if self.has_ffn_experts or self.stitches else 1
 
     @property
     def trunk_experts(self) -> int:
-        """Copies of the embeddings, the head and the norms."""
-        return self.num_experts if self.trunk == "experts" else 1
+        """Copies of the embeddings and the norms."""
+        return self.num_experts if self.trunk == "experts" or self.stitches else 1
+
+    @property
+    def heads(self) -> int:
+        """Copies of the head."""
+        return 1 if self.stitches else self.trunk_experts
+
+    @property
+    def activations(self) -> int:
+        """Copies of a learned activation in a layer, which the experts of a block share."""
+        return self.num_experts if self.stitches else 1
+
+    def stitch_parameters(self, layer: int) -> int:
+        """Elements of the stitch behind a layer: a projection and a gate for each model but the hub, and a gate for the
+        hub's own state where it is changed (BTS, eq. 3 and 4; the paper has that one in both kinds)."""
+        into, experts = self.stitches[layer] if self.stitches else None, self.num_experts - 1
+        return 0 if into is None else (2 * experts + (into == "hub")) * self.sizes.hidden_size**2
 
     @property
     def routers(self) -> dict[str, str]:
@@ -204,13 +224,14 @@ def shape_of(config: Config) -> Shape:
         expert_ranks=tuple(config["expert_ranks"] or ()),
         folded_norms=tuple(config["folded_norms"] or ()),
         domains=tuple((config["document_gate"] or {}).get("domains", ())),
+        stitches=tuple(config["stitches"] or ()),
     )
 
 
 _CHOICES = {
-    "attention": ("kv_experts", "kv_sharing", "average", "seed"),
-    "ffn": ("experts", "average"),
-    "trunk": ("average", "experts"),
+    "attention": ("kv_experts", "kv_sharing", "average", "seed", "whole"),
+    "ffn": ("experts", "average", "whole"),
+    "trunk": ("average", "experts", "whole"),
     "scoring_func": ("softmax", "sigmoid"),
 }
 
@@ -224,6 +245,12 @@ def _check_mixture(config: Config) -> None:
     own_router = config["ffn"] == "experts" and not config["shared_router"]
     fits = config["scoring_func"] == "softmax" or own_router
     _require(fits, "scoring_func: sigmoid needs FFN experts with a router of their own")
+    stitches, whole = config["stitches"], {config[name] == "whole" for name in ("attention", "ffn", "trunk")}
+    _require(whole == {stitches is not None}, "stitches join whole models: attention, ffn and trunk are not whole")
+    if stitches is not None:
+        kinds, layers = ("hub", "experts", None), dimensions(config["seed_config"]).num_layers
+        right = isinstance(stitches, list) and len(stitches) == layers and all(into in kinds for into in stitches)
+        _require(right and any(stitches), "stitches is not a list of hub, experts or null, one for each layer")
     num_experts = config["num_experts"]
     for name in ("num_experts", "num_experts_per_tok", "attention_num_experts_per_tok"):
         value = config[name]

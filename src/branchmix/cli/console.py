@@ -82,6 +82,10 @@ def experts_to_keep(given: str, config: dict[str, Any]) -> str | int | list[str]
     """
     if config.get("model_type") != "branchmix":
         raise RecipeError("--experts: this model is not a mixture: leave --experts out")
+    if config.get("stitches") is not None:
+        raise RecipeError(
+            "--experts: this mixture's experts are joined by stitches, which need all: leave --experts out"
+        )
     count = config["num_experts"]
     names = config.get("expert_names") or [f"expert-{row}" for row in range(count)]
     if given.isdecimal() and given not in names:

@@ -174,8 +174,7 @@ def _print(report: UpcycleReport) -> None:
     typer.echo(f"{_method(report)}; experts: {', '.join(source.name for source in plan.sources)}")
     _plan_table(plan).show()
     if plan.lossless is not None and not plan.is_dense:
-        shared_expert = plan.config.get("shared_expert_weight") is not None
-        typer.echo(lossless_line(plan.lossless, shared_expert=shared_expert))
+        typer.echo(lossless_line(plan.lossless, accounting.shape))
     typer.echo(
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "
@@ -242,7 +241,11 @@ def _print_verification(verification: Any) -> None:
     if rows:
         whole = "whole dense models" if verification.whole_experts else "dense models on the mixture's trunk"
         title = f"gates one-hot, logits of {verification.tokens} tokens against the {whole}"
-        head = ["expert", "largest difference from the dense model", "largest logit"]
+        if verification.stitched:
+            title = (
+                f"logits of the seed and last states of the others, {verification.tokens} tokens, against the {whole}"
+            )
+        head = ["expert", "largest difference from the dense model", "largest value"]
         Table(head, rows, title=title, left=head[1:2]).show()
 
 

@@ -64,8 +64,7 @@ def _print_accounting(accounting: Accounting) -> None:
     if accounting.lossless is not None:
         from branchmix.upcycling.model_card import lossless_line
 
-        shared_expert = accounting.shape is not None and accounting.shape.shared_experts > 0
-        typer.echo(lossless_line(accounting.lossless, shared_expert=shared_expert))
+        typer.echo(lossless_line(accounting.lossless, accounting.shape))
     active = asdict(accounting.active)
     rows = [
         [part.replace("_", " "), f"{total:,}", f"{active[part]:,}"]
@@ -77,7 +76,8 @@ def _print_accounting(accounting: Accounting) -> None:
         flops = accounting.flops
         rows = [
             [part, f"{getattr(flops.layer, part):,}", f"{flops.model(part):,}"]
-            for part in ("attention", "ffn", "routers")
+            for part in ("attention", "ffn", "routers", "stitch")
+            if part != "stitch" or flops.model(part)
         ]
         rows.append(["lm head", "", f"{flops.lm_head:,}"])
         head = [f"FLOPs per token, context {accounting.context:,}", "one layer", f"all {len(flops.layers)} layers"]
@@ -116,7 +116,10 @@ def _headline(accounting: Accounting) -> str:
         trunk = ", trunk experts" if shape.trunk == "experts" else ""
         ranks = {rank for layer in shape.expert_ranks for experts in layer.values() for rank in experts if rank}
         changes = f", changes of the seed of rank {min(ranks)} to {max(ranks)}" if ranks else ""
-        kind = f"mixture of {shape.num_experts} x {kind}; attention {attention}, ffn {ffn}{changes}{trunk}{gates}"
+        parts = f"attention {attention}, ffn {ffn}{changes}{trunk}{gates}"
+        if shape.stitches:
+            parts = f"whole models, joined by {sum(into is not None for into in shape.stitches)} stitches"
+        kind = f"mixture of {shape.num_experts} x {kind}; {parts}"
     return (
         f"{accounting.model}: {kind}; {s.num_layers} layers, width {s.hidden_size}, "
         f"{s.num_heads} heads ({s.num_kv_heads} key/value) of {s.head_dim}, FFN {s.intermediate_size}"

@@ -155,6 +155,10 @@ def _prefix_name(candidate: TextModel) -> str | None:
 def _experts_of(candidate: TextModel) -> list[TextModel]:
     """A mixture with its gates forced to each of its experts; none of a dense model."""
     is_mixture = candidate.config.model_type == "branchmix"
+    if is_mixture and candidate.config.stitches is not None:
+        raise RecipeError(
+            f"--forced: {candidate.given} has stitches instead of gates: evaluate the dense models instead"
+        )
     return [candidate.forced(number) for number in range(candidate.config.num_experts if is_mixture else 0)]
 
 

@@ -29,6 +29,19 @@ def _of_seed(name: str, *default: Any) -> Any:
     return property(get, assign)
 
 
+def _of_all_models(name: str) -> property:
+    """The seed's number or list, of layers; as often as there are models where these are whole."""
+
+    def get(config: Any) -> Any:
+        value = getattr(config.seed_config, name)
+        return value if value is None or config.stitches is None else value * config.num_experts
+
+    def assign(config: Any, value: Any) -> None:
+        setattr(config.seed_config, name, value)
+
+    return property(get, assign)
+
+
 class BranchMixConfig(PreTrainedConfig):
     """What a mixture of attention and FFN experts adds to the dense model it grew from (BAM, arXiv 2408.08274).
 
@@ -39,8 +52,8 @@ class BranchMixConfig(PreTrainedConfig):
         num_experts: experts N of each layer, the seed among them unless it was left out.
         expert_names: their names, in the order of the routers' rows.
         attention: ``kv_experts`` (every expert has its own q, k, v, o), ``kv_sharing`` (own q and o, one k and v),
-            ``average`` or ``seed`` (one dense attention, no attention router).
-        ffn: ``experts``, or ``average`` (one dense FFN, no FFN router).
+            ``average`` or ``seed`` (one dense attention, no attention router), or ``whole`` with ``stitches``.
+        ffn: ``experts``, ``average`` (one dense FFN, no FFN router), or ``whole`` with ``stitches``.
         num_experts_per_tok: k of the FFN router; N makes it soft.
         norm_topk_prob: divide the k chosen FFN gates by their sum. The paper does not.
         scoring_func: how an FFN router's logits become gates: ``softmax``, or ``sigmoid`` (DeepSeek-V3, arXiv
@@ -62,7 +75,10 @@ class BranchMixConfig(PreTrainedConfig):
         expert_rope_parameters: rotary parameters of each expert where they differ (``kv_experts`` only), with its
             ``max_position_embeddings`` among them where the type scales by it.
         trunk: ``average`` (one, merged), or ``experts``: every expert has its own embeddings, norms and head, which the
-            document gate chooses.
+            document gate chooses; or ``whole`` with ``stitches``.
+        stitches: None, or for each layer of the seed where the stitch behind it moves states, ``hub`` or ``experts``,
+            and None where there is none. The experts are then whole models, the first of them the seed (BTS, arXiv
+            2502.00075), and the mixture's layers are those of all models.
         expert_ranks: None for experts with matrices of their own. Otherwise each matrix of attention and FFN (``q``,
             ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``) is the seed's, and these are the ranks of the experts'
             changes of it: for each layer, or once for all, a dictionary with a list of ranks for each matrix.
@@ -96,6 +112,7 @@ class BranchMixConfig(PreTrainedConfig):
     output_router_logits: bool = False
     expert_rope_parameters: list[dict[str, Any]] | None = None
     trunk: str = "average"
+    stitches: list[str | None] | None = None
     expert_ranks: list[dict[str, list[int]]] | None = None
     folded_norms: list[str] | None = None
     document_gate: dict[str, Any] | None = None
@@ -118,12 +135,16 @@ class BranchMixConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         """Raises ValueError for values that no mixture can have."""
-        if self.attention not in ("kv_experts", "kv_sharing", "average", "seed"):
-            raise ValueError(f"attention is {self.attention!r}, not kv_experts, kv_sharing, average or seed")
-        if self.ffn not in ("experts", "average"):
-            raise ValueError(f"ffn is {self.ffn!r}, not experts or average")
-        if self.trunk not in ("average", "experts"):
-            raise ValueError(f"trunk is {self.trunk!r}, not average or experts")
+        if self.attention not in ("kv_experts", "kv_sharing", "average", "seed", "whole"):
+            raise ValueError(f"attention is {self.attention!r}, not kv_experts, kv_sharing, average, seed or whole")
+        if self.ffn not in ("experts", "average", "whole"):
+            raise ValueError(f"ffn is {self.ffn!r}, not experts, average or whole")
+        if self.trunk not in ("average", "experts", "whole"):
+            raise ValueError(f"trunk is {self.trunk!r}, not average, experts or whole")
+        if len({self.stitches is not None, *(part == "whole" for part in (self.attention, self.ffn, self.trunk))}) > 1:
+            raise ValueError("stitches join whole models: attention, ffn and trunk are whole with them, and only then")
+        if self.stitches is not None and not ({"hub", "experts", None} >= {*self.stitches} != {None}):
+            raise ValueError("stitches is not a list of hub, experts or null, one for each layer")
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring_func is {self.scoring_func!r}, not softmax or sigmoid")
         if self.scoring_func == "sigmoid" and (self.shared_router or not self.has_ffn_experts):
@@ -225,9 +246,9 @@ class BranchMixConfig(PreTrainedConfig):
     hidden_size = _of_seed("hidden_size")
     intermediate_size = _of_seed("intermediate_size")
     hidden_act = _of_seed("hidden_act")
-    num_hidden_layers = _of_seed("num_hidden_layers")
+    num_hidden_layers = _of_all_models("num_hidden_layers")
     max_position_embeddings = _of_seed("max_position_embeddings", None)
-    layer_types = _of_seed("layer_types")
+    layer_types = _of_all_models("layer_types")
     sliding_window = _of_seed("sliding_window")
     attn_logit_softcapping = _of_seed("attn_logit_softcapping")
     final_logit_softcapping = _of_seed("final_logit_softcapping")

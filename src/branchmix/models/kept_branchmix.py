@@ -33,8 +33,9 @@ def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
     """Rows of experts given by name or row, in ascending order.
 
     Raises:
-        ValueError: there is no such expert, or none was given.
+        ValueError: there is no such expert, none was given, or stitches join them.
     """
+    _require_gates(config)
     experts = [experts] if isinstance(experts, str) else experts
     names = config.expert_names or [f"expert-{number}" for number in range(config.num_experts)]
     rows = []
@@ -46,6 +47,11 @@ def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
     if not rows:
         raise ValueError("keep at least one expert")
     return sorted(set(rows))
+
+
+def _require_gates(config: Any) -> None:
+    if config.stitches is not None:
+        raise ValueError("the experts of this mixture are whole models, joined by stitches, which need all of them")
 
 
 def keep_experts(model: Any, experts: Sequence[str | int]) -> Any:
@@ -182,6 +188,7 @@ def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
         input_ids: [B, T].
         attention_mask: [B, T], 0 for padding.
     """
+    _require_gates(model.config)
     if model.document_gate is not None:
         logits, _ = model.document_gate(input_ids, attention_mask)
         last = [kind[:, -1].softmax(-1) for kind in logits if kind is not None]

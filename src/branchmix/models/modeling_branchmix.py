@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
@@ -42,6 +42,7 @@ from .routing_branchmix import (
     BranchMixRouterRows,
     BranchMixSharedRouter,
 )
+from .stitched_branchmix import BranchMixStitch, stitch
 from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_trunk
 
 logger = logging.get_logger(__name__)
@@ -56,6 +57,9 @@ def widen(model: Any, config: BranchMixConfig) -> None:
     Args:
         model: the family's causal LM, or its base model.
     """
+    if config.stitches is not None:
+        stitch(model, config, path_of_blocks(model, config))
+        return
     layout = config.layout
     for layer, block in enumerate(blocks_of(model, config)):
         if config.has_attention_experts:
@@ -78,12 +82,16 @@ def widen(model: Any, config: BranchMixConfig) -> None:
 
 def blocks_of(model: Any, config: BranchMixConfig) -> Any:
     """The list of blocks of a family's causal LM or base model."""
+    return model.get_submodule(path_of_blocks(model, config))
+
+
+def path_of_blocks(model: Any, config: BranchMixConfig) -> str:
+    """The name of that list in the model."""
     if not config.layout:
         raise ValueError("config.layout is empty: build the config with branchmix.models.mixture_config(seed_config)")
-    path = config.layout["layers"]
-    if isinstance(model, _family_class(config.seed_config, causal_lm=False)):
-        path = path.removeprefix(f"{model.base_model_prefix}.")
-    return model.get_submodule(path)
+    path = str(config.layout["layers"])
+    is_base = isinstance(model, _family_class(config.seed_config, causal_lm=False))
+    return path.removeprefix(f"{model.base_model_prefix}.") if is_base else path
 
 
 def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate | None:
@@ -151,12 +159,14 @@ def parallel_plans(model: Any, layers: str) -> tuple[dict[str, str], dict[str, s
     The family's rules are kept except for the modules that were replaced. The experts' heads are sharded in storage and
     gathered for computation, as transformers does for Phi-3, because a rank's slice of heads would meet the gates of
     other experts. FFN experts are sharded along their inner width, except those with biases, since each rank would add
-    the bias. Experts that are low-rank changes of the seed are not sharded.
+    the bias. Experts that are low-rank changes of the seed are not sharded, nor are stitched models.
 
     Args:
         model: a mixture, whose ``tp_plan`` is that of its family's model.
         layers: path of its list of blocks.
     """
+    if model.config.stitches is not None:
+        return {}, {}
     layout, first = model.config.layout, model.get_submodule(layers)[0]
     attention, ffn = getattr(first, layout["attention"]), getattr(first, layout["ffn"])
     # A rank's part of a vocabulary would need its own part of the choice: experts of the trunk are not sharded.
@@ -274,6 +284,10 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             elif isinstance(module, BranchMixDocumentGate):
                 for tensor in (*module.parameters(recurse=False), module.counts):
                     init.zeros_(tensor)
+            elif isinstance(module, BranchMixStitch):
+                for linear in (module.gate, *module.projections):
+                    init.zeros_(linear.weight)
+                    linear._is_hf_initialized = True  # else the family draws them at random
         super().initialize_weights()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -299,19 +313,23 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def _resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Where the trunk has experts, one after the other, as transformers does it."""
+        """Where the trunk has experts, one after the other, as transformers does it; stitched models have one head."""
         tables, heads = self.get_input_embeddings(), self.get_output_embeddings()
         if not isinstance(tables, BranchMixTrunkExperts):
             return super()._resize_token_embeddings(*args, **kwargs)
-        for number in range(len(tables)):
-            self.set_input_embeddings(tables[number])
-            if heads is not None:
+        have_heads = isinstance(heads, BranchMixTrunkExperts)
+        for number, table in enumerate(tables):
+            if number and not have_heads:
+                tables[number] = self._get_resized_embeddings(table, *args, **kwargs)
+                continue
+            self.set_input_embeddings(table)
+            if have_heads:
                 self.set_output_embeddings(heads[number])
             tables[number] = super()._resize_token_embeddings(*args, **kwargs)
-            if heads is not None:
+            if have_heads:
                 heads[number] = self.get_output_embeddings()
         self.set_input_embeddings(tables)
-        if heads is not None:
+        if have_heads:
             self.set_output_embeddings(heads)
         return tables
 
@@ -405,6 +423,15 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             ValueError: there is a document gate, but no ids, or no place for its state.
         """
         gate = self.document_gate
+        if self.config.stitches is not None:
+            if input_ids is None:
+                raise ValueError(
+                    "each model of this mixture embeds token ids itself: give input_ids, not inputs_embeds"
+                )
+            uses_cache = kwargs.get("use_cache")
+            uses_cache = getattr(self.config.seed_config, "use_cache", False) if uses_cache is None else uses_cache
+            if uses_cache and kwargs.get("past_key_values") is None:  # the family would make one of its own layers
+                kwargs["past_key_values"] = DynamicCache(config=self.config)
         if gate is None:
             return family(input_ids=input_ids, return_dict=True, **kwargs)
         if input_ids is None:

@@ -50,6 +50,9 @@ class Axes:
             raise RecipeError(f"--experts: {name} is no mixture of branchmix: leave it out of the family, or --experts")
         if self.top_k and getattr(config, "num_experts_per_tok", None) is None:
             raise RecipeError(f"--top-k: {name} is no mixture: leave it out of the family, or --top-k")
+        if (self.experts or self.top_k) and getattr(config, "stitches", None) is not None:
+            option = "--experts" if self.experts else "--top-k"
+            raise RecipeError(f"{option}: {name} has stitches, which need all experts: leave it out, or {option}")
         for option, values in (("--experts", self.experts), ("--top-k", self.top_k)):
             if values and count is not None and max(values) > count:
                 raise RecipeError(f"{option} {max(values)}: {name} has {count} experts")

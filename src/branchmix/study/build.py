@@ -39,6 +39,7 @@ _LATER: dict[str, Any] = {
     "expert_rank": "full",
     "expert_energy": 0.9,
     "shared_expert": None,
+    "stitches": None,
 }
 """Options of recipes that came after `FORMAT` 1, with the values that mean what was done before there were any.
 

@@ -108,6 +108,6 @@ def _ffn(shape: Shape, half: int) -> int:
     """What goes into the activation, comes out and is multiplied; of experts also what each is handed and gives."""
     inner = (4 if shape.family.gate else 2) * shape.sizes.intermediate_size
     if shape.ffn != "experts":
-        return half * inner
+        return half * inner * shape.ffn_experts
     shared = half * shape.shared_experts * (inner + shape.sizes.hidden_size)
     return half * shape.num_experts_per_tok * (inner + 2 * shape.sizes.hidden_size) + shared

@@ -11,7 +11,7 @@ from branchmix.checkpoint.families import dimensions, family_of, matrix_shapes
 from branchmix.checkpoint.hub import ResolvedModel, resolve
 from branchmix.checkpoint.index import read_config
 from branchmix.errors import RecipeError
-from branchmix.recipe import Recipe
+from branchmix.recipe import STITCHED, Recipe
 from branchmix.settings import overlaid, parse
 from branchmix.study.graph import Cost
 from branchmix.study.settings import Method, StudyFile
@@ -60,6 +60,10 @@ class Mixtures:
         experts = [{"name": name, "model": name} for name in study.expert_names]
         own: dict[str, Any] = {"seed": "seed", "experts": experts, "routed_scaling_factor": "auto", "dtype": "float32"}
         fields = overlaid(own, study.recipe, preset.recipe, method.recipe)
+        if (
+            fields.get("stitches") is not None
+        ):  # what the study says of experts, gates and averages is for other methods
+            return parse(Recipe, {key: fields[key] for key in fields if key in STITCHED | method.recipe.keys()}, where)
         init = fields.get("router_init", {})
         init = {"method": init} if isinstance(init, str) else init
         if isinstance(init, dict):
@@ -106,18 +110,17 @@ class Mixtures:
     def config(self, recipe: Recipe) -> Config:
         """The config of the mixture that a recipe makes."""
         attention = recipe.routing.attention.top_k if recipe.has_attention_experts else None
-        config = {
+        config: Config = {
             "model_type": "branchmix",
             "seed_config": self.seed_config,
-            "attention": recipe.attention,
-            "ffn": recipe.ffn,
+            **recipe.parts,
             "num_experts": len(recipe.expert_names),
             "num_experts_per_tok": recipe.num_experts_per_tok,
             "attention_num_experts_per_tok": attention,
             "shared_expert_weight": recipe.shared_expert_weight,
             "shared_router": recipe.routing.shared,
             "domain_router": domain_router_of(self.seed_config) if recipe.routing.domains else None,
-            "trunk": recipe.trunk,
+            "stitches": recipe.stitched_layers(dimensions(self.seed_config).num_layers),
         }
         if recipe.is_low_rank:
             config["expert_ranks"] = self._ranks(recipe)
@@ -154,7 +157,7 @@ def step_cost(study: StudyFile, config: Config, train: dict[str, Any]) -> Cost:
         RecipeError: there is no formula for the family's FLOPs.
     """
     shares, lora, trained = None, 0, parameters(config).total
-    if train.get("freeze") or train.get("adapters"):
+    if train.get("freeze") or train.get("adapters") or config.get("stitches"):
         shares, lora, trained = _what_is_trained(config, train)
     flops = token_flops(config, study.sequence_length, shares, lora)
     if flops is None:
@@ -173,6 +176,7 @@ def _what_is_trained(config: Config, train: dict[str, Any]) -> tuple[dict[str, f
 
     with torch.device("meta"):
         model = new_model(config)
+    trained_parts.only_stitches(model, [key for key in ("freeze", "adapters") if train.get(key)])
     if train.get("adapters"):
         trained_parts.add_adapters(model)
     if named := train.get("freeze"):

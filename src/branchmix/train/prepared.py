@@ -103,6 +103,7 @@ class PreparedRun:
     def _choose_what_is_trained(self) -> None:
         config, described = self.config, self.model.config.to_dict()
         set_seed(config.random_seed)  # of LoRA's matrices
+        trained_parts.only_stitches(self.model, [k for k in ("freeze", "lora", "adapters") if getattr(config, k)])
         if config.adapters:
             trained_parts.add_adapters(self.model)
         if config.lora is not None:

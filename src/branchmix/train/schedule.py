@@ -85,7 +85,8 @@ def token_flops(
     Args:
         config: of the model, as in config.json.
         context: tokens of a sequence. Documents packed into one are shorter, so this is an upper bound.
-        trained: trained share of the parameters of ``attention``, ``ffn``, ``routers`` and ``lm_head``; all if None.
+        trained: trained share of the parameters of ``attention``, ``ffn``, ``routers``, ``stitches`` and ``lm_head``;
+            all if None.
         lora_parameters: number of parameters in LoRA's matrices.
     """
     try:
@@ -96,14 +97,22 @@ def token_flops(
         "attention": flops.model("qkv") + flops.model("output"),
         "ffn": flops.model("ffn"),
         "routers": flops.model("routers"),
+        "stitches": flops.model("stitch"),
         "lm_head": flops.lm_head,
     }
     frozen = sum(round(weights[part] * (1 - share)) for part, share in (trained or {}).items())
+    if stitched := [number for number, layer in enumerate(flops.layers) if layer.stitch]:
+        # Of the frozen layers ahead of the first stitch no gradient is computed.
+        frozen += sum(
+            layer.qkv + 2 * layer.context + layer.output + layer.ffn for layer in flops.layers[: stitched[0] + 1]
+        )
     return TokenFlops(flops.total, 3 * flops.total - frozen + 6 * lora_parameters)
 
 
 def part_of(name: str) -> str:
     """The part of a model that a parameter belongs to, by its name, for counting FLOPs."""
+    if ".stitch." in name:
+        return "stitches"
     if re.search(r"expert_gate|mlp\.gate\.weight$|router|document_gate", name):
         return "routers"
     if "norm" in name or ".ln_" in name:
@@ -117,7 +126,7 @@ def part_of(name: str) -> str:
 
 def shares_trained(model: Any) -> tuple[dict[str, float], int]:
     """The trained share of each part's parameters, for ``token_flops``, and the number of LoRA's parameters."""
-    counts = {part: [0, 0] for part in ("attention", "ffn", "routers", "lm_head")}
+    counts = {part: [0, 0] for part in ("attention", "ffn", "routers", "stitches", "lm_head")}
     lora = 0
     head = model.get_output_embeddings()
     heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()

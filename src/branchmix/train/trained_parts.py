@@ -1,4 +1,4 @@
-"""What a run trains of a model: parts of it (``freeze``), LoRA, or BAM Adapters (``adapters`` in a run file)."""
+"""What a run trains of a model: parts of it (``freeze``), LoRA, BAM Adapters (``adapters`` in a run file); stitches."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from branchmix.models.documents_branchmix import BranchMixDocumentGate
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.low_rank_branchmix import BranchMixLowRank
 from branchmix.models.routing_branchmix import BranchMixRouter
+from branchmix.models.stitched_branchmix import BranchMixStitch
 from branchmix.train.config import Lora
 
 
@@ -43,6 +44,26 @@ def freeze(model: Any, parts: Sequence[str]) -> None:
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise RecipeError(f"freeze: with {' and '.join(parts)} frozen, {_name(base)} has nothing left to train")
+
+
+def only_stitches(model: Any, others: Sequence[str]) -> None:
+    """Freeze everything but the stitches of whole models, in place; other models stay as they are (BTS, section 2.2).
+
+    Args:
+        model: as it was loaded.
+        others: keys of the run that choose what to train.
+
+    Raises:
+        RecipeError: there are stitches and such keys.
+    """
+    if getattr(model.config, "stitches", None) is None:
+        return
+    if others:
+        raise RecipeError(f"{others[0]}: of {_name(model)} only the stitches are trained: remove {others[0]}")
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, BranchMixStitch):
+            module.requires_grad_(True)
 
 
 def _routers(model: nn.Module) -> Iterator[nn.Module]:

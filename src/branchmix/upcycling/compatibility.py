@@ -117,7 +117,7 @@ def _check(recipe: Recipe, seed: DenseExpert, experts: list[DenseExpert], findin
             findings.about(model.name, notes=[f"{note}: taken as untied"])
     for expert in experts:
         _compare(seed, expert, recipe, findings, different.get(expert.name, ()))
-    if apart := _rotated_apart(seed.index.config, related, recipe.attention, findings):
+    if apart := _rotated_apart(seed.index.config, related, recipe.parts["attention"], findings):
         models = [seed] * recipe.include_seed + related + [seed] * recipe.seed_copies
         findings.expert_rope_parameters = [rope_of(model.index.config) for model in models]
         names = ", ".join(f"{expert.name} {_rope_words(expert.index.config)}" for expert in apart)

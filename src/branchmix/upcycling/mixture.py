@@ -49,6 +49,11 @@ class OpenedMixture:
         lacking = [key for key in ("seed_config", "num_experts", "num_experts_per_tok") if not opened.config.get(key)]
         if lacking:
             raise CheckpointError(f"{folder / 'config.json'}: has no {lacking[0]}: copy the mixture's own here")
+        if opened.config.get("stitches") is not None:
+            raise CheckpointError(
+                f"{given}: its experts are whole models, joined by stitches: it has no gates to fit, no expert can "
+                "join or leave, and no native class computes it: use a recipe without stitches for that"
+            )
         self.config: Config = {**MIXTURE_DEFAULTS, **opened.config}
         self.index = replace(opened, config=self.config)
         try:

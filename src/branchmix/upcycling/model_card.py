@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from branchmix.accounting.shape import MIXTURE_DEFAULTS
+from branchmix.accounting.shape import MIXTURE_DEFAULTS, Shape, shape_of
 from branchmix.checkpoint.families import Config, has_experts
 from branchmix.upcycling.plan import Plan
 
@@ -19,6 +19,7 @@ _METHODS = {
     ("seed", "average"): "the seed's attention, averaged FFN",
     ("kv_experts", "average"): "attention experts with their own keys and values, averaged FFN",
     ("kv_sharing", "average"): "attention experts over one set of keys and values, averaged FFN",
+    ("whole", "whole"): "BTS: whole models side by side, joined by stitches",
 }
 
 
@@ -36,9 +37,12 @@ def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
     return f"{method}; every expert keeps its own embeddings, norms and head" if own_trunk else method
 
 
-def lossless_line(lossless: bool, *, shared_expert: bool = False) -> str:
-    """One line on what ``Plan.lossless`` found, of a mixture with or without a shared expert."""
-    if shared_expert:
+def lossless_line(lossless: bool, shape: Shape | None) -> str:
+    """One line on what ``Plan.lossless`` found, of a mixture of this shape, if it is known."""
+    if shape is not None and shape.stitches:
+        found = "is whole in it" if lossless else "is whole in it, but for padded rows of its embeddings"
+        return f"{'lossless' if lossless else 'not lossless'}: every model {found}"
+    if shape is not None and shape.shared_experts:
         return "not lossless: the shared expert adds the seed's FFN to that of every expert"
     if lossless:
         return "lossless: what the experts share is the same in all of them, so forced gates give exactly each expert"
@@ -65,6 +69,8 @@ def model_card(plan: Plan, provenance: dict[str, Any], *, exported_from: Config 
     if exported_from is None:
         better = "train" if plan.config.get("domain_router") else "calibrate or train"
         state = f"Its routers are as the recipe started them: {better} the mixture before you use it."
+        if plan.config.get("stitches") is not None:
+            state = "Its stitches are closed: it is the seed until they are trained."
         if fits := [step["calibrated"] for step in provenance.get("changes", []) if "calibrated" in step]:
             state = f"Its gates are calibrated on text of {', '.join(fits[-1]['domains'])}: it needs no training."
         made = f"Merged with {software}. " + ("" if plan.is_dense else state)
@@ -75,8 +81,7 @@ def model_card(plan: Plan, provenance: dict[str, Any], *, exported_from: Config 
         if export["expert"] is not None:
             title = f"Expert {export['expert']} of a mixture, as a dense {model_type} model"
     if plan.lossless is not None and not plan.is_dense:
-        shared_expert = plan.config.get("shared_expert_weight") is not None
-        line = lossless_line(plan.lossless, shared_expert=shared_expert)
+        line = lossless_line(plan.lossless, shape_of(plan.config))
         made += f"\n\n{line[0].upper()}{line[1:]}."
     lines = [*front_matter(plan.config, provenance), f"# {title}", "", made, "", *source_table(provenance), ""]
     lines += [*usage("PATH", own_code=not plan.is_dense), *history(provenance, plan.notes)]

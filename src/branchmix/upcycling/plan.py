@@ -16,7 +16,7 @@ from branchmix.accounting.shape import domain_router_of, shape_of
 from branchmix.checkpoint import expressions as ex
 from branchmix.checkpoint.companions import AUTO_MAP
 from branchmix.checkpoint.expressions import Expression, Rows, Scaled, Stack, Stored
-from branchmix.checkpoint.families import Config, Dimensions, Family, entry_of, layout_of, squares_activation
+from branchmix.checkpoint.families import Config, Dimensions, Family, entry_of, is_head, layout_of, squares_activation
 from branchmix.checkpoint.generated_tensors import Constant, Held, Normal, PartlyRedrawn
 from branchmix.checkpoint.numbers import FLOAT_DTYPES
 from branchmix.checkpoint.writer import OutputTensor
@@ -158,7 +158,8 @@ class _Mixture:
         self.folded = foldable_norms(recipe, seed) if recipe.merge.fold_norms else []
         self.dtype = output_dtype(recipe, seed)
         by_name: dict[str, DenseExpert | LowRankExpert] = {m.name: m.folding(self.folded) for m in self.models}
-        self.is_dense = not (recipe.has_attention_experts or recipe.has_ffn_experts)
+        self.is_dense = not (recipe.has_attention_experts or recipe.has_ffn_experts or recipe.stitches)
+        self.stitches = recipe.stitched_layers(seed.dims.num_layers)
         self.lossless = not self.is_dense and recipe.shared_expert is None
         """Whether the tensors that experts share are the same in all of them, as far as ``tensors`` has come, and no
         expert is cut to a rank."""
@@ -210,6 +211,9 @@ class _Mixture:
 
     def tensors(self) -> Iterator[tuple[str, Expression]]:
         """All output tensors by name, in the seed's order, a layer's experts where the layer begins."""
+        if self.stitches is not None:
+            yield from self._stitched(self.stitches)
+            return
         owned = self.seed.expert_tensors(self.recipe.has_attention_experts, self.recipe.has_ffn_experts)
         prefix = "" if self.is_dense else "model."
         done: set[str] = set()
@@ -229,6 +233,22 @@ class _Mixture:
             for name, shape in (("embeddings", (len(self.experts), width)), ("centre", (width,))):
                 name = f"{ROUTER_DOMAINS}{name}"
                 yield name, self.router_rows.get(name) or Constant(shape, 0.0, "F32")  # zeros in a dry run
+
+    def _stitched(self, stitches: list[str | None]) -> Iterator[tuple[str, Expression]]:
+        """All models side by side, of the output layers the seed's, and closed stitches (``BranchMixStitch``)."""
+        block, width = re.compile(rf"({re.escape(self.family.layers)}\.\d+)\.(.+)"), self.dims.hidden_size
+        for name, ref in self.seed.tensors.items():
+            inside = block.match(name)
+            for number, model in enumerate(self.models[:1] if is_head(name) else self.models):
+                of_model = f"{inside[1]}.streams.{number}.{inside[2]}" if inside else of_trunk(name, number)
+                part = self._of_shape(model.trunk(name), name, ref.shape)
+                yield f"model.{name if is_head(name) else of_model}", part
+        for layer, into in enumerate(stitches):
+            stitch, num_gates = f"model.{self.family.layers}.{layer}.stitch", len(self.models) - (into == "experts")
+            if into is not None:
+                yield f"{stitch}.gate.weight", Constant((num_gates * width, width), 0.0, self.dtype)
+                for number in range(len(self.models) - 1):
+                    yield f"{stitch}.projections.{number}.weight", Constant((width, width), 0.0, self.dtype)
 
     def _layer(self, layer: int) -> Iterator[tuple[str, Expression]]:
         """A layer's experts and routers, by name below the block."""
@@ -345,7 +365,7 @@ class _Mixture:
             return {**seed_config, "dtype": dtype}
         return {
             "architectures": ["BranchMixForCausalLM"],
-            "attention": recipe.attention,
+            **recipe.parts,
             "attention_norm_topk_prob": recipe.routing.attention.normalize,
             "attention_num_experts_per_tok": recipe.routing.attention.top_k,
             "auto_map": AUTO_MAP,
@@ -357,7 +377,6 @@ class _Mixture:
             "expert_names": recipe.expert_names,
             "expert_ranks": ranks_of(self.experts, self.matrices) if self.matrices else None,
             "expert_rope_parameters": self.rope_parameters,
-            "ffn": recipe.ffn,
             "initializer_range": recipe.router_init.std,
             "layout": layout_of(self.family, per_expert_rotary=self.rope_parameters is not None),
             "model_type": "branchmix",
@@ -371,8 +390,8 @@ class _Mixture:
             "seed_config": {**seed_config, "dtype": dtype},
             "shared_expert_weight": recipe.shared_expert_weight,
             "shared_router": recipe.routing.shared,
+            "stitches": self.stitches,
             "tie_word_embeddings": self.dims.tied_embeddings,
-            "trunk": recipe.trunk,
             "folded_norms": self.folded or None,  # for experts that join later
         }
 

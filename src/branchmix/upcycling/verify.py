@@ -3,14 +3,15 @@
 With both gates one-hot on expert i, a mixture must compute what dense model i computes: the whole dense model, if the
 plan is lossless, else dense model i on the mixture's trunk (embeddings, norms and head). The dense side runs in the
 family's own transformers class, with the expert's own config, on tensors read straight from its checkpoint (and with
-PEFT's own layers, if it is a LoRA adapter), so it shares no code with the upcycler or the widened model.
+PEFT's own layers, if it is a LoRA adapter), so it shares no code with the upcycler or the widened model. Models that
+closed stitches join must compute the seed's logits, and in the stream of each other model its last hidden state.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,9 @@ class Verification:
     """The greatest error among them, relative to the norm of the change; 0 but for rounding if all are LoRA."""
     tokens: int = 0
     """Length of the text."""
+    stitched: bool = False
+    """Experts are whole models, joined by closed stitches: the logits are the seed's, what is compared of the others is
+    their last hidden states."""
     whole_experts: bool = False
     """The logits were compared with those of the whole dense models, their own embeddings, norms and head included."""
     experts: tuple[ExpertCheck, ...] = ()
@@ -110,7 +114,10 @@ def verify_plan(plan: Plan, folder: Path, *, progress: Progress | None = None) -
         return Verification(compared, nbytes, averages)
     changes, error = check_changes(plan, index, progress)
     checks, tokens = _compare_logits(plan, folder, index, progress)
-    return Verification(compared, nbytes, averages, changes, error, tokens, bool(plan.lossless), tuple(checks))
+    stitched = plan.config["stitches"] is not None
+    return Verification(
+        compared, nbytes, averages, changes, error, tokens, stitched, bool(plan.lossless), tuple(checks)
+    )
 
 
 def compare_bytes(plan: Plan, index: CheckpointIndex, progress: Progress | None) -> tuple[int, int]:
@@ -164,6 +171,7 @@ def _compare_logits(
 
     from branchmix.models.modeling_branchmix import BranchMixForCausalLM
     from branchmix.models.routers import one_hot_gates
+    from branchmix.models.stitched_branchmix import last_states
 
     # fp32 copies of the mixture and of one dense model have to fit.
     need = sum(float32_bytes(tensor.expression.nbytes, tensor.expression.dtype) for tensor in plan.tensors)
@@ -173,7 +181,10 @@ def _compare_logits(
     least, most = sample_length([_dense_config(plan, expert) for expert in plan.sources], affordable)
     tokens = sample_tokens(folder, vocab_size, least=least, most=most)
     mixture = BranchMixForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    checks = []
+    checks, states = [], []
+    if plan.config["stitches"] is not None:
+        with torch.no_grad():
+            states = [mixture(tokens).logits, *last_states(mixture, tokens)[1:]]
     for number, expert in enumerate(plan.sources):
         if progress is not None:
             progress("comparing logits", number, len(plan.sources))
@@ -183,8 +194,8 @@ def _compare_logits(
             skipped = "its FFN was changed on purpose (sparse upcycling's options)"
             checks.append(ExpertCheck(expert.name, 0.0, 0.0, skipped))
             continue
-        with torch.no_grad(), one_hot_gates(mixture, number):
-            ours = mixture(tokens).logits
+        with torch.no_grad(), nullcontext() if states else one_hot_gates(mixture, number):
+            ours = states[number] if states else mixture(tokens).logits
         own = expert.own if isinstance(expert, LowRankExpert) else expert
         try:
             dense = _dense(plan, index, expert, number)
@@ -193,7 +204,7 @@ def _compare_logits(
             checks.append(ExpertCheck(expert.name, 0.0, 0.0, skipped))
             continue
         with torch.no_grad():
-            theirs = dense(tokens).logits
+            theirs = dense.base_model(tokens).last_hidden_state if states and number else dense(tokens).logits
         del dense
         gc.collect()
         # Folded gains round a matrix once more, and factors round a merged adapter once less, than in dense model i.
@@ -202,9 +213,10 @@ def _compare_logits(
         tolerance = FOLDED_TOLERANCE if rounded else TOLERANCE
         difference, greatest = difference_of(ours, theirs)
         if not difference <= tolerance * max(greatest, 1.0):
+            place, what = ("with the gates on", "logits") if not states else ("in the stream of", "states or logits")
             raise VerificationError(
-                f"{folder.name}: with the gates on expert {expert.name!r} its logits differ from the dense model's by "
-                f"{difference:.3g} (greatest logit {greatest:.3g}): the mixture is not its experts"
+                f"{folder.name}: {place} expert {expert.name!r} its {what} differ from the dense model's by "
+                f"{difference:.3g} (greatest {greatest:.3g}): the mixture is not its experts"
             )
         checks.append(ExpertCheck(expert.name, difference, greatest))
     return checks, tokens.shape[1]
