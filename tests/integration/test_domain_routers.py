@@ -247,6 +247,9 @@ def test_a_run_trains_the_projection_and_experts_join_after_it(siblings: Sibling
 
     branchmix.add_expert(tmp_path / "run", "math", models["math"], tmp_path / "three", data=text)
     stored = weights(tmp_path / "three")
+    branchmix.remove_expert(tmp_path / "three", "math", tmp_path / "two")
+    branchmix.add_expert(tmp_path / "two", "math", models["math"], tmp_path / "again", data=text)
+    same_bytes(weights(tmp_path / "again"), stored)
     assert torch.equal(stored["router_domains.embeddings"][:2], before["router_domains.embeddings"])
     for router, (x, logits) in routed(load(tmp_path / "three"), tokens()).items():
         close(logits, x @ rows(after, router, stored["router_domains.embeddings"]).T)
@@ -313,7 +316,9 @@ def test_refusals(siblings: Siblings, text: Path, tmp_path: Path) -> None:
     branchmix.upcycle(recipe(models, routing=domains, attention="average"), tmp_path / "domains")
     branchmix.upcycle(recipe(models), tmp_path / "plain")
     new = ("law", models["math"], out)
-    with pytest.raises(RecipeError, match="routers compute rows from text: give data, a file with a domain 'law'"):
+    with pytest.raises(
+        RecipeError, match="routers compute rows from text: give data .--data FILE. with a domain 'law'"
+    ):
         branchmix.add_expert(tmp_path / "domains", *new)
     with pytest.raises(RecipeError, match="data: no domain is called 'law'"):
         branchmix.add_expert(tmp_path / "domains", *new, data=text)
