@@ -99,9 +99,7 @@ def add_expert(
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
     given = EvalData.load(data) if data is not None else None
     if given is None and mixture.shape.domain_router:
-        raise RecipeError(
-            f"{model}: its routers compute rows from text: give data (--data FILE) with a domain {name!r}"
-        )
+        raise RecipeError(f"{model}: its routers compute rows from text: give --data, a file with a domain {name!r}")
     if given is not None and not mixture.shape.domain_router:
         raise RecipeError(f"{model}: its routers have weights of their own and need no text: leave data out")
     if given is not None and router_std is not None:
