@@ -50,7 +50,7 @@ KINDS = {
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data file whose domains are called as the siblings; the seed's has another name."""
     folder = tmp_path_factory.mktemp("text")
-    dialects.write(folder, documents=40)
+    dialects.write(folder, documents=24)
     lines = ["data:", *(f"  {name}: {{files: {domain}.jsonl}}" for name, domain in DOMAINS.items())]
     (folder / "data.yaml").write_text("\n".join(lines))
     for name, domain in DOMAINS.items():
@@ -122,7 +122,9 @@ def routed(model: Any, ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch
 @pytest.mark.parametrize("name", KINDS)
 def test_rows_are_the_projection_of_the_text(name: str, siblings: Siblings, text: Path, tmp_path: Path) -> None:
     models = readers(siblings, name)
-    report = branchmix.upcycle(with_domains(models, text, attention=KINDS[name]), tmp_path / "mixture", verify=True)
+    report = branchmix.upcycle(
+        with_domains(models, text, attention=KINDS[name]), tmp_path / "mixture", verify=name == "llama"
+    )
     by_domain = means(models["seed"], text)
     centre = torch.stack([*by_domain.values()]).mean(0)
     domains = torch.stack([unit(by_domain[domain] - centre) for domain in ("general", "code", "math")])
@@ -247,6 +249,9 @@ def test_a_run_trains_the_projection_and_experts_join_after_it(siblings: Sibling
 
     branchmix.add_expert(tmp_path / "run", "math", models["math"], tmp_path / "three", data=text)
     stored = weights(tmp_path / "three")
+    branchmix.remove_expert(tmp_path / "three", "math", tmp_path / "two")
+    branchmix.add_expert(tmp_path / "two", "math", models["math"], tmp_path / "again", data=text)
+    same_bytes(weights(tmp_path / "again"), stored)
     assert torch.equal(stored["router_domains.embeddings"][:2], before["router_domains.embeddings"])
     for router, (x, logits) in routed(load(tmp_path / "three"), tokens()).items():
         close(logits, x @ rows(after, router, stored["router_domains.embeddings"]).T)
@@ -313,7 +318,7 @@ def test_refusals(siblings: Siblings, text: Path, tmp_path: Path) -> None:
     branchmix.upcycle(recipe(models, routing=domains, attention="average"), tmp_path / "domains")
     branchmix.upcycle(recipe(models), tmp_path / "plain")
     new = ("law", models["math"], out)
-    with pytest.raises(RecipeError, match="routers compute rows from text: give data, a file with a domain 'law'"):
+    with pytest.raises(RecipeError, match="routers compute rows from text: give --data, a file with a domain 'law'"):
         branchmix.add_expert(tmp_path / "domains", *new)
     with pytest.raises(RecipeError, match="data: no domain is called 'law'"):
         branchmix.add_expert(tmp_path / "domains", *new, data=text)

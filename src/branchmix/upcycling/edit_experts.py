@@ -99,7 +99,7 @@ def add_expert(
         raise RecipeError(f"{model}: has an expert {name!r} already: choose another name")
     given = EvalData.load(data) if data is not None else None
     if given is None and mixture.shape.domain_router:
-        raise RecipeError(f"{model}: its routers compute rows from text: give data, a file with a domain {name!r}")
+        raise RecipeError(f"{model}: its routers compute rows from text: give --data, a file with a domain {name!r}")
     if given is not None and not mixture.shape.domain_router:
         raise RecipeError(f"{model}: its routers have weights of their own and need no text: leave data out")
     if given is not None and router_std is not None:
@@ -200,8 +200,12 @@ class EditedMixture(OpenedMixture):
         Raises:
             CheckpointError: none is on record, it is not there any more, or it is another model now.
         """
-        record = provenance_of(self.resolved.folder) or self.provenance()
-        source = next((source for source in record["sources"] if source["name"] == "seed"), None)
+        folder: Path | None = self.resolved.folder
+        source = None
+        while folder is not None and source is None:  # an edited mixture that was trained has the trained one as source
+            sources = {source["name"]: source for source in (provenance_of(folder) or {"sources": []})["sources"]}
+            source = sources.get("seed")
+            folder = resolve(sources["mixture"]["model"]).folder if "mixture" in sources else None
         if source is None:
             raise CheckpointError(f"{self.resolved.given}: its seed is not on record: {otherwise}")
         revision = f"@{source['revision']}" if source["revision"] and "@" not in source["model"] else ""
@@ -369,14 +373,11 @@ class EditedMixture(OpenedMixture):
                     yield f"{block}.{family.ffn}.experts.{name}", part
                 shared_expert = f"{block}.{family.ffn}.shared_expert."
                 yield from ((n, Stored(ref)) for n, ref in self.index.tensors.items() if n.startswith(shared_expert))
-            routers = [f"{block}.{below}" for below in self.shape.routers.values()]
-            if self.shape.domain_router:
-                names = [name for router in routers for name in self.shape.router_tensors(router)]
-                yield from ((name, Stored(self.index.tensors[name])) for name in names)
-            for name in routers if not self.shape.domain_router else ():
-                router = Stored(self.index.tensors[name])
-                new = {e.name: Normal((1, width), std, seed, f"{name}/{e.name}", router.dtype) for e in experts}
-                yield name, _rows(router, experts, new)
+            for below in self.shape.routers.values():
+                for name in self.shape.router_tensors(f"{block}.{below}"):
+                    router = Stored(self.index.tensors[name])
+                    new = {e.name: Normal((1, width), std, seed, f"{name}/{e.name}", router.dtype) for e in experts}
+                    yield name, router if self.shape.domain_router else _rows(router, experts, new)
             for name in (f"{block}.{below}" for below in biases):
                 yield name, self._biases(self.index.tensors.get(name), experts)
         modules = [family.attention] * self.shape.has_attention_experts + [family.ffn] * self.shape.has_ffn_experts
