@@ -132,9 +132,14 @@ def test_weights_are_shared_and_follow_the_mixture() -> None:
     assert all(parameter.untyped_storage().data_ptr() in own for parameter in kept.parameters())
     assert of_kept_experts(mixture, (1,)) is kept and kept.config.expert_names == ["code"]
     apart = of_kept_experts(mixture, (0, 2))
+    assert apart.config.expert_names == ["seed", "law"], "in the order of the rows"
     for name, parameter in apart.named_parameters():
         assert parameter.untyped_storage().data_ptr() in own or "self_attn" in name or "gate.weight" in name
     assert mixture.keep_experts("code").config.expert_names == ["code"]
+    for expert in ("seed", "law"):  # whatever order they are asked for in, a name is that of its own weights
+        some = mixture.keep_experts(["law", "seed"])
+        with one_hot_gates(some, some.config.expert_names.index(expert)):
+            close(some(ids).logits, mixture.keep_experts(expert)(ids).logits)
     for rows in ((0,), (2,), (0, 1), (1, 2)):
         of_kept_experts(mixture, rows)
     assert of_kept_experts(mixture, (1,)) is not kept, "the last few are remembered"

@@ -360,10 +360,13 @@ def test_exports_and_trained_models(siblings: Siblings, tmp_path: Path) -> None:
     """An export knows what it came from; a trained mixture is told by the one it was trained from."""
     options = {"attention": "average", "routing": {"ffn": {"top_k": 2, "normalize": True}}}
     branchmix.upcycle(recipe(siblings("llama"), **options), tmp_path / "btx")
-    branchmix.export_model(tmp_path / "btx", tmp_path / "native", to="mixtral", verify=False)
-    report = branchmix.push(tmp_path / "native", "org/native", dry_run=True)
-    assert "exported to mixtral" in report.card and "moe" in front(report.card)["tags"]
-    assert "modeling_branchmix.py" not in {f.name for f in report.files}
+    routing = {"ffn": {"top_k": 2, "score": "sigmoid"}}
+    branchmix.upcycle(recipe(siblings("llama"), attention="average", routing=routing), tmp_path / "sigmoid")
+    for mixture, to in (("btx", "mixtral"), ("sigmoid", "glm4_moe")):
+        branchmix.export_model(tmp_path / mixture, tmp_path / to, to=to, verify=False)
+        report = branchmix.push(tmp_path / to, "org/native", dry_run=True)
+        assert f"exported to {to}" in report.card and "moe" in front(report.card)["tags"]
+        assert "modeling_branchmix.py" not in {f.name for f in report.files}
 
     trained = tmp_path / "trained"
     trained.mkdir()
