@@ -32,7 +32,7 @@ HELD_OUT_WHILE_TRAINING = 2048
 _HASHED_BYTES = 4 << 30
 """Text up to this size is known by its content, above by sizes and dates."""
 _LATER: dict[str, Any] = {
-    "routing": {"shared": False, "domains": None},
+    "routing": {"shared": False, "domains": None, "ffn": {"score": "softmax"}},
     "gates": {"keep_top_k": False},
     "start": "even",
     "trunk": "average",

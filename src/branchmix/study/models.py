@@ -60,9 +60,7 @@ class Mixtures:
         experts = [{"name": name, "model": name} for name in study.expert_names]
         own: dict[str, Any] = {"seed": "seed", "experts": experts, "routed_scaling_factor": "auto", "dtype": "float32"}
         fields = overlaid(own, study.recipe, preset.recipe, method.recipe)
-        if (
-            fields.get("stitches") is not None
-        ):  # what the study says of experts, gates and averages is for other methods
+        if fields.get("stitches") is not None:  # the study's experts, gates and averages are for other methods
             return parse(Recipe, {key: fields[key] for key in fields if key in STITCHED | method.recipe.keys()}, where)
         init = fields.get("router_init", {})
         init = {"method": init} if isinstance(init, str) else init
