@@ -4,6 +4,9 @@ The paper takes them from a text encoder. Here the seed is the encoder: it does 
 so an expert that joins later is embedded as the first ones were. A domain's embedding is the mean of the seed's final
 hidden state over its text. These means have most in common, whatever the text, so they are stored as differences from
 the mean over the first experts, divided by their root mean square.
+
+SmolLM2-135M, with general text, code and licences as the first domains and mathematics as a newcomer: the means have
+cosines of 0.87 to 0.95, the differences of two domains at most 0.44, of two halves of one domain's text 0.94 to 0.98.
 Shapes: E experts, C width of the final hidden state.
 """
 
