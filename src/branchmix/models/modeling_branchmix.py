@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
@@ -423,15 +423,6 @@ class BranchMixPreTrainedModel(PreTrainedModel):
             ValueError: there is a document gate, but no ids, or no place for its state.
         """
         gate = self.document_gate
-        if self.config.stitches is not None:
-            if input_ids is None:
-                raise ValueError(
-                    "each model of this mixture embeds token ids itself: give input_ids, not inputs_embeds"
-                )
-            uses_cache = kwargs.get("use_cache")
-            uses_cache = getattr(self.config.seed_config, "use_cache", False) if uses_cache is None else uses_cache
-            if uses_cache and kwargs.get("past_key_values") is None:  # the family would make one of its own layers
-                kwargs["past_key_values"] = DynamicCache(config=self.config)
         if gate is None:
             return family(input_ids=input_ids, return_dict=True, **kwargs)
         if input_ids is None:

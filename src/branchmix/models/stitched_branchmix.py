@@ -4,7 +4,7 @@ The hub is the seed, the others are its fine-tunes. Each runs in its own stream,
 norms; the output is the hub's. A few stitches move states between the hub and the others. The family's own model runs
 all streams at once: its hidden state holds those of all models side by side, and every module treats each model's part.
 
-Saved with every checkpoint, so it imports only torch and its neighbours.
+Saved with every checkpoint, so it imports only torch, transformers and its neighbours.
 Shapes: B batch, T tokens, D model width, M models, the hub first, L layers of each.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from .trunk_branchmix import BranchMixTrunkMix
 
@@ -133,7 +134,20 @@ def stitch(family: Any, config: Any, layers: str) -> None:
         family._tied_weights_keys = {of_hub(a): of_hub(b) for a, b in family._tied_weights_keys.items()}
         family.all_tied_weights_keys = family.get_expanded_tied_weights_keys()
     frame = family.get_submodule(layers.rpartition(".")[0])
+    frame.register_forward_pre_hook(partial(_with_cache, config=config), with_kwargs=True)
     frame.register_forward_hook(partial(_hub_only, num_models=num_models, num_layers=len(blocks)))
+
+
+def _with_cache(module: Any, args: Any, kwargs: dict[str, Any], *, config: Any) -> Any:
+    """Gives the module that runs the blocks a cache of all models' layers, where it would make one of the seed's."""
+    if kwargs.get("inputs_embeds") is not None:
+        raise ValueError("each model of this mixture embeds token ids itself: give input_ids, not inputs_embeds")
+    uses_cache = kwargs.get("use_cache")
+    uses_cache = getattr(module.config, "use_cache", False) if uses_cache is None else uses_cache
+    checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
+    if uses_cache and not checkpointing and kwargs.get("past_key_values") is None:
+        return args, {**kwargs, "past_key_values": DynamicCache(config=config)}
+    return None
 
 
 def _hub_only(module: Any, args: Any, output: Any, *, num_models: int, num_layers: int) -> Any:
