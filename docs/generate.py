@@ -92,7 +92,7 @@ def studies_page() -> str:
         "one page with both. Examples: `recipes/study-tiny.yaml` (minutes), `recipes/study-a.yaml` (from scratch,",
         "hours: [results](studies/study-a.md)), `recipes/study-b.yaml` (SmolLM2-135M, an hour and a half:",
         "[results](studies/study-b.md)), `recipes/study-c.yaml` (mixtures that nobody trains:",
-        "[results](studies/study-c.md)).",
+        "[results](studies/study-c.md)), `recipes/study-d.yaml` (balance of the load, shared experts, Nexus and BTS).",
         "",
         "- **Equal data (DM)**: within a repetition, a run sees the reference's tokens in the same order.",
         "- **Equal compute (CM)**: a run takes as many whole steps as the reference's training FLOPs pay for: forward,",
