@@ -215,7 +215,7 @@ SELECTIONS = (
     (
         "table-6",
         "Attention routing (BAM, Table 6)",
-        "Shared KV, compute-matched. All attention experts are computed whatever the top-k, so FLOPs are the same.",
+        "Shared KV, compute-matched: each row is trained for the reference's FLOPs.",
         "bam-attention-top1",
         (("btx", "dm"), ("bam-shared-kv", "cm"), ("bam-attention-top2", "cm"), ("bam-attention-top1", "cm")),
     ),
