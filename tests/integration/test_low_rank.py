@@ -426,6 +426,23 @@ def test_experts_join_and_leave(siblings: Siblings, tmp_path: Path) -> None:
         add_expert(tmp_path / "m", "dora", adapter(seed, tmp_path / "dora", use_dora=True), tmp_path / "no")
 
 
+def test_adapters_join_a_mixture_edited_in_place(siblings: Siblings, tmp_path: Path) -> None:
+    """``calibrate`` of a trained mixture, in place, records the folder itself as the source."""
+    seed = siblings("llama")["seed"]
+    branchmix.upcycle(given(seed, one=adapter(seed, tmp_path / "one"), expert_rank=4), tmp_path / "m")
+    trained = tmp_path / "trained"
+    shutil.copytree(tmp_path / "m", trained)
+    record = json.loads((trained / "branchmix.json").read_text())
+    record["sources"] = [{"name": "mixture", "model": str(trained), "revision": None}]
+    (trained / "branchmix.json").write_text(json.dumps(record))
+    two = adapter(seed, tmp_path / "two", 1)
+    with pytest.raises(CheckpointError, match="its seed is not on record"):
+        add_expert(trained, "two", two, tmp_path / "no")
+    (trained / "training.json").write_text(json.dumps({"config": {"model": str(tmp_path / "m")}}))
+    add_expert(trained, "two", two, tmp_path / "grown")
+    close(forced(load(tmp_path / "grown"), 2), with_adapter(seed, two))
+
+
 def test_adapters_join_only_where_all_of_them_has_a_place(siblings: Siblings, tmp_path: Path) -> None:
     """Not where keys are shared, nor where the seed's matrices were trained since."""
     seed = siblings("llama")["seed"]

@@ -45,13 +45,15 @@ def text_of_experts(
     from branchmix.accounting.shape import shape_of
     from branchmix.likelihood.loading import load_tokenizer
 
-    rest = [domain for domain in data.data if domain not in names]
+    # An expert that joins alone has the domain of its name only.
+    rest = [domain for domain in data.data if domain not in names] if len(names) > 1 else []
     domains = {name: [name] if name in data.data else rest if name == "seed" else [] for name in names}
     for name, own in domains.items():
         if not own:
+            without = "; without the seed (include_seed: false) it needs none" if name == "seed" and names[1:] else ""
             raise RecipeError(
                 f"data: no domain is called {name!r}{nearest(name, [*data.data])}: routers need text of the domain of "
-                "every expert, under its name"
+                f"every expert, under its name{without}"
             )
     wanted = {domain: data.data[domain] for own in domains.values() for domain in own}
     tokenizer = load_tokenizer(seed.folder, given=seed.given, trust_remote_code=trust_remote_code)

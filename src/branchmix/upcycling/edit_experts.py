@@ -44,7 +44,7 @@ from branchmix.upcycling.low_rank import (
     ranks_of,
     singular_factors,
 )
-from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture, provenance_of
+from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture, provenance_of, provenance_of_start
 from branchmix.upcycling.plan import ROUTER_DOMAINS, Plan, Progress
 from branchmix.upcycling.sources import DenseExpert, MixtureExpert, in_trunk, inside, of_trunk
 from branchmix.upcycling.transformers_view import require_buildable
@@ -200,12 +200,13 @@ class EditedMixture(OpenedMixture):
         Raises:
             CheckpointError: none is on record, it is not there any more, or it is another model now.
         """
-        folder: Path | None = self.resolved.folder
-        source = None
-        while folder is not None and source is None:  # an edited mixture that was trained has the trained one as source
-            sources = {source["name"]: source for source in (provenance_of(folder) or {"sources": []})["sources"]}
-            source = sources.get("seed")
-            folder = resolve(sources["mixture"]["model"]).folder if "mixture" in sources else None
+        folders, source = [self.resolved.folder], None
+        for folder in folders:  # a trained mixture that was edited, maybe in place, has the trained one as its source
+            for record in (provenance_of(folder), provenance_of_start(folder)):
+                sources = {source["name"]: source for source in (record or {"sources": []})["sources"]}
+                source = source or sources.get("seed")
+                before = resolve(sources["mixture"]["model"]).folder if "mixture" in sources else folder
+                folders += [before] if source is None and before not in folders else []
         if source is None:
             raise CheckpointError(f"{self.resolved.given}: its seed is not on record: {otherwise}")
         revision = f"@{source['revision']}" if source["revision"] and "@" not in source["model"] else ""

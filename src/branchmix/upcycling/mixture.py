@@ -187,6 +187,11 @@ def provenance_of(folder: Path) -> dict[str, Any] | None:
     """
     if (folder / "branchmix.json").is_file():
         return _record(folder)
+    return provenance_of_start(folder)
+
+
+def provenance_of_start(folder: Path) -> dict[str, Any] | None:
+    """The ``branchmix.json`` of the mixture that a trained model in a folder was trained from; None for others."""
     training = read_object(folder / "training.json") or {}
     trained_from = (training.get("config") or {}).get("model")
     if not isinstance(trained_from, str):

@@ -199,7 +199,9 @@ def _compare_logits(
         own = expert.own if isinstance(expert, LowRankExpert) else expert
         try:
             dense = _dense(plan, index, expert, number)
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name != "peft":
+                raise
             skipped = "PEFT, which would compute them, is not installed (pip install 'branchmix[lora]')"
             checks.append(ExpertCheck(expert.name, 0.0, 0.0, skipped))
             continue
@@ -251,7 +253,7 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert | LowRankExpe
     others are those of the mixture, put together.
 
     Raises:
-        ImportError: PEFT is needed, and not installed.
+        ModuleNotFoundError: PEFT is needed, and not installed.
     """
     import torch
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
