@@ -299,7 +299,7 @@ def test_nothing_chooses_without_gates(siblings: Siblings, tmp_path: Path) -> No
     hidden = of_trunks("llama").base_model(tokens()).last_hidden_state
     with pytest.raises(ValueError, match="call the whole mixture"):
         of_trunks("llama").get_output_embeddings()(hidden)
-    with pytest.raises(ValueError, match="trunk is 'own', not average or experts"):
+    with pytest.raises(ValueError, match="trunk is 'own', not average, experts or whole"):
         gated("llama", trunk="own")
 
 
