@@ -30,11 +30,11 @@ from branchmix.evaluate.perplexity import score_documents
 from branchmix.evaluate.scores import aggregate
 from branchmix.models import chunked_branchmix
 from branchmix.models.routers import one_hot_gates
-from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixRouter
+from branchmix.models.routing_branchmix import BranchMixAttentionRouter, BranchMixFFNRouter, BranchMixRouter
 from branchmix.upcycling import execute
 from branchmix.upcycling.gates import calibrate, measure, run
 from branchmix.upcycling.gates import text as reading
-from branchmix.upcycling.gates.fit import NEARLY, log_shares
+from branchmix.upcycling.gates.fit import NEARLY, log_shares, losses
 from branchmix.upcycling.mixture import OpenedMixture
 from mixtures import load
 
@@ -292,7 +292,7 @@ def test_routers_that_know_something_are_kept(home: Path, mixture: Path, tmp_pat
 
 @pytest.mark.parametrize("token_only", [False, True])
 def test_sigmoid_gates_are_fitted_too(token_only: bool, home: Path, calibrated: Any, tmp_path: Path) -> None:
-    """About as good as softmax gates, though evidence that is log p of an expert gives the score p / (1 + p)."""
+    """About as good as softmax gates."""
     routing = {"ffn": {"top_k": 2, "normalize": True, "score": "sigmoid"}}
     branchmix.upcycle(recipe_of(home, routing=routing, merge={"fold_norms": True}), tmp_path / "mixture")
     fitted = calibrate(tmp_path / "mixture", home / "data.yaml", tmp_path / "out", token_only=token_only).fitted
@@ -301,6 +301,32 @@ def test_sigmoid_gates_are_fitted_too(token_only: bool, home: Path, calibrated: 
     softmax = np.mean([domain.after for domain in calibrated.fitted.domains])
     assert after < before - 0.05
     assert token_only or after < softmax + 0.1 * (before - softmax)
+
+
+def test_raw_sigmoid_gates_are_fitted_to_sum_to_1(home: Path, tmp_path: Path) -> None:
+    """Whether the document or the token says which expert is wanted, the FFN output has the dense scale; and the losses
+    are those of what is written."""
+    routing = {"ffn": {"top_k": 2, "score": "sigmoid"}}
+    merged = recipe_of(home, routing=routing, merge={"fold_norms": True}, routed_scaling_factor="auto")
+    branchmix.upcycle(merged, tmp_path / "mixture")
+    text = reading.read(EvalData.load(home / "data.yaml"), dialects.tokenizer())
+    for out, token_only in (("documents", False), ("tokens", True)):
+        fitted = calibrate(
+            tmp_path / "mixture", home / "data.yaml", tmp_path / out, token_only=token_only, keep_top_k=True
+        ).fitted
+        assert not fitted.config["norm_topk_prob"] and fitted.config["scoring_func"] == "sigmoid"
+        model = load(tmp_path / out)
+        after = losses(model, {name: domain.measured for name, domain in text.items()})
+        assert {domain.name: domain.after for domain in fitted.domains} == pytest.approx(after, abs=1e-5)
+        sums: list[torch.Tensor] = []
+        for module in model.modules():
+            if isinstance(module, BranchMixFFNRouter):
+                module.register_forward_hook(lambda module, args, output, sums=sums: sums.append(output[1].sum(-1)))
+        with torch.no_grad():
+            for domain in text.values():
+                model(torch.from_numpy(domain.measured[0])[None])
+        scale = torch.cat([each[20:] for each in sums]).mean() * model.config.routed_scaling_factor
+        assert scale == pytest.approx(1.0, abs=0.1), out
 
 
 def test_mixtures_that_may_be_trained(home: Path, mixture: Path, calibrated: Any, tmp_path: Path) -> None:

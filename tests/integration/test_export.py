@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 import branchmix
@@ -147,6 +148,28 @@ def test_scaling_rounds_16_bit_weights_unless_it_is_a_power_of_two(siblings: Sib
         assert (check.tolerance < 1e-3) == exact
         assert (check.max_difference <= 1e-5 * check.max_logit) == exact
         assert any("rounds" in note for note in report.plan.notes) != exact
+
+
+def test_what_is_not_multiplied_is_not_rounded(siblings: Siblings, tmp_path: Path) -> None:
+    """glm4_moe has a key for the factor, so that any is exact; and its biases are fp32, as the mixture's are."""
+    models = in_dtype(siblings("llama"), tmp_path / "bf16", torch.bfloat16)
+    folder = mixed(models, tmp_path / "mixture", SIGMOID, routed_scaling_factor=1.3, shared_expert=0.5)
+    file = folder / "model.safetensors"
+    biases = {
+        name.replace("weight", "expert_bias"): torch.tensor([1 / 3, 0.0, -1 / 3])
+        for name in weights(folder)
+        if name.endswith("mlp.gate.weight")
+    }
+    save_file(weights(folder) | biases, file, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config(folder) | {"expert_bias": True}))
+    report = branchmix.export_model(folder, tmp_path / "native", to="glm4_moe")
+    check, native = report.verification, weights(tmp_path / "native")
+    assert check is not None and check.tolerance < 1e-3
+    assert not any("rounds" in note for note in report.plan.notes)
+    assert len(biases) == 2
+    for name, bias in biases.items():
+        stored = native[name.removeprefix("model.").replace("expert_bias", "e_score_correction_bias")]
+        assert stored.dtype == torch.float32 and torch.equal(stored, bias)
 
 
 def test_bfloat16_bytes_are_moved(siblings: Siblings, tmp_path: Path) -> None:

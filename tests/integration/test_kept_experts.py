@@ -117,6 +117,18 @@ def test_document_gates_are_cut_to_the_experts_kept_and_say_which() -> None:
     assert greedy(mixture, ids, experts="auto").shape[1] == ids.shape[1] + 6
 
 
+def test_another_k_is_that_of_kept_experts_too() -> None:
+    """Also of those that were kept before."""
+    mixture, ids = random_mixture("llama", routed_scaling_factor=1.5), tokens()  # N / k
+    before = of_kept_experts(mixture, (0, 2))
+    assert of_kept_experts(mixture, (0, 2)) is before
+    mixture.use_top_k(1)
+    after = of_kept_experts(mixture, (0, 2))
+    with torch.no_grad():
+        close(after(ids).logits, keep_experts(mixture, [0, 2])(ids).logits)
+        assert not torch.allclose(after(ids).logits, before(ids).logits, atol=1e-3)
+
+
 def test_auto_keeps_the_experts_that_have_half_of_the_largest_share(monkeypatch: pytest.MonkeyPatch) -> None:
     mixture, ids = random_mixture("llama"), tokens(3)
     shares = torch.tensor([[0.9, 0.05, 0.05], [0.5, 0.1, 0.4], [0.34, 0.33, 0.33]])

@@ -14,6 +14,7 @@ import torch
 import branchmix
 from branchmix.accounting import inspect
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.models.documents_branchmix import MOST_SHARE
 from branchmix.models.kept_branchmix import expert_shares, keep_experts
 from branchmix.models.routers import Rule, find_routers
 from branchmix.models.routing_branchmix import BranchMixFFNRouter, z_loss
@@ -68,6 +69,22 @@ def test_gates_are_sigmoids_and_a_bias_changes_the_choice_only(name: str, normal
             close(gates[token], torch.tensor(list(wanted.values())))
             plainly += wanted.keys() == by_hand(own, [0.0] * 3, 2, normalize).keys()
     assert 0 < plainly < 44, "or the bias decides nothing or everything"
+
+
+def test_what_the_document_says_is_the_score() -> None:
+    """The shares that a softmax router would have, also of two experts alike; and those that ``experts`` chooses by."""
+    model, softmax, ids = gated("llama", **SIGMOID), gated("llama"), tokens()
+    gates = [mixture.document_gate for mixture in (model, softmax)]
+    with torch.no_grad():
+        for gate in gates:
+            gate.evidence.mul_(5)
+            gate.ffn[:, :2] = torch.tensor([[0.0, -20.0, 0.0], [20.0, 0.0, 0.0]]).T
+        (ours, _), (theirs, _) = (gate(ids) for gate in gates)
+        shares = theirs.ffn.softmax(-1)
+        close(ours.ffn.sigmoid(), shares.clamp(max=MOST_SHARE))
+        close(ours.attention, theirs.attention)
+        close(expert_shares(model, ids), expert_shares(softmax, ids), 1e-3)
+    assert shares.max() > MOST_SHARE and ((shares[..., 0] - 0.5).abs() < 0.01).any()
 
 
 def test_attention_gates_stay_a_softmax() -> None:
@@ -183,6 +200,29 @@ def test_from_a_recipe_to_a_trained_and_edited_mixture(siblings: Siblings, tmp_p
     assert not torch.allclose(softmax(ids).logits, model(ids).logits, atol=1e-3)
     softmax.save_pretrained(tmp_path / "softmax")
     assert inspect(tmp_path / "three").active == inspect(tmp_path / "softmax").active
+
+
+@pytest.mark.parametrize(
+    ("gates", "factor", "size"),
+    [
+        ({"top_k": 1}, 1.0, "0.5"),
+        ({"top_k": 1}, "auto", None),
+        ({"top_k": 2}, 1.0, None),
+        ({"top_k": 2}, 1.5, "1.5"),
+        ({"soft": True}, 1.0, "1.5"),
+        ({"soft": True}, "auto", None),
+        ({"top_k": 2, "normalize": True}, 1.5, None),
+    ],
+)
+def test_raw_gates_that_change_the_scale_are_said(
+    gates: dict[str, Any], factor: Any, size: str | None, siblings: Siblings, tmp_path: Path
+) -> None:
+    routing = {"ffn": {**gates, "score": "sigmoid"}}
+    given = recipe(siblings("llama"), routing=routing, routed_scaling_factor=factor)
+    notes = branchmix.upcycle(given, tmp_path / "out", dry_run=True).plan.notes
+    wanted = [] if size is None else [f"scale the FFN output by about {size}: routed_scaling_factor: auto"]
+    found = [note for note in notes if "raw" in note]
+    assert len(found) == len(wanted) and all(text in note for text, note in zip(wanted, found, strict=True))
 
 
 def test_what_has_no_sigmoid_is_refused(siblings: Siblings, tmp_path: Path) -> None:

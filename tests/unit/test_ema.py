@@ -130,6 +130,13 @@ def test_selection_biases_are_averaged_with_the_routers() -> None:
             torch.testing.assert_close(bias, expected[name], rtol=0, atol=1e-7)
             assert not torch.equal(bias, own[name])
     assert all(torch.equal(bias, own[name]) for name, bias in biases.items())
+    without = {name: tensor for name, tensor in ema.state().items() if name not in biases}
+    resumed.load_state(without)  # of a version that averaged weights only
+    with resumed.swapped():
+        assert all(torch.equal(bias, own[name]) for name, bias in biases.items())
+        assert all(torch.equal(weight, without[name]) for name, weight in model.named_parameters())
+    with pytest.raises(CheckpointError, match="is another model's: start over with --force"):
+        Ema(random_mixture("llama"), 0.6).load_state(ema.state())
 
 
 WORKER = """

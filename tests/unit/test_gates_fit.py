@@ -77,7 +77,7 @@ def test_calibrated_gates_share_among_two_or_stay_as_they_are(attention: int | N
     assert raw.calibrated(4, keep_top_k=True) == TopK(1, False, 1.0, attention, False)
     sigmoid = TopK(1, False, 4.0, attention, False, "sigmoid")
     assert sigmoid.calibrated(4) == TopK(2, True, 1.0, two, True, "sigmoid")
-    assert sigmoid.calibrated(4, keep_top_k=True).routed_scaling_factor == 2.0, "the sigmoid of 0, certain, is 1/2"
+    assert sigmoid.calibrated(4, keep_top_k=True) == TopK(1, False, 1.0, attention, False, "sigmoid")
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -96,7 +96,8 @@ def test_logistic_regression_is_at_its_minimum(score: str) -> None:
     loss = loss + 0.01 / 2 * w.square().sum() * x.square().mean()
     (gradient,) = torch.autograd.grad(loss, w)
     assert gradient.abs().max() < 1e-3
-    assert ((x @ w.T).argmax(-1) == target.argmax(-1)).float().mean() > 0.9
+    accuracy = ((x @ w.T).argmax(-1) == target.argmax(-1)).float().mean()
+    assert accuracy > (0.9 if score == "sigmoid" else 0.95)
 
 
 def test_measured_documents_are_others_than_counted_ones() -> None:

@@ -135,12 +135,18 @@ def export_model(
             )
             if verify:
                 one_hot = chosen.number if chosen is not None and expert is not None else None
-                verification = _verify(mixture, plan, folder, one_hot, progress) if to != "peft" else None
+                native = NATIVES.get(to)
+                verification = _verify(mixture, plan, folder, native, one_hot, progress) if to != "peft" else None
     return ExportReport(out, to, name, plan, written, verification, time.perf_counter() - start)
 
 
 def _verify(
-    mixture: OpenedMixture, plan: Plan, folder: Path, one_hot: int | None, progress: Progress | None
+    mixture: OpenedMixture,
+    plan: Plan,
+    folder: Path,
+    native: Native | None,
+    one_hot: int | None,
+    progress: Progress | None,
 ) -> LogitCheck:
     """Copies byte for byte, and the logits of both models in fp32; with ``one_hot`` the gates on that expert.
 
@@ -171,7 +177,7 @@ def _verify(
         with torch.no_grad(), gates:
             logits.append(model.eval()(tokens).logits)
     difference, greatest = difference_of(logits[1], logits[0])
-    scaled = any("scaled" in group.how for group in plan.groups) and not rounds_nothing(mixture)
+    scaled = any("scaled" in group.how for group in plan.groups) and not rounds_nothing(mixture, native)
     rounded = bool(mixture.shape.expert_ranks) and mixture.dtype != "F32"  # where changes are added to the seed's
     tolerance = FOLDED_TOLERANCE if scaled or rounded else TOLERANCE
     if not difference <= tolerance * max(greatest, 1.0):
@@ -312,7 +318,7 @@ def _shared_width(mixture: OpenedMixture, native: Native) -> int:
 
 def _native_notes(mixture: OpenedMixture, native: Native) -> Iterator[str]:
     config = mixture.config
-    rounded = "" if rounds_nothing(mixture) else ", which rounds each of its weights once more"
+    rounded = "" if rounds_nothing(mixture, native) else ", which rounds each of its weights once more"
     if (factor := mixture.scaling) != 1.0 and not native.scaling_key:
         yield f"routed_scaling_factor {factor:g} is multiplied into the experts' {native.names[2]}{rounded}"
     if mixture.shape.shared_experts:
@@ -333,9 +339,10 @@ def _native_notes(mixture: OpenedMixture, native: Native) -> Iterator[str]:
         )
 
 
-def rounds_nothing(mixture: OpenedMixture) -> bool:
-    """Whether the factors on experts are powers of two, or the weights are fp32."""
-    factors = (mixture.scaling, mixture.config["shared_expert_weight"] or 1.0)
+def rounds_nothing(mixture: OpenedMixture, native: Native | None) -> bool:
+    """Whether the factors multiplied into experts are powers of two, or the weights are fp32."""
+    scaling = 1.0 if native is not None and native.scaling_key else mixture.scaling
+    factors = (scaling, mixture.config["shared_expert_weight"] or 1.0)
     return mixture.dtype == "F32" or all(math.frexp(factor)[0] == 0.5 for factor in factors)
 
 

@@ -22,6 +22,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 LEAST_SHARE = 1e-13
 """Smallest share of an expert, which keeps its logit finite."""
+MOST_SHARE = 0.999
+"""Largest share that a sigmoid's logit stands for, so that the router can still learn, and the z-loss stays small."""
 BLOCK = 64
 """Tokens that one matrix of decays covers; sums are carried from block to block."""
 
@@ -47,8 +49,9 @@ class BranchMixDocumentGate(nn.Module):
 
     ``c_t = decay * c_(t-1) + evidence[x_t]``, ``p_t = softmax(prior + c_t)``, and ``log(softmax(A_kind) p_t)`` is added
     to the logits of the routers of a kind: each domain shares its gates among the experts, by a column of
-    ``softmax(A_kind)``, and a document has the mean of its domains' shares. A document begins where positions restart;
-    padding carries no evidence. All of it is computed in fp32.
+    ``softmax(A_kind)``, and a document has the mean of its domains' shares. Routers with sigmoid scores get the
+    log-odds of these shares instead, so that their scores are the shares too. A document begins where positions
+    restart; padding carries no evidence. All of it is computed in fp32.
 
     Args:
         vocab_size: V, rows of the input embeddings.
@@ -57,13 +60,23 @@ class BranchMixDocumentGate(nn.Module):
         decay: factor on the sum for each token, 0 to 1. With 1 nothing is forgotten; otherwise about
             1 / (1 - decay) tokens are remembered.
         kinds: ``attention``, ``ffn`` and ``trunk``, those that the mixture routes.
+        ffn_score: of the FFN routers; the others have ``softmax``.
     """
 
     counts: torch.Tensor
 
-    def __init__(self, vocab_size: int, num_domains: int, num_experts: int, decay: float, kinds: tuple[str, ...]):
+    def __init__(
+        self,
+        vocab_size: int,
+        num_domains: int,
+        num_experts: int,
+        decay: float,
+        kinds: tuple[str, ...],
+        ffn_score: str = "softmax",
+    ):
         super().__init__()
         self.decay = decay
+        self.score_of = dict.fromkeys(DocumentLogits._fields, "softmax") | {"ffn": ffn_score}
         self.evidence = nn.Parameter(torch.empty(vocab_size, num_domains))
         self.prior = nn.Parameter(torch.empty(num_domains))
         for kind in DocumentLogits._fields:
@@ -108,8 +121,10 @@ class BranchMixDocumentGate(nn.Module):
             carry_BM = None if before is None else before.sums[:, -1]
             sums_BTM = decayed_sums(evidence_BTM, self.decay, starts_BT, carry_BM)
             posterior_BTM = (self.prior.float() + sums_BTM).softmax(-1)
-            by_kind = (getattr(self, kind) for kind in DocumentLogits._fields)
-            logits = DocumentLogits(*(None if A_EM is None else _mixed(posterior_BTM, A_EM) for A_EM in by_kind))
+            by_kind = ((getattr(self, kind), score) for kind, score in self.score_of.items())
+            logits = DocumentLogits(
+                *(None if A_EM is None else _mixed(posterior_BTM, A_EM, score) for A_EM, score in by_kind)
+            )
         return logits, DocumentState(sums_BTM, positions_BT)
 
     def tell(self, logits: DocumentLogits | None, logits_to_keep: int | torch.Tensor = 0) -> None:
@@ -132,11 +147,16 @@ class BranchMixDocumentGate(nn.Module):
         self.counts = F.pad(self.counts, (0, 0, 0, added))
 
 
-def _mixed(posterior_BTM: torch.Tensor, logits_EM: torch.Tensor) -> torch.Tensor:
-    """Log of the experts' shares, [B, T, E]: probabilities are mixed, not logits, or else a domain that is sure of its
-    expert would decide for a document that is hardly of that domain."""
-    shares_EM = logits_EM.float().softmax(0)
-    return F.linear(posterior_BTM, shares_EM).clamp_min(LEAST_SHARE).log()
+def _mixed(posterior_BTM: torch.Tensor, logits_EM: torch.Tensor, score: str = "softmax") -> torch.Tensor:
+    """Logits whose scores are the experts' shares, [B, T, E]: log, or log-odds for sigmoids.
+
+    Probabilities are mixed, not logits, or else a domain that is sure of its expert would decide for a document that is
+    hardly of that domain.
+    """
+    shares_BTE = F.linear(posterior_BTM, logits_EM.float().softmax(0))
+    if score == "sigmoid":
+        return shares_BTE.clamp(LEAST_SHARE, MOST_SHARE).logit()
+    return shares_BTE.clamp_min(LEAST_SHARE).log()
 
 
 def decayed_sums(

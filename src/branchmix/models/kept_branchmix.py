@@ -171,7 +171,7 @@ def _cut(
 # ---- Experts chosen by the prompt ----
 
 _KEPT: WeakKeyDictionary[Any, tuple[Any, dict[tuple[int, ...], Any]]] = WeakKeyDictionary()
-"""By mixture: the state of its tensors, and the smaller mixtures made of them, the last used last."""
+"""By mixture: the state of its tensors and routing, and the smaller mixtures made of it, the last used last."""
 MOST_KEPT = 4
 """Smaller mixtures of one mixture that are remembered; each may hold copies of attention's projections."""
 
@@ -180,8 +180,8 @@ MOST_KEPT = 4
 def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Each expert's share of the gates over a prompt, [B, E].
 
-    Document gates say it without running the model: their softmaxed logits after the last token, the mean over both
-    kinds of routers. Without them it is the mean over all routers and tokens.
+    Document gates say it without running the model: their shares after the last token, the mean over all kinds of
+    routers. Without them it is the mean over all routers and tokens.
 
     Args:
         model: a mixture.
@@ -191,7 +191,8 @@ def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     _require_gates(model.config)
     if model.document_gate is not None:
         logits, _ = model.document_gate(input_ids, attention_mask)
-        last = [kind[:, -1].softmax(-1) for kind in logits if kind is not None]
+        scored = zip(logits, model.document_gate.score_of.values(), strict=True)
+        last = [shares(kind[:, -1], score) for kind, score in scored if kind is not None]
         return torch.stack(last).mean(0).to(input_ids.device)
     outputs = model(
         input_ids, attention_mask=attention_mask, output_router_logits=True, use_cache=False, logits_to_keep=1
@@ -236,11 +237,12 @@ def chosen_experts(
 
 
 def of_kept_experts(model: Any, rows: tuple[int, ...]) -> Any:
-    """``keep_experts``, made once for each choice of experts as long as the mixture's tensors stay."""
+    """``keep_experts``, made once for each choice of experts as long as the mixture's tensors and its k stay."""
     if len(rows) == model.config.num_experts:
         return model
     tensors = (*model.parameters(), *model.buffers())
-    state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    of_tensors = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    state = (of_tensors, model.config.num_experts_per_tok, model.config.routed_scaling_factor)
     if model not in _KEPT or _KEPT[model][0] != state:
         _KEPT[model] = (state, {})
     made = _KEPT[model][1]

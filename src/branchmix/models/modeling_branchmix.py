@@ -115,6 +115,7 @@ def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate
         config.num_experts,
         config.document_gate["decay"],
         (*kinds, "trunk") if trunk else kinds,
+        config.scoring_func,
     )
     for block in blocks_of(family, config):
         inside = [module for module in block.modules() if isinstance(module, BranchMixTrunkExperts)]

@@ -15,6 +15,8 @@ from branchmix.train.models import reshard
 
 UPDATES = "num_updates"
 """Name of the counter in ``state``; parameters have dots in theirs."""
+BIAS = ".expert_bias"
+"""How the names of the routers' selection biases end."""
 
 
 class Ema:
@@ -58,7 +60,11 @@ class Ema:
         return {UPDATES: torch.tensor(self.num_updates), **whole}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore ``state``, of this model. All processes have to call it with the same state."""
+        """Restore ``state``, of this model, whose weights are restored already. All processes have to call it with the
+        same state. Selection biases that it lacks, as earlier versions averaged none, start at the model's own.
+        """
+        biases = {name: bias.float() for name, bias in self._model.named_buffers() if name.endswith(BIAS)}
+        state = {**biases, **state}
         shapes = {name: average.shape for name, average in self._average.items()}
         if {name: tensor.shape for name, tensor in state.items() if name != UPDATES} != shapes:
             raise CheckpointError("the moving average in the checkpoint is another model's: start over with --force")
@@ -73,7 +79,7 @@ class Ema:
         """What steps change, by name."""
         reshard(self._model)
         yield from ((name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad)
-        yield from ((name, bias) for name, bias in self._model.named_buffers() if name.endswith(".expert_bias"))
+        yield from ((name, bias) for name, bias in self._model.named_buffers() if name.endswith(BIAS))
 
     @torch.no_grad()
     def _set(self, values: dict[str, torch.Tensor]) -> None:

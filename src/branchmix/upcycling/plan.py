@@ -44,8 +44,8 @@ from branchmix.upcycling.sources import ROLES, DenseExpert, ExpertSource, of_tru
 
 ROUTER_DOMAINS = "router_domains."
 """How the names of the tensors of experts' domains begin."""
-KEPT_IN_FP32 = re.compile(rf"^{ROUTER_DOMAINS}|\.expert_bias$")
-"""Tensors of a mixture that are fp32 whatever its dtype."""
+KEPT_IN_FP32 = re.compile(rf"^{ROUTER_DOMAINS}|\.(expert_bias|e_score_correction_bias)$")
+"""Tensors of a mixture, and of its exports, that are fp32 whatever its dtype."""
 SWIGLU = 0.3558
 """Mean of silu(x)^2 over normal x."""
 Progress = Callable[[str, int, int], None]
@@ -398,13 +398,20 @@ class _Mixture:
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
     """Choices that are allowed and known to disappoint."""
-    options = recipe.sparse_upcycling
-    raw_top_1 = recipe.num_experts_per_tok == 1 and recipe.scaling == 1.0 and not options.weight_scaling
-    if raw_top_1 and recipe.has_ffn_experts and recipe.gates is None:  # which replace them
-        size = "1/2" if recipe.routing.ffn.score == "sigmoid" else "1/N"
+    options, ffn, top_k = recipe.sparse_upcycling, recipe.routing.ffn, recipe.num_experts_per_tok
+    is_raw = recipe.has_ffn_experts and not ffn.normalize and not options.weight_scaling
+    is_raw = is_raw and recipe.gates is None  # which replace them
+    even = even_scaling(ffn.score, len(recipe.expert_names), top_k)
+    if is_raw and ffn.score == "sigmoid" and recipe.scaling != even:
         yield (
-            f"raw top-1 gates scale the FFN output by about {size} at the start, so the untrained mixture is worse "
-            "than a soup (the paper trains it): routed_scaling_factor: auto, or top_k: 2 with normalize, starts better"
+            f"raw sigmoid gates are about 1/2 at the start, and {top_k} of them with routed_scaling_factor "
+            f"{recipe.scaling:g} scale the FFN output by about {recipe.scaling / even:g}: "
+            "routed_scaling_factor: auto, or normalize, starts better"
+        )
+    elif is_raw and ffn.score != "sigmoid" and top_k == 1 and recipe.scaling == 1.0:
+        yield (
+            "raw top-1 gates scale the FFN output by about 1/N at the start, so the untrained mixture is worse than a "
+            "soup (the paper trains it): routed_scaling_factor: auto, or top_k: 2 with normalize, starts better"
         )
         if recipe.attention == "average" and recipe.seed_copies:
             yield "more copies of the seed made top-1 BTX worse, not better, in the paper (Table 4)"

@@ -58,11 +58,10 @@ class TopK:
         """Gates that sum to 1, of two experts or more: with one, a router would get no gradient.
 
         With ``keep_top_k`` the gates are chosen and used as they are now, but without a scale that made up for random
-        ones: the raw gate of an expert that a document is sure of is 1, or the sigmoid of 0.
+        ones: fitted scores are the experts' shares, which sum to 1.
         """
         if keep_top_k:
-            is_half = self.scoring_func == "sigmoid" and not self.norm_topk_prob
-            return replace(self, routed_scaling_factor=2.0 if is_half else 1.0)
+            return replace(self, routed_scaling_factor=1.0)
         least, attention = min(2, num_experts), self.attention_num_experts_per_tok
         attention = None if attention is None else max(attention, least)
         return TopK(max(self.num_experts_per_tok, least), True, 1.0, attention, True, self.scoring_func)
@@ -207,14 +206,14 @@ def fit_token_routers(
 
     Fitted twice, the second time on inputs that the mixture has with the routers of the first: under forced gates the
     inputs would betray the expert that was forced, and such routers are useless where their own choices count. The
-    first time, all experts take part equally.
+    first time, all experts take part equally. The document gates are taken out of the model.
 
     ``shares_ME`` are the log probabilities of the experts that each domain wants, and ``routing`` is the mixture's. The
     penalty is chosen by the mixture's loss on the documents in ``measured``. ``tell`` is called after each pass.
     """
     sample = {name: _sample(documents) for name, documents in fitted_on.items()}
     targets_ME = dict(zip(gated.domains, torch.from_numpy(np.exp(shares_ME)).float(), strict=True))
-    gated.set_experts(np.zeros_like(shares_ME))
+    gated.model.document_gate = None
     gated.set_routers(None)
     everyone = TopK(gated.model.config.num_experts, True, 1.0, None, True, routing.scoring_func)
     everyone.apply(gated.model)
