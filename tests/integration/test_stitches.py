@@ -18,7 +18,7 @@ from branchmix.accounting import active_parameters, flops_per_token, inspect, kv
 from branchmix.data.sequences import packed_inputs, packing_method
 from branchmix.errors import BranchMixError, RecipeError, VerificationError
 from branchmix.models.kept_branchmix import keep_experts
-from branchmix.models.stitched_branchmix import BranchMixStitch, last_states
+from branchmix.models.stitched_branchmix import BranchMixStitch, BranchMixStitchedBlock, last_states
 from branchmix.recipe import Recipe
 from branchmix.study.models import new_model, step_cost
 from branchmix.study.settings import METHODS, StudyFile
@@ -140,7 +140,9 @@ def test_a_model_is_its_blocks_in_lockstep(stitches: list[str | None]) -> None:
     ids, base = tokens(), model.model.model
     states = [table(ids) for table in base.embed_tokens]
     positions = base.rotary_emb(states[0], torch.arange(ids.shape[1])[None])
+    read = []
     for layer, into in zip(base.layers, stitches, strict=True):
+        read.append(states[0])
         states = [
             block(h, position_embeddings=positions, attention_mask=None)
             for block, h in zip(layer.streams, states, strict=True)
@@ -159,7 +161,27 @@ def test_a_model_is_its_blocks_in_lockstep(stitches: list[str | None]) -> None:
             states[0] = hub + sum(moves)
         else:
             states[1:] = [h + move for h, move in zip(experts, moves, strict=True)]
-    close(model(ids).logits, model.model.lm_head(base.norm[0](states[0])))
+    read.append(base.norm[0](states[0]))
+    ours = model(ids, output_hidden_states=True)
+    close(ours.logits, model.model.lm_head(read[-1]))
+    for our, state in zip(ours.hidden_states, read, strict=True):
+        close(our, state)
+
+
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in SOME), ("opt", {"word_embed_proj_dim": 24})])
+def test_hidden_states_are_what_the_hubs_layers_read(name: str, changes: dict[str, Any]) -> None:
+    """With open stitches, whether the family returns the states itself (Falcon) or transformers records its blocks."""
+    options = {"stitches": ["hub", "experts", "hub"], "seed_changes": {"num_hidden_layers": 3, **changes}}
+    model, ids, read = stitched(name, **options), tokens(), list[torch.Tensor]()
+    for block in [module for module in model.modules() if isinstance(module, BranchMixStitchedBlock)]:
+        block.streams[0].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ours = model(ids, output_hidden_states=True)
+    *states, last = ours.hidden_states
+    assert len(states) == len(read) == 3
+    assert all(torch.equal(our, state) for our, state in zip(states, read, strict=True))
+    head = model.get_output_embeddings()
+    assert torch.equal(last, last_states(model, ids)[0]) and last.shape[-1] == head.in_features
+    assert model(ids).hidden_states is None
 
 
 @pytest.mark.parametrize("name", SOME)
