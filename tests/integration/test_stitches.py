@@ -300,7 +300,11 @@ def test_a_run_trains_the_stitches_only(run: Path) -> None:
     before, after = (load(run / name).state_dict() for name in ("mixture", "trained"))
     for name, value in before.items():
         assert torch.equal(value, after[name]) == (".stitch." not in name), name
-    assert training(run / "trained")["model"]["trained"] == inspect(run / "mixture").total.stitches
+    counts = inspect(run / "mixture").total
+    assert training(run / "trained")["model"]["trained"] == counts.stitches
+    needed = _bytes_needed({}, ResolvedModel(run / "mixture"), RunConfig.load(run / "c.yaml"))
+    keep = RunConfig.load(run / "c.yaml").checkpoints.keep
+    assert needed == 4 * ((keep + 1) * (counts.total + 2 * counts.stitches) + counts.total)
     losses = [row["held_out/law"] for row in rows(run / "trained") if "held_out/law" in row]
     of_seed, of_expert = (training(run / name)["held_out"]["end"]["law"]["loss"] for name in ("seed", "law"))
     assert losses[0] == pytest.approx(of_seed, abs=1e-5) and losses[-1] < of_seed - (of_seed - of_expert) / 10
@@ -346,11 +350,11 @@ def test_the_papers_numbers() -> None:
     assert recipe.stitched_layers(9) == [None, None, "experts", None, "hub", None, "experts", None, "hub"]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt-neox"])
-def test_flops_are_those_of_torchs_counter(name: str) -> None:
+@pytest.mark.parametrize(("name", "changes"), [("qwen3", {}), ("gpt-neox", {}), ("opt", {"word_embed_proj_dim": 24})])
+def test_flops_are_those_of_torchs_counter(name: str, changes: dict[str, Any]) -> None:
     """Forward to the digit, and training, for a sequence whose tokens see all keys."""
     length, layers = 24, [None, "experts", None, "hub"]
-    model = stitched(name, stitches=layers, seed_changes={"num_hidden_layers": 4})
+    model = stitched(name, stitches=layers, seed_changes={"num_hidden_layers": 4, **changes})
     model.set_attn_implementation("eager")
     mask, ids = torch.ones(1, 1, length, length, dtype=torch.bool), tokens(1, length)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -399,7 +403,8 @@ def test_commands(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.Monkey
     recipe.write_text(yaml.safe_dump(given(models, 2)))
     assert command(monkeypatch, "upcycle", recipe, mixture, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "layers.*.stitch.projections.*.weight" in printed and "every model is whole in it" in printed
+    assert "layers.*.stitch.projections.*.weight" in printed
+    assert "every model is whole in it, but for the experts' output layers" in printed
     assert command(monkeypatch, "upcycle", recipe, mixture, "--verify") == 0
     assert "last states of the others" in capsys.readouterr().out
     assert command(monkeypatch, "inspect", mixture) == 0
@@ -424,7 +429,7 @@ def test_commands(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_other_rotary_settings_are_refused(siblings: Siblings, tmp_path: Path) -> None:
     models = {"seed": siblings("llama")["seed"], "code": siblings("llama", rope_theta=5000.0)["code"]}
-    with pytest.raises(BranchMixError, match=r"rotary settings are .*only attention: kv_experts lets experts keep"):
+    with pytest.raises(BranchMixError, match=r"rotary settings are .*stitches join share the seed's.*without stitches"):
         branchmix.upcycle(given(models), tmp_path / "mixture")
 
 
