@@ -18,7 +18,7 @@ from branchmix.accounting import active_parameters, flops_per_token, inspect, kv
 from branchmix.data.sequences import packed_inputs, packing_method
 from branchmix.errors import BranchMixError, RecipeError, VerificationError
 from branchmix.models.kept_branchmix import keep_experts
-from branchmix.models.stitched_branchmix import BranchMixStitch, last_states
+from branchmix.models.stitched_branchmix import BranchMixStitch, BranchMixStitchedBlock, last_states
 from branchmix.recipe import Recipe
 from branchmix.study.models import new_model, step_cost
 from branchmix.study.settings import METHODS, StudyFile
@@ -140,7 +140,9 @@ def test_a_model_is_its_blocks_in_lockstep(stitches: list[str | None]) -> None:
     ids, base = tokens(), model.model.model
     states = [table(ids) for table in base.embed_tokens]
     positions = base.rotary_emb(states[0], torch.arange(ids.shape[1])[None])
+    read = []
     for layer, into in zip(base.layers, stitches, strict=True):
+        read.append(states[0])
         states = [
             block(h, position_embeddings=positions, attention_mask=None)
             for block, h in zip(layer.streams, states, strict=True)
@@ -159,7 +161,27 @@ def test_a_model_is_its_blocks_in_lockstep(stitches: list[str | None]) -> None:
             states[0] = hub + sum(moves)
         else:
             states[1:] = [h + move for h, move in zip(experts, moves, strict=True)]
-    close(model(ids).logits, model.model.lm_head(base.norm[0](states[0])))
+    read.append(base.norm[0](states[0]))
+    ours = model(ids, output_hidden_states=True)
+    close(ours.logits, model.model.lm_head(read[-1]))
+    for our, state in zip(ours.hidden_states, read, strict=True):
+        close(our, state)
+
+
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in SOME), ("opt", {"word_embed_proj_dim": 24})])
+def test_hidden_states_are_what_the_hubs_layers_read(name: str, changes: dict[str, Any]) -> None:
+    """With open stitches, whether the family returns the states itself (Falcon) or transformers records its blocks."""
+    options = {"stitches": ["hub", "experts", "hub"], "seed_changes": {"num_hidden_layers": 3, **changes}}
+    model, ids, read = stitched(name, **options), tokens(), list[torch.Tensor]()
+    for block in [module for module in model.modules() if isinstance(module, BranchMixStitchedBlock)]:
+        block.streams[0].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    ours = model(ids, output_hidden_states=True)
+    *states, last = ours.hidden_states
+    assert len(states) == len(read) == 3
+    assert all(torch.equal(our, state) for our, state in zip(states, read, strict=True))
+    head = model.get_output_embeddings()
+    assert torch.equal(last, last_states(model, ids)[0]) and last.shape[-1] == head.in_features
+    assert model(ids).hidden_states is None
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -278,7 +300,11 @@ def test_a_run_trains_the_stitches_only(run: Path) -> None:
     before, after = (load(run / name).state_dict() for name in ("mixture", "trained"))
     for name, value in before.items():
         assert torch.equal(value, after[name]) == (".stitch." not in name), name
-    assert training(run / "trained")["model"]["trained"] == inspect(run / "mixture").total.stitches
+    counts = inspect(run / "mixture").total
+    assert training(run / "trained")["model"]["trained"] == counts.stitches
+    needed = _bytes_needed({}, ResolvedModel(run / "mixture"), RunConfig.load(run / "c.yaml"))
+    keep = RunConfig.load(run / "c.yaml").checkpoints.keep
+    assert needed == 4 * ((keep + 1) * (counts.total + 2 * counts.stitches) + counts.total)
     losses = [row["held_out/law"] for row in rows(run / "trained") if "held_out/law" in row]
     of_seed, of_expert = (training(run / name)["held_out"]["end"]["law"]["loss"] for name in ("seed", "law"))
     assert losses[0] == pytest.approx(of_seed, abs=1e-5) and losses[-1] < of_seed - (of_seed - of_expert) / 10
@@ -324,11 +350,11 @@ def test_the_papers_numbers() -> None:
     assert recipe.stitched_layers(9) == [None, None, "experts", None, "hub", None, "experts", None, "hub"]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt-neox"])
-def test_flops_are_those_of_torchs_counter(name: str) -> None:
+@pytest.mark.parametrize(("name", "changes"), [("qwen3", {}), ("gpt-neox", {}), ("opt", {"word_embed_proj_dim": 24})])
+def test_flops_are_those_of_torchs_counter(name: str, changes: dict[str, Any]) -> None:
     """Forward to the digit, and training, for a sequence whose tokens see all keys."""
     length, layers = 24, [None, "experts", None, "hub"]
-    model = stitched(name, stitches=layers, seed_changes={"num_hidden_layers": 4})
+    model = stitched(name, stitches=layers, seed_changes={"num_hidden_layers": 4, **changes})
     model.set_attn_implementation("eager")
     mask, ids = torch.ones(1, 1, length, length, dtype=torch.bool), tokens(1, length)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -377,7 +403,8 @@ def test_commands(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.Monkey
     recipe.write_text(yaml.safe_dump(given(models, 2)))
     assert command(monkeypatch, "upcycle", recipe, mixture, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert "layers.*.stitch.projections.*.weight" in printed and "every model is whole in it" in printed
+    assert "layers.*.stitch.projections.*.weight" in printed
+    assert "every model is whole in it, but for the experts' output layers" in printed
     assert command(monkeypatch, "upcycle", recipe, mixture, "--verify") == 0
     assert "last states of the others" in capsys.readouterr().out
     assert command(monkeypatch, "inspect", mixture) == 0
@@ -402,7 +429,7 @@ def test_commands(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_other_rotary_settings_are_refused(siblings: Siblings, tmp_path: Path) -> None:
     models = {"seed": siblings("llama")["seed"], "code": siblings("llama", rope_theta=5000.0)["code"]}
-    with pytest.raises(BranchMixError, match=r"rotary settings are .*only attention: kv_experts lets experts keep"):
+    with pytest.raises(BranchMixError, match=r"rotary settings are .*stitches join share the seed's.*without stitches"):
         branchmix.upcycle(given(models), tmp_path / "mixture")
 
 

@@ -10,6 +10,7 @@ import torch
 from branchmix.accounting import parameters
 from branchmix.study.memory import activation_bytes, training_bytes
 from branchmix.study.models import new_model
+from branchmix.train import trained_parts
 from branchmix.train.counters import DomainLoss
 from branchmix.train.models import Computing, attention_options
 
@@ -43,6 +44,7 @@ def kept_bytes(config: dict[str, Any], rows: int, length: int, *, bf16: bool) ->
     """Of what autograd keeps of a micro-batch of packed documents, without parameters and logits."""
     computing = Computing(torch.device("cpu"), bf16)
     model = new_model(config, **attention_options(config["model_type"], computing, length)).train()
+    trained_parts.only_stitches(model, [])
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
 
@@ -83,6 +85,20 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(case: str) -> Non
     if bf16:  # the difference of two micro-batches: without the weights' copies
         measured = kept_bytes(config, 4, 64, bf16=bf16) - measured
     assert counted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", [LLAMA, COHERE], ids=["llama", "cohere"])
+@pytest.mark.parametrize("stitches", [["experts", "hub"], [None, None, "experts", "hub"], [None, "hub", None, "hub"]])
+def test_of_stitched_models_only_the_stitches_are_trained(seed: dict[str, Any], stitches: list[str | None]) -> None:
+    seed, whole = {**seed, "num_hidden_layers": len(stitches)}, {"ffn": "whole", "trunk": "whole"}
+    config = mixture(seed, "whole", 4, stitches=stitches, **whole)
+    run = {"batch_size": 2, "sequence_length": 64}
+    kept = kept_bytes(config, 2, 64, bf16=False)
+    counted = activation_bytes(config, run, bf16=False)
+    assert 0.95 * kept <= counted <= 1.25 * kept
+    counts, logits = parameters(config), 12 * 2 * 64 * VOCABULARY
+    weights = training_bytes(config, run, bf16=False) - 1.6 * (logits + counted)
+    assert weights == pytest.approx(4 * counts.total + 12 * counts.stitches, abs=1)
 
 
 def test_a_step_has_them_and_logits_for_each_sequence_of_a_micro_batch() -> None:

@@ -102,7 +102,7 @@ def _count(shape: Shape, attention_experts: int, kv_experts: int, ffn_experts: i
         embeddings=trunks * (s.vocab_size * token_width + positions + projections),
         lm_head=heads * ((0 if s.tied_embeddings else s.vocab_size * token_width) + facts.head_bias * s.vocab_size),
         attention=s.num_layers * attention + sum(qkv + output for qkv, output, _ in factors),
-        ffn=s.num_layers * (ffn + shape.activations * facts.activation_parameters)
+        ffn=s.num_layers * (ffn + shape.streams * facts.activation_parameters)
         + sum(of_ffn for _, _, of_ffn in factors),
         norms=s.num_layers * (block_norms * norm + qk_norm) + trunks * final_norm * norm,
         routers=s.num_layers * len(shape.routers) * shape.router_parameters + shape.document_gate_parameters,
@@ -185,7 +185,7 @@ class Flops:
     layers: tuple[LayerFlops, ...]
     """Every layer; they differ where some attend through a sliding window shorter than the context."""
     lm_head: int
-    """2 d vocabulary (and OPT's embedding projections); the embedding lookup is free."""
+    """2 d vocabulary (and OPT's embedding projections, of each trunk); the embedding lookup is free."""
     causal_mean: int
     """``layer.context``, were it the exact mean over a causal sequence: 4NHD for each of (n_ctx + 1) / 2 keys."""
     last_token: int
@@ -247,7 +247,7 @@ def flops_of(shape: Shape, context: int) -> Flops:
     return Flops(
         layer=layer(0, None),
         layers=tuple(layer(number, window) for number, window in enumerate(windows(shape))),
-        lm_head=2 * (token_width * s.vocab_size + projections),
+        lm_head=2 * (token_width * s.vocab_size + shape.trunk_experts * projections),
         causal_mean=2 * (context + 1) * wide,
         last_token=4 * context * wide,
     )

@@ -121,8 +121,9 @@ class Shape:
         return 1 if self.stitches else self.trunk_experts
 
     @property
-    def activations(self) -> int:
-        """Copies of a learned activation in a layer, which the experts of a block share."""
+    def streams(self) -> int:
+        """Hidden states of a token; and copies of a learned activation in a layer, which the experts of a block share.
+        """
         return self.num_experts if self.stitches else 1
 
     def stitch_parameters(self, layer: int) -> int:

@@ -80,6 +80,9 @@ class BranchMixStitchedBlock(nn.Module):
         stitch: the one behind the block.
     """
 
+    reads: list[torch.Tensor] | None = None
+    """Where it leaves the hub's state [B, T, D] that it is given, while somebody wants to see it."""
+
     def __init__(self, block: nn.Module, config: Any, num_models: int, stitch: BranchMixStitch | None):
         super().__init__()
         copies = (copy.deepcopy(block, {id(config): config}) for _ in range(num_models - 1))
@@ -93,6 +96,8 @@ class BranchMixStitchedBlock(nn.Module):
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the family's block does, with a hidden state of [B, T, M * D]."""
         parts = _parts(hidden, len(self.streams))
+        if self.reads is not None:
+            self.reads.append(parts[0])
         outputs = [block(part, *args, **kwargs) for block, part in zip(self.streams, parts, strict=True)]
         states = [output[0] if isinstance(output, tuple) else output for output in outputs]
         wide = torch.cat(states if self.stitch is None else self.stitch(states), dim=-1)
@@ -133,34 +138,40 @@ def stitch(family: Any, config: Any, layers: str) -> None:
 
         family._tied_weights_keys = {of_hub(a): of_hub(b) for a, b in family._tied_weights_keys.items()}
         family.all_tied_weights_keys = family.get_expanded_tied_weights_keys()
-    frame = family.get_submodule(layers.rpartition(".")[0])
-    frame.register_forward_pre_hook(partial(_with_cache, config=config), with_kwargs=True)
-    frame.register_forward_hook(partial(_hub_only, num_models=num_models, num_layers=len(blocks)))
+    path, _, name = layers.rpartition(".")
+    frame = family.get_submodule(path)
+    frame.register_forward_pre_hook(partial(_prepared, layers=name, config=config), with_kwargs=True)
+    frame.register_forward_hook(partial(_hub_only, layers=name, num_models=num_models))
 
 
-def _with_cache(module: Any, args: Any, kwargs: dict[str, Any], *, config: Any) -> Any:
-    """Gives the module that runs the blocks a cache of all models' layers, where it would make one of the seed's."""
+def _prepared(module: Any, args: Any, kwargs: dict[str, Any], *, layers: str, config: Any) -> Any:
+    """Gives the module that runs the blocks a cache of all models' layers, where it would make one of the seed's, and
+    has the blocks record the hub's states, if they are wanted."""
     if kwargs.get("inputs_embeds") is not None:
         raise ValueError("each model of this mixture embeds token ids itself: give input_ids, not inputs_embeds")
-    uses_cache = kwargs.get("use_cache")
-    uses_cache = getattr(module.config, "use_cache", False) if uses_cache is None else uses_cache
+
+    def wants(key: str) -> Any:
+        return getattr(module.config, key, False) if kwargs.get(key) is None else kwargs[key]
+
+    reads: list[torch.Tensor] | None = [] if wants("output_hidden_states") else None
+    for block in getattr(module, layers):
+        block.reads = reads
     checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
-    if uses_cache and not checkpointing and kwargs.get("past_key_values") is None:
+    if wants("use_cache") and not checkpointing and kwargs.get("past_key_values") is None:
         return args, {**kwargs, "past_key_values": DynamicCache(config=config)}
     return None
 
 
-def _hub_only(module: Any, args: Any, output: Any, *, num_models: int, num_layers: int) -> Any:
+def _hub_only(module: Any, args: Any, output: Any, *, layers: str, num_models: int) -> Any:
     """Leaves of the output of all streams what a dense model returns: that of the hub."""
+    blocks = getattr(module, layers)
     output.last_hidden_state = _parts(output.last_hidden_state, num_models)[0]
-    if output.get("hidden_states") is not None:
-        states = list(output.hidden_states)
-        if len(states) > num_layers + 1:  # recorded block by block
-            states = [states[0], *states[1::num_models]]
-        width = output.last_hidden_state.shape[-1]
-        output.hidden_states = (*(state[..., :width] for state in states[:-1]), output.last_hidden_state)
+    if output.get("hidden_states") is not None:  # transformers may have recorded blocks of streams, without stitches
+        output.hidden_states = (*blocks[0].reads, output.last_hidden_state)
+    for block in blocks:
+        block.reads = None
     if output.get("attentions"):
-        output.attentions = output.attentions[:: len(output.attentions) // num_layers]
+        output.attentions = output.attentions[:: len(output.attentions) // len(blocks)]
     return output
 
 

@@ -202,8 +202,8 @@ def new_model(config: Config, **options: Any) -> Any:
 
 def facts_of(config: Config, context: int) -> dict[str, Any]:
     """Sizes of a model from its config: parameters, active ones, FLOPs of a token, bytes of its cache in bf16."""
-    flops, counts, layers = flops_per_token(config, context), parameters(config), shape_of(config).sizes.num_layers
-    layer = flops.layer
+    flops, counts, shape = flops_per_token(config, context), parameters(config), shape_of(config)
+    layer, layers = flops.layer, shape.sizes.num_layers
     qkv = flops_per_token({**config, "attention_num_experts_per_tok": None}, context).layer.qkv // 2  # of all experts
     return {
         "parameters": counts.total,
@@ -212,11 +212,12 @@ def facts_of(config: Config, context: int) -> dict[str, Any]:
         "layer_flops": {**asdict(layer), "attention": layer.attention, "total": layer.total},
         # In the parts of the paper's Table 10; a matrix takes two FLOPs for each of its parameters.
         "layer_parameters": {
-            "attention_router": layer.attention_router // 2,
+            "attention_router": shape.router_parameters * ("attention" in shape.routers),
             "qkv": qkv,
             "output": counts.attention // layers - qkv,
-            "ffn_router": layer.ffn_router // 2,
+            "ffn_router": shape.router_parameters * ("ffn" in shape.routers),
             "ffn": counts.ffn // layers,
+            **({"stitch": counts.stitches // layers} if shape.stitches else {}),  # mean of all layers
         },
         "experts": config.get("num_experts", 1),
         "top_k": config.get("num_experts_per_tok", 1),

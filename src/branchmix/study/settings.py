@@ -133,6 +133,9 @@ class Method(Settings):
             near = nearest(self.method, list(METHODS))
             raise ValueError(f"there is no method {self.method!r}{near}; there are {', '.join(METHODS)}")
         _check_keys("recipe", self.recipe, Recipe, without=("seed", "experts"))
+        if "stitches" in self.recipe and "stitches" not in self.preset.recipe:
+            stitched = " or ".join(name for name, preset in METHODS.items() if "stitches" in preset.recipe)
+            raise ValueError(f"recipe.stitches: {self.method} has none: leave it out, or use {stitched}")
         _check_keys("train", self.train, RunConfig, without=_OF_THE_STUDY)
         return self
 
@@ -248,7 +251,7 @@ class StudyFile(SettingsFile):
             raise ValueError("tokens.seed, seed_mix: the seed is given, it is not trained here: leave them out")
         if len(set(self.random_seeds)) < len(self.random_seeds):
             raise ValueError("random_seeds: one is listed twice, which would be no repetition")
-        _check_keys("recipe", self.recipe, Recipe, without=("seed", "experts", "attention", "ffn"))
+        _check_keys("recipe", self.recipe, Recipe, without=("seed", "experts", "attention", "ffn", "stitches"))
         whole = (*_OF_THE_STUDY, "adapters", "balance", "learning_rate", "optimizer", "micro_batch_size")
         _check_keys("train", self.train, RunConfig, without=(*whole, "freeze"))
         _check_keys("expert_train", self.expert_train, RunConfig, without=whole)

@@ -128,8 +128,8 @@ def _peak_of(model: ResolvedModel | None, config: RunConfig) -> float:
 def _bytes_needed(described: dict[str, Any], model: ResolvedModel | None, config: RunConfig) -> int:
     """Bytes of the checkpoints (weights and two moments in fp32, one more than are kept) and of the result."""
     try:
-        count = inspect(described if model is None else model.folder).total.total
+        counts = inspect(described if model is None else model.folder).total
     except CheckpointError:  # a family without a formula, and no weights to count
         return 0
-    trained = 0 if config.lora or config.adapters else count
-    return (config.checkpoints.keep + 1) * 4 * (count + 2 * trained) + 4 * count
+    trained = 0 if config.lora or config.adapters else counts.stitches or counts.total
+    return (config.checkpoints.keep + 1) * 4 * (counts.total + 2 * trained) + 4 * counts.total

@@ -320,7 +320,9 @@ def _rotated_apart(ours: Config, experts: list[DenseExpert], attention: str, fin
         return different
     for expert in different:
         reason = f"{expert.family.model_type} cannot give experts their own"
-        if attention != "kv_experts":
+        if attention == "whole":
+            reason = "models that stitches join share the seed's: leave it out, or merge without stitches"
+        elif attention != "kv_experts":
             reason = "only attention: kv_experts lets experts keep their own"
         own = _rope_words(expert.index.config)
         findings.about(expert.name, [f"rotary settings are {own}, but the seed's are {_rope_words(ours)}: {reason}"])

@@ -40,7 +40,9 @@ def method_of(config: Config, recipe: dict[str, Any]) -> str | None:
 def lossless_line(lossless: bool, shape: Shape | None) -> str:
     """One line on what ``Plan.lossless`` found, of a mixture of this shape, if it is known."""
     if shape is not None and shape.stitches:
-        found = "is whole in it" if lossless else "is whole in it, but for padded rows of its embeddings"
+        left_out = [] if shape.sizes.tied_embeddings else ["the experts' output layers"]
+        left_out += [] if lossless else ["padded rows of embeddings"]
+        found = f"is whole in it, but for {' and '.join(left_out)}" if left_out else "is whole in it"
         return f"{'lossless' if lossless else 'not lossless'}: every model {found}"
     if shape is not None and shape.shared_experts:
         return "not lossless: the shared expert adds the seed's FFN to that of every expert"

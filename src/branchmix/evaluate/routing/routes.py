@@ -74,6 +74,8 @@ def routes(
         )
     config = None if data is None else EvalData.load(data)
     candidate = TextModel(resolve(model), dtype, trust_remote_code)
+    if getattr(candidate.config, "stitches", None) is not None:
+        raise CheckpointError(f"{model}: {_why_none(candidate.config)}")
     if config is None:
         by_domain = {TEXTS: [HashedDocument.of(text) for text in texts][:limit]}
     else:
@@ -191,6 +193,8 @@ def _pieces(tokenizer: Any, text: str, tokens: np.ndarray) -> list[str]:
 
 
 def _why_none(config: Any) -> str:
+    if getattr(config, "stitches", None) is not None:
+        return "whole models, joined by stitches: it has no routers to show; give a mixture without stitches"
     if config.model_type == "branchmix":
         return "a mixture without FFN and attention experts: it has no routers to show"
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
