@@ -75,6 +75,11 @@ def new(before: Graph, after: Graph) -> set[str]:
         ({"seed": "./seed"}, "the seed is given"),
         ({"random_seeds": [1, 1]}, "no repetition"),
         ({"recipe": {"atention": "seed"}}, "recipe.atention: a recipe here has no such key"),
+        ({"recipe": {"stitches": 4}}, "recipe.stitches: a recipe here has no such key"),
+        (
+            {"methods": [{"method": "btx", "recipe": {"stitches": 4}}]},
+            "recipe.stitches: btx has none: leave it out, or",
+        ),
         ({"train": {"budget": {"steps": 1}}}, "train.budget: a run here has no such key"),
         ({"methods": ["btx", {"method": "btx", "name": "code"}]}, "'code' is the name of a dense model"),
         ({"budgets": 1}, "budgets: there is no such key"),
