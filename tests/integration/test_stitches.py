@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, StaticCache
 
 import branchmix
 from branchmix.accounting import active_parameters, flops_per_token, inspect, kv_cache_bytes_per_token, parameters
+from branchmix.accounting.shape import shape_of
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.data.sequences import packed_inputs, packing_method
 from branchmix.errors import BranchMixError, RecipeError, VerificationError
@@ -30,6 +31,7 @@ from branchmix.train import train, trained_parts
 from branchmix.train.checks import _bytes_needed
 from branchmix.train.config import RunConfig
 from branchmix.train.schedule import shares_trained, token_flops
+from branchmix.upcycling.model_card import lossless_line
 from branchmix.upcycling.verify import verify_plan
 from families import NAMES
 from mixtures import close, load, random_mixture, tokens
@@ -440,6 +442,16 @@ def test_commands(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.Monkey
     for call in (lambda: keep_experts(model, ["code"]), lambda: model.generate(tokens(), experts="auto")):
         with pytest.raises(ValueError, match="joined by stitches, which need all of them"):
             call()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_left_out_is_said(tied: bool) -> None:
+    shape = shape_of(stitched("llama", seed_changes={"tie_word_embeddings": tied}).config.to_dict())
+    heads = "" if tied else "the experts' output layers"
+    rows = "padded rows of embeddings" if tied else f"{heads} and padded rows of embeddings"
+    but = f", but for {heads}" if heads else ""
+    assert lossless_line(True, shape) == f"lossless: every model is whole in it{but}"
+    assert lossless_line(False, shape) == f"not lossless: every model is whole in it, but for {rows}"
 
 
 @pytest.mark.parametrize(
