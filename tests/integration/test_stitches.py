@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,26 @@ import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModel, DynamicCache, StaticCache
 
 import branchmix
 from branchmix.accounting import active_parameters, flops_per_token, inspect, kv_cache_bytes_per_token, parameters
+from branchmix.accounting.shape import shape_of
+from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.data.sequences import packed_inputs, packing_method
 from branchmix.errors import BranchMixError, RecipeError, VerificationError
+from branchmix.likelihood.models import TextModel
 from branchmix.models.kept_branchmix import keep_experts
 from branchmix.models.stitched_branchmix import BranchMixStitch, BranchMixStitchedBlock, last_states
 from branchmix.recipe import Recipe
-from branchmix.study.models import new_model, step_cost
+from branchmix.scaling.within import Axes
+from branchmix.study.models import facts_of, new_model, step_cost
 from branchmix.study.settings import METHODS, StudyFile
 from branchmix.train import train, trained_parts
+from branchmix.train.checks import _bytes_needed
+from branchmix.train.config import RunConfig
 from branchmix.train.schedule import shares_trained, token_flops
+from branchmix.upcycling.model_card import lossless_line
 from branchmix.upcycling.verify import verify_plan
 from families import NAMES
 from mixtures import close, load, random_mixture, tokens
@@ -302,9 +310,9 @@ def test_a_run_trains_the_stitches_only(run: Path) -> None:
         assert torch.equal(value, after[name]) == (".stitch." not in name), name
     counts = inspect(run / "mixture").total
     assert training(run / "trained")["model"]["trained"] == counts.stitches
-    needed = _bytes_needed({}, ResolvedModel(run / "mixture"), RunConfig.load(run / "c.yaml"))
-    keep = RunConfig.load(run / "c.yaml").checkpoints.keep
-    assert needed == 4 * ((keep + 1) * (counts.total + 2 * counts.stitches) + counts.total)
+    config = RunConfig.load(run / "c" / "run.yaml")
+    needed = _bytes_needed({}, ResolvedModel("mixture", run / "mixture"), config)
+    assert needed == 4 * ((config.checkpoints.keep + 1) * (counts.total + 2 * counts.stitches) + counts.total)
     losses = [row["held_out/law"] for row in rows(run / "trained") if "held_out/law" in row]
     of_seed, of_expert = (training(run / name)["held_out"]["end"]["law"]["loss"] for name in ("seed", "law"))
     assert losses[0] == pytest.approx(of_seed, abs=1e-5) and losses[-1] < of_seed - (of_seed - of_expert) / 10
@@ -350,11 +358,20 @@ def test_the_papers_numbers() -> None:
     assert recipe.stitched_layers(9) == [None, None, "experts", None, "hub", None, "experts", None, "hub"]
 
 
-@pytest.mark.parametrize(("name", "changes"), [("qwen3", {}), ("gpt-neox", {}), ("opt", {"word_embed_proj_dim": 24})])
-def test_flops_are_those_of_torchs_counter(name: str, changes: dict[str, Any]) -> None:
+def test_flops_of_projected_embeddings_are_those_of_every_model() -> None:
+    model = stitched("opt", seed_changes={"word_embed_proj_dim": 24})
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(tokens(1, 24), use_cache=False)
+    flops = flops_per_token(model.config.to_dict(), 24)
+    assert counter.get_total_flops() == 24 * (flops.total + flops.model("context"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt-neox"])
+def test_flops_are_those_of_torchs_counter(name: str) -> None:
     """Forward to the digit, and training, for a sequence whose tokens see all keys."""
     length, layers = 24, [None, "experts", None, "hub"]
-    model = stitched(name, stitches=layers, seed_changes={"num_hidden_layers": 4, **changes})
+    model = stitched(name, stitches=layers, seed_changes={"num_hidden_layers": 4})
     model.set_attn_implementation("eager")
     mask, ids = torch.ones(1, 1, length, length, dtype=torch.bool), tokens(1, length)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -427,6 +444,47 @@ def test_commands(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.Monkey
             call()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_left_out_is_said(tied: bool) -> None:
+    shape = shape_of(stitched("llama", seed_changes={"tie_word_embeddings": tied}).config.to_dict())
+    heads = "" if tied else "the experts' output layers"
+    rows = "padded rows of embeddings" if tied else f"{heads} and padded rows of embeddings"
+    but = f", but for {heads}" if heads else ""
+    assert lossless_line(True, shape) == f"lossless: every model is whole in it{but}"
+    assert lossless_line(False, shape) == f"not lossless: every model is whole in it, but for {rows}"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("eval", "MIXTURE", "--data", "DATA", "--forced"), "--forced: .* has stitches instead of gates"),
+        (("routes", "MIXTURE", "--data", "DATA", "--out", "OUT"), "joined by stitches: it has no routers to show"),
+        (("calibrate", "MIXTURE", "--data", "DATA", "--out", "OUT"), "joined by stitches: it has no gates to fit"),
+        (("generate", "MIXTURE", "a", "--experts", "law"), "--experts: .* joined by stitches, which need all"),
+        (("generate", "MIXTURE", "a", "--experts", "auto"), "--experts: .* joined by stitches, which need all"),
+    ],
+    ids=lambda value: "-".join(word for word in value if word.islower()) if isinstance(value, tuple) else "",
+)
+def test_commands_that_choose_experts_are_refused(
+    words: tuple[str, ...], problem: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """In one line, before weights are loaded."""
+    places = {"MIXTURE": run / "mixture", "DATA": tmp_path / "data.yaml", "OUT": tmp_path / "out"}
+    places["DATA"].write_text(yaml.safe_dump({"data": {"law": {"files": str(run / "law.jsonl")}}}))
+    monkeypatch.setattr(TextModel, "load", lambda *args, **options: pytest.fail("weights are loaded"))
+    assert command(monkeypatch, *(places.get(word, word) for word in words)) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(problem, error) and len(error.splitlines()) == 1
+    assert not places["OUT"].exists()
+
+
+@pytest.mark.parametrize("axes", [{"experts": (1, 2)}, {"top_k": (1, 2)}])
+def test_axes_that_choose_experts_are_refused(axes: dict[str, tuple[int, ...]], run: Path) -> None:
+    option = "--" + next(iter(axes)).replace("_", "-")
+    with pytest.raises(RecipeError, match=f"^{option}: bts has stitches, which need all experts: .* {option}$"):
+        Axes(**axes).refuse_unfit("bts", AutoConfig.from_pretrained(run / "mixture"))
+
+
 def test_other_rotary_settings_are_refused(siblings: Siblings, tmp_path: Path) -> None:
     models = {"seed": siblings("llama")["seed"], "code": siblings("llama", rope_theta=5000.0)["code"]}
     with pytest.raises(BranchMixError, match=r"rotary settings are .*stitches join share the seed's.*without stitches"):
@@ -454,6 +512,20 @@ def test_a_study_knows_what_it_trains() -> None:
     model = new_model(config)
     assert sum(p.numel() for p in model.parameters()) == parameters(config).total
     assert cost.optimizer == 17 * parameters(config).stitches and cost.flops < whole.flops * 3
+    facts, layers = facts_of(config, 64), [*model.model.model.layers]
+    of_stitches = [sum(p.numel() for p in stitch.parameters()) for stitch in stitches_of(model)]
+    assert facts["layer_parameters"]["stitch"] == sum(of_stitches) // len(layers)
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_router": True}, {"domain_router": {"width": 32, "inner": 8}}])
+def test_a_layers_routers_are_counted_in_a_study(options: dict[str, Any]) -> None:
+    model = random_mixture("llama", **options)
+    facts = facts_of(model.config.to_dict(), 64)["layer_parameters"]
+    routers = [p.numel() for name, p in model.model.model.layers[0].named_parameters() if re.search(ROUTERS, name)]
+    assert facts["attention_router"] + facts["ffn_router"] == sum(routers) > 0 and "stitch" not in facts
+
+
+ROUTERS = r"\.expert_gate\.|^mlp\.gate\."
 
 
 PLAIN = {"attention": "kv_experts", "ffn": "experts", "trunk": "average"}

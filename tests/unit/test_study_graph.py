@@ -75,6 +75,11 @@ def new(before: Graph, after: Graph) -> set[str]:
         ({"seed": "./seed"}, "the seed is given"),
         ({"random_seeds": [1, 1]}, "no repetition"),
         ({"recipe": {"atention": "seed"}}, "recipe.atention: a recipe here has no such key"),
+        ({"recipe": {"stitches": 4}}, "recipe.stitches: a recipe here has no such key"),
+        (
+            {"methods": [{"method": "btx", "recipe": {"stitches": 4}}]},
+            "recipe.stitches: btx has none: leave it out, or",
+        ),
         ({"train": {"budget": {"steps": 1}}}, "train.budget: a run here has no such key"),
         ({"methods": ["btx", {"method": "btx", "name": "code"}]}, "'code' is the name of a dense model"),
         ({"budgets": 1}, "budgets: there is no such key"),
@@ -99,10 +104,12 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> 
     assert words.replace(", did", " (did") in str(error.value) or words in str(error.value), str(error.value)
 
 
-@pytest.mark.parametrize("method", ["dense", "soup", "bam-expert"])
+@pytest.mark.parametrize("method", ["dense", "soup", "bam-expert", "bts"])
 def test_routes_of_what_is_no_trained_mixture_are_refused(method: str) -> None:
-    with pytest.raises(RecipeError, match=f"routes: '{method}' is not a mixture that the study trains") as error:
-        graph(routes=[method])
+    methods = ["btx", "bam-expert-kv", "dense", "soup", "bts"]
+    problem = f"routes: '{method}' is not a mixture with routers that the study trains"
+    with pytest.raises(RecipeError, match=problem) as error:
+        graph(methods=methods, routes=[method])
     assert ("did you mean 'bam-expert-kv'" in str(error.value)) == (method == "bam-expert")
 
 

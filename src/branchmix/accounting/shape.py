@@ -122,8 +122,7 @@ class Shape:
 
     @property
     def streams(self) -> int:
-        """Hidden states of a token; and copies of a learned activation in a layer, which the experts of a block share.
-        """
+        """Hidden states of a token, and copies of a learned activation in a layer, which experts of a block share."""
         return self.num_experts if self.stitches else 1
 
     def stitch_parameters(self, layer: int) -> int:

@@ -219,12 +219,13 @@ class _Builder:
     def _routes(self) -> None:
         """Pages of the first repetition's routers, token by token: of a method's first trained run."""
         options = {name: value for name, value in self.evaluation.items() if name != "precision"}
-        runs = {s.about.method: s for s in reversed(self._of_first("train")) if has_routers(s.config)}
+        routed = [s for s in self._of_first("train") if has_routers(s.config) and not s.config.get("stitches")]
+        runs = {s.about.method: s for s in reversed(routed)}
         for method in self.study.routes:
             if (run := runs.get(method)) is None:
-                trained = [m.title for m in self.study.all_methods if m.preset.kind == "mixture"]
-                what = f"is not a mixture that the study trains{nearest(method, trained)}"
-                raise RecipeError(f"routes: {method!r} {what}; there are {', '.join(trained)}")
+                what = f"is not a mixture with routers that the study trains{nearest(method, list(runs))}"
+                there = f"there are {', '.join(runs)}" if runs else "there is none: leave routes out"
+                raise RecipeError(f"routes: {method!r} {what}; {there}")
             self._add("routes", options, Needs(self.text, run.name), run.about, config=run.config)
 
     def _inference(self) -> None:
