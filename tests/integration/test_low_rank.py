@@ -374,6 +374,16 @@ def test_verify_reads_adapters_as_peft_does(
     assert check.skipped is not None and "pip install" in check.skipped
 
 
+def test_verify_allows_for_the_rounding_of_factors(siblings: Siblings, tmp_path: Path) -> None:
+    """In 16 bits, of an adapter that changes much and has an odd scale, and for nothing else."""
+    seed = siblings("llama")["seed"]
+    folder = adapter(seed, tmp_path / "a", use_rslora=True, lora_alpha=11)
+    recipe = given(seed, code=folder, expert_rank=4, dtype="bfloat16")
+    report = branchmix.upcycle(recipe, tmp_path / "m", verify=True)
+    (check,) = report.verification.experts[1:]
+    assert report.plan.lossless and check.max_difference < 1e-5 * max(check.max_logit, 1)
+
+
 @pytest.mark.parametrize("rank", ["full", 4])
 def test_adapters_of_a_model_without_its_head(rank: Any, siblings: Siblings, tmp_path: Path) -> None:
     seed = siblings("llama")["seed"]

@@ -210,8 +210,9 @@ def _compare_logits(
         del dense
         gc.collect()
         # Folded gains round a matrix once more, and factors round a merged adapter once less, than in dense model i.
-        exact = not own.fold_norms if own is expert else not plan.lossless
-        rounded = not exact and plan.config["dtype"] != "float32"
+        merged = isinstance(expert, LowRankExpert) and expert.adapter is None and bool(expert.factors)
+        compared = own is expert or plan.lossless
+        rounded = compared and (own.fold_norms or merged) and plan.config["dtype"] != "float32"
         tolerance = FOLDED_TOLERANCE if rounded else TOLERANCE
         difference, greatest = difference_of(ours, theirs)
         if not difference <= tolerance * max(greatest, 1.0):
@@ -272,7 +273,20 @@ def _dense(plan: Plan, index: CheckpointIndex, expert: DenseExpert | LowRankExpe
     refuse_strangers(model, info, expert.name)
     if isinstance(expert, LowRankExpert) and expert.adapter is not None and plan.lossless:
         put_on(model, expert.adapter)
+        _round_factors(model, getattr(torch, plan.config["dtype"]))
     return model.eval()
+
+
+def _round_factors(model: Any, dtype: torch.dtype) -> None:
+    """Round A and scaled B of PEFT's layers as they are stored: a large adapter's rounding is not a difference."""
+    import torch
+
+    with torch.no_grad():
+        for module in model.modules():
+            for name in getattr(module, "lora_A", ()):
+                A, B, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+                A.copy_(A.to(dtype))
+                B.copy_((B * scale).to(dtype).to(B) / scale)
 
 
 def _state_of_change(plan: Plan, index: CheckpointIndex, expert: LowRankExpert, number: int) -> dict[str, Any]:
