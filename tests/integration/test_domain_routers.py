@@ -26,7 +26,7 @@ from branchmix.errors import CheckpointError, CompatibilityError, RecipeError
 from branchmix.models.routing_branchmix import BranchMixRouter
 from branchmix.recipe import Recipe
 from branchmix.train.trained_parts import freeze
-from branchmix.upcycling.domains import mean_states
+from branchmix.upcycling.domains import mean_states, text_of_experts
 from branchmix.upcycling.gates.text import DomainText, read
 from checkpoints import config, same_bytes, weights
 from families import BY_NAME, NAMES
@@ -312,8 +312,10 @@ def test_refusals(siblings: Siblings, text: Path, tmp_path: Path) -> None:
             Recipe.of(recipe(models, routing=domains) | options)
     lacking = {"ffn": {"top_k": 1}, "domains": {"data": str(text.with_name("math.yaml"))}}
     for dry_run in (True, False):
-        with pytest.raises(RecipeError, match="data: no domain is called 'seed'"):
+        with pytest.raises(RecipeError, match=r"data: no domain is called 'seed'.*\(include_seed: false\)"):
             branchmix.upcycle(recipe(models, routing=lacking), out, dry_run=dry_run)
+    with pytest.raises(RecipeError, match="data: no domain is called 'seed'"):  # one that joins gets no other's text
+        text_of_experts(["seed"], EvalData.load(text), resolve(str(models["seed"])))
 
     branchmix.upcycle(recipe(models, routing=domains, attention="average"), tmp_path / "domains")
     branchmix.upcycle(recipe(models), tmp_path / "plain")

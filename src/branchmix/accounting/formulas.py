@@ -158,7 +158,7 @@ class LayerFlops:
     ffn_router: int
     """2Nd."""
     stitch: int = 0
-    """Of the stitch behind the layer, if there is one: twice its parameters."""
+    """The stitch behind the layer, if any: twice its parameters."""
 
     @property
     def attention(self) -> int:

@@ -45,6 +45,8 @@ MIXTURE_DEFAULTS: Config = {
     "trunk": "average",
 }
 """What ``BranchMixConfig`` takes for keys that a mixture's config.json leaves out; it needs transformers."""
+EXPERT_BIAS = ".expert_bias"
+"""How the names of the routers' selection biases end."""
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from branchmix.accounting.shape import EXPERT_BIAS
 from branchmix.errors import CheckpointError
 from branchmix.train.models import reshard
 
 UPDATES = "num_updates"
 """Name of the counter in ``state``; parameters have dots in theirs."""
-BIAS = ".expert_bias"
-"""How the names of the routers' selection biases end."""
 
 
 class Ema:
@@ -63,7 +62,7 @@ class Ema:
         """Restore ``state``, of this model, whose weights are restored already. All processes have to call it with the
         same state. Selection biases that it lacks, as earlier versions averaged none, start at the model's own.
         """
-        biases = {name: bias.float() for name, bias in self._model.named_buffers() if name.endswith(BIAS)}
+        biases = {name: bias.float() for name, bias in self._model.named_buffers() if name.endswith(EXPERT_BIAS)}
         state = {**biases, **state}
         shapes = {name: average.shape for name, average in self._average.items()}
         if {name: tensor.shape for name, tensor in state.items() if name != UPDATES} != shapes:
@@ -79,7 +78,7 @@ class Ema:
         """What steps change, by name."""
         reshard(self._model)
         yield from ((name, weight) for name, weight in self._model.named_parameters() if weight.requires_grad)
-        yield from ((name, bias) for name, bias in self._model.named_buffers() if name.endswith(BIAS))
+        yield from ((name, bias) for name, bias in self._model.named_buffers() if name.endswith(EXPERT_BIAS))
 
     @torch.no_grad()
     def _set(self, values: dict[str, torch.Tensor]) -> None:

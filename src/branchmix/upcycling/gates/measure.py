@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from branchmix.accounting.shape import Shape
+from branchmix.accounting.shape import EXPERT_BIAS, Shape
 from branchmix.checkpoint.expressions import Expression, Stored
 from branchmix.checkpoint.generated_tensors import Held
 from branchmix.checkpoint.hub import ResolvedModel
@@ -27,8 +27,6 @@ from branchmix.upcycling.plan import Plan, Progress
 
 PREFIX = "document_gate."
 """How the names of the document gates' tensors begin."""
-BIAS = ".expert_bias"
-"""How the names of the routers' selection biases end."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +271,9 @@ def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Pla
     stored = [
         (name, ref) for name, ref in mixture.index.tensors.items() if not (name in new or name.startswith(PREFIX))
     ]
-    kept = [OutputTensor(name, Stored(ref)) for name, ref in stored if config["expert_bias"] or not name.endswith(BIAS)]
+    if not config["expert_bias"]:
+        stored = [(name, ref) for name, ref in stored if not name.endswith(EXPERT_BIAS)]
+    kept = [OutputTensor(name, Stored(ref)) for name, ref in stored]
     plan = Plan.of(
         new.items(),
         mixture.dtype,
