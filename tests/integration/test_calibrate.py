@@ -326,7 +326,7 @@ def test_raw_sigmoid_gates_are_fitted_to_sum_to_1(home: Path, tmp_path: Path) ->
             for domain in text.values():
                 model(torch.from_numpy(domain.measured[0])[None])
         scale = torch.cat([each[20:] for each in sums]).mean() * model.config.routed_scaling_factor
-        assert scale == pytest.approx(1.0, abs=0.1), out
+        assert scale == pytest.approx(1.0, abs=0.15), out
 
 
 def test_mixtures_that_may_be_trained(home: Path, mixture: Path, calibrated: Any, tmp_path: Path) -> None:

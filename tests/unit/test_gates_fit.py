@@ -103,18 +103,21 @@ def test_logistic_regression_is_at_its_minimum(score: str) -> None:
 def test_measured_documents_are_others_than_counted_ones() -> None:
     documents = [np.full(100, number) for number in range(40)]
     text = reading._split(documents)
-    counted, measured = ({int(tokens[0]) for tokens in part} for part in (text.counted, text.measured))
-    assert not counted & measured and len(counted) == 30 and len(measured) == 10
+    counted, checked, measured = (
+        {int(tokens[0]) for tokens in part} for part in (text.counted, text.checked, text.measured)
+    )
+    assert (len(counted), len(checked), len(measured)) == (20, 10, 10) and len(counted | checked | measured) == 40
+    assert {int(tokens[0]) for tokens in text.all_counted} == counted | checked
     (book,) = [np.arange(5000)]
     text = reading._split([book])
-    counted, measured = (set(np.concatenate(part).tolist()) for part in (text.counted, text.measured))
+    counted, measured = (set(np.concatenate(part).tolist()) for part in (text.all_counted, text.measured))
     assert not counted & measured and len(counted) > 3000 and len(measured) > 500
     assert max(map(len, text.measured)) <= reading.MEASURED_PIECE
 
 
 def test_of_long_documents_more_is_read_where_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "encode", lambda tokenizer, texts, special: [np.arange(len(text)) for text in texts])
-    many = reading._tokens(["x" * 2000] * 200, None)
-    few = reading._tokens(["x" * 100_000] * 3, None)
+    many = reading._tokens(["x" * 2000] * 2000, None)
+    few = reading._tokens(["x" * 500_000] * 3, None)
     assert max(map(len, many)) == reading.PIECE
     assert sum(map(len, few)) >= reading.COUNTED_TOKENS

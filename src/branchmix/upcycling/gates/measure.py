@@ -7,7 +7,7 @@ domains only. Shapes: V vocabulary, M domains, E experts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,13 +138,13 @@ def fit(
     from branchmix.upcycling.gates import fit as fitting
 
     earlier = mixture.config.get("document_gate") or {}
-    counts = _stored_counts(mixture)
-    for name, of_domain in text.items():
-        counts[name] = np.bincount(np.concatenate(of_domain.counted), minlength=mixture.dims.vocab_size)
+    vocab_size = mixture.dims.vocab_size
+    counts = _stored_counts(mixture) | {name: _counts(found.all_counted, vocab_size) for name, found in text.items()}
     names, counts_VM = list(counts), np.stack(list(counts.values()), axis=1)
     if set(text) == set(names) or not {"smoothing", "temperature"} <= earlier.keys():
-        measured_of = {column: text[name].measured for column, name in enumerate(names) if name in text}
-        posterior = fit_posterior(counts_VM, measured_of)
+        unchecked = counts | {name: _counts(found.counted, vocab_size) for name, found in text.items()}
+        others = {m: text[name].checked + text[name].measured for m, name in enumerate(names) if name in text}
+        posterior = fit_posterior(np.stack(list(unchecked.values()), axis=1), others)
     else:  # a fit to some of the domains would favour them
         posterior = Posterior(earlier["smoothing"], earlier["temperature"], earlier["decay"])
 
@@ -184,7 +184,7 @@ def fit(
     tensors: dict[str, Expression] = {}
     record: dict[str, Any] | None = None
     if token_only:
-        counted = {name: documents.counted for name, documents in text.items()}
+        counted = {name: documents.all_counted for name, documents in text.items()}
         weights = fitting.fit_token_routers(gated, shares_ME, counted, measured, calibrated, tell)
         after, routing, routers = fitting.losses(model, measured), calibrated, "fitted"
         tell()
@@ -252,6 +252,11 @@ def _matrix(losses: dict[str, dict[str, float]], experts: list[str]) -> tuple[np
         worst = max(row.values(), default=0.0)
         rows.append([row.get(expert, worst) for expert in experts])
     return np.array(rows), notes
+
+
+def _counts(documents: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
+    """How often each token occurs, [V]."""
+    return np.bincount(np.concatenate(documents), minlength=vocab_size)
 
 
 def _stored_counts(mixture: OpenedMixture) -> dict[str, np.ndarray]:
