@@ -80,6 +80,10 @@ def new(before: Graph, after: Graph) -> set[str]:
             {"methods": [{"method": "btx", "recipe": {"stitches": 4}}]},
             "recipe.stitches: btx has none: leave it out, or",
         ),
+        (
+            {"methods": [{"method": "bts", "recipe": {"stitches": None}}]},
+            "recipe.stitches: bts is made of them: give a number",
+        ),
         ({"train": {"budget": {"steps": 1}}}, "train.budget: a run here has no such key"),
         ({"methods": ["btx", {"method": "btx", "name": "code"}]}, "'code' is the name of a dense model"),
         ({"budgets": 1}, "budgets: there is no such key"),

@@ -133,9 +133,14 @@ class Method(Settings):
             near = nearest(self.method, list(METHODS))
             raise ValueError(f"there is no method {self.method!r}{near}; there are {', '.join(METHODS)}")
         _check_keys("recipe", self.recipe, Recipe, without=("seed", "experts"))
-        if "stitches" in self.recipe and "stitches" not in self.preset.recipe:
-            stitched = " or ".join(name for name, preset in METHODS.items() if "stitches" in preset.recipe)
-            raise ValueError(f"recipe.stitches: {self.method} has none: leave it out, or use {stitched}")
+        if "stitches" in self.recipe:
+            stitched = [name for name, preset in METHODS.items() if "stitches" in preset.recipe]
+            if self.method not in stitched:
+                raise ValueError(
+                    f"recipe.stitches: {self.method} has none: leave it out, or use {' or '.join(stitched)}"
+                )
+            if self.recipe["stitches"] is None:
+                raise ValueError(f"recipe.stitches: {self.method} is made of them: give a number, or leave it out")
         _check_keys("train", self.train, RunConfig, without=_OF_THE_STUDY)
         return self
 
