@@ -121,3 +121,24 @@ def test_of_long_documents_more_is_read_where_there_are_few(monkeypatch: pytest.
     few = reading._tokens(["x" * 500_000] * 3, None)
     assert max(map(len, many)) == reading.PIECE
     assert sum(map(len, few)) >= reading.COUNTED_TOKENS
+
+
+@pytest.mark.parametrize(("sizes", "longest"), [([300_000] * 5, 32_000), ([30_000] * 40, 4096), ([500] * 300, 500)])
+def test_memory_does_not_grow_with_the_text(sizes: list[int], longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long documents are cut until there is just enough, whatever their order; then some are left out."""
+    monkeypatch.setattr(reading, "_MOST_TOKENS", 16_000)
+    wanted = 16_000 * reading._CHARACTERS
+    texts = [f"{number} " + "x" * (size - len(f"{number} ")) for number, size in enumerate(sizes)]
+    chosen = reading._chosen(texts, 1e-9, streamed=False)
+    assert chosen == reading._chosen(reversed(texts), 1e-9, streamed=False)
+    assert max(map(len, chosen)) == longest
+    assert wanted <= sum(map(len, chosen)) < 3 * wanted
+
+
+def test_a_stream_is_read_until_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_MOST_TOKENS", 16_000)
+    monkeypatch.setattr(reading, "STREAMED_DOCUMENTS", 20)
+    for size, read in ((8000, 20), (2000, 65)):
+        texts = iter([f"{number} " + "x" * size for number in range(100)])
+        reading._chosen(texts, 1e-9, streamed=True)
+        assert 100 - len(list(texts)) in range(read - 2, read + 1)

@@ -30,6 +30,8 @@ LEAST_TOKENS = 200
 """A domain with less text is refused."""
 PIECE = 512
 """Tokens of a document that are used while there are enough documents."""
+STREAMED_DOCUMENTS = 500
+"""Documents of a stream that are read, or more if they are short."""
 _MOST_TOKENS = COUNTED_TOKENS + CHECKED_TOKENS + MEASURED_TOKENS
 _CHARACTERS = 8
 """Characters that a token has at most, as a rule: so much text is kept for each token that is wanted."""
@@ -88,10 +90,15 @@ def require_known_tokens(text: Mapping[str, DomainText], vocab_size: int, given:
 
 
 def _chosen(texts: Iterable[str], share: float, *, streamed: bool) -> list[str]:
-    """Distinct documents that are not held out, those of highest hashes first; of a stream, the first ones."""
-    wanted = _MOST_TOKENS * _CHARACTERS
+    """Distinct documents that are not held out, cut to a length at which there are just enough characters: down to that
+    of a piece, and then those of lowest hashes are left out. Of a stream, the first ones."""
+    wanted, least = _MOST_TOKENS * _CHARACTERS, PIECE * _CHARACTERS
     kept: list[tuple[int, str]] = []  # a heap
     seen: set[int] = set()
+    limit = wanted
+    """Characters of a document that are kept."""
+    enough_at = max(limit // 2, least)
+    """The limit once there are ``wanted`` characters in documents that are cut to this."""
     characters = 0
     for text in texts:
         key = hash_of(text)
@@ -100,24 +107,23 @@ def _chosen(texts: Iterable[str], share: float, *, streamed: bool) -> list[str]:
         seen.add(key)
         if is_held_out(text, share):
             continue
-        heapq.heappush(kept, (key, text))
-        characters += _usable(text)
-        while characters - _usable(kept[0][1]) >= wanted:
-            characters -= _usable(heapq.heappop(kept)[1])
-        if streamed and characters >= wanted:
+        heapq.heappush(kept, (key, text[:limit]))
+        characters += min(len(text), enough_at)
+        while characters >= wanted and limit > least:
+            limit, enough_at = enough_at, max(enough_at // 2, least)
+            kept = [(key, text[:limit]) for key, text in kept]
+            characters = sum(min(len(text), enough_at) for _, text in kept)
+        while characters - len(kept[0][1]) >= wanted and limit == least:
+            characters -= len(heapq.heappop(kept)[1])
+        if streamed and len(kept) >= STREAMED_DOCUMENTS and sum(len(text) for _, text in kept) >= wanted:
             break
     held_out = held_out_among(seen, share)
     return [text for key, text in sorted(kept, reverse=True) if key not in held_out]
 
 
-def _usable(text: str) -> int:
-    """Characters of a document that count where there are enough documents."""
-    return min(len(text), PIECE * _CHARACTERS)
-
-
 def _tokens(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
     """The beginnings of all documents, so long that there are enough tokens if the documents have them."""
-    encoded = encode(tokenizer, [text[: _MOST_TOKENS * _CHARACTERS] for text in texts], special=True)
+    encoded = encode(tokenizer, texts, special=True)
     length = PIECE
     while sum(min(len(tokens), length) for tokens in encoded) < _MOST_TOKENS and any(len(t) > length for t in encoded):
         length *= 2
