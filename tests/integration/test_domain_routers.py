@@ -79,7 +79,7 @@ def means(seed: Path, text: Path) -> dict[str, torch.Tensor]:
     found = {}
     for name, documents in read(data, dialects.tokenizer()).items():
         states = []
-        for document in (documents.measured + documents.counted)[:64]:
+        for document in (documents.measured + documents.all_counted)[:64]:
             ids = torch.tensor([document[:length].tolist()])
             with torch.no_grad():
                 states.append(model(ids, output_hidden_states=True).hidden_states[-1][0])
@@ -152,7 +152,7 @@ def test_every_family_has_states_to_embed(name: str, tmp_path: Path) -> None:
     ids = tokens()
     with torch.no_grad():
         states = load(seed)(ids, output_hidden_states=True).hidden_states[-1]
-    documents = DomainText(counted=[ids[0].numpy()], measured=[ids[1].numpy()])
+    documents = DomainText(counted=[ids[0].numpy()], checked=[], measured=[ids[1].numpy()])
     means = torch.from_numpy(mean_states({"code": [documents]}, resolve(str(seed))))
     assert means.shape == (1, domain_router_of(config(seed))["width"])
     close(means[0].float(), states.flatten(0, 1).mean(0))
@@ -161,7 +161,7 @@ def test_every_family_has_states_to_embed(name: str, tmp_path: Path) -> None:
 def test_embeddings_are_as_wide_as_the_head_reads(tmp_path: Path) -> None:
     """OPT of 350M has token embeddings that are narrower than the model."""
     seed = BY_NAME["opt"].save(tmp_path, 0, word_embed_proj_dim=24)
-    documents = DomainText(counted=[tokens()[0].numpy()], measured=[])
+    documents = DomainText(counted=[tokens()[0].numpy()], checked=[], measured=[])
     assert mean_states({"code": [documents]}, resolve(str(seed))).shape == (1, 24)
     assert domain_router_of(config(seed)) == {"width": 24, "inner": 8}
 
