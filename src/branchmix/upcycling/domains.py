@@ -34,7 +34,12 @@ Text = Mapping[str, Sequence[DomainText]]
 
 
 def text_of_experts(
-    names: Sequence[str], data: EvalData, seed: ResolvedModel, *, trust_remote_code: bool = False
+    names: Sequence[str],
+    data: EvalData,
+    seed: ResolvedModel,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> Text:
     """The text of each expert's domain, in the seed's tokens.
 
@@ -57,7 +62,7 @@ def text_of_experts(
             )
     wanted = {domain: data.data[domain] for own in domains.values() for domain in own}
     tokenizer = load_tokenizer(seed.folder, given=seed.given, trust_remote_code=trust_remote_code)
-    text = read(data.model_copy(update={"data": wanted}), tokenizer)
+    text = read(data.model_copy(update={"data": wanted}), tokenizer, progress)
     require_known_tokens(text, shape_of(read_config(seed.folder)).sizes.vocab_size, seed.given)
     return {name: [text[domain] for domain in own] for name, own in domains.items()}
 
@@ -103,7 +108,7 @@ def embedding_of(
 ) -> Expression:
     """The embedding [1, C] of an expert that joins, whose domain has its name; zeros in a dry run, which only looks for
     the text. Errors as for ``text_of_experts``."""
-    text = text_of_experts([name], data, seed, trust_remote_code=trust_remote_code)
+    text = text_of_experts([name], data, seed, trust_remote_code=trust_remote_code, progress=progress)
     if dry_run:
         return Constant((1, centre.num_rows), 0.0, "F32")
     return Held(embeddings(mean_states(text, seed, progress), centre.rows(0, centre.num_rows)), "F32")

@@ -137,6 +137,7 @@ def upcycle(
         from branchmix.data.config import EvalData
 
         data = EvalData.load(recipe.folder / section.data)
+    reading: dict[str, Any] = {"trust_remote_code": trust_remote_code, "progress": progress}
     with open_sources(recipe, out, dry_run=dry_run, force=force) as (sources, fit):
         seed, router_rows, notes = sources[0], None, _notes_on_same_models(sources)
         if recipe.router_init.method == "hidden":
@@ -151,8 +152,7 @@ def upcycle(
         if recipe.routing.domains:
             from branchmix.upcycling.domains import mean_states, router_domains, text_of_experts
 
-            trusted = {"trust_remote_code": trust_remote_code}
-            text_of_domains = text_of_experts(recipe.expert_names, data, seed.model, **trusted)
+            text_of_domains = text_of_experts(recipe.expert_names, data, seed.model, **reading)
             if not dry_run:
                 router_rows = router_domains(mean_states(text_of_domains, seed.model, progress))
         adapters = {source.name: source.factors for source in sources if source.factors is not None}
@@ -162,8 +162,9 @@ def upcycle(
             from branchmix.upcycling.gates.measure import text_for
             from branchmix.upcycling.mixture import OpenedMixture
 
-            options = {"token_only": recipe.gates.token_only, "trust_remote_code": trust_remote_code}
-            gates_text = text_for(shape_of(plan.config), seed.model, data, **options)
+            gates_text = text_for(
+                shape_of(plan.config), seed.model, data, token_only=recipe.gates.token_only, **reading
+            )
             if dry_run:
                 notes.append(f"gates: fitted on {recipe.gates.data} once this is written")
         plan = replace(plan, notes=(*plan.notes, *notes))

@@ -96,6 +96,7 @@ def text_for(
     *,
     token_only: bool = False,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, DomainText]:
     """Text to fit a mixture's gates on, by domain, read with the tokenizer of ``model``; errors and options as for
     ``calibrate``, before anything is written."""
@@ -106,7 +107,7 @@ def text_for(
         raise RecipeError(f"{given}: everything is averaged, so there are no experts to choose from")
     if token_only and shape.trunk == "experts":
         raise RecipeError(f"{given}: its trunk has experts, which the document chooses: leave --token-only out")
-    text = read(data, load_tokenizer(model.folder, given=given, trust_remote_code=trust_remote_code))
+    text = read(data, load_tokenizer(model.folder, given=given, trust_remote_code=trust_remote_code), progress)
     names = [*shape.domains, *(name for name in text if name not in shape.domains)]
     if len(names) < 2:
         raise RecipeError(f"data: {names[0]!r} is the only domain, and gates need two or more to distinguish")

@@ -85,8 +85,9 @@ def calibrate(
     else:
         refuse_overlap(target, [source], files, force=force)
     require_space(target, plan_with_gates(mixture))  # before the minutes that the fit takes
-    text = text_for(mixture.shape, mixture.resolved, data, token_only=token_only, trust_remote_code=trust_remote_code)
-    fitted = fit(mixture, text, token_only=token_only, keep_top_k=keep_top_k, progress=progress)
+    options: dict[str, Any] = {"token_only": token_only, "progress": progress}
+    text = text_for(mixture.shape, mixture.resolved, data, trust_remote_code=trust_remote_code, **options)
+    fitted = fit(mixture, text, keep_top_k=keep_top_k, **options)
     with atomic_folder(target, force=in_place or force) as folder:
         written = write_calibrated(mixture, fitted, folder, mixture.shard_bytes, progress=progress)
         for file in source.iterdir() if in_place else ():  # beside the mixture's own, such as a licence

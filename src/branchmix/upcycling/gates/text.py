@@ -17,6 +17,7 @@ from branchmix.data.sources import documents as documents_of
 from branchmix.data.sources import hash_of, held_out_among, is_held_out
 from branchmix.errors import CheckpointError, DataError, RecipeError
 from branchmix.likelihood.models import encode
+from branchmix.upcycling.plan import Progress
 
 COUNTED_TOKENS = 1_000_000
 """Tokens of a domain that are counted, at most: counting takes seconds, and similar domains differ in rare tokens."""
@@ -54,7 +55,7 @@ class DomainText:
         return self.counted + self.checked
 
 
-def read(config: EvalData, tokenizer: Any) -> dict[str, DomainText]:
+def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> dict[str, DomainText]:
     """The text of each domain, in tokens of the mixture's tokenizer.
 
     Raises:
@@ -67,7 +68,9 @@ def read(config: EvalData, tokenizer: Any) -> dict[str, DomainText]:
         )
     share = config.held_out.share
     found = {}
-    for name, source in config.data.items():
+    for number, (name, source) in enumerate(config.data.items()):
+        if progress is not None:
+            progress("reading text", number, len(config.data))
         texts = documents_of(source, folder=config.folder)
         streamed = source.hub is not None and source.streaming
         found[name] = _split(_tokens(_chosen(texts, share, streamed=streamed), tokenizer))
