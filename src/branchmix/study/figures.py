@@ -121,7 +121,7 @@ def dots(study: Numbers, ink: str) -> Figure:
         if len(values) > 1:
             panel.plot(values, [place] * len(values), ".", color=colour, alpha=0.55, markersize=5)
         panel.plot(middle, place, "o", color=colour, markersize=6)
-        panel.annotate(f"{middle:.{0 if middle >= 100 else 1}f}", (middle, place), **beside)
+        panel.annotate(f"{middle:.{0 if middle >= 100 else 1}f}", (max([middle, *values]), place), **beside)
     panel.set_xscale("log")
     panel.set_yticks(range(len(models)), [model["label"] for model in models])
     panel.set_ylim(len(models) - 0.4, -0.6)
