@@ -79,7 +79,7 @@ def means(seed: Path, text: Path) -> dict[str, torch.Tensor]:
     found = {}
     for name, documents in read(data, dialects.tokenizer()).items():
         states = []
-        for document in (documents.measured + documents.all_counted)[:64]:
+        for document in (documents.measured + documents.counted)[:64]:
             ids = torch.tensor([document[:length].tolist()])
             with torch.no_grad():
                 states.append(model(ids, output_hidden_states=True).hidden_states[-1][0])

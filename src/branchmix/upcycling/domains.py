@@ -79,7 +79,7 @@ def mean_states(text: Text, seed: ResolvedModel, progress: Progress | None = Non
     for number, domains in enumerate(text.values()):
         if progress is not None:
             progress("embedding domains", number, len(text))
-        documents = [d[:length] for of_one in domains for d in (of_one.measured + of_one.all_counted)[:DOCUMENTS]]
+        documents = [d[:length] for of_one in domains for d in (of_one.measured + of_one.counted)[:DOCUMENTS]]
         total, count = 0.0, 0
         for tokens in documents:  # one by one, so that no padding is among the states
             with torch.no_grad():

@@ -140,12 +140,12 @@ def fit(
 
     earlier = mixture.config.get("document_gate") or {}
     vocab_size = mixture.dims.vocab_size
-    counts = _stored_counts(mixture) | {name: _counts(found.all_counted, vocab_size) for name, found in text.items()}
+    counts = _stored_counts(mixture) | {name: _counts(found.counted, vocab_size) for name, found in text.items()}
     names, counts_VM = list(counts), np.stack(list(counts.values()), axis=1)
     if set(text) == set(names) or not {"smoothing", "temperature"} <= earlier.keys():
-        unchecked = counts | {name: _counts(found.counted, vocab_size) for name, found in text.items()}
         others = {m: text[name].checked + text[name].measured for m, name in enumerate(names) if name in text}
-        posterior = fit_posterior(np.stack(list(unchecked.values()), axis=1), others)
+        checked = [_counts(text[name].checked if name in text else [], vocab_size) for name in names]
+        posterior = fit_posterior(counts_VM - np.stack(checked, axis=1), others)
     else:  # a fit to some of the domains would favour them
         posterior = Posterior(earlier["smoothing"], earlier["temperature"], earlier["decay"])
 
@@ -185,7 +185,7 @@ def fit(
     tensors: dict[str, Expression] = {}
     record: dict[str, Any] | None = None
     if token_only:
-        counted = {name: documents.all_counted for name, documents in text.items()}
+        counted = {name: documents.counted for name, documents in text.items()}
         weights = fitting.fit_token_routers(gated, shares_ME, counted, measured, calibrated, tell)
         after, routing, routers = fitting.losses(model, measured), calibrated, "fitted"
         tell()
@@ -257,7 +257,7 @@ def _matrix(losses: dict[str, dict[str, float]], experts: list[str]) -> tuple[np
 
 def _counts(documents: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
     """How often each token occurs, [V]."""
-    return np.bincount(np.concatenate(documents), minlength=vocab_size)
+    return np.bincount(np.concatenate([*documents, np.array([], dtype=int)]), minlength=vocab_size)
 
 
 def _stored_counts(mixture: OpenedMixture) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from branchmix.upcycling.plan import Progress
 COUNTED_TOKENS = 1_000_000
 """Tokens of a domain that are counted, at most: counting takes seconds, and similar domains differ in rare tokens."""
 CHECKED_TOKENS = 10_000
-"""Tokens of a domain on which the posterior's parameters are chosen, before they are counted as well."""
+"""About as many of them are counted last: on these, the posterior's parameters are chosen."""
 MEASURED_TOKENS = 2_000
 """Further tokens of a domain, on which the experts' losses are measured, what the time goes to; checked as well."""
 MEASURED_PIECE = 256
@@ -33,7 +33,7 @@ PIECE = 512
 """Tokens of a document that are used while there are enough documents."""
 STREAMED_DOCUMENTS = 500
 """Documents of a stream that are read, or more if they are short."""
-_MOST_TOKENS = COUNTED_TOKENS + CHECKED_TOKENS + MEASURED_TOKENS
+_MOST_TOKENS = COUNTED_TOKENS + MEASURED_TOKENS
 _CHARACTERS = 8
 """Characters that a token has at most, as a rule: so much text is kept for each token that is wanted."""
 
@@ -45,14 +45,9 @@ class DomainText:
     counted: list[np.ndarray]
     """Documents whose tokens are counted."""
     checked: list[np.ndarray]
-    """Other documents, counted once the posterior's parameters are chosen."""
+    """Those of them that are not counted yet when the posterior's parameters are chosen."""
     measured: list[np.ndarray]
-    """The beginnings of further documents, of at most ``MEASURED_PIECE`` tokens each."""
-
-    @property
-    def all_counted(self) -> list[np.ndarray]:
-        """Documents whose tokens are counted in the end."""
-        return self.counted + self.checked
+    """The beginnings of other documents, of at most ``MEASURED_PIECE`` tokens each."""
 
 
 def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> dict[str, DomainText]:
@@ -74,7 +69,7 @@ def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> 
         texts = documents_of(source, folder=config.folder)
         streamed = source.hub is not None and source.streaming
         found[name] = _split(_tokens(_chosen(texts, share, streamed=streamed), tokenizer))
-        if (count := sum(map(len, found[name].all_counted))) < LEAST_TOKENS:
+        if (count := sum(map(len, found[name].counted))) < LEAST_TOKENS:
             raise DataError(
                 f"data.{name}: has only {count} tokens that are not held out, and gates need {LEAST_TOKENS} or more: "
                 "give more text, or a smaller held_out.share"
@@ -84,7 +79,7 @@ def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> 
 
 def require_known_tokens(text: Mapping[str, DomainText], vocab_size: int, given: str) -> None:
     """Raises CheckpointError where the tokenizer of the model ``given`` gives tokens that have no embedding."""
-    largest = max(int(tokens.max()) for found in text.values() for tokens in (*found.all_counted, *found.measured))
+    largest = max(int(tokens.max()) for found in text.values() for tokens in (*found.counted, *found.measured))
     if largest >= vocab_size:
         raise CheckpointError(
             f"{given}: the tokenizer gives token {largest:,}, but the model has only {vocab_size:,} "
@@ -93,16 +88,12 @@ def require_known_tokens(text: Mapping[str, DomainText], vocab_size: int, given:
 
 
 def _chosen(texts: Iterable[str], share: float, *, streamed: bool) -> list[str]:
-    """Distinct documents that are not held out, cut to a length at which there are just enough characters: down to that
-    of a piece, and then those of lowest hashes are left out. Of a stream, the first ones."""
+    """Distinct documents that are not held out, cut to a length at which there are enough characters but not twice as
+    many: down to that of a piece, and then those of lowest hashes are left out. Of a stream, the first ones."""
     wanted, least = _MOST_TOKENS * _CHARACTERS, PIECE * _CHARACTERS
+    limit, characters = wanted, 0  # of a document, and of all that are kept
     kept: list[tuple[int, str]] = []  # a heap
     seen: set[int] = set()
-    limit = wanted
-    """Characters of a document that are kept."""
-    enough_at = max(limit // 2, least)
-    """The limit once there are ``wanted`` characters in documents that are cut to this."""
-    characters = 0
     for text in texts:
         key = hash_of(text)
         if key in seen:
@@ -111,14 +102,14 @@ def _chosen(texts: Iterable[str], share: float, *, streamed: bool) -> list[str]:
         if is_held_out(text, share):
             continue
         heapq.heappush(kept, (key, text[:limit]))
-        characters += min(len(text), enough_at)
-        while characters >= wanted and limit > least:
-            limit, enough_at = enough_at, max(enough_at // 2, least)
+        characters += min(len(text), limit)
+        while characters >= 2 * wanted and limit > least:
+            limit = max(limit // 2, least)
             kept = [(key, text[:limit]) for key, text in kept]
-            characters = sum(min(len(text), enough_at) for _, text in kept)
-        while characters - len(kept[0][1]) >= wanted and limit == least:
+            characters = sum(len(text) for _, text in kept)
+        while limit == least and characters - len(kept[0][1]) >= wanted:
             characters -= len(heapq.heappop(kept)[1])
-        if streamed and len(kept) >= STREAMED_DOCUMENTS and sum(len(text) for _, text in kept) >= wanted:
+        if streamed and len(kept) >= STREAMED_DOCUMENTS and characters >= wanted:
             break
     held_out = held_out_among(seen, share)
     return [text for key, text in sorted(kept, reverse=True) if key not in held_out]
@@ -134,7 +125,7 @@ def _tokens(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
 
 
 def _split(documents: list[np.ndarray]) -> DomainText:
-    """Every fourth document is measured or checked until there is enough; a few long ones are cut into pieces first."""
+    """One of four is measured and one checked, until that is enough; few long documents are cut into pieces first."""
     if len(documents) < 8:
         sizes = [min(PIECE, max(16, len(tokens) // 8)) for tokens in documents]
         whole = zip(documents, sizes, strict=True)
@@ -147,10 +138,10 @@ def _split(documents: list[np.ndarray]) -> DomainText:
             if len(piece) > 1:  # a single token predicts nothing
                 text.measured.append(piece)
                 measured += len(piece)
-        elif number % 4 == 3 and checked < CHECKED_TOKENS:
-            text.checked.append(tokens[: CHECKED_TOKENS - checked])
-            checked += len(text.checked[-1])
         elif counted < COUNTED_TOKENS:
             text.counted.append(tokens[: COUNTED_TOKENS - counted])
             counted += len(text.counted[-1])
+            if number % 4 == 3 and checked < CHECKED_TOKENS:
+                text.checked.append(text.counted[-1])
+                checked += len(text.checked[-1])
     return text
