@@ -49,7 +49,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 import branchmix
-from branchmix.models.attention_branchmix import BranchMixAttention
+from branchmix.models import attention_branchmix
+from branchmix.models.attention_branchmix import BranchMixAttention, Chosen
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -67,6 +68,10 @@ def close(ours, theirs, what):
     torch.testing.assert_close(full(ours), theirs, rtol=0, atol=1e-5 * scale, msg=message)
 
 
+layers = []
+attention_branchmix.Chosen = lambda *args: layers.append(1) or Chosen(*args)
+
+
 def check(folder, **sizes):
     BranchMixAttention.sparse = "top-1" in folder.name or None
     expected = load_file(folder / "expected.safetensors")
@@ -82,8 +87,10 @@ def check(folder, **sizes):
             assert parameter.to_local().shape[0] == 2 and parameter.shape[0] == 4, name
         elif ".experts." in name and not any("_bias" in other for other, _ in model.named_parameters()):
             assert parameter.to_local().numel() * 2 == parameter.numel(), name
+    layers.clear()
     with torch.no_grad():
         close(model(ids).logits, expected["logits"], "logits")
+    assert len(layers) == (2 if "top-1" in folder.name and "fsdp_size" in sizes else 0), "chosen experts' heads"
     if "fsdp_size" not in sizes:
         settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
         generated = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)

@@ -167,6 +167,24 @@ def test_experts_with_rotary_positions_of_their_own(sparse: Any) -> None:
         assert len(layers) == 2
 
 
+@pytest.mark.parametrize("attention", BOTH)
+@pytest.mark.parametrize("name", ["llama-bias", "qwen3", "stablelm-parallel"])
+def test_an_expert_that_no_token_chooses_has_gradients(name: str, attention: str, sparse: Any) -> None:
+    """Of zero, as where all are computed: FSDP waits for every one."""
+    model = random_mixture(name, attention, attention_num_experts_per_tok=1, expert_bias=True)
+    for module in model.modules():
+        if isinstance(module, BranchMixAttention):
+            module.expert_gate.expert_bias.copy_(torch.tensor([0.0, -9.0, 0.0]))
+    ids, mask = padded()
+    with sparse(False):
+        expected = trained(model, input_ids=ids, attention_mask=mask)
+    with sparse(True) as layers:
+        found = trained(model, input_ids=ids, attention_mask=mask)
+        assert len(layers) == 2
+    same(found, expected)
+    assert found.keys() == {"logits", *(parameter for parameter, _ in model.named_parameters())}
+
+
 # ---- the keys of a token's own experts ----
 
 

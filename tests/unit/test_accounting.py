@@ -489,6 +489,30 @@ def test_an_unknown_mixture_of_experts_is_counted_without_flops(tmp_path: Path) 
     assert found.as_dict()["flops_per_token"] is None
 
 
+@pytest.mark.parametrize("top_k", [None, 1])
+@pytest.mark.parametrize("attention", ["kv_experts", "kv_sharing"])
+def test_a_mixture_of_an_unknown_family_has_the_active_parameters_of_its_top_k(
+    tmp_path: Path, attention: str, top_k: int | None
+) -> None:
+    """As the formula counts them where there is one."""
+    kv = 4 if attention == "kv_experts" else 1
+    experts = {"q_proj.weight": [4 * 64, 64], "k_proj.weight": [kv * 32, 64], "v_proj.weight": [kv * 32, 64]}
+    ffn = {"gate.weight": [4, 64], "experts.gate_up_proj": [4, 192, 64], "experts.down_proj": [4, 64, 96]}
+    block = {f"self_attn.heads.{name}": shape for name, shape in experts.items()}
+    block |= {"self_attn.o_proj.weight": [64, 4 * 64], "self_attn.expert_gate.weight": [4, 64]}
+    block |= {f"mlp.{name}": shape for name, shape in ffn.items()}
+    shapes = {name: shape for name, shape in _llama_shapes().items() if "proj" not in name}
+    shapes |= {f"model.layers.{layer}.{name}": shape for layer in range(2) for name, shape in block.items()}
+    options = {"attention": attention, "attention_num_experts_per_tok": top_k}
+    stored = {f"model.{name}": shape for name, shape in shapes.items()}
+    found = inspect(_folder(tmp_path / "mixture", mixture(_tiny("novel"), **options), stored), context=32)
+    known = mixture(_tiny("llama"), **options)
+    assert found.source == "weights" and found.total == parameters(known)
+    assert found.active == active_parameters(known)
+    assert found.flops == flops_per_token(known, 32)
+    assert any("chosen attention experts" in notice for notice in found.notices) == (top_k is not None)
+
+
 def test_a_broken_weight_file_does_not_hide_what_the_config_says(tmp_path: Path) -> None:
     folder = _folder(tmp_path / "cut", _tiny("llama"), _llama_shapes())
     (folder / "model.safetensors").write_bytes(b"\x10")

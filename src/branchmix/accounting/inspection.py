@@ -236,17 +236,22 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
     positions = configured_positions(shape.seed)
     if positions is not None and context > positions:
         notices.append(f"a context of {context:,} exceeds the model's {positions:,} positions")
-    if shape.attention_num_experts_per_tok and shape.has_attention_experts:
-        notices.append(
-            f"active parameters and FLOPs count the queries and outputs of the {shape.attention_num_experts_per_tok} "
-            f"chosen attention experts, and {'all keys' if shape.kv_experts > 1 else 'the shared keys'} and values"
-        )
+    notices += _notices_of_top_k(shape)
     active, flops, model_type = active_parameters(config), flops_of(shape, context), config["model_type"]
     lossless = None
     if folder is not None and model_type == "branchmix":
         lossless = (read_object(folder / "branchmix.json") or {}).get("lossless")
     counts = (shape, context, dtype, total, active, flops, stored)
     return Accounting(name, model_type, "config", *counts, tuple(notices), lossless)
+
+
+def _notices_of_top_k(shape: Shape) -> list[str]:
+    if not shape.attention_num_experts_per_tok or not shape.has_attention_experts:
+        return []
+    return [
+        f"active parameters and FLOPs count the queries and outputs of the {shape.attention_num_experts_per_tok} "
+        f"chosen attention experts, and {'all keys' if shape.kv_experts > 1 else 'the shared keys'} and values"
+    ]
 
 
 def _by_weights(
@@ -270,21 +275,36 @@ def _by_weights(
     chosen = config.get("num_experts_per_tok", 1)
     fraction = (chosen, experts) if isinstance(chosen, int) and 0 < chosen <= experts else (1, 1)
     tied = is_tied(config.get("seed_config") or config)
-    total, active, matrices = _count_tensors(index, tied=tied, active_experts=fraction)
+    described = _described_shape(config)
+    used = {r"\.experts\.(?!\w+\.weight$)": fraction}  # that is the seed's, beside the experts' changes of it
+    if described is not None and described.has_attention_experts:
+        used[_of_queries(described)] = (described.active_attention_experts, described.num_experts)
+    total, active, matrices = _count_tensors(index, tied=tied, used=used)
     notices = [f"{lacking}: counted from the weights, without the buffers that are known by name"]
-    shape = _plain_shape(index, context, matrices)
+    notices += [] if described is None else _notices_of_top_k(described)
+    shape = None if described is None else _plain_shape(described, index, context, matrices)
     if shape is None:
         notices.append("FLOPs and KV cache unknown: the weights are not those of plain attention and FFN layers")
     model_type, flops, stored = config["model_type"], flops_of(shape, context) if shape else None, total.total
     return Accounting(name, model_type, "weights", shape, context, dtype, total, active, flops, stored, tuple(notices))
 
 
-def _plain_shape(index: CheckpointIndex, context: int, matrices: dict[str, int]) -> Shape | None:
-    """The shape of a model without a formula, if its matrices are those of plain attention and FFN layers."""
+def _described_shape(config: Config) -> Shape | None:
     try:
-        shape = shape_of(index.config)
+        return shape_of(config)
     except CheckpointError:
         return None
+
+
+def _of_queries(shape: Shape) -> str:
+    """A pattern of the names of what a mixture has of every attention expert and a token uses of the chosen ones."""
+    family, matrix = shape.family, r"\.(?!weight$)" if shape.expert_ranks else r"\."
+    norm = rf"|heads\.{family.query_norm}\." if family.query_norm else ""
+    return rf"\.{family.attention}\.((heads\.(q_proj|{family.query})|o_proj){matrix}|o_bias${norm})"
+
+
+def _plain_shape(shape: Shape, index: CheckpointIndex, context: int, matrices: dict[str, int]) -> Shape | None:
+    """The shape of a model without a formula, if its matrices are those of plain attention and FFN layers."""
     if not any(".gate_proj" in tensor or "gate_up" in tensor for tensor in index.tensors):
         shape = replace(shape, family=replace(shape.family, gate=None))
     flops = flops_of(replace(shape, attention_num_experts_per_tok=None), context)
@@ -312,11 +332,13 @@ _BUFFERS = re.compile(
 
 
 def _count_tensors(
-    index: CheckpointIndex, *, tied: bool, active_experts: tuple[int, int] = (1, 1)
+    index: CheckpointIndex, *, tied: bool, used: dict[str, tuple[int, int]] | None = None
 ) -> tuple[ParameterCounts, ParameterCounts, dict[str, int]]:
-    """Stored parameters by part: all; those active when k of N ``active_experts`` are; and those in matrices."""
+    """Stored parameters by part: all; those that a token uses; and those in matrices.
+
+    ``used`` says by a pattern of names that these tensors are of N experts, and a token uses k.
+    """
     total, active, matrices = (dict.fromkeys(_PART_PATTERNS, 0) for _ in range(3))
-    chosen, experts = active_experts
     head, embeddings = head_and_embeddings(index)
     twin = head.name if tied and head is not None and embeddings is not None else None
     for name, ref in index.tensors.items():
@@ -325,7 +347,8 @@ def _count_tensors(
             continue
         elements = math.prod(ref.shape)
         total[part] += elements
-        active[part] += elements * chosen // experts if ".experts." in name else elements
+        chosen, experts = next((share for names, share in (used or {}).items() if re.search(names, name)), (1, 1))
+        active[part] += elements * chosen // experts
         matrices[part] += elements if len(ref.shape) > 1 and not name.endswith("bias") else 0
     return ParameterCounts(**total), ParameterCounts(**active), matrices
 
