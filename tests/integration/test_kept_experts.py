@@ -84,8 +84,9 @@ def test_each_prompt_of_a_batch_runs_on_its_own_experts(attention: str, monkeypa
     assert torch.equal(greedy(mixture, ids), whole)
 
 
-def test_shares_are_means_of_the_gates_and_padding_has_none() -> None:
-    mixture, ids = random_mixture("qwen3"), tokens()
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_shares_are_means_of_the_gates_and_padding_has_none(name: str) -> None:
+    mixture, ids = random_mixture(name), tokens()
     outputs = mixture(ids, output_router_logits=True)
     layers = [*outputs.router_logits, *outputs.attention_router_logits]
     expected = torch.stack([layer.softmax(-1) for layer in layers]).mean(0).view(*ids.shape, -1).mean(1)

@@ -194,8 +194,14 @@ def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
         scored = zip(logits, model.document_gate.score_of.values(), strict=True)
         last = [shares(kind[:, -1], score) for kind, score in scored if kind is not None]
         return torch.stack(last).mean(0).to(input_ids.device)
+    positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     outputs = model(
-        input_ids, attention_mask=attention_mask, output_router_logits=True, use_cache=False, logits_to_keep=1
+        input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,  # as in generate
+        output_router_logits=True,
+        use_cache=False,
+        logits_to_keep=1,
     )
     layers = [shares(layer.float(), model.config.scoring_func) for layer in outputs.router_logits or ()]
     layers += [shares(layer.float()) for layer in outputs.attention_router_logits or ()]
