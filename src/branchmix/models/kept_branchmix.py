@@ -274,7 +274,7 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
     ids_BT = kwargs.pop("input_ids", None) if inputs is None else inputs
     if ids_BT is None or kwargs.get("past_key_values") is not None:
         raise ValueError("experts are chosen by the ids of the whole prompt: give input_ids, and no past_key_values")
-    config = kwargs.get("generation_config") or model.generation_config
+    config = (args[0] if args else kwargs.get("generation_config")) or model.generation_config
     ends = kwargs.get("eos_token_id", config.eos_token_id)
     ends = ends if isinstance(ends, list) else [ends]
     padding = kwargs.get("pad_token_id", config.pad_token_id)
