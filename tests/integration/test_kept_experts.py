@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from branchmix.models.kept_branchmix import chosen_experts, expert_shares, keep_
 from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixRouter
 from families import NAMES
-from mixtures import BOTH, close, gated, random_mixture, tokens
+from mixtures import BOTH, close, gated, load, random_mixture, tokens
 
 
 @pytest.mark.parametrize("attention", (*BOTH, "average"))
@@ -160,6 +161,21 @@ def test_weights_are_shared_and_follow_the_mixture() -> None:
         mixture.model.model.layers[0].self_attn.o_proj.weight.mul_(2.0)
         assert of_kept_experts(mixture, (0, 2)) is not None
         close(of_kept_experts(mixture, (1,))(ids).logits, keep_experts(mixture, ["code"])(ids).logits)
+
+
+@pytest.mark.parametrize("rows", [[0, 2], [0, 2, 3], [1, 2, 3]])
+def test_experts_kept_of_kept_ones(rows: list[int], tmp_path: Path) -> None:
+    mixture, ids = random_mixture("llama", num_experts=4), tokens()
+    kept = keep_experts(mixture, rows)
+    for some in ([0], [1], [0, len(rows) - 1]):
+        with torch.no_grad():
+            close(keep_experts(kept, some)(ids).logits, keep_experts(mixture, [rows[row] for row in some])(ids).logits)
+    if rows == [1, 2, 3]:
+        kept.save_pretrained(tmp_path)
+        close(load(tmp_path)(ids).logits, kept(ids).logits)
+    else:
+        with pytest.raises(ValueError, match="share tensors with the others of their mixture: branchmix remove-expert"):
+            kept.save_pretrained(tmp_path)
 
 
 def test_rows_of_several_choices_are_padded_as_transformers_pads() -> None:

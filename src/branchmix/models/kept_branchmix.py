@@ -105,8 +105,12 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
             setattr(kept, name, getattr(whole, name))
     kept._parameters, kept._buffers = dict(whole._parameters), dict(whole._buffers)
     one_an_expert = isinstance(kept, (BranchMixExpertNorm, BranchMixExpertRotary, BranchMixTrunkExperts))
+    stacked = rows
+    if isinstance(kept, BranchMixSparseMoeBlock) and whole.rows is not None:  # kept of a mixture that was kept itself
+        stacked = whole.rows[rows].tolist()
     for name, child in kept.named_children():
-        _share(child, whole[rows[int(name)]] if one_an_expert else getattr(whole, name), rows, query)
+        counterpart = whole[rows[int(name)]] if one_an_expert else getattr(whole, name)
+        _share(child, counterpart, stacked if name == "experts" else rows, query)
     if isinstance(kept, BranchMixRouter) and kept.expert_bias is not None:
         kept.expert_bias = kept.expert_bias[rows]
     if isinstance(kept, BranchMixRouterDomains):
@@ -126,8 +130,8 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
             some = value.detach()[start:stop] if _side_by_side(rows) else torch.cat([parts[row] for row in rows])
             kept._parameters[name] = nn.Parameter(some, requires_grad=False) if len(some) else None
     elif isinstance(kept, BranchMixSparseMoeBlock):
-        if isinstance(kept.experts, BranchMixExperts) and not _side_by_side(rows):
-            kept.rows = torch.tensor(rows, device=whole.gate.device)
+        if isinstance(kept.experts, BranchMixExperts) and not _side_by_side(stacked):
+            kept.rows = torch.tensor(stacked, device=whole.gate.device)
     elif isinstance(kept, BranchMixAttention):
         _cut(kept, rows)  # o_bias
         if isinstance(kept.o_proj, BranchMixLinear):
