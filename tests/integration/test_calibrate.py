@@ -36,7 +36,8 @@ from branchmix.upcycling.gates import calibrate, measure, run
 from branchmix.upcycling.gates import text as reading
 from branchmix.upcycling.gates.evidence import fit_posterior
 from branchmix.upcycling.gates.fit import NEARLY, log_shares, losses
-from branchmix.upcycling.mixture import OpenedMixture
+from branchmix.upcycling.mixture import NOT_CALIBRATED, OpenedMixture
+from families import BY_NAME
 from mixtures import load
 
 EXPERTS = ("seed", *dialects.DOMAINS)
@@ -503,6 +504,19 @@ def test_added_experts_are_silent_until_there_is_text(home: Path, tmp_path: Path
     assert found["north"] < 1.05 * before["north"], "a third domain makes documents a little less certain, no more"
 
 
+def test_documents_longer_than_the_table_of_positions(home: Path, tmp_path: Path) -> None:
+    """Only their beginnings are measured."""
+    for number, name in enumerate(("seed", "a")):
+        model = BY_NAME["gpt2"].model(number, vocab_size=len(dialects.tokenizer()), n_positions=32)
+        model.save_pretrained(tmp_path / name)
+        dialects.tokenizer().save_pretrained(tmp_path / name)
+    experts = [{"name": "a", "model": str(tmp_path / "a")}]
+    branchmix.upcycle({"seed": str(tmp_path / "seed"), "experts": experts}, tmp_path / "gpt2")
+    fitted = calibrate(tmp_path / "gpt2", home / "data.yaml", token_only=True).fitted
+    assert fitted.routers == "fitted"
+    assert {domain.measured_tokens % 32 for domain in fitted.domains} == {0}, "all are longer"
+
+
 # ---- elsewhere ----
 
 
@@ -587,12 +601,15 @@ def test_better_gates_are_kept(home: Path, tmp_path: Path, calibrated: Any) -> N
     sources = ", ".join(f"{name}: {{files: {file}}}" for name, file in files.items())
     (tmp_path / "mixed.yaml").write_text(f"data: {{{sources}}}")
     start = with_biases(home / "calibrated", tmp_path / "start", 1e-3)
+    record = json.loads((start / "branchmix.json").read_text())
+    (start / "branchmix.json").write_text(json.dumps({**record, "notes": [NOT_CALIBRATED.format(name="west")]}))
     report = calibrate(start, tmp_path / "mixed.yaml", tmp_path / "out").fitted
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "out"))
     assert report.routers == "unchanged" and any("better than a fit's" in note for note in report.notes)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["document_gate"]["domains"] and config["expert_bias"]
+    assert "know nothing of 'west'" in (tmp_path / "out" / "README.md").read_text(), "nor do the gates now"
 
 
 def test_forced_rows_are_the_mixture_with_one_expert(home: Path, calibrated: Any) -> None:

@@ -202,11 +202,15 @@ def test_generation_is_the_same_in_every_cache(name: str, attention: str) -> Non
 def test_beams_and_drafts(name: str) -> None:
     model = gated(name)
     beams = {"num_beams": 3, "num_return_sequences": 2}
-    assert torch.equal(generate(model, tokens(), **beams), generate(model, tokens(), use_cache=False, **beams))
+    expected = generate(model, tokens(), use_cache=False, **beams)
+    assert torch.equal(generate(model, tokens(), **beams), expected)
+    assert torch.equal(generate(model, tokens(), cache_implementation="static", **beams), expected)
     if name in ("gemma3", "phi3"):  # sliding caches cannot be cropped
         return
     prompt = tokens(1, 6).repeat(1, 3)  # n-grams to find
-    assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=3), generate(model, prompt))
+    expected = generate(model, prompt)
+    assert torch.equal(generate(model, prompt, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(generate(model, prompt, assistant_model=model.keep_experts([0, 2])), expected)
 
 
 @pytest.mark.parametrize("attention", BOTH)
@@ -221,6 +225,7 @@ def test_left_padding_changes_no_continuation(name: str, attention: str) -> None
     mask[1, :4] = 0
     assert torch.equal(generate(model, batch, mask), alone)
     assert torch.equal(generate(model, batch, mask, cache_implementation="static"), alone)
+    assert torch.equal(generate(model, batch, mask, prefill_chunk_size=3), alone)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from branchmix.models.kept_branchmix import chosen_experts, expert_shares, keep_
 from branchmix.models.routers import one_hot_gates
 from branchmix.models.routing_branchmix import BranchMixRouter
 from families import NAMES
-from mixtures import BOTH, close, gated, random_mixture, tokens
+from mixtures import BOTH, close, gated, load, random_mixture, tokens
 
 
 @pytest.mark.parametrize("attention", (*BOTH, "average"))
@@ -84,8 +85,9 @@ def test_each_prompt_of_a_batch_runs_on_its_own_experts(attention: str, monkeypa
     assert torch.equal(greedy(mixture, ids), whole)
 
 
-def test_shares_are_means_of_the_gates_and_padding_has_none() -> None:
-    mixture, ids = random_mixture("qwen3"), tokens()
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_shares_are_means_of_the_gates_and_padding_has_none(name: str) -> None:
+    mixture, ids = random_mixture(name), tokens()
     outputs = mixture(ids, output_router_logits=True)
     layers = [*outputs.router_logits, *outputs.attention_router_logits]
     expected = torch.stack([layer.softmax(-1) for layer in layers]).mean(0).view(*ids.shape, -1).mean(1)
@@ -161,6 +163,21 @@ def test_weights_are_shared_and_follow_the_mixture() -> None:
         close(of_kept_experts(mixture, (1,))(ids).logits, keep_experts(mixture, ["code"])(ids).logits)
 
 
+@pytest.mark.parametrize("rows", [[0, 2], [0, 2, 3], [1, 2, 3]])
+def test_experts_kept_of_kept_ones(rows: list[int], tmp_path: Path) -> None:
+    mixture, ids = random_mixture("llama", num_experts=4), tokens()
+    kept = keep_experts(mixture, rows)
+    for some in ([0], [1], [0, len(rows) - 1]):
+        with torch.no_grad():
+            close(keep_experts(kept, some)(ids).logits, keep_experts(mixture, [rows[row] for row in some])(ids).logits)
+    if rows == [1, 2, 3]:
+        kept.save_pretrained(tmp_path)
+        close(load(tmp_path)(ids).logits, kept(ids).logits)
+    else:
+        with pytest.raises(ValueError, match="share tensors with the others of their mixture: branchmix remove-expert"):
+            kept.save_pretrained(tmp_path)
+
+
 def test_rows_of_several_choices_are_padded_as_transformers_pads() -> None:
     """With the end of text where there is no padding token, and as a generation config says."""
     mixture, ids = random_mixture("llama"), tokens(3)
@@ -174,6 +191,8 @@ def test_rows_of_several_choices_are_padded_as_transformers_pads() -> None:
     settings = GenerationConfig(eos_token_id=end, max_new_tokens=5, do_sample=False)
     out = mixture.generate(ids, attention_mask=torch.ones_like(ids), experts=1, generation_config=settings)
     assert set(out[0, ids.shape[1] :].tolist()) == {end}, "it ends at once"
+    two = mixture.generate(ids[::2], settings, attention_mask=torch.ones_like(ids[::2]), experts=1)
+    assert choices[0] != choices[2] and set(two[0, ids.shape[1] :].tolist()) == {end}
     settings.return_dict_in_generate = True
     with pytest.raises(ValueError, match="return more than ids"):
         mixture.generate(ids, experts=1, generation_config=settings)

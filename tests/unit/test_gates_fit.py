@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from branchmix.data.config import EvalData
+from branchmix.errors import DataError
 from branchmix.upcycling.gates import evidence as ev
 from branchmix.upcycling.gates import text as reading
 from branchmix.upcycling.gates.fit import LEAST_LOG, TopK, log_shares, logistic_regression
@@ -20,7 +25,8 @@ def test_evidence_is_the_log_ratio_of_smoothed_frequencies() -> None:
     background /= background.sum()
     first = (counts[:, 0] + 50 * background) / 150
     second = (counts[:, 1] + 50 * background) / 450
-    np.testing.assert_allclose(table[:, 0] - table[:, 1], np.log(first / second), atol=1e-12)
+    np.testing.assert_allclose((table[:, 0] - table[:, 1])[:2], np.log(first / second)[:2], atol=1e-12)
+    assert not table[2].any(), "no domain has it"
     np.testing.assert_allclose(table.sum(1), 0, atol=1e-12)
     assert first.sum() == pytest.approx(1) and second.sum() == pytest.approx(1)
 
@@ -113,6 +119,27 @@ def test_measured_documents_are_others_than_counted_ones() -> None:
     counted, measured = (set(np.concatenate(part).tolist()) for part in (text.counted, text.measured))
     assert not counted & measured and len(counted) > 3000 and len(measured) > 500
     assert max(map(len, text.measured)) <= reading.MEASURED_PIECE
+
+
+def test_enough_is_measured_though_most_documents_are_tiny() -> None:
+    text = reading._split([*(np.array([number]) for number in range(11)), np.arange(100, 700)])
+    counted, measured = (set(np.concatenate(part).tolist()) for part in (text.counted, text.measured))
+    assert not counted & measured and len(measured) > 100
+
+
+def test_documents_that_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some without a token are passed over; where all have one only, nothing can be measured."""
+    monkeypatch.setattr(reading, "encode", lambda _, texts, special: [np.arange(len(text.split())) for text in texts])
+    for name, rows in {
+        "words": [f"w{n}" for n in range(400)],
+        "long": [" ", "\t", " \n", *["w " * n for n in range(100)]],
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    source = {name: {"files": str(tmp_path / f"{name}.jsonl")} for name in ("long", "words")}
+    text = reading.read(EvalData.model_validate({"data": {"long": source["long"]}}), None)
+    reading.require_known_tokens(text, 100, "model")
+    with pytest.raises(DataError, match=r"data.words: its documents have a single token each"):
+        reading.read(EvalData.model_validate({"data": source}), None)
 
 
 def test_of_long_documents_more_is_read_where_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

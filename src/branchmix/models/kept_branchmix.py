@@ -105,8 +105,12 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
             setattr(kept, name, getattr(whole, name))
     kept._parameters, kept._buffers = dict(whole._parameters), dict(whole._buffers)
     one_an_expert = isinstance(kept, (BranchMixExpertNorm, BranchMixExpertRotary, BranchMixTrunkExperts))
+    stacked = rows
+    if isinstance(kept, BranchMixSparseMoeBlock) and whole.rows is not None:  # kept of a mixture that was kept itself
+        stacked = whole.rows[rows].tolist()
     for name, child in kept.named_children():
-        _share(child, whole[rows[int(name)]] if one_an_expert else getattr(whole, name), rows, query)
+        counterpart = whole[rows[int(name)]] if one_an_expert else getattr(whole, name)
+        _share(child, counterpart, stacked if name == "experts" else rows, query)
     if isinstance(kept, BranchMixRouter) and kept.expert_bias is not None:
         kept.expert_bias = kept.expert_bias[rows]
     if isinstance(kept, BranchMixRouterDomains):
@@ -126,8 +130,8 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
             some = value.detach()[start:stop] if _side_by_side(rows) else torch.cat([parts[row] for row in rows])
             kept._parameters[name] = nn.Parameter(some, requires_grad=False) if len(some) else None
     elif isinstance(kept, BranchMixSparseMoeBlock):
-        if isinstance(kept.experts, BranchMixExperts) and not _side_by_side(rows):
-            kept.rows = torch.tensor(rows, device=whole.gate.device)
+        if isinstance(kept.experts, BranchMixExperts) and not _side_by_side(stacked):
+            kept.rows = torch.tensor(stacked, device=whole.gate.device)
     elif isinstance(kept, BranchMixAttention):
         _cut(kept, rows)  # o_bias
         if isinstance(kept.o_proj, BranchMixLinear):
@@ -194,8 +198,14 @@ def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
         scored = zip(logits, model.document_gate.score_of.values(), strict=True)
         last = [shares(kind[:, -1], score) for kind, score in scored if kind is not None]
         return torch.stack(last).mean(0).to(input_ids.device)
+    positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     outputs = model(
-        input_ids, attention_mask=attention_mask, output_router_logits=True, use_cache=False, logits_to_keep=1
+        input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,  # as in generate
+        output_router_logits=True,
+        use_cache=False,
+        logits_to_keep=1,
     )
     layers = [shares(layer.float(), model.config.scoring_func) for layer in outputs.router_logits or ()]
     layers += [shares(layer.float()) for layer in outputs.attention_router_logits or ()]
@@ -268,7 +278,7 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
     ids_BT = kwargs.pop("input_ids", None) if inputs is None else inputs
     if ids_BT is None or kwargs.get("past_key_values") is not None:
         raise ValueError("experts are chosen by the ids of the whole prompt: give input_ids, and no past_key_values")
-    config = kwargs.get("generation_config") or model.generation_config
+    config = (args[0] if args else kwargs.get("generation_config")) or model.generation_config
     ends = kwargs.get("eos_token_id", config.eos_token_id)
     ends = ends if isinstance(ends, list) else [ends]
     padding = kwargs.get("pad_token_id", config.pad_token_id)

@@ -292,7 +292,16 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As usual, and save this code next to the weights, so that the folder loads without branchmix installed."""
+        """As usual, and save this code next to the weights, so that the folder loads without branchmix installed.
+
+        Raises:
+            ValueError: some of a mixture's experts were kept, which share its tensors with those that were not.
+        """
+        if any(isinstance(module, BranchMixSparseMoeBlock) and module.rows is not None for module in self.modules()):
+            raise ValueError(
+                "these experts share tensors with the others of their mixture: branchmix remove-expert writes a "
+                "mixture without the others"
+            )
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
             for file in Path(__file__).parent.glob("*_branchmix.py"):

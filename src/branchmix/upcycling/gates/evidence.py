@@ -37,13 +37,14 @@ class Posterior:
 def evidence_table(counts_VM: np.ndarray, smoothing: float) -> np.ndarray:
     """``log p(token | domain)`` minus its mean over domains, [V, M]; probabilities smoothed with the domains' mean.
 
-    Every domain weighs the same in that mean, whatever its size.
+    Every domain weighs the same in that mean, whatever its size. A token that no domain has, such as one of a chat
+    template, says nothing: smoothed alone, it would speak for the domain with the least text.
     """
     totals_M = np.maximum(counts_VM.sum(0), 1)
     background_V1 = (counts_VM / totals_M).mean(1, keepdims=True) + 0.5 / totals_M.sum()
     background_V1 /= background_V1.sum()
     log_VM = np.log((counts_VM + smoothing * background_V1) / (totals_M + smoothing))
-    return log_VM - log_VM.mean(1, keepdims=True)
+    return (log_VM - log_VM.mean(1, keepdims=True)) * counts_VM.any(1, keepdims=True)
 
 
 def decayed_sums(evidence_TM: np.ndarray, decay: float) -> np.ndarray:

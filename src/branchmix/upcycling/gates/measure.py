@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from branchmix.accounting.formulas import table_positions
 from branchmix.accounting.shape import EXPERT_BIAS, Shape
 from branchmix.checkpoint.expressions import Expression, Stored
 from branchmix.checkpoint.generated_tensors import Held
@@ -161,7 +162,8 @@ def fit(
         if progress is not None:
             progress("calibrating", next(done), total)
 
-    measured = {name: found.measured for name, found in text.items()}
+    positions = table_positions(mixture.config)
+    measured = {name: [tokens[:positions] for tokens in found.measured] for name, found in text.items()}
     no_trunk = mixture.shape.trunk == "experts" and not mixture.shape.domains  # nothing chooses one yet
     before = {} if no_trunk else fitting.losses(model, measured)
     tell()
@@ -185,7 +187,7 @@ def fit(
     tensors: dict[str, Expression] = {}
     record: dict[str, Any] | None = None
     if token_only:
-        counted = {name: documents.counted for name, documents in text.items()}
+        counted = {name: [tokens[:positions] for tokens in found.counted] for name, found in text.items()}
         weights = fitting.fit_token_routers(gated, shares_ME, counted, measured, calibrated, tell)
         after, routing, routers = fitting.losses(model, measured), calibrated, "fitted"
         tell()
@@ -272,7 +274,8 @@ def _stored_counts(mixture: OpenedMixture) -> dict[str, np.ndarray]:
 def plan_with_gates(mixture: OpenedMixture, fitted: Fitted | None = None) -> Plan:
     """All tensors of a mixture, with new gates in place of its own; without any gates of documents if None."""
     new = fitted.tensors if fitted else {}
-    calibrated_now = [NOT_CALIBRATED.format(name=name) for name in mixture.names]
+    fitted_now = fitted is not None and fitted.routers != "unchanged"
+    calibrated_now = [NOT_CALIBRATED.format(name=name) for name in mixture.names] if fitted_now else []
     config = {**mixture.config, **(fitted.config if fitted else {})}
     stored = [
         (name, ref) for name, ref in mixture.index.tensors.items() if not (name in new or name.startswith(PREFIX))

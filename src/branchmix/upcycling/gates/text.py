@@ -74,6 +74,11 @@ def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> 
                 f"data.{name}: has only {count} tokens that are not held out, and gates need {LEAST_TOKENS} or more: "
                 "give more text, or a smaller held_out.share"
             )
+        if not found[name].measured:
+            raise DataError(
+                f"data.{name}: its documents have a single token each, and a token is predicted from those before it: "
+                "give longer documents"
+            )
     return found
 
 
@@ -117,7 +122,7 @@ def _chosen(texts: Iterable[str], share: float, *, streamed: bool) -> list[str]:
 
 def _tokens(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
     """The beginnings of all documents, so long that there are enough tokens if the documents have them."""
-    encoded = encode(tokenizer, texts, special=True)
+    encoded = [tokens for tokens in encode(tokenizer, texts, special=True) if len(tokens)]
     length = PIECE
     while sum(min(len(tokens), length) for tokens in encoded) < _MOST_TOKENS and any(len(t) > length for t in encoded):
         length *= 2
@@ -125,8 +130,10 @@ def _tokens(texts: list[str], tokenizer: Any) -> list[np.ndarray]:
 
 
 def _split(documents: list[np.ndarray]) -> DomainText:
-    """One of four is measured and one checked, until that is enough; few long documents are cut into pieces first."""
-    if len(documents) < 8:
+    """One of four is measured and one checked, until that is enough; few long documents are cut into pieces first, be
+    they among many tiny ones."""
+    predicted = sum(len(tokens) - 1 for tokens in documents[1::4])
+    if len(documents) < 8 or predicted < LEAST_TOKENS // 4:
         sizes = [min(PIECE, max(16, len(tokens) // 8)) for tokens in documents]
         whole = zip(documents, sizes, strict=True)
         documents = [tokens[start : start + n] for tokens, n in whole for start in range(0, len(tokens), n)]
