@@ -136,6 +136,11 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(name: str, at
         close(checkpointed_grads[parameter], grad, 1e-6)
 
 
+def test_reentrant_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match="reentrant"):
+        random_mixture("llama", "kv_sharing").gradient_checkpointing_enable({"use_reentrant": True})
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_router_logits_come_for_each_layer_and_only_on_request(name: str) -> None:
     model = random_mixture(name)

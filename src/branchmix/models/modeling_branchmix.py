@@ -257,6 +257,22 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         """The seed family's own model inside."""
         return getattr(self, self._family_name)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **settings: Any
+    ) -> None:
+        """Switches checkpointing on or off. Not reentrant: its forward pass has no graph, and the routers' losses are
+        computed there.
+
+        Raises:
+            ValueError: it is reentrant.
+        """
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "reentrant gradient checkpointing would train no router by its own losses: "
+                'give gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **settings)
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Routers N(0, initializer_range^2), experts like the family's other matrices, biases zero."""
