@@ -55,12 +55,12 @@ def recipe_page() -> str:
 
 
 def training_page() -> str:
-    """Every key of a run and of a study."""
+    """Every key of a run and of a branch file."""
     lines = [
         "# Training",
         "",
-        "`branchmix train` reads the settings of one run from a YAML file, `branchmix branch` those of all experts of",
-        "a study. Unknown settings are refused. Relative paths start from the file's folder. On the command line,",
+        "`branchmix train` reads the settings of one run from a YAML file, `branchmix branch` those of all",
+        "experts. Unknown settings are refused. Relative paths start from the file's folder. On the command line,",
         "`key=value` replaces a setting; dots address nested ones (`budget.tokens=2M`). Examples:",
         "`recipes/train-*.yaml`, `recipes/branch.yaml`.",
         "",
@@ -72,7 +72,7 @@ def training_page() -> str:
         "first.",
         "",
         *_table(RunConfig, "", title="a run"),
-        "## a study",
+        "## all experts (`branch`)",
         "",
         f"{_first_line(BranchConfig)} It has all settings of a run except `model`, `mix` and `adapters`, and these:",
         "",

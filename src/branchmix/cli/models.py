@@ -90,12 +90,12 @@ def _print_accounting(accounting: Accounting) -> None:
         )
     if accounting.decoding_bytes is not None:
         read = human_bytes(accounting.decoding_bytes)
-        typer.echo(f"a decoding step behind {accounting.context:,} tokens reads {read}")
+        typer.echo(f"a decoding step after {accounting.context:,} tokens reads {read}")
     paper = accounting.paper()
     if paper is not None:
         printed = paper["table_7_per_layer"]
         typer.echo(
-            f"BAM's own tables would print FFN {printed['ffn']:,} and total {printed['total']:,} FLOPs per layer, "
+            f"the BAM paper's tables count differently: FFN {printed['ffn']:,} and total {printed['total']:,} FLOPs per layer, "
             f"{paper['table_9']['active']:,} active parameters: --json says why"
         )
 

@@ -1,4 +1,4 @@
-"""The YAML files of training: one run (``branchmix train``), and all experts of a study (``branchmix branch``).
+"""The YAML files of training: one run (``branchmix train``), and all experts of one seed (``branchmix branch``).
 
 ``RunConfig.load(path, overrides)`` for files. The reference page in the docs is generated from the docstrings below.
 """
@@ -303,7 +303,7 @@ class RunConfig(_Training):
 
 
 class Branch(Settings):
-    """One expert of a study."""
+    """One expert."""
 
     domain: str | None = None
     """The domain it is trained on; the one with its own name if not set."""
@@ -312,7 +312,7 @@ class Branch(Settings):
 
 
 class BranchConfig(_Training):
-    """All experts of a study. Each is trained in its own run, from the same seed, independently of the others."""
+    """All experts of one seed. Each is trained in its own run, independently of the others."""
 
     seed: str
     """Folder or Hub id of the dense model they all start from."""
