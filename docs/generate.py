@@ -74,7 +74,8 @@ def training_page() -> str:
         *_table(RunConfig, "", title="a run"),
         "## all experts (`branch`)",
         "",
-        f"{_first_line(BranchConfig)} It has all settings of a run except `model`, `mix` and `adapters`, and these:",
+        f"{_first_line(BranchConfig)} It has all settings of a run except `model`, `mix`, `adapters` and `balance`, "
+        "and these:",
         "",
         *_table(BranchConfig, "", known=set(RunConfig.model_fields) - {"out"})[4:],
     ]
@@ -92,7 +93,7 @@ def studies_page() -> str:
         "one page with both. Examples: `recipes/study-tiny.yaml` (minutes), `recipes/study-a.yaml` (from scratch,",
         "hours: [results](studies/study-a.md)), `recipes/study-b.yaml` (SmolLM2-135M, an hour and a half:",
         "[results](studies/study-b.md)), `recipes/study-c.yaml` (mixtures that nobody trains:",
-        "[results](studies/study-c.md)), `recipes/study-d.yaml` (balance of the load, shared experts, Nexus and BTS:",
+        "[results](studies/study-c.md)), `recipes/study-d.yaml` (load balancing, shared experts, Nexus and BTS:",
         "[results](studies/study-d.md)).",
         "",
         "- **Equal data (DM)**: within a repetition, a run sees the reference's tokens in the same order.",

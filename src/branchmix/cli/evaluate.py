@@ -48,8 +48,8 @@ YAML files. Suites are the columns of the BAM paper's Table 3 (examples in the p
   bam-reasoning  arc_easy, arc_challenge, social_iqa, piqa, winogrande, quac (0 each)
   bam-mmlu       mmlu (5)
   bam            all of them, and their average
-lm-eval has no QuAC; branchmix includes that task, in lm-eval's format, judged by the F1 of words. With several models, each is
-compared with the first one on the same questions.
+lm-eval has no QuAC; branchmix includes that task, in lm-eval's format, judged by the F1 of words. With several models,
+each is compared with the first one on the same questions.
 
 \b
 With --out, rerun the command to resume a stopped evaluation; recorded results are never computed again. Name
@@ -105,7 +105,11 @@ def eval_command(
         bool, Option("--fixed-prior", help="Keep the ensemble's prior instead of learning from the text.")
     ] = False,
     forced: Annotated[
-        bool, Option("--forced", help="Also evaluate each expert of a mixture, with all gates forced to it: what ideal gates could reach.")
+        bool,
+        Option(
+            "--forced",
+            help="Also evaluate each expert of a mixture, with all gates forced to it: what ideal gates could reach.",
+        ),
     ] = False,
     trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,

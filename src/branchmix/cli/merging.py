@@ -183,7 +183,7 @@ def _print(report: UpcycleReport) -> None:
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
-        f"memory: at most about {human_bytes(_peak_memory(plan))}"
+        f"memory of the merge: at most about {human_bytes(_peak_memory(plan))}"
     )
     if plan.decomposed is not None and plan.decomposed.truncations:
         _cut_table(plan.decomposed).show()
@@ -292,7 +292,8 @@ def calibrate_command(
     data: Annotated[Path, Option(metavar="FILE", help="YAML: domains, as for eval.")],
     out: Annotated[Path | None, Option(help="Folder to write.", show_default="MODEL itself is replaced")] = None,
     token_only: Annotated[
-        bool, Option("--token-only", help="Gates that see a single token instead of the document: for vLLM and for export.")
+        bool,
+        Option("--token-only", help="Gates that see a single token instead of the document: for vLLM and for export."),
     ] = False,
     keep_top_k: Annotated[
         bool, Option("--keep-top-k", help="Keep the number of experts per token, and raw gates.")

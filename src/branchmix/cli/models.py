@@ -95,8 +95,8 @@ def _print_accounting(accounting: Accounting) -> None:
     if paper is not None:
         printed = paper["table_7_per_layer"]
         typer.echo(
-            f"the BAM paper's tables count differently: FFN {printed['ffn']:,} and total {printed['total']:,} FLOPs per layer, "
-            f"{paper['table_9']['active']:,} active parameters: --json says why"
+            f"the BAM paper's tables count differently: FFN {printed['ffn']:,} and total {printed['total']:,} FLOPs "
+            f"per layer, {paper['table_9']['active']:,} active parameters: --json says why"
         )
 
 
