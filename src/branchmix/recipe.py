@@ -347,7 +347,7 @@ class Recipe(SettingsFile):
         if self.routing.domains is not None:
             self._check_domains()
         if self.shared_expert is not None and not self.has_ffn_experts:
-            raise ValueError("shared_expert: stands beside FFN experts: give ffn: experts, or leave it out")
+            raise ValueError("shared_expert: needs FFN experts beside it: give ffn: experts, or leave it out")
         count = len(self.expert_names)
         for where, top_k in (
             ("routing.ffn.top_k", self.routing.ffn.top_k),
