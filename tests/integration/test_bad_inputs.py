@@ -238,7 +238,7 @@ CHECKPOINTS = [
     # What transformers cannot build
     Case("unknown rope type", "seed: transformers cannot build | it has no 'foo' | correct its config.json",
          all_three(lambda f: config(f, rope_parameters={"rope_type": "foo", "factor": 2.0}))),
-    Case("an expert's rope type", "expert 'code': transformers cannot build | it has no 'foo' | correct its config.json",
+    Case("an expert's rope type", "expert 'code': transformers cannot build | it has no 'foo' | correct its config",
          setting(rope_parameters={"rope_type": "foo", "rope_theta": 1e4})),
     Case("no rope_theta", "seed: transformers cannot build | NoneType | correct",
          all_three(lambda f: config(f, rope_parameters={"rope_type": "default", "rope_theta": None}))),
@@ -442,7 +442,7 @@ COMMANDS = [
     Case("add: missing bias", "expert 'law': | its attention's q bias of layer 0 is missing | has shape [32]",
          lambda i: (i.mixture(), without(i.math, Q.replace("weight", "bias"))), family="llama-bias",
          args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
-    Case("add: unknown rope type", "expert 'law': transformers cannot build | it has no 'foo' | correct its config.json",
+    Case("add: unknown rope type", "expert 'law': transformers cannot build | it has no 'foo' | correct its config",
          lambda i: (i.mixture(), config(i.math, rope_parameters={"rope_type": "foo", "rope_theta": 1e4})),
          args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
     Case("add: other rows", "expert 'law': | embed_tokens.weight has 104 rows | vocab_size is 97 | resize",

@@ -310,7 +310,7 @@ def _print_routes(report: RoutingReport) -> None:
         title = f"{'FFN experts' if kind == 'ffn' else 'attention experts'}: share of tokens by domain ({how})"
         shown = " ".join(name.rjust(2) for name in names) if len(names) <= 8 else "most used, %"
         domains = [f"{domain}, {sizes['tokens']:,} tokens\n{shown}" for domain, sizes in report.domains.items()]
-        head = ["layer", *domains, "load\nentropy", "token\nentropy", "expert tells\ndomain, bits"]
+        head = ["layer", *domains, "load\nentropy", "token\nentropy", "mutual\ninformation, bits"]
         has_agreement = kind == "ffn" and bool(agreement)
         head += ["agrees with\nattention"] * has_agreement
         rows = []

@@ -254,7 +254,9 @@ def _in_template(text_model: TextModel, prompt: str) -> str:
         )
     except Exception as error:  # a template is a program: it may raise whatever Python does
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise RecipeError(f"{where} does not take PROMPT: {reason}: correct the template, or leave --chat out") from error
+        raise RecipeError(
+            f"{where} does not take PROMPT: {reason}: correct the template, or leave --chat out"
+        ) from error
     return str(text)
 
 
