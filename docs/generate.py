@@ -55,12 +55,12 @@ def recipe_page() -> str:
 
 
 def training_page() -> str:
-    """Every key of a run and of a study."""
+    """Every key of a run and of a branch file."""
     lines = [
         "# Training",
         "",
-        "`branchmix train` reads the settings of one run from a YAML file, `branchmix branch` those of all experts of",
-        "a study. Unknown settings are refused. Relative paths start from the file's folder. On the command line,",
+        "`branchmix train` reads the settings of one run from a YAML file, `branchmix branch` those of all",
+        "experts. Unknown settings are refused. Relative paths start from the file's folder. On the command line,",
         "`key=value` replaces a setting; dots address nested ones (`budget.tokens=2M`). Examples:",
         "`recipes/train-*.yaml`, `recipes/branch.yaml`.",
         "",
@@ -72,9 +72,10 @@ def training_page() -> str:
         "first.",
         "",
         *_table(RunConfig, "", title="a run"),
-        "## a study",
+        "## all experts (`branch`)",
         "",
-        f"{_first_line(BranchConfig)} It has all settings of a run except `model`, `mix` and `adapters`, and these:",
+        f"{_first_line(BranchConfig)} It has all settings of a run except `model`, `mix`, `adapters` and `balance`, "
+        "and these:",
         "",
         *_table(BranchConfig, "", known=set(RunConfig.model_fields) - {"out"})[4:],
     ]
@@ -92,7 +93,7 @@ def studies_page() -> str:
         "one page with both. Examples: `recipes/study-tiny.yaml` (minutes), `recipes/study-a.yaml` (from scratch,",
         "hours: [results](studies/study-a.md)), `recipes/study-b.yaml` (SmolLM2-135M, an hour and a half:",
         "[results](studies/study-b.md)), `recipes/study-c.yaml` (mixtures that nobody trains:",
-        "[results](studies/study-c.md)), `recipes/study-d.yaml` (balance of the load, shared experts, Nexus and BTS:",
+        "[results](studies/study-c.md)), `recipes/study-d.yaml` (load balancing, shared experts, Nexus and BTS:",
         "[results](studies/study-d.md)).",
         "",
         "- **Equal data (DM)**: within a repetition, a run sees the reference's tokens in the same order.",

@@ -35,7 +35,7 @@ def even_scaling(score: str, num_experts: int, top_k: int) -> float:
 
 
 class Expert(Settings):
-    """One specialised dense model."""
+    """One dense model fine-tuned from the seed."""
 
     name: str
     """Letters, digits, ``-``, ``_`` and ``.``; unique in the recipe, and neither ``seed`` nor ``seed-copy-...``."""
@@ -56,7 +56,8 @@ class FFNRouting(Settings):
     """How tokens find FFN experts (BAM section 3.3)."""
 
     top_k: int = Field(1, ge=1)
-    """Experts that each token goes to."""
+    """Experts that each token goes to. A recipe without ``routing.ffn`` has 2, with ``normalize: true``: see
+    ``start``."""
     normalize: bool = False
     """Divide the chosen gates by their sum. The paper does not; with top_k 1 it would cut the router's gradient."""
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -104,7 +105,7 @@ class Domains(Settings):
 
     data: Path
     """YAML file with a domain of each expert's name, in the format of ``branchmix eval --data``; held-out documents are
-    not read. The seed, where it is an expert, takes all domains that no expert is called after."""
+    not read. The seed, where it is an expert, takes all domains that no expert is named after."""
 
 
 class Routing(Settings):
@@ -113,10 +114,10 @@ class Routing(Settings):
     ffn: FFNRouting = FFNRouting()
     attention: AttentionRouting = AttentionRouting()
     shared: bool = False
-    """One router a block for attention and FFN experts. The paper has two."""
+    """One router in each block for both attention and FFN experts. The paper has two."""
     domains: Domains | None = None
     """An expert's row of every router is a learned projection of an embedding of its domain's text (Nexus, arXiv
-    2408.15901), so that an expert that joins later gets its rows without training. Otherwise rows are weights."""
+    2408.15901), so that an expert that is added later gets its rows without training. If not set, rows are weights."""
 
 
 class RouterInit(Settings):
@@ -156,7 +157,7 @@ class RouterInit(Settings):
 
 
 class Merge(Settings):
-    """What becomes of everything that is not an expert: embeddings, norms, the head, and averaged attention."""
+    """How everything that is not an expert is merged: embeddings, norms, the head, and averaged attention."""
 
     method: Literal["average", "seed", "weighted"] = "average"
     """``average``: uniform mean over all dense models, the seed among them (BAM section 4). ``seed``: the seed's.
@@ -166,7 +167,8 @@ class Merge(Settings):
     kv_init: str = "merge"
     """Shared K and V of ``kv_sharing``: ``merge`` (as everything else), ``average``, ``seed``, or an expert's name."""
     fold_norms: bool = False
-    """Multiply each model's norm gains into its own projections, so that they are not averaged. Gain-only norms."""
+    """Multiply each model's norm gains into its own projections, so that they are not averaged. For norms without
+    biases."""
 
     @model_validator(mode="before")
     @classmethod
@@ -204,7 +206,7 @@ class Gates(Settings):
     token_only: bool = False
     """Gates that see one token only, for servers that keep no state of the document, and for export."""
     keep_top_k: bool = False
-    """Keep ``top_k`` and raw gates as ``routing`` has them. Otherwise two experts or more share gates that sum to 1,
+    """Keep ``top_k`` and raw gates as ``routing`` has them. By default, two experts or more share gates that sum to 1,
     which is better before training, at the cost of the second expert."""
 
 
@@ -212,17 +214,17 @@ class Recipe(SettingsFile):
     """Everything that ``branchmix upcycle`` needs to know."""
 
     seed: str
-    """The dense model that all experts grew from: local folder or Hub id, with ``@revision``."""
+    """The dense model that all experts were fine-tuned from: local folder or Hub id, with ``@revision``."""
     start: Literal["even", "paper"] = "even"
-    """``routing.ffn`` where the recipe gives neither it nor ``routed_scaling_factor`` nor ``sparse_upcycling``.
+    """FFN routing of a recipe that has none of ``routing.ffn``, ``routed_scaling_factor`` and ``sparse_upcycling``.
     ``even``: top-2 with gates that sum to 1, which keeps the dense model's scale, so that a mixture with random gates
     is about as good as a soup. ``paper``: raw top-1 gates (BAM section 3.3), which have to be trained."""
     include_seed: bool = True
     """The seed is expert 0, and takes part in averages."""
     experts: list[Expert] = []
-    """The specialised models."""
+    """The fine-tuned models."""
     seed_copies: int = Field(0, ge=0, le=1024)
-    """So many further copies of the seed as experts (sparse upcycling; the paper's BTX with 5 to 8 experts), called
+    """Number of further copies of the seed as experts (sparse upcycling; the paper's BTX with 5 to 8 experts), called
     ``seed-copy-1`` and so on."""
     attention: Literal["kv_experts", "kv_sharing", "average", "seed"] = "kv_experts"
     """``kv_experts``: BAM, every expert with its own q, k, v and o. ``kv_sharing``: own q and o, one k and v.
@@ -257,11 +259,12 @@ class Recipe(SettingsFile):
     """Embeddings, norms and head. ``average``: one of each, by ``merge``. ``experts``: every expert keeps its own, and
     document gates choose; needs ``gates``. Lossless for any experts, for N times the memory of the embeddings."""
     stitches: Annotated[int, Field(ge=1)] | None = None
-    """BTS (arXiv 2502.00075): all models stay whole and frozen, side by side, and so many stitches, or one behind every
-    layer if there are fewer, move states between the seed and the experts. The paper has 4. They start closed, so that
-    the mixture is the seed until they are trained. No other key about experts, gates or averages applies."""
+    """BTS (arXiv 2502.00075): all models stay whole and frozen, side by side, and this many stitches, or one after
+    every layer if there are fewer layers, move states between the seed and the experts. The paper has 4. They start
+    closed, so that the mixture is the seed until they are trained. No other key about experts, gates or averages
+    applies."""
     merge: Merge = Merge()
-    """What becomes of what is not an expert."""
+    """How everything that is not an expert is merged."""
     sparse_upcycling: SparseUpcycling = SparseUpcycling()
     """Options for copies of the seed."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -344,7 +347,7 @@ class Recipe(SettingsFile):
         if self.routing.domains is not None:
             self._check_domains()
         if self.shared_expert is not None and not self.has_ffn_experts:
-            raise ValueError("shared_expert: stands beside FFN experts: give ffn: experts, or leave it out")
+            raise ValueError("shared_expert: needs FFN experts beside it: give ffn: experts, or leave it out")
         count = len(self.expert_names)
         for where, top_k in (
             ("routing.ffn.top_k", self.routing.ffn.top_k),

@@ -246,7 +246,9 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message
-    message = message.replace("valid dictionary or instance of", "mapping, as of").replace("valid string", "text")
+    if kind == "model_type":
+        return f"{path}: should be a mapping, whose keys may be {', '.join(_fields_at(model, location))}, got {given}"
+    message = message.replace("valid string", "text")
     return f"{path}: {message[0].lower()}{message[1:]}, got {given}"
 
 

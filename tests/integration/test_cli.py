@@ -77,9 +77,10 @@ def test_upcycle_prints_the_plan_and_the_proof(home: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     for text in ("BAM with Expert KV", "seed, code, math", "averaged", "copied", "parameters:", "KV cache:", "wrote"):
         assert text in done.stdout, text
-    for text in ("tensors (", "byte-identical", "gates one-hot", "largest difference"):
+    for text in ("tensors (", "byte-identical", "gates forced to one expert", "largest difference"):
         assert text in done.stdout, text
     assert "note:" not in done.stderr + done.stdout
+    assert f"branchmix calibrate {tmp_path / 'out'} --data" in done.stdout.splitlines()[-1]
     write_recipe(tmp_path / "paper.yaml", start="paper")
     for name in ("seed", "code", "math"):
         (tmp_path / name).symlink_to(home / name)

@@ -132,7 +132,7 @@ def test_it_is_trained_frozen_and_saved(tmp_path: Path) -> None:
 
 def test_what_has_no_such_form_is_refused(siblings: Siblings, tmp_path: Path) -> None:
     models = siblings("llama")
-    with pytest.raises(RecipeError, match="shared_expert: stands beside FFN experts"):
+    with pytest.raises(RecipeError, match="shared_expert: needs FFN experts beside it"):
         branchmix.upcycle(recipe(models, ffn="average", shared_expert=0.5), tmp_path / "none")
     report = branchmix.upcycle(recipe(models, attention="average", **SHARED), tmp_path / "shared")
     assert not any("the seed is the shared expert" in note for note in report.plan.notes)

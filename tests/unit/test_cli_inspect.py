@@ -95,7 +95,7 @@ def test_pipes_get_whole_lines_and_the_sizes_of_other_commands(config_file: Path
     lines = CliRunner().invoke(APP, [str(config_file)], env={"COLUMNS": "80"}).stdout.splitlines()
     assert lines[0].startswith(f"{config_file}: mixture of 4") and lines[0].endswith("FFN 2048")
     assert "weights in bfloat16: 1.55 GB" in lines
-    assert any(line.startswith("BAM's own tables") and line.endswith("--json says why") for line in lines)
+    assert any(line.startswith("the BAM paper's tables") and line.endswith("--json says why") for line in lines)
 
 
 def test_notices_go_to_stderr(config_file: Path) -> None:

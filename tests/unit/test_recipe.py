@@ -148,6 +148,7 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
         ),
         ({"merge": {"method": "weighted"}}, "method weighted needs weights"),
         ({"merge": {"method": "seed", "weights": {"code": 1}}}, "only it takes them"),
+        ({"experts": ["./code"]}, r"experts\.0: should be a mapping, whose keys may be name, model, got '\./code'"),
         ({"merge": {"kv_init": "cod"}}, r"'cod' is not one of the choices \(did you mean 'code'\?\)"),
         ({"merge": {"weighted": {"seed-copy-1": 2}}, "seed_copies": 1}, "seed-copy-1 is the seed again"),
         (

@@ -107,7 +107,7 @@ def test_tasks_stand_under_their_causes_with_words_and_an_example(pythias: Overv
     for label in WORDS:
         assert sentences.meanings(pythias.reports[0])[label] in text
     assert "8 models, from 70M to 12B parameters, met 12 tasks" in text
-    assert "4 tasks: worse with scale 1 task: better, then worse again 7 tasks: cannot be told" in text
+    assert "4 tasks: worse with scale 1 task: better, then worse again 7 tasks: too uncertain to say" in text
     assert "branchmix scaling trends 'my table.csv' --html page.html" in text
 
 

@@ -171,8 +171,8 @@ def test_other_json_files_in_the_folder_are_left_out(tmp_path: Path) -> None:
     shutil.copyfile(source, tmp_path / "log.json")
     (tmp_path / "other.json").write_text('{"a": 1}')
     table = read_results(tmp_path, "inspect")
-    assert len(table.rows) == 2 and table.notes == (f"{tmp_path / 'other.json'}: is no log of inspect: left out",)
-    with pytest.raises(DataError, match=r"other.json: is no log of inspect: it has no `eval`"):
+    assert len(table.rows) == 2 and table.notes == (f"{tmp_path / 'other.json'}: is not a log of inspect: left out",)
+    with pytest.raises(DataError, match=r"other.json: is not a log of inspect: it has no `eval`"):
         read_results(tmp_path / "other.json", "inspect")
 
 

@@ -156,7 +156,7 @@ def test_the_page_speaks_of_settings_and_of_the_budget_that_was_assigned(tmp_pat
     assert "the budget that was assigned, never the length that the model really used" in page
     assert "From the smallest to the largest of 6 settings, accuracy falls by about" in page
     assert "Inverse scaling: the more, the worse the model does." in page
-    assert "a: 1 task: worse with scale b: 1 task: cannot be told" in page
+    assert "a: 1 task: worse with scale b: 1 task: too uncertain to say" in page
     for word in ("larger", " size ", " sizes", "trained"):
         assert word not in page, page[page.index(word) - 100 : page.index(word) + 100]
 

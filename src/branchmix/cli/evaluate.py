@@ -36,7 +36,7 @@ Examples:
 \b
 The smallest data file:
   data: {code: {files: "src/**/*.py"}, law: {files: law.jsonl}}
-  held_out: all     # or as in a run, and without it as in a run that says nothing
+  held_out: all     # every document; without this line, those that a run with the default settings holds out
 
 \b
 Tasks are lm-eval's (pip install 'branchmix[tasks]'): names of tasks, groups and tags, wildcards,
@@ -48,8 +48,8 @@ YAML files. Suites are the columns of the BAM paper's Table 3 (examples in the p
   bam-reasoning  arc_easy, arc_challenge, social_iqa, piqa, winogrande, quac (0 each)
   bam-mmlu       mmlu (5)
   bam            all of them, and their average
-lm-eval has no QuAC; that task is ours, in lm-eval's format, judged by the F1 of words. With several models, each is
-compared with the first one on the same questions.
+lm-eval has no QuAC; branchmix includes that task, in lm-eval's format, judged by the F1 of words. With several models,
+each is compared with the first one on the same questions.
 
 \b
 With --out, rerun the command to resume a stopped evaluation; recorded results are never computed again. Name
@@ -105,7 +105,11 @@ def eval_command(
         bool, Option("--fixed-prior", help="Keep the ensemble's prior instead of learning from the text.")
     ] = False,
     forced: Annotated[
-        bool, Option("--forced", help="Also each expert of a mixture: all gates forced to it. The bound for its gates.")
+        bool,
+        Option(
+            "--forced",
+            help="Also evaluate each expert of a mixture, with all gates forced to it: what ideal gates could reach.",
+        ),
     ] = False,
     trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
@@ -306,7 +310,7 @@ def _print_routes(report: RoutingReport) -> None:
         title = f"{'FFN experts' if kind == 'ffn' else 'attention experts'}: share of tokens by domain ({how})"
         shown = " ".join(name.rjust(2) for name in names) if len(names) <= 8 else "most used, %"
         domains = [f"{domain}, {sizes['tokens']:,} tokens\n{shown}" for domain, sizes in report.domains.items()]
-        head = ["layer", *domains, "load\nentropy", "token\nentropy", "expert tells\ndomain, bits"]
+        head = ["layer", *domains, "load\nentropy", "token\nentropy", "mutual\ninformation, bits"]
         has_agreement = kind == "ffn" and bool(agreement)
         head += ["agrees with\nattention"] * has_agreement
         rows = []

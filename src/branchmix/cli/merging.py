@@ -69,12 +69,15 @@ def upcycle_command(
     with console.writing_model(out) as progress:
         report = upcycle(loaded, out, **options, progress=progress)
     _output(report, as_json)
+    routed = loaded.experts and (loaded.has_attention_experts or loaded.has_ffn_experts)
+    if routed and not (loaded.gates or loaded.routing.domains or dry_run or as_json):
+        typer.echo(f"\nnext, as its routers are random: branchmix calibrate {out} --data DATA.yaml, or branchmix train")
 
 
 ADD_EXPERT = """\b
 Examples:
   branchmix add-expert mixture law=./law-expert mixture-with-law
-  branchmix add-expert mixture law=./law-expert mixture-with-law --data data.yaml   routers made of domains
+  branchmix add-expert mixture law=./law-expert mixture-with-law --data data.yaml   for routing.domains
 """
 
 
@@ -84,12 +87,13 @@ def add_expert_command(
     expert: Annotated[str, Argument(metavar="NAME=PATH", help="The dense model to add.")],
     out: console.Out,
     router_std: Annotated[
-        float | None, Option(help="Standard deviation of the routers' new rows, above 0 [default: the mixture's]")
+        float | None,
+        Option(help="Standard deviation of the routers' new rows, above 0.", show_default="the mixture's"),
     ] = None,
     router_seed: Annotated[int, Option(help="Random seed for the routers' new rows.")] = 0,
     data: Annotated[
         Path | None,
-        Option(metavar="FILE", help="YAML: text of the expert's domain, where routers compute rows from it."),
+        Option(metavar="FILE", help="YAML: text of the expert's domain, for mixtures with routing.domains (Nexus)."),
     ] = None,
     dry_run: console.DryRun = False,
     force: console.Force = False,
@@ -179,7 +183,7 @@ def _print(report: UpcycleReport) -> None:
         f"parameters: {human_count(accounting.total.total)} total, {human_count(accounting.active.total)} active; "
         f"KV cache: {accounting.kv_cache_bytes_per_token:,} bytes per token; "
         f"disk: {human_bytes(plan.nbytes)} needed, {human_bytes(free_bytes(report.out))} free; "
-        f"memory: at most about {human_bytes(_peak_memory(plan))}"
+        f"memory of the merge: at most about {human_bytes(_peak_memory(plan))}"
     )
     if plan.decomposed is not None and plan.decomposed.truncations:
         _cut_table(plan.decomposed).show()
@@ -240,7 +244,7 @@ def _print_verification(verification: Any) -> None:
     ]
     if rows:
         whole = "whole dense models" if verification.whole_experts else "dense models on the mixture's trunk"
-        title = f"gates one-hot, logits of {verification.tokens} tokens against the {whole}"
+        title = f"all gates forced to one expert: logits of {verification.tokens} tokens against the {whole}"
         if verification.stitched:
             title = (
                 f"logits of the seed and last states of the others, {verification.tokens} tokens, against the {whole}"
@@ -288,10 +292,11 @@ def calibrate_command(
     data: Annotated[Path, Option(metavar="FILE", help="YAML: domains, as for eval.")],
     out: Annotated[Path | None, Option(help="Folder to write.", show_default="MODEL itself is replaced")] = None,
     token_only: Annotated[
-        bool, Option("--token-only", help="Gates that see one token only: for vLLM, and for export.")
+        bool,
+        Option("--token-only", help="Gates that see a single token instead of the document: for vLLM and for export."),
     ] = False,
     keep_top_k: Annotated[
-        bool, Option("--keep-top-k", help="Leave the number of experts a token has, and raw gates, as they are.")
+        bool, Option("--keep-top-k", help="Keep the number of experts per token, and raw gates.")
     ] = False,
     force: console.Force = False,
     trust_remote_code: console.TrustRemoteCode = False,
@@ -335,7 +340,7 @@ Examples:
 
 \b
 Exports are exact, or refused with all reasons. Both models' logits are compared (unless --no-verify).
-  mixtral    Llama, Mistral, Phi-3 seeds; normalised or soft gates
+  mixtral    Llama, Mistral, Phi-3 seeds; gates that sum to 1, or soft ones
   qwen2_moe  Qwen2, Llama, Phi-3 seeds; any gates (adds an expert of zeros)
   qwen3_moe  Qwen3 seeds; any gates
   glm4_moe   Qwen2, Qwen3, Llama, Phi-3 seeds; sigmoid gates

@@ -90,13 +90,13 @@ def _print_accounting(accounting: Accounting) -> None:
         )
     if accounting.decoding_bytes is not None:
         read = human_bytes(accounting.decoding_bytes)
-        typer.echo(f"a decoding step behind {accounting.context:,} tokens reads {read}")
+        typer.echo(f"a decoding step after {accounting.context:,} tokens reads {read}")
     paper = accounting.paper()
     if paper is not None:
         printed = paper["table_7_per_layer"]
         typer.echo(
-            f"BAM's own tables would print FFN {printed['ffn']:,} and total {printed['total']:,} FLOPs per layer, "
-            f"{paper['table_9']['active']:,} active parameters: --json says why"
+            f"the BAM paper's tables count differently: FFN {printed['ffn']:,} and total {printed['total']:,} FLOPs "
+            f"per layer, {paper['table_9']['active']:,} active parameters: --json says why"
         )
 
 
@@ -254,7 +254,9 @@ def _in_template(text_model: TextModel, prompt: str) -> str:
         )
     except Exception as error:  # a template is a program: it may raise whatever Python does
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise RecipeError(f"{where} does not take PROMPT: {reason}: mend the template, or leave --chat out") from error
+        raise RecipeError(
+            f"{where} does not take PROMPT: {reason}: correct the template, or leave --chat out"
+        ) from error
     return str(text)
 
 

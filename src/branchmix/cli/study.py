@@ -48,7 +48,7 @@ REPORT = """\b
 Examples:
   branchmix report study                 index.html, tables.md, tables.tex, tables/*.csv, figures/*.png and .pdf
   branchmix report study --markdown      only tables.md
-  branchmix report docs/studies/a        a study's results/ folder is enough
+  branchmix report docs/studies/study-a  a study's results/ folder is enough
 """
 
 

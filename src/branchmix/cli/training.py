@@ -1,4 +1,4 @@
-"""``branchmix train`` and ``branchmix branch``: one training run, and all experts of a study."""
+"""``branchmix train`` and ``branchmix branch``: one training run, and experts side by side."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def branch_command(
     dry_run: Annotated[bool, Option("--dry-run", help="Check and plan; start nothing.")] = False,
     as_json: console.AsJson = False,
 ) -> None:
-    """Train all experts of a study from one seed, each in its own run."""
+    """Train one expert per domain from the same seed, each in its own run."""
     from branchmix.train.branch import branch
 
     options: dict[str, Any] = {"launcher": launcher, "overrides": overrides or [], "only": console.names_of(only)}

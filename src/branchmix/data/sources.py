@@ -203,7 +203,7 @@ def json_lines(file: Path, lines: Iterable[str], parse: Callable[[str], Any] = j
                 value = parse(line)
             except ValueError as error:
                 reason = getattr(error, "msg", error)
-                raise DataError(f"{where}: is not JSON ({reason}): mend or remove that line") from None
+                raise DataError(f"{where}: is not JSON ({reason}): correct or remove that line") from None
             yield where, value
 
 
@@ -218,7 +218,7 @@ def _json_rows(file: Path, column: str) -> Iterator[str | None]:
     try:
         rows = json.loads(content)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: is not JSON ({error.msg}): mend the file") from None
+        raise DataError(f"{file}, line {error.lineno}: is not JSON ({error.msg}): correct the file") from None
     for number, row in enumerate(rows, 1):
         yield _text_of(row, column, f"{file}, row {number}")
 
@@ -260,7 +260,7 @@ def _csv_rows(file: Path, column: str, suffix: str) -> Iterator[str | None]:
                     )
                 yield row[column]
         except csv.Error as error:
-            raise DataError(f"{file}, line {rows.line_num}: not valid csv ({error}): mend that line") from None
+            raise DataError(f"{file}, line {rows.line_num}: not valid csv ({error}): correct that line") from None
 
 
 def _parquet_rows(file: Path, column: str) -> Iterator[str | None]:

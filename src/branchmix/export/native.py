@@ -97,8 +97,8 @@ def _expert_problems(mixture: OpenedMixture, native: Native) -> Iterator[str]:
         yield "its trunk has experts, and no class has several: --to dense --expert NAME gives one of them whole"
     elif config.get("document_gate"):
         yield (
-            "its document gates have no native form: branchmix calibrate --token-only fits gates that see one token "
-            "only, which have"
+            "its document gates have no native form: branchmix calibrate --token-only fits gates of single tokens, "
+            "which can be exported"
         )
     if (score := config["scoring_func"]) != native.score:
         yield f"its gates are made by {score}, and those of {native.model_type} by {native.score}"

@@ -1,4 +1,4 @@
-"""The YAML files of training: one run (``branchmix train``), and all experts of a study (``branchmix branch``).
+"""The YAML files of training: one run (``branchmix train``), and all experts of one seed (``branchmix branch``).
 
 ``RunConfig.load(path, overrides)`` for files. The reference page in the docs is generated from the docstrings below.
 """
@@ -226,10 +226,10 @@ class _Training(SettingsFile):
         list[Literal["experts", "all_but_factors", "all_but_routers", "attention", "embeddings", "trunk"]],
         BeforeValidator(_listed),
     ] = []
-    """Parts that are not trained: ``experts`` (attention and FFN), ``all_but_routers``, ``all_but_factors`` (of experts
-    that are low-rank changes of the seed; and routers, as always), ``attention`` (without its
-    routers), ``embeddings`` (input and output), ``trunk`` (everything outside attention and FFNs). Experts trained with
-    a frozen trunk share it with the seed, so a mixture with its gates forced to one expert is exactly that expert."""
+    """Parts that are not trained: ``experts`` (attention and FFN), ``all_but_routers``, ``all_but_factors`` (all
+    but the routers and the factors of low-rank experts), ``attention`` (without its routers), ``embeddings`` (input and
+    output), ``trunk`` (everything outside attention and FFNs). Experts trained with a frozen trunk share it with the
+    seed, so a mixture with its gates forced to one expert is exactly that expert."""
     lora: Lora | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``bf16`` is autocast over fp32 weights; ``auto`` uses it where matrix products are faster in bf16."""
@@ -303,7 +303,7 @@ class RunConfig(_Training):
 
 
 class Branch(Settings):
-    """One expert of a study."""
+    """One expert."""
 
     domain: str | None = None
     """The domain it is trained on; the one with its own name if not set."""
@@ -312,7 +312,7 @@ class Branch(Settings):
 
 
 class BranchConfig(_Training):
-    """All experts of a study. Each is trained in its own run, from the same seed, independently of the others."""
+    """All experts of one seed. Each is trained in its own run, independently of the others."""
 
     seed: str
     """Folder or Hub id of the dense model they all start from."""

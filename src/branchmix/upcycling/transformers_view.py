@@ -201,7 +201,7 @@ def require_buildable(models: Iterable[tuple[str, CheckpointIndex | None]]) -> N
 
 
 def _build_problem(config: Config) -> str | None:
-    again = "mend its config.json, or copy the model's own there"
+    again = "correct its config.json, or copy the model's own there"
     for key in ATTENTION_KEYS:
         if "/" in str(config.get(key)):
             return f"{key} is {config[key]}, code on the Hub, which is never run: remove the key from config.json"

@@ -91,7 +91,7 @@ def through_layers(routing: dict[str, Any], ink: str) -> Figure:
     gates, agreement = [(routing[kind], *_STYLES[kind], TITLES[kind]) for kind in kinds], routing["agreement"]
     information = "mutual_information_corrected"
     wanted = [
-        ("What the expert tells of the domain, bits", [(*one, information) for one in gates if known]),
+        ("Mutual information of expert and domain, bits", [(*one, information) for one in gates if known]),
         ("How undecided a token's gate is, bits", [(*one, "token_entropy") for one in gates]),
         ("FFN and attention agree, share", [(agreement, *one) for one in _AGREEMENT if agreement]),
     ]

@@ -65,8 +65,8 @@ def _runs(file: Path, notes: list[str], *, is_named: bool) -> Iterator[Run]:
     log, samples = _read(file)
     if not isinstance(log, dict) or not isinstance(log.get("eval"), dict):
         if is_named:
-            raise DataError(f"{file}: is no log of inspect: it has no `eval`")
-        notes.append(f"{file}: is no log of inspect: left out")
+            raise DataError(f"{file}: is not a log of inspect: it has no `eval`")
+        notes.append(f"{file}: is not a log of inspect: left out")
         return
     about = log["eval"]
     if log.get("status") != "success":
@@ -129,7 +129,7 @@ def _read(file: Path) -> tuple[Any, list[Any]]:
             samples = [_member(archive, name) for name in names if name.startswith("samples/")]
             return _member(archive, "header.json"), samples
     except (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise DataError(f"{file}: is no log of inspect ({error})") from None
+        raise DataError(f"{file}: is not a log of inspect ({error})") from None
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> Any:

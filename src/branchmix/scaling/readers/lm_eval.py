@@ -36,7 +36,7 @@ def read_lm_eval(path: Path) -> ResultsTable:
     models: dict[str, set[str]] = {}
     for file, content in found:
         if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
-            raise DataError(f"{file}: is no result of lm-eval: it has no `results`")
+            raise DataError(f"{file}: is not a result of lm-eval: it has no `results`")
         whole = _model(content)
         models.setdefault(whole.split("/")[-1], set()).add(whole)
     runs = [run for file, content in found for run in _runs(file, content, _short(_model(content), models), notes)]
@@ -106,7 +106,7 @@ def _samples(file: Path) -> dict[str, Scores]:
     seen: Counter[tuple[str, str]] = Counter()
     for where, sample in json_lines(file, text.split("\n"), parse_json) if text is not None else ():
         if not isinstance(sample, dict) or "doc_id" not in sample:
-            raise DataError(f"{where}: is no sample of lm-eval: it has no doc_id")
+            raise DataError(f"{where}: is not a sample of lm-eval: it has no doc_id")
         for metric, value in scores_of_sample(sample).items():
             key = str(sample.get("doc_hash") or sample["doc_id"])
             seen[metric, key] += 1

@@ -34,7 +34,7 @@ WORDS: dict[str, str] = {
     "u-shaped": "worse, then better again",
     "inverted-u": "better, then worse again",
     "flat": "the same all along",
-    "inconclusive": "cannot be told",
+    "inconclusive": "too uncertain to say",
     "not-testable": "too few points to judge",
 }
 
