@@ -165,16 +165,17 @@ def _branch_as_dict(report: BranchReport) -> dict[str, Any]:
 
 def _branch_table(report: BranchReport) -> Table:
     domains = sorted({domain for expert in report.experts for domain in expert.held_out("end")})
+    trained = any(expert.tokens is not None for expert in report.experts)
     rows = []
     for expert in report.experts:
         before, after = expert.held_out("start"), expert.held_out("end")
         status = "planned" if report.dry_run and expert.training is None else expert.status
         mix = expert.mix if isinstance(expert.mix, str) else ", ".join(f"{d} {s:.3g}" for d, s in expert.mix.items())
-        tokens = "" if expert.tokens is None else human_count(expert.tokens)
+        tokens = ["" if expert.tokens is None else human_count(expert.tokens)] * trained
         changes = [_change(before.get(domain), after.get(domain)) for domain in domains]
-        rows.append([expert.name, status, mix, tokens, *changes])
+        rows.append([expert.name, status, mix, *tokens, *changes])
     title = "held-out loss, before and after, nats per token" if domains else ""
-    return Table(["expert", "", "mix", "tokens", *domains], rows, title=title, left=("", "mix"))
+    return Table(["expert", "", "mix", *["tokens"] * trained, *domains], rows, title=title, left=("", "mix"))
 
 
 def _change(before: float | None, after: float | None) -> str:

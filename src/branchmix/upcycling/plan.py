@@ -453,7 +453,8 @@ def describe(expression: Expression) -> str:
         sources = {ref.file.parent for ref in expression.sources()}
         return "copied" if len(sources) == 1 else f"copied from {len(sources)} models"
     inner = [describe(part) for part in expression.parts_read()[:1]]
-    return ", ".join([*(word for word in inner if not word.startswith("copied")), HOW[type(expression)]])
+    words = [*(word for word in inner if not word.startswith("copied")), HOW[type(expression)]]
+    return ", ".join(dict.fromkeys(words))
 
 
 def output_dtype(recipe: Recipe, seed: DenseExpert) -> str:
