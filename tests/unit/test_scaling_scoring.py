@@ -13,7 +13,7 @@ from branchmix.scaling.scoring.passes import can_share, score_options
 from branchmix.scaling.scoring.plan import PASS_OVERHEAD, batches, plan
 from branchmix.scaling.scoring.tokens import Encoded
 from families import BY_NAME, NAMES
-from mixtures import BOTH, random_mixture
+from mixtures import BOTH, gated, random_mixture
 
 
 def questions(number: int = 14, *, seed: int = 0) -> list[Encoded]:
@@ -67,6 +67,13 @@ def test_every_family_scores_as_a_plain_loop(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "cohere", "gemma2", "gpt2"])
 def test_every_mixture_scores_as_a_plain_loop(name: str, attention: str) -> None:
     model = random_mixture(name, attention)
+    assert can_share(model)
+    agree(model, questions())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_mixture_with_document_gates_scores_as_a_plain_loop(name: str) -> None:
+    model = gated(name)
     assert can_share(model)
     agree(model, questions())
 

@@ -60,16 +60,18 @@ def score_options(
 
 
 def can_share(model: Any) -> bool:
-    """Whether keys and values kept from one pass serve the next: the caches of ordinary attention, and no rotary
-    embedding that looks at how long a row is."""
+    """Whether keys and values kept from one pass serve the next: the caches of ordinary attention and of document
+    gates, and no rotary embedding that looks at how long a row is."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    from branchmix.models.documents_branchmix import BranchMixDocumentLayer
 
     if length_dependent(model.config):
         return False
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     with evaluating(model), torch.inference_mode():
         cache: Any = getattr(model(input_ids=token, use_cache=True), "past_key_values", None)
-    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    known = (DynamicLayer, DynamicSlidingWindowLayer, BranchMixDocumentLayer)
     return type(cache) is DynamicCache and bool(cache.layers) and all(type(layer) in known for layer in cache.layers)
 
 
