@@ -54,7 +54,7 @@ class Case:
 
 BOTH = ("kv_experts", "kv_sharing")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BASELINES = ("loop", "mixtral grouped_mm", "mixtral eager", "mixtral batched_mm", "dense", "btx", "floor")
+BASELINES = ("loop", "mixtral grouped_mm", "mixtral eager", "mixtral batched_mm", "dense", "btx", "floor", "all")
 """Candidates that others are compared with, where they take part."""
 
 
@@ -121,34 +121,57 @@ def attention_cases(data: Path, envs: Path) -> Iterator[Case]:
 
 
 def _attention(attention: str, length: int, dtype: torch.dtype, part: str) -> dict[str, Once]:
-    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 1}
-    seed = MistralConfig(
-        **sizes, intermediate_size=64, vocab_size=64, sliding_window=None, max_position_embeddings=4096
-    )
-    torch.manual_seed(0)
-    model = BranchMixForCausalLM(mixture_config(seed, attention=attention, num_experts=4)).to(dtype)
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4}
+    model, call, grad = _one_layer(sizes, length, dtype, attention=attention)
     wide = model.model.model.layers[0].self_attn
-    x_BTD = torch.randn(1, length, 1024, dtype=dtype)
-    angles = model.model.model.rotary_emb(x_BTD, torch.arange(length)[None])
     if part == "layer":
         loop = LoopAttention(wide, apply_rotary_pos_emb)
-        runs = {"loop": lambda: loop(x_BTD, angles)[0]}
+        runs = {"loop": lambda: call(loop)}
         for name in ("sdpa", "branchmix", "branchmix_chunked"):
 
             def run(name: str = name) -> torch.Tensor:
                 model.set_attn_implementation(name)
-                return wide(x_BTD, position_embeddings=angles, attention_mask=None)[0]
+                return call(wide)
 
             runs[name] = run
         leaves = {name: list((loop if name == "loop" else wide).parameters()) for name in runs}
     else:
         runs, leaves = _heads(wide, length, dtype)
-    expected = runs["loop"]().detach().float()
+        grad = torch.randn_like(runs["loop"]())
+    return _passes(runs, leaves, grad)
+
+
+def _one_layer(
+    sizes: dict[str, int], length: int, dtype: torch.dtype, **mixture: Any
+) -> tuple[BranchMixForCausalLM, Callable[[nn.Module], torch.Tensor], torch.Tensor]:
+    """A mixture of four experts and one layer; how to call an attention in its place; and a gradient of its output."""
+    seed = MistralConfig(
+        **sizes,
+        num_hidden_layers=1,
+        intermediate_size=64,
+        vocab_size=64,
+        sliding_window=None,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    model = BranchMixForCausalLM(mixture_config(seed, num_experts=4, **mixture)).to(dtype)
+    x_BTD = torch.randn(1, length, sizes["hidden_size"], dtype=dtype)
+    angles = model.model.model.rotary_emb(x_BTD, torch.arange(length)[None])
+
+    def call(attention: nn.Module) -> torch.Tensor:
+        return attention(x_BTD, position_embeddings=angles, attention_mask=None)[0]
+
+    return model, call, torch.randn_like(x_BTD)
+
+
+def _passes(runs: dict[str, Any], leaves: dict[str, Any], grad: torch.Tensor) -> dict[str, Once]:
+    """Forward, and forward and backward, of candidates that compute the same as the first of them."""
+    first, *_ = runs.values()
+    expected = first().detach().float()
     for name, run in runs.items():
         error = (run().detach().float() - expected).norm() / expected.norm()
-        if not error < (0.03 if dtype == torch.bfloat16 else 1e-4):
+        if not error < (0.03 if grad.dtype == torch.bfloat16 else 1e-4):
             raise RuntimeError(f"{name} computes something else: {error}")
-    grad = torch.randn_like(expected).to(dtype)
 
     def once(name: str) -> Seconds:
         with torch.no_grad():
@@ -584,6 +607,39 @@ def _sparse(
     return {name: lambda name=name: step(name) for name in names}
 
 
+CHOSEN = (("fp32", 192, 6, 2, (16, 64, 128, 256, 1024)), ("bf16", 576, 9, 3, (1, 32, 64, 128, 512)))
+"""Precision, width, query heads, K/V heads, and numbers of tokens on both sides of ``LEAST_SAVED``."""
+
+
+def chosen_cases(data: Path, envs: Path) -> Iterator[Case]:
+    """One layer's top-k attention that computes the chosen experts' heads, against all of them: for ``LEAST_SAVED``."""
+    for precision, width, heads, kv_heads, lengths in CHOSEN:
+        sizes = {"hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        for attention in BOTH[::-1]:
+            for top_k, length in [(1, length) for length in lengths] + [(2, lengths[-1])]:
+                name = f"{'Expert KV' if attention == 'kv_experts' else 'Shared KV'} top-{top_k}"
+                saved = 2 * (4 - top_k) * width * width * length / 1e6
+                yield Case(
+                    f"{attention} top-{top_k} {length} {precision}",
+                    f"{name}, width {width}, {heads}/{kv_heads} heads, {length} tokens, {precision}; "
+                    f"{saved:.3g} million multiplications saved",
+                    length,
+                    lambda s=sizes, a=attention, k=top_k, t=length, p=precision: _chosen(s, a, k, t, DTYPES[p]),
+                )
+
+
+def _chosen(sizes: dict[str, int], attention: str, top_k: int, length: int, dtype: torch.dtype) -> dict[str, Once]:
+    model, call, grad = _one_layer(sizes, length, dtype, attention=attention, attention_num_experts_per_tok=top_k)
+    wide = model.model.model.layers[0].self_attn
+
+    def run(sparse: bool) -> torch.Tensor:
+        wide.sparse = sparse
+        return call(wide)
+
+    runs = {"all": lambda: run(False), "chosen only": lambda: run(True)}
+    return _passes(runs, {name: list(wide.parameters()) for name in runs}, grad)
+
+
 GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
     "attention": attention_cases,
     "decode": decode_cases,
@@ -593,6 +649,7 @@ GROUPS: dict[str, Callable[[Path, Path], Iterator[Case]]] = {
     "training": training_cases,
     "growth": growth_cases,
     "sparse": sparse_cases,
+    "chosen": chosen_cases,
 }
 TITLES = {
     "attention": "Attention of one layer: 4 experts of 16 heads over 4 K/V heads, width 1024",
@@ -603,6 +660,7 @@ TITLES = {
     "training": "Training step, by part",
     "growth": "Growth of a forward pass",
     "sparse": "Top-k attention that computes what is chosen",
+    "chosen": "Top-k attention of one layer: the chosen experts' heads, or all",
 }
 
 

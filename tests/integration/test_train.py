@@ -151,12 +151,14 @@ def test_a_balance_over_the_whole_batch_makes_micro_batches_change_nothing(
 def test_a_budget_in_minutes_knows_of_the_count(
     models: dict[str, Path], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    found, flops = [], []
     monkeypatch.setattr(measure, "seconds_per_step", lambda *_, counts_ahead, **__: found.append(counts_ahead) or 1.0)
     for number, micro in enumerate((2, 8)):
         changes = {"balance": {"scope": "global_batch"}, "budget": {"minutes": 1}, "micro_batch_size": micro}
-        train(run(tmp_path / str(number), text, models["mixture"], **changes), dry_run=True, progress=False)
+        report = train(run(tmp_path / str(number), text, models["mixture"], **changes), dry_run=True, progress=False)
+        flops.append(report.record["model"]["training_flops_per_token"])
     assert found == [True, False]
+    assert 1.2 < flops[0] / flops[1] < 4 / 3
 
 
 def test_biases_are_trained_saved_and_resumed_without_a_balance_loss(

@@ -10,15 +10,18 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
+from branchmix.accounting import flops_per_token
 from branchmix.errors import RecipeError
 from branchmix.models.balance_branchmix import BranchMixBalance
 from branchmix.models.routing_branchmix import load_balancing_loss
-from branchmix.train.balancing import Balancing, counts_ahead
+from branchmix.train.balancing import Balancing
 from branchmix.train.checks import require_balanceable
 from branchmix.train.config import Balance, RunConfig
 from branchmix.train.measure import seconds_per_step
 from branchmix.train.models import Computing
+from branchmix.train.schedule import counts_ahead, token_flops
 from mixtures import random_mixture, tokens
 from training import settings as run_settings
 
@@ -232,6 +235,30 @@ def test_the_time_of_a_step_includes_the_count() -> None:
         assert seconds_per_step(model, sequences, computing, counts_ahead=ahead, **options) > 0
     steps = len(gradients) // 2
     assert calls == [True] * steps + [False, True] * steps and all(gradients)
+
+
+@pytest.mark.parametrize(("name", "biases"), [("cohere", 0.0), ("qwen3", 0.0), ("gpt-neox", 0.01)])
+def test_the_count_costs_what_is_charged(name: str, biases: float) -> None:
+    """By torch's counter: the count to the digit, and what it adds to, for sequences whose tokens see all keys. Gated
+    biases of outputs are products that are not charged."""
+    length, model = 8, random_mixture(name)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    ids, mask = tokens(4, length), torch.ones(2, 1, length, length, dtype=torch.bool)
+    batches = [{"input_ids": part, "labels": part, "attention_mask": mask} for part in ids.split(2)]
+    balancing = Balancing(model, Balance(scope="global_batch"), tokens_per_step=ids.numel())
+    described = model.config.to_dict()
+    charged, without = (token_flops(described, length, ahead=ahead) for ahead in (True, False))
+    assert charged is not None and without is not None
+    others = flops_per_token(described, length).model("context")  # counted too: all keys, not half of them
+    with FlopCounterMode(display=False) as counter:
+        balancing.count_ahead(batches, lambda: Computing(torch.device("cpu"), bf16=False).autocast())
+    expected = ids.numel() * (charged.training - without.training + others)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=biases, abs=0)
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            model(**batch, use_cache=False).loss.backward()
+    assert counter.get_total_flops() == pytest.approx(ids.numel() * (without.training + 3 * others), rel=biases or 1e-3)
 
 
 @pytest.mark.parametrize(("scope", "accumulation"), [("global_batch", 4), ("global_batch", 1), ("last_batch", 4)])

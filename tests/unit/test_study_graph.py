@@ -16,6 +16,7 @@ from branchmix.study.build import build
 from branchmix.study.forecast import processes_of
 from branchmix.study.graph import Graph
 from branchmix.study.settings import DEMO, METHODS, StudyFile
+from branchmix.study.speed import Speed, kind_of
 from branchmix.train.schedule import optimizer_flops
 
 MODEL = {
@@ -188,6 +189,25 @@ def test_equal_data_and_equal_compute() -> None:
         assert cost.steps < 90
 
 
+def test_a_load_that_is_counted_ahead_is_charged(tmp_path: Path) -> None:
+    """Where a step has several micro-batches: its forward pass, with the head on the last token of each sequence."""
+    counted = {"method": "btx", "name": "global", "train": {"balance": {"scope": "global_batch"}}}
+    cost = {}
+    for micro in (None, 2):
+        found = graph(methods=["btx", counted], micro_batch_size=micro).steps
+        runs = {name.split(".")[-1]: step for name, step in found.items() if step.kind == "train"}
+        cost[micro] = {name: runs[name].cost for name in runs if "btx" in name or "global" in name}
+    assert cost[None]["btx"] == cost[2]["btx"] == cost[None]["global-dm"] and len(cost[None]) == 2
+    flops, free, charged = flops_per_token(runs["btx"].config, 16), cost[2]["btx"], cost[2]["global-dm"]
+    assert charged.flops - free.flops == 100 * STEP * (flops.non_embedding + flops.lm_head // 16)
+    at_equal_compute = cost[2]["global-cm"]
+    assert 0 <= free.total - at_equal_compute.total < charged.total / 100 and at_equal_compute.steps < 85
+    speed = Speed(0.0, {kind_of(step.config): 1.0 for step in found.values() if step.config})
+    rows = forecast.forecast(study(methods=["btx", counted], micro_batch_size=2), tmp_path, speed=speed).rows
+    seconds = {row["name"]: row["seconds"] - forecast.READING_SECONDS for row in rows}
+    assert (seconds["train.btx"], seconds["train.global-dm"]) == (100, pytest.approx(100 * forecast.AHEAD))
+
+
 def test_one_run_where_equal_data_is_equal_compute() -> None:
     found = graph(methods=["btx", "sparse-upcycling"])
     names = [name for name in found.steps if "train.sparse" in name]
@@ -276,9 +296,10 @@ def test_changed_options_make_new_just_what_depends_on_them() -> None:
 ROOT = Path(__file__).parents[2]
 
 
-def _charges_all_attention_experts(name: str) -> bool:
-    """Steps that were published when top-k attention computed all experts, and had as few tokens at equal compute."""
-    return name.endswith(("bam-attention-top1-cm", "bam-attention-top2-cm"))
+def _was_charged_otherwise(name: str) -> bool:
+    """Steps that were published when top-k attention computed all experts, and had as few tokens at equal compute; or
+    when the count ahead of a balance over the global batch was free, and they had more."""
+    return name.endswith(("bam-attention-top1-cm", "bam-attention-top2-cm", "-global-cm"))
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("study-*.yaml")))
@@ -296,10 +317,11 @@ def test_published_results_are_of_the_recipe_beside_them(recipe: str, monkeypatc
         steps = build(study).steps
         return {record["step"] for record in records if steps[record["step"]].key != record["key"]}
 
-    old = {record["step"] for record in records if _charges_all_attention_experts(record["step"])}
+    old = {record["step"] for record in records if _was_charged_otherwise(record["step"])}
     assert others() == (old if recipe != "study-c" else set())
     if old and recipe != "study-c":
         monkeypatch.setattr(Shape, "active_attention_experts", Shape.attention_experts)
+        monkeypatch.setattr("branchmix.study.models.runs_ahead", lambda run: False)
         assert not others()
 
 

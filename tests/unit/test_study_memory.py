@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from branchmix.accounting import parameters
+from branchmix.models.chosen_branchmix import Chosen
 from branchmix.study.memory import activation_bytes, training_bytes
 from branchmix.study.models import new_model
 from branchmix.train import trained_parts
@@ -27,6 +28,7 @@ SEED: dict[str, Any] = {
 }
 COHERE: dict[str, Any] = {"model_type": "cohere", **SEED}
 LLAMA: dict[str, Any] = {"model_type": "llama", **SEED}
+QWEN3: dict[str, Any] = {"model_type": "qwen3", "head_dim": 16, **SEED}
 
 
 def mixture(seed: dict[str, Any], attention: str, top_k: int = 1, **options: Any) -> dict[str, Any]:
@@ -85,6 +87,38 @@ def test_activations_are_within_a_tenth_of_what_autograd_keeps(case: str) -> Non
     if bf16:  # the difference of two micro-batches: without the weights' copies
         measured = kept_bytes(config, 4, 64, bf16=bf16) - measured
     assert counted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "attention", "top_k", "rows", "bf16"),
+    [
+        (COHERE, "kv_sharing", 1, 8, False),
+        (COHERE, "kv_sharing", 2, 24, False),
+        (LLAMA, "kv_experts", 1, 24, False),
+        (COHERE, "kv_experts", 2, 48, False),
+        (QWEN3, "kv_sharing", 1, 8, False),
+        (COHERE, "kv_sharing", 1, 96, True),
+        (COHERE, "kv_experts", 1, 128, True),
+    ],
+)
+def test_chosen_heads_are_counted_where_they_are_computed_alone(
+    seed: dict[str, Any], attention: str, top_k: int, rows: int, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With batches on both sides of what ``LEAST_SAVED`` says: of the smaller one, all experts' heads are counted."""
+    sorted_by: list[int] = []
+    made = Chosen.__init__
+    monkeypatch.setattr(Chosen, "__init__", lambda self, *args: sorted_by.append(1) or made(self, *args))
+    config, length = mixture(seed, attention, attention_num_experts_per_tok=top_k), 128
+    soft = {**config, "attention_num_experts_per_tok": None}
+    for batch in (rows, rows // 4):
+        run = {"batch_size": batch, "sequence_length": length}
+        counted, whole = (activation_bytes(each, run, bf16=bf16) for each in (config, soft))
+        sorted_by.clear()
+        assert counted == pytest.approx(kept_bytes(config, batch, length, bf16=bf16), rel=0.12)
+        assert bool(sorted_by) == (counted != whole) == (batch == rows)
+    eager_run = {**run, "batch_size": rows, "attn_implementation": "eager"}
+    eager, all_eager = (activation_bytes(each, eager_run, bf16=bf16) for each in (config, soft))
+    assert (eager < all_eager) == (attention == "kv_sharing")
 
 
 @pytest.mark.parametrize("seed", [LLAMA, COHERE], ids=["llama", "cohere"])

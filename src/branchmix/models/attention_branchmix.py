@@ -96,13 +96,20 @@ class BranchMixOutputs(BranchMixLinear):
 
 LEAST_SAVED = {"fp32": (1 << 24, 1 << 26), "bf16": (1 << 28, 1 << 28)}
 """For Shared KV and for Expert KV: multiplications of a layer's queries and outputs that must be saved for the chosen
-experts' heads to be computed alone, on a CPU. Measured on one core with AMX (docs/speed.md)."""
+experts' heads to be computed alone, on a CPU. Found on a core with AMX; measured again without (docs/speed.md)."""
 FEW_ROWS = {"fp32": 16, "bf16": 64}
 """Rows of a product that cost what reading its matrix costs: fewer tokens count as so many."""
-_ANY_HEADS = ("eager", "sdpa", AUTOMATIC, CHUNKED, "flash_attention_2", "flash_attention_3")
+ANY_HEADS = ("eager", "sdpa", AUTOMATIC, CHUNKED, "flash_attention_2", "flash_attention_3")
 """Attention that takes any number of query heads over the K/V heads."""
-_OF_CHOSEN_KEYS = (AUTOMATIC, CHUNKED)
+OF_CHOSEN_KEYS = (AUTOMATIC, CHUNKED)
 """Attention in which a token's heads see the keys of their own expert."""
+
+
+def choosing_pays(order: HeadOrder, top_k: int, *, rows: int, hidden_size: int, precision: str) -> bool:
+    """Whether a CPU computes the chosen experts' heads of so many tokens faster alone, in ``fp32`` or ``bf16``."""
+    unchosen = (order.num_experts - top_k) * order.num_heads * order.head_dim
+    saved = max(FEW_ROWS[precision], rows) * 2 * unchosen * hidden_size
+    return saved >= LEAST_SAVED[precision][0 if order.kv_sharing else 1]
 
 
 class BranchMixAttention(nn.Module):
@@ -217,7 +224,7 @@ class BranchMixAttention(nn.Module):
         if self.sparse is False or top_k == order.num_experts or torch.compiler.is_compiling():
             return False
         heads: Any = self.heads
-        if heads.config._attn_implementation not in (_ANY_HEADS if order.kv_sharing else _OF_CHOSEN_KEYS):
+        if heads.config._attn_implementation not in (ANY_HEADS if order.kv_sharing else OF_CHOSEN_KEYS):
             return False
         if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
             return False
@@ -233,10 +240,8 @@ class BranchMixAttention(nn.Module):
             return False
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
         precision = "bf16" if autocast.itemsize < 4 else "fp32"
-        rows = max(FEW_ROWS[precision], hidden_states.shape[:-1].numel())
-        unchosen = (order.num_experts - top_k) * order.num_heads * order.head_dim
-        least_saved = LEAST_SAVED[precision][0 if order.kv_sharing else 1]
-        return rows * 2 * unchosen * hidden_states.shape[-1] >= least_saved
+        rows, width = hidden_states.shape[:-1].numel(), hidden_states.shape[-1]
+        return choosing_pays(order, top_k, rows=rows, hidden_size=width, precision=precision)
 
 
 class BranchMixExpertNorm(nn.ModuleList):

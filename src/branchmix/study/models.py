@@ -15,8 +15,8 @@ from branchmix.recipe import STITCHED, Recipe
 from branchmix.settings import overlaid, parse
 from branchmix.study.graph import Cost
 from branchmix.study.settings import Method, StudyFile
-from branchmix.train.config import NewModel
-from branchmix.train.schedule import optimizer_flops, token_flops
+from branchmix.train.config import Balance, NewModel
+from branchmix.train.schedule import counts_ahead, optimizer_flops, token_flops
 from branchmix.upcycling.low_rank import matrices_of
 
 Config = dict[str, Any]
@@ -157,12 +157,20 @@ def step_cost(study: StudyFile, config: Config, train: dict[str, Any]) -> Cost:
     shares, lora, trained = None, 0, parameters(config).total
     if train.get("freeze") or train.get("adapters") or config.get("stitches"):
         shares, lora, trained = _what_is_trained(config, train)
-    flops = token_flops(config, study.sequence_length, shares, lora)
+    run = study.run_of(train)
+    flops = token_flops(config, study.sequence_length, shares, lora, ahead=runs_ahead(run))
     if flops is None:
         model_type = config.get("seed_config", config)["model_type"]
         raise RecipeError(f"seed: there is no formula for the FLOPs of {model_type}, and no equal compute without")
-    clips = study.run_of(train)["optimizer"]["max_grad_norm"] > 0
+    clips = run["optimizer"]["max_grad_norm"] > 0
     return Cost(1, study.step_tokens, flops.training * study.step_tokens, optimizer_flops(trained, clips=clips))
+
+
+def runs_ahead(run: dict[str, Any]) -> bool:
+    """Whether a run of one process with these settings counts the load of each step ahead."""
+    balance = run.get("balance")
+    accumulation = run["batch_size"] // (run.get("micro_batch_size") or run["batch_size"])
+    return counts_ahead(Balance(**balance) if balance else None, accumulation)
 
 
 def _what_is_trained(config: Config, train: dict[str, Any]) -> tuple[dict[str, float], int, int]:

@@ -15,12 +15,6 @@ from branchmix.train.measure import count_load
 from branchmix.train.models import reshard
 
 
-def counts_ahead(settings: Balance | None, accumulation: int) -> bool:
-    """Whether the forward passes of a step run twice: the load of the last one is not known when the first is done."""
-    whole_step = settings is not None and settings.scope == "global_batch"
-    return whole_step and accumulation > 1
-
-
 def _shares(settings: Balance, config: Any) -> list[float] | None:
     """``target`` in the order of the experts, summing to 1; None if all are to get the same."""
     if settings.target is None:

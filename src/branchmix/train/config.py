@@ -52,7 +52,7 @@ class Budget(Settings):
     """Optimizer steps."""
     flops: Count | None = None
     """Training FLOPs: three times those of the forward pass (``branchmix inspect``), minus the gradients of frozen
-    weights."""
+    weights; and a forward pass that counts the load ahead (``balance.scope: global_batch``)."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall time of the command. The time of a step is measured at the start, which fixes the number of steps."""
     training_minutes: Annotated[float, Field(gt=0)] | None = None
@@ -177,9 +177,9 @@ class Balance(Settings):
     scope: Literal["micro_batch", "sequence", "global_batch", "last_batch"] = "micro_batch"
     """Tokens over which the balance loss counts the load. ``micro_batch``: those that a process computes at once.
     ``sequence``: each sequence. ``global_batch``: the whole optimizer step, which lets experts specialise in a domain;
-    with several micro-batches a step, a forward pass of all of them counts first. ``last_batch``: the optimizer step
-    before, without that pass. With all but ``micro_batch``, and where the loss is off, ``micro_batch_size`` and the
-    number of processes do not change the result."""
+    with several micro-batches a step, a forward pass of all of them counts first, for up to a third more FLOPs.
+    ``last_batch``: the optimizer step before, without that pass. With all but ``micro_batch``, and where the loss is
+    off, ``micro_batch_size`` and the number of processes do not change the result."""
     target: Annotated[dict[str, Annotated[float, Field(gt=0)]] | None, BeforeValidator(_named)] = None
     """Share of the load that each expert should get, by its name (normalised to sum to 1); equal if not set. A token
     goes to an expert only once, so with top-k no share can be above 1 / k."""

@@ -22,13 +22,12 @@ from branchmix.data.sequences import packing_method
 from branchmix.data.sources import documents, is_held_out
 from branchmix.errors import RecipeError
 from branchmix.train import measure, models, trained_parts
-from branchmix.train.balancing import counts_ahead
 from branchmix.train.checks import Checked
 from branchmix.train.config import NewModel, RunConfig
 from branchmix.train.models import reshard
 from branchmix.train.progress import Display
 from branchmix.train.run_folder import RunFolder, latest_checkpoint, step_of
-from branchmix.train.schedule import shares_trained, steps_of, token_flops
+from branchmix.train.schedule import counts_ahead, shares_trained, steps_of, token_flops
 
 
 class PreparedRun:
@@ -113,7 +112,9 @@ class PreparedRun:
         if config.gradient_checkpointing:  # which has another name since transformers 5.2x
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
-        self.flops = token_flops(described, config.sequence_length, *shares_trained(self.model))
+        self.counts_ahead = counts_ahead(config.balance, self.checked.accumulation)
+        trained = shares_trained(self.model)
+        self.flops = token_flops(described, config.sequence_length, *trained, ahead=self.counts_ahead)
 
     def _fix_steps(self) -> None:
         """Set ``fixed``, the content of ``run.json``: what is decided when the run first starts."""
@@ -151,9 +152,13 @@ class PreparedRun:
         """Steps that fit into a budget of time, after subtracting the time for evaluations."""
         config, micro, accumulation = self.config, self.checked.micro_batch_size, self.checked.accumulation
         options: dict[str, Any] = {"computing": self.computing, "packing": self.packing}
-        ahead = counts_ahead(config.balance, accumulation)
         step = measure.seconds_per_step(
-            self.model, self._sequences(1), micro=micro, accumulation=accumulation, counts_ahead=ahead, **options
+            self.model,
+            self._sequences(1),
+            micro=micro,
+            accumulation=accumulation,
+            counts_ahead=self.counts_ahead,
+            **options,
         )
         begin = time.perf_counter()
         measure.held_out_losses(self.model, self.held_out, batch_size=micro, **options)

@@ -9,7 +9,7 @@ from typing import Any
 
 from branchmix.accounting import Config, flops_per_token
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.train.config import Budget, LearningRate, RunConfig
+from branchmix.train.config import Balance, Budget, LearningRate, RunConfig
 
 
 def micro_batches(config: RunConfig, num_processes: int) -> tuple[int, int]:
@@ -27,6 +27,12 @@ def micro_batches(config: RunConfig, num_processes: int) -> tuple[int, int]:
             f"{num_processes} processes: choose a divisor of {share}"
         )
     return micro, share // micro
+
+
+def counts_ahead(settings: Balance | None, accumulation: int) -> bool:
+    """Whether the forward passes of a step run twice: the load of the last one is not known when the first is done."""
+    whole_step = settings is not None and settings.scope == "global_batch"
+    return whole_step and accumulation > 1
 
 
 def warmup_steps(warmup: float, num_steps: int) -> int:
@@ -73,12 +79,18 @@ class TokenFlops:
     forward: int
     training: int
     """Forward; as much again for the gradients of activations; as much for the gradients of the weights that are
-    trained; and the products with LoRA's matrices. Recomputation by gradient checkpointing is not counted, nor are the
-    weight products of adapters, which do not depend on the number of tokens."""
+    trained; the products with LoRA's matrices; and the pass of ``counts_ahead``. Recomputation by gradient
+    checkpointing is not counted, nor are the weight products of adapters, which do not depend on the number of
+    tokens."""
 
 
 def token_flops(
-    config: Config, context: int, trained: dict[str, float] | None = None, lora_parameters: int = 0
+    config: Config,
+    context: int,
+    trained: dict[str, float] | None = None,
+    lora_parameters: int = 0,
+    *,
+    ahead: bool = False,
 ) -> TokenFlops | None:
     """FLOPs of one token in training, or None for a family without a formula.
 
@@ -88,6 +100,8 @@ def token_flops(
         trained: trained share of the parameters of ``attention``, ``ffn``, ``routers``, ``stitches`` and ``lm_head``;
             all if None.
         lora_parameters: number of parameters in LoRA's matrices.
+        ahead: whether the load is counted ahead (``counts_ahead``): a forward pass more, with the head on the last
+            token of each sequence.
     """
     try:
         flops = flops_per_token(config, context)
@@ -106,7 +120,8 @@ def token_flops(
         frozen += sum(
             layer.qkv + 2 * layer.context + layer.output + layer.ffn for layer in flops.layers[: stitched[0] + 1]
         )
-    return TokenFlops(flops.total, 3 * flops.total - frozen + 6 * lora_parameters)
+    counting = flops.non_embedding + flops.lm_head // context + 2 * lora_parameters if ahead else 0
+    return TokenFlops(flops.total, 3 * flops.total - frozen + 6 * lora_parameters + counting)
 
 
 def part_of(name: str) -> str:

@@ -29,7 +29,7 @@ from branchmix.checkpoint.folder import write_json, writing
 from branchmix.errors import OutputError
 from branchmix.train import measure, trained_parts
 from branchmix.train import saved_state as saved
-from branchmix.train.balancing import Balancing, counts_ahead
+from branchmix.train.balancing import Balancing
 from branchmix.train.checkpoints import SafeTrainer
 from branchmix.train.counters import DomainLoss, RouterMonitor
 from branchmix.train.ema import Ema
@@ -37,7 +37,7 @@ from branchmix.train.models import TokenizerFiles
 from branchmix.train.prepared import PreparedRun, now
 from branchmix.train.progress import Clock, Metrics, last_values, print_plan, seconds_of
 from branchmix.train.run_folder import AVERAGE, DONE, RUN, RunReport, step_of
-from branchmix.train.schedule import rate_at
+from branchmix.train.schedule import counts_ahead, rate_at
 from branchmix.train.signals import StopSignals
 
 _BALANCE = "balance/"
