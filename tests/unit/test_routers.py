@@ -84,16 +84,15 @@ def test_the_same_as_by_hand(name: str, top_k: tuple[int, int | None], masked: b
     assert monitor.read().routers == [] and monitor.read().scalars() == {}
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("attention", ["kv_experts", "kv_sharing", "average"])
-def test_recomputed_layers_count_once(attention: str, reentrant: bool) -> None:
+def test_recomputed_layers_count_once(attention: str) -> None:
     model = random_mixture("llama", attention)
     ids, domain = tokens(2, 9), [1, 2]
     monitor = RouterMonitor(model, DOMAINS)
     loads = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
         calls: list[int] = []
         router = next(module for module in model.modules() if isinstance(module, BranchMixRouter))

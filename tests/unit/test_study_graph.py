@@ -119,7 +119,7 @@ def test_routes_of_what_is_no_trained_mixture_are_refused(method: str) -> None:
 
 
 def test_what_no_recipe_can_be_and_two_methods_of_one_name_are_refused() -> None:
-    with pytest.raises(RecipeError, match="method btx: router_init: input should be"):
+    with pytest.raises(RecipeError, match="method btx: router_init: should be a mapping"):
         graph(recipe={"router_init": 3})
     names = [{"method": "bam-expert-kv", "name": "x", "match": ["dm"]}, {"method": "soup", "name": "x-dm"}]
     with pytest.raises(RecipeError, match=r"methods: two of them make r1.scores.x-dm"):
