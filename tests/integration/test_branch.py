@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from branchmix.cli.training import _branch_table
 from branchmix.data.sources import open_source, require_files
 from branchmix.errors import BranchMixError, OutputError, RecipeError
 from branchmix.recipe import Recipe
@@ -324,7 +325,9 @@ def test_only_some(tmp_path: Path, pretend: Any) -> None:
 
 def test_nothing_is_written_when_it_cannot_work(tmp_path: Path) -> None:
     file = study(tmp_path)
-    assert {expert.status for expert in branch(file, dry_run=True).experts} == {"waiting"}
+    planned = branch(file, dry_run=True)
+    assert {expert.status for expert in planned.experts} == {"waiting"}
+    assert list(_branch_table(planned).head) == ["expert", "", "mix"], "no column of tokens that are not trained yet"
     with pytest.raises(BranchMixError, match=r"no such folder .*, and no Hub id"):
         branch(file, overrides=["seed=./nothing"])
     with pytest.raises(BranchMixError, match=r"^data.law: .*no file matches"):

@@ -170,7 +170,7 @@ def test_experts_with_rotary_positions_of_their_own(sparse: Any) -> None:
 @pytest.mark.parametrize("attention", BOTH)
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3", "stablelm-parallel"])
 def test_an_expert_that_no_token_chooses_has_gradients(name: str, attention: str, sparse: Any) -> None:
-    """Of zero, as where all are computed: FSDP waits for every one."""
+    """They are zero, as in the full computation, and not missing: FSDP waits for each parameter's gradient."""
     model = random_mixture(name, attention, attention_num_experts_per_tok=1, expert_bias=True)
     for module in model.modules():
         if isinstance(module, BranchMixAttention):

@@ -165,6 +165,9 @@ def test_top_k_of_all_experts_is_not_soft(siblings: Siblings, tmp_path: Path) ->
         found = config(tmp_path / f"{mixture.name}-added")
         assert (found["num_experts_per_tok"], found["routed_scaling_factor"]) == (2, 1.5)
         assert "no recipe says" not in str(report.plan.notes)
+        for group in report.plan.groups:
+            steps = group.how.split(", ")
+            assert len(steps) == len(set(steps)), group
 
 
 def test_a_factor_that_happens_to_be_n_over_k_stays(siblings: Siblings, tmp_path: Path) -> None:

@@ -171,11 +171,12 @@ def _branch_table(report: BranchReport) -> Table:
         before, after = expert.held_out("start"), expert.held_out("end")
         status = "planned" if report.dry_run and expert.training is None else expert.status
         mix = expert.mix if isinstance(expert.mix, str) else ", ".join(f"{d} {s:.3g}" for d, s in expert.mix.items())
-        tokens = ["" if expert.tokens is None else human_count(expert.tokens)] * trained
+        tokens = "" if expert.tokens is None else human_count(expert.tokens)
         changes = [_change(before.get(domain), after.get(domain)) for domain in domains]
-        rows.append([expert.name, status, mix, *tokens, *changes])
+        rows.append([expert.name, status, mix, *([tokens] if trained else []), *changes])
+    head = ["expert", "", "mix", *(["tokens"] if trained else []), *domains]
     title = "held-out loss, before and after, nats per token" if domains else ""
-    return Table(["expert", "", "mix", *["tokens"] * trained, *domains], rows, title=title, left=("", "mix"))
+    return Table(head, rows, title=title, left=("", "mix"))
 
 
 def _change(before: float | None, after: float | None) -> str:
