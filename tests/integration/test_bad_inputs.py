@@ -473,7 +473,7 @@ COMMANDS = [
          args=lambda i: ["generate", "./none", "hi"]),
     Case("generate: no tokenizer", "models/seed: has no tokenizer files | copy",
          lambda i: (i.seed / "tokenizer.json").unlink(), args=lambda i: ["generate", str(i.seed), "hi"]),
-    Case("generate: an adapter with a config", "models/seed: is a LoRA adapter folder, not a full checkpoint | merge",
+    Case("generate: an adapter of unknown kind", "has no peft_type, only LORA is supported | merge the adapter",
          lambda i: ((i.seed / WEIGHTS).unlink(), (i.seed / "adapter_config.json").write_text("{}")),
          args=lambda i: ["generate", str(i.seed), "hi"]),
     Case("inspect: an adapter with a config", "models/seed: is a LoRA adapter folder, not a full checkpoint | merge",

@@ -112,9 +112,15 @@ def test_an_adapter_with_a_config_is_an_adapter(
     corpora.write_jsonl(tmp_path / "a.jsonl", range(4))
     (tmp_path / "data.yaml").write_text(json.dumps({"data": {"prose": {"files": "a.jsonl"}}, "held_out": "all"}))
     run = write_run(tmp_path, settings(write_text(tmp_path), model=str(models["axolotl"]), budget={"steps": 2}))
+    mean = {}
+    for name in ("merged", "adapter", "axolotl"):
+        words = ("eval", models[name], "--data", tmp_path / "data.yaml", "--dtype", "float32", "--json")
+        assert command(monkeypatch, *words) == 0
+        mean[name] = json.loads(capsys.readouterr().out)["models"][0]["domains"]["prose"]["perplexity"]
+    assert mean["adapter"] == mean["axolotl"] == pytest.approx(mean["merged"], rel=1e-5)
+    assert command(monkeypatch, "generate", models["axolotl"], "the", "--max-new-tokens", "2") == 0
+    capsys.readouterr()
     for words in (
-        ("generate", models["axolotl"], "the"),
-        ("eval", models["axolotl"], "--data", tmp_path / "data.yaml"),
         ("inspect", models["axolotl"]),
         ("train", run),
         ("serve", models["axolotl"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,16 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from test_study import STEP, write_study
 from transformers import AutoModelForCausalLM
 
 import branchmix
-from branchmix.errors import RecipeError
+import corpora
+from branchmix.checkpoint.hub import resolve
+from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood.models import TextModel
+from branchmix.study.build import build
+from branchmix.study.scheduler import study
+from branchmix.study.settings import StudyFile
 from branchmix.train import trained_parts
 from branchmix.train.config import Lora
 from families import BY_NAME, NAMES
 from mixtures import load, random_mixture, tokens
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 Siblings = Callable[..., dict[str, Path]]
 
@@ -78,6 +87,92 @@ def test_the_result_is_an_expert(name: str, siblings: Siblings, tmp_path: Path) 
         torch.testing.assert_close(ours[path], tensor, rtol=0, atol=1e-6)
     experts = next(tensor for path, tensor in ours.items() if path.endswith("experts.down_proj"))
     assert (experts[1] - experts[0]).abs().max() > 1e-3  # the first expert is the seed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_result_is_a_model_to_evaluate(name: str, siblings: Siblings, tmp_path: Path) -> None:
+    """With the tokenizer of the model it was trained on, and all of its own beside that model's hash."""
+    seed = Path(shutil.copytree(siblings(name, vocab_size=300)["seed"], tmp_path / "seed"))
+    corpora.tokenizer().save_pretrained(seed)
+    hashes, ids = [TextModel(resolve(str(seed)), "float32", False).facts["weights"]], tokens()
+    for number in range(2):
+        tuned = trained_parts.add_lora(load(seed), Lora(rank=2))
+        trained(tuned, 1 + number)
+        tuned.save_pretrained(tmp_path / f"lora-{number}")
+        ours = TextModel(resolve(str(tmp_path / f"lora-{number}")), "float32", False)
+        logits = ours.load()(ids).logits
+        torch.testing.assert_close(logits, tuned.eval()(input_ids=ids).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits, tuned.merge_and_unload()(ids).logits, rtol=0, atol=1e-5)
+        assert (logits - load(seed)(ids).logits).abs().max() > 1e-3
+        hashes.append(ours.facts["weights"])
+    assert len({*hashes}) == 3
+
+
+def test_an_adapter_with_a_tokenizer_of_its_own(siblings: Siblings, tmp_path: Path) -> None:
+    seed = Path(shutil.copytree(siblings("llama", vocab_size=300)["seed"], tmp_path / "seed"))
+    trained_parts.add_lora(load(seed), Lora()).save_pretrained(tmp_path / "lora")
+    corpora.tokenizer().save_pretrained(tmp_path / "lora")
+    assert TextModel(resolve(str(tmp_path / "lora")), "auto", False).tokenizer("hello").input_ids
+    for file in (tmp_path / "lora").glob("token*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"lora: has no tokenizer files: copy the seed's"):
+        TextModel(resolve(str(tmp_path / "lora")), "auto", False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("base_model_name_or_path", None, "base_model_name_or_path is missing: write the model there"),
+        ("base_model_name_or_path", "./gone", r"base_model_name_or_path: ./gone: no such folder .*: check the path$"),
+        ("base_model_name_or_path", "{lora}", "base_model_name_or_path: .*lora: is a LoRA adapter folder"),
+        ("base_model_name_or_path", "{wide}", "lora: does not fit its base model .*seed: .*size mismatch"),
+        ("peft_type", "IA3", "has peft_type IA3, only LORA is supported"),
+    ],
+)
+def test_adapters_without_their_model_are_refused(
+    key: str, value: str | None, words: str, siblings: Siblings, tmp_path: Path
+) -> None:
+    seed, wide = (siblings("llama", **changes)["seed"] for changes in ({}, {"intermediate_size": 96}))
+    lora = tmp_path / "lora"
+    trained_parts.add_lora(load(seed), Lora()).save_pretrained(lora)
+    corpora.tokenizer().save_pretrained(lora)
+    file = lora / "adapter_config.json"
+    value = value and value.format(lora=lora, wide=wide)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=words):
+        TextModel(resolve(str(lora)), "float32", False).load()
+
+
+def test_a_study_of_lora_experts(tmp_path: Path) -> None:
+    """Adapters are trained, scored beside their mixtures, and merged without a loss: forced gates are the adapters."""
+    methods = ["btx", "soup", "ensemble", "bam-expert-kv-forced"]
+    lora = {"expert_train": {"lora": {"rank": 2}}, "learning_rate": {"peak": 1e-2, "expert": 5.0}}
+    tokens_of = {"seed": 4 * STEP, "expert": 40 * STEP, "mixture": STEP}
+    file = write_study(tmp_path, methods=methods, inference=None, keep="weights", tokens=tokens_of, **lora)
+    graph = build(StudyFile.load(file))
+    only = ["r1.scores.bam-expert-kv-forced", "r1.scores.ensemble", "r1.scores.soup", "r1.scores.code"]
+    found = study(file, tmp_path / "out", only=only, launcher="inline", progress=False)
+    assert not found.failed
+
+    results = {
+        name: json.loads((tmp_path / f"out/results/{name}.json").read_text())
+        for name in found.statuses
+        if ".train." in name or ".scores." in name
+    }
+    training = results["r1.train.code"]["training"]
+    assert training["flops"] + training["optimizer_flops"] == graph.steps["r1.train.code"].cost.total
+    forced, code, soup = (results[f"r1.scores.{name}"] for name in ("bam-expert-kv-forced", "code", "soup"))
+    assert forced["forced"]["code"] == "code"
+    for ours, theirs in zip(forced["documents"]["code"], code["documents"]["code"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-3)
+    assert soup["documents"]["code"] != code["documents"]["code"]
+
+    seed, expert = (next(tmp_path.glob(f"out/steps/r1.train.{name}-*/model")) for name in ("seed", "code"))
+    end = peft.AutoPeftModelForCausalLM.from_pretrained(expert).merge_and_unload().state_dict()
+    start = load(seed).state_dict()
+    for part, word in (("attention", "self_attn"), ("ffn", "mlp")):
+        before, after = (torch.cat([state[n].flatten() for n in start if word in n]) for state in (start, end))
+        assert training["from_seed"][part] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-3)
 
 
 def test_chosen_layers_and_frozen_parts() -> None:

@@ -59,7 +59,7 @@ earlier models together with new ones to get one table of all.
 
 @app.command("eval", epilog=EVAL)
 def eval_command(
-    models: Annotated[list[str], Argument(metavar="MODEL ...", help="Folders or Hub ids.")],
+    models: Annotated[list[str], Argument(metavar="MODEL ...", help="Folders or Hub ids, of LoRA adapters too.")],
     data: console.Data = None,
     tasks: Annotated[str | None, Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.")] = None,
     out: Annotated[Path | None, Option(help="Folder for records and results.json.")] = None,

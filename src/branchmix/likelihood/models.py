@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from branchmix.checkpoint.companions import left_over_adapter, refuse_adapter
+from branchmix.checkpoint.companions import is_adapter, left_over_adapter
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import left_over_quantisation
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood.adapters import base_of, put_on, require_peft
 from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
 from branchmix.likelihood.records import model_hash, tokenizer_hash
 
@@ -34,6 +36,7 @@ def check_dtype(dtype: str) -> None:
 class TextModel:
     """A model's config and tokenizer; its weights are loaded when they are asked for.
 
+    A LoRA adapter has the config of the model it was trained on, and its tokenizer unless one lies beside it.
     ``notes`` say what of its folder does not count; ``prefix`` is what a text's first token is predicted from.
     """
 
@@ -47,18 +50,23 @@ class TextModel:
 
         self.given, self.folder, self.revision = resolved.given, resolved.folder, resolved.revision
         self.dtype = dtype
-        refuse_adapter(self.folder)
-        notes = (left_over_adapter(self.folder), left_over_quantisation(self.folder))
+        self.adapter = self.folder if is_adapter(self.folder) else None
+        if self.adapter is not None:
+            require_peft(self.adapter)
+            resolved = base_of(self.adapter)
+        self._base = resolved.folder
+        notes = (left_over_adapter(self._base), left_over_quantisation(self._base))
         self.notes = [note for note in notes if note is not None]
-        if not (self.folder / "config.json").is_file():
-            raise CheckpointError(f"{self.folder}: has no config.json: give the folder of a model")
-        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        if not (self._base / "config.json").is_file():
+            raise CheckpointError(f"{self._base}: has no config.json: give the folder of a model")
+        has_tokenizer = [folder for folder in (self.folder, self._base) if _has_tokenizer(folder)]
+        if not has_tokenizer:
             raise CheckpointError(
                 f"{self.folder}: has no tokenizer files: copy the seed's tokenizer beside the weights"
             )
-        self._options: dict[str, Any] = {"given": self.given, "trust_remote_code": trust_remote_code}
-        self.config = load(AutoConfig, self.folder, **self._options)
-        self.tokenizer = load_tokenizer(self.folder, **self._options)
+        self._options: dict[str, Any] = {"given": resolved.given, "trust_remote_code": trust_remote_code}
+        self.config = load(AutoConfig, self._base, **self._options)
+        self.tokenizer = load_tokenizer(has_tokenizer[0], **{**self._options, "given": self.given})
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
         self.prefix = prefix_token(self.tokenizer, self.config)
         self._weights: Any = None
@@ -78,7 +86,7 @@ class TextModel:
 
     @cached_property
     def _hash(self) -> str:
-        return model_hash(self.folder)
+        return model_hash(self._base, self.adapter)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -98,7 +106,15 @@ class TextModel:
 
         is_ours = self.config.model_type == "branchmix"
         changed = {} if is_ours else self.changed
-        model = load_language_model(self.folder, dtype=self.dtype, **self._options, **changed, **options)
+        model = load_language_model(self._base, dtype=self.dtype, **self._options, **changed, **options)
+        if self.adapter is not None:
+            try:
+                put_on(model, self.adapter)
+            except Exception as error:  # whatever PEFT and torch raise for weights of other shapes
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise CheckpointError(
+                    f"{self.adapter}: does not fit its base model {self._options['given']}: {reason}"
+                ) from error
         if is_ours and "num_experts_per_tok" in self.changed:
             model.use_top_k(self.changed["num_experts_per_tok"])
         model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,6 +135,10 @@ class TextModel:
         if progress is None:
             return None
         return lambda _, done, total: progress(f"{self.folder.name}: {what}", done, total)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def prefix_token(tokenizer: Any, config: Any) -> int | None:

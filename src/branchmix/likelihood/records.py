@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from branchmix.checkpoint.companions import ADAPTER_WEIGHTS
+from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.folder import locked, writing
 from branchmix.checkpoint.json_text import key_of, parse_json
 from branchmix.checkpoint.writer import FileHashes
@@ -136,10 +136,12 @@ class ModelRecords:
         return sum((self.key, item) in self._journal.earlier for item in items)
 
 
-def model_hash(folder: Path) -> str:
-    """Hash of the content of a model's config, code and weights; reading them costs about what loading them does."""
+def model_hash(folder: Path, adapter: Path | None = None) -> str:
+    """Hash of the content of a model's config, code and weights, and of an adapter's on it; reading them costs about
+    what loading them does."""
     patterns = ("*.safetensors", "config.json", "*.py")
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.name != ADAPTER_WEIGHTS)
+    files += [adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if adapter is not None else []
     with FileHashes(files) as hashes:
         return key_of({file.name: hashes.of(file) for file in files})
 

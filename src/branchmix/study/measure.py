@@ -19,9 +19,10 @@ import torch
 from torch.utils.data import default_collate
 from transformers.utils import logging
 
+from branchmix.checkpoint.companions import is_adapter
 from branchmix.checkpoint.expressions import Stored
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.checkpoint.index import CheckpointIndex
+from branchmix.checkpoint.index import CheckpointIndex, TensorRef
 from branchmix.data.config import Source
 from branchmix.data.corpus import open_corpus
 from branchmix.data.sequences import IGNORED, Packing, packing_method
@@ -37,6 +38,7 @@ from branchmix.train.measure import model_inputs
 from branchmix.train.models import Computing, attention_options
 from branchmix.train.schedule import part_of
 from branchmix.upcycling.layers import cast
+from branchmix.upcycling.lora import Adapter
 from branchmix.upcycling.sources import DenseExpert
 
 ROUTED_SEQUENCES = 64
@@ -124,21 +126,32 @@ def _device() -> Any:
 def distance(model: Path, seed: Path) -> dict[str, float]:
     """How far a model's attention and FFN went from its seed: the norm of the difference over that of the seed's.
 
-    A part that cannot be compared is left out.
+    A part that cannot be compared is left out. A LoRA adapter changes nothing but what it adapts.
     """
     squares = {"attention": [0.0, 0.0], "ffn": [0.0, 0.0]}
     try:
-        ours, theirs = (DenseExpert.open(folder.name, CheckpointIndex.open(folder)).tensors for folder in (model, seed))
-        for name in ours.keys() & theirs.keys():
-            if (part := part_of(name)) in squares and ours[name].shape == theirs[name].shape:
-                a, b = (cast(Stored(refs[name]), "F32") for refs in (ours, theirs))
-                went_from = b.rows(0, b.num_rows)
-                for place, values in enumerate((a.rows(0, a.num_rows) - went_from, went_from)):
-                    squares[part][place] += float(np.square(values, dtype=np.float64).sum())
+        base = DenseExpert.open(seed.name, CheckpointIndex.open(seed))
+        adapter = Adapter.read(model, base) if is_adapter(model) else None
+        ours = base.tensors if adapter else DenseExpert.open(model.name, CheckpointIndex.open(model)).tensors
+        for name, theirs in base.tensors.items():
+            if (part := part_of(name)) in squares and name in ours and ours[name].shape == theirs.shape:
+                went_from = _values(theirs)
+                went = adapter.squared_change(name) if adapter else _square(_values(ours[name]) - went_from)
+                for place, square in enumerate((went, _square(went_from))):
+                    squares[part][place] += square
     except BranchMixError as error:  # the training that this is told about is done
         print(f"note: how far it went from the seed is not known: {error}", file=sys.stderr)
         return {}
     return {part: (went / size) ** 0.5 for part, (went, size) in squares.items() if size > 0 and isfinite(went / size)}
+
+
+def _values(ref: TensorRef) -> Any:
+    tensor = cast(Stored(ref), "F32")
+    return tensor.rows(0, tensor.num_rows)
+
+
+def _square(values: Any) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 def _rows(scored: Scored) -> dict[str, list[list[float]]]:

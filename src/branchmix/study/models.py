@@ -155,7 +155,7 @@ def step_cost(study: StudyFile, config: Config, train: dict[str, Any]) -> Cost:
         RecipeError: there is no formula for the family's FLOPs.
     """
     shares, lora, trained = None, 0, parameters(config).total
-    if train.get("freeze") or train.get("adapters") or config.get("stitches"):
+    if any(train.get(key) for key in ("freeze", "adapters", "lora")) or config.get("stitches"):
         shares, lora, trained = _what_is_trained(config, train)
     run = study.run_of(train)
     flops = token_flops(config, study.sequence_length, shares, lora, ahead=runs_ahead(run))
@@ -178,6 +178,7 @@ def _what_is_trained(config: Config, train: dict[str, Any]) -> tuple[dict[str, f
     import torch
 
     from branchmix.train import trained_parts
+    from branchmix.train.config import Lora
     from branchmix.train.schedule import shares_trained
 
     with torch.device("meta"):
@@ -185,6 +186,8 @@ def _what_is_trained(config: Config, train: dict[str, Any]) -> tuple[dict[str, f
     trained_parts.only_stitches(model, [key for key in ("freeze", "adapters") if train.get(key)])
     if train.get("adapters"):
         trained_parts.add_adapters(model)
+    if lora := train.get("lora"):
+        model = trained_parts.add_lora(model, parse(Lora, lora, "lora"))
     if named := train.get("freeze"):
         trained_parts.freeze(model, [named] if isinstance(named, str) else named)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

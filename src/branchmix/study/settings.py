@@ -141,7 +141,7 @@ class Method(Settings):
                 )
             if self.recipe["stitches"] is None:
                 raise ValueError(f"recipe.stitches: {self.method} is made of them: give a number, or leave it out")
-        _check_keys("train", self.train, RunConfig, without=_OF_THE_STUDY)
+        _check_keys("train", self.train, RunConfig, without=(*_OF_THE_STUDY, "lora"))
         return self
 
     @property
@@ -161,9 +161,9 @@ class Method(Settings):
 
 _OF_THE_STUDY = (
     *("model", "out", "mix", "data", "held_out", "budget", "sequence_length", "batch_size", "random_seed", "threads"),
-    *("evaluation", "logging", "trust_remote_code", "lora"),
+    *("evaluation", "logging", "trust_remote_code"),
 )
-"""Keys of runs that the study decides; and LoRA, whose adapters are no model that a study could measure."""
+"""Keys of runs that the study decides."""
 
 
 def _check_keys(where: str, given: dict[str, Any], kind: type[Settings], *, without: Collection[str]) -> None:
@@ -221,7 +221,8 @@ class StudyFile(SettingsFile):
     train: dict[str, Any] = {}
     """Keys of every run, such as ``precision``."""
     expert_train: dict[str, Any] = {}
-    """Keys of the experts' runs, such as ``freeze: [trunk]``; they replace those of ``train``."""
+    """Keys of the experts' runs, such as ``freeze: [trunk]``, or ``lora: {}`` for adapters; they replace those of
+    ``train``."""
     methods: list[Method] = Field(min_length=1)
     """Methods to compare. All their repetitions run first."""
     ablations: list[Method] = []
@@ -258,7 +259,7 @@ class StudyFile(SettingsFile):
             raise ValueError("random_seeds: one is listed twice, which would be no repetition")
         _check_keys("recipe", self.recipe, Recipe, without=("seed", "experts", "attention", "ffn", "stitches"))
         whole = (*_OF_THE_STUDY, "adapters", "balance", "learning_rate", "optimizer", "micro_batch_size")
-        _check_keys("train", self.train, RunConfig, without=(*whole, "freeze"))
+        _check_keys("train", self.train, RunConfig, without=(*whole, "freeze", "lora"))
         _check_keys("expert_train", self.expert_train, RunConfig, without=whole)
         self._check_runs()
         if not 0 < self.held_out.share < 1:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from branchmix.checkpoint.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from branchmix.checkpoint.expressions import Columns, Expression, Gained, Scaled, Span, Stored, Transposed, same_values
 from branchmix.checkpoint.families import Config, Dimensions, Family, entry_of, is_head, is_tied
@@ -15,6 +17,7 @@ from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import CheckpointIndex, TensorRef, read_header, read_json_object
 from branchmix.checkpoint.tying import as_stored
 from branchmix.errors import CheckpointError
+from branchmix.likelihood.adapters import lora_settings, put_on, require_peft
 from branchmix.upcycling.layers import cast
 from branchmix.upcycling.sources import ROLES, DenseExpert, fused_rows
 from branchmix.upcycling.structure import TOKEN_TABLES
@@ -27,15 +30,7 @@ def check_adapter(adapter: Path, seed: CheckpointIndex) -> None:
         CheckpointError: it is not a LoRA adapter, its weights are pickled, it was trained on a model of other modules
             or sizes, or it changes one of two matrices that the seed ties.
     """
-    file = adapter / ADAPTER_CONFIG
-    settings = read_json_object(file)
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        what = f"peft_type {kind}" if kind else "no peft_type"
-        raise CheckpointError(f"{file}: has {what}, only LORA can be merged: merge the adapter yourself first")
-    weights = adapter / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise CheckpointError(f"{adapter}: has no {weights.name} (pickles are never loaded): save it as such")
+    settings, weights = lora_settings(adapter), adapter / ADAPTER_WEIGHTS
     refs = read_header(weights)
     if is_tied(as_stored(seed).config) and (unties := _unties(settings, refs, seed)):
         raise CheckpointError(
@@ -97,14 +92,11 @@ def merge_adapter(adapter: Path, seed: ResolvedModel, target: Path) -> None:
 
     Raises CheckpointError if peft is not installed, or cannot merge it.
     """
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise CheckpointError(f"{adapter}: merging a LoRA adapter needs peft: pip install 'branchmix[lora]'") from None
     import torch
 
     from branchmix.likelihood.loading import load_language_model
 
+    require_peft(adapter)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         # fp32, so that the low-rank update is added before anything is rounded.
@@ -118,23 +110,6 @@ def merge_adapter(adapter: Path, seed: ResolvedModel, target: Path) -> None:
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{adapter}: cannot be merged into the seed: {reason}") from error
-
-
-def put_on(base: Any, adapter: Path) -> Any:
-    """The adapter's PEFT model, whose modules take their places in ``base``: from then on, that computes with them.
-
-    Raises:
-        CheckpointError: PEFT leaves some of the adapter's matrices out, of which it would only warn.
-    """
-    import peft
-
-    names = {ref.name for ref in read_header(adapter / ADAPTER_WEIGHTS) if ".lora_" in ref.name}
-    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
-    has_all = adapted <= {name for name, _ in base.named_modules()}
-    tuned = peft.PeftModel.from_pretrained(base if has_all else base.base_model, adapter)  # trained without the head
-    if left_out := sorted(names - peft.get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()):
-        raise CheckpointError(f"PEFT finds no place in the seed for {left_out[0]}: give the seed it was trained on")
-    return tuned
 
 
 def _given_own_head(model: Any) -> bool:
@@ -238,6 +213,14 @@ class Adapter:
             for module, pair in found.items()
         }
         return cls(folder, factors, outside, reason)
+
+    def squared_change(self, name: str) -> float:
+        """The square of the norm of its change ``scale B A`` of one of the seed's tensors."""
+        if (factors := self.factors.get(name.removesuffix(".weight"))) is None:
+            return 0.0
+        A, B = (cast(Stored(ref), "F32") for ref in factors[:2])
+        A_RI, B_OR = A.rows(0, A.num_rows).astype(np.float64), B.rows(0, B.num_rows).astype(np.float64)
+        return float(factors[2] ** 2 * ((B_OR.T @ B_OR) * (A_RI @ A_RI.T)).sum())
 
 
 def _scale(settings: Config, module: str, rank: int) -> float:

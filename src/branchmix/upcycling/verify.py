@@ -23,10 +23,10 @@ from branchmix.checkpoint.generated_tensors import PartlyRedrawn
 from branchmix.checkpoint.index import CheckpointIndex, float32_bytes
 from branchmix.checkpoint.numbers import FLOAT_DTYPES, to_float32
 from branchmix.errors import VerificationError
+from branchmix.likelihood.adapters import put_on
 from branchmix.pages.numbers import human_bytes
 from branchmix.recipe import DTYPES
 from branchmix.upcycling.layers import cast, dense_tensors
-from branchmix.upcycling.lora import put_on
 from branchmix.upcycling.low_rank import LowRankExpert
 from branchmix.upcycling.plan import Plan, Progress
 from branchmix.upcycling.sources import (
