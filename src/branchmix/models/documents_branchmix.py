@@ -319,5 +319,13 @@ def documented(block_class: type[nn.Module]) -> type[nn.Module]:
                 reader.document_logits = None
             return outputs
 
+        def __reduce__(self) -> Any:  # the class itself has no name that pickle could find it by
+            return _new_documented, (block_class,), self.__dict__
+
     Documented.__name__, Documented.__qualname__ = block_class.__name__, block_class.__qualname__
     return Documented
+
+
+def _new_documented(block_class: type[nn.Module]) -> nn.Module:
+    made = documented(block_class)
+    return made.__new__(made)
