@@ -23,13 +23,14 @@ from branchmix.train.config import RunConfig
 from branchmix.train.run import train
 from corpora import tokenizer
 from families import BY_NAME
-from mixtures import random_mixture
+from mixtures import gated, random_mixture
 from training import NEW_MODEL, settings, write_text
 
 PARALLEL = {"ddp": {}, "experts": {"expert_parallel": True}, "fsdp": {"fsdp": True}}
 JOBS = [("fsdp", "dense"), ("experts", "mixture"), ("ddp", "global_batch"), ("ddp", "last_batch")]
 MORE = [("ddp", "dense"), ("ddp", "mixture"), ("fsdp", "new"), ("fsdp", "mixture"), ("experts", "shared")]
 MORE += [("fsdp", "global_batch"), ("experts", "global_batch"), ("fsdp", "last_batch"), ("experts", "sign")]
+MORE += [("fsdp", "gates"), ("fsdp", "trunk"), ("fsdp", "domains")]
 STEPS, STOPPED_AT = 6, 3
 
 WORKER = """
@@ -129,7 +130,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hard = {"attention_num_experts_per_tok": 1, "router_aux_loss_coef": 0.5}
     for model in BALANCES:
         random_mixture("llama", num_experts=4, seed_changes=sizes, **hard).save_pretrained(folder / model)
-    for model in ("dense", "mixture", "shared", *BALANCES):
+    gated("llama", num_experts=4, seed_changes=sizes).save_pretrained(folder / "gates")
+    gated("cohere", num_experts=4, trunk="experts", seed_changes=sizes).save_pretrained(folder / "trunk")
+    router = {"width": 24, "inner": 8}
+    random_mixture("llama", num_experts=4, domain_router=router, seed_changes=sizes).save_pretrained(folder / "domains")
+    for model in ("dense", "mixture", "shared", "gates", "trunk", "domains", *BALANCES):
         tokenizer().save_pretrained(folder / model)
     return folder
 
