@@ -20,6 +20,7 @@ import corpora
 from branchmix.checkpoint.hub import resolve
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.models import TextModel
+from branchmix.models.routers import one_hot_gates
 from branchmix.study.build import build
 from branchmix.study.scheduler import study
 from branchmix.study.settings import StudyFile
@@ -106,6 +107,21 @@ def test_the_result_is_a_model_to_evaluate(name: str, siblings: Siblings, tmp_pa
         assert (logits - load(seed)(ids).logits).abs().max() > 1e-3
         hashes.append(ours.facts["weights"])
     assert len({*hashes}) == 3
+
+
+def test_an_adapter_of_a_mixture_with_forced_gates(tmp_path: Path) -> None:
+    random_mixture("llama", num_experts_per_tok=3).save_pretrained(tmp_path / "mixture")
+    corpora.tokenizer().save_pretrained(tmp_path / "mixture")
+    targets = ["q_proj", "v_proj", "self_attn.o_proj"]
+    options = peft.LoraConfig(target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    tuned, ids = peft.get_peft_model(load(tmp_path / "mixture"), options), tokens()
+    tuned.save_pretrained(tmp_path / "lora")
+    adapted = TextModel(resolve(str(tmp_path / "lora")), "float32", False)
+    with one_hot_gates(tuned, 1):
+        expected = tuned(ids).logits
+    torch.testing.assert_close(adapted.forced(1).load()(ids).logits, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="adapters on it"):
+        tuned.base_model.model.keep_experts([1])
 
 
 def test_an_adapter_with_a_tokenizer_of_its_own(siblings: Siblings, tmp_path: Path) -> None:

@@ -109,7 +109,9 @@ class TextModel:
         model = load_language_model(self._base, dtype=self.dtype, **self._options, **changed, **options)
         if self.adapter is not None:
             try:
-                put_on(model, self.adapter)
+                adapted = put_on(model, self.adapter)
+                if is_ours:  # whose experts can only be kept without PEFT's modules in it
+                    adapted.merge_and_unload()
             except Exception as error:  # whatever PEFT and torch raise for weights of other shapes
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise CheckpointError(

@@ -326,6 +326,6 @@ def documented(block_class: type[nn.Module]) -> type[nn.Module]:
     return Documented
 
 
-def _new_documented(block_class: type[nn.Module]) -> nn.Module:
+def _new_documented(block_class: Any) -> nn.Module:
     made = documented(block_class)
     return made.__new__(made)

@@ -65,7 +65,7 @@ def keep_experts(model: Any, experts: Sequence[str | int]) -> Any:
         experts: names or rows.
 
     Raises:
-        ValueError: there is no such expert, or the model is spread over devices.
+        ValueError: there is no such expert, or the model is spread over devices, or has adapters on it.
     """
     rows = expert_numbers(model.config, experts)
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or any(p.is_meta for p in model.parameters()):
@@ -100,6 +100,8 @@ def _config(config: Any, rows: list[int]) -> Any:
 
 def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
     """Give a module of the smaller mixture, and the modules in it, the tensors of its counterpart."""
+    if not issubclass(type(whole), type(kept)):
+        raise ValueError(f"experts cannot be kept of a model with adapters on it ({type(whole).__name__}): merge them")
     for name, value in vars(kept).items():
         if isinstance(value, torch.Tensor) or name == "max_seq_len_cached":  # dynamic rotary grows with its buffers
             setattr(kept, name, getattr(whole, name))
