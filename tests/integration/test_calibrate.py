@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import branchmix
@@ -265,6 +267,21 @@ def test_the_posterior_is_chosen_on_what_is_counted_last(home: Path, mixture: Pa
     others = {m: domain.checked + domain.measured for m, domain in enumerate(text.values())}
     assert fitted.posterior == fit_posterior(counts("counted") - counts("checked"), others)
     assert told.count("reading text") == len(text) < told.count("calibrating")
+
+
+def test_tokens_around_every_text_say_nothing(home: Path, mixture: Path, tmp_path: Path) -> None:
+    """Counted, a BOS would speak for the domain with the shortest documents, at each document's start."""
+    folder = Path(shutil.copytree(mixture, tmp_path / "mixture"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bos = tokenizer.eos_token, tokenizer.eos_token_id
+    template = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == bos[1]
+    calibrate(folder, data=home / "data.yaml")
+    gates = load_file(folder / "model.safetensors")
+    assert not gates["document_gate.counts"][bos[1]].any() and not gates["document_gate.evidence"][bos[1]].any()
+    assert gates["document_gate.counts"].any()
 
 
 def test_shares_follow_the_losses(home: Path, calibrated: Any) -> None:

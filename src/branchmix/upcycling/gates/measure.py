@@ -7,7 +7,7 @@ domains only. Shapes: V vocabulary, M domains, E experts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,12 +141,16 @@ def fit(
 
     earlier = mixture.config.get("document_gate") or {}
     vocab_size = mixture.dims.vocab_size
-    counts = _stored_counts(mixture) | {name: _counts(found.counted, vocab_size) for name, found in text.items()}
+    counts = _stored_counts(mixture)
+    counts |= {name: _counts(found.counted, found.around, vocab_size) for name, found in text.items()}
     names, counts_VM = list(counts), np.stack(list(counts.values()), axis=1)
     if set(text) == set(names) or not {"smoothing", "temperature"} <= earlier.keys():
+        checked_VM = np.zeros_like(counts_VM)
         others = {m: text[name].checked + text[name].measured for m, name in enumerate(names) if name in text}
-        checked = [_counts(text[name].checked if name in text else [], vocab_size) for name in names]
-        posterior = fit_posterior(counts_VM - np.stack(checked, axis=1), others)
+        for m, name in enumerate(names):
+            if name in text:
+                checked_VM[:, m] = _counts(text[name].checked, text[name].around, vocab_size)
+        posterior = fit_posterior(counts_VM - checked_VM, others)
     else:  # a fit to some of the domains would favour them
         posterior = Posterior(earlier["smoothing"], earlier["temperature"], earlier["decay"])
 
@@ -257,9 +261,11 @@ def _matrix(losses: dict[str, dict[str, float]], experts: list[str]) -> tuple[np
     return np.array(rows), notes
 
 
-def _counts(documents: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
-    """How often each token occurs, [V]."""
-    return np.bincount(np.concatenate([*documents, np.array([], dtype=int)]), minlength=vocab_size)
+def _counts(documents: Sequence[np.ndarray], around: Collection[int], vocab_size: int) -> np.ndarray:
+    """How often each token occurs, [V], but for those around every document."""
+    counts_V = np.bincount(np.concatenate([*documents, np.array([], dtype=int)]), minlength=vocab_size)
+    counts_V[list(around)] = 0
+    return counts_V
 
 
 def _stored_counts(mixture: OpenedMixture) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,9 @@ class DomainText:
     """Those of them that are not counted yet when the posterior's parameters are chosen."""
     measured: list[np.ndarray]
     """The beginnings of other documents, of at most ``MEASURED_PIECE`` tokens each."""
+    around: frozenset[int] = frozenset()
+    """Tokens that the tokenizer puts around every text. They are not counted, or they would speak for the domain with
+    the shortest documents."""
 
 
 def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> dict[str, DomainText]:
@@ -61,14 +64,14 @@ def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> 
         raise RecipeError(
             "held_out: all leaves no document to fit gates on: leave it out, or give held_out: {share: 0.1}"
         )
-    share = config.held_out.share
+    share, around = config.held_out.share, frozenset(tokenizer("", verbose=False)["input_ids"])
     found = {}
     for number, (name, source) in enumerate(config.data.items()):
         if progress is not None:
             progress("reading text", number, len(config.data))
         texts = documents_of(source, folder=config.folder)
         streamed = source.hub is not None and source.streaming
-        found[name] = _split(_tokens(_chosen(texts, share, streamed=streamed), tokenizer))
+        found[name] = replace(_split(_tokens(_chosen(texts, share, streamed=streamed), tokenizer)), around=around)
         if (count := sum(map(len, found[name].counted))) < LEAST_TOKENS:
             raise DataError(
                 f"data.{name}: has only {count} tokens that are not held out, and gates need {LEAST_TOKENS} or more: "
