@@ -348,8 +348,6 @@ def test_the_display_shows_what_runs_report(tmp_path: Path, monkeypatch: pytest.
     rows = [row, {"step": 1000, "held_out/code": 1.0}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10')
     state = JobState(Job("code", ["true"], out / "log.txt"), status="running")
-    assert progress._line(state) == "code: step 1,000 of 2,000, loss 2.500, tokens/s 12,346, left 1:01:40"
-    assert (
-        progress._line(JobState(Job("law", ["true"], tmp_path / "law" / "log.txt"), status="running"))
-        == "law: starting"
-    )
+    assert progress._line(state, 65) == "code: step 1,000 of 2,000, loss 2.500, tokens/s 12,346, left 1:01:40"
+    law = JobState(Job("law", ["true"], tmp_path / "law" / "log.txt"), status="running")
+    assert progress._line(law, 65) == "law: running for 1:05"

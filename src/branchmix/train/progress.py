@@ -199,6 +199,7 @@ class JobDisplay:
     def __init__(self, *, total: int, finished: int, enabled: bool, noun: str = "experts"):
         self.noun, self.total, self.finished, self.enabled = noun, total, finished, enabled
         self.said: dict[str, tuple[str, int]] = {}
+        self.begun: dict[str, float] = {}
         self.said_at = time.monotonic()
         self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
 
@@ -222,7 +223,7 @@ class JobDisplay:
             self.said_at = time.monotonic()
             for state in states:
                 if state.status == "running":
-                    self._say(_line(state))
+                    self._say(_line(state, time.monotonic() - self.begun[state.job.name]))
             if len(states) > _SHOWN_AT_MOST:
                 done = self.finished + sum(state.status == "done" for state in states)
                 self._say(f"{done} of {self.total} {self.noun} are done")
@@ -242,6 +243,7 @@ class JobDisplay:
             if before[0] == "running" and (state.status == "waiting" or state.attempts > before[1]):
                 self._say(f"{name}: failed ({state.reason}); restarting")
             elif now != before and state.status in texts:
+                self.begun.setdefault(name, time.monotonic())
                 self._say(f"{name}: {texts[state.status]}")
 
     def _say(self, text: str) -> None:
@@ -258,9 +260,9 @@ def _table(states: list[JobState], noun: str) -> Table:
     return Table([noun.removesuffix("s"), "", "step", "loss", "tokens/s", "left"], rows, note=note, left=("",))
 
 
-def _line(state: JobState) -> str:
+def _line(state: JobState, seconds: float) -> str:
     words = [f"{name} {value}" for name, value in _cells(state).items() if value]
-    return f"{state.job.name}: {', '.join(words) or 'starting'}"
+    return f"{state.job.name}: {', '.join(words) or f'running for {duration(seconds)}'}"
 
 
 def _cells(state: JobState) -> dict[str, str]:
