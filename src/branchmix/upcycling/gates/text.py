@@ -64,7 +64,7 @@ def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> 
         raise RecipeError(
             "held_out: all leaves no document to fit gates on: leave it out, or give held_out: {share: 0.1}"
         )
-    share, around = config.held_out.share, frozenset(tokenizer("", verbose=False)["input_ids"])
+    share, around = config.held_out.share, frozenset(encode(tokenizer, [""], special=True)[0].tolist())
     found = {}
     for number, (name, source) in enumerate(config.data.items()):
         if progress is not None:
