@@ -19,6 +19,7 @@ import branchmix
 import corpora
 from branchmix.checkpoint.hub import resolve
 from branchmix.errors import CheckpointError, RecipeError
+from branchmix.likelihood import adapters
 from branchmix.likelihood.models import TextModel
 from branchmix.models.routers import one_hot_gates
 from branchmix.study.build import build
@@ -157,6 +158,28 @@ def test_adapters_without_their_model_are_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(CheckpointError, match=words):
         TextModel(resolve(str(lora)), "float32", False).load()
+
+
+def test_the_base_models_revision_is_that_of_the_adapter(
+    siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed, asked = siblings("llama")["seed"], list[str]()
+    trained_parts.add_lora(load(seed), Lora()).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text()) | {"base_model_name_or_path": "org/base", "revision": "v2"}
+    file.write_text(json.dumps(settings))
+    monkeypatch.setattr(adapters, "resolve", lambda given: asked.append(given) or resolve(str(seed)))
+    assert adapters.base_of(tmp_path).folder == seed
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": str(seed)}))
+    assert adapters.base_of(tmp_path).folder == seed
+    assert asked == ["org/base@v2", str(seed)], "a folder has no revisions"
+
+
+def test_evaluating_needs_peft(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_parts.add_lora(load(siblings("llama")["seed"]), Lora()).save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(CheckpointError, match=r"needs peft: pip install 'branchmix\[lora\]'$"):
+        TextModel(resolve(str(tmp_path)), "auto", False)
 
 
 def test_a_study_of_lora_experts(tmp_path: Path) -> None:
