@@ -96,6 +96,7 @@ def new(before: Graph, after: Graph) -> set[str]:
             "expert_train.freez: a run here has no such key, did you mean 'freeze'",
         ),
         ({"expert_train": {"freeze": ["x"]}}, "expert_train: freeze.0: 'x'"),
+        ({"train": {"lora": {}}}, "train.lora: a run here has no such key"),
         ({"methods": ["btx", {"method": "dense", "train": {"lora": {}}}]}, "train.lora: a run here has no such key"),
         ({"methods": ["btx", {"method": "dense", "train": {"freeze": ["x"]}}]}, "methods: dense: train: freeze.0: 'x'"),
         ({"minutes": 0}, "minutes: input should be greater than 0"),
