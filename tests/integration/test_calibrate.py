@@ -271,7 +271,9 @@ def test_the_posterior_is_chosen_on_what_is_counted_last(home: Path, mixture: Pa
     assert told.count("reading text") == len(text) < told.count("calibrating")
 
 
-def test_tokens_around_every_text_say_nothing(home: Path, mixture: Path, tmp_path: Path) -> None:
+def test_tokens_around_every_text_say_nothing(
+    home: Path, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted, a BOS would speak for the domain with the shortest documents, at each document's start."""
     folder = Path(shutil.copytree(mixture, tmp_path / "mixture"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -280,7 +282,10 @@ def test_tokens_around_every_text_say_nothing(home: Path, mixture: Path, tmp_pat
     tokenizer.backend_tokenizer.post_processor = template
     tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder)("a").input_ids[0] == bos[1]
+    chosen_on: list[np.ndarray] = []
+    monkeypatch.setattr(measure, "fit_posterior", lambda n, texts: chosen_on.append(n) or fit_posterior(n, texts))
     calibrate(folder, data=home / "data.yaml")
+    assert not chosen_on[0][bos[1]].any(), "nor where the posterior's parameters are chosen"
     gates = load_file(folder / "model.safetensors")
     assert not gates["document_gate.counts"][bos[1]].any() and not gates["document_gate.evidence"][bos[1]].any()
     assert gates["document_gate.counts"].any()
