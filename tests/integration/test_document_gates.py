@@ -63,9 +63,9 @@ def test_sums_are_the_loops(restarts: str | None, length: int, decay: float) -> 
     evidence, carry = rng.normal(size=(3, length, 4)), rng.normal(size=(3, 4))
     starts = rng.random((3, length)) < {None: 0.0, "rare": 0.01, "often": 0.3}[restarts]
     given = None if restarts is None else torch.tensor(starts)
-    for before in (carry, None):
-        expected = loop(evidence, decay, starts, np.zeros_like(carry) if before is None else before)
-        found = decayed_sums(torch.tensor(evidence), decay, given, None if before is None else torch.tensor(before))
+    for before in (carry, np.zeros_like(carry)):
+        expected = loop(evidence, decay, starts, before)
+        found = decayed_sums(torch.tensor(evidence), decay, given, torch.tensor(before))
         np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-10)
 
 

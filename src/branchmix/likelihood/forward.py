@@ -81,12 +81,11 @@ def head_at(model: Any, rows_N: torch.Tensor, places_N: torch.Tensor) -> Iterato
     """
     done: list[bool] = []
 
-    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def narrow(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_BTD = args[0]
         done.append(True)
-        logits_BTE = getattr(module, "document_logits", None)  # by which a trunk of experts chooses its head
-        if logits_BTE is not None and logits_BTE.dim() > 1:
-            module.document_logits = logits_BTE[rows_N.to(logits_BTE.device), places_N.to(logits_BTE.device)][None]
+        if hasattr(module, "see_only"):  # a trunk of experts
+            module.see_only(rows_N, places_N)
         return hidden_BTD[rows_N.to(hidden_BTD.device), places_N.to(hidden_BTD.device)][None], *args[1:]
 
     head = model.get_output_embeddings()

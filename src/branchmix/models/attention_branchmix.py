@@ -8,6 +8,7 @@ key/value heads of one expert, G = H / K, C head dimension; J pieces of an exper
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -112,6 +113,10 @@ def choosing_pays(order: HeadOrder, top_k: int, *, rows: int, hidden_size: int, 
     return saved >= LEAST_SAVED[precision][0 if order.kv_sharing else 1]
 
 
+_ONE_THREAD = threading.RLock()
+"""Held while a module computes other heads than another thread may want of it."""
+
+
 class BranchMixAttention(nn.Module):
     """Mixture of Attention (BAM section 4.1): ``sum_i g_i(x) Attn_i(x)``.
 
@@ -182,7 +187,8 @@ class BranchMixAttention(nn.Module):
 
     def _heads(self, chosen: Chosen | None, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """All experts' heads [B, T, E * H * C] or the chosen ones' [B, T, k * H * C], and attention weights or None."""
-        with nullcontext() if chosen is None else self._only(chosen):
+        alone = _ONE_THREAD if self._may_choose() else nullcontext()
+        with alone, nullcontext() if chosen is None else self._only(chosen):
             heads_BTHC, attention_weights = self.heads(*args, **kwargs)[:2]
         num_experts = self.order.num_experts if chosen is None else chosen.top_k
         width = num_experts * self.order.num_heads * self.order.head_dim
@@ -213,6 +219,10 @@ class BranchMixAttention(nn.Module):
                 part.chosen = None
             _set_head_counts(self.heads, self.order.num_experts, self.order)
 
+    def _may_choose(self) -> bool:
+        all_of_them = self.expert_gate.top_k == self.order.num_experts
+        return not (self.sparse is False or all_of_them or torch.compiler.is_compiling())
+
     def _computes_chosen_only(self, hidden_states: torch.Tensor, mask: Any) -> bool:
         """Whether only the chosen experts' heads are computed, and not all of them with gates of 0.
 
@@ -221,7 +231,7 @@ class BranchMixAttention(nn.Module):
         LoRA, quantisation, tensor parallelism.
         """
         order, top_k = self.order, self.expert_gate.top_k
-        if self.sparse is False or top_k == order.num_experts or torch.compiler.is_compiling():
+        if not self._may_choose():
             return False
         heads: Any = self.heads
         if heads.config._attn_implementation not in (ANY_HEADS if order.kv_sharing else OF_CHOSEN_KEYS):

@@ -253,6 +253,7 @@ class BranchMixConfig(PreTrainedConfig):
     attn_logit_softcapping = _of_seed("attn_logit_softcapping")
     final_logit_softcapping = _of_seed("final_logit_softcapping")
     logit_scale = _of_seed("logit_scale")
+    logits_scaling = _of_seed("logits_scaling")
 
 
 __all__ = ["BranchMixConfig"]

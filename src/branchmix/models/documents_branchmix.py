@@ -13,6 +13,9 @@ Shapes: B batch, T tokens, V vocabulary, M domains, E experts, N blocks of S tok
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +31,10 @@ BLOCK = 64
 """Tokens that one matrix of decays covers; sums are carried from block to block."""
 
 
+KINDS = ("attention", "ffn", "trunk")
+"""What document gates have logits for: the two kinds of routers, and the experts of the trunk."""
+
+
 class DocumentLogits(NamedTuple):
     """What a forward pass adds to the logits of all routers of a kind, and the logits of the trunk's experts:
     [B, T, E], or None where there are none."""
@@ -35,6 +42,8 @@ class DocumentLogits(NamedTuple):
     attention: torch.Tensor | None
     ffn: torch.Tensor | None
     trunk: torch.Tensor | None = None
+    head: torch.Tensor | None = None
+    """The trunk's, for the tokens that the head sees."""
 
 
 class DocumentState(NamedTuple):
@@ -42,6 +51,35 @@ class DocumentState(NamedTuple):
 
     sums: torch.Tensor
     positions: torch.Tensor
+
+
+_THREAD = threading.local()  # and no module's: PEFT and DataParallel run copies of modules, servers several threads
+
+
+def running(kind: str) -> torch.Tensor | None:
+    """The logits for ``attention``, ``ffn``, ``trunk`` or ``head`` in the forward pass that this thread runs; None
+    without document gates."""
+    logits = getattr(_THREAD, "logits", None)
+    return None if logits is None else getattr(logits, kind)
+
+
+@contextmanager
+def run_with(logits: DocumentLogits | None) -> Iterator[None]:
+    """Let routers and trunk read these logits inside the block."""
+    before = getattr(_THREAD, "logits", None)
+    _THREAD.logits = logits
+    try:
+        yield
+    finally:
+        _THREAD.logits = before
+
+
+def narrow_head(rows_N: torch.Tensor, places_N: torch.Tensor) -> None:
+    """Let the head of the forward pass that this thread runs see these tokens only, as [1, N]."""
+    logits: DocumentLogits | None = getattr(_THREAD, "logits", None)
+    if logits is not None and logits.head is not None:
+        device = logits.head.device
+        _THREAD.logits = logits._replace(head=logits.head[rows_N.to(device), places_N.to(device)][None])
 
 
 class BranchMixDocumentGate(nn.Module):
@@ -76,18 +114,14 @@ class BranchMixDocumentGate(nn.Module):
     ):
         super().__init__()
         self.decay = decay
-        self.score_of = dict.fromkeys(DocumentLogits._fields, "softmax") | {"ffn": ffn_score}
+        self.score_of = dict.fromkeys(KINDS, "softmax") | {"ffn": ffn_score}
         self.evidence = nn.Parameter(torch.empty(vocab_size, num_domains))
         self.prior = nn.Parameter(torch.empty(num_domains))
-        for kind in DocumentLogits._fields:
+        for kind in KINDS:
             logits = nn.Parameter(torch.empty(num_experts, num_domains)) if kind in kinds else None
             self.register_parameter(kind, logits)
         # How often each token was counted in each domain: what the evidence is fitted from. Not used here.
         self.register_buffer("counts", torch.zeros(vocab_size, num_domains, dtype=torch.int32))
-        self.logits: DocumentLogits | None = None
-        """Logits of the forward pass that is running; blocks take them as an argument."""
-        self.outside: tuple[tuple[nn.Module, bool], ...] = ()
-        """Experts of the trunk that are in no block, and whether they are the head's."""
 
     def forward(
         self,
@@ -100,7 +134,7 @@ class BranchMixDocumentGate(nn.Module):
 
         Args:
             input_ids: [B, T].
-            mask_BT: 0 for padding; may cover cached tokens too.
+            mask_BT: 0 for padding, wherever it is; may cover cached tokens too.
             positions_BT: the tokens' positions in their documents; consecutive if not given.
             cache: of the tokens before these, if there are any.
         """
@@ -108,37 +142,34 @@ class BranchMixDocumentGate(nn.Module):
         before = _last_state(cache)
         with torch.autocast(device_type=self.evidence.device.type, enabled=False):
             evidence_BTM = F.embedding(input_ids.to(self.evidence.device), self.evidence).float()
-            if mask_BT is not None:
-                evidence_BTM = evidence_BTM * mask_BT[:, -length:, None].to(evidence_BTM)
+            restarts = positions_BT is not None
             if positions_BT is None:
                 first_B = evidence_BTM.new_zeros(batch) if before is None else before.positions[:, -1] + 1
-                steps_T = torch.arange(length, device=evidence_BTM.device)
-                positions_BT, starts_BT = first_B[:, None] + steps_T, None
-            else:
-                positions_BT = positions_BT.to(evidence_BTM.device).expand(batch, length)
-                previous_B1 = positions_BT[:, :1] - 1 if before is None else before.positions[:, -1:]
-                starts_BT = positions_BT != torch.cat((previous_B1, positions_BT[:, :-1]), dim=1) + 1
-            carry_BM = None if before is None else before.sums[:, -1]
-            sums_BTM = decayed_sums(evidence_BTM, self.decay, starts_BT, carry_BM)
+                positions_BT = first_B[:, None] + torch.arange(length, device=evidence_BTM.device)
+            positions_BT = positions_BT.to(evidence_BTM.device).expand(batch, length)
+            real_BT = None if mask_BT is None else (mask_BT[:, -length:] != 0).long().to(evidence_BTM.device)
+            if real_BT is not None:  # real tokens first: what lies between two of them is of no document
+                order_BT = real_BT.argsort(dim=1, descending=True, stable=True)
+                evidence_BTM = evidence_BTM.gather(1, order_BT[..., None].expand_as(evidence_BTM))
+                positions_BT = positions_BT.gather(1, order_BT)
+            if before is None:
+                before = DocumentState(torch.zeros_like(evidence_BTM[:, :1]), positions_BT[:, :1] - 1)
+            positions_BT = torch.cat((before.positions, positions_BT), dim=1)
+            starts_BT = positions_BT[:, 1:] != positions_BT[:, :-1] + 1 if restarts else None
+            sums_BTM = decayed_sums(evidence_BTM, self.decay, starts_BT, before.sums[:, -1])
+            if real_BT is None:
+                positions_BT = positions_BT[:, 1:]
+            else:  # each token back in its place, and padding with the state of the last real token before it
+                sums_BTM = torch.cat((before.sums, sums_BTM), dim=1)
+                last_BT = real_BT.cumsum(1)
+                sums_BTM = sums_BTM.gather(1, last_BT[..., None].expand(-1, -1, sums_BTM.shape[-1]))
+                positions_BT = positions_BT.gather(1, last_BT)
             posterior_BTM = (self.prior.float() + sums_BTM).softmax(-1)
             by_kind = ((getattr(self, kind), score) for kind, score in self.score_of.items())
             logits = DocumentLogits(
                 *(None if A_EM is None else _mixed(posterior_BTM, A_EM, score) for A_EM, score in by_kind)
             )
         return logits, DocumentState(sums_BTM, positions_BT)
-
-    def tell(self, logits: DocumentLogits | None, logits_to_keep: int | torch.Tensor = 0) -> None:
-        """Hand the logits of a forward pass to all who read them; None when it is over.
-
-        Args:
-            logits: for every token.
-            logits_to_keep: the tokens that the head sees, as in the family's ``forward``.
-        """
-        self.logits = logits
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        trunk: Any = None if logits is None else logits.trunk
-        for module, is_head in self.outside:
-            module.document_logits = trunk[:, kept] if is_head and trunk is not None else trunk
 
     def resize(self, vocab_size: int) -> None:
         """Follow the embeddings to another size; new tokens carry no evidence."""
@@ -160,7 +191,7 @@ def _mixed(posterior_BTM: torch.Tensor, logits_EM: torch.Tensor, score: str = "s
 
 
 def decayed_sums(
-    evidence_BTM: torch.Tensor, decay: float, starts_BT: torch.Tensor | None, carry_BM: torch.Tensor | None
+    evidence_BTM: torch.Tensor, decay: float, starts_BT: torch.Tensor | None, carry_BM: torch.Tensor
 ) -> torch.Tensor:
     """``c_t = decay * c_(t-1) + evidence_t`` within each document, [B, T, M], in matrices of ``BLOCK`` tokens.
 
@@ -172,8 +203,6 @@ def decayed_sums(
     """
     batch, length, num_domains = evidence_BTM.shape
     if length == 1:
-        if carry_BM is None:
-            return evidence_BTM
         kept_BM = carry_BM if starts_BT is None else carry_BM * ~starts_BT
         return evidence_BTM + decay * kept_BM[:, None]
     size = min(BLOCK, length)
@@ -184,8 +213,6 @@ def decayed_sums(
     across_NN = _decays(num_blocks, decay**size, evidence_BTM)  # from the sum before a block to a later block
     steps_S1 = torch.arange(1, size + 1, device=evidence_BTM.device).view(-1, 1)
     powers_S1 = torch.full_like(evidence_BTM[0, :1, :1], decay) ** steps_S1
-    if carry_BM is None:
-        carry_BM = evidence_BTM.new_zeros(batch, num_domains)
     same = across_same = reached = evidence_BTM.new_ones(())  # 1 within one document
     if starts_BT is not None:
         document_BT = F.pad(starts_BT.long().cumsum(1), (0, num_blocks * size - length), mode="replicate")
@@ -210,14 +237,25 @@ def _decays(size: int, decay: float, like: torch.Tensor) -> torch.Tensor:
 # ---- The cache ----
 
 
-class BranchMixDocumentLayer(DynamicLayer):
-    """Sums [B, 1, T, M] as keys and positions [B, 1, T, 1] as values: a cropped cache finds its earlier sum."""
+class _DocumentLayer:
+    """What both kinds have in common. It is never offloaded itself."""
+
+    first: Any = None
+    """The first layer that an offloading cache takes away: the one to fetch after the last of the model's."""
+
+    def prefetch(self) -> None:
+        if self.first is not None:
+            self.first.prefetch()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
 
 
-class BranchMixStaticDocumentLayer(CacheLayerMixin):
+class BranchMixDocumentLayer(_DocumentLayer, DynamicLayer):
+    """Sums [B, 1, T, M] as keys and positions [B, 1, T, 1] as values: a cropped cache finds its earlier sum."""
+
+
+class BranchMixStaticDocumentLayer(_DocumentLayer, CacheLayerMixin):
     """The last sum and position only, in tensors that keep their address, beside layers of fixed size."""
 
     is_compileable = True
@@ -226,8 +264,9 @@ class BranchMixStaticDocumentLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[..., -1:, :].clone(), value_states[..., -1:, :].clone()
-        for tensor in (self.keys, self.values):
-            torch._dynamo.mark_static_address(tensor)
+        if not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values):
+                torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def update(
@@ -243,9 +282,6 @@ class BranchMixStaticDocumentLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.is_initialized = False
         self.keys = self.values = None  # type: ignore[assignment]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
 
     def get_seq_length(self) -> int:
         return int(self.is_initialized)
@@ -265,6 +301,9 @@ def remember(cache: Any, state: DocumentState) -> None:
     layer = _document_layer(cache)
     if layer is None:
         layer = BranchMixStaticDocumentLayer() if cache.is_compileable else BranchMixDocumentLayer()
+        if getattr(cache, "offloading", False):
+            taken = (one for one in cache.layers if not (one.is_sliding and cache.only_non_sliding))
+            layer.first = next(taken, None)
         cache.layers.append(layer)
     layer.update(state.sums.detach()[:, None], state.positions[:, None, :, None].to(state.sums.dtype))
 
@@ -273,8 +312,7 @@ def _document_layer(cache: Any) -> Any:
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise ValueError(f"{type(cache).__name__} cannot keep the state of document gates: {WITHOUT_STATE}")
-    kinds = (BranchMixDocumentLayer, BranchMixStaticDocumentLayer)
-    return layers[-1] if layers and isinstance(layers[-1], kinds) else None
+    return layers[-1] if layers and isinstance(layers[-1], _DocumentLayer) else None
 
 
 def _last_state(cache: Any) -> DocumentState | None:
@@ -297,33 +335,26 @@ WITHOUT_STATE = "use transformers' generate, or gates without a state: branchmix
 # ---- Blocks ----
 
 
-@functools.cache
-def documented(block_class: type[nn.Module]) -> type[nn.Module]:
-    """A family's block whose routers, and experts of norms, get the document's logits as an argument of the block.
-
-    It finds them in ``_document_readers``, with what they are (``attention``, ``ffn`` or ``trunk``), and the logits in
-    the gate that is the one element of ``_document_gate``: a tuple, so that weights keep one name.
-    As an argument, because gradient checkpointing calls a block again with the arguments that it had: by then the
-    model may hold the logits of a later forward pass.
+class Documented:
+    """A family's block that takes the document's logits as an argument, and lets its routers and experts of norms read
+    them: gradient checkpointing calls a block again with the arguments that it had, when the forward pass is over.
     """
 
-    class Documented(block_class):  # type: ignore[misc, valid-type]
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return super().__call__(*args, document_logits=self._document_gate[0].logits, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, document_logits=getattr(_THREAD, "logits", None), **kwargs)  # type: ignore[misc]
 
-        def forward(self, *args: Any, document_logits: DocumentLogits | None = None, **kwargs: Any) -> Any:
-            for kind, reader in self._document_readers:
-                reader.document_logits = None if document_logits is None else getattr(document_logits, kind)
-            outputs = super().forward(*args, **kwargs)
-            for _, reader in self._document_readers:
-                reader.document_logits = None
-            return outputs
+    def forward(self, *args: Any, document_logits: DocumentLogits | None = None, **kwargs: Any) -> Any:
+        with run_with(document_logits):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-        def __reduce__(self) -> Any:  # the class itself has no name that pickle could find it by
-            return _new_documented, (block_class,), self.__dict__
+    def __reduce__(self) -> Any:  # its class has no name that pickle could find it by
+        return _new_documented, (type(self).__bases__[1],), self.__dict__
 
-    Documented.__name__, Documented.__qualname__ = block_class.__name__, block_class.__qualname__
-    return Documented
+
+@functools.cache
+def documented(block_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a family's blocks, as ``Documented``."""
+    return type(block_class.__name__, (Documented, block_class), {})
 
 
 def _new_documented(block_class: Any) -> nn.Module:

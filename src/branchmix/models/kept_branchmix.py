@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .attention_branchmix import BranchMixAttention, BranchMixExpertNorm, BranchMixExpertRotary, HeadOrder
-from .documents_branchmix import BranchMixDocumentGate, DocumentLogits
+from .documents_branchmix import KINDS, BranchMixDocumentGate
 from .experts_branchmix import BranchMixExperts, BranchMixSparseMoeBlock
 from .linear_branchmix import BranchMixLinear
 from .low_rank_branchmix import BranchMixLowRank
@@ -33,7 +33,7 @@ def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
     """Rows of experts given by name or row, in ascending order.
 
     Raises:
-        ValueError: there is no such expert, none was given, or stitches join them.
+        ValueError: there is no such expert, none was given, stitches join them, or the mixture has none.
     """
     _require_gates(config)
     experts = [experts] if isinstance(experts, str) else experts
@@ -52,6 +52,8 @@ def expert_numbers(config: Any, experts: Sequence[str | int]) -> list[int]:
 def _require_gates(config: Any) -> None:
     if config.stitches is not None:
         raise ValueError("the experts of this mixture are whole models, joined by stitches, which need all of them")
+    if not (config.has_attention_experts or config.has_ffn_experts):
+        raise ValueError("this mixture has no experts to choose from: its attention and FFNs are averages")
 
 
 def keep_experts(model: Any, experts: Sequence[str | int]) -> Any:
@@ -118,7 +120,7 @@ def _share(kept: nn.Module, whole: Any, rows: list[int], query: str) -> None:
     if isinstance(kept, BranchMixRouterDomains):
         kept.embeddings = kept.embeddings[rows]
     elif isinstance(kept, BranchMixDocumentGate):
-        _cut(kept, rows, names=DocumentLogits._fields)
+        _cut(kept, rows, names=KINDS)
     elif isinstance(kept, BranchMixRouter) or (isinstance(kept, BranchMixExperts) and _side_by_side(rows)):
         _cut(kept, rows)
     elif isinstance(kept, BranchMixExperts):
@@ -197,8 +199,8 @@ def expert_shares(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
     _require_gates(model.config)
     if model.document_gate is not None:
         logits, _ = model.document_gate(input_ids, attention_mask)
-        scored = zip(logits, model.document_gate.score_of.values(), strict=True)
-        last = [shares(kind[:, -1], score) for kind, score in scored if kind is not None]
+        of_kinds = ((getattr(logits, kind), score) for kind, score in model.document_gate.score_of.items())
+        last = [shares(own[:, -1], score) for own, score in of_kinds if own is not None]
         return torch.stack(last).mean(0).to(input_ids.device)
     positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     outputs = model(
@@ -254,7 +256,9 @@ def of_kept_experts(model: Any, rows: tuple[int, ...]) -> Any:
         return model
     tensors = (*model.parameters(), *model.buffers())
     of_tensors = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-    state = (of_tensors, model.config.num_experts_per_tok, model.config.routed_scaling_factor)
+    config = model.config
+    attention, experts = config._attn_implementation, config._experts_implementation
+    state = (of_tensors, config.num_experts_per_tok, config.routed_scaling_factor, attention, experts)
     if model not in _KEPT or _KEPT[model][0] != state:
         _KEPT[model] = (state, {})
     made = _KEPT[model][1]
@@ -275,15 +279,20 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
         args, kwargs: of ``generate``.
 
     Raises:
-        ValueError: there is no prompt of ids, a cache is given, or prompts of several choices want more than ids back.
+        ValueError: there is no prompt of ids, a cache is given, or prompts of several choices want more than ids back,
+            or a function of their rows.
     """
     ids_BT = kwargs.pop("input_ids", None) if inputs is None else inputs
     if ids_BT is None or kwargs.get("past_key_values") is not None:
         raise ValueError("experts are chosen by the ids of the whole prompt: give input_ids, and no past_key_values")
-    config = (args[0] if args else kwargs.get("generation_config")) or model.generation_config
-    ends = kwargs.get("eos_token_id", config.eos_token_id)
-    ends = ends if isinstance(ends, list) else [ends]
-    padding = kwargs.get("pad_token_id", config.pad_token_id)
+    given = (args[0] if args else kwargs.get("generation_config")) or model.generation_config
+
+    def setting(name: str) -> Any:
+        of_call = kwargs.get(name, getattr(given, name))
+        return getattr(model.generation_config, name) if of_call is None else of_call
+
+    ends = torch.as_tensor([] if (end := setting("eos_token_id")) is None else end).flatten().tolist()
+    padding = setting("pad_token_id")
     mask = kwargs.get("attention_mask")
     if mask is None and padding is not None and padding not in ends:  # as transformers finds it
         mask = (ids_BT != padding).long()
@@ -295,19 +304,25 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
         return of_kept_experts(model, choices[0]).generate(
             ids_BT, *args, experts=len(choices[0]), **kwargs
         )  # all of its
-    if kwargs.get("return_dict_in_generate", config.return_dict_in_generate) or kwargs.get("streamer") is not None:
-        raise ValueError("prompts that keep different experts cannot be streamed, or return more than ids: give one")
+    by_prompt = any(kwargs.get(name) is not None for name in ("streamer", "prefix_allowed_tokens_fn"))
+    if setting("return_dict_in_generate") or by_prompt:
+        raise ValueError(
+            "prompts that keep different experts cannot be streamed, be told by their number which tokens they may "
+            "have, or return more than ids: give one prompt"
+        )
     written: list[torch.Tensor] = []
     places: list[int] = []
     for choice, rows in groups.items():
         own = {
-            name: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == ids_BT.shape[:1] else value
+            name: value[rows]
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == len(ids_BT)
+            else value
             for name, value in kwargs.items()
         }
         out = of_kept_experts(model, choice).generate(ids_BT[rows], *args, experts=len(choice), **own)
         times = len(out) // len(rows)
         written += list(out)
         places += [row * times + number for row in rows for number in range(times)]
-    filler = padding if padding is not None else ends[0] if ends[0] is not None else 0
+    filler = padding if padding is not None else (*ends, 0)[0]
     padded = torch.nn.utils.rnn.pad_sequence(written, batch_first=True, padding_value=filler)
     return padded[torch.tensor(places, device=padded.device).argsort()]

@@ -10,7 +10,7 @@ I inputs and O outputs of a matrix, R the sum of its experts' ranks, D model wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -156,6 +156,34 @@ class BranchMixLowRankOutputs(BranchMixLowRank):
         return self.sum_of_all(x_SJEI.transpose(1, 2).flatten(2)).unflatten(0, x.shape[:-1])
 
 
+class BranchMixLowRankUp(BranchMixLowRank):
+    """A first matrix of the FFN experts."""
+
+    def forward(
+        self, x: torch.Tensor, index_Sk: torch.Tensor | None = None, chosen: Chosen | None = None
+    ) -> torch.Tensor:
+        """[S, D] to the chosen experts' outputs [S, k, I]; without ``index_Sk`` to the only expert's."""
+        return self.of_one(x) if index_Sk is None else self.of_chosen(x, index_Sk, chosen)
+
+
+class BranchMixLowRankDown(BranchMixLowRank):
+    """The down projections of the FFN experts, gated and summed."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        index_Sk: torch.Tensor | None = None,
+        chosen: Chosen | None = None,
+        gates_Sk: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[S, k, I] to [S, D]; without ``index_Sk`` and ``gates_Sk`` the only expert's output for x."""
+        if index_Sk is None or gates_Sk is None:
+            return self.of_one(x)
+        gates_Sk1 = gates_Sk.unsqueeze(-1)
+        out_SD = self.sum_of_chosen((x * gates_Sk1).to(x.dtype), index_Sk, chosen)
+        return out_SD if self.bias is None else out_SD + (self.biases[index_Sk] * gates_Sk1).sum(1).to(out_SD.dtype)
+
+
 class BranchMixLowRankExperts(nn.Module):
     """All FFN experts of a layer: the seed's matrices, and each expert's changes of them."""
 
@@ -175,27 +203,22 @@ class BranchMixLowRankExperts(nn.Module):
             self.__dict__["act_fn"] = activation  # not registered: its tensors are the block's
         else:
             self.act_fn = activation
-        self.gate = BranchMixLowRank(width, inner, ranks["gate"], bias) if gated else None
-        self.up = BranchMixLowRank(width, inner, ranks["up"], bias)
-        self.down = BranchMixLowRank(inner, width, ranks["down"], bias)
+        self.gate = BranchMixLowRankUp(width, inner, ranks["gate"], bias) if gated else None
+        self.up = BranchMixLowRankUp(width, inner, ranks["up"], bias)
+        self.down = BranchMixLowRankDown(inner, width, ranks["down"], bias)
 
     def forward(self, hidden_SD: torch.Tensor, index_Sk: torch.Tensor, gates_Sk: torch.Tensor) -> torch.Tensor:
         """The gated sum of the chosen experts' outputs, [S, D]."""
         chosen = None if torch.compiler.is_compiling() else Chosen(index_Sk, self.num_experts)
-        inner_SkI = self._inner(lambda matrix: matrix.of_chosen(hidden_SD, index_Sk, chosen))
-        gated_SkI = (inner_SkI * gates_Sk.unsqueeze(-1)).to(inner_SkI.dtype)
-        out_SD = self.down.sum_of_chosen(gated_SkI, index_Sk, chosen)
-        if self.down.bias is None:
-            return out_SD
-        return out_SD + (self.down.biases[index_Sk] * gates_Sk.unsqueeze(-1)).sum(1).to(out_SD.dtype)
+        return self.down(self._inner(hidden_SD, index_Sk, chosen), index_Sk, chosen, gates_Sk)
 
     def of_one(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output of the only expert, [..., D] to [..., D]."""
-        return self.down.of_one(self._inner(lambda matrix: matrix.of_one(hidden)))
+        return self.down(self._inner(hidden))
 
-    def _inner(self, computed: Callable[[BranchMixLowRank], torch.Tensor]) -> torch.Tensor:
-        up = computed(self.up)
-        return self.act_fn(up) if self.gate is None else self.act_fn(computed(self.gate)) * up
+    def _inner(self, *inputs: Any) -> torch.Tensor:
+        up = self.up(*inputs)
+        return self.act_fn(up) if self.gate is None else self.act_fn(self.gate(*inputs)) * up
 
 
 __all__ = ["BranchMixLowRank", "BranchMixLowRankExperts", "BranchMixLowRankHeads", "BranchMixLowRankOutputs"]

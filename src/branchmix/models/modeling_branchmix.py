@@ -31,19 +31,18 @@ from .attention_branchmix import BranchMixAttention, BranchMixExpertRotary, wide
 from .balance_branchmix import BranchMixBalance, Routed
 from .chunked_branchmix import AUTOMATIC, CHUNKED
 from .configuration_branchmix import BranchMixConfig
-from .documents_branchmix import WITHOUT_STATE, BranchMixDocumentGate, documented, remember
+from .documents_branchmix import KINDS, WITHOUT_STATE, BranchMixDocumentGate, Documented, documented, remember, run_with
 from .experts_branchmix import EXPERTS_AUTOMATIC, BranchMixExperts, BranchMixSparseMoeBlock, widen_ffn
 from .kept_branchmix import generate_with_kept_experts, keep_experts
 from .low_rank_branchmix import BranchMixLowRank
 from .routing_branchmix import (
-    BranchMixFFNRouter,
     BranchMixRouter,
     BranchMixRouterDomains,
     BranchMixRouterRows,
     BranchMixSharedRouter,
 )
 from .stitched_branchmix import BranchMixStitch, stitch
-from .trunk_branchmix import BranchMixTrunkExperts, BranchMixTrunkHead, widen_trunk
+from .trunk_branchmix import BranchMixTrunkExperts, widen_trunk
 
 logger = logging.get_logger(__name__)
 
@@ -95,8 +94,8 @@ def path_of_blocks(model: Any, config: BranchMixConfig) -> str:
 
 
 def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate | None:
-    """The gate that all routers and the trunk of a widened family model share, connected to them; None where the config
-    has none.
+    """The gate that all routers and the trunk of a widened family model share, whose blocks are made to read it; None
+    where the config has none.
 
     Args:
         family: the family's causal LM or its base model, widened.
@@ -104,29 +103,19 @@ def document_gate(family: Any, config: BranchMixConfig) -> BranchMixDocumentGate
     """
     if config.document_gate is None:
         return None
-    layout = config.layout
-    places = {"attention": f"{layout['attention']}.expert_gate", "ffn": f"{layout['ffn']}.gate"}
-    has = {"attention": config.has_attention_experts, "ffn": config.has_ffn_experts}
-    kinds = tuple(kind for kind in places if has[kind])
-    trunk = [module for module in family.modules() if isinstance(module, BranchMixTrunkExperts)]
-    gate = BranchMixDocumentGate(
+    for block in blocks_of(family, config):
+        if not isinstance(block, Documented):
+            block.__class__ = documented(type(block))  # type: ignore[arg-type]
+    trunk = any(isinstance(module, BranchMixTrunkExperts) for module in family.modules())
+    has = {"attention": config.has_attention_experts, "ffn": config.has_ffn_experts, "trunk": trunk}
+    return BranchMixDocumentGate(
         family.get_input_embeddings().weight.shape[0],
         len(config.document_gate["domains"]),
         config.num_experts,
         config.document_gate["decay"],
-        (*kinds, "trunk") if trunk else kinds,
+        tuple(kind for kind in KINDS if has[kind]),
         config.scoring_func,
     )
-    for block in blocks_of(family, config):
-        inside = [module for module in block.modules() if isinstance(module, BranchMixTrunkExperts)]
-        trunk = [module for module in trunk if module not in inside]
-        readers = [(kind, block.get_submodule(places[kind])) for kind in kinds]
-        if not hasattr(block, "_document_gate"):
-            block.__class__ = documented(type(block))  # type: ignore[arg-type]
-        block._document_gate = (gate,)
-        block._document_readers = (*readers, *(("trunk", module) for module in inside))
-    gate.outside = tuple((module, isinstance(module, BranchMixTrunkHead)) for module in trunk)
-    return gate
 
 
 def router_domains(family: Any, config: BranchMixConfig) -> BranchMixRouterDomains | None:
@@ -404,8 +393,7 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         if wanted:
             for module in self.modules():
                 if isinstance(module, BranchMixRouter):
-                    kind = "ffn" if isinstance(module, BranchMixFFNRouter) else "attention"
-                    hooks.append(module.register_forward_hook(partial(_record, routed[kind])))
+                    hooks.append(module.register_forward_hook(partial(_record, routed[module.kind])))
         try:
             yield routed
         finally:
@@ -459,9 +447,11 @@ class BranchMixPreTrainedModel(PreTrainedModel):
         if document_mask is None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
             document_mask = mask
         logits, state = gate(input_ids, document_mask, kwargs.get("position_ids"), cache)
-        gate.tell(logits, kwargs.get("logits_to_keep", 0))
-        outputs = family(input_ids=input_ids, return_dict=True, **kwargs)
-        gate.tell(None)
+        if logits.trunk is not None:
+            kept = kwargs.get("logits_to_keep", 0)
+            logits = logits._replace(head=logits.trunk[:, slice(-kept, None) if isinstance(kept, int) else kept])
+        with run_with(logits):
+            outputs = family(input_ids=input_ids, return_dict=True, **kwargs)
         remember(outputs.get("past_key_values") if cache is None else cache, state)
         return outputs
 

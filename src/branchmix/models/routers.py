@@ -213,11 +213,6 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
         gates[..., 0] = 1.0 / scaling
         return output[0], gates, index
 
-    def force_trunk(module: Any, args: Any) -> None:
-        logits_E = torch.full((mixture.config.num_experts,), float("-inf"))
-        logits_E[number] = 0.0
-        module.document_logits = logits_E
-
     with ExitStack() as hooks:
         for module in mixture.modules():
             if isinstance(module, BranchMixAttentionRouter):
@@ -227,8 +222,8 @@ def one_hot_gates(mixture: Any, number: int) -> Iterator[None]:
                 hooks.callback(setattr, module, "shared_weight", module.shared_weight)
                 module.shared_weight = 0.0
             elif isinstance(module, BranchMixTrunkExperts):
-                hooks.callback(setattr, module, "document_logits", None)
-                hooks.enter_context(module.register_forward_pre_hook(force_trunk))
+                hooks.callback(setattr, module, "only", module.only)
+                module.only = number
         yield
 
 

@@ -9,11 +9,13 @@ embedding, I inner width of a projection.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .documents_branchmix import running
 
 
 class BranchMixRouterDomains(nn.Module):
@@ -31,6 +33,13 @@ class BranchMixRouterDomains(nn.Module):
         self.register_buffer("centre", torch.zeros(width))
 
 
+class _Linear(nn.Linear):
+    """Computes in fp32 whatever the dtype of its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.weight.device), self.weight.float())
+
+
 class BranchMixRouterRows(nn.Module):
     """A router's rows as a learned projection of the domains' embeddings: ``W_2 SwiGLU(W_1 c)`` (Nexus, arXiv
     2408.15901, section 2), with W_1 as ``gate_proj`` and ``up_proj``."""
@@ -40,15 +49,14 @@ class BranchMixRouterRows(nn.Module):
 
     def __init__(self, width: int, inner: int, hidden_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden_size, bias=False)
+        self.gate_proj = _Linear(width, inner, bias=False)
+        self.up_proj = _Linear(width, inner, bias=False)
+        self.down_proj = _Linear(inner, hidden_size, bias=False)
 
     def forward(self) -> torch.Tensor:
         """[E, D], fp32."""
-        gate, up, down = (module.weight.float() for module in (self.gate_proj, self.up_proj, self.down_proj))
-        domains_EC = self.domains[0].embeddings.to(gate)
-        return F.linear(F.silu(F.linear(domains_EC, gate)) * F.linear(domains_EC, up), down)
+        domains_EC = self.domains[0].embeddings.float()
+        return self.down_proj(F.silu(self.gate_proj(domains_EC)) * self.up_proj(domains_EC))
 
 
 class BranchMixRouter(nn.Module):
@@ -82,16 +90,24 @@ class BranchMixRouter(nn.Module):
     """[E, D]; None where ``router_rows`` computes the rows."""
     expert_bias: torch.Tensor | None
     """[E], fp32: added to the gates when experts are chosen, and never to the gates themselves (arXiv 2408.15664)."""
-    document_logits: torch.Tensor | None = None
-    """[B, T, E]: what the document so far adds, while its block runs (``documents_branchmix``)."""
+    kind: ClassVar[str]
+    """``attention`` or ``ffn``."""
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def rows(self) -> torch.Tensor:
-        """[E, D], fp32."""
-        return self.router_rows() if self.weight is None else self.weight.float()
+        """[E, D], fp32.
+
+        Raises:
+            ValueError: they are offloaded, and another module's than the one that runs.
+        """
+        if self.weight is None:
+            return self.router_rows()
+        if self.weight.is_meta:
+            raise ValueError("a mixture with shared_router cannot be offloaded: load it without device_map")
+        return self.weight.float()
 
     def route(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scores first, then top-k, raw unless ``normalize`` (BAM section 3.3). A bias changes the choice only.
@@ -104,8 +120,9 @@ class BranchMixRouter(nn.Module):
         """
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.rows())
-            if self.document_logits is not None:
-                logits = logits + self.document_logits.to(logits).view(logits.shape)
+            document_logits = running(self.kind)
+            if document_logits is not None:
+                logits = logits + document_logits.to(logits).view(logits.shape)
         gates = scores(logits, self.score)
         index = chosen(gates, self.top_k, self.expert_bias)
         gates = gates.gather(-1, index)
@@ -122,12 +139,16 @@ class BranchMixRouter(nn.Module):
 class BranchMixFFNRouter(BranchMixRouter):
     """``mlp.gate``: which FFN experts a token goes to."""
 
+    kind = "ffn"
+
     def forward(self, hidden_SD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.route(hidden_SD)
 
 
 class BranchMixAttentionRouter(BranchMixRouter):
     """``self_attn.expert_gate``: one gate for each attention expert, soft unless top-k was asked for (section 4.1)."""
+
+    kind = "attention"
 
     def forward(self, hidden_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logits [B, T, E] and gates [B, T, E], zero for experts that were not chosen."""

@@ -2,7 +2,7 @@
 
 Document gates need only token ids, so they are known before the first layer, and not even the trunk has to be averaged.
 
-Saved with every checkpoint, so it imports only torch.
+Saved with every checkpoint, so it imports only torch and its neighbours.
 Shapes: B batch, T tokens, S = B * T, D model width, E experts.
 """
 
@@ -15,24 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from .documents_branchmix import narrow_head, running
+
 
 class BranchMixTrunkExperts(nn.ModuleList):
     """A module of a dense family, once for each expert. With one expert it is the dense module."""
 
-    document_logits: torch.Tensor | None = None
-    """[B, T, E], or [E] for all tokens: log shares of the experts, while the model runs (``documents_branchmix``)."""
+    kind = "trunk"
+    only: int | None = None
+    """The expert that all tokens get, whatever the document says."""
 
     def __init__(self, module: nn.Module, num_experts: int):
         super().__init__([module, *(copy.deepcopy(module) for _ in range(num_experts - 1))])
+        if num_experts == 1:
+            self.only = 0
 
     def logits(self) -> torch.Tensor:
-        """``document_logits``. Raises ValueError where there are none."""
-        if self.document_logits is None:
+        """Log shares of the experts, [B, T, E]. Raises ValueError where there are none."""
+        document_logits = running(self.kind)
+        if document_logits is None:
             raise ValueError(
                 "the trunk of this mixture has experts, which document gates choose: call the whole mixture, with the "
                 "gates that branchmix calibrate fits"
             )
-        return self.document_logits
+        return document_logits
 
 
 class BranchMixTrunkMix(BranchMixTrunkExperts):
@@ -40,8 +46,8 @@ class BranchMixTrunkMix(BranchMixTrunkExperts):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Takes and returns what the family's module does."""
-        if len(self) == 1:
-            return self[0](*args, **kwargs)
+        if self.only is not None:
+            return self[self.only](*args, **kwargs)
         shares_BTE = self.logits().softmax(-1)
         mixed: Any = 0
         for number, module in enumerate(self):
@@ -64,11 +70,18 @@ class BranchMixTrunkMix(BranchMixTrunkExperts):
 class BranchMixTrunkHead(BranchMixTrunkExperts):
     """The output layer, once for each expert: a token's logits are those of the expert with the largest share."""
 
+    kind = "head"
+
+    def see_only(self, rows_N: torch.Tensor, places_N: torch.Tensor) -> None:
+        """Choose for these tokens only, [1, N], in the forward pass that runs."""
+        if self.only is None:
+            narrow_head(rows_N, places_N)
+
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] to [B, T, vocabulary]."""
-        if len(self) == 1:
-            return self[0](hidden_BTD)
-        choice_BT = self.logits().argmax(-1).to(hidden_BTD.device).expand(hidden_BTD.shape[:-1])
+        if self.only is not None:
+            return self[self.only](hidden_BTD)
+        choice_BT = self.logits().argmax(-1).to(hidden_BTD.device)
         if torch.compiler.is_compiling():  # grouping depends on the values
             out = self[0](hidden_BTD)
             for number in range(1, len(self)):

@@ -21,7 +21,7 @@ from scipy.special import log_softmax
 from torch.nn.functional import logsigmoid
 
 from branchmix.likelihood.forward import evaluating, log_probs, logits_at
-from branchmix.models.documents_branchmix import BranchMixDocumentGate, DocumentLogits
+from branchmix.models.documents_branchmix import KINDS, BranchMixDocumentGate
 from branchmix.models.experts_branchmix import BranchMixSparseMoeBlock
 from branchmix.models.kept_branchmix import keep_experts
 from branchmix.models.modeling_branchmix import document_gate
@@ -113,7 +113,7 @@ class Gated:
     @property
     def kinds(self) -> list[str]:
         """The kinds of routers that the gates have logits for: of ``attention``, ``ffn`` and ``trunk``."""
-        return [kind for kind in DocumentLogits._fields if getattr(self.gate, kind) is not None]
+        return [kind for kind in KINDS if getattr(self.gate, kind) is not None]
 
     @torch.no_grad()
     def set_experts(self, log_ME: np.ndarray) -> None:
