@@ -87,6 +87,12 @@ def load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options}).eval()
 
 
+def offloaded(model: Any, folder: Path) -> Any:
+    """The model loaded again with its weights on the disk, from where accelerate takes a module's when it is called."""
+    model.save_pretrained(folder / "saved")
+    return load(folder / "saved", device_map={"": "disk"}, offload_folder=folder / "weights")
+
+
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Equal up to ``tolerance`` of the greatest value."""
     scale = max(1.0, float(theirs.detach().abs().max()))

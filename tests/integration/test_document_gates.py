@@ -7,6 +7,9 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from branchmix.accounting.formulas import parameters
 from branchmix.data.sequences import packed_inputs, packing_method
-from branchmix.models.documents_branchmix import BLOCK, decayed_sums
+from branchmix.models.attention_branchmix import BranchMixAttention
+from branchmix.models.documents_branchmix import BLOCK, DocumentState, decayed_sums, remember
 from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 from branchmix.train import trained_parts
 from branchmix.train.schedule import part_of
@@ -261,7 +265,12 @@ def test_a_compiled_step_with_a_static_cache_is_the_same(attention: str) -> None
     close(found, expected)
     torch._dynamo.reset()
     with torch.no_grad():
-        close(torch.compile(model, fullgraph=True)(ids, use_cache=False).logits, logits_of(model, ids))
+        whole = torch.compile(model, fullgraph=True)
+        close(whole(ids, use_cache=False).logits, logits_of(model, ids))
+        cache = StaticCache(model.config.get_text_config(), max_cache_len=16)
+        positions = torch.arange(8).expand(2, 8)
+        close(whole(ids[:, :8], past_key_values=cache, position_ids=positions).logits, logits_of(model, ids)[:, :8])
+        close(whole(ids[:, 8:], past_key_values=cache, position_ids=torch.full((2, 1), 8)).logits[:, 0], expected)
 
 
 # ---- documents ----
@@ -298,7 +307,109 @@ def test_padding_carries_no_evidence() -> None:
         close(gate(padded, mask)[0].ffn[:, 3:], gate(own)[0].ffn)  # positions restart nowhere here
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if name not in ("gemma3", "phi3")]
+)  # whose windows count padding
+def test_padding_between_two_turns_changes_nothing(name: str) -> None:
+    """A chat in a batch: the first answers had different lengths, and the shorter one has padding behind it."""
+    model = gated(name)
+    first, second = tokens(1, 5, seed=1), tokens(1, 6, seed=2)
+    alone = generate(model, torch.cat((first, second), dim=1))
+    batch = torch.cat((torch.cat((first, torch.full((1, 4), 5), second), dim=1), tokens(1, 15, seed=3)))
+    mask = torch.ones_like(batch)
+    mask[0, 5:9] = 0
+    caches: list[dict[str, Any]] = [{}, {"use_cache": False}, {"cache_implementation": "static"}]
+    for how in (*caches, {"prefill_chunk_size": 3}, {"prefill_chunk_size": 7}):
+        assert torch.equal(generate(model, batch, mask, **how)[:1], alone), how
+
+
+def test_padding_keeps_the_state_of_the_token_before_it() -> None:
+    """With positions and without, in one pass and in two."""
+    gate = gated("llama").document_gate
+    own, mask = tokens(1, 6), torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1]])
+    padded = torch.full_like(mask, 5).masked_scatter(mask > 0, own)
+    with torch.no_grad():
+        _, alone = gate(own)
+        for positions in (None, (mask.cumsum(-1) - 1).clamp_min(0)):
+            _, state = gate(padded, mask, positions)
+            close(state.sums[:, mask[0] > 0], alone.sums)
+            close(state.sums[:, [3, 4, 8, 9]], alone.sums[:, [1, 1, 4, 4]])
+
+
+@pytest.mark.parametrize("sparse", [None, True])
+@pytest.mark.parametrize("attention", BOTH)
+def test_forward_passes_in_several_threads_do_not_meet(attention: str, sparse: bool | None) -> None:
+    """One waits in its second layer until the other is through, or cannot get through."""
+    model = gated("llama", attention, **({} if sparse is None else {"attention_num_experts_per_tok": 1}))
+    ids, others = tokens(1, 11, seed=1), tokens(1, 11, seed=2)
+    alone = logits_of(model, ids), logits_of(model, others)
+    for module in model.modules():
+        if isinstance(module, BranchMixAttention):
+            module.sparse = sparse
+    inside, through, found = threading.Event(), threading.Event(), {}
+
+    def wait(module: Any, args: Any) -> None:
+        if threading.current_thread().name == "first":
+            inside.set()
+            through.wait(0.3)
+
+    model.get_submodule("model.model.layers.1.self_attn.heads.k_proj").register_forward_pre_hook(wait)
+
+    def first() -> None:
+        found["first"] = logits_of(model, ids)
+
+    thread = threading.Thread(target=first, name="first")
+    thread.start()
+    assert inside.wait(30)
+    found["second"] = logits_of(model, others)
+    through.set()
+    thread.join()
+    close(found["first"], alone[0])
+    close(found["second"], alone[1])
+
+
+def test_a_forward_pass_that_fails_leaves_nothing_behind() -> None:
+    model = random_mixture("llama", document_gate=GATE, trunk="experts")
+    broken = model.get_submodule("model.model.layers.1.mlp").register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(tokens())
+    broken.remove()
+    copy.deepcopy(model)
+    with pytest.raises(ValueError, match="call the whole mixture"):
+        model.get_output_embeddings()(torch.zeros(1, 2, 32))
+
+
+def test_offloading_caches_fetch_their_first_layer_again() -> None:
+    """The state is the layer behind the last one, and is never taken away itself."""
+    model = gated("llama")
+    with torch.no_grad():
+        cache = model(tokens(), use_cache=True).past_key_values
+    state = cache.layers.pop()
+    fetched: list[int] = []
+    for number, layer in enumerate(cache.layers):
+        layer.prefetch = partial(fetched.append, number)
+    cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, True, nullcontext()
+    remember(cache, DocumentState(state.keys[:, 0], state.values[:, 0, :, 0]))
+    for number in range(len(cache.layers)):
+        cache.prefetch(number)
+    assert fetched == [0, 1, 0]
+
+
 # ---- training ----
+
+
+def test_copies_of_the_routers_that_peft_trains_read_the_document() -> None:
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    model = gated("llama")
+    before = logits_of(model, tokens())
+    names = ["gate", "expert_gate", "document_gate"]
+    model = get_peft_model(model, LoraConfig(target_modules=["k_proj"], modules_to_save=names))
+    close(logits_of(model, tokens()), before)
+    model.train()(tokens(), labels=tokens()).loss.backward()
+    saved = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
+    assert len(saved) == 8 and all(parameter.grad.any() for parameter in saved)
 
 
 @pytest.mark.parametrize("attention", (*BOTH, "average"))

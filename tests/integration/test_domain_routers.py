@@ -30,7 +30,7 @@ from branchmix.upcycling.domains import mean_states, text_of_experts
 from branchmix.upcycling.gates.text import DomainText, read
 from checkpoints import config, same_bytes, weights
 from families import BY_NAME, NAMES
-from mixtures import BOTH, close, load, random_mixture, recipe, tokens
+from mixtures import BOTH, close, load, offloaded, random_mixture, recipe, tokens
 from training import settings, write_run
 
 Siblings = Callable[..., dict[str, Path]]
@@ -281,6 +281,12 @@ def test_domains_and_biases_stay_fp32_in_16_bits(siblings: Siblings, text: Path,
     assert stored["model.model.layers.0.mlp.gate.router_rows.up_proj.weight"].dtype == torch.bfloat16
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "three", dtype=torch.bfloat16)
     assert loaded.router_domains.embeddings.dtype == torch.float32 and loaded(tokens()).logits.isfinite().all()
+
+
+def test_offloaded_projections_are_read_where_they_are_computed_with(tmp_path: Path) -> None:
+    model = random_mixture("llama", domain_router={"width": 32, "inner": 8})
+    with torch.no_grad():
+        close(offloaded(model, tmp_path)(tokens()).logits, model(tokens()).logits)
 
 
 def test_the_projection_starts_with_the_deviation_of_plain_rows() -> None:

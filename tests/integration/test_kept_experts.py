@@ -193,9 +193,37 @@ def test_rows_of_several_choices_are_padded_as_transformers_pads() -> None:
     assert set(out[0, ids.shape[1] :].tolist()) == {end}, "it ends at once"
     two = mixture.generate(ids[::2], settings, attention_mask=torch.ones_like(ids[::2]), experts=1)
     assert choices[0] != choices[2] and set(two[0, ids.shape[1] :].tolist()) == {end}
-    settings.return_dict_in_generate = True
-    with pytest.raises(ValueError, match="return more than ids"):
-        mixture.generate(ids, experts=1, generation_config=settings)
+    for refused in ({"return_dict_in_generate": True}, {"prefix_allowed_tokens_fn": lambda row, ids: [row]}):
+        with pytest.raises(ValueError, match="which tokens they may have, or return more than ids"):
+            mixture.generate(ids, experts=1, generation_config=settings, **refused)
+
+
+def test_what_a_generation_config_leaves_open_is_the_mixtures() -> None:
+    """Its padding token, also to find the padding by; and a tensor of tokens that end a text is of all rows."""
+    mixture, ids = random_mixture("llama"), tokens(2)
+    mixture.generation_config.pad_token_id = 7
+    ids[0, :3] = 7
+    mask = (ids != 7).long()
+    with torch.no_grad():
+        mixture.model.model.embed_tokens.weight[ids[1]] += 3.0
+    choices = chosen_experts(mixture, 1, ids, mask)
+    assert len(set(choices)) > 1
+    wanted = mixture.generate(ids, attention_mask=mask, experts=1, max_new_tokens=5, do_sample=False)
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False)
+    assert torch.equal(mixture.generate(ids, settings, experts=1), wanted)
+    first, second = (wanted[row, ids.shape[1] + row].item() for row in range(2))
+    ends = {"attention_mask": mask, "experts": 1, "max_new_tokens": 5, "do_sample": False}
+    both = mixture.generate(ids, eos_token_id=torch.tensor([second, first]), **ends)
+    assert torch.equal(both, mixture.generate(ids, eos_token_id=[second, first], **ends))
+    assert both[0, ids.shape[1] :].tolist() == [first, *[7] * (both.shape[1] - ids.shape[1] - 1)]
+
+
+def test_kept_experts_follow_the_mixtures_attention() -> None:
+    mixture = random_mixture("llama")
+    before = of_kept_experts(mixture, (1,))
+    mixture.set_attn_implementation("eager")
+    assert of_kept_experts(mixture, (1,)) is not before
+    assert of_kept_experts(mixture, (1,)).config._attn_implementation == "eager"
 
 
 def test_inference_tensors() -> None:
@@ -224,3 +252,6 @@ def test_refusals() -> None:
         greedy(mixture, ids, experts=4)
     with pytest.raises(ValueError, match="give input_ids"):
         mixture.generate(inputs_embeds=torch.zeros(1, 3, 32), experts=1)
+    soup = random_mixture("llama", "average", ffn="average")
+    with pytest.raises(ValueError, match="no experts to choose from"):
+        greedy(soup, ids, experts="auto")

@@ -30,7 +30,7 @@ from branchmix.upcycling.edit_experts import add_expert, remove_expert
 from branchmix.upcycling.low_rank import rank_for
 from branchmix.upcycling.sources import DenseExpert
 from families import BY_NAME, NAMES
-from mixtures import BOTH, close, gated, load, random_mixture, tokens
+from mixtures import BOTH, close, gated, load, offloaded, random_mixture, tokens
 
 peft = pytest.importorskip("peft")
 
@@ -225,6 +225,12 @@ def test_saved_and_loaded_again_also_without_the_package(tmp_path: Path) -> None
     with torch.no_grad():
         close(load(tmp_path)(tokens()).logits, model(tokens()).logits, 0.0)
     assert (tmp_path / "low_rank_branchmix.py").is_file()
+
+
+def test_offloaded_factors_are_read_where_they_are_computed_with(tmp_path: Path) -> None:
+    model = changed("llama")
+    with torch.no_grad():
+        close(offloaded(model, tmp_path)(tokens()).logits, model(tokens()).logits)
 
 
 # ---- cut to a rank ----

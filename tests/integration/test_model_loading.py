@@ -121,6 +121,16 @@ def test_tied_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
     assert not any("lm_head" in n or "embed_out" in n for n in names)
 
 
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("cohere", "logit_scale"), ("granite", "logits_scaling"), ("gemma2", "final_logit_softcapping")],
+)
+def test_what_a_family_does_to_its_logits_is_in_the_config(name: str, factor: str) -> None:
+    """TRL computes logits from hidden states, with what it finds there."""
+    config = random_mixture(name).config
+    assert getattr(config, factor) == getattr(config.seed_config, factor)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_resized_embeddings_work_save_and_load(name: str, tmp_path: Path) -> None:
     model = random_mixture(name)

@@ -17,7 +17,7 @@ from branchmix.checkpoint.index import CheckpointIndex
 from branchmix.models.modeling_branchmix import BranchMixForCausalLM
 from checkpoints import weights
 from families import NAMES
-from mixtures import BOTH, close, load, random_mixture, recipe, tokens
+from mixtures import BOTH, close, load, offloaded, random_mixture, recipe, tokens
 
 Siblings = Callable[..., dict[str, Path]]
 SHARED = {"shared": True, "ffn": {"top_k": 2}}
@@ -118,3 +118,9 @@ def test_compiled_in_one_graph_is_the_same(attention: str) -> None:
 def test_needs_both_kinds_of_experts(kinds: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="shared_router needs attention experts and FFN experts"):
         random_mixture("llama", **{"attention": "kv_experts", "shared_router": True, **kinds})
+
+
+def test_a_router_of_another_module_cannot_be_offloaded(tmp_path: Path) -> None:
+    loaded = offloaded(random_mixture("cohere", shared_router=True), tmp_path)
+    with pytest.raises(ValueError, match="shared_router cannot be offloaded"):
+        loaded(tokens())
