@@ -1,11 +1,11 @@
 # Every daily act is one command. The first one makes a virtual environment in .venv; all it needs is Python and pip.
 #
-#   make demo        seed, experts, mixtures and one page about them, on text that is installed anyway: 15 minutes
+#   make demo        seed, experts, mixtures and one page about them, on text from installed packages: 15 minutes
 #   make demo-smollm2  a real seed and three trained siblings, mixed in five ways (examples/smollm2)
-#   make test        tests of seconds; make test-slow: those of minutes
+#   make test        all tests except slow and GPU ones: 20 minutes; make test-slow: the slow ones
 #   make lint        format, lint and types; make format: mend what can be mended
 #   make docs        reference pages from the code, and the site, in site/; warnings are errors
-#   make demo-scaling  a family of small models that inverse scaling happens to (examples/inverse_scaling)
+#   make demo-scaling  a family of small models that shows inverse scaling (examples/inverse_scaling)
 #   make bench       upcycling against cp and the peers (benchmarks/README.md)
 #
 # Variables: DEMO_ARGS (--minutes 60), PYTHON (3.10 or newer), VENV, WORKERS (test processes), PYTEST_ARGS, BENCH_ARGS.

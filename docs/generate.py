@@ -17,11 +17,13 @@ from typing import Any, Union, get_args, get_origin
 
 import causal_types
 from pydantic import BaseModel
+from typer import Typer
 from typer.testing import CliRunner
 
 from branchmix.checkpoint.families import families
 from branchmix.cli import app
 from branchmix.recipe import Recipe
+from branchmix.settings import Count
 from branchmix.study.report import report
 from branchmix.study.settings import METHODS, InstalledText, StudyFile
 from branchmix.study.tables import perplexities
@@ -29,22 +31,28 @@ from branchmix.train.config import BranchConfig, RunConfig
 
 FOLDER = Path(__file__).parent
 HEADER = "<!-- Written by docs/generate.py: change the code instead. -->\n\n"
+COUNTS = "A *count* is a whole number that may have a unit: `100M`, `2.5B`."
+BELOW = ", see below"
 
 
 def cli_page() -> str:
     """Every command's help text, as a terminal shows it."""
     runner = CliRunner()
     environment = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
-    commands = [[command.name] for command in app.registered_commands if command.name]
-    for group in app.registered_groups:
-        inner = group.typer_instance.registered_commands if group.typer_instance else []
-        commands += [[str(group.name), command.name] for command in inner if command.name]
     lines = ["# Commands", ""]
-    for words in [[], *commands]:
+    for words in [[], *_commands(app)]:
         result = runner.invoke(app, [*words, "--help"], env=environment, prog_name="branchmix")
         text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
         lines += [f"## `{' '.join(['branchmix', *words])}`", "", "```text", text, "```", ""]
     return HEADER + "\n".join(lines)
+
+
+def _commands(group: Typer) -> list[list[str]]:
+    """The words of every command of a group, and of the groups in it."""
+    found = [[command.name] for command in group.registered_commands if command.name]
+    for inner in group.registered_groups:
+        found += [[str(inner.name), *words] for words in _commands(inner.typer_instance or Typer())]
+    return found
 
 
 def recipe_page() -> str:
@@ -63,6 +71,7 @@ def training_page() -> str:
         "experts. Unknown settings are refused. Relative paths start from the file's folder. On the command line,",
         "`key=value` replaces a setting; dots address nested ones (`budget.tokens=2M`). Examples:",
         "`recipes/train-*.yaml`, `recipes/branch.yaml`.",
+        COUNTS,
         "",
         "A run writes these files into its folder `out`: `metrics.jsonl`, with a row every `logging.steps` and one",
         "per evaluation; `checkpoints/`, each of them a complete model; and at the end the model and `training.json`,",
@@ -92,9 +101,10 @@ def studies_page() -> str:
         "that with other random seeds. `branchmix report` writes tables in the form of the BAM paper's, figures, and",
         "one page with both. Examples: `recipes/study-tiny.yaml` (minutes), `recipes/study-a.yaml` (from scratch,",
         "hours: [results](studies/study-a.md)), `recipes/study-b.yaml` (SmolLM2-135M, an hour and a half:",
-        "[results](studies/study-b.md)), `recipes/study-c.yaml` (mixtures that nobody trains:",
+        "[results](studies/study-b.md)), `recipes/study-c.yaml` (calibrated mixtures, untrained and trained:",
         "[results](studies/study-c.md)), `recipes/study-d.yaml` (load balancing, shared experts, Nexus and BTS:",
         "[results](studies/study-d.md)).",
+        COUNTS,
         "",
         "- **Equal data (DM)**: within a repetition, a run sees the reference's tokens in the same order.",
         "- **Equal compute (CM)**: a run takes as many whole steps as the reference's training FLOPs pay for: forward,",
@@ -143,7 +153,7 @@ def studies_page() -> str:
         "![Perplexity of all models, loss over compute, and attention gates by domain](images/demo.png)",
         "",
         *_table(StudyFile, "", title="A study's file"),
-        *_table(InstalledText, "installed text."),
+        *_table(InstalledText, "", title="`data` of installed text"),
         "## Methods",
         "",
         "| name | what | trained | runs |",
@@ -173,12 +183,18 @@ def _table(model: type[BaseModel], path: str, *, title: str = "recipe", known: C
         inner = _model_in(field.annotation)
         default = "required" if field.is_required() else _default(field.default)
         meaning = " ".join((field.description or "").split()).replace("|", "\\|").replace("``", "`")
-        lines.append(f"| `{name}` | {_kind(field.annotation)} | {default} | {meaning} |")
+        lines.append(f"| `{name}` | {_kind(field.rebuild_annotation())} | {default} | {meaning} |")
         if inner is not None:
-            kind = get_origin(field.annotation)
-            marker = "[]." if kind is list else ".NAME." if kind is dict else "."
-            below += _table(inner, f"{path}{name}{marker}")
+            below += _table(inner, f"{path}{name}{_marker(field.annotation)}")
     return [*lines, "", *below]
+
+
+def _marker(annotation: Any) -> str:
+    """What leads from a key to the settings in its value: a name, a place in a list, or nothing."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return next(_marker(argument) for argument in get_args(annotation) if _model_in(argument))
+    return "[]." if origin is list else ".NAME." if origin is dict else "."
 
 
 def _first_line(model: type[BaseModel]) -> str:
@@ -196,17 +212,25 @@ def _kind(annotation: Any) -> str:
     if annotation is Any:
         return "anything"
     if origin in (Union, types.UnionType):
-        return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
+        kinds = [_kind(argument) for argument in arguments if argument is not type(None)]
+        words = " or ".join(kind.removesuffix(BELOW) for kind in kinds)
+        return words + BELOW if any(kind.endswith(BELOW) for kind in kinds) else words
     if origin is list:
-        return f"list of {_kind(arguments[0])}".replace("list of see", "list, see")
+        return "list" + BELOW if _model_in(arguments[0]) else f"list of {_kind(arguments[0])}"
     if origin is dict:
-        return f"mapping to {_kind(arguments[1])}"
+        if _model_in(arguments[1]):
+            return "mapping by name" + BELOW
+        return "mapping" if arguments[1] is Any else f"mapping of name to {_kind(arguments[1])}"
+    if origin is tuple:
+        return "two numbers"
     if arguments and str(origin).endswith("Literal"):
         return ", ".join(f"`{argument}`" for argument in arguments)
+    if get_args(Count)[1] in arguments:
+        return "count"
     if arguments:
         return _kind(arguments[0])
     names = {"bool": "true or false", "int": "whole number", "float": "number", "str": "text", "Path": "path"}
-    return names.get(annotation.__name__, "see below")
+    return names.get(annotation.__name__, "mapping" + BELOW)
 
 
 def _default(value: Any) -> str:
@@ -216,6 +240,8 @@ def _default(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`{list(value)}`"
     return f"`{value}`" if value != [] else "none"
 
 

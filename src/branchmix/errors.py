@@ -13,6 +13,12 @@ def short(value: object, most: int = 100) -> str:
     return _without_middle(value if isinstance(value, str) else repr(value), most, quoted=isinstance(value, str))
 
 
+def kind_of(value: object) -> str:
+    """What a value of YAML or JSON is, in words: ``text``, ``a number``."""
+    kinds = {type(None): "empty", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return {**kinds, list: "a list", dict: "a mapping"}.get(type(value), "a single value")
+
+
 def _without_middle(text: str, most: int, *, quoted: bool = False) -> str:
     if len(text) > most:
         left_out = len(text) - most

@@ -121,7 +121,8 @@ class Routing(Settings):
 
 
 class RouterInit(Settings):
-    """How routers start. ``zeros`` alone is short for ``{method: zeros}``."""
+    """How routers start. ``zeros`` alone is short for ``{method: zeros}``; with ``prompts`` or ``text``, the method is
+    ``hidden`` unless given."""
 
     method: Literal["normal", "zeros", "hidden"] = "normal"
     """``normal``: N(0, std^2). ``zeros``: uniform gates, for soft routing only. ``hidden``: rows are the mean hidden
@@ -129,9 +130,9 @@ class RouterInit(Settings):
     std: float = Field(0.02, gt=0)
     """Standard deviation; for ``hidden``, rows get the length that random rows of this deviation would have."""
     seed: int = Field(0, ge=0)
-    """Seed of the random numbers; each tensor's values depend on it and on the tensor's name only."""
+    """Random seed; each tensor's values depend only on it and on the tensor's name."""
     attention: Literal["zeros"] | None = None
-    """``zeros`` starts the attention gates uniform whatever the FFN routers do."""
+    """``zeros``: the attention gates start uniform, however the FFN routers start."""
     prompts: dict[str, list[str]] | None = None
     """For ``hidden``: some sentences typical of each expert."""
     text: dict[str, Path] | None = None
@@ -157,7 +158,9 @@ class RouterInit(Settings):
 
 
 class Merge(Settings):
-    """How everything that is not an expert is merged: embeddings, norms, the head, and averaged attention."""
+    """How everything that is not an expert is merged: embeddings, norms, the head, and averaged attention. ``seed``
+    alone is short for ``{method: seed}``, and ``{weighted: {code: 2}}`` for
+    ``{method: weighted, weights: {code: 2}}``."""
 
     method: Literal["average", "seed", "weighted"] = "average"
     """``average``: uniform mean over all dense models, the seed among them (BAM section 4). ``seed``: the seed's.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -18,7 +19,7 @@ from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.folder import PLAIN, is_file_name
 from branchmix.checkpoint.json_text import MAX_DIGITS
 from branchmix.checkpoint.text import whole_characters
-from branchmix.errors import RecipeError, short
+from branchmix.errors import RecipeError, kind_of, short
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,7 +119,7 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         reasons: dict[type, str] = {IsADirectoryError: "is a folder", PermissionError: "may not be read"}
         reasons[FileNotFoundError] = "there is no such file"
-        what = reasons.get(type(error)) or getattr(error, "strerror", None) or "is no UTF-8 text"
+        what = reasons.get(type(error)) or getattr(error, "strerror", None) or "is not UTF-8 text"
         raise RecipeError(f"{path}: {what}: give the recipe's YAML file") from None
     return parse_yaml(text, str(path))
 
@@ -190,8 +191,9 @@ def overlaid(*layers: Mapping[str, Any]) -> dict[str, Any]:
 def parse(model: type[Any], data: Any, where: str) -> Any:
     """``data`` as a ``model``, or one RecipeError with a line for each problem and the nearest valid word."""
     if not isinstance(data, dict):
-        kind = "empty" if data is None else f"a {type(data).__name__}"
-        raise RecipeError(f"{where}: is {kind}, not a mapping; its keys may be {', '.join(model.model_fields)}")
+        raise RecipeError(
+            f"{where}: is {kind_of(data)}, not a mapping; its keys may be {', '.join(model.model_fields)}"
+        )
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -229,8 +231,7 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
     detail = (telling or details)[0]
     kind, given = detail["type"], short(detail["input"])
     if len(details) > 1 and not telling:  # one for each member of a union that the value does not fit
-        wanted = [other["msg"].split(",")[0].removeprefix("Input should be ").split(" or ")[0] for other in details]
-        words = " or ".join(wanted).replace("a valid string", "text").replace("a valid dictionary", "a mapping")
+        words = " or ".join(dict.fromkeys(_wanted(other).removeprefix("be ") for other in details))
         return f"{path}: should be {words}, got {given}"
     if kind == "extra_forbidden":
         known = _fields_at(model, location[:-1])
@@ -239,17 +240,42 @@ def _problem(model: type[BaseModel], location: list[Any], details: list[Any]) ->
         return f"{path}: is missing, it must be given"
     if kind == "literal_error":
         choices = [word.strip().strip("'") for word in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return f"{path}: {given} is none of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
+        return f"{path}: {given} is not one of {', '.join(choices)}{nearest(str(detail['input']), choices)}"
     if kind == "string_pattern_mismatch":
         wanted_of = {"name": "letters, digits, -, _ and . only", "max_shard_size": "a number and a unit, such as 5GB"}
         return f"{path}: must be {wanted_of[str(location[-1])]}, got {given}"
-    message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
+        message = detail["msg"].removeprefix("Value error, ")
         return f"{path}: {message}" if path else message
     if kind == "model_type":
         return f"{path}: should be a mapping, whose keys may be {', '.join(_fields_at(model, location))}, got {given}"
-    message = message.replace("valid string", "text")
-    return f"{path}: {message[0].lower()}{message[1:]}, got {given}"
+    is_unquoted = kind == "string_type" and isinstance(detail["input"], (bool, int, float, date))  # as YAML reads it
+    return f"{path}: should {_wanted(detail)}, got {given}{': put it in quotes' if is_unquoted else ''}"
+
+
+_KINDS = {
+    "string": "text",
+    "path": "a path",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "model": "a mapping",
+}
+"""What pydantic's types of values are in YAML."""
+
+
+def _wanted(detail: Any) -> str:
+    """What a value should be or have, in plain words where pydantic's own are about Python."""
+    kind, limits = detail["type"], detail.get("ctx", {})
+    if kind in ("too_short", "too_long"):
+        word, count = ("least", limits["min_length"]) if kind == "too_short" else ("most", limits["max_length"])
+        return f"have at {word} {count} {'entry' if count == 1 else 'entries'}"
+    of_kind = re.fullmatch("([a-z]+)_(?:type|parsing|parsing_size|from_float)", kind)
+    own = _KINDS.get(of_kind[1]) if of_kind else None
+    return f"be {own}" if own else detail["msg"].removeprefix("Input should ")
 
 
 def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:

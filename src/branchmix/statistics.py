@@ -113,7 +113,7 @@ def paired_difference(
             names, cluster_N = np.arange(n), np.arange(n)
         _, error = ratio(np.bincount(cluster_N, change_N), np.bincount(cluster_N))
         stderr, freedom = max(float(error), stderr if is_right_or_wrong else 0.0), len(names) - 1
-        if stderr <= 1e-12 * abs(change_N).max():  # 0 but for rounding
+        if stderr <= 1e-12 * abs(change_N).max():  # 0 except for rounding
             return PairedDifference(float(first.mean()), float(second.mean()), middle, None, None, n, None)
         far = float(stats.t.isf(alpha / 2, freedom))
         interval = middle - far * stderr, middle + far * stderr

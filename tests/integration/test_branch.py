@@ -328,7 +328,7 @@ def test_nothing_is_written_when_it_cannot_work(tmp_path: Path) -> None:
     planned = branch(file, dry_run=True)
     assert {expert.status for expert in planned.experts} == {"waiting"}
     assert list(_branch_table(planned).head) == ["expert", "", "mix"], "no column of tokens that are not trained yet"
-    with pytest.raises(BranchMixError, match=r"no such folder .*, and no Hub id"):
+    with pytest.raises(BranchMixError, match=r"no such folder .*, and not a Hub id"):
         branch(file, overrides=["seed=./nothing"])
     with pytest.raises(BranchMixError, match=r"^data.law: .*no file matches"):
         branch(file, overrides=["data.law.files=nothing/*.txt"])

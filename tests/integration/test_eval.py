@@ -335,13 +335,13 @@ def test_the_posterior_makes_a_text_as_likely_as_under_a_mixture_of_its_members(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ensemble": "seed,cod"}, "'cod' is none of the models"),
+        ({"ensemble": "seed,cod"}, "'cod' is not one of the models"),
         ({"ensemble": "seed,seed"}, "is listed twice"),
         ({"ensemble": "seed=0.5,code"}, "give a share"),
         ({"ensemble": "seed=x,code"}, "'x' is not a share"),
         ({"max_length": 65}, "max_length: 65 is more than the 64 positions"),
         ({"stride": 17}, "stride: 17 does not fit"),
-        ({"dtype": "int8"}, "dtype: 'int8' is none of"),
+        ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
     ],
 )
 def test_mistakes_are_one_line(models: dict[str, Path], data: Path, options: Any, message: str) -> None:

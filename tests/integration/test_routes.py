@@ -398,9 +398,9 @@ def test_texts_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("options", "error", "message"),
     [
         ({}, RecipeError, "no text to route"),
-        ({"texts": ["one"], "data": "data.yaml"}, RecipeError, "either texts or data, not both"),
+        ({"texts": ["one"], "data": "data.yaml"}, RecipeError, "either --text or --data, not both"),
         ({"texts": ["one"], "max_length": 65}, RecipeError, "max_length: 65 is more than the 64 positions"),
-        ({"texts": ["one"], "dtype": "int4"}, RecipeError, "dtype: 'int4' is none of"),
+        ({"texts": ["one"], "dtype": "int4"}, RecipeError, "dtype: 'int4' is not one of"),
         ({"texts": ["one"], "model": "nowhere/at/all"}, CheckpointError, "no such folder"),
         ({"texts": ["one"], "model": "dense"}, CheckpointError, r"dense: a dense model \(llama\): it has no routers"),
         ({"data": "empty.yaml"}, BranchMixError, "b: has no"),

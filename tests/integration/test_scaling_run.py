@@ -398,7 +398,7 @@ def test_halves_of_surrogate_pairs_are_replaced_and_counted(models: dict[str, Pa
     assert [entry[3]["logprobs"] for entry in ours.results[0].scored] == [
         entry[3]["logprobs"] for entry in theirs.results[0].scored
     ]
-    assert sum("t.jsonl: 1 examples had half of a surrogate pair" in note for note in ours.notes) == 1
+    assert sum("t.jsonl: 1 example had half of a surrogate pair" in note for note in ours.notes) == 1
     with pytest.raises(DataError, match=r"t\.jsonl, line 1: classes must be two texts or more, all different"):
         run(family, tasks=str(write_task(tmp_path, "t", [Example("x", ("\ud83d", "\ud83e"), 0)])))
 
@@ -435,8 +435,8 @@ def test_mistakes_are_one_line_and_exit_code_2(
         ([good, "--data", tmp_path], "has no file of any task"),
         ([good], "--data: give the folder"),
         ([good, "--data", tmp_path / "nowhere"], "nowhere: there is no such folder"),
-        ([good, "--tasks", task, "--bos", "maybe"], "--bos maybe: is none of default, on, off"),
-        ([good, "--tasks", task, "--dtype", "int4"], "dtype: 'int4' is none of"),
+        ([good, "--tasks", task, "--bos", "maybe"], "--bos maybe: is not one of default, on, off"),
+        ([good, "--tasks", task, "--dtype", "int4"], "dtype: 'int4' is not one of"),
         ([good, "--tasks", task, "--out", task], "is a file: choose a folder"),
         ([good, "--tasks", task, "--shots", 8], "8 shots need 9 examples"),
     ]
@@ -447,7 +447,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
         ([{"model": str(tmp_path / "gone")}], "no such folder"),
         ([{"model": seed, "sise": 3}], "there is no such key"),
         ([{"model": seed, "axes": {"params": 3}}], "'params' is a column of its own"),
-        ([{"model": seed, "axes": {"quality": -3}}], "axes.quality: input should be greater than 0"),
+        ([{"model": seed, "axes": {"quality": -3}}], "axes.quality: should be greater than 0"),
         ([{"model": seed, "name": "../up"}], "may have letters, digits"),
         ([], "models"),
     ):

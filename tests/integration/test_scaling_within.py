@@ -153,8 +153,8 @@ def test_experts_of_a_token_of_routers_with_biases(stored: int, models: dict[str
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        ("seed", ["--experts", "1"], "--experts: seed is no mixture of branchmix"),
-        ("seed", ["--top-k", "1"], "--top-k: seed is no mixture"),
+        ("seed", ["--experts", "1"], "--experts: seed is not a branchmix mixture"),
+        ("seed", ["--top-k", "1"], "--top-k: seed is not a mixture"),
         ("mixture", ["--experts", "2,4"], "--experts 4: mixture has 3 experts"),
         ("mixture", ["--top-k", "4"], "--top-k 4: mixture has 3 experts"),
         (

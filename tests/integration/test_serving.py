@@ -196,7 +196,7 @@ def test_serve_runs_requests_on_the_experts_asked_for(
     ("options", "message"),
     [
         (["--experts", "code", "--continuous-batching"], "cannot be combined"),
-        (["--experts", "law"], "no expert is called 'law': give some of seed, code, math"),
+        (["--experts", "law"], "no expert is called 'law': choose from seed, code, math"),
         (["--experts", "4"], "give 1 to 3, this mixture has 3 experts"),
         (["--experts", ","], "--experts is empty"),
     ],

@@ -232,7 +232,7 @@ def test_what_has_no_sigmoid_is_refused(siblings: Siblings, tmp_path: Path) -> N
         branchmix.upcycle(recipe(models, routing=routing), tmp_path / "no")
     with pytest.raises(RecipeError, match=r"routing.attention.score"):
         branchmix.upcycle(recipe(models, routing={"attention": {"score": "sigmoid"}}), tmp_path / "no")
-    with pytest.raises(RecipeError, match=r"routing.ffn.score: 'sigmod' is none of softmax, sigmoid"):
+    with pytest.raises(RecipeError, match=r"routing.ffn.score: 'sigmod' is not one of softmax, sigmoid"):
         branchmix.upcycle(recipe(models, routing={"ffn": {"score": "sigmod"}}), tmp_path / "no")
     branchmix.upcycle(recipe(models, routing={"ffn": {}, "shared": True}), tmp_path / "mixture")
     for change, message in (

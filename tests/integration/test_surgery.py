@@ -325,10 +325,10 @@ def test_refusals(siblings: Siblings, tmp_path: Path) -> None:
         with pytest.raises(error, match=words):
             branchmix.add_expert(two, name, expert, out)
     for options, words in (
-        ({"router_std": -1.0}, "std: input should be greater than 0"),
-        ({"router_std": 0.0}, "std: input should be greater than 0"),
-        ({"router_std": float("nan"), "check": False}, "std: input should be a finite number"),
-        ({"router_seed": -1}, "seed: input should be greater than or equal to 0"),
+        ({"router_std": -1.0}, "std: should be greater than 0"),
+        ({"router_std": 0.0}, "std: should be greater than 0"),
+        ({"router_std": float("nan"), "check": False}, "std: should be a finite number"),
+        ({"router_seed": -1}, "seed: should be greater than or equal to 0"),
     ):
         with pytest.raises(RecipeError, match=words):
             branchmix.add_expert(two, "math", models["math"], out, **options)

@@ -94,7 +94,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     "small budget": (key(budget={"tokens": 100}), "budget.tokens is 100, but one step takes 256"),
     "unknown domain": (key(mix={"cod": 1}), "mix: no domain of data is called 'cod' (did you mean 'code'?)"),
     "pickled weights": (pickled, "no file named model.safetensors"),
-    "large seed": (key(random_seed=2**32), "random_seed: input should be less than 4294967296"),
+    "large seed": (key(random_seed=2**32), "random_seed: should be less than 4294967296"),
     "no such model": (key(model="nowhere"), "nowhere: no such folder"),
     "no config": (without("config.json"), "model: no config.json: not a transformers checkpoint"),
     "no tokenizer": (without("tokenizer.json"), "model: transformers cannot load it"),

@@ -12,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from branchmix.cli import app
 from branchmix.cli.models import inspect_command
 from branchmix.errors import CheckpointError
 
@@ -110,7 +111,7 @@ def test_errors_are_ours(tmp_path: Path) -> None:
 
 
 def test_help_has_examples() -> None:
-    result = CliRunner().invoke(APP, ["--help"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["inspect", "--help"], env={"COLUMNS": "200"})
     assert "branchmix inspect config.json --context 256 --json" in result.stdout
 
 

@@ -182,7 +182,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a.jsonl.xz": (b"x", r"a\.jsonl\.xz: a \.xz file cannot be read: unpack it"),
     "a.pdf": (b"%PDF-1.7", r"a\.pdf: a \.pdf file cannot be read: convert it to plain text, or leave it out with"),
     "cut.jsonl": (LINES[:-8], r"cut\.jsonl, line 3: is not JSON"),
-    "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', r"line 2: column 'text' holds a int, not text"),
+    "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', r"line 2: column 'text' holds a number, not text"),
     "list.jsonl": (b"[1]\n", r"line 1: is a list, not a JSON object with a key 'text'"),
     "column.jsonl": (b'{"txt": "a", "id": 1}\n', r"no column 'text' \(did you mean 'txt'\?\); there are txt, id"),
     "cut.json": (b'[{"text": "a"},\n {"te', r"cut\.json, line 2: is not JSON"),
@@ -191,7 +191,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "cut.jsonl.zst": (zstd(LINES * 50)[:-9], r"cut\.jsonl\.zst: cannot be read, or is cut short"),
     "cut.parquet": (parquet(text=["a"])[:-9], r"cut\.parquet: cannot be read, or is cut short"),
     "column.parquet": (parquet(body=["a"]), r"column\.parquet: there is no column 'text'; there are body"),
-    "number.parquet": (parquet(text=[1]), r"column 'text' holds a int, not text"),
+    "number.parquet": (parquet(text=[1]), r"column 'text' holds a number, not text"),
     "latin.txt": ("naïve".encode("latin-1"), r"latin\.txt: is not UTF-8 text \(byte 0xef\): convert it"),
     "latin.jsonl": ('{"text": "naïve"}'.encode("latin-1"), r"latin\.jsonl: is not UTF-8 text"),
 }
@@ -224,7 +224,7 @@ NOT_THERE: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
         lambda path: {"hub": hub(path), "column": "body"},
         r"set, row 1: there is no column 'body'; there are text, n",
     ),
-    "numbers": (lambda path: {"hub": hub(path), "column": "n"}, r"set, row 1: column 'n' holds a int, not text"),
+    "numbers": (lambda path: {"hub": hub(path), "column": "n"}, r"set, row 1: column 'n' holds a number, not text"),
     "no name": (lambda path: {"hub": hub(path), "name": "en"}, r"set: .*'en'"),
 }
 

@@ -144,7 +144,7 @@ def test_messages_are_short_whatever_a_file_says() -> None:
 def test_messages_of_settings_are_short() -> None:
     with pytest.raises(RecipeError) as raised:
         Recipe.of({"seed": "m", "experts": [{"name": "a", "model": "b"}], "attention": "y" * 100_000})
-    assert len(str(raised.value)) < 600 and "is none of kv_experts" in str(raised.value)
+    assert len(str(raised.value)) < 600 and "is not one of kv_experts" in str(raised.value)
 
 
 def test_space_is_told_in_units_that_fit() -> None:

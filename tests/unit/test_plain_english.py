@@ -1,7 +1,8 @@
-"""Phrases that mark a translation stay out of the pages and help texts that were rewritten; the README stays short."""
+"""Phrases that mark a translation stay out of pages, help texts and messages; the README stays short."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -11,7 +12,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 PAGES = [
     "README.md",
-    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
+    *sorted(
+        str(page.relative_to(ROOT)) for folder in ("docs", "docs/studies") for page in (ROOT / folder).glob("*.md")
+    ),
+    *sorted(str(recipe.relative_to(ROOT)) for recipe in (ROOT / "recipes").glob("*.yaml")),
 ]
 """Help texts are in ``docs/cli.md``, settings in other generated pages."""
 
@@ -25,6 +29,10 @@ PHRASES = {
     "do(?:es)? as well": "works too",
     "dr[ae]ws? by lot": "random",
     "as good as by lot": "at random",
+    "is none of": "is not one of",
+    "but for": "except for",
+    "do not decide": "are inconclusive",
+    "grown from one": "fine-tuned from the same",
 }
 """A pattern, and what to write instead."""
 
@@ -41,6 +49,18 @@ def found_phrases(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_have_none_of_the_phrases(page: str) -> None:
     assert found_phrases((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_messages_have_none_of_the_phrases() -> None:
+    """All text of the code except docstrings."""
+    found = []
+    for path in (ROOT / "src").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+                found += [f"{path.name}, line {node.lineno}: {phrase}" for phrase in found_phrases(node.value)]
+    assert found == []
 
 
 def test_the_search_finds_what_it_looks_for() -> None:

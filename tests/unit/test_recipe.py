@@ -144,7 +144,7 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
     [
         (
             {"merge": {"weighted": {"code": -1}}},
-            "merge.weights.code: input should be greater than or equal to 0, got -1",
+            "merge.weights.code: should be greater than or equal to 0, got -1",
         ),
         ({"merge": {"method": "weighted"}}, "method weighted needs weights"),
         ({"merge": {"method": "seed", "weights": {"code": 1}}}, "only it takes them"),
@@ -155,7 +155,12 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
             {"experts": [{"name": "seed-copy-1", "model": "m"}]},
             "experts.0.name: 'seed-copy-1' is a name of seed_copies",
         ),
-        ({"seed_copies": 1025}, "seed_copies: input should be less than or equal to 1024, got 1025"),
+        ({"seed_copies": 1025}, "seed_copies: should be less than or equal to 1024, got 1025"),
+        ({"seed_copies": 1.5}, "seed_copies: should be a whole number, got 1.5"),
+        ({"seed": True}, "seed: should be text, got True: put it in quotes"),
+        ({"experts": "code"}, "experts: should be a list, got 'code'"),
+        ({"merge": {"weights": 3}}, "merge.weights: should be a mapping, got 3"),
+        ({"expert_rank": 0}, "should be greater than or equal to 1 or 'auto' or 'full', got 0"),
         ({"router_init": "hidden"}, "method hidden needs prompts or text"),
         ({"router_init": {"prompts": {"code": ["x"]}}}, "'seed' has none"),
         ({"router_init": {"prompts": {"seed": ["x"], "code": [], "math": ["y"]}}}, "'code' has none"),
@@ -168,7 +173,7 @@ def test_zero_for_all_but_one_is_a_choice() -> None:
         ({"routing": {"shared": True}, "ffn": "average"}, "routing.shared: one router for both needs attention"),
         ({"routing": {"shared": True}, "router_init": {"attention": "zeros"}}, "attention has no router: remove it"),
         ({"routed_scaling_factor": 0}, "should be greater than 0 or 'auto', got 0"),
-        ({"sparse_upcycling": {"weight_scaling": -1}}, "should be a valid boolean or greater than 0, got -1"),
+        ({"sparse_upcycling": {"weight_scaling": -1}}, "should be true or false or greater than 0, got -1"),
     ],
 )
 def test_refused(keys: dict[str, Any], words: str) -> None:

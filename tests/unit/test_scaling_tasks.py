@@ -75,7 +75,7 @@ def test_csv_says_the_same(tmp_path: Path) -> None:
     [
         ("{", "line 2: is not JSON"),
         ("[1]", "line 2: is not a JSON object"),
-        ({**ROW, "prompt": ""}, "line 2: prompt is no text or empty"),
+        ({**ROW, "prompt": ""}, "line 2: prompt is empty or not text"),
         ({**ROW, "prompt": None}, "line 2: prompt is missing"),
         ({**ROW, "classes": "[' A', f()]"}, "line 2: classes is not a list of texts"),
         ({**ROW, "classes": "{[]: 1}"}, "line 2: classes is not a list of texts"),
@@ -139,7 +139,7 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         ("name: mine\ndata: mine.yaml\n", "is not a .jsonl or .csv file that exists"),
         ("name: neqa\ndata: mine.jsonl\n", "one of the 11 official tasks"),
         ("name: My Task\ndata: mine.jsonl\n", "small letters, digits and hyphens only"),
-        ("name: mine\ndata: mine.jsonl\nmetric: accuracy\n", "metric: 'accuracy' is none of classification"),
+        ("name: mine\ndata: mine.jsonl\nmetric: accuracy\n", "metric: 'accuracy' is not one of classification"),
         ("name: mine\n", "data: is missing"),
     ]:
         (tmp_path / "mine.yaml").write_text(text)

@@ -88,7 +88,7 @@ def new(before: Graph, after: Graph) -> set[str]:
         ({"train": {"budget": {"steps": 1}}}, "train.budget: a run here has no such key"),
         ({"methods": ["btx", {"method": "btx", "name": "code"}]}, "'code' is the name of a dense model"),
         ({"budgets": 1}, "budgets: there is no such key"),
-        ({"train": {"precision": "fp8"}}, "train: precision: 'fp8' is none of"),
+        ({"train": {"precision": "fp8"}}, "train: precision: 'fp8' is not one of"),
         ({"train": {"optimizer": {"eps": 1}}}, "train.optimizer: a run here has no such key: the study has optimizer"),
         ({"train": {"learning_rate": {"peak": 9.0}}}, "train.learning_rate: a run here has no such key"),
         (
@@ -99,7 +99,7 @@ def new(before: Graph, after: Graph) -> set[str]:
         ({"train": {"lora": {}}}, "train.lora: a run here has no such key"),
         ({"methods": ["btx", {"method": "dense", "train": {"lora": {}}}]}, "train.lora: a run here has no such key"),
         ({"methods": ["btx", {"method": "dense", "train": {"freeze": ["x"]}}]}, "methods: dense: train: freeze.0: 'x'"),
-        ({"minutes": 0}, "minutes: input should be greater than 0"),
+        ({"minutes": 0}, "minutes: should be greater than 0"),
         ({"micro_batch_size": 3}, "batch_size is 4, which micro_batch_size 3 does not divide"),
         ({"held_out": {"share": 0}}, "held_out.share: 0 leaves no text to measure"),
     ],

@@ -370,6 +370,6 @@ def _read(model: str | Path) -> tuple[Config, Path | None]:
     path = expanded(model)
     if not is_there(path):
         if isinstance(model, Path) or path.suffix == ".json" or "/" not in model or is_there(path.parent):
-            raise CheckpointError(f"{model}: no such file or folder, and no Hub id (org/name)")
+            raise CheckpointError(f"{model}: no such file or folder, and not a Hub id (org/name)")
         path = resolve(model).folder
     return (read_config(path), path) if path.is_dir() else (read_json_object(path), None)

@@ -41,7 +41,7 @@ def resolve(given: str, base: Path | None = None) -> ResolvedModel:
         return ResolvedModel(given, local)
     name, _, revision = given.partition("@")
     if given.startswith((".", "/", "~")) or not _HUB_ID.match(name):
-        raise CheckpointError(f"{given}: no such folder ({local}), and no Hub id such as org/name: check the path")
+        raise CheckpointError(f"{given}: no such folder ({local}), and not a Hub id such as org/name: check the path")
     return _download(given, name, revision or None, local)
 
 

@@ -34,7 +34,8 @@ def whole_characters(text: str) -> str:
 
 def replaced_note(count: int, what: str = "documents") -> str:
     """The line about texts that ``whole_characters`` had to change."""
-    return f"{count} {what} had half of a surrogate pair, which is not a character: replaced by U+FFFD"
+    words = what.removesuffix("s") if count == 1 else what
+    return f"{count} {words} had half of a surrogate pair, which is not a character: replaced by U+FFFD"
 
 
 @dataclass(frozen=True)

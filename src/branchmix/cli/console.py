@@ -41,7 +41,7 @@ Mixture = Annotated[str, Argument(metavar="MODEL", help="Folder or Hub id of a m
 Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Replace settings of the file.")]
 Data = Annotated[Path | None, Option("--data", metavar="FILE", help="YAML: domains, as in a run.")]
 Dtype = Annotated[str, Option(help="bfloat16, float16, float32, or auto: as stored.")]
-BatchTokens = Annotated[int, Option(min=1, help="Tokens of a forward pass; changes rounding only.")]
+BatchTokens = Annotated[int, Option(min=1, help="Tokens per forward pass; affects only rounding.")]
 Shots = Annotated[int, Option(min=0, metavar="K", help="Other examples, with answers, before each prompt.")]
 Experts = Annotated[
     str | None,
@@ -64,7 +64,7 @@ def counts_of(listed: str, option: str, *, least: int) -> list[int]:
     """The whole numbers in a comma-separated option, each once.
 
     Raises:
-        RecipeError: one is no whole number, or too small.
+        RecipeError: one is not a whole number, or too small.
     """
     words = names_of(listed)
     if wrong := next((word for word in words if not word.isdecimal() or int(word) < least), None):
@@ -98,7 +98,7 @@ def experts_to_keep(given: str, config: dict[str, Any]) -> str | int | list[str]
     if wanted == ["auto"]:
         return "auto"
     if unknown := [name for name in wanted if name not in names]:
-        raise RecipeError(f"--experts {given}: no expert is called {unknown[0]!r}: give some of {', '.join(names)}")
+        raise RecipeError(f"--experts {given}: no expert is called {unknown[0]!r}: choose from {', '.join(names)}")
     return wanted
 
 

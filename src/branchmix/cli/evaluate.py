@@ -13,7 +13,7 @@ from branchmix.checkpoint.folder import require_new_file, write_text
 from branchmix.cli import console
 from branchmix.cli.console import app
 from branchmix.errors import RecipeError
-from branchmix.pages.numbers import human_count, with_error
+from branchmix.pages.numbers import counted, human_count, with_error
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -64,19 +64,27 @@ def eval_command(
     tasks: Annotated[str | None, Option(metavar="NAME,...", help="Downstream tasks of lm-eval, and suites.")] = None,
     out: Annotated[Path | None, Option(help="Folder for records and results.json.")] = None,
     max_length: Annotated[
-        int | None, Option(min=1, help="Tokens of the window.", show_default="2048, on tasks the model's positions")
+        int | None,
+        Option(
+            min=1,
+            help="Window size, in tokens.",
+            show_default="2048, or the models' positions if fewer; on tasks the model's positions",
+        ),
     ] = None,
     stride: Annotated[
         int | None,
         Option(
             min=1,
-            help="Tokens that the window moves on in longer documents; fewer than the window make windows overlap.",
+            help="Step between windows, in tokens; windows overlap if it is smaller than the window.",
             show_default="the window",
         ),
     ] = None,
     batch_tokens: console.BatchTokens = 2048,
     dtype: console.Dtype = "auto",
-    limit: Annotated[int | None, Option(min=1, help="Documents of a domain, and examples of a task, at most.")] = None,
+    limit: Annotated[
+        int | None,
+        Option(metavar="N", min=1, help="At most N documents per domain, and N examples per task."),
+    ] = None,
     num_fewshot: Annotated[
         int | None, Option(min=0, help="Examples in the prompt of tasks.", show_default="as the task or suite says")
     ] = None,
@@ -166,7 +174,7 @@ def _domains(models: list[ModelReport]) -> Table:
         ]
         for model in models
     ]
-    note = f"window {models[0].max_length} tokens, stride {models[0].stride}"
+    note = f"window {counted(models[0].max_length or 0, 'token')}, stride {models[0].stride}"
     return _of_models(models, head, cells, "bits per byte ± standard error (perplexity)", note)
 
 
@@ -267,8 +275,8 @@ def routes_command(
     ] = None,
     batch_tokens: console.BatchTokens = 2048,
     dtype: console.Dtype = "auto",
-    limit: Annotated[int | None, Option(min=1, help="Documents of a domain at most.")] = None,
-    page_tokens: Annotated[int, Option(min=1, help="Tokens of the page, in all.")] = 4000,
+    limit: Annotated[int | None, Option(metavar="N", min=1, help="At most N documents per domain.")] = None,
+    page_tokens: Annotated[int, Option(min=1, help="Tokens on the page, in all.")] = 4000,
     force: Annotated[bool, Option("--force", help="Replace files that exist.")] = False,
     trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
@@ -309,7 +317,9 @@ def _print_routes(report: RoutingReport) -> None:
         how = "soft gate over all experts" if facts["soft"] else f"top-{facts['top_k']} of {facts['experts']}"
         title = f"{'FFN experts' if kind == 'ffn' else 'attention experts'}: share of tokens by domain ({how})"
         shown = " ".join(name.rjust(2) for name in names) if len(names) <= 8 else "most used, %"
-        domains = [f"{domain}, {sizes['tokens']:,} tokens\n{shown}" for domain, sizes in report.domains.items()]
+        domains = [
+            f"{domain}, {counted(sizes['tokens'], 'token')}\n{shown}" for domain, sizes in report.domains.items()
+        ]
         head = ["layer", *domains, "load\nentropy", "token\nentropy", "mutual\ninformation, bits"]
         has_agreement = kind == "ffn" and bool(agreement)
         head += ["agrees with\nattention"] * has_agreement

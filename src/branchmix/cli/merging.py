@@ -49,7 +49,7 @@ def upcycle_command(
     out: console.Out,
     dry_run: console.DryRun = False,
     verify: Annotated[
-        bool, Option("--verify", help="Verify copied bytes, and every expert's logits on a text.")
+        bool, Option("--verify", help="Verify copied bytes, and every expert's logits on a sample text.")
     ] = False,
     force: console.Force = False,
     no_check: console.NoCheck = False,
@@ -57,7 +57,7 @@ def upcycle_command(
     trust_remote_code: console.TrustRemoteCode = False,
     as_json: console.AsJson = False,
 ) -> None:
-    """Merge dense models fine-tuned from one seed into a mixture of experts."""
+    """Merge dense models fine-tuned from the same seed into a mixture of experts."""
     from branchmix.recipe import Recipe
     from branchmix.upcycling import upcycle
 
@@ -328,7 +328,7 @@ def _print_gates(fitted: Fitted) -> None:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in wanted if share >= 0.01)
         rows.append([domain.name, f"{domain.counted_tokens:,}", *losses, bound, shares])
     head = ["domain", "tokens", "before", "after", "best expert alone", "experts wanted"]
-    Table(head, rows, title="perplexity on documents that no gate was fitted to", left=("experts wanted",)).show()
+    Table(head, rows, title="perplexity on documents not used to fit the gates", left=("experts wanted",)).show()
 
 
 # ---- export ----
@@ -340,10 +340,10 @@ Examples:
 
 \b
 Exports are exact, or refused with all reasons. Both models' logits are compared (unless --no-verify).
-  mixtral    Llama, Mistral, Phi-3 seeds; gates that sum to 1, or soft ones
-  qwen2_moe  Qwen2, Llama, Phi-3 seeds; any gates (adds an expert of zeros)
+  mixtral    Llama, Mistral, Phi-3 (no longrope) seeds; gates that sum to 1, or soft ones
+  qwen2_moe  Qwen2, Llama, Mistral (no window), Phi-3 (no longrope) seeds; any gates (adds an expert of zeros)
   qwen3_moe  Qwen3 seeds; any gates
-  glm4_moe   Qwen2, Qwen3, Llama, Phi-3 seeds; sigmoid gates
+  glm4_moe   Qwen2, Qwen3, Llama, Mistral (no window), Phi-3 (no longrope) seeds; sigmoid gates
   flex_olmo  OLMo 2 seeds; any gates
   olmoe      none: no dense family has its blocks (explains the differences)
   dense      one expert of any mixture with the shared weights, or a mixture without experts

@@ -16,7 +16,7 @@ from branchmix.checkpoint.text import whole_characters
 from branchmix.cli import console
 from branchmix.cli.console import app
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.pages.numbers import human_bytes
+from branchmix.pages.numbers import counted, human_bytes
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 # ---- inspect ----
 
 
-@app.command("inspect")
+INSPECT = """\b
+Examples:
+  branchmix inspect ./my-mixture
+  branchmix inspect config.json --context 256 --json
+"""
+
+
+@app.command("inspect", epilog=INSPECT)
 def inspect_command(
     model: Annotated[
         str,
@@ -47,12 +54,6 @@ def inspect_command(
     """Count parameters, active parameters, FLOPs and KV-cache bytes exactly, without loading weights.
 
     If the folder has safetensors weights, their headers are counted too, and differences are reported.
-
-    Examples:
-
-        branchmix inspect ./my-mixture
-
-        branchmix inspect config.json --context 256 --json
     """
     accounting = inspect(model, context=context, dtype=dtype)
     console.output(as_json, accounting.as_dict, lambda: _print_accounting(accounting), accounting.notices)
@@ -86,11 +87,11 @@ def _print_accounting(accounting: Accounting) -> None:
     if accounting.kv_cache_bytes_per_token is not None and accounting.kv_cache_bytes is not None:
         typer.echo(
             f"KV cache in {accounting.dtype}: {accounting.kv_cache_bytes_per_token:,} bytes per token, "
-            f"{human_bytes(accounting.kv_cache_bytes)} for {accounting.context:,} tokens"
+            f"{human_bytes(accounting.kv_cache_bytes)} for {counted(accounting.context, 'token')}"
         )
     if accounting.decoding_bytes is not None:
         read = human_bytes(accounting.decoding_bytes)
-        typer.echo(f"a decoding step after {accounting.context:,} tokens reads {read}")
+        typer.echo(f"a decoding step after {counted(accounting.context, 'token')} reads {read}")
     paper = accounting.paper()
     if paper is not None:
         printed = paper["table_7_per_layer"]
@@ -201,7 +202,7 @@ def generate_command(
     text = tokenizer.decode(new, skip_special_tokens=True)
     content: dict[str, Any] = {"prompt": prompt, "text": text, "new_tokens": len(new)}
     content["tokens_per_second"] = round(len(new) / seconds, 2)
-    lines = [f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s"]
+    lines = [f"{counted(len(new), 'token')}, {len(new) / seconds:.1f} tokens/s"]
     if wanted is not None:
         names = loaded.config.expert_names or [f"expert-{row}" for row in range(loaded.config.num_experts)]
         content["experts"] = [names[row] for row in options["experts"]]

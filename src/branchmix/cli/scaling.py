@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from branchmix.cli import console
 from branchmix.cli.console import app
-from branchmix.pages.numbers import human_count, with_error
+from branchmix.pages.numbers import counted, human_count, with_error
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def fetch_command(
 def make_command(
     folder: DIR,
     seed: Annotated[int, Option(help="Random seed; different seeds give different examples.")],
-    num: Annotated[int, Option(metavar="N", min=1, help="Examples of each task.")] = 1000,
+    num: Annotated[int, Option(metavar="N", min=1, help="Examples per task.")] = 1000,
     tasks: Annotated[str, Option(metavar="A,B,...", help="Names of tasks, or all.")] = "all",
     shots: console.Shots = 0,
     controls: Annotated[
@@ -116,7 +116,7 @@ def make_command(
         console.notice(f"note: {', '.join(own)}: the prompts have their own shots, so --shots changes nothing there")
     made = make_data(folder, seed=seed, num_examples=num, tasks=chosen, shots=shots, controls=controls, force=force)
     for path in made:
-        typer.echo(f"{path}: {num:,} examples")
+        typer.echo(f"{path}: {counted(num, 'example')}")
 
 
 # ---- scaling run ----
@@ -157,7 +157,7 @@ def run_command(
     ] = None,
     fresh: Annotated[list[Path] | None, Option(metavar="DIR", help="Folder of fresh files, to compare with.")] = None,
     out: Annotated[Path | None, Option(metavar="DIR", help="Folder for records and results.")] = None,
-    limit: Annotated[int | None, Option(min=1, metavar="N", help="Examples of a task at most.")] = None,
+    limit: Annotated[int | None, Option(min=1, metavar="N", help="At most N examples per task.")] = None,
     shots: Annotated[
         str, Option(metavar="K,...", help="Other examples, with answers, before each prompt; several are an axis.")
     ] = "0",

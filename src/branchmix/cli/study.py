@@ -158,7 +158,8 @@ Examples:
 def demo_command(
     out: Annotated[Path, Option(metavar="DIR", help="Folder of the demo.")] = Path("demo-output"),
     minutes: Annotated[
-        float | None, Option(metavar="M", min=0.1, help="How long it may take, about.", show_default="15, or as begun")
+        float | None,
+        Option(metavar="M", min=0.1, help="Approximate time limit, in minutes.", show_default="15, or as begun"),
     ] = None,
     as_json: console.AsJson = False,
 ) -> None:

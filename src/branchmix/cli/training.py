@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from branchmix.cli import console
 from branchmix.cli.console import app
-from branchmix.pages.numbers import human_count
+from branchmix.pages.numbers import counted, human_count
 from branchmix.pages.table import Table
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def _print_run(report: RunReport, *, dry_run: bool) -> None:
             rows.append([name, before, f"{after['loss']:.4f}", f"{after['perplexity']:.2f}"])
         Table(["domain", "before", "after", "perplexity"], rows, title="held-out loss, nats per token").show()
     typer.echo(
-        f"trained on {record['tokens']:,} tokens in {record['steps']:,} steps and {record['seconds']:,.0f} s: "
-        f"{report.out}"
+        f"trained on {counted(record['tokens'], 'token')} in {counted(record['steps'], 'step')} and "
+        f"{record['seconds']:,.0f} s: {report.out}"
     )
 
 

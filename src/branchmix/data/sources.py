@@ -25,7 +25,7 @@ from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.index import refuse_lfs_pointer
 from branchmix.checkpoint.text import whole_characters
 from branchmix.data.config import Source
-from branchmix.errors import BranchMixError, DataError
+from branchmix.errors import BranchMixError, DataError, kind_of
 
 _COMPRESSED = (".gz", ".zst")
 _UNREADABLE = {
@@ -225,7 +225,7 @@ def _json_rows(file: Path, column: str) -> Iterator[str | None]:
 
 def _text_of(row: Any, column: str, where: str) -> str | None:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: is a {type(row).__name__}, not a JSON object with a key {column!r}")
+        raise DataError(f"{where}: is {kind_of(row)}, not a JSON object with a key {column!r}")
     _require_column(column, list(row), where)
     return _checked(row[column], column, where)
 
@@ -239,7 +239,7 @@ def _require_column(column: str, there: list[str], where: object) -> None:
 def _checked(value: Any, column: str, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    raise DataError(f"{where}: column {column!r} holds a {type(value).__name__}, not text: name the column of the text")
+    raise DataError(f"{where}: column {column!r} holds {kind_of(value)}, not text: name the column of the text")
 
 
 def _csv_rows(file: Path, column: str, suffix: str) -> Iterator[str | None]:

@@ -191,7 +191,7 @@ def _members(ensemble: str, candidates: Sequence[TextModel]) -> dict[TextModel, 
         exact = [c for c in candidates if c.given == name]
         fitting = exact[:1] or [c for c in candidates if c.folder.name == name]
         if len(fitting) != 1:
-            what = "is none of the models" if not fitting else "is the name of several of the models"
+            what = "is not one of the models" if not fitting else "is the name of several of the models"
             raise RecipeError(f"ensemble: {name!r} {what}: there are {', '.join(c.given for c in candidates)}")
         if fitting[0] in members:
             raise RecipeError(f"ensemble: {name!r} is listed twice")

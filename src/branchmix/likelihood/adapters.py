@@ -39,7 +39,7 @@ def base_of(adapter: Path) -> ResolvedModel:
     """The model that a LoRA adapter was trained on, as the adapter names it.
 
     Raises:
-        CheckpointError: it is no LoRA adapter, or its base model is not there, or is an adapter too.
+        CheckpointError: it is not a LoRA adapter, or its base model is not there, or is an adapter too.
     """
     settings, key = lora_settings(adapter), f"{adapter / ADAPTER_CONFIG}: base_model_name_or_path"
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 def check_dtype(dtype: str) -> None:
     """Refuse what no model is loaded in."""
     if dtype not in DTYPES:
-        raise RecipeError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
+        raise RecipeError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
 
 
 class TextModel:

@@ -26,6 +26,11 @@ def human_count(count: float) -> str:
     return f"{count:.4g}T"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, in singular or plural: ``1 step``, ``2,048 tokens``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def with_error(value: float, stderr: float | None, digits: int = 4) -> str:
     """A value and its standard error, if there is one: ``0.8729 ± 0.0109``."""
     return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")

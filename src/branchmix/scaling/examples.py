@@ -159,7 +159,7 @@ def _example(row: Any, metric: Metric, where: str) -> Example:
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise DataError(f"{where}: {key} is {'missing' if value is None else 'no text or empty'}")
+        raise DataError(f"{where}: {key} is {'missing' if value is None else 'empty or not text'}")
     return value
 
 

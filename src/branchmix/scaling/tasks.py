@@ -103,7 +103,7 @@ def choose(names: str) -> list[Task]:
     """The official tasks that ``all`` or ``memo-trap,neqa`` means, in the paper's order.
 
     Raises:
-        RecipeError: a name is none of the 11; says the nearest.
+        RecipeError: a name is not one of the 11; names the nearest.
     """
     if names.strip() == "all":
         return list(TASKS.values())
@@ -111,5 +111,5 @@ def choose(names: str) -> list[Task]:
     unknown = next((name for name in wanted or [names] if name not in TASKS), None)
     if unknown is not None:
         hint = nearest(unknown, list(TASKS))
-        raise RecipeError(f"tasks: there is no task {unknown!r}{hint}; known: all, or some of {', '.join(TASKS)}")
+        raise RecipeError(f"tasks: there is no task {unknown!r}{hint}; choose all, or from {', '.join(TASKS)}")
     return [task for task in TASKS.values() if task.name in wanted]

@@ -20,10 +20,10 @@ _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Axes:
-    """The values of each axis; without any, a model stays as it is, and is no point on that axis."""
+    """The values of each axis; without any, a model stays as it is, and is not a point on that axis."""
 
     shots: tuple[int, ...] = (0,)
-    """Examples in the prompt; one value alone is no axis."""
+    """Examples in the prompt; one value alone is not an axis."""
     experts: tuple[int, ...] = ()
     """Experts of a mixture that are kept for a prompt: those with the largest shares of its gates."""
     top_k: tuple[int, ...] = ()
@@ -47,9 +47,9 @@ class Axes:
             )
         count = next((value for key in _COUNTS if (value := getattr(config, key, None)) is not None), None)
         if self.experts and config.model_type != "branchmix":
-            raise RecipeError(f"--experts: {name} is no mixture of branchmix: leave it out of the family, or --experts")
+            raise RecipeError(f"--experts: {name} is not a branchmix mixture: leave it out of the family, or --experts")
         if self.top_k and getattr(config, "num_experts_per_tok", None) is None:
-            raise RecipeError(f"--top-k: {name} is no mixture: leave it out of the family, or --top-k")
+            raise RecipeError(f"--top-k: {name} is not a mixture: leave it out of the family, or --top-k")
         if (self.experts or self.top_k) and getattr(config, "stitches", None) is not None:
             option = "--experts" if self.experts else "--top-k"
             raise RecipeError(f"{option}: {name} has stitches, which need all experts: leave it out, or {option}")

@@ -239,7 +239,7 @@ class _Builder:
     def _add(
         self, kind: StepKind, options: dict[str, Any], needs: Needs, about: About | None = None, **more: Any
     ) -> str:
-        """Adds a step and returns its name; ``options`` are all that its result depends on, but for what it needs."""
+        """Adds a step and returns its name; ``options`` and what it needs are all that its result depends on."""
         name: str = kind
         if about is not None:
             name = f"r{about.repetition + 1}.{'scores' if kind in SCORES else kind}.{about.title}"

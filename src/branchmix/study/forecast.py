@@ -15,6 +15,7 @@ from typing import Any
 
 from branchmix.accounting import parameters
 from branchmix.errors import RecipeError
+from branchmix.pages.numbers import counted
 from branchmix.study.build import build
 from branchmix.study.folder import PLAN, is_done
 from branchmix.study.graph import Graph, Step, has_routers
@@ -107,8 +108,8 @@ class Forecast:
         ]
         return [
             "",
-            f"{steps} steps, {self.at_once} at once with {self.threads} threads each; about {duration(self.seconds)} "
-            "with nothing else to do",
+            f"{counted(steps, 'step')}, {self.at_once} at once with {counted(self.threads, 'thread')} each; about "
+            f"{duration(self.seconds)} with nothing else to do",
             f"{self.tokens:,} tokens, {self.flops:.4g} training FLOPs, of which seeds and experts "
             f"{self.sunk_flops:.4g}; {self.disk / 1e9:.2f} GB of disk",
             "",

@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from branchmix.checkpoint.folder import require_new_file, write_text
+from branchmix.pages.numbers import counted
 from branchmix.pages.page import render
 from branchmix.pages.pictures import Draw, save, svg
 from branchmix.pages.table import Table
@@ -176,7 +177,8 @@ def headline(study: Numbers) -> list[str]:
     lines += [_order(study["claims"])] if study["claims"] else []
     steps = reference["repetitions"][0]["training"]["steps"]
     if steps < FEW_STEPS:
-        lines.append(f"The mixtures were trained for {steps} steps: enough to see that all works, too few to judge.")
+        trained_for = counted(steps, "step")
+        lines.append(f"The mixtures were trained for {trained_for}: enough to see that all works, too few to judge.")
     lines.append(_trust(study))
     return [*lines, f"{done}."] if study["steps_done"] < study["steps"] else lines
 

@@ -206,8 +206,8 @@ class StudyFile(SettingsFile):
     held_out: HeldOut = HeldOut()
     tokens: TokenBudgets
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """How long the whole study may take on this machine's CPUs, about. ``tokens`` and ``data.installed`` are then
-    proportions: they are scaled by a forecast when the study begins, and kept after that."""
+    """Approximate time limit for the whole study, in minutes on this machine's CPUs. ``tokens`` and ``data.installed``
+    are then proportions: they are scaled by a forecast when the study begins, and kept after that."""
     learning_rate: Rates
     optimizer: Optimizer = Optimizer()
     sequence_length: int = Field(1024, ge=8)

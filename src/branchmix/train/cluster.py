@@ -27,7 +27,7 @@ Launcher = Literal["local", "ray"]
 def runner(
     launcher: Launcher, at_once: int | None, threads: int | None, num_jobs: int, *, shared: Path
 ) -> tuple[int | None, Callable[..., Outcome]]:
-    """The threads of each job, or None if it may choose, and the function that runs jobs: ``run_jobs`` but for where.
+    """The threads of each job, or None if it may choose, and the function that runs jobs, as ``run_jobs`` does.
 
     Args:
         launcher: ``local`` for processes that share this machine, ``ray`` for a cluster.

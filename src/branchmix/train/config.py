@@ -144,7 +144,7 @@ class Logging(Settings):
     steps: Count = 10
     """Log every this many steps."""
     to: Annotated[list[Literal["tensorboard", "trackio", "wandb"]], BeforeValidator(_listed)] = []
-    """Loggers to use; they must be installed."""
+    """Loggers to use, a list or one of them; they must be installed."""
     project: str = "branchmix"
     """Project name for Trackio and W&B."""
 
@@ -226,10 +226,10 @@ class _Training(SettingsFile):
         list[Literal["experts", "all_but_factors", "all_but_routers", "attention", "embeddings", "trunk"]],
         BeforeValidator(_listed),
     ] = []
-    """Parts that are not trained: ``experts`` (attention and FFN), ``all_but_routers``, ``all_but_factors`` (all
-    but the routers and the factors of low-rank experts), ``attention`` (without its routers), ``embeddings`` (input and
-    output), ``trunk`` (everything outside attention and FFNs). Experts trained with a frozen trunk share it with the
-    seed, so a mixture with its gates forced to one expert is exactly that expert."""
+    """Parts that are not trained, a list or one of them: ``experts`` (attention and FFN), ``all_but_routers``,
+    ``all_but_factors`` (all but the routers and the factors of low-rank experts), ``attention`` (without its routers),
+    ``embeddings`` (input and output), ``trunk`` (everything outside attention and FFNs). Experts trained with a frozen
+    trunk share it with the seed, so a mixture with its gates forced to one expert is exactly that expert."""
     lora: Lora | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``bf16`` is autocast over fp32 weights; ``auto`` uses it where matrix products are faster in bf16."""

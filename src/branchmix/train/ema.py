@@ -21,7 +21,7 @@ UPDATES = "num_updates"
 class Ema:
     """``e <- d e + (1 - d) w`` after each step, for all trained weights, and for the selection biases of routers.
 
-    Biases are no parameters, but each step moves them with the routers (``BranchMixBalance``): averaged routers with
+    Biases are not parameters, but each step moves them with the routers (``BranchMixBalance``): averaged routers with
     the last biases would be balanced for other gates than theirs.
 
     The n-th update uses ``d = min(decay, n / (n + 9))``, so that the average of a short run does not include its start.

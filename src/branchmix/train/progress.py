@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from branchmix.checkpoint.folder import write_text
+from branchmix.pages.numbers import counted
 from branchmix.pages.table import Table
 from branchmix.train.launch import JobState
 
@@ -119,7 +120,7 @@ def print_plan(plan: dict[str, Any], stream: TextIO) -> None:
     lines = [
         f"{model['model_type']}: {model['parameters']:,} parameters, {model['trained']:,} of them trained"
         + (f", {flops:,} FLOPs a token" if flops else ""),
-        f"{plan['steps']:,} steps, {plan['tokens']:,} tokens"
+        f"{counted(plan['steps'], 'step')}, {counted(plan['tokens'], 'token')}"
         + (f", {plan['flops']:.3g} FLOPs" if plan["flops"] else "")
         + f"; learning rate up to {plan['peak_learning_rate']:.3g}",
         f"{computing['device']}, {computing['precision']}, {computing['attention']} attention; a step is "

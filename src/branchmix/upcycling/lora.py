@@ -236,7 +236,7 @@ def _scale(settings: Config, module: str, rank: int) -> float:
 def adapter_factors(
     adapter: Adapter, expert: DenseExpert, matrices: Sequence[str]
 ) -> dict[tuple[int, str], tuple[Expression, Expression]]:
-    """An adapter's factors for the matrices of experts, verbatim but for scale and folded gains.
+    """An adapter's factors for the matrices of experts, verbatim except for scale and folded gains.
 
     Args:
         expert: what else the adapter trained, or the seed; its gains are folded if its norms are.

@@ -42,7 +42,7 @@ def lossless_line(lossless: bool, shape: Shape | None) -> str:
     if shape is not None and shape.stitches:
         left_out = [] if shape.sizes.tied_embeddings else ["the experts' output layers"]
         left_out += [] if lossless else ["padded rows of embeddings"]
-        found = f"is whole in it, but for {' and '.join(left_out)}" if left_out else "is whole in it"
+        found = f"is whole in it, except for {' and '.join(left_out)}" if left_out else "is whole in it"
         return f"{'lossless' if lossless else 'not lossless'}: every model {found}"
     if shape is not None and shape.shared_experts:
         return "not lossless: the shared expert adds the seed's FFN to that of every expert"

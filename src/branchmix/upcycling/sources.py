@@ -30,7 +30,7 @@ KINDS: tuple[Kind, ...] = ("weight", "bias")
 # Buffers that old checkpoints store and today's classes compute.
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|embed_positions)$")
 
-SAME_SEED = "experts must have grown from one seed"
+SAME_SEED = "experts must be fine-tuned from the same seed"
 """Why models that differ are refused."""
 
 
@@ -364,7 +364,7 @@ def below(prefix: str, tensors: dict[str, TensorRef]) -> dict[str, Expression]:
 
 
 def inside(family: Family, modules: Sequence[str], *, prefix: str = "") -> re.Pattern[str]:
-    """Matches names of tensors in these modules of a block, but for those of an activation that experts share."""
+    """Matches names of tensors in these modules of a block, except those of an activation that experts share."""
     names = "|".join(map(re.escape, modules)) or r"\0"
     shared = rf"(?!{re.escape(family.activation)}\.)" if family.activation_parameters else ""
     return re.compile(rf"{prefix}{re.escape(family.layers)}\.\d+\.{shared}({names})\.")

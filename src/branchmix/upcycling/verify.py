@@ -85,7 +85,7 @@ class Verification:
     changes_checked: int = 0
     """Matrices of experts that are changes of the seed: the written factors against the expert's own matrix."""
     change_error: float = 0.0
-    """The greatest error among them, relative to the norm of the change; 0 but for rounding if all are LoRA."""
+    """The greatest error among them, relative to the norm of the change; 0 except for rounding if all are LoRA."""
     tokens: int = 0
     """Length of the text."""
     stitched: bool = False

@@ -70,7 +70,7 @@ def routes(
     check_dtype(dtype)
     if (data is None) == (not texts):
         raise RecipeError(
-            "give either texts or data" + (": there is no text to route" if data is None else ", not both")
+            "give either --text or --data" + (": there is no text to route" if data is None else ", not both")
         )
     config = None if data is None else EvalData.load(data)
     candidate = TextModel(resolve(model), dtype, trust_remote_code)
@@ -145,7 +145,7 @@ def read_texts(given: Sequence[str]) -> list[str]:
             elif text.startswith("@"):
                 text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "is no UTF-8 text"
+            reason = getattr(error, "strerror", None) or "is not UTF-8 text"
             raise RecipeError(f"--text {text}: {reason}: give a text file") from None
         if not text.strip():
             raise RecipeError(f"--text: {name if name.strip() else 'the text'} is empty: there is nothing to route")

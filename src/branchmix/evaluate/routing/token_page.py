@@ -68,7 +68,7 @@ def _lead(routed: Routes) -> list[str]:
     return [
         f"{' and '.join(kinds)}, on {tokens:,} tokens of {texts:,} text{'s' if texts > 1 else ''}{of}.",
         "Each token has the colour of the expert that weighs most with it: the stronger, the surer the router. The "
-        "line below it is the whole mix. Point at a token, or go to it with Tab and the arrow keys, for its numbers.",
+        "line below it is the whole mix. Hover over a token, or go to it with Tab and the arrow keys, for its numbers.",
         *(f"Note: {note}." for note in report.notes),
     ]
 

@@ -66,7 +66,7 @@ def _members(tasks: Mapping[str, TaskScore], name: str) -> Iterator[str]:
 
 
 def scores_of_questions(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By metric, as lm-eval's results name it, the score of each question by its number; what is no number is left out.
+    """By metric, as lm-eval's results name it, the score of each question by its number; non-numbers are left out.
 
     ``samples`` are lm-eval's: a line for each question and filter.
     """

@@ -2,7 +2,7 @@
 
 Axes are all numbers that were *assigned* to a run: ``reasoning_tokens`` of the generation config becomes
 ``reasoning_budget``, and numbers in the log's metadata and task arguments keep their names. What a model really used
-(``model_usage``) is no axis. Epochs are seeds: repetitions of a question.
+(``model_usage``) is not an axis. Epochs are seeds: repetitions of a question.
 """
 
 from __future__ import annotations

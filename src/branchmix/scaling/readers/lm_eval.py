@@ -80,7 +80,7 @@ def _runs(file: Path, content: dict[str, Any], model: str, notes: list[str]) -> 
             label = metric if filtered == "none" else name
             scores = samples.get(label)
             if scores is not None and not _is_mean(scores, value):
-                scores = None  # such as a perplexity, which is no mean over questions
+                scores = None  # such as a perplexity, which is not a mean over questions
             yield Run(
                 task,
                 model,

@@ -36,7 +36,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one question, from the trunk's end; or those of its options but for their last, after such a row."""
+    """Tokens of one question, from the trunk's end; or those of its options except the last, after such a row."""
 
     question: int
     tokens: tuple[int, ...]

@@ -61,7 +61,7 @@ class Bos:
             RecipeError: no such policy, or ``on`` with a tokenizer that has no BOS.
         """
         if policy not in BOS_POLICIES:
-            raise RecipeError(f"--bos {policy}: is none of {', '.join(BOS_POLICIES)}")
+            raise RecipeError(f"--bos {policy}: is not one of {', '.join(BOS_POLICIES)}")
         tokens = _leading(tokenizer) if policy == "default" else ()
         if policy == "on":
             bos = getattr(tokenizer, "bos_token_id", None)

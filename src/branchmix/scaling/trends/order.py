@@ -150,7 +150,7 @@ class Trend:
 def trend(curve: Curve, *, alpha: float) -> Trend:
     """The best monotone fit, up or down, against a constant.
 
-    The share of the squares about the mean that the fit explains has a closed form on curves that are flat but for
+    The share of the squares about the mean that the fit explains has a closed form on curves that are flat except for
     their errors. Where several runs of a size tell how much models differ, their squares join the denominator.
     """
     weight_K = weights(curve)

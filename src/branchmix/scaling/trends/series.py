@@ -20,7 +20,7 @@ LOWER_IS_BETTER = ("loss", "nll", "perplexity", "bits_per_byte", "error", "brier
 """Metrics, and endings of metrics after `_`, of which less is better. The log-odds metrics say how far a model is
 swayed from the right answer."""
 NOT_JUDGED = ("coverage", "label_coverage")
-"""Metrics that are no performance."""
+"""Metrics that do not measure performance."""
 _MANY_AT_CHANCE = 2.0
 """Standard errors within which a model is at chance."""
 _CHUNK = 2_000_000

@@ -114,7 +114,7 @@ class Measurement(Settings):
 
 
 KNOWN = Measurement.model_fields.keys() - {"line", "source", "axes"}
-"""Columns that are no axes."""
+"""Columns that are not axes."""
 
 
 Scores = dict[str, tuple[float, str]]

@@ -262,7 +262,7 @@ def _matrix(losses: dict[str, dict[str, float]], experts: list[str]) -> tuple[np
 
 
 def _counts(documents: Sequence[np.ndarray], around: Collection[int], vocab_size: int) -> np.ndarray:
-    """How often each token occurs, [V], but for those around every document."""
+    """How often each token occurs, [V], except for those around every document."""
     counts_V = np.bincount(np.concatenate([*documents, np.array([], dtype=int)]), minlength=vocab_size)
     counts_V[list(around)] = 0
     return counts_V
