@@ -421,7 +421,7 @@ def test_commands(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.Monkey
     assert command(monkeypatch, "upcycle", recipe, mixture, "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "layers.*.stitch.projections.*.weight" in printed
-    assert "every model is whole in it, but for the experts' output layers" in printed
+    assert "every model is whole in it, except for the experts' output layers" in printed
     assert command(monkeypatch, "upcycle", recipe, mixture, "--verify") == 0
     assert "last states of the others" in capsys.readouterr().out
     assert command(monkeypatch, "inspect", mixture) == 0
@@ -449,9 +449,9 @@ def test_what_is_left_out_is_said(tied: bool) -> None:
     shape = shape_of(stitched("llama", seed_changes={"tie_word_embeddings": tied}).config.to_dict())
     heads = "" if tied else "the experts' output layers"
     rows = "padded rows of embeddings" if tied else f"{heads} and padded rows of embeddings"
-    but = f", but for {heads}" if heads else ""
+    but = f", except for {heads}" if heads else ""
     assert lossless_line(True, shape) == f"lossless: every model is whole in it{but}"
-    assert lossless_line(False, shape) == f"not lossless: every model is whole in it, but for {rows}"
+    assert lossless_line(False, shape) == f"not lossless: every model is whole in it, except for {rows}"
 
 
 @pytest.mark.parametrize(
