@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+import branchmix
 from bad_inputs import (
     GATE,
     LFS_POINTER,
@@ -458,6 +459,24 @@ COMMANDS = [
          args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.out)]),
     Case("add: dense model", "models/seed: is a llama model, not a mixture | use upcycle",
          args=lambda i: ["add-expert", str(i.seed), f"law={i.math}", str(i.out)]),
+    Case("add: OUT is the seed", "models/seed: is, holds or lies in the source folder | another", lambda i: i.mixture(),
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.seed), "--force"]),
+    Case("add: OUT is the seed, by another path", "models/seed: is, holds or lies in the source folder | another",
+         broken_mixture(lambda f: record(f, lambda r: r["sources"][0].update(model="../seed"))),
+         args=lambda i: ["add-expert", str(i.models / "mixture"), f"law={i.math}", str(i.seed), "--force"]),
+    Case("remove: OUT is an expert", "models/code: is, holds or lies in the source folder | another",
+         broken_mixture(lambda f: branchmix.add_expert(f, "math", f.parent / "math", f.parent / "three")),
+         args=lambda i: ["remove-expert", str(i.models / "three"), "code", str(i.code), "--force"]),
+    Case("remove: OUT is an expert that was added", "models/math: is, holds or lies in the source folder | another",
+         broken_mixture(lambda f: branchmix.add_expert(f, "math", f.parent / "math", f.parent / "three")),
+         args=lambda i: ["remove-expert", str(i.models / "three"), "code", str(i.math), "--force"]),
+    Case("calibrate: OUT is the seed", "models/seed: is, holds or lies in the source folder | another",
+         lambda i: (i.mixture(), (i.root / "data.yaml").write_text("data: {code: {files: recipe.yaml}}")),
+         args=lambda i: ["calibrate", str(i.models / "mixture"), "--data", str(i.root / "data.yaml"),
+                         "--out", str(i.seed), "--force"]),
+    Case("export: OUT is an expert", "models/code: is, holds or lies in the source folder | another",
+         lambda i: i.mixture(), args=lambda i: ["export", str(i.models / "mixture"), str(i.code), "--to", "dense",
+                                                "--expert", "code", "--force"]),
     Case("remove: unknown name", "has no expert 'cod' | 'code'? | it has seed, code", lambda i: i.mixture(),
          args=lambda i: ["remove-expert", str(i.models / "mixture"), "cod", str(i.out)]),
     Case("remove: last but one", "only 'seed' would be left | two or more", lambda i: i.mixture(),
