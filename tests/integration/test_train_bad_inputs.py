@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     "large seed": (key(random_seed=2**32), "random_seed: input should be less than 4294967296"),
     "no such model": (key(model="nowhere"), "nowhere: no such folder"),
     "no config": (without("config.json"), "model: no config.json: not a transformers checkpoint"),
-    "no tokenizer": (without("tokenizer.json"), "model: transformers cannot load it"),
+    "no tokenizer": (without("tokenizer.json"), "model: has no tokenizer files: copy the seed's tokenizer beside"),
     "no weights": (without("model.safetensors"), "model: transformers cannot load it"),
     "missing weights": (lacking, "model: the weights lack model.norm.weight"),
     "config is no JSON": (
