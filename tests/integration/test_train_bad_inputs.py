@@ -133,6 +133,10 @@ CASES: dict[str, tuple[Edit, str]] = {
     "LoRA target": (key(lora={"targets": ["q_porj"]}), "no linear layer q_porj (did you mean 'q_proj'?)"),
     "adapters on a dense model": (key(adapters=True), "adapters: the llama model"),
     "experts of a dense model": (key(freeze=["experts"]), "freeze: experts applies to mixtures"),
+    "no positions": (
+        key(model={"model_type": "gpt2", "train_tokenizer": 300, "n_layer": 1, "n_positions": 9}),
+        "sequence_length: 32 is more than the model's 9 positions: give 9 or fewer",
+    ),
     "micro-batch": (key(micro_batch_size=3), "batch_size is 8, which micro_batch_size 3 does not divide"),
     "logger": (key(logging={"to": ["trackio"]}), "logging.to: trackio is not installed: pip install trackio"),
     "attention": (key(attn_implementation="fast"), "model: transformers cannot load it"),
