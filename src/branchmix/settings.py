@@ -120,7 +120,8 @@ def read_yaml(path: Path) -> Any:
         reasons: dict[type, str] = {IsADirectoryError: "is a folder", PermissionError: "may not be read"}
         reasons[FileNotFoundError] = "there is no such file"
         what = reasons.get(type(error)) or getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise RecipeError(f"{path}: {what}: give the recipe's YAML file") from None
+        advice = "check the path" if isinstance(error, FileNotFoundError) else "give a YAML file"
+        raise RecipeError(f"{path}: {what}: {advice}") from None
     return parse_yaml(text, str(path))
 
 

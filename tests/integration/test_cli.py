@@ -114,6 +114,9 @@ def test_generate(home: Path) -> None:
     assert found["text"].strip() in printed.stdout
     sampled = [parsed(run(home, *arguments, "--temperature", 1, "--seed", 1, "--json"))["text"] for _ in range(2)]
     assert sampled[0] == sampled[1]
+    for more, note in ((63, ""), (64, "note: a context of 65 exceeds the model's 64 positions\n")):
+        found = invoked("generate", home / "mixture", prompt, "--max-new-tokens", more, "--json")
+        assert found.exit_code == 0 and found.stderr == note
 
 
 def test_generate_on_the_experts_asked_for(home: Path) -> None:

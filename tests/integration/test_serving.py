@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from typer.testing import CliRunner
 
 import branchmix
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.cli import app
+from branchmix.cli import app, main
 from branchmix.cli.serve import serve_command
 from branchmix.errors import RecipeError
 from families import NAMES
@@ -124,11 +125,34 @@ def test_serve_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
         assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "{used}", "--host", "127.0.0.1"], "127.0.0.1, port {used}: Address already in use: give another"),
+        (["--port", "99999"], "--port 99999: give a whole number from 0 to 65535"),
+        (["--port", "abc"], "Invalid value for '--port': .*: see `transformers serve --help`"),
+        (["--prot", "8000"], "No such option: --prot.*: see `transformers serve --help`"),
+    ],
+)
+def test_serve_refuses_options_before_the_model_is_loaded(
+    options: list[str], message: str, siblings: Siblings, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("uvicorn.Server.run", lambda self: None)
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = str(used.getsockname()[1])
+        given = [word.format(used=port) for word in options]
+        monkeypatch.setattr(sys, "argv", ["branchmix", "serve", str(siblings("llama")["code"]), *given])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and re.search(message.format(used=port), line), line
+
+
 def served_as(given: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the server is told to load."""
     names = []
 
-    def server(force_model: str) -> None:
+    def server(force_model: str, host: str = "127.0.0.1", port: int = 0) -> None:
         names.append(force_model)
 
     monkeypatch.setattr("transformers.cli.serve.Serve", server)
@@ -161,7 +185,7 @@ def client(siblings: Siblings, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         apps: list[Any] = []
         patch.setattr("uvicorn.Server.run", lambda self: apps.append(self.config.app))
-        left = CliRunner().invoke(app, ["serve", str(folder), "--device", "cpu", "--dtype", "float32"])
+        left = CliRunner().invoke(app, ["serve", str(folder), "--port", "0", "--device", "cpu", "--dtype", "float32"])
     assert left.exit_code == 0 and apps, left.output
     return TestClient(apps[0], raise_server_exceptions=False)
 
@@ -179,7 +203,7 @@ def test_serve_runs_requests_on_the_experts_asked_for(
     apps: list[Any] = []
     monkeypatch.setattr("uvicorn.Server.run", lambda self: apps.append(self.config.app))
     monkeypatch.setattr(BranchMixForCausalLM, "experts_at_inference", None)
-    command = ["serve", str(tmp_path / "m"), "--experts", asked, "--device", "cpu", "--dtype", "float32"]
+    command = ["serve", str(tmp_path / "m"), "--experts", asked, "--port", "0", "--device", "cpu", "--dtype", "float32"]
     assert CliRunner().invoke(app, command).exit_code == 0
     status, answer = chat(TestClient(apps[0], raise_server_exceptions=False), "The court", max_tokens=8)
     mixture, tokenizer = load(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")

@@ -23,7 +23,7 @@ from branchmix.train.config import RunConfig
 from branchmix.train.prepared import PreparedRun
 from branchmix.train.trainer import BranchTrainer
 from checkpoints import same_bytes, weights
-from training import command, rows, settings, training, write_run, write_text
+from training import NEW_MODEL, command, rows, settings, training, write_run, write_text
 
 Run = Callable[..., Path]
 
@@ -377,8 +377,11 @@ def test_a_dry_run_tells_and_leaves_nothing(
 ) -> None:
     file = run(tmp_path, text, models["mixture"], budget={"tokens": "1M"})
     assert command(monkeypatch, "train", file, "--dry-run") == 0
-    shown = capfd.readouterr().out
-    assert "3,906 steps, 999,936 tokens" in shown and "code" in shown
+    shown = capfd.readouterr()
+    assert "3,906 steps, 999,936 tokens" in shown.out and "code" in shown.out and "positions" not in shown.err
+    write_run(tmp_path, settings(text, model={**NEW_MODEL, "max_position_embeddings": 31}))
+    assert command(monkeypatch, "train", file, "--dry-run") == 0
+    assert "note: a context of 32 exceeds the model's 31 positions" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 

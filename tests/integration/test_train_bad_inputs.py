@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Edit, str]] = {
     "large seed": (key(random_seed=2**32), "random_seed: should be less than 4294967296"),
     "no such model": (key(model="nowhere"), "nowhere: no such folder"),
     "no config": (without("config.json"), "model: no config.json: not a transformers checkpoint"),
-    "no tokenizer": (without("tokenizer.json"), "model: transformers cannot load it"),
+    "no tokenizer": (without("tokenizer.json"), "model: has no tokenizer files: copy the seed's tokenizer beside"),
     "no weights": (without("model.safetensors"), "model: transformers cannot load it"),
     "missing weights": (lacking, "model: the weights lack model.norm.weight"),
     "config is no JSON": (
@@ -133,6 +133,10 @@ CASES: dict[str, tuple[Edit, str]] = {
     "LoRA target": (key(lora={"targets": ["q_porj"]}), "no linear layer q_porj (did you mean 'q_proj'?)"),
     "adapters on a dense model": (key(adapters=True), "adapters: the llama model"),
     "experts of a dense model": (key(freeze=["experts"]), "freeze: experts applies to mixtures"),
+    "no positions": (
+        key(model={"model_type": "gpt2", "train_tokenizer": 300, "n_layer": 1, "n_positions": 9}),
+        "sequence_length: 32 is more than the model's 9 positions: give 9 or fewer",
+    ),
     "micro-batch": (key(micro_batch_size=3), "batch_size is 8, which micro_batch_size 3 does not divide"),
     "logger": (key(logging={"to": ["trackio"]}), "logging.to: trackio is not installed: pip install trackio"),
     "attention": (key(attn_implementation="fast"), "model: transformers cannot load it"),

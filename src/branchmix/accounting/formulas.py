@@ -137,6 +137,14 @@ def table_positions(config: Config) -> int | None:
     return configured_positions(seed) if entry_of(seed).rotary != "half" else None
 
 
+def notices_of_positions(config: Config, context: int) -> list[str]:
+    """What to tell of so many tokens at once, if a dense model or a mixture was made for fewer."""
+    positions = configured_positions(config.get("seed_config") or config)
+    if positions is None or context <= positions:
+        return []
+    return [f"a context of {context:,} exceeds the model's {positions:,} positions"]
+
+
 @dataclass(frozen=True)
 class LayerFlops:
     """Forward FLOPs of one token in one layer (Tables 7 and 10). A multiply-add is 2; norms, biases, activations,

@@ -19,6 +19,7 @@ from branchmix.accounting.formulas import (
     dtype_of,
     flops_of,
     kv_bytes_per_layer,
+    notices_of_positions,
     parameters,
     windows,
 )
@@ -233,9 +234,7 @@ def _by_formula(name: str, config: Config, folder: Path | None, context: int, dt
                 f"config.json describes {total.total:,} parameters, but the weights hold {stored:,}: "
                 "the numbers are the config's"
             )
-    positions = configured_positions(shape.seed)
-    if positions is not None and context > positions:
-        notices.append(f"a context of {context:,} exceeds the model's {positions:,} positions")
+    notices += notices_of_positions(config, context)
     notices += _notices_of_top_k(shape)
     active, flops, model_type = active_parameters(config), flops_of(shape, context), config["model_type"]
     lossless = None

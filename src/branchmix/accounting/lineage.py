@@ -62,14 +62,14 @@ def lineage(folder: Path, name: str | None = None, *, within: tuple[Path, ...] =
         start = record["config"].get("model")
         if isinstance(start, dict):  # made from nothing
             return [own]
-        return [*_recorded(record, "ancestors", str(start), within), own]
+        return [*phases_of(record, "ancestors", str(start), within), own]
     merge = read_object(folder / MERGE)
     if merge is not None and isinstance(merge.get("sources"), list):
         added = [
             step.get("expert") for step in _objects(change.get("added") for change in _objects(merge.get("changes")))
         ]
         sources = _objects([*merge["sources"], *added])
-        return once(phase for one in sources for phase in _recorded(one, "training", str(one.get("model")), within))
+        return once(phase for one in sources for phase in phases_of(one, "training", str(one.get("model")), within))
     return [Phase(_root_key(folder), _called(name or folder.name), None, None, _root_cost(folder))]
 
 
@@ -92,7 +92,7 @@ def total(phases: Sequence[Phase], what: Literal["tokens", "flops"]) -> Any:
     return None if None in values else sum(values)
 
 
-def _recorded(holder: dict[str, Any], key: str, model: str, within: tuple[Path, ...]) -> list[Phase]:
+def phases_of(holder: dict[str, Any], key: str, model: str, within: tuple[Path, ...] = ()) -> list[Phase]:
     """The phases that a record holds; older records do not, so then those of the model it names, if that is there."""
     recorded = holder.get(key)
     if isinstance(recorded, list) and all(isinstance(phase, dict) and _fits(phase, *_TYPES) for phase in recorded):

@@ -213,11 +213,13 @@ def generate_command(
 def _inputs(text_model: TextModel, prompt: str, chat: bool, max_new_tokens: int) -> dict[str, Any]:
     """The prompt's tokens [1, T] and their mask, without other tokenizer outputs (``token_type_ids``).
 
+    Prints a note on more tokens than the model was made for.
+
     Raises:
         RecipeError: see ``_in_template``; or the model has not learned positions for as many tokens.
         CheckpointError: the tokenizer makes no tokens, or some that the model does not have.
     """
-    from branchmix.accounting.formulas import table_positions
+    from branchmix.accounting.formulas import notices_of_positions, table_positions
 
     tokenizer, folder = text_model.tokenizer, text_model.folder
     text = whole_characters(_in_template(text_model, prompt) if chat else prompt)
@@ -231,12 +233,14 @@ def _inputs(text_model: TextModel, prompt: str, chat: bool, max_new_tokens: int)
             f"{folder}: its tokenizer makes token {int(ids_BT.max())} of PROMPT, but the model has only {size} tokens: "
             "give the folder its own tokenizer"
         )
-    positions = table_positions(text_model.config.to_dict())
-    if positions is not None and ids_BT.shape[1] + max_new_tokens - 1 > positions:  # the last token needs none
+    config, length = text_model.config.to_dict(), ids_BT.shape[1] + max_new_tokens - 1  # the last token needs none
+    positions = table_positions(config)
+    if positions is not None and length > positions:
         raise RecipeError(
             f"--max-new-tokens {max_new_tokens}: PROMPT has {ids_BT.shape[1]} tokens, and {folder} has only "
             f"{positions} positions: give a shorter PROMPT, or ask for fewer tokens"
         )
+    console.print_notes(notices_of_positions(config, length))
     return {name: made[name] for name in ("input_ids", "attention_mask") if name in made}
 
 

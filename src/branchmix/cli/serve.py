@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -78,10 +80,39 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    command.command()(Serve)
-    with mock.patch.object(server, "build_server", partial(_build_limited, server.build_server)):
-        command([name, *context.args], prog_name="branchmix serve")
+    servers = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    servers.command()(Serve)
+    command = typer.main.get_command(servers)
+    with (
+        command.make_context("transformers serve", [name, *context.args]) as options,
+        mock.patch.object(server, "build_server", partial(_build_limited, server.build_server)),
+    ):
+        _require_free(options.params["host"], options.params["port"])
+        try:
+            command.invoke(options)
+        except KeyboardInterrupt:  # how a server is stopped
+            console.exit_stopped("", signal.SIGINT)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Refuse an address that the server could not listen on, before the model is loaded."""
+    import asyncio
+    import socket
+
+    if not 0 <= port <= 65535:
+        raise RecipeError(f"--port {port}: give a whole number from 0 to 65535")
+
+    async def listen() -> None:
+        loop = asyncio.get_running_loop()
+        (await loop.create_server(asyncio.Protocol, host, port, start_serving=False)).close()
+
+    try:
+        asyncio.run(listen())
+    except OSError as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise RecipeError(
+            f"the server cannot listen on {host}, port {port}: {reason}: give another --host or --port"
+        ) from None
 
 
 def _show_classes() -> type[BranchMixForCausalLM]:

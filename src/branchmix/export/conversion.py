@@ -112,7 +112,7 @@ def export_model(
     plan = plan_export(mixture, to, expert)
     chosen = chosen_expert(mixture, expert) if to in _OF_ONE_EXPERT else None
     name = chosen.name if chosen else None
-    refuse_overlap(out, [mixture.resolved.folder], force=force)
+    refuse_overlap(out, [mixture.resolved.folder, *mixture.sources_at(out)], force=force)
     written = verification = None
     if not dry_run:
         require_space(out, plan)

@@ -47,6 +47,8 @@ def without_adapter(folder: Path) -> dict[str, Any]:
 
 def load_tokenizer(folder: Path, *, given: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder; arguments and errors as for ``load_language_model``."""
+    if vocabulary_of(folder) is None:  # from which transformers makes an empty tokenizer for some families
+        raise CheckpointError(f"{folder}: has no tokenizer files: copy the seed's tokenizer beside the weights")
     from transformers import AutoTokenizer
 
     return load(AutoTokenizer, folder, given=given, trust_remote_code=trust_remote_code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +14,7 @@ from branchmix.checkpoint.companions import is_adapter, left_over_adapter
 from branchmix.checkpoint.hub import ResolvedModel
 from branchmix.checkpoint.index import left_over_quantisation
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
+from branchmix.checkpoint.token_ids import vocabulary_of
 from branchmix.errors import CheckpointError, RecipeError
 from branchmix.likelihood.adapters import base_of, put_on, require_peft
 from branchmix.likelihood.loading import load, load_language_model, load_tokenizer
@@ -59,14 +59,10 @@ class TextModel:
         self.notes = [note for note in notes if note is not None]
         if not (self._base / "config.json").is_file():
             raise CheckpointError(f"{self._base}: has no config.json: give the folder of a model")
-        has_tokenizer = [folder for folder in (self.folder, self._base) if _has_tokenizer(folder)]
-        if not has_tokenizer:
-            raise CheckpointError(
-                f"{self.folder}: has no tokenizer files: copy the seed's tokenizer beside the weights"
-            )
         self._options: dict[str, Any] = {"given": resolved.given, "trust_remote_code": trust_remote_code}
         self.config = load(AutoConfig, self._base, **self._options)
-        self.tokenizer = load_tokenizer(has_tokenizer[0], **{**self._options, "given": self.given})
+        folder = next((one for one in (self.folder, self._base) if vocabulary_of(one)), self.folder)
+        self.tokenizer = load_tokenizer(folder, **{**self._options, "given": self.given})
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
         self.prefix = prefix_token(self.tokenizer, self.config)
         self._weights: Any = None
@@ -137,10 +133,6 @@ class TextModel:
         if progress is None:
             return None
         return lambda _, done, total: progress(f"{self.folder.name}: {what}", done, total)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def prefix_token(tokenizer: Any, config: Any) -> int | None:

@@ -9,6 +9,7 @@ from math import gcd
 from typing import Any
 
 from branchmix.accounting import inspect
+from branchmix.accounting.formulas import table_positions
 from branchmix.accounting.shape import MIXTURE_DEFAULTS, shape_of
 from branchmix.checkpoint.families import nearest
 from branchmix.checkpoint.hub import ResolvedModel, resolve
@@ -54,6 +55,10 @@ def check(config: RunConfig, folder: RunFolder, state: State) -> Checked:
         if folder.path.resolve() == model.folder.resolve():
             raise RecipeError(f"out: {folder.path} is the model itself: choose another folder")
         described = read_config(model.folder)
+    positions = table_positions(described)
+    if positions is not None and config.sequence_length > positions:
+        given = f"sequence_length: {config.sequence_length}"
+        raise RecipeError(f"{given} is more than the model's {positions} positions: give {positions} or fewer")
     require_shardable(config, described, num_processes)
     require_balanceable(config, described)
     peak_rate = config.learning_rate.peak or _peak_of(model, config)

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.utils import logging
 
+from branchmix.accounting.formulas import notices_of_positions
 from branchmix.accounting.lineage import as_records, lineage
 from branchmix.checkpoint.companions import left_over_adapter
 from branchmix.checkpoint.hub import ResolvedModel
@@ -101,6 +102,8 @@ class PreparedRun:
 
     def _choose_what_is_trained(self) -> None:
         config, described = self.config, self.model.config.to_dict()
+        for note in notices_of_positions(described, config.sequence_length):
+            self.display.line(f"note: {note}")
         set_seed(config.random_seed)  # of LoRA's matrices
         trained_parts.only_stitches(self.model, [k for k in ("freeze", "lora", "adapters") if getattr(config, k)])
         if config.adapters:

@@ -443,7 +443,8 @@ class EditedMixture(OpenedMixture):
     ) -> UpcycleReport:
         """Write the changed mixture, with ``write_output``'s options; its provenance is the old one and this step."""
         named = [(expert.name, expert.model.folder) for expert in added]
-        refuse_overlap(out, [self.resolved.folder, *(folder for _, folder in named)], force=force)
+        sources = [self.resolved.folder, *(folder for _, folder in named), *self.sources_at(out)]
+        refuse_overlap(out, sources, force=force)
         written = None
         if not dry_run:
             require_space(out, plan)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from branchmix.accounting.inspection import too_few_parameters
-from branchmix.accounting.lineage import as_records, lineage
+from branchmix.accounting.lineage import MERGE, as_records, lineage, phases_of
 from branchmix.accounting.shape import MIXTURE_DEFAULTS, Shape, shape_of
 from branchmix.checkpoint.companions import licence_of_folder
 from branchmix.checkpoint.families import Config, Dimensions, Family, matrix_shapes
@@ -161,6 +161,21 @@ class OpenedMixture:
         """Whether its routers may be more than what a recipe started them with, or a fit of gates."""
         folder, record = self.resolved.folder, self.provenance()
         return not record["recipe"] or bool(record.get("trained")) or (folder / "training.json").is_file()
+
+    def sources_at(self, out: Path) -> list[Path]:
+        """Folders of the models that it was merged from: those whose whole path is on record, and ``out`` if it is one.
+
+        A relative path started from a folder that is not on record, so ``out`` is recognised by what it was trained on.
+        """
+        record = provenance_of(self.resolved.folder) or {"sources": []}
+        added = [step["added"]["expert"] for step in record.get("changes", []) if "added" in step]
+        sources = {source["model"]: source for source in (*record["sources"], *added)}
+        folders = [Path(model) for model in sources if Path(model).is_absolute()]
+        if (out / "config.json").is_file() and not (out / MERGE).is_file():
+            trainings = [phases_of(source, "training", model) for model, source in sources.items()]
+            keys = [[phase.key for phase in phases] for phases in (lineage(out), *trainings)]
+            folders += [out] if keys[0] in keys[1:] else []
+        return folders
 
     def provenance(self) -> dict[str, Any]:
         """Recipe, sources and changes; without a record of its own (it was trained since) the mixture is the source."""

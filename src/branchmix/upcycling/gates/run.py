@@ -83,7 +83,7 @@ def calibrate(
     if in_place:
         _require_replaceable(source)
     else:
-        refuse_overlap(target, [source], files, force=force)
+        refuse_overlap(target, [source, *mixture.sources_at(target)], files, force=force)
     require_space(target, plan_with_gates(mixture))  # before the minutes that the fit takes
     options: dict[str, Any] = {"token_only": token_only, "progress": progress}
     text = text_for(mixture.shape, mixture.resolved, data, trust_remote_code=trust_remote_code, **options)
