@@ -336,6 +336,9 @@ def test_the_posterior_makes_a_text_as_likely_as_under_a_mixture_of_its_members(
     ("options", "message"),
     [
         ({"ensemble": "seed,cod"}, "'cod' is not one of the models"),
+        ({"ensemble": ""}, "ensemble: '' is not one of the models"),
+        ({"posterior": False}, "--fixed-prior: is about an ensemble: name its members with --ensemble"),
+        ({"forced": True}, "--forced: none of the models is a mixture: leave it out"),
         ({"ensemble": "seed,seed"}, "is listed twice"),
         ({"ensemble": "seed=0.5,code"}, "give a share"),
         ({"ensemble": "seed=x,code"}, "'x' is not a share"),

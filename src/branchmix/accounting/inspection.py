@@ -26,7 +26,7 @@ from branchmix.accounting.formulas import (
 from branchmix.accounting.shape import Shape, shape_of
 from branchmix.checkpoint.families import Config, entry_of, families, is_tied, model_type_of, nearest, why_unfit
 from branchmix.checkpoint.hub import expanded, is_there, resolve
-from branchmix.checkpoint.index import CheckpointIndex, read_config, read_json_object
+from branchmix.checkpoint.index import CheckpointIndex, read_config, read_json_object, require_folder
 from branchmix.checkpoint.json_text import read_object
 from branchmix.checkpoint.tying import as_stored, head_and_embeddings
 from branchmix.errors import BranchMixError, CheckpointError, short
@@ -371,4 +371,7 @@ def _read(model: str | Path) -> tuple[Config, Path | None]:
         if isinstance(model, Path) or path.suffix == ".json" or "/" not in model or is_there(path.parent):
             raise CheckpointError(f"{model}: no such file or folder, and not a Hub id (org/name)")
         path = resolve(model).folder
-    return (read_config(path), path) if path.is_dir() else (read_json_object(path), None)
+    if path.suffix == ".json" and not path.is_dir():
+        return read_json_object(path), None
+    require_folder(path)
+    return read_config(path), path

@@ -96,7 +96,7 @@ class CheckpointIndex:
     def open(cls, folder: str | Path) -> CheckpointIndex:
         """Reads the config and all headers of ``folder``; raises CheckpointError with what to do about a problem."""
         folder = Path(folder)
-        _require_folder(folder)
+        require_folder(folder)
         config = read_config(folder)
         if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
             _refuse_quantised_config(folder, config, but=())  # whose weights have names of their own
@@ -183,7 +183,8 @@ def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return shards, weight_map
 
 
-def _require_folder(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
+    """Raises CheckpointError for what is not a folder, with what it is instead."""
     if is_there(folder) and folder.is_dir():
         return
     if is_there(folder):

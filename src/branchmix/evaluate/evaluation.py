@@ -61,7 +61,9 @@ def evaluate(
     options = tasks if isinstance(tasks, TaskOptions) or tasks is None else TaskOptions(tuple(tasks))
     if data is None and options is None:
         raise RecipeError("there is nothing to evaluate on: give --data, --tasks or both")
-    if data is None and ensemble:
+    if not posterior and ensemble is None:
+        raise RecipeError("--fixed-prior: is about an ensemble: name its members with --ensemble")
+    if data is None and ensemble is not None:
         raise RecipeError("ensemble: the outputs are averaged on the documents of --data, which is not given")
     with ExitStack() as stack:
         if options is not None:
@@ -69,9 +71,11 @@ def evaluate(
         if data is not None:
             data = EvalData.load(data)
         candidates = [TextModel(resolve(given), dtype, trust_remote_code) for given in models]
-        members = _members(ensemble, candidates) if ensemble else {}
+        members = _members(ensemble, candidates) if ensemble is not None else {}
         if forced:
-            candidates = [one for candidate in candidates for one in (candidate, *_experts_of(candidate))]
+            given, candidates = candidates, [one for c in candidates for one in (c, *_experts_of(c))]
+            if candidates == given:
+                raise RecipeError("--forced: none of the models is a mixture: leave it out")
         length = common_window(candidates, max_length)
         folder = Path(out) if out is not None else None
         report = EvalReport([ModelReport(candidate.given, dtype) for candidate in candidates])
