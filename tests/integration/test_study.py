@@ -303,6 +303,9 @@ def test_another_folder_is_not_touched(done: Any, tmp_path: Path) -> None:
     (tmp_path / "theirs").write_text("something")
     with pytest.raises(OutputError, match="not the folder of a study"):
         study(done.file, tmp_path, launcher="inline", progress=False)
+    for out in (tmp_path, tmp_path / "theirs"):
+        found = CliRunner().invoke(app, ["study", str(done.file), "--out", str(out), "--dry-run"])
+        assert isinstance(found.exception, OutputError) and "not the folder of a study" in str(found.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 

@@ -108,6 +108,10 @@ MISTAKES = {
         "line 2: data: 'frsh' is not one of official, fresh",
     ),
     "a share of 1 without an error": ([HEADER, "t,a,1e7,acc,1,0,"], "line 2: acc is 1 with no error"),
+    "a share of one example": (
+        ["task,model,params,metric,value,n", "t,a,1e7,acc,1,1"],
+        "line 2: acc is 1 on one example, which has no standard error: two or more are needed",
+    ),
     "no loss error": ([HEADER, "t,a,1e7,loss,1.5,,900"], "line 2: loss has no stderr: give it"),
     "no axis": (["task,model,metric,value,n", "t,a,accuracy,0.5,9"], "there is no axis: add a column such as params"),
     "an empty axis": ([HEADER, ROW, "t,a,,accuracy,0.5,0.01,9"], "line 3: a has no params: fill it in"),

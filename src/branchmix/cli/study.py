@@ -77,8 +77,10 @@ def study_command(
 
     names, settings = console.names_of(only), StudyFile.load(config, overrides or [])
     if dry_run:
+        from branchmix.study.folder import require_own_folder
         from branchmix.study.forecast import fitted, forecast
 
+        require_own_folder(out)
         speed = None
         if settings.minutes is not None:
             settings, speed = fitted(settings, out, say=console.notice)

@@ -51,12 +51,17 @@ def is_done(out: Path, step: Step) -> bool:
     return (out / STEPS / step.folder / RESULT).is_file()
 
 
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """While a study runs in its folder: another one is refused. The system ends it with the process."""
+def require_own_folder(out: Path) -> None:
+    """Raises OutputError if ``out`` exists and is not the folder of a study."""
     others = [file for file in out.iterdir() if file.name != _LOCK] if out.is_dir() else out.exists()
     if others and not (out / PLAN).is_file():
         raise OutputError(f"{out}: exists, and is not the folder of a study: choose another")
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """While a study runs in its folder: another one is refused. The system ends it with the process."""
+    require_own_folder(out)
     with locked(out / _LOCK, wait=0) as held:
         if not held:
             raise OutputError(f"{out}: another process runs this study: wait for its end, or choose another folder")

@@ -106,6 +106,10 @@ class Measurement(Settings):
                 inside = (0.5 + value * n) / (n + 1)
                 self.stderr = max(self.stderr, math.sqrt(inside * (1 - inside) / (n - 1)))
         if not self.stderr and value in (0, 1):
+            if n == 1:
+                raise ValueError(
+                    f"{self.metric} is {value:g} on one example, which has no standard error: two or more are needed"
+                )
             raise ValueError(
                 f"{self.metric} is {value:g} with no error: no model is known to be without, so give the number of "
                 "examples as n"
