@@ -43,7 +43,8 @@ def collect(folder: Path) -> Numbers:
     """
     place = results_folder(folder)
     if not (place / STUDY).is_file():
-        raise DataError(f"{folder}: has no {RESULTS}/{STUDY}: give the folder of a study, or of its results")
+        what = f"has no {RESULTS}/{STUDY}" if folder.is_dir() else "is a file" if folder.exists() else "no such folder"
+        raise DataError(f"{folder}: {what}: give the folder of a study, or of its results")
     study = _read(place / STUDY)
     steps = {name.removeprefix("step "): step for name, step in study.items() if name.startswith("step ")}
     records = _records(place, steps)
