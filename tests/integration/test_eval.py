@@ -178,6 +178,14 @@ def test_documents_of_two_domains_are_not_on_record_in_a_fresh_folder(models: di
     assert f"{names[0]}: 11 of 11 documents were on record" in second.notes
 
 
+def test_a_dtype_has_one_name_on_record(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    given: Any = {"out": tmp_path / "out", "max_length": MAX_LENGTH, "limit": 2}
+    for name in ("bfloat16", "bf16", "torch.bfloat16"):
+        found = evaluate([str(models["seed"])], data, **given, dtype=name)
+        assert found.models[0].dtype == "bfloat16"
+        assert any("on record" in note for note in found.notes) == (name != "bfloat16")
+
+
 def test_a_resumed_evaluation_has_the_numbers_of_one_that_was_not_stopped(
     models: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
