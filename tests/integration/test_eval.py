@@ -88,6 +88,10 @@ def test_all_documents_or_some_of_them(tmp_path: Path, data: Path) -> None:
     assert {document.hash for document in some["prose"]} < {document.hash for document in everything["prose"]}
     with pytest.raises(DataError, match=r"data.prose: has no document"):
         select(EvalData.load(data_file(tmp_path, {"share": 0.0})), corpora.tokenizer())
+    (tmp_path / "b.jsonl").unlink()
+    for held_out in ("all", {"share": 0.5}):
+        with pytest.raises(DataError, match=r"^data.maths: files 'b.jsonl': no file matches"):
+            select(EvalData.load(data_file(tmp_path, held_out)), corpora.tokenizer())
 
 
 def test_a_run_file_names_what_the_run_held_out(tmp_path: Path, data: Path) -> None:
