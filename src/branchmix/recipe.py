@@ -38,7 +38,8 @@ class Expert(Settings):
     """One dense model fine-tuned from the seed."""
 
     name: str
-    """Letters, digits, ``-``, ``_`` and ``.``; unique in the recipe, and neither ``seed`` nor ``seed-copy-...``."""
+    """Letters, digits, ``-``, ``_`` and ``.``; unique in the recipe, and not ``seed``, ``auto`` or
+    ``seed-copy-...``."""
     model: str
     """Local folder, Hub id, or folder of a PEFT LoRA adapter, which is merged first. ``@revision`` after a Hub id."""
 

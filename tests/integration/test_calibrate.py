@@ -205,7 +205,7 @@ def test_recipes_refuse_bad_text_before_anything_is_merged(
         (short, DataError, r"data.north: has only \d+ tokens"),
         (tmp_path / "all.yaml", RecipeError, "held_out: all leaves no document"),
         (tmp_path / "one.yaml", RecipeError, "'north' is the only domain"),
-        (tmp_path / "lost.yaml", DataError, "lost.jsonl"),
+        (tmp_path / "lost.yaml", DataError, "^data.north: files 'lost.jsonl'"),
     ):
         for dry_run in (False, True):
             with pytest.raises(kind, match=reason):

@@ -88,6 +88,10 @@ def test_all_documents_or_some_of_them(tmp_path: Path, data: Path) -> None:
     assert {document.hash for document in some["prose"]} < {document.hash for document in everything["prose"]}
     with pytest.raises(DataError, match=r"data.prose: has no document"):
         select(EvalData.load(data_file(tmp_path, {"share": 0.0})), corpora.tokenizer())
+    (tmp_path / "b.jsonl").unlink()
+    for held_out in ("all", {"share": 0.5}):
+        with pytest.raises(DataError, match=r"^data.maths: files 'b.jsonl': no file matches"):
+            select(EvalData.load(data_file(tmp_path, held_out)), corpora.tokenizer())
 
 
 def test_a_run_file_names_what_the_run_held_out(tmp_path: Path, data: Path) -> None:
@@ -176,6 +180,14 @@ def test_documents_of_two_domains_are_not_on_record_in_a_fresh_folder(models: di
     assert not [note for note in first.notes if "on record" in note]
     second = evaluate(names[:1], data, out=tmp_path / "out", max_length=MAX_LENGTH)
     assert f"{names[0]}: 11 of 11 documents were on record" in second.notes
+
+
+def test_a_dtype_has_one_name_on_record(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    given: Any = {"out": tmp_path / "out", "max_length": MAX_LENGTH, "limit": 2}
+    for name in ("bfloat16", "bf16", "torch.bfloat16"):
+        found = evaluate([str(models["seed"])], data, **given, dtype=name)
+        assert found.models[0].dtype == "bfloat16"
+        assert any("on record" in note for note in found.notes) == (name != "bfloat16")
 
 
 def test_a_resumed_evaluation_has_the_numbers_of_one_that_was_not_stopped(

@@ -586,6 +586,10 @@ def test_bad_context(context: Any) -> None:
         inspect(SMALL, context=context)
 
 
+def test_auto_is_the_dtype_of_the_config() -> None:
+    assert inspect({**SMALL, "dtype": "float16"}, dtype="auto").dtype == "float16"
+
+
 def test_bad_dtype() -> None:
     with pytest.raises(CheckpointError, match=r"unknown dtype 'bf61'.*did you mean 'bf16'"):
         inspect(SMALL, dtype="bf61")

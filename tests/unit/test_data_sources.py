@@ -216,6 +216,7 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
 
 NOT_THERE: dict[str, tuple[Callable[[Path], dict[str, object]], str]] = {
     "no file": (lambda _: {"files": "src/**/*.py"}, r"'src/\*\*/\*\.py': no file matches; looked for /.*/src"),
+    "no file above": (lambda _: {"files": "bad/../no.txt"}, r"'bad/\.\./no\.txt': .* looked for /(?!.*\.\.)"),
     "a folder": (lambda path: {"files": hub(path)}, r"'set': is a folder: name its files, as in set/\*\*/\*"),
     "no data set": (lambda _: {"hub": "nobody/nothing"}, r"nobody/nothing: .*cannot be reached"),
     "no folder": (lambda _: {"hub": "./nothing"}, r"\./nothing: .*nor a folder"),

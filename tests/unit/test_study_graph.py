@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from branchmix.accounting import Shape, active_parameters, flops_per_token, parameters
-from branchmix.errors import RecipeError
+from branchmix.errors import DataError, RecipeError
 from branchmix.settings import parse
 from branchmix.study import forecast
 from branchmix.study.build import build
@@ -150,6 +150,11 @@ def test_experts_are_trained_with_keys_of_their_own() -> None:
     assert all(frozen.steps[name].cost.total < plain.steps[name].cost.total for name in experts)
     untouched = {name for name in plain.steps if name == "text" or name.endswith(".seed") or "dense" in name}
     assert plain.steps.keys() - new(plain, frozen) == untouched
+
+
+def test_text_that_is_not_there_is_refused_by_its_domain() -> None:
+    with pytest.raises(DataError, match=r"^data\.law: files 'none\.txt': no file matches"):
+        graph(data={name: {"files": "none.txt"} for name in ("law", "code", "general")})
 
 
 def test_a_budget_below_one_step_is_refused() -> None:

@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 
 from branchmix.accounting.shape import Shape, shape_of
 from branchmix.checkpoint.families import Config, entry_of, nearest
+from branchmix.checkpoint.index import DTYPE_ALIASES, dtype_name
 from branchmix.errors import CheckpointError
 
 MOST_LAYERS = 10_000
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
-_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-_DTYPE_ALIASES |= {"fp64": "float64", "double": "float64", "fp8": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True)
@@ -325,15 +324,15 @@ def decoding_bytes(shape: Shape, context: int, dtype: str) -> int:
 
 
 def dtype_of(config: Config, dtype: str | None) -> str:
-    """The dtype asked for, or the config's, or bfloat16, as torch spells it."""
+    """The dtype asked for, or (if ``auto``) the config's, or bfloat16, as torch spells it."""
     seed = config["seed_config"] if isinstance(config.get("seed_config"), dict) else {}
-    given = dtype or next((c[key] for c in (config, seed) for key in ("dtype", "torch_dtype") if c.get(key)), None)
+    wanted = dtype if dtype != "auto" else None
+    given = wanted or next((c[key] for c in (config, seed) for key in ("dtype", "torch_dtype") if c.get(key)), None)
     if not isinstance(given, str):
         return "bfloat16"
-    name = given.removeprefix("torch.").lower()
-    name = _DTYPE_ALIASES.get(name, name)
+    name = dtype_name(given)
     if name not in DTYPE_BYTES:
-        known = [*DTYPE_BYTES, *_DTYPE_ALIASES]
+        known = [*DTYPE_BYTES, *DTYPE_ALIASES]
         raise CheckpointError(f"unknown dtype {given!r}{nearest(name, known)}: give one of {', '.join(DTYPE_BYTES)}")
     return name
 

@@ -275,7 +275,7 @@ _PLAIN = re.compile(r"\w[\w.+-]*")
 _MOST_BYTES = 100
 """File systems take 255; endings, numbers and names of temporary files come on top."""
 PLAIN = "letters, digits, -, _, . and +, at most 100"
-EXPERT = "letters, digits, -, _ and ., at most 100"
+EXPERT = "letters, digits, -, _ and ., at most 100, and not 'auto'"
 
 
 def is_file_name(name: str) -> bool:
@@ -284,8 +284,11 @@ def is_file_name(name: str) -> bool:
 
 
 def is_expert_name(name: str) -> bool:
-    """The same for experts, whose names other programs read too: ASCII without ``+``, a letter or digit first."""
-    return is_file_name(name) and name.isascii() and "+" not in name and name[0] != "_"
+    """The same for experts, whose names other programs read too: ASCII without ``+``, a letter or digit first.
+
+    ``--experts auto`` means those that the gates choose.
+    """
+    return is_file_name(name) and name.isascii() and "+" not in name and name[0] != "_" and name != "auto"
 
 
 def is_entry(name: str) -> bool:

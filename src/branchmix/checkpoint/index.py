@@ -35,6 +35,16 @@ DTYPE_BITS = {
 }
 """Bits of one element, by safetensors code."""
 
+DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+DTYPE_ALIASES |= {"fp64": "float64", "double": "float64", "fp8": "float8_e4m3fn"}
+"""Other names of dtypes, with those that torch has."""
+
+
+def dtype_name(given: str) -> str:
+    """A dtype as torch spells it, such as ``bfloat16`` for ``bf16``; other words in lower case."""
+    name = given.removeprefix("torch.").lower()
+    return DTYPE_ALIASES.get(name, name)
+
 
 def float32_bytes(nbytes: int, dtype: str) -> int:
     """Bytes in fp32 of a tensor that is stored in ``nbytes`` bytes of ``dtype``, a safetensors code."""

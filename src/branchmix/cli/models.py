@@ -166,7 +166,7 @@ def generate_command(
     from branchmix.checkpoint.hub import resolve
     from branchmix.likelihood.models import TextModel, check_dtype
 
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
         raise RecipeError(
             f"--temperature {temperature}: give {MIN_TEMPERATURE} or more, or 0 for the most likely token"

@@ -26,6 +26,7 @@ from branchmix.checkpoint.index import refuse_lfs_pointer
 from branchmix.checkpoint.text import whole_characters
 from branchmix.data.config import Source
 from branchmix.errors import BranchMixError, DataError, kind_of
+from branchmix.settings import absolute
 
 _COMPRESSED = (".gz", ".zst")
 _UNREADABLE = {
@@ -156,9 +157,9 @@ def find_files(source: Source, folder: Path, leave_out: Path | None = None) -> l
         matches = [name for name in _matches(pattern, folder) if name not in excluded]
         matches = [name for name in matches if not is_left_out(Path(name).parent)]
         if not matches:
-            absolute = folder.absolute() / Path(pattern).expanduser()
-            what = "is a folder: name its files, as in" if absolute.is_dir() else "no file matches; looked for"
-            where = f"{pattern.rstrip('/')}/**/*" if absolute.is_dir() else str(absolute)
+            place = absolute(pattern, folder)
+            what = "is a folder: name its files, as in" if place.is_dir() else "no file matches; looked for"
+            where = f"{pattern.rstrip('/')}/**/*" if place.is_dir() else str(place)
             raise DataError(f"files {pattern!r}: {what} {where}")
         files.update(matches)
     return [Path(name) for name in sorted(files)]

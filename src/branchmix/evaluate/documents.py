@@ -13,7 +13,7 @@ from branchmix.checkpoint.text import replaced_note, whole_characters
 from branchmix.data.config import EvalData, Selection
 from branchmix.data.corpus import up_to
 from branchmix.data.sources import documents as documents_of
-from branchmix.data.sources import hash_of, held_out_among, is_held_out
+from branchmix.data.sources import hash_of, held_out_among, is_held_out, naming_domain
 from branchmix.errors import DataError
 from branchmix.likelihood.models import encode
 
@@ -49,15 +49,16 @@ def select(config: EvalData, tokenizer: Any, *, limit: int | None = None) -> dic
     for name, source in config.data.items():
         replaced: set[int] = set()
         texts = documents_of(source, folder=config.folder, replaced=replaced)
-        if config.held_out == "all":
-            texts = _distinct(texts)
-        else:
-            streamed = source.hub is not None and source.streaming
-            texts = _held_out(texts, config.held_out, tokenizer, in_order=streamed)
-        chosen[name] = [
-            HashedDocument.of(text, replaced=bool(replaced) and hash_of(text) in replaced)
-            for text in islice(texts, limit)
-        ]
+        with naming_domain(name):
+            if config.held_out == "all":
+                texts = _distinct(texts)
+            else:
+                streamed = source.hub is not None and source.streaming
+                texts = _held_out(texts, config.held_out, tokenizer, in_order=streamed)
+            chosen[name] = [
+                HashedDocument.of(text, replaced=bool(replaced) and hash_of(text) in replaced)
+                for text in islice(texts, limit)
+            ]
         if not chosen[name]:
             raise DataError(
                 f"data.{name}: has no document to evaluate on: is there any text, or held_out.share too small?"

@@ -57,7 +57,7 @@ def evaluate(
         DataError: a source or a task's data set cannot be read, or has no document that counts.
         CheckpointError: a model cannot be loaded, or is none.
     """
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     options = tasks if isinstance(tasks, TaskOptions) or tasks is None else TaskOptions(tuple(tasks))
     if data is None and options is None:
         raise RecipeError("there is nothing to evaluate on: give --data, --tasks or both")

@@ -12,7 +12,7 @@ import numpy as np
 
 from branchmix.checkpoint.companions import is_adapter, left_over_adapter
 from branchmix.checkpoint.hub import ResolvedModel
-from branchmix.checkpoint.index import left_over_quantisation
+from branchmix.checkpoint.index import dtype_name, left_over_quantisation
 from branchmix.checkpoint.text import LONG, Window, tokens_in_pieces, whole_characters
 from branchmix.checkpoint.token_ids import vocabulary_of
 from branchmix.errors import CheckpointError, RecipeError
@@ -27,10 +27,11 @@ Progress = Callable[[str, int, int], None]
 """Receives a step, how much of it is done, and how much there is."""
 
 
-def check_dtype(dtype: str) -> None:
-    """Refuse what no model is loaded in."""
-    if dtype not in DTYPES:
+def check_dtype(dtype: str) -> str:
+    """The dtype's own name, such as ``bfloat16`` for ``bf16``; refuses what no model is loaded in."""
+    if (name := dtype_name(dtype)) not in DTYPES:
         raise RecipeError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    return name
 
 
 class TextModel:

@@ -58,7 +58,7 @@ def run(
     Raises:
         BranchMixError: one line for what is wrong with the file, a task, the data, a model or ``out``.
     """
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     file = FamilyFile.load(family)
     axes = Axes((shots,) if isinstance(shots, int) else tuple(shots), tuple(experts), tuple(top_k))
     folders = [Path(p) for p in data], [Path(p) for p in fresh]

@@ -15,7 +15,7 @@ from branchmix.checkpoint.hub import resolve
 from branchmix.checkpoint.json_text import key_of
 from branchmix.checkpoint.writer import FileHashes
 from branchmix.data.config import Source
-from branchmix.data.sources import find_files
+from branchmix.data.sources import find_files, naming_domain
 from branchmix.errors import RecipeError
 from branchmix.likelihood.records import model_hash
 from branchmix.settings import overlaid
@@ -75,7 +75,9 @@ class _Builder:
         if isinstance(study.data, InstalledText):
             self._add("text", study.data.model_dump(), Needs())
         else:
-            self.data = {name: _identity_of_source(source, study.folder) for name, source in study.data.items()}
+            for name, source in study.data.items():
+                with naming_domain(name):
+                    self.data[name] = _identity_of_source(source, study.folder)
         self.evaluation = {
             "held_out": study.held_out.model_dump(),
             "max_length": study.sequence_length,

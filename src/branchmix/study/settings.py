@@ -276,7 +276,8 @@ class StudyFile(SettingsFile):
             raise ValueError("experts: there is none: data has no domain but general's")
         for name in self.expert_names:
             if name == SEED or not is_expert_name(name) or "." in name:
-                raise ValueError(f"experts: {name!r} cannot name an expert: use letters, digits, - and _, not 'seed'")
+                wanted = "use letters, digits, - and _, not 'seed' or 'auto'"
+                raise ValueError(f"experts: {name!r} cannot name an expert: {wanted}")
 
     def _check_methods(self) -> None:
         titles = [method.title for method in self.all_methods]

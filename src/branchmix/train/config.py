@@ -338,7 +338,7 @@ class BranchConfig(_Training):
             self._check_mix("general", {self.general: 1.0})
         for name in self.experts:
             if not is_expert_name(name) or name == "seed":
-                raise ValueError(f"experts: {name!r} is not a valid name: {EXPERT}, and not 'seed'")
+                raise ValueError(f"experts: {name!r} is not a valid name: {EXPERT} or 'seed'")
             self._check_mix(f"experts.{name}", self.mix_of(name))
         return self
 

@@ -67,7 +67,7 @@ def routes(
         DataError: a source cannot be read, or has no document.
         CheckpointError: the model cannot be loaded, or is not a mixture.
     """
-    check_dtype(dtype)
+    dtype = check_dtype(dtype)
     if (data is None) == (not texts):
         raise RecipeError(
             "give either --text or --data" + (": there is no text to route" if data is None else ", not both")

@@ -14,7 +14,7 @@ import numpy as np
 
 from branchmix.data.config import EvalData
 from branchmix.data.sources import documents as documents_of
-from branchmix.data.sources import hash_of, held_out_among, is_held_out
+from branchmix.data.sources import hash_of, held_out_among, is_held_out, naming_domain
 from branchmix.errors import CheckpointError, DataError, RecipeError
 from branchmix.likelihood.models import encode
 from branchmix.upcycling.plan import Progress
@@ -71,7 +71,9 @@ def read(config: EvalData, tokenizer: Any, progress: Progress | None = None) -> 
             progress("reading text", number, len(config.data))
         texts = documents_of(source, folder=config.folder)
         streamed = source.hub is not None and source.streaming
-        found[name] = replace(_split(_tokens(_chosen(texts, share, streamed=streamed), tokenizer)), around=around)
+        with naming_domain(name):
+            chosen = _chosen(texts, share, streamed=streamed)
+        found[name] = replace(_split(_tokens(chosen, tokenizer)), around=around)
         if (count := sum(map(len, found[name].counted))) < LEAST_TOKENS:
             raise DataError(
                 f"data.{name}: has only {count} tokens that are not held out, and gates need {LEAST_TOKENS} or more: "
