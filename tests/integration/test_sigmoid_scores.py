@@ -14,7 +14,7 @@ import torch
 import branchmix
 from branchmix.accounting import inspect
 from branchmix.errors import CheckpointError, RecipeError
-from branchmix.models.documents_branchmix import MOST_SHARE, running
+from branchmix.models.documents_branchmix import MOST_SHARE, document_logits
 from branchmix.models.kept_branchmix import expert_shares, keep_experts
 from branchmix.models.routers import Rule, find_routers
 from branchmix.models.routing_branchmix import BranchMixFFNRouter, z_loss
@@ -55,7 +55,7 @@ def test_gates_are_sigmoids_and_a_bias_changes_the_choice_only(name: str, normal
     seen: list[tuple[Any, ...]] = []
     for router in ffn_routers(model):
         router.register_forward_hook(
-            lambda module, args, out: seen.append((module, args[0] @ module.weight.T, running("ffn"), *out))
+            lambda module, args, out: seen.append((module, args[0] @ module.weight.T, document_logits("ffn"), *out))
         )
     with torch.no_grad():
         model(tokens())

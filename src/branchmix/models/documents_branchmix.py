@@ -56,7 +56,7 @@ class DocumentState(NamedTuple):
 _THREAD = threading.local()  # and no module's: PEFT and DataParallel run copies of modules, servers several threads
 
 
-def running(kind: str) -> torch.Tensor | None:
+def document_logits(kind: str) -> torch.Tensor | None:
     """The logits for ``attention``, ``ffn``, ``trunk`` or ``head`` in the forward pass that this thread runs; None
     without document gates."""
     logits = getattr(_THREAD, "logits", None)
@@ -240,12 +240,12 @@ def _decays(size: int, decay: float, like: torch.Tensor) -> torch.Tensor:
 class _DocumentLayer:
     """What both kinds have in common. It is never offloaded itself."""
 
-    first: Any = None
-    """The first layer that an offloading cache takes away: the one to fetch after the last of the model's."""
+    first_offloaded: Any = None
+    """Of the layers of an offloading cache: the one to fetch after the model's last."""
 
     def prefetch(self) -> None:
-        if self.first is not None:
-            self.first.prefetch()
+        if self.first_offloaded is not None:
+            self.first_offloaded.prefetch()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -303,7 +303,7 @@ def remember(cache: Any, state: DocumentState) -> None:
         layer = BranchMixStaticDocumentLayer() if cache.is_compileable else BranchMixDocumentLayer()
         if getattr(cache, "offloading", False):
             taken = (one for one in cache.layers if not (one.is_sliding and cache.only_non_sliding))
-            layer.first = next(taken, None)
+            layer.first_offloaded = next(taken, None)
         cache.layers.append(layer)
     layer.update(state.sums.detach()[:, None], state.positions[:, None, :, None].to(state.sums.dtype))
 

@@ -310,15 +310,11 @@ def generate_with_kept_experts(model: Any, wanted: Any, inputs: torch.Tensor | N
             "prompts that keep different experts cannot be streamed, be told by their number which tokens they may "
             "have, or return more than ids: give one prompt"
         )
+    by_row = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and value.dim() > 1]
     written: list[torch.Tensor] = []
     places: list[int] = []
     for choice, rows in groups.items():
-        own = {
-            name: value[rows]
-            if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == len(ids_BT)
-            else value
-            for name, value in kwargs.items()
-        }
+        own = kwargs | {name: kwargs[name][rows] for name in by_row if len(kwargs[name]) == len(ids_BT)}
         out = of_kept_experts(model, choice).generate(ids_BT[rows], *args, experts=len(choice), **own)
         times = len(out) // len(rows)
         written += list(out)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .documents_branchmix import running
+from .documents_branchmix import document_logits
 
 
 class BranchMixRouterDomains(nn.Module):
@@ -33,7 +33,7 @@ class BranchMixRouterDomains(nn.Module):
         self.register_buffer("centre", torch.zeros(width))
 
 
-class _Linear(nn.Linear):
+class _Float32Linear(nn.Linear):
     """Computes in fp32 whatever the dtype of its weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,9 +49,10 @@ class BranchMixRouterRows(nn.Module):
 
     def __init__(self, width: int, inner: int, hidden_size: int):
         super().__init__()
-        self.gate_proj = _Linear(width, inner, bias=False)
-        self.up_proj = _Linear(width, inner, bias=False)
-        self.down_proj = _Linear(inner, hidden_size, bias=False)
+        # Called, and never read by their weights: offloading and LoRA act on calls.
+        self.gate_proj = _Float32Linear(width, inner, bias=False)
+        self.up_proj = _Float32Linear(width, inner, bias=False)
+        self.down_proj = _Float32Linear(inner, hidden_size, bias=False)
 
     def forward(self) -> torch.Tensor:
         """[E, D], fp32."""
@@ -120,9 +121,8 @@ class BranchMixRouter(nn.Module):
         """
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.rows())
-            document_logits = running(self.kind)
-            if document_logits is not None:
-                logits = logits + document_logits.to(logits).view(logits.shape)
+            if (of_document := document_logits(self.kind)) is not None:
+                logits = logits + of_document.to(logits).view(logits.shape)
         gates = scores(logits, self.score)
         index = chosen(gates, self.top_k, self.expert_bias)
         gates = gates.gather(-1, index)

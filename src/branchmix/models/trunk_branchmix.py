@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .documents_branchmix import narrow_head, running
+from .documents_branchmix import document_logits, narrow_head
 
 
 class BranchMixTrunkExperts(nn.ModuleList):
@@ -32,13 +32,13 @@ class BranchMixTrunkExperts(nn.ModuleList):
 
     def logits(self) -> torch.Tensor:
         """Log shares of the experts, [B, T, E]. Raises ValueError where there are none."""
-        document_logits = running(self.kind)
-        if document_logits is None:
+        of_document = document_logits(self.kind)
+        if of_document is None:
             raise ValueError(
                 "the trunk of this mixture has experts, which document gates choose: call the whole mixture, with the "
                 "gates that branchmix calibrate fits"
             )
-        return document_logits
+        return of_document
 
 
 class BranchMixTrunkMix(BranchMixTrunkExperts):
