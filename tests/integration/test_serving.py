@@ -130,6 +130,10 @@ def test_serve_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     [
         (["--port", "{used}", "--host", "127.0.0.1"], "127.0.0.1, port {used}: Address already in use: give another"),
         (["--port", "99999"], "--port 99999: give a whole number from 0 to 65535"),
+        (["--log-level", "loud"], "--log-level loud: give one of detail, debug, info"),
+        (["--dtype", "bf99"], "dtype: 'bf99' is not one of auto, bfloat16"),
+        (["--quantization", "q4"], "serve: .*'q4'.*bnb-4bit"),
+        (["--attn-implementation", "flash9"], "serve: .*'flash9'.*sdpa"),
         (["--port", "abc"], "Invalid value for '--port': .*: see `transformers serve --help`"),
         (["--prot", "8000"], "No such option: --prot.*: see `transformers serve --help`"),
     ],
@@ -152,7 +156,9 @@ def served_as(given: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """What the server is told to load."""
     names = []
 
-    def server(force_model: str, host: str = "127.0.0.1", port: int = 0) -> None:
+    def server(
+        force_model: str, host: str = "127.0.0.1", port: int = 0, dtype: str = "auto", log_level: str = "info"
+    ) -> None:
         names.append(force_model)
 
     monkeypatch.setattr("transformers.cli.serve.Serve", server)

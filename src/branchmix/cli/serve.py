@@ -79,6 +79,9 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
         mixture.experts_at_inference = console.experts_to_keep(experts, index.config)
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
+    from transformers.utils.logging import log_levels
+
+    from branchmix.likelihood.models import check_dtype
 
     servers = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     servers.command()(Serve)
@@ -88,10 +91,15 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
         mock.patch.object(server, "build_server", partial(_build_limited, server.build_server)),
     ):
         _require_free(options.params["host"], options.params["port"])
+        if options.params["log_level"].lower() not in log_levels:
+            raise RecipeError(f"--log-level {options.params['log_level']}: give one of {', '.join(log_levels)}")
+        options.params["dtype"] = check_dtype(options.params["dtype"])
         try:
             command.invoke(options)
         except KeyboardInterrupt:  # how a server is stopped
             console.exit_stopped("", signal.SIGINT)
+        except (ValueError, ImportError) as error:  # of an option: what a request raises is its answer
+            raise RecipeError(f"serve: {str(error).strip().splitlines()[0]}") from None
 
 
 def _require_free(host: str, port: int) -> None:
