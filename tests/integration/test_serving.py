@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,40 +132,60 @@ def test_serve_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
         (["--port", "{used}", "--host", "127.0.0.1"], "127.0.0.1, port {used}: Address already in use: give another"),
         (["--port", "99999"], "--port 99999: give a whole number from 0 to 65535"),
         (["--log-level", "loud"], "--log-level loud: give one of detail, debug, info"),
-        (["--dtype", "bf99"], "dtype: 'bf99' is not one of auto, bfloat16"),
+        (["--dtype", "bf99"], "serve: .*'bf99'.*bfloat16"),
+        (["--device", "gpu7"], "serve: .*gpu7"),
+        pytest.param(
+            ["--quantization", "bnb-4bit"],
+            "serve: .*bitsandbytes",
+            marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"),
+        ),
         (["--quantization", "q4"], "serve: .*'q4'.*bnb-4bit"),
         (["--attn-implementation", "flash9"], "serve: .*'flash9'.*sdpa"),
         (["--port", "abc"], "Invalid value for '--port': .*: see `transformers serve --help`"),
         (["--prot", "8000"], "No such option: --prot.*: see `transformers serve --help`"),
     ],
 )
-def test_serve_refuses_options_before_the_model_is_loaded(
-    options: list[str], message: str, siblings: Siblings, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_serve_refuses_options_in_one_line(
+    options: list[str],
+    message: str,
+    siblings: Siblings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
+    shutil.copytree(siblings("llama", vocab_size=300)["code"], tmp_path, dirs_exist_ok=True)
+    save_byte_tokenizer(tmp_path)
     monkeypatch.setattr("uvicorn.Server.run", lambda self: None)
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = str(used.getsockname()[1])
         given = [word.format(used=port) for word in options]
-        monkeypatch.setattr(sys, "argv", ["branchmix", "serve", str(siblings("llama")["code"]), *given])
+        monkeypatch.setattr(sys, "argv", ["branchmix", "serve", str(tmp_path), *given])
         with pytest.raises(SystemExit) as stopped:
             main()
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and re.search(message.format(used=port), line), line
 
 
-def served_as(given: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the server is told to load."""
-    names = []
+def served_as(given: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[str, str]:
+    """What the server is told to load, and its dtype."""
+    served = []
 
     def server(
         force_model: str, host: str = "127.0.0.1", port: int = 0, dtype: str = "auto", log_level: str = "info"
     ) -> None:
-        names.append(force_model)
+        served.append((force_model, dtype))
 
     monkeypatch.setattr("transformers.cli.serve.Serve", server)
-    left = CliRunner().invoke(app, ["serve", given])
+    left = CliRunner().invoke(app, ["serve", given, *options])
     assert left.exit_code == 0, left.output
-    return names[0]
+    return served[0]
+
+
+@pytest.mark.parametrize(("given", "name"), [("bf16", "bfloat16"), ("auto", "auto"), ("float64", "float64")])
+def test_dtypes_have_the_names_of_other_commands(
+    given: str, name: str, siblings: Siblings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert served_as(str(siblings("llama")["code"]), monkeypatch, "--dtype", given)[1] == name
 
 
 def test_the_server_gets_what_was_found(siblings: Siblings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +193,10 @@ def test_the_server_gets_what_was_found(siblings: Siblings, tmp_path: Path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("code", "code@v1"):
         (tmp_path / name).symlink_to(siblings("llama")["code"])
-    assert served_as("~/code", monkeypatch) == str(tmp_path / "code")
+    assert served_as("~/code", monkeypatch)[0] == str(tmp_path / "code")
     found = ResolvedModel("org/code@v1", siblings("llama")["code"], revision="0" * 40)
     monkeypatch.setattr("branchmix.checkpoint.hub.resolve", lambda given: found)
-    assert served_as("org/code@v1", monkeypatch) == "org/code@v1", "as clients name it"
+    assert served_as("org/code@v1", monkeypatch)[0] == "org/code@v1", "as clients name it"
     monkeypatch.undo()
     with pytest.raises(RecipeError, match="code@v1: the server takes what follows @ for a revision"):
         serve_command(None, str(tmp_path / "code@v1"))  # type: ignore[arg-type]

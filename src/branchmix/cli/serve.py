@@ -43,7 +43,7 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
     """Serve a mixture (or any causal LM) over HTTP: `transformers serve`, with its options."""
     from branchmix.checkpoint.companions import ADAPTER_CONFIG, left_over_adapter
     from branchmix.checkpoint.hub import resolve
-    from branchmix.checkpoint.index import CheckpointIndex, left_over_quantisation
+    from branchmix.checkpoint.index import CheckpointIndex, dtype_name, left_over_quantisation
 
     resolved = resolve(model)
     index = CheckpointIndex.open(resolved.folder)  # refuses pickles, and folders without a checkpoint
@@ -81,8 +81,6 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
     from transformers.cli.serving import server
     from transformers.utils.logging import log_levels
 
-    from branchmix.likelihood.models import check_dtype
-
     servers = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     servers.command()(Serve)
     command = typer.main.get_command(servers)
@@ -93,13 +91,14 @@ def serve_command(context: typer.Context, model: console.Model, experts: console
         _require_free(options.params["host"], options.params["port"])
         if options.params["log_level"].lower() not in log_levels:
             raise RecipeError(f"--log-level {options.params['log_level']}: give one of {', '.join(log_levels)}")
-        options.params["dtype"] = check_dtype(options.params["dtype"])
+        options.params["dtype"] = dtype_name(options.params["dtype"])
         try:
             command.invoke(options)
         except KeyboardInterrupt:  # how a server is stopped
             console.exit_stopped("", signal.SIGINT)
         except (ValueError, ImportError) as error:  # of an option: what a request raises is its answer
-            raise RecipeError(f"serve: {str(error).strip().splitlines()[0]}") from None
+            first = str(error).strip().partition("\n")[0]
+            raise RecipeError(f"serve: {first}") from None
 
 
 def _require_free(host: str, port: int) -> None:
