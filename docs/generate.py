@@ -26,7 +26,7 @@ from branchmix.recipe import Recipe
 from branchmix.settings import Count
 from branchmix.study.report import report
 from branchmix.study.settings import METHODS, InstalledText, StudyFile
-from branchmix.study.tables import perplexities
+from branchmix.study.tables import percent, perplexities
 from branchmix.train.config import BranchConfig, RunConfig
 
 FOLDER = Path(__file__).parent
@@ -319,11 +319,58 @@ def study_page(name: str) -> str:
     """
     folder = FOLDER / "studies" / name
     with tempfile.TemporaryDirectory() as out:
-        report(folder, out, kinds=["markdown"])
+        found = report(folder, out, kinds=["markdown"]).numbers
         tables = (Path(out) / "tables.md").read_text(encoding="utf-8").partition("\n")[2]
     pictures = [f"![{path.stem}]({name}/figures/{path.name})\n" for path in sorted(folder.glob("figures/*.png"))]
     about = (folder / "about.md").read_text(encoding="utf-8")
+    if _BY_GATES in about:
+        about = about.replace(_BY_GATES, "\n".join(_by_gates(found)))
     return HEADER + "\n".join([about, "## Results", tables, "## Pictures", "", *pictures])
+
+
+_BY_GATES = "<!-- Table: trained mixtures by their gates -->"
+_GATES = {"calibrated": "document gates", "token-only": "gates of single tokens", "random": "random gates"}
+_MIXTURES = (  # label, method but for its gates, method with random gates
+    ("BTX", "btx-top1", "btx"),
+    ("BAM Shared KV, attention top-1", "shared-kv-top1", "bam-attention-top1"),
+    ("BAM Expert KV, attention top-1", "expert-kv-top1", "expert-kv-top1"),
+    ("BAM Shared KV, attention top-2", "shared-kv-top2", "bam-attention-top2"),
+    ("BAM Expert KV, attention top-2", "expert-kv-top2", "expert-kv-top2"),
+    ("BAM Shared KV, soft attention", "shared-kv-soft", "bam-shared-kv"),
+    ("BAM Expert KV, soft attention", "expert-kv-soft", "bam-expert-kv"),
+    ("BTX, two FFN experts", "btx-top2", "btx-top2"),
+)
+
+
+def _by_gates(study: dict[str, Any]) -> list[str]:
+    """Study C's trained mixtures, a row each, at both budgets with each kind of gates; empty: not run."""
+
+    def flops(model: dict[str, Any]) -> int:
+        return int(model["facts"]["forward_flops_per_token"])
+
+    def cell(model: dict[str, Any] | None) -> str:
+        if model is None:
+            return ""
+        compared = study["comparisons"].get(model["title"])
+        done = len(model["repetitions"])
+        few = f" ({done} of {study['repetitions']})" if done < study["repetitions"] else ""
+        difference = f" ({percent(compared['log_perplexity'], significant=False)})" if compared else ""
+        return f"{model['geometric_mean']:.1f}{difference}{few}"
+
+    reference = next(model for model in study["models"] if model["title"] == study["reference"])
+    models = {
+        (model["method"], match): model
+        for model in study["models"]
+        if model["group"] in ("methods", "ablations")
+        for match in (("cm", "dm") if flops(model) == flops(reference) else model["match"])
+    }
+    budgets = [f"{gates}, {budget}" for gates in _GATES.values() for budget in ("equal compute", "equal data")]
+    lines = [f"| | FLOPs a token | {' | '.join(budgets)} |", "| --- |" + " ---: |" * (1 + len(budgets))]
+    for label, stem, random in _MIXTURES:
+        methods = [random if gates == "random" else f"{stem}-{gates}" for gates in _GATES]
+        cells = [cell(models.get((method, match))) for method in methods for match in ("cm", "dm")]
+        lines.append(f"| {label} | {flops(models[random, 'cm']) / 1e6:.2f}M | {' | '.join(cells)} |")
+    return lines
 
 
 README_STUDY = "study-a"
