@@ -358,6 +358,7 @@ def _by_gates(study: dict[str, Any]) -> list[str]:
         return f"{model['geometric_mean']:.1f}{difference}{few}"
 
     reference = next(model for model in study["models"] if model["title"] == study["reference"])
+    # What costs as much as the reference sees as many tokens for the same FLOPs, so its one run serves both budgets.
     models = {
         (model["method"], match): model
         for model in study["models"]

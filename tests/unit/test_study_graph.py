@@ -299,9 +299,6 @@ def test_changed_options_make_new_just_what_depends_on_them() -> None:
     assert other == set(before.steps) - {"text"}
 
 
-ROOT = Path(__file__).parents[2]
-
-
 def _was_charged_otherwise(recipe: str, name: str) -> bool:
     """Steps that were published when top-k attention computed all experts, and had as few tokens at equal compute."""
     return recipe == "study-a" and name.endswith(("bam-attention-top1-cm", "bam-attention-top2-cm"))
