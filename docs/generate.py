@@ -343,19 +343,15 @@ _MIXTURES = (  # label, method but for its gates, method with random gates
 
 
 def _by_gates(study: dict[str, Any]) -> list[str]:
-    """Study C's trained mixtures, a row each, at both budgets with each kind of gates; empty: not run."""
+    """Study C's trained mixtures, a row each, at both budgets with each kind of gates."""
 
     def flops(model: dict[str, Any]) -> int:
         return int(model["facts"]["forward_flops_per_token"])
 
-    def cell(model: dict[str, Any] | None) -> str:
-        if model is None:
-            return ""
+    def cell(model: dict[str, Any]) -> str:
         compared = study["comparisons"].get(model["title"])
-        done = len(model["repetitions"])
-        few = f" ({done} of {study['repetitions']})" if done < study["repetitions"] else ""
         difference = f" ({percent(compared['log_perplexity'], significant=False)})" if compared else ""
-        return f"{model['geometric_mean']:.1f}{difference}{few}"
+        return f"{model['geometric_mean']:.1f}{difference}"
 
     reference = next(model for model in study["models"] if model["title"] == study["reference"])
     # What costs as much as the reference sees as many tokens for the same FLOPs, so its one run serves both budgets.
@@ -369,7 +365,7 @@ def _by_gates(study: dict[str, Any]) -> list[str]:
     lines = [f"| | FLOPs a token | {' | '.join(budgets)} |", "| --- |" + " ---: |" * (1 + len(budgets))]
     for label, stem, random in _MIXTURES:
         methods = [random if gates == "random" else f"{stem}-{gates}" for gates in _GATES]
-        cells = [cell(models.get((method, match))) for method in methods for match in ("cm", "dm")]
+        cells = [cell(models[method, match]) for method in methods for match in ("cm", "dm")]
         lines.append(f"| {label} | {flops(models[random, 'cm']) / 1e6:.2f}M | {' | '.join(cells)} |")
     return lines
 
